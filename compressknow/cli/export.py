@@ -117,7 +117,7 @@ def _build_page(
     """Yield lines that say which types the groups have, and how large they are."""
     if not record.is_new:
         yield f"{output} is there already, whole, made by the same export: nothing was done."
-        yield from _suggest_next(model, output, modelfile)
+        yield from _suggest_next(record, model, output, modelfile)
         return
     yield f"{record['setup']}: {model} -> {output}"
     yield ""
@@ -140,10 +140,15 @@ def _build_page(
             there, here = (clean(tokens, 64) for tokens in record.other_tokens)
             yield "\n! llama.cpp reads other tokens than the model's own tokenizer gives, and may answer otherwise:"
             yield f"  llama.cpp  {there}\n  tokenizer  {here}"
-        yield from _suggest_next(model, output, modelfile)
+        yield from _suggest_next(record, model, output, modelfile)
 
 
-def _suggest_next(model: str, output: Path, modelfile: Path | None) -> Iterator[str]:
+def _suggest_next(record: ExportRecord, model: str, output: Path, modelfile: Path | None) -> Iterator[str]:
+    from compressknow.engine.load import find_family_of_class
+
+    if find_family_of_class(record["source"]["architecture"]) == "seq2seq":
+        yield "\nWhat it forgot cannot be measured: of GGUF files, decoder-only models alone can be evaluated."
+        return
     file = shlex.quote(str(output))
     yield f"\nWhat it forgot: compressknow report {shlex.quote(model)} {file}"
     if modelfile is None:

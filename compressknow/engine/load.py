@@ -189,9 +189,10 @@ def _find_class(config: Any, trust_remote_code: bool, language_model: bool) -> t
 
     architecture = str((config.architectures or [None])[0])
     named = getattr(transformers, architecture, None)
-    # An encoder's config has a causal class too, which no checkpoint is of.
+    # An encoder's config has a causal class too, which no checkpoint is of, and Whisper's one without its encoder.
     kinds = (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM)
-    with_head = next((auto for auto in kinds if type(config) in auto._model_mapping), None)
+    heads = kinds[:2] if config.is_encoder_decoder else kinds
+    with_head = next((auto for auto in heads if type(config) in auto._model_mapping), None)
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
         if with_head and language_model and not find_family_of_class(architecture):
             return architecture, with_head._model_mapping[type(config)]

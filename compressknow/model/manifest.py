@@ -171,6 +171,9 @@ def describe_removed(removed: Mapping[str, Any] | None) -> Iterator[str]:
     >>> *_, last = describe_removed({"blocks": [blocks], "neurons": [], "parameters": 1200, "bytes": 2400})
     >>> next(describe_removed({"blocks": [blocks], "neurons": [], "parameters": 1200, "bytes": 2400}))
     '3 of the 8 blocks of model.layers were dropped: 2-3, 6.'
+    >>> one = {**blocks, "after": 7, "dropped": [6], "similarities": [0.5] * 8}
+    >>> next(describe_removed({"blocks": [one], "neurons": [], "parameters": 400, "bytes": 800}))
+    '1 of the 8 blocks of model.layers was dropped: 6, the one that changes its input least.'
     >>> last
     'The model has 1,200 parameters fewer (2.4 kB).'
     """
@@ -178,9 +181,9 @@ def describe_removed(removed: Mapping[str, Any] | None) -> Iterator[str]:
         return
     for one in removed["blocks"]:
         number = one["before"] - one["after"]
-        why = ", which change their input least" if one.get("similarities") else ""
-        which = format_ranges(one["dropped"]) + why if one["dropped"] else "those that change their input least"
-        were = "was" if number == 1 else "were"
+        were, change = ("was", "the one that changes its") if number == 1 else ("were", "those that change their")
+        least = [f"{change} input least"] if one.get("similarities") or not one["dropped"] else []
+        which = ", ".join([*filter(None, [format_ranges(one["dropped"])]), *least])
         yield f"{number} of the {one['before']} blocks of {one['stack']} {were} dropped: {which}."
     for one in removed["neurons"]:
         networks = len(one["modules"])

@@ -58,8 +58,8 @@ def build_meta_model(
 ) -> PreTrainedModel:
     """Build the model that a folder's config.json describes, on the meta device, without weights.
 
-    With `trust_remote_code`, the folder's own Python code runs where its config asks for that. `tensor_names`, of the
-    checkpoint's weight files, decide which class is meant where the config names one that transformers does not have.
+    With `trust_remote_code`, the folder's own Python code runs where its config asks for that and transformers lacks
+    the class. `tensor_names`, of the checkpoint's weight files, decide which class is meant where there is neither.
 
     Raises CheckpointError where config.json is missing, damaged, or describes no model that can be built.
     """
@@ -82,7 +82,8 @@ def build_meta_model(
             f"Building it would run the code that {path} refers to in `auto_map`.",
             "Read that code, then pass --trust-remote-code.",
         )
-    config = _build_config(path, raw, trust_remote_code)
+    # The config that a checkpoint brings may be older than the class that transformers has of that name (Phi-3).
+    config = _build_config(path, raw, trust_remote_code and needs_own_code(raw, architecture))
     if remote_class:
         with _explain_failures(f"The code of {architecture} cannot be loaded."):
             model_class = get_class_from_dynamic_module(remote_class, str(path.parent))

@@ -541,11 +541,12 @@ def test_a_report_on_other_facts_or_in_another_precision_leaves_the_answers_of_t
     assert [path.name for path in loads] == ["llama", "llama-3"] * 4
 
 
+@pytest.mark.parametrize("architecture", ["T5ForConditionalGeneration", "T5Model"])
 def test_the_token_that_a_decoder_begins_with_decides_the_answers(
-    place: Path, tmp_path: Path, loads: list[Path]
+    architecture: str, place: Path, tmp_path: Path, loads: list[Path]
 ) -> None:
     model = shutil.copytree(place / "t5", tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text()) | {"architectures": [architecture]}
     start = config.pop("decoder_start_token_id")
     (model / "config.json").write_text(json.dumps(config))
     for token in (start, start, start + 5):

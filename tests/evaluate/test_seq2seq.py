@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import T5Tokenizer
+from transformers import T5Tokenizer, WhisperConfig, WhisperForConditionalGeneration
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import LanguageModel, find_decoder_start, load_language_model
@@ -161,6 +161,16 @@ def test_bart_writes_no_free_answer_into_the_middle_of_a_sentence() -> None:
     probe = as_probe(facts, vocabulary="open")
     prompts = make_prompts(make_scorer(tiny("bart"), word_tokenizer(), "seq2seq", probe))
     assert prompts.dropped == {BLANK_NOT_LAST: 2}
+
+
+def test_a_model_that_hears_is_not_asked_without_its_encoder(tmp_path: Path) -> None:
+    sizes = {"d_model": 48, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    special = {f"{name}_token_id": 1 for name in ("bos", "eos", "pad", "decoder_start")}
+    WhisperForConditionalGeneration(WhisperConfig(vocab_size=99, **sizes, **special)).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    hears = load_language_model(tmp_path)
+    with pytest.raises(UnsupportedError, match="WhisperForConditionalGeneration cannot be evaluated"):
+        asked(hears, as_probe(word_facts()))
 
 
 def test_a_tokenizer_that_knows_no_blank_is_refused() -> None:

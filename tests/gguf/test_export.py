@@ -474,6 +474,16 @@ def test_no_gguf_name(tmp_path: Path) -> None:
 
 
 @needs_converter
+def test_no_report_is_advised_on_a_file_that_none_can_be_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(checkpoint("t5", tmp_path / "model")), str(tmp_path / "a.gguf"), "--type", "f32"]) == 0
+    shown = capsys.readouterr().out
+    assert "What it forgot cannot be measured" in shown
+    assert "compressknow report" not in shown
+
+
+@needs_converter
 def test_verify_and_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What the command prints; and a file, or a record, that was changed is told."""
     source, output = checkpoint("llama", tmp_path / "model"), tmp_path / "exact.gguf"

@@ -124,6 +124,14 @@ def test_a_checkpoints_own_code_is_run_when_trusted(tmp_path: Path, monkeypatch:
     assert not structure.unplaced
 
 
+def test_the_own_code_of_a_class_that_transformers_has_is_not_run(tmp_path: Path) -> None:
+    """That of Phi-3 is older than transformers' class of its name, which its config lacks settings for."""
+    config = BERT | {"auto_map": {"AutoConfig": "tiny.BertConfig", "AutoModelForMaskedLM": "tiny.BertForMaskedLM"}}
+    (tmp_path / "tiny.py").write_text("1 / 0")
+    model = build_meta_model(folder(tmp_path, config), trust_remote_code=True)
+    assert type(model) is transformers.BertForMaskedLM
+
+
 def test_code_that_fails_is_an_error_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
