@@ -48,7 +48,7 @@ FLUSH_SECONDS = 0.1
 # Weights in any form, and what only training needs: not carried along.
 WEIGHT_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data"),
-    *(".tflite", ".mlmodel", ".npz", ".pkl", ".pickle", ".distcp"),
+    *(".data", ".tflite", ".mlmodel", ".npz", ".pkl", ".pickle", ".distcp"),
 }
 # The folders in which transformers' Trainer keeps its steps, and the files of its curves.
 _TRAINING = re.compile(r"checkpoint-\d+/.*|(.*/)?(trainer_state\.json|events\.out\.tfevents[^/]*)")

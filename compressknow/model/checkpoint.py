@@ -172,22 +172,22 @@ def read_json(path: Path, most: int = reading.CONFIG) -> dict[str, Any]:
     return content
 
 
-def find_weight_files(folder: Path) -> Mapping[str, set[str] | None]:
+def find_weight_files(folder: Path, *, fetched: bool = True) -> Mapping[str, set[str] | None]:
     """Return the weight files of a folder, in order, each with the names that its index expects in it (None: all).
 
     The order of preference is that of transformers: safetensors before .bin, one file before an index.
 
-    Raises CheckpointError where an index names a file that is missing or outside the folder.
+    Raises CheckpointError where an index names a file outside the folder or, if all were `fetched`, a missing one.
     """
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH, TORCH_INDEX)):
         if (folder / single).is_file():
             return {single: None}
         if (folder / index).is_file():
-            return _read_index(folder, folder / index)
+            return _read_index(folder, folder / index, fetched)
     return {}
 
 
-def _read_index(folder: Path, index: Path) -> dict[str, set[str]]:
+def _read_index(folder: Path, index: Path, fetched: bool) -> dict[str, set[str]]:
     weight_map = read_json(index, reading.INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map.", hint=DOWNLOAD_AGAIN)
@@ -196,7 +196,8 @@ def _read_index(folder: Path, index: Path) -> dict[str, set[str]]:
         if not isinstance(file, str) or is_outside(file):
             what = f"{index} places {name} outside the folder, in {file!r}: refused."
             raise CheckpointError(what, hint=DOWNLOAD_AGAIN)
-        if not os.path.isfile(folder / file):  # noqa: PTH113  # False, not an error, of a name that no file could have
+        # False, not an error, of a name that no file could have.
+        if fetched and not os.path.isfile(folder / file):  # noqa: PTH113
             raise CheckpointError(f"{index} names {file}, which is missing.", hint=DOWNLOAD_AGAIN)
         files.setdefault(file, set()).add(name)
     return dict(sorted(files.items()))
@@ -280,9 +281,11 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
     try:
         folder = fetch("config.json", "*.py")
         if weights:
-            fetch(*HUB_PATTERNS, "model*.safetensors")
+            fetch(*HUB_PATTERNS, SAFETENSORS)
             if not any((folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS_INDEX)):
-                fetch("pytorch_model*.bin")
+                fetch(*HUB_PATTERNS, TORCH)
+            # With a file that is there: patterns that match none would be warned of.
+            fetch("config.json", *map(escape, find_weight_files(folder, fetched=False)))
             if modules := list_module_folders(folder):
                 fetch(*(f"{escape(module)}/*{suffix}" for module in modules for suffix in (".safetensors", ".bin")))
     except (HFValidationError, HfHubHTTPError, OSError) as error:

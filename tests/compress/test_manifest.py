@@ -238,7 +238,7 @@ def test_small_files_come_along_and_weights_of_other_formats_do_not(
     kept |= {"adapter_config.json": "{}", "adapter_model.safetensors": "x", "eyes/adapter_config.json": "{}"}
     kept |= {"eyes/adapter_model.bin": "x"}
     dropped = ("pytorch_model.bin", "tf_model.h5", "training_args.bin", ".git/config", "README.md")
-    dropped += ("old/adapter_model.bin",)
+    dropped += ("old/adapter_model.bin", "onnx/model.onnx", "onnx/model.onnx.data")
     # What transformers' Trainer leaves.
     dropped += ("trainer_state.json", "checkpoint-500/config.json", "runs/Nov29/events.out.tfevents.1764")
     for name, text in {**kept, **dict.fromkeys(dropped, "x")}.items():

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import transformers
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 import compressknow
 from compressknow.model.checkpoint import open_checkpoint
 from tests.hub.hub_server import COMMIT, Hub
 from tests.model.test_checkpoint import save_bin_shards
 from tests.model.test_structure import REMOTE, REMOTE_CODE
+from tests.models import save_tiny
 
 NAME = "org/tiny"
 
@@ -24,13 +26,29 @@ def cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub" / "models--org--tiny" / "snapshots" / COMMIT
 
 
-def test_a_hub_model_in_sharded_bin_files_is_opened(hub: Hub, cache: Path, tmp_path: Path) -> None:
+def test_a_hub_model_in_sharded_bin_files_is_opened(
+    hub: Hub, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The index is among the files that come first, its shards are not."""
     weights = save_bin_shards(tmp_path / "llama")
     hub.repositories[NAME] = {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()}
     checkpoint = open_checkpoint(NAME)
     assert checkpoint.folder == cache
     assert checkpoint.tensors.keys() == weights.keys()
+    assert "No files matched" not in caplog.text
+
+
+def test_the_files_that_the_index_names_are_downloaded_and_no_variant_of_them(
+    hub: Hub, cache: Path, tmp_path: Path
+) -> None:
+    folder = save_tiny("llama", tmp_path / "llama")
+    index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "weights-1-of-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "weights-1-of-1.safetensors")
+    hub.repositories[NAME] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.repositories[NAME]["model.fp32-00001-of-00002.safetensors"] = b"twice the bytes"
+    assert open_checkpoint(NAME).tensors.keys() == index["weight_map"].keys()
+    assert [path.name for path in cache.glob("*.safetensors")] == ["weights-1-of-1.safetensors"]
 
 
 def test_an_adapter_beside_a_model_is_downloaded_whole(hub: Hub, cache: Path, tmp_path: Path) -> None:
