@@ -136,10 +136,8 @@ def _build_page(
         yield f"\n{output}: {write_size(record['bytes'])}, with vocabulary and metadata."
         if record.answer:
             yield f"In llama.cpp: {clean(' -> '.join(record.answer), 64)}"
-        if record.other_tokens:
-            there, here = (clean(tokens, 64) for tokens in record.other_tokens)
-            yield "\n! llama.cpp reads other tokens than the model's own tokenizer gives, and may answer otherwise:"
-            yield f"  llama.cpp  {there}\n  tokenizer  {here}"
+        if record.read_otherwise:
+            yield f'\n! llama.cpp splits "{record.read_otherwise}" otherwise than the model\'s own tokenizer does.'
         yield from _suggest_next(model, output, modelfile)
 
 

@@ -133,7 +133,7 @@ def test_gptq_rounds_both_matrices_that_an_experts_weight_is_split_into(tmp_path
 @needs_converter
 def test_a_size_that_experts_pass_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     source = checkpoint("mixtral", tmp_path / "model", torch.bfloat16)
-    with pytest.raises(UsageError, match=r"too small(.|\n)*Experts of a mixture are not measured"):
+    with pytest.raises(UsageError, match=r"too small(.|\n)*Experts are not measured"):
         compressknow.export(source, tmp_path / "out.gguf", bits=6, guide="text")
 
 
