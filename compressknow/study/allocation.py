@@ -244,8 +244,7 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: Targe
     """Return what each matrix of a file takes and loses by type, its own included, which loses nothing; without a
     sensitivity none does. Where a type must be, there is no other.
 
-    Of a tensor that is made of several weights, what they lose adds up; one that was not measured has 8 bits, or what
-    is given.
+    Of a tensor that is made of several weights, what they lose adds up; one not measured has 8 bits, or what is given.
     """
     rows, pins = sensitivity.kl(target.guide) if sensitivity else {}, resolve_types(tensors, target.must, "--must")
     table: dict[str, dict[str, Option]] = {}
