@@ -199,7 +199,7 @@ def _make_fit(
     check_usable(job.checkpoint)
     is_expert = {name: (own := job.side.linear(name)) and own.is_expert for name in job.tensors}
     shapes = [each.shape for name, each in job.tensors.items() if not is_expert[name]]
-    # Whose types may be given; that is seen in the file in between.
+    # Rules may give experts fewer bits.
     experts = 0 if target.must else sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])
     check_budget(target.budget(job.numel), shapes, job.exact_bytes, experts)
     handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))

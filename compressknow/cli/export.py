@@ -126,7 +126,8 @@ def _build_page(
         yield ""
     yield from build_types_table(record["groups"])
     if fit:
-        yield f"\nPredicted: KL {fit['predicted_kl']:.2g} nats, where each weight is rounded to the nearest value."
+        own = " but for experts," if any("_exps" in which for which, _ in record["types"]) else ""
+        yield f"\nPredicted: KL {fit['predicted_kl']:.2g} nats,{own} where each weight is rounded to the nearest value."
     seen = record.get("importance", {})
     if seen.get("identified") is False:
         yield f"\n! {seen['source']} does not say which model it was made of: only names and shapes were checked."
@@ -136,10 +137,8 @@ def _build_page(
         yield f"\n{output}: {write_size(record['bytes'])}, with vocabulary and metadata."
         if record.answer:
             yield f"In llama.cpp: {clean(' -> '.join(record.answer), 64)}"
-        if record.other_tokens:
-            there, here = (clean(tokens, 64) for tokens in record.other_tokens)
-            yield "\n! llama.cpp reads other tokens than the model's own tokenizer gives, and may answer otherwise:"
-            yield f"  llama.cpp  {there}\n  tokenizer  {here}"
+        if record.read_otherwise:
+            yield f'\n! llama.cpp splits "{record.read_otherwise}" otherwise than the model\'s own tokenizer does.'
         yield from _suggest_next(record, model, output, modelfile)
 
 

@@ -167,19 +167,16 @@ class NoiseFloors:
         settings = replace(settings, runtime=LLAMA_CPP, device=CPU, dtype=None)
         # In a file of bf16 llama.cpp rounds activations to bf16 too: that is the type's doing, not the runtime's.
         kind = "f32" if export.exact == "f32" else "f16"
-        if floats is not None and kind == export.exact:
-            yield ModelHandle(replace(located, path=floats), settings)
-            return
         begin = begin_stages(self._on_progress, located.name)
         with make_scratch(self._folder / "in-llama-cpp") as place:
             if floats is None:
-                file = write_floats(export, place, kind, begin=begin)
-            else:
+                floats = write_floats(export, place, kind, begin=begin)
+            elif kind != export.exact:
                 # The same bytes as the converter's, in a tenth of the time.
-                file = place / "floats.gguf"
+                source, floats = floats, place / "floats.gguf"
                 with begin("quantize") as advance:
-                    quantize(floats, file, kind, place, advance=advance)
-            yield ModelHandle(replace(located, path=file), settings)
+                    quantize(source, floats, kind, place, advance=advance)
+            yield ModelHandle(replace(located, path=floats), settings)
 
 
 def _draw_sample(probe: Probe, answers: Answers) -> tuple[Probe, Answers]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +102,14 @@ class Context:
         values = ffi.buffer(self._lib.llama_get_logits(self._handle), 4 * count * self._rows)
         return np.frombuffer(values, dtype=np.float32).reshape(count, self._rows)
 
+    def write(self, prompt: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Yield logits after a prompt, then after the likeliest token by these, and so on; see `read`."""
+        start, following = 0, list(prompt)
+        while True:
+            (logits,) = self.read([Span(0, start, following, 1)])
+            start, following = start + len(following), [int(logits.argmax())]
+            yield logits
+
 
 # llama.h: no token.
 _NONE = -1
@@ -182,9 +191,8 @@ _ANSWER_TOKENS = 8
 _TEXTS = (
     "The capital of France is",
     "In 1998, São Paulo's 9,839,066 people didn't speak Māori.",
-    "北京是中国的首都。",
-    "القاهرة عاصمة مصر.",
-    "Москва — столица России. 😀",
+    "Photosynthesis was described by a Dutch physiologist.",
+    "北京是中国的首都。 القاهرة عاصمة مصر.",
 )
 
 
@@ -196,34 +204,24 @@ def complete_prompt(model: GgufModel, prompt: str) -> str:
     tokenizer = GgufTokenizer(model)
     read: list[int] = tokenizer(prompt)["input_ids"] or [0]
     written: list[int] = []
-    start, following = 0, read
     with closing(Context(model, cells=len(read) + _ANSWER_TOKENS, sequences=1, threads=1)) as context:
-        while len(written) < _ANSWER_TOKENS:
-            logits = context.read([Span(0, start, following, 1)])[0]
+        for logits in islice(context.write(read), _ANSWER_TOKENS):
             if not np.isfinite(logits).all():
                 raise CompressknowError(f"{model.path.name} computes no numbers in llama.cpp (NaN).")
-            start, following = start + len(following), [int(logits.argmax())]
-            if tokenizer.is_end(following[0]):
-                break
-            written += following
+            written.append(int(logits.argmax()))
+            if tokenizer.is_end(written[-1]):
+                return tokenizer.decode(written[:-1])
     return tokenizer.decode(written)
 
 
-def find_other_tokens(model: GgufModel, tokenizer: Any) -> tuple[str, str] | None:
-    """Return a text as llama.cpp splits it, and as the checkpoint's tokenizer does, where these differ: llama.cpp has
-    no way of its own for all tokenizers, such as a Llama's that is of SentencePiece's unigrams."""
+def find_text_read_otherwise(model: GgufModel, tokenizer: Any) -> str | None:
+    """Return a text that llama.cpp splits otherwise than the checkpoint's tokenizer; None where none is found."""
     own = GgufTokenizer(model)
-    for text in _TEXTS:
-        read = [reader(text)["input_ids"] for reader in (own, tokenizer)]
-        if read[0] != read[1]:
-            there, here = ("|".join(map(str, tokenizer.convert_ids_to_tokens(ids))) for ids in read)
-            return there, here
-    return None
+    return next((text for text in _TEXTS if own(text)["input_ids"] != tokenizer(text)["input_ids"]), None)
 
 
 def _try_file(path: Path) -> None:
-    """Split a text of a letter that no vocabulary has, and read a token, in a process that
-    `compressknow.gguf.llama_cpp` starts, for it may crash."""
+    """Split a letter that no vocabulary has, and read a token: in a process of its own, for both may crash."""
     model = GgufModel(path, trial=True)
     GgufTokenizer(model)("\ue000")
     context = Context(model, cells=_TRIAL_CELLS, sequences=1, threads=1)

@@ -272,7 +272,7 @@ def write(
         if modelfile:
             place.write(MODELFILE, modelfile.encode())
         if smoke and find_family_of_class(export.side.structure.architecture) == "causal":
-            from compressknow.gguf.context import complete_prompt, find_other_tokens
+            from compressknow.gguf.context import complete_prompt, find_text_read_otherwise
             from compressknow.gguf.llama_cpp import GgufModel, check_no_crash
 
             check_no_crash(place.file)
@@ -280,7 +280,7 @@ def write(
                 record.answer = PROMPT, complete_prompt(model, PROMPT)
                 with suppress(CheckpointError):  # The converter reads a tokenizer that transformers does not.
                     tokenizer = load_tokenizer(source, trust_remote_code=export.trust_remote_code)
-                    record.other_tokens = find_other_tokens(model, tokenizer)
+                    record.read_otherwise = find_text_read_otherwise(model, tokenizer)
         export.checkpoint.check_unchanged()
         place.commit()
     return record

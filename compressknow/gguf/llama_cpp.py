@@ -125,7 +125,7 @@ def check_no_crash(path: Path) -> None:
         return
     assertion = _ASSERTED.search(output)
     why = f"llama.cpp says: {assertion[0]}" if assertion else f"The process that tried it ended with {code}."
-    hint = "Download or make it again: it is damaged, or its vocabulary cannot spell every letter (no byte fallback)."
+    hint = "Download it again: it is damaged, or not sound, as a vocabulary that cannot spell all letters."
     raise CheckpointError(f"{path} makes llama.cpp crash.", why, hint)
 
 

@@ -170,13 +170,13 @@ class ExportRecord(Shown, dict[str, Any]):
     """Record of an export: the content of ``OUT.gguf.json``, or of a dry run, which has no hash.
 
     A dict, which its properties read by name. `is_new` is False where the same export had made the file before.
-    `answer` is a prompt and what the file answered in llama.cpp, where it was asked; `other_tokens` a text as llama.cpp
-    splits it, and as the checkpoint's tokenizer does, where these were found to differ.
+    `answer` is a prompt and what the file answered in llama.cpp, where it was asked; `read_otherwise` a text that
+    llama.cpp was found to split into other tokens than the checkpoint's tokenizer does.
     """
 
     is_new = True
     answer: tuple[str, str] | None = None
-    other_tokens: tuple[str, str] | None = None
+    read_otherwise: str | None = None
 
     @property
     def setup(self) -> str:

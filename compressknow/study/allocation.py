@@ -208,8 +208,7 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, exper
         raise UsageError(
             f"{write_size(budget)} is too small: in the fewest bits that llama.cpp has for them, the weights alone "
             f"take {write_size(least)}.",
-            f"Experts of a mixture are not measured, and have 8 bits: {write_size(of_experts)} of it. "
-            "--must _exps=q4_k gives them fewer."
+            f"Experts are not measured, and have 8 bits, {write_size(of_experts)}: --must _exps=q4_k gives them fewer."
             if experts
             else None,
             "Give more, in units: 90MB, 1.5GB.",
@@ -245,8 +244,7 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: Targe
     """Return what each matrix of a file takes and loses by type, its own included, which loses nothing; without a
     sensitivity none does. Where a type must be, there is no other.
 
-    Of a tensor that was made of several weights, what they lose adds up; one of which nothing was measured has 8 bits,
-    unless another type is given.
+    Of a tensor that is made of several weights, what they lose adds up; one not measured has 8 bits, or what is given.
     """
     rows, pins = sensitivity.kl(target.guide) if sensitivity else {}, resolve_types(tensors, target.must, "--must")
     table: dict[str, dict[str, Option]] = {}
@@ -254,14 +252,14 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: Targe
         if not is_matrix(tensors, name):
             continue
         own = [rows[key] for key in _list_parameters(sensitivity, tensors, name) if key in rows]
-        unmeasured = dict.fromkeys((UNMEASURED, pins.get(name, UNMEASURED)))
-        kinds: Iterable[str] = [kind for kind in own[0] if all(kind in each for each in own)] if own else unmeasured
+        given = UNMEASURED, pins.get(name, UNMEASURED)
+        kinds: Sequence[str] = [kind for kind in own[0] if all(kind in each for each in own)] if own else given
         if sensitivity is None and not any(weight.is_expert for weight in tensors.weights.get(name, ())):
             kinds = CANDIDATES  # Nothing was measured yet, and all but experts will be.
         shape = tensor.shape[::-1]
         table[name] = {
             kind: Option(align(get_nbytes(kind, shape)), sum(each[kind] for each in own))
-            for kind in list_legal_types(shape[-1], tuple(kinds))
+            for kind in list_legal_types(shape[-1], kinds)
         }
         table[name][tensor.type] = Option(align(tensor.nbytes), 0.0)
     lengths = {name: tensors.tensors[name].shape[0] for name in table}

@@ -100,9 +100,7 @@ class Form(ABC):
     def __init__(self, table: allocation.OptionTable, overhead: int, whole: int, numel: Mapping[str, int]) -> None:
         """Keep the `table`, by what has one type, and type, whose losses are not known before `learn`; the bytes of a
         file beside these, and of one with all weights as they are; and how many parameters each weight has.
-
-        Raises UsageError where all weights stay as they are.
-        """
+        Raises UsageError where none may be rounded."""
         self.table, self.overhead, self.whole, self.numel = table, overhead, whole, numel
         self._chosen: dict[int, allocation.Allocation] = {}
         if overhead + sum(min(own.values()).nbytes for own in table.values()) >= whole:

@@ -133,16 +133,19 @@ def test_gptq_rounds_both_matrices_that_an_experts_weight_is_split_into(tmp_path
 @needs_converter
 def test_a_size_that_experts_pass_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     source = checkpoint("mixtral", tmp_path / "model", torch.bfloat16)
-    with pytest.raises(UsageError, match=r"too small(.|\n)*Experts of a mixture are not measured"):
+    with pytest.raises(UsageError, match=r"too small(.|\n)*Experts are not measured"):
         compressknow.export(source, tmp_path / "out.gguf", bits=6, guide="text")
 
 
 @needs_converter
-def test_experts_have_fewer_bits_than_8_where_a_type_is_given(tmp_path: Path) -> None:
+def test_experts_have_fewer_bits_than_8_where_a_type_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, output = checkpoint("mixtral", tmp_path / "model", torch.bfloat16), tmp_path / "out.gguf"
-    text = str(text_file(tmp_path / "text.txt"))
-    options = {"guide": "text", "calibration": text, "calibration_tokens": 512, "smoke": False}
-    record = compressknow.export(source, output, bits=6, must={"_exps": "q3_k"}, **options)
+    options = ["--guide", "text", "--calibration", str(text_file(tmp_path / "text.txt")), "--calibration-tokens", "512"]
+    assert main(["export", str(source), str(output), "--bits", "6", "--must", "_exps=q3_k", *options]) == 0
+    assert "nats, but for experts, where" in capsys.readouterr().out
+    record = read_record(output)
     assert {kind for name, kind in types(output).items() if "_exps" in name} == {"q3_k"}
     assert record["bytes"] == output.stat().st_size <= record["totals"]["parameters"] * 6 / 8
 

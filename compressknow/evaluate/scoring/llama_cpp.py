@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -189,10 +189,8 @@ class GgufReader:
         context = self._memory.reserve(len(prompt) + tokens)
         context.clear()
         written: list[int] = []
-        fed, place = list(prompt), 0
-        while len(written) < tokens:
-            written.append(int(context.read([Span(0, place, fed, 1)])[0].argmax()))
+        for logits in islice(context.write(prompt), tokens):
+            written.append(int(logits.argmax()))
             if self._tokenizer.is_end(written[-1]):
-                return written + written[-1:] * (tokens - len(written))
-            fed, place = written[-1:], place + len(fed)
-        return written
+                break
+        return written + written[-1:] * (tokens - len(written))
