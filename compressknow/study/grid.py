@@ -120,7 +120,7 @@ def _collect_settings(step: Step) -> dict[str, Any]:
 
 
 def list_cells(
-    grid: str | Path,
+    grid: str | Path | Mapping[str, Any],
     opened: Callable[[], VariantMaker],
     *,
     module_map: ModuleMap | None = None,
@@ -128,9 +128,9 @@ def list_cells(
     calibration: str | None = None,
     calibration_tokens: int | None = None,
 ) -> tuple[Cell, ...]:
-    """Return the cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed. Of
-    the options, `module_map` is of both built-in grids, `quantize` of the paper's, calibration of that of methods: a
-    grid file says all of it.
+    """Return the cells of ``paper``, of ``methods``, of a TOML file or of what one holds; `opened` gives the model,
+    where it is needed. Of the options, `module_map` is of both built-in grids, `quantize` of the paper's, calibration
+    of that of methods: a grid file says all of it.
 
     Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `hash_file`
     does of its calibration texts.
@@ -149,7 +149,10 @@ def list_cells(
     chosen = module_map or "paper"
     if str(grid) == PAPER:
         return build_paper_grid(opened().structure(chosen), module_map=chosen, scheme=quantize or PAPER_SCHEME)
-    cells = build_methods_grid(opened(), chosen, text) if str(grid) == METHODS_GRID else read_grid(Path(grid))
+    if str(grid) == METHODS_GRID:
+        cells = build_methods_grid(opened(), chosen, text)
+    else:
+        cells = build_grid(grid, "The grid") if isinstance(grid, Mapping) else read_grid(Path(grid))
     texts = {each: hash_file(each) if each else None for each in dict.fromkeys(c.recipe.calibration for c in cells)}
     return tuple(replace(cell, text_sha256=texts[cell.recipe.calibration]) for cell in cells)
 
@@ -220,45 +223,50 @@ def fit_parameters(structure: Structure, scheme: str) -> dict[str, Any] | None:
 
 
 def read_grid(path: Path) -> tuple[Cell, ...]:
-    """Read the cells of a grid file (TOML): the product of its axes, and the cells that it names.
-
-    Raises UsageError where it cannot be read, is empty, contradicts itself or says what no recipe knows.
-    """
+    """Read the cells of a grid file (TOML), as `build_grid` makes them. Raises UsageError where it cannot be read."""
     try:
         values = read_toml(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such grid.", hint="Give paper, methods or a TOML file.") from None
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as a grid: {error}", hint=FORMAT) from None
+    return build_grid(values, str(path))
+
+
+def build_grid(values: Mapping[str, Any], name: str) -> tuple[Cell, ...]:
+    """Make the cells of a grid: the product of its axes, and the cells that it names.
+
+    Raises UsageError where it is empty, contradicts itself or says what no recipe knows.
+    """
     if unknown := sorted(set(values) - {"axes", "cells"}):
-        raise UsageError(f"{path}: unknown key {unknown[0]!r}.", hint=FORMAT)
+        raise UsageError(f"{name}: unknown key {unknown[0]!r}.", hint=FORMAT)
     axes, named = values.get("axes", {}), values.get("cells", [])
     if not isinstance(axes, dict) or not isinstance(named, list) or not all(isinstance(cell, dict) for cell in named):
-        raise UsageError(f"{path}: [axes] is a table, and [[cells]] are tables.", hint=FORMAT)
+        raise UsageError(f"{name}: [axes] is a table, and [[cells]] are tables.", hint=FORMAT)
     cells = _build_cells(
-        [*_expand_axes(axes, path), *(_parse_cell(cell, f"{path}, cell {i}") for i, cell in enumerate(named, 1))]
+        [*_expand_axes(axes, name), *(_parse_cell(cell, f"{name}, cell {i}") for i, cell in enumerate(named, 1))]
     )
     if not cells:
-        raise UsageError(f"{path} has no cell: nothing is pruned or quantized in it.", hint=FORMAT)
+        raise UsageError(f"{name} has no cell: nothing is pruned or quantized in it.", hint=FORMAT)
     return cells
 
 
-def _expand_axes(axes: Mapping[str, Any], path: Path) -> Iterator[tuple[None, Recipe]]:
+def _expand_axes(axes: Mapping[str, Any], grid: str) -> Iterator[tuple[None, Recipe]]:
     there = dict.fromkeys((*AXES, *list_parameters()))
     if unknown := sorted(set(axes) - set(there)):
         near = suggest_word(unknown[0], there)
-        raise UsageError(f"{path}: there is no axis {unknown[0]!r}.", hint=f"{near}Choose from {', '.join(there)}.")
+        raise UsageError(f"{grid}: there is no axis {unknown[0]!r}.", hint=f"{near}Choose from {', '.join(there)}.")
     for name, axis in axes.items():
         if not isinstance(axis, list) or not axis:
-            raise UsageError(f"{path}: the axis {name} must be a list, and not empty.", hint=FORMAT)
+            raise UsageError(f"{grid}: the axis {name} must be a list, and not empty.", hint=FORMAT)
     points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
-    _check_axes(axes, points, path)
+    _check_axes(axes, points, grid)
     for point in map(_drop_idle, points):
         if _has_effect(point):
-            yield None, _build_recipe(point, f"{path}, [axes]")
+            yield None, _build_recipe(point, f"{grid}, [axes]")
 
 
-def _check_axes(axes: Mapping[str, Any], points: Iterable[Mapping[str, Any]], path: Path) -> None:
+def _check_axes(axes: Mapping[str, Any], points: Iterable[Mapping[str, Any]], grid: str) -> None:
     """Raise UsageError for axes that say how to prune, quantize or calibrate where no cell does."""
     prunes, quantizes = (any(map(_is_given, axes.get(name, ()))) for name in ("prune", "quantize"))
     calibrated = any(map(_is_calibrated, points))
@@ -269,12 +277,12 @@ def _check_axes(axes: Mapping[str, Any], points: Iterable[Mapping[str, Any]], pa
         (("seed",), any(map(_is_seeded, points)), "what is drawn or calibrated, but no cell is", DRAWS),
     ):
         if idle := [name for name in names if name in axes and not does]:
-            raise UsageError(f"{path}: the axis {idle[0]} applies to {what}.", hint=hint)
+            raise UsageError(f"{grid}: the axis {idle[0]} applies to {what}.", hint=hint)
     methods = axes.get("method", (METHODS.first,)) if prunes else ()
     has = set().union(*(_get_parameters(name) for name in (*methods, *axes.get("quantize", ()))))
     if idle := sorted(set(axes) - set(AXES) - has):
         owners = ", ".join(name for name in (*METHODS, *SCHEMES) if idle[0] in _get_parameters(name))
-        raise UsageError(f"{path}: no cell has the parameter {idle[0]}.", hint=f"Of {owners} it is one.")
+        raise UsageError(f"{grid}: no cell has the parameter {idle[0]}.", hint=f"Of {owners} it is one.")
 
 
 def _drop_idle(point: Mapping[str, Any]) -> dict[str, Any]:
