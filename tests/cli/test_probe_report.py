@@ -175,7 +175,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         ("/proc",),
     ),
     "two outputs of one name": ((*REPORT, "-o", "a.md", "-o", "./a.md"), 2, ("Two reports have one name",)),
-    "a probe that was not asked": ((*REPORT, "-p", "atlas"), 1, ("was not evaluated on atlas", "facts:facts.jsonl")),
+    "a probe that was not asked": ((*REPORT, "-p", "atlas"), 2, ("was not evaluated on atlas", "facts:facts.jsonl")),
     "answers of another family": (
         ("report", "{place}/on-bert", "{place}/on-llama"),
         1,
