@@ -85,6 +85,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "a folder that holds no set": ((*PROBE, "-p", "bear", "--data", "."), 2, ("does not hold bear",)),
     "a data folder that is missing": ((*PROBE, "-p", "bear", "--data", "none"), 2, ("'none' does not exist",)),
     "a facts file that is missing": ((*PROBE, "-p", "facts:none.jsonl"), 2, ("There is no file none.jsonl",)),
+    "facts of a user that there is not": ((*PROBE, "-p", "facts:~no-such-user/x.jsonl"), 2, ("There is no file ~no-",)),
     "a template that is missing": ((*PROBE, "-p", "atlas", "--template", "9"), 2, ("template 9",)),
     "a limit of none": ((*PROBE, *FACTS, "--limit", "0"), 2, ("--limit",)),
     "a wrong column": ((*PROBE, "-p", "hf:x", "--map", "subjekt=a"), 2, ("subjekt",)),
