@@ -83,6 +83,8 @@ def test_records_are_documented_classes(name: str) -> None:
     record = getattr(compressknow, name)
     assert inspect.isclass(record)
     assert len(inspect.getdoc(record) or "") > 20
+    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    assert f"::: {record.__module__}.{name}\n" in page or (issubclass(record, Exception) and name in page)
 
 
 @pytest.mark.parametrize("module", ["compressknow", "compressknow.cli", "compressknow.pages.model_card"])

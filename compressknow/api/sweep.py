@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from compressknow.api.words import Words, build_records, verb
 from compressknow.base.errors import UnusedOptions, UsageError
@@ -42,7 +42,7 @@ def sweep(
     model: str | Path,
     output: str | Path,
     *,
-    grid: str | Path = PAPER,
+    grid: str | Path | Mapping[str, Any] = PAPER,
     probe: str | Sequence[str] | None = None,
     options: Options | None = None,
     settings: Settings | None = None,
@@ -70,7 +70,8 @@ def sweep(
     ----------
     model : a local folder or a hub id.
     output : folder of the study; one of this model and version is resumed.
-    grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant beside the paper's), or a TOML file.
+    grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant beside the paper's), a TOML file, or a dict of
+        what one holds.
     probe : names; see `compressknow.probe`. One of facts at least: a running text beside them gives perplexities.
     options, settings, words : see `compressknow.probe`.
     known : what counts as known; see `compressknow.report`. A study can be written anew by the other reading: the

@@ -39,6 +39,11 @@ def find_cache_folder() -> Path:
         ) from None
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a path with a user's home for its ``~``; as it stands where there is no such user, or no home."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 @contextlib.contextmanager
 def lock_dead(path: Path) -> Iterator[bool]:
     """Take the lock of a file whose run has ended, and remove the file in the end; False where the run lives."""

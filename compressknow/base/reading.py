@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UsageError
+from compressknow.base.files import expand_home
 from compressknow.base.packages import require
 
 MIB = 1 << 20
@@ -220,7 +221,7 @@ def load_tables(dataset: str) -> dict[str, Any]:
     `save_to_disk`), one file of rows, ``NAME`` or ``NAME:CONFIG`` on the hub. Raises UsageError where there is no such
     set, CompressknowError where the hub is not reached or the data cannot be read."""
     require("datasets", "pyarrow")
-    path = Path(dataset).expanduser()
+    path = expand_home(dataset)
     if not path.exists() and _is_path(dataset):
         raise UsageError(f"There is no folder or file {path}.", hint="hf: is followed by a path, or a name on the hub.")
     if path.exists() and not path.is_dir():

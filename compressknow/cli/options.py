@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
+from compressknow.base.files import expand_home
 from compressknow.base.reading import read_toml
 
 if TYPE_CHECKING:
@@ -476,7 +477,7 @@ def _write_as_words(value: Any, option: click.Option, file: Path) -> Any:
         raise UsageError(f"{file}: {option.name} takes one value.", hint="Write it without brackets.")
     values = [str(each) for each in (value if isinstance(value, list) else [value])]
     if isinstance(option.type, click.Path):
-        values = [str(file.parent / each) for each in values]
+        values = [str(file.parent / expand_home(each)) for each in values]
     elif option.name in _NAMING_FILES:
         values = [_find_beside(file, each) for each in values]
     return values if option.multiple else values[0]
@@ -485,7 +486,7 @@ def _write_as_words(value: Any, option: click.Option, file: Path) -> Any:
 def _find_beside(file: Path, value: str) -> str:
     """Return ``facts:mine.jsonl`` or ``notes.txt`` with its path from the file's folder, where there is such a file."""
     kind, colon, part = value.partition(":") if value.startswith(_KINDS) else ("", "", value)
-    place = file.parent / part
+    place = file.parent / expand_home(part)
     # What is not told by its kind is a file by its ending: one called atlas may lie about.
     is_there = part and place.exists() if colon else place.suffix and place.is_file()
     return f"{kind}{colon}{place}" if is_there else value

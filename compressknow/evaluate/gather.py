@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compressknow.base.errors import CompressknowError, UnusedOptions, UsageError, suggest_word
+from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
 from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, count_progress, relabel_progress, report_progress
 from compressknow.engine.identity import locate, read_contents
@@ -317,12 +317,12 @@ def _name_choices(probes: Sequence[Opened]) -> list[str]:
 
 
 def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
-    """Return the answers to these probes alone, or to all if none is named."""
+    """Return the answers to these probes alone, or to all if none is named. Raise UsageError for one that they lack."""
     if not probes:
         return answers
     probes = [probe if probe in answers.probes else normalize_name(probe) for probe in probes]
     if missing := [name for name in probes if name not in answers.probes]:
-        raise CompressknowError(
+        raise UsageError(
             f"{answers.record.model.name} was not evaluated on {missing[0]}.",
             why=f"Its answers folder holds: {', '.join(answers.probes)}.",
             hint="Leave out -p, name one of these, or probe the model again.",

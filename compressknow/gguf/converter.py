@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, NotInstalled, OutputError, UnsupportedError
-from compressknow.base.files import claim_folder, find_cache_folder, write_whole
+from compressknow.base.files import claim_folder, expand_home, find_cache_folder, write_whole
 from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import Advance, Begin, Listener, Stage, ignore_advance, report_progress
 from compressknow.compress.staging import Staging
@@ -54,7 +54,7 @@ def find_converter(
     require("sentencepiece")
     for option, folder in (("--converter", place), (VARIABLE, os.environ.get(VARIABLE))):
         if folder:
-            return _find_at(Path(folder).expanduser(), option)
+            return _find_at(expand_home(folder), option)
     if (script := find_cache_folder() / FOLDER / SCRIPT).is_file():
         return script
     if fetch:

@@ -120,7 +120,7 @@ def _collect_settings(step: Step) -> dict[str, Any]:
 
 
 def list_cells(
-    grid: str | Path,
+    grid: str | Path | Mapping[str, Any],
     opened: Callable[[], VariantMaker],
     *,
     module_map: ModuleMap | None = None,
@@ -128,7 +128,8 @@ def list_cells(
     calibration: str | None = None,
     calibration_tokens: int | None = None,
 ) -> tuple[Cell, ...]:
-    """Return the cells of ``paper``, of ``methods`` or of a TOML file; `opened` gives the model, where it is needed.
+    """Return the cells of ``paper``, of ``methods``, of a TOML file or of what one holds; `opened` gives the model,
+    where it is needed.
 
     Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `hash_text`
     does of its calibration texts.
@@ -147,7 +148,10 @@ def list_cells(
     chosen = module_map or "paper"
     if str(grid) == PAPER:
         return build_paper_grid(opened().structure(chosen), module_map=chosen, scheme=quantize or PAPER_SCHEME)
-    cells = build_methods_grid(opened(), chosen, text) if str(grid) == METHODS_GRID else read_grid(Path(grid))
+    if str(grid) == METHODS_GRID:
+        cells = build_methods_grid(opened(), chosen, text)
+    else:
+        cells = build_grid(grid, "The grid") if isinstance(grid, Mapping) else read_grid(Path(grid))
     texts = {each: hash_text(each) if each else None for each in dict.fromkeys(c.recipe.calibration for c in cells)}
     return tuple(replace(cell, text_sha256=texts[cell.recipe.calibration]) for cell in cells)
 
@@ -217,25 +221,30 @@ def fit_parameters(structure: Structure, scheme: str) -> dict[str, Any] | None:
 
 
 def read_grid(path: Path) -> tuple[Cell, ...]:
-    """Read the cells of a grid file (TOML): the product of its axes, and the cells that it names.
-
-    Raises UsageError where it cannot be read, is empty, contradicts itself or says what no recipe knows.
-    """
+    """Read the cells of a grid file (TOML), as `build_grid` makes them. Raises UsageError where it cannot be read."""
     try:
         values = read_toml(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such grid.", hint="Give paper, methods or a TOML file.") from None
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as a grid: {error}", hint=FORMAT) from None
+    return build_grid(values, str(path))
+
+
+def build_grid(values: Mapping[str, Any], name: str) -> tuple[Cell, ...]:
+    """Make the cells of a grid: the product of its axes, and the cells that it names.
+
+    Raises UsageError where it is empty, contradicts itself or says what no recipe knows.
+    """
     if unknown := sorted(set(values) - {"axes", "cells"}):
-        raise UsageError(f"{path}: unknown key {unknown[0]!r}.", hint=FORMAT)
+        raise UsageError(f"{name}: unknown key {unknown[0]!r}.", hint=FORMAT)
     axes, named = values.get("axes", {}), values.get("cells", [])
     if not isinstance(axes, dict) or not isinstance(named, list) or not all(isinstance(cell, dict) for cell in named):
-        raise UsageError(f"{path}: [axes] is a table, and [[cells]] are tables.", hint=FORMAT)
-    of_cells = (_parse_cell(cell, f"{path}, cell {i}") for i, cell in enumerate(named, 1))
-    cells = _build_cells(chain(_expand_axes(axes, f"{path}, [axes]"), of_cells))
+        raise UsageError(f"{name}: [axes] is a table, and [[cells]] are tables.", hint=FORMAT)
+    of_cells = (_parse_cell(cell, f"{name}, cell {i}") for i, cell in enumerate(named, 1))
+    cells = _build_cells(chain(_expand_axes(axes, f"{name}, [axes]"), of_cells))
     if not cells:
-        raise UsageError(f"{path} has no cell: nothing is pruned or quantized in it.", hint=FORMAT)
+        raise UsageError(f"{name} has no cell: nothing is pruned or quantized in it.", hint=FORMAT)
     return cells
 
 

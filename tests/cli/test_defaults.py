@@ -89,6 +89,17 @@ def test_a_file_of_facts_is_sought_beside_the_projects_file(project: Path, capsy
     assert f"Error: {project / 'own.toml'}" in capsys.readouterr().err
 
 
+def test_a_path_of_the_home_is_that_of_the_user(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(project / "home"))
+    (project / "home").mkdir()
+    (project / "home" / "mine.jsonl").write_text("{}\n")
+    (project / "compressknow.toml").write_text('answers = "~/kept"\nprobe = ["facts:~/mine.jsonl"]\n')
+    given, _ = called()
+    assert given["answers"] == project / "home" / "kept"
+    assert given["probe"] == (f"facts:{project / 'home' / 'mine.jsonl'}",)
+
+
 @click.command()
 @click.option("--must", multiple=True, type=read_type_of)
 @click.option("--no-facts", is_flag=True, expose_value=False)

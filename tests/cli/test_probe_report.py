@@ -85,6 +85,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "a folder that holds no set": ((*PROBE, "-p", "bear", "--data", "."), 2, ("does not hold bear",)),
     "a data folder that is missing": ((*PROBE, "-p", "bear", "--data", "none"), 2, ("'none' does not exist",)),
     "a facts file that is missing": ((*PROBE, "-p", "facts:none.jsonl"), 2, ("There is no file none.jsonl",)),
+    "facts of a user that there is not": ((*PROBE, "-p", "facts:~no-such-user/x.jsonl"), 2, ("There is no file ~no-",)),
     "a template that is missing": ((*PROBE, "-p", "atlas", "--template", "9"), 2, ("template 9",)),
     "a limit of none": ((*PROBE, *FACTS, "--limit", "0"), 2, ("--limit",)),
     "a wrong column": ((*PROBE, "-p", "hf:x", "--map", "subjekt=a"), 2, ("subjekt",)),
@@ -175,7 +176,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         ("/proc",),
     ),
     "two outputs of one name": ((*REPORT, "-o", "a.md", "-o", "./a.md"), 2, ("Two reports have one name",)),
-    "a probe that was not asked": ((*REPORT, "-p", "atlas"), 1, ("was not evaluated on atlas", "facts:facts.jsonl")),
+    "a probe that was not asked": ((*REPORT, "-p", "atlas"), 2, ("was not evaluated on atlas", "facts:facts.jsonl")),
     "answers of another family": (
         ("report", "{place}/on-bert", "{place}/on-llama"),
         1,

@@ -147,6 +147,14 @@ def test_a_grid_file_is_the_product_of_its_axes_and_the_cells_it_names(tmp_path:
     assert [cell.plain for cell in cells] == [True] * 6 + [False] * 2
 
 
+def test_a_grid_may_be_a_dict_of_what_a_file_holds(tmp_path: Path) -> None:
+    values = {"axes": {"prune": [0.2, 0.5]}, "cells": [{"name": "first", "layers": "0", "quantize": "int8"}]}
+    text = '[axes]\nprune = [0.2, 0.5]\n[[cells]]\nname = "first"\nlayers = "0"\nquantize = "int8"\n'
+    assert list_cells(values, lambda: Opened("llama")) == grid(tmp_path / "grid.toml", text)
+    with pytest.raises(UsageError, match="The grid: there is no axis 'prun'"):
+        list_cells({"axes": {"prun": [0.2]}}, lambda: Opened("llama"))
+
+
 def test_the_first_layer_is_a_layer_and_the_seed_of_a_calibrated_cell_is_its_own(tmp_path: Path) -> None:
     axes = grid(tmp_path / "axes.toml", "[axes]\nprune = [0.5]\nlayers = [0, 1, 2]")
     assert [cell.settings["layers"] for cell in axes] == ["0", "1", "2"]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base import reading
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.files import write_whole
+from compressknow.base.files import expand_home, write_whole
 from compressknow.base.progress import Advance, ignore_advance
 from compressknow.compress.steps import FORMS, HUB, Calibration, Kind
 
@@ -59,7 +59,7 @@ def _read_passages(source: str) -> Iterator[str]:
     if source.startswith(HUB):
         yield from _read_rows(source.removeprefix(HUB))
         return
-    path = Path(source).expanduser()
+    path = expand_home(source)
     with _explain_failures(path):
         if path.suffix.lower() == ".jsonl":
             for number, line in enumerate(reading.read_lines(path), start=1):
@@ -145,7 +145,7 @@ class CalibrationText:
 def check_text(calibration: Calibration) -> None:
     """Raise UsageError if the file that a text is in is not found, CompressknowError if that is no regular one."""
     if calibration.kind == "file":
-        path = Path(calibration.text).expanduser()
+        path = expand_home(calibration.text)
         with _explain_failures(path):
             reading.check_regular(path)
 
@@ -153,7 +153,7 @@ def check_text(calibration: Calibration) -> None:
 def hash_text(calibration: Calibration) -> str | None:
     """Return the SHA-256 of the file that holds a text; None where none does. Raises what `check_text` does."""
     check_text(calibration)
-    path = Path(calibration.text).expanduser()
+    path = expand_home(calibration.text)
     with _explain_failures(path):
         return reading.compute_sha256(path) if calibration.kind == "file" else None
 
@@ -239,7 +239,7 @@ def reread_texts(
 
     try:
         asked = Calibration(calibration["source"], calibration["tokens"], calibration["seed"])
-        is_on_disk = Path(asked.text.removeprefix(HUB)).expanduser().exists()
+        is_on_disk = expand_home(asked.text.removeprefix(HUB)).exists()
         if asked.kind == "self" or asked.kind != calibration["kind"] or not is_on_disk:
             return None
         names = open_checkpoint(folder).tensors

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import UsageError
-from compressknow.base.files import escape_name
+from compressknow.base.files import escape_name, expand_home
 from compressknow.base.reading import SUFFIXES, NotReadable, check_regular, compute_sha256, load_tables, parse_json
 from compressknow.evaluate.facts import (
     BLANK,
@@ -82,7 +82,7 @@ candidates as Paris|Rome|Madrid."""
         Without `relation` it is the name of the file, without `id` the relation and the number of the line. Raises
         UsageError that names file, line and key (or column, where a line is no JSON) of the first errors.
         """
-        path = Path(part).expanduser()
+        path = expand_home(part)
         if not path.exists():
             raise UsageError(
                 f"There is no file {path}.", hint="facts: is followed by the path of a file of JSON lines, or of CSV."
@@ -321,7 +321,7 @@ class Text(ProbeSource):
 
     def open(self, name: str, part: str, options: Options) -> RunningText:
         """Open the text of a file. Raise UsageError where there is none, where it is empty, or no text in UTF-8."""
-        path = Path(part).expanduser()
+        path = expand_home(part)
         hint = "text: is followed by the path of a text in UTF-8."
         try:
             check_regular(path)
