@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,7 +29,7 @@ from compressknow.pages.as_json import dump_perplexity
 from compressknow.pages.texts import write_measured
 
 if TYPE_CHECKING:
-    from compressknow.evaluate.answers import Answers
+    from compressknow.evaluate.answers import Answer, Answers
     from compressknow.evaluate.records import Chunk, ProbeEntry
 
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
@@ -93,6 +94,9 @@ def _build_page(answers: Answers, output: Path) -> Iterator[str]:
             f"{pad(name, 32)}{count(len(facts)):>10}{count(right):>10}{write_percent(right, len(facts)):>10}"
             f"{share(entry.chance):>9}{count(sum(entry.dropped.values())):>9}"
         )
+        if entry.average == "macro":
+            of_relations = _group_correct(facts, "relation").values()
+            yield f"  {share(fmean(map(fmean, of_relations)))} in the mean over relations, its headline figure"
         if grades := Counter(answer.grade for answer in facts if answer.grade):
             yield f"  {describe_grades({grade: grades[grade] for grade in GRADES})}"
         for reason, number in entry.dropped.items():
@@ -114,14 +118,19 @@ def _describe_text(name: str, chunks: Sequence[Chunk], entry: ProbeEntry) -> str
 
 
 def _list_domains(answers: Answers) -> Iterator[str]:
-    subjects: dict[str, list[bool]] = {}
-    for answer in answers.answers:
-        subjects.setdefault(answer.subject, []).append(answer.correct)
+    subjects = _group_correct(answers.answers, "subject")
     if len(subjects) > 1:
         yield ""
         for subject, correct in sorted(subjects.items()):
             right = write_percent(sum(correct), len(correct))
             yield f"{pad(subject, 32)}{count(len(correct)):>10}{count(sum(correct)):>10}{right:>10}"
+
+
+def _group_correct(answers: Iterable[Answer], label: str) -> dict[str, list[bool]]:
+    groups: dict[str, list[bool]] = {}
+    for answer in answers:
+        groups.setdefault(getattr(answer, label), []).append(answer.correct)
+    return groups
 
 
 def _score(answers: Answers, name: str) -> dict[str, Any]:

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.errors import UsageError
+from compressknow.cli import main
+from compressknow.evaluate.answers import read_answers
 from tests.evaluate.layouts import DATA, lama_folder, read_lama, real_data, write_jsonl
+
+MINILM = DATA.parent / "models" / "minilm-facts"
 
 
 @pytest.fixture
@@ -184,3 +188,17 @@ def test_real_squad_loses_its_three_sentences_of_two_blanks(protocol: str) -> No
 def test_real_trex_by_the_paper() -> None:
     probe = read_lama(DATA / "lama", "trex", "paper")
     assert (len(probe.facts), probe.dropped) == (30_298, {"same sentence": 2_123})
+
+
+@real_data
+@pytest.mark.skipif(not MINILM.is_dir(), reason="the folder of shared models is not here")
+def test_probe_prints_the_mean_over_relations_beside_the_share_of_all_facts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-p", "lama:google-re", "--data", str(DATA), "--limit", "60", "--no-noise-floor"]
+    assert main(["probe", str(MINILM), *words, "-o", str(tmp_path / "out")]) == 0
+    relations: dict[str, list[bool]] = {}
+    for answer in read_answers(tmp_path / "out").answers:
+        relations.setdefault(answer.relation, []).append(answer.correct)
+    mean = sum(sum(right) / len(right) for right in relations.values()) / 3
+    assert f"{100 * mean:.1f} % in the mean over relations" in capsys.readouterr().out
