@@ -91,7 +91,7 @@ def inspect_checkpoint(
             heads = {weight.parameter for weight in structure.linears if weight.group == "final"}
             tied = {name: source for name, source in structure.tied.items() if name not in heads}
             structure = replace(structure, tied=tied)
-        return summarize(structure, checkpoint.name, {})
+        return summarize(structure, checkpoint.name, None)
     dtypes, ties = _find_stored_dtypes(checkpoint, tree, structure)
     summary = summarize(replace(structure, tied=ties), checkpoint.name, dtypes)
     grid = find_grid(checkpoint.tensors.values())
@@ -99,9 +99,9 @@ def inspect_checkpoint(
     return Inspection({**summary, "missing": missing, **({"grid": grid} if grid else {})})
 
 
-def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str]) -> Inspection:
+def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str] | None) -> Inspection:
     """Return the record behind `inspect` and its `--json`; `stored_dtypes` are those of the weight files (``F32``), by
-    the names of the module tree.
+    the names of the module tree, None without weights.
 
     Counts are elements: `stored` counts a tensor once, `used` once a use in one forward pass (ALBERT's shared layer). A
     final layer tied to the embedding counts in `final`, and once in `parameters`.
@@ -116,7 +116,7 @@ def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str
             "architecture": structure.architecture,
             "model_type": structure.model_type,
             "module_map": structure.module_map,
-            "groups": {group: _group(weights, structure, stored_dtypes) for group, weights in groups.items()},
+            "groups": {group: _group(weights, structure, stored_dtypes or {}) for group, weights in groups.items()},
             "scopes": count_scope_parameters(structure),
             "parameters": {"stored": structure.stored, "used": structure.stored + shared},
             "tied": sorted([name, source] for name, source in structure.tied.items()),
