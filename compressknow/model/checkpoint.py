@@ -132,8 +132,15 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
             what = f"{folder / file} lacks {missing[0]}, which the index says it holds."
             raise CheckpointError(what, hint=DOWNLOAD_AGAIN)
         tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
-    name = str(model) if commit else escape_name(folder.resolve().name)
+    name = str(model) if commit else _name_folder(folder.resolve())
     return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
+
+
+def _name_folder(folder: Path) -> str:
+    """Return what a local model is called; a snapshot in the Hub's cache, whose folder is a commit, by its hub id."""
+    repository = folder.parent.parent.name
+    is_cached = folder.parent.name == "snapshots" and repository.startswith("models--")
+    return escape_name(repository.removeprefix("models--").replace("--", "/") if is_cached else folder.name)
 
 
 def _check_no_other_form(model: str | Path, folder: Path) -> None:

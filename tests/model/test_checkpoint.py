@@ -365,6 +365,8 @@ def test_snapshot_folder_of_links_opens_like_any_other(cache: Path, tmp_path: Pa
     folder = cache / "models--org--tiny-llama" / "snapshots" / COMMIT
     assert (folder / "config.json").is_symlink()
     checkpoint = open_checkpoint(folder)
+    # By its id, not by the commit that its folder is called.
+    assert (checkpoint.name, checkpoint.revision) == ("org/tiny-llama", None)
     assert len(checkpoint.shards) > 2
     expected = open_checkpoint(save_tiny("llama", tmp_path / "llama"))
     assert_same(values(checkpoint.tensors), values(expected.tensors))
