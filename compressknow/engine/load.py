@@ -187,7 +187,8 @@ def _check_gguf(path: Path) -> None:
 
 
 def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    # Code that is trusted may lie in another repository of the Hub.
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
     if path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, **options}
     return {"pretrained_model_name_or_path": path, **options}
