@@ -17,7 +17,7 @@ from compressknow.base.files import escape_name
 from compressknow.base.packages import GGUF_TRANSFORMERS, can_read_gguf
 from compressknow.base.progress import silence_libraries, translate_panics
 from compressknow.base.reading import NotReadable
-from compressknow.model.checkpoint import list_some
+from compressknow.model.checkpoint import list_some, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,12 @@ def load(
     with silence_libraries(), _translate_errors(path):
         from transformers import AutoConfig, GgufConfig
 
+        from compressknow.model.meta import needs_own_code
+
+        if trust_remote_code and path.is_dir():
+            # As the module tree is built: by what transformers has, where it has the class.
+            raw = read_json(path / "config.json")
+            trust_remote_code = needs_own_code(raw, str((raw.get("architectures") or [None])[0]))
         source = _find_source(path, trust_remote_code)
         config = AutoConfig.from_pretrained(**source)
         named, model_class = _find_class(config, trust_remote_code, language_model)
@@ -169,7 +175,8 @@ def _find_checkpoint(folder: str | Path) -> Path:
 def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     """Return where `from_pretrained` finds a checkpoint. Raises CheckpointError where transformers would take for ever
     over a GGUF file, or read other weights of it."""
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    # Code that is trusted may lie in another repository of the Hub.
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
     if path.suffix != ".gguf":
         return {"pretrained_model_name_or_path": path, **options}
     from compressknow.model.gguf_file import check_gguf

@@ -123,7 +123,8 @@ def _build_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> P
             hint="A newer transformers may, or the checkpoint brings its own code: --trust-remote-code.",
         )
     with _explain_failures(f"{path} is no valid config of a {model_type} model."):
-        return AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=trust_remote_code)
+        # Its code may lie in another repository of the Hub.
+        return AutoConfig.from_pretrained(path.parent, local_files_only=not remote, trust_remote_code=trust_remote_code)
 
 
 def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

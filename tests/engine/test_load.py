@@ -124,6 +124,13 @@ def test_unknown_architecture_falls_back_to_the_model_type(tmp_path: Path) -> No
     assert type(load(tmp_path, language_model=True)).__name__ == "BertForMaskedLM"
 
 
+def test_the_own_code_of_a_class_that_transformers_has_is_not_run(tmp_path: Path) -> None:
+    model = saved("bert", tmp_path)
+    edit_config(tmp_path, auto_map={"AutoConfig": "own.BertConfig", "AutoModelForMaskedLM": "own.BertForMaskedLM"})
+    (tmp_path / "own.py").write_text("1 / 0")
+    assert torch.equal(logits(load(tmp_path, trust_remote_code=True)), logits(model))
+
+
 def test_dtype_of_the_float_weights_can_be_chosen(tmp_path: Path) -> None:
     saved("llama", tmp_path)
     assert load(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16

@@ -69,3 +69,14 @@ def test_inspect_downloads_a_models_own_code_and_no_weights(
     hub.repositories[NAME] = {name: text.encode() for name, text in files.items()}
     assert compressknow.inspect(NAME, trust_remote_code=True).architecture == "TinyModel"
     assert {path.name for path in cache.iterdir()} == {"config.json", "tiny.py"}
+
+
+def test_trusted_code_is_downloaded_from_the_repository_that_a_model_names(
+    hub: Hub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    auto_map = {name: f"org/code--{reference}" for name, reference in REMOTE["auto_map"].items()}
+    hub.repositories[NAME] = {"config.json": json.dumps(REMOTE | {"auto_map": auto_map}).encode()}
+    hub.repositories["org/code"] = {"tiny.py": REMOTE_CODE.encode()}
+    assert compressknow.inspect(NAME, trust_remote_code=True).architecture == "TinyModel"
