@@ -128,6 +128,8 @@ def _import_libraries(path: Path) -> None:
     """Import what loading a model imports on its way: it is not the model that takes this memory."""
     import transformers
 
+    import compressknow.evaluate.scoring.llama_cpp  # noqa: F401
+
     names = ["AutoTokenizer", "AutoModelForCausalLM"]
     if (path / "config.json").is_file():
         config = read_json(path / "config.json")

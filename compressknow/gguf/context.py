@@ -197,10 +197,7 @@ _TEXTS = (
 
 
 def complete_prompt(model: GgufModel, prompt: str) -> str:
-    """Return what llama.cpp writes after a prompt, the likeliest token each time; it may end early.
-
-    Raises CompressknowError where it computes no numbers, or fails.
-    """
+    """Return what llama.cpp writes after a prompt, greedily. Raises CompressknowError where it computes no numbers."""
     tokenizer = GgufTokenizer(model)
     read: list[int] = tokenizer(prompt)["input_ids"] or [0]
     written: list[int] = []

@@ -38,7 +38,7 @@ _KNOWN = "architectures.txt"
 _TOWERS = "MMPROJ"
 _LISTED = re.compile(r"\s-\s(\w[\w.]*)\s*$")
 _UNKNOWN = re.compile(r"NotImplementedError|not recognized|not supported")
-_LACKING = re.compile(r"^KeyError: '(\w+)'", re.MULTILINE)
+_LACKING = re.compile(r"KeyError: '(\w+)'")
 _NEWER = "A newer one may know it: clone llama.cpp, and pass --converter with its folder."
 
 
@@ -174,9 +174,8 @@ def convert(
     named = ("--model-name", name) if name else ()
     with begin("export") as advance:
         code = _run(converter, folder, "--outfile", output, "--outtype", float_type, *named, log=log, look=look)
-    said = read_tail(log)
-    hint = _NEWER if _UNKNOWN.search(said) else None
-    if lacking := _LACKING.search(said):
+    hint = _NEWER if _UNKNOWN.search(read_tail(log)) else None
+    if lacking := _LACKING.fullmatch(read_reason(log, code)):
         hint = f"If config.json has no {lacking[1]}, add it: newer versions of transformers leave out what others read."
     check_exit("llama.cpp's converter failed", log, code, hint)
 

@@ -18,6 +18,7 @@ from compressknow.engine.layers import BatchInvariantLinear
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.speed import _measure_tokens, measure
+from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.knowing import facts_file, knowing
 from tests.long import long
 
@@ -55,6 +56,13 @@ def test_a_report_tells_the_speed_and_the_memory_of_both(place: Path, tmp_path: 
     page = (tmp_path / "report.html").read_text()
     assert "Facts a second" in page
     assert "Tokens a second" in page
+
+
+@needs_gguf
+def test_libraries_are_no_memory_of_a_gguf_file(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp_py_sync")
+    file = write_gguf(place / "llama", tmp_path / "llama.gguf")
+    assert 0 < int(measure(locate(file), Settings(device="cpu")).peak_bytes or 0) < 100_000_000
 
 
 def test_tokens_are_written_without_what_makes_answers_steady(place: Path) -> None:
