@@ -26,7 +26,7 @@ from compressknow.cli.options import (
     strict_option,
 )
 from compressknow.cli.terminal import Lines, pad, show, show_json, show_written, wrap, wrap_whole
-from compressknow.pages.records import Card, Comparison, write_estimate
+from compressknow.pages.records import Card, Comparison, label_models, write_estimate
 from compressknow.pages.texts import summarize_text
 
 
@@ -195,9 +195,11 @@ def _list_models(card: Card) -> Iterator[str]:
     yield MODELS.rstrip()
     yield "-" * len(MODELS)
     standings = card.decision.standings if card.decision else ()
-    for place, comparison in enumerate(card.comparisons):
+    for place, (comparison, label) in enumerate(zip(card.comparisons, label_models(card.comparisons), strict=True)):
         model = comparison.model
         name = f"{model.name} ({model.setup})" if model.setup else model.name
+        # What is said above has numbers where nothing else tells models apart.
+        name = f"{number}{name}" if label.startswith(number := f"{place + 1}. ") else name
         mark = "*" if standings and standings[place].beaten_by is None else ""
         kept = write_estimate(comparison.kept)
         yield f"{pad(name, 40)}{write_size(model.bytes):>10}  {kept:<27}{mark}".rstrip()

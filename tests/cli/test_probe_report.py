@@ -382,6 +382,14 @@ def test_the_report_is_printed_within_80_columns(run: Run, compressed: list[str]
     assert ended.err == ""
 
 
+def test_models_of_one_name_and_setup_have_their_numbers_in_the_table_too(run: Run) -> None:
+    ended = run("report", "{place}/on-llama", "{place}/on-llama-8", "{place}/on-llama-8", "{place}/on-llama-5")
+    names = re.findall(r"^(\S.*?)  +\d[\d.]* kB ", ended.out, re.MULTILINE)
+    assert [name[:2] for name in names[:2]] == ["1.", "2."]
+    assert names[0][2:] == names[1][2:]
+    assert not names[2].startswith("3.")
+
+
 @pytest.mark.parametrize("card", [card_of_one(), card_of_several((20,))], ids=["one", "several"])
 def test_what_was_timed_is_printed_within_80_columns(card: Card) -> None:
     lines = list(report_page(card))
