@@ -160,8 +160,8 @@ def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
     if counts.kept is None:
         none = "did not know the 1 fact" if counts.n == 1 else f"knew none of {count(counts.n)} facts"
         return f"{label}, where the original {none}{of}"
-    # More digits than elsewhere: 94.99 % must not read as the 95 % that it misses.
-    return f"{label} keeps {count(counts.both)} of {count(counts.known_before)}{of} ({100 * counts.kept:.6g} %)"
+    kept = share_beside(counts.kept, [gate.least])
+    return f"{label} keeps {count(counts.both)} of {count(counts.known_before)}{of} ({kept})"
 
 
 def render_junit(card: Card) -> str:
