@@ -147,8 +147,8 @@ def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
     of = f" of {gate.of}" if gate.of else ""
     if counts.kept is None:
         return f"{label}, where the original knew none of {count_facts(counts.n)}{of}"
-    # More digits than elsewhere: 94.99 % must not read as the 95 % that it misses.
-    return f"{label} keeps {count(counts.both)} of {count(counts.known_before)}{of} ({100 * counts.kept:.6g} %)"
+    kept = share_beside(counts.kept, [gate.least])
+    return f"{label} keeps {count(counts.both)} of {count(counts.known_before)}{of} ({kept})"
 
 
 def render_junit(card: Card) -> str:
