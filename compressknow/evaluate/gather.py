@@ -184,18 +184,20 @@ def check_none_evaluated(stored: Sequence[Answers], evaluation: Evaluation) -> N
             names=idle,
         )
     check_taken([name for answers in stored for name in answers.probes], evaluation.options)
-    entries = [entry for answers in stored for entry in answers.record.probes.values() if not entry.text]
+    entries = [entry for answers in stored for entry in answers.record.probes.values()]
     chosen = {name: getattr(evaluation.options, name) for name in evaluation.options.list_changed()}
     if idle := [name for name, value in chosen.items() if any(_chose_other(entry, name, value) for entry in entries)]:
         raise UnusedOptions(
-            f"--{idle[0]} {chosen[idle[0]]} chooses facts to evaluate, and these answers folders have others.",
+            f"--{idle[0]} {chosen[idle[0]]} decides what is evaluated, and these answers folders hold something else.",
             hint="Leave it out to compare all of them, or give a model in place of a folder.",
             names=idle,
         )
 
 
 def _chose_other(entry: ProbeEntry, name: str, value: Any) -> bool:
-    """Return whether other facts or wordings were evaluated than an option would choose, as far as the entry tells."""
+    """Return whether another choice was made of facts, wordings or chunks than an option makes, as far as one tells."""
+    if entry.text:
+        return name == "context" and entry.text.get("context") != value
     if name == "limit":
         return bool(entry.limit != value and entry.asked > value)
     seed = None if entry.limit is None else entry.seed

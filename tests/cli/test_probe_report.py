@@ -114,8 +114,16 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         2,
         ("No probe here takes --data.", "--data is for lama, bear, lm-eval."),
     ),
-    "a sample of answers": ((*REPORT, "--limit", "9"), 2, ("--limit 9 chooses facts to evaluate", "have others")),
-    "wordings of answers": ((*REPORT, "--templates", "2"), 2, ("--templates 2 chooses facts", "have others")),
+    "a sample of answers": (
+        (*REPORT, "--limit", "9"),
+        2,
+        ("--limit 9 decides what is evaluated", "hold something else"),
+    ),
+    "wordings of answers": (
+        (*REPORT, "--templates", "2"),
+        2,
+        ("--templates 2 decides what is evaluated", "hold something else"),
+    ),
     "a wording of answers that have none": ((*REPORT, "--template", "2"), 2, ("No probe here takes --template.",)),
     "the speed of answers, early": (
         (*REPORT, "--time", "--early", "--fail-under", "0.9"),

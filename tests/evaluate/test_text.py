@@ -230,6 +230,8 @@ def test_answers_of_two_runs_have_all_but_the_divergence(place: Path, tmp_path: 
     text = place / "facts.txt"
     for name in ("llama", "pruned"):
         chunks(place / name, tmp_path / name, text)
+    with pytest.raises(UsageError, match="`context=32` decides what is evaluated"):
+        compressknow.report(tmp_path / "llama", tmp_path / "pruned", options=Options(context=32))
     (figures,) = compressknow.report(tmp_path / "llama", tmp_path / "pruned").comparisons[0].texts
     assert figures.divergence == ALONE
     assert figures.moved is not None
