@@ -30,8 +30,8 @@ from scipy.stats import bootstrap, norm, t, ttest_1samp, wilcoxon
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from compressknow.base.format import SIGNIFICANT
 from compressknow.comparison.intervals import (
-    SIGNIFICANT,
     estimate_difference,
     estimate_difference_by_cluster,
     estimate_proportion,

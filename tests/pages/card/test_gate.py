@@ -76,7 +76,7 @@ class TestGate:
 
     def test_where_more_facts_would_not_tell_neither_page_nor_error_asks_for_them(self) -> None:
         original, compressed = run(sides(95, 5))
-        card = make_card(original, [compressed], gates=parse_gates(0.95), strict=True)
+        card = make_card(original, [compressed], gates=parse_gates(0.95, strict=True))
         assert "no number of facts of these probes would soon tell" in card.comparisons[0].next
         with pytest.raises(GateUndecided, match="More of these facts would not soon tell: choose other probes"):
             hold_to_gates(card, card)
