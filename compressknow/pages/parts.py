@@ -307,7 +307,6 @@ class Shown:
     title: str
     parts: tuple[Part, ...]
     look: str = ""  # a class of the style sheet
-    in_text: bool = True  # Markdown has it too
 
 
 @dataclass(frozen=True, slots=True)

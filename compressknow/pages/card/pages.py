@@ -142,7 +142,6 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> parts.Page:
     ]
     seeds = sorted({probe.seed for comparison in card.comparisons for probe in comparison.probes})
     run = parts.show_run(card.command, card.versions, [parts.Entry("Seed", ", ".join(map(str, seeds)) or NONE)])
-    how = parts.Shown("how", "How it was made", run, in_text=False)
     all_models = (card.original, *(comparison.model for comparison in card.comparisons))
     hashes = parts.Entries(
         tuple(parts.Entry(clean(each.name, 60), clean(each.sha256, 80), code=True) for each in all_models)
@@ -154,17 +153,16 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> parts.Page:
     if len(models) == 1:
         (page,) = models
         others = f"→ {clean(card.comparisons[0].model.name, 80)}"
-        page = replace(page, front=((*page.front[0], how), page.front[1]), sections=(*page.sections, *about))
+        page = replace(page, sections=(*page.sections, *about))
     else:
         others = f"and {len(models)} compressed models"
         sections = (
             parts.Shown("overview", "Overview", tuple(_show_overview(card, names, charts=charts)), look="wide"),
             parts.Shown("from", "Where they came from", (parts.Entries(parts.list_identity(card.original)),)),
-            how,
             parts.Shown("models", "Each compressed model", tuple(models)),
             *about,
         )
-        page = parts.Page(_write_joint_headline(card.comparisons), sections, unlisted=3)
+        page = parts.Page(_write_joint_headline(card.comparisons), sections, unlisted=2)
     decision = (clean(card.decision.reason, 1000),) if card.decision else ()
     return replace(
         page,
