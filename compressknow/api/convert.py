@@ -116,8 +116,7 @@ def convert(
 
         check_text(chosen.calibration)
     from compressknow.compress.convert import carry_out, make_text, prepare
-    from compressknow.compress.manifest import Manifest
-    from compressknow.compress.manifest import predict_manifest as preview
+    from compressknow.compress.manifest import Manifest, predict_manifest
     from compressknow.compress.output import NewFolder, list_files
 
     on_stage, wanted = resolve_progress(on_progress), chosen.calibration
@@ -127,7 +126,7 @@ def convert(
             from compressknow.compress.calibrate.smooth import check_smoothable
 
             check_smoothable(plan)
-            return Manifest({**preview(plan), "planned_files": list_files(plan)})
+            return Manifest({**predict_manifest(plan), "planned_files": list_files(plan)})
         new_folder = partial(NewFolder, output, plan.checkpoint, overwrite=overwrite, render_card=make_model_card)
         if not wanted:
             return carry_out(plan, new_folder(), threads=threads, begin=lambda _: nullcontext(advance))
