@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import compressknow
@@ -65,6 +68,14 @@ def test_the_defaults_that_a_signature_shows_are_those_of_the_records() -> None:
 def test_an_unknown_word_is_told_what_was_meant() -> None:
     with pytest.raises(TypeError, match=r"report\(\) got an unexpected keyword argument 'limt'. Did you mean limit\?"):
         report("a", "b", limt=3)  # type: ignore[call-arg]
+
+
+def test_a_number_of_numpy_is_taken_and_a_text_in_the_place_of_a_number_refused_before_any_work(tmp_path: Path) -> None:
+    assert json.dumps(asdict(compressknow.Options(seed=np.int64(3)))["seed"]) == "3"  # type: ignore[arg-type]
+    for word, value in (("seed", "x"), ("limit", "3"), ("templates", 2.5)):
+        with pytest.raises(UsageError, match=f"^`{word}` must be a whole number: {value!r}"):
+            compressknow.probe("a", tmp_path / "answers", **{word: value})
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_names_the_parameter_in_python_and_the_option_at_the_terminal(

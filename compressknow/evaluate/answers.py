@@ -247,7 +247,14 @@ def read_record(folder: Path) -> Record:
             f"{folder / RECORD} was edited: its sha256 does not match its contents.",
             hint="Put the file back as it was, or probe the model again, into another folder.",
         )
-    return Record.from_dict({key: value for key, value in record.items() if key != SEAL})
+    try:
+        return Record.from_dict({key: value for key, value in record.items() if key != SEAL})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedAnswers(
+            f"{folder / RECORD} is damaged.",
+            why=f"{type(error).__name__}: {error}",
+            hint="Probe the model again, into another folder.",
+        ) from error
 
 
 def is_answers_folder(folder: Path) -> bool:

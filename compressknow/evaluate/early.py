@@ -22,7 +22,7 @@ from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.grades import apply_reading
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import find_answers, make_facts_entry, probe_model
-from compressknow.evaluate.sources import Opened
+from compressknow.evaluate.sources import Opened, Options
 
 T = TypeVar("T")
 # Of the facts drawn so far, in their order: whether the original knows each, and the compressed model; and how many
@@ -51,7 +51,9 @@ def gather_early(
     models = (original, compressed)
     stored = [gather.read_if_stored(model) for model in models]
     if all(stored):
-        gather.check_none_evaluated([answers for answers in stored if answers], evaluation)
+        # The seed is of more than the sample: facts are looked at in its order.
+        unseeded = replace(evaluation, options=replace(evaluation.options, seed=Options.seed))
+        gather.check_none_evaluated([answers for answers in stored if answers], unseeded)
     probes = _select_facts(gather.open_matching(next(filter(None, stored), None), evaluation))
     first, second = map(_Side, gather.open_models(models, revision, stored, evaluation, probes))
     first.read_stored(evaluation.keep_in, probes, None)

@@ -227,7 +227,7 @@ def is_on_server(model: ModelRecord) -> bool:
 
 @dataclass(frozen=True)
 class Record(_Part):
-    """Content of ``probe.json``; `answers_sha256` is the hash of the table, which old versions did not write."""
+    """Content of ``probe.json``; `answers_sha256` is the hash of the table, None while that is written anew."""
 
     always: ClassVar[frozenset[str]] = frozenset({"probes", "versions"})
 
@@ -337,7 +337,7 @@ def read_texts(folder: Path, record: Record) -> dict[str, tuple[Chunk, ...]]:
     texts = {}
     for probe, text in ((probe, entry.text) for probe, entry in record.probes.items() if entry.text):
         path = folder / name_text_file(probe)
-        if not path.is_file() or compute_sha256(path) != text["sha256"]:
+        if not path.is_file() or compute_sha256(path) != text.get("sha256"):
             raise DamagedAnswers(
                 f"{path} does not match probe.json: it is missing, or its hash differs.",
                 hint="Probe the model again, into another folder.",

@@ -197,6 +197,22 @@ def test_a_damaged_record_is_one_error(content: str, tmp_path: Path) -> None:
         read_record(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"model": None},
+        {"model": {}},
+        {"probes": [1]},
+        {"probes": {"atlas": {}}},
+        {"probes": {"atlas": ENTRY | {"noise_floor": {"n": 1}}}},
+    ],
+)
+def test_a_damaged_record_without_a_seal_is_one_error(damage: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text(json.dumps(RECORD_OF | damage), encoding="utf-8")
+    with pytest.raises(CompressknowError, match=r"probe\.json is damaged"):
+        read_record(tmp_path)
+
+
 def test_a_record_of_another_version_says_which(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text(json.dumps(RECORD_OF | {"schema": 2}))
     with pytest.raises(CompressknowError, match="schema 2, this version reads 1"):

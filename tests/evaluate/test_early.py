@@ -156,6 +156,18 @@ def test_answers_folders_in_place_of_models(place: Path, tmp_path: Path, loads: 
     assert loads == []
 
 
+def test_the_seed_orders_the_facts_of_stored_samples_too(place: Path, tmp_path: Path) -> None:
+    models = [tmp_path / name for name in ("llama", "llama-6")]
+    for model in models:
+        compressknow.probe(place / model.name, model, f"facts:{place / 'facts.jsonl'}", limit=40)
+    first, second = (
+        gather_early(*models, evaluation(place, tmp_path / "early", seed=seed), lambda *_: "enough")[0]
+        for seed in (0, 5)
+    )
+    assert len(first.answers) == len(second.answers)
+    assert {answer.fact_id for answer in first.answers} != {answer.fact_id for answer in second.answers}
+
+
 def test_the_time_of_stored_answers_counts_once(place: Path, tmp_path: Path) -> None:
     probe = f"facts:{place / 'facts.jsonl'}"
     for name in ("llama", "llama-6"):

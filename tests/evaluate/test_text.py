@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -277,6 +278,15 @@ def test_a_damaged_file_of_tokens_is_told(place: Path, tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(CompressknowError, match="it is missing, or its hash differs"):
         read_answers(tmp_path / "answers")
+
+
+def test_a_record_of_before_the_seal_that_holds_no_hash_of_a_text_is_refused(place: Path, tmp_path: Path) -> None:
+    chunks(place / "llama", tmp_path, place / "facts.txt")
+    record = json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))
+    del record["sha256"], record["probes"]["text:facts.txt"]["text"]["sha256"]
+    (tmp_path / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(CompressknowError, match="it is missing, or its hash differs"):
+        read_answers(tmp_path)
 
 
 def test_texts_stand_beside_facts(place: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,15 @@ class Options:
     columns: Mapping[str, str] = field(default_factory=dict)
     split: str | None = None
     tasks: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("template", "templates", "limit", "seed", "context"):
+            value = getattr(self, name)
+            try:
+                # Of numpy's, which JSON does not take, Python's own.
+                object.__setattr__(self, name, None if value is None else operator.index(value))
+            except TypeError:
+                raise UsageError(f"--{name} must be a whole number: {value!r}.") from None
 
     def list_changed(self) -> list[str]:
         """Return the names of the options that are not at their defaults."""

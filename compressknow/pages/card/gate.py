@@ -110,7 +110,9 @@ def hold_to_gates(result: object, card: Card) -> None:
             else "Choose facts that the original knows (-p PROBE).",
         )
     elif unsure := [(label, c, gate) for label, c, gate, met in judged if met is None]:
-        shares = (f"{label} keeps {_write_kept(c, gate)}" for label, c, gate in unsure)
+        shares = (
+            f"{f'of {gate.of}, ' if gate.of else ''}{label} keeps {_write_kept(c, gate)}" for label, c, gate in unsure
+        )
         unmet = GateUndecided(
             f"It cannot be told yet whether {describe_share(gate for *_, gate in unsure)} is kept: "
             f"{'; '.join(shares)}.",

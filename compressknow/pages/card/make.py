@@ -259,7 +259,7 @@ def _describe_probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[
     template = f" Template: {clean(template, 200)}." if template else ""
     average = "the mean over relations" if figures.average == "macro" else "the share of all facts"
     return (
-        f"{name}: {how}; {count(figures.facts_read)} facts read{dropped}, {count(figures.counts.n)} "
+        f"{name}: {how}; {verdict.count_facts(figures.facts_read)} read{dropped}, {count(figures.counts.n)} "
         f"evaluated{limited}{wordings}; its headline accuracy is {average}.{template}"
     )
 

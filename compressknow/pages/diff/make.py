@@ -18,6 +18,7 @@ from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordin
 from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.card import warnings
 from compressknow.pages.card.make import make_card
+from compressknow.pages.card.verdict import count_facts
 from compressknow.pages.records import Card, Gate
 from compressknow.pages.texts import list_text_warnings, write_sentence
 
@@ -194,7 +195,7 @@ def _count_tensors(number_of: int) -> str:
 def _describe_facts(names: tuple[str, str], there: Counts, back: Counts) -> str:
     a, b = names
     if not there.known_before and not back.known_before:
-        return f"Neither model knows any of the {count(there.n)} facts."
+        return f"Neither model knows any of the {count_facts(there.n)}."
     return f"{b} knows {_count_kept(there)} that {a} knows, and {a} knows {_count_kept(back)} that {b} knows."
 
 
@@ -202,7 +203,7 @@ def _count_kept(counts: Counts) -> str:
     known = counts.known_before
     if not known:
         return "none of the 0 facts"
-    return f"{count(counts.both)} of the {count(known)} facts ({write_percent(counts.both, known)})"
+    return f"{count(counts.both)} of the {count_facts(known)} ({write_percent(counts.both, known)})"
 
 
 def make_behaviour(

@@ -19,7 +19,7 @@ from compressknow.comparison.intervals import run_mcnemar
 from compressknow.compress.steps import PAPER_SCOPES
 from compressknow.pages import parts
 from compressknow.pages.as_json import dump_interval, dump_kept, dump_model
-from compressknow.pages.card.verdict import join_words
+from compressknow.pages.card.verdict import count_facts, join_words
 from compressknow.pages.card.warnings import warn_of_facts_in_text, warn_of_grades, warn_of_known
 from compressknow.pages.pages import read_source, render_html, render_markdown, write_files
 from compressknow.pages.records import write_estimate
@@ -268,7 +268,7 @@ def _describe_run(study: Study) -> tuple[parts.Entry, ...]:
     probes = []
     for probe in study.probes:
         each = f", each in {count(probe.templates)} wordings" if probe.templates > 1 else ""
-        probes.append(f"{clean(probe.name, 60)} ({count(probe.n)} facts{each})")
+        probes.append(f"{clean(probe.name, 60)} ({count_facts(probe.n)}{each})")
     return (
         parts.Entry("Probes", ", ".join(probes) or NONE),
         parts.Entry("Cells", f"{count(len(study.cells))} made, {count(len(study.failed))} failed{refused}"),

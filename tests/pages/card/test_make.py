@@ -82,6 +82,10 @@ class TestVerdict:
     def test_one_fact(self) -> None:
         assert card_of(1).verdict.startswith("Keeps 1 of 1 fact that tiny-bert knew (100 %")
         assert card_of(0, 0, 0, 1).verdict == "tiny-bert knew none of 1 fact, so there is nothing to keep."
+        probes = {"atlas": entry(facts=1, asked=1)}
+        before, after = sides(1)
+        card = make_card(answers(before, probes=probes), [answers(after, model(sha256="b" * 64), probes)])
+        assert "; 1 fact read, " in " ".join(card.method)
 
     def test_several_models_are_judged_by_the_best_and_the_worst(self) -> None:
         original, good = run(sides(95, 5))

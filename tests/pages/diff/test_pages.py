@@ -221,6 +221,8 @@ def test_verdicts() -> None:
         "(0.1232); 1 tensor only in B, 1 tensor packed in a form that cannot be compared."
     )
     assert write_verdict(names, False, None, None) == "The weights of one and two could not be compared."
+    one_fact = make_behaviour(*[run(sides(1))] * 2, show_facts=False)
+    assert write_verdict(names, False, None, one_fact).startswith("two knows 1 of the 1 fact (100 %) that one knows")
 
 
 def test_a_smoothed_side_is_told_where_the_other_is_not() -> None:

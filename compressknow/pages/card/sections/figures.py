@@ -24,6 +24,7 @@ from compressknow.evaluate.records import NoiseFloor
 from compressknow.model.manifest import describe_calibration, describe_removed
 from compressknow.pages.card.pages import name_deployment
 from compressknow.pages.card.sections import Context, Section
+from compressknow.pages.card.verdict import count_facts
 from compressknow.pages.parts import Folded, Note, Part, Remarks, Table, make_groups_table
 from compressknow.pages.records import write_estimate, write_part
 
@@ -128,7 +129,7 @@ def _write_suppressed(probe: ProbeFigures) -> str:
 
 
 def _write_changes(floor: NoiseFloor | None) -> str:
-    return f"{write_percent(floor.changed, floor.n)} of {count(floor.n)} facts" if floor and floor.n else NONE
+    return f"{write_percent(floor.changed, floor.n)} of {count_facts(floor.n)}" if floor and floor.n else NONE
 
 
 def _write_flips(floor: NoiseFloor | None) -> str:
@@ -301,7 +302,7 @@ class Layers(Section):
         if facts := model.in_calibration:
             stand = "stands" if facts.found == 1 else "stand"
             told.append(
-                f"{count(facts.found) if facts.found else 'None'} of {count(facts.facts)} facts {stand} in this text "
+                f"{count(facts.found) if facts.found else 'None'} of {count_facts(facts.facts)} {stand} in this text "
                 f"(subject and object in one sentence), {count(facts.known_found)} of the {count(facts.known)} that "
                 "the original knew."
             )
