@@ -151,7 +151,7 @@ def test_a_grid_may_be_a_dict_of_what_a_file_holds(tmp_path: Path) -> None:
     values = {"axes": {"prune": [0.2, 0.5]}, "cells": [{"name": "first", "layers": "0", "quantize": "int8"}]}
     text = '[axes]\nprune = [0.2, 0.5]\n[[cells]]\nname = "first"\nlayers = "0"\nquantize = "int8"\n'
     assert list_cells(values, lambda: Opened("llama")) == grid(tmp_path / "grid.toml", text)
-    with pytest.raises(UsageError, match="The grid: there is no axis 'prun'"):
+    with pytest.raises(UsageError, match=r"The grid, \[axes\]: 'prun' is no key here"):
         list_cells({"axes": {"prun": [0.2]}}, lambda: Opened("llama"))
 
 
