@@ -131,7 +131,8 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
         if missing := sorted(set(wanted or ()) - set(stored)):
             what = f"{folder / file} lacks {missing[0]}, which the index says it holds."
             raise CheckpointError(what, hint=DOWNLOAD_AGAIN)
-        tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
+        # All of them, as transformers does: an index may lack some.
+        tensors |= stored
     name = str(model) if commit else _name_folder(folder.resolve())
     return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
 
