@@ -36,6 +36,7 @@ from compressknow.evaluate.sources import PROBES, Options
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.sections import SECTIONS
 from compressknow.pages.model_card import add_report
+from compressknow.study.grid import build_grid
 from tests.evaluate.layouts import open_probe
 from tests.extending import package
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
@@ -851,6 +852,26 @@ class TestScheme:
         capsys.readouterr()
         assert main(["sweep", "model", "-o", "study", "--quantize", "int66"]) == 2
         assert "Did you mean int6?" in " ".join(capsys.readouterr().err.split())
+
+    @pytest.mark.usefixtures("home")
+    def test_it_may_have_a_seed_as_methods_do(self, install) -> None:
+        seeded = "    seed: int = parameter(default=0, help='Of its scales.')\n\n    @property\n    def scale_per"
+        code = example("A quantization scheme").replace("    @property\n    def scale_per", seeded)
+        install(SCHEMES, "int6", code.replace("absmax / 31.5", "absmax / (31.5 + self.seed)"), "Int6")
+        assert main(["convert", "model", "plain", "--quantize", "int6"]) == 0
+        assert main(["convert", "model", "seeded", "--quantize", "int6", "--seed", "3"]) == 0
+        assert main(["convert", "model", "again", "--recipe", "seeded"]) == 0
+        plain, seeded, again = (
+            load_file(f"{name}/model.safetensors")[f"{rows('plain')[0]['name']}_scale"]
+            for name in ("plain", "seeded", "again")
+        )
+        torch.testing.assert_close(seeded, plain * 31.5 / 34.5)
+        assert torch.equal(again, seeded)
+        steps = [
+            cell.recipe.steps[0].parameters
+            for cell in build_grid({"axes": {"quantize": ["int6"], "seed": [0, 3]}}, "The grid")
+        ]
+        assert steps == [{"group": 16, "seed": 0}, {"group": 16, "seed": 3}]
 
     @pytest.mark.usefixtures("int6")
     def test_group_that_does_not_divide_is_refused_before_any_work(self, capsys: pytest.CaptureFixture[str]) -> None:

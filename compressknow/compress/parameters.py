@@ -29,9 +29,9 @@ from compressknow.base.errors import UsageError, suggest_word
 TAKEN = frozenset(
     (
         *("prune", "amount", "method", "quantize", "scheme", "steps", "module_map", "recipe", "parameters", "name"),
-        *("scope", "include", "exclude", "layers", "where", "model", "output", "prune_method", "threads", "progress"),
-        *("rounding", "smooth", "calibration", "calibration_tokens", "drop_blocks", "drop_neurons"),
-        *("revision", "trust_remote_code", "dry_run", "overwrite", "json", "as_json", "help", "debug"),
+        *("scope", "include", "exclude", "layers", "where", "model", "output", "prune_method", "threads"),
+        *("rounding", "smooth", "calibration", "calibration_tokens", "drop_blocks", "drop_neurons", "push", "private"),
+        *("revision", "trust_remote_code", "dry_run", "overwrite", "json", "as_json", "on_progress", "help", "debug"),
     )
 )
 

@@ -279,9 +279,10 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
             names = " and ".join(each.name for each in chosen) or "a step that drops blocks or neurons"
             hint = f"{suggest_word(unknown[0], known)}Choose from {', '.join(sorted(known))}." if known else None
             raise UnusedOptions(f"{unknown[0]!r} is no parameter of {names}.", hint=hint, names=[unknown[0]])
+    said = {**given, **parameters}
     for place, step in enumerate(steps):
         if isinstance(step, Prune | Quantize):
-            own = {each.name: parameters[each.name] for each in step.chosen.parameters() if each.name in parameters}
+            own = {each.name: said[each.name] for each in step.chosen.parameters() if each.name in said}
             steps[place] = replace(step, parameters=own)
     return Recipe(
         tuple(steps),

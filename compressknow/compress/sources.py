@@ -50,8 +50,7 @@ class Sources:
         for name, binding in self.bound.items():
             for parameter in binding.parameters:
                 self._parts.setdefault(parameter, []).append(self._tensors[name])
-        whole = {name: b.parameter for name, b in self.bound.items() if not b.reshaped}
-        self.supply = find_suppliers(checkpoint, whole, structure.tied)
+        self.supply = find_suppliers(checkpoint, self.bound, structure.tied)
 
     def of(self, weight: LinearWeight) -> list[StoredTensor]:
         """Return the stored tensors that make up a weight: one, but for fused weights that are stored in parts."""

@@ -226,7 +226,8 @@ class Prune:
             object.__setattr__(self, each.name, each.check(parameters.pop(each.name, getattr(self, each.name))))
         # `chosen` is made of these, and fills in the defaults.
         object.__setattr__(self, "parameters", parameters)
-        object.__setattr__(self, "parameters", _collect_own_values(self.chosen))
+        own = {name: value for name, value in self.chosen.values().items() if name not in SHARED}
+        object.__setattr__(self, "parameters", own)
         with METHODS.explain_failures(self.method):
             self.chosen.check(self.amount)
 
@@ -280,7 +281,7 @@ class Quantize:
     def __post_init__(self) -> None:
         make_fields_plain(self)
         _check_known("scheme", self.scheme, SCHEMES)
-        object.__setattr__(self, "parameters", _collect_own_values(self.chosen))
+        object.__setattr__(self, "parameters", self.chosen.values())
         _check_known("rounding", self.rounding, ROUNDINGS)
         if self.rounding != "nearest" and self.chosen.rounds == "batch":
             raise UsageError(
@@ -321,11 +322,6 @@ class Quantize:
         """Return what is not as usual beside the scheme, in words."""
         rounding = [] if self.rounding == ROUNDINGS[0] else [self.rounding]
         return [*self.chosen.describe_changed(), *rounding, *([f"smooth {self.smooth:g}"] if self.smooth else [])]
-
-
-def _collect_own_values(chosen: PruningMethod | Scheme) -> dict[str, Any]:
-    """Return the parameters that a step says only where its method or scheme has them."""
-    return {name: value for name, value in chosen.values().items() if name not in SHARED}
 
 
 # What a text to calibrate on is in: the model itself, a file, or a data set.

@@ -196,14 +196,12 @@ def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Sid
     modules = {name.rpartition(".")[0] for name in named} - {""}
     quantized = "quantization_config" in checkpoint.config
     own: dict[str, StoredTensor] = {}
-    whole: dict[str, str] = {}
     loaded_to: dict[str, str] = {}
     parts: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in checkpoint.tensors.items():
         binding = bound.get(name)
-        if binding and not binding.reshaped and binding.parameter not in own:
+        if binding and not binding.reshaped:
             own[binding.parameter] = tensor
-            whole[name] = binding.parameter
         elif binding is None and quantized and (module := _find_module(name, modules)):
             parts.setdefault(module, {})[name] = tensor
         else:
@@ -217,7 +215,7 @@ def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Sid
         if scale := _find_scale(checkpoint.tensors, values):
             of_low_bits[parameter], unpacked[values.name] = values, Values(values, scale, words)
     own |= of_low_bits
-    stored = find_suppliers(checkpoint, whole, structure.tied)
+    stored = find_suppliers(checkpoint, bound, structure.tied)
     # A final layer that was tied and is packed has values of its own.
     supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()} | of_low_bits
     return Side(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts, unpacked)

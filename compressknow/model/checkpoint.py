@@ -126,12 +126,13 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     config = read_json(folder / "config.json")
     files = find_weight_files(folder) if weights else {}
     tensors: dict[str, StoredTensor] = {}
-    for file, wanted in files.items():
+    for file, expected in files.items():
         stored = read_header(folder / file) if file.endswith(".safetensors") else read_torch_file(folder / file)
-        if missing := sorted(set(wanted or ()) - set(stored)):
+        if missing := sorted(expected - stored.keys()):
             what = f"{folder / file} lacks {missing[0]}, which the index says it holds."
             raise CheckpointError(what, hint=DOWNLOAD_AGAIN)
-        tensors |= {name: tensor for name, tensor in stored.items() if wanted is None or name in wanted}
+        # All of them, as transformers does: an index may lack some.
+        tensors |= stored
     name = str(model) if commit else _name_folder(folder.resolve())
     return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
 
@@ -179,8 +180,8 @@ def read_json(path: Path, most: int = reading.CONFIG) -> dict[str, Any]:
     return content
 
 
-def find_weight_files(folder: Path, *, fetched: bool = True) -> Mapping[str, set[str] | None]:
-    """Return the weight files of a folder, in order, each with the names that its index expects in it (None: all).
+def find_weight_files(folder: Path, *, fetched: bool = True) -> dict[str, set[str]]:
+    """Return the weight files of a folder, in order, each with the names that an index expects in it.
 
     The order of preference is that of transformers: safetensors before .bin, one file before an index.
 
@@ -188,7 +189,7 @@ def find_weight_files(folder: Path, *, fetched: bool = True) -> Mapping[str, set
     """
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH, TORCH_INDEX)):
         if (folder / single).is_file():
-            return {single: None}
+            return {single: set()}
         if (folder / index).is_file():
             return _read_index(folder, folder / index, fetched)
     return {}

@@ -69,14 +69,17 @@ class Naming:
         self._tree = dict(model.state_dict())
 
     def bind(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Binding]:
-        """Return the parameters that stored tensors are loaded to, by stored name, if the module tree has a place."""
+        """Return the parameters that stored tensors are loaded to, by stored name, if the module tree has a place. Of
+        two that are stored as one parameter, under an old name and a new one, transformers loads the first."""
         bound: dict[str, Binding] = {}
+        whole: set[str] = set()
         converted: dict[tuple[str, int], list[tuple[str, str]]] = {}
         # In the order of transformers: a renaming may wait for a name that comes before it.
         for stored in sorted(tensors, key=dot_natural_key):
             name, pattern = self._rename(stored, self._tree)
-            if pattern is None and name in self._tree:
+            if pattern is None and name in self._tree and name not in whole:
                 bound[stored] = Binding((name,))
+                whole.add(name)
             elif pattern is not None and name in self._tree:
                 converted.setdefault((name, self._converter_of(pattern)), []).append((stored, pattern))
         for (name, converter), parts in converted.items():
@@ -177,14 +180,15 @@ class Naming:
         return renamed
 
 
-def find_suppliers(checkpoint: Checkpoint, bound: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, str]:
-    """Return which stored tensor gives each parameter its values, ties resolved against what the files hold.
+def find_suppliers(checkpoint: Checkpoint, bound: Mapping[str, Binding], tied: Mapping[str, str]) -> dict[str, str]:
+    """Return which stored tensor gives each parameter its values as they are, ties resolved against what the files
+    hold.
 
-    `bound` maps stored names to parameters, `tied` a parameter to the one whose storage it shares by the model's
-    class and config. Two that are both stored with different values are not tied, whatever the config says:
+    `bound` is what stored tensors are loaded to, `tied` maps a parameter to the one whose storage it shares by the
+    model's class and config. Two that are both stored with different values are not tied, whatever the config says:
     transformers loads them so (Flan-T5 is such a model).
     """
-    supply = {parameter: stored for stored, parameter in bound.items()}
+    supply = {binding.parameter: stored for stored, binding in bound.items() if not binding.reshaped}
     for target, source in tied.items():
         if target in supply and source in supply:
             if has_same_bytes(checkpoint.tensors[supply[target]], checkpoint.tensors[supply[source]]):

@@ -155,14 +155,14 @@ def _find_stored_dtypes(
     from compressknow.model.loading import Naming, find_packed_weights, find_suppliers
 
     naming = Naming(model)
-    bindings = naming.bind(checkpoint.tensors)
-    supply = find_suppliers(checkpoint, {stored: b.parameter for stored, b in bindings.items()}, structure.tied)
-    supply |= {parameter: stored for stored, b in bindings.items() for parameter in b.parameters[1:]}
-    dtypes = {parameter: checkpoint.tensors[stored].dtype for parameter, stored in supply.items()}
-    packed = find_packed_weights(checkpoint, naming, structure)
-    supply |= {parameter: stored.name for parameter, (stored, _) in packed.items()}
-    dtypes |= {parameter: values.dtype for parameter, (_, values) in packed.items()}
-    ties = {name: source for name, source in structure.tied.items() if supply.get(name) == supply.get(source)}
+    bound = naming.bind(checkpoint.tensors)
+    stored = {parameter: name for name, binding in bound.items() for parameter in binding.parameters}
+    stored |= find_suppliers(checkpoint, bound, structure.tied)
+    dtypes = {parameter: checkpoint.tensors[name].dtype for parameter, name in stored.items()}
+    for parameter, (words, values) in find_packed_weights(checkpoint, naming, structure).items():
+        stored[parameter], dtypes[parameter] = words.name, values.dtype
+    held = {pair: {stored[each] for each in pair if each in stored} for pair in structure.tied.items()}
+    ties = dict(pair for pair, tensors in held.items() if len(tensors) < 2)
     return dtypes, ties
 
 

@@ -262,7 +262,7 @@ def _expand_axes(axes: Mapping[str, Any], where: str) -> Iterator[tuple[None, Re
 def _check_keys(values: Mapping[str, Any], points: Sequence[Mapping[str, Any]], where: str) -> None:
     """Raise UsageError for keys that no recipe has, or that apply to nothing that any of these points does."""
     own = set().union(*map(_list_own_parameters, points))
-    there = [*AXES, *(name for name in list_parameters() if name in own)]
+    there = [*AXES, *(name for name in list_parameters() if name in own.difference(AXES))]
     if unknown := sorted(set(values) - set(there)):
         owners = ", ".join(name for name in (*METHODS, *SCHEMES) if unknown[0] in _get_parameters(name))
         near = f"Only {owners} has it. " if owners else suggest_word(unknown[0], there)
@@ -293,8 +293,7 @@ def _is_calibrated(point: Mapping[str, Any]) -> bool:
 
 def _is_seeded(point: Mapping[str, Any]) -> bool:
     """Return whether a seed decides anything of what a point says."""
-    draws = _has(point, "prune") and "seed" in _get_parameters(point.get("method", METHODS.first))
-    return draws or _is_calibrated(point)
+    return "seed" in _list_own_parameters(point) or _is_calibrated(point)
 
 
 # Keys that apply to some points alone: to which, in words, and what makes it one.
@@ -307,9 +306,9 @@ _APPLY: tuple[tuple[Sequence[str], Callable[[Mapping[str, Any]], bool], str, str
 
 
 def _list_own_parameters(point: Mapping[str, Any]) -> set[str]:
-    """Return the parameters of a point's method, if it prunes, and of its scheme, beside the axes that all have."""
+    """Return the parameters of a point's method, if it prunes, and of its scheme."""
     method = point.get("method", METHODS.first) if _has(point, "prune") else None
-    return (_get_parameters(method) | _get_parameters(point.get("quantize"))).difference(AXES)
+    return _get_parameters(method) | _get_parameters(point.get("quantize"))
 
 
 def _get_parameters(name: Any) -> set[str]:

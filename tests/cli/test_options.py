@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import compressknow
+from compressknow.cli.convert import convert as command
 from compressknow.compress.parameters import TAKEN, Option, Parameter
 from compressknow.compress.recipe import OPTIONS, list_parameters
 from compressknow.model.structure import ModuleMap
@@ -29,7 +30,9 @@ def test_the_signature_of_convert_is_as_the_options_are_declared(declared: Optio
 
 
 def test_no_method_or_scheme_may_call_a_parameter_as_an_option_is_called() -> None:
-    assert {name for each in OPTIONS.values() for name in (each.name, each.key)} <= TAKEN
+    options = {name for each in OPTIONS.values() for name in (each.name, each.key)}
+    options |= {str(each.name) for each in command.params} | inspect.signature(compressknow.convert).parameters.keys()
+    assert options - list_parameters().keys() <= TAKEN
 
 
 def annotation_of(declared: Option | Parameter) -> str:

@@ -23,7 +23,7 @@ from compressknow.base.errors import CheckpointError
 from compressknow.engine.identity import locate
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.tensors import OpenFiles, StoredTensor, read_header, read_torch_file
-from tests.models import save_tiny
+from tests.models import load, save_tiny
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -224,6 +224,16 @@ def test_shards_together_hold_what_one_file_would(sharded: Path, tmp_path: Path)
     assert len(parts.shards) > 2
     assert list(parts.shards) == sorted(path.name for path in sharded.glob("*.safetensors"))
     assert_same(values(parts.tensors), values(whole.tensors))
+
+
+def test_what_the_index_leaves_out_or_places_elsewhere_is_what_transformers_loads(sharded: Path) -> None:
+    first, *_, last = sorted(sharded.glob("*.safetensors"))
+    left_out, twice = next(iter(load_file(first))), "model.norm.weight"
+    save_file(load_file(first) | {twice: torch.full((32,), 2.0)}, first, {"format": "pt"})
+    save_file(load_file(last) | {twice: torch.full((32,), 3.0)}, last, {"format": "pt"})
+    edit_index(sharded, lambda places: (places.pop(left_out), places.update({twice: first.name})))
+    found, loaded = values(open_checkpoint(sharded).tensors), load(sharded).state_dict()
+    assert_same({name: found[name] for name in (left_out, twice)}, {name: loaded[name] for name in (left_out, twice)})
 
 
 def test_one_file_goes_before_an_index(sharded: Path) -> None:

@@ -15,7 +15,7 @@ from compressknow.base.errors import CheckpointError
 from compressknow.cli import main
 from compressknow.compress.convert import VariantMaker
 from compressknow.model.loading import open_complete
-from tests.models import BUILDERS, edit_config, edit_tensors, save_tiny
+from tests.models import BUILDERS, edit_config, edit_tensors, load, logits, save_tiny
 
 
 def drop(folder: Path, *names: str) -> None:
@@ -122,6 +122,26 @@ def test_a_tied_weight_is_given_by_its_partner_under_either_name(tmp_path: Path)
     drop(folder, "lm_head.weight")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight, model\.embed_tokens\.weight"):
         open_complete(folder)
+
+
+def test_of_a_weight_that_is_stored_twice_the_one_that_transformers_loads_is_compressed(tmp_path: Path) -> None:
+    folder, weight = save_tiny("bert", tmp_path / "in"), "encoder.layer.0.output.dense.weight"
+    names = ("embeddings.word_embeddings.weight", weight)
+    # Under the names of the base model too, with other values.
+    edit_tensors(folder, lambda tensors: tensors.update({n: tensors[f"bert.{n}"].half() * 3 for n in names}))
+    source = load(folder)
+    assert {w["dtype"] for w in compressknow.inspect(folder)["groups"]["final"]["weights"]} == {"F32"}
+    compressknow.convert(folder, tmp_path / "int8", quantize="int8-weights", scope="final")
+    torch.testing.assert_close(logits(load(tmp_path / "int8")), logits(source), rtol=0, atol=0.05)
+    compressknow.convert(folder, tmp_path / "pruned", prune=0.3, scope="feed-forward")
+    values = {
+        name: p for name, p in load(tmp_path / "pruned").named_parameters() if source.get_parameter(name).ndim > 1
+    }
+    changed = [values[name] for name in values if not torch.equal(values[name], source.get_parameter(name))]
+    assert len(changed) == 4
+    assert sum(int((p == 0).sum()) for p in changed) == round(0.3 * sum(p.numel() for p in changed))
+    kept = load_file(tmp_path / "pruned" / "model.safetensors")[weight]
+    assert torch.equal(kept, load_file(folder / "model.safetensors")[weight])
 
 
 def test_a_base_model_is_whole_without_a_head_and_without_a_pooler_that_is_optional(tmp_path: Path) -> None:
