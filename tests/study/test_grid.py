@@ -151,7 +151,7 @@ def test_a_grid_may_be_a_dict_of_what_a_file_holds(tmp_path: Path) -> None:
     values = {"axes": {"prune": [0.2, 0.5]}, "cells": [{"name": "first", "layers": "0", "quantize": "int8"}]}
     text = '[axes]\nprune = [0.2, 0.5]\n[[cells]]\nname = "first"\nlayers = "0"\nquantize = "int8"\n'
     assert list_cells(values, lambda: Opened("llama")) == grid(tmp_path / "grid.toml", text)
-    with pytest.raises(UsageError, match="The grid: there is no axis 'prun'"):
+    with pytest.raises(UsageError, match=r"The grid, \[axes\]: .prun. is no key here"):
         list_cells({"axes": {"prun": [0.2]}}, lambda: Opened("llama"))
 
 
@@ -316,6 +316,17 @@ def test_a_grid_that_makes_no_sense_is_refused_with_its_name(tmp_path: Path, tex
     with pytest.raises(UsageError, match=says) as error:
         grid(tmp_path / "mine.toml", text)
     assert "mine.toml" in error.value.what
+
+
+def test_of_a_key_that_is_none_it_is_said_what_has_it_and_what_else_may_stand_there(tmp_path: Path) -> None:
+    for text, hint in (
+        ('[axes]\nquantize = ["int8"]\npattern = ["2:4"]', "It needs l1-unstructured or wanda or sparsegpt."),
+        ("[[cells]]\nprune = 0.1\nnam = 'first'", "Did you mean name?"),
+        ("[[cells]]\nstep = []", "Choose from name, steps, scope"),
+    ):
+        with pytest.raises(UsageError) as error:
+            grid(tmp_path / "mine.toml", text)
+        assert hint in str(error.value)
 
 
 def test_a_grid_that_is_not_there_is_named(tmp_path: Path) -> None:
