@@ -182,9 +182,10 @@ def describe_removed(removed: Mapping[str, Any] | None) -> Iterator[str]:
     for one in removed["blocks"]:
         number = one["before"] - one["after"]
         were, change = ("was", "the one that changes its") if number == 1 else ("were", "those that change their")
-        least = [f"{change} input least"] if one.get("similarities") or not one["dropped"] else []
-        which = ", ".join([*filter(None, [format_ranges(one["dropped"])]), *least])
-        yield f"{number} of the {one['before']} blocks of {one['stack']} {were} dropped: {which}."
+        which = [format_ranges(one["dropped"])] if one["dropped"] else []
+        if one.get("similarities") or not which:
+            which.append(f"{change} input least")
+        yield f"{number} of the {one['before']} blocks of {one['stack']} {were} dropped: {', '.join(which)}."
     for one in removed["neurons"]:
         networks = len(one["modules"])
         where = "The feed-forward block has" if networks == 1 else f"Each of the {networks} feed-forward blocks has"

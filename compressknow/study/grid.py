@@ -259,13 +259,16 @@ def _expand_axes(axes: Mapping[str, Any], where: str) -> Iterator[tuple[None, Re
             yield None, _build_recipe(point, where)
 
 
-def _check_keys(values: Mapping[str, Any], points: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Raise UsageError for keys that no recipe has, or that apply to nothing that any of these points does."""
+def _check_keys(
+    values: Mapping[str, Any], points: Sequence[Mapping[str, Any]], where: str, more: Sequence[str] = ()
+) -> None:
+    """Raise UsageError for keys that no recipe has, or that apply to nothing that any of these points does; `more` are
+    what else may stand there."""
     own = set().union(*map(_list_own_parameters, points))
-    there = [*AXES, *(name for name in list_parameters() if name in own.difference(AXES))]
+    there = [*more, *AXES, *(name for name in list_parameters() if name in own.difference(AXES))]
     if unknown := sorted(set(values) - set(there)):
-        owners = ", ".join(name for name in (*METHODS, *SCHEMES) if unknown[0] in _get_parameters(name))
-        near = f"Only {owners} has it. " if owners else suggest_word(unknown[0], there)
+        owners = " or ".join(name for name in (*METHODS, *SCHEMES) if unknown[0] in _get_parameters(name))
+        near = f"It needs {owners}. " if owners else suggest_word(unknown[0], there)
         raise UsageError(f"{where}: {unknown[0]!r} is no key here.", hint=f"{near}Choose from {', '.join(there)}.")
     for keys, applies, to, hint in _APPLY:
         idle = [key for key in keys if _has(values, key)]
@@ -324,7 +327,7 @@ def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe
         raise UsageError(f"{where}: its name must be text.", hint=FORMAT)
     if "steps" in point:
         return name, Recipe.from_dict(point, where)
-    _check_keys(point, [point], where)
+    _check_keys(point, [point], where, ("name", "steps"))
     if not _has(point, "prune") and not _has(point, "quantize"):
         raise UsageError(f"{where}: it neither prunes nor quantizes.", hint=FORMAT)
     return name, _build_recipe(point, where)

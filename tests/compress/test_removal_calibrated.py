@@ -469,6 +469,12 @@ def test_what_is_chosen_and_what_is_written_are_stages_of_one_total_each(tmp_pat
     assert told["calibrate"] == [(done, 4) for done in range(1, 5)]
 
 
+def test_neurons_of_two_sides_are_chosen_in_one_run(tmp_path: Path) -> None:
+    sides = (DropNeurons(0.25, where=Where((side,))) for side in ("encoder", "decoder"))
+    told = told_by(save_deep("bart", tmp_path / "in"), tmp_path / "out", Recipe(tuple(sides)))
+    assert list(dict.fromkeys(told["choose"])) == [(done, 7) for done in range(1, 8)]
+
+
 def test_the_batches_of_a_model_that_runs_as_a_whole_are_told_as_they_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -318,6 +318,17 @@ def test_a_grid_that_makes_no_sense_is_refused_with_its_name(tmp_path: Path, tex
     assert "mine.toml" in error.value.what
 
 
+def test_of_a_key_that_is_none_it_is_said_what_has_it_and_what_else_may_stand_there(tmp_path: Path) -> None:
+    for text, hint in (
+        ('[axes]\nquantize = ["int8"]\npattern = ["2:4"]', "It needs l1-unstructured or wanda or sparsegpt."),
+        ("[[cells]]\nprune = 0.1\nnam = 'first'", "Did you mean name?"),
+        ("[[cells]]\nstep = []", "Choose from name, steps, scope"),
+    ):
+        with pytest.raises(UsageError) as error:
+            grid(tmp_path / "mine.toml", text)
+        assert hint in str(error.value)
+
+
 def test_a_grid_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such grid"):
         read_grid(tmp_path / "none.toml")

@@ -22,6 +22,7 @@ from compressknow.compress.removal.neurons import choose_neurons, fit_down, writ
 from compressknow.compress.removal.settings import Stack
 from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.sources import Sources
+from compressknow.compress.steps import DropBlocks
 from compressknow.compress.weights import Values
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import read_structure
@@ -67,8 +68,12 @@ class _Decision:
 
     def __init__(self, plan: Plan, batches: Batches, reader: Reader, on_progress: OnProgress) -> None:
         self._plan, self._batches, self._reader, self._on_progress = plan, batches, reader, on_progress
-        self._runs = sum(step.calibrated for step in plan.recipe.removals)
-        self._runs_done = 0
+        removal = plan.removal
+        assert removal is not None
+        runs = sum(isinstance(step, DropBlocks) and step.calibrated for step in plan.recipe.removals)
+        # How many blocks fewer than the first run each later one has, as if all went before it.
+        fewer = sum(len(drop.dropped) * len(drop.lists) for drop in removal.blocks if not drop.is_decided)
+        self._later, self._blocks_run = [fewer] * (runs + bool(removal.cuts) - 1), 0
         self._similarities: dict[int, _SimilarityVisitor] = {}
         self.is_blockwise = True
 
@@ -92,15 +97,17 @@ class _Decision:
             return made[-1:]
 
         def report(done: int, of: int) -> None:
-            # As if all runs had as many blocks; a whole model counts batches.
             blocks = len(made[-1].modules)
-            self._on_progress(self._runs_done * blocks + blocks * done // of, self._runs * blocks)
+            later = sum(max(blocks - fewer, 0) for fewer in self._later)
+            # A whole model counts batches.
+            self._on_progress(self._blocks_run + blocks * done // of, self._blocks_run + blocks + later)
 
         sources, threads = Sources(checkpoint, tree, read_structure(tree)), self._reader.pool.threads
         why = partial(describe_memory, self._plan)
         run_text(tree, sources, self._reader.files, self._batches, make_one, why, threads=threads, on_progress=report)
         report(1, 1)
-        self._runs_done += 1
+        self._blocks_run += len(made[-1].modules)
+        self._later = self._later[1:]
         return made[-1]
 
 

@@ -308,9 +308,9 @@ def test_a_killed_calibrated_conversion_leaves_nothing_that_the_next_does_not_cl
         "import sys, time\nfrom pathlib import Path\n"
         "from tests.compress.calibrate.test_compression import *\n"
         "import compressknow.compress.calibrate.compression as c\n"
-        "told = c._Compressor.compress_module\n"
+        "told = c._Compressor.act\n"
         "def slow(*a, **k):\n    told(*a, **k)\n    print('block', flush=True)\n    time.sleep(60)\n"
-        "c._Compressor.compress_module = slow\n"
+        "c._Compressor.act = slow\n"
         "compressed(Path(sys.argv[1]), Path(sys.argv[2]), Prune(0.5, 'wanda', BLOCKS))\n"
     )
     command = [sys.executable, "-c", code, str(folder), str(tmp_path / "out")]
