@@ -126,8 +126,8 @@ def _build_page(
         yield ""
     yield from build_types_table(record["groups"])
     if fit:
-        own = " but for experts," if any("_exps" in which for which, _ in record["types"]) else ""
-        yield f"\nPredicted: KL {fit['predicted_kl']:.2g} nats,{own} where each weight is rounded to the nearest value."
+        but = " without the experts" if any("_exps" in which for which, _ in record["types"]) else ""
+        yield f"\nPredicted{but}: KL {fit['predicted_kl']:.2g} nats, where each weight is rounded to the nearest value."
     seen = record.get("importance", {})
     if seen.get("identified") is False:
         yield f"\n! {seen['source']} does not say which model it was made of: only names and shapes were checked."
