@@ -42,7 +42,7 @@ class TestGate:
         held(card_of(949, 51), "94.9%")
 
     def test_not_met_by_a_hair(self) -> None:
-        with pytest.raises(GateNotMet, match=r"Less than 95 % .* Overall_GQ keeps 18,999 of 20,000 \(94\.995 %\)"):
+        with pytest.raises(GateNotMet, match=r"Less than 95 % .* Overall_GQ keeps 18,999 of 20,000 \(94\.99 %\)"):
             held(card_of(18_999, 1001), 0.95)
 
     def test_every_model_is_held_to_it(self) -> None:
