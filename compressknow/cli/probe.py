@@ -26,7 +26,7 @@ from compressknow.cli.report import describe_grades
 from compressknow.cli.terminal import Lines, pad, show, show_json, wrap
 from compressknow.comparison.text import compute_perplexity
 from compressknow.pages.as_json import dump_perplexity
-from compressknow.pages.texts import write_measured
+from compressknow.pages.texts import write_measurement
 
 if TYPE_CHECKING:
     from compressknow.evaluate.answers import Answer, Answers
@@ -109,10 +109,10 @@ def _build_page(answers: Answers, output: Path) -> Iterator[str]:
 
 def _describe_text(name: str, chunks: Sequence[Chunk], entry: ProbeEntry) -> str:
     found = compute_perplexity(chunks)
-    per_byte = f", {write_measured(found.bits_per_byte, 4)} bits per byte" if found.bits_per_byte else ""
+    per_byte = f", {write_measurement(found.bits_per_byte, 4)} bits per byte" if found.bits_per_byte else ""
     context = (entry.text or {})["context"]
     return (
-        f"{clean(name, 31)}: perplexity {write_measured(found.value, 3)}{per_byte}; {count(found.tokens)} tokens "
+        f"{clean(name, 31)}: perplexity {write_measurement(found.value, 3)}{per_byte}; {count(found.tokens)} tokens "
         f"scored in {count(len(chunks))} chunks of {count(context)}"
     )
 

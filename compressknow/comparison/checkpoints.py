@@ -15,9 +15,9 @@ import torch
 from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Advance, Listener, Stage, count_progress, ignore_advance, report_progress
 from compressknow.base.reading import compute_sha256
-from compressknow.comparison.diff import CheckpointDiff, ConfigChange, StructureChange, Sums, TensorDiff
+from compressknow.comparison.diff import CheckpointDiff, ConfigChange, DiffSums, StructureChange, TensorDiff
 from compressknow.comparison.weights import (
-    Lost,
+    LostNeurons,
     align,
     diff_values,
     read_lost_neurons,
@@ -134,7 +134,7 @@ def _list_names(a: Side, b: Side) -> list[str]:
 
 
 def _pair_values(
-    a: Side, b: Side, lost_a: Mapping[str, Lost], lost_b: Mapping[str, Lost]
+    a: Side, b: Side, lost_a: Mapping[str, LostNeurons], lost_b: Mapping[str, LostNeurons]
 ) -> Iterator[tuple[str, Values, Values]]:
     """Yield each parameter's name and its values in both checkpoints, of one shape."""
     seen: set[tuple[str, str]] = set()
@@ -279,7 +279,7 @@ def diff_gguf(
 _STACKS = {"enc": "encoder", "dec": "decoder"}
 
 
-def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: Sums, same: bool) -> TensorDiff:
+def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: DiffSums, same: bool) -> TensorDiff:
     # As of a checkpoint: an embedding is no Linear layer, and a vector is none.
     linear = group not in (EMBEDDING, NOT_LINEAR)
     in_block = linear and a.layer is not None
@@ -299,11 +299,11 @@ def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: Sums, same: bool) 
     )
 
 
-def _diff_gguf_values(a: Any, b: Any) -> tuple[Sums, bool]:
+def _diff_gguf_values(a: Any, b: Any) -> tuple[DiffSums, bool]:
     """Return the sums of two tensors of one shape, unpacked piece by piece, and whether they are alike to the bit."""
     rows_a, rows_b = (each.data.reshape(-1, each.data.shape[-1]) for each in (a, b))
     same = a.tensor_type == b.tensor_type and np.array_equal(rows_a.view(np.uint8), rows_b.view(np.uint8))
-    sums, step = Sums(), max(_VALUES // int(a.shape[0]), 1)
+    sums, step = DiffSums(), max(_VALUES // int(a.shape[0]), 1)
     for start in range(0, len(rows_a), step):
         x = _unpack(rows_a[start : start + step], a.tensor_type)
         sums += sum_values(x, x if same else _unpack(rows_b[start : start + step], b.tensor_type))

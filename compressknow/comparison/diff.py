@@ -13,10 +13,12 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
+class DiffSums:
     """Sums over the elements of two tensors of one shape, a and b; ratios are derived, never stored.
 
-    >>> sums = Sums(numel=2, zeros_b=1, energy_a=25.0, energy_b=16.0, energy_change=9.0, largest=3.0)  # (3, 4), (0, 4)
+    Of a = (3, 4) and b = (0, 4):
+
+    >>> sums = DiffSums(numel=2, zeros_b=1, energy_a=25.0, energy_b=16.0, energy_change=9.0, largest=3.0)
     >>> sums.relative_error, sums.cosine, round(sums.snr_db, 2), (sums + sums).relative_error
     (0.6, 0.8, 4.44, 0.6)
     """
@@ -29,8 +31,8 @@ class Sums:
     energy_change: float = 0.0  # that of b - a
     largest: float = 0.0  # the largest magnitude in b - a
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(
+    def __add__(self, other: DiffSums) -> DiffSums:
+        return DiffSums(
             self.numel + other.numel,
             self.zeros_a + other.zeros_a,
             self.zeros_b + other.zeros_b,
@@ -91,7 +93,7 @@ class TensorDiff:
     bytes_a: int  # on disk, scales included
     bytes_b: int
     same_bytes: bool  # stored alike to the bit
-    sums: Sums
+    sums: DiffSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class CheckpointDiff:
     tensors: tuple[TensorDiff, ...]
 
     @property
-    def total(self) -> Sums:
+    def total(self) -> DiffSums:
         return sum_tensors(self.tensors)
 
     @property
@@ -132,9 +134,9 @@ class CheckpointDiff:
         return not self.structure and all(tensor.same_bytes for tensor in self.tensors)
 
 
-def sum_tensors(tensors: Iterable[TensorDiff]) -> Sums:
+def sum_tensors(tensors: Iterable[TensorDiff]) -> DiffSums:
     """Return the sums of all these tensors taken as one."""
-    return sum((tensor.sums for tensor in tensors), Sums())
+    return sum((tensor.sums for tensor in tensors), DiffSums())
 
 
 def group_tensors(tensors: Iterable[Item], key: Callable[[Item], Key | None]) -> dict[Key, tuple[Item, ...]]:

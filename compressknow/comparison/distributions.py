@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from compressknow.comparison.intervals import estimate_proportion
-from compressknow.comparison.records import Confidence, Counts, Knowing, ReliabilityBin, Third, Wordings
+from compressknow.comparison.records import (
+    Confidence,
+    ConfidenceThird,
+    Counts,
+    GradeCounts,
+    ReliabilityBin,
+    WordingFigures,
+)
 from compressknow.evaluate.answers import GRADES, LOGP_FLOOR, Answer
 from compressknow.evaluate.grades import group_by_fact
 
@@ -192,7 +199,7 @@ def compare_confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | N
     )
 
 
-def split_by_confidence(sure: np.ndarray, kept: np.ndarray) -> tuple[Third, ...]:
+def split_by_confidence(sure: np.ndarray, kept: np.ndarray) -> tuple[ConfidenceThird, ...]:
     """Return knowledge kept by thirds of the original's confidence, the most confident first, of each fact that the
     original knew; facts of one confidence stay together. Nothing where that leaves a third with too few facts."""
     chosen = _split_evenly(sure, len(THIRDS), FEWEST)
@@ -203,7 +210,9 @@ def split_by_confidence(sure: np.ndarray, kept: np.ndarray) -> tuple[Third, ...]
         own, still = sure[chosen == place], kept[chosen == place]
         counts = Counts(both=int(still.sum()), lost=int((~still).sum()))
         found.append(
-            Third(name, float(own.min()), float(own.max()), counts, estimate_proportion(counts.both, len(still)))
+            ConfidenceThird(
+                name, float(own.min()), float(own.max()), counts, estimate_proportion(counts.both, len(still))
+            )
         )
     return tuple(found)
 
@@ -219,7 +228,7 @@ def compute_reliability(sure: np.ndarray, right: np.ndarray) -> tuple[Reliabilit
     )
 
 
-def count_grades(pairs: Sequence[tuple[Answer, Answer]]) -> Knowing | None:
+def count_grades(pairs: Sequence[tuple[Answer, Answer]]) -> GradeCounts | None:
     """Count facts by the grades of both models; None where some answer has none (tasks, answers of older versions)."""
     if not pairs or any(answer.grade is None for pair in pairs for answer in pair):
         return None
@@ -227,7 +236,7 @@ def count_grades(pairs: Sequence[tuple[Answer, Answer]]) -> Knowing | None:
     moved = Counter((str(one.grade), str(other.grade)) for one, other in pairs)
     lost = [other for one, other in pairs if one.correct and not other.correct]
     shown = [answer for answer in lost if answer.with_example is not None]
-    return Knowing(
+    return GradeCounts(
         original=_count_grades(before),
         compressed=_count_grades(after),
         moved={(one, other): moved[one, other] for one in GRADES for other in GRADES},
@@ -246,7 +255,7 @@ def _is_written(answers: Iterable[Answer]) -> bool:
     return any(answer.produced is not None for answer in answers)
 
 
-def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -> Wordings | None:
+def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -> WordingFigures | None:
     """Return the figures of each wording of a probe, before they are put together; None where there is only one."""
     after = {answer.fact_id: answer for answer in compressed}
     pairs = [(answer, after[answer.fact_id]) for answer in original if answer.fact_id in after]
@@ -259,7 +268,7 @@ def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -
         counts = Counts(kinds[True, True], kinds[True, False], kinds[False, True], kinds[False, False])
         by_template[number] = counts, estimate_proportion(counts.both, counts.known_before)
     of_original, of_compressed = zip(*pairs, strict=True)
-    return Wordings(by_template, (measure_consistency(of_original), measure_consistency(of_compressed)))
+    return WordingFigures(by_template, (measure_consistency(of_original), measure_consistency(of_compressed)))
 
 
 def measure_consistency(answers: Iterable[Answer]) -> float | None:

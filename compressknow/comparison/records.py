@@ -89,8 +89,8 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Movement:
-    """Movement of the distribution at the answer's first position (nats), over the `n` facts that have one.
+class DistributionShift:
+    """How far the distribution at the answer's first position moved (nats), over the `n` facts that have one.
 
     `rest` is the mean probability, before and after, of the tokens that are taken together as one: what moves among
     them is not seen, so that the divergences are lower bounds. None where they are over the whole vocabulary.
@@ -127,7 +127,7 @@ NOT_MEASURED = Certainty()
 
 
 @dataclass(frozen=True, slots=True)
-class Third:
+class ConfidenceThird:
     """Known facts by how sure the original was of its answer: its confidence from `low` to `high` (0 to 1)."""
 
     name: str
@@ -150,7 +150,9 @@ class ReliabilityBin:
 class Confidence:
     """Confidence of both models in their answers."""
 
-    thirds: tuple[Third, ...]  # of the facts that the original knew, the most confident first; empty for too few
+    thirds: tuple[
+        ConfidenceThird, ...
+    ]  # of the facts that the original knew, the most confident first; empty for too few
     median: float  # of the original's confidence over all facts
     wrong_original: int
     wrong_compressed: int
@@ -181,10 +183,10 @@ class EarlyStop:
 
 
 @dataclass(frozen=True, slots=True)
-class Knowing:
-    """Facts by grade of knowing, from `compressknow.evaluate.grades.GRADES`: by that of each model, and as they moved
-    from one to the other. A model that has not `written` text produces nothing. `shown` are facts lost that were
-    evaluated once more after a solved example; `back` of them were said then."""
+class GradeCounts:
+    """Numbers of facts by grade (`compressknow.evaluate.grades.GRADES`): in each model, and as they `moved` from one
+    grade to another. `written` says whether each model wrote text; without text no fact counts as produced. `shown`
+    counts the lost facts that were asked again after a solved example, `back` those that the model then produced."""
 
     original: Mapping[str, int]
     compressed: Mapping[str, int]
@@ -195,9 +197,9 @@ class Knowing:
 
 
 @dataclass(frozen=True, slots=True)
-class Wordings:
-    """Facts put in several wordings: by number of the wording, from 1, its facts and knowledge kept; and of the
-    original and of the compressed model the share of pairs of wordings that are answered alike."""
+class WordingFigures:
+    """Figures of facts that were put in several wordings: counts and knowledge kept by wording, numbered from 1, and
+    for the original and the compressed model the share of pairs of wordings that got the same answer."""
 
     by_template: Mapping[int, tuple[Counts, Estimate]]
     consistency: tuple[float | None, float | None]
@@ -223,7 +225,7 @@ class ProbeFigures:
     macro_compressed: Estimate
     macro_difference: Estimate
     answer_changed: float | None
-    movement: Movement | None
+    movement: DistributionShift | None
     logp_change: Mapping[str, float] | None  # of the gold: p1 p5 p25 p50 p75 p95 p99
     mrr: tuple[float, float] | None  # mean reciprocal rank of the gold, before and after
     p_at_5: tuple[float, float] | None
@@ -243,8 +245,8 @@ class ProbeFigures:
     confidence: Confidence | None = None
     noise_floor: NoiseFloor | None = None  # of the original
     runtime_noise_floor: NoiseFloor | None = None  # of the original in the compressed model's runtime
-    knowing: Knowing | None = None
-    wordings: Wordings | None = None
+    knowing: GradeCounts | None = None
+    wordings: WordingFigures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,17 +271,17 @@ class ChangedFact:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """Figure with its standard error; 0 where there are too few tokens for one."""
+class Measurement:
+    """Figure with its standard error, which is 0 where there are too few tokens to estimate one."""
 
     value: float
     error: float
 
 
 @dataclass(frozen=True, slots=True)
-class Divergent:
-    """Divergence of the greedy continuations of two models, `n` of so many tokens each: how many are the same, and of
-    each of the others its first token that differs, from 1, ascending."""
+class GreedyDivergence:
+    """Comparison of `n` greedy continuations of two models, each of `tokens` tokens: `same` counts the identical ones,
+    and `first` holds, for each of the others, the position of the first token that differs, from 1, ascending."""
 
     n: int
     tokens: int
@@ -295,20 +297,22 @@ class Divergent:
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class TextChange:
     """Figures of one model against the other, over the same tokens."""
 
-    ratio: Measured  # of the perplexities, compressed / original
-    log_ratio: Measured
-    difference: Measured  # of the perplexities, compressed - original
+    ratio: Measurement  # of the perplexities, compressed / original
+    log_ratio: Measurement
+    difference: Measurement  # of the perplexities, compressed - original
     correlation: float | None  # of the two models' log-likelihoods; None where one does not vary
-    kl: Measured | None  # KL(original || compressed), nats, over the whole vocabulary; None where it was not measured
+    kl: (
+        Measurement | None
+    )  # KL(original || compressed), nats, over the whole vocabulary; None where it was not measured
     kl_percentiles: Mapping[str, float] | None
-    same_top: Measured  # share of tokens at which both hold the same one most likely
-    change: Measured  # of the probability of the text's own token, compressed - original
-    change_rms: Measured
+    same_top: Measurement  # share of tokens at which both hold the same one most likely
+    change: Measurement  # of the probability of the text's own token, compressed - original
+    change_rms: Measurement
     change_percentiles: Mapping[str, float]
-    divergent: Divergent | None
+    divergent: GreedyDivergence | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,9 +320,9 @@ class Perplexity:
     """Perplexity: exp of the mean negative log-likelihood per token, over so many tokens; and the same in bits per byte
     of the text, which models of different tokens have in common, None where the tokenizer does not tell."""
 
-    value: Measured
+    value: Measurement
     tokens: int
-    bits_per_byte: Measured | None
+    bits_per_byte: Measurement | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,4 +335,4 @@ class TextFigures:
     divergence: str  # ``measured``, or why there is no KL: see `compressknow.evaluate.records`
     original: Perplexity
     compressed: Perplexity
-    moved: Moved | None  # None where the two models read the text as different tokens
+    moved: TextChange | None  # None where the two models read the text as different tokens

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from compressknow.comparison.distributions import compute_percentiles
-from compressknow.comparison.records import Divergent, Measured, Moved, Perplexity, TextFigures
+from compressknow.comparison.records import GreedyDivergence, Measurement, Perplexity, TextChange, TextFigures
 from compressknow.evaluate.records import OTHER_TOKENS, Chunk
 
 # Percentiles as llama.cpp prints them, by the names that report.json has for them.
@@ -33,8 +33,8 @@ def compute_perplexity(chunks: Sequence[Chunk]) -> Perplexity:
     per_token = None
     if None not in lengths and (of := sum(length or 0 for length in lengths)):
         scale = len(nll) / of / math.log(2)
-        per_token = Measured(mean.value * scale, mean.error * scale)
-    return Perplexity(Measured(value, value * mean.error), len(nll), per_token)
+        per_token = Measurement(mean.value * scale, mean.error * scale)
+    return Perplexity(Measurement(value, value * mean.error), len(nll), per_token)
 
 
 def has_same_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> bool:
@@ -44,7 +44,7 @@ def has_same_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> b
     )
 
 
-def compare_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Moved:
+def compare_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> TextChange:
     """Compare one model with the other, over the same tokens."""
     before, after = (_join(side, "logp") for side in (original, compressed))
     kl = np.concatenate([chunk.kl for chunk in compressed if chunk.kl is not None] or [np.array([])])
@@ -63,16 +63,16 @@ def compare_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Mo
     same_top = np.concatenate([a.top == b.top for a, b in zip(original, compressed, strict=True)])
     share = float(same_top.mean())
     rms = math.sqrt(squares.value)
-    return Moved(
-        ratio=Measured(ratio, ratio * log_ratio.error),
+    return TextChange(
+        ratio=Measurement(ratio, ratio * log_ratio.error),
         log_ratio=log_ratio,
-        difference=Measured(other.value - one.value, math.sqrt(squared_error) if squared_error > 0 else 0.0),
+        difference=Measurement(other.value - one.value, math.sqrt(squared_error) if squared_error > 0 else 0.0),
         correlation=covariance / spread if spread > 0 else None,
         kl=measure_mean(kl) if whole else None,
         kl_percentiles=compute_percentiles(kl, PERCENTILES) if whole else None,
-        same_top=Measured(share, math.sqrt(share * (1 - share) / (len(same_top) - 1)) if len(same_top) > 1 else 0.0),
+        same_top=Measurement(share, math.sqrt(share * (1 - share) / (len(same_top) - 1)) if len(same_top) > 1 else 0.0),
         change=measure_mean(change),
-        change_rms=Measured(rms, squares.error / (2 * rms) if rms else 0.0),
+        change_rms=Measurement(rms, squares.error / (2 * rms) if rms else 0.0),
         change_percentiles=compute_percentiles(change, PERCENTILES),
         divergent=_compare_greedy(original, compressed),
     )
@@ -94,25 +94,25 @@ def compare_text(
     )
 
 
-def measure_mean(values: np.ndarray) -> Measured:
+def measure_mean(values: np.ndarray) -> Measurement:
     """Return mean and standard error, as llama.cpp's `mean_and_uncertainty`: no error of ten values or fewer.
 
     >>> measure_mean(np.arange(11.0))
-    Measured(value=5.0, error=1.0)
+    Measurement(value=5.0, error=1.0)
     """
     variance = float(np.var(values))
     error = math.sqrt(variance / (len(values) - 1)) if variance > 0 and len(values) > 10 else 0.0
-    return Measured(float(np.mean(values)), error)
+    return Measurement(float(np.mean(values)), error)
 
 
-def _compare_greedy(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Divergent | None:
+def _compare_greedy(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> GreedyDivergence | None:
     pairs = [(one.greedy, other.greedy) for one, other in zip(original, compressed, strict=True)]
     pairs = [pair for pair in pairs if len(pair[0]) and len(pair[0]) == len(pair[1])]
     if not pairs:
         return None
     firsts = [np.flatnonzero(one != other) for one, other in pairs]
     places = sorted(int(differs[0]) + 1 for differs in firsts if len(differs))
-    return Divergent(len(pairs), max(len(one) for one, _ in pairs), len(pairs) - len(places), tuple(places))
+    return GreedyDivergence(len(pairs), max(len(one) for one, _ in pairs), len(pairs) - len(places), tuple(places))
 
 
 def _join(chunks: Sequence[Chunk], name: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compressknow.comparison.diff import Sums
+from compressknow.comparison.diff import DiffSums
 from compressknow.compress.blocks import Reader, get_matrix_shape
 from compressknow.compress.removal.settings import parse_block
 from compressknow.compress.weights import Side, Values, dequantize_block, read_scales
@@ -18,12 +18,12 @@ from compressknow.model.manifest import list_dropped_neurons
 from compressknow.model.structure import LinearWeight
 
 
-def diff_values(reader: Reader, a: Values, b: Values) -> tuple[Sums, bool]:
+def diff_values(reader: Reader, a: Values, b: Values) -> tuple[DiffSums, bool]:
     """Return the sums of two tensors, taken in float64, and whether they are stored alike to the bit."""
     scale_a, scale_b = read_scales(reader, a), read_scales(reader, b)
     columns = max(get_matrix_shape(values.tensor.shape)[1] for values in (a, b))
     alike = (a.tensor.dtype, a.stored.dtype) == (b.tensor.dtype, b.stored.dtype) and _is_same(scale_a, scale_b)
-    sums, same = Sums(), alike
+    sums, same = DiffSums(), alike
     # torch reads no tensor without elements.
     blocks = zip(a.blocks(reader, columns), b.blocks(reader, columns), strict=True) if a.tensor.numel else ()
     for block_a, block_b in blocks:
@@ -41,13 +41,13 @@ def _is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def sum_values(x: torch.Tensor, y: torch.Tensor) -> Sums:
+def sum_values(x: torch.Tensor, y: torch.Tensor) -> DiffSums:
     """Return the sums of two tensors of one shape, float64; `y` is `x` itself where nothing differs."""
     zeros, energy = _count_zeros(x), _sum_squares(x)
     if x is y:
-        return Sums(x.numel(), zeros, zeros, energy, energy)
+        return DiffSums(x.numel(), zeros, zeros, energy, energy)
     change = y - x
-    return Sums(
+    return DiffSums(
         x.numel(), zeros, _count_zeros(y), energy, _sum_squares(y), _sum_squares(change), float(change.abs().max())
     )
 
@@ -106,7 +106,7 @@ def _renumber_weight(weight: LinearWeight, parameter: str) -> LinearWeight:
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostNeurons:
     """Neurons lost along an axis of a tensor: of the `before` neurons that had `each` entries there, one projection
     after the other, those in `dropped` are gone."""
 
@@ -122,7 +122,7 @@ class Lost:
         return tuple(number + part * self.before for part in range(self.each) for number in neurons)
 
 
-def read_lost_neurons(manifest: Mapping[str, Any], side: Side) -> dict[str, Lost]:
+def read_lost_neurons(manifest: Mapping[str, Any], side: Side) -> dict[str, LostNeurons]:
     """Return what the tensors of a converted checkpoint lost, by stored name; nothing of one whose manifest does not
     say which neurons went."""
     entries = manifest.get("removed", {}).get("neurons", [])
@@ -130,7 +130,7 @@ def read_lost_neurons(manifest: Mapping[str, Any], side: Side) -> dict[str, Lost
         (entry, _get_block(module), gone) for entry in entries for module, gone in list_dropped_neurons(entry).items()
     ]
     rows = {row["name"]: row for row in manifest["tensors"] if "shape_before" in row} if dropped else {}
-    lost: dict[str, Lost] = {}
+    lost: dict[str, LostNeurons] = {}
     for parameter, tensor in side.own.items():
         if (row := rows.get(tensor.name)) is not None:
             of_block = (
@@ -146,7 +146,7 @@ def _get_block(name: str) -> tuple[str, int] | None:
     return place and place[:2]
 
 
-def _find_axis(row: Mapping[str, Any], entry: Mapping[str, Any], dropped: tuple[range, ...]) -> Lost | None:
+def _find_axis(row: Mapping[str, Any], entry: Mapping[str, Any], dropped: tuple[range, ...]) -> LostNeurons | None:
     """Return what was lost along the one axis that is shorter, if by what the neurons of an entry account for."""
     sizes = list(enumerate(zip(row["shape_before"], row["shape"], strict=False)))
     axes = [(axis, *pair) for axis, pair in sizes if pair[0] != pair[1]]
@@ -156,10 +156,10 @@ def _find_axis(row: Mapping[str, Any], entry: Mapping[str, Any], dropped: tuple[
     each = before // entry["before"]
     if not each or (before, after) != (each * entry["before"], each * entry["after"]):
         return None
-    return Lost(axis, each, entry["before"], dropped)
+    return LostNeurons(axis, each, entry["before"], dropped)
 
 
-def align(a: Values, b: Values, lost_a: Lost | None, lost_b: Lost | None) -> tuple[Values, Values] | None:
+def align(a: Values, b: Values, lost_a: LostNeurons | None, lost_b: LostNeurons | None) -> tuple[Values, Values] | None:
     """Return the same entries of both tensors: all, where neither lost any; None where they cannot be told."""
     # One may have all that the other was made of, though it lost some before.
     for first, second in ((None, lost_b), (lost_a, None), (lost_a, lost_b)):
@@ -168,7 +168,9 @@ def align(a: Values, b: Values, lost_a: Lost | None, lost_b: Lost | None) -> tup
     return (a, b) if a.shape == b.shape else None
 
 
-def _align_entries(a: Values, b: Values, lost_a: Lost | None, lost_b: Lost | None) -> tuple[Values, Values] | None:
+def _align_entries(
+    a: Values, b: Values, lost_a: LostNeurons | None, lost_b: LostNeurons | None
+) -> tuple[Values, Values] | None:
     """Return the entries that both have left, if that is what they lost: None for a tensor that lost nothing."""
     lost = lost_a or lost_b
     if lost is None or len(a.shape) != len(b.shape):

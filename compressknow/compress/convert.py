@@ -17,7 +17,7 @@ from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.manifest import Manifest, build_manifest
 from compressknow.compress.output import Memory, NewFolder, RenderCard, lay_out
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
-from compressknow.compress.process import Measured, Work, hash_file
+from compressknow.compress.process import TensorStats, Work, hash_file
 from compressknow.compress.proof import build_config, prove
 from compressknow.compress.pruning import METHODS, Mask, Patterned
 from compressknow.compress.pruning.builtin import Unstructured
@@ -135,8 +135,8 @@ def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, thre
 
 
 def _write_tensors(
-    work: Work, plan: Plan, masks: Mapping[str, Mask], done: Mapping[str, Measured], shards: tuple[str, ...]
-) -> tuple[dict[str, str], dict[str, Measured]]:
+    work: Work, plan: Plan, masks: Mapping[str, Mask], done: Mapping[str, TensorStats], shards: tuple[str, ...]
+) -> tuple[dict[str, str], dict[str, TensorStats]]:
     """Write all tensors but those `done`, and hash the `shards` beside that, largest first: both keep cores busy."""
     hashes: dict[str, str] = {}
     measured = dict(done)
@@ -154,7 +154,7 @@ def _write_tensors(
     return hashes, measured
 
 
-def _check_pruned_counts(plan: Plan, measured: Mapping[str, Measured]) -> None:
+def _check_pruned_counts(plan: Plan, measured: Mapping[str, TensorStats]) -> None:
     for step, tensors in plan.list_prune_steps():
         _, expected = count_pruned(step, [tensor.to_prune for tensor in tensors])
         if (pruned := sum(measured[tensor.name].pruned for tensor in tensors)) != expected:
@@ -191,7 +191,7 @@ class VariantMaker:
         self._trust_remote_code, self._folder_of_texts = trust_remote_code, texts
         self._texts: dict[Calibration, CalibrationText] = {}
         self._structures: dict[ModuleMap, Structure] = {}
-        self._shared: dict[str, tuple[torch.Tensor, Measured]] = {}
+        self._shared: dict[str, tuple[torch.Tensor, TensorStats]] = {}
 
     def structure(self, module_map: ModuleMap = "structural") -> Structure:
         if module_map not in self._structures:

@@ -16,10 +16,10 @@ from compressknow.model.manifest import COUNTS, SCHEMA, format_ranges, seal_mani
 from compressknow.model.structure import GROUPS, NOT_LINEAR
 
 if TYPE_CHECKING:
-    from compressknow.compress.calibrate.compression import Calibrated
+    from compressknow.compress.calibrate.compression import CalibrationResult
     from compressknow.compress.calibrate.text import CalibrationText
     from compressknow.compress.plan import Plan, PlannedTensor
-    from compressknow.compress.process import Measured
+    from compressknow.compress.process import TensorStats
     from compressknow.compress.removal.smaller import Removal
 
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")
@@ -120,11 +120,11 @@ def predict_manifest(plan: Plan) -> Manifest:
 
 def build_manifest(
     plan: Plan,
-    measured: Mapping[str, Measured],
+    measured: Mapping[str, TensorStats],
     source_files: Mapping[str, str],
     files: Mapping[str, str],
     text: CalibrationText | None = None,
-    calibrated: Calibrated | None = None,
+    calibrated: CalibrationResult | None = None,
 ) -> Manifest:
     """Return the manifest of a conversion: `measured` has every tensor of the plan by name, `source_files` and `files`
     the SHA-256 of the files that were read, and of those written beside the weights."""
@@ -276,7 +276,7 @@ def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[st
     }
 
 
-def _describe(tensor: PlannedTensor, measured: Measured, removal: Removal | None) -> dict[str, Any]:
+def _describe(tensor: PlannedTensor, measured: TensorStats, removal: Removal | None) -> dict[str, Any]:
     row = _describe_planned(tensor, removal) | {
         "pruned": measured.pruned,
         # A weight that got values of its own was not there before.

@@ -27,7 +27,7 @@ from compressknow.base.system import create_file, write_at
 from compressknow.compress.blocks import Pool
 from compressknow.compress.manifest import Manifest
 from compressknow.compress.plan import Plan, PlannedTensor
-from compressknow.compress.process import Measured, TensorWriter
+from compressknow.compress.process import TensorStats, TensorWriter
 from compressknow.compress.proof import build_config
 from compressknow.compress.staging import Staging
 from compressknow.model.checkpoint import (
@@ -103,9 +103,9 @@ class Memory:
     # What is of use only meanwhile lies in the system's own folder.
     folder: Path | None = None
 
-    def __init__(self, shared: dict[str, tuple[torch.Tensor, Measured]]) -> None:
+    def __init__(self, shared: dict[str, tuple[torch.Tensor, TensorStats]]) -> None:
         self._shared = shared
-        self.known: dict[str, Measured] = {}
+        self.known: dict[str, TensorStats] = {}
         self.tensors: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> Self:
@@ -135,7 +135,7 @@ class Memory:
 
         return TensorWriter(put, 0)
 
-    def complete(self, pool: Pool, measured: Mapping[str, Measured]) -> None:  # noqa: ARG002
+    def complete(self, pool: Pool, measured: Mapping[str, TensorStats]) -> None:  # noqa: ARG002
         for tensor in self.plan.tensors:
             if not tensor.in_scope:
                 self._shared[tensor.name] = self.tensors[tensor.name], measured[tensor.name]
@@ -209,7 +209,7 @@ class OutputFiles:
     """Weight files of an output, made at their full size before any work: a full disk shows at once."""
 
     # Tensors that are there already, with what was measured of them.
-    known: ClassVar[Mapping[str, Measured]] = {}
+    known: ClassVar[Mapping[str, TensorStats]] = {}
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self._layout = layout
@@ -235,7 +235,7 @@ class OutputFiles:
         file, offset = self._layout.places[tensor_name]
         return TensorWriter(partial(write_at, self._descriptors[file]), offset)
 
-    def complete(self, pool: Pool, measured: Mapping[str, Measured]) -> None:  # noqa: ARG002
+    def complete(self, pool: Pool, measured: Mapping[str, TensorStats]) -> None:  # noqa: ARG002
         """Wait until all that was written would survive a power cut."""
         self._end_flushing()
         if self._failure is not None:

@@ -41,7 +41,7 @@ SMALLEST_ENERGY = 1e-24
 
 
 @dataclass(frozen=True)
-class Measured:
+class TensorStats:
     """Counts and hashes of what was found and done in one tensor.
 
     `norm` is ||original|| (Frobenius; 0 of a tensor that holds no floats), `relative_error` ||written - original|| /
@@ -98,7 +98,7 @@ class Work(Reader):
         fit: Callable[[torch.Tensor, torch.Tensor, Scheme], torch.Tensor] | None = None,
         factors: torch.Tensor | None = None,
         see: Callable[[slice, torch.Tensor], object] | None = None,
-    ) -> Measured:
+    ) -> TensorStats:
         """Write one tensor of the output.
 
         Parameters
@@ -162,7 +162,7 @@ class Work(Reader):
                     hashes[part.suffix] = writer.sha256
         return hashes
 
-    def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> Measured:
+    def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> TensorStats:
         """Write a tensor that others make up for: `values` of its dtype, which times `factors` are what it was."""
         original = next(self.blocks(planned.source, whole=True)).values.reshape(values.shape)
         writer, energy = self.writer(planned.name), _sum_squares(original[None])
@@ -170,7 +170,7 @@ class Work(Reader):
         error = _sum_squares((values.to(torch.float32) * factors - original.to(torch.float32))[None])
         before, after = (each.numel() - int(torch.count_nonzero(each)) for each in (original, values))
         relative = math.sqrt(error / energy) if energy else 0.0
-        return Measured(before, after, 0, math.sqrt(energy), relative, writer.sha256)
+        return TensorStats(before, after, 0, math.sqrt(energy), relative, writer.sha256)
 
     def _compute_tensor_scale(self, planned: PlannedTensor, scheme: Scheme, mask: Mask | None) -> torch.Tensor:
         """Compute the one scale [1] of a tensor, which takes a pass of its own."""
@@ -180,7 +180,7 @@ class Work(Reader):
         with SCHEMES.explain_failures(scheme.name):
             return scheme.scales(largest)
 
-    def _copy(self, planned: PlannedTensor) -> Measured:
+    def _copy(self, planned: PlannedTensor) -> TensorStats:
         source, writer, zeros, energy = planned.source, self.writer(planned.name), 0, 0.0
         for piece in self.files.chunks(source, COPY_BYTES):
             self.pool.check()
@@ -194,7 +194,7 @@ class Work(Reader):
             self.progress(len(piece))
         # A mask that is kept beside the weights may hold infinities.
         norm = math.sqrt(energy) if math.isfinite(energy) else 0.0
-        return Measured(zeros, zeros, 0, norm, 0.0, writer.sha256)
+        return TensorStats(zeros, zeros, 0, norm, 0.0, writer.sha256)
 
 
 def read_pruned(reader: Reader, planned: PlannedTensor, mask: Mask) -> torch.Tensor:
@@ -294,10 +294,10 @@ class _Tally:
         if self._original is not None:
             self.refilled += int(torch.count_nonzero((self._original == 0) & (written != 0)))
 
-    def summarize(self, sha256: str, beside: Mapping[str, str]) -> Measured:
+    def summarize(self, sha256: str, beside: Mapping[str, str]) -> TensorStats:
         error = math.sqrt(self.error_energy / self.energy) if self.energy else 0.0
         norm = math.sqrt(self.energy)
-        return Measured(self.zeros_before, self.zeros, self.pruned, norm, error, sha256, beside, self.refilled)
+        return TensorStats(self.zeros_before, self.zeros, self.pruned, norm, error, sha256, beside, self.refilled)
 
 
 def _find_largest(keys: npt.NDArray[np.signedinteger], span: int | None) -> npt.NDArray[np.signedinteger]:

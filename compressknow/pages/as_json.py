@@ -158,7 +158,7 @@ def _dump_movement(probe: records.ProbeFigures) -> dict[str, Any]:
     }
 
 
-def _dump_knowing(knowing: records.Knowing | None) -> dict[str, Any] | None:
+def _dump_knowing(knowing: records.GradeCounts | None) -> dict[str, Any] | None:
     if knowing is None:
         return None
     return {
@@ -169,7 +169,7 @@ def _dump_knowing(knowing: records.Knowing | None) -> dict[str, Any] | None:
     }
 
 
-def _dump_wordings(wordings: records.Wordings | None) -> dict[str, Any]:
+def _dump_wordings(wordings: records.WordingFigures | None) -> dict[str, Any]:
     """Return the figures of each wording by its number, as text; empty where there is one wording."""
     return {
         "by_template": {
@@ -219,31 +219,31 @@ def dump_perplexity(perplexity: records.Perplexity, which: str = "") -> dict[str
     """Return the figures of one model; `which` it is ends the names."""
     return replace_not_finite(
         {
-            **_dump_measured(f"perplexity{which}", perplexity.value),
-            **_dump_measured(f"bits_per_byte{which}", perplexity.bits_per_byte),
+            **_dump_measurement(f"perplexity{which}", perplexity.value),
+            **_dump_measurement(f"bits_per_byte{which}", perplexity.bits_per_byte),
             f"tokens{which}": perplexity.tokens,
         }
     )
 
 
-def _dump_moved(moved: records.Moved) -> dict[str, Any]:
+def _dump_moved(moved: records.TextChange) -> dict[str, Any]:
     divergent = moved.divergent
     return {
-        **_dump_measured("perplexity_ratio", moved.ratio),
-        **_dump_measured("log_perplexity_ratio", moved.log_ratio),
-        **_dump_measured("perplexity_difference", moved.difference),
+        **_dump_measurement("perplexity_ratio", moved.ratio),
+        **_dump_measurement("log_perplexity_ratio", moved.log_ratio),
+        **_dump_measurement("perplexity_difference", moved.difference),
         "correlation": moved.correlation,
-        **_dump_measured("kl_mean", moved.kl),
+        **_dump_measurement("kl_mean", moved.kl),
         "kl_percentiles": dict(moved.kl_percentiles) if moved.kl_percentiles else None,
-        **_dump_measured("same_top", moved.same_top),
-        **_dump_measured("probability_change", moved.change),
-        **_dump_measured("probability_change_rms", moved.change_rms),
+        **_dump_measurement("same_top", moved.same_top),
+        **_dump_measurement("probability_change", moved.change),
+        **_dump_measurement("probability_change_rms", moved.change_rms),
         "probability_change_percentiles": dict(moved.change_percentiles),
         "greedy": asdict(divergent) | {"median": divergent.middle} if divergent else None,
     }
 
 
-def _dump_measured(name: str, figure: records.Measured | None) -> dict[str, float | None]:
+def _dump_measurement(name: str, figure: records.Measurement | None) -> dict[str, float | None]:
     return {name: figure.value if figure else None, f"{name}_error": figure.error if figure else None}
 
 

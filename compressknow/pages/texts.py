@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, clean, count, number, share, write_points
-from compressknow.comparison.records import Measured, Moved, Perplexity, TextFigures
+from compressknow.comparison.records import Measurement, Perplexity, TextChange, TextFigures
 from compressknow.evaluate.records import ALONE, NO_ROOM, OTHER_SIZE, OTHER_TOKENS
 from compressknow.pages import drawing
 from compressknow.pages.parts import Beside, Chart, Note, Part, Table
@@ -47,7 +47,7 @@ def make_text_parts(figures: TextFigures, names: tuple[str, str]) -> Iterator[Pa
     """Yield tables of a text, and a chart of how far its tokens moved; `names` are those of the two models."""
     name, sides = clean(figures.text, 60), (figures.original, figures.compressed)
     rows = tuple(
-        (who.capitalize(), write_measured(side.value, 2), write_measured(side.bits_per_byte, 3))
+        (who.capitalize(), write_measurement(side.value, 2), write_measurement(side.bits_per_byte, 3))
         for who, side in zip(names, sides, strict=True)
     )
     tokens = " and ".join(dict.fromkeys(count(side.tokens) for side in sides))
@@ -64,7 +64,7 @@ def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original
     one, other = names
     name, moved = clean(figures.text, 60), figures.moved
     if moved is None:
-        before, after = (write_measured(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
+        before, after = (write_measurement(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
         return f"On {name} {other} takes {after} bits per byte where {one} takes {before}."
     before, after = _tell_perplexity(figures.original), _tell_perplexity(figures.compressed)
     change = f"{write_change(moved.ratio)}, from {before}" if math.isfinite(moved.ratio.value) else f"from {before}"
@@ -83,14 +83,14 @@ def write_text_headline(figures: TextFigures) -> str:
 
 def summarize_text(figures: TextFigures, names: tuple[str, str]) -> Iterator[str]:
     """Yield a text's figures in two lines, for a terminal."""
-    before, after = (write_measured(side.value, 3) for side in (figures.original, figures.compressed))
+    before, after = (write_measurement(side.value, 3) for side in (figures.original, figures.compressed))
     yield f"{clean(figures.text, 40)}: perplexity {names[0]} {before}, {names[1]} {after}"
     if moved := figures.moved:
-        kl = f"KL by token mean {write_measured(moved.kl, 5)} nats" if moved.kl else "KL by token not measured"
+        kl = f"KL by token mean {write_measurement(moved.kl, 5)} nats" if moved.kl else "KL by token not measured"
         p99 = f", p99 {number(moved.kl_percentiles['p99'], 4)}" if moved.kl_percentiles else ""
-        yield f"  ratio {write_measured(moved.ratio, 4)}; {kl}{p99}; same top token {share(moved.same_top.value)}"
+        yield f"  ratio {write_measurement(moved.ratio, 4)}; {kl}{p99}; same top token {share(moved.same_top.value)}"
     else:
-        before, after = (write_measured(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
+        before, after = (write_measurement(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
         yield f"  bits per byte {names[0]} {before}, {names[1]} {after}; other tokens, so no KL"
 
 
@@ -116,10 +116,10 @@ def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[
     return f"{place}, {best[0]} has the lowest ({lowest}) and {worst[0]} the highest ({highest})."
 
 
-def write_change(ratio: Measured) -> str:
+def write_change(ratio: Measurement) -> str:
     """Write the change of a perplexity in percent, with its sign.
 
-    >>> write_change(Measured(1.049, 0.001))
+    >>> write_change(Measurement(1.049, 0.001))
     '+4.9 %'
     """
     if not math.isfinite(ratio.value):
@@ -139,11 +139,13 @@ def list_text_warnings(
             yield f"{who} computes no numbers (NaN), or rules tokens out, on {name}: its perplexity is no number."
 
 
-def write_measured(figure: Measured | None, digits: int, unit: str = "") -> str:
+def write_measurement(figure: Measurement | None, digits: int, unit: str = "") -> str:
     """Write a figure with its standard error; with a unit, in hundredths.
 
-    >>> write_measured(Measured(12.3456, 0.5), 2), write_measured(Measured(0.5, 0.01), 1, " %"), write_measured(None, 2)
-    ('12.35 ± 0.50', '50.0 ± 1.0 %', '-')
+    >>> write_measurement(Measurement(12.3456, 0.5), 2), write_measurement(None, 2)
+    ('12.35 ± 0.50', '-')
+    >>> write_measurement(Measurement(0.5, 0.01), 1, " %")
+    '50.0 ± 1.0 %'
     """
     if figure is None or not math.isfinite(figure.value):
         return NONE
@@ -151,20 +153,20 @@ def write_measured(figure: Measured | None, digits: int, unit: str = "") -> str:
     return f"{value} ± {error}{unit}" if figure.error else f"{value}{unit}"
 
 
-def _make_moved_table(moved: Moved, name: str, names: tuple[str, str]) -> Table:
+def _make_moved_table(moved: TextChange, name: str, names: tuple[str, str]) -> Table:
     kl = moved.kl_percentiles
     rows = [
-        ("Perplexity, ratio", write_measured(moved.ratio, 4)),
-        ("Perplexity, difference", write_measured(moved.difference, 4)),
+        ("Perplexity, ratio", write_measurement(moved.ratio, 4)),
+        ("Perplexity, difference", write_measurement(moved.difference, 4)),
         ("Correlation of log-likelihoods", number(moved.correlation, 4)),
-        ("KL, mean", write_measured(moved.kl, 4)),
+        ("KL, mean", write_measurement(moved.kl, 4)),
         *(
             (f"KL, {label} percentile" if label[0].isdigit() else f"KL, {label}", number(kl[key], 4) if kl else NONE)
             for key, label in _PERCENTILES
         ),
-        ("Same top token", write_measured(moved.same_top, 1, " %")),
-        ("Change of the text's token's probability, mean", write_measured(moved.change, 2, " points")),
-        ("Change, root mean square", write_measured(moved.change_rms, 2, " points")),
+        ("Same top token", write_measurement(moved.same_top, 1, " %")),
+        ("Change of the text's token's probability, mean", write_measurement(moved.change, 2, " points")),
+        ("Change, root mean square", write_measurement(moved.change_rms, 2, " points")),
     ]
     if divergent := moved.divergent:
         middle = "none differs" if not divergent.first else f"more than {divergent.tokens}"
@@ -176,7 +178,7 @@ def _make_moved_table(moved: Moved, name: str, names: tuple[str, str]) -> Table:
     return Table(f"{name}, token by token: {names[1]} against {names[0]}", ("Figure", "Value"), tuple(rows))
 
 
-def _chart_kl(moved: Moved, name: str, names: tuple[str, str]) -> Chart | None:
+def _chart_kl(moved: TextChange, name: str, names: tuple[str, str]) -> Chart | None:
     """Chart KL by percentile, on a logarithmic scale; None where there is none, or nothing moved."""
     found = moved.kl_percentiles
     if not found or not all(math.isfinite(found[key]) for key, _ in _PERCENTILES) or found["p99_9"] <= _LEAST:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError
 from compressknow.comparison.checkpoints import diff_checkpoints
-from compressknow.comparison.diff import CheckpointDiff, Sums, TensorDiff, group_tensors
+from compressknow.comparison.diff import CheckpointDiff, DiffSums, TensorDiff, group_tensors
 from compressknow.compress import blocks
 from compressknow.engine.identity import describe, locate
 from compressknow.model.checkpoint import open_checkpoint
@@ -58,7 +58,7 @@ def of_packed(packed: npt.NDArray[np.int32], scales: torch.Tensor, columns: int)
     return (torch.from_numpy(integers).float() * scales.float().repeat_interleave(size, 1)).double().numpy()
 
 
-def assert_recounted(sums: Sums, a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> None:
+def assert_recounted(sums: DiffSums, a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> None:
     a, b = a.ravel(), b.ravel()
     assert sums.numel == a.size
     assert (sums.zeros_a, sums.zeros_b) == (int((a == 0).sum()), int((b == 0).sum()))
@@ -155,7 +155,7 @@ def test_a_relative_error_is_one_figure_in_manifest_report_and_comparison(
     in_report = describe(locate(tmp_path / "b"))["groups"]
     for group, those in group_tensors(difference.tensors, lambda tensor: tensor.group).items():
         changes = [after[t.name].ravel() - before[t.name].ravel() for t in those if t.name in before]
-        found = sum((t.sums for t in those), Sums()).relative_error
+        found = sum((t.sums for t in those), DiffSums()).relative_error
         assert manifest["groups"][group]["relative_error"] == pytest.approx(found, rel=1e-5, abs=1e-9)
         assert in_report[group]["relative_error"] == manifest["groups"][group]["relative_error"]
         if len(changes) == len(those):
@@ -203,7 +203,7 @@ def test_groups_and_layers_add_up_to_what_the_tensors_say(family: str, tmp_path:
     stacks = ("encoder", "decoder") if family == "t5-gated" else (None,)
     assert list(by_layer) == [(stack, layer) for stack in stacks for layer in (0, 1)]
     for those in [found.tensors, *by_layer.values(), *group_tensors(found.tensors, lambda t: t.group).values()]:
-        sums = sum((tensor.sums for tensor in those), Sums())
+        sums = sum((tensor.sums for tensor in those), DiffSums())
         assert_recounted(sums, joined(before, those), joined(after, those))
 
 
@@ -318,13 +318,13 @@ def test_not_a_number_is_no_figure(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_was_all_zero_has_no_relative_error() -> None:
-    assert Sums(4, 4, 0, 0.0, 4.0, 4.0, 1.0).relative_error is None
-    assert Sums(4, 4, 4).relative_error == 0.0
-    assert Sums(4, 4, 4).cosine is None
+    assert DiffSums(4, 4, 0, 0.0, 4.0, 4.0, 1.0).relative_error is None
+    assert DiffSums(4, 4, 4).relative_error == 0.0
+    assert DiffSums(4, 4, 4).cosine is None
 
 
 def test_what_did_not_change_points_the_same_way() -> None:
-    assert {Sums(9, energy_a=energy, energy_b=energy).cosine for energy in (3.0, 7.0, 10.7, 45.1, 1e300)} == {1.0}
+    assert {DiffSums(9, energy_a=energy, energy_b=energy).cosine for energy in (3.0, 7.0, 10.7, 45.1, 1e300)} == {1.0}
 
 
 PACKED: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {

@@ -17,7 +17,7 @@ from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Block, Pool
 from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
-from compressknow.compress.process import Measured, Work
+from compressknow.compress.process import TensorStats, Work
 from compressknow.compress.pruning import EachBlock, Pruned
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Quantize, Step, Where
@@ -195,7 +195,7 @@ def written_by(
     prune: Prune | None = None,
     quantize: Quantize | None = None,
     mask: EachBlock | None = None,
-) -> tuple[dict[str, Tensor], Measured]:
+) -> tuple[dict[str, Tensor], TensorStats]:
     """What the conversion writes of one weight, by what follows the layer's name, and what it says of it."""
     save_file({"layer.weight": weight}, folder / "source.safetensors")
     (stored,) = read_header(folder / "source.safetensors").values()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.comparison.records import Measured
+from compressknow.comparison.records import Measurement
 from compressknow.comparison.text import compare_text, compare_tokens, compute_perplexity
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.records import ALONE, MEASURED, OTHER_TOKENS, Chunk, ModelRecord, ProbeEntry, Record
@@ -127,7 +127,7 @@ def test_percentiles_are_interpolated_as_llama_cpp_does() -> None:
 
 def test_a_model_against_itself_has_not_moved() -> None:
     found = compare_tokens(chunks(1), chunks(1))
-    assert (found.ratio, found.difference, found.same_top) == (Measured(1, 0), Measured(0, 0), Measured(1, 0))
+    assert (found.ratio, found.difference, found.same_top) == (Measurement(1, 0), Measurement(0, 0), Measurement(1, 0))
     assert found.correlation == pytest.approx(1)
 
 
@@ -217,7 +217,7 @@ def test_where_one_model_has_the_text_or_all_are_alike_none_has_the_lowest() -> 
 
 def test_a_model_that_computes_no_numbers_has_neither_the_lowest_nor_the_highest() -> None:
     perplexity = compute_perplexity(chunks(1))
-    broken, larger = (replace(perplexity, value=Measured(value, 0.0)) for value in (math.nan, 99.0))
+    broken, larger = (replace(perplexity, value=Measurement(value, 0.0)) for value in (math.nan, 99.0))
     said = write_joint_sentence("a.txt", perplexity, [("b", broken), ("c", perplexity), ("d", larger)])
     assert said.endswith(f", c has the lowest ({perplexity.value.value:.2f}) and d the highest (99.00).")
     assert write_joint_sentence("a.txt", perplexity, [("b", broken)] * 2).endswith(", each model has no number.")

@@ -18,13 +18,13 @@ from compressknow.base.system import count_cores
 from compressknow.compress.blocks import Block, Pool, Reader
 from compressknow.compress.calibrate import smooth
 from compressknow.compress.calibrate.compensation import fit_scales, round_by_gptq
-from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums
+from compressknow.compress.calibrate.gathering import InputStatistics, InputSums, Key
 from compressknow.compress.calibrate.model import StreamedModel, read_tensor
 from compressknow.compress.calibrate.samples import choose_dtype
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.calibrate.walk import OnProgress, TargetVisitor, Visitor, run_text
 from compressknow.compress.plan import Plan, PlannedTensor
-from compressknow.compress.process import Measured, Work, read_pruned
+from compressknow.compress.process import TensorStats, Work, read_pruned
 from compressknow.compress.pruning import EachBlock, Mask, Pruned
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
 from compressknow.model.groups import read_structure
@@ -158,7 +158,7 @@ LEAST_TOKENS = 32
 
 
 @dataclass
-class Calibrated:
+class CalibrationResult:
     """Results of a calibration.
 
     Attributes
@@ -170,7 +170,7 @@ class Calibrated:
     smoothed : the norms that were divided, and the weights that make up for it.
     """
 
-    measured: dict[str, Measured] = field(default_factory=dict)
+    measured: dict[str, TensorStats] = field(default_factory=dict)
     is_blockwise: bool = True
     unseen: list[str] = field(default_factory=list)
     smoothed: dict[str, list[str]] = field(default_factory=dict)
@@ -178,20 +178,20 @@ class Calibrated:
 
 def calibrate(
     plan: Plan, work: Work, masks: Mapping[str, Mask], text: CalibrationText, on_progress: OnProgress = max
-) -> Calibrated:
+) -> CalibrationResult:
     """Compress and write all that is in scope, block by block, each with what it sees of the text once all before it is
     compressed. `masks` are those of methods that look at weights alone, by tensor name; `on_progress` is called with
     the blocks that are done, and with how many there are.
 
     Raises CompressknowError if a block gives NaN, takes more memory than there is, or a layer's inputs were never seen.
     """
-    result = Calibrated()
+    result = CalibrationResult()
     several, once = smooth.split_scope(plan)
 
     def make(streamed: StreamedModel, pool: Pool, whole: bool) -> list[Visitor]:
         """Have what is used several times compressed first, in a walk of its own, after all uses were seen."""
         nonlocal result
-        result = Calibrated(is_blockwise=not whole)
+        result = CalibrationResult(is_blockwise=not whole)
         if whole or several:
             smooth.check_no_smoothing(plan, smooth.NOT_BLOCKWISE if whole else smooth.SHARED_WEIGHTS)
         compressor = partial(_Compressor, streamed, plan, replace(work, pool=pool), masks, result)
@@ -213,7 +213,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         plan: Plan,
         work: Work,
         masks: Mapping[str, Mask],
-        result: Calibrated,
+        result: CalibrationResult,
         targets: Sequence[PlannedTensor],
         *,
         waits: bool = False,
@@ -233,10 +233,10 @@ class _Compressor(TargetVisitor[PlannedTensor]):
     def keeps_output(self, module: str, batch: int) -> bool:
         return self.pairs and not batch % 2 and module in self._streamed.blocks
 
-    def make_sums(self, targets: Sequence[PlannedTensor]) -> Sums:
+    def make_sums(self, targets: Sequence[PlannedTensor]) -> InputSums:
         # Of a pair, an expert may read other tokens.
         paired = {each.parameter for each in targets if _is_rounded_by_gptq(each) and not _is_expert(each)}
-        return Sums(
+        return InputSums(
             dict.fromkeys(tensor.parameter for tensor in targets),
             products=any(map(_is_sum_of_products, targets)),
             peaks=any(tensor.quantize and tensor.quantize.smooth is not None for tensor in targets),
@@ -245,7 +245,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         )
 
     def act(
-        self, targets: Sequence[PlannedTensor], sums: Sums, module: str | None, rerun: Callable[[], Any] | None
+        self, targets: Sequence[PlannedTensor], sums: InputSums, module: str | None, rerun: Callable[[], Any] | None
     ) -> None:
         """Compress and write the targets; the model goes on with what was written."""
         factors = self._smooth(module, sums, rerun) if module in self._streamed.blocks and rerun else {}
@@ -257,7 +257,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             # They are not read again.
             self._streamed.forget(tensor.source for tensor in targets)
 
-    def _smooth(self, module: str, sums: Sums, rerun: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    def _smooth(self, module: str, sums: InputSums, rerun: Callable[[], Any]) -> dict[str, torch.Tensor]:
         """Divide the norms of a block and write them. Return, by parameter, the factors by which to multiply the
         columns of the weights behind them. Raises UnsupportedError if no norm can take it."""
         if not (alphas := smooth.find_alphas(self._targets[module])):
@@ -292,7 +292,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             self._streamed.replace(parameter, stored, divided.to(torch.float32))
         return factors
 
-    def compress(self, sums: Sums, factors: Mapping[str, torch.Tensor], tensor: PlannedTensor) -> torch.Tensor:
+    def compress(self, sums: InputSums, factors: Mapping[str, torch.Tensor], tensor: PlannedTensor) -> torch.Tensor:
         """Write one tensor, and return the values that were written, float32."""
         statistics = self._read_statistics(tensor, sums) if tensor.is_calibrated else []
         own_factors = factors.get(tensor.parameter)
@@ -308,7 +308,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         )
         return written
 
-    def _read_statistics(self, tensor: PlannedTensor, sums: Sums) -> list[InputStatistics]:
+    def _read_statistics(self, tensor: PlannedTensor, sums: InputSums) -> list[InputStatistics]:
         """Return the statistics of each matrix of a tensor; where nothing is known, all channels count alike."""
         matrices = tensor.to_prune.matrices[0]
         first = 0 if matrices > 1 else self._plan.sources.matrix_of(tensor.source, tensor.parameter)

@@ -124,7 +124,7 @@ def _identify(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-class Sums:
+class InputSums:
     """Sums over the inputs of weights, batch by batch; weights that read the same tensors share one.
 
     Batches come from several threads; each is added after the one before it: the number of threads changes no bit.

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.gathering import OPERANDS, InputStatistics, Sums
+from compressknow.compress.calibrate.gathering import OPERANDS, InputStatistics, InputSums
 from compressknow.compress.calibrate.model import BlockwiseUnsupported, StreamedModel
 from compressknow.compress.calibrate.walk import Visitor, find_tensors, group_by_block, walk
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
@@ -243,8 +243,8 @@ class _SmoothingTrial(Visitor):
     def list_watched(self, module: str) -> Collection[str]:
         return self._blocks.get(module, ()) if self._find_kind(module) in self._untried else ()
 
-    def get_sums(self, module: str) -> Sums:
-        return Sums(self.list_watched(module), products=False, peaks=False, check=self._pool.check)
+    def get_sums(self, module: str) -> InputSums:
+        return InputSums(self.list_watched(module), products=False, peaks=False, check=self._pool.check)
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:
         alphas, model = self._blocks[module], self._streamed.model

@@ -19,7 +19,7 @@ from compressknow.base.errors import CompressknowError
 from compressknow.base.format import write_size
 from compressknow.base.system import trim_heap
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.gathering import AllSeen, InputStatistics, Key, Sums, Watch
+from compressknow.compress.calibrate.gathering import AllSeen, InputStatistics, InputSums, Key, Watch
 from compressknow.compress.calibrate.model import (
     WHOLE_IN_MEMORY,
     BlockwiseUnsupported,
@@ -66,7 +66,7 @@ class Visitor:
         """Return the parameters of a block (or lone layer) to watch; without any it is not visited."""
         return ()
 
-    def get_sums(self, module: str) -> Sums:
+    def get_sums(self, module: str) -> InputSums:
         """Return the sums to which the inputs of what is watched are added."""
         raise NotImplementedError(module)
 
@@ -126,17 +126,17 @@ class TargetVisitor(Visitor, Generic[T]):
             self._targets.setdefault(self._homes[streamed.find_block(target.modules[0])], []).append(target)
         self.modules = list(self._held)
         self.lone_layers = [module for module in self._held if module not in streamed.blocks]
-        self._sums: dict[str, Sums] = {}
+        self._sums: dict[str, InputSums] = {}
         self._unvisited = dict.fromkeys(self._targets)
 
-    def make_sums(self, targets: Sequence[T]) -> Sums:
+    def make_sums(self, targets: Sequence[T]) -> InputSums:
         """Begin sums over the inputs of targets that are visited together."""
         raise NotImplementedError
 
     def list_watched(self, module: str) -> Collection[str]:
         return list(dict.fromkeys(target.parameter for target in self._held.get(module, ())))
 
-    def get_sums(self, module: str) -> Sums:
+    def get_sums(self, module: str) -> InputSums:
         """Return the sums of a module, the same from one use of it to the next."""
         home = self._homes[module]
         if home not in self._sums:
@@ -179,7 +179,7 @@ class TargetVisitor(Visitor, Generic[T]):
             on_progress(number + 1, len(batches))
         self.act(targets, sums, None, None)
 
-    def act(self, targets: Sequence[T], sums: Sums, module: str | None, rerun: Callable[[], Any] | None) -> None:
+    def act(self, targets: Sequence[T], sums: InputSums, module: str | None, rerun: Callable[[], Any] | None) -> None:
         """Act on what was seen of the targets in a module that is loaded, or, if None, in a whole model. `rerun` is as
         in `visit`; None if the module will not run any more."""
         raise NotImplementedError
@@ -302,7 +302,7 @@ def _copy_call(call: Call) -> Call:
 
 
 def _gather(
-    run: Run, weights: Mapping[str, torch.Tensor], sums: Sums, visitor: Visitor, stop: tuple[ForwardPass, Call]
+    run: Run, weights: Mapping[str, torch.Tensor], sums: InputSums, visitor: Visitor, stop: tuple[ForwardPass, Call]
 ) -> Any:
     """Add what a module's weights read of one batch. Return what it gives if that is kept, else None: it runs again."""
     forward_pass, call = stop
@@ -357,7 +357,7 @@ def observe(
     Parameters
     ----------
     checkpoint, tree : of floats, with its module tree on the meta device.
-    texts : batches each, see `walk`. If there are several, each counts as much as the others (`Sums`).
+    texts : batches each, see `walk`. If there are several, each counts as much as the others (`InputSums`).
     visit : gets what was seen, by weight or matrix of a stack of them, and a pool to work with. Weights that the text
         does not reach are missing (experts, vision towers).
     products : gather X^T X too.
@@ -397,10 +397,10 @@ class _Observer(TargetVisitor[LinearWeight]):
         self._pool, self._visit = pool, visit
         self.pairs = pairs and not self._waits
 
-    def make_sums(self, targets: Sequence[LinearWeight]) -> Sums:
+    def make_sums(self, targets: Sequence[LinearWeight]) -> InputSums:
         # Of a pair, an expert may read other tokens.
         paired = {weight.parameter for weight in targets if weight.kind != "experts"} if self.pairs else None
-        return Sums(
+        return InputSums(
             dict.fromkeys(weight.parameter for weight in targets),
             products=self._products,
             peaks=False,
@@ -413,7 +413,7 @@ class _Observer(TargetVisitor[LinearWeight]):
         return module in self._streamed.blocks and not (self.pairs and batch % 2)
 
     def act(
-        self, targets: Sequence[LinearWeight], sums: Sums, module: str | None, rerun: Callable[[], Any] | None
+        self, targets: Sequence[LinearWeight], sums: InputSums, module: str | None, rerun: Callable[[], Any] | None
     ) -> None:
         """Show what was seen of weights, but for those that the text does not reach, and these weights if a pair of
         passes runs on with what is made of them."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.compression import describe_memory
-from compressknow.compress.calibrate.gathering import Key, Sums
+from compressknow.compress.calibrate.gathering import InputSums, Key
 from compressknow.compress.calibrate.model import Call, StreamedModel
 from compressknow.compress.calibrate.walk import Batches, OnProgress, TargetVisitor, Visitor, find_tensors, run_text
 from compressknow.compress.plan import Plan
@@ -171,16 +171,16 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
         self.selected: dict[str, torch.Tensor] = {}
         self.fitted: dict[str, StoredTensor] = {}
 
-    def make_sums(self, targets: Sequence[LinearWeight]) -> Sums:
-        return Sums([down.parameter for down in targets], products=True, peaks=False, check=self._pool.check)
+    def make_sums(self, targets: Sequence[LinearWeight]) -> InputSums:
+        return InputSums([down.parameter for down in targets], products=True, peaks=False, check=self._pool.check)
 
-    def act(self, targets: Sequence[LinearWeight], sums: Sums, *_: Any) -> None:
+    def act(self, targets: Sequence[LinearWeight], sums: InputSums, *_: Any) -> None:
         for down, (numbers, weight) in zip(targets, self._pool.map(partial(self._fit, sums), targets), strict=True):
             name, cut = self._cuts[down.parameter]
             self.selected[down.parameter] = numbers
             self.fitted[name] = write_cut(self._checkpoint, name, cut, [weight], self._folder)
 
-    def _fit(self, sums: Sums, down: LinearWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fit(self, sums: InputSums, down: LinearWeight) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the neurons of a network that stay, and the weight that reads them as it is stored; the model goes on
         with it."""
         statistics = sums.get(Key(down.parameter))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from compressknow._version import __version__
 from compressknow.base.format import clean, count, number, write_percent, write_size
 from compressknow.base.notebook import Shown, Summary
-from compressknow.comparison.diff import CheckpointDiff, Key, Kind, Sums, TensorDiff, group_tensors, sum_tensors
+from compressknow.comparison.diff import CheckpointDiff, DiffSums, Key, Kind, TensorDiff, group_tensors, sum_tensors
 from compressknow.comparison.paired import Pair, order_domains, pair_answers
 from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answer, Answers
@@ -65,7 +65,7 @@ class CheckpointComparison(Shown):
         )
 
 
-def sum_by(difference: CheckpointDiff, key: Callable[[TensorDiff], Key | None]) -> dict[Key, Sums]:
+def sum_by(difference: CheckpointDiff, key: Callable[[TensorDiff], Key | None]) -> dict[Key, DiffSums]:
     """Return the sums of the tensors that have a key, by key, in the order in which it first comes."""
     return {value: sum_tensors(tensors) for value, tensors in group_tensors(difference.tensors, key).items()}
 

@@ -23,7 +23,7 @@ from compressknow.base.format import (
     write_rank,
     write_size,
 )
-from compressknow.comparison.diff import CheckpointDiff, StructureChange, Sums, TensorDiff
+from compressknow.comparison.diff import CheckpointDiff, DiffSums, StructureChange, TensorDiff
 from compressknow.comparison.paired import Pair
 from compressknow.comparison.records import Group, ProbeFigures
 from compressknow.evaluate.answers import Answer
@@ -38,7 +38,7 @@ from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_b
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.records import dump_comparison, write_estimate
 from compressknow.pages.svg import Grid, draw_heat_map, shorten_names
-from compressknow.pages.texts import make_text_parts, write_measured, write_text_headline
+from compressknow.pages.texts import make_text_parts, write_measurement, write_text_headline
 
 # A probe's figures with A as the original, and with B.
 Both = tuple[ProbeFigures, ProbeFigures]
@@ -158,7 +158,7 @@ def _show_texts(behaviour: Behaviour) -> Iterator[parts.Part]:
     for figures in behaviour.a_against_b.comparisons[0].texts:
         kl, percentiles = (figures.moved.kl, figures.moved.kl_percentiles) if figures.moved else (None, None)
         p99 = number(percentiles["p99"], 4) if percentiles else NONE
-        rows.append((clean(figures.text, 60), write_measured(kl, 4), p99))
+        rows.append((clean(figures.text, 60), write_measurement(kl, 4), p99))
     if rows:
         yield parts.Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), tuple(rows))
 
@@ -289,13 +289,13 @@ _WEIGHT_COLUMNS = ("Weights", "Zeros A", "Zeros B", "Relative error", "Cosine", 
 _EXAMPLES = 3
 
 
-def sum_groups(difference: CheckpointDiff) -> dict[str, Sums]:
+def sum_groups(difference: CheckpointDiff) -> dict[str, DiffSums]:
     """Return the sums of each group of layers that there is, in their usual order."""
     groups = sum_by(difference, lambda tensor: tensor.group)
     return {name: groups[name] for name in (*GROUPS, NOT_LINEAR) if name in groups}
 
 
-def sum_layers(difference: CheckpointDiff) -> dict[str, Sums]:
+def sum_layers(difference: CheckpointDiff) -> dict[str, DiffSums]:
     """Return the sums of the Linear weights of each block, in the order of the module tree."""
     return sum_by(difference, _name_block)
 
@@ -311,13 +311,15 @@ def make_grid(difference: CheckpointDiff) -> Grid | None:
     return Grid(rows, tuple(clean(name, 40) for name in shorten_names(modules)), cells)
 
 
-def build_sums_table(caption: str, kind: str, sums: Mapping[str, Sums], total: Sums | None = None) -> parts.Table:
+def build_sums_table(
+    caption: str, kind: str, sums: Mapping[str, DiffSums], total: DiffSums | None = None
+) -> parts.Table:
     """Return the figures of each part of the weights, and of all."""
     rows = tuple(build_sums_row(name, of) for name, of in {**sums, **({"all": total} if total else {})}.items())
     return parts.Table(caption, (kind, *_WEIGHT_COLUMNS), rows, sortable=total is None and len(rows) > 1)
 
 
-def build_sums_row(name: str, sums: Sums) -> tuple[str, ...]:
+def build_sums_row(name: str, sums: DiffSums) -> tuple[str, ...]:
     """Return the name of some weights, and their figures."""
     return (
         clean(name, 120),
@@ -479,7 +481,7 @@ def _dump_difference(difference: CheckpointDiff | None) -> dict[str, Any]:
     }
 
 
-def _dump_sums(sums: Sums) -> dict[str, Any]:
+def _dump_sums(sums: DiffSums) -> dict[str, Any]:
     names = ("numel", "zeros_a", "zeros_b", "relative_error", "cosine", "snr_db", "largest_change")
     return {name: getattr(sums, name) for name in names}
 

@@ -54,7 +54,7 @@ from compressknow.pages.study.records import (
     tidy_rows,
 )
 from compressknow.pages.svg import make_standalone
-from compressknow.pages.texts import write_measured
+from compressknow.pages.texts import write_measurement
 
 _DEFINITIONS = (
     "Two cells are compared fact by fact by the test that p-values are of, over the relations of all probes together. "
@@ -337,7 +337,10 @@ def build_cells_table(study: Study) -> parts.Table:
             for p in study.probes
         ),
         *(
-            (f"Perplexity, {clean(text, 40)}", [write_measured(each.get(text), 2) for each in (original, *compressed)])
+            (
+                f"Perplexity, {clean(text, 40)}",
+                [write_measurement(each.get(text), 2) for each in (original, *compressed)],
+            )
             for text in original
         ),
         ("p", ["", *(parts.write_bare_p(cell.comparison.certainty.test.p) for cell in study.cells)]),

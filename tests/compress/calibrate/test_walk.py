@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.gathering import InputStatistics, Key, Sums, Watch
+from compressknow.compress.calibrate.gathering import InputStatistics, InputSums, Key, Watch
 from compressknow.compress.calibrate.model import Call, StreamedModel
 from compressknow.compress.calibrate.walk import Visitor, observe, walk
 from compressknow.compress.sources import Sources
@@ -38,13 +38,15 @@ class Seeing(Visitor):
 
     def __init__(self, weights: Mapping[str, list[str]], check: Callable[[], None], keeps: bool = False) -> None:
         self.weights, self.keeps = weights, keeps
-        self.by_block = {block: Sums(names, products=True, peaks=True, check=check) for block, names in weights.items()}
+        self.by_block = {
+            block: InputSums(names, products=True, peaks=True, check=check) for block, names in weights.items()
+        }
         self.order: list[str] = []
 
     def list_watched(self, module: str) -> Collection[str]:
         return self.weights[module]
 
-    def get_sums(self, module: str) -> Sums:
+    def get_sums(self, module: str) -> InputSums:
         return self.by_block[module]
 
     def keeps_output(self, module: str, batch: int) -> bool:  # noqa: ARG002
@@ -293,7 +295,7 @@ def test_sums_are_the_same_bits_whatever_the_number_of_threads(tmp_path: Path) -
 
 def test_a_batch_ends_after_the_one_before_whatever_it_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the one after, which waits for this one alone, would add to the same sums at the same time."""
-    sums = Sums(["a", "b"], products=True, peaks=False, check=lambda: None)
+    sums = InputSums(["a", "b"], products=True, peaks=False, check=lambda: None)
     begun, go = threading.Event(), threading.Event()
     add = Tensor.addmm_
 
@@ -352,7 +354,7 @@ def test_products_of_many_channels_are_whole_and_symmetric_however_often_they_ar
     drawing = torch.Generator().manual_seed(0)
     inputs = [torch.randn(1, 50, 300, generator=drawing) for _ in range(3)]
     key = Key("layer.weight")
-    sums = Sums([key.parameter], products=True, peaks=False, check=lambda: None)
+    sums = InputSums([key.parameter], products=True, peaks=False, check=lambda: None)
     for number, batch in enumerate(inputs):
         sums.add(number, [(key, batch)])
         rows = torch.cat(inputs[: number + 1], dim=1)[0].double()
@@ -367,7 +369,7 @@ def test_products_of_many_channels_are_whole_and_symmetric_however_often_they_ar
 def test_threads_that_ask_at_once_get_one_object(texts: int) -> None:
     key, width, askers = Key("a"), 2048, 4
     of_each = [1] * texts if texts > 1 else ()
-    asked = Sums([key.parameter], products=True, peaks=False, check=lambda: None, texts=of_each)
+    asked = InputSums([key.parameter], products=True, peaks=False, check=lambda: None, texts=of_each)
     for number in range(texts):
         asked.add(number, [(key, torch.full((4, width), number + 1.0))])
     start = threading.Barrier(askers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compressknow.comparison.diff import CheckpointDiff, ConfigChange, StructureChange, Sums, TensorDiff
+from compressknow.comparison.diff import CheckpointDiff, ConfigChange, DiffSums, StructureChange, TensorDiff
 from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.diff.make import CheckpointComparison, make_behaviour, write_verdict
 from tests.pages.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
@@ -26,7 +26,7 @@ def tensor(stack: str | None, layer: int | None, module: str, error: float, grou
         bytes_a=4000,
         bytes_b=1040,
         same_bytes=not error,
-        sums=Sums(1000, 0, 200, 100.0, 90.0, 100.0 * error**2, error),
+        sums=DiffSums(1000, 0, 200, 100.0, 90.0, 100.0 * error**2, error),
     )
 
 

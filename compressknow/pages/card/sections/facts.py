@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, answer, clean, count, share, write_percent, write_rank
 from compressknow.comparison.distributions import CALIBRATION_BINS
-from compressknow.comparison.records import Confidence, Counts, Estimate, Group, Knowing, ReliabilityBin, Third
+from compressknow.comparison.records import (
+    Confidence,
+    ConfidenceThird,
+    Counts,
+    Estimate,
+    GradeCounts,
+    Group,
+    ReliabilityBin,
+)
 from compressknow.evaluate.answers import GRADES
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.pages import drawing
@@ -185,7 +193,7 @@ class Grades(Section):
         yield Note("The glossary says what each grade means.")
 
 
-def make_grades_table(knowing: Knowing, caption: str, who: str = "Original") -> Table:
+def make_grades_table(knowing: GradeCounts, caption: str, who: str = "Original") -> Table:
     """Tabulate facts by the grades of one model, `who`, in rows, and of the other in columns."""
     rows = [
         (grade, *(count(knowing.moved[grade, after]) for after in GRADES), count(knowing.original[grade]))
@@ -195,7 +203,7 @@ def make_grades_table(knowing: Knowing, caption: str, who: str = "Original") -> 
     return Table(caption, (who, *GRADES, "all"), (*rows, total))
 
 
-def _describe_grades(knowing: Knowing) -> Iterator[str]:
+def _describe_grades(knowing: GradeCounts) -> Iterator[str]:
     if knowing.shown:
         back = f"{count(knowing.back)} ({write_percent(knowing.back, knowing.shown)})"
         lost = "1 lost fact that was" if knowing.shown == 1 else f"{count(knowing.shown)} lost facts that were"
@@ -296,7 +304,7 @@ class Confident(Section):
                 yield Folded(f"Calibration, {name}, bin by bin", (_tabulate_bins(name, *sides.values()),))
 
 
-def _tabulate_thirds(name: str, thirds: Sequence[Third]) -> Table:
+def _tabulate_thirds(name: str, thirds: Sequence[ConfidenceThird]) -> Table:
     return Table(
         f"{name}: kept by the original's confidence",
         ("Original's answer", "Its confidence", "Known before", "Lost", "Kept"),
