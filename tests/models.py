@@ -15,7 +15,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from compressknow.compress.convert import carry_out, make_text, prepare
+from compressknow.compress.convert import execute, make_calibration_text, prepare_plan
 from compressknow.compress.manifest import Manifest
 from compressknow.compress.output import NewFolder
 from compressknow.compress.recipe import Recipe
@@ -130,8 +130,8 @@ def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **opt
 
 def convert(source: Path, output: Path, recipe: Recipe, *, threads: int | None = None) -> Manifest:
     """Convert a checkpoint into a new folder, without a card."""
-    plan = prepare(source, recipe)
-    return carry_out(plan, NewFolder(output, plan.checkpoint), make_text(plan), threads=threads)
+    plan = prepare_plan(source, recipe)
+    return execute(plan, NewFolder(output, plan.checkpoint), make_calibration_text(plan), threads=threads)
 
 
 def load(folder: Path) -> PreTrainedModel:

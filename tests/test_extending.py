@@ -550,7 +550,7 @@ class TestMethodThatLooksAtActivations:
         [
             (("return mask", "return 1 / 0, mask"), "ZeroDivisionError: division by zero. "),
             (("return mask.gather(1, order.argsort(dim=1))", "return mask[:1]"), "it gives [1, "),
-            (("amount * weight.numel()", "amount * weight.numel() / 2"), "where it said"),
+            (("amount * weight.numel()", "amount * weight.numel() / 2"), "but announced"),
         ],
     )
     def test_what_it_does_wrong_is_said_of_it(
@@ -672,7 +672,7 @@ class TestPruningMethod:
             (("scatter_(2", "scatter_(7"), "IndexError"),
             (("[EachBlock(pruned)] * len(weights)", "[]"), "gives 0 masks for 14 tensors"),
             (("def count(self, weights, amount)", "def count(self)"), "TypeError"),
-            (("round(amount * self.span)\n\n", "1\n\n"), "prunes 36,864 weights where it said"),
+            (("round(amount * self.span)\n\n", "1\n\n"), "prunes 36,864 weights, but announced"),
             (("def choose(", "def chosen("), "abstract"),
             (('name = "l1-spans"', 'name = "spans"'), "It calls itself 'spans'"),
             (("span: int = parameter(", "scope: int = parameter("), "No parameter can be called scope"),
@@ -883,7 +883,7 @@ class TestScheme:
         [
             (("torch.finfo", "torch.info"), "AttributeError"),
             (("(absmax / 31.5)", "(absmax.double() / 31.5)"), "toy_int6 adds failed. ValueError: it stores"),
-            (("return (absmax", "return 0 * (absmax"), "toy_int6 adds failed. ValueError: it gives scales that"),
+            (("return (absmax", "return 0 * (absmax"), "toy_int6 adds failed. ValueError: it returns scales that"),
             (('"strategy": "group"', '"strategy": "bunch"'), "transformers could not load the output"),
             (("def arguments", "def argument"), "abstract"),
             (("bits, lowest, highest = 6, -32, 31", "bits: int = 6"), "bits has a type, and is no parameter(...)"),

@@ -16,7 +16,7 @@ from compressknow.compress.recipe import (
     OPTIONS,
     Recipe,
     build_recipe,
-    check_beside_recipe,
+    check_recipe_conflicts,
     list_parameters,
     read_recipe,
 )
@@ -115,13 +115,13 @@ def convert(
         from compressknow.compress.calibrate.text import check_text
 
         check_text(chosen.calibration)
-    from compressknow.compress.convert import carry_out, make_text, prepare
+    from compressknow.compress.convert import execute, make_calibration_text, prepare_plan
     from compressknow.compress.manifest import Manifest, predict_manifest
     from compressknow.compress.output import NewFolder, list_files
 
     on_stage, wanted = resolve_progress(on_progress), chosen.calibration
     with report_progress(on_stage, Stage(wanted.work if wanted else "convert", str(model))) as advance:
-        plan = prepare(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
+        plan = prepare_plan(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
             from compressknow.compress.calibrate.smooth import check_smoothable
 
@@ -129,9 +129,9 @@ def convert(
             return Manifest({**predict_manifest(plan), "planned_files": list_files(plan)})
         new_folder = partial(NewFolder, output, plan.checkpoint, overwrite=overwrite, render_card=make_model_card)
         if not wanted:
-            return carry_out(plan, new_folder(), threads=threads, begin=lambda _: nullcontext(advance))
-        text = make_text(plan, trust_remote_code=trust_remote_code, advance=advance)
-    return carry_out(plan, new_folder(), text, threads=threads, begin=begin_stages(on_stage, model))
+            return execute(plan, new_folder(), threads=threads, begin=lambda _: nullcontext(advance))
+        text = make_calibration_text(plan, trust_remote_code=trust_remote_code, advance=advance)
+    return execute(plan, new_folder(), text, threads=threads, begin=begin_stages(on_stage, model))
 
 
 def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
@@ -141,7 +141,7 @@ def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
     defaults = signature(convert).parameters
     if (recipe := arguments["recipe"]) is not None:
         usual = {name: defaults[name].default for name in (*OPTIONS, *SHARED, *further)}
-        check_beside_recipe(arguments | others, usual | dict.fromkeys(others))
+        check_recipe_conflicts(arguments | others, usual | dict.fromkeys(others))
         if isinstance(recipe, dict):
             return Recipe.from_dict(recipe)
         return recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))

@@ -14,7 +14,7 @@ from compressknow.base.format import parse_size
 from compressknow.base.packages import require
 from compressknow.base.progress import Listener, OnProgress, begin_stages, resolve_progress
 from compressknow.compress.calibrate.text import TOKENS, check_text
-from compressknow.compress.recipe import check_beside_recipe
+from compressknow.compress.recipe import check_recipe_conflicts
 from compressknow.compress.staging import clean
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import Located, locate
@@ -221,7 +221,7 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
     """Return what the arguments of `export` say of types and calibration."""
     matrix = None if options["imatrix"] is None else Path(options["imatrix"])
     if options["recipe"] is not None:
-        check_beside_recipe(options, OF_RECIPE)
+        check_recipe_conflicts(options, OF_RECIPE)
         choice = read_choice(Path(options["recipe"]), matrix)
     else:
         text, tokens = options["calibration"], options["calibration_tokens"]

@@ -91,10 +91,10 @@ def share(value: float | None) -> str:
     return NONE if value is None else _write_hundredths(100 * value)
 
 
-def share_beside(value: float, limits: Iterable[float]) -> str:
+def share_against(value: float, limits: Iterable[float]) -> str:
     """Write a share as `share` does; with more digits where it would read as one on the other side of a limit.
 
-    >>> share_beside(0.9296, [0.93]), share_beside(0.93, [0.93]), share_beside(0.9296, [0.95])
+    >>> share_against(0.9296, [0.93]), share_beside(0.93, [0.93]), share_beside(0.9296, [0.95])
     ('92.96 %', '93.0 %', '93.0 %')
     """
     percent, ends = 100 * value, [(limit, round(100 * limit, 9)) for limit in limits]

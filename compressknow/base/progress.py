@@ -225,7 +225,7 @@ def _make_bar(stage: Stage) -> Any:
 class Advance(Protocol):
     """Function that takes how much of how much is done, and the seconds left, as far as they are known already."""
 
-    def __call__(self, done: int, total: int, left: float | None = None) -> None: ...
+    def __call__(self, done: int, total: int, left: float | None = None, /) -> None: ...
 
 
 def ignore_advance(done: int, total: int, left: float | None = None) -> None:

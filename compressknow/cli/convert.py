@@ -19,7 +19,7 @@ from compressknow.cli.options import (
     Decorator,
     checkpoint_options,
     command,
-    drop_beside_recipe,
+    drop_recipe_conflicts,
     join_options,
     make_recipe_option,
     option,
@@ -121,7 +121,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
 
     repo, private = options.pop("push"), options.pop("private")
     check_upload(repo, private, dry_run=dry_run)
-    options = drop_beside_recipe(options, (*OPTIONS, *_PARAMETERS))
+    options = drop_recipe_conflicts(options, (*OPTIONS, *_PARAMETERS))
     # Those of other packages; the function has parameters for the rest.
     further = options.keys() - signature(run).parameters
     others = {name: options.pop(name) for name in _PARAMETERS if name in further}

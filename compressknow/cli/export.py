@@ -22,7 +22,7 @@ from compressknow.cli.options import (
     add_guide_option,
     checkpoint_options,
     command,
-    drop_beside_recipe,
+    drop_recipe_conflicts,
     fit_options,
     option,
     read_type_of,
@@ -100,7 +100,7 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     repo, private = options.pop("push"), options.pop("private")
     check_upload(repo, private, dry_run=dry_run)
     with explain_interrupt(NOTHING_WRITTEN):
-        given = drop_beside_recipe(options, OF_RECIPE)
+        given = drop_recipe_conflicts(options, OF_RECIPE)
         record = run(model, output, dry_run=dry_run, on_progress=Lines(), **given)
     if as_json:
         show_json(record)

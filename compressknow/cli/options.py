@@ -419,17 +419,17 @@ def describe_project_defaults(command: click.Command, names: Iterable[str]) -> s
     return f"Options of {nearest[0] if nearest else FILE}: {words}."
 
 
-def drop_beside_recipe(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+def drop_recipe_conflicts(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Return the options without those of `names` that the project's file gives, where a recipe says them instead.
     Raises UsageError where one of `names` is on the command line beside a recipe, even with the value that it has when
     left out: the recipe may say another."""
     if options["recipe"] is None:
         return dict(options)
-    from compressknow.compress.recipe import check_beside_recipe
+    from compressknow.compress.recipe import check_recipe_conflicts
 
     ctx = click.get_current_context()
     commandline = click.core.ParameterSource.COMMANDLINE
-    check_beside_recipe(
+    check_recipe_conflicts(
         {name: ctx.get_parameter_source(name) == commandline for name in names}, dict.fromkeys(names, False)
     )
     return {name: value for name, value in options.items() if name not in names or not _is_of_file(ctx, name)}

@@ -25,7 +25,7 @@ from compressknow.comparison.weights import (
     sum_values,
 )
 from compressknow.compress.blocks import Pool, Reader
-from compressknow.compress.proof import count_targets
+from compressknow.compress.output_config import count_targets
 from compressknow.compress.weights import Side, Values, read_side
 from compressknow.engine.identity import Located
 from compressknow.model.checkpoint import Checkpoint, find_weight_files, open_checkpoint

@@ -16,9 +16,9 @@ from compressknow.base.progress import Advance, Begin, count_progress, ignore_ad
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.manifest import Manifest, build_manifest
 from compressknow.compress.output import Memory, NewFolder, RenderCard, lay_out
+from compressknow.compress.output_config import build_config, ensure_loadable
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
-from compressknow.compress.process import TensorStats, Work, hash_file
-from compressknow.compress.proof import build_config, prove
+from compressknow.compress.process import TensorConverter, TensorStats, hash_file
 from compressknow.compress.pruning import METHODS, Mask, Patterned
 from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
@@ -36,37 +36,39 @@ if TYPE_CHECKING:
     from compressknow.engine.load import Variant
 
 
-def prepare(model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False) -> Plan:
-    """Open a checkpoint and plan a recipe on it, to be written. Raises what `open_complete` and `VariantMaker.plan`
-    do."""
+def prepare_plan(
+    model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Plan:
+    """Open a checkpoint and plan a recipe whose output is written to disk. Raises as `open_complete` and
+    `VariantMaker.plan` do."""
     return VariantMaker(model, revision, trust_remote_code=trust_remote_code).plan(recipe, to_write=True)
 
 
-def _plan_rest(removal: Removal, recipe: Recipe) -> Plan:
-    """Plan the rest of a recipe on what its removal steps have left."""
+def _plan_after_removal(removal: Removal, recipe: Recipe) -> Plan:
+    """Plan the remaining steps of a recipe on the smaller checkpoint that its removal steps leave."""
     structure = read_structure(removal.tree, recipe.module_map)
     plan = make_plan(removal.checkpoint, removal.tree, structure, recipe)
-    return prove(replace(plan, removal=removal))
+    return ensure_loadable(replace(plan, removal=removal))
 
 
-def make_text(
+def make_calibration_text(
     plan: Plan, *, trust_remote_code: bool = False, advance: Advance = ignore_advance
 ) -> CalibrationText | None:
-    """Return what a recipe is calibrated on; None where no step looks at activations. Raises what `check_smoothable`
-    and `read_calibration_text` do, to which `advance` is given."""
+    """Return the text that a recipe is calibrated on; None if no step looks at activations. Raises as
+    `check_smoothable` and `read_calibration_text` do."""
     if (calibration := plan.recipe.calibration) is None:
         return None
     from compressknow.compress.calibrate.smooth import check_smoothable
     from compressknow.compress.calibrate.text import read_calibration_text
 
     check_smoothable(plan)
-    # What is smaller writes worse, and its text would depend on what is to be chosen by it.
+    # The original writes the text: a smaller model writes worse, and which blocks it lacks is chosen by this text.
     tree = plan.removal.original[1] if plan.removal else plan.tree
     folder = plan.checkpoint.folder
     return read_calibration_text(folder, tree, calibration, trust_remote_code=trust_remote_code, advance=advance)
 
 
-def carry_out(
+def execute(
     plan: Plan,
     output: NewFolder | Memory,
     text: CalibrationText | None = None,
@@ -74,18 +76,22 @@ def carry_out(
     threads: int | None = None,
     begin: Begin = ignore_progress,
 ) -> Manifest:
-    """Carry a plan out; return the manifest, as `compressknow.json` in an output folder holds it. The output's bytes do
-    not depend on `threads`, the tensors worked on at a time, by default one per core.
+    """Execute a plan, and return the manifest that the output folder holds as `compressknow.json`.
 
-    `begin` begins the stages: ``choose``, where the text says what is dropped, then ``calibrate``, where a step that
-    prunes or quantizes looks at activations, or else ``convert``.
+    Parameters
+    ----------
+    threads : how many tensors are processed at a time, by default one per core; the output's bytes do not depend on it.
+    begin : begins the stages for progress: ``choose`` if the text decides what is dropped, then ``calibrate`` if a step
+        that prunes or quantizes looks at activations, otherwise ``convert``.
 
-    Raises CheckpointError where a weight in scope is NaN or infinite, or where a file of the checkpoint changed since
-    it was opened, OutputError where the output cannot be written.
+    Raises
+    ------
+    CheckpointError : a weight in scope is NaN or infinite, or a file of the checkpoint changed since it was opened.
+    OutputError : the output cannot be written.
     """
     with output:
         with TemporaryDirectory(dir=output.folder, prefix=".cut-") as cut_tensors:
-            plan = _decide_removal(plan, text, Path(cut_tensors), threads, begin)
+            plan = _complete_removal(plan, text, Path(cut_tensors), threads, begin)
             blockwise = any(step.calibrated for step in plan.recipe.steps if isinstance(step, Prune | Quantize))
             with (
                 output.open(plan) as weights,
@@ -97,60 +103,66 @@ def carry_out(
                 nbytes = _count_bytes(plan, shards, weights.known)
                 progress = count_progress(ignore_advance if blockwise else advance, nbytes)
                 unfitted = plan.removal.unfitted if plan.removal else {}
-                work = Work(pool, files, progress, weights.writer, unfitted)
+                converter = TensorConverter(pool, files, progress, weights.writer, unfitted)
                 masks: dict[str, Mask] = {}
                 for step, tensors in plan.list_prune_steps():
                     if not step.calibrated:
-                        # What weights alone decide.
-                        chosen = choose_masks(work, step, [tensor.to_prune for tensor in tensors])
+                        # The masks that the weights alone decide.
+                        chosen = choose_masks(converter, step, [tensor.to_prune for tensor in tensors])
                         masks |= dict(zip((tensor.name for tensor in tensors), chosen, strict=True))
                 calibrated = None
                 if blockwise:
                     from compressknow.compress.calibrate.compression import calibrate
 
                     assert text is not None
-                    calibrated = calibrate(plan, work, masks, text, advance)
+                    calibrated = calibrate(plan, converter, masks, text, advance)
                 done = {**weights.known, **(calibrated.measured if calibrated else {})}
-                hashes, measured = _write_tensors(work, plan, masks, done, shards)
+                hashes, measured = _write_tensors(converter, plan, masks, done, shards)
                 _check_pruned_counts(plan, measured)
                 weights.complete(pool, measured)
-        read, written = output.write_beside(plan)
+        read, written = output.write_other_files(plan)
         manifest = build_manifest(plan, measured, hashes | read, written, text, calibrated)
         output.publish(manifest)
     return manifest
 
 
-def _decide_removal(plan: Plan, text: CalibrationText | None, folder: Path, threads: int | None, begin: Begin) -> Plan:
-    """Let the text say which blocks and neurons go, where it has not yet; plan what is left. Cut tensors lie in
-    `folder`, which must stay until they are read. Raises what `decide` does."""
+def _complete_removal(
+    plan: Plan, text: CalibrationText | None, folder: Path, threads: int | None, begin: Begin
+) -> Plan:
+    """Choose by the text which blocks and neurons are dropped, unless that is known, and plan the remaining steps. Cut
+    tensors are stored in `folder`, which must stay until they are read. Raises as `complete_removal` does."""
     if plan.removal is None or plan.removal.is_decided:
         return plan
-    from compressknow.compress.removal.calibrated import decide
+    from compressknow.compress.removal.calibrated import complete_removal
 
     assert text is not None
     with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
         reader = Reader(pool, files, lambda _: None)
-        removal = decide(plan, text.batches, reader, folder, on_progress=advance)
-    return _plan_rest(removal, plan.recipe)
+        removal = complete_removal(plan, text.batches, reader, folder, advance=advance)
+    return _plan_after_removal(removal, plan.recipe)
 
 
 def _write_tensors(
-    work: Work, plan: Plan, masks: Mapping[str, Mask], done: Mapping[str, TensorStats], shards: tuple[str, ...]
+    converter: TensorConverter,
+    plan: Plan,
+    masks: Mapping[str, Mask],
+    done: Mapping[str, TensorStats],
+    shards: tuple[str, ...],
 ) -> tuple[dict[str, str], dict[str, TensorStats]]:
-    """Write all tensors but those `done`, and hash the `shards` beside that, largest first: both keep cores busy."""
+    """Write all tensors except those `done`, and hash the `shards` meanwhile; the largest first, to keep cores busy."""
     hashes: dict[str, str] = {}
     measured = dict(done)
 
     def hash_shard(name: str) -> None:
-        hashes[name] = hash_file(work.pool, plan.checkpoint.folder / name, work.progress)
+        hashes[name] = hash_file(converter.pool, plan.checkpoint.folder / name, converter.progress)
 
     def write(tensor: PlannedTensor) -> None:
-        measured[tensor.name] = work.write(tensor, masks.get(tensor.name))
+        measured[tensor.name] = converter.write(tensor, masks.get(tensor.name))
 
     hashing = [((plan.checkpoint.folder / name).stat().st_size, partial(hash_shard, name)) for name in shards]
     writing = [(tensor.source.nbytes, partial(write, tensor)) for tensor in plan.tensors if tensor.name not in done]
     tasks = sorted([*hashing, *writing], key=lambda task: -task[0])
-    work.pool.map(lambda task: task[1](), tasks)
+    converter.pool.map(lambda task: task[1](), tasks)
     return hashes, measured
 
 
@@ -159,25 +171,28 @@ def _check_pruned_counts(plan: Plan, measured: Mapping[str, TensorStats]) -> Non
         _, expected = count_pruned(step, [tensor.to_prune for tensor in tensors])
         if (pruned := sum(measured[tensor.name].pruned for tensor in tensors)) != expected:
             with METHODS.explain_failures(step.method):
-                raise ValueError(f"it prunes {pruned:,} weights where it said {expected:,}")
+                raise ValueError(f"it prunes {pruned:,} weights, but announced {expected:,}")
 
 
 def _count_bytes(plan: Plan, hashed: tuple[str, ...], known: Container[str]) -> int:
-    """Return the bytes that are read: of the shards that are `hashed`, and of all tensors but those `known`."""
+    """Count the bytes to be read: of the shards to be `hashed`, and of all tensors except those `known`."""
     total = sum((plan.checkpoint.folder / name).stat().st_size for name in hashed)
     for tensor in plan.tensors:
         passes = 1 + int(tensor.scheme is not None and tensor.scheme.scale_per == "tensor")
         method = tensor.prune.chosen if tensor.prune else None
         if method and method.needs == "magnitudes" and not (isinstance(method, Patterned) and method.groups):
-            # A threshold takes two: over the leading bits, then over the rest of 32, or for the ties of 16.
+            # A threshold takes two passes: the leading bits, then the rest of 32 bits, or the ties among 16.
             passes += 2 if isinstance(method, Unstructured) else 1
         total += 0 if tensor.name in known else tensor.source.nbytes * passes
     return total
 
 
 class VariantMaker:
-    """Checkpoint that is opened once and converted by any number of recipes, in memory or into folders. Its tensors
-    that a recipe leaves alone are read once; calibration texts that a folder `texts` keeps are taken as they are."""
+    """Maker of converted checkpoints, in memory or in folders, by any number of recipes from one checkpoint.
+
+    The checkpoint is opened once, and tensors that recipes leave alone are read once. Calibration texts are kept in the
+    folder `texts`, if it is given.
+    """
 
     def __init__(
         self,
@@ -199,46 +214,46 @@ class VariantMaker:
         return self._structures[module_map]
 
     def plan(self, recipe: Recipe, *, to_write: bool = False) -> Plan:
-        """Plan what a recipe does, from headers alone, and prove that the output loads.
+        """Plan what a recipe does, from headers alone, and check that the output loads.
 
-        Raises what `remove`, `make_plan` and `prove` do, and UnsupportedError where an adapter that would be written
-        beside the model would no longer fit it.
+        Raises as `remove`, `make_plan` and `ensure_loadable` do, and UnsupportedError if an adapter in the folder would
+        no longer fit the model.
         """
         folder = self.checkpoint.folder
         if to_write and (recipe.removals or recipe.smooths) and (folder / ADAPTER_CONFIG).is_file():
             raise UnsupportedError(
-                f"{folder} holds an adapter (LoRA), which would no longer fit the model.",
-                "It was trained for the blocks, neurons and inputs that the layers have now.",
-                f"Merge it into the model before, or remove {ADAPTER_CONFIG}.",
+                f"{folder} contains an adapter (LoRA), which would no longer fit the model.",
+                "It was trained for the model's current blocks, neurons and layer inputs.",
+                f"Merge it into the model first, or remove {ADAPTER_CONFIG}.",
             )
         if recipe.removals:
             from compressknow.compress.removal.smaller import remove
 
-            return _plan_rest(remove(self.checkpoint, self.tree, recipe), recipe)
+            return _plan_after_removal(remove(self.checkpoint, self.tree, recipe), recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
-        # In memory a form may not load only where weights are not stored under their own names.
-        return prove(plan) if to_write or any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
+        # Loading can fail in memory only if weights are not stored under their own names.
+        return ensure_loadable(plan) if to_write or any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
 
     def make(self, plan: Plan, begin: Begin = ignore_progress) -> Variant:
-        """Return the converted checkpoint of a plan of this maker: the very tensors that `write` writes. `begin` begins
-        the stages: the text's, where it is not there yet, and those of `carry_out`. Raises what `text` and that do."""
+        """Execute a plan in memory: the tensors are those that `write` writes. `begin` begins the stage of the text, if
+        it is not known yet, and those of `execute`. Raises as `get_text` and `execute` do."""
         from compressknow.engine.load import Variant
 
         memory = Memory(self._shared)
-        manifest = carry_out(plan, memory, self.text(plan, begin), begin=begin)
+        manifest = execute(plan, memory, self.get_text(plan, begin), begin=begin)
         nbytes = sum(lay_out(memory.plan.tensors, memory.plan.checkpoint.shards).sizes.values())
         config = build_config(memory.plan)
         return Variant(memory.tensors, config, manifest, nbytes, self.checkpoint.folder, self.tree)
 
     def write(self, recipe: Recipe, output: Path, render_card: RenderCard, begin: Begin) -> Manifest:
-        """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises what `plan`, `make` and
+        """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises as `plan`, `make` and
         `NewFolder` do."""
         plan = self.plan(recipe, to_write=True)
         folder = NewFolder(output, self.checkpoint, render_card=render_card)
-        return carry_out(plan, folder, self.text(plan, begin), begin=begin)
+        return execute(plan, folder, self.get_text(plan, begin), begin=begin)
 
     def read(self, folder: Path) -> Variant:
-        """Return what `make` gave of a recipe that was written to this folder: tensors in its files, not in memory."""
+        """Read the checkpoint that `write` wrote to this folder as `make` returns it; its tensors stay in the files."""
         from safetensors.torch import load_file
 
         from compressknow.engine.load import Variant
@@ -248,9 +263,9 @@ class VariantMaker:
         nbytes = sum(file.stat().st_size for file in files)
         return Variant(tensors, written.config, read_manifest(folder), nbytes, self.checkpoint.folder, self.tree)
 
-    def text(self, plan: Plan, begin: Begin = ignore_progress) -> CalibrationText | None:
-        """Return what a plan is calibrated on, if it is: made once for all recipes that say the same of it. Raises what
-        `make_text` does."""
+    def get_text(self, plan: Plan, begin: Begin = ignore_progress) -> CalibrationText | None:
+        """Return the text that a plan is calibrated on, if it is; made once for all recipes with the same settings.
+        Raises as `make_calibration_text` does."""
         if (calibration := plan.recipe.calibration) is None:
             return None
 
@@ -258,7 +273,7 @@ class VariantMaker:
 
         def make() -> CalibrationText:
             with begin(calibration.work) as advance:
-                text = make_text(plan, trust_remote_code=self._trust_remote_code, advance=advance)
+                text = make_calibration_text(plan, trust_remote_code=self._trust_remote_code, advance=advance)
             assert text is not None
             return text
 
@@ -268,6 +283,6 @@ class VariantMaker:
             self._texts[calibration] = load_or_make_text(file, make) if file else make()
         return self._texts[calibration]
 
-    def take(self, calibration: Calibration, text: CalibrationText) -> None:
-        """Use this text, made elsewhere from the same checkpoint, for all recipes that say so."""
+    def use_text(self, calibration: Calibration, text: CalibrationText) -> None:
+        """Use a text that was made elsewhere from the same checkpoint for all recipes with these settings."""
         self._texts[calibration] = text

@@ -287,7 +287,7 @@ def _describe(tensor: PlannedTensor, measured: TensorStats, removal: Removal | N
         "relative_error": _round(measured.relative_error),
         "sha256": measured.sha256,
     }
-    hashes = {tensor.stored[0].suffix: measured.sha256, **measured.beside}
+    hashes = {tensor.stored[0].suffix: measured.sha256, **measured.other_sha256}
     parts = [
         {"name": name, "shape": list(part.shape), "dtype": part.dtype, "sha256": hashes[part.suffix]}
         for name, part in tensor.written

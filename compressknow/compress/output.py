@@ -26,9 +26,9 @@ from compressknow.base.reading import compute_sha256
 from compressknow.base.system import create_file, write_at
 from compressknow.compress.blocks import Pool
 from compressknow.compress.manifest import Manifest
+from compressknow.compress.output_config import build_config
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import TensorStats, TensorWriter
-from compressknow.compress.proof import build_config
 from compressknow.compress.staging import Staging
 from compressknow.model.checkpoint import (
     ADAPTER,
@@ -75,7 +75,7 @@ class NewFolder(Staging):
     def open(self, plan: Plan) -> OutputFiles:
         return OutputFiles(self.folder, lay_out(plan.tensors, plan.checkpoint.shards))
 
-    def write_beside(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
+    def write_other_files(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
         """Write config.json and copy what is carried along. Return hashes of what was read, and what was written."""
         source = self._source.folder
         written = {name: self.write(name, content) for name, content in _serialize_configs(plan).items()}
@@ -140,7 +140,7 @@ class Memory:
             if not tensor.in_scope:
                 self._shared[tensor.name] = self.tensors[tensor.name], measured[tensor.name]
 
-    def write_beside(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:  # noqa: ARG002
+    def write_other_files(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:  # noqa: ARG002
         """Return no files."""
         return {}, {}
 

@@ -44,9 +44,9 @@ SMALLEST_ENERGY = 1e-24
 class TensorStats:
     """Counts and hashes of what was found and done in one tensor.
 
-    `norm` is ||original|| (Frobenius; 0 of a tensor that holds no floats), `relative_error` ||written - original|| /
-    ||original||, the written weights dequantized; `sha256` is that of the written values, `beside` those of its scales
-    and what else its scheme stores, by suffix. `refilled` counts the zeros of the source that are none any more.
+    `norm` is ||original|| (Frobenius; 0 if it holds no floats), `relative_error` ||written - original|| / ||original||
+    with the written weights dequantized. `sha256` is the hash of the written values, `other_sha256` has those of its
+    scales and whatever else its scheme stores, by suffix. `refilled` counts zeros of the source that became non-zero.
     """
 
     zeros_before: int
@@ -55,12 +55,12 @@ class TensorStats:
     norm: float
     relative_error: float
     sha256: str
-    beside: Mapping[str, str] = field(default_factory=dict)
+    other_sha256: Mapping[str, str] = field(default_factory=dict)
     refilled: int = 0
 
 
 class TensorWriter:
-    """Writer of a tensor's bytes, in order, from `offset` on, which hashes them."""
+    """Writer of a tensor's bytes, in order from `offset` on, that also hashes them."""
 
     def __init__(self, put: Callable[[memoryview, int], None], offset: int) -> None:
         self._put, self._position = put, offset
@@ -80,9 +80,10 @@ class TensorWriter:
 
 
 @dataclass(frozen=True)
-class Work(Reader):
-    """Reader that writes what it makes of a tensor into the output, where `writer` opens its place, by its name.
-    `unfitted` is, by the name of a source that was fitted anew, what it was before: its error is measured from there.
+class TensorConverter(Reader):
+    """Converter of single tensors: reads, prunes, quantizes and writes each, to the place that `writer` opens by name.
+
+    `unfitted` holds the original values of sources that were refitted, by name: their errors are measured from these.
     """
 
     writer: Callable[[str], TensorWriter]
@@ -103,10 +104,10 @@ class Work(Reader):
 
         Parameters
         ----------
-        whole : as one block: what is done to a row needs what was learned of all, or takes long to begin.
-        rounding : to the grid of its scheme.
-        fit : gives the scales of groups [rows, groups] in place of those that their largest magnitudes give.
-        factors : what its input channels [columns] are multiplied with before they are rounded.
+        whole : process it as one block, if rows depend on each other or each call of `rounding` is slow to start.
+        rounding : rounds values to the grid of the scheme.
+        fit : computes the scales of groups [rows, groups], in place of those from their largest magnitudes.
+        factors : what input channels [columns] are multiplied by before they are rounded.
         see : called with the rows of each block and its values as written (float32, dequantized).
 
         Raises CheckpointError where a weight is NaN or infinite.
@@ -145,14 +146,14 @@ class Work(Reader):
                 see(block.rows, scheme.dequantize(codes, scales))
             scales_of_blocks.append(scales)
         scales = torch.cat(scales_of_blocks) if shared is None else shared
-        return tally.summarize(writer.sha256, self._write_beside(planned, scheme, scales))
+        return tally.summarize(writer.sha256, self._write_scales(planned, scheme, scales))
 
-    def _write_beside(self, planned: PlannedTensor, scheme: Scheme, scales: torch.Tensor) -> dict[str, str]:
-        """Write what a scheme stores beside the values of a tensor; return the hashes, by suffix."""
+    def _write_scales(self, planned: PlannedTensor, scheme: Scheme, scales: torch.Tensor) -> dict[str, str]:
+        """Write the scales and whatever else a scheme stores for a tensor; return the hashes, by suffix."""
         hashes: dict[str, str] = {}
         with SCHEMES.explain_failures(scheme.name):
             if not bool((scales > 0).all() & torch.isfinite(scales).all()):
-                raise ValueError("it gives scales that are zero or no numbers")
+                raise ValueError("it returns scales that are zero or not finite")
             made = {**scheme.constants(planned.source.shape), SCALE: scales}
             for part in planned.stored[1:]:
                 stored = _check_stored(made[part.suffix], planned, part, part.shape[0])
@@ -163,7 +164,7 @@ class Work(Reader):
         return hashes
 
     def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> TensorStats:
-        """Write a tensor that others make up for: `values` of its dtype, which times `factors` are what it was."""
+        """Write a tensor that was divided by `factors`, which other tensors make up for: `values`, in its dtype."""
         original = next(self.blocks(planned.source, whole=True)).values.reshape(values.shape)
         writer, energy = self.writer(planned.name), _sum_squares(original[None])
         writer.write(values)
@@ -173,7 +174,7 @@ class Work(Reader):
         return TensorStats(before, after, 0, math.sqrt(energy), relative, writer.sha256)
 
     def _compute_tensor_scale(self, planned: PlannedTensor, scheme: Scheme, mask: Mask | None) -> torch.Tensor:
-        """Compute the one scale [1] of a tensor, which takes a pass of its own."""
+        """Compute the single scale [1] of a whole tensor, in an extra pass."""
         tally, largest = _Tally(planned, mask), torch.zeros(1, dtype=get_torch_dtype(planned.source.dtype))
         for block in self.blocks(planned.source):
             largest = torch.maximum(largest, tally.prune(block).max())
@@ -192,7 +193,7 @@ class Work(Reader):
                 energy += _sum_squares(torch.frombuffer(piece, dtype=get_torch_dtype(source.dtype))[None])
             writer.write_bytes(piece)
             self.progress(len(piece))
-        # A mask that is kept beside the weights may hold infinities.
+        # An attention mask stored among the weights may hold infinities.
         norm = math.sqrt(energy) if math.isfinite(energy) else 0.0
         return TensorStats(zeros, zeros, 0, norm, 0.0, writer.sha256)
 
@@ -208,11 +209,11 @@ def read_pruned(reader: Reader, planned: PlannedTensor, mask: Mask) -> torch.Ten
 
 
 def _check_stored(made: torch.Tensor, planned: PlannedTensor, part: Stored, rows: int) -> torch.Tensor:
-    """Return what a scheme made. Raises ValueError where it would not fit its place in the file."""
+    """Return a tensor that a scheme made. Raises ValueError if it does not fit its place in the file."""
     dtype, shape = get_torch_dtype(part.dtype), (rows, *part.shape[1:])
     if made.dtype != dtype or tuple(made.shape) != shape:
         stored = f"it stores {list(made.shape)} of {made.dtype} for {planned.name}"
-        raise ValueError(f"{stored} where it says {list(shape)} of {dtype}")
+        raise ValueError(f"{stored}, but announced {list(shape)} of {dtype}")
     return made
 
 
@@ -226,12 +227,12 @@ class _Tally:
             self._mask = mask.start() if mask else None
         self.zeros_before = self.zeros = self.pruned = self.refilled = 0
         self.energy = self.error_energy = 0.0
-        # Of a block that was given new values, those that it had: how far apart they are is no sum of single steps.
+        # The old values of a block that got new ones: its error is not the sum of the errors of single steps.
         self._original: torch.Tensor | None = None
 
     def prune(self, block: Block, span: int | None = None) -> torch.Tensor:
-        """Zero a block's pruned weights in place; return the largest magnitudes [rows, groups] after that, of each
-        `span` columns of a row, by default all."""
+        """Zero a block's pruned weights in place; return the largest remaining magnitudes [rows, groups], a group being
+        `span` columns of a row (by default all of them)."""
         values = block.values
         keys = make_magnitude_keys(values)
         largest = _find_largest(keys, span)
@@ -251,7 +252,7 @@ class _Tally:
             elif self._original is not None:
                 _take(values, pruned)
             else:
-                # Summed by itself: what the energy falls by is lost in its rounding where little is pruned.
+                # Summed separately: as a difference of energies it would be lost to rounding where little is pruned.
                 self.error_energy += _sum_squares(_take(values, pruned))
             largest = _find_largest(make_magnitude_keys(values), span)
         return torch.from_numpy(largest).view(values.dtype)
@@ -271,8 +272,8 @@ class _Tally:
         scheme: Scheme,
         factors: torch.Tensor | None,
     ) -> None:
-        """Count what was rounded, and how far it is from what it was. Values that were multiplied with `factors` first
-        are compared without these, which something else makes up for."""
+        """Count zeros and add up the error of rounded values. If the values were multiplied by `factors` first, these
+        are divided out: other tensors make up for them."""
         # numpy has no floats of 8 bits.
         numbers = codes if codes.dtype == torch.int8 else codes.to(torch.float32)
         self.zeros += numbers.numel() - int(np.count_nonzero(numbers.numpy()))
@@ -283,21 +284,21 @@ class _Tally:
             written.div_(factors)
         error = _sum_squares(written.sub_(original.to(torch.float32)))
         if math.isinf(error):
-            # Of a weight near the largest float, the nearest step may lie beyond it.
+            # The grid step nearest to a weight close to the largest float may lie beyond it.
             spread = repeat_scales(scales, codes.shape[-1])
             exact = codes.to(torch.float64) * spread.to(torch.float64) - original.to(torch.float64)
             error = float(exact.square_().sum())
         self.error_energy += error
 
     def _count_refilled(self, written: torch.Tensor) -> None:
-        """Count the zeros that have values now. Only new values fill any: rounding leaves zeros alone."""
+        """Count the zeros that became non-zero. Only new values can do that: rounding leaves zeros alone."""
         if self._original is not None:
             self.refilled += int(torch.count_nonzero((self._original == 0) & (written != 0)))
 
-    def summarize(self, sha256: str, beside: Mapping[str, str]) -> TensorStats:
+    def summarize(self, sha256: str, other_sha256: Mapping[str, str]) -> TensorStats:
         error = math.sqrt(self.error_energy / self.energy) if self.energy else 0.0
         norm = math.sqrt(self.energy)
-        return TensorStats(self.zeros_before, self.zeros, self.pruned, norm, error, sha256, beside, self.refilled)
+        return TensorStats(self.zeros_before, self.zeros, self.pruned, norm, error, sha256, other_sha256, self.refilled)
 
 
 def _find_largest(keys: npt.NDArray[np.signedinteger], span: int | None) -> npt.NDArray[np.signedinteger]:
@@ -308,7 +309,7 @@ def _find_largest(keys: npt.NDArray[np.signedinteger], span: int | None) -> npt.
 
 
 def _replace(values: torch.Tensor, pruned: Pruned, source: StoredTensor) -> torch.Tensor:
-    """Give a block its new values, the pruned ones zero; return those that it had."""
+    """Replace a block's values, with zeros where it is pruned; return the old values."""
     before = values.clone()
     values.copy_(pruned.values).masked_fill_(torch.from_numpy(pruned.mask), 0)
     if not bool(torch.isfinite(values).all()):

@@ -291,7 +291,7 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
     )
 
 
-def check_beside_recipe(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def check_recipe_conflicts(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise UsageError where an option that a recipe says instead is not its default, in whatever kind of sequence."""
     if beside := sorted(name for name, default in defaults.items() if _unify(options[name]) != _unify(default)):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in beside)

@@ -35,7 +35,7 @@ from compressknow.model.checkpoint import (
     find_weight_files,
     is_address,
     open_checkpoint,
-    suggest_beside,
+    suggest_sibling,
 )
 from compressknow.model.manifest import (
     MANIFEST_NAME,
@@ -95,7 +95,7 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
         return locate_server(str(model))
     path = Path(model)
     if path.suffix == ".gguf":
-        hint = f"{suggest_beside(path)}Give FOLDER/FILE.gguf, or a checkpoint folder."
+        hint = f"{suggest_sibling(path)}Give FOLDER/FILE.gguf, or a checkpoint folder."
         try:
             check_regular(path)
         except FileNotFoundError:
@@ -165,7 +165,7 @@ def describe(located: Located) -> dict[str, Any]:
         return described
     if located.path.suffix == ".gguf":
         size = sum(part.stat().st_size for part in located.files)
-        source = record_beside(located.path).get("source")
+        source = read_export_record(located.path).get("source")
         described |= {"source": source} if source else {}
         return described | {"bytes": size, "dtype": "GGUF", "quantization": "GGUF"}
     checkpoint = open_checkpoint(located.path)
@@ -192,7 +192,7 @@ def get_record_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.json")
 
 
-def record_beside(path: Path) -> dict[str, Any]:
+def read_export_record(path: Path) -> dict[str, Any]:
     """Return "sha256" and "source" of the record that an export writes beside a GGUF file; nothing without one."""
     try:
         record = read_json(get_record_path(path), MANIFEST)
@@ -420,7 +420,7 @@ def _is_weight(located: Located, tensor: StoredTensor, trust_remote_code: bool) 
 def _is_changed(located: Located, hashes: Mapping[str, str], small: Mapping[str, str]) -> bool:
     """Return whether files that were read with these hashes, by name, differ from their manifest or record."""
     if located.path.suffix == ".gguf":
-        recorded = record_beside(located.path).get("sha256")
+        recorded = read_export_record(located.path).get("sha256")
         return recorded is not None and len(hashes) == 1 and recorded not in hashes.values()
     if not (located.path / MANIFEST_NAME).is_file():
         return False

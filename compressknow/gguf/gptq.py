@@ -257,7 +257,7 @@ def round_file(
         pool.map(partial(round_matrix, weights), jobs)
 
     with begin("round") as advance:
-        observe(checkpoint, tree, texts, visit, products=True, pairs=True, threads=threads, on_progress=advance)
+        observe(checkpoint, tree, texts, visit, products=True, pairs=True, threads=threads, advance=advance)
     file.mapped.flush()
     return len(rounded)
 

@@ -93,7 +93,7 @@ def gather_inputs(
             [text.batches],
             lambda seen, *_: statistics.update(seen),
             threads=threads,
-            on_progress=advance,
+            advance=advance,
         )
     return statistics, text
 

@@ -247,7 +247,7 @@ def check_is_checkpoint(model: str | Path) -> None:
         raise CheckpointError(f"{model} is a file, not a checkpoint folder.", hint=f"Give its folder: {path.parent}")
     if is_path(model):
         hint = "Give a checkpoint's folder, or a hub id (org/name)."
-        raise CheckpointError(f"{model}: no such folder.", hint=f"{suggest_beside(path)}{hint}")
+        raise CheckpointError(f"{model}: no such folder.", hint=f"{suggest_sibling(path)}{hint}")
 
 
 def is_convertible(model: str | Path) -> bool:
@@ -265,7 +265,7 @@ def is_path(model: str | Path) -> bool:
     return "/" in model and path.parent.is_dir()
 
 
-def suggest_beside(path: Path) -> str:
+def suggest_sibling(path: Path) -> str:
     """Return the beginning of a hint, where something beside a missing file or folder has nearly its name."""
     try:
         near = find_nearest(path.name, (each.name for each in path.parent.iterdir()))
@@ -300,7 +300,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
         raise CheckpointError(
             f"{model} is not a local folder, and it could not be downloaded from the Hub.",
             why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-            hint=f"{suggest_beside(Path(model))}"
+            hint=f"{suggest_sibling(Path(model))}"
             f"Download it on a machine with access to the Hub (hf download {model}), then give the folder.",
         ) from None
     return folder, folder.name

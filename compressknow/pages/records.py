@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from compressknow.base.format import NONE, clean, count, share, share_beside, write_percent, write_size
+from compressknow.base.format import NONE, clean, count, share, share_against, write_percent, write_size
 from compressknow.base.notebook import Shown, Summary, Tabular
 from compressknow.comparison.intervals import estimate_kept, list_clusters, run_mcnemar
 from compressknow.comparison.records import (
@@ -59,7 +59,7 @@ class Grade:
     @property
     def written(self) -> str:
         """Return the share kept with its interval, in the digits that tell the grades of both: 92.96 % is a C."""
-        return write_estimate(self.kept, partial(share_beside, limits=[least / 100 for _, least in SCALE]))
+        return write_estimate(self.kept, partial(share_against, limits=[least / 100 for _, least in SCALE]))
 
 
 @dataclass(frozen=True, slots=True, repr=False)

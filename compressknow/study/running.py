@@ -125,7 +125,7 @@ def _run_on_ray(ray: Any, where: RayOptions, on_progress: Listener | None, batch
         the worker says why, and its cell alone fails."""
         if recipe.calibration not in texts:
             try:
-                texts[recipe.calibration] = ray.put(maker.text(maker.plan(recipe), begin))
+                texts[recipe.calibration] = ray.put(maker.get_text(maker.plan(recipe), begin))
             except Exception:  # Also where memory runs out here: the worker may have more.
                 return None
         return texts[recipe.calibration]
@@ -216,7 +216,7 @@ def _run(
     if study_model.original.sha256 != sha256:
         raise CompressknowError(f"{model} is another model on this worker.", hint="Share one storage with all.")
     if text is not None and (calibration := cell.recipe.calibration):
-        study_model.maker.take(calibration, text)
+        study_model.maker.use_text(calibration, text)
     with tempfile.TemporaryDirectory() as folder:
         study_model.evaluate_cell(cell, [probe], Path(folder), reference)
         answers = Path(folder) / study_model.name_folder(cell) / name_folder(probe.name)

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5ForCo
 import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.compress import blocks
-from compressknow.compress.proof import build_quantization_config
+from compressknow.compress.output_config import build_quantization_config
 from compressknow.compress.schemes import SCHEMES, find_vllm_limit, find_vllm_obstacle
 from compressknow.compress.steps import Quantize
 from compressknow.model.groups import read_structure

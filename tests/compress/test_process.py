@@ -17,7 +17,7 @@ from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Block, Pool
 from compressknow.compress.output import OutputFiles, lay_out
 from compressknow.compress.plan import PlannedTensor
-from compressknow.compress.process import TensorStats, Work
+from compressknow.compress.process import TensorConverter, TensorStats
 from compressknow.compress.pruning import EachBlock, Pruned
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Quantize, Step, Where
@@ -203,7 +203,7 @@ def written_by(
     outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
     with Pool(1) as pool, OpenFiles() as files:
         try:
-            measured = Work(pool, files, lambda _: None, outputs.writer).write(planned, mask)
+            measured = TensorConverter(pool, files, lambda _: None, outputs.writer).write(planned, mask)
         finally:
             outputs.close()
     written = load_file(folder / "model.safetensors")

@@ -26,7 +26,7 @@ from torch.ao.quantization import default_weight_observer
 from transformers import PreTrainedModel
 
 from compressknow.compress import blocks
-from compressknow.compress.proof import build_quantization_config
+from compressknow.compress.output_config import build_quantization_config
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES, round_to_nearest
 from compressknow.compress.steps import Prune, Quantize, Where

@@ -22,7 +22,7 @@ from compressknow.comparison.checkpoints import diff_checkpoints
 from compressknow.comparison.diff import CheckpointDiff
 from compressknow.compress import blocks
 from compressknow.compress.calibrate.text import CalibrationText
-from compressknow.compress.convert import VariantMaker, carry_out, prepare
+from compressknow.compress.convert import VariantMaker, execute, prepare_plan
 from compressknow.compress.manifest import Manifest, predict_manifest
 from compressknow.compress.output import NewFolder
 from compressknow.compress.recipe import Recipe, build_recipe
@@ -130,9 +130,9 @@ def text_for(model: PreTrainedModel) -> CalibrationText:
 
 
 def convert(source: Path, output: Path, recipe: Recipe, **options: Any) -> Manifest:
-    plan = prepare(source, recipe)
+    plan = prepare_plan(source, recipe)
     assert plan.removal is not None
-    return carry_out(plan, NewFolder(output, plan.checkpoint), text_for(plan.removal.original[1]), **options)
+    return execute(plan, NewFolder(output, plan.checkpoint), text_for(plan.removal.original[1]), **options)
 
 
 def run_all(model: PreTrainedModel, text: CalibrationText) -> None:
@@ -287,7 +287,7 @@ def test_a_variant_in_memory_is_what_is_written(tmp_path: Path, monkeypatch: pyt
     maker = VariantMaker(source)
     assert recipe.calibration is not None
     # The text would need a tokenizer.
-    maker.take(recipe.calibration, text_for(deep("llama")))
+    maker.use_text(recipe.calibration, text_for(deep("llama")))
     variant = maker.make(maker.plan(recipe))
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == variant.tensors.keys()
@@ -298,7 +298,7 @@ def test_a_variant_in_memory_is_what_is_written(tmp_path: Path, monkeypatch: pyt
 
 def test_a_dry_run_says_what_will_go_but_not_which(tmp_path: Path) -> None:
     source = save_deep("llama", tmp_path / "in")
-    planned = predict_manifest(prepare(source, build_recipe(Where(), drop_blocks=1, drop_neurons=0.25)))
+    planned = predict_manifest(prepare_plan(source, build_recipe(Where(), drop_blocks=1, drop_neurons=0.25)))
     done = convert(source, tmp_path / "out", build_recipe(Where(), drop_blocks=1, drop_neurons=0.25))
     for key in ("bytes_before", "bytes_after", "parameters"):
         assert planned.totals[key] == done.totals[key]
@@ -519,7 +519,7 @@ def test_counts_are_rounded_as_documented(tmp_path: Path) -> None:
     source = save_deep("llama", tmp_path / "in")
     # 48 is 12 steps of 4, at least eight: 0.3 would keep 33.6.
     for step, kept in ((DropNeurons(0.3), 32), (DropNeurons(0.3, multiple=1), 34), (DropNeurons(0.3, multiple=16), 32)):
-        plan = prepare(source, Recipe((step,)))
+        plan = prepare_plan(source, Recipe((step,)))
         assert plan.config["intermediate_size"] == kept
 
 
@@ -534,14 +534,14 @@ REFUSED = {
 @pytest.mark.parametrize(("step", "error", "said"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_go_is_refused_before_work(tmp_path: Path, step: Any, error: Any, said: str) -> None:
     with pytest.raises(error, match=said):
-        prepare(save_deep("llama", tmp_path / "in"), Recipe((step,)))
+        prepare_plan(save_deep("llama", tmp_path / "in"), Recipe((step,)))
 
 
 def test_one_width_of_two_sides_is_narrowed_in_both_or_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="one width, d_ff"):
-        prepare(save_deep("t5", tmp_path / "in"), build_recipe(Where(("encoder",)), drop_neurons=0.25))
+        prepare_plan(save_deep("t5", tmp_path / "in"), build_recipe(Where(("encoder",)), drop_neurons=0.25))
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="mixture of experts"):
-        prepare(save_deep("mixtral", tmp_path / "in"), build_recipe(Where(), drop_neurons=0.25))
+        prepare_plan(save_deep("mixtral", tmp_path / "in"), build_recipe(Where(), drop_neurons=0.25))

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import compressknow
 from compressknow.comparison.checkpoints import diff_checkpoints
-from compressknow.compress.proof import build_target_patterns, count_targets
+from compressknow.compress.output_config import build_target_patterns, count_targets
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import select

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from compressknow.base.format import write_size
+from compressknow.base.progress import Advance, ignore_advance
 from compressknow.base.system import count_cores
 from compressknow.compress.blocks import Block, Pool, Reader
 from compressknow.compress.calibrate import smooth
@@ -22,9 +23,9 @@ from compressknow.compress.calibrate.gathering import InputStatistics, InputSums
 from compressknow.compress.calibrate.model import StreamedModel, read_tensor
 from compressknow.compress.calibrate.samples import choose_dtype
 from compressknow.compress.calibrate.text import CalibrationText
-from compressknow.compress.calibrate.walk import OnProgress, TargetVisitor, Visitor, run_text
+from compressknow.compress.calibrate.walk import TargetVisitor, Visitor, run_text
 from compressknow.compress.plan import Plan, PlannedTensor
-from compressknow.compress.process import TensorStats, Work, read_pruned
+from compressknow.compress.process import TensorConverter, TensorStats, read_pruned
 from compressknow.compress.pruning import EachBlock, Mask, Pruned
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
 from compressknow.model.groups import read_structure
@@ -177,10 +178,14 @@ class CalibrationResult:
 
 
 def calibrate(
-    plan: Plan, work: Work, masks: Mapping[str, Mask], text: CalibrationText, on_progress: OnProgress = max
+    plan: Plan,
+    converter: TensorConverter,
+    masks: Mapping[str, Mask],
+    text: CalibrationText,
+    advance: Advance = ignore_advance,
 ) -> CalibrationResult:
     """Compress and write all that is in scope, block by block, each with what it sees of the text once all before it is
-    compressed. `masks` are those of methods that look at weights alone, by tensor name; `on_progress` is called with
+    compressed. `masks` are those of methods that look at weights alone, by tensor name; `advance` is called with
     the blocks that are done, and with how many there are.
 
     Raises CompressknowError if a block gives NaN, takes more memory than there is, or a layer's inputs were never seen.
@@ -194,13 +199,13 @@ def calibrate(
         result = CalibrationResult(is_blockwise=not whole)
         if whole or several:
             smooth.check_no_smoothing(plan, smooth.NOT_BLOCKWISE if whole else smooth.SHARED_WEIGHTS)
-        compressor = partial(_Compressor, streamed, plan, replace(work, pool=pool), masks, result)
+        compressor = partial(_Compressor, streamed, plan, replace(converter, pool=pool), masks, result)
         if whole:
             return [compressor([*several, *once])]
         return [compressor(targets, waits=targets is several) for targets in (several, once) if targets]
 
-    why, threads = partial(describe_memory, plan), work.pool.threads
-    run_text(plan.tree, plan.sources, work.files, text.batches, make, why, threads=threads, on_progress=on_progress)
+    why, threads = partial(describe_memory, plan), converter.pool.threads
+    run_text(plan.tree, plan.sources, converter.files, text.batches, make, why, threads=threads, advance=advance)
     return result
 
 
@@ -211,7 +216,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         self,
         streamed: StreamedModel,
         plan: Plan,
-        work: Work,
+        converter: TensorConverter,
         masks: Mapping[str, Mask],
         result: CalibrationResult,
         targets: Sequence[PlannedTensor],
@@ -219,14 +224,14 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         waits: bool = False,
     ) -> None:
         super().__init__(streamed, targets, waits=waits)
-        self._plan, self._work, self._masks, self._result = plan, work, masks, result
+        self._plan, self._converter, self._masks, self._result = plan, converter, masks, result
         self.pairs = not waits and _looks_back(targets)
 
     def enter(self, module: str) -> None:
         # A pruned model is what rounding is to keep.
         pruned = [each for each in self._targets.get(module, ()) if self.pairs and each.name in self._masks]
-        reader = Reader(self._work.pool, self._work.files, lambda _: None)
-        values = self._work.pool.map(lambda tensor: read_pruned(reader, tensor, self._masks[tensor.name]), pruned)
+        reader = Reader(self._converter.pool, self._converter.files, lambda _: None)
+        values = self._converter.pool.map(lambda tensor: read_pruned(reader, tensor, self._masks[tensor.name]), pruned)
         for tensor, pruned_values in zip(pruned, values, strict=True):
             self._streamed.replace(tensor.parameter, tensor.source, pruned_values)
 
@@ -240,7 +245,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             dict.fromkeys(tensor.parameter for tensor in targets),
             products=any(map(_is_sum_of_products, targets)),
             peaks=any(tensor.quantize and tensor.quantize.smooth is not None for tensor in targets),
-            check=self._work.pool.check,
+            check=self._converter.pool.check,
             paired=paired if self.pairs else None,
         )
 
@@ -250,7 +255,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         """Compress and write the targets; the model goes on with what was written."""
         factors = self._smooth(module, sums, rerun) if module in self._streamed.blocks and rerun else {}
         largest_first = sorted(targets, key=lambda tensor: -tensor.source.nbytes)
-        written = self._work.pool.map(partial(self.compress, sums, factors), largest_first)
+        written = self._converter.pool.map(partial(self.compress, sums, factors), largest_first)
         for tensor, values in zip(largest_first, written, strict=True) if module else ():
             self._streamed.replace(tensor.parameter, tensor.source, values)
         if not self._waits:
@@ -282,13 +287,13 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             if not self._plan.sources.is_supplied(parameter):
                 continue
             stored = self._plan.sources.tensor(parameter)
-            values = read_tensor(self._work.files, stored)
+            values = read_tensor(self._converter.files, stored)
             if leaf == "weight":
                 divided, factors = smooth.divide_stored(values, factors, offset)
             else:
                 divided = (values.to(torch.float32) / factors).to(values.dtype)
             planned = next(each for each in self._plan.tensors if each.source.name == stored.name and not each.in_scope)
-            self._result.measured[planned.name] = self._work.write_divided(planned, divided, factors)
+            self._result.measured[planned.name] = self._converter.write_divided(planned, divided, factors)
             self._streamed.replace(parameter, stored, divided.to(torch.float32))
         return factors
 
@@ -303,7 +308,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         if _is_rounded_by_gptq(tensor):
             seen = statistics[0] if own_factors is None else smooth.divide_statistics(statistics[0], own_factors)
             by_gptq = {"rounding": partial(round_by_gptq, inputs=seen), "fit": partial(fit_scales, inputs=seen)}
-        self._result.measured[tensor.name] = self._work.write(
+        self._result.measured[tensor.name] = self._converter.write(
             tensor, mask, whole=tensor.is_calibrated, factors=own_factors, see=rows.__setitem__, **by_gptq
         )
         return written
@@ -328,7 +333,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         """Prune a tensor by a method that looks at activations; None if it is not pruned so."""
         if tensor.prune is None or not tensor.prune.calibrated:
             return None
-        values = read_tensor(self._work.files, tensor.source)
+        values = read_tensor(self._converter.files, tensor.source)
         matrices = values.view(tensor.to_prune.matrices)
         pruned = torch.zeros(matrices.shape, dtype=torch.bool)
         is_changed = False

@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import write_size
+from compressknow.base.progress import Advance, ignore_advance
 from compressknow.base.system import trim_heap
 from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.gathering import AllSeen, InputStatistics, InputSums, Key, Watch
@@ -39,7 +40,6 @@ from compressknow.model.tensors import OpenFiles
 
 TAKEN = "Its weights alone take {} in float32, and what is gathered of their inputs more."
 Batches = Sequence[Mapping[str, torch.Tensor]]
-OnProgress = Callable[[int, int], object]
 # Gets what was seen of a block's weights, the weights themselves where they may be changed, and a pool to work with.
 Visit = Callable[[dict[Key, InputStatistics], Mapping[str, torch.Tensor], Pool], object]
 
@@ -85,7 +85,7 @@ class Visitor:
     def finish(self) -> None:
         """Act on what waited for the end. Raises BlockwiseUnsupported if the model does not run all blocks."""
 
-    def run_whole(self, batches: Batches, on_progress: OnProgress) -> None:
+    def run_whole(self, batches: Batches, advance: Advance) -> None:
         """Run a model that is in memory as a whole, in place of a walk: every layer sees what the original gives it."""
         raise NotImplementedError
 
@@ -167,7 +167,7 @@ class TargetVisitor(Visitor, Generic[T]):
         self.act(self._targets[module], self.get_sums(module), module, rerun)
         del self._sums[module]
 
-    def run_whole(self, batches: Batches, on_progress: OnProgress) -> None:
+    def run_whole(self, batches: Batches, advance: Advance) -> None:
         self.pairs = False
         targets = [target for those in self._targets.values() for target in those]
         sums = self.make_sums(targets)
@@ -176,7 +176,7 @@ class TargetVisitor(Visitor, Generic[T]):
             with Watch(weights) as watch:
                 self._streamed.run(batch)
             sums.add(number, watch.seen)
-            on_progress(number + 1, len(batches))
+            advance(number + 1, len(batches))
         self.act(targets, sums, None, None)
 
     def act(self, targets: Sequence[T], sums: InputSums, module: str | None, rerun: Callable[[], Any] | None) -> None:
@@ -194,13 +194,13 @@ def run_text(
     why: Callable[[], str],
     *,
     threads: int | None,
-    on_progress: OnProgress,
+    advance: Advance,
 ) -> None:
     """Run a text through a model in a walk for each visitor; as a whole, in memory, where its blocks cannot be run one
     by one. Raises what `walk` does, but BlockwiseUnsupported.
 
     `make` gives the visitors of a model, who may work with a pool, and is told whether it runs as a whole; `why` says
-    what takes so much memory where there is not enough. `on_progress` is called with the visitors' modules that have
+    what takes so much memory where there is not enough. `advance` is called with the visitors' modules that have
     run, and with how many there are; with batches, if the model runs as a whole.
     """
     name = type(tree).__name__
@@ -214,7 +214,7 @@ def run_text(
             def report(module: str) -> None:
                 if module in modules:
                     done.add(module)
-                    on_progress(len(done), len(modules))
+                    advance(len(done), len(modules))
 
             for visitor in visitors:
                 walk(streamed, [batch for batch in batches for _ in range(1 + visitor.pairs)], visitor, pool, report)
@@ -222,7 +222,7 @@ def run_text(
     except BlockwiseUnsupported:
         with explain_missing_memory(name, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
             for visitor in make(StreamedModel(tree, sources, files, whole=True), pool, True):
-                visitor.run_whole(batches, on_progress)
+                visitor.run_whole(batches, advance)
 
 
 def walk(
@@ -350,7 +350,7 @@ def observe(
     products: bool = False,
     pairs: bool = False,
     threads: int | None = None,
-    on_progress: OnProgress = max,
+    advance: Advance = ignore_advance,
 ) -> None:
     """Show what each Linear weight is multiplied with, block by block, and forget it once a block was visited.
 
@@ -365,7 +365,7 @@ def observe(
         also gets the block's weights, by parameter, float32, and may overwrite them. What is seen is then of the
         second, with the `drift` from the first. Blocks that share weights, and models that do not run block by block,
         are shown as they are, without weights.
-    on_progress : called with the blocks that are done, and with how many there are.
+    advance : called with the blocks that are done, and with how many there are.
     """
     structure = read_structure(tree)
     weights = [weight for weight in structure.linears if weight.group != "vision"]
@@ -376,7 +376,7 @@ def observe(
     with OpenFiles() as files:
         batches = [batch for text in texts for batch in text]
         sources, why = Sources(checkpoint, tree, structure), lambda: WHOLE_IN_MEMORY
-        run_text(tree, sources, files, batches, make, why, threads=threads, on_progress=on_progress)
+        run_text(tree, sources, files, batches, make, why, threads=threads, advance=advance)
 
 
 class _Observer(TargetVisitor[LinearWeight]):

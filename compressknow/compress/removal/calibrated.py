@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from compressknow.base.errors import CompressknowError
+from compressknow.base.progress import Advance, ignore_advance
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.compression import describe_memory
 from compressknow.compress.calibrate.gathering import InputSums, Key
 from compressknow.compress.calibrate.model import Call, StreamedModel
-from compressknow.compress.calibrate.walk import Batches, OnProgress, TargetVisitor, Visitor, find_tensors, run_text
+from compressknow.compress.calibrate.walk import Batches, TargetVisitor, Visitor, find_tensors, run_text
 from compressknow.compress.plan import Plan
 from compressknow.compress.removal.neurons import choose_neurons, fit_down, write_cut
 from compressknow.compress.removal.settings import Stack
@@ -30,18 +31,20 @@ from compressknow.model.structure import LinearWeight
 from compressknow.model.tensors import StoredTensor, get_torch_dtype
 
 
-def decide(plan: Plan, batches: Batches, reader: Reader, folder: Path, on_progress: OnProgress = max) -> Removal:
+def complete_removal(
+    plan: Plan, batches: Batches, reader: Reader, folder: Path, advance: Advance = ignore_advance
+) -> Removal:
     """Choose the blocks and neurons that a plan drops, and write the tensors that are cut.
 
     `batches` are the calibration text as arguments of forward passes; cut tensors lie in `folder`, which must stay
-    until they were read. `on_progress` is called with the blocks that were run, and with how many there are: each once
+    until they were read. `advance` is called with the blocks that were run, and with how many there are: each once
     for the blocks to drop, and once for the neurons.
 
     Raises what `remove`, `walk` and `fit_down` do.
     """
     recipe, removal = plan.recipe, plan.removal
     assert removal is not None
-    decision = _Decision(plan, batches, reader, on_progress)
+    decision = _RemovalChoice(plan, batches, reader, advance)
     if any(not drop.is_decided for drop in removal.blocks):
         removal = remove(*removal.original, recipe, decision.measure_similarities)
     if removal.cuts:
@@ -63,11 +66,11 @@ def decide(plan: Plan, batches: Batches, reader: Reader, folder: Path, on_progre
 V = TypeVar("V", bound=Visitor)
 
 
-class _Decision:
+class _RemovalChoice:
     """Runs of the text through the model, each of which decides something."""
 
-    def __init__(self, plan: Plan, batches: Batches, reader: Reader, on_progress: OnProgress) -> None:
-        self._plan, self._batches, self._reader, self._on_progress = plan, batches, reader, on_progress
+    def __init__(self, plan: Plan, batches: Batches, reader: Reader, advance: Advance) -> None:
+        self._plan, self._batches, self._reader, self._advance = plan, batches, reader, advance
         removal = plan.removal
         assert removal is not None
         runs = sum(isinstance(step, DropBlocks) and step.calibrated for step in plan.recipe.removals)
@@ -96,15 +99,15 @@ class _Decision:
             made.append(make(streamed, pool))
             return made[-1:]
 
-        def report(done: int, of: int) -> None:
+        def report(done: int, of: int, _: float | None = None) -> None:
             blocks = len(made[-1].modules)
             later = sum(max(blocks - fewer, 0) for fewer in self._later)
             # A whole model counts batches.
-            self._on_progress(self._blocks_run + blocks * done // of, self._blocks_run + blocks + later)
+            self._advance(self._blocks_run + blocks * done // of, self._blocks_run + blocks + later)
 
         sources, threads = Sources(checkpoint, tree, read_structure(tree)), self._reader.pool.threads
         why = partial(describe_memory, self._plan)
-        run_text(tree, sources, self._reader.files, self._batches, make_one, why, threads=threads, on_progress=report)
+        run_text(tree, sources, self._reader.files, self._batches, make_one, why, threads=threads, advance=report)
         report(1, 1)
         self._blocks_run += len(made[-1].modules)
         self._later = self._later[1:]
@@ -138,7 +141,7 @@ class _SimilarityVisitor(Visitor):
         cosines = torch.cosine_similarity(before.to(torch.float64), after.to(torch.float64), dim=-1)
         self._cosines.setdefault(module, {})[batch] = float(cosines.sum()), cosines.numel()
 
-    def run_whole(self, batches: Batches, on_progress: OnProgress) -> None:
+    def run_whole(self, batches: Batches, advance: Advance) -> None:
         number = 0
 
         def note(name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -149,7 +152,7 @@ class _SimilarityVisitor(Visitor):
             self._streamed.model.get_submodule(name).register_forward_hook(partial(note, name), with_kwargs=True)
         for number, batch in enumerate(batches):
             self._streamed.run(batch)
-            on_progress(number + 1, len(batches))
+            advance(number + 1, len(batches))
 
 
 class _NeuronVisitor(TargetVisitor[LinearWeight]):

@@ -9,7 +9,7 @@ from functools import partial
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
-from compressknow.base.format import answer, clean, count, share_beside, write_percent, write_size
+from compressknow.base.format import answer, clean, count, share_against, write_percent, write_size
 from compressknow.comparison.paired import find_smallest, rank_models
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
@@ -149,7 +149,7 @@ def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
     of = f" of {gate.of}" if gate.of else ""
     if counts.kept is None:
         return f"{label}, where the original knew none of {count_facts(counts.n)}{of}"
-    kept = share_beside(counts.kept, [gate.least])
+    kept = share_against(counts.kept, [gate.least])
     return f"{label} keeps {count(counts.both)} of {count(counts.known_before)}{of} ({kept})"
 
 
@@ -209,7 +209,7 @@ def tabulate_results(card: Card, comparison: Comparison) -> Iterator[Table]:
 
 def _write_kept(comparison: Comparison, gate: Gate) -> str:
     counts, kept = gate.measure_kept(comparison)
-    told = write_estimate(kept, partial(share_beside, limits=[gate.least]))
+    told = write_estimate(kept, partial(share_against, limits=[gate.least]))
     return f"{count(counts.both)} of {count(counts.known_before)}, {told}"
 
 

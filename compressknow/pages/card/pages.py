@@ -12,7 +12,7 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 
-from compressknow.base.format import NONE, clean, clean_lines, count, dump_json, share, share_beside, write_size
+from compressknow.base.format import NONE, clean, clean_lines, count, dump_json, share, share_against, write_size
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.compress.recipe import to_toml
 from compressknow.evaluate.records import ModelRecord
@@ -245,7 +245,7 @@ def _make_grades_section(card: Card, comparison: Comparison, id: str) -> parts.S
         for grade in comparison.grades
     ]
     # As in the verdict: the advice goes by that share.
-    kept = write_estimate(comparison.kept, partial(share_beside, limits=[ENOUGH]))
+    kept = write_estimate(comparison.kept, partial(share_against, limits=[ENOUGH]))
     rows.append(("All domains", *_write_kept(comparison.counts, kept), "", ""))
     bars = (*(grade.kept for grade in comparison.grades), comparison.kept)
     graded = parts.Graded(tuple(rows), bars, estimate_rounding_kept(comparison.probes).value)

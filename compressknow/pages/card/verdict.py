@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.format import NONE, SIGNIFICANT, clean, count, share, share_beside, write_p_value, write_percent
+from compressknow.base.format import NONE, SIGNIFICANT, clean, count, share, share_against, write_p_value, write_percent
 from compressknow.comparison.intervals import design_of_kept, estimate_kept, run_mcnemar
 from compressknow.comparison.paired import order_domains
 from compressknow.comparison.power import SMALL, count_facts_to_decide
@@ -200,7 +200,7 @@ def _get_kept(known: tuple[Counts, str]) -> float:
 def _write_ends(kept: Estimate, name: str) -> str:
     if kept.low is None or kept.high is None:
         return ""
-    return f", {name} {write_range(kept.low, kept.high, partial(share_beside, limits=[ENOUGH]))}"
+    return f", {name} {write_range(kept.low, kept.high, partial(share_against, limits=[ENOUGH]))}"
 
 
 def count_facts(number: int) -> str:

@@ -27,7 +27,7 @@ from compressknow.compress.calibrate.compensation import round_by_gptq
 from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.compress.calibrate.smooth import check_smoothable
 from compressknow.compress.calibrate.text import CalibrationText
-from compressknow.compress.convert import carry_out, prepare
+from compressknow.compress.convert import execute, prepare_plan
 from compressknow.compress.manifest import predict_manifest
 from compressknow.compress.output import NewFolder
 from compressknow.compress.pruning import METHODS
@@ -52,8 +52,8 @@ def text_of(model: PreTrainedModel, count: int = 5) -> CalibrationText:
 
 
 def compressed(folder: Path, output: Path, *steps: Step, count: int = 5, threads: int = 2) -> dict[str, Any]:
-    plan = prepare(folder, Recipe(steps))
-    return carry_out(plan, NewFolder(output, plan.checkpoint), text_of(plan.tree, count), threads=threads)
+    plan = prepare_plan(folder, Recipe(steps))
+    return execute(plan, NewFolder(output, plan.checkpoint), text_of(plan.tree, count), threads=threads)
 
 
 def loaded(folder: Path) -> PreTrainedModel:
@@ -260,10 +260,10 @@ def test_one_norm_is_not_smoothed_in_two_ways(tmp_path: Path, layers: str, block
     if block:
         steps.append(Quantize("int8", Where(("feed-forward",), layers=f"0-{block - 1}"), smooth=0.3))
     recipe = Recipe(tuple(steps))
-    check_smoothable(prepare(save_deep("llama", tmp_path / "llama"), recipe))
+    check_smoothable(prepare_plan(save_deep("llama", tmp_path / "llama"), recipe))
     said = f"smooth what model.layers.{block}.input_layernorm gives, by 0.3 and by 0.8"
     with pytest.raises(UsageError, match=said):
-        check_smoothable(prepare(save_deep("phi", tmp_path / "phi"), recipe))
+        check_smoothable(prepare_plan(save_deep("phi", tmp_path / "phi"), recipe))
 
 
 @pytest.mark.parametrize("name", ["T5Gemma2ForConditionalGeneration", "PegasusXForConditionalGeneration"])
@@ -326,9 +326,9 @@ def test_a_killed_calibrated_conversion_leaves_nothing_that_the_next_does_not_cl
 
 def test_progress_tells_blocks(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
-    plan = prepare(folder, Recipe((Prune(0.5, "wanda", BLOCKS),)))
+    plan = prepare_plan(folder, Recipe((Prune(0.5, "wanda", BLOCKS),)))
     told: list[tuple[str, int, int]] = []
-    carry_out(
+    execute(
         plan,
         NewFolder(tmp_path / "out", plan.checkpoint),
         text_of(plan.tree),
@@ -369,7 +369,7 @@ def test_a_dry_run_counts_the_memory_of_a_model_that_writes_its_text(tmp_path: P
     needed = []
     for text in ("self", "notes.txt"):
         recipe = Recipe((Prune(0.5, "wanda", BLOCKS),), calibration=Calibration(text, 64))
-        planned = predict_manifest(prepare(tmp_path / "in", recipe))
+        planned = predict_manifest(prepare_plan(tmp_path / "in", recipe))
         page = " ".join("\n".join(build_manifest_page(planned, "in", Path("out"), dry_run=True)).split())
         assert "for 12 blocks" in page
         assert ("the model writes the text" in page) == (text == "self")

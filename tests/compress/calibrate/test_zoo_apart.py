@@ -17,7 +17,7 @@ from compressknow.compress.calibrate.gathering import InputStatistics, Key
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.calibrate.walk import observe
 from compressknow.compress.plan import make_plan
-from compressknow.compress.process import TensorWriter, Work
+from compressknow.compress.process import TensorConverter, TensorWriter
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Where
 from compressknow.model.groups import read_structure
@@ -54,7 +54,7 @@ def outcome_of(name: str, folder: Path) -> str:
     except UnsupportedError:
         return "refused"
     with Pool(1) as pool, OpenFiles() as files:
-        done = calibrate(plan, Work(pool, files, lambda _: None, Nowhere().writer), {}, text)
+        done = calibrate(plan, TensorConverter(pool, files, lambda _: None, Nowhere().writer), {}, text)
     scope = {tensor.name for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"}
     assert set(done.measured) == scope, name
     assert not list_drifting(folder, batch), name

@@ -138,7 +138,7 @@ def build_config(plan: Plan) -> dict[str, Any]:
     return plan.config | {"quantization_config": settings}
 
 
-def prove(plan: Plan) -> Plan:
+def ensure_loadable(plan: Plan) -> Plan:
     """Return the plan of an output that transformers loads.
 
     Some families (T5) initialize layers by their weight, which packed layers do not have. Transformers unpacks these
