@@ -39,7 +39,7 @@ from compressknow.comparison.text import compute_perplexity
 from compressknow.evaluate.answers import Answer
 from compressknow.gguf.grids import get_nbytes, list_legal_types, roundtrip
 from compressknow.gguf.importance import read_importance
-from compressknow.study.allocation import Option, allocate, join_options
+from compressknow.study.allocation import TypeOption, allocate, join_options
 
 
 def main() -> None:
@@ -114,7 +114,7 @@ def _choice(guide: str, model: Path, exact: Path, size: int, facts: str, how: di
         matrix = _importance(model, exact.parent, how)
         losses = {name: _squared_errors(tensor, matrix.get(name)) for name, tensor in tensors.items()}
     table = {
-        name: {kind: Option(get_nbytes(kind, tensors[name].shape.tolist()[::-1]), own[kind]) for kind in own}
+        name: {kind: TypeOption(get_nbytes(kind, tensors[name].shape.tolist()[::-1]), own[kind]) for kind in own}
         for name, own in losses.items()
     }
     kinds: dict[str, list[str]] = {}

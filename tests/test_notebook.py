@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import compressknow
-from compressknow.base.notebook import Shown
+from compressknow.base.notebook import SummaryRepr
 from compressknow.compress.manifest import Manifest
 from tests.models import save_tiny
 from tests.pages.answering import run, sides
@@ -73,7 +73,7 @@ def looked_at(result: Any) -> tuple[str, Tags]:
 
 
 @pytest.mark.parametrize("made", MADE.values(), ids=MADE)
-def test_a_result_is_a_few_lines(made: Shown) -> None:
+def test_a_result_is_a_few_lines(made: SummaryRepr) -> None:
     text, page = looked_at(made)
     assert text.startswith(f"<{type(made).__name__}")
     assert page.text
@@ -81,7 +81,7 @@ def test_a_result_is_a_few_lines(made: Shown) -> None:
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("made", MADE.values(), ids=MADE)
-def test_names_and_facts_are_no_markup_and_no_controls(made: Shown, text: str) -> None:
+def test_names_and_facts_are_no_markup_and_no_controls(made: SummaryRepr, text: str) -> None:
     looked_at(hostile(made, text) if not isinstance(made, compressknow.Search) else found(text))
 
 

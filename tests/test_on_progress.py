@@ -13,7 +13,7 @@ import torch
 import compressknow
 from compressknow import Progress, Stage
 from compressknow.base.progress import Bars, count_progress, relabel_progress, report_progress, resolve_progress
-from compressknow.cli.terminal import Line
+from compressknow.cli.terminal import ProgressLine
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 from tests.models import save_tiny
 
@@ -104,7 +104,7 @@ def test_a_calibration_text_is_read_from_a_file_and_written_by_the_model(place: 
             on_progress=told.append,
         )
         assert [progress.stage.work for progress in told if progress.state == "begins"] == works
-        labels = [Line(progress.stage, 0.0).text() for progress in told if progress.state == "begins"]
+        labels = [ProgressLine(progress.stage, 0.0).text() for progress in told if progress.state == "begins"]
         assert labels[0].startswith("Writing" if text == "self" else "Reading"), labels
         told.clear()
 
@@ -148,7 +148,7 @@ def test_a_sweep_tells_how_a_cell_is_calibrated_and_saved(place: Path, tmp_path:
         *((work, dropped) for work in ("sample", "choose", "convert", "evaluate")),
         *((work, pruned) for work in ("calibrate", "evaluate")),
     ]
-    assert next(Line(stage, 0.0).text() for stage in begun if stage.work == "calibrate").startswith(
+    assert next(ProgressLine(stage, 0.0).text() for stage in begun if stage.work == "calibrate").startswith(
         "Compressing (3 of 3): "
     )
 

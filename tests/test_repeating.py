@@ -11,7 +11,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from compressknow.base.progress import Repeating
+from compressknow.base.progress import RepeatingThread
 
 # Raises where a signal would leave a lock taken.
 IN_LOCKS = """
@@ -102,7 +102,7 @@ def script(code: str, *arguments: object) -> str:
 
 def test_the_task_is_done_again_and_again_and_not_after_the_end() -> None:
     done: list[int] = []
-    repeating = Repeating(lambda: done.append(1), repeat(0.001))
+    repeating = RepeatingThread(lambda: done.append(1), repeat(0.001))
     while len(done) < 3:
         time.sleep(0.001)
     repeating.end()
@@ -115,14 +115,14 @@ def test_the_task_is_done_again_and_again_and_not_after_the_end() -> None:
 
 def test_it_ends_by_itself_where_nothing_is_to_be_waited_for() -> None:
     done: list[int] = []
-    Repeating(lambda: done.append(1), [0.001, 0.001]).wait()
+    RepeatingThread(lambda: done.append(1), [0.001, 0.001]).wait()
     assert len(done) == 2
 
 
 def test_an_error_of_the_task_ends_it_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told: SimpleQueue[type[BaseException]] = SimpleQueue()
     monkeypatch.setattr(sys, "unraisablehook", lambda error: told.put(error.exc_type))
-    Repeating(lambda: 1 // 0, repeat(0.001)).wait()
+    RepeatingThread(lambda: 1 // 0, repeat(0.001)).wait()
     assert told.get(timeout=60) is ZeroDivisionError
 
 

@@ -17,18 +17,18 @@ from compressknow.compress.calibrate.text import TOKENS, check_text
 from compressknow.compress.recipe import check_recipe_conflicts
 from compressknow.compress.staging import clean
 from compressknow.compress.steps import Calibration
-from compressknow.engine.identity import Located, locate
+from compressknow.engine.identity import LocatedModel, locate
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.gguf import record
-from compressknow.gguf.choice import DEFAULT, Choice, Fit, Rounding, read_choice
+from compressknow.gguf.choice import DEFAULT, Rounding, SizeFit, TypeChoice, read_choice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.importance import read_importance
 from compressknow.gguf.modelfile import build_modelfile, check_modelfile
 from compressknow.gguf.record import ExportRecord
 from compressknow.model.checkpoint import check_is_checkpoint
-from compressknow.study.allocation import Target, check_budget, fit_types
+from compressknow.study.allocation import SizeTarget, check_budget, fit_types
 from compressknow.study.sensitivity import FIT_TOKENS, Guide, open_facts
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def export(
     )
 
 
-def _read_target(options: Mapping[str, Any]) -> Target | None:
+def _read_target(options: Mapping[str, Any]) -> SizeTarget | None:
     """Return how large the file is to be; None where types are given instead."""
     if options["size"] is None and options["bits"] is None:
         for name in ("guide", "facts", "data", "must", "rounding"):
@@ -179,7 +179,7 @@ def _read_target(options: Mapping[str, Any]) -> Target | None:
     for name, hint in {"type": pin, "type_of": pin, "recipe": pin, "imatrix": own, "imatrix_out": own}.items():
         if options[name]:
             raise UsageError(f"--{name.replace('_', '-')} and --{given} cannot be combined.", hint=hint)
-    return Target(
+    return SizeTarget(
         None if options["size"] is None else parse_size(options["size"]),
         options["bits"],
         list_rules(options["must"]),
@@ -189,8 +189,13 @@ def _read_target(options: Mapping[str, Any]) -> Target | None:
 
 
 def _make_fit(
-    job: Export, located: Located, target: Target, probes: Sequence[Probe], text: Calibration, listener: Listener | None
-) -> Fit:
+    job: Export,
+    located: LocatedModel,
+    target: SizeTarget,
+    probes: Sequence[Probe],
+    text: Calibration,
+    listener: Listener | None,
+) -> SizeFit:
     """Return how the file is brought to its size, by what its weights are sensitive to."""
     from compressknow.compress.sources import check_usable
     from compressknow.study.guides import measure_guides
@@ -204,7 +209,7 @@ def _make_fit(
     check_budget(target.budget(job.numel), shapes, job.exact_bytes, experts)
     handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))
     sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
-    return Fit(
+    return SizeFit(
         target.label,
         target.budget(job.numel),
         lambda tensors, overhead: fit_types(sensitivity, tensors, overhead, target),
@@ -217,7 +222,7 @@ def _make_fit(
 OF_RECIPE: dict[str, Any] = {"type": None, "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0}
 
 
-def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
+def _read_types(options: Mapping[str, Any], *, sized: bool) -> TypeChoice:
     """Return what the arguments of `export` say of types and calibration."""
     matrix = None if options["imatrix"] is None else Path(options["imatrix"])
     if options["recipe"] is not None:
@@ -231,13 +236,13 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> Choice:
             raise UnusedOptions("--calibration-tokens goes with --calibration.", names=["calibration_tokens"])
         tokens = TOKENS if tokens is None else tokens
         calibration = None if text is None else Calibration(text, tokens, options["seed"])
-        choice = Choice(options["type"] or DEFAULT, list_rules(options["type_of"]), calibration, matrix)
+        choice = TypeChoice(options["type"] or DEFAULT, list_rules(options["type_of"]), calibration, matrix)
     if choice.calibration is not None:
         check_text(choice.calibration)
     return choice
 
 
-def _check_importance_output(file: Path, choice: Choice, output: Path, *, overwrite: bool) -> None:
+def _check_importance_output(file: Path, choice: TypeChoice, output: Path, *, overwrite: bool) -> None:
     """Raise an error where there is no importance matrix to write, or it cannot be written there."""
     if choice.calibration is None:
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")

@@ -111,10 +111,10 @@ def report(
         before, after = gather(original, models, evaluation, revision=revision)
         stop = None
     else:
-        from compressknow.comparison.power import decide
+        from compressknow.comparison.power import decide_gate
         from compressknow.evaluate.early import gather_early
 
-        at_gate = partial(decide, gates[0].least)
+        at_gate = partial(decide_gate, gates[0].least)
         before, only, stop = gather_early(original, models[0], evaluation, at_gate, revision=revision)
         after = [only]
     # Of tasks, and of answers that are stored.

@@ -39,7 +39,7 @@ from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.study.allocation import Allocation
 from compressknow.study.cells import ORIGINAL, AddNoiseFloor, StudyModel, check_study_folder, claim
-from compressknow.study.forms import GGUF, NEEDED, CheckpointForm, GgufForm, Request, open_form
+from compressknow.study.formats import GGUF, NEEDED, CheckpointFormat, GgufFormat, SearchRequest, open_format
 from compressknow.study.search import (
     LEVEL,
     Candidate,
@@ -124,7 +124,7 @@ def search(
     """
     options, settings = build_records(words, options, settings)
     seed = options.seed
-    request = Request(
+    request = SearchRequest(
         keep,
         None if size is None else parse_size(size),
         to,
@@ -151,7 +151,7 @@ def search(
     with (
         closing(StudyModel(model, settings, revision=revision, keep_in=folder)) as study_model,
         claim(folder, study_model.original, known),
-        open_form(study_model, request, folder, begin, listener) as form,
+        open_format(study_model, request, folder, begin, listener) as form,
     ):
         _check_winners_place(folder / form.place)
         if request.size is not None:
@@ -243,7 +243,7 @@ def _remove_winner_of_other_form(folder: Path, name: str) -> None:
         earlier = read_json(folder / "search.json", RECORD)
     except (OSError, ValueError):
         return
-    for form in (GgufForm, CheckpointForm):
+    for form in (GgufFormat, CheckpointFormat):
         if form.name == earlier.get("form") != name and earlier.get("winner") and is_made(folder / form.place):
             remove(folder / form.place)
 

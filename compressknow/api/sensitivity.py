@@ -12,7 +12,7 @@ from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.compress.calibrate.text import check_text
 from compressknow.compress.steps import Calibration
-from compressknow.engine.identity import Located, locate
+from compressknow.engine.identity import LocatedModel, locate
 from compressknow.engine.language_model import find_family
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
@@ -91,7 +91,7 @@ def sensitivity(
     return result
 
 
-def _open_roundings(model: Located, to: Form | None, *, trusted: bool) -> Roundings:
+def _open_roundings(model: LocatedModel, to: Form | None, *, trusted: bool) -> Roundings:
     """Return the candidate types. Raises CompressknowError for a model that has none, or is quantized already."""
     from compressknow.compress.sources import Sources
     from compressknow.model.groups import read_structure

@@ -34,7 +34,7 @@ from compressknow.study.cells import (
     grade,
 )
 from compressknow.study.grid import PAPER, list_cells
-from compressknow.study.running import Batch, RayOptions, open_runner
+from compressknow.study.running import CellBatch, RayOptions, open_runner
 
 
 @verb
@@ -135,7 +135,7 @@ def sweep(
                 study_model.original, opened, folder / ORIGINAL, None, watched, noise_floors=[NoiseFloors.add_precision]
             )
             before, by_cell = grade(original, known), {}
-            with closing(run(Batch(study_model, cells, opened, folder / CELLS, original))) as results:
+            with closing(run(CellBatch(study_model, cells, opened, folder / CELLS, original))) as results:
                 for result in (study_model.add_facts_in_text(each.grade(before, known)) for each in results):
                     by_cell[result.cell] = result
                     if result.answers is not None:

@@ -46,7 +46,7 @@ def _fit(summary: Summary) -> Summary:
     )
 
 
-class Shown:
+class SummaryRepr:
     """Result that has a `_summary`, and is shown by it: on a line, printed with a table, or as HTML in a notebook."""
 
     __slots__ = ()
@@ -71,7 +71,7 @@ class Shown:
             return None
 
 
-class Tabular(Shown):
+class Tabular(SummaryRepr):
     """Result that has rows, too: `_rows` gives them, each a dict of the same columns."""
 
     __slots__ = ()

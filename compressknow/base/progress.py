@@ -315,7 +315,7 @@ class Pace:
         return (time.monotonic() - self._start) / self._measured * self._left if self._measured else None
 
 
-class Repeating:
+class RepeatingThread:
     """Thread that calls `task` after each of the `waits` (seconds) until `end` is called.
 
     A signal may raise between any two steps of the main thread, and a lock that is written in Python (that of an Event,

@@ -23,7 +23,7 @@ from compressknow.cli.options import (
     threads_option,
 )
 from compressknow.cli.report import get_command
-from compressknow.cli.terminal import WIDTH, Lines, show, show_json, show_written, wrap
+from compressknow.cli.terminal import WIDTH, ProgressLines, show, show_json, show_written, wrap
 from compressknow.pages.diff import pages
 from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both
 from compressknow.pages.texts import summarize_text
@@ -73,7 +73,7 @@ def compare(a: str, b: str, output: tuple[Path, ...], probe: tuple[str, ...], as
         explain_interrupt(RESUMES if probe else NOTHING_WRITTEN),
         show_before_error(lambda result: _show(result, output, as_json)),
     ):
-        comparison = run(a, b, probe, output=output, command=get_command(), on_progress=Lines(), **options)
+        comparison = run(a, b, probe, output=output, command=get_command(), on_progress=ProgressLines(), **options)
     _show(comparison, output, as_json)
 
 

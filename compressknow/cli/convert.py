@@ -25,7 +25,7 @@ from compressknow.cli.options import (
     option,
     threads_option,
 )
-from compressknow.cli.terminal import WIDTH, Lines, format_duration, show, show_json, wrap_whole
+from compressknow.cli.terminal import WIDTH, ProgressLines, format_duration, show, show_json, wrap_whole
 from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.recipe import OPTIONS, list_parameters
@@ -131,7 +131,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
         if ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
     }
     with explain_interrupt(NOTHING_WRITTEN):
-        manifest = run(model, output, dry_run=dry_run, on_progress=Lines(), **options)
+        manifest = run(model, output, dry_run=dry_run, on_progress=ProgressLines(), **options)
     if as_json:
         show_json(manifest)
     else:

@@ -27,7 +27,7 @@ from compressknow.cli.options import (
     option,
     read_type_of,
 )
-from compressknow.cli.terminal import Lines, show, show_json
+from compressknow.cli.terminal import ProgressLines, show, show_json
 
 if TYPE_CHECKING:
     from compressknow.gguf.record import ExportRecord
@@ -101,7 +101,7 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     check_upload(repo, private, dry_run=dry_run)
     with explain_interrupt(NOTHING_WRITTEN):
         given = drop_recipe_conflicts(options, OF_RECIPE)
-        record = run(model, output, dry_run=dry_run, on_progress=Lines(), **given)
+        record = run(model, output, dry_run=dry_run, on_progress=ProgressLines(), **given)
     if as_json:
         show_json(record)
     else:

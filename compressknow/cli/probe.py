@@ -23,7 +23,7 @@ from compressknow.cli.options import (
     server_options,
 )
 from compressknow.cli.report import describe_grades
-from compressknow.cli.terminal import Lines, pad, show, show_json, wrap
+from compressknow.cli.terminal import ProgressLines, pad, show, show_json, wrap
 from compressknow.comparison.text import compute_perplexity
 from compressknow.pages.as_json import dump_perplexity
 from compressknow.pages.texts import write_measurement
@@ -62,7 +62,7 @@ def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
     from compressknow.api.probe import probe as run
 
     with explain_interrupt(RESUMES):
-        answers = run(model, output, probe or None, on_progress=Lines(), **options)
+        answers = run(model, output, probe or None, on_progress=ProgressLines(), **options)
     if as_json:
         probes = {name: entry.to_dict() | _score(answers, name) for name, entry in answers.record.probes.items()}
         show_json(answers.record.to_dict() | {"probes": probes})

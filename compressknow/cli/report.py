@@ -25,7 +25,7 @@ from compressknow.cli.options import (
     server_options,
     strict_option,
 )
-from compressknow.cli.terminal import Lines, pad, show, show_json, show_written, wrap, wrap_whole
+from compressknow.cli.terminal import ProgressLines, pad, show, show_json, show_written, wrap, wrap_whole
 from compressknow.pages.records import Card, Comparison, label_models, write_estimate
 from compressknow.pages.texts import summarize_text
 
@@ -69,7 +69,7 @@ def report(
     from compressknow.api.report import report as run
 
     with explain_interrupt(RESUMES), show_before_error(lambda card: _show(card, output, as_json=as_json)):
-        options |= {"command": get_command(), "on_progress": Lines()}
+        options |= {"command": get_command(), "on_progress": ProgressLines()}
         card = run(original, compressed, probe or None, output=output, **options)
     _show(card, output, as_json=as_json)
 

@@ -27,7 +27,7 @@ from compressknow.cli.options import (
     study_options,
 )
 from compressknow.cli.report import get_command
-from compressknow.cli.terminal import WIDTH, Lines, Rows, show, show_json_text, wrap
+from compressknow.cli.terminal import WIDTH, ProgressLines, TableRows, show, show_json_text, wrap
 from compressknow.pages.records import write_estimate
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
             output,
             probe=probe or None,
             command=get_command(),
-            on_progress=Lines(),
-            on_result=None if as_json else Rows(lambda _: (COLUMNS, "-" * len(COLUMNS)), _describe_trial),
+            on_progress=ProgressLines(),
+            on_result=None if as_json else TableRows(lambda _: (COLUMNS, "-" * len(COLUMNS)), _describe_trial),
             **options,
         )
     if as_json:

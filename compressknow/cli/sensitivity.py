@@ -26,7 +26,7 @@ from compressknow.cli.options import (
     option,
 )
 from compressknow.cli.report import list_given
-from compressknow.cli.terminal import WIDTH, Lines, show, show_json_text, show_written, wrap
+from compressknow.cli.terminal import WIDTH, ProgressLines, show, show_json_text, show_written, wrap
 
 if TYPE_CHECKING:
     from compressknow.study.sensitivity import Sensitivity, TensorSensitivity
@@ -67,7 +67,7 @@ def sensitivity(model: str, output: tuple[Path, ...], as_json: bool, **options: 
     from compressknow.api.sensitivity import sensitivity as run
 
     with explain_interrupt(RESUMES):
-        result = run(model, output, on_progress=Lines(), **options)
+        result = run(model, output, on_progress=ProgressLines(), **options)
     if as_json:
         from compressknow.engine.identity import locate
         from compressknow.study.map import Map, map_to_json

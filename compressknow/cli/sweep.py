@@ -22,7 +22,7 @@ from compressknow.cli.options import (
     study_options,
 )
 from compressknow.cli.report import get_command
-from compressknow.cli.terminal import Lines, Rows, pad, show, show_json_text, wrap
+from compressknow.cli.terminal import ProgressLines, TableRows, pad, show, show_json_text, wrap
 from compressknow.pages.records import write_estimate
 
 if TYPE_CHECKING:
@@ -97,8 +97,10 @@ def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
             output,
             probe=probe or None,
             command=get_command(),
-            on_progress=Lines(),
-            on_result=None if as_json else Rows(partial(_describe_original, known=options["known"]), _describe_result),
+            on_progress=ProgressLines(),
+            on_result=None
+            if as_json
+            else TableRows(partial(_describe_original, known=options["known"]), _describe_result),
             **options,
         )
     if as_json:

@@ -23,7 +23,7 @@ from unicodedata import combining, east_asian_width
 import click
 
 from compressknow.base.format import MINUS, clean, clean_lines, count, dump_json, is_seen, write_size
-from compressknow.base.progress import Progress, Repeating, Stage
+from compressknow.base.progress import Progress, RepeatingThread, Stage
 
 # Work that ends sooner shows no line.
 DELAY_SECONDS = 1.0
@@ -216,7 +216,7 @@ _LABELS = {
 _OTHERWISE = {"noise": " in another precision", "runtime": " in llama.cpp"}
 
 
-class Line:
+class ProgressLine:
     """Line of a stage, written anew by a thread from `start` to `end`; nothing of it stays on a terminal.
 
     `written` is when the last line was, of monotonic time: elsewhere than on a terminal the next comes a minute later,
@@ -240,7 +240,7 @@ class Line:
         if not self._terminal:
             seconds = SECONDS_ELSEWHERE
             first = max(min(first, seconds), self.written + seconds - time.monotonic())
-        self._repeating = Repeating(self._show, chain([first], repeat(seconds)))
+        self._repeating = RepeatingThread(self._show, chain([first], repeat(seconds)))
 
     def end(self) -> None:
         """Write it no more, and take it away."""
@@ -317,7 +317,7 @@ class Line:
             sys.stderr.flush()
 
 
-class Lines:
+class ProgressLines:
     """Lines, one for each stage of a run, while it lasts; of a long run one that says about how long it takes, which
     stays.
 
@@ -327,12 +327,12 @@ class Lines:
     def __init__(self) -> None:
         self._announced = False
         self._written = time.monotonic()
-        self._open: dict[Stage, Line] = {}
+        self._open: dict[Stage, ProgressLine] = {}
 
     def __call__(self, progress: Progress) -> None:
         stage = progress.stage
         if progress.state == "begins":
-            line = self._open[stage] = Line(stage, self._written)
+            line = self._open[stage] = ProgressLine(stage, self._written)
             line.start()
             if stage.work == "fetch":
                 # From the network, unasked: once, and always said.
@@ -353,7 +353,7 @@ class Lines:
             self._open[progress.stage].say(text)
 
 
-class Rows:
+class TableRows:
     """Rows of a table, printed as results come; what `write_head` makes of the first result stands before them."""
 
     def __init__(self, write_head: Callable[[Any], Iterable[str]], write_row: Callable[[Any], Iterable[str]]) -> None:

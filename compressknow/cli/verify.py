@@ -10,7 +10,7 @@ import click
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import count, write_size
 from compressknow.cli.options import PATH, command, option, threads_option
-from compressknow.cli.terminal import Lines, show, show_json, wrap
+from compressknow.cli.terminal import ProgressLines, show, show_json, wrap
 
 
 @command()
@@ -27,7 +27,7 @@ def verify(folder: Path, threads: int | None, as_json: bool) -> int:
     """
     from compressknow.api.verify import verify as run
 
-    result = run(folder, threads=threads, on_progress=Lines(), check=not as_json)
+    result = run(folder, threads=threads, on_progress=ProgressLines(), check=not as_json)
     if as_json:
         show_json(asdict(result))
         return CompressknowError.exit_code if result.differences else 0

@@ -26,8 +26,8 @@ from compressknow.comparison.weights import (
 )
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.output_config import count_targets
-from compressknow.compress.weights import Side, Values, read_side
-from compressknow.engine.identity import Located
+from compressknow.compress.weights import CheckpointValues, ParameterValues, read_side
+from compressknow.engine.identity import LocatedModel
 from compressknow.model.checkpoint import Checkpoint, find_weight_files, open_checkpoint
 from compressknow.model.gguf_file import EMBEDDING, Tensor, find_groups, list_tensors, open_gguf, read_value
 from compressknow.model.loading import list_config_groups
@@ -54,7 +54,7 @@ _LONGEST = 80
 
 
 def diff_models(
-    a: Located, b: Located, *, trust_remote_code: bool, threads: int | None, on_progress: Listener | None
+    a: LocatedModel, b: LocatedModel, *, trust_remote_code: bool, threads: int | None, on_progress: Listener | None
 ) -> CheckpointDiff | None:
     """Compare two models that were found, checkpoints or GGUF files; return None where one alone is a GGUF file, whose
     weights have other names and another order."""
@@ -68,7 +68,7 @@ def diff_models(
         return diff_checkpoints(*opened, trust_remote_code=trust_remote_code, threads=threads, advance=advance)
 
 
-def find_other_files(a: Located, b: Located) -> Iterator[str]:
+def find_other_files(a: LocatedModel, b: LocatedModel) -> Iterator[str]:
     """Yield small files that decide answers too and are not alike: of the tokenizer, and modelling code."""
     if ".gguf" in (a.path.suffix, b.path.suffix):
         return
@@ -122,7 +122,7 @@ def _check_architectures(names: tuple[str, str], architectures: tuple[str, str],
         )
 
 
-def _list_names(a: Side, b: Side) -> list[str]:
+def _list_names(a: CheckpointValues, b: CheckpointValues) -> list[str]:
     """Return all that either stores, in the order of the module tree; what the tree does not have comes last."""
     place: dict[str, int] = {name: i for i, name in enumerate(a.structure.parameters | b.structure.parameters)}
     names = dict.fromkeys([*a.own, *b.own, *a.packed_weights(), *b.packed_weights()])
@@ -134,8 +134,8 @@ def _list_names(a: Side, b: Side) -> list[str]:
 
 
 def _pair_values(
-    a: Side, b: Side, lost_a: Mapping[str, LostNeurons], lost_b: Mapping[str, LostNeurons]
-) -> Iterator[tuple[str, Values, Values]]:
+    a: CheckpointValues, b: CheckpointValues, lost_a: Mapping[str, LostNeurons], lost_b: Mapping[str, LostNeurons]
+) -> Iterator[tuple[str, ParameterValues, ParameterValues]]:
     """Yield each parameter's name and its values in both checkpoints, of one shape."""
     seen: set[tuple[str, str]] = set()
     for name in _list_names(a, b):
@@ -153,7 +153,14 @@ def _pair_values(
             yield name, *aligned
 
 
-def _diff_tensor(reader: Reader, a: Side, b: Side, name: str, values_a: Values, values_b: Values) -> TensorDiff:
+def _diff_tensor(
+    reader: Reader,
+    a: CheckpointValues,
+    b: CheckpointValues,
+    name: str,
+    values_a: ParameterValues,
+    values_b: ParameterValues,
+) -> TensorDiff:
     sums, same = diff_values(reader, values_a, values_b)
     linear = a.linear(name) or b.linear(name)
     in_block = linear is not None and linear.layer is not None
@@ -185,7 +192,7 @@ def name_in_block(name: str) -> str:
     return ".".join(part for part in inside.split(".") if not part.isdigit())
 
 
-def _diff_structure(a: Side, b: Side) -> Iterator[StructureChange]:
+def _diff_structure(a: CheckpointValues, b: CheckpointValues) -> Iterator[StructureChange]:
     for name in _list_names(a, b):
         in_a, in_b = a.supply.get(name), b.supply.get(name)
         if a.packed(name) or b.packed(name):
@@ -205,7 +212,7 @@ def _diff_structure(a: Side, b: Side) -> Iterator[StructureChange]:
                 yield StructureChange(name, "retyped", _describe(in_a), _describe(in_b))
 
 
-def _find_tie(tied: Side, apart: Side, name: str) -> str | None:
+def _find_tie(tied: CheckpointValues, apart: CheckpointValues, name: str) -> str | None:
     if name in tied.own and tied.supply[name] is tied.own[name]:
         return None
     others = (other for other, tensor in tied.own.items() if tensor is tied.supply[name] and other != name)

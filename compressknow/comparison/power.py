@@ -163,7 +163,7 @@ _STEPS = 30
 _FINEST = 1 << 20
 
 
-def decide(gate: float, known: np.ndarray, kept: np.ndarray, of: int) -> EarlyStop | None:
+def decide_gate(gate: float, known: np.ndarray, kept: np.ndarray, of: int) -> EarlyStop | None:
     """Decide whether the share kept of all facts lies at the gate or above, as soon as that is known; None before.
 
     The share is that of the known ones among all `of` facts, which are drawn one by one, each only once, in random

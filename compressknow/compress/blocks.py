@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Stopped(Exception):
+class TaskStopped(Exception):
     """End of a task whose result nobody waits for any more."""
 
 
@@ -109,7 +109,7 @@ class Pool:
     def check(self) -> None:
         """Raise Stopped where another task has failed or the user has interrupted."""
         if self._stopped:
-            raise Stopped
+            raise TaskStopped
 
 
 Progress = Callable[[int], None]

@@ -15,7 +15,7 @@ from compressknow.base.errors import UnsupportedError
 from compressknow.base.progress import Advance, Begin, count_progress, ignore_advance, ignore_progress
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.manifest import Manifest, build_manifest
-from compressknow.compress.output import Memory, NewFolder, RenderCard, lay_out
+from compressknow.compress.output import InMemory, NewFolder, RenderCard, lay_out
 from compressknow.compress.output_config import build_config, ensure_loadable
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
 from compressknow.compress.process import TensorConverter, TensorStats, hash_file
@@ -70,7 +70,7 @@ def make_calibration_text(
 
 def execute(
     plan: Plan,
-    output: NewFolder | Memory,
+    output: NewFolder | InMemory,
     text: CalibrationText | None = None,
     *,
     threads: int | None = None,
@@ -239,7 +239,7 @@ class VariantMaker:
         it is not known yet, and those of `execute`. Raises as `get_text` and `execute` do."""
         from compressknow.engine.load import Variant
 
-        memory = Memory(self._shared)
+        memory = InMemory(self._shared)
         manifest = execute(plan, memory, self.get_text(plan, begin), begin=begin)
         nbytes = sum(lay_out(memory.plan.tensors, memory.plan.checkpoint.shards).sizes.values())
         config = build_config(memory.plan)

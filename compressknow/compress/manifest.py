@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow._version import __version__
 from compressknow.base.format import NONE, clean, count, write_percent, write_size
-from compressknow.base.notebook import Shown, Summary
+from compressknow.base.notebook import Summary, SummaryRepr
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCALE, list_runtimes
 from compressknow.model.manifest import COUNTS, SCHEMA, format_ranges, seal_manifest
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy")
 
 
-class Manifest(Shown, dict[str, Any]):
+class Manifest(SummaryRepr, dict[str, Any]):
     """Record of what a conversion was made of and did: the content of ``compressknow.json``, or of a dry run.
 
     A dict, which its properties read by name. A dry run has no zeros, errors and hashes, and `pruned` only where the

@@ -21,7 +21,7 @@ import torch
 from compressknow.base.errors import CheckpointError
 from compressknow.base.files import walk_visible
 from compressknow.base.format import dump_json
-from compressknow.base.progress import Repeating
+from compressknow.base.progress import RepeatingThread
 from compressknow.base.reading import compute_sha256
 from compressknow.base.system import create_file, write_at
 from compressknow.compress.blocks import Pool
@@ -96,7 +96,7 @@ class NewFolder(Staging):
         self.commit()
 
 
-class Memory:
+class InMemory:
     """Output of a conversion in memory. Tensors that plans of one checkpoint leave alone, and what was measured of
     them, are taken from `shared`, and put there."""
 
@@ -148,7 +148,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """Weight files: the first bytes of each, the whole size of each, and the file and offset of each tensor by name."""
 
     headers: dict[str, bytes]
@@ -157,7 +157,7 @@ class Layout:
     index: dict[str, Any] | None
 
 
-def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
+def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> FileLayout:
     """Lay out a safetensors file for each of the source's of which tensors are left, and an index of several.
 
     Within a file tensors are sorted by the width of their dtype, widest first, as the safetensors library does: so
@@ -177,7 +177,7 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> Layout:
     for tensor in tensors:
         file = names[shard_of[tensor.source.file]]
         by_file[file] += [(name, part.dtype, part.shape) for name, part in tensor.written]
-    layout = Layout({}, {}, {}, None)
+    layout = FileLayout({}, {}, {}, None)
     for file, entries in by_file.items():
         entries.sort(key=lambda entry: -DTYPE_SIZES[entry[1]])
         layout.headers[file], layout.sizes[file], offsets = lay_out_file(entries)
@@ -211,11 +211,11 @@ class OutputFiles:
     # Tensors that are there already, with what was measured of them.
     known: ClassVar[Mapping[str, TensorStats]] = {}
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, layout: FileLayout) -> None:
         self._layout = layout
         self._descriptors: dict[str, int] = {}
         self._failure: OSError | None = None
-        self._flushing: Repeating | None = None
+        self._flushing: RepeatingThread | None = None
         try:
             for name, size in layout.sizes.items():
                 descriptor = self._descriptors[name] = create_file(folder / name, size)
@@ -223,7 +223,7 @@ class OutputFiles:
         except BaseException:
             self.close()
             raise
-        self._flushing = Repeating(self._flush, repeat(FLUSH_SECONDS))
+        self._flushing = RepeatingThread(self._flush, repeat(FLUSH_SECONDS))
 
     def __enter__(self) -> Self:
         return self

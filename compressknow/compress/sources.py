@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.loading import Binding, Naming, find_suppliers
+from compressknow.model.loading import Binding, NameMapping, find_suppliers
 from compressknow.model.meta import find_direct_reads
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
@@ -37,7 +37,7 @@ class Sources:
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> None:
         check_usable(checkpoint)
         self._tensors = dict(checkpoint.tensors)
-        self._naming = Naming(model)
+        self._naming = NameMapping(model)
         self._shapes = structure.parameters
         modules = model.named_modules(remove_duplicate=False)
         self._embeddings = sorted(f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding))

@@ -13,7 +13,7 @@ import numpy as np
 from compressknow.base.errors import CheckpointError, VerificationError
 from compressknow.base.files import walk_visible
 from compressknow.base.format import count, write_size
-from compressknow.base.notebook import Shown, Summary
+from compressknow.base.notebook import Summary, SummaryRepr
 from compressknow.base.progress import Advance, count_progress, ignore_advance
 from compressknow.base.reading import INDEX
 from compressknow.compress.blocks import Pool, Reader, make_raw_keys
@@ -51,7 +51,7 @@ class Difference:
 
 
 @dataclass(frozen=True, repr=False)
-class Verification(Shown):
+class Verification(SummaryRepr):
     """Result of a verification: what was compared, every difference, and what could not be compared (`notes`)."""
 
     tensors: int

@@ -67,7 +67,7 @@ DECISIVE = ("config.json", *TOKENIZER_FILES, ADAPTER_CONFIG, f"{ADAPTER}.safeten
 
 
 @dataclass(frozen=True)
-class Located:
+class LocatedModel:
     """Model on this machine, `path` being a checkpoint folder or a GGUF file in one, or on the server at `url`."""
 
     name: str
@@ -88,7 +88,7 @@ class Located:
         return [self.path / name for name in decisive if (self.path / name).is_file()]
 
 
-def locate(model: str | Path, revision: str | None = None) -> Located:
+def locate(model: str | Path, revision: str | None = None) -> LocatedModel:
     """Find a model: a local folder, ``FOLDER/FILE.gguf``, a hub id, which is downloaded, or the address of a server,
     which is not contacted yet. Raises CheckpointError where there is none, UsageError for what cannot be an address."""
     if is_address(model):
@@ -108,13 +108,13 @@ def locate(model: str | Path, revision: str | None = None) -> Located:
             # A minute's work on the original may come before this file is opened.
             for part in list_parts(path):
                 check_whole(part)
-        return Located(escape_name(path.name), path)
+        return LocatedModel(escape_name(path.name), path)
     checkpoint = open_checkpoint(model, revision)
     checkpoint.check_has_weights()
-    return Located(checkpoint.name, checkpoint.folder, checkpoint.revision)
+    return LocatedModel(checkpoint.name, checkpoint.folder, checkpoint.revision)
 
 
-def locate_server(address: str) -> Located:
+def locate_server(address: str) -> LocatedModel:
     """Return a model on a server. Raises UsageError where the address names no host, or holds what must not be shown.
 
     >>> locate_server("http://localhost:8080/v1/").url
@@ -133,7 +133,7 @@ def locate_server(address: str) -> Located:
             hint="Give it as http://HOST:PORT, and a key in the environment: COMPRESSKNOW_API_KEY.",
         )
     path = parts.path.rstrip("/").removesuffix("/v1")
-    return Located(parts.netloc, Path(), url=f"{parts.scheme}://{parts.netloc}{path}")
+    return LocatedModel(parts.netloc, Path(), url=f"{parts.scheme}://{parts.netloc}{path}")
 
 
 def compute_fingerprint(hashes: Iterable[tuple[str, str]]) -> str:
@@ -153,7 +153,7 @@ def find_source(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": source.get("name"), "revision": source.get("revision"), "sha256": sha256}
 
 
-def describe(located: Located) -> dict[str, Any]:
+def describe(located: LocatedModel) -> dict[str, Any]:
     """Describe a model by its files, for the record of its answers; reads no weights but some rows.
 
     Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (in words), grid (see
@@ -319,7 +319,7 @@ class Contents:
     not_finite: tuple[tuple[StoredTensor, str], ...] = ()
     changed: bool = False
 
-    def check_finite(self, located: Located, *, trust_remote_code: bool = False) -> None:
+    def check_finite(self, located: LocatedModel, *, trust_remote_code: bool = False) -> None:
         """Raise CheckpointError naming a weight that holds NaN or infinity, as `convert` does.
 
         What is no weight, such as a mask that is stored beside them, may hold infinities.
@@ -333,7 +333,7 @@ class Contents:
                 )
 
 
-def read_contents(located: Located, on_bytes: Callable[[int], None] | None = None) -> Contents:
+def read_contents(located: LocatedModel, on_bytes: Callable[[int], None] | None = None) -> Contents:
     """Read each file of a model once; `on_bytes` is called with the number of bytes of each piece. Raises
     CheckpointError where a weight file is damaged."""
     hashes: dict[str, str] = {}
@@ -397,17 +397,17 @@ def _cut_at_tensors(tensors: Iterable[StoredTensor], size: int) -> Iterator[tupl
         yield start, stop, owners.get(start)
 
 
-def _is_weight(located: Located, tensor: StoredTensor, trust_remote_code: bool) -> bool:
+def _is_weight(located: LocatedModel, tensor: StoredTensor, trust_remote_code: bool) -> bool:
     """Return whether a model computes with a stored tensor, as its module tree on the meta device says."""
     if located.path.suffix == ".gguf":
         return True
-    from compressknow.model.loading import Naming
+    from compressknow.model.loading import NameMapping
     from compressknow.model.meta import build_meta_model
 
     try:
         checkpoint = open_checkpoint(located.path)
         tree = build_meta_model(located.path, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
-        binding = Naming(tree).bind(checkpoint.tensors).get(tensor.name)
+        binding = NameMapping(tree).bind(checkpoint.tensors).get(tensor.name)
     except CompressknowError:
         return True
     if binding is None:
@@ -417,7 +417,7 @@ def _is_weight(located: Located, tensor: StoredTensor, trust_remote_code: bool) 
     return not weights.isdisjoint(binding.parameters)
 
 
-def _is_changed(located: Located, hashes: Mapping[str, str], small: Mapping[str, str]) -> bool:
+def _is_changed(located: LocatedModel, hashes: Mapping[str, str], small: Mapping[str, str]) -> bool:
     """Return whether files that were read with these hashes, by name, differ from their manifest or record."""
     if located.path.suffix == ".gguf":
         recorded = read_export_record(located.path).get("sha256")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.base.errors import DamagedAnswers, OutputError
 from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whole
 from compressknow.base.format import clean, count, write_percent
-from compressknow.base.notebook import Shown, Summary
+from compressknow.base.notebook import Summary, SummaryRepr
 from compressknow.base.reading import RECORD as RECORD_BYTES
 from compressknow.base.reading import compute_sha256, read_json
 from compressknow.evaluate.facts import Probe
@@ -90,7 +90,7 @@ class Answer:
 
 
 @dataclass(frozen=True, repr=False)
-class Answers(Shown):
+class Answers(SummaryRepr):
     """Answers of one model, and the record of how they came about (the content of ``probe.json``).
 
     Attributes

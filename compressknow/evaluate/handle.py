@@ -22,7 +22,7 @@ from compressknow.base.progress import (
     translate_panics,
 )
 from compressknow.base.reading import check_unchanged, compute_sha256, find_mismatch
-from compressknow.engine.identity import TOKENIZER_FILES, Contents, Located, describe, read_contents
+from compressknow.engine.identity import TOKENIZER_FILES, Contents, LocatedModel, describe, read_contents
 from compressknow.engine.language_model import AUTO, CPU, LanguageModel, find_named_family, load_language_model
 from compressknow.engine.load import find_reason, load_tokenizer
 from compressknow.evaluate.evaluate import Prompts, make_prompts
@@ -62,7 +62,7 @@ class Transformers(Runtime):
         self.vocabulary, self.parameters = language_model.vocabulary, language_model.parameters
 
     @classmethod
-    def reads(cls, located: Located) -> bool:
+    def reads(cls, located: LocatedModel) -> bool:
         return located.url is None
 
     @classmethod
@@ -70,7 +70,7 @@ class Transformers(Runtime):
         return settings.here()
 
     @classmethod
-    def open(cls, located: Located, settings: Settings) -> Transformers:
+    def open(cls, located: LocatedModel, settings: Settings) -> Transformers:
         return cls(
             load_language_model(
                 located.path,
@@ -97,7 +97,7 @@ class LlamaCpp(Runtime):
     name = LLAMA_CPP
     family = "causal"
 
-    def __init__(self, located: Located, settings: Settings) -> None:  # noqa: ARG002
+    def __init__(self, located: LocatedModel, settings: Settings) -> None:  # noqa: ARG002
         from compressknow.gguf.llama_cpp import GgufModel
 
         self._model = GgufModel(located.path)
@@ -107,7 +107,7 @@ class LlamaCpp(Runtime):
         self.parameters, self.vocabulary = self._model.parameters, self._model.vocabulary
 
     @classmethod
-    def reads(cls, located: Located) -> bool:
+    def reads(cls, located: LocatedModel) -> bool:
         return located.url is None and located.path.suffix == ".gguf"
 
     @classmethod
@@ -172,7 +172,7 @@ class Server(Runtime):
     name = SERVER
     family = "causal"
 
-    def __init__(self, located: Located, settings: Settings) -> None:
+    def __init__(self, located: LocatedModel, settings: Settings) -> None:
         require("requests", "urllib3")
         from compressknow.evaluate.runtimes.server import connect
 
@@ -191,7 +191,7 @@ class Server(Runtime):
         self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     @classmethod
-    def reads(cls, located: Located) -> bool:
+    def reads(cls, located: LocatedModel) -> bool:
         return located.url is not None
 
     @classmethod
@@ -234,7 +234,7 @@ class Server(Runtime):
 _RUNTIMES: dict[str, type[Runtime]] = {runtime.name: runtime for runtime in (Transformers, LlamaCpp, Server)}
 
 
-def choose_runtime(located: Located, named: str | None) -> type[Runtime]:
+def choose_runtime(located: LocatedModel, named: str | None) -> type[Runtime]:
     """Return the runtime of that name, or the one meant for such a model. Raise UsageError where it cannot run it."""
     if named is None:
         if Server.reads(located):
@@ -254,7 +254,7 @@ def choose_runtime(located: Located, named: str | None) -> type[Runtime]:
 class ModelHandle:
     """Model that is located and hashed at once, and loaded on demand."""
 
-    def __init__(self, located: Located, settings: Settings) -> None:
+    def __init__(self, located: LocatedModel, settings: Settings) -> None:
         self.located, self._settings = located, settings
 
     @cached_property
@@ -414,7 +414,7 @@ class ModelHandle:
 
 
 def make_handles(
-    located: Sequence[Located], settings: Settings, probes: Sequence[Opened] = (), *, timed: bool = False
+    located: Sequence[LocatedModel], settings: Settings, probes: Sequence[Opened] = (), *, timed: bool = False
 ) -> list[ModelHandle]:
     """Return handles of models that are compared, to be evaluated on `probes` and, if `timed`, to be measured: where
     the settings name a runtime, it runs those that it reads, and the others run as if none was named. Raises UsageError

@@ -154,14 +154,16 @@ class NoiseFloors:
         """Open the original in llama.cpp, from a file that lies in the folder meanwhile. Raises CompressknowError where
         the converter is missing, or does not take it."""
         from compressknow.compress.staging import make_scratch
-        from compressknow.gguf.choice import Choice
+        from compressknow.gguf.choice import TypeChoice
         from compressknow.gguf.converter import find_converter, quantize
         from compressknow.gguf.export import prepare, write_floats
 
         if answers.record.model.family != "causal":
             raise UnsupportedError("only decoder-only models can be run in llama.cpp here")
         located, settings = self._original.located, self._original.settings
-        export = prepare(located.path, Choice("f16"), find_converter(), trust_remote_code=settings.trust_remote_code)
+        export = prepare(
+            located.path, TypeChoice("f16"), find_converter(), trust_remote_code=settings.trust_remote_code
+        )
         # The converter takes memory of its own.
         self._original.release()
         settings = replace(settings, runtime=LLAMA_CPP, device=CPU, dtype=None)

@@ -22,7 +22,7 @@ from typing import Any
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.base.system import measure_peak_memory
-from compressknow.engine.identity import Located
+from compressknow.engine.identity import LocatedModel
 from compressknow.engine.language_model import AUTO
 from compressknow.evaluate.evaluate import evaluate
 from compressknow.evaluate.facts import Probe
@@ -39,7 +39,7 @@ LONG = 10.0
 _TEXT = "A long time ago, in a small town by the sea, there lived a young woman who"
 
 
-def measure(located: Located, settings: Settings) -> Speed:
+def measure(located: LocatedModel, settings: Settings) -> Speed:
     """Measure facts and tokens per second (medians), and peak memory in bytes beyond what the libraries take. Raises
     CompressknowError where the measuring process fails."""
     arguments = [str(located.path), json.dumps(asdict(settings))]
@@ -65,7 +65,7 @@ def _measure_in_process(path: Path, settings: Settings) -> dict[str, Any]:
 
     _import_libraries(path)
     libraries = measure_peak_memory()
-    handle = ModelHandle(Located(path.name, path), replace(settings, dtype=settings.dtype or AUTO))
+    handle = ModelHandle(LocatedModel(path.name, path), replace(settings, dtype=settings.dtype or AUTO))
     computed_in = handle.loaded.computed_in
     (probe,) = open_all(DEFAULT, Options(limit=FACTS))
     assert isinstance(probe, Probe)

@@ -137,7 +137,7 @@ def check_family(name: str, family: str) -> None:
 
 
 @dataclass(frozen=True)
-class Chunks:
+class TextChunks:
     """Text as one model's tokens, int32 [chunks, context], BOS in its place; and how many bytes of it the scored tokens
     of each chunk stand for, None where the tokenizer does not tell."""
 
@@ -158,7 +158,7 @@ def find_first_scored(context: int) -> int:
     return context // 2
 
 
-def cut_chunks(reader: TextReader, text: RunningText, context: int) -> Chunks:
+def cut_chunks(reader: TextReader, text: RunningText, context: int) -> TextChunks:
     """Cut the text into chunks of `context` tokens. Raises UsageError where it is too short for one, CheckpointError
     where a token is none of the model's."""
     ids, ends = reader.encode(text.read(context))
@@ -180,7 +180,7 @@ def cut_chunks(reader: TextReader, text: RunningText, context: int) -> Chunks:
         # Of the scored tokens, those after the first of the second half.
         table = np.array(ends[: number * context]).reshape(number, context)
         lengths = tuple((table[:, -1] - table[:, find_first_scored(context)]).tolist())
-    return Chunks(cut, lengths)
+    return TextChunks(cut, lengths)
 
 
 def choose_context(reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> int:
@@ -198,7 +198,7 @@ def choose_context(reader: TextReader, text: RunningText, reference: ProbeEntry 
 
 def read_text(
     reader: TextReader,
-    chunks: Chunks,
+    chunks: TextChunks,
     *,
     done: Mapping[int, Chunk],
     known: Mapping[int, Chunk],
@@ -230,7 +230,7 @@ def read_text(
         advance(read, total)
 
 
-def read_chunk(reader: TextReader, chunks: Chunks, number: int, whole: Whole | None) -> Chunk:
+def read_chunk(reader: TextReader, chunks: TextChunks, number: int, whole: Whole | None) -> Chunk:
     import torch
 
     first = find_first_scored(chunks.context)
@@ -254,7 +254,7 @@ def list_keys(number: int, context: int) -> list[str]:
     return [f"{number}:{place}" for place in range(context - 1 - find_first_scored(context))]
 
 
-def make_text_entry(text: RunningText, chunks: Chunks, read: tuple[Chunk, ...], compared: str) -> ProbeEntry:
+def make_text_entry(text: RunningText, chunks: TextChunks, read: tuple[Chunk, ...], compared: str) -> ProbeEntry:
     """Return the entry of ``probe.json``; `compared` says whether there are divergences, and if not, why."""
     return ProbeEntry(
         protocol=PROTOCOL,

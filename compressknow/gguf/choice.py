@@ -90,7 +90,7 @@ def estimate_bytes(tensor_type: str, numel: int) -> int:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TypeChoice:
     """Types of an export: `type` of the file, and `types` of some tensors of it: rules (scope or regular expression,
     tensor type) of which the last that names a tensor holds.
 
@@ -160,7 +160,7 @@ def _check_typo(which: str, option: str) -> None:
 _KEYS = ("type", "types", "calibration", "imatrix")
 
 
-def read_choice(path: Path, importance: Path | None = None) -> Choice:
+def read_choice(path: Path, importance: Path | None = None) -> TypeChoice:
     """Read the table ``[export]`` of a TOML file, or the record beside a GGUF file; `importance` is the matrix that
     takes the place of its own. Raises UsageError where there is none, or one of another form; where a record's export
     had read a matrix, which no record holds, and none is given."""
@@ -179,7 +179,7 @@ def read_choice(path: Path, importance: Path | None = None) -> Choice:
     return _parse_choice({**values, **given}, f"{path}, [export]")
 
 
-def _parse_choice(values: Mapping[str, Any], origin: str) -> Choice:
+def _parse_choice(values: Mapping[str, Any], origin: str) -> TypeChoice:
     if unknown := sorted(set(values) - set(_KEYS)):
         near = suggest_word(unknown[0], _KEYS)
         raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=f"{near}Choose from {', '.join(_KEYS)}.")
@@ -191,7 +191,7 @@ def _parse_choice(values: Mapping[str, Any], origin: str) -> Choice:
         raise UsageError(f"{origin}: type and imatrix are texts, types a table of texts.")
     pairs = tuple((which, chosen) for which, chosen in rules)
     calibration = read_calibration(values.get("calibration"), f"{origin}, calibration")
-    return Choice(kind, pairs, calibration, None if matrix is None else Path(matrix))
+    return TypeChoice(kind, pairs, calibration, None if matrix is None else Path(matrix))
 
 
 def _parse_record(record: Any, given: Path | None) -> dict[str, Any] | None:
@@ -213,7 +213,7 @@ Fitted = tuple[Mapping[str, str], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Fit:
+class SizeFit:
     """Way to bring a file to a size.
 
     Attributes

@@ -31,7 +31,7 @@ class Span(NamedTuple):
     wanted: int
 
 
-class Context:
+class LlamaContext:
     """Sequences of one model, numbered from 0, of so many tokens (`cells`) together; a shared beginning counts once."""
 
     def __init__(self, model: GgufModel, *, cells: int, sequences: int, threads: int) -> None:
@@ -201,7 +201,7 @@ def complete_prompt(model: GgufModel, prompt: str) -> str:
     tokenizer = GgufTokenizer(model)
     read: list[int] = tokenizer(prompt)["input_ids"] or [0]
     written: list[int] = []
-    with closing(Context(model, cells=len(read) + _ANSWER_TOKENS, sequences=1, threads=1)) as context:
+    with closing(LlamaContext(model, cells=len(read) + _ANSWER_TOKENS, sequences=1, threads=1)) as context:
         for logits in islice(context.write(read), _ANSWER_TOKENS):
             if not np.isfinite(logits).all():
                 raise CompressknowError(f"{model.path.name} computes no numbers in llama.cpp (NaN).")
@@ -221,7 +221,7 @@ def _try_file(path: Path) -> None:
     """Split a letter that no vocabulary has, and read a token: in a process of its own, for both may crash."""
     model = GgufModel(path, trial=True)
     GgufTokenizer(model)("\ue000")
-    context = Context(model, cells=_TRIAL_CELLS, sequences=1, threads=1)
+    context = LlamaContext(model, cells=_TRIAL_CELLS, sequences=1, threads=1)
     context.read([Span(0, 0, [0], 1)])
 
 

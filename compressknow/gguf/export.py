@@ -24,10 +24,10 @@ from compressknow.compress.calibrate.text import CalibrationText, read_calibrati
 from compressknow.compress.output import list_carried_files
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration
-from compressknow.compress.weights import Side, Values, read_side
+from compressknow.compress.weights import CheckpointValues, ParameterValues, read_side
 from compressknow.engine.identity import find_source, get_record_path, locate, read_contents
 from compressknow.engine.load import find_family_of_class, load_tokenizer
-from compressknow.gguf.choice import FLOATS, Choice, Fit, estimate_bytes, find_base_type, list_file_types
+from compressknow.gguf.choice import FLOATS, SizeFit, TypeChoice, estimate_bytes, find_base_type, list_file_types
 from compressknow.gguf.converter import (
     check_architecture,
     convert,
@@ -53,7 +53,7 @@ from compressknow.gguf.record import (
     MODELFILE,
     SCHEMA,
     ExportRecord,
-    Place,
+    NewFile,
     build_metadata,
     check_room,
     collect_versions,
@@ -82,13 +82,13 @@ class Export:
     file is brought to a size, instead of by the types of `choice`."""
 
     checkpoint: Checkpoint
-    side: Side
-    tensors: dict[str, Values]
-    choice: Choice
+    side: CheckpointValues
+    tensors: dict[str, ParameterValues]
+    choice: TypeChoice
     converter: Path
     exact: str
     trust_remote_code: bool = False
-    fit: Fit | None = None
+    fit: SizeFit | None = None
     floats: Path | None = None
 
     @cached_property
@@ -150,7 +150,7 @@ class Export:
 
 def prepare(
     model: str | Path,
-    choice: Choice,
+    choice: TypeChoice,
     converter: Path,
     *,
     revision: str | None = None,
@@ -250,7 +250,7 @@ def write(
     """
     check_room(output, export.needed_bytes)
     source = export.checkpoint.folder
-    with Place(output, overwrite=overwrite, source=source, beside=beside or {}) as place:
+    with NewFile(output, overwrite=overwrite, source=source, beside=beside or {}) as place:
         # Apart from the output, which may be called as one of its steps.
         work = place.folder / "work"
         work.mkdir()

@@ -49,7 +49,7 @@ class Field(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class CodeLayout:
     """Layout of a type's codes.
 
     Attributes
@@ -68,18 +68,18 @@ class Layout:
 # What the four bits of iq4_nl and iq4_xs stand for.
 _NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 LAYOUTS = {
-    "q4_0": Layout(32, (0, 15), (Field(2, 0, 4, 16),)),
-    "q4_1": Layout(32, (0, 15), (Field(4, 0, 4, 16),)),
-    "q5_0": Layout(32, (0, 31), (Field(6, 0, 4, 16), Field(2, 4, 1, 1))),
-    "q5_1": Layout(32, (0, 31), (Field(8, 0, 4, 16), Field(4, 4, 1, 1))),
-    "q8_0": Layout(32, (-127, 127), (Field(2, 0, 8, 32),)),
-    "iq4_nl": Layout(32, (0, 15), (Field(2, 0, 4, 16),), _NONLINEAR),
-    "iq4_xs": Layout(256, (0, 15), (Field(8, 0, 4, 16),), _NONLINEAR),
-    "q2_k": Layout(256, (0, 3), (Field(16, 0, 2, 32),)),
-    "q3_k": Layout(256, (0, 7), (Field(32, 0, 2, 32), Field(0, 2, 1, 32))),
-    "q4_k": Layout(256, (0, 15), (Field(16, 0, 4, 32),)),
-    "q5_k": Layout(256, (0, 31), (Field(48, 0, 4, 32), Field(16, 4, 1, 32))),
-    "q6_k": Layout(256, (0, 63), (Field(0, 0, 4, 64), Field(128, 4, 2, 32))),
+    "q4_0": CodeLayout(32, (0, 15), (Field(2, 0, 4, 16),)),
+    "q4_1": CodeLayout(32, (0, 15), (Field(4, 0, 4, 16),)),
+    "q5_0": CodeLayout(32, (0, 31), (Field(6, 0, 4, 16), Field(2, 4, 1, 1))),
+    "q5_1": CodeLayout(32, (0, 31), (Field(8, 0, 4, 16), Field(4, 4, 1, 1))),
+    "q8_0": CodeLayout(32, (-127, 127), (Field(2, 0, 8, 32),)),
+    "iq4_nl": CodeLayout(32, (0, 15), (Field(2, 0, 4, 16),), _NONLINEAR),
+    "iq4_xs": CodeLayout(256, (0, 15), (Field(8, 0, 4, 16),), _NONLINEAR),
+    "q2_k": CodeLayout(256, (0, 3), (Field(16, 0, 2, 32),)),
+    "q3_k": CodeLayout(256, (0, 7), (Field(32, 0, 2, 32), Field(0, 2, 1, 32))),
+    "q4_k": CodeLayout(256, (0, 15), (Field(16, 0, 4, 32),)),
+    "q5_k": CodeLayout(256, (0, 31), (Field(48, 0, 4, 32), Field(16, 4, 1, 32))),
+    "q6_k": CodeLayout(256, (0, 63), (Field(0, 0, 4, 64), Field(128, 4, 2, 32))),
 }
 
 
@@ -115,7 +115,7 @@ class _Rows:
     """Rows of a weight, which do not depend on others."""
 
     def __init__(
-        self, kind: str, layout: Layout, columns: torch.Tensor, importance: torch.Tensor, order: torch.Tensor
+        self, kind: str, layout: CodeLayout, columns: torch.Tensor, importance: torch.Tensor, order: torch.Tensor
     ) -> None:
         self._kind, self._layout, self._order, self._importance = kind, layout, order, importance
         self._columns = columns
@@ -174,7 +174,7 @@ class _Rows:
         return rounded
 
 
-def pack(blocks: Bytes, codes: npt.NDArray[np.int16], layout: Layout) -> Bytes:
+def pack(blocks: Bytes, codes: npt.NDArray[np.int16], layout: CodeLayout) -> Bytes:
     """Return blocks, uint8 [blocks, bytes], with these codes [blocks, width] in place of theirs; scales stay."""
     packed = blocks.copy()
     for field in layout.fields:

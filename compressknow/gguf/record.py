@@ -22,13 +22,13 @@ from compressknow.base.files import (
     write_whole,
 )
 from compressknow.base.format import clean, count, write_size
-from compressknow.base.notebook import Shown, Summary
+from compressknow.base.notebook import Summary, SummaryRepr
 from compressknow.base.progress import Advance, count_progress, ignore_advance, silence_libraries
 from compressknow.base.reading import MANIFEST, find_mismatch
 from compressknow.base.system import hold_signals, move, sync_folder
 from compressknow.compress.staging import Staging, check_overlap
 from compressknow.engine.identity import SOURCE_FORM, get_record_path
-from compressknow.gguf.choice import Choice
+from compressknow.gguf.choice import TypeChoice
 from compressknow.model.checkpoint import read_json
 from compressknow.model.gguf_file import open_gguf, read_value
 
@@ -51,7 +51,7 @@ IMPORTANCE, MODELFILE, OLD_RECORD = "importance", "modelfile", "old"
 SUFFIX = ".gguf"
 
 
-class Place(Staging):
+class NewFile(Staging):
     """Folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, its record and what goes
     with it out of it to their places: `beside` has those of the importance matrix and the Modelfile, by their names in
     the folder."""
@@ -166,7 +166,7 @@ def check_room(output: Path, needed: int) -> None:
         )
 
 
-class ExportRecord(Shown, dict[str, Any]):
+class ExportRecord(SummaryRepr, dict[str, Any]):
     """Record of an export: the content of ``OUT.gguf.json``, or of a dry run, which has no hash.
 
     A dict, which its properties read by name. `is_new` is False where the same export had made the file before.
@@ -246,7 +246,7 @@ def write_with_metadata(metadata: Mapping[str, str], reader: Any, output: Path) 
         copy_with_new_metadata(reader, writer, details, [])
 
 
-def is_recorded(output: Path, choice: Choice) -> bool:
+def is_recorded(output: Path, choice: TypeChoice) -> bool:
     """Return whether a file is there whose record has the types of a choice."""
     try:
         record = read_record(output)

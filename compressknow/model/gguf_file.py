@@ -36,7 +36,7 @@ _PLAIN = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 _MOST_DIMENSIONS, _MOST_BYTES_OF_A_NAME = 4, 1 << 16
 
 
-class CutShort(NotReadable):
+class TruncatedFile(NotReadable):
     """File that ends before what it says that it holds does, or that is no GGUF file at all."""
 
 
@@ -44,7 +44,7 @@ def check_whole(path: Path) -> None:
     """Raise CheckpointError where a GGUF file is cut short, or is none; of what else is odd, the runtime tells."""
     try:
         check_gguf(path)
-    except CutShort as error:
+    except TruncatedFile as error:
         raise CheckpointError(f"{path} is damaged: {error}.", hint="Download or export it again.") from None
     except (NotReadable, OSError):
         return
@@ -73,7 +73,7 @@ def read_header(path: Path) -> _Header:
         try:
             return _Header(file)
         except (struct.error, RecursionError):
-            raise CutShort("it is cut short") from None
+            raise TruncatedFile("it is cut short") from None
 
 
 class _Header:
@@ -84,7 +84,7 @@ class _Header:
         self._values = 0
         self._alignment, self._blocks = 32, MOST["block_count"]
         if self._file.read(4) != MAGIC:
-            raise CutShort("it is no GGUF file")
+            raise TruncatedFile("it is no GGUF file")
         _version, tensors, entries = self._number("I"), self._number("Q"), self._number("Q")
         if tensors > MOST_TENSORS or entries > MOST_VALUES:
             raise NotReadable(f"it says that it holds {tensors:,} tensors and {entries:,} values")
@@ -155,7 +155,7 @@ class _Header:
             values, nbytes = sizes[kind]
             end = offset + math.prod(shape) // values * nbytes
         if self.tensors and self.data_start + end > self.size:
-            raise CutShort("it is cut short")
+            raise TruncatedFile("it is cut short")
 
     def _aligned(self, place: int) -> int:
         return -(-place // self._alignment) * self._alignment
@@ -173,7 +173,7 @@ class _Header:
 
     def _skip(self, count: int) -> None:
         if count > self.size - self._file.tell():
-            raise CutShort("it is cut short")
+            raise TruncatedFile("it is cut short")
         self._file.seek(count, os.SEEK_CUR)
 
 

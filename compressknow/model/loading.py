@@ -57,7 +57,7 @@ class Binding:
         return self.parameters[0]
 
 
-class Naming:
+class NameMapping:
     """Mapping of stored names for one module tree on the meta device."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -211,7 +211,7 @@ _PACKED, _WORD = "_packed", 32
 
 
 def find_packed_weights(
-    checkpoint: Checkpoint, naming: Naming, structure: Structure
+    checkpoint: Checkpoint, naming: NameMapping, structure: Structure
 ) -> dict[str, tuple[StoredTensor, StoredTensor]]:
     """Return Linear weights [rows, columns] that lie packed in a checkpoint (compressed-tensors' ``pack-quantized``),
     by parameter; none where its config has a group of other bits.
@@ -321,7 +321,7 @@ def find_missing_weights(
         missing -= pooler if pooler <= missing else set()
     if report.mismatched or report.conversion_failed:
         # A stack of fewer matrices than there are experts has another shape.
-        missing.update(Naming(tree).missing_parts(checkpoint.tensors))
+        missing.update(NameMapping(tree).missing_parts(checkpoint.tensors))
     return tuple(sorted(missing))
 
 

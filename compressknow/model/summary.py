@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import clean, count
-from compressknow.base.notebook import Shown, Summary
+from compressknow.base.notebook import Summary, SummaryRepr
 from compressknow.model.checkpoint import Checkpoint, open_checkpoint
 from compressknow.model.gguf_file import ORDER, Tensor, count_by_type, find_groups, list_tensors, open_gguf, read_value
 from compressknow.model.structure import GROUPS, LinearWeight, ModuleMap, Structure, count_scope_parameters
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Inspection(Shown, dict[str, Any]):
+class Inspection(SummaryRepr, dict[str, Any]):
     """Summary of a checkpoint: the content of ``inspect --json``.
 
     A dict, which its properties read by name.
@@ -152,9 +152,9 @@ def _find_stored_dtypes(
     checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return the dtype of each parameter as stored, and the ties that the weight files bear out."""
-    from compressknow.model.loading import Naming, find_packed_weights, find_suppliers
+    from compressknow.model.loading import NameMapping, find_packed_weights, find_suppliers
 
-    naming = Naming(model)
+    naming = NameMapping(model)
     bound = naming.bind(checkpoint.tensors)
     stored = {parameter: name for name, binding in bound.items() for parameter in binding.parameters}
     stored |= find_suppliers(checkpoint, bound, structure.tied)

@@ -300,7 +300,7 @@ class Sizes(Part):
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class PageSection:
     """Section as it stands on a page."""
 
     id: str  # its own on the page
@@ -314,7 +314,7 @@ class Page(Part):
     """Page of sections, one below the other; or part of a page on one of several models, unfolded by a click."""
 
     headline: str
-    sections: tuple[Shown, ...]
+    sections: tuple[PageSection, ...]
     what: str = ""  # ``report card``, ``study``, ``search``; empty of one of several models
     models: str = ""  # which models it is about
     verdict: str = ""
@@ -323,7 +323,9 @@ class Page(Part):
     next: tuple[str, ...] = ()  # sentences on what to do
     counts: Counts | None = None  # facts by which models know them
     names: tuple[str, str, str, str] = ("kept", "lost", "gained", "never known")  # what these counts are called
-    front: tuple[tuple[Shown, ...], ...] = ()  # what stands above all sections, in two columns where there is room
+    front: tuple[
+        tuple[PageSection, ...], ...
+    ] = ()  # what stands above all sections, in two columns where there is room
     id: str = ""  # of one of several models
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.format import NONE, clean, count, share, share_against, write_percent, write_size
-from compressknow.base.notebook import Shown, Summary, Tabular
+from compressknow.base.notebook import Summary, SummaryRepr, Tabular
 from compressknow.comparison.intervals import estimate_kept, list_clusters, run_mcnemar
 from compressknow.comparison.records import (
     NOT_MEASURED,
@@ -63,7 +63,7 @@ class Grade:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Comparison(Shown):
+class Comparison(SummaryRepr):
     """Comparison of the original with one compressed model, over all probes.
 
     Attributes
@@ -159,7 +159,7 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class Recommendation:
     """Choice of one of several models."""
 
     place: int | None  # of the recommended model among the compressed ones; None where none is
@@ -184,7 +184,7 @@ class Card(Tabular):
     command: str | None
     method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
     known: str = "recognized"  # what counts as known: that or better, or only "produced"
-    decision: Decision | None = None  # of several compressed models
+    decision: Recommendation | None = None  # of several compressed models
     gates: tuple[Gate, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class Card(Tabular):
             "schema": SCHEMA,
             "verdict": self.verdict,
             "known": self.known,
-            "recommended": _dump_decision(self.decision, name_models(self)) if self.decision else None,
+            "recommended": _dump_recommendation(self.decision, name_models(self)) if self.decision else None,
             "gates": [
                 {
                     **{"of": gate.of, "least": gate.least, "strict": gate.strict},
@@ -330,7 +330,7 @@ def _dump_run_model(model: ModelRecord) -> dict[str, Any]:
     return values if model.runtime else {key: value for key, value in values.items() if key != "runtime"}
 
 
-def _dump_decision(decision: Decision, names: Sequence[str]) -> dict[str, Any]:
+def _dump_recommendation(decision: Recommendation, names: Sequence[str]) -> dict[str, Any]:
     name: Mapping[int | None, str] = dict(enumerate(names))
     return {
         "model": name.get(decision.place),

@@ -138,25 +138,27 @@ def render_search_html(search: Search) -> str:
     return render_html(page)
 
 
-def _make_sections(search: Search) -> Iterator[parts.Shown]:
+def _make_sections(search: Search) -> Iterator[parts.PageSection]:
     if search.tried:
         chart = _make_tradeoff(search)
         drawn = parts.draw_twice(partial(draw_tradeoff, chart), "pareto")
-        yield parts.Shown("front", "Knowledge kept against size", (*drawn, parts.Note(_describe_chart(search))))
+        yield parts.PageSection("front", "Knowledge kept against size", (*drawn, parts.Note(_describe_chart(search))))
     if search.recipe and search.winner:
-        yield parts.Shown(
+        yield parts.PageSection(
             "winner", "The types of its weights", tuple(_show_types(search.winner, search.recipe)), look="wide"
         )
     if search.confirmed:
         table = _tabulate_files(search.confirmed, held_out=True)
-        yield parts.Shown("held-out", "On the facts held out to select by", (table,), look="wide")
+        yield parts.PageSection("held-out", "On the facts held out to select by", (table,), look="wide")
     if search.tried:
         table = _tabulate_files(search.tried, held_out=False)
         bar = f"The bar shows the share kept, and the line on it the {100 * search.level:.3g} % interval."
-        yield parts.Shown("tried", "All files", (table, parts.Note("", drawn=bar)), look="wide")
+        yield parts.PageSection("tried", "All files", (table, parts.Note("", drawn=bar)), look="wide")
     entries = (*parts.list_identity(search.original), parts.Entry("Seed", str(search.seed)))
-    yield parts.Shown("method", "Method and limits", (parts.Sentences(tuple(_describe_method(search))),), look="text")
-    yield parts.Shown("run", "The run", parts.show_run(search.command, search.versions, entries), look="text")
+    yield parts.PageSection(
+        "method", "Method and limits", (parts.Sentences(tuple(_describe_method(search))),), look="text"
+    )
+    yield parts.PageSection("run", "The run", parts.show_run(search.command, search.versions, entries), look="text")
 
 
 def _show_types(winner: Trial, recipe: str) -> Iterator[parts.Part]:

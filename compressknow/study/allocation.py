@@ -44,14 +44,14 @@ def check_rounding(rounding: str) -> None:
         raise UsageError(f"--rounding {rounding}: there is gptq, nearest.")
 
 
-class Option(NamedTuple):
+class TypeOption(NamedTuple):
     """Bytes of a tensor in the file, stored as one type, and the loss that is predicted of it (KL, nats)."""
 
     nbytes: int
     loss: float
 
 
-OptionTable = Mapping[str, Mapping[str, Option]]
+OptionTable = Mapping[str, Mapping[str, TypeOption]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocatio
 
     Raises UsageError where no choice is that small.
 
-    >>> one, two = {"q4": Option(4, 0.3), "q8": Option(8, 0.1)}, {"q4": Option(4, 0.2), "q8": Option(8, 0.1)}
+    >>> one, two = {"q4": TypeOption(4, 0.3), "q8": Option(8, 0.1)}, {"q4": Option(4, 0.2), "q8": Option(8, 0.1)}
     >>> allocate({"one": one, "two": two}, 13, overhead=1).types
     {'one': 'q8', 'two': 'q4'}
     """
@@ -95,7 +95,7 @@ def join_options(table: OptionTable, units: Mapping[str, Sequence[str]]) -> Opti
     for name, members in units.items():
         own = [table[member] for member in members]
         joined[name] = {
-            kind: Option(sum(each[kind].nbytes for each in own), sum(each[kind].loss for each in own))
+            kind: TypeOption(sum(each[kind].nbytes for each in own), sum(each[kind].loss for each in own))
             for kind in own[0]
             if all(kind in options for options in own)
         }
@@ -114,7 +114,7 @@ def _explain_floor(table: OptionTable, overhead: int) -> str:
     return f"That is {', '.join(parts)}, and {write_size(overhead)} of vocabulary, norms and metadata."
 
 
-def _solve(tensors: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
+def _solve(tensors: Sequence[Mapping[str, TypeOption]], spare: int) -> list[str]:
     """Return the best choice within `spare` bytes above the smallest; bytes are counted in steps, rounded up."""
     # The bytes of each option above the smallest, where they fit: the fewest first.
     extra: list[dict[str, int]] = []
@@ -145,7 +145,7 @@ def _solve(tensors: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
     return chosen[::-1]
 
 
-def _spend_rest(tensors: Sequence[Mapping[str, Option]], chosen: list[str], room: int) -> None:
+def _spend_rest(tensors: Sequence[Mapping[str, TypeOption]], chosen: list[str], room: int) -> None:
     """Spend what rounding to steps has left over: the change that saves most per byte, as long as one fits."""
     spare = room - sum(options[kind].nbytes for options, kind in zip(tensors, chosen, strict=True))
     while True:
@@ -163,7 +163,7 @@ def _spend_rest(tensors: Sequence[Mapping[str, Option]], chosen: list[str], room
 
 
 @dataclass(frozen=True)
-class Target:
+class SizeTarget:
     """Size of a file, and what decides which weights have more bits. Raises UsageError for what is none."""
 
     size: int | None = None  # bytes of the file
@@ -216,7 +216,7 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, exper
     check_below_whole(budget, whole)
 
 
-def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target: Target) -> Fitted:
+def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target: SizeTarget) -> Fitted:
     """Choose a type for each matrix of a file that holds these tensors in 32 or 16 bits, and `overhead` bytes beside.
 
     Raises UsageError where no choice is that small, or all is smaller in full.
@@ -229,7 +229,7 @@ def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target:
     return describe_fit(allocation, budget, target, sensitivity.guidance)
 
 
-def describe_fit(allocation: Allocation, budget: int, target: Target, guidance: Guidance) -> Fitted:
+def describe_fit(allocation: Allocation, budget: int, target: SizeTarget, guidance: Guidance) -> Fitted:
     """Return the types that were chosen, and what a record says of the choice."""
     record = {
         **{"budget": budget, "guide": target.guide, "rounding": target.rounding},
@@ -240,14 +240,14 @@ def describe_fit(allocation: Allocation, budget: int, target: Target, guidance: 
     return allocation.types, record
 
 
-def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: Target) -> OptionTable:
+def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: SizeTarget) -> OptionTable:
     """Return what each matrix of a file takes and loses by type, its own included, which loses nothing; without a
     sensitivity none does. Where a type must be, there is no other.
 
     Of a tensor that is made of several weights, what they lose adds up; one not measured has 8 bits, or what is given.
     """
     rows, pins = sensitivity.kl(target.guide) if sensitivity else {}, resolve_types(tensors, target.must, "--must")
-    table: dict[str, dict[str, Option]] = {}
+    table: dict[str, dict[str, TypeOption]] = {}
     for name, tensor in tensors.tensors.items():
         if not is_matrix(tensors, name):
             continue
@@ -258,10 +258,10 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: Targe
             kinds = CANDIDATES  # Nothing was measured yet, and all but experts will be.
         shape = tensor.shape[::-1]
         table[name] = {
-            kind: Option(align(get_nbytes(kind, shape)), sum(each[kind] for each in own))
+            kind: TypeOption(align(get_nbytes(kind, shape)), sum(each[kind] for each in own))
             for kind in list_legal_types(shape[-1], kinds)
         }
-        table[name][tensor.type] = Option(align(tensor.nbytes), 0.0)
+        table[name][tensor.type] = TypeOption(align(tensor.nbytes), 0.0)
     lengths = {name: tensors.tensors[name].shape[0] for name in table}
     return pin_types(table, pins, lengths)
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compressknow.base.errors import UnsupportedError
 from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, report_progress
-from compressknow.compress.calibrate.backward import Batch
+from compressknow.compress.calibrate.backward import ScoredBatch
 from compressknow.compress.calibrate.model import BlockwiseUnsupported
 from compressknow.compress.calibrate.text import CalibrationText, load_or_make_text, read_calibration_text
 from compressknow.compress.calibrate.walk import Batches
@@ -144,7 +144,7 @@ def _measure_sensitivity(
     roundings: Roundings,
     guidance: Guidance,
     scored: Sequence[ScoredFact],
-    texts: Sequence[Batch],
+    texts: Sequence[ScoredBatch],
     on_progress: Listener | None,
 ) -> Sensitivity:
     """Measure the sensitivity of a checkpoint, or read it as it was stored when it was measured."""
@@ -288,7 +288,7 @@ def _group_rows(rows: Iterable[Row], *, fills: bool) -> list[list[Row]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def _build_batch(rows: Sequence[Row], family: str) -> tuple[Batch, torch.Tensor]:
+def _build_batch(rows: Sequence[Row], family: str) -> tuple[ScoredBatch, torch.Tensor]:
     width = max(len(ids) for row in rows for _, ids in row.wanted)
     targets = torch.tensor([[_fill(ids, width) for _, ids in row.wanted] for row in rows])
     real = torch.tensor([[[place < len(ids) for place in range(width)] for _, ids in row.wanted] for row in rows])
@@ -306,7 +306,7 @@ def _build_batch(rows: Sequence[Row], family: str) -> tuple[Batch, torch.Tensor]
         log_probs = logits.gather(3, targets[..., None]).squeeze(3) - logits.logsumexp(3)
         return log_probs.where(real, 0.0).sum(2)
 
-    return Batch(inputs, owners.shape[1], positions, score), owners
+    return ScoredBatch(inputs, owners.shape[1], positions, score), owners
 
 
 def _stack(rows: Sequence[Ids]) -> torch.Tensor:
@@ -318,7 +318,9 @@ def _fill(ids: Ids, length: int) -> Ids:
     return ids + ids[-1:] * (length - len(ids))
 
 
-def batch_text(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int) -> list[Batch]:
+def batch_text(
+    batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int
+) -> list[ScoredBatch]:
     """Return batches of text, the text that a checkpoint is calibrated on: pieces of it for a causal model, whole
     sequences for others, for these are made of what is hidden in them. The draws are seeded."""
     generator = torch.Generator().manual_seed(seed)
@@ -340,7 +342,7 @@ def batch_text(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask:
         for start in range(0, len(ids), TEXT_ROWS):
             rows = slice(start, start + TEXT_ROWS)
             own = {name: each[rows] for name, each in inputs.items()}
-            text_batches.append(Batch(own, TEXT_DRAWS, positions[rows], partial(_sketch, generator)))
+            text_batches.append(ScoredBatch(own, TEXT_DRAWS, positions[rows], partial(_sketch, generator)))
     return text_batches
 
 

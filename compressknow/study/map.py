@@ -22,7 +22,7 @@ from compressknow.pages import parts
 from compressknow.pages.drawing import INK, MUTED, SERIES, draw_labels
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.svg import Grid, draw_heat_map, find_bounds, shorten_names
-from compressknow.study.allocation import Option, OptionTable, allocate
+from compressknow.study.allocation import OptionTable, TypeOption, allocate
 from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity, name_guide
 
 if TYPE_CHECKING:
@@ -90,12 +90,12 @@ class Map:
     def table(self) -> OptionTable:
         """Return what each weight takes and loses by type."""
         return {
-            row.name: {name: Option(each.bytes, each.kl(self.guide)) for name, each in row.by_type.items()}
+            row.name: {name: TypeOption(each.bytes, each.kl(self.guide)) for name, each in row.by_type.items()}
             for row in self.sensitivity.rows
         }
 
     @cached_property
-    def frontier(self) -> tuple[Option, ...]:
+    def frontier(self) -> tuple[TypeOption, ...]:
         """Return the least KL of all weights at sizes from the smallest to the largest, a type for each."""
         low, high = (
             self.others + sum(end(option.nbytes for option in options.values()) for options in self.table.values())
@@ -105,7 +105,7 @@ class Map:
         return tuple(sorted({self.at(budget) for budget in budgets}))
 
     @cached_property
-    def uniform(self) -> dict[str, Option]:
+    def uniform(self) -> dict[str, TypeOption]:
         """Return bytes and KL where all weights are of one type, the largest first: types that all rows fit,
         llama.cpp's fallbacks included."""
         sizes = {}
@@ -114,13 +114,13 @@ class Map:
             fitting = [option for option in chosen if option is not None]
             if len(fitting) == len(chosen):
                 nbytes = self.others + sum(option.nbytes for option in fitting)
-                sizes[type] = Option(nbytes, sum(option.loss for option in fitting))
+                sizes[type] = TypeOption(nbytes, sum(option.loss for option in fitting))
         return sizes
 
-    def at(self, nbytes: int) -> Option:
+    def at(self, nbytes: int) -> TypeOption:
         """Return the least KL within so many bytes."""
         least = allocate(self.table, nbytes, overhead=self.others)
-        return Option(least.nbytes, least.loss)
+        return TypeOption(least.nbytes, least.loss)
 
 
 def compute_kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) -> float:
@@ -216,7 +216,7 @@ def build_page(map: Map, *, charts: bool) -> parts.Page:
         ("run", "The run"): parts.show_run(None, {"compressknow": __version__}, tuple(_list_run(map))),
     }
     shown = (
-        parts.Shown(
+        parts.PageSection(
             id, title, tuple(parts.draw_charts(section, id, charts)), look="text" if id in ("method", "run") else "wide"
         )
         for (id, title), section in sections.items()

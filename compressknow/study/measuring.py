@@ -26,7 +26,7 @@ import torch
 
 from compressknow.base.progress import Advance, ignore_advance
 from compressknow.comparison.checkpoints import name_in_block
-from compressknow.compress.calibrate.backward import FACTORS, Batch, Product, compute_gradients
+from compressknow.compress.calibrate.backward import FACTORS, Product, ScoredBatch, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.schemes import GROUP_SIZES, SCHEMES, Scheme, round_to_nearest
 from compressknow.compress.sources import Sources
@@ -136,7 +136,7 @@ FEWEST_OF_A_DOMAIN = 5
 class FactBatches:
     """Facts in batches, and the candidates that their scores are of."""
 
-    batches: tuple[Batch, ...]
+    batches: tuple[ScoredBatch, ...]
     owners: tuple[torch.Tensor, ...]  # by batch, the number of each score's candidate, int64 [rows, directions]
     facts: torch.Tensor  # of each candidate the number of its fact, int64 [candidates], ascending
 
@@ -246,7 +246,7 @@ def measure(
     tree: PreTrainedModel,
     roundings: Roundings,
     facts: FactBatches | None,
-    texts: Sequence[Batch] = (),
+    texts: Sequence[ScoredBatch] = (),
     advance: Advance = ignore_advance,
 ) -> ScoreChanges:
     """Measure all Linear weights of a model, and of a GGUF file its embedding, from one pass forward and one back.
@@ -278,7 +278,7 @@ class _Measurer:
         weights: Sequence[LinearWeight],
         roundings: Roundings,
         facts: FactBatches,
-        texts: Sequence[Batch],
+        texts: Sequence[ScoredBatch],
         advance: Advance,
     ) -> None:
         self._streamed, self._structure, self._roundings, self._advance = streamed, structure, roundings, advance

@@ -48,7 +48,7 @@ class RayOptions:
 
 
 @dataclass(frozen=True)
-class Batch:
+class CellBatch:
     """Cells to evaluate: `folder` keeps their answers, `original` is the reference."""
 
     study_model: StudyModel
@@ -59,7 +59,7 @@ class Batch:
 
 
 # Results as they come; what the folder holds already is not evaluated again.
-Run = Callable[[Batch], Generator[CellResult]]
+Run = Callable[[CellBatch], Generator[CellResult]]
 
 
 @contextmanager
@@ -80,12 +80,12 @@ def open_runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterato
         cluster.shutdown()
 
 
-def _evaluate(batch: Batch, cell: Cell, on_progress: Listener | None = None) -> CellResult:
+def _evaluate(batch: CellBatch, cell: Cell, on_progress: Listener | None = None) -> CellResult:
     answers = batch.study_model.evaluate_cell(cell, batch.probes, batch.folder, batch.original, on_progress)
     return CellResult(cell, batch.original, answers)
 
 
-def _run_here(on_progress: Listener | None, batch: Batch) -> Generator[CellResult]:
+def _run_here(on_progress: Listener | None, batch: CellBatch) -> Generator[CellResult]:
     # The original has been evaluated before.
     for number, cell in enumerate(batch.cells, start=2):
         try:
@@ -99,7 +99,7 @@ def _run_here(on_progress: Listener | None, batch: Batch) -> Generator[CellResul
         yield result
 
 
-def _fail(batch: Batch, cell: Cell, error: BaseException) -> CellResult:
+def _fail(batch: CellBatch, cell: Cell, error: BaseException) -> CellResult:
     return CellResult(cell, batch.original, why=describe_error(error), refused=isinstance(error, UnsupportedError))
 
 
@@ -110,7 +110,7 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def _run_on_ray(ray: Any, where: RayOptions, on_progress: Listener | None, batch: Batch) -> Generator[CellResult]:
+def _run_on_ray(ray: Any, where: RayOptions, on_progress: Listener | None, batch: CellBatch) -> Generator[CellResult]:
     model, maker = batch.study_model.original, batch.study_model.maker
     # A hub id is downloaded by the worker; a folder must be on storage that it shares.
     source, revision = batch.study_model.source
@@ -141,7 +141,7 @@ def _run_on_ray(ray: Any, where: RayOptions, on_progress: Listener | None, batch
 
 
 def _collect(
-    ray: Any, batch: Batch, pending: dict[Any, tuple[Cell, Opened]], on_progress: Listener | None
+    ray: Any, batch: CellBatch, pending: dict[Any, tuple[Cell, Opened]], on_progress: Listener | None
 ) -> Generator[CellResult]:
     """Yield a cell's result once all of its probes are answered. The facts of all cells are one stage, which begins
     anew after each result."""

@@ -22,7 +22,7 @@ from compressknow.base.system import move
 from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.compress.staging import clean, discard
-from compressknow.engine.identity import Located, describe, get_record_path
+from compressknow.engine.identity import LocatedModel, describe, get_record_path
 from compressknow.engine.language_model import CPU
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.facts import Fact, Probe, strip_wording
@@ -36,7 +36,7 @@ from compressknow.pages.card.warnings import estimate_rounding_kept
 from compressknow.pages.search import Search, Trial
 from compressknow.study.allocation import Allocation
 from compressknow.study.cells import CELLS, ORIGINAL, AddNoiseFloor, StudyModel, grade
-from compressknow.study.forms import GGUF, Form, Request
+from compressknow.study.formats import GGUF, FileFormat, SearchRequest
 
 # Parts of the facts: to search with, to select by and to grade by.
 _THIRDS = 3
@@ -291,8 +291,8 @@ def is_enough(kept: Estimate | None, keep: float) -> bool:
 
 
 def build_search(
-    request: Request,
-    form: Form,
+    request: SearchRequest,
+    form: FileFormat,
     search: SizeSearch | None,
     guided: EvaluationSet,
     selection: EvaluationSet | None,
@@ -344,7 +344,7 @@ BYTES, PLACED = "bytes", "placed"
 class Candidates:
     """Files of a search that are made of a model, in a folder of its own."""
 
-    def __init__(self, original: ModelHandle, form: Form, folder: Path, begin: Begin) -> None:
+    def __init__(self, original: ModelHandle, form: FileFormat, folder: Path, begin: Begin) -> None:
         self.original, self.form, self.folder, self.begin = original, form, folder, begin
         # llama.cpp computes on the processor, as its files say.
         settings = original.settings
@@ -391,7 +391,7 @@ class CandidateHandle(ModelHandle):
         parts: list[Any] = [__version__, original.sha256, form.name, *form.decides(), sorted(found.types.items())]
         self.sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         self.made = candidates.folder / self.sha256[:16] / form.place
-        super().__init__(Located(form.name, self.made), candidates.settings)
+        super().__init__(LocatedModel(form.name, self.made), candidates.settings)
 
     def make(self) -> Path:
         """Make it unless it is there."""

@@ -122,7 +122,7 @@ class Guidance:
 
 
 @dataclass(frozen=True, repr=False)
-class Sensitivity(notebook.Shown):
+class Sensitivity(notebook.SummaryRepr):
     """Effects of rounding each weight of a model to each type on facts that it knows, and on text.
 
     Attributes

@@ -14,7 +14,7 @@ import pytest
 from compressknow.base import progress
 from compressknow.base.progress import Pace, Progress, Stage, relabel_progress, report_progress
 from compressknow.cli import terminal
-from compressknow.cli.terminal import WIDTH, Line, Lines, announce, wrap
+from compressknow.cli.terminal import WIDTH, ProgressLine, ProgressLines, announce, wrap
 
 STAGE = Stage("evaluate", "smollm2-att-int8", "atlas", facts=4021, number=2, of=3)
 CONVERTING = Stage("convert", "smollm2")
@@ -64,7 +64,7 @@ def test_a_line_says_which_model_which_probe_how_far_and_how_long_still(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = watch(monkeypatch, terminal=terminal)
-    with report_progress(Lines(), STAGE) as told:
+    with report_progress(ProgressLines(), STAGE) as told:
         assert told is not None
         until(screen, "smollm2-att-int8 (2 of 3), atlas: 0 s so far")
         told(0, 4021)
@@ -79,7 +79,7 @@ def test_a_line_says_which_model_which_probe_how_far_and_how_long_still(
 @pytest.mark.usefixtures("often")
 def test_a_line_in_wide_letters_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=True)
-    with report_progress(Lines(), replace(STAGE, model="模" * 20, probe="facts:问题.jsonl")) as told:
+    with report_progress(ProgressLines(), replace(STAGE, model="模" * 20, probe="facts:问题.jsonl")) as told:
         assert told is not None
         told(2000, 4021, 50.0)
         until(screen, "facts:")
@@ -93,7 +93,7 @@ def test_the_whole_run_is_announced_once_before_the_first_batch_is_done(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = watch(monkeypatch, terminal=terminal)
-    lines = Lines()
+    lines = ProgressLines()
     for number in (1, 2):
         with report_progress(relabel_progress(lines, number=number, of=2), STAGE) as told:
             assert told is not None
@@ -106,7 +106,7 @@ def test_the_whole_run_is_announced_once_before_the_first_batch_is_done(
 @pytest.mark.usefixtures("often")
 def test_nothing_of_a_changing_line_stays_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=True)
-    with report_progress(Lines(), CONVERTING) as told:
+    with report_progress(ProgressLines(), CONVERTING) as told:
         assert told is not None
         told(1_000_000, 4_000_000)
         until(screen, "Converting: 1.0 MB of 4.0 MB")
@@ -118,7 +118,7 @@ def test_nothing_of_a_changing_line_stays_on_a_terminal(monkeypatch: pytest.Monk
 @both
 def test_work_that_ends_at_once_shows_nothing(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=terminal)
-    lines = Lines()
+    lines = ProgressLines()
     with report_progress(lines, STAGE) as told, report_progress(lines, CONVERTING) as bytes_told:
         assert told is not None
         assert bytes_told is not None
@@ -130,7 +130,7 @@ def test_work_that_ends_at_once_shows_nothing(terminal: bool, monkeypatch: pytes
 @pytest.mark.usefixtures("often")
 def test_a_screen_that_has_gone_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=True)
-    with report_progress(Lines(), CONVERTING):
+    with report_progress(ProgressLines(), CONVERTING):
         screen.close()
         time.sleep(0.05)
 
@@ -138,7 +138,7 @@ def test_a_screen_that_has_gone_stops_no_work(monkeypatch: pytest.MonkeyPatch) -
 def test_short_stages_one_after_the_other_have_a_line_a_minute_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "DELAY_SECONDS", 0.01)
     monkeypatch.setattr(terminal, "SECONDS_ELSEWHERE", 0.5)
-    screen, lines = watch(monkeypatch, terminal=False), Lines()
+    screen, lines = watch(monkeypatch, terminal=False), ProgressLines()
     end = time.monotonic() + 20
     for number in count(1):
         with report_progress(lines, replace(STAGE, number=number, of=9)):
@@ -152,7 +152,7 @@ def test_short_stages_one_after_the_other_have_a_line_a_minute_too(monkeypatch: 
 @pytest.mark.parametrize("work", progress.Work.__args__)  # type: ignore[attr-defined]
 def test_all_work_has_a_line(work: Any) -> None:
     stage = Stage(work, "llama")
-    line = Line(stage, 0.0)
+    line = ProgressLine(stage, 0.0)
     line.update(Progress(stage, "advances", 1, 2))
     assert " 1 of 2 " in line.text() or "bytes" in line.text()
 
@@ -160,14 +160,14 @@ def test_all_work_has_a_line(work: Any) -> None:
 @pytest.mark.usefixtures("often")
 def test_of_speeds_the_line_says_whose(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=False)
-    with report_progress(relabel_progress(Lines(), number=15, of=20), Stage("time", "int4")):
+    with report_progress(relabel_progress(ProgressLines(), number=15, of=20), Stage("time", "int4")):
         until(screen, "Measuring the speed of int4 (15 of 20): 0 s so far")
 
 
 @pytest.mark.usefixtures("often")
 def test_the_first_bytes_tell_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=False)
-    with report_progress(Lines(), CONVERTING) as told:
+    with report_progress(ProgressLines(), CONVERTING) as told:
         assert told is not None
         told(24, 269_000_000)
         until(screen, "Converting: 0 s so far")
@@ -181,7 +181,7 @@ def test_a_number_and_its_percent_sign_stay_on_one_line() -> None:
 
 
 def test_control_characters_of_a_name_are_not_written() -> None:
-    line = Line(Stage("evaluate", "\x1b[31mred", "atlas", facts=1), 0.0)
+    line = ProgressLine(Stage("evaluate", "\x1b[31mred", "atlas", facts=1), 0.0)
     assert "\x1b" not in line.text()
 
 
@@ -210,7 +210,7 @@ def test_the_time_left_is_that_of_a_sample_until_a_batch_is_done() -> None:
 def test_the_original_that_runs_again_is_told_apart(often: None, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = watch(monkeypatch, terminal=False)
     again = Stage("evaluate", "smollm2", "atlas", facts=4021, number=2, of=3, again=True)
-    with report_progress(Lines(), again) as told:
+    with report_progress(ProgressLines(), again) as told:
         assert told is not None
         told(2010, 4021, 3600.0)
         until(screen, "smollm2 again, for the KL over all tokens, atlas: 2,010 of 4,021 facts")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressknow.comparison.power import FRACTIONS, LEVEL, compute_capitals, decide
+from compressknow.comparison.power import FRACTIONS, LEVEL, compute_capitals, decide_gate
 from tests.long import long
 
 RUNS = 2000
@@ -47,7 +47,7 @@ def test_near_the_gate_few_runs_are_wrong() -> None:
 @long
 def test_the_confidence_sequence_holds_the_share_of_all_facts() -> None:
     known, kept = drawn(400, 250, 220, 400)
-    stops = [decide(0.8, *run, 400) for run in zip(known, kept, strict=True)]
+    stops = [decide_gate(0.8, *run, 400) for run in zip(known, kept, strict=True)]
     held = sum(stop.kept.low <= 0.88 <= stop.kept.high for stop in stops)
     assert held / len(stops) >= 1 - LEVEL
 
@@ -68,7 +68,7 @@ SMOLLM2 = (
 @pytest.mark.parametrize(("gate", "facts", "met"), [(0.8, 595, True), (0.99, 23, False)])
 def test_a_gate_on_real_answers_takes_less_than_a_third_of_the_facts(gate: float, facts: int, met: bool) -> None:
     codes = np.array([int(code) for code in SMOLLM2])
-    stop = decide(gate, codes >= 2, codes % 2 == 1, 4021)
+    stop = decide_gate(gate, codes >= 2, codes % 2 == 1, 4021)
     assert stop is not None
     assert (stop.facts, stop.met) == (facts, met)
     assert stop.facts < stop.of / 3
@@ -112,25 +112,25 @@ def test_the_capital_falls_and_rises_with_the_gate_so_that_what_is_left_is_an_in
 def test_it_takes_under_a_third_of_the_facts_where_the_share_is_not_near_the_gate(gate: float) -> None:
     # As many as atlas has, of which SmolLM2 knows as many and keeps as many without pruning.
     known, kept = drawn(4021, 2480, 2270, 20)
-    took = [decide(gate, *run, 4021).facts for run in zip(known, kept, strict=True)]
+    took = [decide_gate(gate, *run, 4021).facts for run in zip(known, kept, strict=True)]
     assert max(took) < 4021 / 3
 
 
 def test_after_all_facts_the_share_itself_decides() -> None:
     known, kept = np.ones(10, dtype=bool), np.arange(10) < 9
-    assert decide(0.9, known[:5], kept[:5], 10) is None
+    assert decide_gate(0.9, known[:5], kept[:5], 10) is None
     for gate, met in ((0.9, True), (0.91, False)):
-        stop = decide(gate, known, kept, 10)
+        stop = decide_gate(gate, known, kept, 10)
         assert (stop.facts, stop.of, stop.known, stop.kept.value, stop.met) == (10, 10, 10, 0.9, met)
 
 
 def test_what_cannot_be_any_more_is_decided_at_once() -> None:
     everything = np.ones(40, dtype=bool)
     # One lost fact is enough for 100 %, and one that is kept for 0 %.
-    assert decide(1.0, everything, np.arange(40) != 7, 1000).facts == 8
-    assert decide(0.0, everything, np.arange(40) == 7, 1000).facts == 8
+    assert decide_gate(1.0, everything, np.arange(40) != 7, 1000).facts == 8
+    assert decide_gate(0.0, everything, np.arange(40) == 7, 1000).facts == 8
     # 40 of 42 facts are kept: at least half is.
-    assert decide(0.5, everything, everything, 42).met
+    assert decide_gate(0.5, everything, everything, 42).met
 
 
 def test_a_share_that_is_the_gate_seems_impossible_at_no_fact_before_the_last() -> None:
@@ -144,15 +144,15 @@ def test_a_share_that_is_the_gate_seems_impossible_at_no_fact_before_the_last() 
 
 def test_facts_that_the_original_does_not_know_say_nothing() -> None:
     nothing = np.zeros(50, dtype=bool)
-    assert decide(0.9, nothing, nothing, 100) is None
-    assert decide(0.9, nothing, nothing, 50) is None
+    assert decide_gate(0.9, nothing, nothing, 100) is None
+    assert decide_gate(0.9, nothing, nothing, 50) is None
 
 
 def test_the_interval_lies_on_the_side_of_the_answer() -> None:
     known, kept = drawn(2000, 1200, 1100, 10)
     for gate in (0.8, 0.99):
         for run in zip(known, kept, strict=True):
-            stop = decide(gate, *run, 2000)
+            stop = decide_gate(gate, *run, 2000)
             assert stop.facts < 2000
             assert stop.kept.low <= stop.kept.value <= stop.kept.high
             assert stop.kept.low >= gate if stop.met else stop.kept.high <= gate

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compressknow.base.errors import UsageError
-from compressknow.compress.blocks import Pool, Stopped
+from compressknow.compress.blocks import Pool, TaskStopped
 from tests.test_repeating import script
 
 INTERRUPTED_OFTEN = """
@@ -122,7 +122,7 @@ def test_an_error_stops_the_tasks_under_way_and_those_to_come() -> None:
     with Pool(2) as pool:
         with pytest.raises(ZeroDivisionError):
             pool.map(task, range(10))
-        with pytest.raises(Stopped):
+        with pytest.raises(TaskStopped):
             pool.map(task, range(10))
     assert len(begun) <= 3
 

@@ -31,7 +31,7 @@ from tests.long import long, one_in
 pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
 
 from compressknow.gguf import llama_cpp as native
-from compressknow.gguf.context import Context, GgufTokenizer, Span
+from compressknow.gguf.context import GgufTokenizer, LlamaContext, Span
 from compressknow.gguf.llama_cpp import GgufModel
 
 UNPACKED = Settings(device="cpu", runtime="transformers")
@@ -82,7 +82,7 @@ class Plain:
 
     def log_probs(self, tokens: Sequence[int]) -> NDArray[np.float64]:
         """After each token, [tokens, vocabulary]."""
-        context = Context(self._model, cells=256, sequences=1, threads=1)
+        context = LlamaContext(self._model, cells=256, sequences=1, threads=1)
         rows = []
         for place, token in enumerate(tokens):
             rows.append(context.read([Span(0, place, [token], 1)])[0].astype(np.float64))
@@ -159,7 +159,7 @@ def _interruptible() -> Iterator[None]:
 @pytest.mark.usefixtures("_interruptible")
 def test_who_interrupts_does_not_wait_for_the_end_of_a_pass(place: Path) -> None:
     model, tokens = GgufModel(place / "F32.gguf"), 8192
-    context = Context(model, cells=tokens, sequences=1, threads=1)
+    context = LlamaContext(model, cells=tokens, sequences=1, threads=1)
 
     def last_position() -> int:
         return int(model.native.lib.llama_memory_seq_pos_max(context._memory, 0))

@@ -584,7 +584,7 @@ def test_one_file_for_convert_and_export(tmp_path: Path) -> None:
     """Each takes its part."""
     from compressknow.compress.recipe import read_recipe
     from compressknow.compress.steps import Calibration
-    from compressknow.gguf.choice import Choice, read_choice
+    from compressknow.gguf.choice import TypeChoice, read_choice
 
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
@@ -593,28 +593,28 @@ def test_one_file_for_convert_and_export(tmp_path: Path) -> None:
     )
     assert read_recipe(recipe).setup == "Blocks_GP 20%"
     rules = (("attention", "q8_0"), ("blk.0", "f16"))
-    assert read_choice(recipe) == Choice("q4_k_m", rules, Calibration("self", 1024))
+    assert read_choice(recipe) == TypeChoice("q4_k_m", rules, Calibration("self", 1024))
 
 
 def test_a_record_asks_for_as_much_text_as_its_export_did(tmp_path: Path) -> None:
     """A text may be shorter: the same export would be taken for another."""
     from compressknow.compress.steps import Calibration
-    from compressknow.gguf.choice import Choice, read_choice
+    from compressknow.gguf.choice import TypeChoice, read_choice
 
     text = {"kind": "file", "source": "short.txt", "tokens": 6656, "asked": 32768, "seed": 3}
     (tmp_path / "out.gguf.json").write_text(json.dumps({"type": "q4_k_m", "types": [], "importance": text}))
     calibration = Calibration("short.txt", 32768, 3)
-    assert read_choice(tmp_path / "out.gguf.json") == Choice("q4_k_m", calibration=calibration)
+    assert read_choice(tmp_path / "out.gguf.json") == TypeChoice("q4_k_m", calibration=calibration)
 
 
 def test_a_record_does_not_hold_the_matrix_that_its_export_read(tmp_path: Path) -> None:
-    from compressknow.gguf.choice import Choice, read_choice
+    from compressknow.gguf.choice import TypeChoice, read_choice
 
     record = {"type": "q4_k_m", "types": [], "importance": {"kind": "imatrix", "source": "m.gguf"}}
     (tmp_path / "out.gguf.json").write_text(json.dumps(record))
     with pytest.raises(UsageError, match="made with --imatrix"):
         read_choice(tmp_path / "out.gguf.json")
-    assert read_choice(tmp_path / "out.gguf.json", Path("m.gguf")) == Choice("q4_k_m", importance=Path("m.gguf"))
+    assert read_choice(tmp_path / "out.gguf.json", Path("m.gguf")) == TypeChoice("q4_k_m", importance=Path("m.gguf"))
 
 
 @needs_converter

@@ -22,13 +22,13 @@ import compressknow
 from compressknow.base.errors import OutputError, UnsupportedError, UsageError
 from compressknow.base.files import find_cache_folder
 from compressknow.cli import main
-from compressknow.gguf.choice import Choice, Fit
+from compressknow.gguf.choice import SizeFit, TypeChoice
 from compressknow.gguf.converter import find_converter
 from compressknow.gguf.export import prepare, write
 from compressknow.gguf.gptq import batch_sequences
 from compressknow.gguf.grids import get_nbytes, list_legal_types, roundtrip
 from compressknow.gguf.record import read_record
-from compressknow.study.allocation import Target, fit_types
+from compressknow.study.allocation import SizeTarget, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
 from tests.evaluate.layouts import write_jsonl
 from tests.gguf.making import (
@@ -64,11 +64,11 @@ def sensitivity_of(side) -> Sensitivity:
     return Sensitivity("0" * 64, Guidance("gguf", ("q8_0",), 40, "1" * 64, 1000, "2" * 64), tuple(rows))
 
 
-def fitted(source: Path, output: Path, target: Target):
+def fitted(source: Path, output: Path, target: SizeTarget):
     """The record of an export to a size."""
-    job = prepare(source, Choice("f16"), find_converter(None, fetch=True))
+    job = prepare(source, TypeChoice("f16"), find_converter(None, fetch=True))
     sensitivity = sensitivity_of(job.side)
-    fit = Fit(
+    fit = SizeFit(
         target.label,
         target.budget(job.numel),
         lambda tensors, overhead: fit_types(sensitivity, tensors, overhead, target),
@@ -86,7 +86,7 @@ def test_a_file_keeps_to_its_bytes_and_gptq_loses_less(name: str, tmp_path: Path
     budget, errors = 800_000, {}
     for rounding in ("nearest", "gptq"):
         output = tmp_path / f"{rounding}.gguf"
-        record = fitted(source, output, Target(budget, rounding=rounding))
+        record = fitted(source, output, SizeTarget(budget, rounding=rounding))
         assert 0.97 * budget < output.stat().st_size == record["bytes"] <= budget
         chosen = {rule[0].replace("\\", "").strip("^$"): rule[1] for rule in record["types"]}
         assert {key: types(output)[key] for key in chosen} == chosen
@@ -103,7 +103,7 @@ def test_a_file_keeps_to_its_bytes_and_gptq_loses_less(name: str, tmp_path: Path
 def test_a_file_may_keep_most_of_its_weights_as_they_are(tmp_path: Path) -> None:
     source = checkpoint("llama-tied", tmp_path / "model", torch.float32)
     whole = sum(array.nbytes for array in weights(source).values())
-    record = fitted(source, tmp_path / "a.gguf", Target(int(0.9 * whole), rounding="nearest"))
+    record = fitted(source, tmp_path / "a.gguf", SizeTarget(int(0.9 * whole), rounding="nearest"))
     assert record["bytes"] <= 0.9 * whole
     assert "f32" in {types(tmp_path / "a.gguf")[name] for name in types(tmp_path / "a.gguf") if "ffn" in name}
 
@@ -154,7 +154,7 @@ def test_experts_have_fewer_bits_than_8_where_a_type_is_given(
 def test_a_type_that_a_weight_cannot_have_is_refused_with_the_reason(tmp_path: Path) -> None:
     source = checkpoint("llama", tmp_path / "model", torch.float32)
     with pytest.raises(UsageError, match=r"--must f16: blk.0.attn_q.weight(.|\n)*of floats it can have its own alone"):
-        fitted(source, tmp_path / "out.gguf", Target(2_000_000, must=(("attention", "f16"),)))
+        fitted(source, tmp_path / "out.gguf", SizeTarget(2_000_000, must=(("attention", "f16"),)))
 
 
 def outputs_error(source: Path, output: Path) -> dict[str, float]:

@@ -8,7 +8,7 @@ import pytest
 
 from compressknow.base.errors import OutputError
 from compressknow.compress.staging import clean, make_scratch
-from compressknow.gguf.record import IMPORTANCE, MODELFILE, OLD_RECORD, Place, check_beside, finish
+from compressknow.gguf.record import IMPORTANCE, MODELFILE, OLD_RECORD, NewFile, check_beside, finish
 
 FILE, RECORD = "out.gguf", "out.gguf.json"
 
@@ -59,7 +59,7 @@ def test_what_a_dead_run_worked_in_is_removed(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_moved_is_named_and_what_goes_with_it_goes_too(tmp_path: Path) -> None:
     beside = {IMPORTANCE: tmp_path / "i.gguf", MODELFILE: tmp_path / "Modelfile"}
-    with Place(tmp_path / FILE, overwrite=False, source=tmp_path / "model", beside=beside) as place:
+    with NewFile(tmp_path / FILE, overwrite=False, source=tmp_path / "model", beside=beside) as place:
         for name in beside:
             place.write(name, b"content")
         # The file to be moved is missing.

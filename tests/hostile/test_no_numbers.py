@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressknow.base.errors import CheckpointError
-from compressknow.engine.identity import READ_BYTES, Located, locate, read_contents
+from compressknow.engine.identity import READ_BYTES, LocatedModel, locate, read_contents
 from compressknow.model.tensors import TORCH_NAMES, StoredTensor, find_not_finite, view_bytes
 from tests.engine.gguf_files import F32, write_gguf
 from tests.hostile.bounded import refused
@@ -116,7 +116,7 @@ def test_each_byte_of_a_large_tensor_is_looked_at_and_hashed(tmp_path: Path, pla
     numbers = torch.ones(2 * READ_BYTES // 2 + 77, dtype=torch.bfloat16)
     numbers[place_of] = float("inf")
     save_file({"a": torch.ones(3), "b": numbers, "c": torch.zeros(0)}, tmp_path / "model.safetensors")
-    contents = read_contents(Located("x", tmp_path))
+    contents = read_contents(LocatedModel("x", tmp_path))
     assert [(tensor.name, what) for tensor, what in contents.not_finite] == [("b", "an infinity")]
     whole = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     assert contents.sha256 == hashlib.sha256(f"model.safetensors\0{whole}\n".encode()).hexdigest()

@@ -15,7 +15,7 @@ import pytest
 
 from compressknow.base.errors import OutputError
 from compressknow.pages.pages import check_outputs
-from compressknow.study.allocation import Option
+from compressknow.study.allocation import TypeOption
 from compressknow.study.map import FORMATS, Map, compute_kl_per_mb, compute_risk, write_map, write_verdict
 from compressknow.study.sensitivity import Sensitivity
 from tests.long import one_in
@@ -75,7 +75,7 @@ def test_the_line_is_the_least_loss_and_single_types_lie_on_it_or_above() -> Non
     uniform = map.uniform
     assert list(uniform) == list(TYPES)
     rows = map.sensitivity.rows
-    assert uniform["q4_0"] == Option(
+    assert uniform["q4_0"] == TypeOption(
         2 * 5000 + sum(row.by_type["q4_0"].bytes for row in rows),
         pytest.approx(sum(row.by_type["q4_0"].kl() for row in rows)),
     )

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.base.errors import UsageError
-from compressknow.study.allocation import Option, allocate, join_options
+from compressknow.study.allocation import TypeOption, allocate, join_options
 
 KINDS = ("q2", "q3", "q4", "q8")
-OPTIONS = st.builds(Option, st.integers(1, 400), st.floats(0, 4, allow_subnormal=False))
+OPTIONS = st.builds(TypeOption, st.integers(1, 400), st.floats(0, 4, allow_subnormal=False))
 BY_TYPE = st.dictionaries(st.sampled_from(KINDS), OPTIONS, min_size=1)
 TABLES = st.dictionaries(st.text("abc", min_size=1, max_size=4), BY_TYPE, min_size=1, max_size=5)
 
@@ -57,7 +57,7 @@ def real(count, seed=0):
     harm = random.lognormal(0, 2, count)
     return {
         f"t{place}": {
-            f"{bit}": Option(int(size * bit / 8) + int(random.integers(99)), float(harm[place] * 4.0**-bit))
+            f"{bit}": TypeOption(int(size * bit / 8) + int(random.integers(99)), float(harm[place] * 4.0**-bit))
             for bit in bits
         }
         for place, size in enumerate(numel)
@@ -93,7 +93,10 @@ def test_parts_of_what_is_joined_are_of_one_type():
 
 
 def test_an_error_says_what_makes_the_smallest_file():
-    table = {"head": {"q4": Option(9_000_000, 1), "q8": Option(17_000_000, 0)}, "one": {"q2": Option(1_000_000, 1)}}
+    table = {
+        "head": {"q4": TypeOption(9_000_000, 1), "q8": TypeOption(17_000_000, 0)},
+        "one": {"q2": TypeOption(1_000_000, 1)},
+    }
     with pytest.raises(UsageError) as caught:
         allocate(table, 5_000_000, overhead=500_000)
     assert str(caught.value).splitlines() == [
@@ -101,12 +104,12 @@ def test_an_error_says_what_makes_the_smallest_file():
         "That is head (q4) 9.0 MB, one (q2) 1.0 MB, and 500.0 kB of vocabulary, norms and metadata.",
         "Give --size 10500000 or more. What --must asks for counts too.",
     ]
-    others = {f"t{place}": {"q2": Option(1000 * (9 - place), 1)} for place in range(9)}
+    others = {f"t{place}": {"q2": TypeOption(1000 * (9 - place), 1)} for place in range(9)}
     with pytest.raises(UsageError, match=r"one \(q2\) 1\.0 MB, t0 \(q2\) 9\.0 kB, 8 others 36\.0 kB, and 500\.0 kB of"):
         allocate(table | others, 5_000_000, overhead=500_000)
 
 
 def test_what_is_joined_and_has_no_type_in_common_is_named():
-    table = {"q": {"q4": Option(4, 1)}, "k": {"q8": Option(8, 0)}}
+    table = {"q": {"q4": TypeOption(4, 1)}, "k": {"q8": TypeOption(8, 0)}}
     with pytest.raises(UsageError, match="qk must be of one type, and have none in common"):
         join_options(table, {"qk": ("q", "k")})

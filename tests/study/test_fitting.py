@@ -18,7 +18,7 @@ from compressknow.gguf.grids import get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align
 from compressknow.model.gguf_file import Tensor
 from compressknow.model.loading import open_complete
-from compressknow.study.allocation import Target, fit_types
+from compressknow.study.allocation import SizeTarget, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
 from tests.gguf.making import checkpoint, name_in_llama_cpp
 
@@ -68,7 +68,7 @@ def bits(types: Mapping[str, str], tensors: Tensors, group: str) -> float:
 
 
 def test_the_guide_decides_where_bits_go(sensitivity: Sensitivity, tensors: Tensors) -> None:
-    by = {g: fit_types(sensitivity, tensors, OVERHEAD, Target(700_000, guide=g)) for g in ("facts", "text", "both")}
+    by = {g: fit_types(sensitivity, tensors, OVERHEAD, SizeTarget(700_000, guide=g)) for g in ("facts", "text", "both")}
     attention = {guide: bits(types, tensors, "attention") for guide, (types, _) in by.items()}
     assert attention["facts"] > attention["both"] > attention["text"]
     types, record = by["facts"]
@@ -78,7 +78,7 @@ def test_the_guide_decides_where_bits_go(sensitivity: Sensitivity, tensors: Tens
 
 def test_what_must_be_is(sensitivity: Sensitivity, tensors: Tensors) -> None:
     rules = (("attention", "q8_0"), ("blk.0.attn_v", "Q6_K"))
-    types, record = fit_types(sensitivity, tensors, OVERHEAD, Target(800_000, guide="text", must=rules))
+    types, record = fit_types(sensitivity, tensors, OVERHEAD, SizeTarget(800_000, guide="text", must=rules))
     chosen = {name: kind for name, kind in types.items() if "attn" in name}
     assert chosen.pop("blk.0.attn_v.weight") == "q6_k"
     assert set(chosen.values()) == {"q8_0"}
@@ -89,20 +89,25 @@ def test_what_must_be_is(sensitivity: Sensitivity, tensors: Tensors) -> None:
 
 def test_bits_count_the_whole_file(sensitivity: Sensitivity, tensors: Tensors) -> None:
     numel = sum(each.numel for each in tensors.tensors.values())
-    _, record = fit_types(sensitivity, tensors, OVERHEAD, Target(bits=5))
+    _, record = fit_types(sensitivity, tensors, OVERHEAD, SizeTarget(bits=5))
     assert record["budget"] == numel * 5 // 8
 
 
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        (Target(300_000), r"300\.0 kB is too small: the smallest file has .*\n.*\(q2_k\).*50\.0 kB of vocabulary"),
-        (Target(900_000, must=(("feed-forward", "f16"),)), r"--must f16: blk\.0\.ffn_\w+\.weight cannot be of that"),
-        (Target(2_700_000), r"2\.7 MB is no less than the model has in full"),
-        (Target(900_000, must=(("nowhere", "q8_0"),)), "'nowhere' is no scope, and matches no tensor"),
+        (SizeTarget(300_000), r"300\.0 kB is too small: the smallest file has .*\n.*\(q2_k\).*50\.0 kB of vocabulary"),
+        (
+            SizeTarget(900_000, must=(("feed-forward", "f16"),)),
+            r"--must f16: blk\.0\.ffn_\w+\.weight cannot be of that",
+        ),
+        (SizeTarget(2_700_000), r"2\.7 MB is no less than the model has in full"),
+        (SizeTarget(900_000, must=(("nowhere", "q8_0"),)), "'nowhere' is no scope, and matches no tensor"),
     ],
 )
-def test_what_cannot_be_is_one_message(target: Target, said: str, sensitivity: Sensitivity, tensors: Tensors) -> None:
+def test_what_cannot_be_is_one_message(
+    target: SizeTarget, said: str, sensitivity: Sensitivity, tensors: Tensors
+) -> None:
     with pytest.raises(UsageError, match=said):
         fit_types(sensitivity, tensors, OVERHEAD, target)
 

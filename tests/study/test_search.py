@@ -34,7 +34,7 @@ from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 from compressknow.pages.search import Trial
 from compressknow.study.cells import RECORD, StudyModel
-from compressknow.study.forms import Request, open_form
+from compressknow.study.formats import SearchRequest, open_format
 from compressknow.study.guides import hash_facts, select_known_facts
 from compressknow.study.search import SEARCHED, split_facts
 from tests.evaluate.layouts import open_probe
@@ -509,8 +509,8 @@ def test_a_checkpoint_that_runs_its_own_code_is_written(
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
     own, trusted = knowing_by_own_code(tmp_path / "own"), Settings(trust_remote_code=True)
-    request = Request(None, 1, "checkpoint", "text", (), "nearest", Calibration(llama.text, 256))
-    with open_form(StudyModel(own, trusted), request, tmp_path, ignore_progress) as form:
+    request = SearchRequest(None, 1, "checkpoint", "text", (), "nearest", Calibration(llama.text, 256))
+    with open_format(StudyModel(own, trusted), request, tmp_path, ignore_progress) as form:
         form.make(form.choose(form.floor), tmp_path / "model", ignore_progress)
     assert compressknow.verify(tmp_path / "model")
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
 import compressknow
-from compressknow.compress.calibrate.backward import Batch, choose_factors
+from compressknow.compress.calibrate.backward import ScoredBatch, choose_factors
 from compressknow.compress.calibrate.model import BlockwiseUnsupported
 from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
@@ -109,7 +109,7 @@ def scores_of(known: Known) -> torch.Tensor:
     return found
 
 
-def logits_of(model: Any, batch: Batch) -> torch.Tensor:
+def logits_of(model: Any, batch: ScoredBatch) -> torch.Tensor:
     with torch.no_grad():
         logits = model(**batch.inputs).logits
     own = logits[torch.arange(len(logits))[:, None], batch.positions]
@@ -327,7 +327,7 @@ def test_experts_that_are_stored_one_by_one_are_left_out_too(tmp_path: Path) -> 
     assert not any(".experts." in name for name in names)
 
 
-def text_of(known: Known, family: str) -> list[Batch]:
+def text_of(known: Known, family: str) -> list[ScoredBatch]:
     """The prompts of facts over and over, as text."""
     rows = [batch.inputs for batch in known.questions.batches if len(batch.positions) >= 4]
     picked = [{name: ids[:16] for name, ids in inputs.items() if name != "attention_mask"} for inputs in rows]

@@ -54,7 +54,7 @@ FACTORS = choose_factors()
 
 
 @dataclass(frozen=True)
-class Batch:
+class ScoredBatch:
     """Batch of rows of one length, and their scores.
 
     Attributes
@@ -91,7 +91,7 @@ Visit = Callable[[str, Mapping[str, Sequence[Product]]], None]
 
 
 def compute_gradients(
-    streamed: StreamedModel, weights: Sequence[LinearWeight], batches: Sequence[Batch], visit: Visit
+    streamed: StreamedModel, weights: Sequence[LinearWeight], batches: Sequence[ScoredBatch], visit: Visit
 ) -> list[torch.Tensor]:
     """Return the scores of each batch, [rows, directions]; on the way back `visit` each block, single layer and
     embedding.
@@ -205,7 +205,7 @@ class _Call(NamedTuple):
 class GradientPass(ForwardPass):
     """Pass of one batch through the model and back, which then has its `scores` [rows, directions]."""
 
-    def __init__(self, model: PreTrainedModel, batch: Batch, number: int, head: str) -> None:
+    def __init__(self, model: PreTrainedModel, batch: ScoredBatch, number: int, head: str) -> None:
         inputs = {name: ids.repeat_interleave(batch.directions, 0) for name, ids in batch.inputs.items()}
         super().__init__(model, inputs, number)
         self._batch, self._head = batch, head

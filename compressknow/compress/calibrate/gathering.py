@@ -72,7 +72,7 @@ class AllSeen(BaseException):
     """End of a run whose output nobody needs: all is seen. No Exception, for models catch these."""
 
 
-class Watch(TorchFunctionMode):
+class InputRecorder(TorchFunctionMode):
     """Recorder of the inputs of some weights, given by name, while it is entered, in its thread alone; with `copies`,
     of copies of them, for blocks that overwrite them after use. It raises AllSeen, if it `ends` the run, before the
     last of the weights is multiplied with anything."""

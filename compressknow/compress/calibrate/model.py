@@ -27,7 +27,7 @@ from compressknow.model.tensors import OpenFiles, StoredTensor, get_torch_dtype,
 WHOLE_IN_MEMORY = "Its blocks cannot be run one by one, so that all of it must be in memory, in float32."
 
 
-class Absent(torch.Tensor):
+class PlaceholderTensor(torch.Tensor):
     """Weight that is not in memory, on the meta device.
 
     torch multiplies inputs by such a one without a word, and returns whatever was in memory. This one raises
@@ -122,7 +122,7 @@ class StreamedModel:
 
     def _drop(self, names: Iterable[str]) -> None:
         for name in names:
-            self._set(name, torch.empty(self._get(name).shape, device="meta").as_subclass(Absent))
+            self._set(name, torch.empty(self._get(name).shape, device="meta").as_subclass(PlaceholderTensor))
 
     def run(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Run the whole model, which must hold all its weights, on a batch, for what is seen of it.

@@ -20,8 +20,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.progress import Advance, count_progress
-from compressknow.compress.blocks import Pool, Stopped
-from compressknow.compress.calibrate.sequences import Form, blank_out
+from compressknow.compress.blocks import Pool, TaskStopped
+from compressknow.compress.calibrate.sequences import SequenceFormat, blank_out
 from compressknow.engine.language_model import find_decoder_start, load_language_model
 from compressknow.engine.load import find_reason
 
@@ -35,7 +35,7 @@ class Writer(abc.ABC):
     """
 
     model: PreTrainedModel
-    form: Form
+    form: SequenceFormat
     wanted: int
     check: Callable[[], None]
     on_written: Callable[[int], None]
@@ -242,7 +242,7 @@ HINT = "Give a text to calibrate it on: FILE.txt, FILE.jsonl or hf:DATASET."
 
 
 def write_samples(
-    folder: Path, form: Form, tokens: int, seed: int, trust_remote_code: bool, advance: Advance
+    folder: Path, form: SequenceFormat, tokens: int, seed: int, trust_remote_code: bool, advance: Advance
 ) -> Pieces:
     """Return token ids of texts that the model of a checkpoint writes, `tokens` or more in all, without special tokens
     around them; on one machine the same whatever the number of threads. `advance` is called with the tokens done and in
@@ -266,7 +266,7 @@ def write_samples(
                 batches += more
                 if not any(written):
                     raise UnsupportedError(f"{name} writes nothing by itself.", hint=HINT)
-    except (CompressknowError, Stopped):
+    except (CompressknowError, TaskStopped):
         raise
     except Exception as error:
         raise UnsupportedError(f"{name} cannot write a text to be calibrated on.", find_reason(error), HINT) from error
@@ -278,7 +278,7 @@ def choose_dtype() -> str:
     return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
 
-def _load_model(folder: Path, form: Form, trust_remote_code: bool) -> PreTrainedModel:
+def _load_model(folder: Path, form: SequenceFormat, trust_remote_code: bool) -> PreTrainedModel:
     why = None
     if form.family not in WRITERS:
         why = "It has no language-modelling head."

@@ -30,7 +30,7 @@ Inputs = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Form:
+class SequenceFormat:
     """Form of a model's sequences.
 
     Attributes
@@ -66,7 +66,7 @@ class Form:
         return [*self.prefix, *ids, *self.suffix]
 
 
-def find_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Form:
+def find_sequence_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SequenceFormat:
     """Find the form of a model's sequences; `model` may be a module tree on the meta device.
 
     Raises UnsupportedError if it reads no text, or no more than a few tokens of it.
@@ -90,7 +90,7 @@ def find_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> For
         for token, number in tokenizer.get_vocab().items()
         if number < rows and number not in special and "unused" not in token
     )
-    form = Form(
+    form = SequenceFormat(
         family=family,
         length=length,
         prefix=prefix,
@@ -106,7 +106,9 @@ def find_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> For
     return form
 
 
-def build_inputs(bodies: torch.Tensor, form: Form, model: PreTrainedModel, generator: torch.Generator) -> Inputs:
+def build_inputs(
+    bodies: torch.Tensor, form: SequenceFormat, model: PreTrainedModel, generator: torch.Generator
+) -> Inputs:
     """Build the arguments of a forward pass over all sequences, int64 [sequences, tokens] each.
 
     Masked models read each sequence with `HIDDEN` of its tokens masked (Devlin et al. 2019, all of them by the mask

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from compressknow.compress.calibrate.sequences import Form
+    from compressknow.compress.calibrate.sequences import SequenceFormat
 
 
 # The key of a JSON line, and the column of a table, that hold a text.
@@ -188,12 +188,12 @@ def read_calibration_text(
     import torch
 
     from compressknow.base.progress import silence_libraries
-    from compressknow.compress.calibrate.sequences import build_inputs, find_form
+    from compressknow.compress.calibrate.sequences import build_inputs, find_sequence_format
     from compressknow.engine.load import load_tokenizer
 
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     with silence_libraries():
-        form = find_form(tree, tokenizer)
+        form = find_sequence_format(tree, tokenizer)
         if not (sequences := calibration.tokens // form.length):
             raise UsageError(
                 f"{calibration.tokens:,} tokens to calibrate on make no sequence: this model's have {form.length:,}.",
@@ -251,7 +251,7 @@ def reread_texts(
     return again.texts if again.sha256 == calibration["sha256"] else None
 
 
-def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> Iterator[list[int]]:
+def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: SequenceFormat) -> Iterator[list[int]]:
     """Yield the token ids of each passage, after those of the separator if it begins another text than the first."""
     is_one_text = not text.startswith(HUB) and Path(text).suffix.lower() == ".txt"
     for number, passage in enumerate(_read_passages(text)):
@@ -260,7 +260,7 @@ def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: Form) -> Iterator
 
 
 def _pack(
-    pieces: Iterable[Sequence[int]], form: Form, sequences: int, text: str, tokenizer: PreTrainedTokenizerBase
+    pieces: Iterable[Sequence[int]], form: SequenceFormat, sequences: int, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
     """Pack pieces into bodies of sequences, int64 [sequences, form.body], or fewer of them if the text is shorter. The
     rest is dropped. Raises CompressknowError if it is too short, or not of the model's tokens."""

@@ -20,7 +20,7 @@ from compressknow.base.format import write_size
 from compressknow.base.progress import Advance, ignore_advance
 from compressknow.base.system import trim_heap
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.gathering import AllSeen, InputStatistics, InputSums, Key, Watch
+from compressknow.compress.calibrate.gathering import AllSeen, InputRecorder, InputStatistics, InputSums, Key
 from compressknow.compress.calibrate.model import (
     WHOLE_IN_MEMORY,
     BlockwiseUnsupported,
@@ -173,7 +173,7 @@ class TargetVisitor(Visitor, Generic[T]):
         sums = self.make_sums(targets)
         weights = {target.parameter: self._streamed.model.get_parameter(target.parameter) for target in targets}
         for number, batch in enumerate(batches):
-            with Watch(weights) as watch:
+            with InputRecorder(weights) as watch:
                 self._streamed.run(batch)
             sums.add(number, watch.seen)
             advance(number + 1, len(batches))
@@ -312,10 +312,10 @@ def _gather(
     versions = [tensor._version for tensor in tensors]
     keeps, output = visitor.keeps_output(call.module, forward_pass.number), None
     # What a head gives of a batch may be larger than all else.
-    with suppress(AllSeen), Watch(weights, ends=not keeps and call.module in visitor.lone_layers) as watch:
+    with suppress(AllSeen), InputRecorder(weights, ends=not keeps and call.module in visitor.lone_layers) as watch:
         output = run(copied)
     if watch.overwritten:
-        with Watch(weights, copies=True) as watch:
+        with InputRecorder(weights, copies=True) as watch:
             _run_copy(run, call)
     sums.add(forward_pass.number, watch.seen)
     if not keeps:

@@ -12,11 +12,19 @@ from transformers import PreTrainedModel
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.compress.calibrate.compensation import DAMPINGS
-from compressknow.compress.removal.settings import Cuts, Keys, Settings, find_widths, parse_block, read_shapes, set_at
+from compressknow.compress.removal.settings import (
+    ConfigEditor,
+    Cuts,
+    Keys,
+    find_widths,
+    parse_block,
+    read_shapes,
+    set_at,
+)
 from compressknow.compress.steps import DropNeurons, Where
-from compressknow.compress.weights import Values
+from compressknow.compress.weights import ParameterValues
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.loading import Naming
+from compressknow.model.loading import NameMapping
 from compressknow.model.meta import rebuild_model
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, view_bytes
@@ -38,7 +46,7 @@ class DroppedNeurons:
     networks: Mapping[LinearWeight, Cuts]
 
 
-def select_neurons(step: DropNeurons, settings: Settings, structure: Structure) -> list[DroppedNeurons]:
+def select_neurons(step: DropNeurons, settings: ConfigEditor, structure: Structure) -> list[DroppedNeurons]:
     """Select the settings and networks of which a step drops neurons.
 
     Raises UnsupportedError where no setting is the width of the feed-forward blocks alone, or their layers are no plain
@@ -141,14 +149,14 @@ class Cut:
         """Tell whether it is the weight that reads the neurons, which is fitted anew."""
         return self.parameter == self.down.parameter
 
-    def select(self, neurons: torch.Tensor) -> Values:
+    def select(self, neurons: torch.Tensor) -> ParameterValues:
         """Return what stays of it with these neurons (int64, ascending)."""
         numbers = torch.cat([neurons + self.drop.before * part for part in range(self.each)])
-        return Values(self.source, axis=self.axis, numbers=tuple(numbers.tolist()))
+        return ParameterValues(self.source, axis=self.axis, numbers=tuple(numbers.tolist()))
 
 
 def drop_neurons(
-    checkpoint: Checkpoint, settings: Settings, drops: Sequence[DroppedNeurons]
+    checkpoint: Checkpoint, settings: ConfigEditor, drops: Sequence[DroppedNeurons]
 ) -> tuple[Checkpoint, PreTrainedModel, dict[str, Cut]]:
     """Leave neurons out, whichever these will be; return the checkpoint with fewer, its module tree, and what is cut,
     by stored name. The cut tensors of the checkpoint have their shapes, but no place that could be read.
@@ -176,7 +184,7 @@ def _find_cuts(
     wanted = {
         name: (*cut, drop, down) for drop in drops for down, cuts in drop.networks.items() for name, cut in cuts.items()
     }
-    for stored, binding in Naming(tree).bind(checkpoint.tensors).items():
+    for stored, binding in NameMapping(tree).bind(checkpoint.tensors).items():
         for parameter in set(binding.parameters) & wanted.keys():
             tensor = checkpoint.tensors[stored]
             if binding.reshaped or tensor.dtype not in FLOAT_DTYPES or tensor.shape != shapes[parameter]:

@@ -13,12 +13,20 @@ from transformers import PreTrainedModel
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.neurons import Cut, DroppedNeurons, drop_neurons, select_neurons
-from compressknow.compress.removal.settings import BLOCK, Settings, Shapes, Stack, find_stacks, parse_block, read_shapes
+from compressknow.compress.removal.settings import (
+    BLOCK,
+    ConfigEditor,
+    Shapes,
+    Stack,
+    find_stacks,
+    parse_block,
+    read_shapes,
+)
 from compressknow.compress.steps import DropBlocks, Where
-from compressknow.compress.weights import Values
+from compressknow.compress.weights import ParameterValues
 from compressknow.model.checkpoint import Checkpoint, list_some
 from compressknow.model.groups import read_structure
-from compressknow.model.loading import Binding, Naming, find_missing_weights
+from compressknow.model.loading import Binding, NameMapping, find_missing_weights
 from compressknow.model.meta import rebuild_model
 from compressknow.model.structure import Structure
 from compressknow.model.tensors import StoredTensor
@@ -55,7 +63,7 @@ class Removal:
     names: dict[str, str] = field(default_factory=dict, repr=False)
     cuts: dict[str, Cut] = field(default_factory=dict, repr=False)
     selected: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
-    unfitted: dict[str, Values] = field(default_factory=dict, repr=False)
+    unfitted: dict[str, ParameterValues] = field(default_factory=dict, repr=False)
     is_blockwise: bool = True
 
     @property
@@ -77,7 +85,7 @@ def remove(
     """
     left = Removal(checkpoint, tree, original=(checkpoint, tree), wide=(checkpoint, tree))
     for step in recipe.removals:
-        settings = Settings(left.tree, left.checkpoint.config, left.checkpoint.folder / "config.json")
+        settings = ConfigEditor(left.tree, left.checkpoint.config, left.checkpoint.folder / "config.json")
         structure = read_structure(left.tree)
         if isinstance(step, DropBlocks):
             left = _remove_blocks(left, step, settings, structure, similarities)
@@ -88,7 +96,7 @@ def remove(
         smaller, narrower, cuts = drop_neurons(left.checkpoint, settings, drops)
         left = replace(left, checkpoint=smaller, tree=narrower, neurons=(*left.neurons, *drops), cuts=left.cuts | cuts)
     stay = {left.names.get(name, name) for name in left.checkpoint.tensors}
-    structure, bound = read_structure(tree, recipe.module_map), Naming(tree).bind(checkpoint.tensors)
+    structure, bound = read_structure(tree, recipe.module_map), NameMapping(tree).bind(checkpoint.tensors)
     gone = (
         (tensor, structure.find_group(bound[name].parameter if name in bound else None))
         for name, tensor in checkpoint.tensors.items()
@@ -98,7 +106,7 @@ def remove(
 
 
 def _remove_blocks(
-    left: Removal, step: DropBlocks, settings: Settings, structure: Structure, similarities: Similarities | None
+    left: Removal, step: DropBlocks, settings: ConfigEditor, structure: Structure, similarities: Similarities | None
 ) -> Removal:
     stacks = []
     for stack in _select_stacks(step, settings, structure):
@@ -158,7 +166,7 @@ def choose_blocks(similarities: Sequence[float], number: int) -> tuple[int, ...]
     return tuple(sorted(order[:number]))
 
 
-def _select_stacks(step: DropBlocks, settings: Settings, structure: Structure) -> tuple[Stack, ...]:
+def _select_stacks(step: DropBlocks, settings: ConfigEditor, structure: Structure) -> tuple[Stack, ...]:
     """Select the stacks that a step drops blocks of. Raises UnsupportedError where no setting of the config counts
     blocks, UsageError where the step's scope names a side that the model does not have."""
     stacks = [stack for stack in find_stacks(settings) if _list_sides(stack, structure)]
@@ -186,7 +194,7 @@ def _list_sides(stack: Stack, structure: Structure) -> set[str | None]:
 
 
 def _drop_blocks(
-    checkpoint: Checkpoint, settings: Settings, stacks: Iterable[Stack]
+    checkpoint: Checkpoint, settings: ConfigEditor, stacks: Iterable[Stack]
 ) -> tuple[Checkpoint, PreTrainedModel, dict[str, str]]:
     """Leave blocks out; return the smaller checkpoint, its module tree, and the tensors' former names by the new ones.
     Raises UnsupportedError where what is left would not be what these blocks were."""
@@ -199,11 +207,11 @@ def _drop_blocks(
     tree = rebuild_model(settings.tree, config, settings.path)
     sources = _map_parameters(settings.shapes, tree, remaining)
     _check_alike(settings.tree, tree, sources, remaining)
-    bound = Naming(settings.tree).bind(checkpoint.tensors)
+    bound = NameMapping(settings.tree).bind(checkpoint.tensors)
     names = _map_stored(checkpoint, bound, {old: new for new, old in sources.items()}, remaining)
     tensors = {new: replace(checkpoint.tensors[old], name=new) for new, old in names.items()}
     smaller = replace(checkpoint, config=config, tensors=tensors)
-    loaded = Naming(tree).bind(tensors)
+    loaded = NameMapping(tree).bind(tensors)
     for new, old in names.items():
         expected = bound[old].parameters if old in bound else None
         if expected != (tuple(sources[parameter] for parameter in loaded[new].parameters) if new in loaded else None):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
-from compressknow.engine.identity import Located
+from compressknow.engine.identity import LocatedModel
 from compressknow.engine.language_model import AUTO, CPU, LanguageModel, check_device, resolve_device
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.text import TextReader
@@ -92,12 +92,12 @@ class Runtime(abc.ABC):
     sha256: str | None = None
 
     @abc.abstractmethod
-    def __init__(self, located: Located, settings: Settings) -> None:
+    def __init__(self, located: LocatedModel, settings: Settings) -> None:
         """Load a model; `settings` are those of `resolve_settings`. Raises CompressknowError where it cannot be run."""
 
     @classmethod
     @abc.abstractmethod
-    def reads(cls, located: Located) -> bool:
+    def reads(cls, located: LocatedModel) -> bool:
         """Return whether it can run such a model at all: a folder, a file of its format, an address. Opens nothing."""
 
     @classmethod
@@ -111,7 +111,7 @@ class Runtime(abc.ABC):
         return ()
 
     @classmethod
-    def open(cls, located: Located, settings: Settings) -> Self:
+    def open(cls, located: LocatedModel, settings: Settings) -> Self:
         return cls(located, settings)
 
     @abc.abstractmethod

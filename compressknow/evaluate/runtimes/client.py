@@ -34,7 +34,7 @@ CONNECT, LONGEST_PAUSE, FIRST_PAUSE = 10.0, 60.0, 0.5
 TRIES, READS = 5, 2
 
 
-class Refused(CompressknowError):
+class RequestRefused(CompressknowError):
     """Error of a server that answered, but not with what it was asked for; `status` is HTTP's."""
 
     def __init__(self, status: int, what: str, why: str | None = None, hint: str | None = None) -> None:
@@ -133,7 +133,7 @@ class Client:
                 raise self._refuse_content(path, f"more than {MOST_BYTES >> 20} MB")
         return bytes(body)
 
-    def _explain_refusal(self, status: int, content: Any) -> Refused:
+    def _explain_refusal(self, status: int, content: Any) -> RequestRefused:
         what, hint = "answers with an error", None
         if status in (401, 403):
             what = "does not take the key" if self._key else "wants a key"
@@ -144,7 +144,7 @@ class Client:
             hint = "It must have /v1/completions and the model; a server that only chats will not do."
         elif status in PASSING:
             hint = "Wait, lower --parallel, or look at the server's log."
-        return Refused(status, f"{self.url} {what} (HTTP {status}).", self._find_message(content), hint)
+        return RequestRefused(status, f"{self.url} {what} (HTTP {status}).", self._find_message(content), hint)
 
     def _explain_failure(self, error: Exception) -> CompressknowError:
         # The text of these errors names addresses and objects, and says no more than their kind.
@@ -165,9 +165,9 @@ class Client:
             f"There is no server at {self.url}.", hint="Start it, and give the address that it prints: http://HOST:PORT"
         )
 
-    def _refuse_content(self, path: str, what: str) -> Refused:
+    def _refuse_content(self, path: str, what: str) -> RequestRefused:
         hint = "Is it an OpenAI-compatible server of a language model?"
-        return Refused(200, f"{self.url} answers {path} with {what}.", hint=hint)
+        return RequestRefused(200, f"{self.url} answers {path} with {what}.", hint=hint)
 
     def _find_message(self, content: Any) -> str | None:
         """Return the server's message, of the forms in use; without the key, should it be in there."""

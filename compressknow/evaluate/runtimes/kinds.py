@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from compressknow.base.errors import CompressknowError
 from compressknow.evaluate.answers import SERVER_TOKENS
-from compressknow.evaluate.runtimes.client import Client, Refused
+from compressknow.evaluate.runtimes.client import Client, RequestRefused
 from compressknow.evaluate.scoring.scorer import Ids
 
 # Likeliest tokens that llama-server is asked for: most candidates begin with one of them.
@@ -41,7 +41,7 @@ _ECHO = {"tokens": [str], "token_logprobs": [(float, None)], "text_offset": [int
 
 
 @dataclass(frozen=True)
-class First:
+class FirstToken:
     """Distribution at the answer's first position, as far as the server tells it: log-probabilities by token id, the
     likeliest first, texts of the same tokens, and whether these are all that there are."""
 
@@ -55,7 +55,7 @@ class First:
         return -math.inf if self.whole else min(self.logp.values(), default=0.0)
 
 
-class Served(abc.ABC):
+class ServedModel(abc.ABC):
     """Model on a server.
 
     Attributes
@@ -83,7 +83,7 @@ class Served(abc.ABC):
         """Return token ids, with those that begin every text if `special`."""
 
     @abc.abstractmethod
-    def predict(self, prompt: Ids, wanted: Sequence[int]) -> First:
+    def predict(self, prompt: Ids, wanted: Sequence[int]) -> FirstToken:
         """Return what may follow the prompt: the likeliest tokens, and the `wanted` ones where they can be had."""
 
     @abc.abstractmethod
@@ -129,7 +129,7 @@ class Served(abc.ABC):
         )
 
 
-class LlamaServer(Served):
+class LlamaServer(ServedModel):
     """llama.cpp's server."""
 
     name = "llama-server"
@@ -138,7 +138,7 @@ class LlamaServer(Served):
         body = {"content": text, "add_special": special, "model": self.model}
         return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
 
-    def predict(self, prompt: Ids, wanted: Sequence[int]) -> First:
+    def predict(self, prompt: Ids, wanted: Sequence[int]) -> FirstToken:
         found = self._find_likeliest(prompt, LLAMA_TOKENS)
         if found.whole or all(number in found.logp for number in wanted):
             return found
@@ -159,7 +159,7 @@ class LlamaServer(Served):
                 break
         return score
 
-    def _find_likeliest(self, prompt: Ids, count: int) -> First:
+    def _find_likeliest(self, prompt: Ids, count: int) -> FirstToken:
         # Whatever is written, of a token that is a whole text the server tells all.
         step = self._request_step(prompt, next(iter(self.encode("a", False)), 0), count)
         top = step["top_logprobs"] if step else []
@@ -167,7 +167,7 @@ class LlamaServer(Served):
             raise self.make_error(f"has {len(top):,} tokens where {count:,} were asked for")
         logp = {self.check_token(each["id"]): self.check_logp(each["logprob"]) for each in top}
         texts = {each["id"]: _mend(each["token"]) for each in top}
-        return First(logp, texts, whole=len(logp) >= self._vocabulary)
+        return FirstToken(logp, texts, whole=len(logp) >= self._vocabulary)
 
     def _request_step(self, prompt: Ids, forced: int, count: int) -> Mapping[str, Any] | None:
         """Return what is told of the next position, where the server writes the token `forced`: None where that token
@@ -189,7 +189,7 @@ class LlamaServer(Served):
         return count if isinstance(count, int) and count > 0 else 1 << 20
 
 
-class Vllm(Served):
+class Vllm(ServedModel):
     """vLLM: prompts and options are token ids."""
 
     name = "vLLM"
@@ -198,7 +198,7 @@ class Vllm(Served):
         body = {"prompt": text, "add_special_tokens": special, "model": self.model}
         return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
 
-    def predict(self, prompt: Ids, wanted: Sequence[int]) -> First:  # noqa: ARG002
+    def predict(self, prompt: Ids, wanted: Sequence[int]) -> FirstToken:  # noqa: ARG002
         form = {"logprobs": {"top_logprobs": [{str: float}]}}
         answer = self.complete(prompt, form, logprobs=SERVER_TOKENS, return_tokens_as_token_ids=True)
         if not (top := answer["logprobs"]["top_logprobs"]):
@@ -210,7 +210,7 @@ class Vllm(Served):
             if not re.fullmatch("[0-9]{1,10}", digits):
                 raise self.make_error(f"holds {name[:40]!r} for a token")
             found[self.check_token(int(digits))] = self.check_logp(value)
-        return First(dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))))
+        return FirstToken(dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))))
 
     def score_rest(self, prompt: Ids, ids: Ids, score: float, bar: float) -> float:  # noqa: ARG002
         form = {"logprobs": {"token_logprobs": [(float, None)]}}
@@ -221,7 +221,7 @@ class Vllm(Served):
         return score + sum(map(self.check_logp, read[len(prompt) : end]))
 
 
-class Writing(Served):
+class WritingServer(ServedModel):
     """Server that gives no log-probabilities. Prompts and options are texts, told apart by character."""
 
     name = "a server without log-probabilities"
@@ -234,14 +234,14 @@ class Writing(Served):
     def _make_prompt(self, prompt: Ids) -> Any:
         return "".join(map(chr, prompt))
 
-    def predict(self, prompt: Ids, wanted: Sequence[int]) -> First:  # noqa: ARG002
-        return First()
+    def predict(self, prompt: Ids, wanted: Sequence[int]) -> FirstToken:  # noqa: ARG002
+        return FirstToken()
 
     def score_rest(self, prompt: Ids, ids: Ids, score: float, bar: float) -> float:
         raise NotImplementedError
 
 
-class Echoing(Writing):
+class EchoingServer(WritingServer):
     """Any server that echoes prompts with log-probabilities: its tokens begin where it says (``text_offset``)."""
 
     name = "a server that echoes"
@@ -284,7 +284,7 @@ def _mend(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Served:
+def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> ServedModel:
     """Find out the kind of server, by what it tells of itself and, of one that tells nothing, one completion. `listed`
     is what ``/v1/models`` says of the model. Raises CompressknowError where the server completes no text."""
     # A router with several models passes it on; of itself it says 0.
@@ -295,14 +295,14 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
     version = _request_about(client, "/version", _VERSION)
     if version and listed.get("owned_by") == "vllm":
         return Vllm(client, model, listed, build=version["version"], longest=listed.get("max_model_len"))
-    echoing, writing = Echoing(client, model, {}), Writing(client, model, {})
+    echoing, writing = EchoingServer(client, model, {}), WritingServer(client, model, {})
     # It may know nothing of log-probabilities.
     trial, form = writing.encode(TRIAL, True), {f"{key}?": (form, None) for key, form in _ECHO.items()}
     try:
         found = echoing.complete(trial, {"logprobs?": (form, None)}, logprobs=1, echo=True).get("logprobs") or {}
         if len(found.get("token_logprobs") or ()) > 2 and found.get("text_offset"):
             return echoing
-    except Refused as refused:
+    except RequestRefused as refused:
         if refused.status not in (400, 422, 501):
             raise
     writing.write(trial, 1)
@@ -313,7 +313,7 @@ def _request_about(client: Client, path: str, form: Mapping[str, Any]) -> Mappin
     """Return what a server tells of itself in that form; nothing where it does not."""
     try:
         return dict(client.get(path, form))
-    except Refused as refused:
+    except RequestRefused as refused:
         if refused.status in (401, 403):
             raise
         return {}

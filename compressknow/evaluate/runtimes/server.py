@@ -17,8 +17,8 @@ from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.grades import add_grade, find_choice, judge, list_choices
 from compressknow.evaluate.runtimes import Settings
-from compressknow.evaluate.runtimes.client import Client, Refused
-from compressknow.evaluate.runtimes.kinds import First, Served, detect_server
+from compressknow.evaluate.runtimes.client import Client, RequestRefused
+from compressknow.evaluate.runtimes.kinds import FirstToken, ServedModel, detect_server
 from compressknow.evaluate.scoring.families import CausalScorer
 from compressknow.evaluate.scoring.ranking import TOP, Ranking, Scores, make_answer, make_choice, rank_candidates
 from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, Ids, Query, Whole
@@ -30,12 +30,12 @@ T = TypeVar("T")
 CHARACTERS = 2
 
 
-class Tokens:
+class ServerTokenizer:
     """Tokenizer of a server, as far as prompts need one."""
 
     eos_token_id = unk_token_id = None
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: ServedModel) -> None:
         self._served = served
 
     def __call__(self, text: str, *, add_special_tokens: bool = False, **_: Any) -> dict[str, list[int]]:
@@ -53,8 +53,8 @@ class ServedScorer(CausalScorer):
     Where it gives no log-probabilities, an answer is what it writes, right where that begins with the object.
     """
 
-    def __init__(self, served: Served, probe: Probe, parallel: int) -> None:
-        super().__init__(None, Tokens(served), probe)
+    def __init__(self, served: ServedModel, probe: Probe, parallel: int) -> None:
+        super().__init__(None, ServerTokenizer(served), probe)
         if self.one_token:
             raise UnsupportedError(
                 f"{probe.name} is answered by one word of a vocabulary, which no server tells the probabilities of.",
@@ -121,7 +121,7 @@ class ServedScorer(CausalScorer):
         count = tokens if self._served.tokens else math.ceil(tokens / CHARACTERS)
         return self._served.write(query.prompt, count + slack)
 
-    def _choose(self, query: Query, first: First) -> Answer:
+    def _choose(self, query: Query, first: FirstToken) -> Answer:
         """Rank the candidates: those that begin with a token that the server told are bounded by it, all others by the
         least of them, until they matter. For their sum, each takes requests of its own: it is left out, but where the
         server told no token, so that each is read anyway."""
@@ -139,7 +139,7 @@ class ServedScorer(CausalScorer):
         rank_candidates([ranking], finish)
         return make_choice(query.fact, ranking)
 
-    def _score(self, query: Query, ids: Ids, first: First, bar: float) -> float:
+    def _score(self, query: Query, ids: Ids, first: FirstToken, bar: float) -> float:
         head = first.logp.get(ids[0])
         if head is None:
             return self._served.score_rest(query.prompt, ids, 0.0, bar)
@@ -147,7 +147,7 @@ class ServedScorer(CausalScorer):
             return head
         return self._served.score_rest((*query.prompt, ids[0]), ids[1:], head, bar)
 
-    def _judge(self, query: Query, first: First, text: str) -> Answer:
+    def _judge(self, query: Query, first: FirstToken, text: str) -> Answer:
         """Judge a free answer. Its rank is that of the object's first token, where the server told it."""
         correct = find_choice(text, list_choices(query.fact)) == query.fact.obj_label
         text, _ = judge(text, query.fact.obj_label)
@@ -163,7 +163,7 @@ def _get_wanted(reference: Sequence[Ids] | None) -> list[int] | None:
     return None if reference is None else [int(number) for number in reference[0]]
 
 
-def _add_first(answer: Answer, first: First, wanted: list[int] | None) -> Answer:
+def _add_first(answer: Answer, first: FirstToken, wanted: list[int] | None) -> Answer:
     """Add the distribution at the first position, of the `wanted` tokens or the likeliest, if all are told."""
     ids = list(first.logp)[:REFERENCE_TOKENS] if wanted is None else wanted
     if not all(number in first.logp for number in ids):
@@ -178,7 +178,7 @@ SHOWN = 8
 MODELS = {"data": [{"id": str, "meta?": (dict, None), "owned_by?": (str, None), "max_model_len?": (int, None)}]}
 
 
-def connect(url: str, settings: Settings) -> Served:
+def connect(url: str, settings: Settings) -> ServedModel:
     """Find out which model a server has, and what it tells of it. Raises what `choose_model` and `detect_server` do."""
     client = Client(url, timeout=settings.timeout, parallel=settings.parallel)
     return detect_server(client, *choose_model(client, settings.model))
@@ -189,7 +189,7 @@ def choose_model(client: Client, named: str | None) -> tuple[str, Mapping[str, A
     several and none is named, or has none of that name."""
     try:
         rows = client.get("/v1/models", MODELS)["data"]
-    except Refused as refused:
+    except RequestRefused as refused:
         if refused.status != 404:
             raise
         rows = []

@@ -13,7 +13,7 @@ from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.scoring.families import CausalScorer
 from compressknow.evaluate.scoring.ranking import Scores
 from compressknow.evaluate.scoring.scorer import SLACK_TOKENS, Ids, Query
-from compressknow.gguf.context import Context, GgufTokenizer, Span
+from compressknow.gguf.context import GgufTokenizer, LlamaContext, Span
 from compressknow.gguf.llama_cpp import GgufModel
 
 # Prompts that are read at a time, and their tokens: attention looks at every token that the memory holds.
@@ -26,20 +26,20 @@ CANDIDATE_TOKENS = 1536
 WIDE = 64
 
 
-class Memory:
+class GrowingContext:
     """Memory of what a model has read: as large as was needed so far, read on as many threads as torch uses."""
 
     def __init__(self, model: GgufModel, sequences: int) -> None:
         self._model, self._sequences = model, sequences
-        self._held: Context | None = None
+        self._held: LlamaContext | None = None
 
-    def reserve(self, cells: int) -> Context:
+    def reserve(self, cells: int) -> LlamaContext:
         """Return a context with room for so many tokens; what was in a smaller one is gone."""
         if self._held is None or self._held.cells < cells:
             self.release()
             cells = -(-cells // 256) * 256
             threads = torch.get_num_threads()
-            self._held = Context(self._model, cells=cells, sequences=self._sequences, threads=threads)
+            self._held = LlamaContext(self._model, cells=cells, sequences=self._sequences, threads=threads)
         return self._held
 
     def release(self) -> None:
@@ -55,7 +55,7 @@ class LlamaCppScorer(CausalScorer):
         tokenizer: Any = GgufTokenizer(model)
         anything: Any = model
         super().__init__(anything, tokenizer, probe)
-        self._gguf, self._memory = model, Memory(model, SEQUENCES)
+        self._gguf, self._memory = model, GrowingContext(model, SEQUENCES)
 
     def release(self) -> None:
         self._memory.release()
@@ -146,7 +146,7 @@ class LlamaCppScorer(CausalScorer):
     def _most(self) -> int | None:
         return self._gguf.most_tokens
 
-    def _reserve(self, batch: Sequence[Query]) -> Context:
+    def _reserve(self, batch: Sequence[Query]) -> LlamaContext:
         """Return a context with room for a batch and what follows its prompts."""
         longest = max(max(map(len, query.options), default=len(query.gold)) for query in batch) + SLACK_TOKENS
         prompts = sum(len(query.prompt) for query in batch)
@@ -158,7 +158,7 @@ class GgufReader:
     """See `compressknow.evaluate.text.TextReader`."""
 
     def __init__(self, model: GgufModel) -> None:
-        self._memory, self._tokenizer = Memory(model, 1), GgufTokenizer(model)
+        self._memory, self._tokenizer = GrowingContext(model, 1), GgufTokenizer(model)
         self.rows = model.rows
         self.most: int | None = model.most_tokens
         self.bos: int | None = self._tokenizer.bos_token_id if self._tokenizer.adds_bos else None

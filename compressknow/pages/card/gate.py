@@ -17,7 +17,7 @@ from compressknow.pages.card.verdict import count_facts, estimate_facts_needed, 
 from compressknow.pages.card.warnings import estimate_rounding_kept, list_probes
 from compressknow.pages.pages import escape_markdown, render
 from compressknow.pages.parts import Table, write_prompt
-from compressknow.pages.records import Card, Comparison, Decision, Gate, label_models, name_models, write_estimate
+from compressknow.pages.records import Card, Comparison, Gate, Recommendation, label_models, name_models, write_estimate
 
 SUMMARY = "summary.md"
 # Lost facts that a summary shows, domains, and results of gates: a comment on GitHub has at most 65,536 characters.
@@ -213,7 +213,7 @@ def _write_kept(comparison: Comparison, gate: Gate) -> str:
     return f"{count(counts.both)} of {count(counts.known_before)}, {told}"
 
 
-def decide(
+def recommend_model(
     original: Answers,
     compressed: Sequence[Answers],
     comparisons: Sequence[Comparison],
@@ -221,7 +221,7 @@ def decide(
     gates: Sequence[Gate] = (),
     within: int | None = None,
     broken: Collection[int] = (),
-) -> Decision | None:
+) -> Recommendation | None:
     """Choose the smallest model that keeps enough; None where they were not evaluated on the same facts, or none knows
     any.
 
@@ -235,7 +235,7 @@ def decide(
     of = [[answer for answer in each.answers if answer.probe in probes[0]] for each in (original, *compressed)]
     sizes = [comparison.model.bytes for comparison in comparisons]
     standing = rank_models(of[0], of[1:], sizes)
-    conclude = partial(Decision, standings=tuple(standing), within=within)
+    conclude = partial(Recommendation, standings=tuple(standing), within=within)
     labels = label_models(comparisons)
     sound = {place: size for place, size in enumerate(sizes) if size is not None and place not in broken}
     fitting = [place for place, size in sound.items() if within is None or size <= within]
@@ -291,7 +291,7 @@ def _may_keep_as_much(kept: Estimate, rounding: Estimate) -> bool:
     return (kept.value or 0.0) + room >= (rounding.value or 0.0)
 
 
-def mark_models(decision: Decision, labels: Sequence[str]) -> list[str]:
+def mark_models(decision: Recommendation, labels: Sequence[str]) -> list[str]:
     """Say of each model that it is recommended, or unbeaten at its size, or beaten by a smaller one."""
     marks = []
     for standing in decision.standings:

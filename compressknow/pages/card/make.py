@@ -18,9 +18,9 @@ from compressknow.evaluate.grades import RECOGNIZED, apply_reading, merge_wordin
 from compressknow.evaluate.records import UNKNOWN, ModelRecord, ProbeEntry, is_on_server
 from compressknow.evaluate.sources import find_source
 from compressknow.pages.card import verdict, warnings
-from compressknow.pages.card.gate import decide, describe_share
+from compressknow.pages.card.gate import describe_share, recommend_model
 from compressknow.pages.card.sections import add_sections, list_explained, list_failures
-from compressknow.pages.records import SCALE, Card, Comparison, Decision, Gate, label_models
+from compressknow.pages.records import SCALE, Card, Comparison, Gate, Recommendation, label_models
 from compressknow.pages.texts import METHOD as TEXT_METHOD
 from compressknow.pages.texts import write_joint_sentence, write_sentence
 
@@ -60,8 +60,8 @@ def make_card(
     command : the command line to show.
     early : how a gate was decided before all facts were evaluated, if it was; of one compressed model.
     path : the original as the user gave it, where that can be converted.
-    gates, within : what is decided by, of several models: see `compressknow.pages.card.gate.decide`. The advice
-        on each goes by the gates, too.
+    gates, within : what decides which of several models is recommended; see `card.gate.recommend_model`. The advice on
+        each model follows the gates too.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def make_card(
     if len(comparisons) == 1:
         outcome, decision = comparisons[0].verdict, None
     else:
-        decision = decide(original, compressed, comparisons, gates=gates, within=within, broken=broken)
+        decision = recommend_model(original, compressed, comparisons, gates=gates, within=within, broken=broken)
         outcome = _write_joint_verdict(original, comparisons, decision)
     return Card(
         verdict=outcome,
@@ -114,7 +114,7 @@ def make_card(
     )
 
 
-def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], decision: Decision | None) -> str:
+def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], decision: Recommendation | None) -> str:
     name = original.record.model.name
     sentences = []
     if any(c.probes for c in comparisons):

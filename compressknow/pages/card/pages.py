@@ -148,7 +148,9 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> parts.Page:
     )
     about = (
         _make_method_section(card),
-        parts.Shown("run", "The run", (*run, parts.Folded("SHA-256 in full", (hashes,), in_text=False)), look="text"),
+        parts.PageSection(
+            "run", "The run", (*run, parts.Folded("SHA-256 in full", (hashes,), in_text=False)), look="text"
+        ),
     )
     if len(models) == 1:
         (page,) = models
@@ -157,9 +159,9 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> parts.Page:
     else:
         others = f"and {len(models)} compressed models"
         sections = (
-            parts.Shown("overview", "Overview", tuple(_show_overview(card, names, charts=charts)), look="wide"),
-            parts.Shown("from", "Where they came from", (parts.Entries(parts.list_identity(card.original)),)),
-            parts.Shown("models", "Each compressed model", tuple(models)),
+            parts.PageSection("overview", "Overview", tuple(_show_overview(card, names, charts=charts)), look="wide"),
+            parts.PageSection("from", "Where they came from", (parts.Entries(parts.list_identity(card.original)),)),
+            parts.PageSection("models", "Each compressed model", tuple(models)),
             *about,
         )
         page = parts.Page(_write_joint_headline(card.comparisons), sections, unlisted=2)
@@ -174,12 +176,12 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> parts.Page:
     )
 
 
-def _make_method_section(card: Card) -> parts.Shown:
+def _make_method_section(card: Card) -> parts.PageSection:
     sentences = parts.Sentences(tuple(clean(sentence, 2000) for sentence in card.method))
     terms = (term for section in list_explained(card.comparisons) for term in section.glossary)
     plain_terms = dict.fromkeys((clean(name, 80), "", clean(meaning, 1000)) for name, meaning in terms)
     glossary = (parts.Folded("What the figures mean", (parts.Terms(tuple(plain_terms)),)),) if plain_terms else ()
-    return parts.Shown("method", "Method and limits", (sentences, *glossary), look="text")
+    return parts.PageSection("method", "Method and limits", (sentences, *glossary), look="text")
 
 
 def _write_headline(comparison: Comparison) -> str:
@@ -226,15 +228,15 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
             () if comparison.only_texts else (_make_grades_section(card, comparison, id),),
             (
                 # Servers do not tell them.
-                *((parts.Shown(f"{id}-size", "Size", (parts.Sizes(*sizes),)),) if any(sizes) else ()),
-                parts.Shown(f"{id}-from", "Where it came from", origin),
+                *((parts.PageSection(f"{id}-size", "Size", (parts.Sizes(*sizes),)),) if any(sizes) else ()),
+                parts.PageSection(f"{id}-from", "Where it came from", origin),
             ),
         ),
         id=id,
     )
 
 
-def _make_grades_section(card: Card, comparison: Comparison, id: str) -> parts.Shown:
+def _make_grades_section(card: Card, comparison: Comparison, id: str) -> parts.PageSection:
     rows = [
         (
             clean(grade.subject, 80),
@@ -252,7 +254,7 @@ def _make_grades_section(card: Card, comparison: Comparison, id: str) -> parts.S
     mark = describe_mark(comparison.probes, "The long line on the bar of all domains")
     note = parts.Note(LEGEND, drawn=" ".join(filter(None, (parts.BAR, mark))))
     gates = gate.tabulate_results(card, comparison)
-    return parts.Shown(f"{id}-card", "Report card", (graded, note, *gates), look="card")
+    return parts.PageSection(f"{id}-card", "Report card", (graded, note, *gates), look="card")
 
 
 def _write_kept(counts: Counts, kept: str) -> tuple[str, str, str]:

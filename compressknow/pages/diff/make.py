@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from compressknow._version import __version__
 from compressknow.base.format import clean, count, number, write_percent, write_size
-from compressknow.base.notebook import Shown, Summary
+from compressknow.base.notebook import Summary, SummaryRepr
 from compressknow.comparison.diff import CheckpointDiff, DiffSums, Key, Kind, TensorDiff, group_tensors, sum_tensors
 from compressknow.comparison.paired import Pair, order_domains, pair_answers
 from compressknow.comparison.records import Counts
@@ -35,7 +35,7 @@ class Behaviour:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class CheckpointComparison(Shown):
+class CheckpointComparison(SummaryRepr):
     """Comparison of two checkpoints, b against a. They are `identical` where all files that decide what they answer are
     the same to the byte; there is no `difference` then, nor where the weights cannot be read."""
 

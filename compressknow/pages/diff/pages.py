@@ -68,17 +68,17 @@ def make_comparison_page(
         parts.Entries(_describe_checkpoint(comparison.b), "B"),
     )
     method = (*METHOD, *(clean(sentence, 2000) for sentence in (there.method if there else ())))
-    how = parts.Shown("how", "How it was made", parts.show_run(comparison.command, comparison.versions))
-    weights: tuple[parts.Shown, ...] = ()
+    how = parts.PageSection("how", "How it was made", parts.show_run(comparison.command, comparison.versions))
+    weights: tuple[parts.PageSection, ...] = ()
     if difference and difference.tensors:
         groups = sum_groups(difference)
         table = build_sums_table("What differs by group of layers", "Group", groups, difference.total)
-        weights = (parts.Shown("groups", "Weights", (table,)),)
+        weights = (parts.PageSection("groups", "Weights", (table,)),)
     behaviour, show_facts = comparison.behaviour, comparison.show_facts
     sections = (
         *(_show_behaviour(behaviour, facts, shown, show_facts=show_facts, charts=charts) if behaviour else ()),
         *(_show_difference(difference, comparison.files, tensors) if difference else ()),
-        parts.Shown("compare-method", "Method", (parts.Sentences(method),), look="text"),
+        parts.PageSection("compare-method", "Method", (parts.Sentences(method),), look="text"),
     )
     return parts.Page(
         what="comparison",
@@ -92,8 +92,8 @@ def make_comparison_page(
         front=(
             (*weights, how),
             (
-                parts.Shown("compare-size", "Size", (parts.Sizes(comparison.a.bytes, comparison.b.bytes),)),
-                parts.Shown("from", "Which checkpoints", origin),
+                parts.PageSection("compare-size", "Size", (parts.Sizes(comparison.a.bytes, comparison.b.bytes),)),
+                parts.PageSection("from", "Which checkpoints", origin),
             ),
         ),
     )
@@ -128,27 +128,27 @@ def _describe_checkpoint(side: ModelRecord) -> tuple[parts.Entry, ...]:
 
 def _show_behaviour(
     behaviour: Behaviour, facts: int, shown: int, *, show_facts: bool, charts: bool
-) -> Iterator[parts.Shown]:
+) -> Iterator[parts.PageSection]:
     probes = pair_probes(behaviour)
     there = behaviour.b_against_a
     gates = tabulate_results(there, there.comparisons[0])
-    yield parts.Shown("compare-knowledge", "Knowledge", (*gates, *_show_knowledge(probes)))
+    yield parts.PageSection("compare-knowledge", "Knowledge", (*gates, *_show_knowledge(probes)))
     texts = parts.draw_charts(_show_texts(behaviour), "compare-text", charts)
-    yield parts.Shown("compare-text", "Running text", tuple(texts))
+    yield parts.PageSection("compare-text", "Running text", tuple(texts))
     if probes:
         answers = _show_answers(behaviour.answers, facts, shown) if show_facts else (parts.NO_FACTS,)
-        yield parts.Shown("compare-answers", "Answers side by side", tuple(answers))
+        yield parts.PageSection("compare-answers", "Answers side by side", tuple(answers))
 
 
-def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors: int) -> Iterator[parts.Shown]:
+def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors: int) -> Iterator[parts.PageSection]:
     if difference.total.energy_change or not difference.total.finite:
-        yield parts.Shown("compare-map", "By layer and module", tuple(_show_map(difference)))
+        yield parts.PageSection("compare-map", "By layer and module", tuple(_show_map(difference)))
         if layers := sum_layers(difference):
             table = build_sums_table("Linear weights by layer", "Layer", layers)
-            yield parts.Shown("compare-layers", "By layer", (table,))
-    yield parts.Shown("compare-tensors", "By tensor", tuple(_show_tensors(difference, tensors)))
+            yield parts.PageSection("compare-layers", "By layer", (table,))
+    yield parts.PageSection("compare-tensors", "By tensor", tuple(_show_tensors(difference, tensors)))
     stored = build_settings_table(difference, files), build_structure_table(difference)
-    yield parts.Shown("compare-structure", "Settings and structure", tuple(table for table in stored if table))
+    yield parts.PageSection("compare-structure", "Settings and structure", tuple(table for table in stored if table))
 
 
 def _show_texts(behaviour: Behaviour) -> Iterator[parts.Part]:

@@ -99,18 +99,18 @@ class Claim:
             if not all(bound.is_below for bound in self.bounds):
                 return DOES_NOT_HOLD
             return CANNOT_TELL if self.missing else HOLDS
-        return decide([(each.part, each.direction) for each in self.comparisons], self.parts)
+        return answer_claim([(each.part, each.direction) for each in self.comparisons], self.parts)
 
 
-def decide(directions: Sequence[tuple[str, int]], parts: Sequence[str]) -> str:
+def answer_claim(directions: Sequence[tuple[str, int]], parts: Sequence[str]) -> str:
     """Return the answer to a claim from its comparisons, given as pairs of part and direction.
 
     It does not hold where any comparison separates its cells the other way round. It holds where none does and, in each
     part of the claim, at least one separates them as claimed. Else nothing can be told.
 
-    >>> decide([("", 1), ("", 0)], [""]), decide([("", 1), ("", -1)], [""])
+    >>> answer_claim([("", 1), ("", 0)], [""]), decide([("", 1), ("", -1)], [""])
     ('holds', 'does not hold')
-    >>> decide([("20", 1), ("40", 0)], ["20", "40"])
+    >>> answer_claim([("20", 1), ("40", 0)], ["20", "40"])
     'cannot tell'
     """
     if any(direction < 0 for _, direction in directions):

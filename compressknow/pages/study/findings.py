@@ -345,7 +345,7 @@ def _describe_rates(pairs: Sequence[claims.CellComparison], parts: Sequence[str]
     against = [pair for pair in known if pair.rate_direction < 0]
     best = min(against or known, key=lambda pair: pair.rate_p_holm or 0.0)
     rate = 100 * (best.rate.value or 0.0)
-    answer = claims.decide([(pair.part, pair.rate_direction) for pair in pairs], parts)
+    answer = claims.answer_claim([(pair.part, pair.rate_direction) for pair in pairs], parts)
     how = f"{number(abs(rate))} {'more' if rate > 0 else 'fewer'} points of accuracy per million than"
     return (
         f"Per million parameters changed: {answer}. {names[best.more]} loses "

@@ -111,23 +111,25 @@ def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> parts.Page:
     )
 
 
-def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[parts.Shown]:
+def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[parts.PageSection]:
     findings, by_method = evaluate_findings(study)
     conclusions = summary.draw_conclusions(study, findings)
     method = tuple(clean(sentence, 2000) for sentence in study.method)
     run = parts.show_run(study.command, study.versions, (*parts.list_identity(study.original), *_describe_run(study)))
-    yield parts.Shown("found", "What was found", tuple(_show_conclusions(study, conclusions, charts)))
+    yield parts.PageSection("found", "What was found", tuple(_show_conclusions(study, conclusions, charts)))
     shown = {each.chart for each in conclusions}
-    yield parts.Shown("charts", "Charts", tuple(_show_charts([chart for chart in charts if chart.name not in shown])))
+    yield parts.PageSection(
+        "charts", "Charts", tuple(_show_charts([chart for chart in charts if chart.name not in shown]))
+    )
     title = "The paper's ten findings, tested on this model"
-    yield parts.Shown("findings", title, tuple(_show_findings(study, findings)))
-    yield parts.Shown("methods", "The findings by method", tuple(_show_methods(by_method)))
-    yield parts.Shown("tables", "The paper's tables", tuple(_show_paper_tables(study)), look="wide")
-    yield parts.Shown("cells", "All cells", tuple(_show_cells(study)), look="wide")
-    yield parts.Shown("failed", "Cells that failed", _show_failed(study.failed))
-    yield parts.Shown("refused", "Cells that this model cannot have", _show_failed(study.refused))
-    yield parts.Shown("method", "Method and limits", (parts.Sentences((*method, *_DEFINITIONS)),), look="text")
-    yield parts.Shown("run", "The run", run, look="text")
+    yield parts.PageSection("findings", title, tuple(_show_findings(study, findings)))
+    yield parts.PageSection("methods", "The findings by method", tuple(_show_methods(by_method)))
+    yield parts.PageSection("tables", "The paper's tables", tuple(_show_paper_tables(study)), look="wide")
+    yield parts.PageSection("cells", "All cells", tuple(_show_cells(study)), look="wide")
+    yield parts.PageSection("failed", "Cells that failed", _show_failed(study.failed))
+    yield parts.PageSection("refused", "Cells that this model cannot have", _show_failed(study.refused))
+    yield parts.PageSection("method", "Method and limits", (parts.Sentences((*method, *_DEFINITIONS)),), look="text")
+    yield parts.PageSection("run", "The run", run, look="text")
 
 
 def _show_conclusions(

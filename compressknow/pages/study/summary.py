@@ -20,7 +20,7 @@ CLIFF = 0.90  # knowledge kept falls off the cliff at the first amount that keep
 
 
 @dataclass(frozen=True, slots=True)
-class Least:
+class LossRanking:
     """Order of what hurts least: modules at a level of pruning, or the methods that prune a module.
 
     It is `clear` where the first is significantly better than each other at one amount at least, and nowhere worse (a
@@ -67,7 +67,7 @@ _Key = TypeVar("_Key")
 _Compared = tuple[str, tuple[float, ...], Mapping[str, Sequence[StudyCell]]]
 
 
-def rank_cells(study: Study) -> dict[str, tuple[Least, ...]]:
+def rank_cells(study: Study) -> dict[str, tuple[LossRanking, ...]]:
     """Return all orders of what hurts least, tested together, where there are at least two to compare.
 
     ``modules``: overall, attention and feed-forward, pruned by the same amounts. ``methods``: those that prune a module
@@ -98,7 +98,8 @@ def rank_cells(study: Study) -> dict[str, tuple[Least, ...]]:
     clear = (claim.answer == HOLDS for claim in adjust_claims(claims))
     return {
         kind: tuple(
-            Least(level, amounts, _average_kept(cells), next(clear), next(clear)) for level, amounts, cells in of_kind
+            LossRanking(level, amounts, _average_kept(cells), next(clear), next(clear))
+            for level, amounts, cells in of_kind
         )
         for kind, of_kind in compared.items()
     }
@@ -192,7 +193,7 @@ def write_verdict(study: Study) -> str:
     return f"{clean(study.original.name, _NAME)}{by}: {'; '.join(parts)}."
 
 
-def _summarize_modules(least: Sequence[Least]) -> str:
+def _summarize_modules(least: Sequence[LossRanking]) -> str:
     """Say which module hurts least; levels with the same answer together."""
     by_module: dict[str, list[str]] = {}
     for each in least:
@@ -203,7 +204,7 @@ def _summarize_modules(least: Sequence[Least]) -> str:
     )
 
 
-def _summarize_methods(least: Sequence[Least]) -> str:
+def _summarize_methods(least: Sequence[LossRanking]) -> str:
     """Name the method that is best at each module, or worst, where one is."""
     modules: dict[str, list[str]] = {}
     for each in least:
@@ -284,11 +285,11 @@ def draw_conclusions(study: Study, findings: Sequence[Finding]) -> tuple[Conclus
     return tuple(sorted(conclusions, key=lambda each: order.index(each.chart)))
 
 
-def _conclude_modules(treated: str, least: Least, what: str, chart: str) -> Conclusion:
+def _conclude_modules(treated: str, least: LossRanking, what: str, chart: str) -> Conclusion:
     return _conclude_order(least, f"{treated}, {_claim_least(least, 'module')}", least.clear, what, chart)
 
 
-def _conclude_method(study: Study, least: Least) -> Conclusion:
+def _conclude_method(study: Study, least: LossRanking) -> Conclusion:
     """Say that a method hurts least or, where only that is clear, that one hurts most."""
     amounts = " to ".join(f"{amount:g}" for amount in dict.fromkeys((least.amounts[0], least.amounts[-1])))
     claim = clean(least.claim, 80) if least.clear_worst else _claim_least(least, "method")
@@ -301,7 +302,7 @@ def _conclude_method(study: Study, least: Least) -> Conclusion:
     )
 
 
-def _conclude_axis(study: Study, axis: Axis, orders: Sequence[Least]) -> Iterator[Conclusion]:
+def _conclude_axis(study: Study, axis: Axis, orders: Sequence[LossRanking]) -> Iterator[Conclusion]:
     """Yield, of amounts, where each group falls; of all else, which value hurts least where nothing else differs."""
     if axis.is_amount:
         groups = {group: {cell.percent: cell for cell in cells.values()} for group, cells in axis.groups}
@@ -317,12 +318,12 @@ def _name_kept(averaged: Sequence[object]) -> str:
     return "kept on average" if len(averaged) > 1 else "kept"
 
 
-def _claim_least(least: Least, kind: str, before: str = "") -> str:
+def _claim_least(least: LossRanking, kind: str, before: str = "") -> str:
     # Where all keep the same, to name the first of them would say what nobody saw.
     return f"{before + clean(least.best, 60) if len(set(least.kept.values())) > 1 else f'one {kind}'} hurts least"
 
 
-def _conclude_order(least: Least, claim: str, clear: bool, what: str, chart: str) -> Conclusion:
+def _conclude_order(least: LossRanking, claim: str, clear: bool, what: str, chart: str) -> Conclusion:
     each = [f"{clean(name, 60)} {share(kept)}" for name, kept in least.kept.items()]
     numbers = join_words(each) if len(each) <= _MOST else f"from {each[0]} to {each[-1]}, of {count(len(each))}"
     return Conclusion("", claim, HOLDS if clear else CANNOT_TELL, f"{what}: {numbers}", chart)

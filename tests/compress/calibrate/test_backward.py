@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from compressknow.compress.calibrate.backward import Batch, Product, compute_gradients
+from compressknow.compress.calibrate.backward import Product, ScoredBatch, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
 from compressknow.compress.sources import Sources
 from compressknow.model.groups import read_structure
@@ -61,7 +61,7 @@ def test_inputs_and_gradients_at_outputs_give_the_gradient_of_the_weight(name: s
     weights = [weight for weight in structure.linears if weight.layer is not None and weight.group != "vision"]
     with OpenFiles() as files:
         streamed = StreamedModel(tree, Sources(checkpoint, tree, structure), files)
-        (scores,) = compute_gradients(streamed, weights, [Batch(inputs, 2, positions, score)], visit)
+        (scores,) = compute_gradients(streamed, weights, [ScoredBatch(inputs, 2, positions, score)], visit)
     expected_scores = score(model(**inputs).logits[:, None].expand(-1, 2, -1, -1))
     torch.testing.assert_close(scores, expected_scores.detach())
     expected_scores.sum().backward()
@@ -85,7 +85,7 @@ def test_layers_that_read_the_same_tensor_keep_it_once(tmp_path: Path) -> None:
     with OpenFiles() as files:
         streamed = StreamedModel(tree, Sources(checkpoint, tree, structure), files)
         weights = [weight for weight in structure.linears if ".layer.1.attention.self." in weight.module]
-        batch = Batch({"input_ids": ids}, 1, torch.arange(ids.shape[1])[None], score)
+        batch = ScoredBatch({"input_ids": ids}, 1, torch.arange(ids.shape[1])[None], score)
         compute_gradients(streamed, weights, [batch], visit)
     assert len(kept) == 3
     assert len(set(kept.values())) == 1
@@ -96,7 +96,7 @@ def test_a_matrix_that_is_multiplied_in_parts_is_left_out(tmp_path: Path) -> Non
     model, _ = built("DeepseekV4ForCausalLM")
     model.save_pretrained(tmp_path / "in")
     ids = torch.arange(5, 29).reshape(2, 12)
-    texts = [Batch({"input_ids": ids}, 1, torch.arange(12).expand(2, -1), score)]
+    texts = [ScoredBatch({"input_ids": ids}, 1, torch.arange(12).expand(2, -1), score)]
     names = measure(*open_complete(tmp_path / "in"), SchemeRoundings(), None, texts).weights
     assert any(name.endswith("o_b_proj.weight") for name in names)
     assert not any(name.endswith("o_a_proj.weight") for name in names)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compressknow.base.errors import CompressknowError
 from compressknow.compress.blocks import Pool
-from compressknow.compress.calibrate.gathering import InputStatistics, InputSums, Key, Watch
+from compressknow.compress.calibrate.gathering import InputRecorder, InputStatistics, InputSums, Key
 from compressknow.compress.calibrate.model import Call, StreamedModel
 from compressknow.compress.calibrate.walk import Visitor, observe, walk
 from compressknow.compress.sources import Sources
@@ -129,7 +129,7 @@ def test_what_is_seen_block_by_block_is_what_the_whole_model_shows(name: str, ke
 def test_a_matrix_whose_rows_read_different_inputs_is_seen_with_all_of_them() -> None:
     """DeepSeek V4 multiplies each group of its rows with a part of the heads."""
     weight, inputs = torch.rand(6, 4), torch.rand(3, 5, 4)
-    with Watch({"matrix": weight, "stack": (stack := torch.rand(3, 2, 4))}) as watch:
+    with InputRecorder({"matrix": weight, "stack": (stack := torch.rand(3, 2, 4))}) as watch:
         torch.bmm(inputs, weight.view(3, 2, 4).transpose(1, 2))
         torch.bmm(inputs, stack.transpose(1, 2))
     assert [key for key, _ in watch.seen] == [Key("matrix")] * 3 + [Key("stack", number) for number in range(3)]
@@ -138,7 +138,7 @@ def test_a_matrix_whose_rows_read_different_inputs_is_seen_with_all_of_them() ->
 
 def test_a_copy_is_of_what_was_read_though_another_lay_in_its_place() -> None:
     weights, read = {str(number): torch.rand(3, 64) for number in range(20)}, list(torch.rand(20, 10, 64))
-    with Watch(weights, copies=True) as watch:
+    with InputRecorder(weights, copies=True) as watch:
         for inputs, weight in zip(read, weights.values(), strict=True):
             functional.linear(inputs.clone(), weight)
     assert all(torch.equal(seen, inputs) for (_, seen), inputs in zip(watch.seen, read, strict=True))

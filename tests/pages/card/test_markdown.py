@@ -14,7 +14,7 @@ from compressknow.base.format import clean
 from compressknow.pages import pages
 from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.pages import escape_markdown
-from compressknow.pages.parts import Folded, Page, Shown
+from compressknow.pages.parts import Folded, Page, PageSection
 from tests.pages.card.cards import card_of_one
 from tests.pages.card.test_html import CARDS
 from tests.pages.card.test_make import card_of
@@ -98,7 +98,7 @@ def test_method_and_glossary_are_two_lists() -> None:
 
 
 def test_a_fold_of_nothing_leaves_nothing() -> None:
-    assert pages.render_markdown(Page("Title", (Shown("a", "A", (Folded("Fold", ()),)),))) == "# Title\n\n## A\n"
+    assert pages.render_markdown(Page("Title", (PageSection("a", "A", (Folded("Fold", ()),)),))) == "# Title\n\n## A\n"
 
 
 def test_one_fact_is_singular() -> None:

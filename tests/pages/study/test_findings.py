@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from compressknow.comparison.intervals import average_estimates, compare_rates
-from compressknow.pages.study.claims import compare_cells, decide, measure_decline, measure_remaining
+from compressknow.pages.study.claims import answer_claim, compare_cells, measure_decline, measure_remaining
 from compressknow.pages.study.findings import Finding, evaluate_findings
 from compressknow.pages.study.summary import find_cliffs, rank_cells, write_verdict
 from tests.comparison.test_clusters import shares
@@ -235,10 +235,10 @@ def test_mean_of_one_figure_is_itself_and_none_makes_none() -> None:
 
 
 def test_claim_of_several_parts_needs_each() -> None:
-    assert decide([("a", 1), ("b", 0)], ["a", "b"]) == "cannot tell"
-    assert decide([("a", 1), ("b", 1), ("b", 0)], ["a", "b"]) == "holds"
-    assert decide([("a", 1), ("b", -1)], ["a", "b"]) == "does not hold"
-    assert decide([], [""]) == "cannot tell"
+    assert answer_claim([("a", 1), ("b", 0)], ["a", "b"]) == "cannot tell"
+    assert answer_claim([("a", 1), ("b", 1), ("b", 0)], ["a", "b"]) == "holds"
+    assert answer_claim([("a", 1), ("b", -1)], ["a", "b"]) == "does not hold"
+    assert answer_claim([], [""]) == "cannot tell"
 
 
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])

@@ -28,9 +28,9 @@ from compressknow.pages.parts import (
     Folded,
     Note,
     Page,
+    PageSection,
     Part,
     Remarks,
-    Shown,
     Table,
     Text,
     draw_charts,
@@ -211,7 +211,7 @@ def _measure(
 
 def show_sections(
     original: ModelRecord, comparison: Comparison, id: str, limits: Limits, *, show_facts: bool
-) -> tuple[tuple[Shown, ...], tuple[str, ...]]:
+) -> tuple[tuple[PageSection, ...], tuple[str, ...]]:
     """Return the sections of one comparison, whose ids begin with `id`, and why others are left out."""
     shown, failures = [], []
     for name, section in _list_sections(comparison):
@@ -224,14 +224,14 @@ def show_sections(
             finished = tuple(draw_charts(parts, f"{id}-{name}", limits.charts))
             if not SECTIONS.is_built_in(name):
                 # What is missing in a part is seen here, or it would take the whole page with it.
-                render_html(Page("", (Shown("", "", finished),)))
+                render_html(Page("", (PageSection("", "", finished),)))
         except Exception as error:
             if SECTIONS.is_built_in(name):
                 raise
             failures.append(_describe_failure(name, error))
             continue
         if finished:
-            shown.append(Shown(f"{id}-{name}", clean(section.title, 80), finished))
+            shown.append(PageSection(f"{id}-{name}", clean(section.title, 80), finished))
     return tuple(shown), tuple(failures)
 
 

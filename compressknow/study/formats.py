@@ -21,7 +21,7 @@ from compressknow.compress.recipe import EXPORT, Recipe, to_toml
 from compressknow.compress.schemes import FUSED
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
-from compressknow.gguf.choice import Choice, Fit, Rounding
+from compressknow.gguf.choice import Rounding, SizeFit, TypeChoice
 from compressknow.gguf.converter import find_converter, read_version
 from compressknow.gguf.tensors import Tensors, align, describe_tensors, measure_overhead
 from compressknow.model.gguf_file import read_gguf
@@ -52,7 +52,7 @@ _NAMED = 3
 
 
 @dataclass(frozen=True)
-class Request:
+class SearchRequest:
     """Options of a search: the share of knowledge to `keep`, or the `size` of the file in bytes, one of `FORMS` or None
     for what suits the model, and what decides the types; `must` are those that are not to be chosen.
 
@@ -86,7 +86,7 @@ class Request:
             allocation.check_must(self.must)
 
 
-class Form(ABC):
+class FileFormat(ABC):
     """Kind of file that can be made of a model."""
 
     name: ClassVar[str]
@@ -178,13 +178,13 @@ class Form(ABC):
         """Return what makes it again, as TOML."""
 
 
-class GgufForm(Form):
+class GgufFormat(FileFormat):
     """Files for llama.cpp, by an export of the model that has neither types nor a size, but the file in between, of
     which `tensors` and `overhead` are."""
 
     name, place = GGUF, "model.gguf"
 
-    def __init__(self, job: Export, tensors: Tensors, overhead: int, target: allocation.Target) -> None:
+    def __init__(self, job: Export, tensors: Tensors, overhead: int, target: allocation.SizeTarget) -> None:
         from compressknow.study.measuring import GgufRoundings
 
         self.roundings = GgufRoundings()
@@ -209,7 +209,7 @@ class GgufForm(Form):
         # What it was asked to fit is no part of a file: two budgets may make one.
         target = replace(self._target, size=found.nbytes)
         fitted = allocation.describe_fit(found, found.nbytes, target, self.guidance)
-        fit = Fit(target.label, found.nbytes, lambda *_: fitted, target.rounding, self.texts)
+        fit = SizeFit(target.label, found.nbytes, lambda *_: fitted, target.rounding, self.texts)
         write(replace(self._job, fit=fit), place, begin=begin)
 
     def recipe(self, found: allocation.Allocation) -> str:
@@ -226,13 +226,13 @@ class GgufForm(Form):
         return f"[{EXPORT}]\n{to_toml({**values, 'steps': []})}\n\n[{EXPORT}.types]\n{table}"
 
 
-class CheckpointForm(Form):
+class CheckpointFormat(FileFormat):
     """Checkpoints whose blocks have weights of 8 or 4 bits, or as they are. Raises UsageError for a rule of `must` that
     names nothing, or a type that there is not; and what planning a conversion does."""
 
     name, place = CHECKPOINT, "model"
 
-    def __init__(self, model: StudyModel, request: Request) -> None:
+    def __init__(self, model: StudyModel, request: SearchRequest) -> None:
         from compressknow.compress.sources import Sources
         from compressknow.model.tensors import DTYPE_SIZES
         from compressknow.study.measuring import SchemeRoundings
@@ -258,9 +258,9 @@ class CheckpointForm(Form):
         for module, weight in self._weights.items():
             shape = weight.shape[::-1] if weight.transposed else weight.shape
             rows[module] = shape[-1]
-            table[module] = {NONE: allocation.Option(exact[module], 0.0)}
+            table[module] = {NONE: allocation.TypeOption(exact[module], 0.0)}
             for kind in self.roundings.list_legal(shape):
-                table[module][kind] = allocation.Option(self.roundings.nbytes(kind, shape) + _SHAPE, 0.0)
+                table[module][kind] = allocation.TypeOption(self.roundings.nbytes(kind, shape) + _SHAPE, 0.0)
         self._options = allocation.pin_types(table, _resolve_modules(self._weights, request.must), rows)
         self._units = _list_units(self._weights)
         whole = sum(each.nbytes for each in stored) + header
@@ -396,9 +396,9 @@ def build_rules(types: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 @contextmanager
-def open_form(
-    model: StudyModel, request: Request, folder: Path, begin: Begin, on_progress: Listener | None = None
-) -> Iterator[Form]:
+def open_format(
+    model: StudyModel, request: SearchRequest, folder: Path, begin: Begin, on_progress: Listener | None = None
+) -> Iterator[FileFormat]:
     """Yield the form of a search; the file in between of GGUF files lies in `folder` meanwhile.
 
     Raises CompressknowError where there can be none.
@@ -407,16 +407,16 @@ def open_form(
 
     form = request.to or (GGUF if find_family(model.maker.tree) == "causal" else CHECKPOINT)
     if form == CHECKPOINT:
-        yield CheckpointForm(model, request)
+        yield CheckpointFormat(model, request)
         return
     require(*NEEDED)
     from compressknow.compress.sources import check_usable
     from compressknow.gguf.export import prepare, write_floats
 
     # Of a share, the size is yet to be chosen.
-    target = allocation.Target(request.size or 1, None, request.must, request.guide, request.rounding or "gptq")
+    target = allocation.SizeTarget(request.size or 1, None, request.must, request.guide, request.rounding or "gptq")
     # llama.cpp rounds with an importance matrix of the text, GPTQ without.
-    choice = Choice(calibration=request.text if target.rounding == "nearest" else None)
+    choice = TypeChoice(calibration=request.text if target.rounding == "nearest" else None)
     (source, revision), trusted = model.source, model.original.settings.trust_remote_code
     found = find_converter(fetch=True, on_progress=on_progress)
     job = prepare(source, choice, found, revision=revision, trust_remote_code=trusted)
@@ -424,4 +424,4 @@ def open_form(
     with make_scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)
         tensors = describe_tensors(read_gguf(floats), job.side)
-        yield GgufForm(replace(job, floats=floats), tensors, measure_overhead(tensors), target)
+        yield GgufFormat(replace(job, floats=floats), tensors, measure_overhead(tensors), target)
