@@ -45,7 +45,7 @@ TIME_BOUND, MEMORY_BOUND_MB, GROWTH_BOUND = 2.0, 2500, 1.1
 PEER_TIME_BOUND, PEER_MEMORY_BOUND, PEER_PERPLEXITY_BOUND = 1.5, 0.5, 0.5
 NARROW = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4}
 PEER = "llmcompressor==0.14.0.1"
-# SmolLM2's 576 channels are no multiple of 128.
+# SmolLM2's 576 channels are not a multiple of 128.
 PEER_GROUP = 64
 SEQUENCE, BATCH = 512, 4
 HELD_OUT = 64

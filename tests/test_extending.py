@@ -398,7 +398,7 @@ class TestSection:
             (("sides]", "sides], {0}"), "TypeError: Object of type set is not JSON serializable."),
             (("len(side) for", "len(side) * float('nan') for"), "ValueError: Out of range float values"),
             (('title = "Favourite answers"', 'title = ""'), "it has no title."),
-            (("order = 46", "order = 'first'"), "its order is no number."),
+            (("order = 46", "order = 'first'"), "its order is not a number."),
             (("class Favourites(Section)", "class Favourites"), "not Section"),
             (("from collections import Counter", "import nothing_like_it"), "ModuleNotFoundError"),
         ],
@@ -426,7 +426,7 @@ class TestSection:
     @pytest.mark.parametrize(
         ("change", "says"),
         [
-            (("yield Note(", "yield str("), "TypeError: `parts` gives str, which is no part of a section."),
+            (("yield Note(", "yield str("), "TypeError: `parts` gives str, which is not part of a section."),
             (("yield Note(", "yield (lambda text: Drawn('<b>'))("), "TypeError: `parts` gives Drawn"),
             (("yield Note(", "yield (lambda text: Folded('', (text,)))("), "TypeError: `parts` gives str"),
             (("yield Note(", "yield (lambda text: Facts(Table('', ('', ''), ())))("), "ValueError: facts have fewer"),
@@ -638,7 +638,7 @@ class TestPruningMethod:
             (["--prune-method", "l1-span"], "Did you mean l1-spans?"),
             (["--prune-method", "l1-spans", "--span", "1"], "span must be at least 2: 1"),
             (["--prune-method", "l1-spans", "--spam", "4"], "Did you mean --span?"),
-            (["--span", "4"], "'span' is no parameter of l1-unstructured"),
+            (["--span", "4"], "'span' is not a parameter of l1-unstructured"),
         ],
     )
     @pytest.mark.usefixtures("spans")
@@ -664,7 +664,7 @@ class TestPruningMethod:
     def test_a_grid_whose_cells_lack_a_parameter_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("grid.toml").write_text("[axes]\nprune = [0.5]\nspan = [4]\n", encoding="utf-8")
         assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml"]) == 2
-        assert "'span' is no key here" in " ".join(capsys.readouterr().err.split())
+        assert "'span' is not a key here" in " ".join(capsys.readouterr().err.split())
 
     @pytest.mark.parametrize(
         ("change", "says"),
@@ -876,7 +876,9 @@ class TestScheme:
     @pytest.mark.usefixtures("int6")
     def test_group_that_does_not_divide_is_refused_before_any_work(self, capsys: pytest.CaptureFixture[str]) -> None:
         options = ["--quantize", "int6", "--group", "48"]
-        assert refused(["convert", "model", "out", *options], capsys, "64 input channels are no multiple of the group")
+        assert refused(
+            ["convert", "model", "out", *options], capsys, "64 input channels are not a multiple of the group"
+        )
 
     @pytest.mark.parametrize(
         ("change", "says"),
@@ -886,7 +888,7 @@ class TestScheme:
             (("return (absmax", "return 0 * (absmax"), "toy_int6 adds failed. ValueError: it returns scales that"),
             (('"strategy": "group"', '"strategy": "bunch"'), "transformers could not load the output"),
             (("def arguments", "def argument"), "abstract"),
-            (("bits, lowest, highest = 6, -32, 31", "bits: int = 6"), "bits has a type, and is no parameter(...)"),
+            (("bits, lowest, highest = 6, -32, 31", "bits: int = 6"), "bits has a type, and is not a parameter(...)"),
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )

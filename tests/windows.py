@@ -1,7 +1,8 @@
 """A stand-in for Windows, as far as files go: Linux without what only POSIX has, and with what only Windows forbids.
 
-It is no Windows: it takes attributes away, gives Python's lock of Windows (`msvcrt`, here by locks of Linux that behave
-the same), and refuses what Windows refuses. `python_of` makes any Python process, and those that it starts, run so.
+It is not Windows: it takes attributes away, gives Python's lock of Windows (`msvcrt`, here by locks of Linux that
+behave the same), and refuses what Windows refuses. `python_of` makes any Python process, and those that it starts, run
+so.
 """
 
 from __future__ import annotations

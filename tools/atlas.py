@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 ATLAS = Path(__file__).resolve().parent.parent / "compressknow" / "evaluate" / "atlas"
 
-# Territories that are no sovereign state, or whose statehood is disputed.
+# Territories that are not sovereign states, or whose statehood is disputed.
 NOT_A_STATE = set(
     "AI AN AQ AS AW AX BL BM BQ BV CC CK CS CW CX EH FK FO GF GG GI GL GP GS GU HK HM IM IO JE KY MF MO MP MQ MS NC NF "
     "NU PF PM PN PR PS RE SH SJ SX TC TF TK TW UM VA VG VI WF XK YT".split()

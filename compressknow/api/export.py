@@ -246,7 +246,7 @@ def _check_importance_output(file: Path, choice: TypeChoice, output: Path, *, ov
     """Raise an error where there is no importance matrix to write, or it cannot be written there."""
     if choice.calibration is None:
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
-    record.check_beside(file, output, "--imatrix-out", "importance matrix", _is_importance, overwrite=overwrite)
+    record.check_beside(file, output, "--imatrix-out", "an importance matrix", _is_importance, overwrite=overwrite)
 
 
 def _is_importance(file: Path) -> bool:

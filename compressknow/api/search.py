@@ -252,6 +252,6 @@ def _check_winners_place(place: Path) -> None:
     """Raise OutputError where something stands in the winner's place that no search has put there."""
     if os.path.lexists(place) and not is_made(place):
         raise OutputError(
-            f"{place} exists already, and is no winner of a search.",
+            f"{place} exists already, and is not a winner of a search.",
             hint="Move it away, or choose a new folder for the search.",
         )

@@ -104,7 +104,7 @@ def _open_roundings(model: LocatedModel, to: Form | None, *, trusted: bool) -> R
     family = find_family(tree)
     if to == "gguf" and family != "causal":
         raise UnsupportedError(
-            f"{model.name} is no causal language model: there is no GGUF file of it.", hint="Give --to checkpoint."
+            f"{model.name} is not a causal language model: there is no GGUF file of it.", hint="Give --to checkpoint."
         )
     if family != "causal" or to == "checkpoint":
         return SchemeRoundings()

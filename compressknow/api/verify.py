@@ -55,7 +55,7 @@ def verify(
 
 def _verify_gguf(path: Path, listener: Listener | None, check: bool) -> Verification:
     if not path.is_file():
-        what = f"{path} is no regular file." if path.exists() else f"{path}: no such file."
+        what = f"{path} is not a regular file." if path.exists() else f"{path}: no such file."
         raise CheckpointError(what, hint="Give a file that `compressknow export` wrote.")
     require("gguf")
     with report_progress(listener, Stage("verify", str(path))) as advance:

@@ -126,7 +126,7 @@ class GateUndecided(CompressknowError):
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether Rust code of a library has panicked: what is raised then is no Exception."""
+    """Return whether Rust code of a library has panicked: what is raised then is not an Exception."""
     return type(error).__name__ == "PanicException"
 
 

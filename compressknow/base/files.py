@@ -142,7 +142,8 @@ def _lock_folder(folder: Path, wait: bool) -> int:
 
 
 def is_no_folder(path: Path) -> bool:
-    """Return whether something that is no folder is there; by one look, for another run may be removing its folder."""
+    """Return whether something that is not a folder is there; by one look, for another run may be removing its
+    folder."""
     try:
         return not stat.S_ISDIR(path.stat().st_mode)
     except OSError:
@@ -205,7 +206,7 @@ def remove_strays(folder: Path) -> None:
 
 
 def escape_name(words: str) -> str:
-    r"""Return what the system gave as a name or an argument as a text that any file can hold: bytes that are no UTF-8
+    r"""Return what the system gave as a name or an argument as a text that any file can hold: bytes that are not UTF-8
     become escapes.
 
     >>> escape_name("model\udcff")

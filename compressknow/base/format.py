@@ -62,7 +62,7 @@ def parse_size(text: str | int, option: str = "--size") -> int:
     """
     found = _SIZE.fullmatch(str(text).strip().upper())
     if found is None or found[2] not in _UNITS or float(found[1]) == 0:
-        raise UsageError(f"{option} {text}: that is no size.", hint="Write 90MB, 1.5GB or a number of bytes.")
+        raise UsageError(f"{option} {text}: that is not a size.", hint="Write 90MB, 1.5GB or a number of bytes.")
     return int(float(found[1]) * _UNITS[found[2]])
 
 

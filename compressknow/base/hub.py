@@ -58,7 +58,7 @@ def check_repo(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UsageError(
-            f"{repo!r} is no name of a repository on the Hub.",
+            f"{repo!r} is not a name of a repository on the Hub.",
             why=_get_first_line(error),
             hint="Write OWNER/NAME, such as me/smollm2-int8.",
         ) from None

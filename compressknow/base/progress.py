@@ -46,7 +46,7 @@ class PanicError(Exception):
 
 @contextlib.contextmanager
 def translate_panics() -> Iterator[None]:
-    """Raise a panic of tokenizers, which is no Exception, as PanicError; what Rust prints of it is not seen."""
+    """Raise a panic of tokenizers, which is not an Exception, as PanicError; what Rust prints of it is not seen."""
     try:
         with _silence(2):
             yield

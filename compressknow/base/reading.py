@@ -40,12 +40,12 @@ _KINDS = {
 
 
 class NotReadable(ValueError):
-    """File that is no regular one, larger than its kind can be, or no JSON or TOML. The text says which."""
+    """File that is not a regular one, larger than its kind can be, or no JSON or TOML. The text says which."""
 
 
 def open_regular(path: Path, most: int | None = None) -> BufferedReader:
-    """Open a file for reading. Never waits, as opening a pipe would. Raises NotReadable where it is no regular file, or
-    has more than `most` bytes; OSError where it cannot be opened."""
+    """Open a file for reading. Never waits, as opening a pipe would. Raises NotReadable where it is not a regular file,
+    or has more than `most` bytes; OSError where it cannot be opened."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         _check(os.fstat(descriptor), most)
@@ -125,7 +125,7 @@ def parse_json(
     content: bytes, *, most_values: int = MOST_VALUES, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
     """Return the value of a JSON text in UTF-8; `pairs` makes an object of its keys and values. Raises NotReadable
-    where it holds more than `most_values` values or is nested too deeply, ValueError where it is no JSON."""
+    where it holds more than `most_values` values or is nested too deeply, ValueError where it is not JSON."""
     # Each value but the first follows one of these.
     if sum(content.count(mark) for mark in (b",", b":", b"[", b"{")) > most_values:
         raise NotReadable(f"it holds more than {most_values:,} values")
@@ -164,14 +164,21 @@ def compute_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", list: "list", dict: "object"}
+_NAMES = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def find_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
     """Return what in a value does not fit a form, and where; None where all does.
 
     >>> find_mismatch({"n": [1, 2.5]}, {"n": [int], "name?": str})
-    'n[1] is no whole number'
+    'n[1] is not a whole number'
     """
     if isinstance(form, tuple):
         wrong = [find_mismatch(value, each, where) for each in form]
@@ -179,15 +186,14 @@ def find_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
         kinds = [isinstance(value, (dict, list)) == isinstance(each, (dict, list)) for each in form]
         return None if None in wrong else wrong[kinds.index(True) if True in kinds else 0]
     if form is None or isinstance(form, type):
-        kind = "not null" if form is None else f"no {_NAMES[form]}"
-        return None if _is(value, form) else f"{where} is {kind}"
+        return None if _is(value, form) else f"{where} is not {_NAMES[form] if form else 'null'}"
     if isinstance(form, list):
         if not isinstance(value, list):
-            return f"{where} is no list"
+            return f"{where} is not a list"
         mismatches = (find_mismatch(entry, form[0], f"{where}[{i}]") for i, entry in enumerate(value))
         return next(filter(None, mismatches), None)
     if not isinstance(value, Mapping):
-        return f"{where} is no object"
+        return f"{where} is not an object"
     return _find_mismatch_in_object(value, form, "" if where == "it" else f"{where}.")
 
 
@@ -280,7 +286,8 @@ def _is_path(dataset: str) -> bool:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Hide progress bars where stderr is no terminal, and log lines of `datasets` beside the error that is raised."""
+    """Hide progress bars where stderr is not a terminal, and log lines of `datasets` beside the error that is
+    raised."""
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()

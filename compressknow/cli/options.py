@@ -150,7 +150,7 @@ def read_type_of(value: Any) -> tuple[str, str]:
     """Split SCOPE=TYPE or REGEX=TYPE at the last equals sign."""
     which, sign, chosen = str(value).rpartition("=")
     if not sign or not which or not chosen:
-        raise click.BadParameter(f"{value!r} is no SCOPE=TYPE; write attention=q8_0.")
+        raise click.BadParameter(f"{value!r} is not a SCOPE=TYPE; write attention=q8_0.")
     return which.strip(), chosen.strip()
 
 
@@ -380,7 +380,7 @@ def read_project_defaults(
     name: str, command: click.Command, commands: Iterable[str], open_command: Callable[[str], click.Command | None]
 ) -> dict[str, Any]:
     """Return the values that the project's file has for the options of one of `commands`, as click takes them. Raises
-    UsageError for a file that is no TOML, for a key that is no option, and where the working directory is gone."""
+    UsageError for a file that is not TOML, for a key that is not an option, and where the working directory is gone."""
     try:
         folder = Path.cwd()
     except FileNotFoundError:
@@ -471,8 +471,8 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _write_as_words(value: Any, option: click.Option, file: Path) -> Any:
-    """Return a value as the command line would have it, so that 1.5 is no whole number here either: a path as seen from
-    the file's folder; several values as a list. Raises UsageError for what is no value of the option."""
+    """Return a value as the command line would have it, so that 1.5 is not a whole number here either: a path as seen
+    from the file's folder; several values as a list. Raises UsageError for what is not a value of the option."""
     if isinstance(value, list | dict) and not option.multiple:
         raise UsageError(f"{file}: {option.name} takes one value.", hint="Write it without brackets.")
     values = [str(each) for each in (value if isinstance(value, list) else [value])]

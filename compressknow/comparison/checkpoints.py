@@ -287,7 +287,7 @@ _STACKS = {"enc": "encoder", "dec": "decoder"}
 
 
 def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: DiffSums, same: bool) -> TensorDiff:
-    # As of a checkpoint: an embedding is no Linear layer, and a vector is none.
+    # As of a checkpoint: an embedding is not a Linear layer, and a vector is none.
     linear = group not in (EMBEDDING, NOT_LINEAR)
     in_block = linear and a.layer is not None
     return TensorDiff(

@@ -93,7 +93,7 @@ def compute_brier(confidence: ArrayLike, correct: ArrayLike) -> float:
 
 
 def compute_mean_reciprocal_rank(ranks: Sequence[int | None]) -> float | None:
-    """Return the mean of 1 / rank of the gold. A gold that is no possible answer (None) has no rank however far one
+    """Return the mean of 1 / rank of the gold. A gold that is not a possible answer (None) has no rank however far one
     looks, and counts as 0; where no fact has a rank, ranks do not apply to the probe and there is no mean.
 
     >>> compute_mean_reciprocal_rank([1, 2, None, 4]), compute_mean_reciprocal_rank([None, None])

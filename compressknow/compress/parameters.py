@@ -156,7 +156,7 @@ class Parametric:
         declared = []
         for each in fields(cls):  # type: ignore[arg-type]  # every subclass is a dataclass
             if "parameter" not in each.metadata:
-                raise TypeError(f"{each.name} has a type, and is no parameter(...): leave out the type.")
+                raise TypeError(f"{each.name} has a type, and is not a parameter(...): leave out the type.")
             kind, *rest = each.metadata["parameter"]
             declared.append(Parameter(each.name, kind, each.default, *rest))
         return tuple(declared)
@@ -199,7 +199,7 @@ def make_fields_plain(step: Any) -> None:
 
 
 def is_of(kind: type, value: Any) -> bool:
-    """Return whether a value is of a parameter's kind: a bool is no number, and a whole number is a float too."""
+    """Return whether a value is of a parameter's kind: a bool is not a number, and a whole number is a float too."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float)) if kind is float else isinstance(value, kind)

@@ -278,7 +278,7 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
         if unknown := sorted((shared.keys() | parameters.keys()) - known):
             names = " and ".join(each.name for each in chosen) or "a step that drops blocks or neurons"
             hint = f"{suggest_word(unknown[0], known)}Choose from {', '.join(sorted(known))}." if known else None
-            raise UnusedOptions(f"{unknown[0]!r} is no parameter of {names}.", hint=hint, names=[unknown[0]])
+            raise UnusedOptions(f"{unknown[0]!r} is not a parameter of {names}.", hint=hint, names=[unknown[0]])
     said = {**given, **parameters}
     for place, step in enumerate(steps):
         if isinstance(step, Prune | Quantize):

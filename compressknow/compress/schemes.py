@@ -71,7 +71,7 @@ class Scheme(Parametric, abc.ABC):
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """Say in a sentence why a weight of this shape cannot be stored so; None if it can."""
         if isinstance(self.scale_per, int) and shape[1] % self.scale_per:
-            return f"Its {shape[1]} input channels are no multiple of the group size {self.scale_per}."
+            return f"Its {shape[1]} input channels are not a multiple of the group size {self.scale_per}."
         return None
 
     def fit(self, shapes: Iterable[tuple[int, ...]]) -> dict[str, Any] | None:

@@ -66,7 +66,7 @@ class Sources:
 
     def split(self, weight: LinearWeight) -> bool:
         """Take the rows of each parameter for a tensor of its own, named after it, where one tensor is stored for
-        several. False where what transformers makes of it is no cut between rows."""
+        several. False where what transformers makes of it is not a cut between rows."""
         stored = self._parts[weight.parameter][0]
         binding = self.bound[stored.name]
         if not binding.rows:

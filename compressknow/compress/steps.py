@@ -115,7 +115,7 @@ class DropBlocks:
                 what = f"There is no block {last:,}, which {self.blocks!r} names."
                 raise UsageError(what, hint="Write 20-23, 3 or 0-2,5.")
         elif not is_of(int, self.blocks) or self.blocks < 1:
-            what = f"{self.blocks!r} is no number of blocks to drop."
+            what = f"{self.blocks!r} is not a number of blocks to drop."
             raise UsageError(what, hint="Give a number such as 4, or blocks: 20-23.")
         _check_sides(self.where, "drop_blocks")
 

@@ -171,7 +171,7 @@ def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> Stor
     """Return the scale of a low-bit weight in the layout of compressed-tensors, symmetric: a number for the tensor, for
     each of its rows, or for each group of columns."""
     scale = parts.get(f"{tensor.name}_scale")
-    # A zero point, or groups of columns that are no neighbours.
+    # A zero point, or groups of columns that are not neighbours.
     more = any(f"{tensor.name}_{part}" in parts for part in ("zero_point", "g_idx"))
     if scale is None or more or scale.dtype not in FLOAT_DTYPES:
         return None

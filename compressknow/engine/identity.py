@@ -309,7 +309,7 @@ class Contents:
     ----------
     sha256 : of the names and contents of the files that decide the answers.
     states : of the files that were read, as they were when they were opened.
-    not_finite : tensors of floats that hold what is no number, and what that is: "NaN" or "an infinity".
+    not_finite : tensors of floats that hold what is not a number, and what that is: "NaN" or "an infinity".
     changed : whether they differ from what the manifest of a conversion, or the record of an export, says of them: of
         tensors, all headers are compared, and the bytes of those of at most a megabyte.
     """
@@ -322,7 +322,7 @@ class Contents:
     def check_finite(self, located: LocatedModel, *, trust_remote_code: bool = False) -> None:
         """Raise CheckpointError naming a weight that holds NaN or infinity, as `convert` does.
 
-        What is no weight, such as a mask that is stored beside them, may hold infinities.
+        What is not a weight, such as a mask that is stored beside them, may hold infinities.
         """
         for tensor, what in self.not_finite:
             if _is_weight(located, tensor, trust_remote_code):
@@ -365,7 +365,7 @@ def _list_tensors(path: Path) -> list[StoredTensor]:
 def _read_file(
     path: Path, on_bytes: Callable[[int], None] | None, small: dict[str, str]
 ) -> tuple[str, FileState, list[tuple[StoredTensor, str]]]:
-    """Return the hash of a file, its state, and which tensors hold what is no number; put the hashes of those of at
+    """Return the hash of a file, its state, and which tensors hold what is not a number; put the hashes of those of at
     most `READ_BYTES` into `small`, by name."""
     tensors = _list_tensors(path)
     flaws = {t.name: what for t in tensors if t.loaded and (what := find_not_finite(t.loaded, t))}

@@ -115,7 +115,7 @@ def load_language_model(
     quantized: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
 
     Raises CheckpointError where it lacks a language-modelling head, weights or a tokenizer: none is ever made up at
-    random; UnsupportedError where it is no language model of text.
+    random; UnsupportedError where it is not a language model of text.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, language_model=True)

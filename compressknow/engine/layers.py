@@ -125,7 +125,7 @@ class Int8Linear(EngineLinear):
         lowest, highest = tokens.aminmax()
         lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
         scale = (highest - lowest) / (self.highest - self.lowest)
-        # Where all are zero 0/0 is no number, and any point will do.
+        # Where all are zero 0/0 is not a number, and any point will do.
         zero = (self.lowest - lowest / scale).nan_to_num().clamp(self.lowest, self.highest).round()
         return scale, zero
 

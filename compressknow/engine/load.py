@@ -130,7 +130,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**source)
             if not isinstance(tokenizer.model_max_length, int | float):
                 # transformers compares it with a length, and fails in the middle of the work.
-                raise ValueError(f"its model_max_length, {tokenizer.model_max_length!r}, is no number")
+                raise ValueError(f"its model_max_length, {tokenizer.model_max_length!r}, is not a number")
         except CompressknowError:
             raise
         except Exception as error:

@@ -47,8 +47,8 @@ class Answer:
     ----------
     predicted : text of the answer that the model holds most likely; `top5` are the five most likely ones, best first,
         and `top5_logp` their log-probabilities (natural logarithm).
-    rank : 1 for the most likely answer; None where the object is no possible answer or ranks do not apply.
-    logp_gold : log-probability of the object; None where it is no possible answer.
+    rank : 1 for the most likely answer; None where the object is not a possible answer or ranks do not apply.
+    logp_gold : log-probability of the object; None where it is not a possible answer.
     choices : the number of possible answers, for chance; None where any text may be given.
     first_ids, first_logp : distribution at the answer's first position: ids of the original model's most likely tokens,
         and their log-probabilities in this model; what is left to 1 is the rest. Empty where there is none (lm-eval).

@@ -239,7 +239,7 @@ _STEPS = 65534 / math.sqrt(-LOGP_FLOOR)
 
 def shorten(log_probs: np.ndarray) -> np.ndarray:
     """Store log-probabilities in 16 bits, uint16: their square roots in equal steps, so that those near 0 are the most
-    exact. One of -1 is off by 0.00015 at most, one of -9 by 0.0005; 65,535 is no number."""
+    exact. One of -1 is off by 0.00015 at most, one of -9 by 0.0005; 65,535 is not a number."""
     roots = np.rint(np.sqrt(-np.clip(log_probs, LOGP_FLOOR, 0)) * np.float32(_STEPS))
     return np.where(np.isnan(roots), np.float32(65535), roots).astype(np.uint16)
 

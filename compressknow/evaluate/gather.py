@@ -219,7 +219,7 @@ def open_models(
 ) -> list[Answers | ModelHandle]:
     """Find, hash and check the models whose answers are not stored, and select the answers of the others to these
     probes; `revision` is the first model's. Raises what `make_handles`, `select_probes`, `check_facts` and
-    `check_comparable` do, and CheckpointError where a weight is no number."""
+    `check_comparable` do, and CheckpointError where a weight is not a number."""
     stored = [answers and select_probes(answers, [probe.name for probe in probes]) for answers in stored]
     for answers in filter(None, stored):
         for probe in probes:

@@ -34,11 +34,11 @@ NEAR = 5
 _END_OF_ANSWER = re.compile(rf"\n|[.!?;](?:\s|$)|[{STOPS}]")
 # Where one letter may follow another and belong to another word; kana of one kind run on.
 _SEAM = re.compile(rf"(?=.[{UNSPACED}]|[{UNSPACED}])(?![\u30a1-\u30ff]{{2}})", re.DOTALL)
-# What may stand before an answer and is no part of it: articles, quotes and other punctuation, but for the signs of a
+# What may stand before an answer and is not part of it: articles, quotes and other punctuation, but for the signs of a
 # number.
 _OPENING = re.compile(r"(?:[^\w\n+.$€£-]|_|(?:an?|the)(?=[\W_]))*", re.IGNORECASE)
 
-# A label is no answer where a text goes on so after it: in a longer word, or number.
+# A label is not an answer where a text goes on so after it: in a longer word, or number.
 _GOES_ON = re.compile(r"\w|(?<=\d)[.,]\d")
 
 

@@ -29,7 +29,7 @@ class _Part:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the record from a JSON object whose hash was checked; `to_dict` keeps keys that are no fields."""
+        """Build the record from a JSON object whose hash was checked; `to_dict` keeps keys that are not fields."""
         known = {each.name for each in fields(cls)} - {"read"}
         return cls(**{key: value for key, value in values.items() if key in known}, read=dict(values))
 

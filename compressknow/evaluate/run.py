@@ -96,8 +96,8 @@ def probe_model(
     Raises
     ------
     OutputError : the folder holds something else, answers of another model, or is in use by another run.
-    CompressknowError : the model or a probe is not the one of the reference; a weight is no number; the model's files
-        change meanwhile.
+    CompressknowError : the model or a probe is not the one of the reference; a weight is not a number; the model's
+        files change meanwhile.
     """
     check_unique(probes)
     handle.check_tasks(probes)
@@ -393,7 +393,7 @@ def _name_parts(folder: Path, key: str) -> Path:
 
 
 def _label(answers: Iterable[Answer], probes: Sequence[Opened]) -> Iterator[Answer]:
-    """Yield the answers with what may be corrected later, and is no part of the key: domain, subject, popularity."""
+    """Yield the answers with what may be corrected later, and is not part of the key: domain, subject, popularity."""
     facts = {(probe.name, fact.id): fact for probe in probes if isinstance(probe, Probe) for fact in probe.facts}
     for answer in answers:
         fact = facts.get((answer.probe, answer.fact_id), answer)

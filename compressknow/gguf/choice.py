@@ -220,7 +220,7 @@ class SizeFit:
     ----------
     label : ``90.0 MB by facts and text, gptq``.
     budget : the bytes that the file may have.
-    choose : takes what the file holds in 32 or 16 bits, and the bytes of all that is no matrix, and gives types.
+    choose : takes what the file holds in 32 or 16 bits, and the bytes of all that is not a matrix, and gives types.
     rounding : ``gptq``, or ``nearest``: llama.cpp's own, with the importance matrix of the export, if it has one.
     texts : what GPTQ runs over; each counts as much as the others.
     """

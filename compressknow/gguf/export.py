@@ -157,10 +157,11 @@ def prepare(
     trust_remote_code: bool = False,
 ) -> Export:
     """Open a checkpoint, and refuse what llama.cpp has no form for. Raises CheckpointError where it cannot be opened,
-    or lacks weights, or the importance matrix is of another model; UnsupportedError where it is no generating language
-    model, the converter does not know it, or its weights are packed in a way that is not known here."""
+    or lacks weights, or the importance matrix is of another model; UnsupportedError where it is not a generating
+    language model, the converter does not know it, or its weights are packed in a way that is not known here."""
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
-    # What the converter may take something of is no link out of the checkpoint: looking for the small files refuses it.
+    # What the converter may take something of is not a link out of the checkpoint: looking for the small files refuses
+    # it.
     list(list_carried_files(checkpoint.folder))
     if (card := checkpoint.folder / CARD_NAME).is_file():
         check_inside(checkpoint.folder, card)

@@ -54,7 +54,7 @@ def get_nbytes(type: str, shape: Sequence[int]) -> int:
     """Return the bytes of a weight [..., in] of this type. Raises ValueError where blocks do not divide its rows."""
     *rows, columns = shape
     if columns % (width := get_block_size(type)):
-        raise ValueError(f"rows of {columns} weights are no multiple of the {width} in a block of {type}")
+        raise ValueError(f"rows of {columns} weights are not a multiple of the {width} in a block of {type}")
     return int(np.prod(rows, dtype=np.int64)) * int(_load_ggml()[1].ggml_row_size(list_tensor_types()[type], columns))
 
 

@@ -152,7 +152,8 @@ def read_importance(path: Path) -> Importance:
         raise UsageError(f"--imatrix {path}: no such file.") from None
     except (ValueError, KeyError, IndexError, OSError, struct.error) as error:
         raise CheckpointError(
-            f"{path} is no importance matrix: {error}.", hint="Give a file that llama-imatrix or --imatrix-out wrote."
+            f"{path} is not an importance matrix: {error}.",
+            hint="Give a file that llama-imatrix or --imatrix-out wrote.",
         ) from None
 
 

@@ -268,7 +268,7 @@ def _explain_failure(path: Path, errors: list[str]) -> CheckpointError | Unsuppo
             hint="Convert the model anew, or upgrade llama.cpp: pip install --upgrade llama-cpp-py-sync",
         )
     if _NO_GGUF.search(text):
-        return CheckpointError(f"{path} is no GGUF file.", why=why, hint="Download it again.")
+        return CheckpointError(f"{path} is not a GGUF file.", why=why, hint="Download it again.")
     if _CUT.search(text):
         return CheckpointError(f"{path} is cut short or damaged.", why=why, hint="Download it again.")
     return CheckpointError(f"llama.cpp cannot load {path}.", why=why)

@@ -27,7 +27,7 @@ def check_modelfile(path: Path, output: Path, text: str, *, overwrite: bool) -> 
     that has it already may stay."""
     there = path.read_text("utf-8", "replace") if path.is_file() else ""
     is_ours, is_same = there.startswith(_FROM), there == text
-    check_beside(path, output, "--modelfile", "Modelfile", lambda _: is_ours, overwrite=overwrite or is_same)
+    check_beside(path, output, "--modelfile", "a Modelfile", lambda _: is_ours, overwrite=overwrite or is_same)
 
 
 def build_modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_code: bool = False) -> str:

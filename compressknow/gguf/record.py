@@ -118,7 +118,7 @@ def finish(output: Path, folder: Path, beside: Mapping[str, Path]) -> None:
 def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> None:
     """Raise OutputError where a GGUF file would take the place of something of the user's, UsageError for its name."""
     if output.suffix != SUFFIX:
-        raise UsageError(f"{output} is no name of a GGUF file.", hint=f"Name it {output.name}{SUFFIX}.")
+        raise UsageError(f"{output} is not a GGUF file name.", hint=f"Name it {output.name}{SUFFIX}.")
     check_overlap(output, source)
     record = get_record_path(output)
     if not os.path.lexists(output):
@@ -146,7 +146,7 @@ def check_beside(
         raise OutputError(f"{path} exists already.", hint=f"Choose another {option}, or pass --overwrite.")
     if path.exists() and not is_ours(path):
         raise OutputError(
-            f"{path} is no {what}: not overwritten.", hint=f"Remove it yourself, or choose another {option}."
+            f"{path} is not {what}: not overwritten.", hint=f"Remove it yourself, or choose another {option}."
         )
     if path.parent.is_dir():
         check_writable(path)

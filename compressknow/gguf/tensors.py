@@ -60,7 +60,7 @@ class Tensors:
             scopes = list_scopes(self.side.structure)
             kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in self.groups if "norm" not in name)
             raise UsageError(
-                f"{option} {text!r} is no scope, and matches no tensor of the GGUF file.",
+                f"{option} {text!r} is not a scope, and matches no tensor of the GGUF file.",
                 hint=f"{suggest_word(text, scopes)}Choose from {', '.join(scopes)}. Tensors (N stands for a number): "
                 f"{', '.join(kind for kind in kinds if kind.endswith('.weight'))}.",
             )

@@ -37,7 +37,7 @@ _MOST_DIMENSIONS, _MOST_BYTES_OF_A_NAME = 4, 1 << 16
 
 
 class TruncatedFile(NotReadable):
-    """File that ends before what it says that it holds does, or that is no GGUF file at all."""
+    """File that ends before what it says that it holds does, or that is not a GGUF file at all."""
 
 
 def check_whole(path: Path) -> None:
@@ -51,7 +51,7 @@ def check_whole(path: Path) -> None:
 
 
 def check_gguf(path: Path) -> None:
-    """Raise NotReadable where a file is no GGUF file, where one in Python would read it in minutes or gigabytes, or
+    """Raise NotReadable where a file is not a GGUF file, where one in Python would read it in minutes or gigabytes, or
     where its tensors do not lie as it says; OSError where it cannot be opened."""
     read_header(path).check_places()
 
@@ -84,7 +84,7 @@ class _Header:
         self._values = 0
         self._alignment, self._blocks = 32, MOST["block_count"]
         if self._file.read(4) != MAGIC:
-            raise TruncatedFile("it is no GGUF file")
+            raise TruncatedFile("it is not a GGUF file")
         _version, tensors, entries = self._number("I"), self._number("Q"), self._number("Q")
         if tensors > MOST_TENSORS or entries > MOST_VALUES:
             raise NotReadable(f"it says that it holds {tensors:,} tensors and {entries:,} values")
@@ -98,7 +98,7 @@ class _Header:
         value = self._value(self._number("I"))
         if key == _ALIGNMENT:
             if not isinstance(value, int) or value < 1 or value & (value - 1):
-                raise NotReadable(f"its tensors are aligned to {value}, which is no power of two")
+                raise NotReadable(f"its tensors are aligned to {value}, which is not a power of two")
             self._alignment = value
         name = key.rpartition(".")[2]
         if name in MOST and isinstance(value, int):

@@ -311,8 +311,8 @@ def find_missing_weights(
     """Return the weights of a checkpoint's module tree that its files do not hold, under their own name or a tied one;
     of those that transformers makes of several tensors (one for each expert), the tensors that the files lack.
 
-    A pooler that the class can be built without (``add_pooling_layer``) is no part of every checkpoint: where all of it
-    is missing, nothing is. `report` is that of the checkpoint, if it is there already.
+    A pooler that the class can be built without (``add_pooling_layer``) is not part of every checkpoint: where all of
+    it is missing, nothing is. `report` is that of the checkpoint, if it is there already.
     """
     report = report or load_report(type(tree), tree.config, list_headers(checkpoint))
     missing = set(report.missing)

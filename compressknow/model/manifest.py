@@ -72,7 +72,7 @@ def _find_oddities(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"it names {name!r}, outside the folder" for name in manifest["files"] if is_outside(name))
     for i, entry in enumerate(removed.get("blocks", [])):
         if not 0 <= entry["before"] <= MOST_BLOCKS:
-            yield f"removed.blocks[{i}].before is no number of blocks"
+            yield f"removed.blocks[{i}].before is not a number of blocks"
     for i, entry in enumerate(removed.get("neurons", [])):
         if "dropped" in entry and not _is_consistent(entry):
             yield f"removed.neurons[{i}].dropped does not say {entry['before'] - entry['after']} neurons a module"

@@ -107,7 +107,7 @@ def _list_remote_classes(raw: dict[str, Any]) -> dict[str, str]:
 
 def _is_builtin(architecture: str) -> bool:
     candidate = getattr(transformers, architecture, None)
-    # The bases that hold no layers of their own (BertPreTrainedModel) are no architecture.
+    # The bases that hold no layers of their own (BertPreTrainedModel) are not architectures.
     is_base = architecture.endswith("PreTrainedModel")
     return isinstance(candidate, type) and issubclass(candidate, PreTrainedModel) and not is_base
 
@@ -122,7 +122,7 @@ def _build_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> P
             f'{path} has model_type "{model_type}", which transformers {transformers.__version__} does not know.',
             hint="A newer transformers may, or the checkpoint brings its own code: --trust-remote-code.",
         )
-    with _explain_failures(f"{path} is no valid config of a {model_type} model."):
+    with _explain_failures(f"{path} is not a valid config of a {model_type} model."):
         # Its code may lie in another repository of the Hub.
         return AutoConfig.from_pretrained(path.parent, local_files_only=not remote, trust_remote_code=trust_remote_code)
 
@@ -147,7 +147,7 @@ def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> Pre
 
     Raises CheckpointError where no such model can be built.
     """
-    with _explain_failures(f"{path} is no valid config of {type(tree).__name__}."):
+    with _explain_failures(f"{path} is not a valid config of {type(tree).__name__}."):
         config = parse_config(tree, copy.deepcopy(raw))
     return _build(path, type(tree), config)
 
@@ -322,7 +322,7 @@ def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
 
 def _read_code(kind: type[nn.Module]) -> str:
     """Return the source of a class of transformers, or of remote code, and of its bases, without texts (names of tied
-    weights are no code) and without what sets weights."""
+    weights are not code) and without what sets weights."""
     bases = (each for each in kind.__mro__ if each not in PreTrainedModel.__mro__)
     source = "".join(inspect.getsource(base) for base in bases if not base.__module__.startswith("torch."))
     return re.sub(r"\"[^\"\n]*\"|'[^'\n]*'|def _init_weights\(.*?(?=\n    (?:def|@)|\Z)", "", source, flags=re.DOTALL)

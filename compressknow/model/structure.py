@@ -21,7 +21,7 @@ NOT_LINEAR = "not-linear"
 
 
 def check_module_map(name: str) -> None:
-    """Raise UsageError where that is no module map."""
+    """Raise UsageError where that is not a module map."""
     if name not in get_args(ModuleMap):
         raise UsageError(f"Unknown module map {name!r}.", hint="Choose structural or paper.")
 
@@ -78,12 +78,12 @@ class Structure:
     """Module tree of a checkpoint, without weights.
 
     `parameters` maps every name of the state dict (parameters and persistent buffers, tied names included) to its
-    shape, `buffers` are those of them that are no parameters; `tied` maps a name to the name that it shares its storage
-    with, as transformers ties them on loading.
-    `opaque` maps parameters that act as a weight matrix of attention or feed-forward without being a Linear layer
-    (XLNet's q, k, v, o; I-BERT's QuantLinear; SqueezeBERT's convolutions) to the group that they belong to. No scope
-    can take them, so a scope that ought to is refused rather than half compressed.
-    `prefix` is the attribute under which a model of this kind holds its base model (``bert``, ``model``).
+    shape, `buffers` are those of them that are not parameters; `tied` maps a name to the name that it shares its
+    storage with, as transformers ties them on loading. `opaque` maps parameters that act as a weight matrix of
+    attention or feed-forward without being a Linear layer (XLNet's q, k, v, o; I-BERT's QuantLinear; SqueezeBERT's
+    convolutions) to the group that they belong to. No scope can take them, so a scope that ought to is refused rather
+    than half compressed. `prefix` is the attribute under which a model of this kind holds its base model (``bert``,
+    ``model``).
     """
 
     architecture: str
@@ -107,7 +107,7 @@ class Structure:
         return {weight.parameter: weight.group or "other" for weight in self.linears}
 
     def find_group(self, parameter: str | None) -> str:
-        """Return the group of a parameter; `NOT_LINEAR` of None, and of what is no Linear weight."""
+        """Return the group of a parameter; `NOT_LINEAR` of None, and of what is not a Linear weight."""
         return self._groups.get(parameter, NOT_LINEAR)
 
     @property
@@ -166,7 +166,7 @@ SHOWN = 8
 
 
 def check_scope_names(scopes: Collection[str]) -> None:
-    """Raise UsageError for a name that is no scope of any model, or where none is given."""
+    """Raise UsageError for a name that is not a scope of any model, or where none is given."""
     if not scopes:
         raise UsageError("No scope is given.", hint=f"Choose from {', '.join(SCOPES)}.")
     for scope in scopes:
@@ -209,7 +209,7 @@ def select(
         vision tower). Weights outside the blocks are left out.
 
     Raises UsageError where a scope, a pattern or a range matches nothing, or nothing is left, UnsupportedError where a
-    scope cannot be told or compressed in full: layers that no rule places, matrices that are no Linear layers.
+    scope cannot be told or compressed in full: layers that no rule places, matrices that are not Linear layers.
     """
     check_scope_names(scopes)
     includes, excludes = compile_patterns("--include", include), compile_patterns("--exclude", exclude)
@@ -291,11 +291,11 @@ def parse_layers(layers: str) -> dict[str, range]:
     for part in layers.split(","):
         limits = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII)
         if limits is None or len(part) > 20:
-            raise UsageError(f"{layers!r} is no range of layers.", hint="Write 0-5, 3 or 0-2,5.")
+            raise UsageError(f"{layers!r} is not a range of layers.", hint="Write 0-5, 3 or 0-2,5.")
         first = int(limits.group(1))
         last = int(limits.group(2) or first)
         if last < first:
-            raise UsageError(f"{part.strip()!r} is no range of layers.", hint=f"Write {last}-{first}.")
+            raise UsageError(f"{part.strip()!r} is not a range of layers.", hint=f"Write {last}-{first}.")
         ranges[part.strip()] = range(first, last + 1)
     return ranges
 

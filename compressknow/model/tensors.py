@@ -92,7 +92,8 @@ _LARGEST = {
 
 
 def find_not_finite(raw: memoryview, tensor: StoredTensor) -> str | None:
-    """Return what is no number in a piece of a tensor's bytes, "NaN" or "an infinity"; else, or of no floats, None."""
+    """Return what is not a number in a piece of a tensor's bytes, "NaN" or "an infinity"; else, or of no floats,
+    None."""
     import numpy as np
 
     if (largest := _LARGEST.get(tensor.dtype)) is None:
@@ -264,7 +265,7 @@ def _load(path: Path) -> tuple[dict[str, Any], int]:
         raise _report_damage(path, f"its header cannot be read ({error})") from None
     metadata = header.get(METADATA, {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _report_damage(path, "its header is not a JSON object of tensors by name")
+        raise _report_damage(path, "its header is not JSON object of tensors by name")
     return header, 8 + length
 
 
@@ -276,12 +277,12 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_tensor(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
-    name.encode()  # Half a surrogate pair is no text: nothing could write it again.
+    name.encode()  # Half a surrogate pair is not text: nothing could write it again.
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_SIZES:
         raise ValueError(f"dtype {dtype!r} of {name} is unknown")
     if not isinstance(shape, list) or not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-        raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
+        raise ValueError(f"{name} has a shape or offsets that are not whole numbers")
     if end - start != math.prod(shape) * DTYPE_SIZES[dtype]:
         raise ValueError(f"{name} has shape {shape} but {end - start} bytes")
     return StoredTensor(name, dtype, tuple(shape), path, data_start + start)

@@ -248,7 +248,7 @@ def _dump_measurement(name: str, figure: records.Measurement | None) -> dict[str
 
 
 def replace_not_finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with None for what is no number.
+    """Return the values with None for what is not a number.
 
     >>> replace_not_finite({"kl": float("nan"), "text": {"tokens": 3}})
     {'kl': None, 'text': {'tokens': 3}}

@@ -29,7 +29,7 @@ _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: small, and in the page's own font
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that widths are the same everywhere
     "font.size": 11,
-    "text.parse_math": False,  # a dollar sign in a name is no formula
+    "text.parse_math": False,  # a dollar sign in a name is not a formula
     "text.color": INK,
     "axes.edgecolor": RULE,
     "axes.labelcolor": MUTED,

@@ -55,7 +55,7 @@ def make_model_card(manifest: Mapping[str, Any], source: Path) -> str:
 
 
 def read_card_metadata(card: Path) -> dict[str, Any]:
-    """Return the front matter of a model card; empty where there is none, or it is no valid YAML."""
+    """Return the front matter of a model card; empty where there is none, or it is not valid YAML."""
     try:
         match = _FRONT_MATTER.match(read_text(card, CARD_BYTES))
         metadata = yaml.safe_load(match.group(1)) if match else None
@@ -208,7 +208,7 @@ def check_metadata(front_matter: str) -> dict[str, Any]:
         metadata = yaml.safe_load(front_matter)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise OutputError(
-            "the model card's metadata is no valid YAML, and would be lost.",
+            "the model card's metadata is not valid YAML, and would be lost.",
             why=str(error).splitlines()[0],
             hint="Correct the text between the --- lines.",
         ) from error
@@ -298,12 +298,12 @@ _NOT_MEASURED = "What the model forgot by this has not been measured here.\n"
 
 
 def check_model_cards(models: Sequence[str | Path]) -> None:
-    """Raise, before any work is done, where a model is no folder whose card could be written without loss."""
+    """Raise, before any work is done, where a model is not a folder whose card could be written without loss."""
     for model in models:
         folder = Path(model)
         if not (folder / "config.json").is_file():
             raise OutputError(
-                f"{model} is no checkpoint folder: there is no model card to write into.",
+                f"{model} is not a checkpoint folder: there is no model card to write into.",
                 hint="--into-model-card wants each COMPRESSED to be a local checkpoint folder.",
             )
         with _name_errors(folder / CARD):
@@ -358,7 +358,7 @@ def _read(path: Path) -> str:
     try:
         return read_text(path, CARD_BYTES) if path.is_file() else ""
     except UnicodeDecodeError as error:
-        raise OutputError("the model card is no UTF-8 text.", why=str(error), hint="Save it as UTF-8.") from error
+        raise OutputError("the model card is not UTF-8 text.", why=str(error), hint="Save it as UTF-8.") from error
     except NotReadable as error:
         raise OutputError(f"the model card cannot be read: {error}.") from error
 

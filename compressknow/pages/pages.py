@@ -93,7 +93,7 @@ def _make_fence(text: str, least: int) -> str:
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """Return `values` as YAML; where one holds what would not be seen, all that is no ASCII is escaped."""
+    """Return `values` as YAML; where one holds what would not be seen, all that is not ASCII is escaped."""
 
     # Without a width, PyYAML folds long values over lines; some readers of front matter go line by line.
     dump: Callable[..., str] = partial(yaml.safe_dump, values, sort_keys=False, width=float("inf"))

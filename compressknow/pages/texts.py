@@ -136,7 +136,7 @@ def list_text_warnings(
         yield f"On {name} KL by token was not measured: {_WHY[OTHER_TOKENS]}."
     for who, side in zip(names, (figures.original, figures.compressed), strict=True):
         if not math.isfinite(side.value.value):
-            yield f"{who} computes no numbers (NaN), or rules tokens out, on {name}: its perplexity is no number."
+            yield f"{who} computes no numbers (NaN), or rules tokens out, on {name}: its perplexity is not a number."
 
 
 def write_measurement(figure: Measurement | None, digits: int, unit: str = "") -> str:

@@ -164,7 +164,7 @@ RECORD_FORM = {"schema": int, "version": str, "model": str, "sha256": str, "know
 
 
 def check_study_folder(folder: Path) -> None:
-    """Raise OutputError where a folder is a file, or holds something that is no study."""
+    """Raise OutputError where a folder is a file, or holds something that is not a study."""
     if is_no_folder(folder):
         raise OutputError(f"{folder} is a file.", hint="A study is kept in a folder; choose another name.")
     if not folder.is_dir():
@@ -172,7 +172,7 @@ def check_study_folder(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     # A run that was killed before it wrote its record leaves these.
     if RECORD not in names and any(name != LOCK and not name.startswith(f".{RECORD}.") for name in names):
-        raise OutputError(f"{folder} exists already, and is no study.", hint="Choose a new folder for the study.")
+        raise OutputError(f"{folder} exists already, and is not a study.", hint="Choose a new folder for the study.")
 
 
 @contextmanager

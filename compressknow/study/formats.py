@@ -206,7 +206,7 @@ class GgufFormat(FileFormat):
     def make(self, found: allocation.Allocation, place: Path, begin: Begin) -> None:
         from compressknow.gguf.export import write
 
-        # What it was asked to fit is no part of a file: two budgets may make one.
+        # What it was asked to fit is not part of a file: two budgets may make one.
         target = replace(self._target, size=found.nbytes)
         fitted = allocation.describe_fit(found, found.nbytes, target, self.guidance)
         fit = SizeFit(target.label, found.nbytes, lambda *_: fitted, target.rounding, self.texts)
@@ -365,7 +365,7 @@ def _resolve_modules(weights: Mapping[str, LinearWeight], must: Sequence[tuple[s
         ]
         if not modules:
             raise UsageError(
-                f"--must: {which!r} is no scope, and matches no module of the blocks.",
+                f"--must: {which!r} is not a scope, and matches no module of the blocks.",
                 hint=f"{suggest_word(which, SCOPES)}Choose from {', '.join(SCOPES)}, or give a regular expression.",
             )
         pins |= dict.fromkeys(modules, kind)

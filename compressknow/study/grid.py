@@ -269,7 +269,7 @@ def _check_keys(
     if unknown := sorted(set(values) - set(there)):
         owners = " or ".join(name for name in (*METHODS, *SCHEMES) if unknown[0] in _get_parameters(name))
         near = f"It needs {owners}. " if owners else suggest_word(unknown[0], there)
-        raise UsageError(f"{where}: {unknown[0]!r} is no key here.", hint=f"{near}Choose from {', '.join(there)}.")
+        raise UsageError(f"{where}: {unknown[0]!r} is not a key here.", hint=f"{near}Choose from {', '.join(there)}.")
     for keys, applies, to, hint in _APPLY:
         idle = [key for key in keys if _has(values, key)]
         if idle and not any(map(applies, points)):

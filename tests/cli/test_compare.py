@@ -124,7 +124,7 @@ def test_answers_that_are_kept_are_not_asked_again(run: Run, place: Path) -> Non
 
 def test_the_json_has_every_figure_and_its_totals_add_up(run: Run, tmp_path: Path) -> None:
     ended = run(*LLAMAS, "--json", "-o", "c.json")
-    printed = json.loads(ended.out, parse_constant=lambda value: pytest.fail(f"{value} is no JSON"))
+    printed = json.loads(ended.out, parse_constant=lambda value: pytest.fail(f"{value} is not JSON"))
     assert printed == json.loads((tmp_path / "c.json").read_text())
     assert (printed["schema"], printed["identical"], printed["behaviour"]) == (1, False, None)
     weights = printed["weights"]

@@ -195,7 +195,7 @@ def test_weights_that_lie_on_a_grid_already_are_told(tmp_path: Path, capsys: pyt
             low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
             steps = ((groups - low) / (high - low) * 15).round()
             linear.weight.data = (low + steps * (high - low) / 15).reshape_as(linear.weight).bfloat16()
-        # Zeros are no values of a grid.
+        # Zeros are not values of a grid.
         layer.mlp.down_proj.weight.data[torch.rand_like(layer.mlp.down_proj.weight) < 0.7] = 0
     model.save_pretrained(folder)
     assert record(capsys, folder)["grid"]["weights"] == 2

@@ -1,4 +1,4 @@
-"""Names that are no UTF-8, as Linux allows them, in folders, facts files and outputs."""
+"""Names that are not UTF-8, as Linux allows them, in folders, facts files and outputs."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         ("some/model is not a local folder", "Hub"),
     ),
     "answers for a model": (("probe", "{place}/on-llama", "-o", "answers"), 1, ("config.json is missing",)),
-    "a reference that is no answers folder": (
+    "a reference that is not answers folder": (
         (*PROBE, *FACTS, "--reference", "{place}/bert"),
         1,
         ("bert is not an answers folder",),
@@ -158,7 +158,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         ("--early draws facts in one wording", "Leave out --early or --templates"),
     ),
     "a gate in percent": ((*REPORT, "--fail-under", "95"), 2, ("--fail-under must be between 0 and 1", "0.95")),
-    "a gate that is no number": ((*REPORT, "--fail-under", "nan"), 2, ("--fail-under must be between 0 and 1",)),
+    "a gate that is not a number": ((*REPORT, "--fail-under", "nan"), 2, ("--fail-under must be between 0 and 1",)),
     "a gate of what is not evaluated": (
         ("report", "{place}/llama", "{place}/llama-5", *FACTS, "--fail-under", "captial=0.9", "--answers", "kept"),
         2,
@@ -453,7 +453,7 @@ def test_the_record_of_a_probe_is_printed_as_json(run: Run) -> None:
 
 def test_the_report_is_printed_as_json(run: Run, tmp_path: Path) -> None:
     ended = run("report", "{place}/on-llama", "{place}/on-llama-8", "--json", "-o", "report.json")
-    printed = json.loads(ended.out, parse_constant=lambda value: pytest.fail(f"{value} is no JSON"))
+    printed = json.loads(ended.out, parse_constant=lambda value: pytest.fail(f"{value} is not JSON"))
     assert printed == json.loads((tmp_path / "report.json").read_text())
     assert {"schema", "verdict", "original", "compressed"} <= set(printed)
     (compressed,) = printed["compressed"]

@@ -134,7 +134,7 @@ def test_what_cannot_be_any_more_is_decided_at_once() -> None:
 
 
 def test_a_share_that_is_the_gate_seems_impossible_at_no_fact_before_the_last() -> None:
-    # 3,333 of 3,999 is no float: sums of floats leave a residue, which decided such runs one fact before the end.
+    # 3,333 of 3,999 is not a float: sums of floats leave a residue, which decided such runs one fact before the end.
     known, kept = drawn(4000, 3999, 3333, 300)
     for rows in np.split(np.arange(300), 6):
         above, below = compute_capitals(known[rows], kept[rows], 3333 / 3999, 4000)

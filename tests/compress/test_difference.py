@@ -344,7 +344,7 @@ PACKED: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {
             f"{x}.weight_zero_point": torch.ones(32, 1, dtype=torch.int8),
         }
     ),
-    "int8 in groups that are no neighbours": lambda tensors, x: tensors.update(
+    "int8 in groups that are not neighbours": lambda tensors, x: tensors.update(
         {
             f"{x}.weight": torch.ones(32, 32, dtype=torch.int8),
             f"{x}.weight_scale": torch.ones(32, 4),

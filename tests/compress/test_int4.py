@@ -240,11 +240,11 @@ def test_pruned_weights_stay_zero(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def test_a_group_size_that_does_not_divide_is_refused_with_one_that_does(tmp_path: Path) -> None:
     tiny_of_groups("llama").save_pretrained(tmp_path / "in")
-    with pytest.raises(UnsupportedError, match="32 input channels are no multiple of the group size 128") as caught:
+    with pytest.raises(UnsupportedError, match="32 input channels are not a multiple of the group size 128") as caught:
         compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int4", parameters={"group_size": 128})
     assert "With `group_size=32` all layers in scope can be stored." in str(caught.value)
     save_tiny("llama", tmp_path / "narrow")
-    with pytest.raises(UnsupportedError, match="48 input channels are no multiple of the group size 32") as caught:
+    with pytest.raises(UnsupportedError, match="48 input channels are not a multiple of the group size 32") as caught:
         compressknow.convert(tmp_path / "narrow", tmp_path / "out", quantize="int4", parameters={"group_size": 32})
     assert "`group_size=" not in str(caught.value)
     assert r"`exclude` 'model\.layers\.\d+\.mlp\.down_proj$'" in str(caught.value)
@@ -280,7 +280,7 @@ def test_without_a_group_size_the_largest_that_divides_all_in_scope_is_taken(tmp
     again = compressknow.convert(tmp_path / "in", tmp_path / "again", recipe=tmp_path / "out")
     assert again == made
     save_tiny("llama", tmp_path / "narrow")
-    with pytest.raises(UnsupportedError, match="48 input channels are no multiple of the group size 32"):
+    with pytest.raises(UnsupportedError, match="48 input channels are not a multiple of the group size 32"):
         compressknow.convert(tmp_path / "narrow", tmp_path / "none", quantize="int4")
 
 

@@ -166,13 +166,13 @@ def test_groups_that_do_not_fit_are_refused_with_the_layers_names(tmp_path: Path
     step = Prune(2 / 3, parameters={"pattern": "1:3"})
     with pytest.raises(UnsupportedError) as refused:
         convert(tmp_path / "source", tmp_path / "out", Recipe((step,)))
-    # 32 input channels are no multiple of 3; the 48 of down_proj are.
+    # 32 input channels are not a multiple of 3; the 48 of down_proj are.
     assert "L1-unstructured 1:3 does not fit model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj" in str(
         refused.value
     )
     assert "and 9 more" in str(refused.value)
     assert "down_proj" not in str(refused.value)
-    assert "Its 32 input channels are no multiple of 3." in str(refused.value)
+    assert "Its 32 input channels are not a multiple of 3." in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from compressknow.compress.recipe import Recipe, read_recipe, to_toml
 from compressknow.compress.steps import Prune, Quantize, Where
 
-# Any text, as a pattern that matches it: what is no pattern is refused before it could be written.
+# Any text, as a pattern that matches it: what is not a pattern is refused before it could be written.
 patterns = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=10).map(re.escape), max_size=2).map(
     tuple
 )

@@ -223,7 +223,7 @@ def test_a_manifest_of_whatever_form_ends_in_a_verdict_or_a_message(converted: P
     [
         (lambda manifest: manifest.update(schema=99), "has schema 99, this version reads 1"),
         (lambda manifest: manifest.pop("tensors"), "is damaged: tensors is missing"),
-        (lambda manifest: manifest.update(groups={"attention": 3}), "is damaged: groups.attention is no object"),
+        (lambda manifest: manifest.update(groups={"attention": 3}), "is damaged: groups.attention is not an object"),
         (lambda manifest: manifest["tensors"][2].pop("sha256"), "is damaged: tensors[2].sha256 is missing"),
         (lambda manifest: manifest["files"].update({"../in/config.json": "0"}), "names '../in/config.json', outside"),
         (lambda manifest: manifest["files"].update({"/etc/hostname": "0"}), "names '/etc/hostname', outside"),

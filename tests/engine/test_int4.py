@@ -150,7 +150,7 @@ def test_parameters_are_counted_as_in_floats(tmp_path: Path) -> None:
 
 
 def test_what_the_kernel_does_not_take_runs_in_floats(tmp_path: Path) -> None:
-    """99 outputs are no multiple of 16."""
+    """99 outputs are not a multiple of 16."""
     folder = converted("llama", tmp_path, scope="overall")
     model = load(folder)
     assert len(int4_layers(model)) == 14

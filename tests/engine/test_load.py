@@ -220,5 +220,5 @@ def test_what_is_no_checkpoint_folder_is_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_whose_length_is_no_number_is_an_error(length: object, tmp_path: Path) -> None:
     path = knowing("bert", tmp_path / "bert") / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
-    with pytest.raises(CheckpointError, match=r"its model_max_length, .*64.*, is no number"):
+    with pytest.raises(CheckpointError, match=r"its model_max_length, .*64.*, is not a number"):
         load_tokenizer(path.parent)

@@ -1,4 +1,4 @@
-"""Answers on disk: they come back as they were, and what is no answers folder is said to be none."""
+"""Answers on disk: they come back as they were, and what is not answers folder is said to be none."""
 
 from __future__ import annotations
 

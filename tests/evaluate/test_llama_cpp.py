@@ -323,7 +323,7 @@ def test_damaged_files_are_one_message(place: Path, tmp_path: Path, capfd: pytes
     content, file = (place / "Q8_0.gguf").read_bytes(), tmp_path / "damaged.gguf"
     wrong = {
         "is damaged: it is cut short": content[: len(content) // 2],
-        "is no GGUF file": b"JUNK" + content[4:],
+        "is not a GGUF file": b"JUNK" + content[4:],
         "of a version that llama.cpp b": content[:4] + (99).to_bytes(4, "little") + content[8:],
         "does not know the architecture 'lamma'": content.replace(b"llama", b"lamma"),
         "cannot load": content.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokuns"),

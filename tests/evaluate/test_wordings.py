@@ -159,7 +159,7 @@ def test_one_wording_is_the_probe_itself() -> None:
         ((True, True, False), (1, 1, 9), True, 1),
         ((True, False, False), (1, 4, 2), False, 2),
         ((True, True), (1, 1), True, 1),
-        # Half is no majority, and the rank is the worse of the middle two.
+        # Half is not a majority, and the rank is the worse of the middle two.
         ((True, False), (1, 3), False, 3),
         ((False, False, False), (2, None, None), False, None),
     ],

@@ -28,8 +28,8 @@ from typing import Any
 
 from tests.faults.watching import Watch, listen
 
-# Of work, by the clock of the processor: a machine that does other work beside is no hang. The longest wait is by the
-# clock on the wall.
+# Of work, by the clock of the processor: a machine that does other work beside is not a hang. The longest wait is by
+# the clock on the wall.
 SECONDS, LONGEST_WAIT = 20, 180.0
 BYTES = 2 << 30
 ROOT = Path(__file__).parents[2]

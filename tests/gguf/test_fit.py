@@ -92,7 +92,7 @@ def test_a_file_keeps_to_its_bytes_and_gptq_loses_less(name: str, tmp_path: Path
         assert {key: types(output)[key] for key in chosen} == chosen
         assert len(set(chosen.values())) > 2
         errors[rounding] = outputs_error(source, output)
-    # An embedding that is no head multiplies nothing: it has no inputs to make up for.
+    # An embedding that is not a head multiplies nothing: it has no inputs to make up for.
     assert record["fit"]["compensated"] == len(chosen) - (name == "llama")
     better = [errors["gptq"][key] < errors["nearest"][key] for key in errors["gptq"]]
     assert sum(better) >= 0.9 * len(better)

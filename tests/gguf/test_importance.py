@@ -267,7 +267,7 @@ def test_a_run_that_died_before_it_wrote_the_modelfile_is_repeated(world: Path, 
 
 @needs_converter
 def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
-    """A tensor whose input channels the converter has put into another order is no match."""
+    """A tensor whose input channels the converter has put into another order is not a match."""
     from compressknow.compress.weights import read_side
     from compressknow.gguf.plain import find_same_channels, list_plain_tensors
     from compressknow.gguf.tensors import describe_tensors
@@ -294,14 +294,14 @@ def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
 
 @needs_converter
 def test_refused(world: Path, tmp_path: Path) -> None:
-    """What is no matrix, or of another model, or of no use."""
+    """What is not a matrix, or of another model, or of no use."""
     (tmp_path / "text.gguf").write_bytes(b"not a matrix at all")
     (tmp_path / "empty.dat").write_bytes(struct.pack("<i", 0))
     source, output = world / "model", tmp_path / "out.gguf"
     for given in ("text.gguf", "empty.dat"):
-        with pytest.raises(CheckpointError, match="is no importance matrix"):
+        with pytest.raises(CheckpointError, match="is not an importance matrix"):
             compressknow.export(source, output, type="q4_0", imatrix=tmp_path / given)
-    with pytest.raises(CheckpointError, match="is no importance matrix"):
+    with pytest.raises(CheckpointError, match="is not an importance matrix"):
         compressknow.export(source, output, type="q4_0", imatrix=world / "with.gguf")
     with pytest.raises(UsageError, match="no such file"):
         compressknow.export(source, output, type="q4_0", imatrix=tmp_path / "none.gguf")

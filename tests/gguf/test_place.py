@@ -72,4 +72,4 @@ def test_a_file_that_cannot_be_moved_is_named_and_what_goes_with_it_goes_too(tmp
 def test_a_place_that_cannot_be_written_is_found_before_any_work(tmp_path: Path) -> None:
     place = Path("/proc/Modelfile")
     with pytest.raises(OutputError, match="/proc/Modelfile cannot be written"):
-        check_beside(place, tmp_path / FILE, "--modelfile", "Modelfile", lambda _: True, overwrite=False)
+        check_beside(place, tmp_path / FILE, "--modelfile", "a Modelfile", lambda _: True, overwrite=False)

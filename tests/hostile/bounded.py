@@ -14,7 +14,7 @@ import pytest
 from compressknow.cli import main
 
 MOST_SECONDS, MOST_BYTES = 20, 2 << 30
-# Of the clock on the wall: a machine that does other work beside the tests is no hang.
+# Of the clock on the wall: a machine that does other work beside the tests is not a hang.
 LONGEST_WAIT = 180
 
 

@@ -97,7 +97,7 @@ def test_a_pipe_as_any_input_is_refused_at_once(
         ("report", checkpoint, "m.gguf"),
     ):
         assert re.search(r"cannot be read: it is a pipe \(FIFO\), not a regular file", refused(capsys, *command))
-    assert "m.gguf is no regular file" in refused(capsys, "verify", "m.gguf")
+    assert "m.gguf is not a regular file" in refused(capsys, "verify", "m.gguf")
 
 
 @pytest.mark.parametrize(

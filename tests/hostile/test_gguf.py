@@ -131,4 +131,4 @@ def test_an_importance_matrix_is_read_within_bounds(
     script = tmp_path / "convert_hf_to_gguf.py"
     script.touch()
     words = ("export", sound.with_name("llama"), tmp_path / "out.gguf", "--type", "q4_k_m", "--imatrix", file)
-    assert "is no importance matrix: a list in it has" in refused(capsys, *words, "--converter", script)
+    assert "is not an importance matrix: a list in it has" in refused(capsys, *words, "--converter", script)

@@ -153,7 +153,7 @@ def test_a_manifest_of_more_blocks_than_a_model_has_is_refused(
     manifest["removed"]["blocks"][0]["before"] = 10**12
     path.write_text(json.dumps(manifest))
     said = refused(capsys, "compare", source, tmp_path / "out")
-    assert "removed.blocks[0].before is no number of blocks" in said
+    assert "removed.blocks[0].before is not a number of blocks" in said
 
 
 @pytest.mark.parametrize("key", ["recipe", "source", "versions", "setup", "untied"])
@@ -235,17 +235,17 @@ def test_a_snapshot_in_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> N
     ("value", "form", "wrong"),
     [
         (1, int, None),
-        (True, int, "it is no whole number"),
-        (float("nan"), float, "it is no number"),
-        (10**400, float, "it is no number"),
-        (10**400, int, "it is no whole number"),
+        (True, int, "it is not a whole number"),
+        (float("nan"), float, "it is not a number"),
+        (10**400, float, "it is not a number"),
+        (10**400, int, "it is not a whole number"),
         (None, (str, None), None),
-        ({"a": [1, "x"]}, {"a": [int]}, "a[1] is no whole number"),
+        ({"a": [1, "x"]}, {"a": [int]}, "a[1] is not a whole number"),
         ({}, {"a": int, "b?": int}, "a is missing"),
-        ({"a": 1, "b": None}, {"a": int, "b?": int}, "b is no whole number"),
-        ({"x": {"y": 1}}, {str: {"y": str}}, "x.y is no text"),
-        ([], {"a": int}, "it is no object"),
-        ({"a": {"b": 1}}, {"a": ({str: str}, None)}, "a.b is no text"),
+        ({"a": 1, "b": None}, {"a": int, "b?": int}, "b is not a whole number"),
+        ({"x": {"y": 1}}, {str: {"y": str}}, "x.y is not text"),
+        ([], {"a": int}, "it is not an object"),
+        ({"a": {"b": 1}}, {"a": ({str: str}, None)}, "a.b is not text"),
     ],
 )
 def test_what_does_not_fit_a_form_is_named(value: Any, form: Any, wrong: str | None) -> None:

@@ -185,7 +185,7 @@ def test_a_hub_that_is_not_there(hub: Hub, converted: Path, monkeypatch: pytest.
     "repo", ["", "a/b/c", "https://huggingface.co/me/x", "-x", "me/x.git", "me/x--y", "me/ü", "a b"]
 )
 def test_a_name_that_cannot_be_one_is_refused_before_any_work(hub: Hub, model: Path, tmp_path: Path, repo: str) -> None:
-    with pytest.raises(UsageError, match="is no name of a repository on the Hub"):
+    with pytest.raises(UsageError, match="is not a name of a repository on the Hub"):
         compressknow.push(tmp_path / "nowhere", repo)
     out = tmp_path / "out"
     assert main(["convert", str(model), str(out), "--quantize", "int8", "--push", repo]) == 2

@@ -139,7 +139,7 @@ MALFORMED = {
     "a list": b"[1, 2]",
     "a number": b"3",
     "nested beyond all bounds": b"[" * 100_000,
-    "entry is no object": {"a": 3},
+    "entry is not an object": {"a": 3},
     "entry is a text": {"a": "dtype"},
     "no dtype": {"a": {"shape": [2], "data_offsets": [0, 8]}},
     "no shape": {"a": {"dtype": "F32", "data_offsets": [0, 8]}},

@@ -68,7 +68,7 @@ BUILT_SINCE_5_20 = {
 }
 BEFORE_5_20 = Version(transformers.__version__) < Version("5.20")
 
-# Architectures whose attention or feed-forward multiplies by matrices that are no Linear layers.
+# Architectures whose attention or feed-forward multiplies by matrices that are not Linear layers.
 PARTLY_OPAQUE = {
     "ConvBertForMaskedLM",
     "DbrxForCausalLM",
@@ -234,7 +234,7 @@ def test_towers_and_nothing_else_are_vision(zoo: dict[str, Structure]) -> None:
 
 def test_every_language_model_has_blocks_of_linear_layers(zoo: dict[str, Structure]) -> None:
     without = {name for name, structure in zoo.items() if "blocks" not in list_scopes(structure)}
-    # Their blocks multiply by matrices that are no Linear layers.
+    # Their blocks multiply by matrices that are not Linear layers.
     assert without == {"IBertForMaskedLM", "SqueezeBertForMaskedLM"}
 
 

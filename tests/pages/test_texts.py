@@ -230,7 +230,7 @@ def test_a_token_that_is_ruled_out_leaves_no_number_to_write() -> None:
     figures = compare_text("text:a.txt", 32, MEASURED, chunks(1), side)
     assert figures.moved is not None
     assert figures.moved.ratio.value == math.inf
-    assert re.search(r"its perplexity is no number \(from \d+\.\d\d\), and", write_sentence(figures))
+    assert re.search(r"its perplexity is not a number \(from \d+\.\d\d\), and", write_sentence(figures))
     assert len(max(summarize_text(figures, ("a", "b")), key=len)) < 200
 
 
@@ -244,7 +244,7 @@ def test_a_perplexity_of_a_hundred_digits_is_written_as_a_power_of_ten() -> None
 def test_a_broken_model_is_told_and_the_report_is_written() -> None:
     broken = tuple(replace(c, logp=c.logp * np.nan) for c in chunks(2, kl=False))
     card = make_card(answers(chunks(1), "a"), [answers(broken, "b", ALONE)])
-    assert any("its perplexity is no number" in warning for warning in card.comparisons[0].warnings)
+    assert any("its perplexity is not a number" in warning for warning in card.comparisons[0].warnings)
     assert json.dumps(card.to_dict(), allow_nan=False)
     assert render_html(card)
 

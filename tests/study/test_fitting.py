@@ -102,7 +102,7 @@ def test_bits_count_the_whole_file(sensitivity: Sensitivity, tensors: Tensors) -
             r"--must f16: blk\.0\.ffn_\w+\.weight cannot be of that",
         ),
         (SizeTarget(2_700_000), r"2\.7 MB is no less than the model has in full"),
-        (SizeTarget(900_000, must=(("nowhere", "q8_0"),)), "'nowhere' is no scope, and matches no tensor"),
+        (SizeTarget(900_000, must=(("nowhere", "q8_0"),)), "'nowhere' is not a scope, and matches no tensor"),
     ],
 )
 def test_what_cannot_be_is_one_message(
@@ -114,7 +114,7 @@ def test_what_cannot_be_is_one_message(
 
 @pytest.mark.parametrize("text", ["", "MB", "90 MX", "-5MB", "0", "1e9", "five"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="that is no size"):
+    with pytest.raises(UsageError, match="that is not a size"):
         parse_size(text)
 
 

@@ -151,7 +151,7 @@ def test_a_grid_may_be_a_dict_of_what_a_file_holds(tmp_path: Path) -> None:
     values = {"axes": {"prune": [0.2, 0.5]}, "cells": [{"name": "first", "layers": "0", "quantize": "int8"}]}
     text = '[axes]\nprune = [0.2, 0.5]\n[[cells]]\nname = "first"\nlayers = "0"\nquantize = "int8"\n'
     assert list_cells(values, lambda: Opened("llama")) == grid(tmp_path / "grid.toml", text)
-    with pytest.raises(UsageError, match=r"The grid, \[axes\]: 'prun' is no key here"):
+    with pytest.raises(UsageError, match=r"The grid, \[axes\]: 'prun' is not a key here"):
         list_cells({"axes": {"prun": [0.2]}}, lambda: Opened("llama"))
 
 
@@ -282,7 +282,7 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ("[grid]\nprune = [0.1]", "'grid'"),
         ('[axes]\nquantize = ["int8"]\nmethod = ["l1-unstructured"]', "nothing is pruned"),
         ('[[cells]]\nname = "nothing"', "neither prunes nor quantizes"),
-        ("[[cells]]\nprune = 0.1\n[[cells]]\nprune = 0.1\nlayer = 3", "mine.toml, cell 2: 'layer' is no key here"),
+        ("[[cells]]\nprune = 0.1\n[[cells]]\nprune = 0.1\nlayer = 3", "mine.toml, cell 2: 'layer' is not a key here"),
         ("[[cells]]\nname = 3\nprune = 0.1", "name"),
         ("[axes\n", "cannot be read"),
         ('[axes]\nprune = [0.5]\nrounding = ["gptq"]', "rounding applies to quantization, and nothing is quantized"),

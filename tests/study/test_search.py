@@ -374,7 +374,7 @@ def test_what_is_no_winner_of_a_search_is_left_alone_and_told_before_any_work(
     (llama.folder / "mine" / "model").mkdir(parents=True)
     (llama.folder / "mine" / RECORD).write_bytes(undisturbed[RECORD])
     assert llama.search("mine", "--keep", str(KEEP)) == 1
-    assert f"{llama.folder}/mine/model exists already, and is no winner of a search." in capsys.readouterr().err
+    assert f"{llama.folder}/mine/model exists already, and is not a winner of a search." in capsys.readouterr().err
     assert {path.name for path in (llama.folder / "mine").iterdir()} <= {"model", RECORD, LOCK}
 
 
@@ -569,7 +569,7 @@ def test_where_every_type_must_be_a_size_above_that_of_the_file_is_enough(llama:
         (["--keep", "0.9", "--must", "blocks=none"], "No weight may be rounded", 2),
         (["--size", "50kB"], "50.0 kB is too small: the smallest file has 10", 2),
         (["--size", "5MB"], "5.0 MB is no less than the model has in full", 2),
-        (["--size", "some"], "that is no size", 2),
+        (["--size", "some"], "that is not a size", 2),
     ],
 )
 def test_bad_input_gets_one_message_and_leaves_nothing(

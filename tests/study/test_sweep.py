@@ -238,7 +238,7 @@ def test_a_study_that_was_killed_before_its_record_was_whole_is_begun_anew(llama
     with claim(study, ModelHandle(locate(llama.model), Settings())):
         pass
     (study / RECORD).unlink()
-    with pytest.raises(OutputError, match="is no study"), claim(study, ModelHandle(locate(llama.model), Settings())):
+    with pytest.raises(OutputError, match="is not a study"), claim(study, ModelHandle(locate(llama.model), Settings())):
         pass
 
 
@@ -502,7 +502,7 @@ def test_a_cell_of_a_scope_that_the_model_lacks_is_refused(llama: Place, capsys:
 
 def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert llama.sweep("llama") == 1
-    assert "is no study" in capsys.readouterr().err
+    assert "is not a study" in capsys.readouterr().err
     other = knowing("bert", llama.folder / "bert")
     assert llama.sweep("study", grid=ONE) == 0
     assert main(["sweep", str(other), "-o", str(llama.folder / "study"), "-p", llama.probe]) == 1

@@ -300,7 +300,7 @@ class GradientPass(ForwardPass):
         if not keep:
             return copies[:, 0].clone().flatten(0, 1)
         if id(value) not in self._thinned:
-            # As many heads as rows are no rows (MPT): they differ.
+            # As many heads as rows are not rows (MPT): they differ.
             alike = torch.equal(copies, copies[:, :1].expand_as(copies))
             self._thinned[id(value)] = value, copies[:, 0].clone().flatten(0, 1) if alike else value.detach()
         return self._thinned[id(value)][1]

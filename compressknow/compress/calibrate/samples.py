@@ -292,5 +292,5 @@ def _load_model(folder: Path, form: SequenceFormat, trust_remote_code: bool) -> 
         raise type(error)(error.what, error.why, HINT) from error
     if loaded.family != form.family:
         name = type(loaded.model).__name__
-        raise UnsupportedError(f"{name} is no {form.family} language model, as its config says.", hint=HINT)
+        raise UnsupportedError(f"{name} is not a {form.family} language model, as its config says.", hint=HINT)
     return loaded.model

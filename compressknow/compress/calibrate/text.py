@@ -143,7 +143,7 @@ class CalibrationText:
 
 
 def check_text(calibration: Calibration) -> None:
-    """Raise UsageError if the file that a text is in is not found, CompressknowError if that is no regular one."""
+    """Raise UsageError if the file that a text is in is not found, CompressknowError if that is not a regular one."""
     if calibration.kind == "file":
         path = expand_home(calibration.text)
         with _explain_failures(path):
@@ -303,7 +303,8 @@ def hash_batches(batches: Iterable[dict[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
-# A stop after a word of three letters or more, so that "St. Louis" is no end; uncased tokenizers put spaces around it.
+# A stop after a word of three letters or more, so that "St. Louis" is not an end; uncased tokenizers put spaces around
+# it.
 _SENTENCE = re.compile(r"(?<=\w\w\w[.!?])\s+|\s+[.!?]\s+|\n+")
 
 _WORD = re.compile(r"[^\W_]+")

@@ -239,4 +239,4 @@ class Patterned(PruningMethod):
         inputs = weights.matrices[1 + weights.axis(1)]
         if self.groups is None or inputs % self.groups.of == 0:
             return None
-        return f"Its {inputs:,} input channels are no multiple of {self.groups.of}."
+        return f"Its {inputs:,} input channels are not a multiple of {self.groups.of}."

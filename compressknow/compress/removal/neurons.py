@@ -49,9 +49,9 @@ class DroppedNeurons:
 def select_neurons(step: DropNeurons, settings: ConfigEditor, structure: Structure) -> list[DroppedNeurons]:
     """Select the settings and networks of which a step drops neurons.
 
-    Raises UnsupportedError where no setting is the width of the feed-forward blocks alone, or their layers are no plain
-    Linears; UsageError where the amount would drop none or all, or where the step's scope names a side that the model
-    lacks, or one of two that have one width.
+    Raises UnsupportedError where no setting is the width of the feed-forward blocks alone, or their layers are not
+    plain Linears; UsageError where the amount would drop none or all, or where the step's scope names a side that the
+    model lacks, or one of two that have one width.
     """
     linears = {w.parameter: w for w in structure.linears if w.group == "feed-forward" and w.layer is not None}
     biases = {f"{weight.module}.bias" for weight in linears.values()} & settings.shapes.keys()

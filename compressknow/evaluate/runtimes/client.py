@@ -103,7 +103,7 @@ class Client:
         if status != 200:
             raise self._explain_refusal(status, found)
         if found is None:
-            raise self._refuse_content(path, "what is no JSON")
+            raise self._refuse_content(path, "what is not JSON")
         if wrong := find_mismatch(found, form):
             raise self._refuse_content(path, f"JSON of another form: {clean(wrong, 200)}")
         return found
@@ -183,6 +183,6 @@ class _Patience(Retry):
 
     def get_retry_after(self, response: Any) -> float | None:
         pause = None
-        with contextlib.suppress(Exception):  # A header that is no date and no number.
+        with contextlib.suppress(Exception):  # A header that is neither a date nor a number.
             pause = super().get_retry_after(response)
         return None if pause is None else min(pause, LONGEST_PAUSE)

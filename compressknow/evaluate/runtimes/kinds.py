@@ -111,7 +111,7 @@ class ServedModel(abc.ABC):
     def check_logp(self, value: float | None) -> float:
         """Check a log-probability. Raise CompressknowError where it is none: a server that lies is not believed."""
         if value is None or not LEAST <= value <= ABOVE:
-            raise self.make_error(f"holds {value}, which is no log-probability")
+            raise self.make_error(f"holds {value}, which is not a log-probability")
         return min(float(value), 0.0)
 
     def check_token(self, number: int) -> int:

@@ -230,7 +230,7 @@ def can_cut_logits(model: PreTrainedModel) -> bool:
 
 
 def is_same(logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return whether logits are the same but for rounding; those of a broken model, that are no numbers, pass."""
+    """Return whether logits are the same but for rounding; those of a broken model, that are not numbers, pass."""
     room = torch.finfo(logits.dtype).eps ** 0.5 * max(1.0, float(expected.abs().max()))
     return not bool(((logits - expected).abs() > room).any())
 

@@ -44,7 +44,7 @@ Whole = Callable[[Sequence[str], torch.Tensor], Sequence[float | None]]
 ROWS = 512
 # Tokens beyond the object's own that a free answer may take: what follows tells whether the object was all of it.
 SLACK_TOKENS = 4
-# Tokens that may open an answer and are no part of it: an article and a quote.
+# Tokens that may open an answer and are not part of it: an article and a quote.
 OPENING_TOKENS = 2
 
 SEVERAL_TOKENS = "the object is several tokens of this model"

@@ -80,7 +80,7 @@ candidates as Paris|Rome|Madrid."""
         """Read the facts of a file: JSON lines, or CSV with the same keys as columns; `_KEYS` are those of a line.
 
         Without `relation` it is the name of the file, without `id` the relation and the number of the line. Raises
-        UsageError that names file, line and key (or column, where a line is no JSON) of the first errors.
+        UsageError that names file, line and key (or column, where a line is not JSON) of the first errors.
         """
         path = expand_home(part)
         if not path.exists():

@@ -64,7 +64,7 @@ class ModelServer(ThreadingHTTPServer):
                 self._now -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go are no error."""
+        """Clients that go are not an error."""
 
 
 @contextmanager

@@ -210,18 +210,18 @@ def in_all_logprobs(value: float) -> Callable[[dict[str, Any]], Any]:
     return lie(change)
 
 
-NO_JSON = "answers /v1/completions with what is no JSON"
+NO_JSON = "answers /v1/completions with what is not JSON"
 NUMBERS = "answers /v1/completions with JSON of another form: choices[0].logprobs.token_logprobs"
 LIES = {
-    "nan": (in_logprobs({"token_logprobs": [math.nan] * 40}), f"{NUMBERS}[0] is no number"),
-    "above 0": (in_logprobs({"token_logprobs": [0.5] * 40}), "0.5, which is no log-probability"),
-    "text": (in_logprobs({"token_logprobs": ["x"] * 40}), f"{NUMBERS}[0] is no number"),
-    "no list": (in_logprobs({"token_logprobs": 5}), f"{NUMBERS} is no list"),
-    "a huge number": (in_logprobs({"token_logprobs": [-(10**400)] * 40}), f"{NUMBERS}[0] is no number"),
-    "beyond float32": (in_logprobs({"token_logprobs": [-1e308] * 40}), "-1e+308, which is no log-probability"),
-    "nothing is likely": (in_all_logprobs(-math.inf), "is no number"),
+    "nan": (in_logprobs({"token_logprobs": [math.nan] * 40}), f"{NUMBERS}[0] is not a number"),
+    "above 0": (in_logprobs({"token_logprobs": [0.5] * 40}), "0.5, which is not a log-probability"),
+    "text": (in_logprobs({"token_logprobs": ["x"] * 40}), f"{NUMBERS}[0] is not a number"),
+    "no list": (in_logprobs({"token_logprobs": 5}), f"{NUMBERS} is not a list"),
+    "a huge number": (in_logprobs({"token_logprobs": [-(10**400)] * 40}), f"{NUMBERS}[0] is not a number"),
+    "beyond float32": (in_logprobs({"token_logprobs": [-1e308] * 40}), "-1e+308, which is not a log-probability"),
+    "nothing is likely": (in_all_logprobs(-math.inf), "is not a number"),
     "too few": (in_logprobs({"token_logprobs": [None, -1.0]}), "too few token_logprobs"),
-    "top nan": (in_logprobs({"top_logprobs": [{"token_id:5": math.nan}]}), "token_id:5 is no number"),
+    "top nan": (in_logprobs({"top_logprobs": [{"token_id:5": math.nan}]}), "token_id:5 is not a number"),
     "top none": (in_logprobs({"top_logprobs": []}), "has no top_logprobs"),
     "top names": (in_logprobs({"top_logprobs": [{"Paris": -1.0}]}), "holds 'Paris' for a token"),
     "no logprobs": (lie(lambda choice: choice.pop("logprobs", None)), "choices[0].logprobs is missing"),
@@ -231,7 +231,7 @@ LIES = {
     "half a json": (lambda _: b'{"choices": [', NO_JSON),
     "deep": (lambda _: b"[" * 100_000, NO_JSON),
     "many values": (lambda _: b'{"choices": [' + b"[]," * 9_000_000 + b"0]}", NO_JSON),
-    "a list": (lambda _: [], "another form: it is no object"),
+    "a list": (lambda _: [], "another form: it is not an object"),
 }
 
 
@@ -259,7 +259,7 @@ def test_what_echoes_nonsense_is_neither_taken_for_a_server_that_writes_nor_a_bu
 def test_a_token_beyond_all_numbers_is_not_believed(served: Callable[[str], ModelServer]) -> None:
     server = served("vllm")
     server.faults["/tokenize"] = [b'{"tokens": [1e999]}']
-    with pytest.raises(CompressknowError, match=r"tokens\[0\] is no whole number"):
+    with pytest.raises(CompressknowError, match=r"tokens\[0\] is not a whole number"):
         ModelHandle(locate(server.url), FAST).loaded.make_scorer(as_probe(known_facts()[:1])).make_query(
             known_facts()[0]
         )

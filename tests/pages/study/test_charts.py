@@ -61,7 +61,7 @@ def test_title_names_the_figure_of_the_paper(family: str, figure: str) -> None:
 
 def test_charts_without_cells_are_left_out() -> None:
     assert draw_charts(study([])) == ()
-    assert draw_charts(study([gp("attention", 0.2, range(100))])) == ()  # one amount is no line
+    assert draw_charts(study([gp("attention", 0.2, range(100))])) == ()  # one amount is not a line
     assert [chart.name for chart in draw_charts(study([gq("attention", range(100))]))] == ["quantization"]
 
 

@@ -152,7 +152,7 @@ def _find_flaw(name: str, section: Section) -> str:
         return f"its name must be of small letters, digits, - and _, and none of {', '.join(_TAKEN)}."
     if not str(getattr(section, "title", "")).strip():
         return "it has no title."
-    return "" if isinstance(section.order, int | float) else "its order is no number."
+    return "" if isinstance(section.order, int | float) else "its order is not a number."
 
 
 def _describe_failure(name: str, why: str | Exception) -> str:
@@ -239,7 +239,7 @@ def _check_part(part: Any) -> Any:
     """Return a part with all its text plain. Raises TypeError or ValueError where it cannot be shown."""
     for each in (part, *(part.parts if type(part) is Folded else ())):
         if type(each) not in _KINDS:
-            raise TypeError(f"`parts` gives {type(each).__name__}, which is no part of a section")
+            raise TypeError(f"`parts` gives {type(each).__name__}, which is not part of a section")
     if isinstance(part, Table) and any(len(row) != len(part.columns) for row in part.rows):
         raise ValueError(f"a row of the table {part.caption!r} has more or fewer cells than there are columns")
     if isinstance(part, Table) and any(each and len(each) != len(part.rows) for each in (part.bars, part.links)):
