@@ -72,7 +72,7 @@ def sensitivity(
         30 of the facts; an output that cannot be written.
     """
     if to not in ("gguf", "checkpoint", None):
-        raise UsageError(f"--to {to}: there is gguf and checkpoint.")
+        raise UsageError(f"--to {to}: choose gguf or checkpoint.")
     check_guide(guide)
     text = Calibration(calibration, FIT_TOKENS if calibration_tokens is None else calibration_tokens, seed)
     check_text(text)

@@ -34,7 +34,7 @@ def find_cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow"
     except RuntimeError:
         raise OutputError(
-            "There is no home folder, in which what can be made again is kept.",
+            "There is no home folder to keep a cache in.",
             hint="Set HOME, or XDG_CACHE_HOME to a folder.",
         ) from None
 
@@ -138,7 +138,7 @@ def _lock_folder(folder: Path, wait: bool) -> int:
                 return descriptor
         # The run that held it has removed it, for nothing came of that run.
         os.close(descriptor)
-    raise OutputError(f"{folder} vanishes as soon as it is made.", hint="Choose another folder.")
+    raise OutputError(f"{folder} disappears as soon as it is created.", hint="Choose another folder.")
 
 
 def is_no_folder(path: Path) -> bool:

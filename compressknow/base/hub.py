@@ -24,12 +24,12 @@ PATIENCE = 120.0
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 _STATUS = {
     401: ("the Hub does not know the token", "Log in with a token that may write: hf auth login"),
-    402: ("the Hub wants it paid for", "Look at the plan and the storage of the account."),
+    402: ("the Hub requires payment for it", "Check the plan and the storage of the account."),
     403: ("the token may not write there", "Use a token that may write to it: https://huggingface.co/settings/tokens"),
     404: ("there is no such repository, or the token may not see it", "Check the name, and log in: hf auth login"),
     409: ("the repository is in the way, or was changed at the same time", "Wait until nothing else writes to it."),
     413: ("a file is too large for the Hub", None),
-    429: ("the Hub gets too many requests from you", "Wait some minutes."),
+    429: ("you have sent the Hub too many requests", "Wait some minutes."),
 }
 
 
@@ -54,11 +54,11 @@ def check_repo(repo: str) -> None:
 
     try:
         if not repo.isascii():  # Release 1 lets them pass.
-            raise HFValidationError("It has letters that the Hub does not allow.")
+            raise HFValidationError("It has characters that the Hub does not allow.")
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UsageError(
-            f"{repo!r} is not a name of a repository on the Hub.",
+            f"{repo!r} is not a valid repository name on the Hub.",
             why=_get_first_line(error),
             hint="Write OWNER/NAME, such as me/smollm2-int8.",
         ) from None
@@ -76,7 +76,7 @@ def check_login() -> None:
         raise CompressknowError("The Hub's token could not be read.", why=_get_first_line(error)) from None
     if not token:
         raise CompressknowError(
-            "There is no token of the Hub, and an upload needs one.", hint="Log in with hf auth login, or set HF_TOKEN."
+            "An upload needs a Hub token, and none is set.", hint="Log in with hf auth login, or set HF_TOKEN."
         )
 
 
@@ -179,7 +179,7 @@ def _explain_failures(place: Path, repo: str, again: str) -> Iterator[None]:
         retry = f"Then try again: {again}" if hint else f"Try again: {again}"
         raise CompressknowError(what, why, "\n".join(filter(None, (hint, retry)))) from error
     except (KeyboardInterrupt, SystemExit) as stop:
-        stop.add_note(f"{place} is complete. To go on with the upload: {again}")
+        stop.add_note(f"{place} is complete. To continue the upload: {again}")
         raise
 
 
@@ -197,7 +197,7 @@ def _explain(error: BaseException) -> tuple[str, str | None]:
         if "ConnectError" in kinds:
             return "the Hub cannot be reached", "Check the network, and HF_ENDPOINT if it is set."
         if "TransportError" in kinds:
-            return "the connection broke off", None
+            return "the connection was lost", None
     return f"{type(error).__name__}: {_get_first_line(error)}", None
 
 

@@ -244,7 +244,7 @@ def load_tables(dataset: str) -> dict[str, Any]:
                 loaded = datasets.load_from_disk(str(path))
             elif path.is_file():
                 if (builder := SUFFIXES.get(path.suffix.lower())) is None:
-                    raise UsageError(f"{path}: no table of a known kind.", hint=f"Known are {', '.join(SUFFIXES)}.")
+                    raise UsageError(f"{path}: no table of a known kind.", hint=f"Known kinds: {', '.join(SUFFIXES)}.")
                 how = _read_as_texts(path) if builder == "csv" else {}
                 loaded = datasets.load_dataset(builder, data_files=str(path), **how)
             elif path.is_dir():
@@ -312,8 +312,8 @@ def _explain(dataset: str, error: Exception) -> CompressknowError:
     if isinstance(error, RuntimeError) and "scripts are no longer supported" in reason:
         return UsageError(
             what,
-            "It is loaded by a script of its own, which the datasets library has not run since version 4.",
-            "Look for a copy in Parquet (a branch refs/convert/parquet often has one), download it, and say hf:FOLDER.",
+            "It needs its own loading script, which the datasets library has not run since version 4.",
+            "Download a copy in Parquet (the branch refs/convert/parquet often has one), and pass hf:FOLDER.",
         )
     if isinstance(error, ValueError) and "BuilderConfig" in reason:
         return UsageError(what, reason, "The configuration follows the name: hf:NAME:CONFIG.")

@@ -203,7 +203,7 @@ def _suggest(error: click.NoSuchOption) -> click.UsageError:
     options = [word for option in ctx.command.params for word in option.opts] if ctx else []
     near = suggest_word(name, [word for word in options if word.startswith("--")])
     if ctx and ctx.parent and any(name in option.opts for option in ctx.parent.command.params):
-        near = f"It stands before the command: compressknow {name} {ctx.info_name} ..."
+        near = f"It goes before the command: compressknow {name} {ctx.info_name} ..."
     return click.UsageError(f"{error.message} {near}".rstrip(), ctx)
 
 

@@ -69,10 +69,10 @@ Types (--type), bits per weight with scales:
     "FILE.txt, FILE.jsonl or hf:DATASET.",
 )
 @option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
-@option("--imatrix", group=CALIBRATION, type=PATH, help="An importance matrix of llama.cpp's, instead.")
+@option("--imatrix", group=CALIBRATION, type=PATH, help="Use this importance matrix of llama.cpp instead.")
 @option("--imatrix-out", group=CALIBRATION, type=PATH, help="Write the importance matrix there too.")
 @option("--recipe", group=HOW, type=PATH, help="TOML file with [export], or an export's record.")
-@option("--converter", group=RUNS, metavar="PATH", help="Where llama.cpp's convert_hf_to_gguf.py lies.")
+@option("--converter", group=RUNS, metavar="PATH", help="Folder of llama.cpp's convert_hf_to_gguf.py.")
 @option("--threads", group=RUNS, type=click.IntRange(1), help="Of quantization.  [default: one per core]")
 @checkpoint_options
 @option("--modelfile", type=PATH, help="Write a Modelfile for Ollama there too.")
@@ -116,7 +116,7 @@ def _build_page(
 ) -> Iterator[str]:
     """Yield lines that say which types the groups have, and how large they are."""
     if not record.is_new:
-        yield f"{output} is there already, whole, made by the same export: nothing was done."
+        yield f"{output} already exists, made by the same export: nothing to do."
         yield from _suggest_next(record, model, output, modelfile)
         return
     yield f"{record['setup']}: {model} -> {output}"
@@ -130,7 +130,7 @@ def _build_page(
         yield f"\nPredicted{but}: KL {fit['predicted_kl']:.2g} nats, where each weight is rounded to the nearest value."
     seen = record.get("importance", {})
     if seen.get("identified") is False:
-        yield f"\n! {seen['source']} does not say which model it was made of: only names and shapes were checked."
+        yield f"\n! {seen['source']} does not say which model it was made from: only names and shapes were checked."
     if dry_run:
         yield "\nDry run: nothing was written."
     else:
@@ -138,7 +138,7 @@ def _build_page(
         if record.answer:
             yield f"In llama.cpp: {clean(' -> '.join(record.answer), 64)}"
         if record.read_otherwise:
-            yield f'\n! llama.cpp splits "{record.read_otherwise}" otherwise than the model\'s own tokenizer does.'
+            yield f'\n! llama.cpp splits "{record.read_otherwise}" differently from the model\'s own tokenizer.'
         yield from _suggest_next(record, model, output, modelfile)
 
 
@@ -146,7 +146,7 @@ def _suggest_next(record: ExportRecord, model: str, output: Path, modelfile: Pat
     from compressknow.engine.load import find_family_of_class
 
     if find_family_of_class(record["source"]["architecture"]) == "seq2seq":
-        yield "\nWhat it forgot cannot be measured: of GGUF files, decoder-only models alone can be evaluated."
+        yield "\nWhat it forgot cannot be measured: among GGUF files, only decoder-only models can be evaluated."
         return
     file = shlex.quote(str(output))
     yield f"\nWhat it forgot: compressknow report {shlex.quote(model)} {file}"

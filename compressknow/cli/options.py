@@ -30,7 +30,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 GROUPS = COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
     "What to compress",
     "How to compress it",
-    "How large it is to be",
+    "How large it may be",
     "Calibration",
     "What to evaluate",
     "Where it runs",
@@ -267,9 +267,7 @@ _probe_options = join_options(
     _facts("-p", "--probe", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."),
     add_data_option(EVALUATE),
     _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, or chunks of a text."),
-    _facts(
-        "--seed", type=int, default=0, show_default=True, help="Seed of that sample, and of all else that is drawn."
-    ),
+    _facts("--seed", type=int, default=0, show_default=True, help="Seed of that sample, and of everything else drawn."),
     _facts("--protocol", metavar="NAME", default="lama", show_default=True, help="Rules for LAMA: lama or paper."),
     _facts("--context", type=click.IntRange(8), help="Tokens per chunk of a text.  [default: 512]"),
     _facts("--template", type=click.IntRange(1), default=1, show_default=True, help="Wording of atlas and BEAR."),
@@ -308,7 +306,7 @@ study_options = join_options(_probe_options, _templates_option, known_option)
 
 
 server_options = join_options(
-    _runs("--model", "model_name", metavar="NAME", help="On a server with several models: which."),
+    _runs("--model", "model_name", metavar="NAME", help="Name of the model, if the server has several."),
     _runs("--parallel", type=click.IntRange(1), default=4, show_default=True, help="Requests at a time to a server."),
     _runs(
         "--timeout",
@@ -399,7 +397,7 @@ def read_project_defaults(
     own = {key.replace("-", "_"): value for key, value in tables.get(name, {}).items()}
     for key in [*shared, *own]:
         if key in _COMMAND_LINE_ALONE:
-            raise UsageError(f"{file}: {key} is for the command line alone.", hint="Take it out of the file.")
+            raise UsageError(f"{file}: {key} can only be given on the command line.", hint="Remove it from the file.")
     if unknown := next((key for key in own if key not in options), None):
         raise UsageError(
             f"{file}: {name} has no option {unknown}.", hint=f"{suggest_word(unknown, options)}See {name} --help."
@@ -407,7 +405,7 @@ def read_project_defaults(
     for key in shared.keys() - options.keys():
         # Of another command: only what none has is a mistake.
         if not any(key in _list_options(other) for other in map(open_command, commands) if other is not None):
-            raise UsageError(f"{file}: no command has an option {key}.", hint="Mend the name, or take it out.")
+            raise UsageError(f"{file}: no command has an option {key}.", hint="Correct the name, or remove it.")
     values = {key: value for key, value in {**shared, **own}.items() if key in options}
     return {str(options[key].name): _write_as_words(value, options[key], file) for key, value in values.items()}
 
@@ -462,7 +460,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     except (ValueError, OSError) as error:
         if file.name == PROJECT:
             return None
-        raise UsageError(f"{file} cannot be read.", why=str(error), hint="Mend it, or remove it.") from None
+        raise UsageError(f"{file} cannot be read.", why=str(error), hint="Correct it, or remove it.") from None
     if file.name == FILE:
         return values
     tools = values.get("tool")

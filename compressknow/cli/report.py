@@ -40,7 +40,7 @@ from compressknow.pages.texts import summarize_text
 @option("--fail-under", multiple=True, metavar="[NAME=]SHARE", help="Exit with 3 if less is kept: 0.95, science=85%.")
 @strict_option
 @option("--early", is_flag=True, help="Evaluate only as many facts as --fail-under needs.", group=EVALUATE)
-@option("--within", metavar="SIZE", help="Recommend, of several models, none larger: 110MB.")
+@option("--within", metavar="SIZE", help="Recommend no model larger than this: 110MB.")
 @no_facts_option
 @option("--time", group=EVALUATE, is_flag=True, help="Measure each model's speed and memory too.")
 @option("--into-model-card", is_flag=True, help="Add the verdict to each COMPRESSED README.md.")
@@ -204,7 +204,7 @@ def _list_models(card: Card) -> Iterator[str]:
         kept = write_estimate(comparison.kept)
         yield f"{pad(name, 40)}{write_size(model.bytes):>10}  {kept:<27}{mark}".rstrip()
     if standings:
-        yield "* no model of these keeps more in as many bytes"
+        yield "* none of these models keeps more in as few bytes"
 
 
 def _list_speeds(card: Card) -> Iterator[str]:

@@ -40,7 +40,7 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 @click.argument("model")
 @add_output_folder("Folder of the search; a stopped one resumes.")
 @option("--keep", group=FIT, type=read_share, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
-@option("--size", group=FIT, metavar="SIZE", help="Instead: the best file of so many bytes, such as 90MB.")
+@option("--size", group=FIT, metavar="SIZE", help="Find the best file of this size instead, such as 90MB.")
 @option("--to", group=FIT, type=FORM, help="gguf or checkpoint.  [default: gguf for models that generate]")
 @add_guide_option(group=FIT, default="both")
 @fit_options
@@ -48,9 +48,7 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
     "--minimize", group=FIT, default="bytes", metavar="WHAT", hidden=True, help="What is made smallest: bytes, always."
 )
 @add_calibration_options(tokens="8192")
-@option(
-    "--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Another name of --probe, the one that export has."
-)
+@option("--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Same as --probe, as export calls it.")
 @study_options
 @no_facts_option
 @revision_option

@@ -194,5 +194,5 @@ def check_finite(largest_key: int, values_dtype: torch.dtype, tensor: StoredTens
         raise CheckpointError(
             f"{tensor.name} in {tensor.file.name} holds {what}.",
             why="Scales and thresholds depend on its largest weight, so it cannot be compressed.",
-            hint="Find a sound copy of the checkpoint, or repair the tensor.",
+            hint="Find an intact copy of the checkpoint, or repair the tensor.",
         )

@@ -313,7 +313,7 @@ def _replace(values: torch.Tensor, pruned: Pruned, source: StoredTensor) -> torc
     before = values.clone()
     values.copy_(pruned.values).masked_fill_(torch.from_numpy(pruned.mask), 0)
     if not bool(torch.isfinite(values).all()):
-        raise CompressknowError(f"What pruning makes of {source.name} holds NaN or an infinity.")
+        raise CompressknowError(f"Pruning {source.name} gives NaN or infinity.")
     return before
 
 

@@ -138,7 +138,7 @@ class Sources:
         if not parts:
             raise CheckpointError(
                 f"The checkpoint lacks {weight.parameter}, which its config says it has.",
-                hint="Is it a base model without this head? Narrow --scope, or mend `architectures` in its config.",
+                hint="Is it a base model without this head? Narrow --scope, or correct `architectures` in its config.",
             )
         for part in parts:
             if part.dtype not in FLOAT_DTYPES:

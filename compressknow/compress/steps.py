@@ -285,8 +285,8 @@ class Quantize:
         _check_known("rounding", self.rounding, ROUNDINGS)
         if self.rounding != "nearest" and self.chosen.rounds == "batch":
             raise UsageError(
-                f"{self.scheme} is rounded to nearest alone.",
-                hint="It is there to repeat the paper; use int8, int8-weights or int4 with gptq.",
+                f"{self.scheme} can only be rounded to nearest.",
+                hint="It reproduces the paper; use int8, int8-weights or int4 with gptq.",
             )
         if self.smooth is None:
             return

@@ -291,7 +291,7 @@ def _summarize_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": manifest["recipe"],
         "source": find_source(manifest),
         "zeros": manifest["totals"]["zeros_after"],
-        # A manifest of before has none for its groups: a mean over tensors would be another figure.
+        # An older manifest has none for its groups: a mean over tensors would be another figure.
         "groups": {name: {"relative_error": None} | group for name, group in manifest["groups"].items()},
         **({"removed": removed} if removed else {}),
         **({"calibration": calibration} if calibration else {}),
@@ -329,7 +329,7 @@ class Contents:
                 raise CheckpointError(
                     f"{tensor.name} in {tensor.file.name} holds {what}.",
                     why=f"{located.name} is broken: its answers would mean nothing.",
-                    hint="Find a sound copy of the checkpoint, or repair the tensor.",
+                    hint="Find an intact copy of the checkpoint, or repair the tensor.",
                 )
 
 

@@ -164,7 +164,7 @@ def check_tokens(largest: int, rows: int, where: str) -> None:
     """Raise CheckpointError for an id beyond the embedding: those of a tokenizer may have gaps."""
     if largest >= rows:
         raise CheckpointError(
-            f"The tokenizer gives token {largest:,}, the model's embedding has {rows:,} rows: no pair.",
+            f"The tokenizer gives token {largest:,}, the model's embedding has {rows:,} rows: they do not match.",
             f"It stands in {where}.",
             "Put the tokenizer that the model was trained with beside its weights.",
         )

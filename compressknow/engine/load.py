@@ -150,7 +150,7 @@ def _find_checkpoint(folder: str | Path) -> Path:
         raise CheckpointError(
             f"The path {escape_name(str(path))} is not valid {sys.getfilesystemencoding().upper()}.",
             hint="Rename the folder, or set PYTHONUTF8=1 if its name is UTF-8: the libraries that load weights and "
-            "tokenizers open no such path.",
+            "tokenizers cannot open such a path.",
         )
     if path.suffix == ".gguf" and path.is_file():
         if not can_read_gguf():

@@ -178,8 +178,8 @@ def check_model(reference: Answers, name: str, loaded: Runtime) -> None:
         check_alike("vocabulary", (before.name, before.vocabulary), (name, loaded.vocabulary))
     if loaded.gives_scores != (before.runtime or {}).get("scores", True):
         raise CompressknowError(
-            f"{name} and {before.name} were not asked in the same way.",
-            why="Of one there are probabilities of candidates; of the other, on a server, only what it writes.",
+            f"{name} and {before.name} were not evaluated in the same way.",
+            why="One gave probabilities of candidates; the other, on a server, only wrote text.",
             hint="Run both on the same kind of server.",
         )
 

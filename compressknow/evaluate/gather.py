@@ -345,7 +345,7 @@ def find_both(
             raise build_server_error(model)
         if is_answers_folder(Path(model)):
             raise UsageError(
-                f"{model} holds answers, no checkpoint.",
+                f"{model} holds answers, not a checkpoint.",
                 hint="Use `compressknow report` to compare answers, or give the checkpoints that they come from.",
             )
     first, second = make_handles([locate(*a), locate(*b)], settings)

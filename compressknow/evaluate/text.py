@@ -120,7 +120,7 @@ class RunningText:
 
 _WHY = {
     "masked": "It fills blanks from both sides: what it gives to a text (a pseudo-perplexity, Salazar et al. 2020) is "
-    "another thing than perplexity, takes a pass per token, and compares with no published figure.",
+    "not a perplexity, takes a pass per token, and cannot be compared with published figures.",
     "seq2seq": "Its decoder writes what an encoder was given, here nothing: the figure would say little of the model.",
 }
 # The first so many chunks are continued from their middle, by so many tokens.

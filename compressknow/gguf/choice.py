@@ -110,7 +110,7 @@ class TypeChoice:
         object.__setattr__(self, "types", check_types(self.types))
         has_matrix = self.calibration is not None or self.importance is not None
         if self.calibration is not None and self.importance is not None:
-            raise UsageError("--calibration and --imatrix cannot be combined: both say the importance matrix.")
+            raise UsageError("--calibration and --imatrix cannot be combined: each gives an importance matrix.")
         rounded = [kind for kind in (self.type, *(kind for _, kind in self.types)) if kind not in FLOATS.values()]
         if has_matrix and not rounded:
             raise UnusedOptions(
@@ -204,7 +204,7 @@ def _parse_record(record: Any, given: Path | None) -> dict[str, Any] | None:
         keys = {"text": "source", "tokens": "asked", "seed": "seed"}
         values["calibration"] = {name: importance.get(key) for name, key in keys.items()}
     elif importance and given is None:
-        raise UsageError("The record is of a file that was made with --imatrix.", hint="Give that again, beside it.")
+        raise UsageError("The record is of a file that was made with --imatrix.", hint="Pass that matrix again, too.")
     return values
 
 

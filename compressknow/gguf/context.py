@@ -197,14 +197,14 @@ _TEXTS = (
 
 
 def complete_prompt(model: GgufModel, prompt: str) -> str:
-    """Return what llama.cpp writes after a prompt, greedily. Raises CompressknowError where it computes no numbers."""
+    """Return what llama.cpp writes after a prompt, greedily. Raises CompressknowError if it produces NaN."""
     tokenizer = GgufTokenizer(model)
     read: list[int] = tokenizer(prompt)["input_ids"] or [0]
     written: list[int] = []
     with closing(LlamaContext(model, cells=len(read) + _ANSWER_TOKENS, sequences=1, threads=1)) as context:
         for logits in islice(context.write(read), _ANSWER_TOKENS):
             if not np.isfinite(logits).all():
-                raise CompressknowError(f"{model.path.name} computes no numbers in llama.cpp (NaN).")
+                raise CompressknowError(f"{model.path.name} produces NaN in llama.cpp.")
             written.append(int(logits.argmax()))
             if tokenizer.is_end(written[-1]):
                 return tokenizer.decode(written[:-1])

@@ -141,7 +141,7 @@ def _list_architectures(converter: Path) -> tuple[str, ...]:
         lines = log.read_text("utf-8", "replace").splitlines()
         listed = takewhile(lambda line: not line.strip().startswith(_TOWERS), lines)
         names = tuple(name[1] for line in listed if (name := _LISTED.search(f" {line}")))
-        hint = f"It lies in {folder}: give another, or leave out --converter and {VARIABLE} to fetch it."
+        hint = f"It is in {folder}: give another, or leave out --converter and {VARIABLE} to fetch it."
         if is_fetched:
             hint = f"Remove {folder}, and `compressknow export` fetches it again."
         check_exit("llama.cpp's converter does not run", log, 0 if names else code or 1, hint)

@@ -71,7 +71,7 @@ def quantize(weight: Floats, type: str, importance: Floats | None = None) -> Byt
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
         if importance.shape != (columns,):
-            raise ValueError(f"an importance of shape {importance.shape} for {columns} columns")
+            raise ValueError(f"importance of shape {importance.shape} for {columns} columns")
     ffi, library = _load_ggml()
     number = list_tensor_types()[type]
     matrix = ffi.NULL if importance is None else ffi.from_buffer("float[]", importance)

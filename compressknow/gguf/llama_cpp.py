@@ -214,7 +214,7 @@ def _check_parts(path: Path) -> None:
     if int(named["number"]) != 1:
         raise CheckpointError(
             f"{path} is part {int(named['number'])} of {count} of a split GGUF file.",
-            hint=f"Give the first part, {first.name}; the others are read from beside it.",
+            hint=f"Give the first part, {first.name}; the others are read from the same folder.",
         )
     there = len(list_parts(path))
     if there < count:
@@ -285,6 +285,6 @@ def _check_decoder(model: GgufModel) -> None:
     else:
         return
     raise UnsupportedError(
-        f"{model.path} is a {name}, which {kind}: in llama.cpp decoder-only models alone can be evaluated.",
+        f"{model.path} is a {name}, which {kind}: in llama.cpp only decoder-only models can be evaluated.",
         hint="Evaluate the checkpoint that it was made from; transformers runs that.",
     )

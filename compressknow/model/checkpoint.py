@@ -151,7 +151,7 @@ def _check_no_other_form(model: str | Path, folder: Path) -> None:
         raise CheckpointError(f"{model} is an adapter (LoRA), not a model.", hint=hint)
     if files := sorted(folder.glob("*.gguf")):
         hint = f"`probe`, `report`, `compare` and `inspect` take the file itself: {files[0]}."
-        raise CheckpointError(f"{model} holds a GGUF file, and no checkpoint.", hint=hint)
+        raise CheckpointError(f"{model} holds a GGUF file, not a checkpoint.", hint=hint)
 
 
 def list_some(names: Collection[str]) -> str:

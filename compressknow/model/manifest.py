@@ -120,7 +120,7 @@ def _count_parameters(name: str, rows: Mapping[str, Mapping[str, Any]]) -> int:
 
 def list_dropped_neurons(entry: Mapping[str, Any]) -> dict[str, tuple[range, ...]]:
     """Return the neurons that a network lost, by the module that read them, of an entry of `removed`; none where a
-    manifest of before does not say which they were.
+    older manifest does not say which they were.
 
     >>> list_dropped_neurons({"modules": ["layers.0.down_proj"], "dropped": ["0, 2-4"]})
     {'layers.0.down_proj': (range(0, 1), range(2, 5))}

@@ -55,7 +55,7 @@ def view_bytes(tensor: torch.Tensor) -> memoryview:
 @dataclass(frozen=True)
 class StoredTensor:
     """Row-major tensor in a file (`dtype` by its safetensors name), or in `loaded` bytes where the file's form cannot
-    be read in place (a PyTorch file of before 1.6, a tensor saved transposed)."""
+    be read in place (a PyTorch file from before 1.6, a tensor saved transposed)."""
 
     name: str
     dtype: str
@@ -265,14 +265,14 @@ def _load(path: Path) -> tuple[dict[str, Any], int]:
         raise _report_damage(path, f"its header cannot be read ({error})") from None
     metadata = header.get(METADATA, {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _report_damage(path, "its header is not JSON object of tensors by name")
+        raise _report_damage(path, "its header is not a JSON object of tensors by name")
     return header, 8 + length
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        raise ValueError("a key stands in it twice")
+        raise ValueError("a key occurs in it twice")
     return entries
 
 

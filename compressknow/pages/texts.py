@@ -106,7 +106,7 @@ def _tell_perplexity(found: Perplexity) -> str:
 
 def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[str, Perplexity]]) -> str:
     """Write one text as a sentence of the verdict on several models, each with its label."""
-    # A model that computes no numbers would be the lowest and the highest.
+    # A model that produces NaN would be both the lowest and the highest.
     found = [each for each in found if math.isfinite(each[1].value.value)] or found
     best, worst = (pick(found, key=lambda each: each[1].value.value) for pick in (min, max))
     place = f"On {clean(text, 60)}, where the original's perplexity is {_tell_perplexity(original)}"
@@ -136,7 +136,7 @@ def list_text_warnings(
         yield f"On {name} KL by token was not measured: {_WHY[OTHER_TOKENS]}."
     for who, side in zip(names, (figures.original, figures.compressed), strict=True):
         if not math.isfinite(side.value.value):
-            yield f"{who} computes no numbers (NaN), or rules tokens out, on {name}: its perplexity is not a number."
+            yield f"{who} produces NaN, or rules tokens out, on {name}: its perplexity is not a number."
 
 
 def write_measurement(figure: Measurement | None, digits: int, unit: str = "") -> str:

@@ -27,7 +27,7 @@ STEPS = 1 << 15
 # Tensors that a message about the smallest file names.
 _NAMED = 3
 _MOST_BITS = 16
-PIN_LESS = "Take back a --must."
+PIN_LESS = "Leave out one of the --must options."
 # What weights get of which nothing was measured.
 UNMEASURED = "q8_0"
 
@@ -35,13 +35,13 @@ UNMEASURED = "q8_0"
 def check_below_whole(budget: int, whole: int, hint: str = "Give less.") -> None:
     """Raise UsageError for a budget that a model does not pass with all weights as they are."""
     if budget >= whole:
-        raise UsageError(f"{write_size(budget)} is no less than the model has in full, {write_size(whole)}.", hint=hint)
+        raise UsageError(f"{write_size(budget)} is not less than the whole model has, {write_size(whole)}.", hint=hint)
 
 
 def check_rounding(rounding: str) -> None:
     """Raise UsageError for what rounds no weights of a file of a size."""
     if rounding not in ("gptq", "nearest"):
-        raise UsageError(f"--rounding {rounding}: there is gptq, nearest.")
+        raise UsageError(f"--rounding {rounding}: choose gptq or nearest.")
 
 
 class TypeOption(NamedTuple):

@@ -91,7 +91,7 @@ def _run_here(on_progress: Listener | None, batch: CellBatch) -> Generator[CellR
         try:
             result = _evaluate(batch, cell, relabel_progress(on_progress, number=number, of=len(batch.cells) + 1))
         except OutputError:
-            # A full disk, a folder that cannot be written: each cell would be evaluated in vain. The study resumes.
+            # A full disk or a folder that cannot be written would fail every cell. The study can be resumed.
             raise
         except Exception as error:
             # Out of memory, or whatever a model's code raises: the other cells do not depend on it.

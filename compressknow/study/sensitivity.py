@@ -218,7 +218,7 @@ def open_facts(names: str | Sequence[str] | None, data: str | Path | None) -> li
     probes = []
     for each in open_named(names, Options(data=None if data is None else Path(data))):
         if not isinstance(each, Probe):
-            raise UsageError(f"{each.name}: facts guide, and it has none.", hint="Give atlas or facts:FILE.jsonl.")
+            raise UsageError(f"{each.name}: it has no facts to guide by.", hint="Give atlas or facts:FILE.jsonl.")
         probes.append(each)
     return probes
 

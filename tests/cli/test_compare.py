@@ -301,7 +301,7 @@ def test_the_same_values_in_another_type_are_told(run: Run, place: Path, tmp_pat
     save_tiny("bert", tmp_path / "half", torch.bfloat16)
     hf.BertForMaskedLM.from_pretrained(tmp_path / "half", dtype=torch.float32).save_pretrained(tmp_path / "whole")
     ended = run("half", "whole", "-o", "c.html")
-    assert "whole stores 42 of 42 tensors otherwise than half does, with the same" in ended.out
+    assert "whole stores 42 of 42 tensors differently from half, but with the same" in ended.out
     assert read((tmp_path / "c.html").read_text()).one("h1").text == "The same values"
 
 

@@ -130,9 +130,9 @@ def test_a_flag_that_only_some_commands_heed_may_stand_above_the_tables_of_a_fil
         ("limit = [300]", "limit takes one value"),
         ('answers = ["x"]', "answers takes one value"),
         ("[ask]\nlimit = {least = 3}", "limit takes one value"),
-        ('converter = "theirs.py"', "converter is for the command line alone"),
-        ("trust-remote-code = true", "trust_remote_code is for the command line alone"),
-        ("[ask]\ntrust_remote_code = true", "trust_remote_code is for the command line alone"),
+        ('converter = "theirs.py"', "converter can only be given on the command line"),
+        ("trust-remote-code = true", "trust_remote_code can only be given on the command line"),
+        ("[ask]\ntrust_remote_code = true", "trust_remote_code can only be given on the command line"),
     ],
 )
 def test_what_a_file_may_not_say(project: Path, text: str, message: str) -> None:
@@ -202,7 +202,7 @@ def test_what_is_for_facts_or_a_cluster_is_for_commands_that_have_them(
 
 
 SHARED_OPTIONS = (Path(__file__).parents[2] / "docs" / "commands" / "shared.md").read_text(encoding="utf-8")
-_, _, FROM_THERE = " ".join(SHARED_OPTIONS.split()).partition("is for the command line alone: ")
+_, _, FROM_THERE = " ".join(SHARED_OPTIONS.split()).partition("can only be given on the command line: ")
 ALONE = re.findall("`--(.+?)`", FROM_THERE.partition(". ")[0])
 assert ALONE
 
@@ -216,7 +216,7 @@ def test_what_the_manual_leaves_to_the_command_line_no_file_may_say(project: Pat
     assert having
     for name, command in having.items():
         (project / "compressknow.toml").write_text(f"[{name}]\n{option} = true\n")
-        with pytest.raises(UsageError, match=f"{option.replace('-', '_')} is for the command line alone"):
+        with pytest.raises(UsageError, match=f"{option.replace('-', '_')} can only be given on the command line"):
             read_project_defaults(name, command, COMMANDS, commands.get)
 
 

@@ -300,7 +300,7 @@ def test_a_model_that_computes_no_numbers_knows_nothing_and_is_told_as_broken(
     assert ended.code == 0
     assert "Keeps 0 of 64 facts" in ended.out
     assert "it is broken" in ended.out
-    assert "find a sound copy of the model" in ended.out
+    assert "find an intact copy of the model" in ended.out
     assert "compress less" not in ended.out
 
 
@@ -580,7 +580,7 @@ def test_a_token_beyond_the_embedding_is_one_message(family: str, run: Run, plac
     # The last of them: the facts before it are evaluated as ever.
     vocabulary[max((word for word in vocabulary if word.isalpha()), key=vocabulary.__getitem__)] = 100_000
     file.write_text(json.dumps(tokenizer), encoding="utf-8")
-    refused(run("probe", "beyond", *FACTS, "-o", "answers"), 1, "gives token 100,000", "no pair")
+    refused(run("probe", "beyond", *FACTS, "-o", "answers"), 1, "gives token 100,000", "they do not match")
 
 
 DEEP = "[" * 100_000 + "]" * 100_000

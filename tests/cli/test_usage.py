@@ -41,7 +41,7 @@ CASES = [
     Case("convert {}/model {}/new --prune 20% --prune-method l1-unstructurd", "Did you mean l1-unstructured?"),
     Case("convert {}/model {}/new --quantize int8-wieghts", "Did you mean int8-weights?"),
     Case("convert {}/model {}/new --prun 20%", "Did you mean --prune?"),
-    Case("convert {}/model {}/new --debug", "It stands before the command: compressknow --debug convert ..."),
+    Case("convert {}/model {}/new --debug", "It goes before the command: compressknow --debug convert ..."),
     Case("convert {}/model {}/new --prune 20% --layers 5-", "is not a range of layers"),
     Case("convert {}/model {}/new --prune 20% --layers 5-2", "Write 2-5."),
     Case("convert {}/model {}/new --prune 20% --include (", "is not a valid regular expression"),

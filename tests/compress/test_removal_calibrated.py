@@ -81,7 +81,7 @@ def test_a_neuron_that_never_woke_keeps_its_weights() -> None:
 
 
 def test_what_has_no_inverse_is_an_error() -> None:
-    with pytest.raises(CompressknowError, match="of layer has no inverse"):
+    with pytest.raises(CompressknowError, match="of layer cannot be inverted"):
         fit_down(torch.ones(2, 4), torch.zeros(4, 4), torch.tensor([0, 1]), "layer")
 
 

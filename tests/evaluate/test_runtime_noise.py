@@ -80,12 +80,12 @@ def test_it_counts_what_differs_from_a_run_of_the_unquantized_file(place: Place,
     assert figures["runtime_noise_floor"]["computed_in"] == RAN_IN
     for page in outputs[1:]:
         assert "Top answer changed by the runtime alone" in page.read_text(encoding="utf-8")
-    assert f"the original answers {floor.changed} of 64 facts otherwise" in " ".join(said(card))
+    assert f"the original answers {floor.changed} of 64 facts differently" in " ".join(said(card))
     (alone,) = report(place.model, place.f32, place.facts, answers=kept, known="produced").comparisons[0].probes
     assert floor.produced is not None
     assert (floor.produced.known, floor.produced.lost) == (alone.counts.known_before, alone.counts.lost)
     card = report(place.model, place.q8, place.facts, answers=kept, known="produced")
-    assert f"the original answers {floor.produced.changed} of 64 facts otherwise" in " ".join(said(card))
+    assert f"the original answers {floor.produced.changed} of 64 facts differently" in " ".join(said(card))
 
 
 def said(card: compressknow.Card) -> list[str]:

@@ -435,7 +435,7 @@ def test_a_vocabulary_that_llama_cpp_splits_text_otherwise_by_is_told(
     # Nothing is put before a text, by either.
     (source / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     assert main(["export", str(source), str(tmp_path / "out.gguf")]) == 0
-    assert ("otherwise than the model's own tokenizer does" in capsys.readouterr().out) == is_told
+    assert ("differently from the model's own tokenizer" in capsys.readouterr().out) == is_told
 
 
 @needs_converter
@@ -530,7 +530,7 @@ def test_a_file_that_the_same_export_has_made_is_left_as_it_is(
     (tmp_path / ".out.gguf.compressknow-lock-01234567").touch()
     assert main(words) == 0
     first, *_ = capsys.readouterr().out.splitlines()
-    assert first == f"{output} is there already, whole, made by the same export: nothing was done."
+    assert first == f"{output} already exists, made by the same export: nothing to do."
     assert output.stat().st_mtime_ns == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf", "out.gguf.json"]
     with pytest.raises(OutputError, match="exists already"):

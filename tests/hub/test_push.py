@@ -114,20 +114,20 @@ def test_weights_of_an_earlier_upload_are_named(
     [
         ("create", 401, "the Hub does not know the token (HTTP 401)"),
         ("create", 403, "the token may not write there (HTTP 403)"),
-        ("create", 429, "the Hub gets too many requests from you (HTTP 429)"),
+        ("create", 429, "you have sent the Hub too many requests (HTTP 429)"),
         ("create", 500, "the Hub failed (HTTP 500)"),
         ("create", "hang", "the Hub did not answer within 1 s"),
-        ("create", "cut", "the connection broke off"),
+        ("create", "cut", "the connection was lost"),
         ("list", 404, "there is no such repository, or the token may not see it (HTTP 404)"),
         ("preupload", 404, "there is no such repository, or the token may not see it (HTTP 404)"),
         ("batch", 500, "the Hub failed (HTTP 500)"),
         ("put", 500, "the Hub failed (HTTP 500)"),
-        ("put", "cut", "the connection broke off"),
+        ("put", "cut", "the connection was lost"),
         ("put", "hang", "the Hub did not answer within 1 s"),
         ("verify", 418, "the Hub refused it (HTTP 418)"),
         ("commit", 409, "the repository is in the way, or was changed at the same time (HTTP 409)"),
         ("commit", 413, "a file is too large for the Hub (HTTP 413)"),
-        ("commit", "cut", "the connection broke off"),
+        ("commit", "cut", "the connection was lost"),
     ],
 )
 def test_a_failed_upload_is_one_message_that_leaves_the_output_and_says_how_to_go_on(
@@ -185,7 +185,7 @@ def test_a_hub_that_is_not_there(hub: Hub, converted: Path, monkeypatch: pytest.
     "repo", ["", "a/b/c", "https://huggingface.co/me/x", "-x", "me/x.git", "me/x--y", "me/ü", "a b"]
 )
 def test_a_name_that_cannot_be_one_is_refused_before_any_work(hub: Hub, model: Path, tmp_path: Path, repo: str) -> None:
-    with pytest.raises(UsageError, match="is not a name of a repository on the Hub"):
+    with pytest.raises(UsageError, match="is not a valid repository name on the Hub"):
         compressknow.push(tmp_path / "nowhere", repo)
     out = tmp_path / "out"
     assert main(["convert", str(model), str(out), "--quantize", "int8", "--push", repo]) == 2

@@ -101,7 +101,7 @@ def test_bits_count_the_whole_file(sensitivity: Sensitivity, tensors: Tensors) -
             SizeTarget(900_000, must=(("feed-forward", "f16"),)),
             r"--must f16: blk\.0\.ffn_\w+\.weight cannot be of that",
         ),
-        (SizeTarget(2_700_000), r"2\.7 MB is no less than the model has in full"),
+        (SizeTarget(2_700_000), r"2\.7 MB is not less than the whole model has"),
         (SizeTarget(900_000, must=(("nowhere", "q8_0"),)), "'nowhere' is not a scope, and matches no tensor"),
     ],
 )
@@ -133,7 +133,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ({"size": "90MB", "imatrix_out": "m.gguf"}, "`imatrix_out` and `size` cannot be .*\n.*give `type` in place of"),
         ({"guide": "facts"}, "`guide` goes with `size` or `bits`"),
         ({"size": "90MB", "guide": "taste"}, "`guide`: there is no guide 'taste'.*\n.*facts, text, both"),
-        ({"size": "90MB", "rounding": "GPTQ"}, "`rounding=GPTQ`: there is gptq, nearest"),
+        ({"size": "90MB", "rounding": "GPTQ"}, "`rounding=GPTQ`: choose gptq or nearest"),
         ({"size": "90MB", "facts": "nowhere"}, "nowhere"),
         ({"size": "90MB", "facts": "text:README.md"}, "facts guide, and it has none"),
     ],

@@ -51,7 +51,7 @@ def factor_inverse(inputs: InputStatistics, order: torch.Tensor) -> torch.Tensor
     raise CompressknowError(
         f"The statistics of the inputs of {inputs.name} cannot be inverted.",
         why=f"On {inputs.tokens:,} tokens of the calibration text, its inputs are all zero, or too large for float32.",
-        hint="Take another or a longer calibration text, or leave the layer out with --exclude.",
+        hint="Use another or a longer calibration text, or leave the layer out with --exclude.",
     )
 
 

@@ -136,7 +136,7 @@ class InputSums:
     peaks : keep the largest magnitudes, of one text.
     paired : None, or batches come in pairs, the original's inputs first, which are not summed: of these parameters it
         is summed how far the second's are from them.
-    check : called while a batch waits for its turn; raises if waiting is in vain.
+    check : called while a batch waits for its turn; raises if the wait is pointless.
     texts : batches of each of several texts, of which none counts for more than another because it is longer or has
         larger inputs: the sums of each are divided by its mean square before they are added.
     """

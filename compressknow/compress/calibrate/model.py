@@ -136,7 +136,7 @@ class StreamedModel:
             if is_out_of_memory(error) or isinstance(error, CompressknowError):
                 raise
             what = f"{type(self.model).__name__} fails on the calibration text."
-            raise UnsupportedError(what, find_reason(error), "It may need an input beside the text.") from error
+            raise UnsupportedError(what, find_reason(error), "It may need an input besides the text.") from error
 
     def replace(self, parameter: str, stored: StoredTensor, values: torch.Tensor) -> None:
         """Use these values (float32, of its shape) for a stored tensor from now on, in its parameter too."""
@@ -194,7 +194,7 @@ def explain_missing_memory(what: str, why: Callable[[], str]) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        hint = "Take fewer --calibration-tokens, a method that looks at weights alone, or another machine."
+        hint = "Use fewer --calibration-tokens, a method that looks at weights alone, or another machine."
         raise CompressknowError(f"There is no memory to calibrate {what}.", why(), hint) from error
 
 

@@ -76,7 +76,7 @@ class Writer(abc.ABC):
         sums = logits.softmax(-1).cumsum(-1)
         if not sums[:, -1].isfinite().all():
             raise CompressknowError(
-                f"{type(self.model).__name__} gives NaN while it writes a text to be calibrated on.",
+                f"{type(self.model).__name__} gives NaN while it writes its calibration text.",
                 hint="Its weights may be damaged: look at what it generates.",
             )
         # A little below the last sum, above which there is no token.
@@ -269,7 +269,7 @@ def write_samples(
     except (CompressknowError, TaskStopped):
         raise
     except Exception as error:
-        raise UnsupportedError(f"{name} cannot write a text to be calibrated on.", find_reason(error), HINT) from error
+        raise UnsupportedError(f"{name} cannot write a calibration text.", find_reason(error), HINT) from error
     return written
 
 
@@ -285,7 +285,7 @@ def _load_model(folder: Path, form: SequenceFormat, trust_remote_code: bool) -> 
     elif form.family != "causal" and not form.marks:
         why = "Its tokenizer has neither a mask token nor sentinels, so that it fills no blanks."
     if why:
-        raise UnsupportedError(f"{folder} cannot write a text to be calibrated on.", why, HINT)
+        raise UnsupportedError(f"{folder} cannot write a calibration text.", why, HINT)
     try:
         loaded = load_language_model(folder, dtype=choose_dtype(), trust_remote_code=trust_remote_code)
     except (CheckpointError, UnsupportedError) as error:

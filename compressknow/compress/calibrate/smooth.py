@@ -31,7 +31,7 @@ from compressknow.model.tensors import OpenFiles
 SMALLEST = 1e-5
 # So many tokens show what a block's layers read.
 TRIED_TOKENS = 8
-SHARED_WEIGHTS = "Its blocks share their weights, and each use wants other factors."
+SHARED_WEIGHTS = "Its blocks share their weights, and each use needs other factors."
 NOT_BLOCKWISE = "Its blocks cannot be run one by one."
 
 
@@ -178,7 +178,7 @@ def raise_unsmoothable(module: str) -> NoReturn:
     """Raise UnsupportedError for a block without a norm that can take the division."""
     raise UnsupportedError(
         f"Nothing in {module} can be smoothed.",
-        why="Only a norm that feeds quantized layers and nothing else can take what leaves its outputs.",
+        why="Outliers can only be moved out of a norm that feeds quantized layers and nothing else.",
         hint="Leave --smooth out, or widen --scope to all layers that read a norm.",
     )
 
@@ -255,7 +255,7 @@ class _SmoothingTrial(Visitor):
         for norm, readers, _ in norms:
             if len(wanted := sorted({alphas[reader] for reader in readers})) > 1:
                 raise UsageError(
-                    f"Two steps smooth what {norm} gives, by {wanted[0]:g} and by {wanted[1]:g}.",
+                    f"Two steps smooth the output of {norm}, by {wanted[0]:g} and by {wanted[1]:g}.",
                     why="It is divided once, for all layers that read it.",
                     hint="Give these steps the same value of `smooth`.",
                 )

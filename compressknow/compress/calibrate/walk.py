@@ -280,8 +280,8 @@ def _run(forward: Callable[..., Any], pool: Pool, call: Call) -> Any:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in find_tensors(output)[:1]):
         raise CompressknowError(
             f"{call.module} gives NaN or infinities on the calibration text.",
-            why="So nothing can be learned of what its layers read.",
-            hint="See that the checkpoint is whole: `compressknow probe` it, or take another calibration text.",
+            why="So the inputs of its layers cannot be measured.",
+            hint="Check that the checkpoint is intact: `compressknow probe` it, or use another calibration text.",
         )
     return output
 

@@ -220,7 +220,7 @@ class SparseGPT(Patterned, Calibrated):
     """
 
     name = "sparsegpt"
-    help = "weights that others make up for"
+    help = "weights that the others can make up for"
     needs: ClassVar[Needs] = "products"
 
     def count(self, weights: Weights, amount: float) -> int:

@@ -189,7 +189,7 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
         statistics = sums.get(Key(down.parameter))
         if statistics is None or statistics.products is None:
             raise CompressknowError(
-                f"{down.module} has read nothing on the calibration text, so its neurons cannot be chosen.",
+                f"{down.module} received no input from the calibration text, so its neurons cannot be chosen.",
                 hint="Prune instead: --scope feed-forward --prune 0.2.",
             )
         parameter = self._streamed.model.get_parameter(down.parameter).detach()

@@ -244,7 +244,7 @@ def fit_down(down: torch.Tensor, products: torch.Tensor, selected: torch.Tensor,
             change = torch.cholesky_solve(target.T, factor).T
             return (weight[:, selected] + change).to(torch.float32)
     raise CompressknowError(
-        f"What was seen of the neurons of {name} has no inverse.",
+        f"The statistics of the neurons of {name} cannot be inverted.",
         why="Their activations on the calibration text are zero, infinite, or all alike.",
         hint="Calibrate on more text.",
     )

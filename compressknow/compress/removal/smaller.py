@@ -136,7 +136,7 @@ def _choose_dropped(left: Removal, step: DropBlocks, stack: Stack, similarities:
     if len(stack.lists) > 1:
         raise UnsupportedError(
             f"Which blocks of {type(left.tree).__name__} change their input least cannot be told.",
-            why=f"A block of it lies in several lists: {', '.join(stack.lists)}.",
+            why=f"One of its blocks is in several lists: {', '.join(stack.lists)}.",
             hint="Name the blocks to drop, such as --drop-blocks 20-23.",
         )
     if similarities is None:
@@ -147,7 +147,7 @@ def _choose_dropped(left: Removal, step: DropBlocks, stack: Stack, similarities:
 
 def _check_untouched(keys: tuple[str, ...], before: set[tuple[str, ...]], what: str) -> None:
     if keys in before:
-        raise UsageError(f"Two steps would drop {what}.", hint="Say it in one step.")
+        raise UsageError(f"Two steps would drop {what}.", hint="Do it in one step.")
 
 
 def choose_blocks(similarities: Sequence[float], number: int) -> tuple[int, ...]:

@@ -160,7 +160,7 @@ class Client:
                 f"The proxy before {self.url} fails.", hint="Look at HTTP_PROXY, HTTPS_PROXY and NO_PROXY."
             )
         if isinstance(error, HTTPError) or "aborted" in str(error):
-            return CompressknowError(f"{self.url} breaks the connection off.", hint="Look at the server's log.")
+            return CompressknowError(f"{self.url} closes the connection.", hint="Look at the server's log.")
         return CompressknowError(
             f"There is no server at {self.url}.", hint="Start it, and give the address that it prints: http://HOST:PORT"
         )

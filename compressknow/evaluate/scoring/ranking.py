@@ -70,7 +70,7 @@ class Ranking:
 
 def sum_logs(scores: Scores) -> float:
     """Return the logarithm of the sum of probabilities whose logarithms these are."""
-    # Of a model that computes no numbers there is none.
+    # A model that produces NaN has none.
     with np.errstate(invalid="ignore"):
         return float(np.logaddexp.reduce(scores))
 

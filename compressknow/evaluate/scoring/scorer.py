@@ -288,7 +288,7 @@ class Scorer(ABC):
                 raise UnsupportedError(
                     f"{self.architecture} cannot be evaluated: it fails on the first prompts.",
                     why=find_reason(error),
-                    hint="It may need an input beside the text, or a setting in its config.json.",
+                    hint="It may need an input besides the text, or a setting in its config.json.",
                 ) from error
             self._tried = True
         return self.read_first(batch)
@@ -306,7 +306,7 @@ class Scorer(ABC):
             ids = log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
         kept = log_probs.gather(1, ids).float().cpu().numpy()
         divergences = whole([answer.fact_id for answer in answers], log_probs) if whole else [None] * len(answers)
-        # The record of a model that computes no numbers says so: its answers are wrong, and have no rank.
+        # The record of a model that produces NaN shows it: its answers are wrong, and have no rank.
         rows = zip(answers, ids.cpu().numpy().astype(np.int32), kept, divergences, strict=True)
         return [
             replace(answer, first_ids=ids, first_logp=log_probs, first_kl=divergence)

@@ -311,7 +311,7 @@ def _takes(source: ProbeSource, field: str) -> bool:
 def _check_opened(kind: str, name: str, opened: object) -> None:
     """Raise CompressknowError where what a source gives cannot be evaluated."""
     if not isinstance(opened, Opened):
-        raise PROBES.incompatible(kind, f"It gives a {type(opened).__name__}, no Probe, Task or RunningText.")
+        raise PROBES.incompatible(kind, f"It gives a {type(opened).__name__}, not a Probe, Task or RunningText.")
     if isinstance(opened, Probe) and not opened.facts:
         reasons = [f"  {count} dropped: {reason}" for reason, count in opened.dropped.items()]
         raise UsageError(f"{opened.name} has no facts to evaluate.", "\n".join(reasons) or "It is empty.")

@@ -234,7 +234,7 @@ def _choose_split(there: list[str], wanted: str | None, dataset: str) -> str:
         raise UsageError(f"hf:{dataset} has no split {wanted!r}.", hint=f"Choose from {', '.join(there)}.")
     chosen = wanted or (there[0] if len(there) == 1 else next((name for name in _SPLITS if name in there), None))
     if chosen is None:
-        raise UsageError(f"hf:{dataset} has several splits.", hint=f"Say --split with one of {', '.join(there)}.")
+        raise UsageError(f"hf:{dataset} has several splits.", hint=f"Pass --split with one of {', '.join(there)}.")
     return chosen
 
 

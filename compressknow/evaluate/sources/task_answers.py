@@ -94,7 +94,7 @@ def _read_choice(
     return {
         "gold": texts[gold],
         "predicted": texts[order[0]],
-        # Of a model that computes no numbers lm-eval takes the first choice for its answer.
+        # If a model produces NaN, lm-eval takes the first choice for its answer.
         "correct": correct and rank is not None,
         "rank": rank,
         "logp_gold": None if rank is None else float(scores[gold]),

@@ -227,7 +227,7 @@ def recommend_model(
 
     The gates say what is enough. Without them it is what rounding alone keeps, as far as both intervals tell; where
     that is not known or none keeps it, what no test tells from the model that keeps most. `within` are the most bytes
-    that a model may have, `broken` the places of those that compute no numbers.
+    that a model may have, `broken` the places of those that produce NaN.
     """
     probes = [{probe.probe for probe in c.probes} for c in comparisons]
     if any(each != probes[0] for each in probes) or not any(c.counts.known_before for c in comparisons):
@@ -240,9 +240,9 @@ def recommend_model(
     sound = {place: size for place, size in enumerate(sizes) if size is not None and place not in broken}
     fitting = [place for place, size in sound.items() if within is None or size <= within]
     if not sound:
-        return conclude(None, "None is recommended: no size is known of a model that computes numbers.")
+        return conclude(None, "None is recommended: no model without NaN has a known size.")
     if not fitting:
-        least, which = min(sound, key=sound.__getitem__), " that computes numbers" if broken else ""
+        least, which = min(sound, key=sound.__getitem__), " without NaN" if broken else ""
         return conclude(
             None,
             f"No model{which} has at most {write_size(within)}: none is recommended. "
@@ -266,7 +266,7 @@ def recommend_model(
     if not enough:
         enough = [best, *(place for place in standing[best].alike if place in fitting)]
         before = f"none keeps as much as {floor}; " if floor else ""
-        one, several = "that keeps so much", f"that no test tells from {labels[best]}, which keeps most"
+        one, several = "that keeps as much", f"that no test tells from {labels[best]}, which keeps most"
     taken = find_smallest(enough, sizes, standing)
     assert taken is not None  # All that fit have a size.
     which = (

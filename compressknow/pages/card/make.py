@@ -35,8 +35,8 @@ _SCORING = {
 _REQUIRED = ("name", "sha256", "architecture", "family")
 # What a server may not tell of its model.
 _OF_FILES = ("parameters", "bytes", "dtype")
-# No advice on compression rests on the answers of a model that computes no numbers.
-_REPAIR = "Next: find a sound copy of the model that computes no numbers (NaN); these figures mean nothing."
+# The answers of a model that produces NaN give no advice on compression.
+_REPAIR = "Next: find an intact copy of the model that produces NaN; these figures mean nothing."
 
 
 def make_card(
@@ -69,7 +69,7 @@ def make_card(
         was evaluated on other prompts; the answers do not tell what is ``produced``.
     """
     if not compressed:
-        raise UsageError("There is no compressed model to compare.", hint="Give at least one beside the original.")
+        raise UsageError("There is no compressed model to compare.", hint="Give at least one besides the original.")
     original, *compressed = (apply_reading(answers, known) for answers in (original, *compressed))
     by_wording = [original, *compressed]
     original, *compressed = map(merge_wordings, by_wording)
@@ -139,7 +139,7 @@ def read_model_facts(record: ModelRecord) -> ModelRecord:
     missing = [key for key in required if getattr(record, key) is None]
     if missing:
         raise CompressknowError(
-            f"The record of the answers does not say the model's {', '.join(missing)}.",
+            f"The record of the answers lacks the model's {', '.join(missing)}.",
             hint="Probe the model again with this version.",
         )
     return replace(record, groups=record.groups or {}, dtype=record.dtype or UNKNOWN)
@@ -219,7 +219,7 @@ def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigu
     before, after = (side.record.probes[name] for side in (original, compressed))
     if before.fingerprint != after.fingerprint:
         raise CompressknowError(
-            f"The two models read other texts, or other chunks, as {name}.",
+            f"The two models read different texts, or different chunks, as {name}.",
             hint="Probe both with the same file, --limit and --context.",
         )
     text = before.text or {}

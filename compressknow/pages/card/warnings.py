@@ -77,8 +77,8 @@ def warn_of_provenance(original: ModelRecord, model: ModelRecord) -> Iterator[st
         other, own = clean(source.get("sha256"), 13), clean(original.sha256, 13)
         yield (
             f"{clean(model.name, 80)} was not made from {clean(original.name, 80)}: its record names "
-            f"{clean(source.get('name'), 80)} (SHA-256 {other}), and the original's SHA-256 is {own}. What differs may "
-            "not be the compression's doing. Give the original that it was made from."
+            f"{clean(source.get('name'), 80)} (SHA-256 {other}), but the original's SHA-256 is {own}. What differs may "
+            "not be due to compression. Give the original that it was made from."
         )
     yield from warn_of_changes(original, model)
     if is_made_from(original, model):
@@ -214,7 +214,7 @@ def _describe_runtimes_part(original: Answers, compressed: Answers) -> str:
     if floors:
         changed, of = sum(floor.changed for floor in floors), sum(floor.n for floor in floors)
         answers = f"{count(changed)} of {count_facts(of)}"
-        return f"Run there from an unquantized file, the original answers {answers} otherwise."
+        return f"Run there from an unquantized file, the original answers {answers} differently."
     if is_on_server(before) or is_on_server(after):
         why = "a server has the one model alone. Give an original that the same kind of server runs."
     elif before.runtime is not None:
@@ -242,7 +242,11 @@ def warn_of_server(who: str, answers: Answers) -> Iterator[str]:
         return
     tokens = max((len(answer.first_ids) for answer in answers.answers), default=0)
     if not tokens:
-        tells = "tells its own most likely tokens alone" if runtime.get("distribution") else "tells no tokens"
+        tells = (
+            "gives probabilities of its own most likely tokens only"
+            if runtime.get("distribution")
+            else "tells no tokens"
+        )
         yield f"The server of {who} {tells}: how far distributions moved is left out."
     elif tokens < REFERENCE_TOKENS:
         yield (
@@ -258,7 +262,7 @@ def warn_of_answers(who: str, answers: Answers) -> Iterator[str]:
     )
     for probe, number in numbers.items():
         yield (
-            f"{who} computes no numbers (NaN) for {count_facts(number)} of {clean(probe, 60)}: it is broken, and "
+            f"{who} produces NaN for {count_facts(number)} of {clean(probe, 60)}: it is broken, and "
             "these answers are meaningless."
         )
 

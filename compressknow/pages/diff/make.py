@@ -172,7 +172,7 @@ def _describe_weights(names: tuple[str, str], difference: CheckpointDiff) -> str
     total, end = difference.total, f"; {unmatched}" if unmatched else ""
     of_all = f"{count(len(changed))} of {_count_tensors(len(difference.tensors))}"
     if not total.energy_change:
-        return f"{b} stores {of_all} otherwise than {a} does, with the same values{end}."
+        return f"{b} stores {of_all} differently from {a}, but with the same values{end}."
     weights = write_percent(sum_tensors(changed).numel, total.numel)
     error = f"relative error {number(total.relative_error, 4)}{_name_worst_group(difference)}"
     return f"{b} differs from {a} in {of_all} ({weights} of the weights): {error}{end}."

@@ -283,8 +283,8 @@ def test_half_a_letter_that_a_server_writes_is_stored_as_none(
         (500, r"answers with an error \(HTTP 500\)"),
         (418, r"answers with an error \(HTTP 418\)"),
         ((307, {"Location": "http://127.0.0.1:9"}), r"sends requests elsewhere \(HTTP 307\)"),
-        ("cut", "breaks the connection off"),
-        ("break", "breaks the connection off"),
+        ("cut", "closes the connection"),
+        ("break", "closes the connection"),
     ],
 )
 def test_what_does_not_pass_is_one_message(
@@ -541,7 +541,7 @@ def test_what_is_written_and_what_is_chosen_are_not_compared(
     words = ["-p", f"facts:{facts_file(tmp_path / 'f.jsonl')}", "--answers", str(tmp_path / "answers")]
     writes, other = served("writes"), served("writes")
     assert main(["report", str(checkpoint), writes.url, *words]) == 1
-    assert "were not asked in the same way" in capsys.readouterr().err
+    assert "were not evaluated in the same way" in capsys.readouterr().err
     assert main(["report", writes.url, other.url, *words, "--json"]) == 0
     (probe,) = json.loads(capsys.readouterr().out)["compressed"][0]["probes"].values()
     assert (probe["both"], probe["kl_mean"]) == (64, None)

@@ -188,4 +188,4 @@ def test_a_model_that_computes_no_numbers_is_not_to_be_deployed() -> None:
     broken = replace(compressed, answers=(replace(first, logp_gold=math.nan), *others))
     for pair in ((original, broken), (broken, original)):
         said = make_card(pair[0], [pair[1]]).comparisons[0].next
-        assert said.startswith("Next: find a sound copy")
+        assert said.startswith("Next: find an intact copy")
