@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import compressknow
+from compressknow.api.keywords import ServerKeywords, build_run_options
 from compressknow.api.report import report
-from compressknow.api.words import ServingWords, build_records
 from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.cli import COMMANDS, main
 from compressknow.compress.recipe import Recipe
@@ -61,7 +61,7 @@ def test_a_verb_takes_the_words_of_its_command(name: str) -> None:
 
 def test_the_defaults_that_a_signature_shows_are_those_of_the_records() -> None:
     shown = {name: each.default for name, each in inspect.signature(report).parameters.items()}
-    options, settings = build_records({name: shown[name] for name in ServingWords.__annotations__})
+    options, settings = build_run_options({name: shown[name] for name in ServerKeywords.__annotations__})
     assert (options, settings) == (compressknow.Options(), compressknow.Settings())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from compressknow.api.words import Words, build_records, list_files, verb
+from compressknow.api.keywords import RunKeywords, api_function, build_run_options, list_files
 from compressknow.base.errors import UnusedOptions
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.engine.identity import describe
@@ -21,7 +21,7 @@ from compressknow.pages.diff.pages import write_comparisons
 from compressknow.pages.pages import check_outputs, require_for
 
 
-@verb
+@api_function
 def compare(
     a: str | Path,
     b: str | Path,
@@ -42,7 +42,7 @@ def compare(
     threads: int | None = None,
     command: str | None = None,
     on_progress: OnProgress | None = None,
-    **words: Unpack[Words],
+    **keywords: Unpack[RunKeywords],
 ) -> CheckpointComparison:
     """Compare two checkpoints of one architecture: settings, what is stored, every weight and, with probes, knowledge.
 
@@ -51,7 +51,7 @@ def compare(
     a, b : local folders or hub ids. int8 weights are compared as what they stand for.
     probe : what to evaluate both on, such as ``["atlas"]``; nothing by default. See `compressknow.probe`.
     output : files to write: ``.html``, ``.md``, ``.json``.
-    options, settings, words : see `compressknow.probe`.
+    options, settings, keywords : see `compressknow.probe`.
     known : what counts as known; see `compressknow.report`.
     fail_under, strict : a least share of a's knowledge for b to keep; see `compressknow.report`.
     no_facts : leave the text of every fact out.
@@ -77,7 +77,7 @@ def compare(
     """
     check_known(known)
     gates = parse_gates(fail_under, strict=strict)
-    options, settings = build_records({**words, **({"runtime": runtime} if runtime else {})}, options, settings)
+    options, settings = build_run_options({**keywords, **({"runtime": runtime} if runtime else {})}, options, settings)
     asked = {"fail_under": bool(gates), "strict": strict and bool(gates), "known": known == PRODUCED}
     of_facts = [name for name, given in asked.items() if given]
     of_facts += [WORDS.get(field, field) for field in options.list_changed()]

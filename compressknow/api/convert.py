@@ -9,7 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.api.words import verb
+from compressknow.api.keywords import api_function
 from compressknow.base.files import check_links
 from compressknow.base.progress import OnProgress, Stage, begin_stages, report_progress, resolve_progress
 from compressknow.compress.recipe import (
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from compressknow.compress.manifest import Manifest
 
 
-@verb
+@api_function
 def convert(
     model: str | Path,
     output: str | Path,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.api.words import list_rules, verb
+from compressknow.api.keywords import api_function, list_rules
 from compressknow.base.errors import CheckpointError, UnusedOptions, UsageError
 from compressknow.base.files import check_links, write_whole
 from compressknow.base.format import parse_size
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from compressknow.gguf.export import Export
 
 
-@verb
+@api_function
 def export(
     model: str | Path,
     output: str | Path,

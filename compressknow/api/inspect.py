@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compressknow.api.words import verb
+from compressknow.api.keywords import api_function
 from compressknow.model.gguf_file import list_parts
 from compressknow.model.structure import ModuleMap
 from compressknow.model.summary import Inspection, inspect_checkpoint, inspect_gguf
 
 
-@verb
+@api_function
 def inspect(
     model: str | Path,
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.api.words import verb
+from compressknow.api.keywords import api_function
 from compressknow.engine.load import load as load_folder
 from compressknow.model.checkpoint import open_checkpoint
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@verb
+@api_function
 def load(
     model: str | Path,
     *,

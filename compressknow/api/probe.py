@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from compressknow.api.words import ServingWords, build_records, verb
+from compressknow.api.keywords import ServerKeywords, api_function, build_run_options
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.engine.identity import locate
@@ -20,7 +20,7 @@ from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 
 
-@verb
+@api_function
 def probe(
     model: str | Path,
     output: str | Path,
@@ -31,7 +31,7 @@ def probe(
     settings: Settings | None = None,
     revision: str | None = None,
     on_progress: OnProgress | None = None,
-    **words: Unpack[ServingWords],
+    **keywords: Unpack[ServerKeywords],
 ) -> Answers:
     """Evaluate a model on facts, and keep its answers in a folder.
 
@@ -41,10 +41,10 @@ def probe(
     output : the folder where the answers are kept; what it holds of this model already is not evaluated again.
     probe : names, such as ``atlas`` (the default), ``lama:trex``, ``bear``, ``facts:mine.jsonl``, ``lm-eval:boolq``.
     reference : answers folder of the original model: its most likely tokens are scored, so that the distance of the
-        two distributions can be told.
-    words : where data lies, protocol, sample (``limit=300``), device, dtype, batch size: as on the command line. See
-        `compressknow.Options` and `compressknow.Settings`, whose `columns` is ``map`` here, and `model` ``model_name``.
-    options, settings : records of several of these; single words come before them.
+        two distributions can be measured.
+    keywords : folder of the data, protocol, sample (``limit=300``), device, dtype, batch size: as on the command line.
+        See `compressknow.Options` and `compressknow.Settings`; their `columns` is ``map`` here, `model` ``model_name``.
+    options, settings : records of several of these; single keywords take precedence.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
 
     Returns
@@ -58,7 +58,7 @@ def probe(
     """
     require("pyarrow")
 
-    options, settings = build_records(words, options, settings)
+    options, settings = build_run_options(keywords, options, settings)
     opened = open_named(probe, options)
     original = read_answers(Path(reference)) if reference is not None else None
     (handle,) = make_handles([locate(model, revision)], settings, opened)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compressknow.api.words import verb
+from compressknow.api.keywords import api_function
 from compressknow.base.hub import Upload, check_login, check_repo, upload
 from compressknow.gguf.record import read_record
 from compressknow.model.manifest import read_manifest
 from compressknow.pages.model_card import render_gguf_card
 
 
-@verb
+@api_function
 def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bool = False) -> Upload:
     """Upload a folder that `convert` wrote, or a GGUF file that `export` wrote, to the Hugging Face Hub.
 

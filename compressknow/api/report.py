@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-from compressknow.api.words import ServingWords, build_records, list_files, verb
+from compressknow.api.keywords import ServerKeywords, api_function, build_run_options, list_files
 from compressknow.base.errors import UsageError
 from compressknow.base.format import parse_size
 from compressknow.base.progress import OnProgress, resolve_progress
@@ -23,7 +23,7 @@ from compressknow.pages.pages import FORMATS, check_outputs, require_for
 from compressknow.pages.records import Card
 
 
-@verb
+@api_function
 def report(
     original: str | Path,
     compressed: str | Path | Sequence[str | Path],
@@ -45,7 +45,7 @@ def report(
     revision: str | None = None,
     command: str | None = None,
     on_progress: OnProgress | None = None,
-    **words: Unpack[ServingWords],
+    **keywords: Unpack[ServerKeywords],
 ) -> Card:
     """Evaluate the original and each compressed model on the same facts, and compare them.
 
@@ -56,7 +56,7 @@ def report(
     probe : names; see `compressknow.probe`.
     output : files to write: ``.html``, ``.md``, ``.json``; ``.xml`` is JUnit's form, and a file called ``summary.md``
         is a summary of some 20 lines, both for CI.
-    options, settings, words : see `compressknow.probe`.
+    options, settings, keywords : see `compressknow.probe`.
     known : what counts as known: ``recognized`` (picked among the candidates, or better) or only ``produced`` (said).
     fail_under : a least share of knowledge to be kept, 0 to 1, or ``"science=0.85"`` of a domain or relation, or
         several of these; once all is written, an error says where less is.
@@ -100,7 +100,7 @@ def report(
         check_model_cards(models)
     evaluation = Evaluation(
         list_names(probe),
-        *build_records(words, options, settings),
+        *build_run_options(keywords, options, settings),
         keep_in=Path(answers) if answers else find_answers_folder(),
         timed=time,
         known=known,

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-from compressknow.api.words import Words, build_records, list_rules, verb
+from compressknow.api.keywords import RunKeywords, api_function, build_run_options, list_rules
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import count, parse_size
@@ -60,7 +60,7 @@ RECIPE, REPORTS, PAGES = "recipe.toml", ("report.html", "report.md", "report.jso
 WRITTEN = (*PAGES, RECIPE, *REPORTS)
 
 
-@verb
+@api_function
 def search(
     model: str | Path,
     output: str | Path,
@@ -84,7 +84,7 @@ def search(
     command: str | None = None,
     on_progress: OnProgress | None = None,
     on_result: Callable[[Trial], object] | None = None,
-    **words: Unpack[Words],
+    **keywords: Unpack[RunKeywords],
 ) -> Search:
     """Find the smallest file of a model that keeps a share of its knowledge, or the best one of a size.
 
@@ -103,7 +103,7 @@ def search(
     guide, must, rounding, calibration, calibration_tokens : as of `compressknow.export` with a size. Of a checkpoint
         `must` names types ``none``, ``int8-weights``, ``int4/64``, by scopes or regular expressions on modules.
     minimize : ``bytes``.
-    probe, facts, options, settings, words : see `compressknow.probe`; `facts` are more probes, and `seed` is of the
+    probe, facts, options, settings, keywords : see `compressknow.probe`; `facts` are more probes, and `seed` is of the
         split and of the text too. lm-eval's tasks cannot be held out. A running text beside the facts guides nothing:
         the winner reads it, and its report card says how.
     known : what counts as known, in all that is kept; see `compressknow.report`.
@@ -122,7 +122,7 @@ def search(
     compressknow.CompressknowError : the model or a probe cannot be found or evaluated, no file is that small, or
         `output` holds something else.
     """
-    options, settings = build_records(words, options, settings)
+    options, settings = build_run_options(keywords, options, settings)
     seed = options.seed
     request = SearchRequest(
         keep,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from compressknow.api.words import list_files, verb
+from compressknow.api.keywords import api_function, list_files
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, resolve_progress
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Form = Literal["gguf", "checkpoint"]
 
 
-@verb
+@api_function
 def sensitivity(
     model: str | Path,
     output: str | Path | Sequence[str | Path] = (),

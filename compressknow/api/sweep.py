@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Unpack
 
-from compressknow.api.words import Words, build_records, verb
+from compressknow.api.keywords import RunKeywords, api_function, build_run_options
 from compressknow.base.errors import UnusedOptions, UsageError
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, relabel_progress, resolve_progress
@@ -37,7 +37,7 @@ from compressknow.study.grid import PAPER, list_cells
 from compressknow.study.running import CellBatch, RayOptions, open_runner
 
 
-@verb
+@api_function
 def sweep(
     model: str | Path,
     output: str | Path,
@@ -59,7 +59,7 @@ def sweep(
     command: str | None = None,
     on_progress: OnProgress | None = None,
     on_result: Callable[[CellResult], object] | None = None,
-    **words: Unpack[Words],
+    **keywords: Unpack[RunKeywords],
 ) -> Study:
     """Convert a model by every recipe of a grid, evaluate each like the original, and write the study.
 
@@ -73,7 +73,7 @@ def sweep(
     grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant beside the paper's), a TOML file, or a dict of
         what one holds.
     probe : names; see `compressknow.probe`. One of facts at least: a running text beside them gives perplexities.
-    options, settings, words : see `compressknow.probe`.
+    options, settings, keywords : see `compressknow.probe`.
     known : what counts as known; see `compressknow.report`. A study can be written anew by the other reading: the
         answers are the same.
     module_map, quantize : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``);
@@ -95,7 +95,7 @@ def sweep(
     compressknow.CompressknowError : the model or a probe cannot be found or evaluated, the grid makes no sense,
         the cluster does not answer, or `output` holds something else.
     """
-    options, settings = build_records(words, options, settings)
+    options, settings = build_run_options(keywords, options, settings)
     if not isinstance(ray, str) and (num_cpus, num_gpus) != (1, 0):
         raise UnusedOptions(
             "--num-cpus and --num-gpus are for tasks on a Ray cluster.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compressknow.api.words import verb
+from compressknow.api.keywords import api_function
 from compressknow.base.errors import CheckpointError, VerificationError
 from compressknow.base.packages import require
 from compressknow.base.progress import Listener, OnProgress, Stage, report_progress, resolve_progress
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compressknow.compress.verify import Verification
 
 
-@verb
+@api_function
 def verify(
     folder: str | Path, *, threads: int | None = None, on_progress: OnProgress | None = None, check: bool = True
 ) -> Verification:

@@ -1,4 +1,4 @@
-"""Words of the command line, as the verbs take them in Python: an option is a parameter of the same name."""
+"""Keyword arguments that the public functions share: each option of the command line, under the same name."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Words(TypedDict, total=False):
-    """Options of what is evaluated and how a model is run, as `compressknow.Options` and `compressknow.Settings` have
-    them.
+class RunKeywords(TypedDict, total=False):
+    """Keywords for what is evaluated and how a model is run: the fields of `compressknow.Options` and
+    `compressknow.Settings`.
 
-    `map` says which columns of a table are which, by key or as ``KEY=COLUMN``; `no_noise_floor` leaves that out.
+    `map` assigns the columns of a table, by key or as ``KEY=COLUMN``; `no_noise_floor` skips the noise floor.
     """
 
     data: str | Path | None
@@ -43,8 +43,8 @@ class Words(TypedDict, total=False):
     no_noise_floor: bool
 
 
-class ServingWords(Words, total=False):
-    """Words with what runs a model; `model_name` is its name on a server."""
+class ServerKeywords(RunKeywords, total=False):
+    """The same, with what runs a model; `model_name` is its name on a server."""
 
     runtime: str | None
     model_name: str | None
@@ -52,19 +52,19 @@ class ServingWords(Words, total=False):
     timeout: float
 
 
-# Words that the records have other names for.
+# Keywords whose fields have other names.
 _RENAMED = {"map": "columns", "model_name": "model"}
 
 
-def build_records(
-    words: Mapping[str, Any], options: Options | None = None, settings: Settings | None = None
+def build_run_options(
+    keywords: Mapping[str, Any], options: Options | None = None, settings: Settings | None = None
 ) -> tuple[Options, Settings]:
-    """Return the records of some words, which come before what `options` and `settings` say."""
+    """Return options and settings, with `keywords` taking precedence over their fields."""
     from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
     from compressknow.evaluate.sources.columns import parse_columns
 
-    named = {_RENAMED.get(name, name): value for name, value in words.items()}
+    named = {_RENAMED.get(name, name): value for name, value in keywords.items()}
     if "no_noise_floor" in named:
         named["noise_floor"] = not named.pop("no_noise_floor")
     of_settings = {each.name for each in fields(Settings)}
@@ -81,10 +81,10 @@ def build_records(
     return replace(options or Options(), **facts), replace(settings or Settings(), **running)
 
 
-def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Show every word in the signature of a verb, and name parameters, not options, in its errors. Raises TypeError for
-    an unknown word, with the one that was probably meant."""
-    signature = _spell_out(inspect.signature(function))
+def api_function(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a public function: its signature lists every keyword, and its errors name parameters, not options.
+    An unknown keyword is a TypeError that suggests the one probably meant."""
+    signature = _list_keywords(inspect.signature(function))
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -101,18 +101,18 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _spell_out(signature: inspect.Signature) -> inspect.Signature:
-    """Return the signature with each word as a parameter, with the default of the records, as `help` shows it."""
+def _list_keywords(signature: inspect.Signature) -> inspect.Signature:
+    """Return the signature with each shared keyword as a parameter of its own, with its default, for `help`."""
     *named, last = signature.parameters.values()
     if last.kind is not inspect.Parameter.VAR_KEYWORD:
         return signature
     from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
 
-    words = next(kind for kind in (ServingWords, Words) if kind.__name__ in str(last.annotation))
+    keywords = next(kind for kind in (ServerKeywords, RunKeywords) if kind.__name__ in str(last.annotation))
     defaults = vars(Options()) | vars(Settings())
     defaults["no_noise_floor"] = not defaults["noise_floor"]
-    for name, kind in words.__annotations__.items():
+    for name, kind in keywords.__annotations__.items():
         kind = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
         default = defaults[_RENAMED.get(name, name)]
         named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
@@ -120,11 +120,11 @@ def _spell_out(signature: inspect.Signature) -> inspect.Signature:
 
 
 def list_files(output: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Return the files that an output names: one by itself, or several."""
+    """Return one output file, or several, as a list."""
     return [Path(path) for path in ([output] if isinstance(output, str | Path) else output)]
 
 
 def list_rules(rules: Mapping[str, str] | Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Return which weights get which type: a mapping, or pairs."""
+    """Return rules of which weights get which type, given as a mapping or as pairs, as pairs."""
     pairs = rules.items() if isinstance(rules, Mapping) else rules
     return tuple((which, chosen) for which, chosen in pairs)
