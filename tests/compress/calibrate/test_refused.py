@@ -96,7 +96,7 @@ def test_a_text_that_is_not_there_is_refused_before_torch_is_imported(
         (["--quantize", "int8", "--per-layer"], 2, "--norm and --dim go with --prune AMOUNT"),
         (["--prune", "0.2", "--dim", "1"], 2, "'dim' is not a parameter of l1-unstructured"),
         (["--prune", "0.2", "--prune-method", "random-structured", "--norm", "2"], 2, "'norm' is not a parameter of"),
-        (["--drop-blocks", "1-1", "--pattern", "2:4"], 2, "no parameter of a step that drops blocks or neurons"),
+        (["--drop-blocks", "1-1", "--pattern", "2:4"], 2, "not a parameter of a step that drops blocks or neurons"),
         (["--quantize", "int8-paper", "--rounding", "gptq"], 2, "int8-paper can only be rounded to nearest."),
         (["--quantize", "int8-weights", "--smooth", "0.5"], 2, "it rounds no activations by token"),
         (["--quantize", "int8", "--smooth", "1.5"], 2, "smooth must be greater than 0 and at most 1"),
