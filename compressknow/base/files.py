@@ -34,8 +34,7 @@ def find_cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow"
     except RuntimeError:
         raise OutputError(
-            "There is no home folder to keep a cache in.",
-            hint="Set HOME, or XDG_CACHE_HOME to a folder.",
+            "There is no home folder to keep a cache in.", hint="Set HOME, or XDG_CACHE_HOME to a folder."
         ) from None
 
 

@@ -26,7 +26,7 @@ from compressknow.comparison.weights import (
 )
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.output_config import count_targets
-from compressknow.compress.weights import CheckpointValues, ParameterValues, read_side
+from compressknow.compress.weights import StoredWeights, Values, read_side
 from compressknow.engine.identity import LocatedModel
 from compressknow.model.checkpoint import Checkpoint, find_weight_files, open_checkpoint
 from compressknow.model.gguf_file import EMBEDDING, Tensor, find_groups, list_tensors, open_gguf, read_value
@@ -122,7 +122,7 @@ def _check_architectures(names: tuple[str, str], architectures: tuple[str, str],
         )
 
 
-def _list_names(a: CheckpointValues, b: CheckpointValues) -> list[str]:
+def _list_names(a: StoredWeights, b: StoredWeights) -> list[str]:
     """Return all that either stores, in the order of the module tree; what the tree does not have comes last."""
     place: dict[str, int] = {name: i for i, name in enumerate(a.structure.parameters | b.structure.parameters)}
     names = dict.fromkeys([*a.own, *b.own, *a.packed_weights(), *b.packed_weights()])
@@ -134,8 +134,8 @@ def _list_names(a: CheckpointValues, b: CheckpointValues) -> list[str]:
 
 
 def _pair_values(
-    a: CheckpointValues, b: CheckpointValues, lost_a: Mapping[str, LostNeurons], lost_b: Mapping[str, LostNeurons]
-) -> Iterator[tuple[str, ParameterValues, ParameterValues]]:
+    a: StoredWeights, b: StoredWeights, lost_a: Mapping[str, LostNeurons], lost_b: Mapping[str, LostNeurons]
+) -> Iterator[tuple[str, Values, Values]]:
     """Yield each parameter's name and its values in both checkpoints, of one shape."""
     seen: set[tuple[str, str]] = set()
     for name in _list_names(a, b):
@@ -154,12 +154,7 @@ def _pair_values(
 
 
 def _diff_tensor(
-    reader: Reader,
-    a: CheckpointValues,
-    b: CheckpointValues,
-    name: str,
-    values_a: ParameterValues,
-    values_b: ParameterValues,
+    reader: Reader, a: StoredWeights, b: StoredWeights, name: str, values_a: Values, values_b: Values
 ) -> TensorDiff:
     sums, same = diff_values(reader, values_a, values_b)
     linear = a.linear(name) or b.linear(name)
@@ -192,7 +187,7 @@ def name_in_block(name: str) -> str:
     return ".".join(part for part in inside.split(".") if not part.isdigit())
 
 
-def _diff_structure(a: CheckpointValues, b: CheckpointValues) -> Iterator[StructureChange]:
+def _diff_structure(a: StoredWeights, b: StoredWeights) -> Iterator[StructureChange]:
     for name in _list_names(a, b):
         in_a, in_b = a.supply.get(name), b.supply.get(name)
         if a.packed(name) or b.packed(name):
@@ -212,7 +207,7 @@ def _diff_structure(a: CheckpointValues, b: CheckpointValues) -> Iterator[Struct
                 yield StructureChange(name, "retyped", _describe(in_a), _describe(in_b))
 
 
-def _find_tie(tied: CheckpointValues, apart: CheckpointValues, name: str) -> str | None:
+def _find_tie(tied: StoredWeights, apart: StoredWeights, name: str) -> str | None:
     if name in tied.own and tied.supply[name] is tied.own[name]:
         return None
     others = (other for other, tensor in tied.own.items() if tensor is tied.supply[name] and other != name)

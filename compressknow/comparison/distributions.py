@@ -11,14 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from compressknow.comparison.intervals import estimate_proportion
-from compressknow.comparison.records import (
-    Confidence,
-    ConfidenceThird,
-    Counts,
-    GradeCounts,
-    ReliabilityBin,
-    WordingFigures,
-)
+from compressknow.comparison.records import Confidence, Counts, GradeCounts, ReliabilityBin, Tertile, WordingFigures
 from compressknow.evaluate.answers import GRADES, LOGP_FLOOR, Answer
 from compressknow.evaluate.grades import group_by_fact
 
@@ -199,7 +192,7 @@ def compare_confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | N
     )
 
 
-def split_by_confidence(sure: np.ndarray, kept: np.ndarray) -> tuple[ConfidenceThird, ...]:
+def split_by_confidence(sure: np.ndarray, kept: np.ndarray) -> tuple[Tertile, ...]:
     """Return knowledge kept by thirds of the original's confidence, the most confident first, of each fact that the
     original knew; facts of one confidence stay together. Nothing where that leaves a third with too few facts."""
     chosen = _split_evenly(sure, len(THIRDS), FEWEST)
@@ -210,9 +203,7 @@ def split_by_confidence(sure: np.ndarray, kept: np.ndarray) -> tuple[ConfidenceT
         own, still = sure[chosen == place], kept[chosen == place]
         counts = Counts(both=int(still.sum()), lost=int((~still).sum()))
         found.append(
-            ConfidenceThird(
-                name, float(own.min()), float(own.max()), counts, estimate_proportion(counts.both, len(still))
-            )
+            Tertile(name, float(own.min()), float(own.max()), counts, estimate_proportion(counts.both, len(still)))
         )
     return tuple(found)
 

@@ -26,15 +26,7 @@ from compressknow.comparison.distributions import (
     name_popularity_bins,
 )
 from compressknow.comparison.power import count_facts_to_show, find_smallest_loss
-from compressknow.comparison.records import (
-    Certainty,
-    ChangedFact,
-    Counts,
-    DistributionShift,
-    Estimate,
-    Group,
-    ProbeFigures,
-)
+from compressknow.comparison.records import Certainty, ChangedFact, Counts, Estimate, Group, KlFigures, ProbeFigures
 from compressknow.evaluate.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answer
 from compressknow.evaluate.facts import DOMAINS
 from compressknow.evaluate.records import ProbeEntry
@@ -225,7 +217,7 @@ def _compute_drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tu
     return drop, drop / before if before else None
 
 
-def _measure_movement(pairs: Sequence[Pair]) -> DistributionShift | None:
+def _measure_movement(pairs: Sequence[Pair]) -> KlFigures | None:
     """Measure KL over the whole vocabulary where each fact has it; else over the tokens that both sides hold, for the
     facts for which these are the same. Those with NaN (a model that broke) are left out."""
     exact = [after.first_kl for _, after in pairs if after.first_kl is not None]
@@ -247,12 +239,12 @@ def _measure_movement(pairs: Sequence[Pair]) -> DistributionShift | None:
     return _summarize_movement(found[:, 0], (before, after) if partly else None)
 
 
-def _summarize_movement(values: np.ndarray, rest: tuple[float, float] | None) -> DistributionShift | None:
+def _summarize_movement(values: np.ndarray, rest: tuple[float, float] | None) -> KlFigures | None:
     if not len(values):
         return None
     median, p99 = np.percentile(values, [50, 99])
     mean = math.fsum(values) / len(values)
-    return DistributionShift(len(values), mean, float(median), float(p99), float(values.max()), rest)
+    return KlFigures(len(values), mean, float(median), float(p99), float(values.max()), rest)
 
 
 def _measure_divergence(pairs: Sequence[Pair]) -> np.ndarray:

@@ -89,7 +89,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class DistributionShift:
+class KlFigures:
     """How far the distribution at the answer's first position moved (nats), over the `n` facts that have one.
 
     `rest` is the mean probability, before and after, of the tokens that are taken together as one: what moves among
@@ -127,7 +127,7 @@ NOT_MEASURED = Certainty()
 
 
 @dataclass(frozen=True, slots=True)
-class ConfidenceThird:
+class Tertile:
     """Known facts by how sure the original was of its answer: its confidence from `low` to `high` (0 to 1)."""
 
     name: str
@@ -150,9 +150,7 @@ class ReliabilityBin:
 class Confidence:
     """Confidence of both models in their answers."""
 
-    thirds: tuple[
-        ConfidenceThird, ...
-    ]  # of the facts that the original knew, the most confident first; empty for too few
+    thirds: tuple[Tertile, ...]  # of the facts that the original knew, the most confident first; empty for too few
     median: float  # of the original's confidence over all facts
     wrong_original: int
     wrong_compressed: int
@@ -225,7 +223,7 @@ class ProbeFigures:
     macro_compressed: Estimate
     macro_difference: Estimate
     answer_changed: float | None
-    movement: DistributionShift | None
+    movement: KlFigures | None
     logp_change: Mapping[str, float] | None  # of the gold: p1 p5 p25 p50 p75 p95 p99
     mrr: tuple[float, float] | None  # mean reciprocal rank of the gold, before and after
     p_at_5: tuple[float, float] | None

@@ -13,12 +13,12 @@ import torch
 from compressknow.comparison.diff import DiffSums
 from compressknow.compress.blocks import Reader, get_matrix_shape
 from compressknow.compress.removal.settings import parse_block
-from compressknow.compress.weights import CheckpointValues, ParameterValues, dequantize_block, read_scales
+from compressknow.compress.weights import StoredWeights, Values, dequantize_block, read_scales
 from compressknow.model.manifest import list_dropped_neurons
 from compressknow.model.structure import LinearWeight
 
 
-def diff_values(reader: Reader, a: ParameterValues, b: ParameterValues) -> tuple[DiffSums, bool]:
+def diff_values(reader: Reader, a: Values, b: Values) -> tuple[DiffSums, bool]:
     """Return the sums of two tensors, taken in float64, and whether they are stored alike to the bit."""
     scale_a, scale_b = read_scales(reader, a), read_scales(reader, b)
     columns = max(get_matrix_shape(values.tensor.shape)[1] for values in (a, b))
@@ -61,8 +61,8 @@ def _sum_squares(x: torch.Tensor) -> float:
 
 
 def renumber_blocks(
-    side: CheckpointValues, manifest: Mapping[str, Any], other: CheckpointValues, its_manifest: Mapping[str, Any]
-) -> CheckpointValues:
+    side: StoredWeights, manifest: Mapping[str, Any], other: StoredWeights, its_manifest: Mapping[str, Any]
+) -> StoredWeights:
     """Return a checkpoint with the numbers that its blocks had before others were dropped, in the stacks that the other
     checkpoint still has whole, or was made of."""
     dropped, of_other = (each.get("removed", {}).get("blocks", []) for each in (manifest, its_manifest))
@@ -90,7 +90,7 @@ def renumber_blocks(
     )
 
 
-def _count_blocks(side: CheckpointValues, stack: str) -> int:
+def _count_blocks(side: StoredWeights, stack: str) -> int:
     places = map(parse_block, side.structure.parameters)
     return max((place[1] + 1 for place in places if place and place[0] == stack), default=0)
 
@@ -124,7 +124,7 @@ class LostNeurons:
         return tuple(number + part * self.before for part in range(self.each) for number in neurons)
 
 
-def read_lost_neurons(manifest: Mapping[str, Any], side: CheckpointValues) -> dict[str, LostNeurons]:
+def read_lost_neurons(manifest: Mapping[str, Any], side: StoredWeights) -> dict[str, LostNeurons]:
     """Return what the tensors of a converted checkpoint lost, by stored name; nothing of one whose manifest does not
     say which neurons went."""
     entries = manifest.get("removed", {}).get("neurons", [])
@@ -161,9 +161,7 @@ def _find_axis(row: Mapping[str, Any], entry: Mapping[str, Any], dropped: tuple[
     return LostNeurons(axis, each, entry["before"], dropped)
 
 
-def align(
-    a: ParameterValues, b: ParameterValues, lost_a: LostNeurons | None, lost_b: LostNeurons | None
-) -> tuple[ParameterValues, ParameterValues] | None:
+def align(a: Values, b: Values, lost_a: LostNeurons | None, lost_b: LostNeurons | None) -> tuple[Values, Values] | None:
     """Return the same entries of both tensors: all, where neither lost any; None where they cannot be told."""
     # One may have all that the other was made of, though it lost some before.
     for first, second in ((None, lost_b), (lost_a, None), (lost_a, lost_b)):
@@ -173,8 +171,8 @@ def align(
 
 
 def _align_entries(
-    a: ParameterValues, b: ParameterValues, lost_a: LostNeurons | None, lost_b: LostNeurons | None
-) -> tuple[ParameterValues, ParameterValues] | None:
+    a: Values, b: Values, lost_a: LostNeurons | None, lost_b: LostNeurons | None
+) -> tuple[Values, Values] | None:
     """Return the entries that both have left, if that is what they lost: None for a tensor that lost nothing."""
     lost = lost_a or lost_b
     if lost is None or len(a.shape) != len(b.shape):
@@ -190,6 +188,6 @@ def _align_entries(
     return (one, other) if both and one.shape == other.shape else None
 
 
-def _pick(values: ParameterValues, axis: int, left: Sequence[int], wanted: Collection[int]) -> ParameterValues:
+def _pick(values: Values, axis: int, left: Sequence[int], wanted: Collection[int]) -> Values:
     numbers = tuple(place for place, number in enumerate(left) if number in wanted)
     return values if len(numbers) == len(left) else replace(values, axis=axis, numbers=numbers)

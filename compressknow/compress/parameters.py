@@ -70,12 +70,7 @@ class Parameter:
 
 
 def parameter(
-    *,
-    default: Any,
-    help: str,
-    kind: type | None = None,
-    must: str = "",
-    fits: Callable[[Any], bool] = lambda _: True,
+    *, default: Any, help: str, kind: type | None = None, must: str = "", fits: Callable[[Any], bool] = lambda _: True
 ) -> Any:
     """Declare a field that is a parameter. Its kind is that of the default, unless it is given; None is allowed where
     it is the default."""

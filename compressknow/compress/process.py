@@ -33,7 +33,7 @@ from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, get_torch_dty
 
 if TYPE_CHECKING:
     from compressknow.compress.plan import PlannedTensor
-    from compressknow.compress.weights import ParameterValues
+    from compressknow.compress.weights import Values
 
 COPY_BYTES = 1 << 20
 # Below it float32 loses digits of the squares it is a sum of.
@@ -87,7 +87,7 @@ class TensorConverter(Reader):
     """
 
     writer: Callable[[str], TensorWriter]
-    unfitted: Mapping[str, ParameterValues] = field(default_factory=dict)
+    unfitted: Mapping[str, Values] = field(default_factory=dict)
 
     def write(
         self,

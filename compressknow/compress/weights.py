@@ -19,7 +19,7 @@ from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, get_torch_dty
 
 
 @dataclass(frozen=True)
-class ParameterValues:
+class Values:
     """Values of a parameter as a checkpoint stores them: a tensor and, of low bits, its scale; `packed` is where those
     lie that are several in an integer. Along `axis` these `numbers` alone are compared, if any are named."""
 
@@ -83,7 +83,7 @@ def _unpack(packed: torch.Tensor, columns: int, dtype: str) -> torch.Tensor:
     return integers.contiguous()
 
 
-def read_scales(reader: Reader, values: ParameterValues) -> torch.Tensor | None:
+def read_scales(reader: Reader, values: Values) -> torch.Tensor | None:
     """Read float32 scales, [rows, groups], [rows, 1] or [1, 1], of the rows that are compared."""
     if values.scale is None:
         return None
@@ -94,7 +94,7 @@ def read_scales(reader: Reader, values: ParameterValues) -> torch.Tensor | None:
     return scale if rows == 1 or values.rows is None else scale[list(values.rows)]
 
 
-def dequantize_block(values: ParameterValues, block: Block, scale: torch.Tensor | None) -> torch.Tensor:
+def dequantize_block(values: Values, block: Block, scale: torch.Tensor | None) -> torch.Tensor:
     """Return float64 values of a block; `scale` as `read_scales` gives it."""
     if scale is None:
         return block.values.to(torch.float64)
@@ -105,7 +105,7 @@ def dequantize_block(values: ParameterValues, block: Block, scale: torch.Tensor 
 
 
 @dataclass(frozen=True)
-class CheckpointValues:
+class StoredWeights:
     """Stored values of a checkpoint, by parameter; by its own name a tensor loaded to none, or fused with others.
 
     Attributes
@@ -127,7 +127,7 @@ class CheckpointValues:
     supply: dict[str, StoredTensor]
     loaded_to: dict[str, str]
     parts: dict[str, dict[str, StoredTensor]]
-    unpacked: dict[str, ParameterValues] = field(default_factory=dict)
+    unpacked: dict[str, Values] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -138,7 +138,7 @@ class CheckpointValues:
         """Return the Linear weight that a tensor is, or is a part of."""
         return self.linears.get(self.loaded_to.get(key, key))
 
-    def values(self, key: str) -> ParameterValues | None:
+    def values(self, key: str) -> Values | None:
         """Return a parameter's values; None where it has none, or none that can be read."""
         tensor = self.supply.get(key)
         if tensor and tensor.name in self.unpacked:
@@ -146,10 +146,10 @@ class CheckpointValues:
         if tensor is None or tensor.dtype not in READABLE:
             return None
         if self.linear(key) is None or tensor.dtype in (*FLOAT_DTYPES, "F64"):
-            return ParameterValues(tensor)
+            return Values(tensor)
         # Low bits can be read where they are 8 and have a scale.
         scale = _find_scale(self.parts.get(tensor.name.removesuffix(".weight"), {}), tensor)
-        return ParameterValues(tensor, scale) if tensor.dtype in ("I8", "F8_E4M3") and scale else None
+        return Values(tensor, scale) if tensor.dtype in ("I8", "F8_E4M3") and scale else None
 
     def packed(self, key: str) -> str | None:
         """Describe how a tensor is stored whose values cannot be read; None where they can, or it is not stored."""
@@ -182,7 +182,7 @@ def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> Stor
     return scale if scale.numel == 1 or per_row or per_group else None
 
 
-def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> CheckpointValues:
+def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> StoredWeights:
     """Read what a checkpoint stores from its headers.
 
     Raises CheckpointError where it has no weights, or its config builds no model.
@@ -208,17 +208,17 @@ def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Che
             own[name] = tensor
             if binding:
                 loaded_to[name] = binding.parameter
-    unpacked: dict[str, ParameterValues] = {}
+    unpacked: dict[str, Values] = {}
     of_low_bits: dict[str, StoredTensor] = {}
     for parameter in (weight.parameter for weight in structure.linears if weight.parameter in packed):
         words, values = packed[parameter]
         if scale := _find_scale(checkpoint.tensors, values):
-            of_low_bits[parameter], unpacked[values.name] = values, ParameterValues(values, scale, words)
+            of_low_bits[parameter], unpacked[values.name] = values, Values(values, scale, words)
     own |= of_low_bits
     stored = find_suppliers(checkpoint, bound, structure.tied)
     # A final layer that was tied and is packed has values of its own.
     supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()} | of_low_bits
-    return CheckpointValues(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts, unpacked)
+    return StoredWeights(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts, unpacked)
 
 
 def _find_module(name: str, modules: set[str]) -> str | None:

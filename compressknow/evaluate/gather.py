@@ -333,10 +333,7 @@ def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
 
 
 def find_both(
-    a: tuple[str | Path, str | None],
-    b: tuple[str | Path, str | None],
-    settings: Settings,
-    on_progress: Listener | None,
+    a: tuple[str | Path, str | None], b: tuple[str | Path, str | None], settings: Settings, on_progress: Listener | None
 ) -> tuple[ModelHandle, ModelHandle]:
     """Find and hash both checkpoints, each a folder or hub id with its revision; one given twice is hashed once. Raises
     CompressknowError where one is not found, UsageError where it is a folder of answers."""

@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Any
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UnusedOptions, UsageError
 from compressknow.base.format import clean
 from compressknow.base.packages import is_installed, require
-from compressknow.base.progress import (
-    Listener,
-    PanicError,
-    Stage,
-    count_progress,
-    report_progress,
-    translate_panics,
-)
+from compressknow.base.progress import Listener, PanicError, Stage, count_progress, report_progress, translate_panics
 from compressknow.base.reading import check_unchanged, compute_sha256, find_mismatch
 from compressknow.engine.identity import TOKENIZER_FILES, Contents, LocatedModel, describe, read_contents
 from compressknow.engine.language_model import AUTO, CPU, LanguageModel, find_named_family, load_language_model

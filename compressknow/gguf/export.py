@@ -24,17 +24,11 @@ from compressknow.compress.calibrate.text import CalibrationText, read_calibrati
 from compressknow.compress.output import list_carried_files
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration
-from compressknow.compress.weights import CheckpointValues, ParameterValues, read_side
+from compressknow.compress.weights import StoredWeights, Values, read_side
 from compressknow.engine.identity import find_source, get_record_path, locate, read_contents
 from compressknow.engine.load import find_family_of_class, load_tokenizer
 from compressknow.gguf.choice import FLOATS, SizeFit, TypeChoice, estimate_bytes, find_base_type, list_file_types
-from compressknow.gguf.converter import (
-    check_architecture,
-    convert,
-    quantize,
-    read_planned_types,
-    read_version,
-)
+from compressknow.gguf.converter import check_architecture, convert, quantize, read_planned_types, read_version
 from compressknow.gguf.gptq import round_file
 from compressknow.gguf.importance import (
     Importance,
@@ -82,8 +76,8 @@ class Export:
     file is brought to a size, instead of by the types of `choice`."""
 
     checkpoint: Checkpoint
-    side: CheckpointValues
-    tensors: dict[str, ParameterValues]
+    side: StoredWeights
+    tensors: dict[str, Values]
     choice: TypeChoice
     converter: Path
     exact: str

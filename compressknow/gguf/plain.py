@@ -14,7 +14,7 @@ import torch
 from compressknow.base.errors import UnsupportedError
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.output import lay_out_file, list_carried_files
-from compressknow.compress.weights import CheckpointValues, ParameterValues
+from compressknow.compress.weights import StoredWeights, Values
 from compressknow.gguf.tensors import EXPERT, Tensors
 from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
 from compressknow.model.manifest import CARD_NAME
@@ -29,15 +29,15 @@ _TOLERANCE = 1e-6
 _BLOCK = 1 << 22
 
 
-def get_dtype(values: ParameterValues) -> str:
+def get_dtype(values: Values) -> str:
     """Return the dtype of plain values: integers become float32, in which they are scaled; all else stays as it is."""
     return "F32" if values.scale else values.tensor.dtype
 
 
-def list_plain_tensors(side: CheckpointValues, checkpoint: Checkpoint) -> dict[str, ParameterValues]:
+def list_plain_tensors(side: StoredWeights, checkpoint: Checkpoint) -> dict[str, Values]:
     """Return a checkpoint's tensors without quantization, by its stored names, in their order. Raises UnsupportedError
     where values cannot be read: another tool has packed them."""
-    plain: dict[str, ParameterValues] = {}
+    plain: dict[str, Values] = {}
     unreadable: dict[str, str | None] = {}
     for key, tensor in side.own.items():
         values = side.values(key)
@@ -55,7 +55,7 @@ def list_plain_tensors(side: CheckpointValues, checkpoint: Checkpoint) -> dict[s
     return dict(sorted(plain.items(), key=lambda item: place.get(item[1].stored.name, len(place))))
 
 
-def write_plain(checkpoint: Checkpoint, tensors: Mapping[str, ParameterValues], reader: Reader, folder: Path) -> None:
+def write_plain(checkpoint: Checkpoint, tensors: Mapping[str, Values], reader: Reader, folder: Path) -> None:
     """Write a folder of plain weights, with the small files of the checkpoint; `reader` is told the bytes read."""
     folder.mkdir()
     for name in (*list_carried_files(checkpoint.folder), CARD_NAME):
@@ -72,7 +72,7 @@ def write_plain(checkpoint: Checkpoint, tensors: Mapping[str, ParameterValues], 
                 file.write(view_bytes(piece.contiguous()))
 
 
-def _read_pieces(values: ParameterValues, reader: Reader) -> Iterator[torch.Tensor]:
+def _read_pieces(values: Values, reader: Reader) -> Iterator[torch.Tensor]:
     if not values.tensor.numel:
         return iter(())
     if values.scale is None:
@@ -80,7 +80,7 @@ def _read_pieces(values: ParameterValues, reader: Reader) -> Iterator[torch.Tens
     return (floats.to(torch.float32) for _, floats in values.floats(reader))
 
 
-def find_same_channels(exact: Iterable[Any], tensors: Tensors, plain: Mapping[str, ParameterValues]) -> list[str]:
+def find_same_channels(exact: Iterable[Any], tensors: Tensors, plain: Mapping[str, Values]) -> list[str]:
     """Return the names of those tensors of a GGUF file, `exact` in 32 or 16 bits, whose input channels are those of the
     checkpoint, in its order.
 
@@ -99,7 +99,7 @@ def find_same_channels(exact: Iterable[Any], tensors: Tensors, plain: Mapping[st
     return names
 
 
-def _has_channels_of(parts: Sequence[ParameterValues], tensor: Any, reader: Reader) -> bool:
+def _has_channels_of(parts: Sequence[Values], tensor: Any, reader: Reader) -> bool:
     """Return whether a tensor has the energies of what a checkpoint stores for it, with channels along either axis."""
     stored = _sum_tensor_squares(tensor)
     by_part = [_sum_plain_squares(part, reader) for part in parts]
@@ -129,7 +129,7 @@ def _sum_tensor_squares(tensor: Any) -> Energies:
     return energies
 
 
-def _sum_plain_squares(plain: ParameterValues, reader: Reader) -> tuple[Energies, Energies]:
+def _sum_plain_squares(plain: Values, reader: Reader) -> tuple[Energies, Energies]:
     """Return the energies with channels along the last axis, and along the one before it."""
     *_, height, columns = plain.shape
     matrices = plain.shape[0] if len(plain.shape) > 2 else 1

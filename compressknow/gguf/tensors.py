@@ -13,7 +13,7 @@ from compressknow.model.gguf_file import EMBEDDING, ORDER, UNPLACED, Tensor, cou
 from compressknow.model.structure import NOT_LINEAR, SCOPES, LinearWeight, compile_pattern, list_scopes, select
 
 if TYPE_CHECKING:
-    from compressknow.compress.weights import CheckpointValues
+    from compressknow.compress.weights import StoredWeights
 
 # Experts that are stored one by one are one tensor in GGUF.
 EXPERT = re.compile(r"experts\.(\d+)\.")
@@ -29,7 +29,7 @@ class Tensors:
     that it is, or is made of, and the names under which the checkpoint stores these. `start` are the bytes of the file
     before its tensors."""
 
-    side: CheckpointValues
+    side: StoredWeights
     tensors: Mapping[str, Tensor]
     weights: Mapping[str, tuple[LinearWeight, ...]]
     stored: Mapping[str, tuple[str, ...]]
@@ -77,7 +77,7 @@ def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]], option: st
     }
 
 
-def describe_tensors(reader: Any, side: CheckpointValues) -> Tensors:
+def describe_tensors(reader: Any, side: StoredWeights) -> Tensors:
     """Return what an open GGUF file holds, but for its weights."""
     tensors = list_tensors(reader)
     weights: dict[str, list[LinearWeight]] = {}
@@ -105,7 +105,7 @@ def _get_name_map(reader: Any) -> Any:
 
 
 def _map_weights(
-    name_map: Any, side: CheckpointValues, tensors: Mapping[str, Tensor]
+    name_map: Any, side: StoredWeights, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[LinearWeight, str, list[str]]]:
     """Yield each Linear weight with a tensor that holds it or a part of it, and the names by which that is stored."""
     parts: dict[str, list[str]] = {}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 import compressknow
 from compressknow.base.progress import Progress
-from compressknow.comparison.records import DistributionShift
+from compressknow.comparison.records import KlFigures
 from compressknow.evaluate import distributions, run
 from compressknow.evaluate.answers import TABLE, read_table
 from compressknow.evaluate.distributions import Distributions, Rows, compute_divergence
@@ -59,7 +59,7 @@ def report(place: Path, compressed: Sequence[str], keep_in: Path, original: str 
     )
 
 
-def movements(card: Card) -> list[DistributionShift]:
+def movements(card: Card) -> list[KlFigures]:
     found = [comparison.probes[0].movement for comparison in card.comparisons]
     assert all(found)
     return found  # type: ignore[return-value]

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from compressknow.comparison.paired import compare_probe
-from compressknow.comparison.records import DistributionShift
+from compressknow.comparison.records import KlFigures
 from compressknow.evaluate.records import ProbeEntry
 from tests.evaluate.references import answers_to, as_probe, word_facts, word_tokenizer
 from tests.models import tiny
@@ -32,7 +32,7 @@ def large_vocabulary() -> PreTrainedModel:
     return shaken(GPT2LMHeadModel(config).eval())
 
 
-def movement(before: PreTrainedModel, after: PreTrainedModel) -> tuple[DistributionShift, float]:
+def movement(before: PreTrainedModel, after: PreTrainedModel) -> tuple[KlFigures, float]:
     """That of the answers to two facts, and the mean divergence over the whole vocabulary by torch."""
     tokenizer, facts = word_tokenizer("<s> $A"), word_facts()[:2]
     originals = answers_to(before, tokenizer, "causal", as_probe(facts))

@@ -24,7 +24,7 @@ from compressknow.compress.removal.settings import Stack
 from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.sources import Sources
 from compressknow.compress.steps import DropBlocks
-from compressknow.compress.weights import ParameterValues
+from compressknow.compress.weights import Values
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight
@@ -49,7 +49,7 @@ def complete_removal(
         removal = remove(*removal.original, recipe, decision.measure_similarities)
     if removal.cuts:
         chosen = decision.select_neurons(removal, folder)
-        tensors, unfitted = removal.checkpoint.tensors | chosen.fitted, dict[str, ParameterValues]()
+        tensors, unfitted = removal.checkpoint.tensors | chosen.fitted, dict[str, Values]()
         for name, cut in removal.cuts.items():
             remaining = cut.select(chosen.selected[cut.down.parameter])
             if cut.is_down:

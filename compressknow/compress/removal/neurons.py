@@ -12,17 +12,9 @@ from transformers import PreTrainedModel
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.compress.calibrate.compensation import DAMPINGS
-from compressknow.compress.removal.settings import (
-    ConfigEditor,
-    Cuts,
-    Keys,
-    find_widths,
-    parse_block,
-    read_shapes,
-    set_at,
-)
+from compressknow.compress.removal.settings import Config, Cuts, Keys, find_widths, parse_block, read_shapes, set_at
 from compressknow.compress.steps import DropNeurons, Where
-from compressknow.compress.weights import ParameterValues
+from compressknow.compress.weights import Values
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.loading import NameMapping
 from compressknow.model.meta import rebuild_model
@@ -46,7 +38,7 @@ class DroppedNeurons:
     networks: Mapping[LinearWeight, Cuts]
 
 
-def select_neurons(step: DropNeurons, settings: ConfigEditor, structure: Structure) -> list[DroppedNeurons]:
+def select_neurons(step: DropNeurons, settings: Config, structure: Structure) -> list[DroppedNeurons]:
     """Select the settings and networks of which a step drops neurons.
 
     Raises UnsupportedError where no setting is the width of the feed-forward blocks alone, or their layers are not
@@ -149,14 +141,14 @@ class Cut:
         """Tell whether it is the weight that reads the neurons, which is fitted anew."""
         return self.parameter == self.down.parameter
 
-    def select(self, neurons: torch.Tensor) -> ParameterValues:
+    def select(self, neurons: torch.Tensor) -> Values:
         """Return what stays of it with these neurons (int64, ascending)."""
         numbers = torch.cat([neurons + self.drop.before * part for part in range(self.each)])
-        return ParameterValues(self.source, axis=self.axis, numbers=tuple(numbers.tolist()))
+        return Values(self.source, axis=self.axis, numbers=tuple(numbers.tolist()))
 
 
 def drop_neurons(
-    checkpoint: Checkpoint, settings: ConfigEditor, drops: Sequence[DroppedNeurons]
+    checkpoint: Checkpoint, settings: Config, drops: Sequence[DroppedNeurons]
 ) -> tuple[Checkpoint, PreTrainedModel, dict[str, Cut]]:
     """Leave neurons out, whichever these will be; return the checkpoint with fewer, its module tree, and what is cut,
     by stored name. The cut tensors of the checkpoint have their shapes, but no place that could be read.

@@ -39,7 +39,7 @@ WIDTHS = {
 BLOCK = re.compile(r"^(?P<list>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
-class ConfigEditor:
+class Config:
     """Config of a model on the meta device: `raw`, the content of its config.json, and `whole`, defaults included."""
 
     def __init__(self, tree: PreTrainedModel, raw: Mapping[str, Any], path: Path) -> None:
@@ -145,7 +145,7 @@ def parse_block(name: str) -> tuple[str, int, str] | None:
     return (match["list"], int(match["number"]), match["rest"]) if match else None
 
 
-def find_stacks(settings: ConfigEditor) -> tuple[Stack, ...]:
+def find_stacks(settings: Config) -> tuple[Stack, ...]:
     """Find the stacks of a model whose blocks a setting counts."""
     counts: dict[str, int] = {}
     for name in settings.shapes:
@@ -160,7 +160,7 @@ def find_stacks(settings: ConfigEditor) -> tuple[Stack, ...]:
     return tuple(dict.fromkeys(found.values()))
 
 
-def _find_counted(settings: ConfigEditor, keys: Keys, count: int) -> Stack | None:
+def _find_counted(settings: Config, keys: Keys, count: int) -> Stack | None:
     """Find the stack that loses its last block, while nothing else changes, if a setting is one less."""
     smaller = settings.try_config(Stack(keys, count, (), dropped=(count - 1,)).cut(settings.whole))
     if smaller is None or any(settings.shapes.get(name) != shape for name, shape in smaller.items()):
@@ -176,7 +176,7 @@ def _find_counted(settings: ConfigEditor, keys: Keys, count: int) -> Stack | Non
 Cuts = dict[str, tuple[int, int]]
 
 
-def find_widths(settings: ConfigEditor, parameters: set[str]) -> list[tuple[Keys, int, Cuts]]:
+def find_widths(settings: Config, parameters: set[str]) -> list[tuple[Keys, int, Cuts]]:
     """Find the settings that change the shapes of some of these parameters alone, along one axis each: the keys and the
     value of each, and what it changes."""
     sizes = sorted({size for name in parameters for size in settings.shapes[name]})
@@ -193,7 +193,7 @@ def find_widths(settings: ConfigEditor, parameters: set[str]) -> list[tuple[Keys
     return found
 
 
-def _try_width(settings: ConfigEditor, keys: Keys, value: int, parameters: set[str]) -> Cuts | None:
+def _try_width(settings: Config, keys: Keys, value: int, parameters: set[str]) -> Cuts | None:
     narrower = settings.try_config(set_at(settings.whole, keys, value - 1))
     if narrower is None or narrower.keys() != settings.shapes.keys():
         return None

@@ -13,17 +13,9 @@ from transformers import PreTrainedModel
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.neurons import Cut, DroppedNeurons, drop_neurons, select_neurons
-from compressknow.compress.removal.settings import (
-    BLOCK,
-    ConfigEditor,
-    Shapes,
-    Stack,
-    find_stacks,
-    parse_block,
-    read_shapes,
-)
+from compressknow.compress.removal.settings import BLOCK, Config, Shapes, Stack, find_stacks, parse_block, read_shapes
 from compressknow.compress.steps import DropBlocks, Where
-from compressknow.compress.weights import ParameterValues
+from compressknow.compress.weights import Values
 from compressknow.model.checkpoint import Checkpoint, list_some
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import Binding, NameMapping, find_missing_weights
@@ -63,7 +55,7 @@ class Removal:
     names: dict[str, str] = field(default_factory=dict, repr=False)
     cuts: dict[str, Cut] = field(default_factory=dict, repr=False)
     selected: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
-    unfitted: dict[str, ParameterValues] = field(default_factory=dict, repr=False)
+    unfitted: dict[str, Values] = field(default_factory=dict, repr=False)
     is_blockwise: bool = True
 
     @property
@@ -85,7 +77,7 @@ def remove(
     """
     left = Removal(checkpoint, tree, original=(checkpoint, tree), wide=(checkpoint, tree))
     for step in recipe.removals:
-        settings = ConfigEditor(left.tree, left.checkpoint.config, left.checkpoint.folder / "config.json")
+        settings = Config(left.tree, left.checkpoint.config, left.checkpoint.folder / "config.json")
         structure = read_structure(left.tree)
         if isinstance(step, DropBlocks):
             left = _remove_blocks(left, step, settings, structure, similarities)
@@ -106,7 +98,7 @@ def remove(
 
 
 def _remove_blocks(
-    left: Removal, step: DropBlocks, settings: ConfigEditor, structure: Structure, similarities: Similarities | None
+    left: Removal, step: DropBlocks, settings: Config, structure: Structure, similarities: Similarities | None
 ) -> Removal:
     stacks = []
     for stack in _select_stacks(step, settings, structure):
@@ -166,7 +158,7 @@ def choose_blocks(similarities: Sequence[float], number: int) -> tuple[int, ...]
     return tuple(sorted(order[:number]))
 
 
-def _select_stacks(step: DropBlocks, settings: ConfigEditor, structure: Structure) -> tuple[Stack, ...]:
+def _select_stacks(step: DropBlocks, settings: Config, structure: Structure) -> tuple[Stack, ...]:
     """Select the stacks that a step drops blocks of. Raises UnsupportedError where no setting of the config counts
     blocks, UsageError where the step's scope names a side that the model does not have."""
     stacks = [stack for stack in find_stacks(settings) if _list_sides(stack, structure)]
@@ -194,7 +186,7 @@ def _list_sides(stack: Stack, structure: Structure) -> set[str | None]:
 
 
 def _drop_blocks(
-    checkpoint: Checkpoint, settings: ConfigEditor, stacks: Iterable[Stack]
+    checkpoint: Checkpoint, settings: Config, stacks: Iterable[Stack]
 ) -> tuple[Checkpoint, PreTrainedModel, dict[str, str]]:
     """Leave blocks out; return the smaller checkpoint, its module tree, and the tensors' former names by the new ones.
     Raises UnsupportedError where what is left would not be what these blocks were."""

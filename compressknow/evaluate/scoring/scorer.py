@@ -294,11 +294,7 @@ class Scorer(ABC):
         return self.read_first(batch)
 
     def _add_distributions(
-        self,
-        answers: Sequence[Answer],
-        log_probs: torch.Tensor,
-        reference: Sequence[Ids] | None,
-        whole: Whole | None,
+        self, answers: Sequence[Answer], log_probs: torch.Tensor, reference: Sequence[Ids] | None, whole: Whole | None
     ) -> list[Answer]:
         if reference is not None:
             ids = torch.tensor(np.stack([np.asarray(ids) for ids in reference]), device=log_probs.device).long()

@@ -9,15 +9,15 @@ from compressknow.comparison.records import (
     Certainty,
     ChangedFact,
     Confidence,
-    ConfidenceThird,
     Counts,
-    DistributionShift,
     Estimate,
     GradeCounts,
     Group,
+    KlFigures,
     PairedTest,
     ProbeFigures,
     ReliabilityBin,
+    Tertile,
 )
 from compressknow.evaluate.answers import GRADES as KNOWING
 from compressknow.evaluate.records import ModelRecord, NoiseFloor, Speed
@@ -135,7 +135,7 @@ def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bo
         macro_compressed=Estimate(0.544, 0.518, 0.571),
         macro_difference=Estimate(-0.043, -0.058, -0.029),
         answer_changed=0.1284,
-        movement=DistributionShift(counts.n, 0.0831, 0.0204, 0.912, 4.377, (0.1204, 0.1337)),
+        movement=KlFigures(counts.n, 0.0831, 0.0204, 0.912, 4.377, (0.1204, 0.1337)),
         logp_change={"p1": -3.91, "p5": -1.72, "p25": -0.31, "p50": -0.04, "p75": 0.08, "p95": 0.61, "p99": 1.33},
         mrr=(0.671, 0.639),
         p_at_5=(0.8312, 0.8107),
@@ -178,7 +178,7 @@ def confidence(counts: Counts) -> Confidence:
     sides = [
         tuple(ReliabilityBin(facts, round(facts * less * (at or 0)), at) for facts, at in bins) for less in (0.97, 0.8)
     ]
-    thirds = (ConfidenceThird(name, *end, part, kept(part)) for name, end, part in zip(names, ends, parts, strict=True))
+    thirds = (Tertile(name, *end, part, kept(part)) for name, end, part in zip(names, ends, parts, strict=True))
     wrong = counts.n - counts.known_before, counts.n - counts.known_after
     return Confidence(tuple(thirds), 0.44, *wrong, 61, 97, *sides, ece=(0.0413, 0.0677), brier=(0.1522, 0.1689))
 

@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING
 
 from compressknow.base.format import NONE, answer, clean, count, share, write_percent, write_rank
 from compressknow.comparison.distributions import CALIBRATION_BINS
-from compressknow.comparison.records import (
-    Confidence,
-    ConfidenceThird,
-    Counts,
-    Estimate,
-    GradeCounts,
-    Group,
-    ReliabilityBin,
-)
+from compressknow.comparison.records import Confidence, Counts, Estimate, GradeCounts, Group, ReliabilityBin, Tertile
 from compressknow.evaluate.answers import GRADES
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.pages import drawing
@@ -304,7 +296,7 @@ class Confident(Section):
                 yield Folded(f"Calibration, {name}, bin by bin", (_tabulate_bins(name, *sides.values()),))
 
 
-def _tabulate_thirds(name: str, thirds: Sequence[ConfidenceThird]) -> Table:
+def _tabulate_thirds(name: str, thirds: Sequence[Tertile]) -> Table:
     return Table(
         f"{name}: kept by the original's confidence",
         ("Original's answer", "Its confidence", "Known before", "Lost", "Kept"),

@@ -18,7 +18,7 @@ from compressknow.base.format import (
 )
 from compressknow.comparison.distributions import CALIBRATION_FACTS
 from compressknow.comparison.intervals import FEWEST, estimate_difference, estimate_proportion, run_mcnemar
-from compressknow.comparison.records import Certainty, Counts, DistributionShift, Estimate, ProbeFigures
+from compressknow.comparison.records import Certainty, Counts, Estimate, KlFigures, ProbeFigures
 from compressknow.compress.schemes import choose_word, read_schemes
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.model.manifest import describe_calibration, describe_removed
@@ -97,12 +97,12 @@ def write_pair(pair: tuple[float, float] | None, write: Callable[[float], str], 
     return NONE if pair is None else f"{write(pair[0])}{then}{write(pair[1])}"
 
 
-def write_rest(moved: DistributionShift | None, then: str = " → ") -> str:
+def write_rest(moved: KlFigures | None, then: str = " → ") -> str:
     """Write the probability of the tokens that are taken together, where there are some."""
     return write_pair(moved.rest if moved else None, share, then)
 
 
-def write_movement(moved: DistributionShift | None, get: Callable[[DistributionShift], float], digits: int = 3) -> str:
+def write_movement(moved: KlFigures | None, get: Callable[[KlFigures], float], digits: int = 3) -> str:
     """Write a figure of how far distributions moved, where that was measured."""
     if moved is None:
         return NONE
