@@ -1,7 +1,7 @@
-"""Distributions of the original over its whole vocabulary, kept for one run: with them KL divergences are exact.
+"""Distributions of the original over its whole vocabulary, kept during a run, so that KL divergences are exact.
 
-Answers hold 256 tokens a fact, on which a divergence is a lower bound. All tokens of all facts would fill gigabytes, so
-they are kept on disk as long as the run lasts, in files that have no name: whatever ends the run ends them.
+Answers hold 256 tokens per fact, which only give a lower bound. All tokens of all facts would fill gigabytes, so they
+are kept on disk while the run lasts, in unnamed files that vanish with the process, however it ends.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from compressknow.evaluate.text import RunningText, choose_context, cut_chunks, 
 if TYPE_CHECKING:
     import torch
 
-    from compressknow.evaluate.scoring.scorer import Whole
+    from compressknow.evaluate.scoring.scorer import MeasureKl
 
-# What must stay free on the disk: the answers are to find room.
+# Bytes that must stay free on the disk, for the answers.
 RESERVE = 256 << 20
 # Log-probabilities that are compared at a time: 16 MB as float64, whatever the batch and the vocabulary.
 AT_A_TIME = 1 << 21
 
 
 class Distributions(contextlib.AbstractContextManager["Distributions"]):
-    """Log-probabilities of every token at the answer's first position, by the original, for each probe.
+    """The original's log-probabilities of every token at the answer's first position, for each probe.
 
-    The original is evaluated once more, at that position alone, where the run has taken its answers from a folder. The
-    folder, on the disk that is to hold them, need not be there before the first is kept.
+    If a run took the original's answers from a folder, the original is evaluated once more, at that position only.
+    `folder` is on the disk to use, and need not exist yet.
     """
 
     def __init__(self, original: ModelHandle, folder: Path) -> None:
         self._original, self._folder = original, folder
-        self._rows: dict[str, Rows] = {}
+        self._rows: dict[str, DistributionFile] = {}
 
-    def find_rows(self, probe: Probe | RunningText) -> Rows:
+    def find_rows(self, probe: Probe | RunningText) -> DistributionFile:
         """Return the rows of a probe, by its content: a search has two splits of one name."""
         if isinstance(probe, RunningText):
-            rows = Rows(self._folder, probe.most_scored, short=True)
+            rows = DistributionFile(self._folder, probe.most_scored, short=True)
         else:
-            rows = Rows(self._folder, len(probe.facts))
+            rows = DistributionFile(self._folder, len(probe.facts))
         return self._rows.setdefault(probe.fingerprint(), rows)
 
     def complete(self, probes: Sequence[Opened], answers: Answers, on_progress: Listener | None) -> None:
@@ -94,7 +94,7 @@ class Distributions(contextlib.AbstractContextManager["Distributions"]):
         with report_progress(on_progress, stage) as advance:
             known = {answer.fact_id: answer for answer in answers.of(probe.name)}
             prompts = original.make_prompts(probe)
-            for _ in evaluate(prompts, done=rows.facts, known=known, whole=rows.keep, advance=advance):
+            for _ in evaluate(prompts, done=rows.facts, known=known, measure_kl=rows.keep, advance=advance):
                 if rows.gave_up:
                     break
 
@@ -112,15 +112,15 @@ class Context:
 
     Attributes
     ----------
-    reference : answers of the original: the same tokens are evaluated at the answer's first position.
-    known : answers of this very model to these probes, with another reference: what it answers is taken from there.
-    whole : the original's distributions over the whole vocabulary: those of `reference` are compared with this model's;
-        without a reference this model is the original, and they are kept.
+    reference : the original's answers; the same tokens are scored at the answer's first position.
+    known : this model's own answers, scored against another reference: what it answers is taken from these.
+    distributions : the original's, over the whole vocabulary, to compare this model's with; without a `reference` this
+        model is the original, and its own are kept there.
     """
 
     reference: Answers | None = None
     known: Answers | None = None
-    whole: Distributions | None = None
+    distributions: Distributions | None = None
 
     @property
     def sha256(self) -> str | None:
@@ -133,11 +133,11 @@ class Context:
         ran = self.reference.record.model.runtime if self.reference else None
         return str(ran["name"]) if ran else None
 
-    def choose_callback(self, probe: Probe | RunningText) -> Whole | None:
-        """Return what each batch's distributions go to: the original's are kept, others are compared with them."""
-        if self.whole is None:
+    def choose_measure(self, probe: Probe | RunningText) -> MeasureKl | None:
+        """Return what takes a batch's distributions: the original's are kept, others are compared with them."""
+        if self.distributions is None:
             return None
-        rows = self.whole.find_rows(probe)
+        rows = self.distributions.find_rows(probe)
         return rows.measure if self.reference else rows.keep
 
 
@@ -150,7 +150,7 @@ def _list_keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:
             yield from list_keys(chunk.number, int((entry.text or {})["context"]))
 
 
-class Rows:
+class DistributionFile:
     """Distributions of one probe's facts: a file of floats, [facts, vocabulary], in the order they came in; `short`,
     as those of a text's tokens are, it has 16 bits for each.
 

@@ -60,9 +60,10 @@ def gather_early(
     if first.stored or second.stored:
         second.read_stored(evaluation.keep_in, probes, first.stored)
     found, done = _evaluate_until(decide, first, second, first.filter_answerable(probes), evaluation)
-    before = gather.finish_answers(first.merge_chunks(done), first.handle, None, evaluation)
+    timed, listener = evaluation.timed, evaluation.on_progress
+    before = gather.finish_answers(first.merge_chunks(done), first.handle, None, timed, listener)
     before = change_model(before, runtime_unmeasured="--early leaves it out.")
-    return before, gather.finish_answers(second.merge_chunks(done), second.handle, before, evaluation), found
+    return before, gather.finish_answers(second.merge_chunks(done), second.handle, before, timed, listener), found
 
 
 def _select_facts(opened: Sequence[Opened]) -> list[Probe]:
@@ -95,13 +96,13 @@ def _evaluate_until(
     known: list[bool] = []
     kept: list[bool] = []
     found, drawn = None, 0
-    with Distributions(of, keep_in) if of else nullcontext() as whole:
+    with Distributions(of, keep_in) if of else nullcontext() as distributions:
         while found is None and drawn < len(order):
             start, drawn = drawn, min(len(order), drawn + max(FIRST, math.ceil(FURTHER * drawn)))
             facts = order[start:drawn]
             chunk, folder = _sample(probes, facts, seed), keep_in / f"early-{digest}" / f"{drawn:05}"
-            before = first.answer(chunk, folder, Context(whole=whole), listen[0])
-            after = second.answer(chunk, folder, Context(before, whole=whole), listen[1])
+            before = first.answer(chunk, folder, Context(distributions=distributions), listen[0])
+            after = second.answer(chunk, folder, Context(before, distributions=distributions), listen[1])
             known += _list_correct(apply_reading(before, evaluation.known), facts)
             kept += _list_correct(apply_reading(after, evaluation.known), facts)
             found = decide(np.array(known), np.array(kept), len(order))

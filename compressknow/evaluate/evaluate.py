@@ -18,7 +18,7 @@ from compressknow.evaluate.runtimes import BATCH_SIZE, Runtime
 from compressknow.evaluate.sources import Opened, Task
 
 if TYPE_CHECKING:
-    from compressknow.evaluate.scoring.scorer import Ids, Query, Scorer, Whole
+    from compressknow.evaluate.scoring.scorer import Ids, MeasureKl, Query, Scorer
 
 
 _ENDED = re.compile(rf"""[.!?…{STOPS}]["'”’)\]」』]*$""")
@@ -60,7 +60,7 @@ def evaluate(
     reference: Mapping[str, Ids] | None = None,
     done: frozenset[str] = frozenset(),
     known: Mapping[str, Answer] | None = None,
-    whole: Whole | None = None,
+    measure_kl: MeasureKl | None = None,
     advance: Advance = ignore_advance,
 ) -> Iterator[list[Answer]]:
     """Yield the answers to all facts that are not `done`, a batch at a time as they come.
@@ -71,7 +71,7 @@ def evaluate(
     done : ids of facts that are answered. A batch is left out whole or run whole, so that a batch that is run
         later is the same one.
     known : fact id -> what this model answered, with the log-probabilities of other tokens: these alone are scored.
-    whole : takes each batch's distributions over the whole vocabulary; see `compressknow.evaluate.distributions`.
+    measure_kl : takes a batch's distributions over the whole vocabulary; see `compressknow.evaluate.distributions`.
     """
     left = [batch for batch in prompts.batches if not all(query.fact.id in done for query in batch)]
     total = prompts.total
@@ -84,8 +84,8 @@ def evaluate(
     def answer(batch: Sequence[Query]) -> list[Answer]:
         wanted = [reference[query.fact.id] for query in batch] if reference is not None else None
         if known is None:
-            return prompts.scorer.answer(batch, wanted, whole)
-        return prompts.scorer.answer_anew(batch, [known[query.fact.id] for query in batch], wanted, whole)
+            return prompts.scorer.answer(batch, wanted, measure_kl)
+        return prompts.scorer.answer_anew(batch, [known[query.fact.id] for query in batch], wanted, measure_kl)
 
     for batch, answers in prompts.scorer.run_each(answer, left):
         yield answers

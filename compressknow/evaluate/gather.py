@@ -152,18 +152,20 @@ def gather(
     # The original's distributions serve only models that are evaluated beside it.
     is_kept = handles[0] is sides[0] and len(handles) > 1 and handles[0].located.url is None
     gathered: list[Answers] = []
-    with Distributions(handles[0], evaluation.keep_in) if is_kept else contextlib.nullcontext() as whole:
+    with Distributions(handles[0], evaluation.keep_in) if is_kept else contextlib.nullcontext() as distributions:
         for side in sides:
             if isinstance(side, Answers):
                 gathered.append(side)
                 continue
             watched = relabel_progress(evaluation.on_progress, number=handles.index(side) + 1, of=len(handles))
-            context = Context(gathered[0] if gathered else None, whole=whole)
+            context = Context(gathered[0] if gathered else None, distributions=distributions)
             folder = choose_folder(evaluation.keep_in, side, context, probes)
             answers = probe_model(side, probes, folder, context, on_progress=watched, wait=True)
             if not gathered:
-                answers = NoiseFloors(side, folder, watched, whole=whole).add(probes, answers, sides[1:])
-            gathered.append(finish_answers(answers, side, context.reference, replace(evaluation, on_progress=watched)))
+                answers = NoiseFloors(side, folder, watched, distributions=distributions).add(
+                    probes, answers, sides[1:]
+                )
+            gathered.append(finish_answers(answers, side, context.reference, evaluation.timed, watched))
     return gathered[0], gathered[1:]
 
 
@@ -267,16 +269,17 @@ def _find_vocabulary(side: Answers | ModelHandle) -> tuple[str, str | int | None
 
 
 def finish_answers(
-    answers: Answers, handle: ModelHandle | None, reference: Answers | None, evaluation: Evaluation
+    answers: Answers, handle: ModelHandle | None, reference: Answers | None, timed: bool, on_progress: Listener | None
 ) -> Answers:
-    """Add to the answers of a model at hand which facts stand in its calibration text and, if `timed`, its speed."""
+    """Add to a model's answers which facts occur in its calibration text and, if `timed`, its speed. Stored answers,
+    without a `handle`, stay as they are."""
     if handle is None:
         return answers
     handle.release()
     answers = add_calibration(answers, handle, reference)
-    if not evaluation.timed:
+    if not timed:
         return answers
-    with report_progress(evaluation.on_progress, Stage("time", handle.located.name)):
+    with report_progress(on_progress, Stage("time", handle.located.name)):
         return change_model(answers, speed=measure(handle.located, handle.settings))
 
 
@@ -375,15 +378,15 @@ def evaluate_both(
         alone = evaluate(a, Context())
         a.release()
         return (alone, alone), (alone, alone)
-    with Distributions(a, keep_in) as whole_a, Distributions(b, keep_in) as whole_b:
-        of_a = evaluate(a, Context(whole=whole_a))
+    with Distributions(a, keep_in) as distributions_a, Distributions(b, keep_in) as distributions_b:
+        of_a = evaluate(a, Context(distributions=distributions_a))
         folder = choose_folder(keep_in, a, Context(), probes)
-        of_a = NoiseFloors(a, folder, on_progress, whole=whole_a).add(probes, of_a, [b])
+        of_a = NoiseFloors(a, folder, on_progress, distributions=distributions_a).add(probes, of_a, [b])
         a.release()
-        b_like_a = evaluate(b, Context(of_a, whole=whole_a))
-        whole_a.close()
-        of_b = evaluate(b, Context(known=b_like_a, whole=whole_b))
+        b_like_a = evaluate(b, Context(of_a, distributions=distributions_a))
+        distributions_a.close()
+        of_b = evaluate(b, Context(known=b_like_a, distributions=distributions_b))
         b.release()
-        a_like_b = evaluate(a, Context(of_b, known=of_a, whole=whole_b))
+        a_like_b = evaluate(a, Context(of_b, known=of_a, distributions=distributions_b))
         a.release()
     return (of_a, b_like_a), (add_calibration(of_b, b, of_a), a_like_b)

@@ -20,7 +20,7 @@ from compressknow.base.errors import CheckpointError, CompressknowError, NotInst
 from compressknow.base.progress import Advance, Listener, Stage, begin_stages, report_progress
 from compressknow.engine.language_model import CPU
 from compressknow.evaluate.answers import Answers, change_model, lock_folder, read_record, write_record
-from compressknow.evaluate.distributions import Distributions, Rows
+from compressknow.evaluate.distributions import DistributionFile, Distributions
 from compressknow.evaluate.evaluate import evaluate, find_first_ids, has_same_tokens
 from compressknow.evaluate.facts import Probe, strip_wording
 from compressknow.evaluate.grades import PRODUCED, apply_reading, merge_wordings
@@ -39,8 +39,8 @@ _INSTEAD = "an f16 GGUF file as the original."
 class NoiseFloors:
     """Noise floors of an original, of a sample of the facts of each probe, seeded: added to its answers.
 
-    They are kept in the record of the folder where the answers lie, so that they are found once. `whole` are the
-    original's distributions, where this run keeps them; what it lacks is found for the sample.
+    They are kept in the record of the folder where the answers lie, so that they are found once. `distributions` are
+    the original's distributions, where this run keeps them; what it lacks is found for the sample.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class NoiseFloors:
         folder: Path,
         on_progress: Listener | None = None,
         *,
-        whole: Distributions | None = None,
+        distributions: Distributions | None = None,
     ) -> None:
-        self._original, self._folder, self._on_progress, self._whole = original, folder, on_progress, whole
+        self._original, self._distributions = original, distributions
+        self._folder, self._on_progress = folder, on_progress
 
     def add(self, probes: Sequence[Opened], answers: Answers, compared: Sequence[ModelHandle | Answers]) -> Answers:
         """Add that of another precision and, where llama.cpp runs a model that is compared, that of llama.cpp."""
@@ -111,7 +112,7 @@ class NoiseFloors:
         self, other: ModelHandle, work: Literal["noise", "runtime"], probes: Sequence[Probe], answers: Answers
     ) -> dict[str, NoiseFloor]:
         """Measure by probe: `other` is the same model, run otherwise, on a sample of its facts. Both are released."""
-        original, whole = self._original, self._whole
+        original, distributions = self._original, self._distributions
         samples = {probe.name: _draw_sample(probe, answers) for probe in probes}
         facts = sum(len(sample.facts) for sample, _ in samples.values())
         rows, found = {}, {}
@@ -119,7 +120,7 @@ class NoiseFloors:
             with Distributions(original, self._folder) as own:
                 for probe in probes:
                     sample, known = samples[probe.name]
-                    kept = whole.find_rows(probe) if whole else None
+                    kept = distributions.find_rows(probe) if distributions else None
                     if kept is None or not kept.holds(answer.fact_id for answer in known.answers):
                         own.complete([sample], known, self._on_progress)
                         kept = own.find_rows(sample)
@@ -128,7 +129,7 @@ class NoiseFloors:
                 for name, (sample, known) in samples.items():
                     stage = Stage(work, other.located.name, name, facts, other.settings.device)
                     with report_progress(self._on_progress, stage) as advance:
-                        again = _answer_again(other, sample, known, rows[name], advance)
+                        again = _rerun(other, sample, known, rows[name], advance)
                     found[name] = _count_noise(known, again, other.loaded.computed_in)
                 return found
         finally:
@@ -194,13 +195,13 @@ def _draw_sample(probe: Probe, answers: Answers) -> tuple[Probe, Answers]:
     return replace(probe, facts=sample), replace(answers, answers=tuple(answered[fact.id] for fact in sample))
 
 
-def _answer_again(other: ModelHandle, sample: Probe, known: Answers, rows: Rows, advance: Advance) -> Answers:
+def _rerun(other: ModelHandle, sample: Probe, known: Answers, file: DistributionFile, advance: Advance) -> Answers:
     prompts = other.make_prompts(sample)
     alike = has_same_tokens(known, other.loaded)
     batches = evaluate(
         prompts,
         reference=find_first_ids(known, sample, prompts) if alike else None,
-        whole=rows.measure if alike else None,
+        measure_kl=file.measure if alike else None,
         advance=advance,
     )
     return replace(known, answers=tuple(answer for batch in batches for answer in batch))

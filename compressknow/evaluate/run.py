@@ -104,12 +104,12 @@ def probe_model(
     handle.check_sound(on_progress)
     if handle.located.url is not None:
         # No server tells the distribution over all tokens in time.
-        context = replace(context, whole=None)
+        context = replace(context, distributions=None)
     with _explain_damage(folder), lock_folder(folder, wait):
         run = _Run(handle, folder, context, on_progress)
         lacked = find_missing(handle, probes, folder, context)
-        if lacked and context.whole and context.reference:
-            context.whole.complete(lacked, context.reference, on_progress)
+        if lacked and context.distributions and context.reference:
+            context.distributions.complete(lacked, context.reference, on_progress)
             # The disk may have had no room for what some lack.
             lacked = find_missing(handle, probes, folder, context)
         if any(isinstance(probe, RunningText) for probe in lacked):
@@ -147,15 +147,15 @@ def find_missing(handle: ModelHandle, probes: Sequence[Opened], folder: Path, co
         entries = read_record(folder).probes if is_answers_folder(folder) else {}
     keys = {name: entry.key for name, entry in entries.items()}
     missing = {probe.name for probe in probes if keys.get(probe.name) != _compute_key(handle, probe, context)}
-    whole = context.whole
-    if whole and context.reference and missing != {probe.name for probe in probes}:
+    distributions = context.distributions
+    if distributions and context.reference and missing != {probe.name for probe in probes}:
         # Not those of models whose tokens are others: they can have none.
         alike = {name for name, entry in entries.items() if entry.reference == context.sha256}
         with _explain_damage(folder):
             bare = alike & {answer.probe for answer in read_stored(folder) if answer.first_kl is None}
         bare |= {name for name, entry in entries.items() if entry.text and entry.text["divergence"] in (ALONE, NO_ROOM)}
-        possible = (probe for probe in probes if not isinstance(probe, Task) and not whole.find_rows(probe).gave_up)
-        missing |= bare & {probe.name for probe in possible}
+        measurable = (probe for probe in probes if not isinstance(probe, Task))
+        missing |= bare & {probe.name for probe in measurable if not distributions.find_rows(probe).gave_up}
     return [probe for probe in probes if probe.name in missing]
 
 
@@ -249,21 +249,21 @@ class _Run:
         reader, context = self._handle.make_reader(), self._context
         original = context.reference.record.probes[text.name] if context.reference else None
         chunks = cut_chunks(reader, text, choose_context(reader, text, original))
-        whole = context.choose_callback(text) if same_tokens else None
+        measure_kl = context.choose_measure(text) if same_tokens else None
         read = {chunk.number: chunk for path in sorted(parts.glob("*.parquet")) for chunk in read_chunks(path)}
-        if original and whole:
+        if original and measure_kl:
             read = {number: chunk for number, chunk in read.items() if chunk.kl is not None}
         fresh = read_text(
             reader,
             chunks,
             done=read,
             known={chunk.number: chunk for chunk in known.texts.get(text.name, ())} if known else {},
-            whole=whole,
+            measure_kl=measure_kl,
             advance=advance,
         )
         read |= {chunk.number: chunk for chunk in self._keep(([chunk] for chunk in fresh), parts, write_chunks)}
         all_read = tuple(read[number] for number in sorted(read))
-        gave_up = context.whole.find_rows(text).gave_up if context.whole else None
+        gave_up = context.distributions.find_rows(text).gave_up if context.distributions else None
         compared = describe_divergence(
             all_read, reference=original is not None, same_tokens=same_tokens, gave_up=gave_up
         )
@@ -287,7 +287,7 @@ class _Run:
             reference=find_first_ids(reference, probe, prompts) if reference else None,
             done=frozenset(answer.fact_id for answer in answers),
             known={answer.fact_id: answer for answer in known.of(probe.name)} if known else None,
-            whole=context.choose_callback(probe),
+            measure_kl=context.choose_measure(probe),
             advance=advance,
         )
         answers += self._keep(batches, parts, write_table)

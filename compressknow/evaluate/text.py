@@ -28,7 +28,7 @@ from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, OTHER_SIZE, 
 if TYPE_CHECKING:
     import torch
 
-    from compressknow.evaluate.scoring.scorer import Whole
+    from compressknow.evaluate.scoring.scorer import MeasureKl
 
 
 PROTOCOL = "text/1"
@@ -202,7 +202,7 @@ def read_text(
     *,
     done: Mapping[int, Chunk],
     known: Mapping[int, Chunk],
-    whole: Whole | None,
+    measure_kl: MeasureKl | None,
     advance: Advance,
 ) -> Iterator[Chunk]:
     """Yield what the model gives to each chunk that is not `done`, one after the other.
@@ -211,7 +211,7 @@ def read_text(
     ----------
     known : chunks that this model has read already, without the divergences that are wanted now: what it writes after
         them is taken from there.
-    whole : takes the distributions after each scored token, and gives their divergences; see
+    measure_kl : takes the distributions after each scored token, and returns their divergences; see
         `compressknow.evaluate.distributions`.
     """
     total = len(chunks.ids)
@@ -225,19 +225,19 @@ def read_text(
         texts = reader.continue_texts([chunks.ids[number, :middle].tolist() for number in new], room)
         written |= dict(zip(new, texts, strict=True))
     for read, number in enumerate(left, start=total - len(left) + 1):
-        chunk = read_chunk(reader, chunks, number, whole)
+        chunk = read_chunk(reader, chunks, number, measure_kl)
         yield replace(chunk, greedy=np.array(written.get(number, []), dtype=np.int32))
         advance(read, total)
 
 
-def read_chunk(reader: TextReader, chunks: TextChunks, number: int, whole: Whole | None) -> Chunk:
+def read_chunk(reader: TextReader, chunks: TextChunks, number: int, measure_kl: MeasureKl | None) -> Chunk:
     import torch
 
     first = find_first_scored(chunks.context)
     ids = chunks.ids[number]
     log_probs, scored = reader.compute_log_probs(ids.tolist(), first), ids[first + 1 :]
     places = torch.tensor(scored.tolist(), device=log_probs.device).unsqueeze(1)
-    divergences = whole(list_keys(number, chunks.context), log_probs) if whole else [None]
+    divergences = measure_kl(list_keys(number, chunks.context), log_probs) if measure_kl else [None]
     return Chunk(
         number=number,
         ids=scored,

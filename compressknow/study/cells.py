@@ -247,7 +247,7 @@ class StudyModel:
         self.prompts: dict[str, Prompts] = {}
         self._texts, self._models = texts, models
         self._in_text: dict[str, FactsInText | None] = {}
-        self._whole = Distributions(self.original, keep_in) if keep_in else None
+        self._distributions = Distributions(self.original, keep_in) if keep_in else None
         self.tokenizer = cache(lambda: load_tokenizer(located.path, trust_remote_code=settings.trust_remote_code))
 
     @property
@@ -265,8 +265,8 @@ class StudyModel:
 
     def close(self) -> None:
         """Give back the disk that the original's distributions take."""
-        if self._whole:
-            self._whole.close()
+        if self._distributions:
+            self._distributions.close()
 
     def evaluate(
         self,
@@ -281,8 +281,8 @@ class StudyModel:
     ) -> Answers:
         """Return the answers of the original, with these noise floors, or of a model that was made of it, kept in
         `folder`; `whole`, with the original's distributions kept for what is compared with it."""
-        distributions = self._whole if whole else None
-        context = Context(reference, whole=distributions)
+        distributions = self._distributions if whole else None
+        context = Context(reference, distributions=distributions)
         on_progress = relabel_progress(on_progress, facts=count_facts(probes))
         places = {probe.name: folder / name_folder(probe.name) for probe in probes}
         if distributions and reference:
@@ -296,7 +296,7 @@ class StudyModel:
             ]
             for add in noise_floors:
                 for place, each in enumerate(probes):
-                    floors = NoiseFloors(handle, places[each.name], on_progress, whole=distributions)
+                    floors = NoiseFloors(handle, places[each.name], on_progress, distributions=distributions)
                     parts[place] = add(floors, [each], parts[place])
             entries = {name: entry for part in parts for name, entry in part.record.probes.items()}
             texts = {name: chunks for part in parts for name, chunks in part.texts.items()}

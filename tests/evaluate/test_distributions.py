@@ -20,7 +20,7 @@ from compressknow.base.progress import Progress
 from compressknow.comparison.records import KlFigures
 from compressknow.evaluate import distributions, run
 from compressknow.evaluate.answers import TABLE, read_table
-from compressknow.evaluate.distributions import Distributions, Rows, compute_divergence
+from compressknow.evaluate.distributions import DistributionFile, Distributions, compute_divergence
 from compressknow.evaluate.runtimes import Settings
 from compressknow.pages.records import Card
 from tests.evaluate.test_run import telling
@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_the_lower_bound(
 
 def test_a_disk_that_fills_midway_frees_what_was_kept(tmp_path: Path, limited: Callable[[int], None]) -> None:
     """By the limit on a file's size, which the system answers like a full disk."""
-    rows = Rows(tmp_path, most=64)
+    rows = DistributionFile(tmp_path, most=64)
     log_probs = torch.randn(8, 1000).log_softmax(-1)
     assert rows.keep([f"{n}" for n in range(8)], log_probs) == [None] * 8
     assert rows.measure(["3"], log_probs[3:4]) == [0.0]

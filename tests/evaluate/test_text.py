@@ -15,7 +15,7 @@ import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.evaluate import text
 from compressknow.evaluate.answers import RECORD, read_answers
-from compressknow.evaluate.distributions import Rows
+from compressknow.evaluate.distributions import DistributionFile
 from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, Chunk
 from compressknow.evaluate.sources import Options, open_all
 from compressknow.evaluate.text import GREEDY_TOKENS, RunningText, cut_chunks
@@ -259,7 +259,7 @@ def test_sixteen_bits_change_a_mean_divergence_by_less_than_a_millionth(tmp_path
     names = [str(number) for number in range(20)]
     found = []
     for short in (False, True):
-        rows = Rows(tmp_path, 20, short=short)
+        rows = DistributionFile(tmp_path, 20, short=short)
         rows.keep(names, before)
         found.append(np.array(rows.measure(names, after), dtype=float))
         rows.give_up()

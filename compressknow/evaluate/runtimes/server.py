@@ -21,7 +21,7 @@ from compressknow.evaluate.runtimes.client import Client, RequestRefused
 from compressknow.evaluate.runtimes.kinds import FirstToken, ServedModel, detect_server
 from compressknow.evaluate.scoring.families import CausalScorer
 from compressknow.evaluate.scoring.ranking import TOP, Ranking, Scores, make_answer, make_choice, rank_candidates
-from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, Ids, Query, Whole
+from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, Ids, MeasureKl, Query
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ class ServedScorer(CausalScorer):
         self,
         batch: Sequence[Query],
         reference: Sequence[Ids] | None,
-        whole: Whole | None = None,  # noqa: ARG002
+        measure_kl: MeasureKl | None = None,  # noqa: ARG002
     ) -> list[Answer]:
         """Answer a query, alone in its batch; no server tells whole distributions in time: `whole` is not called."""
         (query,), wanted = batch, _get_wanted(reference)
@@ -106,7 +106,7 @@ class ServedScorer(CausalScorer):
         batch: Sequence[Query],
         answers: Sequence[Answer],
         reference: Sequence[Ids] | None,
-        whole: Whole | None = None,  # noqa: ARG002
+        measure_kl: MeasureKl | None = None,  # noqa: ARG002
     ) -> list[Answer]:
         (query,), (answer,), wanted = batch, answers, _get_wanted(reference)
         return [_add_first(answer, self._served.predict(query.prompt, wanted or ()), wanted)]

@@ -38,7 +38,7 @@ T = TypeVar("T")
 Ids = tuple[int, ...]
 # Ids of a batch's facts and log-probabilities over the whole vocabulary at the answer's first position, [batch,
 # vocabulary] -> the divergence of each from the original's, or None.
-Whole = Callable[[Sequence[str], torch.Tensor], Sequence[float | None]]
+MeasureKl = Callable[[Sequence[str], torch.Tensor], Sequence[float | None]]
 
 # Rows of one forward pass when candidates are finished: they are short, and the batch is that of many facts.
 ROWS = 512
@@ -235,7 +235,7 @@ class Scorer(ABC):
         return ((batch, work(batch)) for batch in batches)
 
     def answer(
-        self, batch: Sequence[Query], reference: Sequence[Ids] | None, whole: Whole | None = None
+        self, batch: Sequence[Query], reference: Sequence[Ids] | None, measure_kl: MeasureKl | None = None
     ) -> list[Answer]:
         """Answer queries of one shape.
 
@@ -243,7 +243,7 @@ class Scorer(ABC):
         ----------
         reference : for each query the ids at the answer's first position whose log-probabilities are kept; by
             default the most likely ones of this model.
-        whole : takes the whole distributions; gives their divergences from the original's.
+        measure_kl : takes distributions over the whole vocabulary; returns their divergences from the original's.
         """
         with torch.inference_mode():
             log_probs, state = self._begin(batch)
@@ -255,7 +255,7 @@ class Scorer(ABC):
             }
             facts = [query.fact for query in batch]
             graded = [add_grade(found[i], facts[i], text, self.encoder.spelled) for i, text in enumerate(texts)]
-            return self._add_distributions(graded, log_probs, reference, whole)
+            return self._add_distributions(graded, log_probs, reference, measure_kl)
 
     def say(self, batch: Sequence[Query]) -> list[str]:
         """Return what the model says to queries of one shape: a choice, or the first sentence."""
@@ -268,11 +268,11 @@ class Scorer(ABC):
         batch: Sequence[Query],
         answers: Sequence[Answer],
         reference: Sequence[Ids] | None,
-        whole: Whole | None = None,
+        measure_kl: MeasureKl | None = None,
     ) -> list[Answer]:
         """Return answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
         with torch.inference_mode():
-            return self._add_distributions(answers, self._begin(batch)[0], reference, whole)
+            return self._add_distributions(answers, self._begin(batch)[0], reference, measure_kl)
 
     def _begin(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         """Return what `read_first` does, tried on two queries before any other."""
@@ -294,14 +294,19 @@ class Scorer(ABC):
         return self.read_first(batch)
 
     def _add_distributions(
-        self, answers: Sequence[Answer], log_probs: torch.Tensor, reference: Sequence[Ids] | None, whole: Whole | None
+        self,
+        answers: Sequence[Answer],
+        log_probs: torch.Tensor,
+        reference: Sequence[Ids] | None,
+        measure_kl: MeasureKl | None,
     ) -> list[Answer]:
         if reference is not None:
             ids = torch.tensor(np.stack([np.asarray(ids) for ids in reference]), device=log_probs.device).long()
         else:
             ids = log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
         kept = log_probs.gather(1, ids).float().cpu().numpy()
-        divergences = whole([answer.fact_id for answer in answers], log_probs) if whole else [None] * len(answers)
+        fact_ids = [answer.fact_id for answer in answers]
+        divergences = measure_kl(fact_ids, log_probs) if measure_kl else [None] * len(fact_ids)
         # The record of a model that produces NaN shows it: its answers are wrong, and have no rank.
         rows = zip(answers, ids.cpu().numpy().astype(np.int32), kept, divergences, strict=True)
         return [
