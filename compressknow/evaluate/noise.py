@@ -19,9 +19,10 @@ from typing import Any, Literal
 from compressknow.base.errors import CheckpointError, CompressknowError, NotInstalled, OutputError, UnsupportedError
 from compressknow.base.progress import Advance, Listener, Stage, begin_stages, report_progress
 from compressknow.engine.language_model import CPU
+from compressknow.engine.load import load_tokenizer
 from compressknow.evaluate.answers import Answers, change_model, lock_folder, read_record, write_record
 from compressknow.evaluate.distributions import DistributionFile, Distributions
-from compressknow.evaluate.evaluate import evaluate, find_first_ids, has_same_tokens
+from compressknow.evaluate.evaluate import Prompts, evaluate, find_first_ids, has_same_tokens
 from compressknow.evaluate.facts import Probe, strip_wording
 from compressknow.evaluate.grades import PRODUCED, apply_reading, merge_wordings
 from compressknow.evaluate.handle import LlamaCpp, ModelHandle
@@ -128,12 +129,29 @@ class NoiseFloors:
                 original.release()
                 for name, (sample, known) in samples.items():
                     stage = Stage(work, other.located.name, name, facts, other.settings.device)
+                    prompts = other.make_prompts(sample)
                     with report_progress(self._on_progress, stage) as advance:
-                        again = _rerun(other, sample, known, rows[name], advance)
-                    found[name] = _count_noise(known, again, other.loaded.computed_in)
+                        again = _rerun(other, prompts, known, rows[name], advance)
+                    floor = _count_noise(known, again, other.loaded.computed_in)
+                    found[name] = floor if work == "noise" else self._add_read_otherwise(floor, prompts)
                 return found
         finally:
             other.release()
+
+    def _add_read_otherwise(self, floor: NoiseFloor, prompts: Prompts) -> NoiseFloor:
+        """Add how many of the prompts the original's own tokenizer splits into other tokens."""
+        from compressknow.evaluate.scoring.scorer import Encoder
+
+        trusted = self._original.settings.trust_remote_code
+        own, other = (
+            Encoder(load_tokenizer(self._original.located.path, trust_remote_code=trusted)),
+            prompts.scorer.encoder,
+        )
+        texts = [query.fact.before for batch in prompts.batches for query in batch]
+        count = sum(own.begin(text) != other.begin(text) for text in texts)
+        return replace(
+            floor, read_otherwise=count, produced=floor.produced and replace(floor.produced, read_otherwise=count)
+        )
 
     def _store(self, answers: Answers, found: Mapping[str, Mapping[str, Any]]) -> Answers:
         """Store what was found, by probe fields of its entry, in the folder's record; return the answers with it."""
@@ -195,12 +213,11 @@ def _draw_sample(probe: Probe, answers: Answers) -> tuple[Probe, Answers]:
     return replace(probe, facts=sample), replace(answers, answers=tuple(answered[fact.id] for fact in sample))
 
 
-def _rerun(other: ModelHandle, sample: Probe, known: Answers, file: DistributionFile, advance: Advance) -> Answers:
-    prompts = other.make_prompts(sample)
+def _rerun(other: ModelHandle, prompts: Prompts, known: Answers, file: DistributionFile, advance: Advance) -> Answers:
     alike = has_same_tokens(known, other.loaded)
     batches = evaluate(
         prompts,
-        reference=find_first_ids(known, sample, prompts) if alike else None,
+        reference=find_first_ids(known, prompts.scorer.probe, prompts) if alike else None,
         measure_kl=file.measure if alike else None,
         advance=advance,
     )

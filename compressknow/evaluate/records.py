@@ -64,6 +64,8 @@ class NoiseFloor:
     kl_mean : mean divergence at the answer's first position, in nats over the whole vocabulary; None where the disk had
         no room for that, or the tokens are others.
     computed_in : that precision, or the runtime and its build.
+    read_otherwise : prompts that the runtime splits into other tokens than the model's own tokenizer; None of a
+        precision.
     produced : the same where known means produced; None where the model cannot write.
     """
 
@@ -74,14 +76,15 @@ class NoiseFloor:
     gained: int
     kl_mean: float | None
     computed_in: str
+    read_otherwise: int | None = None
     produced: NoiseFloor | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build it from a JSON object whose hash was checked; other keys are left out."""
         produced = values.get("produced")
-        values_by_name = {each.name: values[each.name] for each in fields(cls) if each.name != "produced"}
-        return cls(**values_by_name, produced=cls.from_dict(produced) if produced else None)
+        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        return cls(**known | {"produced": cls.from_dict(produced) if produced else None})
 
 
 @dataclass(frozen=True)

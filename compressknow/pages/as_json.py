@@ -144,8 +144,11 @@ def _dump_pair(name: str, pair: tuple[float | None, float | None] | None) -> dic
 
 
 def _dump_noise(floor: NoiseFloor | None) -> dict[str, Any] | None:
-    # Its figures are in the card's reading of knowing already.
-    return {key: value for key, value in asdict(floor).items() if key != "produced"} if floor else None
+    if floor is None:
+        return None
+    # Its figures are in the card's reading of knowing already, and a precision splits no text.
+    left_out = {"produced"} | ({"read_otherwise"} if floor.read_otherwise is None else set())
+    return {key: value for key, value in asdict(floor).items() if key not in left_out}
 
 
 def _dump_movement(probe: records.ProbeFigures) -> dict[str, Any]:

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from transformers import AutoTokenizer
 
 import compressknow
 from compressknow import Progress, Settings, report
 from compressknow.evaluate.answers import Answers, read_answers
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.gguf import export as exporting
-from compressknow.gguf.llama_cpp import load_native
+from compressknow.gguf.context import GgufTokenizer
+from compressknow.gguf.llama_cpp import GgufModel, load_native
 from compressknow.model.manifest import seal_manifest
 from compressknow.pages.parts import list_identity
 from tests.engine.gguf_files import Q8_0, write_gguf
-from tests.gguf.making import checkpoint, needs_converter
+from tests.gguf.making import checkpoint, needs_converter, train_sentencepiece
 from tests.knowing import facts_file, knowing
 from tests.long import long
 
@@ -86,6 +88,30 @@ def test_it_counts_what_differs_from_a_run_of_the_unquantized_file(place: Place,
     assert (floor.produced.known, floor.produced.lost) == (alone.counts.known_before, alone.counts.lost)
     card = report(place.model, place.q8, place.facts, answers=kept, known="produced")
     assert f"the original answers {floor.produced.changed} of 64 facts differently" in " ".join(said(card))
+
+
+@needs_converter
+@pytest.mark.parametrize(("kind", "is_told"), [("bpe", False), ("unigram", True)])
+def test_a_vocabulary_that_llama_cpp_splits_prompts_otherwise_by_is_told(
+    place: Place, tmp_path: Path, kind: str, is_told: bool
+) -> None:
+    source = checkpoint("llama", tmp_path / "model")
+    (source / "tokenizer.model").write_bytes(train_sentencepiece(kind, byte_fallback=True))
+    # Nothing is put before a text, by either.
+    (source / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    compressknow.export(source, file := tmp_path / "out.gguf")
+    output = tmp_path / "card.json"
+    card = report(source, file, place.facts, output=output)
+    (figures,) = json.loads(output.read_text(encoding="utf-8"))["compressed"][0]["probes"].values()
+    own, there = AutoTokenizer.from_pretrained(source), GgufTokenizer(GgufModel(file))
+    facts = Path(place.facts.removeprefix("facts:")).read_text(encoding="utf-8").splitlines()
+    prompts = [json.loads(line)["prompt"].partition("[MASK]")[0].rstrip() for line in facts]
+    otherwise = sum(own(text)["input_ids"] != there(text)["input_ids"] for text in prompts)
+    assert bool(otherwise) == is_told
+    assert figures["runtime_noise_floor"]["read_otherwise"] == otherwise
+    assert "read_otherwise" not in figures["noise_floor"]
+    assert (f"{otherwise} are split into other tokens there" in " ".join(said(card))) == is_told
+    assert ("the runtime alone, which reads other tokens, changes" in card.verdict) == is_told
 
 
 def said(card: compressknow.Card) -> list[str]:

@@ -69,8 +69,15 @@ class SequenceFormat:
 def find_sequence_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SequenceFormat:
     """Find the form of a model's sequences; `model` may be a module tree on the meta device.
 
-    Raises UnsupportedError if it reads no text, or no more than a few tokens of it.
+    Raises UnsupportedError if it reads no text, or no more than a few tokens of it, or writes in another vocabulary.
     """
+    if _has_two_vocabularies(tokenizer):
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be calibrated: it writes in another vocabulary than it reads.",
+            why="Its decoder reads what was written so far in the language that it translates into, and a text to "
+            "calibrate on has no translation.",
+            hint="Choose what needs no text: prune by magnitude, or round to nearest.",
+        )
     mask = tokenizer.mask_token_id
     marks = find_sentinels(tokenizer) or ((mask,) if mask is not None else ())
     without_head = "masked" if mask is not None else "plain"
@@ -104,6 +111,17 @@ def find_sequence_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     if form.body < _SHORTEST:
         raise UnsupportedError(f"{type(model).__name__} reads no more than {form.length} tokens at once.")
     return form
+
+
+def _has_two_vocabularies(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether ids mean other tokens where they are written, as of FSMT and of Marian's larger models."""
+    read, written = (getattr(tokenizer, name, None) for name in ("encoder", "decoder"))
+    # Of other tokenizers, these are no tables.
+    return (
+        isinstance(read, dict)
+        and isinstance(written, dict)
+        and any(written.get(read[token]) != token for token in read)
+    )
 
 
 def build_inputs(

@@ -214,7 +214,13 @@ def _describe_runtimes_part(original: Answers, compressed: Answers) -> str:
     if floors:
         changed, of = sum(floor.changed for floor in floors), sum(floor.n for floor in floors)
         answers = f"{count(changed)} of {count_facts(of)}"
-        return f"Run there from an unquantized file, the original answers {answers} differently."
+        said = f"Run there from an unquantized file, the original answers {answers} differently."
+        if split := sum(floor.read_otherwise or 0 for floor in floors):
+            said += (
+                f" Of these prompts, {count(split)} are split into other tokens there than by the model's own "
+                "tokenizer, which other types cannot mend. Check that the tokenizer's files are the model's own."
+            )
+        return said
     if is_on_server(before) or is_on_server(after):
         why = "a server has the one model alone. Give an original that the same kind of server runs."
     elif before.runtime is not None:
@@ -349,7 +355,8 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
                 [estimate_proportion(floor.changed, floor.n) for floor, _ in found], [number for _, number in found]
             )
             could_be_all |= 0 < changed <= (alone.high or 0.0) * facts
-            parts.append(f"{name} alone changes {write_estimate(alone)}")
+            tokens = ", which reads other tokens," if any(floor.read_otherwise for floor, _ in found) else ""
+            parts.append(f"{name} alone{tokens} changes {write_estimate(alone)}")
     explained = ", which could be all of it" if could_be_all else ""
     return f" Of its answers, {write_percent(changed, facts)} differ; {', '.join(parts)}{explained}."
 

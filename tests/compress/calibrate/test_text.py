@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer, MarianConfig, MarianMTModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.compress.calibrate.sequences import draw_spans
@@ -16,6 +17,7 @@ from compressknow.compress.calibrate.text import CalibrationText, count_facts, r
 from compressknow.compress.steps import Calibration
 from compressknow.engine.language_model import load_language_model
 from compressknow.model.meta import build_meta_model
+from tests.gguf.making import train_sentencepiece
 from tests.knowing import KNOWN_FACTS, knowing
 from tests.long import long
 from tests.models import edit_config, save_tiny
@@ -50,6 +52,25 @@ def runs(model: PreTrainedModel, text: CalibrationText) -> bool:
     """Whether a model reads every batch, and gives numbers for it."""
     with torch.inference_mode():
         return all(bool(model(**batch).logits.isfinite().all()) for batch in text.batches)
+
+
+def test_a_translator_that_writes_in_another_vocabulary_is_refused(tmp_path: Path, notes: Path) -> None:
+    config = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64, "pad_token_id": 2}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    MarianMTModel(MarianConfig(vocab_size=400, **config, **heads)).save_pretrained(tmp_path)
+    pieces = train_sentencepiece("unigram", byte_fallback=False)
+    names = SentencePieceProcessor(model_proto=pieces)
+    read = ["</s>", "<unk>", "<pad>", *(names.id_to_piece(number) for number in range(3, len(names)))]
+    for name in ("source.spm", "target.spm"):
+        (tmp_path / name).write_bytes(pieces)
+    for name, tokens in (("vocab.json", read), ("target_vocab.json", [*read[:3], *reversed(read[3:])])):
+        (tmp_path / name).write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    settings = {"tokenizer_class": "MarianTokenizer", "source_lang": "en", "target_lang": "fi"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert made(tmp_path, notes).tokens == 640
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "separate_vocabs": True}))
+    with pytest.raises(UnsupportedError, match="writes in another vocabulary than it reads"):
+        made(tmp_path, notes)
 
 
 @pytest.mark.parametrize("source", ["self", "file"])
