@@ -40,7 +40,9 @@ WIDTH = 80
 
 def show(*lines: str, err: bool = False) -> None:
     """Print lines, an empty one for none; characters without a form of their own are named."""
-    click.echo(clean_lines("\n".join(lines).replace("\t", " ").replace("\r\n", "\n")), err=err)
+    # Where standard error is full, or whoever read it has gone, the exit code still tells what went wrong.
+    with contextlib.suppress(*[OSError] * err):
+        click.echo(clean_lines("\n".join(lines).replace("\t", " ").replace("\r\n", "\n")), err=err)
 
 
 def show_written(files: Sequence[Path]) -> None:

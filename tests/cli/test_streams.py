@@ -59,6 +59,11 @@ def test_a_wrong_request_ends_the_same_with_a_closed_stream(closed: str, model: 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_the_exit_code_tells_what_a_full_standard_error_cannot() -> None:
+    assert shell('"$0" -m compressknow report --no-such-option 2> /dev/full').returncode == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_output_that_cannot_be_written_is_one_message() -> None:
     done = shell('"$0" -m compressknow --help > /dev/full')
     assert done.returncode == 1
