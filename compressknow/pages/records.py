@@ -39,18 +39,18 @@ class Grade:
 
     `grade` is A+ (>= 99 % kept), A (>= 97), B (>= 93), C (>= 85), D (>= 70) or F; `-` where the original knew nothing.
     `range` names the grades that the interval spans, where these are several ("A to C"). The interval is over
-    `relations` where there are enough of them, else the simple one.
+    `clusters` (relations; of a probe of one relation, facts) where there are enough of them, else the simple one.
     """
 
     subject: str
-    relations: tuple[Counts, ...]
+    clusters: tuple[Counts, ...]
     kept: Estimate
     grade: str
     range: str | None = None
 
     @property
     def counts(self) -> Counts:
-        return sum(self.relations, Counts())
+        return sum(self.clusters, Counts())
 
     @property
     def mark(self) -> str:
@@ -307,7 +307,7 @@ def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, An
         "grade_details": {
             grade.subject: {
                 **{"grade": grade.grade, "range": grade.range},
-                **as_json.dump_clusters(grade.counts, grade.relations),
+                **as_json.dump_clusters(grade.counts, grade.clusters),
             }
             for grade in comparison.grades
         },

@@ -11,7 +11,7 @@ from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.format import NONE, SIGNIFICANT, clean, count, share, share_against, write_p_value, write_percent
-from compressknow.comparison.intervals import design_of_kept, estimate_kept, run_mcnemar
+from compressknow.comparison.intervals import design_of_kept, estimate_kept, list_clusters, run_mcnemar
 from compressknow.comparison.paired import order_domains
 from compressknow.comparison.power import SMALL, count_facts_to_decide
 from compressknow.comparison.records import Certainty, Counts, EarlyStop, Estimate, ProbeFigures
@@ -27,16 +27,18 @@ SHORT_LEGEND = f"{_SCALE}, {LOWEST} less. A question mark says that the interval
 
 def grade_domains(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
     """Return a grade for each domain over all probes."""
-    relations: dict[str, tuple[Counts, ...]] = {}
+    clusters: dict[str, tuple[Counts, ...]] = {}
     for probe in probes:
         for group in probe.by_subject:
-            relations[group.name] = relations.get(group.name, ()) + group.relations
+            # Of a probe of one relation, facts are what was drawn; of others, a domain may have one relation alone.
+            own = group.relations if len(probe.by_relation) > 1 else list_clusters(group.relations)
+            clusters[group.name] = (*clusters.get(group.name, ()), *own)
     grades = []
-    for subject in sorted(relations, key=order_domains):
-        counts, kept = sum(relations[subject], Counts()), estimate_kept(relations[subject])
+    for subject in sorted(clusters, key=order_domains):
+        counts, kept = sum(clusters[subject], Counts()), estimate_kept(clusters[subject])
         best, worst = (NONE if end is None else find_grade(end) for end in (kept.high, kept.low))
         spanned = f"{best} to {worst}" if best != worst else None
-        grades.append(Grade(subject, relations[subject], kept, find_grade(counts.both, counts.known_before), spanned))
+        grades.append(Grade(subject, clusters[subject], kept, find_grade(counts.both, counts.known_before), spanned))
     return tuple(grades)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from compressknow.comparison.paired import compare_probe
 from compressknow.comparison.records import Counts
+from compressknow.pages.card.make import compare
 from compressknow.pages.card.verdict import find_grade, grade_domains
-from tests.pages.answering import answer, entry, sides
+from tests.pages.answering import answer, answers, entry, sides
+
+PROBES = ("atlas", "lm-eval:piqa")
 
 
 @pytest.mark.parametrize(
@@ -38,6 +43,19 @@ def test_a_subject_is_graded_over_all_probes() -> None:
     probes = [compare_probe(*sides(both=8, lost=2), entry(), entry(), probe="atlas", ran_in="") for _ in range(2)]
     (grade,) = grade_domains(probes)
     assert (grade.subject, grade.counts, grade.grade) == ("geography", Counts(16, 4), "D")
+
+
+def test_facts_of_a_probe_of_one_relation_are_as_unrelated_in_their_domain_as_in_all_facts() -> None:
+    """Else the items of a task, beside the relations of a set, would weigh in a domain as one relation alone."""
+    atlas = [sides(both=18, lost=2, relation=f"r{number}", probe="atlas") for number in range(12)]
+    task = sides(both=900, lost=100, relation="piqa", probe="lm-eval:piqa")
+    before, after = (
+        answers([replace(one, fact_id=f"{n}") for n, one in enumerate(rows)], probes={p: entry() for p in PROBES})
+        for rows in ([one for each in (*atlas, task) for one in each[side]] for side in (0, 1))
+    )
+    compared = compare(before, after, show_facts=False)
+    (grade,) = compared.grades
+    assert grade.kept == compared.kept
 
 
 def test_subjects_in_the_order_of_the_report_card_and_tasks_after_them() -> None:
