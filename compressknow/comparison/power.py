@@ -40,7 +40,7 @@ def compute_power(known: float, loss: float, gained: float, unknown: float) -> f
 
     facts = max(1, round(known + unknown))
     up, down = gained * known, (gained + loss) * known
-    # Facts that count as fewer independent ones are not whole number, which all of them may exceed.
+    # Correlated facts count as fewer independent ones: not a whole number, which rounding of all of them may exceed.
     if not 0 < up + down <= known + unknown + 1e-9:
         return 0.0
     changed, chances = _list_binomial(facts, min(1.0, (up + down) / facts))
