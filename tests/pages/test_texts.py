@@ -250,7 +250,7 @@ def test_a_broken_model_is_told_and_the_report_is_written() -> None:
 
 
 def test_other_texts_and_gates_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CompressknowError, match="other texts, or other chunks"):
+    with pytest.raises(CompressknowError, match="different texts, or different chunks"):
         make_card(answers(chunks(1), "a"), [answers(chunks(2), "b", fingerprint="g")])
     card = make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")])
     with pytest.raises(UsageError, match="holds models to facts"):
