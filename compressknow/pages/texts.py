@@ -101,7 +101,7 @@ def write_perplexity(found: Perplexity | None) -> str:
 
 def _describe_perplexity(found: Perplexity) -> str:
     """Write a perplexity in a sentence."""
-    return write_perplexity(found) if math.isfinite(found.value.value) else "not a number"
+    return write_perplexity(found) if math.isfinite(found.value.value) else "NaN or infinite"
 
 
 def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[str, Perplexity]]) -> str:
@@ -112,7 +112,7 @@ def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[
     place = f"On {clean(text, 60)}, where the original's perplexity is {_describe_perplexity(original)}"
     lowest, highest = _describe_perplexity(best[1]), _describe_perplexity(worst[1])
     if best is worst:
-        return f"{place}, {best[0] if len(found) == 1 else 'each model'} has {lowest}."
+        return f"{place}, that of {best[0] if len(found) == 1 else 'each model'} is {lowest}."
     return f"{place}, {best[0]} has the lowest ({lowest}) and {worst[0]} the highest ({highest})."
 
 
@@ -136,7 +136,7 @@ def list_text_warnings(
         yield f"On {name} KL by token was not measured: {_WHY[OTHER_TOKENS]}."
     for who, side in zip(names, (figures.original, figures.compressed), strict=True):
         if not math.isfinite(side.value.value):
-            yield f"{who} produces NaN, or rules tokens out, on {name}: its perplexity is not a number."
+            yield f"{who} produces NaN, or rules tokens out, on {name}: its perplexity is NaN or infinite."
 
 
 def write_measurement(figure: Measurement | None, digits: int, unit: str = "") -> str:

@@ -242,8 +242,8 @@ def test_a_shard_that_nothing_is_left_of_is_not_written(tmp_path: Path) -> None:
 REFUSED = {
     "all": ("llama", "0-3", "would leave none"),
     "beyond": ("llama", "2-4", "no block 4"),
-    "backwards": ("llama", "3-2", "no range"),
-    "text": ("llama", "many", "no range"),
+    "backwards": ("llama", "3-2", "not a range"),
+    "text": ("llama", "many", "not a range"),
     "zero": ("llama", 0, "not a number of blocks"),
     "shorter side": ("bart", "3", "no block 3"),
 }
