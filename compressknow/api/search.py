@@ -110,7 +110,7 @@ def search(
 
     Returns
     -------
-    The search, as ``search.html`` and ``search.json`` in `output` show it; `winner` is None where nothing keeps as
+    The search, as ``search.html`` and ``search.json`` in `output` show it; `winner` is None if nothing keeps as
     much. With a winner there are ``model.gguf`` or ``model/``, ``recipe.toml`` and ``report.html`` too.
 
     Raises

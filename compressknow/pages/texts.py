@@ -179,7 +179,7 @@ def _make_moved_table(moved: TextChange, name: str, names: tuple[str, str]) -> T
 
 
 def _chart_kl(moved: TextChange, name: str, names: tuple[str, str]) -> Chart | None:
-    """Chart KL by percentile, on a logarithmic scale; None where there is none, or nothing moved."""
+    """Chart KL by percentile, on a logarithmic scale; None if there is none, or nothing moved."""
     found = moved.kl_percentiles
     if not found or not all(math.isfinite(found[key]) for key, _ in _PERCENTILES) or found["p99_9"] <= _LEAST:
         return None

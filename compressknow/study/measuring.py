@@ -176,7 +176,7 @@ class ScoreChanges:
 
     def _compute_per_error(self, name: str, tried: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return two losses of each fact per squared error of a weight, float64 [facts], the means over the types that
-        were tried: KL in nats, and the square of the change of its margin. None where there are no facts.
+        were tried: KL in nats, and the square of the change of its margin. None if there are no facts.
 
         What one rounding happens to change of some facts is a matter of luck: types are told apart by their errors,
         weights by what all types do.
@@ -203,7 +203,7 @@ class ScoreChanges:
 
     def _compute_text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
         """Return the KL of text, nats per token, per squared error of a weight: a robust mean over rows, and the mean
-        over what was tried; None where there is no text."""
+        over what was tried; None if there is no text."""
         if (name, tried[0]) not in self.text:
             return None
         ratios = []
