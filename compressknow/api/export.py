@@ -165,7 +165,7 @@ def export(
 
 
 def _read_target(options: Mapping[str, Any]) -> SizeTarget | None:
-    """Return how large the file is to be; None where types are given instead."""
+    """Return how large the file is to be; None if types are given instead."""
     if options["size"] is None and options["bits"] is None:
         for name in ("guide", "facts", "data", "must", "rounding"):
             if options[name]:
@@ -243,7 +243,7 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> TypeChoice:
 
 
 def _check_importance_output(file: Path, choice: TypeChoice, output: Path, *, overwrite: bool) -> None:
-    """Raise an error where there is no importance matrix to write, or it cannot be written there."""
+    """Raise an error if there is no importance matrix to write, or it cannot be written there."""
     if choice.calibration is None:
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
     record.check_beside(file, output, "--imatrix-out", "an importance matrix", _is_importance, overwrite=overwrite)

@@ -1,7 +1,4 @@
-"""Search the smallest file that keeps a share of the knowledge, graded on facts that the search did not see.
-
-It leaves in its folder the page, and of a winner its file, its recipe and its report card.
-"""
+"""Search for the smallest file that keeps a share of the knowledge, graded on facts that the search did not see."""
 
 from __future__ import annotations
 
@@ -54,7 +51,7 @@ from compressknow.study.search import (
 )
 from compressknow.study.sensitivity import FIT_TOKENS, Guide, can_guide
 
-# Files that are made for a search lie where what a stopped run keeps for itself does.
+# Folders and files of a search; candidate files are in a hidden folder.
 SEARCHED, HELD_OUT, GRADING, CANDIDATES = "searched", "held-out", "grading", ".parts"
 RECIPE, REPORTS, PAGES = "recipe.toml", ("report.html", "report.md", "report.json"), ("search.html", "search.json")
 WRITTEN = (*PAGES, RECIPE, *REPORTS)
@@ -88,10 +85,10 @@ def search(
 ) -> Search:
     """Find the smallest file of a model that keeps a share of its knowledge, or the best one of a size.
 
-    Each weight gets the type by which all of them are predicted to lose least. Some facts guide that, and the sizes
-    that are tried, 450 of a probe at most; the winner is selected by a third of all facts, by the lower end of its
-    interval, and graded by another third: the share that is told is of facts that had no part in the choice. A search
-    that was stopped resumes, and ends as it would have.
+    Types are chosen for all weights so that together they are predicted to lose least. Some facts, at most 450 of a
+    probe, guide this choice and the sizes that are tried. A third of all facts selects the winner, by the lower end of
+    its interval, and another third grades it: the reported share is of facts that had no part in the choice. A stopped
+    search resumes, and ends as if it had not been stopped.
 
     Parameters
     ----------
@@ -113,7 +110,7 @@ def search(
 
     Returns
     -------
-    The search, as ``search.html`` and ``search.json`` in `output` show it; `winner` is None where nothing keeps as
+    The search, as ``search.html`` and ``search.json`` in `output` show it; `winner` is None if nothing keeps as
     much. With a winner there are ``model.gguf`` or ``model/``, ``recipe.toml`` and ``report.html`` too.
 
     Raises
@@ -153,7 +150,7 @@ def search(
         claim(folder, study_model.original, known),
         open_format(study_model, request, folder, begin, listener) as form,
     ):
-        _check_winners_place(folder / form.place)
+        _check_winners_place(folder / form.file_name)
         if request.size is not None:
             form.check(request.size)
         if texts:  # A model that cannot read one is refused before it is evaluated on all else.
@@ -172,7 +169,7 @@ def search(
         original, answers = study_model.original, guided.reference
         form.learn(*measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers))
         graded_by = [part.grading if selection else part.held_out for part in parts]
-        # What running the original otherwise changes.
+        # What running the original in another way changes.
         noise: list[AddNoiseFloor] = [NoiseFloors.add_precision]
         if form.name == GGUF:
             noise.append(partial(NoiseFloors.add_runtime, floats=form.floats))
@@ -181,11 +178,11 @@ def search(
         )
         candidates = Candidates(study_model.original, form, folder / CANDIDATES, begin)
 
-        def kept(found: Allocation, by: EvaluationSet) -> Estimate:
-            return by.estimate_kept(by.evaluate(CandidateHandle(candidates, found)), LEVEL)
+        def estimate_kept(allocation: Allocation, by: EvaluationSet) -> Estimate:
+            return by.estimate_kept(by.evaluate(CandidateHandle(candidates, allocation)), LEVEL)
 
-        def evaluate(found: Allocation) -> Trial:
-            trial = candidates.trial(found, kept(found, guided))
+        def evaluate(allocation: Allocation) -> Trial:
+            trial = candidates.trial(allocation, estimate_kept(allocation, guided))
             if on_result:
                 on_result(trial)
             return trial
@@ -193,26 +190,26 @@ def search(
         if keep is not None and selection is not None:
             chosen = SizeSearch(keep, (form.floor, form.ceiling), form.choose, evaluate)
             chosen.explore()
-            chosen.confirm(lambda found: kept(found, selection))
+            chosen.confirm(lambda allocation: estimate_kept(allocation, selection))
             winner = chosen.winner
         else:
-            chosen, found = None, form.choose(request.size or 0)
-            winner = Candidate(found, candidates.trial(found, Estimate(None)))
-        # With the hash of what was read, so that a file that has changed since counts as gone.
+            chosen, allocation = None, form.choose(request.size or 0)
+            winner = Candidate(allocation, candidates.trial(allocation, Estimate(None)))
+        # The hash of what was read makes a file that has changed since count as missing.
         read = {**asdict(request.text), "source": request.text.text, "kind": request.text.kind}
         in_text = find_facts_in_text(read | {"sha256": form.guidance.text}, original, grading.original)
         result = build_search(request, form, chosen, guided, selection, grading, in_text, seed=seed, command=command)
         _remove_winner_of_other_form(folder, form.name)
-        for name in WRITTEN:  # What an earlier search of this folder, for another share or size, has found.
+        for name in WRITTEN:  # Left by an earlier search in this folder, for another share or size.
             (folder / name).unlink(missing_ok=True)
         if winner is None:
-            remove(folder / form.place)
+            remove(folder / form.file_name)
         else:
-            candidates.place(winner.found, folder / form.place)
-            handle = ModelHandle(locate(folder / form.place), candidates.settings)
+            candidates.place(winner.allocation, folder / form.file_name)
+            handle = ModelHandle(locate(folder / form.file_name), candidates.settings)
             after = grading.evaluate(handle)
             trial = replace(winner.trial, graded=grading.estimate_kept(after))
-            result = replace(result, winner=trial, recipe=form.recipe(winner.found))
+            result = replace(result, winner=trial, recipe=form.recipe(winner.allocation))
             card = make_card(
                 grading.reference,
                 [change_model(after, in_calibration=in_text)],
@@ -229,7 +226,7 @@ def search(
 
 
 def _check_minimize(minimize: str) -> None:
-    """Raise UsageError for what is no longer made small."""
+    """Raise UsageError for anything but bytes, which older versions could minimize."""
     if minimize != "bytes":
         raise UsageError(
             f"--minimize {minimize}: a search makes files small, in bytes.",
@@ -238,18 +235,18 @@ def _check_minimize(minimize: str) -> None:
 
 
 def _remove_winner_of_other_form(folder: Path, name: str) -> None:
-    """Remove what an earlier search has found in another form, by its record: the new page is not about it."""
+    """Remove the winner of an earlier search in another format, according to its record."""
     try:
         earlier = read_json(folder / "search.json", RECORD)
     except (OSError, ValueError):
         return
     for form in (GgufFormat, CheckpointFormat):
-        if form.name == earlier.get("form") != name and earlier.get("winner") and is_made(folder / form.place):
-            remove(folder / form.place)
+        if form.name == earlier.get("form") != name and earlier.get("winner") and is_made(folder / form.file_name):
+            remove(folder / form.file_name)
 
 
 def _check_winners_place(place: Path) -> None:
-    """Raise OutputError where something stands in the winner's place that no search has put there."""
+    """Raise OutputError if something that no search wrote is in the winner's place."""
     if os.path.lexists(place) and not is_made(place):
         raise OutputError(
             f"{place} exists already, and is not a winner of a search.",

@@ -152,7 +152,7 @@ def suggest_word(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def find_nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the known word that a word nearly is; None where it is like none."""
+    """Return the known word that a word nearly is; None if it is like none."""
     names = {_fold(name): name for name in known}
     near = difflib.get_close_matches(_fold(word), names, n=1, cutoff=cutoff)
     return names[near[0]] if near else None

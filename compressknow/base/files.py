@@ -29,7 +29,7 @@ _ATTEMPTS = 100
 
 def find_cache_folder() -> Path:
     """Return where that is kept which can be made or fetched again: ``$XDG_CACHE_HOME/compressknow``. Raise OutputError
-    where that is not set, and the user has no home: a number without a name, as in some containers."""
+    if that is not set, and the user has no home: a number without a name, as in some containers."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow"
     except RuntimeError:
@@ -45,7 +45,7 @@ def expand_home(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def lock_dead(path: Path) -> Iterator[bool]:
-    """Take the lock of a file whose run has ended, and remove the file in the end; False where the run lives."""
+    """Take the lock of a file whose run has ended, and remove the file in the end; False if the run lives."""
     try:
         descriptor = lock(path, wait=False, make=False)
     except OSError:
@@ -78,7 +78,7 @@ def claim_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -
 
     If it then holds nothing but files named in `worthless`, these are removed, and so are the folders that were made.
 
-    Raises OutputError where it cannot be made or locked, or where another run has it and `wait` is False.
+    Raises OutputError if it cannot be made or locked, or where another run has it and `wait` is False.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     descriptor = None
@@ -150,7 +150,7 @@ def is_no_folder(path: Path) -> bool:
 
 
 def check_links(path: Path) -> None:
-    """Raise OutputError where the path, or a folder above it, is a link that leads nowhere."""
+    """Raise OutputError if the path, or a folder above it, is a link that leads nowhere."""
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
             raise OutputError(
@@ -159,7 +159,7 @@ def check_links(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OutputError where no file can be made in the folder of `path`."""
+    """Raise OutputError if no file can be made in the folder of `path`."""
     try:
         with _open_temporary(path):
             pass
@@ -194,7 +194,7 @@ def close_durably(file: BinaryIO) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name only when it is whole. Raises OutputError where it cannot be written."""
+    """Write a file that appears under its name only when it is whole. Raises OutputError if it cannot be written."""
     with open_whole(path) as file:
         file.write(content)
 

@@ -48,7 +48,7 @@ def find_address(repo: str) -> str:
 
 
 def check_repo(repo: str) -> None:
-    """Raise UsageError where this can be no repository of models; asks nobody."""
+    """Raise UsageError if this can be no repository of models; asks nobody."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
@@ -65,7 +65,7 @@ def check_repo(repo: str) -> None:
 
 
 def check_login() -> None:
-    """Raise CompressknowError where an upload cannot succeed, as far as this machine knows: no token, or offline."""
+    """Raise CompressknowError if an upload cannot succeed, as far as this machine knows: no token, or offline."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
@@ -217,7 +217,7 @@ def _get_first_line(message: object) -> str:
 
 
 def describe_upload(files: Mapping[str, int | None], repo: str, private: bool | None) -> Iterator[str]:
-    """Yield lines for a dry run of an upload: `files` has bytes by name, None where they are not known yet."""
+    """Yield lines for a dry run of an upload: `files` has bytes by name, None if they are not known yet."""
     seen = "private" if private else "public, unless the organization's default is private"
     yield f"Would upload to {find_address(repo)} (if it is new: {seen}):"
     width = max(map(len, files), default=0)

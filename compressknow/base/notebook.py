@@ -80,7 +80,7 @@ class Tabular(SummaryRepr):
         raise NotImplementedError
 
     def to_frame(self) -> Any:
-        """Return the rows as a pandas DataFrame. Raises CompressknowError where pandas is not installed."""
+        """Return the rows as a pandas DataFrame. Raises CompressknowError if pandas is not installed."""
         require("pandas")
         import pandas as pd
 

@@ -123,7 +123,7 @@ class Registry(Generic[Thing]):
     @contextmanager
     def explain_failures(self, name: str) -> Iterator[None]:
         """Name the package of something in what it raises while it works, unless that is of use to a user as it is.
-        Raises CompressknowError where another package's entry fails; what fails here is a fault of ours."""
+        Raises CompressknowError if another package's entry fails; what fails here is a fault of ours."""
         try:
             yield
         except (CompressknowError, OSError, MemoryError):
@@ -174,7 +174,7 @@ class Registry(Generic[Thing]):
         return things, unusable
 
     def added_by(self, name: str) -> str:
-        """Return the packages that add this name; empty where it is built in alone."""
+        """Return the packages that add this name; empty if it is built in alone."""
         return " and ".join(map(_get_package, self._added.get(name, ())))
 
     def _load_built_in(self, name: str) -> Thing:

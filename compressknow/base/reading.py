@@ -44,8 +44,8 @@ class NotReadable(ValueError):
 
 
 def open_regular(path: Path, most: int | None = None) -> BufferedReader:
-    """Open a file for reading. Never waits, as opening a pipe would. Raises NotReadable where it is not a regular file,
-    or has more than `most` bytes; OSError where it cannot be opened."""
+    """Open a file for reading. Never waits, as opening a pipe would. Raises NotReadable if it is not a regular file,
+    or has more than `most` bytes; OSError if it cannot be opened."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         _check(os.fstat(descriptor), most)
@@ -80,7 +80,7 @@ def get_state(status: os.stat_result) -> FileState:
 
 
 def check_unchanged(states: Mapping[Path, FileState]) -> None:
-    """Raise CheckpointError where files, by path, are not in the state in which they were opened."""
+    """Raise CheckpointError if files, by path, are not in the state in which they were opened."""
     for path, state in states.items():
         with suppress(OSError):
             if get_state(path.stat()) == state:
@@ -125,7 +125,7 @@ def parse_json(
     content: bytes, *, most_values: int = MOST_VALUES, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
     """Return the value of a JSON text in UTF-8; `pairs` makes an object of its keys and values. Raises NotReadable
-    where it holds more than `most_values` values or is nested too deeply, ValueError where it is not JSON."""
+    if it holds more than `most_values` values or is nested too deeply, ValueError if it is not JSON."""
     # Each value but the first follows one of these.
     if sum(content.count(mark) for mark in (b",", b":", b"[", b"{")) > most_values:
         raise NotReadable(f"it holds more than {most_values:,} values")
@@ -168,7 +168,7 @@ _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "a boolea
 
 
 def find_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
-    """Return what in a value does not fit a form, and where; None where all does.
+    """Return what in a value does not fit a form, and where; None if all does.
 
     >>> find_mismatch({"n": [1, 2.5]}, {"n": [int], "name?": str})
     'n[1] is not a whole number'
@@ -217,8 +217,8 @@ SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "c
 
 def load_tables(dataset: str) -> dict[str, Any]:
     """Load the tables of a data set, by the name of their split: a folder (of data files, or written by
-    `save_to_disk`), one file of rows, ``NAME`` or ``NAME:CONFIG`` on the hub. Raises UsageError where there is no such
-    set, CompressknowError where the hub is not reached or the data cannot be read."""
+    `save_to_disk`), one file of rows, ``NAME`` or ``NAME:CONFIG`` on the hub. Raises UsageError if there is no such
+    set, CompressknowError if the hub is not reached or the data cannot be read."""
     require("datasets", "pyarrow")
     path = expand_home(dataset)
     if not path.exists() and _is_path(dataset):
@@ -260,7 +260,7 @@ def _read_as_texts(path: Path) -> dict[str, Any]:
 
 
 def _check_tables(path: Path) -> None:
-    """Raise UsageError where a local file or folder has a Parquet file that would fill the memory."""
+    """Raise UsageError if a local file or folder has a Parquet file that would fill the memory."""
     for table in [path] if path.is_file() else sorted(path.rglob("*.parquet")) if path.is_dir() else ():
         if table.suffix.lower() == ".parquet":
             try:
@@ -323,7 +323,7 @@ _ROWS, _ROWS_OF_LISTS = 65_536, 64
 
 
 def check_parquet(path: Path) -> None:
-    """Raise NotReadable where a Parquet file would take far more memory than it has bytes; pyarrow's errors where it is
+    """Raise NotReadable if a Parquet file would take far more memory than it has bytes; pyarrow's errors where it is
     none."""
     import pyarrow.parquet as pq
 

@@ -66,7 +66,7 @@ _seeking = threading.Lock()
 
 def lock(path: Path, *, wait: bool, make: bool = True) -> int:
     """Take the lock that a file stands for, as a descriptor to be closed; `make` the file if it is missing. Raises
-    BlockingIOError where another process holds it and `wait` is False, OSError where there can be no lock."""
+    BlockingIOError if another process holds it and `wait` is False, OSError if there can be no lock."""
     if not _NO_FOLLOW and path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     descriptor = os.open(path, (os.O_CREAT if make else 0) | os.O_RDWR | _NO_FOLLOW | _BINARY, 0o666)

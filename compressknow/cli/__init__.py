@@ -1,5 +1,4 @@
-"""Command line: which commands there are, and how one is run. Only the one that is called is imported; errors become
-one message and an exit code, and its output is uploaded. The work is done elsewhere."""
+"""Command line: list the commands, import and run the one that is called, and report errors with an exit code."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ from compressknow.base.packages import build_not_installed
 from compressknow.cli.options import describe_project_defaults, join_options, option, read_project_defaults
 from compressknow.cli.terminal import STANDARD_OUTPUT, drop_output, fit_streams, show, wrap_whole
 
-# By name, in the order in which one needs them: each is the function of that name in the module of that name.
+# In the order in which a user needs them; each is a function in a module of the same name.
 COMMANDS = {
     "inspect": "Show a checkpoint's Linear layers by group and scope.",
     "convert": "Prune and quantize a checkpoint into a new folder.",
@@ -53,14 +52,14 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Group of `COMMANDS`, which are imported when they are called, so that `--help` is there at once."""
+    """Group of `COMMANDS`, each imported only when it is called, so that `--help` is instant."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """Return names in the order in which one needs them."""
+        """Return the names in order."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """Import the command of that name; None where there is none."""
+        """Import the command of that name; None if there is none."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = getattr(importlib.import_module(f"compressknow.cli.{cmd_name}"), cmd_name)
@@ -74,7 +73,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Resolve as click does, but name the commands that there are, and take defaults from a project's file."""
+        """Resolve as click does, but suggest commands for an unknown one, and read the project's defaults."""
         if not ctx.resilient_parsing and args[0] not in COMMANDS and not args[0].startswith("-"):
             near = suggest_word(args[0], COMMANDS)
             ctx.fail(f"No such command '{args[0]}'. {near}Choose from {', '.join(COMMANDS)}.")
@@ -85,8 +84,8 @@ class LazyGroup(click.Group):
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; note of wrong values which options the project's file gives. With `--debug`, print the
-        traceback of what goes wrong before it is reported."""
+        """Run the command; on a usage error, note which options the project's file gives. With `--debug`, print the
+        traceback of any error."""
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -104,18 +103,18 @@ FAILED = 1
 INTERRUPTED = 130
 RESUMES = "The answers so far are saved. Repeat the command to resume."
 NOTHING_WRITTEN = "Nothing was written."
-# How often a thread of GCC's OpenMP, on which torch and llama.cpp run, looks whether the others are done before it
-# sleeps. Its own 300,000 times hold a core that the thread it waits for may need (docs/performance.md).
+# How often a thread of GCC's OpenMP, which torch and llama.cpp use, polls for the others before it sleeps. The default,
+# 300,000 times, holds a core that the thread it waits for may need (docs/performance.md).
 SPIN_COUNT = 5000
 
 
 class _Stopped(SystemExit):
-    """Request of a signal that this process end."""
+    """Request by a signal to end this process."""
 
 
 @contextmanager
 def explain_interrupt(note: str) -> Iterator[None]:
-    """Let the message of an interrupted command say what has become of its work."""
+    """Add to the message of an interrupted command what became of its work."""
     try:
         yield
     except (KeyboardInterrupt, _Stopped) as stop:
@@ -125,7 +124,7 @@ def explain_interrupt(note: str) -> Iterator[None]:
 
 @contextmanager
 def show_before_error(show_result: Callable[[Any], object]) -> Iterator[None]:
-    """Show what a gate was held to before its error is."""
+    """Show the result that a gate was checked on, before its error."""
     try:
         yield
     except (GateNotMet, GateUndecided) as unmet:
@@ -134,9 +133,9 @@ def show_before_error(show_result: Callable[[Any], object]) -> Iterator[None]:
 
 
 def run(command: click.Command, args: list[str] | None = None) -> int:
-    """Run `command` and return the exit code; whatever goes wrong is one message on stderr."""
+    """Run `command` and return the exit code; any error is one message on stderr."""
     if "OMP_WAIT_POLICY" not in os.environ:
-        # It is read when torch is imported.
+        # Read when torch is imported.
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     _exit_orderly_on_signals()
     with fit_streams(), _repeat_dropped_signals():
@@ -175,14 +174,14 @@ def _run(command: click.Command, args: list[str] | None) -> int:
 
 
 def _report_interrupt(stop: BaseException, code: int) -> int:
-    """Print the first note, which is that of who knew best."""
+    """Print the first note, added closest to the interrupted work."""
     notes = getattr(stop, "__notes__", ())
     show(f"Interrupted. {notes[0]}" if notes else "Interrupted", err=True)
     return code
 
 
 def _report_missing(error: ModuleNotFoundError) -> int:
-    """Name a library that every command needs, or one that another library needs."""
+    """Name the missing library."""
     module = (error.name or "").partition(".")[0]
     if module in ("", "compressknow"):
         return _report_bug(error)
@@ -198,7 +197,7 @@ def _report_bug(error: BaseException) -> int:
 
 
 def _suggest(error: click.NoSuchOption) -> click.UsageError:
-    """Return the error with the one option that was probably meant, in place of click's list, or where it stands."""
+    """Return the error with the one option that was probably meant, not click's list, or where the option belongs."""
     ctx, name = error.ctx, error.option_name
     options = [word for option in ctx.command.params for word in option.opts] if ctx else []
     near = suggest_word(name, [word for word in options if word.startswith("--")])
@@ -217,17 +216,17 @@ def _report_failure(what: str, *details: str | None) -> int:
 
 def _report_os_error(error: OSError) -> int:
     if error.errno == errno.EPIPE or error.filename == STANDARD_OUTPUT:
-        # It is flushed once more at exit: let that go nowhere.
+        # It is flushed once more at exit, which must not fail again.
         drop_output()
     if error.errno == errno.EPIPE:
-        # The reader has gone (`| head`).
+        # The reader has exited (`| head`).
         return FAILED
     where = f": {error.filename}" if error.filename is not None else ""
     return _report_failure(f"{error.strerror or error}{where}")
 
 
 def _exit_orderly_on_signals() -> None:
-    """Turn a request to end into SystemExit, so that temporary folders are removed on the way out."""
+    """Turn signals into SystemExit, so that temporary folders are removed."""
 
     def exit_orderly(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         raise _Stopped(128 + number)

@@ -1,7 +1,7 @@
-"""Options: in groups on the help page, those that commands share, and those that a project sets once.
+"""Options: their groups on the help page, those that commands share, and the defaults in a project's file.
 
-Of the folder that a command runs in and those above it, the nearest such file counts. An option on the command line
-comes before the file; in the file, the table of a command before what stands above all tables; then the default.
+The nearest such file counts, in the working directory or above. The command line takes precedence over the file, and in
+the file the table of a command over the keys above all tables.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-# The groups, in the order in which one decides.
+# The groups, in the order in which a user decides.
 GROUPS = COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
     "What to compress",
     "How to compress it",
@@ -36,37 +36,37 @@ GROUPS = COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
     "Where it runs",
     "Output",
 )
-# Width of the column of names, where help texts start in the same line.
+# Width of the column of names; longer ones have a line of their own.
 NAMES = 22
 
 
 class Option(click.Option):
-    """Option that stands in a group of the help page; bounds that its values must keep are not repeated there."""
+    """Option in a group of the help page, which does not show its bounds."""
 
     def __init__(self, *args: Any, group: str = OUTPUT, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.group = group
 
     def make_metavar(self, ctx: click.Context) -> str:
-        """Return one word: what may be chosen is said in the help text."""
+        """Return one word; the help text says what can be chosen."""
         if self.metavar is not None or self.is_flag:
             return super().make_metavar(ctx)
         words = {click.Choice: "NAME", OneOf: "NAME", click.IntRange: "N", click.FloatRange: "N", click.Path: "PATH"}
         return words.get(type(self.type), super().make_metavar(ctx))
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """Return what follows the help text in brackets: the default alone."""
+        """Return what follows the help text in brackets: only the default."""
         extra = super().get_help_extra(ctx)
         extra.pop("range", None)
         return extra
 
 
 class Command(click.Command):
-    """Command whose options are shown in groups, and with `--probe` the probes that there are."""
+    """Command whose help page has groups of options and, with `--probe`, a list of probes."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the words of the command line, and keep them. Raise UsageError for an empty one: taken for a folder, it
-        would be the working directory."""
+        """Parse the arguments, and keep them. An empty one is a UsageError: as a folder, it would be the working
+        directory."""
         empty = next((place for place, word in enumerate(args) if not word or re.fullmatch("--[a-z-]+=", word)), None)
         if empty is not None and not ctx.resilient_parsing:
             option = args[empty].removesuffix("=")
@@ -76,11 +76,11 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; once more without what a project's file says, where this turns out to change nothing."""
+        """Run the command; if options of the project's file turn out to be unused, run it again without them."""
         try:
             return super().invoke(ctx)
         except UnusedOptions as unused:
-            # The group has the same mapping, for its notes to errors.
+            # The same mapping as the group's, which uses it for notes on errors.
             given: Any = ctx.default_map or {}
             idle = [name for name in unused.names if name in given and _is_of_file(ctx, name)]
             if not idle:
@@ -100,7 +100,7 @@ class Command(click.Command):
             formatter.write_text((self.epilog or "") + list_probes())
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the groups that have options, in their order; `--help` closes the last."""
+        """Write the groups that have options, in order; `--help` comes last."""
         records: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -109,17 +109,17 @@ class Command(click.Command):
         for group, shown in records.items():
             if shown:
                 with formatter.section(group):
-                    # The first column has one width in every group.
+                    # The first column has the same width in every group.
                     formatter.write_dl([(f"{names:<{NAMES - 2}}", text) for names, text in shown], col_max=NAMES)
 
 
-# As in click, but with options that stand in a `group` of the help page.
+# As in click, but with a `group` of the help page for each option.
 command = partial(click.command, cls=Command)
 option = partial(click.option, cls=Option)
 
 
 def join_options(*options: Decorator) -> Decorator:
-    """Make one decorator of several options, which stand in this order on the help page."""
+    """Make one decorator of several options, in the order of the help page."""
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for each in reversed(options):
@@ -130,7 +130,7 @@ def join_options(*options: Decorator) -> Decorator:
 
 
 def read_share(value: Any) -> float:
-    """Return a number such as 0.2, or the same as percent: 20%. Whoever takes it says in which bounds it must lie."""
+    """Parse a number such as 0.2, or the same in percent: 20%. The caller checks its bounds."""
     text = str(value).strip()
     number = text.removesuffix("%").rstrip()
     try:
@@ -141,7 +141,7 @@ def read_share(value: Any) -> float:
 
 
 def _read_blocks(value: Any) -> int | str:
-    """Return a number of blocks as one, and all else, such as 20-23, as it stands: the recipe checks it."""
+    """Parse a number of blocks; anything else, such as 20-23, stays text, which the recipe checks."""
     text = str(value).strip()
     return int(text) if text.isdecimal() and text.isascii() else text
 
@@ -155,13 +155,13 @@ def read_type_of(value: Any) -> tuple[str, str]:
 
 
 class OneOf(click.Choice[str]):
-    """Choice of some names, in any case of letters; the message for an unknown one says which was probably meant."""
+    """Case-insensitive choice of names, which suggests the one probably meant for an unknown one."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names, case_sensitive=False)
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:  # noqa: ARG002
-        """Name the choices, and the one that was probably meant."""
+        """List the choices, and suggest one."""
         return (
             f"{value!r} is not known. {suggest_word(str(value), self.choices)}Choose one of {', '.join(self.choices)}."
         )
@@ -169,28 +169,28 @@ class OneOf(click.Choice[str]):
 
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
-# What a model is made smaller as.
+# File formats to make a model smaller in.
 FORM = OneOf(["gguf", "checkpoint"])
 
 
 def add_output_folder(about: str) -> Decorator:
-    """Add the option of the folder that a command writes, whose help says what is in it."""
+    """Make the option for the folder that a command writes; `about` is its help."""
     return option("-o", "--output", type=PATH, required=True, help=about)
 
 
 def add_output_files(about: str) -> Decorator:
-    """Add the option of the files that a command writes, whose help says of which kinds."""
+    """Make the option for the files that a command writes; `about` is its help."""
     return option("-o", "--output", multiple=True, type=PATH, help=about)
 
 
 def make_recipe_option(name: str, **settings: Any) -> Decorator:
-    """Make the option of `convert` that a recipe's step declares, with `settings` of another command's own."""
+    """Make the option that a recipe's step declares, with `settings` that differ in another command."""
     from compressknow.compress.recipe import OPTIONS, Recipe
     from compressknow.compress.steps import Calibration, Where
 
     declared = OPTIONS[name]
     kind = _find_type(declared)
-    said = {
+    declaration = {
         "group": {Where: COMPRESS, Recipe: COMPRESS, Calibration: CALIBRATION}.get(declared.of, HOW),
         "default": declared.default,
         "type": kind,
@@ -198,7 +198,7 @@ def make_recipe_option(name: str, **settings: Any) -> Decorator:
         "metavar": declared.metavar or {read_share: "SHARE", _read_blocks: "BLOCKS"}.get(kind),
         "help": declared.help,
     }
-    return option(declared.option, **said | settings)
+    return option(declared.option, **declaration | settings)
 
 
 def _find_type(declared: DeclaredOption) -> Any:
@@ -216,7 +216,7 @@ PROBE_NAMES, WIDTH = 20, 78
 
 
 def list_probes() -> str:
-    """Return the list of probes for the end of a help page; those of other packages are imported for it."""
+    """Return the list of probes for the end of a help page, which imports those of other packages."""
     from compressknow.evaluate.sources import list_usable
 
     sources = list(list_usable())
@@ -226,7 +226,7 @@ def list_probes() -> str:
 
 
 def _describe_probe(usage: str, about: str) -> list[str]:
-    """Return the lines of one probe. A long name has a line of its own."""
+    """Return the lines of one probe; a long name has its own line."""
     first, indent = f"  {usage:<{PROBE_NAMES - 1}} ", " " * (PROBE_NAMES + 2)
     if len(first) > len(indent):
         return [first.rstrip(), *textwrap.wrap(about, WIDTH, initial_indent=indent, subsequent_indent=indent)]
@@ -259,7 +259,7 @@ known_option = _facts(
 
 
 def add_data_option(group: str) -> Decorator:
-    """Add the option of the folder of downloaded sets."""
+    """Make the option for the folder of downloaded data sets."""
     return option("--data", group=group, type=FOLDER, help="Folder with a data set, or with lama/, bear/, tasks/.")
 
 
@@ -292,7 +292,7 @@ _probe_options = join_options(
 _templates_option = _facts(
     "--templates", type=click.IntRange(1), default=1, help="Wordings per fact: known by most of them."
 )
-# Of commands that are given all models, and of those that make them of one.
+# For commands that take all models, and for those that make them from one.
 probe_options = join_options(
     _probe_options,
     _runs(
@@ -320,7 +320,7 @@ server_options = join_options(
 
 
 def add_calibration_options(tokens: str, **settings: Any) -> Decorator:
-    """Add the options of the calibration text, whose `tokens` are the default; settings as in `make_recipe_option`."""
+    """Make the options of the calibration text; `tokens` is its default, settings are as in `make_recipe_option`."""
     number = f"How many tokens of it.  [default: {tokens}]"
     return join_options(
         make_recipe_option("calibration", **settings), make_recipe_option("calibration_tokens", help=number)
@@ -328,12 +328,12 @@ def add_calibration_options(tokens: str, **settings: Any) -> Decorator:
 
 
 def add_guide_option(**settings: Any) -> Decorator:
-    """Add the option of what decides how weights are rounded, or ranks them."""
+    """Make the option for what guides the rounding of weights, or ranks them."""
     text = {"help": "What decides: facts, text or both.  [default: both]", **settings}
     return option("--guide", type=OneOf(["facts", "text", "both"]), **text)
 
 
-# What is given, and not chosen, of a file of a size.
+# What a user can fix about a file of a given size.
 fit_options = join_options(
     option(
         "--must",
@@ -364,10 +364,10 @@ ray_options = join_options(
 
 
 FILE, PROJECT = "compressknow.toml", "pyproject.toml"
-# Options whose value may hold the path of a file, and what may stand before that.
+# Options whose value may contain the path of a file, and the prefixes that may come before it.
 _NAMING_FILES = {"probe", "facts", "calibration", "grid"}
 _KINDS = ("facts:", "text:", "hf:")
-# A file that came with someone's repository is not asked to run its code, to replace files or to upload any.
+# A file in someone else's repository must not be able to run code, replace files or upload any.
 _COMMAND_LINE_ALONE = {
     *("trust_remote_code", "converter", "tasks", "ray", "overwrite", "output", "into_model_card"),
     *("push", "private", "debug", "help", "version"),
@@ -377,8 +377,8 @@ _COMMAND_LINE_ALONE = {
 def read_project_defaults(
     name: str, command: click.Command, commands: Iterable[str], open_command: Callable[[str], click.Command | None]
 ) -> dict[str, Any]:
-    """Return the values that the project's file has for the options of one of `commands`, as click takes them. Raises
-    UsageError for a file that is not TOML, for a key that is not an option, and where the working directory is gone."""
+    """Return the project file's values for the options of one of `commands`, as click takes them. Raises UsageError for
+    a file that is not TOML, for a key that is not an option, and if the working directory is gone."""
     try:
         folder = Path.cwd()
     except FileNotFoundError:
@@ -403,24 +403,24 @@ def read_project_defaults(
             f"{file}: {name} has no option {unknown}.", hint=f"{suggest_word(unknown, options)}See {name} --help."
         )
     for key in shared.keys() - options.keys():
-        # Of another command: only what none has is a mistake.
+        # It may be an option of another command.
         if not any(key in _list_options(other) for other in map(open_command, commands) if other is not None):
             raise UsageError(f"{file}: no command has an option {key}.", hint="Correct the name, or remove it.")
     values = {key: value for key, value in {**shared, **own}.items() if key in options}
-    return {str(options[key].name): _write_as_words(value, options[key], file) for key, value in values.items()}
+    return {str(options[key].name): _format_value(value, options[key], file) for key, value in values.items()}
 
 
 def describe_project_defaults(command: click.Command, names: Iterable[str]) -> str:
-    """Say which file gives options of a command, by their names in Python, to whoever did not write them."""
+    """Say which file gives these options of a command, named as in Python."""
     nearest, options = _find_file(Path.cwd()), _list_options(command)
     words = ", ".join(max(options[name].opts, key=len) for name in names)
     return f"Options of {nearest[0] if nearest else FILE}: {words}."
 
 
 def drop_recipe_conflicts(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Return the options without those of `names` that the project's file gives, where a recipe says them instead.
-    Raises UsageError where one of `names` is on the command line beside a recipe, even with the value that it has when
-    left out: the recipe may say another."""
+    """Return the options; if there is a recipe, without those of `names` that the project's file gives. Raises
+    UsageError if one of `names` is on the command line along with a recipe, even with its default value: the recipe may
+    differ."""
     if options["recipe"] is None:
         return dict(options)
     from compressknow.compress.recipe import check_recipe_conflicts
@@ -438,7 +438,7 @@ def _is_of_file(ctx: click.Context, name: str) -> bool:
 
 
 def _list_options(command: click.Command) -> dict[str, click.Option]:
-    """List options by their names in Python, and by what the command line calls them: ``as_json``, and ``json``."""
+    """List options by their names in Python and on the command line: ``as_json`` and ``json``."""
     options = [each for each in command.params if isinstance(each, click.Option)]
     long = {word[2:].replace("-", "_"): each for each in options for word in each.opts if word.startswith("--")}
     return long | {str(each.name): each for each in options}
@@ -454,7 +454,7 @@ def _find_file(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Return the options in a file; None where a `PROJECT` has none. What is wrong with that is other tools' to say."""
+    """Return the options in a file; None if a `PROJECT` has none, or cannot be read: other tools report that."""
     try:
         values = read_toml(file)
     except (ValueError, OSError) as error:
@@ -468,7 +468,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     return own if isinstance(own, dict) else None
 
 
-def _write_as_words(value: Any, option: click.Option, file: Path) -> Any:
+def _format_value(value: Any, option: click.Option, file: Path) -> Any:
     """Return a value as the command line would have it, so that 1.5 is not a whole number here either: a path as seen
     from the file's folder; several values as a list. Raises UsageError for what is not a value of the option."""
     if isinstance(value, list | dict) and not option.multiple:
@@ -482,9 +482,9 @@ def _write_as_words(value: Any, option: click.Option, file: Path) -> Any:
 
 
 def _find_beside(file: Path, value: str) -> str:
-    """Return ``facts:mine.jsonl`` or ``notes.txt`` with its path from the file's folder, where there is such a file."""
+    """Return ``facts:mine.jsonl`` or ``notes.txt`` with a path relative to the file's folder, if it exists there."""
     kind, colon, part = value.partition(":") if value.startswith(_KINDS) else ("", "", value)
     place = file.parent / expand_home(part)
-    # What is not told by its kind is a file by its ending: one called atlas may lie about.
+    # Without a prefix, only a name with a suffix is taken for a file: there may be one called atlas.
     is_there = part and place.exists() if colon else place.suffix and place.is_file()
     return f"{kind}{colon}{place}" if is_there else value

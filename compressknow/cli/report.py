@@ -208,7 +208,7 @@ def _list_models(card: Card) -> Iterator[str]:
 
 
 def _list_speeds(card: Card) -> Iterator[str]:
-    """Yield a line for each model that was timed, and what it was run in; nothing where none was."""
+    """Yield a line for each model that was timed, and what it was run in; nothing if none was."""
     timed = [
         (model.name, model.speed)
         for model in (card.original, *(comparison.model for comparison in card.comparisons))

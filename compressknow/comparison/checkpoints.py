@@ -56,7 +56,7 @@ _LONGEST = 80
 def diff_models(
     a: LocatedModel, b: LocatedModel, *, trust_remote_code: bool, threads: int | None, on_progress: Listener | None
 ) -> CheckpointDiff | None:
-    """Compare two models that were found, checkpoints or GGUF files; return None where one alone is a GGUF file, whose
+    """Compare two models that were found, checkpoints or GGUF files; return None if one alone is a GGUF file, whose
     weights have other names and another order."""
     are_gguf = [located.path.suffix == ".gguf" for located in (a, b)]
     if any(are_gguf) and not all(are_gguf):
@@ -90,8 +90,8 @@ def diff_checkpoints(
     advance: Advance = ignore_advance,
 ) -> CheckpointDiff:
     """Compare what two checkpoints hold, in the memory of one block per thread; the figures do not depend on the number
-    of threads. Raises CheckpointError where one of them has no weights, or its config describes no model that can be
-    built; CompressknowError where they are of different architectures."""
+    of threads. Raises CheckpointError if one of them has no weights, or its config describes no model that can be
+    built; CompressknowError if they are of different architectures."""
     side_a, side_b = (read_side(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
     architectures = side_a.structure.architecture, side_b.structure.architecture
     hint = "Compare an original with its conversion, or two checkpoints made from the same original."
@@ -246,7 +246,7 @@ def diff_gguf(
     a: Sequence[Path], b: Sequence[Path], *, threads: int | None = None, advance: Advance = ignore_advance
 ) -> CheckpointDiff:
     """Compare what two GGUF files hold, each of one part or several, by what llama.cpp's gguf package makes of them.
-    Raises CheckpointError where one of them is damaged, CompressknowError where they are of different architectures."""
+    Raises CheckpointError if one of them is damaged, CompressknowError if they are of different architectures."""
     readers_a, readers_b = ([open_gguf(part) for part in parts] for parts in (a, b))
     architecture, other = (str(read_value(readers[0], "general.architecture")) for readers in (readers_a, readers_b))
     _check_architectures((a[0].name, b[0].name), (architecture, other), "Compare files made from the same original.")

@@ -49,14 +49,14 @@ class DiffSums:
 
     @property
     def relative_error(self) -> float | None:
-        """Return ||b - a|| / ||a||, by the Frobenius norm; None where a is all zero and b is not."""
+        """Return ||b - a|| / ||a||, by the Frobenius norm; None if a is all zero and b is not."""
         if not self.finite or (self.energy_change and not self.energy_a):
             return None
         return math.sqrt(self.energy_change / self.energy_a) if self.energy_change else 0.0
 
     @property
     def cosine(self) -> float | None:
-        """Return the cosine of the angle between a and b; None where one of them is all zero."""
+        """Return the cosine of the angle between a and b; None if one of them is all zero."""
         if not self.finite or not self.energy_a or not self.energy_b:
             return None
         if not self.energy_change:
@@ -67,7 +67,7 @@ class DiffSums:
 
     @property
     def snr_db(self) -> float | None:
-        """Return 10 log10(||a||² / ||b - a||²), in decibels; None where nothing changed, and where a is all zero."""
+        """Return 10 log10(||a||² / ||b - a||²), in decibels; None if nothing changed, and where a is all zero."""
         if not self.finite or not self.energy_change or not self.energy_a:
             return None
         return 10 * math.log10(self.energy_a / self.energy_change)

@@ -116,7 +116,7 @@ def compute_percentiles(values: np.ndarray | Sequence[float], percentiles: Mappi
 
 
 def assign_popularity_bins(popularity: Sequence[float | None]) -> list[str | None]:
-    """Return the bin of each fact: "top 20 %" (of popularity), "20 to 40 %", ... "bottom 20 %"; None where it has none.
+    """Return the bin of each fact: "top 20 %" (of popularity), "20 to 40 %", ... "bottom 20 %"; None if it has none.
 
     Bins are of about equal size, five or as many as leave 20 facts in each; facts as popular as each other stay
     together. With fewer than two such bins no fact has one.
@@ -132,7 +132,7 @@ def assign_popularity_bins(popularity: Sequence[float | None]) -> list[str | Non
 
 
 def _split_evenly(values: np.ndarray, parts: int, fewest: int) -> np.ndarray | None:
-    """Return the part of each value, from 0, the largest first, equal values in one; None where one has too few."""
+    """Return the part of each value, from 0, the largest first, equal values in one; None if one has too few."""
     _, position, sizes = np.unique(-values, return_inverse=True, return_counts=True)
     middle = (np.cumsum(sizes) - sizes / 2) / len(values)
     chosen: np.ndarray = np.minimum((middle * parts).astype(int), parts - 1)[position]
@@ -159,7 +159,7 @@ def get_confidence(answer: Answer) -> float | None:
     """Return the probability that the model gives to its answer among all possible ones, 0 to 1: the softmax of their
     scores. As text, a long answer has a tiny probability even where the model has no doubt.
 
-    None where any text may be given; where the sum over all is not known, in answers of older versions to more than
+    None if any text may be given; where the sum over all is not known, in answers of older versions to more than
     five; and of a model that broke: it computes NaN, of which no mean may be made, and a warning says so.
     """
     logp, total = answer.top5_logp, answer.total_logp
@@ -194,7 +194,7 @@ def compare_confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | N
 
 def split_by_confidence(sure: np.ndarray, kept: np.ndarray) -> tuple[Tertile, ...]:
     """Return knowledge kept by thirds of the original's confidence, the most confident first, of each fact that the
-    original knew; facts of one confidence stay together. Nothing where that leaves a third with too few facts."""
+    original knew; facts of one confidence stay together. Nothing if that leaves a third with too few facts."""
     chosen = _split_evenly(sure, len(THIRDS), FEWEST)
     if chosen is None:
         return ()
@@ -220,7 +220,7 @@ def compute_reliability(sure: np.ndarray, right: np.ndarray) -> tuple[Reliabilit
 
 
 def count_grades(pairs: Sequence[tuple[Answer, Answer]]) -> GradeCounts | None:
-    """Count facts by the grades of both models; None where some answer has none (tasks, answers of older versions)."""
+    """Count facts by the grades of both models; None if some answer has none (tasks, answers of older versions)."""
     if not pairs or any(answer.grade is None for pair in pairs for answer in pair):
         return None
     before, after = zip(*pairs, strict=True)
@@ -247,7 +247,7 @@ def _is_written(answers: Iterable[Answer]) -> bool:
 
 
 def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -> WordingFigures | None:
-    """Return the figures of each wording of a probe, before they are put together; None where there is only one."""
+    """Return the figures of each wording of a probe, before they are put together; None if there is only one."""
     after = {answer.fact_id: answer for answer in compressed}
     pairs = [(answer, after[answer.fact_id]) for answer in original if answer.fact_id in after]
     templates = sorted({answer.template for answer, _ in pairs if answer.template is not None})

@@ -78,7 +78,7 @@ def _estimate_difference(counts: Counts, number: float, z: float) -> Estimate:
 
 def _correlate(counts: Counts, number: float) -> float:
     """Return the correlation of the two models' being right, corrected for continuity as Newcombe's method 10 does for
-    so many facts; 0 where one of them is always or never right."""
+    so many facts; 0 if one of them is always or never right."""
     n = counts.n
     margins = math.prod([counts.known_before, n - counts.known_before, counts.known_after, n - counts.known_after])
     if not margins:
@@ -112,7 +112,7 @@ def run_mcnemar(counts: Counts) -> float | None:
 
 def average_estimates(estimates: Sequence[Estimate], weights: Sequence[int] | None = None) -> Estimate:
     """Return the mean of independent figures, plain or weighted, with its interval: the distances to the ends of their
-    intervals, squared and added (the MOVER of Zou and Donner 2008, Statistics in Medicine 27, 1693-1702). None where
+    intervals, squared and added (the MOVER of Zou and Donner 2008, Statistics in Medicine 27, 1693-1702). None if
     one has no value.
 
     >>> average_estimates([Estimate(0.5, 0.2, 0.6), Estimate(0.7, 0.3, 0.7)])

@@ -46,7 +46,7 @@ def compare_probe(
 ) -> ProbeFigures:
     """Return all figures of one probe, of both models' answers in any order and of its entries in each ``probe.json``.
     The noise floor of runtimes is that of `ran_in`, runtime and build of the compressed model. Raises CompressknowError
-    where the two sides were evaluated on different prompts."""
+    if the two sides were evaluated on different prompts."""
     pairs = pair_answers(probe, original, compressed, entry_original, entry_compressed)
     by_subject = _group_pairs(pairs, lambda answer: answer.subject)
     changes = [change for pair in pairs if (change := _measure_logp_change(pair)) is not None]
@@ -194,7 +194,7 @@ def _group_by_popularity(pairs: Sequence[Pair]) -> tuple[Group, ...]:
 
 
 def _estimate_chance(pairs: Sequence[Pair]) -> float | None:
-    """Return the mean of 1 / number of choices; None where some fact may be answered with any text."""
+    """Return the mean of 1 / number of choices; None if some fact may be answered with any text."""
     choices = [before.choices for before, _ in pairs]
     if not choices or not all(choices):
         return None
@@ -257,7 +257,7 @@ def _measure_divergence(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def _measure_logp_change(pair: Pair) -> float | None:
-    """Return the change of the gold's log-probability; None where one of the models could not have answered it."""
+    """Return the change of the gold's log-probability; None if one of the models could not have answered it."""
     before, after = pair[0].logp_gold, pair[1].logp_gold
     if before is None or after is None or not math.isfinite(after - before):
         return None
@@ -267,7 +267,7 @@ def _measure_logp_change(pair: Pair) -> float | None:
 def _measure_ranks(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Return MRR, P@5, and the lost facts whose gold is still among the five most likely answers.
 
-    The latter two say nothing where there are five answers to choose from at most: they are None there.
+    The latter two say nothing if there are five answers to choose from at most: they are None there.
     """
     before, after = ([side.rank for side in sides] for sides in (zip(*pairs, strict=True) if pairs else ((), ())))
     few = all(pair[0].choices is not None and pair[0].choices <= 5 for pair in pairs)
@@ -298,7 +298,7 @@ def pair_answers(
     entry_original: ProbeEntry,
     entry_compressed: ProbeEntry,
 ) -> list[Pair]:
-    """Pair the answers to the same facts, in the order of the facts' ids. Raises CompressknowError where the two sides
+    """Pair the answers to the same facts, in the order of the facts' ids. Raises CompressknowError if the two sides
     were not evaluated alike: other protocol, fingerprint or facts."""
     _check_prompts(probe, entry_original, entry_compressed)
     before, after = ({answer.fact_id: answer for answer in side} for side in (original, compressed))
@@ -344,7 +344,7 @@ def _check_facts(probe: str, original: Mapping[str, Answer], compressed: Mapping
 @dataclass(frozen=True, slots=True)
 class Standing:
     """Standing of a model among the others: how many of the original's facts it keeps; the place of a model of no more
-    bytes that keeps more, None where there is none and of a model whose size is not known, and whether a test tells
+    bytes that keeps more, None if there is none and of a model whose size is not known, and whether a test tells
     that one from it; and the places of the models that no test tells from it, those that keep more first."""
 
     keeps: int
@@ -380,6 +380,6 @@ def rank_models(
 
 
 def find_smallest(places: Sequence[int], sizes: Sequence[int | None], standing: Sequence[Standing]) -> int | None:
-    """Return the place of the smallest of these models, of equal ones the best; None where no size is known."""
+    """Return the place of the smallest of these models, of equal ones the best; None if no size is known."""
     sized = [(size, -standing[place].keeps, place) for place in places if (size := sizes[place]) is not None]
     return min(sized)[2] if sized else None

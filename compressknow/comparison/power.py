@@ -99,7 +99,7 @@ def find_smallest_loss(counts: Counts, design: Design = INDEPENDENT) -> float | 
 
 def count_facts_to_show(counts: Counts, design: Design = INDEPENDENT) -> int | None:
     """Return how many known facts, of the same relations, show a net loss of `SMALL` with a power of 80 %, were facts
-    gained and unknown in the same proportion; None where no number does, or no probe has as many.
+    gained and unknown in the same proportion; None if no number does, or no probe has as many.
 
     >>> count_facts_to_show(Counts(both=185)), count_facts_to_show(Counts(both=169, lost=16, gained=19, neither=96))
     (394, 4514)
@@ -118,7 +118,7 @@ def count_facts_to_show(counts: Counts, design: Design = INDEPENDENT) -> int | N
 
 def count_facts_to_decide(counts: Counts, gate: float, design: Design = INDEPENDENT) -> int | None:
     """Return how many known facts, of the same relations, it takes for the interval of knowledge kept to lie on one
-    side of the gate in 80 of 100 samples, were the share kept what it is here; None where no number does, or no probe
+    side of the gate in 80 of 100 samples, were the share kept what it is here; None if no number does, or no probe
     has as many.
 
     >>> count_facts_to_decide(Counts(both=90, lost=10), 0.95), count_facts_to_decide(Counts(both=95, lost=5), 0.95)

@@ -53,8 +53,8 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Figure with its interval, of the level asked for. `value` is None where there is nothing to estimate from (no
-    fact known, ...); `low` and `high` are None where there are too few facts for an interval."""
+    """Figure with its interval, of the level asked for. `value` is None if there is nothing to estimate from (no
+    fact known, ...); `low` and `high` are None if there are too few facts for an interval."""
 
     value: float | None
     low: float | None = None
@@ -85,7 +85,7 @@ class Group:
     p: float | None  # of the paired test by relation (exact McNemar where it has one)
     p_holm: float | None  # the same, adjusted over all groups of its table (Holm)
     answer_changed: float | None  # share of facts whose top answer differs
-    chance: float | None = None  # expected accuracy of guessing; None where any text may be answered
+    chance: float | None = None  # expected accuracy of guessing; None if any text may be answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class KlFigures:
     """How far the distribution at the answer's first position moved (nats), over the `n` facts that have one.
 
     `rest` is the mean probability, before and after, of the tokens that are taken together as one: what moves among
-    them is not seen, so that the divergences are lower bounds. None where they are over the whole vocabulary.
+    them is not seen, so that the divergences are lower bounds. None if they are over the whole vocabulary.
     """
 
     n: int
@@ -117,10 +117,10 @@ class Certainty:
     # Knowledge kept and the difference of accuracy, with their intervals over relations.
     kept: Estimate = Estimate(None)
     difference: Estimate = Estimate(None)
-    # The smallest net loss, as a share of the known facts, that these facts show with a power of 80 %; None where even
+    # The smallest net loss, as a share of the known facts, that these facts show with a power of 80 %; None if even
     # the loss of all would not show.
     smallest_loss: float | None = None
-    facts_for_two: int | None = None  # known facts that show a net loss of 2 points; None where no number does
+    facts_for_two: int | None = None  # known facts that show a net loss of 2 points; None if no number does
 
 
 NOT_MEASURED = Certainty()
@@ -250,7 +250,7 @@ class ProbeFigures:
 @dataclass(frozen=True, slots=True)
 class ChangedFact:
     """Fact that was lost or gained, with what both models said; its grades are of knowing, if there are any.
-    `with_example` says whether the compressed model produces it after one solved example; None where that was not
+    `with_example` says whether the compressed model produces it after one solved example; None if that was not
     tried."""
 
     probe: str
@@ -270,7 +270,7 @@ class ChangedFact:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Figure with its standard error, which is 0 where there are too few tokens to estimate one."""
+    """Figure with its standard error, which is 0 if there are too few tokens to estimate one."""
 
     value: float
     error: float
@@ -288,7 +288,7 @@ class GreedyDivergence:
 
     @property
     def middle(self) -> float | None:
-        """Return the first differing token in the median of all continuations; None where that one does not differ."""
+        """Return the first differing token in the median of all continuations; None if that one does not differ."""
         places = [float(place) for place in self.first] + [math.inf] * self.same
         found = median(places) if places else math.inf
         return found if math.isfinite(found) else None
@@ -301,7 +301,7 @@ class TextChange:
     ratio: Measurement  # of the perplexities, compressed / original
     log_ratio: Measurement
     difference: Measurement  # of the perplexities, compressed - original
-    correlation: float | None  # of the two models' log-likelihoods; None where one does not vary
+    correlation: float | None  # of the two models' log-likelihoods; None if one does not vary
     kl: Measurement | None  # KL(original || compressed), nats, over the whole vocabulary; None: not measured
     kl_percentiles: Mapping[str, float] | None
     same_top: Measurement  # share of tokens at which both hold the same one most likely
@@ -314,7 +314,7 @@ class TextChange:
 @dataclass(frozen=True, slots=True)
 class Perplexity:
     """Perplexity: exp of the mean negative log-likelihood per token, over so many tokens; and the same in bits per byte
-    of the text, which models of different tokens have in common, None where the tokenizer does not tell."""
+    of the text, which models of different tokens have in common, None if the tokenizer does not tell."""
 
     value: Measurement
     tokens: int
@@ -331,4 +331,4 @@ class TextFigures:
     divergence: str  # ``measured``, or why there is no KL: see `compressknow.evaluate.records`
     original: Perplexity
     compressed: Perplexity
-    moved: TextChange | None  # None where the two models read the text as different tokens
+    moved: TextChange | None  # None if the two models read the text as different tokens

@@ -44,7 +44,7 @@ class Pool:
     who needs it next would wait for ever (`concurrent.futures` does, once in some hundred interruptions). So the main
     thread touches no such lock, only a queue that is written in C.
 
-    `threads` is one per core by default. Raises UsageError where it is less than 1.
+    `threads` is one per core by default. Raises UsageError if it is less than 1.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -181,7 +181,7 @@ def make_magnitude_keys(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
 
 
 def make_raw_keys(raw: memoryview, dtype: str) -> npt.NDArray[np.signedinteger]:
-    """Return an integer per element of `raw` bytes in a safetensors dtype, 0 where it is zero, of either sign."""
+    """Return an integer per element of `raw` bytes in a safetensors dtype, 0 if it is zero, of either sign."""
     elements: npt.NDArray[np.signedinteger] = np.frombuffer(raw, f"i{DTYPE_SIZES[dtype]}")
     return elements & np.iinfo(elements.dtype).max if dtype in FLOATS else elements
 

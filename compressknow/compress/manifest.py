@@ -234,7 +234,7 @@ def count_weights(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, A
 
 
 def pool_errors(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Return ||written - original|| / ||original|| of the weights of all rows; None where a row lacks its norm.
+    """Return ||written - original|| / ||original|| of the weights of all rows; None if a row lacks its norm.
 
     >>> pool_errors([{"norm": 3.0, "relative_error": 0.5}, {"norm": 4.0, "relative_error": 0.0}])
     0.3

@@ -62,7 +62,7 @@ class NewFolder(Staging):
     """Output folder of a conversion, which appears whole, by one rename, or not at all. `render_card` gives the model
     card's text for a manifest and the source folder; no card is written without it.
 
-    Raises what `list_carried_files` and `Staging` do.
+    Raises as `list_carried_files` and `Staging` do.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class NewFolder(Staging):
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest and the card, and rename the folder.
 
-        Raises CheckpointError where a file of the checkpoint changed since it was opened.
+        Raises CheckpointError if a file of the checkpoint changed since it was opened.
         """
         self.write(MANIFEST_NAME, dump_json(manifest).encode())
         if self._render_card:
@@ -263,7 +263,7 @@ class OutputFiles:
 
 
 def list_files(plan: Plan) -> dict[str, int | None]:
-    """Return the files that an output will hold, with their bytes; None where the weights decide it."""
+    """Return the files that an output will hold, with their bytes; None if the weights decide it."""
     source = plan.checkpoint.folder
     return {
         **lay_out(plan.tensors, plan.checkpoint.shards).sizes,
@@ -289,7 +289,7 @@ def list_carried_files(folder: Path) -> Iterator[str]:
     """Yield the files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code, and, with
     their weights, the modules that sentence-transformers runs behind the model and adapters (LoRA) beside it.
 
-    Raises CheckpointError where one of them is a link that leads nowhere, or out of the checkpoint.
+    Raises CheckpointError if one of them is a link that leads nowhere, or out of the checkpoint.
     """
     modules = list_module_folders(folder)
     for name in walk_visible(folder):

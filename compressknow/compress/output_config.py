@@ -144,7 +144,7 @@ def ensure_loadable(plan: Plan) -> Plan:
     Some families (T5) initialize layers by their weight, which packed layers do not have. Transformers unpacks these
     while it loads them, if their config says so: by the scheme of all weights, and without rounding activations.
 
-    Raises UnsupportedError where it loads neither form.
+    Raises UnsupportedError if it loads neither form.
     """
     try:
         _load(plan)
@@ -157,7 +157,7 @@ def ensure_loadable(plan: Plan) -> Plan:
 
 
 def _load(plan: Plan) -> None:
-    """Load an output as plain transformers would, without its values. Raises UnsupportedError where it would not load
+    """Load an output as plain transformers would, without its values. Raises UnsupportedError if it would not load
     every weight, but for what the source has too."""
     tree, headers = plan.tree, {name: (part.dtype, part.shape) for each in plan.tensors for name, part in each.written}
     report = load_report(type(tree), parse_config(tree, copy.deepcopy(build_config(plan))), headers)

@@ -58,7 +58,7 @@ class Parameter:
         return f"--{self.name.replace('_', '-')}"
 
     def check(self, value: Any) -> Any:
-        """Return the value, ``inf`` as a number. Raises UsageError where it is of another kind, or does not fit."""
+        """Return the value, ``inf`` as a number. Raises UsageError if it is of another kind, or does not fit."""
         value = make_plain(value)
         if self.kind is float and value == "inf":
             value = math.inf
@@ -169,7 +169,7 @@ class Parametric:
         return [name if value is True else f"{name} {value}" for name, value in self.changed().items()]
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
-        """Return a copy with these values. Raises UsageError where one has no such parameter, or does not fit."""
+        """Return a copy with these values. Raises UsageError if one has no such parameter, or does not fit."""
         known = {each.name: each for each in self.parameters()}
         if unknown := sorted(set(values) - set(known)):
             there = f"It has {', '.join(known)}." if known else "It has none."

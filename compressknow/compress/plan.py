@@ -153,8 +153,8 @@ Steps = tuple[Prune | None, Quantize | None]
 def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure, recipe: Recipe) -> Plan:
     """Plan a conversion. `model` is the checkpoint's module tree on the meta device, `structure` what is read off it.
 
-    Raises UsageError where a scope, pattern or layer range matches nothing, or two steps prune or quantize the same
-    weight, CheckpointError where a weight in scope is missing, UnsupportedError where the input is quantized already,
+    Raises UsageError if a scope, pattern or layer range matches nothing, or two steps prune or quantize the same
+    weight, CheckpointError if a weight in scope is missing, UnsupportedError if the input is quantized already,
     or a weight has no quantized form that loads and runs right.
     """
     sources = Sources(checkpoint, model, structure)
@@ -206,7 +206,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
 
 def _fit_parameters(structure: Structure, step: Step) -> Step:
     """Fill in what a scheme leaves to the shapes of the weights in scope, such as the group size of int4; what fits
-    none stays open. Raises UsageError where a scope, pattern or layer range matches nothing."""
+    none stays open. Raises UsageError if a scope, pattern or layer range matches nothing."""
     if not isinstance(step, Quantize) or None not in step.parameters.values():
         return step
     weights = _select_weights(structure, step)
@@ -241,7 +241,7 @@ def _assign_steps(structure: Structure, recipe: Recipe) -> dict[LinearWeight, St
 
 
 def _check_methods_fit(changed: Iterable[PlannedTensor]) -> None:
-    """Raise UnsupportedError where a tensor has not the shape that its pruning method needs."""
+    """Raise UnsupportedError if a tensor has not the shape that its pruning method needs."""
     misfits: dict[str, tuple[Prune, str]] = {}
     for tensor in changed:
         if (step := tensor.prune) is not None:
@@ -307,7 +307,7 @@ def _plan_unchanged(
 
 
 def _check_sharing(changed: Iterable[PlannedTensor], extra: Mapping[str, str], structure: Structure) -> None:
-    """Raise UnsupportedError where a weight that is changed would no longer be that of all modules that share it."""
+    """Raise UnsupportedError if a weight that is changed would no longer be that of all modules that share it."""
     parted = [
         tensor.module or "" for tensor in changed if any(f"{module}.weight" in extra for module in tensor.sharing)
     ]
@@ -321,7 +321,7 @@ def _check_sharing(changed: Iterable[PlannedTensor], extra: Mapping[str, str], s
 
 
 def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Return config.json of the same model with its final layer untied. Raises UnsupportedError where the model
+    """Return config.json of the same model with its final layer untied. Raises UnsupportedError if the model
     computes something else when its config says that nothing is tied."""
     forward = inspect.unwrap(type(model).forward)
     if "tie_word_embeddings" in inspect.getsource(forward):

@@ -110,7 +110,7 @@ class TensorConverter(Reader):
         factors : what input channels [columns] are multiplied by before they are rounded.
         see : called with the rows of each block and its values as written (float32, dequantized).
 
-        Raises CheckpointError where a weight is NaN or infinite.
+        Raises CheckpointError if a weight is NaN or infinite.
         """
         before, scheme = self.unfitted.get(planned.source.name), planned.scheme
         if not planned.in_scope and before is None:

@@ -111,7 +111,7 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> Recipe:
         """Read plain values; `origin` names the file.
 
-        Raises UsageError where a key is unknown, missing or of the wrong type.
+        Raises UsageError if a key is unknown, missing or of the wrong type.
         """
         unknown = sorted(set(values) - {"module_map", "steps", "calibration"})
         steps = values.get("steps")
@@ -129,7 +129,7 @@ class Recipe:
 
 
 def read_calibration(values: Any, origin: str) -> Calibration | None:
-    """Read a recipe's `calibration`; a text alone says which text. Raises UsageError where it is of another form."""
+    """Read a recipe's `calibration`; a text alone says which text. Raises UsageError if it is of another form."""
     if values is None:
         return None
     known = [each.name for each in fields(Calibration)]
@@ -292,7 +292,7 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
 
 
 def check_recipe_conflicts(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise UsageError where an option that a recipe says instead is not its default, in whatever kind of sequence."""
+    """Raise UsageError if an option that a recipe says instead is not its default, in whatever kind of sequence."""
     if beside := sorted(name for name, default in defaults.items() if _unify(options[name]) != _unify(default)):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
         raise UsageError(f"--recipe cannot be combined with {flags}.")
@@ -306,7 +306,7 @@ def _unify(value: Any) -> Any:
 
 
 def format_options(recipe: Recipe) -> list[str] | None:
-    """Return the options of `convert` that give this recipe; None where these cannot say it, and a file must.
+    """Return the options of `convert` that give this recipe; None if these cannot say it, and a file must.
 
     >>> format_options(Recipe((Prune(0.1, where=Where(("attention",))), Quantize("int8", Where(("attention",))))))
     ['--scope', 'attention', '--prune', '0.1', '--quantize', 'int8']
@@ -347,7 +347,7 @@ def _format_option(name: str, value: Any) -> list[str]:
 
 
 def _check_has_step(given: Mapping[str, Any]) -> None:
-    """Raise UsageError where options say how to prune or round, and none says that anything is."""
+    """Raise UsageError if options say how to prune or round, and none says that anything is."""
     for what, kind, further in (("prune", Prune, ("per_layer", "norm", "dim")), ("round", Quantize, ())):
         action, *others = list_options(kind)
         usual = {each.name: each.default for each in others} | {name: getattr(kind, name) for name in further}

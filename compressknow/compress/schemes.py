@@ -418,14 +418,14 @@ def list_runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def find_vllm_limit(manifest: Mapping[str, Any]) -> str | None:
-    """Return where or how alone vLLM runs a checkpoint; None where it does not, and where there is no such limit."""
+    """Return where or how alone vLLM runs a checkpoint; None if it does not, and where there is no such limit."""
     shapes = {} if find_vllm_obstacle(manifest) else _collect_shapes(manifest)
     limits = (scheme.vllm_limit(shapes[scheme.name]) for scheme in find_schemes(shapes))
     return next((limit for limit in limits if limit), None)
 
 
 def find_vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
-    """Return why vLLM does not run a checkpoint, as the end of "It does not run in vLLM: "; None where it does."""
+    """Return why vLLM does not run a checkpoint, as the end of "It does not run in vLLM: "; None if it does."""
     architecture = str(manifest["source"]["architecture"])
     if architecture not in VLLM_ARCHITECTURES:
         return f"{architecture} is not among the text generation models that are known to run there"

@@ -209,7 +209,7 @@ def _locate(tensor: StoredTensor) -> tuple[Any, ...]:
 
 
 def check_usable(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where a folder has no weights, UnsupportedError where they are quantized already."""
+    """Raise CheckpointError if a folder has no weights, UnsupportedError if they are quantized already."""
     checkpoint.check_has_weights()
     if quantization := checkpoint.config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"

@@ -35,7 +35,7 @@ COPY_BYTES = 1 << 20
 class Staging:
     """Folder to write an output into; `commit` moves it to its place. `check` says what must not be overwritten.
 
-    Raises OutputError where the output exists and may not be overwritten, or cannot be written where it should be.
+    Raises OutputError if the output exists and may not be overwritten, or cannot be written where it should be.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Staging:
     def commit(self) -> None:
         """Move the finished folder to its place; an old output there is removed only once the new one has taken it.
 
-        Raises OutputError where the output has come to exist.
+        Raises OutputError if the output has come to exist.
         """
         self._check(self.output, overwrite=self._overwrite, source=None)
         sync_folder(self.folder)
@@ -138,7 +138,7 @@ class Staging:
 
 
 def check_overlap(output: Path, source: Path | None) -> None:
-    """Raise OutputError where an output is, lies in or holds its source, if that is a folder here (no hub id)."""
+    """Raise OutputError if an output is, lies in or holds its source, if that is a folder here (no hub id)."""
     if source is not None and source.exists():
         here, there = output.resolve(), source.resolve()
         overlaps = {
@@ -151,7 +151,7 @@ def check_overlap(output: Path, source: Path | None) -> None:
 
 
 def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
-    """Raise OutputError where writing `output` would lose something of the user's, or as `check_overlap` does."""
+    """Raise OutputError if writing `output` would lose something of the user's, or as `check_overlap` does."""
     check_overlap(output, source)
     if not os.path.lexists(output):
         return

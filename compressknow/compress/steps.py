@@ -126,7 +126,7 @@ class DropBlocks:
 
     @property
     def named(self) -> tuple[int, ...] | None:
-        """Return the blocks that it names, ascending; None where it says how many."""
+        """Return the blocks that it names, ascending; None if it says how many."""
         if not isinstance(self.blocks, str):
             return None
         return tuple(sorted({number for numbers in parse_layers(self.blocks).values() for number in numbers}))
@@ -389,7 +389,7 @@ def _check_known(kind: str, name: Any, known: Registry[Any] | Sequence[str]) -> 
 
 
 def _check_amount(amount: Any, what: str, hint: str) -> None:
-    """Raise UsageError where an amount is not between 0 and 1, with a further hint where it was meant as percent."""
+    """Raise UsageError if an amount is not between 0 and 1, with a further hint where it was meant as percent."""
     if not is_of(float, amount) or not 0 < amount < 1:
         is_percent = is_of(float, amount) and 1 < amount < 100
         near = f"Did you mean {amount:g}%, which is {amount / 100:g}? " if is_percent else ""
@@ -397,7 +397,7 @@ def _check_amount(amount: Any, what: str, hint: str) -> None:
 
 
 def count_pruned(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | None, int]:
-    """Return how many weights a step zeroes, from shapes alone: in each tensor, None where one choice over all tensors
+    """Return how many weights a step zeroes, from shapes alone: in each tensor, None if one choice over all tensors
     decides that, and in all."""
     with METHODS.explain_failures(step.method):
         counts = step.chosen.count_all(weights, step.amount)
@@ -406,7 +406,7 @@ def count_pruned(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | N
 
 def choose_masks(reader: Reader, step: Prune, weights: Sequence[Weights]) -> list[Mask]:
     """Decide what a step prunes by looking at weights alone. Raises CheckpointError naming a tensor that holds NaN or
-    an infinity, CompressknowError where a method of another package fails."""
+    an infinity, CompressknowError if a method of another package fails."""
     with METHODS.explain_failures(step.method):
         masks = step.chosen.choose(reader, weights, step.amount)
         if len(masks) != len(weights):
@@ -419,7 +419,7 @@ def prune_matrix(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return what the method of a step makes of one matrix, float32 [out, in]: see `Calibrated.prune`.
 
-    Raises CompressknowError where a method of another package fails, or gives something of another form.
+    Raises CompressknowError if a method of another package fails, or gives something of another form.
     """
     method = step.chosen
     assert isinstance(method, Calibrated)

@@ -87,7 +87,7 @@ def compare_to_manifest(
     folder: str | Path, *, threads: int | None = None, advance: Advance = ignore_advance
 ) -> Verification:
     """Rehash and recount everything in a folder that convert wrote, but the model card, which may be edited, and hidden
-    files. A file that is not in the manifest is a difference too. Raises what `read_manifest` does."""
+    files. A file that is not in the manifest is a difference too. Raises as `read_manifest` does."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     places = _read_index(folder)
@@ -117,7 +117,7 @@ def compare_to_manifest(
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Return the weight file of each tensor by the folder's index; nothing where there is one file for all."""
+    """Return the weight file of each tensor by the folder's index; nothing if there is one file for all."""
     if (folder / SAFETENSORS).is_file() or not (folder / SAFETENSORS_INDEX).is_file():
         return {}
     weight_map = read_json(folder / SAFETENSORS_INDEX, INDEX).get("weight_map")

@@ -139,7 +139,7 @@ class StoredWeights:
         return self.linears.get(self.loaded_to.get(key, key))
 
     def values(self, key: str) -> Values | None:
-        """Return a parameter's values; None where it has none, or none that can be read."""
+        """Return a parameter's values; None if it has none, or none that can be read."""
         tensor = self.supply.get(key)
         if tensor and tensor.name in self.unpacked:
             return self.unpacked[tensor.name]
@@ -152,7 +152,7 @@ class StoredWeights:
         return Values(tensor, scale) if tensor.dtype in ("I8", "F8_E4M3") and scale else None
 
     def packed(self, key: str) -> str | None:
-        """Describe how a tensor is stored whose values cannot be read; None where they can, or it is not stored."""
+        """Describe how a tensor is stored whose values cannot be read; None if they can, or it is not stored."""
         if self.values(key) is not None:
             return None
         tensor, module = self.supply.get(key), key.removesuffix(".weight")
@@ -185,7 +185,7 @@ def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> Stor
 def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> StoredWeights:
     """Read what a checkpoint stores from its headers.
 
-    Raises CheckpointError where it has no weights, or its config builds no model.
+    Raises CheckpointError if it has no weights, or its config builds no model.
     """
     checkpoint.check_has_weights()
     model = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)

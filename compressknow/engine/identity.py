@@ -90,7 +90,7 @@ class LocatedModel:
 
 def locate(model: str | Path, revision: str | None = None) -> LocatedModel:
     """Find a model: a local folder, ``FOLDER/FILE.gguf``, a hub id, which is downloaded, or the address of a server,
-    which is not contacted yet. Raises CheckpointError where there is none, UsageError for what cannot be an address."""
+    which is not contacted yet. Raises CheckpointError if there is none, UsageError for what cannot be an address."""
     if is_address(model):
         return locate_server(str(model))
     path = Path(model)
@@ -115,7 +115,7 @@ def locate(model: str | Path, revision: str | None = None) -> LocatedModel:
 
 
 def locate_server(address: str) -> LocatedModel:
-    """Return a model on a server. Raises UsageError where the address names no host, or holds what must not be shown.
+    """Return a model on a server. Raises UsageError if the address names no host, or holds what must not be shown.
 
     >>> locate_server("http://localhost:8080/v1/").url
     'http://localhost:8080'
@@ -335,7 +335,7 @@ class Contents:
 
 def read_contents(located: LocatedModel, on_bytes: Callable[[int], None] | None = None) -> Contents:
     """Read each file of a model once; `on_bytes` is called with the number of bytes of each piece. Raises
-    CheckpointError where a weight file is damaged."""
+    CheckpointError if a weight file is damaged."""
     hashes: dict[str, str] = {}
     small: dict[str, str] = {}
     states: dict[Path, FileState] = {}

@@ -36,7 +36,7 @@ def check_device(name: str) -> None:
 def resolve_device(name: str) -> str:
     """Return the device that a name means on this machine: of ``auto`` cuda, else mps, else cpu.
 
-    Raises UsageError where it names none, or one that this machine or this torch does not have.
+    Raises UsageError if it names none, or one that this machine or this torch does not have.
     """
     import torch
 
@@ -114,8 +114,8 @@ def load_language_model(
     """Load a checkpoint folder or a GGUF file with its head and its tokenizer. `dtype` is that of what is not
     quantized: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
 
-    Raises CheckpointError where it lacks a language-modelling head, weights or a tokenizer: none is ever made up at
-    random; UnsupportedError where it is not a language model of text.
+    Raises CheckpointError if it lacks a language-modelling head, weights or a tokenizer: none is ever made up at
+    random; UnsupportedError if it is not a language model of text.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, language_model=True)
@@ -149,7 +149,7 @@ def _make_batch_invariant(model: PreTrainedModel) -> None:
 
 
 def count_embedding_rows(model: PreTrainedModel) -> int:
-    """Return the number of tokens that a model reads. Raises UnsupportedError where it reads no tokens."""
+    """Return the number of tokens that a model reads. Raises UnsupportedError if it reads no tokens."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     # Perceiver's is a part of what prepares its inputs.
     rows = weight.shape[0] if weight is not None else getattr(model.config, "vocab_size", None)
@@ -180,7 +180,7 @@ _POSITIONS = ("position_embeddings", "embed_positions")
 
 
 def count_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the number of positions that a model has; None where nothing bounds it (T5, ALiBi, Mamba)."""
+    """Return the number of positions that a model has; None if nothing bounds it (T5, ALiBi, Mamba)."""
     config = model.config.get_text_config()
     stated = [value for name in _NAMES if isinstance(value := getattr(config, name, None), int) and value > 0]
     named = (module for name, module in model.named_modules() if name.endswith(_POSITIONS))
@@ -197,7 +197,7 @@ _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
 
 
 def find_sentinels(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids of two or more tokens that stand for blanks (T5), in their order; empty where there are none."""
+    """Return the ids of two or more tokens that stand for blanks (T5), in their order; empty if there are none."""
     # Reversed, so that of two of one number the one without a space counts.
     vocabulary = sorted(tokenizer.get_vocab().items(), reverse=True)
     found = {int(match[1]): number for token, number in vocabulary if (match := _SENTINEL.fullmatch(token))}
@@ -239,7 +239,7 @@ def _check_head(path: Path, model: PreTrainedModel) -> None:
 
 
 def find_named_family(config: Mapping[str, Any]) -> str | None:
-    """Return the family of the class that a checkpoint's config names; None where the model has to be loaded first.
+    """Return the family of the class that a checkpoint's config names; None if the model has to be loaded first.
 
     >>> find_named_family({"architectures": ["BertForMaskedLM"]}), find_named_family({})
     ('masked', None)
@@ -251,7 +251,7 @@ def find_named_family(config: Mapping[str, Any]) -> str | None:
 
 
 def find_family(model: PreTrainedModel) -> str | None:
-    """Return ``masked``, ``causal`` or ``seq2seq``, or None where a model is none of these: by its class, or, of
+    """Return ``masked``, ``causal`` or ``seq2seq``, or None if a model is none of these: by its class, or, of
     modelling code that comes with a checkpoint, by the name of its class and its config."""
     name = type(model).__name__
     if family := find_family_of_class(name):

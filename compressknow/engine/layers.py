@@ -30,7 +30,7 @@ class EngineLinear(nn.Module):
     Attributes
     ----------
     word : what it multiplies in, such as ``int8``.
-    rounds : whether it rounds what comes in; None where it never does.
+    rounds : whether it rounds what comes in; None if it never does.
     unlisted : number of weights that it holds in another form than a parameter.
     """
 

@@ -116,7 +116,7 @@ def load_variant(
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint folder or GGUF file.
 
-    Raises CheckpointError where there is none, or one without words, UnsupportedError as `load` does.
+    Raises CheckpointError if there is none, or one without words, UnsupportedError as `load` does.
     """
     from transformers import AutoTokenizer
 
@@ -173,7 +173,7 @@ def _find_checkpoint(folder: str | Path) -> Path:
 
 
 def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """Return where `from_pretrained` finds a checkpoint. Raises CheckpointError where transformers would take for ever
+    """Return where `from_pretrained` finds a checkpoint. Raises CheckpointError if transformers would take for ever
     over a GGUF file, or read other weights of it."""
     # Code that is trusted may lie in another repository of the Hub.
     options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
@@ -211,7 +211,7 @@ def _find_class(config: Any, trust_remote_code: bool, language_model: bool) -> t
 
 
 def find_family_of_class(architecture: str) -> str | None:
-    """Return what a transformers class is: ``seq2seq``, ``masked`` or ``causal``; None where it is none."""
+    """Return what a transformers class is: ``seq2seq``, ``masked`` or ``causal``; None if it is none."""
     from compressknow.model.meta import LANGUAGE_MODEL_CLASSES
 
     return next((family for family, names in LANGUAGE_MODEL_CLASSES.items() if architecture in names.values()), None)

@@ -47,18 +47,18 @@ class Answer:
     ----------
     predicted : text of the answer that the model holds most likely; `top5` are the five most likely ones, best first,
         and `top5_logp` their log-probabilities (natural logarithm).
-    rank : 1 for the most likely answer; None where the object is not a possible answer or ranks do not apply.
-    logp_gold : log-probability of the object; None where it is not a possible answer.
-    choices : the number of possible answers, for chance; None where any text may be given.
+    rank : 1 for the most likely answer; None if the object is not a possible answer or ranks do not apply.
+    logp_gold : log-probability of the object; None if it is not a possible answer.
+    choices : the number of possible answers, for chance; None if any text may be given.
     first_ids, first_logp : distribution at the answer's first position: ids of the original model's most likely tokens,
         and their log-probabilities in this model; what is left to 1 is the rest. Empty where there is none (lm-eval).
-    first_kl : KL(original || this model) in nats at that position, over the whole vocabulary; None where the original
+    first_kl : KL(original || this model) in nats at that position, over the whole vocabulary; None if the original
         was not at hand.
     produced : what the model says, decoded greedily: the candidate with which that begins, else its first words; None
         where there is none (lm-eval, answers of older versions).
     with_example : the same after one solved example of the relation; evaluated only where the original knew the fact
         and this model does not.
-    grade : see `compressknow.evaluate.grades`; None where there is none.
+    grade : see `compressknow.evaluate.grades`; None if there is none.
     template : number of the wording, where each fact is put in several.
     total_logp : logarithm of the sum of the probabilities of all possible answers, short of 0.1 % of it at most; None
         where any text may be given, and where it is not known (answers of older versions, some servers).
@@ -170,7 +170,7 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
 
 
 def read_table(path: Path) -> list[Answer]:
-    """Read the answers of a Parquet file. Raise DamagedAnswers where it is none, or its columns are others."""
+    """Read the answers of a Parquet file. Raise DamagedAnswers if it is none, or its columns are others."""
     import pyarrow as pa
 
     hint = "An answers folder is written by `compressknow probe`; write it anew."
@@ -204,20 +204,20 @@ def _read_column(table: pa.Table, name: str) -> Iterable[Any]:
 
 
 def read_answers(folder: Path) -> Answers:
-    """Read an answers folder that `compressknow probe` wrote. Raise DamagedAnswers where it is none or damaged."""
+    """Read an answers folder that `compressknow probe` wrote. Raise DamagedAnswers if it is none or damaged."""
     record = read_record(folder)
     check_table(folder, record)
     return gather_answers(folder, record)
 
 
 def gather_answers(folder: Path, record: Record) -> Answers:
-    """Read the answers to the probes of a record. Raise DamagedAnswers where they cannot be read."""
+    """Read the answers to the probes of a record. Raise DamagedAnswers if they cannot be read."""
     rows = tuple(answer for answer in read_table(folder / TABLE) if answer.probe in record.probes)
     return Answers(record, rows, read_texts(folder, record))
 
 
 def check_table(folder: Path, record: Record) -> None:
-    """Raise DamagedAnswers where the table is not the one whose hash the record holds."""
+    """Raise DamagedAnswers if the table is not the one whose hash the record holds."""
     if (folder / TABLE).is_file() and compute_sha256(folder / TABLE) != record.answers_sha256:
         raise DamagedAnswers(
             f"{folder / TABLE} does not match {RECORD}: its hash differs.",
@@ -227,7 +227,7 @@ def check_table(folder: Path, record: Record) -> None:
 
 
 def read_record(folder: Path) -> Record:
-    """Read ``probe.json`` of an answers folder. Raise DamagedAnswers where it is missing or damaged."""
+    """Read ``probe.json`` of an answers folder. Raise DamagedAnswers if it is missing or damaged."""
     try:
         record = read_json(folder / RECORD, RECORD_BYTES)
         version = record["schema"]
@@ -277,7 +277,7 @@ _UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, wait: bool) -> Iterator[None]:
-    """Create the folder if need be, and lock it. Raise OutputError where it holds something else, or is in use."""
+    """Create the folder if need be, and lock it. Raise OutputError if it holds something else, or is in use."""
     if is_no_folder(folder):
         raise OutputError(f"{folder} is a file.", hint="Answers are kept in a folder; choose another name.")
     if _is_foreign(folder):

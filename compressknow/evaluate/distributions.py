@@ -124,7 +124,7 @@ class Context:
 
     @property
     def sha256(self) -> str | None:
-        """Return the hash of the original; None where this model is the original."""
+        """Return the hash of the original; None if this model is the original."""
         return self.reference.record.model.sha256 if self.reference else None
 
     @property
@@ -184,7 +184,7 @@ class DistributionFile:
 
     def measure(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
         """Compute KL(original || model) in nats, over the whole vocabulary in float64, of each fact; `log_probs` are
-        the model's, [facts, vocabulary]. None for all where one is not kept, or the vocabulary has another size."""
+        the model's, [facts, vocabulary]. None for all if one is not kept, or the vocabulary has another size."""
         if not self.holds(facts) or log_probs.shape[1] != self._width:
             return [None] * len(facts)
         found: list[float | None] = []

@@ -41,7 +41,7 @@ def gather_early(
     revision: str | None = None,
 ) -> tuple[Answers, Answers, T | None]:
     """Evaluate two models on facts in random order, drawn by `evaluation.options.seed`, until `decide` knows enough;
-    return both models' answers to these facts, and what is known of all; None where they do not tell. `revision` is
+    return both models' answers to these facts, and what is known of all; None if they do not tell. `revision` is
     that of the original, if it is a hub id.
 
     Both are in memory at the same time, but for one whose answers are stored. What is evaluated is stored, chunk by

@@ -144,7 +144,7 @@ def add_examples(scorer: Scorer, answers: Sequence[Answer], original: Sequence[A
 
 
 def put_after_example(fact: Fact, probe: Probe) -> Fact | None:
-    """Put the fact's prompt after another fact of its relation, solved; None where there is no other object."""
+    """Put the fact's prompt after another fact of its relation, solved; None if there is no other object."""
     example = probe.find_example(fact)
     if example is None:
         return None
@@ -154,7 +154,7 @@ def put_after_example(fact: Fact, probe: Probe) -> Fact | None:
 
 
 def check_facts(answers: Answers, probe: Opened) -> None:
-    """Raise UsageError where a model was evaluated on other prompts of this probe, or the original not at all."""
+    """Raise UsageError if a model was evaluated on other prompts of this probe, or the original not at all."""
     entry = answers.record.probes.get(probe.name)
     if entry is None and not isinstance(probe, Task):
         raise UsageError(
@@ -170,7 +170,7 @@ def check_facts(answers: Answers, probe: Opened) -> None:
 
 
 def check_model(reference: Answers, name: str, loaded: Runtime) -> None:
-    """Raise CompressknowError where a model cannot be a compressed form of the original."""
+    """Raise CompressknowError if a model cannot be a compressed form of the original."""
     before = reference.record.model
     check_alike("family", (before.name, before.family), (name, loaded.family))
     # Where another runtime than transformers gives the answers of either, they are compared as texts.
@@ -185,7 +185,7 @@ def check_model(reference: Answers, name: str, loaded: Runtime) -> None:
 
 
 def check_alike(key: str, before: tuple[str, object], after: tuple[str, object]) -> None:
-    """Raise CompressknowError where two models, each a name and its `key`, differ in that; None is not known."""
+    """Raise CompressknowError if two models, each a name and its `key`, differ in that; None is not known."""
     (original, known), (name, value) = before, after
     if None not in (known, value) and known != value:
         raise CompressknowError(
@@ -203,7 +203,7 @@ def has_same_tokens(reference: Answers, loaded: Runtime) -> bool:
 
 def find_first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
     """Map each fact's id to the tokens that the original held most likely at the answer's first position. Raises
-    CompressknowError where a fact to be evaluated is not among the original's answers."""
+    CompressknowError if a fact to be evaluated is not among the original's answers."""
     ids = {answer.fact_id: answer.first_ids for answer in reference.of(probe.name)}
     wanted = [query.fact.id for batch in prompts.batches for query in batch]
     if missing := [fact for fact in wanted if fact not in ids]:

@@ -67,7 +67,7 @@ class Fact:
 
     @property
     def gap(self) -> str:
-        """Return the space before the blank; nothing where the blank follows a bracket or a quotation mark."""
+        """Return the space before the blank; nothing if the blank follows a bracket or a quotation mark."""
         return " " if self.prompt.partition(BLANK)[0][-1:].isspace() else ""
 
     @property
@@ -177,7 +177,7 @@ def capitalize(text: str) -> str:
 
 
 def pick(templates: Sequence[str], number: int, where: str) -> str:
-    """Return the template of that number, counted from 1. Raise UsageError where there is none."""
+    """Return the template of that number, counted from 1. Raise UsageError if there is none."""
     if not 1 <= number <= len(templates):
         there = "There is 1 template" if len(templates) == 1 else f"There are {len(templates)} templates"
         raise UsageError(f"{where} has no template {number}.", hint=f"{there}, counted from 1.")
@@ -203,7 +203,7 @@ def add_blank(prompt: str) -> str:
 
 
 def check_blanks(prompt: str) -> str | None:
-    """Return why the prompt cannot be used, as a reason to drop it; None where it holds one blank."""
+    """Return why the prompt cannot be used, as a reason to drop it; None if it holds one blank."""
     count = prompt.count(BLANK)
     return None if count == 1 else "no blank in the sentence" if count == 0 else "several blanks in the sentence"
 
@@ -318,7 +318,7 @@ def _share_out(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
 
 
 def compute_chance(choices: Iterable[int | None]) -> float | None:
-    """Return the accuracy of guessing: the mean of 1 / possible answers; None where any text may be given.
+    """Return the accuracy of guessing: the mean of 1 / possible answers; None if any text may be given.
 
     >>> compute_chance([2, 4]), compute_chance([2, None]), compute_chance([])
     (0.375, None, None)

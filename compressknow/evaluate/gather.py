@@ -40,7 +40,7 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
 
 def find_facts_in_text(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
     """Count the facts with subject and object that stand in the text of a calibration, which the tokenizer of `model`
-    reads; None where the text is not at hand, or no fact has both."""
+    reads; None if the text is not at hand, or no fact has both."""
     from compressknow.compress.calibrate.text import count_facts, reread_texts
 
     trusted = model.settings.trust_remote_code
@@ -73,7 +73,7 @@ def open_named(probes: str | Sequence[str] | None, options: Options | None, know
 
 
 def check_has_facts(opened: Sequence[Opened], what: str) -> None:
-    """Raise UsageError where there is nothing but running texts: `what`, such as "A sweep", counts facts."""
+    """Raise UsageError if there is nothing but running texts: `what`, such as "A sweep", counts facts."""
     if all(isinstance(probe, RunningText) for probe in opened):
         raise UsageError(
             f"{what} counts facts, and {opened[0].name} is a text.", hint="Add a probe of facts beside it: -p atlas."
@@ -81,7 +81,7 @@ def check_has_facts(opened: Sequence[Opened], what: str) -> None:
 
 
 def check_gated(opened: Sequence[Opened], gated: Sequence[str | None]) -> None:
-    """Raise UsageError where there is a gate, and no facts; or where one is of no domain and no relation of theirs.
+    """Raise UsageError if there is a gate, and no facts; or where one is of no domain and no relation of theirs.
     `gated` is what each gate is of, None for all facts. Those of some tasks are known only once they were run."""
     if not gated:
         return
@@ -93,7 +93,7 @@ def check_gated(opened: Sequence[Opened], gated: Sequence[str | None]) -> None:
 
 
 def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None], others: Sequence[str] = ()) -> None:
-    """Raise UsageError where a gate is of no domain and no relation of these facts, nor of `others`."""
+    """Raise UsageError if a gate is of no domain and no relation of these facts, nor of `others`."""
     names = list(dict.fromkeys([*(fact.subject for fact in facts), *(fact.relation for fact in facts), *others]))
     if unknown := next((name for name in gated if name is not None and name not in names), None):
         raise UsageError(
@@ -137,7 +137,7 @@ def gather(
     original, if it is a hub id.
 
     Models are evaluated on what is not kept yet, the original first: the others are scored on its most likely tokens,
-    so that distributions can be compared. Answers folders are taken as they are. Raises CompressknowError where a model
+    so that distributions can be compared. Answers folders are taken as they are. Raises CompressknowError if a model
     cannot be found, loaded or evaluated.
     """
     models = [original, *compressed]
@@ -221,7 +221,7 @@ def open_models(
 ) -> list[Answers | ModelHandle]:
     """Find, hash and check the models whose answers are not stored, and select the answers of the others to these
     probes; `revision` is the first model's. Raises what `make_handles`, `select_probes`, `check_facts` and
-    `check_comparable` do, and CheckpointError where a weight is not a number."""
+    `check_comparable` do, and CheckpointError if a weight is not a number."""
     stored = [answers and select_probes(answers, [probe.name for probe in probes]) for answers in stored]
     for answers in filter(None, stored):
         for probe in probes:
@@ -239,7 +239,7 @@ def open_models(
 
 
 def check_comparable(sides: Sequence[Answers | ModelHandle], probes: Sequence[Opened]) -> None:
-    """Raise CompressknowError where files tell of another family or, but for running texts, of another vocabulary."""
+    """Raise CompressknowError if files tell of another family or, but for running texts, of another vocabulary."""
     first, *others = sides
     for other in others:
         check_alike("family", _find_family(first), _find_family(other))
@@ -339,7 +339,7 @@ def find_both(
     a: tuple[str | Path, str | None], b: tuple[str | Path, str | None], settings: Settings, on_progress: Listener | None
 ) -> tuple[ModelHandle, ModelHandle]:
     """Find and hash both checkpoints, each a folder or hub id with its revision; one given twice is hashed once. Raises
-    CompressknowError where one is not found, UsageError where it is a folder of answers."""
+    CompressknowError if one is not found, UsageError if it is a folder of answers."""
     for model, _ in (a, b):
         if is_address(model):
             raise build_server_error(model)
@@ -366,7 +366,7 @@ def evaluate_both(
     a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None
 ) -> tuple[Direction, Direction]:
     """Evaluate both models in both directions, one in memory at a time: each for its answers, and for the other's
-    tokens. What `keep_in` holds already is not evaluated again. Raises CompressknowError where a model cannot be loaded
+    tokens. What `keep_in` holds already is not evaluated again. Raises CompressknowError if a model cannot be loaded
     or evaluated, or where the two have no vocabulary in common."""
 
     def evaluate(model: ModelHandle, context: Context) -> Answers:

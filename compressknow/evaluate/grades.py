@@ -55,7 +55,7 @@ def find_opening(text: str) -> str:
 
 def find_end(text: str, label: str) -> int | None:
     """Return where a label ends with which the text begins, as whole words, whatever their case and what opens either;
-    None where it does not. Where a script has no space between words, any letter may begin the next one.
+    None if it does not. Where a script has no space between words, any letter may begin the next one.
 
     >>> find_end("Paris, the city", "paris"), find_end("Parisian food", "Paris"), find_end('"Gambia"', "the Gambia")
     (5, None, 7)
@@ -160,7 +160,7 @@ def check_known(known: str) -> None:
 def apply_reading(answers: Answers, known: str) -> Answers:
     """Return the answers, right where the fact is known in this reading: ``recognized`` as they are, ``produced`` where
     it is said too. What is said is then the answer, and none is right by chance. Raises UsageError for another reading,
-    CompressknowError where the answers do not tell what is said."""
+    CompressknowError if the answers do not tell what is said."""
     check_known(known)
     if known == RECOGNIZED:
         return answers

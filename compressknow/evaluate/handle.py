@@ -228,7 +228,7 @@ _RUNTIMES: dict[str, type[Runtime]] = {runtime.name: runtime for runtime in (Tra
 
 
 def choose_runtime(located: LocatedModel, named: str | None) -> type[Runtime]:
-    """Return the runtime of that name, or the one meant for such a model. Raise UsageError where it cannot run it."""
+    """Return the runtime of that name, or the one meant for such a model. Raise UsageError if it cannot run it."""
     if named is None:
         if Server.reads(located):
             return Server
@@ -252,12 +252,12 @@ class ModelHandle:
 
     @cached_property
     def runtime(self) -> type[Runtime]:
-        """Return what runs it. Raise UsageError where the settings name a runtime that does not."""
+        """Return what runs it. Raise UsageError if the settings name a runtime that does not."""
         return choose_runtime(self.located, self._settings.runtime)
 
     @cached_property
     def settings(self) -> Settings:
-        """Return the settings on this machine. Raise UsageError where it has no such device."""
+        """Return the settings on this machine. Raise UsageError if it has no such device."""
         return self.runtime.resolve_settings(self._settings)
 
     @cached_property
@@ -324,7 +324,7 @@ class ModelHandle:
         return read(self.located.path) == read(other.located.path)
 
     def check_sound(self, on_progress: Listener | None = None) -> None:
-        """Raise CheckpointError where a weight holds NaN or infinity; the files of a large model are a stage."""
+        """Raise CheckpointError if a weight holds NaN or infinity; the files of a large model are a stage."""
         if "contents" not in self.__dict__ and self.located.url is None:
             total = sum(path.stat().st_size for path in self.located.files)
             listener = on_progress if total >= LARGE else None
@@ -333,7 +333,7 @@ class ModelHandle:
         self.contents.check_finite(self.located, trust_remote_code=self._settings.trust_remote_code)
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError where what it answers may not be that of the files that were hashed, if they were."""
+        """Raise CheckpointError if what it answers may not be that of the files that were hashed, if they were."""
         if "contents" in self.__dict__:
             check_unchanged(self.contents.states)
 
@@ -351,7 +351,7 @@ class ModelHandle:
             ) from error
 
     def make_reader(self) -> TextReader:
-        """Return the model as a reader of text. Raise UnsupportedError where it does not continue text, or where its
+        """Return the model as a reader of text. Raise UnsupportedError if it does not continue text, or where its
         runtime does not give the probabilities of all tokens."""
         check_family(self.loaded.architecture, self.loaded.family)
         return self.loaded.make_reader()
@@ -363,7 +363,7 @@ class ModelHandle:
             loaded.release()
 
     def check_tasks(self, probes: Sequence[Opened]) -> None:
-        """Raise UnsupportedError where a task among the probes cannot evaluate the model, as far as its files tell."""
+        """Raise UnsupportedError if a task among the probes cannot evaluate the model, as far as its files tell."""
         for task in (probe for probe in probes if isinstance(probe, Task)):
             if self.runtime.name != TRANSFORMERS:
                 raise UnsupportedError(
@@ -375,7 +375,7 @@ class ModelHandle:
                 task.check_family(self.named_family)
 
     def copy_in_other_precision(self) -> ModelHandle | None:
-        """Return the same model in bfloat16, or float32 where it runs in less; None where it has one precision."""
+        """Return the same model in bfloat16, or float32 where it runs in less; None if it has one precision."""
         if self.runtime.name != TRANSFORMERS:
             return None
         dtype = "bfloat16" if self.loaded.computed_in.startswith("float32") else "float32"
@@ -411,8 +411,8 @@ def make_handles(
 ) -> list[ModelHandle]:
     """Return handles of models that are compared, to be evaluated on `probes` and, if `timed`, to be measured: where
     the settings name a runtime, it runs those that it reads, and the others run as if none was named. Raises UsageError
-    where it reads none of them, UnsupportedError or UsageError where a model cannot be evaluated so, then
-    CompressknowError where a server does not answer."""
+    if it reads none of them, UnsupportedError or UsageError if a model cannot be evaluated so, then
+    CompressknowError if a server does not answer."""
     named, unnamed = settings.runtime, replace(settings, runtime=None)
     reads = [named is None or _RUNTIMES[named].reads(each) for each in located]
     if located and not any(reads):

@@ -170,7 +170,7 @@ class NoiseFloors:
 
     @contextmanager
     def _open_in_llama_cpp(self, answers: Answers, floats: Path | None) -> Iterator[ModelHandle]:
-        """Open the original in llama.cpp, from a file that lies in the folder meanwhile. Raises CompressknowError where
+        """Open the original in llama.cpp, from a file that lies in the folder meanwhile. Raises CompressknowError if
         the converter is missing, or does not take it."""
         from compressknow.compress.staging import make_scratch
         from compressknow.gguf.choice import TypeChoice

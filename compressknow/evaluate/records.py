@@ -61,12 +61,12 @@ class NoiseFloor:
     ----------
     changed : facts to which the answer differs; of the `known` ones `lost` are wrong then, of the others `gained` are
         right.
-    kl_mean : mean divergence at the answer's first position, in nats over the whole vocabulary; None where the disk had
+    kl_mean : mean divergence at the answer's first position, in nats over the whole vocabulary; None if the disk had
         no room for that, or the tokens are others.
     computed_in : that precision, or the runtime and its build.
-    read_otherwise : prompts that the runtime splits into other tokens than the model's own tokenizer; None of a
-        precision.
-    produced : the same where known means produced; None where the model cannot write.
+    read_otherwise : prompts that the runtime splits into other tokens than the model's own tokenizer; None for
+         a precision.
+    produced : the same where known means produced; None if the model cannot write.
     """
 
     n: int
@@ -98,7 +98,7 @@ class ProbeEntry(_Part):
     truncated : items of a task that lost the beginning of their context; None of facts.
     templates : in how many wordings each fact was put, where several; facts are counted by wording then.
     average : ``micro`` over facts or ``macro`` over relations, for the probe's headline accuracy.
-    chance, majority : accuracy of guessing, and of the most frequent answers, so averaged; None where there is none.
+    chance, majority : accuracy of guessing, and of the most frequent answers, so averaged; None if there is none.
     limit, seed : of the sample, if one was drawn.
     source : where the facts come from.
     key : a hash of all that decides the answers; those of old versions have none.
@@ -177,8 +177,8 @@ class ModelRecord(_Part):
     vocabulary : the number of tokens, or a hash of them.
     dtype : of the weights as stored; `computed_in` what they were run in, on `device`.
     setup, recipe, source, groups, removed, calibration : of a converted checkpoint, what its manifest says.
-    changed : whether its files differ from that manifest, or from the record of an export; None where they do not.
-    grid : matrices that lie on a grid already, as `find_grid` counts them; None where none does.
+    changed : whether its files differ from that manifest, or from the record of an export; None if they do not.
+    grid : matrices that lie on a grid already, as `find_grid` counts them; None if none does.
     totals : of a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
     runtime : what ran it where that was not transformers: name, build, and types by group of layers.
     speed, in_calibration : measured for one report; they are not stored.
@@ -270,9 +270,9 @@ class Chunk:
     ids : int32 [scored], the tokens scored: the second half of the chunk but for its first token.
     logp : float32 [scored], log-probability (natural logarithm) of each of them, given what stands before it.
     top : int32 [scored], the token that the model holds most likely there.
-    kl : float64 [scored], KL(original || this model) in nats over the whole vocabulary; None where the original's
+    kl : float64 [scored], KL(original || this model) in nats over the whole vocabulary; None if the original's
         distributions were not at hand.
-    bytes : of the text that these tokens stand for, in UTF-8; None where the tokenizer does not tell.
+    bytes : of the text that these tokens stand for, in UTF-8; None if the tokenizer does not tell.
     greedy : int32, what the model writes after the first half of the chunk, the likeliest token each time; empty for
         all but the first chunks.
     """
@@ -308,7 +308,7 @@ def write_rows(path: Path, rows: Sequence[object], schema: pa.Schema) -> None:
 
 @contextlib.contextmanager
 def open_rows(path: Path, what: str, hint: str) -> Iterator[pq.ParquetFile]:
-    """Open what `write_rows` wrote. Raise DamagedAnswers where it is none, or where the context finds it damaged."""
+    """Open what `write_rows` wrote. Raise DamagedAnswers if it is none, or where the context finds it damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -328,7 +328,7 @@ def write_chunks(path: Path, chunks: Sequence[Chunk]) -> None:
 
 
 def read_chunks(path: Path) -> tuple[Chunk, ...]:
-    """Read the chunks of a file, in their order. Raise DamagedAnswers where it is none, or damaged."""
+    """Read the chunks of a file, in their order. Raise DamagedAnswers if it is none, or damaged."""
     schema = _make_schema()
     with open_rows(path, "the tokens of a text", "Probe the model again, into another folder.") as file:
         rows = file.read(columns=schema.names).cast(schema).to_pylist()
@@ -336,7 +336,7 @@ def read_chunks(path: Path) -> tuple[Chunk, ...]:
 
 
 def read_texts(folder: Path, record: Record) -> dict[str, tuple[Chunk, ...]]:
-    """Read the chunks of each text, by probe. Raise DamagedAnswers where a file is not the one of the record."""
+    """Read the chunks of each text, by probe. Raise DamagedAnswers if a file is not the one of the record."""
     texts = {}
     for probe, text in ((probe, entry.text) for probe, entry in record.probes.items() if entry.text):
         path = folder / name_text_file(probe)

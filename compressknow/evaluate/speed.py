@@ -41,7 +41,7 @@ _TEXT = "A long time ago, in a small town by the sea, there lived a young woman 
 
 def measure(located: LocatedModel, settings: Settings) -> Speed:
     """Measure facts and tokens per second (medians), and peak memory in bytes beyond what the libraries take. Raises
-    CompressknowError where the measuring process fails."""
+    CompressknowError if the measuring process fails."""
     arguments = [str(located.path), json.dumps(asdict(settings))]
     # Whatever the locale is, both write and read UTF-8. Nothing is imported from the working directory.
     command = [sys.executable, "-P", "-X", "utf8", "-m", "compressknow.evaluate.speed", *arguments]

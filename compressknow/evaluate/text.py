@@ -44,7 +44,7 @@ class TextReader(Protocol):
     Attributes
     ----------
     bos : the token that takes the place of each chunk's first, where the vocabulary wants one; else None.
-    most : positions that the model has, or None where nothing bounds them.
+    most : positions that the model has, or None if nothing bounds them.
     rows : tokens that the model reads.
     """
 
@@ -102,7 +102,7 @@ class RunningText:
 
     def read(self, context: int) -> str:
         """Read as much as the chunks can take, without the line end of the last line, as llama.cpp reads it. Raises
-        UsageError where the file is not UTF-8, or cannot be read any more."""
+        UsageError if the file is not UTF-8, or cannot be read any more."""
         most = min(self.chunks * context * _BYTES_PER_TOKEN, self.size + 1)
         try:
             with open_regular(self.path) as file:
@@ -139,7 +139,7 @@ def check_family(name: str, family: str) -> None:
 @dataclass(frozen=True)
 class TextChunks:
     """Text as one model's tokens, int32 [chunks, context], BOS in its place; and how many bytes of it the scored tokens
-    of each chunk stand for, None where the tokenizer does not tell."""
+    of each chunk stand for, None if the tokenizer does not tell."""
 
     ids: np.ndarray
     bytes: tuple[int, ...] | None
@@ -159,8 +159,8 @@ def find_first_scored(context: int) -> int:
 
 
 def cut_chunks(reader: TextReader, text: RunningText, context: int) -> TextChunks:
-    """Cut the text into chunks of `context` tokens. Raises UsageError where it is too short for one, CheckpointError
-    where a token is none of the model's."""
+    """Cut the text into chunks of `context` tokens. Raises UsageError if it is too short for one, CheckpointError
+    if a token is none of the model's."""
     ids, ends = reader.encode(text.read(context))
     if reader.bos is not None:
         # It stands before the text too, and is counted.
@@ -274,7 +274,7 @@ def make_text_entry(text: RunningText, chunks: TextChunks, read: tuple[Chunk, ..
 
 
 def describe_divergence(read: tuple[Chunk, ...], *, reference: bool, same_tokens: bool, gave_up: bool | None) -> str:
-    """Say whether a text has divergences, or why not; `gave_up` is None where no distributions were kept at all."""
+    """Say whether a text has divergences, or why not; `gave_up` is None if no distributions were kept at all."""
     if not reference or gave_up is None:
         return ALONE
     if all(chunk.kl is not None for chunk in read):

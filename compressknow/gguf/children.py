@@ -26,11 +26,7 @@ _NO_ROOM_BYTES = 1 << 16
 
 
 def run(
-    command: Sequence[str | Path],
-    log: Path,
-    *,
-    environment: Mapping[str, str],
-    look: Callable[[], None] = lambda: None,
+    command: Sequence[str | Path], log: Path, *, environment: Mapping[str, str], look: Callable[[], None] = lambda: None
 ) -> int:
     """Run a command to its end, and return its exit code. What it prints goes into `log`; `look` is called now and then
     meanwhile.
@@ -79,7 +75,7 @@ def read_reason(log: Path, code: int) -> str:
 
 
 def check_exit(what: str, log: Path, code: int, hint: str | None) -> None:
-    """Raise CompressknowError where a child has failed; OutputError where that was for want of room beside its log."""
+    """Raise CompressknowError if a child has failed; OutputError if that was for want of room beside its log."""
     # The program below imports nothing of ours.
     from compressknow.base.errors import CompressknowError, OutputError
 

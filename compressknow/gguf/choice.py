@@ -61,7 +61,7 @@ def _list_members(enum: str, *prefixes: str) -> Iterator[tuple[str, int]]:
 
 
 def _check_type(name: str, known: Collection[str], option: str) -> str:
-    """Return the type's name in small letters. Raises UsageError where none of the `known` has that name."""
+    """Return the type's name in small letters. Raises UsageError if none of the `known` has that name."""
     small = name.lower()
     if small not in known:
         hint = f"{suggest_word(small, known)}Choose from {', '.join(known)}."
@@ -162,7 +162,7 @@ _KEYS = ("type", "types", "calibration", "imatrix")
 
 def read_choice(path: Path, importance: Path | None = None) -> TypeChoice:
     """Read the table ``[export]`` of a TOML file, or the record beside a GGUF file; `importance` is the matrix that
-    takes the place of its own. Raises UsageError where there is none, or one of another form; where a record's export
+    takes the place of its own. Raises UsageError if there is none, or one of another form; where a record's export
     had read a matrix, which no record holds, and none is given."""
     try:
         if path.suffix == ".json":

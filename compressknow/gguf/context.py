@@ -75,7 +75,7 @@ class LlamaContext:
 
     def read(self, spans: Sequence[Span]) -> NDArray[np.float32]:
         """Return logits where they are wanted, in the order of the spans, [wanted, vocabulary]; valid until the next
-        call. Raises CompressknowError where the memory has no room, or a kernel fails; KeyboardInterrupt without
+        call. Raises CompressknowError if the memory has no room, or a kernel fails; KeyboardInterrupt without
         waiting for the end of the pass."""
         ffi = self._ffi
         tokens = np.concatenate([np.asarray(span.tokens, dtype=np.int32) for span in spans])
@@ -122,7 +122,7 @@ class GgufTokenizer:
     ----------
     adds_bos : whether `bos_token_id` is put before every text.
     bos_token_id, eos_token_id, unk_token_id : the token that begins a text, the one that ends it, and the one for a
-        text that the vocabulary cannot spell; None where there is none.
+        text that the vocabulary cannot spell; None if there is none.
     """
 
     def __init__(self, model: GgufModel) -> None:
@@ -212,7 +212,7 @@ def complete_prompt(model: GgufModel, prompt: str) -> str:
 
 
 def find_text_read_otherwise(model: GgufModel, tokenizer: Any) -> str | None:
-    """Return a text that llama.cpp splits otherwise than the checkpoint's tokenizer; None where none is found."""
+    """Return a text that llama.cpp splits otherwise than the checkpoint's tokenizer; None if none is found."""
     own = GgufTokenizer(model)
     return next((text for text in _TEXTS if own(text)["input_ids"] != tokenizer(text)["input_ids"]), None)
 

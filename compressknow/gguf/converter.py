@@ -45,11 +45,11 @@ _NEWER = "A newer one may know it: clone llama.cpp, and pass --converter with it
 def find_converter(
     place: str | Path | None = None, *, fetch: bool = False, on_progress: Listener | None = None
 ) -> Path:
-    """Return the converter's script: at `place`, else where the environment says, else the one that was fetched; where
+    """Return the converter's script: at `place`, else if the environment says, else the one that was fetched; where
     there is none, it may be fetched now.
 
-    Raises NotInstalled where there is none, or it cannot be fetched, OutputError where the folder that it is fetched
-    into cannot be written, CompressknowError where what it imports is not installed.
+    Raises NotInstalled if there is none, or it cannot be fetched, OutputError if the folder that it is fetched
+    into cannot be written, CompressknowError if what it imports is not installed.
     """
     require("sentencepiece")
     for option, folder in (("--converter", place), (VARIABLE, os.environ.get(VARIABLE))):
@@ -116,7 +116,7 @@ def read_version(converter: Path) -> str:
 
 
 def check_architecture(architecture: str, converter: Path) -> None:
-    """Raise UnsupportedError, which names those that it knows, for another; CompressknowError where it does not run."""
+    """Raise UnsupportedError, which names those that it knows, for another; CompressknowError if it does not run."""
     known = _list_architectures(converter)
     if architecture not in known:
         raise UnsupportedError(
@@ -164,7 +164,7 @@ def convert(
 ) -> None:
     """Write a folder of plain weights as GGUF in ``f32``, ``f16`` or ``bf16``, of about `expected` bytes. The model is
     called `name` in it where its card does not say; None is for the folder's. `begin` begins the stage ``export``.
-    Raises CompressknowError where the converter fails: it does not know the tokenizer, for one."""
+    Raises CompressknowError if the converter fails: it does not know the tokenizer, for one."""
 
     def look() -> None:
         if output.exists():

@@ -150,8 +150,8 @@ def prepare(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Export:
-    """Open a checkpoint, and refuse what llama.cpp has no form for. Raises CheckpointError where it cannot be opened,
-    or lacks weights, or the importance matrix is of another model; UnsupportedError where it is not a generating
+    """Open a checkpoint, and refuse what llama.cpp has no form for. Raises CheckpointError if it cannot be opened,
+    or lacks weights, or the importance matrix is of another model; UnsupportedError if it is not a generating
     language model, the converter does not know it, or its weights are packed in a way that is not known here."""
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
     # What the converter may take something of is not a link out of the checkpoint: looking for the small files refuses
@@ -173,8 +173,8 @@ def prepare(
 
 
 def find_made(export: Export, output: Path) -> ExportRecord | None:
-    """Return the record of a file that is whole and is what `write` would make; None where it is another. Raises
-    CheckpointError where it has no record, and what `read_calibration_text` does."""
+    """Return the record of a file that is whole and is what `write` would make; None if it is another. Raises
+    CheckpointError if it has no record, and what `read_calibration_text` does."""
     record = read_record(output)
     if any(record.get(key) != value for key, value in _describe_export(export).items()):
         return None
@@ -282,7 +282,7 @@ def write(
 
 
 def _check_size(export: Export, nbytes: int) -> None:
-    """Raise CompressknowError where a file came out larger than it was to be."""
+    """Raise CompressknowError if a file came out larger than it was to be."""
     if export.fit is not None and nbytes > export.fit.budget:
         raise CompressknowError(
             f"The file has {write_size(nbytes)}, and {write_size(export.fit.budget)} were given: nothing was written.",
@@ -294,7 +294,7 @@ def _check_size(export: Export, nbytes: int) -> None:
 def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = ignore_progress) -> Path:
     """Write a file whose matrices are of one type, ``f32``, ``f16`` or ``bf16``, into `folder`, and give its path: no
     output, but something to run. It has neither a record nor more metadata than the converter's own. Raises OutputError
-    where the disk has no room for it, CompressknowError where the converter fails."""
+    if the disk has no room for it, CompressknowError if the converter fails."""
     file, export = folder / "floats.gguf", replace(export, exact=kind)
     check_room(file, int(_SPARE * (export.plain_bytes + export.exact_bytes)))
     _write_exact(export, _unpack(export, folder, begin), file, begin)

@@ -51,7 +51,7 @@ def get_block_size(type: str) -> int:
 
 
 def get_nbytes(type: str, shape: Sequence[int]) -> int:
-    """Return the bytes of a weight [..., in] of this type. Raises ValueError where blocks do not divide its rows."""
+    """Return the bytes of a weight [..., in] of this type. Raises ValueError if blocks do not divide its rows."""
     *rows, columns = shape
     if columns % (width := get_block_size(type)):
         raise ValueError(f"rows of {columns} weights are not a multiple of the {width} in a block of {type}")

@@ -142,8 +142,8 @@ def write_importance(importance: Importance, path: Path) -> None:
 
 
 def read_importance(path: Path) -> Importance:
-    """Read a matrix of llama.cpp's: GGUF, or the earlier form (``.dat``). Raises UsageError where there is no such
-    file, CheckpointError where it holds no importance matrix."""
+    """Read a matrix of llama.cpp's: GGUF, or the earlier form (``.dat``). Raises UsageError if there is no such
+    file, CheckpointError if it holds no importance matrix."""
     try:
         with open_regular(path) as file:
             is_gguf = file.read(4) == MAGIC
@@ -196,7 +196,7 @@ def _read_dat(path: Path) -> Importance:
 
 
 def check_source(importance: Importance, sources: Sequence[str], path: str) -> None:
-    """Raise CheckpointError where a matrix names its models, and none is this one or its original."""
+    """Raise CheckpointError if a matrix names its models, and none is this one or its original."""
     if importance.models and not set(importance.models) & set(sources):
         raise CheckpointError(
             f"{path} is of another model: it says {importance.models[0][:16]}, and this one is {sources[0][:16]}.",
@@ -206,7 +206,7 @@ def check_source(importance: Importance, sources: Sequence[str], path: str) -> N
 
 
 def check_model(importance: Importance, tensors: Mapping[str, Tensor], path: str) -> None:
-    """Raise CheckpointError where a matrix was made of another model: of other layers, or of other widths."""
+    """Raise CheckpointError if a matrix was made of another model: of other layers, or of other widths."""
     fitting = [name for name in importance.sums if name in tensors]
     for name in fitting:
         tensor = tensors[name]

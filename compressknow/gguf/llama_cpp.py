@@ -43,7 +43,7 @@ _kept: list[Any] = []
 
 @cache
 def load_native() -> Native:
-    """Return the library, loaded once. Raises CompressknowError where it is not installed, or does not load here."""
+    """Return the library, loaded once. Raises CompressknowError if it is not installed, or does not load here."""
     require(MODULE)
     # Where it ends the process, it would first have a debugger print where it was, if there is one.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
@@ -115,7 +115,7 @@ _ASSERTED = re.compile(r"GGML_ASSERT\(.*\) failed")
 
 
 def check_no_crash(path: Path) -> None:
-    """Raise CheckpointError where llama.cpp ends a process in which it loads a file, splits a text and reads a token.
+    """Raise CheckpointError if llama.cpp ends a process in which it loads a file, splits a text and reads a token.
 
     All else that is wrong with a file is no matter of this: llama.cpp says it where it is loaded.
     """
@@ -154,8 +154,8 @@ class GgufModel:
     rows : the number of tokens that it reads.
     most_tokens : the length of text that it was trained for.
 
-    Raises CheckpointError where llama.cpp cannot read the file: it is damaged, cut short or of a newer version, or a
-    part lacks; UnsupportedError where it holds no decoder-only language model, or one that llama.cpp does not know.
+    Raises CheckpointError if llama.cpp cannot read the file: it is damaged, cut short or of a newer version, or a
+    part lacks; UnsupportedError if it holds no decoder-only language model, or one that llama.cpp does not know.
     """
 
     def __init__(self, path: Path, *, trial: bool = False) -> None:

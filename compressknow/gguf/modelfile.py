@@ -32,7 +32,7 @@ def check_modelfile(path: Path, output: Path, text: str, *, overwrite: bool) -> 
 
 def build_modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_code: bool = False) -> str:
     """Return the text of a Modelfile at `place` for a GGUF file, of the tokenizer and the generation config in a
-    checkpoint's folder. Raises CheckpointError where the checkpoint has no tokenizer."""
+    checkpoint's folder. Raises CheckpointError if the checkpoint has no tokenizer."""
     tokenizer: Any = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     weights = os.path.relpath(file.absolute(), place.absolute().parent).replace(os.sep, "/")
     lines = [f"{_FROM}{weights if weights.startswith('.') else f'./{weights}'}"]
@@ -53,7 +53,7 @@ def build_modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_c
 
 
 def build_go_template(tokenizer: Any) -> str | None:
-    """Return the chat template of a tokenizer as one of Go; None where it has none, or none that Go could have."""
+    """Return the chat template of a tokenizer as one of Go; None if it has none, or none that Go could have."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     user, system = {"role": "user", "content": _USER}, {"role": "system", "content": _SYSTEM}
@@ -80,7 +80,7 @@ def build_go_template(tokenizer: Any) -> str | None:
 
 
 def _render_chat(tokenizer: Any, chat: list[dict[str, str]], *, ask: bool) -> str | None:
-    """Return a chat as a tokenizer writes it, without the token that begins a text, which llama.cpp adds; None where
+    """Return a chat as a tokenizer writes it, without the token that begins a text, which llama.cpp adds; None if
     its template refuses such a chat."""
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask))

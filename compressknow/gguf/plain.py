@@ -36,7 +36,7 @@ def get_dtype(values: Values) -> str:
 
 def list_plain_tensors(side: StoredWeights, checkpoint: Checkpoint) -> dict[str, Values]:
     """Return a checkpoint's tensors without quantization, by its stored names, in their order. Raises UnsupportedError
-    where values cannot be read: another tool has packed them."""
+    if values cannot be read: another tool has packed them."""
     plain: dict[str, Values] = {}
     unreadable: dict[str, str | None] = {}
     for key, tensor in side.own.items():

@@ -116,7 +116,7 @@ def finish(output: Path, folder: Path, beside: Mapping[str, Path]) -> None:
 
 
 def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> None:
-    """Raise OutputError where a GGUF file would take the place of something of the user's, UsageError for its name."""
+    """Raise OutputError if a GGUF file would take the place of something of the user's, UsageError for its name."""
     if output.suffix != SUFFIX:
         raise UsageError(f"{output} is not a GGUF file name.", hint=f"Name it {output.name}{SUFFIX}.")
     check_overlap(output, source)
@@ -156,7 +156,7 @@ def check_beside(
 
 
 def check_room(output: Path, needed: int) -> None:
-    """Raise OutputError where the disk of an output has less room than the work takes."""
+    """Raise OutputError if the disk of an output has less room than the work takes."""
     folder = next(path for path in (Path.cwd() / output).parents if path.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OutputError(
@@ -169,7 +169,7 @@ def check_room(output: Path, needed: int) -> None:
 class ExportRecord(SummaryRepr, dict[str, Any]):
     """Record of an export: the content of ``OUT.gguf.json``, or of a dry run, which has no hash.
 
-    A dict, which its properties read by name. `is_new` is False where the same export had made the file before.
+    A dict, which its properties read by name. `is_new` is False if the same export had made the file before.
     `answer` is a prompt and what the file answered in llama.cpp, where it was asked; `read_otherwise` a text that
     llama.cpp was found to split into other tokens than the checkpoint's tokenizer does.
     """
@@ -257,7 +257,7 @@ def is_recorded(output: Path, choice: TypeChoice) -> bool:
 
 
 def read_record(output: Path) -> dict[str, Any]:
-    """Read the record beside a GGUF file. Raises CheckpointError where there is none, or one of another form."""
+    """Read the record beside a GGUF file. Raises CheckpointError if there is none, or one of another form."""
     path = get_record_path(output)
     if not path.is_file():
         raise CheckpointError(
@@ -276,7 +276,7 @@ def read_record(output: Path) -> dict[str, Any]:
 
 def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verification:
     """Rehash a GGUF file that export wrote, and compare what it says of itself with its record. Raises CheckpointError
-    where it has no record, or one that this version cannot read."""
+    if it has no record, or one that this version cannot read."""
     record = read_record(path)
     # They import torch, which takes a second: what is wrong with the record is said before.
     from compressknow.compress.blocks import Pool

@@ -48,12 +48,12 @@ class Tensors:
         return NOT_LINEAR if len(tensor.shape) < 2 else UNPLACED
 
     def find_by_scope(self, scope: str) -> list[str]:
-        """Return the tensors that a scope takes. Raises UsageError where it takes none."""
+        """Return the tensors that a scope takes. Raises UsageError if it takes none."""
         taken = {weight.parameter for weight in select(self.side.structure, (scope,), "quantize")}
         return [name for name, own in self.weights.items() if any(weight.parameter in taken for weight in own)]
 
     def find_by_pattern(self, text: str, option: str) -> list[str]:
-        """Return the tensors whose name a regular expression matches. Raises UsageError where it matches none."""
+        """Return the tensors whose name a regular expression matches. Raises UsageError if it matches none."""
         pattern = compile_pattern(option, text)
         names = [name for name, tensor in self.tensors.items() if len(tensor.shape) > 1 and pattern.search(name)]
         if not names:
@@ -95,7 +95,7 @@ def describe_tensors(reader: Any, side: StoredWeights) -> Tensors:
 
 
 def _get_name_map(reader: Any) -> Any:
-    """Return the map of the file's architecture; None where this gguf package does not know it."""
+    """Return the map of the file's architecture; None if this gguf package does not know it."""
     import gguf
 
     name = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()

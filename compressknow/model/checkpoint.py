@@ -50,7 +50,7 @@ def build_loading_settings(folder: Path, quantization: Mapping[str, Any]) -> dic
 
 
 def _read_if_readable(path: Path) -> Any:
-    """Return what a JSON file holds; None where there is none that can be read: it goes along as it is."""
+    """Return what a JSON file holds; None if there is none that can be read: it goes along as it is."""
     try:
         return reading.read_json(path, reading.CONFIG)
     except (ValueError, OSError):
@@ -73,7 +73,7 @@ HUB_PATTERNS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Checkpoint on disk. `tensors` holds what lies in its weight files, by stored name; it is empty where the folder
+    """Checkpoint on disk. `tensors` holds what lies in its weight files, by stored name; it is empty if the folder
     has a config alone. `shards` names these files in order, `revision` is set for one from a hub."""
 
     name: str
@@ -86,11 +86,11 @@ class Checkpoint:
     states: dict[Path, FileState] = field(default_factory=dict, repr=False, compare=False)
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError where a file of it was replaced or written to since it was opened."""
+        """Raise CheckpointError if a file of it was replaced or written to since it was opened."""
         check_unchanged(self.states)
 
     def check_has_weights(self) -> None:
-        """Raise CheckpointError where its folder has a config alone."""
+        """Raise CheckpointError if its folder has a config alone."""
         if not self.tensors:
             raise CheckpointError(
                 f"{self.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
@@ -109,7 +109,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     """Open a local folder or a hub id, with a branch, tag or commit of it. Reads headers, never tensor data; without
     `weights` the config alone, and downloads nothing more than that and the model's own code.
 
-    Raises CheckpointError where there is no such folder or id, where config.json is missing or not an object, or where
+    Raises CheckpointError if there is no such folder or id, where config.json is missing or not an object, or where
     weight files are missing or damaged.
     """
     check_is_checkpoint(model)
@@ -145,7 +145,7 @@ def _name_folder(folder: Path) -> str:
 
 
 def _check_no_other_form(model: str | Path, folder: Path) -> None:
-    """Raise CheckpointError where a folder without a config.json holds what else people call a model."""
+    """Raise CheckpointError if a folder without a config.json holds what else people call a model."""
     if (folder / ADAPTER_CONFIG).is_file():
         hint = "Merge it into its base model (merge_and_unload of peft), and give the folder that you save that to."
         raise CheckpointError(f"{model} is an adapter (LoRA), not a model.", hint=hint)
@@ -167,7 +167,7 @@ def list_some(names: Collection[str]) -> str:
 def read_json(path: Path, most: int = reading.CONFIG) -> dict[str, Any]:
     """Return the object in a JSON file of at most `most` bytes.
 
-    Raises CheckpointError where it is missing, no regular file, larger, not JSON, or not an object.
+    Raises CheckpointError if it is missing, no regular file, larger, not JSON, or not an object.
     """
     try:
         content = reading.read_json(path, most)
@@ -185,7 +185,7 @@ def find_weight_files(folder: Path, *, fetched: bool = True) -> dict[str, set[st
 
     The order of preference is that of transformers: safetensors before .bin, one file before an index.
 
-    Raises CheckpointError where an index names a file outside the folder or, if all were `fetched`, a missing one.
+    Raises CheckpointError if an index names a file outside the folder or, if all were `fetched`, a missing one.
     """
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH, TORCH_INDEX)):
         if (folder / single).is_file():
@@ -231,7 +231,7 @@ def build_server_error(model: str | Path) -> CheckpointError:
 
 
 def check_is_checkpoint(model: str | Path) -> None:
-    """Raise CheckpointError where `model` can be neither a checkpoint folder nor a hub id; looks into no file."""
+    """Raise CheckpointError if `model` can be neither a checkpoint folder nor a hub id; looks into no file."""
     if is_address(model):
         raise build_server_error(model)
     path = Path(model)
@@ -319,7 +319,7 @@ _WATCHED = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
 
 
 def check_files(folder: Path) -> dict[Path, FileState]:
-    """Return the states of the files of a checkpoint folder. Raises CheckpointError where a pipe, a socket or a device
+    """Return the states of the files of a checkpoint folder. Raises CheckpointError if a pipe, a socket or a device
     lies in it, a file too large for its name, or a folder where a file should be, which transformers takes for a file
     that is missing."""
     states: dict[Path, FileState] = {}
@@ -341,7 +341,7 @@ def check_files(folder: Path) -> dict[Path, FileState]:
 
 
 def check_inside(folder: Path, path: Path) -> None:
-    """Raise CheckpointError where a file of a checkpoint is a link to one outside of it, which nobody means to publish.
+    """Raise CheckpointError if a file of a checkpoint is a link to one outside of it, which nobody means to publish.
 
     In the hub's cache all files of a snapshot are links to blobs of the same repository: these count as inside.
     """

@@ -41,7 +41,7 @@ class TruncatedFile(NotReadable):
 
 
 def check_whole(path: Path) -> None:
-    """Raise CheckpointError where a GGUF file is cut short, or is none; of what else is odd, the runtime tells."""
+    """Raise CheckpointError if a GGUF file is cut short, or is none; of what else is odd, the runtime tells."""
     try:
         check_gguf(path)
     except TruncatedFile as error:
@@ -51,13 +51,13 @@ def check_whole(path: Path) -> None:
 
 
 def check_gguf(path: Path) -> None:
-    """Raise NotReadable where a file is not a GGUF file, where one in Python would read it in minutes or gigabytes, or
-    where its tensors do not lie as it says; OSError where it cannot be opened."""
+    """Raise NotReadable if a file is not a GGUF file, where one in Python would read it in minutes or gigabytes, or
+    where its tensors do not lie as it says; OSError if it cannot be opened."""
     read_header(path).check_places()
 
 
 def list_plain_tensors(path: Path) -> list[StoredTensor]:
-    """Return the tensors of a GGUF file that hold plain floats, row-major. Raises what `check_gguf` does."""
+    """Return the tensors of a GGUF file that hold plain floats, row-major. Raises as `check_gguf` does."""
     header = read_header(path)
     stored = [
         StoredTensor(name, _PLAIN[kind], shape[::-1], path, header.data_start + offset)
@@ -108,7 +108,7 @@ class _Header:
                 self._blocks = value
 
     def _value(self, kind: int) -> Any:
-        """Read a number; None where it is a text or a list, which is passed over."""
+        """Read a number; None if it is a text or a list, which is passed over."""
         self._values += 1
         if kind in _NUMBERS:
             return self._number(_NUMBERS[kind])
@@ -225,7 +225,7 @@ def read_gguf(path: Path, mode: Literal["r", "r+"] = "r") -> Any:
 
 
 def open_gguf(path: Path) -> Any:
-    """Return what `read_gguf` does of a file of the user's. Raises CheckpointError where it is damaged."""
+    """Return what `read_gguf` does of a file of the user's. Raises CheckpointError if it is damaged."""
     require("gguf")
     try:
         check_gguf(path)
@@ -279,7 +279,7 @@ def find_groups(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def read_value(reader: Any, key: str) -> Any:
-    """Return what a file says of itself under a key; None where it says nothing."""
+    """Return what a file says of itself under a key; None if it says nothing."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
 

@@ -232,7 +232,7 @@ def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: _Steps, in_
 
 
 def _place(steps: _Steps, leaf: str, in_block: bool) -> Group | None:
-    """Return the group of a weight that is not a final layer; None where no rule knows its place. `steps` are the
+    """Return the group of a weight that is not a final layer; None if no rule knows its place. `steps` are the
     modules above it, the root first, its own left out; `leaf` is the attribute of the module that holds the weight."""
     if any(NORM_CLASS.search(class_name) for _, class_name in steps):
         return "other"

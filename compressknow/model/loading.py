@@ -133,7 +133,7 @@ class NameMapping:
     def convert(self, parameter: str, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return what transformers makes a parameter of, from all the stored tensors (by name) it is converted from.
 
-        Raises KeyError where its conversion does not give that parameter.
+        Raises KeyError if its conversion does not give that parameter.
         """
         parts: list[tuple[str, torch.Tensor]] = []
         name = parameter
@@ -330,7 +330,7 @@ def open_complete(
 ) -> tuple[Checkpoint, PreTrainedModel]:
     """Open a checkpoint that holds every weight of its model, and its module tree on the meta device.
 
-    Raises what `open_checkpoint` and `build_meta_model` do, and CheckpointError where weights are missing or have
+    Raises as `open_checkpoint` and `build_meta_model` do, and CheckpointError if weights are missing or have
     another shape than the model's: transformers would fill them with random numbers.
     """
     checkpoint = open_checkpoint(model, revision)

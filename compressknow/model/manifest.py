@@ -52,7 +52,7 @@ FORM = {
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a folder that convert wrote.
 
-    Raises CheckpointError where there is none, of another schema, or not of the form that convert writes.
+    Raises CheckpointError if there is none, of another schema, or not of the form that convert writes.
     """
     check_converted(folder)
     path = folder / MANIFEST_NAME
@@ -93,7 +93,7 @@ def list_expected_tensors(manifest: Mapping[str, Any]) -> dict[str, Mapping[str,
 
 
 def summarize_calibration(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what a manifest says of calibration, in short; None where nothing was calibrated.
+    """Return what a manifest says of calibration, in short; None if nothing was calibrated.
 
     Beside ``kind``, ``source``, ``sha256``, ``tokens``, ``seed`` and ``blocks_apart``: ``smoothed``, how many norms
     were divided; ``unseen``, how many weights were compressed without knowledge of their inputs, ``examples`` of their
@@ -155,7 +155,7 @@ def hash_manifest(manifest: Mapping[str, Any]) -> str:
 
 
 def check_converted(folder: Path) -> None:
-    """Raise CheckpointError where a folder has no manifest."""
+    """Raise CheckpointError if a folder has no manifest."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder.", hint="Give one that `compressknow convert` wrote.")
     if not (folder / MANIFEST_NAME).is_file():

@@ -61,7 +61,7 @@ def build_meta_model(
     With `trust_remote_code`, the folder's own Python code runs where its config asks for that and transformers lacks
     the class. `tensor_names`, of the checkpoint's weight files, decide which class is meant where there is neither.
 
-    Raises CheckpointError where config.json is missing, damaged, or describes no model that can be built.
+    Raises CheckpointError if config.json is missing, damaged, or describes no model that can be built.
     """
     path = Path(config_folder) / "config.json"
     raw = read_json(path)
@@ -145,7 +145,7 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
 def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> PreTrainedModel:
     """Build a module tree of the same class with another content of its config.json, which lies at `path`.
 
-    Raises CheckpointError where no such model can be built.
+    Raises CheckpointError if no such model can be built.
     """
     with _explain_failures(f"{path} is not a valid config of {type(tree).__name__}."):
         config = parse_config(tree, copy.deepcopy(raw))
@@ -235,7 +235,7 @@ MOST_MODULES, MODULES_IN_ANY_TIME, MOST_SECONDS = 400_000, 20_000, 8.0
 
 
 def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where the config at `path` counts more of anything than a model has, parts included, or is
+    """Raise CheckpointError if the config at `path` counts more of anything than a model has, parts included, or is
     nested so deeply that who copies it would fail."""
     level: list[Any] = [config]
     for _ in range(MOST_DEPTH):

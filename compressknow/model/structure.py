@@ -21,7 +21,7 @@ NOT_LINEAR = "not-linear"
 
 
 def check_module_map(name: str) -> None:
-    """Raise UsageError where that is not a module map."""
+    """Raise UsageError if that is not a module map."""
     if name not in get_args(ModuleMap):
         raise UsageError(f"Unknown module map {name!r}.", hint="Choose structural or paper.")
 
@@ -33,7 +33,7 @@ class LinearWeight:
     `parameter` is its name in the tree (``bert.encoder.layer.0.attention.self.query.weight``), `module` the name of
     the module that holds it, `sharing` those of further modules that hold the same one (Zamba's blocks), `kind` how
     the module stores it: ``linear`` (nn.Linear, ``[out, in]``), ``conv1d``
-    (GPT-2's, ``[in, out]``) or ``experts`` (fused, ``[experts, ...]``). `group` is None where no rule places it.
+    (GPT-2's, ``[in, out]``) or ``experts`` (fused, ``[experts, ...]``). `group` is None if no rule places it.
     ``vision`` takes all that lies in the towers of a multimodal model, which read images, video or sound.
     `layer` counts the block within its stack, `stack` names the side of an encoder-decoder model (None in a model of
     one stack), `cross` marks cross-attention. `uses` is how often one forward pass applies it (ALBERT shares layers).
@@ -133,7 +133,7 @@ Patterns = tuple[re.Pattern[str], ...]
 
 
 def compile_patterns(option: str, patterns: Sequence[str]) -> Patterns:
-    """Compile regular expressions. Raises what `compile_pattern` does."""
+    """Compile regular expressions. Raises as `compile_pattern` does."""
     return tuple(compile_pattern(option, pattern) for pattern in patterns)
 
 
@@ -208,7 +208,7 @@ def select(
     layers : blocks by number, such as ``0-5``, ``3`` or ``0-2,5``, counted in each stack by itself (encoder, decoder,
         vision tower). Weights outside the blocks are left out.
 
-    Raises UsageError where a scope, a pattern or a range matches nothing, or nothing is left, UnsupportedError where a
+    Raises UsageError if a scope, a pattern or a range matches nothing, or nothing is left, UnsupportedError if a
     scope cannot be told or compressed in full: layers that no rule places, matrices that are not Linear layers.
     """
     check_scope_names(scopes)
@@ -286,7 +286,7 @@ def _name_example(names: list[str]) -> str:
 
 
 def parse_layers(layers: str) -> dict[str, range]:
-    """Return what ``0-2,5`` names, part by part. Raises UsageError where it is no such text."""
+    """Return what ``0-2,5`` names, part by part. Raises UsageError if it is no such text."""
     ranges: dict[str, range] = {}
     for part in layers.split(","):
         limits = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII)

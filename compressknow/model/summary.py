@@ -169,7 +169,7 @@ def _find_stored_dtypes(
 def inspect_gguf(parts: Sequence[Path]) -> Inspection:
     """Summarize what a GGUF file is made of, in one part or several; no weights are read.
 
-    Raises CheckpointError where it is damaged.
+    Raises CheckpointError if it is damaged.
     """
     readers = [open_gguf(part) for part in parts]
     tensors = list_tensors(*readers)

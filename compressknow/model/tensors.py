@@ -123,7 +123,7 @@ class OpenFiles:
     def read_into(self, tensor: StoredTensor, buffer: memoryview, start: int) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on.
 
-        Raises CheckpointError where the file ends before the buffer is full.
+        Raises CheckpointError if the file ends before the buffer is full.
         """
         if tensor.loaded is not None:
             buffer[:] = tensor.loaded[start : start + len(buffer)]
@@ -171,7 +171,7 @@ GRID_ROWS = 16
 
 
 def find_grid(tensors: Iterable[StoredTensor]) -> dict[str, int] | None:
-    """Count the stored matrices that lie on a coarse grid already, unpacked from a file of few bits for one; None where
+    """Count the stored matrices that lie on a coarse grid already, unpacked from a file of few bits for one; None if
     none does. Some rows of each are read.
 
     Returns how many do (``weights``), ``of`` how many, and ``values``, of which none of their groups of 32 has more.
@@ -184,7 +184,7 @@ def find_grid(tensors: Iterable[StoredTensor]) -> dict[str, int] | None:
 
 
 def _count_most_values(files: OpenFiles, tensor: StoredTensor) -> int | None:
-    """Count the most different weights in any group of some rows; None where all groups are mostly zeros."""
+    """Count the most different weights in any group of some rows; None if all groups are mostly zeros."""
     import numpy as np
 
     rows, columns = tensor.shape
@@ -214,7 +214,7 @@ LFS_POINTER = b"version "
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name, in the order of their data.
 
-    Raises CheckpointError where it is truncated, its header is not valid, or its tensors do not fill the data exactly.
+    Raises CheckpointError if it is truncated, its header is not valid, or its tensors do not fill the data exactly.
     """
     header, data_start = _load(path)
     try:
@@ -306,7 +306,7 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a PyTorch checkpoint by name, in its order. Of zip archives of plain storages (PyTorch 1.6
     and later) only the offsets are read; tensors of others, or not row-major, are loaded into memory.
 
-    Raises CheckpointError where the pickle wants more than tensors (it could run code), is damaged, or holds no flat
+    Raises CheckpointError if the pickle wants more than tensors (it could run code), is damaged, or holds no flat
     state dict.
     """
     if records := _list_records_in_place(path):
@@ -380,7 +380,7 @@ def _report_unreadable(path: Path, error: Exception) -> CheckpointError:
 
 def _list_records_in_place(path: Path) -> dict[int, int]:
     """Return the records of a zip archive that lie in it as they are: size in bytes by offset; none where the file is
-    no such archive, or of the other byte order. Raises what `_check_packed` does."""
+    no such archive, or of the other byte order. Raises as `_check_packed` does."""
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             entries = archive.infolist()

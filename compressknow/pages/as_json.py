@@ -70,7 +70,7 @@ def dump_certainty(certainty: records.Certainty) -> dict[str, Any]:
 
 
 def dump_early(early: records.EarlyStop | None) -> dict[str, Any] | None:
-    """Return how a gate was decided early; None where it was not."""
+    """Return how a gate was decided early; None if it was not."""
     if early is None:
         return None
     values = {name: getattr(early, name) for name in ("gate", "met", "level", "facts", "known", "of")}
@@ -173,7 +173,7 @@ def _dump_knowing(knowing: records.GradeCounts | None) -> dict[str, Any] | None:
 
 
 def _dump_wordings(wordings: records.WordingFigures | None) -> dict[str, Any]:
-    """Return the figures of each wording by its number, as text; empty where there is one wording."""
+    """Return the figures of each wording by its number, as text; empty if there is one wording."""
     return {
         "by_template": {
             str(number): {**dump_counts(counts), **estimate_to_json("kept", kept)}

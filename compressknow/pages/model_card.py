@@ -55,7 +55,7 @@ def make_model_card(manifest: Mapping[str, Any], source: Path) -> str:
 
 
 def read_card_metadata(card: Path) -> dict[str, Any]:
-    """Return the front matter of a model card; empty where there is none, or it is not valid YAML."""
+    """Return the front matter of a model card; empty if there is none, or it is not valid YAML."""
     try:
         match = _FRONT_MATTER.match(read_text(card, CARD_BYTES))
         metadata = yaml.safe_load(match.group(1)) if match else None
@@ -203,7 +203,7 @@ def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_metadata(front_matter: str) -> dict[str, Any]:
-    """Return the metadata. Raises OutputError where it cannot be read."""
+    """Return the metadata. Raises OutputError if it cannot be read."""
     try:
         metadata = yaml.safe_load(front_matter)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -321,7 +321,7 @@ def write_into_model_cards(card: Card, models: Sequence[str | Path]) -> None:
 
 
 def add_report(text: str, original: ModelRecord, comparison: Comparison) -> str:
-    """Return a model card with the report in it, and its results in the metadata. Raises OutputError where these cannot
+    """Return a model card with the report in it, and its results in the metadata. Raises OutputError if these cannot
     be read: writing would lose them."""
     from compressknow.pages.records import write_estimate
 

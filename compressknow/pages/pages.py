@@ -181,7 +181,7 @@ _MARKS = {
 
 
 def require_for(outputs: Sequence[Path], *modules: str) -> None:
-    """Raise CompressknowError where these libraries are missing, or the one that draws the charts of an HTML page."""
+    """Raise CompressknowError if these libraries are missing, or the one that draws the charts of an HTML page."""
     drawn = any(path.suffix.lower() == ".html" for path in outputs)
     require(*modules, *(["matplotlib"] if drawn else []))
 
@@ -208,7 +208,7 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence
 
 
 def _check_ours(path: Path) -> None:
-    """Raise OutputError where --overwrite would replace what no report is, or a file of a checkpoint."""
+    """Raise OutputError if --overwrite would replace what no report is, or a file of a checkpoint."""
     if (path.resolve().parent / "config.json").exists():
         why, hint = "lies in a checkpoint folder", "Choose a name outside the checkpoint."
     elif not path.is_file() or not _is_marked(path):
@@ -229,7 +229,7 @@ def write_files(texts: Mapping[str, Callable[[], str]], paths: Iterable[Path], *
     """Write files, each of which appears whole, by what gives the text of each name or ending of a name. None appears
     before all are on the disk, which may have no room for one.
 
-    Raises OutputError where a file came to be there since `check_outputs` looked, and is not to be overwritten.
+    Raises OutputError if a file came to be there since `check_outputs` looked, and is not to be overwritten.
     """
     written = {path: (texts.get(path.name) or texts[path.suffix.lower()])() for path in paths}
     with hold_signals(), ExitStack() as files:

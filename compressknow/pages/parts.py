@@ -170,7 +170,7 @@ class Entries(Part):
 
 @dataclass(frozen=True, slots=True)
 class Code(Part):
-    """Text to be copied as it is; nothing where there is none."""
+    """Text to be copied as it is; nothing if there is none."""
 
     text: str | None
     language: str
@@ -249,7 +249,7 @@ class Drawn(Part):
 
 def draw_twice(draw: Callable[[str, bool], str | None], id: str, title: str = "") -> Iterator[Drawn]:
     """Yield a chart for a narrow screen, and one for the width of the page, which shows the one that it has room for.
-    `draw` gets an id, and whether the chart is the broad one; it returns None where there is nothing to draw."""
+    `draw` gets an id, and whether the chart is the broad one; it returns None if there is nothing to draw."""
     for look in ("narrow", "broad"):
         if svg := draw(f"{look}-{id}", look == "broad"):
             yield Drawn(svg, title, look)
@@ -293,7 +293,7 @@ class Graded(Part):
 
 @dataclass(frozen=True, slots=True)
 class Sizes(Part):
-    """Bytes before and after; None where they are not known."""
+    """Bytes before and after; None if they are not known."""
 
     before: int | None
     after: int | None

@@ -72,10 +72,10 @@ class Comparison(SummaryRepr):
         one.
     certainty : of the figures over all probes, with the relations of each as clusters of their own.
     early : how a gate was decided before all facts were evaluated, if it was.
-    next : what to do next, from these numbers, in one line; empty where they carry no advice.
+    next : what to do next, from these numbers, in one line; empty if they carry no advice.
     measured : by section of the card, by probe: what the section itself measured, as values for JSON.
     left_out : sections of other packages that failed and are not shown, and why: a warning of the card.
-    source_matches : whether the compressed model says that it was made from the original's files; None where it, or the
+    source_matches : whether the compressed model says that it was made from the original's files; None if it, or the
         original, does not tell.
     texts : what both gave to running texts; these are none of `probes`, which have facts.
     """
@@ -148,7 +148,7 @@ class Gate:
         return sum(clusters, Counts()), estimate_kept(clusters)
 
     def is_met(self, comparison: Comparison) -> bool | None:
-        """Return whether a model meets it; None where a strict one is neither met nor missed."""
+        """Return whether a model meets it; None if a strict one is neither met nor missed."""
         if comparison.early is not None:
             return comparison.early.met
         counts, interval = self.measure_kept(comparison)
@@ -162,7 +162,7 @@ class Gate:
 class Recommendation:
     """Choice of one of several models."""
 
-    place: int | None  # of the recommended model among the compressed ones; None where none is
+    place: int | None  # of the recommended model among the compressed ones; None if none is
     reason: str  # why, and what no test tells from it, in sentences
     standings: tuple[Standing, ...]  # of each model among the others
     within: int | None = None  # the most bytes that it could have, if that was asked

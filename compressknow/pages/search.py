@@ -65,7 +65,7 @@ class Search(notebook.Tabular):
 
     original: ModelRecord
     form: str  # ``gguf`` or ``checkpoint``
-    keep: float | None  # share of knowledge that must be kept; None where `budget` was asked for
+    keep: float | None  # share of knowledge that must be kept; None if `budget` was asked for
     budget: int | None  # bytes that a file may have
     by: str  # what decided the types, and how they are rounded
     probes: tuple[str, ...]
@@ -88,9 +88,9 @@ class Search(notebook.Tabular):
     known: str = RECOGNIZED  # what counts as known: that or better, or only ``produced``
     templates: int = 1  # in how many wordings each fact was put; known if more than half of them are
     # Share of what the original knows of the facts that grade that it still knows in another precision, by a sample of
-    # them (0 to 1); None where that was not found.
+    # them (0 to 1); None if that was not found.
     rounding: float | None = None
-    # Facts that grade and stand in the text that guided the types and their rounding; None where it is not at hand.
+    # Facts that grade and stand in the text that guided the types and their rounding; None if it is not at hand.
     in_calibration: FactsInText | None = None
 
     def _rows(self) -> list[dict[str, Any]]:

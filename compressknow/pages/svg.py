@@ -196,7 +196,7 @@ def _unwrap(parent: ElementTree.Element) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Figures by block (rows) and by module inside a block (columns); None where there is no such module or figure. A
+    """Figures by block (rows) and by module inside a block (columns); None if there is no such module or figure. A
     row of one figure is as wide as all columns.
     """
 
@@ -246,7 +246,7 @@ def draw_heat_map(
     write: Callable[[float], str] = lambda figure: number(figure, 4),
 ) -> str | None:
     """Return the map as an element for HTML, for the width of the page or for a narrow screen, with its figures as
-    `write` gives them; None where all are 0.
+    `write` gives them; None if all are 0.
 
     Nothing else on the page may have its `id` or begin with it. `bounds` are the scale, as `find_bounds` gives it; by
     default the grid's own.

@@ -66,7 +66,7 @@ def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original
     if moved is None:
         before, after = (write_measurement(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
         return f"On {name} {other} takes {after} bits per byte where {one} takes {before}."
-    before, after = _tell_perplexity(figures.original), _tell_perplexity(figures.compressed)
+    before, after = _describe_perplexity(figures.original), _describe_perplexity(figures.compressed)
     change = f"{write_change(moved.ratio)}, from {before}" if math.isfinite(moved.ratio.value) else f"from {before}"
     change = "unchanged" if moved.ratio.value == 1 else change
     whose = "its perplexity" if other == "it" else f"the perplexity of {other}"
@@ -99,9 +99,9 @@ def write_perplexity(found: Perplexity | None) -> str:
     return number(found.value.value, 2) if found and math.isfinite(found.value.value) else NONE
 
 
-def _tell_perplexity(found: Perplexity) -> str:
+def _describe_perplexity(found: Perplexity) -> str:
     """Write a perplexity in a sentence."""
-    return write_perplexity(found) if math.isfinite(found.value.value) else "no number"
+    return write_perplexity(found) if math.isfinite(found.value.value) else "NaN or infinite"
 
 
 def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[str, Perplexity]]) -> str:
@@ -109,10 +109,10 @@ def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[
     # A model that produces NaN would be both the lowest and the highest.
     found = [each for each in found if math.isfinite(each[1].value.value)] or found
     best, worst = (pick(found, key=lambda each: each[1].value.value) for pick in (min, max))
-    place = f"On {clean(text, 60)}, where the original's perplexity is {_tell_perplexity(original)}"
-    lowest, highest = _tell_perplexity(best[1]), _tell_perplexity(worst[1])
+    place = f"On {clean(text, 60)}, where the original's perplexity is {_describe_perplexity(original)}"
+    lowest, highest = _describe_perplexity(best[1]), _describe_perplexity(worst[1])
     if best is worst:
-        return f"{place}, {best[0] if len(found) == 1 else 'each model'} has {lowest}."
+        return f"{place}, that of {best[0] if len(found) == 1 else 'each model'} is {lowest}."
     return f"{place}, {best[0]} has the lowest ({lowest}) and {worst[0]} the highest ({highest})."
 
 
@@ -136,7 +136,7 @@ def list_text_warnings(
         yield f"On {name} KL by token was not measured: {_WHY[OTHER_TOKENS]}."
     for who, side in zip(names, (figures.original, figures.compressed), strict=True):
         if not math.isfinite(side.value.value):
-            yield f"{who} produces NaN, or rules tokens out, on {name}: its perplexity is not a number."
+            yield f"{who} produces NaN, or rules tokens out, on {name}: its perplexity is NaN or infinite."
 
 
 def write_measurement(figure: Measurement | None, digits: int, unit: str = "") -> str:
@@ -179,7 +179,7 @@ def _make_moved_table(moved: TextChange, name: str, names: tuple[str, str]) -> T
 
 
 def _chart_kl(moved: TextChange, name: str, names: tuple[str, str]) -> Chart | None:
-    """Chart KL by percentile, on a logarithmic scale; None where there is none, or nothing moved."""
+    """Chart KL by percentile, on a logarithmic scale; None if there is none, or nothing moved."""
     found = moved.kl_percentiles
     if not found or not all(math.isfinite(found[key]) for key, _ in _PERCENTILES) or found["p99_9"] <= _LEAST:
         return None

@@ -67,7 +67,7 @@ def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocatio
     """Choose a type for each tensor, so that the predicted loss is the least within `budget` bytes of the whole file,
     `overhead` of which are not these tensors'.
 
-    Raises UsageError where no choice is that small.
+    Raises UsageError if no choice is that small.
 
     >>> one, two = {"q4": TypeOption(4, 0.3), "q8": Option(8, 0.1)}, {"q4": Option(4, 0.2), "q8": Option(8, 0.1)}
     >>> allocate({"one": one, "two": two}, 13, overhead=1).types
@@ -90,7 +90,7 @@ def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocatio
 
 def join_options(table: OptionTable, units: Mapping[str, Sequence[str]]) -> OptionTable:
     """Return the options of units, of which each is of one type: those that all its tensors have. Raises UsageError
-    where there is none."""
+    if there is none."""
     joined = {}
     for name, members in units.items():
         own = [table[member] for member in members]
@@ -219,7 +219,7 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, exper
 def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target: SizeTarget) -> Fitted:
     """Choose a type for each matrix of a file that holds these tensors in 32 or 16 bits, and `overhead` bytes beside.
 
-    Raises UsageError where no choice is that small, or all is smaller in full.
+    Raises UsageError if no choice is that small, or all is smaller in full.
     """
     table = build_table(sensitivity, tensors, target)
     budget = target.budget(sum(each.numel for each in tensors.tensors.values()))

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 def grade(answers: Answers, known: str) -> Answers:
     """Return one answer per fact, right where the fact is known in this reading; of several wordings by majority.
 
-    Raises CompressknowError where the answers do not tell what is ``produced``.
+    Raises CompressknowError if the answers do not tell what is ``produced``.
     """
     return merge_wordings(apply_reading(answers, known))
 
@@ -164,7 +164,7 @@ RECORD_FORM = {"schema": int, "version": str, "model": str, "sha256": str, "know
 
 
 def check_study_folder(folder: Path) -> None:
-    """Raise OutputError where a folder is a file, or holds something that is not a study."""
+    """Raise OutputError if a folder is a file, or holds something that is not a study."""
     if is_no_folder(folder):
         raise OutputError(f"{folder} is a file.", hint="A study is kept in a folder; choose another name.")
     if not folder.is_dir():
@@ -180,7 +180,7 @@ def claim(folder: Path, original: ModelHandle, known: str | None = None) -> Iter
     """Take a folder for a study of this model: a new one, or one that holds such a study already. A search says what
     counts as `known`: that decides what it tries.
 
-    Raises OutputError where it is a file, holds something else, a study of another model or version, an older search or
+    Raises OutputError if it is a file, holds something else, a study of another model or version, an older search or
     one by another reading of known, or is in use.
     """
     check_study_folder(folder)
@@ -197,7 +197,7 @@ def claim(folder: Path, original: ModelHandle, known: str | None = None) -> Iter
 
 
 def _check_record(record: Path, values: Mapping[str, object]) -> None:
-    """Raise OutputError where a record cannot be read, or is of another study than `values`."""
+    """Raise OutputError if a record cannot be read, or is of another study than `values`."""
     try:
         stored = reading.read_json(record, reading.RECORD)
     except (OSError, ValueError) as error:
@@ -308,7 +308,7 @@ class StudyModel:
     def evaluate_cell(
         self, cell: Cell, probes: Sequence[Opened], cells: Path, reference: Answers, on_progress: Listener | None = None
     ) -> Answers:
-        """Return a cell's answers, kept below `cells`. Raises CompressknowError where it cannot be made or run."""
+        """Return a cell's answers, kept below `cells`. Raises CompressknowError if it cannot be made or run."""
         handle = CellHandle(self, cell, on_progress)
         return self.evaluate(handle, probes, cells / self.name_folder(cell), reference, on_progress)
 
@@ -329,7 +329,7 @@ class StudyModel:
         return replace(result, answers=change_model(answers, in_calibration=self._in_text[sha256]))
 
     def save(self, cell: Cell, on_progress: Listener | None) -> Path | None:
-        """Write a cell's checkpoint, unless a run before has, and return its folder; None where none are written."""
+        """Write a cell's checkpoint, unless a run before has, and return its folder; None if none are written."""
         from compressknow.pages.model_card import make_model_card
 
         folder = self._models and self._models / self.name_folder(cell)

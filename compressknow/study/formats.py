@@ -1,4 +1,4 @@
-"""Files that a search chooses from: at every size the types predicted to lose least, made when it is needed."""
+"""Files that a search chooses from: for every size the types predicted to lose least, made when needed."""
 
 from __future__ import annotations
 
@@ -37,26 +37,28 @@ if TYPE_CHECKING:
 
 
 GGUF, CHECKPOINT = FORMS = ("gguf", "checkpoint")
-# What files of llama.cpp's need.
+# Packages that making a GGUF file needs.
 NEEDED = ("llama_cpp_py_sync", "gguf", "sentencepiece")
-# What to do where weights of a checkpoint cannot be quantized.
-_OTHERWISE = "Search for a GGUF file (--to gguf), if it generates text, or leave them as they are: --must PATTERN=none."
-# A weight that stays as it is.
+# A hint for weights of a checkpoint that cannot be quantized.
+_CANNOT_QUANTIZE = (
+    "Search for a GGUF file (--to gguf), if it generates text, or leave them as they are: --must PATTERN=none."
+)
+# The type of a weight that stays as it is.
 NONE = "none"
-# Of a tensor in a header of safetensors, beside its name; each that is quantized becomes three.
+# Bytes per tensor in a safetensors header, besides its name; tensors that a quantized weight becomes.
 _HEADER, _PARTS = 130, 3
-# Bytes of the tensor that says the shape of one that is packed.
+# Bytes of the tensor that holds the shape of a packed one.
 _SHAPE = 16
-# Types that a line names.
+# Types named in a summary line.
 _NAMED = 3
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """Options of a search: the share of knowledge to `keep`, or the `size` of the file in bytes, one of `FORMS` or None
-    for what suits the model, and what decides the types; `must` are those that are not to be chosen.
+    """Options of a search: the share of knowledge to `keep` or the `size` of the file in bytes; one of `FORMS`, or None
+    for the model's default; what guides the choice of types; and `must`, rules for types that are fixed.
 
-    Raises UsageError for what is none of these.
+    Raises UsageError for invalid ones.
     """
 
     keep: float | None
@@ -87,20 +89,20 @@ class SearchRequest:
 
 
 class FileFormat(ABC):
-    """Kind of file that can be made of a model."""
+    """File format that a search can write a model in."""
 
     name: ClassVar[str]
-    place: ClassVar[str]  # the name of its file
+    file_name: ClassVar[str]  # or the name of its folder
     roundings: Roundings
-    label: str  # what decides the types, and how weights are rounded
-    floats: Path | None = None  # the model as a GGUF file in its own type, while the form is open
-    guidance: Guidance  # as the texts, what `learn` was given
+    label: str  # what guides the types, and how weights are rounded
+    floats: Path | None = None  # the model as an unquantized GGUF file, while the format is open
+    guidance: Guidance  # this and the texts are set by `learn`
     texts: tuple[Batches, ...]
 
     def __init__(self, table: allocation.OptionTable, overhead: int, whole: int, numel: Mapping[str, int]) -> None:
-        """Keep the `table`, by what has one type, and type, whose losses are not known before `learn`; the bytes of a
-        file beside these, and of one with all weights as they are; and how many parameters each weight has.
-        Raises UsageError where none may be rounded."""
+        """Take the `table` of types for each weight (or group of weights with one type), whose losses are unknown until
+        `learn`; the bytes of a file apart from these, and of the `whole` file unquantized; and each weight's number of
+        parameters. Raises UsageError if no weight may be rounded."""
         self.table, self.overhead, self.whole, self.numel = table, overhead, whole, numel
         self._chosen: dict[int, allocation.Allocation] = {}
         if overhead + sum(min(own.values()).nbytes for own in table.values()) >= whole:
@@ -108,7 +110,7 @@ class FileFormat(ABC):
 
     @property
     def tables(self) -> list[allocation.OptionTable]:
-        """Return the tables of which one is to be chosen, and then types by it."""
+        """Return the alternative tables; types are chosen from one of them."""
         return [self.table]
 
     @property
@@ -118,24 +120,24 @@ class FileFormat(ABC):
 
     @property
     def ceiling(self) -> int:
-        """Return the bytes of a file with 8 bits per weight: the next largest to each weight as it is."""
+        """Return the bytes of a file with the largest type of each weight below its own, about 8 bits."""
         return self.overhead + max(sum(own[-2:][0] for own in sizes) for sizes in self._sizes)
 
     @property
     def _sizes(self) -> list[list[list[int]]]:
-        """Return by table the bytes that each choice may have, the fewest first."""
+        """Return, for each table, the bytes of each choice's options, ascending."""
         return [
             [sorted(option.nbytes for option in options.values()) for options in table.values()]
             for table in self.tables
         ]
 
     def check(self, budget: int) -> None:
-        """Raise UsageError where no file has so few bytes, or all is smaller as it is."""
+        """Raise UsageError if no file is that small, or if the unquantized model already is."""
         allocation.check_below_whole(budget, self.whole)
         self.choose(budget)
 
     def choose(self, budget: int) -> allocation.Allocation:
-        """Return the types that are predicted to lose least in so many bytes. Raises UsageError where none fit."""
+        """Return the types predicted to lose least within so many bytes. Raises UsageError if none fit."""
         if budget not in self._chosen:
             possible: list[allocation.Allocation] = []
             for table in self.tables:
@@ -148,13 +150,13 @@ class FileFormat(ABC):
         return self._chosen[budget]
 
     def learn(self, sensitivity: Sensitivity, texts: tuple[Batches, ...]) -> None:
-        """Take what rounding loses for the table, and what GPTQ runs over."""
+        """Fill the table with the losses of a sensitivity; keep the texts that GPTQ runs over."""
         self.guidance, self.texts = sensitivity.guidance, texts
         self.table = self.predict_losses(sensitivity)
         self._chosen.clear()
 
     def mix(self, types: Mapping[str, str]) -> str:
-        """Return which types have how many of the weights: ``62.1 % q4_k, 20.0 % q3_k, 9.1 % q6_k, ...``."""
+        """Return the shares of the most frequent types: ``62.1 % q4_k, 20.0 % q3_k, 9.1 % q6_k, ...``."""
         numel = Counter[str]()
         for name, kind in types.items():
             numel[kind] += self.numel[name]
@@ -163,26 +165,26 @@ class FileFormat(ABC):
 
     @abstractmethod
     def predict_losses(self, sensitivity: Sensitivity) -> allocation.OptionTable:
-        """Return what each weight takes and loses by type."""
+        """Return the bytes and the predicted loss of each weight by type."""
 
-    def decides(self) -> list[Any]:
-        """Return what decides the bytes of a file beside its types."""
+    def list_decisive(self) -> list[Any]:
+        """Return what decides the bytes of a file besides its types."""
         return []
 
     @abstractmethod
-    def make(self, found: allocation.Allocation, place: Path, begin: Begin) -> None:
-        """Write a file, or folder, whole or not at all."""
+    def make(self, chosen: allocation.Allocation, place: Path, begin: Begin) -> None:
+        """Write a file or folder, whole or not at all."""
 
     @abstractmethod
-    def recipe(self, found: allocation.Allocation) -> str:
-        """Return what makes it again, as TOML."""
+    def recipe(self, chosen: allocation.Allocation) -> str:
+        """Return a recipe for the same file, as TOML."""
 
 
 class GgufFormat(FileFormat):
-    """Files for llama.cpp, by an export of the model that has neither types nor a size, but the file in between, of
-    which `tensors` and `overhead` are."""
+    """GGUF files. `job` is an export whose intermediate float file is written already; `tensors` and `overhead`
+    describe that file."""
 
-    name, place = GGUF, "model.gguf"
+    name, file_name = GGUF, "model.gguf"
 
     def __init__(self, job: Export, tensors: Tensors, overhead: int, target: allocation.SizeTarget) -> None:
         from compressknow.study.measuring import GgufRoundings
@@ -197,40 +199,40 @@ class GgufFormat(FileFormat):
     def predict_losses(self, sensitivity: Sensitivity | None) -> allocation.OptionTable:
         return allocation.build_table(sensitivity, self._tensors, self._target)
 
-    def decides(self) -> list[Any]:
-        # Guide and rules stand in its record alone.
+    def list_decisive(self) -> list[Any]:
+        # Guide and rules are only in its record.
         target, read = self._target, self.guidance
         converter = read_version(self._job.converter)
         return [target.rounding, target.guide, target.must, read.fingerprint, read.text, converter]
 
-    def make(self, found: allocation.Allocation, place: Path, begin: Begin) -> None:
+    def make(self, chosen: allocation.Allocation, place: Path, begin: Begin) -> None:
         from compressknow.gguf.export import write
 
-        # What it was asked to fit is not part of a file: two budgets may make one.
-        target = replace(self._target, size=found.nbytes)
-        fitted = allocation.describe_fit(found, found.nbytes, target, self.guidance)
-        fit = SizeFit(target.label, found.nbytes, lambda *_: fitted, target.rounding, self.texts)
+        # The budget is not part of the file: two budgets may give the same one.
+        target = replace(self._target, size=chosen.nbytes)
+        fitted = allocation.describe_fit(chosen, chosen.nbytes, target, self.guidance)
+        fit = SizeFit(target.label, chosen.nbytes, lambda *_: fitted, target.rounding, self.texts)
         write(replace(self._job, fit=fit), place, begin=begin)
 
-    def recipe(self, found: allocation.Allocation) -> str:
+    def recipe(self, chosen: allocation.Allocation) -> str:
         from compressknow.gguf.export import find_main_type
 
-        values: dict[str, Any] = {"type": find_main_type(found.types, self._tensors)}
+        values: dict[str, Any] = {"type": find_main_type(chosen.types, self._tensors)}
         if text := self._job.choice.calibration:
             values["calibration"] = asdict(text)
         table = "\n".join(
             f"{json.dumps(pattern)} = {json.dumps(kind)}"
-            for kind, patterns in build_rules(found.types).items()
+            for kind, patterns in build_rules(chosen.types).items()
             for pattern in patterns
         )
         return f"[{EXPORT}]\n{to_toml({**values, 'steps': []})}\n\n[{EXPORT}.types]\n{table}"
 
 
 class CheckpointFormat(FileFormat):
-    """Checkpoints whose blocks have weights of 8 or 4 bits, or as they are. Raises UsageError for a rule of `must` that
-    names nothing, or a type that there is not; and what planning a conversion does."""
+    """Checkpoints whose blocks have weights in 8 bits, 4 bits or unquantized. Raises UsageError for a `must` rule that
+    matches nothing or names an unknown type, and as planning a conversion does."""
 
-    name, place = CHECKPOINT, "model"
+    name, file_name = CHECKPOINT, "model"
 
     def __init__(self, model: StudyModel, request: SearchRequest) -> None:
         from compressknow.compress.sources import Sources
@@ -271,14 +273,14 @@ class CheckpointFormat(FileFormat):
             {module: prod(weight.shape) for module, weight in self._weights.items()},
         )
         self._is_uniform = not self._takes_several()
-        # What cannot be converted is told before anything is measured.
+        # Fail before anything is measured.
         try:
             maker.plan(self._build_recipe(self.choose(self.floor).types))
         except UnsupportedError as error:
-            raise UnsupportedError(error.what, error.why, _OTHERWISE) from None
+            raise UnsupportedError(error.what, error.why, _CANNOT_QUANTIZE) from None
 
     def _takes_several(self) -> bool:
-        """Return whether transformers loads weights of several schemes: not where it unpacks them on loading (T5)."""
+        """Tell whether transformers loads several schemes at once; it does not if it unpacks them on loading (T5)."""
         several = [name for name, options in self.table.items() if len(options) > 2]
         if len(several) < 2:
             return True
@@ -307,30 +309,30 @@ class CheckpointFormat(FileFormat):
         rows = sensitivity.kl(self._guide)
         table = {}
         for module, options in self._options.items():
-            # What nothing was measured of stays as it is.
+            # A weight that was not measured stays as it is.
             losses = {NONE: 0.0, **rows.get(self._weights[module].parameter, {})}
             known = {kind: each._replace(loss=losses[kind]) for kind, each in options.items() if kind in losses}
             table[module] = known or options
         return allocation.join_options(table, self._units)
 
     def choose(self, budget: int) -> allocation.Allocation:
-        found = super().choose(budget)
-        types = {module: found.types[name] for name, modules in self._units.items() for module in modules}
-        return replace(found, types={module: types[module] for module in self._options})
+        chosen = super().choose(budget)
+        types = {module: chosen.types[name] for name, modules in self._units.items() for module in modules}
+        return replace(chosen, types={module: types[module] for module in self._options})
 
-    def make(self, found: allocation.Allocation, place: Path, begin: Begin) -> None:
+    def make(self, chosen: allocation.Allocation, place: Path, begin: Begin) -> None:
         from compressknow.pages.model_card import make_model_card
 
-        self._model.maker.write(self._build_recipe(found.types), place, make_model_card, begin)
+        self._model.maker.write(self._build_recipe(chosen.types), place, make_model_card, begin)
 
-    def decides(self) -> list[Any]:
+    def list_decisive(self) -> list[Any]:
         return [asdict(self._calibration)] if self._calibration else []
 
-    def recipe(self, found: allocation.Allocation) -> str:
-        return to_toml(self._build_recipe(found.types).to_dict())
+    def recipe(self, chosen: allocation.Allocation) -> str:
+        return to_toml(self._build_recipe(chosen.types).to_dict())
 
     def _build_recipe(self, types: Mapping[str, str]) -> Recipe:
-        """Return the recipe of a type for each module."""
+        """Return the recipe that gives each module its type."""
         from compressknow.study.measuring import parse_scheme
 
         schemes = {kind: parse_scheme(kind) for kind in types.values() if kind != NONE}
@@ -344,7 +346,7 @@ class CheckpointFormat(FileFormat):
 
 
 def _list_units(modules: Iterable[str]) -> dict[str, list[str]]:
-    """Return what has one scheme, by name: modules that are parts of one matrix in vLLM, and each other module."""
+    """Group modules that must share a scheme, because vLLM fuses them into one matrix; by name of the group."""
     units: dict[tuple[str, ...], list[str]] = {}
     for module in modules:
         parent, _, leaf = module.rpartition(".")
@@ -354,7 +356,7 @@ def _list_units(modules: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _resolve_modules(weights: Mapping[str, LinearWeight], must: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return the type of each module that a rule names. Raises UsageError for a rule that names none."""
+    """Return the type of each module that a rule matches. Raises UsageError for a rule that matches none."""
     pins: dict[str, str] = {}
     for which, kind in must:
         pattern = None if which in SCOPES else compile_pattern("--must", which)
@@ -399,9 +401,9 @@ def build_rules(types: Mapping[str, str]) -> dict[str, list[str]]:
 def open_format(
     model: StudyModel, request: SearchRequest, folder: Path, begin: Begin, on_progress: Listener | None = None
 ) -> Iterator[FileFormat]:
-    """Yield the form of a search; the file in between of GGUF files lies in `folder` meanwhile.
+    """Yield the file format of a search; the intermediate file of GGUF files is in `folder` meanwhile.
 
-    Raises CompressknowError where there can be none.
+    Raises CompressknowError if the model cannot be written in it.
     """
     from compressknow.engine.language_model import find_family
 
@@ -413,9 +415,9 @@ def open_format(
     from compressknow.compress.sources import check_usable
     from compressknow.gguf.export import prepare, write_floats
 
-    # Of a share, the size is yet to be chosen.
+    # For a share to keep, the size is chosen later.
     target = allocation.SizeTarget(request.size or 1, None, request.must, request.guide, request.rounding or "gptq")
-    # llama.cpp rounds with an importance matrix of the text, GPTQ without.
+    # llama.cpp's rounding uses an importance matrix of the text, GPTQ does not.
     choice = TypeChoice(calibration=request.text if target.rounding == "nearest" else None)
     (source, revision), trusted = model.source, model.original.settings.trust_remote_code
     found = find_converter(fetch=True, on_progress=on_progress)

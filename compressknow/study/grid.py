@@ -131,7 +131,7 @@ def list_cells(
     """Return the cells of ``paper``, of ``methods``, of a TOML file or of what one holds; `opened` gives the model,
     where it is needed.
 
-    Raises UsageError where the grid makes no sense, or where options are given that it does not have; what `hash_text`
+    Raises UsageError if the grid makes no sense, or where options are given that it does not have; what `hash_text`
     does of its calibration texts.
     """
     text = {"calibration": calibration, "calibration_tokens": calibration_tokens}
@@ -214,14 +214,14 @@ def build_methods_grid(model: VariantMaker, module_map: ModuleMap, text: Mapping
 
 
 def fit_parameters(structure: Structure, scheme: str) -> dict[str, Any] | None:
-    """Return parameters of a scheme by which all of a model's layers can be stored; None where there are none."""
+    """Return parameters of a scheme by which all of a model's layers can be stored; None if there are none."""
     shapes = {weight.shape for weight in structure.linears if weight.group not in (None, "vision")}
     with SCHEMES.explain_failures(scheme):
         return SCHEMES[scheme].fit(shapes)
 
 
 def read_grid(path: Path) -> tuple[Cell, ...]:
-    """Read the cells of a grid file (TOML), as `build_grid` makes them. Raises UsageError where it cannot be read."""
+    """Read the cells of a grid file (TOML), as `build_grid` makes them. Raises UsageError if it cannot be read."""
     try:
         values = read_toml(path)
     except FileNotFoundError:
@@ -234,7 +234,7 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
 def build_grid(values: Mapping[str, Any], name: str) -> tuple[Cell, ...]:
     """Make the cells of a grid: the product of its axes, and the cells that it names.
 
-    Raises UsageError where it is empty, contradicts itself or says what no recipe knows.
+    Raises UsageError if it is empty, contradicts itself or says what no recipe knows.
     """
     if unknown := sorted(set(values) - {"axes", "cells"}):
         raise UsageError(f"{name}: unknown key {unknown[0]!r}.", hint=FORMAT)

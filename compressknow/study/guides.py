@@ -81,7 +81,7 @@ def measure_guides(
     Returns the sensitivity of the weights, and token ids as batches, which GPTQ runs over: those of facts with their
     objects, if any are known to a causal model, and those of the text.
 
-    Raises UsageError where facts are to guide and the model knows fewer than 30.
+    Raises UsageError if facts are to guide and the model knows fewer than 30.
     """
     model, trusted = handle.located, handle.settings.trust_remote_code
     is_search = answers is not None

@@ -134,7 +134,7 @@ def compute_kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) ->
 
 def compute_risk(rows: Weights) -> float | None:
     """Return the share of facts that rounding some weights to 4 bits is expected to make the model forget: the sum, 1
-    at most. None where no facts guided."""
+    at most. None if no facts guided."""
     shares = [row.by_type[row.compared].at_risk for row in rows]
     return None if None in shares else min(1.0, sum(share for share in shares if share is not None))
 

@@ -176,7 +176,7 @@ class ScoreChanges:
 
     def _compute_per_error(self, name: str, tried: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return two losses of each fact per squared error of a weight, float64 [facts], the means over the types that
-        were tried: KL in nats, and the square of the change of its margin. None where there are no facts.
+        were tried: KL in nats, and the square of the change of its margin. None if there are no facts.
 
         What one rounding happens to change of some facts is a matter of luck: types are told apart by their errors,
         weights by what all types do.
@@ -203,7 +203,7 @@ class ScoreChanges:
 
     def _compute_text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
         """Return the KL of text, nats per token, per squared error of a weight: a robust mean over rows, and the mean
-        over what was tried; None where there is no text."""
+        over what was tried; None if there is no text."""
         if (name, tried[0]) not in self.text:
             return None
         ratios = []
@@ -264,12 +264,12 @@ def measure(
         measurer = _Measurer(streamed, structure, weights, roundings, facts, texts, advance)
         scores = compute_gradients(streamed, weights, [*facts.batches, *texts], measurer.visit)
     for batch, owners in zip(scores, facts.owners, strict=False):
-        measurer.found.scores.index_add_(0, owners.flatten(), batch.flatten())
-    return measurer.found
+        measurer.changes.scores.index_add_(0, owners.flatten(), batch.flatten())
+    return measurer.changes
 
 
 class _Measurer:
-    """Visitor of blocks that adds up, in what it has `found`, what rounding their weights changes."""
+    """Visitor of blocks that adds up in `changes` what rounding their weights changes."""
 
     def __init__(
         self,
@@ -285,7 +285,7 @@ class _Measurer:
         self._linears = {weight.parameter: weight for weight in weights}
         self._fact_batches, self._texts = facts, texts
         self._starts = [sum(len(text.positions) for text in texts[:number]) for number in range(len(texts) + 1)]
-        self.found = ScoreChanges({}, torch.zeros(len(facts.facts)), facts.facts, {}, {}, {}, {})
+        self.changes = ScoreChanges({}, torch.zeros(len(facts.facts)), facts.facts, {}, {}, {}, {})
         self._done = 0
 
     def visit(self, module: str, products: Mapping[str, Sequence[Product]]) -> None:
@@ -311,7 +311,7 @@ class _Measurer:
             return
         name = self._structure.tied.get(linear.parameter, linear.parameter)
         self._add_weight(name, weight, linear.group or "other", linear.layer, linear.stack)
-        importance = self.found.importance[name] = self._sum_halves(
+        importance = self.changes.importance[name] = self._sum_halves(
             products, [each.inputs.flatten(0, 1).float().square().sum(0) for each in products]
         )
         # Inputs count by the gradients at their tokens: those of attention sinks are large, and change nothing.
@@ -340,7 +340,7 @@ class _Measurer:
 
     def _add_weight(self, name: str, weight: torch.Tensor, group: str, layer: int | None, stack: str | None) -> None:
         found = TensorSensitivity(name, tuple(weight.shape), group, layer, {}, stack, name_in_block(name))
-        self.found.weights.setdefault(name, found)
+        self.changes.weights.setdefault(name, found)
 
     def _add_errors(
         self,
@@ -357,13 +357,13 @@ class _Measurer:
         rows = weight[own]
         for type in self._roundings.list_legal(weight.shape):
             squares = (self._roundings.roundtrip(rows, type, importance) - rows).square()
-            self.found.errors[name, type] = float(of_rows[own] @ squares @ of_columns)
+            self.changes.errors[name, type] = float(of_rows[own] @ squares @ of_columns)
 
     def _add_lookups(self, parameter: str, weight: torch.Tensor, products: Sequence[Product], scale: float) -> None:
         name = self._structure.tied.get(parameter, parameter)
         self._add_weight(name, weight, "embedding", None, None)
         tokens, places = torch.unique(torch.cat([each.inputs.flatten() for each in products]), return_inverse=True)
-        rows, importance = weight[tokens], self.found.importance.get(name)
+        rows, importance = weight[tokens], self.changes.importance.get(name)
         if importance is None:
             self._add_errors(name, rows, None, torch.ones(len(rows)), torch.ones(rows.shape[1]))
         types = self._roundings.list_measured(weight.shape)
@@ -395,10 +395,10 @@ class _Measurer:
         for type, own in zip(types, changes.unbind(2), strict=True):
             number = batch - len(self._fact_batches.batches)
             if number < 0:
-                known = self.found.facts.setdefault((name, type), torch.zeros(len(self.found.owners)))
+                known = self.changes.facts.setdefault((name, type), torch.zeros(len(self.changes.owners)))
                 known.index_add_(0, self._fact_batches.owners[batch].flatten(), own.flatten())
                 continue
-            known = self.found.text.setdefault((name, type), torch.zeros(self._starts[-1], self._texts[0].directions))
+            known = self.changes.text.setdefault((name, type), torch.zeros(self._starts[-1], self._texts[0].directions))
             known[self._starts[number] : self._starts[number + 1]] += own
 
 

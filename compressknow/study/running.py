@@ -66,7 +66,7 @@ Run = Callable[[CellBatch], Generator[CellResult]]
 def open_runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterator[Run]:
     """Yield what runs batches: here, one cell after the other, or on the cluster for as long as the context lasts.
 
-    Raises CompressknowError where the cluster does not answer, UsageError where no task could ever start there.
+    Raises CompressknowError if the cluster does not answer, UsageError if no task could ever start there.
     """
     if ray is None:
         yield partial(_run_here, on_progress)
@@ -121,7 +121,7 @@ def _run_on_ray(ray: Any, where: RayOptions, on_progress: Listener | None, batch
     texts: dict[Calibration | None, Any] = {None: None}
 
     def share_text(recipe: Recipe) -> Any:
-        """Return the calibration text of a recipe, made here; None where it has none, or none that can be made: then
+        """Return the calibration text of a recipe, made here; None if it has none, or none that can be made: then
         the worker says why, and its cell alone fails."""
         if recipe.calibration not in texts:
             try:
@@ -191,7 +191,7 @@ def _start_ray(where: RayOptions) -> Any:
 
 
 def _check_resources(ray: Any, where: RayOptions) -> None:
-    """Raise UsageError where a task would take more than this machine has: Ray would wait for another without end."""
+    """Raise UsageError if a task would take more than this machine has: Ray would wait for another without end."""
     resources = ray.cluster_resources()
     for option, name, needed in (("cpus", "CPU", where.num_cpus), ("gpus", "GPU", where.num_gpus)):
         if needed > (has := resources.get(name, 0)):

@@ -1,4 +1,5 @@
-"""Search for the smallest file that keeps enough: some facts steer it, others select, a third part grades."""
+"""Search for the smallest file that keeps enough: some facts guide it, others select the winner, a third part grades
+it."""
 
 from __future__ import annotations
 
@@ -38,16 +39,16 @@ from compressknow.study.allocation import Allocation
 from compressknow.study.cells import CELLS, ORIGINAL, AddNoiseFloor, StudyModel, grade
 from compressknow.study.formats import GGUF, FileFormat, SearchRequest
 
-# Parts of the facts: to search with, to select by and to grade by.
+# The facts are split into parts to search with, to select by and to grade by.
 _THIRDS = 3
-# Facts of a probe to search with, at most. They steer, and decide nothing: each file that is tried takes so much longer
-# with more. With fewer, less than a quarter of searches find a file where relations differ much (ICC 0.3).
+# Maximum facts of a probe to search with. They guide the search without deciding it, and each file takes longer with
+# more of them. With fewer, less than a quarter of searches succeed if relations differ a lot (ICC 0.3).
 SEARCHED = 450
 
 
 class Parts(NamedTuple):
-    """Facts of a probe, each in one part: those that guide the search, those held out from it to choose the winner by,
-    and those held out from that choice too. The share that the winner keeps of these is what it keeps of others."""
+    """Facts of a probe, split into those that guide the search, those held out to select the winner by, and those held
+    out from that too, so that the share that the winner keeps of them is unbiased."""
 
     search: Probe
     selection: Probe
@@ -55,15 +56,17 @@ class Parts(NamedTuple):
 
     @property
     def held_out(self) -> Probe:
-        """Return what is held out, where nothing is to be chosen by it."""
+        """Return all held-out facts, for grading when nothing is selected."""
         return replace(self.grading, facts=(*self.selection.facts, *self.grading.facts))
 
 
 def split_facts(probe: Opened, seed: int) -> Parts:
-    """Return a third of the facts to select by, a third to grade by, and of a third some to search with, by the seed.
+    """Split facts by the seed: a third to select by, a third to grade by, and some of the remaining third to search
+    with.
 
-    Whole relations, of each domain as many facts, where each third gets enough of them: facts of one relation are lost
-    together, so that a file that was lucky with a relation is lucky with all its facts. Else facts of each relation.
+    Whole relations are dealt, evenly over domains, if each third gets enough of them: facts of one relation are lost
+    together, so a file that is lucky with a relation is lucky with all its facts. Otherwise, facts of each relation
+    are.
     """
     source = find_source(probe.name)
     if not isinstance(probe, Probe) or (source and not source.held_out):
@@ -77,7 +80,7 @@ def split_facts(probe: Opened, seed: int) -> Parts:
     if not all(parts):
         raise UsageError(f"{probe.name} has too few facts to hold two thirds of them out.", hint="Raise --limit.")
     search, selection, grading = (replace(probe, facts=facts) for facts in parts)
-    # All wordings of a fact, or none.
+    # Keep all wordings of a fact, or none.
     single = {name: replace(fact, id=name) for fact in search.facts for name in [_get_id(fact)]}
     drawn = {fact.id for fact in replace(probe, facts=tuple(single.values())).sample(SEARCHED, seed).facts}
     some = tuple(fact for fact in search.facts if _get_id(fact) in drawn)
@@ -85,8 +88,8 @@ def split_facts(probe: Opened, seed: int) -> Parts:
 
 
 def _deal(facts: Sequence[Fact], seed: int, *, whole: bool) -> list[tuple[Fact, ...]]:
-    """Deal facts into three equal parts, all wordings of each into one: `whole` relations, in the order of domains, or
-    the facts of each relation one by one."""
+    """Deal facts into three equal parts, all wordings of a fact into the same one: `whole` relations, domain by domain,
+    or single facts, relation by relation."""
     units: dict[tuple[str, str], set[str]] = {}
     for fact in facts:
         name = _get_id(fact)
@@ -96,23 +99,24 @@ def _deal(facts: Sequence[Fact], seed: int, *, whole: bool) -> list[tuple[Fact, 
         members = [names for _, names in own]
         random.Random(f"{seed}:{group}").shuffle(members)
         for names in members:
-            # The smallest part, the first of several: what comes next evens out.
+            # The smallest part so far, which evens out sizes.
             min(parts, key=len).update(names)
     return [tuple(fact for fact in facts if _get_id(fact) in part) for part in parts]
 
 
 def _get_id(fact: Fact) -> str:
-    """Return the id of the fact, whatever its wording."""
+    """Return the id of the fact, without its wording."""
     return fact.id if fact.template is None else strip_wording(fact.id)
 
 
 class EvaluationSet:
-    """One part of the facts, with running texts that are read beside them, and what the original answers to them;
-    making it evaluates the original. `folder` keeps all answers. Facts that grade have noise floors of the original,
-    whose distributions are kept then; of others, files are asked those alone that the original knows: what a file keeps
-    shows in them.
+    """One part of the facts, with running texts to read along, and the original's answers to them.
 
-    `reference` are the original's answers as they were given, to each wording; `original` the same as they count.
+    Creating it evaluates the original; all answers are stored in `folder`. With `noise_floors` (facts that grade), the
+    original's noise floors are measured and its distributions kept. Without, files are only evaluated on facts that the
+    original knows, which suffice to see what they keep.
+
+    `reference` are the original's answers, to each wording; `original` the same in the reading of `known`.
     """
 
     def __init__(
@@ -148,15 +152,12 @@ class EvaluationSet:
         return sum(answer.correct for answer in self.original.answers)
 
     def evaluate(self, handle: ModelHandle) -> Answers:
-        """Return a model's answers as they were given, and what it read, like `reference`.
-
-        Raises CompressknowError where it cannot be evaluated.
-        """
+        """Evaluate a model; return its answers as in `reference`. Raises CompressknowError if that is impossible."""
         folder = self._folder / CELLS / handle.sha256[:16]
         return self._evaluate(handle, self._asked, folder, reference=self._answered)
 
     def check_enough_known(self, keep: float) -> None:
-        """Raise GateNotMet where not even a file that keeps all is certain to keep as much."""
+        """Raise GateNotMet if not even a file that keeps all facts would be certain to keep that share."""
         if (best := self.estimate_kept(self._answered, LEVEL).low or 0.0) < keep:
             raise GateNotMet(
                 f"No file can be certain to keep {100 * keep:g} %: the model knows {count(self.known)} of the facts "
@@ -171,20 +172,21 @@ class EvaluationSet:
         return compare(before, after, show_facts=False).kept_at(level)
 
 
-# Sizes that are evaluated: so many halvings of the predicted loss, and then an end that was not reached.
+# Files that are tried: one per halving of the predicted loss, and an end of the range if it was not reached.
 HALVINGS = 7
-# Budgets so near each other, as a share, are one.
+# Budgets closer than this share count as equal.
 CLOSE = 0.005
-# Sizes so near each other, as a share, are not told apart by the facts of the search.
+# Sizes closer than this share cannot be told apart by the facts of the search.
 NEAR = 0.03
-# How many files may be put to the held-out facts: each makes the interval that they are judged by wider. One that is
-# put there after another is predicted to lose that much less, or would fall short too; the third, so much less squared,
-# for none comes after it. (What comes next depends on the one before, and on nothing that it kept: else the intervals
-# would not hold.)
+# How many files may be evaluated on the held-out facts: each widens the interval that they are judged by. A later one
+# is predicted to lose that much less than the one before, or it would fall short too; the third, that factor squared,
+# for it is the last. (Which one is next depends on the one before, but not on what that kept: else the intervals would
+# not hold.)
 CONFIRMED, APART = 3, 0.5
-# Of the intervals by which files are tried and selected (Bonferroni). Of one file it would be 99 %: the share kept is
-# skewed where a few relations lose much, so that an interval's lower end lies too high more often than its level says.
-# `benchmarks/inference.py` counts how often a file that keeps exactly what is asked for is selected all the same.
+# Level of the intervals that files are tried and selected by (Bonferroni). For one file it would be 99 %: the share
+# kept is skewed if a few relations lose a lot, so that an interval's lower end is too high more often than its level
+# says. `benchmarks/inference.py` counts how often a file that keeps exactly the required share is selected
+# nevertheless.
 LEVEL = 1 - 0.01 / CONFIRMED
 
 
@@ -192,16 +194,16 @@ LEVEL = 1 - 0.01 / CONFIRMED
 class Candidate:
     """File that was evaluated: its types, and its record."""
 
-    found: Allocation
+    allocation: Allocation
     trial: Trial
 
 
 class SizeSearch:
-    """Trials of a search, and what comes of them. It reads and writes nothing: `choose` gives the types of a file of so
-    many bytes, `evaluate` makes a file and its trial, on the facts of the search; none is made twice.
+    """Search over sizes, without any input or output of its own: `choose` returns the types for a number of bytes, and
+    `evaluate` makes that file and tries it on the facts of the search; no file is made twice.
 
-    `sizes` are the bytes of the smallest file and of the largest. `tried` are in the order in which they were chosen,
-    `confirmed` those that were put to the held-out facts, the smallest first.
+    `sizes` are the bytes of the smallest and of the largest file. `tried` has the files in the order in which they were
+    chosen, `confirmed` those that were evaluated on the held-out facts, the smallest first.
     """
 
     def __init__(
@@ -218,17 +220,18 @@ class SizeSearch:
 
     @property
     def winner(self) -> Candidate | None:
-        """Return the smallest that keeps enough of the held-out facts too."""
+        """Return the smallest file that also keeps enough of the held-out facts."""
         return next((each for each in self.confirmed if is_enough(each.trial.held_out, self.keep)), None)
 
     def explore(self) -> None:
-        """Halve the predicted losses between those of two sizes, towards the largest that keeps enough."""
+        """Bisect the predicted loss, between the smallest and the largest size, for the largest loss that keeps
+        enough."""
         worst, best = ends = [self._choose(nbytes) for nbytes in self._sizes]
         for _ in range(HALVINGS):
             if best.nbytes <= (1 + NEAR) * worst.nbytes:
                 break
             middle = self._find_losing(sqrt(worst.loss * best.loss), worst.nbytes, best.nbytes)
-            if any(each.found.types == middle.types for each in self.tried):
+            if any(each.allocation.types == middle.types for each in self.tried):
                 break
             if is_enough(self._try_file(middle).trial.kept, self.keep):
                 best = middle
@@ -240,31 +243,31 @@ class SizeSearch:
             self._try_file(worst)
 
     def confirm(self, confirm: Callable[[Allocation], Estimate]) -> None:
-        """Put the smallest file that keeps enough to the held-out facts, and then larger ones, until one keeps enough
-        there too. Where none keeps enough of the facts of the search, begin with the one that keeps most."""
-        by_size = sorted(self.tried, key=lambda each: each.found.nbytes, reverse=True)
+        """Evaluate the smallest file that keeps enough on the held-out facts, then larger ones until one keeps enough
+        there too. If none keeps enough of the facts of the search, begin with the one that keeps most."""
+        by_size = sorted(self.tried, key=lambda each: each.allocation.nbytes, reverse=True)
         enough = [each for each in by_size if is_enough(each.trial.kept, self.keep)]
         each = enough[-1] if enough else max(by_size, key=_get_lowest)
         while True:
-            self.confirmed.append(replace(each, trial=replace(each.trial, held_out=confirm(each.found))))
-            safer = self._find_safer(each.found)
+            self.confirmed.append(replace(each, trial=replace(each.trial, held_out=confirm(each.allocation))))
+            safer = self._find_safer(each.allocation)
             if self.winner or len(self.confirmed) == CONFIRMED or safer is None:
                 return
             each = self._try_file(safer)
 
-    def _find_safer(self, found: Allocation) -> Allocation | None:
-        """Return the smallest file that loses so much less that it may keep enough where this one does not, a tried one
-        where one is near; None where this is the largest."""
+    def _find_safer(self, allocation: Allocation) -> Allocation | None:
+        """Return the smallest file that loses so much less that it may keep enough although this one does not, if
+        possible one that was tried; None if this is the largest."""
         largest = self._choose(self._sizes[1])
-        if largest.loss >= found.loss:
+        if largest.loss >= allocation.loss:
             return None
-        loss = APART ** len(self.confirmed) * found.loss
-        safer = self._find_losing(loss, found.nbytes, largest.nbytes)
-        near = [each.found for each in self.tried if 1 <= each.found.nbytes / safer.nbytes <= 1 + NEAR]
+        loss = APART ** len(self.confirmed) * allocation.loss
+        safer = self._find_losing(loss, allocation.nbytes, largest.nbytes)
+        near = [each.allocation for each in self.tried if 1 <= each.allocation.nbytes / safer.nbytes <= 1 + NEAR]
         return min(near, key=lambda each: each.nbytes, default=safer)
 
     def _find_losing(self, loss: float, low: int, high: int) -> Allocation:
-        """Return the smallest file between two sizes that loses no more."""
+        """Return the smallest file between two sizes that loses at most `loss`."""
         while high - low > CLOSE * low:
             middle = (low + high) // 2
             if self._choose(middle).loss <= loss:
@@ -273,20 +276,20 @@ class SizeSearch:
                 low = middle
         return self._choose(high)
 
-    def _try_file(self, found: Allocation) -> Candidate:
-        if all(each.found.types != found.types for each in self.tried):
-            self.tried.append(Candidate(found, self._evaluate(found)))
-        return next(each for each in self.tried if each.found.types == found.types)
+    def _try_file(self, allocation: Allocation) -> Candidate:
+        if all(each.allocation.types != allocation.types for each in self.tried):
+            self.tried.append(Candidate(allocation, self._evaluate(allocation)))
+        return next(each for each in self.tried if each.allocation.types == allocation.types)
 
 
 def _get_lowest(each: Candidate) -> float:
-    """Return the least that a file keeps."""
+    """Return the lower end of what a file keeps."""
     kept = each.trial.held_out or each.trial.kept
     return kept.low or 0.0
 
 
 def is_enough(kept: Estimate | None, keep: float) -> bool:
-    """Return whether as much is kept for sure."""
+    """Tell whether the interval shows that at least `keep` is kept."""
     return kept is not None and kept.low is not None and kept.low >= keep
 
 
@@ -302,8 +305,8 @@ def build_search(
     seed: int,
     command: str | None,
 ) -> Search:
-    """Return the record of a search, but for its winner; without a search and facts that select, of a size.
-    `in_calibration` are the facts that grade and stand in the text that guided it."""
+    """Return the record of a search, still without its winner; `search` and `selection` are None if a size was given.
+    `in_calibration` counts the grading facts that occur in the text that guided it."""
     original, itself = guided.original, compare(grading.original, grading.original, show_facts=False)
     confirmed = search.confirmed if search else []
     nearest = max(confirmed, key=_get_lowest, default=None)
@@ -337,95 +340,101 @@ def build_search(
     )
 
 
-# In the folder of a file, how large it is; beside these folders, which of them has become the winner.
+# File names: a candidate's size, in its folder; and which candidate became the winner, next to these folders.
 BYTES, PLACED = "bytes", "placed"
 
 
 class Candidates:
-    """Files of a search that are made of a model, in a folder of its own."""
+    """Candidate files of a search, each made in a folder of its own."""
 
     def __init__(self, original: ModelHandle, form: FileFormat, folder: Path, begin: Begin) -> None:
         self.original, self.form, self.folder, self.begin = original, form, folder, begin
-        # llama.cpp computes on the processor, as its files say.
+        # llama.cpp runs on the CPU, in the types of the file.
         settings = original.settings
         self.settings = replace(settings, device=CPU, dtype=None) if form.name == GGUF else settings
 
-    def trial(self, found: Allocation, kept: Estimate) -> Trial:
-        """Return the record of a file, which is made unless it was before."""
-        handle = CandidateHandle(self, found)
+    def trial(self, allocation: Allocation, kept: Estimate) -> Trial:
+        """Return the record of a file, which is made unless it was made before."""
+        handle = CandidateHandle(self, allocation)
         record = handle.made.parent / BYTES
         if not record.exists():
             handle.make()
         nbytes = int(record.read_text(encoding="ascii"))
-        return Trial(self.form.mix(found.types), dict(found.types), nbytes, found.loss, kept)
+        return Trial(self.form.mix(allocation.types), dict(allocation.types), nbytes, allocation.loss, kept)
 
-    def place(self, found: Allocation, target: Path) -> None:
-        """Put a file at its place, instead of an earlier one."""
-        handle, placed = CandidateHandle(self, found), self.folder / PLACED
+    def place(self, allocation: Allocation, target: Path) -> None:
+        """Move a file to its final place, replacing an earlier one."""
+        handle, placed = CandidateHandle(self, allocation), self.folder / PLACED
         if placed.exists() and placed.read_text(encoding="ascii") == handle.sha256 and target.exists():
             return
         placed.unlink(missing_ok=True)
         made = handle.make()
         clean(target)
         remove(target)
-        if get_record_path(made).exists():  # First: what has no record is made again.
+        if get_record_path(made).exists():  # First: a file without its record would be made again.
             move(get_record_path(made), get_record_path(target))
         move(made, target)
         write_whole(placed, handle.sha256.encode("ascii"))
 
     def remove(self) -> None:
-        """Remove all that are not at that place; how large they are stays known."""
+        """Remove all files except the one that was placed; their sizes stay known."""
         for record in self.folder.glob(f"*/{BYTES}"):
-            made = record.with_name(self.form.place)
+            made = record.with_name(self.form.file_name)
             clean(made)
             remove(made)
 
 
 class CandidateHandle(ModelHandle):
-    """File that is made when it is first needed: answers are found by what it would be made of."""
+    """Candidate file that is only made when needed: stored answers are found by what it would be made of."""
 
-    def __init__(self, candidates: Candidates, found: Allocation) -> None:
-        self._candidates, self._found = candidates, found
+    def __init__(self, candidates: Candidates, allocation: Allocation) -> None:
+        self._candidates, self._allocation = candidates, allocation
         form, original = candidates.form, candidates.original
-        # No file is needed to tell one from another: the hash is of what it is made of.
-        parts: list[Any] = [__version__, original.sha256, form.name, *form.decides(), sorted(found.types.items())]
+        # The hash is of what the file is made of, so that it need not exist.
+        parts: list[Any] = [
+            __version__,
+            original.sha256,
+            form.name,
+            *form.list_decisive(),
+            sorted(allocation.types.items()),
+        ]
         self.sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        self.made = candidates.folder / self.sha256[:16] / form.place
+        self.made = candidates.folder / self.sha256[:16] / form.file_name
         super().__init__(LocatedModel(form.name, self.made), candidates.settings)
 
     def make(self) -> Path:
-        """Make it unless it is there."""
+        """Make the file unless it exists."""
         if not is_made(self.made):
             remove(self.made)
-            self._candidates.form.make(self._found, self.made, self._candidates.begin)
+            self._candidates.form.make(self._allocation, self.made, self._candidates.begin)
         write_whole(self.made.parent / BYTES, str(describe(self.located)["bytes"]).encode("ascii"))
         return self.made
 
     @cached_property
     def loaded(self) -> Runtime:
-        """Return it, made and in memory."""
+        """Return the model, made and loaded."""
         self.make()
         return super().loaded
 
     def list_decisive(self, *, writes: bool) -> list[str]:
-        """Return that of the original, which its files are copies of, while they are there."""
+        """Return that of the original, since its small files are copies of the original's."""
         return self._candidates.original.list_decisive(writes=writes)
 
     def check_sound(self, on_progress: Listener | None = None) -> None:
-        """Do nothing: it was made of what is sound."""
+        """Do nothing: it was made from a sound model."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what its files tell, while they are there."""
+        """Describe its files, if they exist."""
         return describe(self.located) if self.made.exists() else {}
 
 
 def is_made(place: Path) -> bool:
-    """Return whether a file, or folder, is one that was made here."""
+    """Tell whether a file or folder was made by a search."""
     return get_record_path(place).is_file() if place.suffix else (place / MANIFEST_NAME).is_file()
 
 
 def remove(place: Path) -> None:
-    """Remove a file or folder that was made here, if it is there."""
+    """Remove a file or folder that a search made, if it exists."""
     if place.is_dir():
         discard(place)
     else:

@@ -40,10 +40,10 @@ class Rounding:
     Attributes
     ----------
     bytes : of the weight, stored so.
-    facts : the KL that it adds to the distribution over a fact's best candidates, in nats per fact; None where no facts
+    facts : the KL that it adds to the distribution over a fact's best candidates, in nats per fact; None if no facts
         guided.
-    text : the KL that it adds to the next token's distribution, in nats per token; None where no text guided.
-    at_risk : share of the facts that it is expected to make the model forget (0 to 1); None where no facts guided.
+    text : the KL that it adds to the next token's distribution, in nats per token; None if no text guided.
+    at_risk : share of the facts that it is expected to make the model forget (0 to 1); None if no facts guided.
     """
 
     bytes: int
@@ -54,7 +54,7 @@ class Rounding:
     def kl(self, guide: Guide = "both", weight: float = 1.0) -> float:
         """Return the predicted KL: of facts, of text, or of facts and `weight` times that of text.
 
-        Raises ValueError where what guides was not measured.
+        Raises ValueError if what guides was not measured.
         """
         total = 0.0
         for name, factor in ({"facts": 1.0, "text": weight} if guide == "both" else {guide: 1.0}).items():
@@ -77,7 +77,7 @@ class TensorSensitivity:
     by_type : by the name of the type, in the order of `Guidance.types`; types that its rows do not fit are missing.
     stack : ``encoder`` or ``decoder``; None in a model of one stack.
     module : what it is inside its block, alike for all blocks: ``self_attn.q_proj``.
-    by_domain : how many times the mean over all facts the KL of a domain's facts is; empty where no facts guided.
+    by_domain : how many times the mean over all facts the KL of a domain's facts is; empty if no facts guided.
     """
 
     name: str
@@ -199,7 +199,7 @@ def check_guide(guide: str) -> None:
 
 
 def can_guide(number: int, facts: str, guide: Guide, *, is_search: bool) -> bool:
-    """Return whether so many facts tell one weight from another. Raises UsageError where facts are to guide, and these,
+    """Return whether so many facts tell one weight from another. Raises UsageError if facts are to guide, and these,
     by what `facts` says of them, are too few."""
     if number < FEWEST and guide != "text":
         raise UsageError(
@@ -230,7 +230,7 @@ def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
 
 
 def read_sensitivity(path: Path, sha256: str, guidance: Guidance) -> Sensitivity | None:
-    """Return what was stored of this model and guidance; None where there is nothing, something else, or damage."""
+    """Return what was stored of this model and guidance; None if there is nothing, something else, or damage."""
     try:
         record = read_json(path, RECORD)
         if record[SEAL] != hash_manifest(record):

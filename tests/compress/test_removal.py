@@ -242,9 +242,9 @@ def test_a_shard_that_nothing_is_left_of_is_not_written(tmp_path: Path) -> None:
 REFUSED = {
     "all": ("llama", "0-3", "would leave none"),
     "beyond": ("llama", "2-4", "no block 4"),
-    "backwards": ("llama", "3-2", "no range"),
-    "text": ("llama", "many", "no range"),
-    "zero": ("llama", 0, "no number of blocks"),
+    "backwards": ("llama", "3-2", "not a range"),
+    "text": ("llama", "many", "not a range"),
+    "zero": ("llama", 0, "not a number of blocks"),
     "shorter side": ("bart", "3", "no block 3"),
 }
 
@@ -309,8 +309,8 @@ BAD_STEPS = {
     "both": ({"drop_blocks": 2, "prune": 0.1}, "a step has either(.|\n)*has drop_blocks, prune"),
     "unknown key": ({"drop_blocks": 2, "amount": 0.1}, "unknown key 'amount'"),
     "multiple of blocks": ({"drop_blocks": 2, "multiple": 8}, "unknown key 'multiple'"),
-    "true": ({"drop_blocks": True}, "no number of blocks"),
-    "half": ({"drop_blocks": 1.5}, "no number of blocks"),
+    "true": ({"drop_blocks": True}, "not a number of blocks"),
+    "half": ({"drop_blocks": 1.5}, "not a number of blocks"),
     "scope": ({"drop_blocks": 2, "scope": ["attention"]}, "no other scope than encoder or decoder"),
     "layers": ({"drop_neurons": 0.2, "layers": "0-1"}, "no other scope than encoder or decoder"),
     "percent": ({"drop_neurons": 20}, "Did you mean 20%"),

@@ -211,8 +211,8 @@ def test_where_one_model_has_the_text_or_all_are_alike_none_has_the_lowest() -> 
     perplexity = compute_perplexity(chunks(1))
     said = [write_joint_sentence("a.txt", perplexity, [("b", perplexity), ("c", perplexity)][:n]) for n in (1, 2)]
     assert "perplexity is " in said[0]
-    assert said[0].endswith(f", b has {perplexity.value.value:.2f}.")
-    assert said[1].endswith(f", each model has {perplexity.value.value:.2f}.")
+    assert said[0].endswith(f", that of b is {perplexity.value.value:.2f}.")
+    assert said[1].endswith(f", that of each model is {perplexity.value.value:.2f}.")
 
 
 def test_a_model_that_computes_no_numbers_has_neither_the_lowest_nor_the_highest() -> None:
@@ -220,7 +220,8 @@ def test_a_model_that_computes_no_numbers_has_neither_the_lowest_nor_the_highest
     broken, larger = (replace(perplexity, value=Measurement(value, 0.0)) for value in (math.nan, 99.0))
     said = write_joint_sentence("a.txt", perplexity, [("b", broken), ("c", perplexity), ("d", larger)])
     assert said.endswith(f", c has the lowest ({perplexity.value.value:.2f}) and d the highest (99.00).")
-    assert write_joint_sentence("a.txt", perplexity, [("b", broken)] * 2).endswith(", each model has no number.")
+    said = write_joint_sentence("a.txt", perplexity, [("b", broken)] * 2)
+    assert said.endswith(", that of each model is NaN or infinite.")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -230,7 +231,7 @@ def test_a_token_that_is_ruled_out_leaves_no_number_to_write() -> None:
     figures = compare_text("text:a.txt", 32, MEASURED, chunks(1), side)
     assert figures.moved is not None
     assert figures.moved.ratio.value == math.inf
-    assert re.search(r"its perplexity is not a number \(from \d+\.\d\d\), and", write_sentence(figures))
+    assert re.search(r"its perplexity is NaN or infinite \(from \d+\.\d\d\), and", write_sentence(figures))
     assert len(max(summarize_text(figures, ("a", "b")), key=len)) < 200
 
 
@@ -244,13 +245,13 @@ def test_a_perplexity_of_a_hundred_digits_is_written_as_a_power_of_ten() -> None
 def test_a_broken_model_is_told_and_the_report_is_written() -> None:
     broken = tuple(replace(c, logp=c.logp * np.nan) for c in chunks(2, kl=False))
     card = make_card(answers(chunks(1), "a"), [answers(broken, "b", ALONE)])
-    assert any("its perplexity is not a number" in warning for warning in card.comparisons[0].warnings)
+    assert any("its perplexity is NaN or infinite" in warning for warning in card.comparisons[0].warnings)
     assert json.dumps(card.to_dict(), allow_nan=False)
     assert render_html(card)
 
 
 def test_other_texts_and_gates_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CompressknowError, match="other texts, or other chunks"):
+    with pytest.raises(CompressknowError, match="different texts, or different chunks"):
         make_card(answers(chunks(1), "a"), [answers(chunks(2), "b", fingerprint="g")])
     card = make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")])
     with pytest.raises(UsageError, match="holds models to facts"):

@@ -135,7 +135,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ({"size": "90MB", "guide": "taste"}, "`guide`: there is no guide 'taste'.*\n.*facts, text, both"),
         ({"size": "90MB", "rounding": "GPTQ"}, "`rounding=GPTQ`: choose gptq or nearest"),
         ({"size": "90MB", "facts": "nowhere"}, "nowhere"),
-        ({"size": "90MB", "facts": "text:README.md"}, "facts guide, and it has none"),
+        ({"size": "90MB", "facts": "text:README.md"}, "it has no facts to guide by"),
     ],
 )
 def test_arguments_are_refused_before_any_work(options: dict, said: str, tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ),
         ("[[cells]]\nprune = 0.5\nsmooth = 0.5", "smooth applies to quantization"),
         ('[[cells]]\nquantize = "int4"\nsmooth = 0.5', "nothing to smooth"),
-        ('[[cells]]\nquantize = "int8-paper"\nrounding = "gptq"', "rounded to nearest alone"),
+        ('[[cells]]\nquantize = "int8-paper"\nrounding = "gptq"', "can only be rounded to nearest"),
         ('[[cells]]\nprune = 0.5\ncalibration = "self"', "applies to methods that look at activations"),
         ("[[cells]]\nprune = 0.5\nscope = []", "No scope is given"),
         ('[[cells]]\nquantize = "int8"\nmethod = "wanda"', "method applies to pruning, and nothing is pruned"),

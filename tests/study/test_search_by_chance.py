@@ -71,7 +71,7 @@ class Searched(SizeSearch):
         """Return what the winner keeps of the facts that grade; None without one."""
         if not self.winner:
             return None
-        return self.kept_of(self._parts.grading, self._chances[self.winner.found.nbytes // STEP - 1])
+        return self.kept_of(self._parts.grading, self._chances[self.winner.allocation.nbytes // STEP - 1])
 
 
 # Bytes from one file to the next.

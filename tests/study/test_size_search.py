@@ -77,9 +77,9 @@ def test_the_smallest_is_put_to_the_held_out_facts_first_and_others_that_lose_le
     for step, (small, large) in enumerate(pairwise(put), 1):
         # Never far beyond what it takes: one that was tried is put there where it is near, else one is made.
         assert APART ** (step + 1) * small.loss <= large.loss <= APART**step * small.loss
-    assert all(found in [each.found for each in search.tried] for found in put)
+    assert all(found in [each.allocation for each in search.tried] for found in put)
     assert search.winner is search.confirmed[-1]
-    assert search.winner.found == put[-1]
+    assert search.winner.allocation == put[-1]
 
 
 def test_of_the_tried_files_that_may_lose_enough_less_the_smallest_is_put_to_the_held_out_facts() -> None:

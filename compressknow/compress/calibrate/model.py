@@ -31,7 +31,7 @@ class PlaceholderTensor(torch.Tensor):
     """Weight that is not in memory, on the meta device.
 
     torch multiplies inputs by such a one without a word, and returns whatever was in memory. This one raises
-    RuntimeError where it meets values.
+    RuntimeError if it meets values.
     """
 
     @classmethod
@@ -127,7 +127,7 @@ class StreamedModel:
     def run(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Run the whole model, which must hold all its weights, on a batch, for what is seen of it.
 
-        Raises UnsupportedError where it fails.
+        Raises UnsupportedError if it fails.
         """
         try:
             with torch.no_grad():

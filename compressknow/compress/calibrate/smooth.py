@@ -199,7 +199,7 @@ def split_scope(plan: Plan) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
 
 def check_smoothable(plan: Plan) -> None:
     """Raise UnsupportedError if a recipe smooths, and a block in scope has nothing that can be smoothed; UsageError
-    where two steps smooth one norm differently. A few tokens show it, before the model writes a text."""
+    if two steps smooth one norm differently. A few tokens show it, before the model writes a text."""
     if not plan.recipe.smooths:
         return
     if plan.removal and not plan.removal.is_decided:

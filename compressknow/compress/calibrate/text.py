@@ -151,7 +151,7 @@ def check_text(calibration: Calibration) -> None:
 
 
 def hash_text(calibration: Calibration) -> str | None:
-    """Return the SHA-256 of the file that holds a text; None where none does. Raises what `check_text` does."""
+    """Return the SHA-256 of the file that holds a text; None if none does. Raises as `check_text` does."""
     check_text(calibration)
     path = expand_home(calibration.text)
     with _explain_failures(path):
@@ -344,7 +344,7 @@ _FORM = {
 def load_or_make_text(path: Path, make: Callable[[], CalibrationText]) -> CalibrationText:
     """Return the text of a calibration that a file holds; else make it, and store it there.
 
-    A damaged file is replaced. Raises what `make` does, and OutputError if the text cannot be written.
+    A damaged file is replaced. Raises as `make` does, and OutputError if the text cannot be written.
     """
     text = _load(path)
     if text is None:

@@ -197,7 +197,7 @@ def run_text(
     advance: Advance,
 ) -> None:
     """Run a text through a model in a walk for each visitor; as a whole, in memory, where its blocks cannot be run one
-    by one. Raises what `walk` does, but BlockwiseUnsupported.
+    by one. Raises as `walk` does, but BlockwiseUnsupported.
 
     `make` gives the visitors of a model, who may work with a pool, and is told whether it runs as a whole; `why` says
     what takes so much memory where there is not enough. `advance` is called with the visitors' modules that have

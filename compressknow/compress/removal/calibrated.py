@@ -40,7 +40,7 @@ def complete_removal(
     until they were read. `advance` is called with the blocks that were run, and with how many there are: each once
     for the blocks to drop, and once for the neurons.
 
-    Raises what `remove`, `walk` and `fit_down` do.
+    Raises as `remove`, `walk` and `fit_down` do.
     """
     recipe, removal = plan.recipe, plan.removal
     assert removal is not None

@@ -41,8 +41,8 @@ class DroppedNeurons:
 def select_neurons(step: DropNeurons, settings: Config, structure: Structure) -> list[DroppedNeurons]:
     """Select the settings and networks of which a step drops neurons.
 
-    Raises UnsupportedError where no setting is the width of the feed-forward blocks alone, or their layers are not
-    plain Linears; UsageError where the amount would drop none or all, or where the step's scope names a side that the
+    Raises UnsupportedError if no setting is the width of the feed-forward blocks alone, or their layers are not
+    plain Linears; UsageError if the amount would drop none or all, or where the step's scope names a side that the
     model lacks, or one of two that have one width.
     """
     linears = {w.parameter: w for w in structure.linears if w.group == "feed-forward" and w.layer is not None}

@@ -73,7 +73,7 @@ def remove(
     shapes are as a rule the same.
 
     Raises UsageError for a block that does not exist, all blocks, all neurons or none, a side that the model lacks, or
-    two steps that drop the same; UnsupportedError where the config of the model cannot say what would be left.
+    two steps that drop the same; UnsupportedError if the config of the model cannot say what would be left.
     """
     left = Removal(checkpoint, tree, original=(checkpoint, tree), wide=(checkpoint, tree))
     for step in recipe.removals:
@@ -159,8 +159,8 @@ def choose_blocks(similarities: Sequence[float], number: int) -> tuple[int, ...]
 
 
 def _select_stacks(step: DropBlocks, settings: Config, structure: Structure) -> tuple[Stack, ...]:
-    """Select the stacks that a step drops blocks of. Raises UnsupportedError where no setting of the config counts
-    blocks, UsageError where the step's scope names a side that the model does not have."""
+    """Select the stacks that a step drops blocks of. Raises UnsupportedError if no setting of the config counts
+    blocks, UsageError if the step's scope names a side that the model does not have."""
     stacks = [stack for stack in find_stacks(settings) if _list_sides(stack, structure)]
     if not stacks:
         shared = any(weight.uses > 1 for weight in structure.linears)
@@ -189,7 +189,7 @@ def _drop_blocks(
     checkpoint: Checkpoint, settings: Config, stacks: Iterable[Stack]
 ) -> tuple[Checkpoint, PreTrainedModel, dict[str, str]]:
     """Leave blocks out; return the smaller checkpoint, its module tree, and the tensors' former names by the new ones.
-    Raises UnsupportedError where what is left would not be what these blocks were."""
+    Raises UnsupportedError if what is left would not be what these blocks were."""
     whole = settings.whole
     remaining: dict[str, tuple[int, ...]] = {}
     for stack in stacks:

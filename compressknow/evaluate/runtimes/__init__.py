@@ -74,9 +74,9 @@ class Runtime(abc.ABC):
     family : ``masked``, ``causal`` or ``seq2seq``.
     architecture : its name for that of the model: a class of transformers, say.
     computed_in : what the model is run in, such as ``float32``.
-    vocabulary : a short hash of the model's tokens and their ids; None where they are not known.
-    parameters : how many the model has; None where that is not known.
-    language_model : the model as transformers has it, for what only that can run; None where another runtime runs it.
+    vocabulary : a short hash of the model's tokens and their ids; None if they are not known.
+    parameters : how many the model has; None if that is not known.
+    language_model : the model as transformers has it, for what only that can run; None if another runtime runs it.
     gives_scores : whether it chooses among candidates by log-probabilities; else answers are what it writes.
     sha256 : of a model on a server, which shows no files, by what it answers; None of others.
     """
@@ -93,7 +93,7 @@ class Runtime(abc.ABC):
 
     @abc.abstractmethod
     def __init__(self, located: LocatedModel, settings: Settings) -> None:
-        """Load a model; `settings` are those of `resolve_settings`. Raises CompressknowError where it cannot be run."""
+        """Load a model; `settings` are those of `resolve_settings`. Raises CompressknowError if it cannot be run."""
 
     @classmethod
     @abc.abstractmethod
@@ -116,10 +116,10 @@ class Runtime(abc.ABC):
 
     @abc.abstractmethod
     def make_scorer(self, probe: Probe) -> Scorer:
-        """Return what answers a probe's facts. Raise CompressknowError where nothing can."""
+        """Return what answers a probe's facts. Raise CompressknowError if nothing can."""
 
     def make_reader(self) -> TextReader:
-        """Return the causal model as a reader of text. Raise UnsupportedError where not all probabilities are given."""
+        """Return the causal model as a reader of text. Raise UnsupportedError if not all probabilities are given."""
         raise UnsupportedError(
             f"text: cannot be evaluated on {self.architecture}: what runs it does not give all tokens' probabilities.",
             hint="Evaluate it on facts: atlas, lama:..., bear, facts:... and hf:....",

@@ -85,7 +85,7 @@ class Client:
         return self._request("GET", path, None, form)
 
     def post(self, path: str, content: Mapping[str, Any], form: Any) -> Any:
-        """Return the JSON that the server answers to `content`, in that form. Raises what `get` does."""
+        """Return the JSON that the server answers to `content`, in that form. Raises as `get` does."""
         return self._request("POST", path, content, form)
 
     def close(self) -> None:
@@ -123,7 +123,7 @@ class Client:
         raise AssertionError
 
     def _read_body(self, path: str, response: requests.Response) -> bytes:
-        """Read a body. Raise TimeoutError where all of it takes longer than requests waits for a part of it."""
+        """Read a body. Raise TimeoutError if all of it takes longer than requests waits for a part of it."""
         end, body = time.monotonic() + self._timeout, bytearray()
         while piece := response.raw.read1(PIECE, decode_content=True):
             if time.monotonic() > end:

@@ -109,13 +109,13 @@ class ServedModel(abc.ABC):
         return list(prompt)
 
     def check_logp(self, value: float | None) -> float:
-        """Check a log-probability. Raise CompressknowError where it is none: a server that lies is not believed."""
+        """Check a log-probability. Raise CompressknowError if it is none: a server that lies is not believed."""
         if value is None or not LEAST <= value <= ABOVE:
             raise self.make_error(f"holds {value}, which is not a log-probability")
         return min(float(value), 0.0)
 
     def check_token(self, number: int) -> int:
-        """Check the id of a token. Raise CompressknowError where it can be none."""
+        """Check the id of a token. Raise CompressknowError if it can be none."""
         if not 0 <= number < 1 << 31:
             raise self.make_error(f"holds {number} for a token")
         return number
@@ -170,7 +170,7 @@ class LlamaServer(ServedModel):
         return FirstToken(logp, texts, whole=len(logp) >= self._vocabulary)
 
     def _request_step(self, prompt: Ids, forced: int, count: int) -> Mapping[str, Any] | None:
-        """Return what is told of the next position, where the server writes the token `forced`: None where that token
+        """Return what is told of the next position, where the server writes the token `forced`: None if that token
         ends in the middle of a letter, of which the server tells nothing."""
         how = {"n_predict": 1, "n_probs": count, "logit_bias": [[forced, FORCE]], "temperature": 0}
         how["response_fields"] = ["completion_probabilities", "content"]
@@ -286,7 +286,7 @@ def _mend(text: str) -> str:
 
 def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> ServedModel:
     """Find out the kind of server, by what it tells of itself and, of one that tells nothing, one completion. `listed`
-    is what ``/v1/models`` says of the model. Raises CompressknowError where the server completes no text."""
+    is what ``/v1/models`` says of the model. Raises CompressknowError if the server completes no text."""
     # A router with several models passes it on; of itself it says 0.
     if about := _request_about(client, f"/props?model={quote(model, safe='')}", _PROPS):
         longest = about["default_generation_settings"]["n_ctx"] or None
@@ -310,7 +310,7 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
 
 
 def _request_about(client: Client, path: str, form: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a server tells of itself in that form; nothing where it does not."""
+    """Return what a server tells of itself in that form; nothing if it does not."""
     try:
         return dict(client.get(path, form))
     except RequestRefused as refused:

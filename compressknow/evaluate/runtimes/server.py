@@ -179,13 +179,13 @@ MODELS = {"data": [{"id": str, "meta?": (dict, None), "owned_by?": (str, None), 
 
 
 def connect(url: str, settings: Settings) -> ServedModel:
-    """Find out which model a server has, and what it tells of it. Raises what `choose_model` and `detect_server` do."""
+    """Find out which model a server has, and what it tells of it. Raises as `choose_model` and `detect_server` do."""
     client = Client(url, timeout=settings.timeout, parallel=settings.parallel)
     return detect_server(client, *choose_model(client, settings.model))
 
 
 def choose_model(client: Client, named: str | None) -> tuple[str, Mapping[str, Any]]:
-    """Return the model's name on the server, and what ``/v1/models`` says of it. Raises UsageError where the server has
+    """Return the model's name on the server, and what ``/v1/models`` says of it. Raises UsageError if the server has
     several and none is named, or has none of that name."""
     try:
         rows = client.get("/v1/models", MODELS)["data"]

@@ -38,7 +38,7 @@ Encoded = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prefix:
-    """Batch of texts that a decoder has read: ids [batch, tokens], keys and values of these tokens, or None where the
+    """Batch of texts that a decoder has read: ids [batch, tokens], keys and values of these tokens, or None if the
     architecture keeps none that can be split by rows, and what a forward pass takes of an encoder."""
 
     ids: torch.Tensor

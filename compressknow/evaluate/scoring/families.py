@@ -277,7 +277,7 @@ class Seq2SeqScorer(DecodingScorer):
 
     @cached_property
     def _sentinels(self) -> Ids:
-        """Return the sentinels before and after an answer; empty where the mask token stands for a blank."""
+        """Return the sentinels before and after an answer; empty if the mask token stands for a blank."""
         sentinels = find_sentinels(self.tokenizer)[:2]
         if not sentinels and self.tokenizer.mask_token is None:
             raise UnsupportedError(
@@ -297,8 +297,8 @@ class Seq2SeqScorer(DecodingScorer):
 
 
 def make_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:
-    """Return the scorer of a model family: ``masked``, ``causal`` or ``seq2seq``. Raises CheckpointError where the
-    tokenizer does not fit the model, UnsupportedError where it cannot fill blanks."""
+    """Return the scorer of a model family: ``masked``, ``causal`` or ``seq2seq``. Raises CheckpointError if the
+    tokenizer does not fit the model, UnsupportedError if it cannot fill blanks."""
     rows, size = count_embedding_rows(model), len(tokenizer)
     # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.
     unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens

@@ -49,7 +49,7 @@ class Ranking:
         return float(np.fmin(bar, sum_logs(known) + math.log(TAIL / len(self.scores))) if self.summed else bar)
 
     def compute_total(self) -> float | None:
-        """Return the logarithm of the sum of all candidates' probabilities, short of `TAIL` of it at most; None where
+        """Return the logarithm of the sum of all candidates' probabilities, short of `TAIL` of it at most; None if
         that is not known. Which candidates are finished depends on their scores alone, so that it is the same in any
         batch."""
         return sum_logs(self.scores[self.finished]) if self.summed or self.finished.all() else None

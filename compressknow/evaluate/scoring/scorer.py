@@ -164,7 +164,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def encode_prompt(self, fact: Fact) -> Ids:
-        """Return what the model reads first. Raise CompressknowError where a prompt cannot be used at all."""
+        """Return what the model reads first. Raise CompressknowError if a prompt cannot be used at all."""
 
     @abstractmethod
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
@@ -344,7 +344,7 @@ class Scorer(ABC):
 
     @cached_property
     def allowed(self) -> NDArray[np.int64] | None:
-        """Return the ids that may be answered, ascending, [allowed]; None where all may."""
+        """Return the ids that may be answered, ascending, [allowed]; None if all may."""
         return np.array(sorted(self.words), dtype=np.int64) if self.probe.vocabulary == "words" else None
 
     @cached_property

@@ -81,13 +81,13 @@ class Task(ABC):
         """Return the answers of a model, and the task's entry in ``probe.json``."""
 
     def check_family(self, family: str) -> None:  # noqa: B027
-        """Raise UnsupportedError where it cannot evaluate models of a family: ``masked``, ``causal`` or ``seq2seq``."""
+        """Raise UnsupportedError if it cannot evaluate models of a family: ``masked``, ``causal`` or ``seq2seq``."""
 
     def check_data(self) -> None:  # noqa: B027
-        """Raise CompressknowError where what it is made of cannot be had or read, as `run` does."""
+        """Raise CompressknowError if what it is made of cannot be had or read, as `run` does."""
 
     def list_names(self) -> list[str] | None:
-        """Return the domains and relations of its answers; None where only its run tells them."""
+        """Return the domains and relations of its answers; None if only its run tells them."""
         return None
 
 
@@ -100,10 +100,10 @@ class ProbeSource(ABC):
     Attributes
     ----------
     help : one line for ``--help``: which facts these are.
-    form : what follows the name and a colon, in capitals as in ``FILE.jsonl``; empty where the name stands alone.
+    form : what follows the name and a colon, in capitals as in ``FILE.jsonl``; empty if the name stands alone.
     parts : all that may follow, in lower case, where that is one of a few names: those of LAMA's sets.
     takes : the fields of `Options` that it reads, besides `limit` and `seed`.
-    protocols : what ``--protocol`` may choose, in lower case, the default first; empty where it has one way alone.
+    protocols : what ``--protocol`` may choose, in lower case, the default first; empty if it has one way alone.
     folders : where ``--data`` names a folder of several sets, the names that the set's own folder may have in there.
     origin : where its data can be downloaded, for the message that it is missing.
     held_out : whether some of its items can be held out, as a search does: of facts they can, of a `Task` they cannot.
@@ -133,7 +133,7 @@ class ProbeSource(ABC):
         part : what the user wrote after the colon, one of `parts` if there are any: ``trex``.
         options : `limit` and `seed` are of interest for tasks alone: facts are sampled afterwards.
 
-        Raises UsageError where there is no such thing, where its data is missing or damaged, or where an option makes
+        Raises UsageError if there is no such thing, where its data is missing or damaged, or where an option makes
         no sense. Its message goes to the user.
         """
 
@@ -200,7 +200,7 @@ def open_all(names: Sequence[str], options: Options) -> list[Opened]:
 
 
 def find_source(name: str) -> ProbeSource | None:
-    """Return the source of the probe of that name; None where there is none, or none that can be used here."""
+    """Return the source of the probe of that name; None if there is none, or none that can be used here."""
     try:
         return PROBES[_split_name(name)[0]]
     except CompressknowError:
@@ -273,7 +273,7 @@ def _open_by_name(name: str, options: Options) -> Opened:
 
 
 def _open_in_wordings(full: str, name: str, source: ProbeSource, options: Options) -> Probe:
-    """Open the probe in the first wordings. Raise UsageError where its source has none, or too few."""
+    """Open the probe in the first wordings. Raise UsageError if its source has none, or too few."""
     if "template" not in source.takes:
         several = [name for name, each in list_usable() if "template" in each.takes]
         raise UsageError(
@@ -309,7 +309,7 @@ def _takes(source: ProbeSource, field: str) -> bool:
 
 
 def _check_opened(kind: str, name: str, opened: object) -> None:
-    """Raise CompressknowError where what a source gives cannot be evaluated."""
+    """Raise CompressknowError if what a source gives cannot be evaluated."""
     if not isinstance(opened, Opened):
         raise PROBES.incompatible(kind, f"It gives a {type(opened).__name__}, not a Probe, Task or RunningText.")
     if isinstance(opened, Probe) and not opened.facts:

@@ -22,7 +22,7 @@ _HALF = re.compile(rb"\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]", re.
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yield (number of the line, its object) or, where a line holds none, (number, what is wrong and in which column).
-    Raises UsageError where the file cannot be read."""
+    Raises UsageError if the file cannot be read."""
     try:
         # Lines end at "\n" alone: JSON texts may hold U+2028 and the like, at which str.splitlines would break them.
         for number, line in enumerate(read_lines(path), start=1):
@@ -35,7 +35,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yield (line number, row) of a CSV file with a header, as `read_json_lines` does: empty cells are left out,
-    `candidates` are parted by ``|``, `popularity` is a number. Raises UsageError where the file cannot be read."""
+    `candidates` are parted by ``|``, `popularity` is a number. Raises UsageError if the file cannot be read."""
     lines = (line.removeprefix(codecs.BOM_UTF8).decode("utf-8") + "\n" for line in read_lines(path))
     table = csv.DictReader(lines, strict=True, skipinitialspace=True)
     try:

@@ -320,7 +320,7 @@ class Text(ProbeSource):
         return Path(text).suffix.lower() in (".txt", ".raw")
 
     def open(self, name: str, part: str, options: Options) -> RunningText:
-        """Open the text of a file. Raise UsageError where there is none, where it is empty, or no text in UTF-8."""
+        """Open the text of a file. Raise UsageError if there is none, where it is empty, or no text in UTF-8."""
         path = expand_home(part)
         hint = "text: is followed by the path of a text in UTF-8."
         try:

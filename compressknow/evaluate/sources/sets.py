@@ -92,7 +92,7 @@ class Atlas(ProbeSource):
 def read_atlas(template: int = 1) -> Probe:
     """Read all facts of the package. A relation's candidates are its distinct objects in alphabetical order.
 
-    `template` chooses one of each relation's templates, counted from 1. Raises UsageError where there is none of that
+    `template` chooses one of each relation's templates, counted from 1. Raises UsageError if there is none of that
     number.
     """
     entries = [each for each in (files("compressknow.evaluate") / "atlas").iterdir() if each.name.endswith(".json")]

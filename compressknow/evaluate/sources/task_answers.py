@@ -32,7 +32,7 @@ def collect_answers(
 ) -> tuple[list[Answer], Counter[str], dict[str, str], Counter[int]]:
     """Return the answers to the items of lm-eval's task objects; what was dropped, by reason; {name of a task: its
     metric that says right or wrong, as lm-eval's results name it: ``acc,none``}; and how often each place is right.
-    Raises UnsupportedError where a task has no figure that says right or wrong item by item."""
+    Raises UnsupportedError if a task has no figure that says right or wrong item by item."""
     answers: list[Answer] = []
     dropped, golds = Counter[str](), Counter[int]()
     metrics = {}

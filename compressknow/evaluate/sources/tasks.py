@@ -99,7 +99,7 @@ class LmEvalTask(Task):
     ----------
     name, task : as the user names it, ``lm-eval:boolq``, and as lm-eval does.
     include : the folder of the task's YAML, the shipped one or the user's; None for lm-eval's own tasks.
-    data : the folder of the local files that the YAML names; None where it names none.
+    data : the folder of the local files that the YAML names; None if it names none.
     limit : only the first so many items of each task, as lm-eval takes them; None for all.
     seed : for the examples in prompts and for answers that are sampled.
     """
@@ -172,7 +172,7 @@ class LmEvalTask(Task):
 
 
 def _find_data(name: str, entry: Any, places: list[Path]) -> Path | None:
-    """Return the folder that holds the files that the YAML of a task folder names; None where it names none."""
+    """Return the folder that holds the files that the YAML of a task folder names; None if it names none."""
     files = list(list_data_files(entry).values())
     if not files:
         return None
@@ -215,7 +215,7 @@ def _is_part(name: Path) -> bool:
 
 
 def find_entry(folder: Path, task: str) -> Any:
-    """Return the entry of a task in lm-eval's index of a folder: `cfg`, `kind`, `yaml_path`. None where it has none."""
+    """Return the entry of a task in lm-eval's index of a folder: `cfg`, `kind`, `yaml_path`. None if it has none."""
     return _read_index(folder).task_index.get(task)
 
 
@@ -268,7 +268,7 @@ def _find_local_data(name: str) -> list[Path]:
 
 def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
     """Build lm-eval's task objects, with their data: {"tasks": {NAME: task}, ...}. `folder` is for files of this run.
-    Raises CompressknowError where the data cannot be had or read, UnsupportedError for tasks that would fail only after
+    Raises CompressknowError if the data cannot be had or read, UnsupportedError for tasks that would fail only after
     the model has answered."""
     try:
         if task.include is None:
@@ -380,7 +380,7 @@ def _evaluate(loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any])
 
 
 def _run_lm_eval(lm: Any, task: LmEvalTask, built: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return lm-eval's results, each item's among them. Raise CompressknowError where an item cannot be evaluated."""
+    """Return lm-eval's results, each item's among them. Raise CompressknowError if an item cannot be evaluated."""
     from lm_eval import evaluate
 
     # Not `simple_evaluate`: it starts git and other programs, whose complaints would be seen. Its settings are these.

@@ -55,7 +55,7 @@ def _parse(value: float | str, *, strict: bool) -> Gate:
 
 
 def check_gates(gates: Sequence[Gate], *, strict: bool = False, early: bool = False, models: int = 1) -> None:
-    """Raise UsageError where `strict` or `early` have no gate to decide, or one that cannot be decided early."""
+    """Raise UsageError if `strict` or `early` have no gate to decide, or one that cannot be decided early."""
     if not gates and (strict or early):
         option = "--strict" if strict else "--early"
         raise UsageError(f"{option} needs a gate.", hint=f"Add --fail-under SHARE, or leave out {option}.")
@@ -84,8 +84,8 @@ def hold_to_gates(result: object, card: Card) -> None:
 
     Where it is strict, a model whose interval reaches to both sides of a gate has neither met nor missed it.
 
-    Raises GateNotMet where a model keeps less, or where the original knew nothing that could be kept; GateUndecided
-    where that cannot be told of one and all others meet it; UsageError where no facts were evaluated.
+    Raises GateNotMet if a model keeps less, or where the original knew nothing that could be kept; GateUndecided
+    if that cannot be told of one and all others meet it; UsageError if no facts were evaluated.
     """
     if not card.gates:
         return
@@ -222,7 +222,7 @@ def recommend_model(
     within: int | None = None,
     broken: Collection[int] = (),
 ) -> Recommendation | None:
-    """Choose the smallest model that keeps enough; None where they were not evaluated on the same facts, or none knows
+    """Choose the smallest model that keeps enough; None if they were not evaluated on the same facts, or none knows
     any.
 
     The gates say what is enough. Without them it is what rounding alone keeps, as far as both intervals tell; where

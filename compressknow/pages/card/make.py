@@ -134,7 +134,7 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
 
 
 def read_model_facts(record: ModelRecord) -> ModelRecord:
-    """Return the model of a ``probe.json``, fit to be shown. Raises CompressknowError where it says too little."""
+    """Return the model of a ``probe.json``, fit to be shown. Raises CompressknowError if it says too little."""
     required = _REQUIRED if is_on_server(record) else (*_REQUIRED, *_OF_FILES)
     missing = [key for key in required if getattr(record, key) is None]
     if missing:
@@ -321,7 +321,7 @@ def _describe_limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
 
 
 def _check_comparable(original: Answers, compressed: Answers) -> None:
-    """Raise CompressknowError where models cannot be set side by side fact by fact."""
+    """Raise CompressknowError if models cannot be set side by side fact by fact."""
     before, after = original.record.model, compressed.record.model
     shared = [original.record.probes[name] for name in original.probes if name in compressed.probes]
     # Bits per byte of a text compare whatever its tokens are; and so do texts where another runtime than transformers

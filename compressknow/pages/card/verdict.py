@@ -94,7 +94,7 @@ def _write_kept(name: str, counts: Counts, interval: str, p: float | None) -> st
 
 
 def describe_power(counts: Counts, certainty: Certainty) -> str:
-    """Say which loss so many facts show, and how many facts it takes for a small one; nothing where that is not known.
+    """Say which loss so many facts show, and how many facts it takes for a small one; nothing if that is not known.
 
     >>> describe_power(Counts(both=185), Certainty(smallest_loss=0.0424, facts_for_two=394))
     'A net loss under 4.2 % of these 185 may go unseen; 400 known facts would show 2 %.'
@@ -113,7 +113,7 @@ def describe_power(counts: Counts, certainty: Certainty) -> str:
 
 
 def describe_early(early: EarlyStop | None) -> str:
-    """Say how a gate was decided early, and how many facts it took; nothing where it was not.
+    """Say how a gate was decided early, and how many facts it took; nothing if it was not.
 
     >>> early = EarlyStop(0.8, 0.05, facts=64, known=40, of=4021, kept=Estimate(0.95, 0.86, 0.99), met=True)
     >>> print(describe_early(early))
@@ -144,7 +144,7 @@ def round_up(facts: int) -> str:
 
 def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None) -> str:
     """Return the sentence on several compressed models: the best, the worst, and the places of those `alike`, which no
-    test tells from the best; None where they were not evaluated on the same facts.
+    test tells from the best; None if they were not evaluated on the same facts.
     """
     name = clean(original, NAME_CHARACTERS)
     labels = label_models(comparisons)
@@ -220,7 +220,7 @@ MOST = 20_000  # facts beyond this many nobody evaluates to know a share
 
 
 def write_advice(comparison: Comparison, path: str | None = None, least: float = ENOUGH) -> str:
-    """Return the line; nothing where the numbers carry none. `path` is where the user has the model's source.
+    """Return the line; nothing if the numbers carry none. `path` is where the user has the model's source.
 
     They are held to `least`, on one side of which the interval must lie, or else to the gate that was decided early.
     """
@@ -306,7 +306,7 @@ _Change = tuple[str, Sequence[Step]]
 
 def find_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> tuple[str, Recipe] | None:
     """Return in words what a recipe that does less does otherwise, by the `relative_error` of these groups, and that
-    recipe; None where there is none."""
+    recipe; None if there is none."""
     steps = recipe.steps
     found = (
         _halve(steps, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)

@@ -89,7 +89,7 @@ def warn_of_provenance(original: ModelRecord, model: ModelRecord) -> Iterator[st
 
 
 def check_source(original: ModelRecord, model: ModelRecord) -> bool | None:
-    """Return whether a model was made from the original, or from what that was; None where it does not tell."""
+    """Return whether a model was made from the original, or from what that was; None if it does not tell."""
     hashes, others = _list_source_hashes(model), {original.sha256, *_list_source_hashes(original)}
     if not hashes or is_on_server(original):
         return None
@@ -231,7 +231,7 @@ def _describe_runtimes_part(original: Answers, compressed: Answers) -> str:
 
 
 def _have_same_tokens(original: ModelRecord, model: ModelRecord) -> bool:
-    """Return False where both vocabularies are known, and are two."""
+    """Return False if both vocabularies are known, and are two."""
     return None in (original.vocabulary, model.vocabulary) or original.vocabulary == model.vocabulary
 
 
@@ -368,7 +368,7 @@ def list_probes(comparisons: Iterable[Comparison]) -> Collection[ProbeFigures]:
 
 def estimate_rounding_kept(probes: Iterable[ProbeFigures]) -> Estimate:
     """Return the share of what the original knows that it still knows in another precision (0 to 1), with its interval:
-    it is measured on a sample. A probe counts as much as it has known facts; None where one of these has no sample."""
+    it is measured on a sample. A probe counts as much as it has known facts; None if one of these has no sample."""
     known = [probe for probe in probes if probe.counts.known_before]
     floors = [probe.noise_floor for probe in known if probe.noise_floor and probe.noise_floor.known]
     if len(floors) < len(known):
@@ -385,7 +385,7 @@ def mark_rounding(kept: float | None) -> dict[str, float]:
 
 
 def describe_mark(probes: Iterable[ProbeFigures], name: str) -> str:
-    """Say what the mark of this name shows; nothing where there is none."""
+    """Say what the mark of this name shows; nothing if there is none."""
     probes = [probe for probe in probes if probe.counts.known_before]
     kept = estimate_rounding_kept(probes).value
     if kept is None:

@@ -29,7 +29,7 @@ class Behaviour:
 
     b_against_a: Card  # A as the original: what of A's knowledge B keeps, and KL(A || B)
     a_against_b: Card
-    answers: tuple[Pair, ...]  # to facts whose top answer differs; empty where the text of facts is left out
+    answers: tuple[Pair, ...]  # to facts whose top answer differs; empty if the text of facts is left out
     warnings: tuple[str, ...]
     known: str = "recognized"  # as in `Card`
 
@@ -45,7 +45,7 @@ class CheckpointComparison(SummaryRepr):
     identical: bool
     files: tuple[str, ...]  # others than weights and config that differ, such as those of the tokenizer
     difference: CheckpointDiff | None
-    behaviour: Behaviour | None  # None where nothing was evaluated
+    behaviour: Behaviour | None  # None if nothing was evaluated
     warnings: tuple[str, ...]
     show_facts: bool
     versions: Mapping[str, str]

@@ -301,7 +301,7 @@ def sum_layers(difference: CheckpointDiff) -> dict[str, DiffSums]:
 
 
 def make_grid(difference: CheckpointDiff) -> Grid | None:
-    """Return what the heat map shows; None where no Linear weight lies in a block."""
+    """Return what the heat map shows; None if no Linear weight lies in a block."""
     sums = sum_by(difference, lambda tensor: (_name_block(tensor) or "", tensor.module) if tensor.module else None)
     if not sums:
         return None

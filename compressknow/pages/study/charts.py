@@ -70,7 +70,7 @@ def find_marks(study: Study) -> dict[str, float]:
 
 
 def _compute_mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None where there is no value, or one is not known."""
+    """Return the mean; None if there is no value, or one is not known."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -115,7 +115,7 @@ def draw_pruned_and_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar,
 def draw_methods(
     study: Study, scopes: Iterable[str], methods: Sequence[str], scheme: str | None = None
 ) -> tuple[Bar, ...]:
-    """Draw a group for each scope and amount, a bar for each method; nothing where there is one method alone."""
+    """Draw a group for each scope and amount, a bar for each method; nothing if there is one method alone."""
     groups: list[tuple[str, dict[str, StudyCell | None]]] = []
     for scope in scopes if len(methods) > 1 else ():
         by_method = {label_method(each): study.select_pruned(scope, each, scheme) for each in methods[:_MOST]}
@@ -176,7 +176,7 @@ class _Figure:
     look: str
     plotted: Callable[[Study], Sequence[Any]]  # its lines or bars, means over the probes
     means: Mapping[str, str] = field(default_factory=dict)  # the paper's figures that are means over the data sets
-    by_probe: Mapping[str, str] | None = None  # those with a plot for each data set; None where there is no such chart
+    by_probe: Mapping[str, str] | None = None  # those with a plot for each data set; None if there is no such chart
 
 
 # The captions of figures 20 to 24 name data sets and no setup. They are taken for those of pruned models, which have no

@@ -46,7 +46,7 @@ class CellComparison:
 
     @property
     def direction(self) -> int:
-        """1 where it separates the two as claimed, -1 the other way round, 0 where it does not separate them."""
+        """1 where it separates the two as claimed, -1 the other way round, 0 if it does not separate them."""
         return _get_direction(self.counts.lost - self.counts.gained, self.p_holm)
 
     @property
@@ -65,7 +65,7 @@ def _get_direction(change: float, p: float | None) -> int:
 class Bound:
     """Figure that a claim says is below a limit.
 
-    `p` is two-sided, that it is the limit itself: the interval of level 1 - p ends there. None where there is none.
+    `p` is two-sided, that it is the limit itself: the interval of level 1 - p ends there. None if there is none.
     """
 
     of: str  # what it is the figure of: a cell's key, or words

@@ -311,7 +311,7 @@ def _write_accuracy(value: float | None, in_percent: bool) -> str:
 
 
 def average_accuracy(cell: StudyCell, probe: str) -> float | None:
-    """Return that of the compressed model, averaged as the probe's protocol does; None where it was not evaluated."""
+    """Return that of the compressed model, averaged as the probe's protocol does; None if it was not evaluated."""
     return next((parts.get_headline_accuracy(p)[1].value for p in cell.comparison.probes if p.probe == probe), None)
 
 

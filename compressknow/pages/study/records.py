@@ -50,7 +50,7 @@ class StudyProbe:
     average: str  # ``micro`` or ``macro`` over relations: how the probe's protocol averages
     accuracy: float  # of the original, so averaged
     majority: float | None  # accuracy of always giving each relation's most frequent object, where there is such a one
-    chance: float | None  # expected accuracy of guessing; None where any text may be answered
+    chance: float | None  # expected accuracy of guessing; None if any text may be answered
     correct: tuple[bool, ...]  # by fact, whether the original answers it right
     relations: tuple[str, ...]  # by fact, which relation it is of
     templates: int = 1  # in how many wordings each fact was put; right if more than half of them are

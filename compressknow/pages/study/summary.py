@@ -53,7 +53,7 @@ class Cliff:
     """
 
     module: str
-    below: float | None  # the first amount at which less than `CLIFF` is kept; None where none is so low
+    below: float | None  # the first amount at which less than `CLIFF` is kept; None if none is so low
     kept: float | None  # what is kept there
     before: float  # the last amount before it; 0 is the original itself
     steepest: tuple[float, float]  # the neighbouring amounts between which most is lost for each point pruned

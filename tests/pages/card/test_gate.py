@@ -345,5 +345,5 @@ class TestDecision:
         decision = make_card(answers(sides(200)[0]), [broken, sound], within=2000).decision
         assert decision is not None
         assert decision.reason == (
-            "No model that computes numbers has at most 2.0 kB: none is recommended. The smallest, sound, has 5.0 kB."
+            "No model without NaN has at most 2.0 kB: none is recommended. The smallest, sound, has 5.0 kB."
         )

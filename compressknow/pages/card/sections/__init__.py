@@ -71,7 +71,7 @@ class Context:
 
     original: ModelRecord
     comparison: Comparison
-    measured: Mapping[str, Any]  # by probe, what the section's own `measure` gave; empty where it measures nothing
+    measured: Mapping[str, Any]  # by probe, what the section's own `measure` gave; empty if it measures nothing
     limits: Limits
 
 
@@ -236,7 +236,7 @@ def show_sections(
 
 
 def _check_part(part: Any) -> Any:
-    """Return a part with all its text plain. Raises TypeError or ValueError where it cannot be shown."""
+    """Return a part with all its text plain. Raises TypeError or ValueError if it cannot be shown."""
     for each in (part, *(part.parts if type(part) is Folded else ())):
         if type(each) not in _KINDS:
             raise TypeError(f"`parts` gives {type(each).__name__}, which is not part of a section")

@@ -129,7 +129,7 @@ class Popularity(Section):
 
 
 def chart_popularity(groups: Sequence[Group], name: str) -> Chart | None:
-    """Chart knowledge kept by popularity bin, as dots with intervals; None where fewer than two bins have any."""
+    """Chart knowledge kept by popularity bin, as dots with intervals; None if fewer than two bins have any."""
     bins = [(clean(group.name, 16), group.kept) for group in groups if group.kept.value is not None]
     if len(bins) < 2:
         return None
