@@ -244,3 +244,14 @@ def _show_controls(line: str) -> str:
 def is_seen(character: str) -> bool:
     """Return whether a character has a form of its own, or belongs to how its script is written."""
     return character.isprintable() or character in _SEEMLY
+
+
+def slugify(text: str) -> str:
+    """Return a text as a part of a folder's name.
+
+    >>> slugify("Att_GPQ 20% (int8)"), slugify("\u6700\u521d\u306e\u5c64")
+    ('att-gpq-20-int8', '\u6700\u521d\u306e\u5c64')
+    """
+    slug = re.sub(r"(?:[^\w.]|_)+", "-", text.lower()).strip("-.")
+    # Of a folder whose name gets a number and a hash: no name is longer than 255 bytes.
+    return slug.encode()[:240].decode(errors="ignore") or "cell"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.base.format import clean, count, write_percent, write_size
+from compressknow.base.format import clean, count, slugify, write_percent, write_size
 from compressknow.cli import RESUMES, explain_interrupt
 from compressknow.cli.options import (
     HOW,
@@ -120,8 +120,6 @@ def _describe_original(result: CellResult, known: str) -> Iterator[str]:
 
 
 def _describe_result(result: CellResult) -> Iterator[str]:
-    from compressknow.study.grid import slugify
-
     # The setup leaves out a scheme of 8 bits, of which a grid may have several.
     unnamed = step if (step := result.cell.quantize) and not step.is_named else None
     name = clean(f"{result.setup} ({unnamed.scheme})" if unnamed else result.setup, 200)

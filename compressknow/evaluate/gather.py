@@ -24,6 +24,7 @@ from compressknow.evaluate.records import FactsInText, ProbeEntry
 from compressknow.evaluate.run import check_unique, probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened, Options, Task, check_taken, normalize_name, open_all
+from compressknow.evaluate.sources.sets import PROTOCOLS
 from compressknow.evaluate.speed import measure
 from compressknow.evaluate.text import RunningText
 from compressknow.model.checkpoint import build_server_error, is_address
@@ -204,7 +205,9 @@ def _chose_other(entry: ProbeEntry, name: str, value: Any) -> bool:
         return bool(entry.limit != value and entry.asked > value)
     seed = None if entry.limit is None else entry.seed
     wording = (entry.source or {}).get("template")
-    return {"seed": seed, "template": wording, "templates": entry.templates or 1}.get(name) not in (None, value)
+    protocol = next((each for each, stored in PROTOCOLS.items() if stored == entry.protocol), None)
+    made = {"seed": seed, "template": wording, "templates": entry.templates or 1, "protocol": protocol}
+    return made.get(name) not in (None, value)
 
 
 def read_if_stored(model: str | Path) -> Answers | None:

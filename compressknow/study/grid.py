@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UnsupportedError, UnusedOptions, UsageError, suggest_word
+from compressknow.base.format import slugify
 from compressknow.base.reading import read_toml
 from compressknow.compress.calibrate.text import TOKENS, check_text, hash_text
 from compressknow.compress.parameters import list_options
@@ -404,14 +404,3 @@ def name_recipe(recipe: Recipe) -> str:
     if calibration.seed != usual.seed:
         parts.append(f"seed-{calibration.seed}")
     return "-".join(parts)
-
-
-def slugify(text: str) -> str:
-    """Return a text as a part of a folder's name.
-
-    >>> slugify("Att_GPQ 20% (int8)"), slugify("\u6700\u521d\u306e\u5c64")
-    ('att-gpq-20-int8', '\u6700\u521d\u306e\u5c64')
-    """
-    slug = re.sub(r"(?:[^\w.]|_)+", "-", text.lower()).strip("-.")
-    # Of a folder whose name gets a number and a hash: no name is longer than 255 bytes.
-    return slug.encode()[:240].decode(errors="ignore") or "cell"

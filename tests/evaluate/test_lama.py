@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from compressknow import Options, Settings, probe, report
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
 from compressknow.evaluate.answers import read_answers
-from tests.evaluate.layouts import DATA, lama_folder, read_lama, real_data, write_jsonl
+from tests.evaluate.layouts import DATA, lama_folder, read_lama, real_data, trex, write_jsonl
+from tests.knowing import knowing
 
 MINILM = DATA.parent / "models" / "minilm-facts"
 
@@ -55,6 +57,21 @@ def test_the_settings_of_the_two_protocols(folder: Path) -> None:
     averages = [read_lama(folder, name).average for name in ("trex", "google-re", "squad", "conceptnet")]
     assert averages == ["macro", "macro", "micro", "micro"]
     assert {read_lama(folder, name, "paper").average for name in ("trex", "squad")} == {"micro"}
+
+
+def test_answers_by_one_protocol_are_not_reported_as_those_by_the_other(folder: Path, tmp_path: Path) -> None:
+    model, settings = knowing("bert", tmp_path / "model"), Settings(noise_floor=False)
+    # A word that the model has.
+    with (folder / "common_vocab_cased.txt").open("a", encoding="utf-8") as words:
+        words.write("Velin\n")
+    write_jsonl(folder / "TREx" / "P36.jsonl", [trex("P36", "Avaland", "Velin", "a")])
+    stored = {name: tmp_path / name for name in ("lama", "paper")}
+    for name, place in stored.items():
+        probe(model, place, "lama:trex", options=Options(data=folder, protocol=name), settings=settings)
+    asked = Options(protocol="paper")
+    assert report(stored["paper"], stored["paper"], options=asked).comparisons
+    with pytest.raises(UsageError, match="`protocol` paper decides what is evaluated"):
+        report(stored["lama"], stored["lama"], options=asked)
 
 
 def test_google_re_drops_what_more_raters_reject_than_accept(folder: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from compressknow.base.format import clean, count, write_size
+from compressknow.base.format import clean, count, slugify, write_size
 from compressknow.base.notebook import Summary, Tabular
 from compressknow.comparison.intervals import run_mcnemar
 from compressknow.comparison.records import ProbeFigures, TextFigures
@@ -176,14 +176,18 @@ class Study(Tabular):
 
     def name_cells(self) -> dict[str, str]:
         """Return what to call each cell, by key: its setup, with the scheme where there are several, with its key where
-        that does not tell it from another either."""
+        that does not tell it from another either, or where the grid gives it a name."""
         several = len({cell.scheme for cell in self.cells} - {None}) > 1
         names = {cell.key: clean(cell.setup, 80) for cell in self.cells}
         for cell in self.cells:
             if several and cell.scheme and cell.scheme not in cell.setup.split():
                 names[cell.key] += f" ({clean(cell.scheme, 20)})"
         repeated = Counter(names.values())
-        return {key: f"{name} [{clean(key, 60)}]" if repeated[name] > 1 else name for key, name in names.items()}
+        named = {cell.key for cell in self.cells if not cell.key.startswith(slugify(cell.setup))}
+        return {
+            key: f"{name} [{clean(key, 60)}]" if repeated[name] > 1 or key in named else name
+            for key, name in names.items()
+        }
 
     def _rows(self) -> list[dict[str, Any]]:
         return tidy_rows(self)

@@ -223,6 +223,8 @@ def _name_best_and_worst(study: Study) -> str:
     best, worst = max(known, key=lambda pair: pair[0]), min(known, key=lambda pair: pair[0])
     if len(known) == 1:
         return f"{best[1]} keeps {share(best[0])} of what {name} knew."
+    if best[0] == worst[0]:
+        return f"Each of {count(len(known))} compressed forms of {name} keeps {share(best[0])} of what it knew."
     return (
         f"Of {count(len(known))} compressed forms of {name}, {best[1]} keeps most ({share(best[0])}) and {worst[1]} "
         f"least ({share(worst[0])})."

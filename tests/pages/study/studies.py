@@ -135,7 +135,7 @@ def _cell(cell: Cell, asked: Asked, original: Answers, family: str) -> StudyCell
         quantize=cell.scheme,  # type: ignore[arg-type]
     )
     setup, of_grid = recipe.setup, grid.Cell("", recipe)
-    key = "-".join(filter(None, [setup.lower().replace(" ", "-").replace("%", ""), cell.scheme]))
+    key = grid.name_recipe(recipe)
     in_scope = 1_000_000 * MILLIONS.get(cell.scope, 7)
     pruned, quantized = round(in_scope * (cell.amount or 0)), in_scope if cell.scheme else 0
     totals = {

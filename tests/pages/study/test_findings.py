@@ -334,4 +334,7 @@ def test_verdict_of_a_study_that_prunes_no_module_names_the_best_and_the_worst()
     assert write_verdict(made) == (
         "Of 2 compressed forms of tiny-bert, Att_GQ keeps most (90.0 %) and FF_GQ least (70.0 %)."
     )
+    assert write_verdict(study([gq(ATT, GOOD), gq(FF, GOOD)])) == (
+        "Each of 2 compressed forms of tiny-bert keeps 90.0 % of what it knew."
+    )
     assert write_verdict(study([])).startswith("Nothing can be said of what is left of tiny-bert")

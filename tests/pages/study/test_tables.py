@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ from compressknow.pages.study.pages import (
 )
 from compressknow.pages.study.records import COLUMNS, FailedCell, tidy_rows
 from tests.pages.hostile import TEXTS
-from tests.pages.study.studies import Asked, gp, gpq, gq, render_study_markdown, study, whole_grid
+from tests.pages.study.studies import Asked, gp, gpq, gq, own_grid, render_study_markdown, study, whole_grid
 
 TASKS = Asked(n=100, known=80, probes=("lm-eval:boolq", "lm-eval:piqa"), entry={"chance": 0.5, "majority": 0.621})
 
@@ -89,6 +90,20 @@ def test_cells_of_one_setup_are_told_apart() -> None:
     assert list(study(cells[:1]).name_cells().values()) == ["Att_GQ"]
 
 
+def test_a_cell_is_shown_with_the_name_that_the_grid_gives_it(tmp_path: Path) -> None:
+    cells = """
+        [[cells]]
+        name = "My favourite"
+        scope = "attention"
+        prune = 0.5
+        [[cells]]
+        scope = "feed-forward"
+        prune = 0.5
+    """
+    rows = build_cells_table(own_grid(cells, tmp_path / "grid.toml", [150, 120])).rows
+    assert [row[0] for row in rows] == ["original", "Att_GP 50% [my-favourite]", "FF_GP 50%"]
+
+
 def test_tables_behind_the_findings_have_each_comparison_and_figure() -> None:
     made = whole_grid()
     found = evaluate_findings(made)[0]
@@ -113,10 +128,10 @@ def test_tidy_table_is_one_row_a_cell_and_probe() -> None:
     made = study([gp("attention", 0.4, {*range(70), 90}), gq("overall", range(40))], "causal", TASKS)
     rows = tidy_rows(made)
     assert [(row["key"], row["probe"]) for row in rows] == [
-        ("att_gp-40", "lm-eval:boolq"),
-        ("att_gp-40", "lm-eval:piqa"),
-        ("overall_gq-int8-paper", "lm-eval:boolq"),
-        ("overall_gq-int8-paper", "lm-eval:piqa"),
+        ("att-gp-40", "lm-eval:boolq"),
+        ("att-gp-40", "lm-eval:piqa"),
+        ("overall-gq-int8-paper", "lm-eval:boolq"),
+        ("overall-gq-int8-paper", "lm-eval:piqa"),
     ]
     # Beside them those of the recipes' settings.
     assert all([name for name in row if name in COLUMNS] == list(COLUMNS) for row in rows)
