@@ -22,8 +22,8 @@ from compressknow.model.meta import build_whole_config, rebuild_model
 
 Keys = tuple[str, ...]
 Shapes = dict[str, tuple[int, ...]]
-# Lists that may be as long as a model has blocks, and say nothing of them.
-NOT_PER_BLOCK = re.compile(r"(^|_)(ids?|tokens?|architectures|labels?|languages?)($|_)")
+# Lists that may be as long as a model has blocks, and say nothing of them: Mamba 2's range of time steps is a pair.
+NOT_PER_BLOCK = re.compile(r"(^|_)(ids?|tokens?|architectures|labels?|languages?|limit)($|_)|^(mlp|ssm)_multipliers$")
 # Lists of the numbers of some blocks: Zamba2's hybrid_layer_ids, Llama 4's moe_layers, LFM2's full_attn_idxs.
 BLOCK_NUMBERS = re.compile(r"(layers|(layer|block|attn)_(ids|idxs|indices|indexes))$")
 DEPTHS = {
