@@ -258,6 +258,18 @@ def test_what_cannot_be_dropped_is_refused(
     assert not any(tmp_path.iterdir())
 
 
+def test_settings_of_an_encoder_stay_as_the_decoder_loses_a_block(tmp_path: Path) -> None:
+    """LED's config, once saved, has a window for each block of its encoder, and as many blocks in its decoder."""
+    model = tiny_model("led", "LEDForConditionalGeneration")
+    model.save_pretrained(tmp_path / "in")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1-1")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["encoder_layers"], config["decoder_layers"], len(config["attention_window"])) == (1, 1, 1)
+    for stack in (model.led.encoder, model.led.decoder):
+        stack.layers = stack.layers[:1]
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("model_type", "name", "lists"), [
     ("mamba2", "Mamba2ForCausalLM", {"time_step_limit"}),
     ("falcon_h1", "FalconH1ForCausalLM", {"time_step_limit", "mlp_multipliers"}),
