@@ -30,7 +30,7 @@ from compressknow.pages.parts import Note
 from tests.compress.deep import BUILDERS, DEPTH, STACKS, deep, save_deep, without_blocks
 from tests.long import one_in
 from tests.models import _LLAMA, edit_config, load, logits, save_tiny
-from tests.zoo import tiny_config
+from tests.zoo import tiny_config, tiny_model
 
 # ModernBERT's first block has no norm before its attention: no other can take its place.
 CHOICES = ([0], [1, 2], [DEPTH - 1])
@@ -256,6 +256,35 @@ def test_what_cannot_be_dropped_is_refused(
     with pytest.raises(UsageError, match=said):
         compressknow.convert(checkpoints[name], tmp_path / "out", drop_blocks=blocks)
     assert not any(tmp_path.iterdir())
+
+
+def test_settings_of_an_encoder_stay_as_the_decoder_loses_a_block(tmp_path: Path) -> None:
+    """LED's config, once saved, has a window for each block of its encoder, and as many blocks in its decoder."""
+    model = tiny_model("led", "LEDForConditionalGeneration")
+    model.save_pretrained(tmp_path / "in")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1-1")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["encoder_layers"], config["decoder_layers"], len(config["attention_window"])) == (1, 1, 1)
+    for stack in (model.led.encoder, model.led.decoder):
+        stack.layers = stack.layers[:1]
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("model_type", "name", "lists"), [
+    ("mamba2", "Mamba2ForCausalLM", {"time_step_limit"}),
+    ("falcon_h1", "FalconH1ForCausalLM", {"time_step_limit", "mlp_multipliers"}),
+])  # fmt: skip
+def test_a_pair_of_numbers_is_no_list_of_two_blocks(
+    tmp_path: Path, model_type: str, name: str, lists: set[str]
+) -> None:
+    model = tiny_model(model_type, name)
+    model.save_pretrained(tmp_path / "in")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1-1")
+    before, after = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("in", "out"))
+    assert all(len(before[key]) == 2 and after[key] == before[key] for key in lists)
+    base = model.base_model
+    base.layers = base.layers[:1]
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), rtol=1e-5, atol=1e-5)
 
 
 def test_shared_blocks_cannot_be_dropped(tmp_path: Path) -> None:

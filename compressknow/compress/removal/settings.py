@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import getitem
 from pathlib import Path
@@ -22,8 +22,8 @@ from compressknow.model.meta import build_whole_config, rebuild_model
 
 Keys = tuple[str, ...]
 Shapes = dict[str, tuple[int, ...]]
-# Lists that may be as long as a model has blocks, and say nothing of them.
-NOT_PER_BLOCK = re.compile(r"(^|_)(ids?|tokens?|architectures|labels?|languages?)($|_)")
+# Lists that may be as long as a model has blocks, and say nothing of them: Mamba 2's range of time steps is a pair.
+NOT_PER_BLOCK = re.compile(r"(^|_)(ids?|tokens?|architectures|labels?|languages?|limit)($|_)|^(mlp|ssm)_multipliers$")
 # Lists of the numbers of some blocks: Zamba2's hybrid_layer_ids, Llama 4's moe_layers, LFM2's full_attn_idxs.
 BLOCK_NUMBERS = re.compile(r"(layers|(layer|block|attn)_(ids|idxs|indices|indexes))$")
 DEPTHS = {
@@ -101,7 +101,8 @@ class Stack:
     """Blocks that one setting counts: its `keys`, its `count`, and the `lists` of modules that have a block each.
 
     `dropped` are those that go, by their numbers before, and `similarities` those of all blocks, if they decided it
-    (see `choose_blocks`). As long as `is_decided` is False, other blocks may be dropped instead.
+    (see `choose_blocks`). As long as `is_decided` is False, other blocks may be dropped instead. `has_settings` is
+    False where lists with an entry per block are those of another stack, as deep as this one (LED's windows).
     """
 
     keys: Keys
@@ -110,6 +111,7 @@ class Stack:
     dropped: tuple[int, ...] = ()
     similarities: tuple[float, ...] = ()
     is_decided: bool = True
+    has_settings: bool = True
 
     @property
     def name(self) -> str:
@@ -124,7 +126,7 @@ class Stack:
         block, and new numbers in lists of blocks."""
         config, remaining = copy.deepcopy(config), self.remaining
         level = reduce(getitem, self.keys[:-1], config)
-        for key, value in level.items():
+        for key, value in level.items() if self.has_settings else ():
             if not isinstance(value, (list, tuple)):
                 continue
             if BLOCK_NUMBERS.search(key) and self._are_numbers(value):
@@ -162,13 +164,15 @@ def find_stacks(settings: Config) -> tuple[Stack, ...]:
 
 def _find_counted(settings: Config, keys: Keys, count: int) -> Stack | None:
     """Find the stack that loses its last block, while nothing else changes, if a setting is one less."""
-    smaller = settings.try_config(Stack(keys, count, (), dropped=(count - 1,)).cut(settings.whole))
-    if smaller is None or any(settings.shapes.get(name) != shape for name, shape in smaller.items()):
-        return None
-    places = [parse_block(name) for name in settings.shapes if name not in smaller]
-    if not places or not all(place and place[1] == count - 1 for place in places):
-        return None
-    return Stack(keys, count, tuple(dict.fromkeys(place[0] for place in places if place)))
+    for has_settings in (True, False):
+        stack = Stack(keys, count, (), has_settings=has_settings)
+        smaller = settings.try_config(replace(stack, dropped=(count - 1,)).cut(settings.whole))
+        if smaller is None or any(settings.shapes.get(name) != shape for name, shape in smaller.items()):
+            continue
+        places = [parse_block(name) for name in settings.shapes if name not in smaller]
+        if places and all(place and place[1] == count - 1 for place in places):
+            return replace(stack, lists=tuple(dict.fromkeys(place[0] for place in places if place)))
+    return None
 
 
 # By parameter with rows or columns for the neurons of feed-forward blocks: the axis, and how many it has per neuron:
