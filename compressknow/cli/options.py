@@ -6,6 +6,7 @@ comes before the file; in the file, the table of a command before what stands ab
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import textwrap
@@ -19,7 +20,7 @@ import click
 
 from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
 from compressknow.base.files import expand_home
-from compressknow.base.reading import read_toml
+from compressknow.base.reading import TABLE_OF_OPTIONS, read_bytes, read_toml
 
 if TYPE_CHECKING:
     from compressknow.compress.parameters import Option as DeclaredOption
@@ -456,11 +457,12 @@ def _find_file(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Return the options in a file; None where a `PROJECT` has none. What is wrong with that is other tools' to say."""
+    """Return the options in a file; None where a `PROJECT` has none. What is wrong with that is other tools' to say,
+    unless it has a table for us: a gate that stands there must not be passed over."""
     try:
         values = read_toml(file)
     except (ValueError, OSError) as error:
-        if file.name == PROJECT:
+        if file.name == PROJECT and not _names_our_table(file):
             return None
         raise UsageError(f"{file} cannot be read.", why=str(error), hint="Mend it, or remove it.") from None
     if file.name == FILE:
@@ -468,6 +470,12 @@ def _read(file: Path) -> dict[str, Any] | None:
     tools = values.get("tool")
     own = tools.get("compressknow") if isinstance(tools, dict) else None
     return own if isinstance(own, dict) else None
+
+
+def _names_our_table(file: Path) -> bool:
+    with contextlib.suppress(ValueError, OSError):
+        return b"[tool.compressknow" in read_bytes(file, TABLE_OF_OPTIONS)
+    return False
 
 
 def _write_as_words(value: Any, option: click.Option, file: Path) -> Any:
