@@ -161,7 +161,7 @@ def _run(command: click.Command, args: list[str] | None) -> int:
         return _report_interrupt(stop, int(str(stop.code)))
     except OSError as error:
         return _report_os_error(error)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         return _report_missing(error)
     except BaseException as error:
         if is_out_of_memory(error):
@@ -180,10 +180,13 @@ def _report_interrupt(stop: BaseException, code: int) -> int:
     return code
 
 
-def _report_missing(error: ModuleNotFoundError) -> int:
-    """Name the missing library."""
+def _report_missing(error: ImportError) -> int:
+    """Name a library that every command needs, or one that another library needs."""
+    if (error.path or "").endswith((".so", ".pyd")):
+        hint = "Install it again, or what it needs of the system; or use a machine with more memory."
+        return _report_failure(f"A compiled library cannot be loaded: {error}", hint)
     module = (error.name or "").partition(".")[0]
-    if module in ("", "compressknow"):
+    if module in ("", "compressknow") or not isinstance(error, ModuleNotFoundError):
         return _report_bug(error)
     return _report_failure(build_not_installed(module).what)
 

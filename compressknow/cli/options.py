@@ -6,6 +6,7 @@ the file the table of a command over the keys above all tables.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import textwrap
@@ -19,7 +20,7 @@ import click
 
 from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
 from compressknow.base.files import expand_home
-from compressknow.base.reading import read_toml
+from compressknow.base.reading import TABLE_OF_OPTIONS, read_bytes, read_toml
 
 if TYPE_CHECKING:
     from compressknow.compress.parameters import Option as DeclaredOption
@@ -454,11 +455,12 @@ def _find_file(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Return the options in a file; None if a `PROJECT` has none, or cannot be read: other tools report that."""
+    """Return the options in a file; None if a `PROJECT` has none, or cannot be read, which other tools report. One that
+    cannot be read but names our table is an error: a gate that stands there must not be passed over."""
     try:
         values = read_toml(file)
     except (ValueError, OSError) as error:
-        if file.name == PROJECT:
+        if file.name == PROJECT and not _names_our_table(file):
             return None
         raise UsageError(f"{file} cannot be read.", why=str(error), hint="Correct it, or remove it.") from None
     if file.name == FILE:
@@ -466,6 +468,12 @@ def _read(file: Path) -> dict[str, Any] | None:
     tools = values.get("tool")
     own = tools.get("compressknow") if isinstance(tools, dict) else None
     return own if isinstance(own, dict) else None
+
+
+def _names_our_table(file: Path) -> bool:
+    with contextlib.suppress(ValueError, OSError):
+        return b"[tool.compressknow" in read_bytes(file, TABLE_OF_OPTIONS)
+    return False
 
 
 def _format_value(value: Any, option: click.Option, file: Path) -> Any:

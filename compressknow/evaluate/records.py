@@ -65,7 +65,7 @@ class NoiseFloor:
         no room for that, or the tokens are others.
     computed_in : that precision, or the runtime and its build.
     read_otherwise : prompts that the runtime splits into other tokens than the model's own tokenizer; None for
-         a precision.
+        a precision.
     produced : the same where known means produced; None if the model cannot write.
     """
 

@@ -226,6 +226,12 @@ def test_what_is_wrong_with_a_pyproject_is_other_tools_to_say(project: Path, tex
     assert called()[0]["limit"] is None
 
 
+def test_a_broken_pyproject_that_has_our_table_is_not_passed_over(project: Path) -> None:
+    (project / "pyproject.toml").write_text("<<<<<<< HEAD\n[tool.compressknow.report]\nfail-under = 0.9\n")
+    with pytest.raises(UsageError, match=r"pyproject\.toml cannot be read"):
+        called()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="folders are locked to others, not by their mode")
 def test_a_folder_above_that_may_not_be_searched_has_no_defaults(
     project: Path, monkeypatch: pytest.MonkeyPatch

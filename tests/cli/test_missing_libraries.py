@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,15 @@ def test_a_folder_of_that_name_is_no_library(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert "CompressknowError: scipy is not installed." in done.stderr
+
+
+def test_a_library_that_cannot_be_loaded_is_no_bug_of_ours(place: Path, tmp_path: Path) -> None:
+    compiled = tmp_path / f"numpy{EXTENSION_SUFFIXES[0]}"
+    compiled.write_bytes(b"cut short")
+    command = [sys.executable, "-m", "compressknow", "inspect", str(place / "llama")]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: A compiled library cannot be loaded: ")
+    assert compiled.name in done.stderr
+    assert "bug" not in done.stderr
