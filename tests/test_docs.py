@@ -24,8 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import compressknow
 from compressknow.cli import COMMANDS, cli, main
+from compressknow.comparison.records import ChangedFact
 from compressknow.compress.recipe import Recipe
+from compressknow.evaluate.records import Speed
 from compressknow.pages.card.make import make_card
+from compressknow.pages.study.summary import Cliff, Least
 from compressknow.study.grid import read_grid
 from tests.evaluate.layouts import WORDS, bear_folder, lama_folder
 from tests.long import long
@@ -287,7 +290,8 @@ def test_formats_page_names_every_key(at_home: Path) -> None:
     answers = compressknow.probe(folders[0], "answers", facts)
     card = compressknow.report(*folders, facts, output=["card.json"])
     compressknow.compare(*folders, output=["compare.json"])
-    (at_home / "grid.toml").write_text('[axes]\nscope = ["attention"]\nquantize = ["int8"]', encoding="utf-8")
+    grid = '[axes]\nscope = ["attention", "feed-forward"]\nquantize = ["int8"]'
+    (at_home / "grid.toml").write_text(grid, encoding="utf-8")
     compressknow.sweep(folders[0], "study", grid="grid.toml", probe=facts)
     manifest, report, compared, study = (
         json.loads((at_home / name).read_text(encoding="utf-8"))
@@ -298,9 +302,12 @@ def test_formats_page_names_every_key(at_home: Path) -> None:
         manifest, manifest["source"], manifest["totals"], manifest["tensors"][0],
         record, record["model"], *record["probes"].values(),
         dict.fromkeys(field.name for field in dataclasses.fields(answers.answers[0])),
-        report, entry, *entry["probes"].values(),
-        compared, compared["weights"], compared["weights"]["total"],
-        study, study["findings"]["F1"], study["cells"][0],
+        report, report["original"], entry, *entry["probes"].values(), *entry["grade_details"].values(),
+        *(group for probe in entry["probes"].values() for group in probe["by_relation"].values()),
+        compared, compared["weights"], compared["weights"]["total"], compared["weights"]["tensors"][0],
+        study, study["findings"]["F1"], study["cells"][0], *study["probes"].values(), *study["kept"].values(),
+        study["findings"]["F6"]["comparisons"][0],
+        *(dict.fromkeys(each.name for each in dataclasses.fields(kind)) for kind in (ChangedFact, Speed, Least, Cliff)),
         compressknow.inspect(folders[0]),
     ]  # fmt: skip
     assert card.comparisons

@@ -91,9 +91,12 @@ def _deal(facts: Sequence[Fact], seed: int, *, whole: bool) -> list[tuple[Fact, 
     """Deal facts into three equal parts, all wordings of a fact into the same one: `whole` relations, domain by domain,
     or single facts, relation by relation."""
     units: dict[tuple[str, str], set[str]] = {}
+    # A relation whose facts are of several domains is of that of its first one: it is dealt whole all the same.
+    domains = {fact.relation: fact.subject for fact in reversed(facts)}
     for fact in facts:
         name = _get_id(fact)
-        units.setdefault((fact.subject or "", fact.relation) if whole else (fact.relation, name), set()).add(name)
+        unit = (domains[fact.relation] or "", fact.relation) if whole else (fact.relation, name)
+        units.setdefault(unit, set()).add(name)
     parts: list[set[str]] = [set() for _ in range(_THIRDS)]
     for group, own in groupby(sorted(units.items()), key=lambda unit: unit[0][0]):
         members = [names for _, names in own]

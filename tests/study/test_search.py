@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +29,7 @@ from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.compress.recipe import read_recipe
 from compressknow.compress.steps import Calibration
 from compressknow.evaluate.answers import read_answers
-from compressknow.evaluate.facts import strip_wording
+from compressknow.evaluate.facts import Probe, strip_wording
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
@@ -647,6 +648,17 @@ def test_parts_share_no_fact_and_no_relation_where_there_are_many() -> None:
     assert split_facts(probe, 0) == parts
     assert split_facts(probe, 1).grading.facts != parts.grading.facts
     assert {fact.id for fact in parts.held_out.facts} == ids[1] | ids[2]
+
+
+def test_a_relation_of_several_domains_is_in_one_part() -> None:
+    fact = open_probe("atlas").facts[0]
+    facts = [
+        replace(fact, id=f"{number}/{domain}", relation=f"r{number}", subject=domain)
+        for number in range(3 * FEWEST_SIGNS)
+        for domain in ("law", "medicine", "trade")
+    ]
+    thirds = [{fact.relation for fact in part.facts} for part in split_facts(Probe("own", "facts/1", tuple(facts)), 0)]
+    assert sum(map(len, thirds)) == len(set().union(*thirds))
 
 
 def test_parts_split_each_relation_where_there_are_few(llama: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import ClassVar
 
 from compressknow.base.errors import CompressknowError, UnusedOptions, UsageError, suggest_word
 from compressknow.base.packages import Registry
+from compressknow.base.reading import find_mismatch
 from compressknow.engine.language_model import LanguageModel
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.facts import Probe, join_wordings
@@ -319,16 +321,28 @@ def _check_opened(kind: str, name: str, opened: object) -> None:
         raise PROBES.incompatible(kind, flaw)
 
 
+# What answers and their record hold of a fact, as it is.
+_TEXTS = dict.fromkeys(("id", "relation", "subject", "sub_label", "obj_label", "prompt"), str)
+_FACT = {**_TEXTS, "popularity": (float, None)}
+
+
 def _find_flaw(name: str, probe: Probe) -> str | None:
     """Find what would go wrong with facts of another package after hours: this one's sources check it themselves."""
     if probe.name != name or any(fact.probe != name for fact in probe.facts):
         return f"The probe or a fact of it does not have the name {name!r}."
+    try:
+        json.dumps(dict(probe.source))
+    except (TypeError, ValueError) as error:
+        return f"Its source cannot be written as JSON: {error}."
+    for fact in probe.facts:
+        if wrong := find_mismatch({key: getattr(fact, key) for key in _FACT}, _FACT):
+            return f"Of its fact {fact.id!r}, {wrong}."
+        choices = fact.candidates
+        is_tuple = isinstance(choices, tuple) and len(set(choices)) == len(choices) > 1
+        if choices is not None and not (is_tuple and fact.obj_label in choices):
+            return f"The candidates of its fact {fact.id!r} are no tuple of different ones, the object among them."
     if twins := [fact for fact, times in Counter(fact.id for fact in probe.facts).items() if times > 1]:
         return f"Two of its facts have the id {twins[0]!r}."
-    for fact in probe.facts:
-        choices = fact.candidates
-        if choices is not None and not (len(set(choices)) == len(choices) > 1 and fact.obj_label in choices):
-            return f"The candidates of its fact {fact.id!r} are not two or more different ones, the object among them."
     return None
 
 
