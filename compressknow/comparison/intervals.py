@@ -21,6 +21,8 @@ from compressknow.comparison.records import Counts, Estimate, PairedTest
 RESAMPLES = 10_000
 SEED = 0
 _QUANTILES = (2.5, 97.5)
+# Relations that are drawn at a time, over however many resamples: 8 MB of counts.
+_DRAWN_AT_A_TIME = 1 << 18
 
 
 def estimate_proportion(part: int, whole: int, level: float = 0.95) -> Estimate:
@@ -183,9 +185,14 @@ def average_relations(relations: Sequence[Counts]) -> tuple[Estimate, Estimate, 
     if not len(table):
         return Estimate(None), Estimate(None), Estimate(None)
     sizes = table.sum(axis=1)
-    drawn = np.random.default_rng(SEED).multinomial(sizes, table / sizes[:, None], size=(RESAMPLES, len(table)))
+    generator, shares = np.random.default_rng(SEED), table / sizes[:, None]
+    step = max(1, _DRAWN_AT_A_TIME // len(table))
+    resampled = np.empty((3, RESAMPLES))
+    for start in range(0, RESAMPLES, step):
+        block = resampled[:, start : start + step]
+        block[:] = _average_relations(generator.multinomial(sizes, shares, size=(block.shape[1], len(table))), sizes)
     estimates = []
-    for value, samples in zip(_average_relations(table, sizes), _average_relations(drawn, sizes), strict=True):
+    for value, samples in zip(_average_relations(table, sizes), resampled, strict=True):
         ends = np.percentile(samples, _QUANTILES) if np.ptp(samples) else ()
         # Changes of 1/10, 2/10 and -3/10 add up to 6e-17 in floats.
         estimates.append(Estimate(*(float(end) if abs(end) > 1e-12 else 0.0 for end in (value, *ends))))

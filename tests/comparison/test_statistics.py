@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -163,6 +165,15 @@ class TestMacro:
 
     def test_one_seed_one_result(self) -> None:
         assert average_relations(self.relations) == average_relations(self.relations)
+
+    def test_memory_does_not_grow_with_relations(self) -> None:
+        relations = [Counts(5, 2, 1, number % 7) for number in range(150)]
+        tracemalloc.start()
+        try:
+            average_relations(relations)
+            assert tracemalloc.get_traced_memory()[1] < 32e6
+        finally:
+            tracemalloc.stop()
 
     def test_interval_is_that_of_resampled_facts(self) -> None:
         # The plain way, fact by fact: draw each relation's facts with replacement, both answers together.
