@@ -228,7 +228,7 @@ class TestProbe:
             (("for subject, obj, sentence in rows", "for subject, obj, sentence in ()"), "has no facts to evaluate"),
             (("probe=name", 'probe="almanac"'), "does not have the name 'almanac:capital'"),
             (("candidates=objects", "candidates=objects[1:]"), "candidates of its fact 'capital/Avaland'"),
-            (("return Probe(", "return (lambda *_, source: None)("), "no Probe, Task or RunningText"),
+            (("return Probe(", "return (lambda *_, source: None)("), "not a Probe, Task or RunningText"),
             (("def open(", "def opened("), "abstract"),
             (("class Almanac(ProbeSource)", "class Almanac"), "not ProbeSource"),
             (("from compressknow.base.reading import compute_sha256", "import nothing_like_it"), "ModuleNotFoundError"),

@@ -94,12 +94,12 @@ def share(value: float | None) -> str:
 def share_against(value: float, limits: Iterable[float]) -> str:
     """Write a share as `share` does; with more digits where it would read as one on the other side of a limit.
 
-    >>> share_against(0.9296, [0.93]), share_beside(0.93, [0.93]), share_beside(0.9296, [0.95])
+    >>> share_against(0.9296, [0.93]), share_against(0.93, [0.93]), share_against(0.9296, [0.95])
     ('92.96 %', '93.0 %', '93.0 %')
     """
     percent, ends = 100 * value, [(limit, round(100 * limit, 9)) for limit in limits]
-    told = (n for n in range(1, 7) if all((round(percent, n) >= end) == (value >= limit) for limit, end in ends))
-    digits = next(told, 7)
+    enough = (n for n in range(1, 7) if all((round(percent, n) >= end) == (value >= limit) for limit, end in ends))
+    digits = next(enough, 7)
     return share(value) if digits == 1 else f"{percent:.{digits}f} %"
 
 

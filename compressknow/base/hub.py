@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 CARD = "README.md"
-# Seconds without a byte from the Hub; huggingface_hub itself waits for ever. It tries again a few times after that.
+# Seconds without a byte from the Hub; huggingface_hub itself waits forever. It tries again a few times after that.
 PATIENCE = 120.0
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 _STATUS = {

@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 
 from compressknow.base.errors import CompressknowError, UsageError, suggest_word
 
-# By the name that is imported: what pip is told.
+# By name of the import, what pip installs.
 OPTIONAL = {
     "datasets": "datasets",
     "gguf": "'compressknow[gguf]'",

@@ -319,7 +319,7 @@ class RepeatingThread:
     """Thread that calls `task` after each of the `waits` (seconds) until `end` is called.
 
     A signal may raise between any two steps of the main thread, and a lock that is written in Python (that of an Event,
-    or of a thread that starts) would stay taken: who needs it next would wait for ever. So there is none, only queues
+    or of a thread that starts) would stay taken: who needs it next would wait forever. So there is none, only queues
     that are written in C.
     """
 

@@ -164,9 +164,9 @@ def build_manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *
     if needed := manifest.get("estimate"):
         blocks, memory, seconds = (needed[key] for key in ("blocks", "bytes", "seconds"))
         time, room = format_duration(seconds), write_size(memory)
-        said = f"Calibration takes about {time} for {count(blocks)} blocks, and {room} of memory."
+        estimate = f"Calibration takes about {time} for {count(blocks)} blocks, and {room} of memory."
         own = manifest["recipe"]["calibration"]["text"] == SELF
-        yield _wrap_paragraph(f"{said} Before that, the model writes the text." if own else said)
+        yield _wrap_paragraph(f"{estimate} Before that, the model writes the text." if own else estimate)
     if dry_run:
         yield "\nDry run: nothing was written."
 

@@ -27,7 +27,7 @@ from compressknow.base.progress import Progress, RepeatingThread, Stage
 
 # Work that ends sooner shows no line.
 DELAY_SECONDS = 1.0
-# How often the line is written anew: on a terminal, and where each one stays.
+# How often the line is rewritten: on a terminal, and where each one stays.
 SECONDS_ON_A_TERMINAL, SECONDS_ELSEWHERE = 0.5, 60.0
 # The share of a stage's bytes or tokens from which on its time tells the rest: before, it is what opening files took.
 TELLING = 0.01
@@ -217,7 +217,7 @@ _OTHERWISE = {"noise": " in another precision", "runtime": " in llama.cpp"}
 
 
 class ProgressLine:
-    """Line of a stage, written anew by a thread from `start` to `end`; nothing of it stays on a terminal.
+    """Line of a stage, rewritten by a thread from `start` to `end`; nothing of it stays on a terminal.
 
     `written` is when the last line was, of monotonic time: elsewhere than on a terminal the next comes a minute later,
     though another stage may have begun.

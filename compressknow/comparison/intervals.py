@@ -174,7 +174,7 @@ def average_relations(relations: Sequence[Counts]) -> tuple[Estimate, Estimate, 
     those without facts are left out.
 
     Intervals by a stratified paired bootstrap of `RESAMPLES` samples, percentiles 2.5 and 97.5 (Efron and Tibshirani
-    1993, chapter 13). To draw a relation's facts anew, pairs kept together, is to draw its four counts from a
+    1993, chapter 13). To resample a relation's facts, pairs kept together, is to draw its four counts from a
     multinomial distribution: so that is what is drawn, and the facts themselves are not needed. The order of relations
     matters for the drawing only. Where no resample differs from another (one fact a relation, say), nothing is known of
     the spread: there is no interval.

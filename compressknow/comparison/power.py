@@ -215,7 +215,7 @@ def compute_capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) 
 
 def _compute_capital(value: np.ndarray, mean: np.ndarray, remaining: np.ndarray) -> np.ndarray:
     """Return the logarithm of what is won by bets that a value is larger than mean / remaining. Where that mean cannot
-    be, the bet is won for ever."""
+    be, the bet is won forever."""
     possible = mean > 0
     odds = np.where(possible, value * remaining, 1) / np.where(possible, mean, 1)
     bets = FRACTIONS.reshape(-1, *[1] * odds.ndim)

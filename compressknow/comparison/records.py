@@ -302,9 +302,7 @@ class TextChange:
     log_ratio: Measurement
     difference: Measurement  # of the perplexities, compressed - original
     correlation: float | None  # of the two models' log-likelihoods; None if one does not vary
-    kl: (
-        Measurement | None
-    )  # KL(original || compressed), nats, over the whole vocabulary; None if it was not measured
+    kl: Measurement | None  # KL(original || compressed), nats, over the whole vocabulary; None if it was not measured
     kl_percentiles: Mapping[str, float] | None
     same_top: Measurement  # share of tokens at which both hold the same one most likely
     change: Measurement  # of the probability of the text's own token, compressed - original

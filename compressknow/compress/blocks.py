@@ -24,7 +24,7 @@ from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, Sto
 
 BLOCK_ELEMENTS = 1 << 18
 FLOATS = (*FLOAT_DTYPES, "F64", "F8_E4M3", "F8_E5M2")
-# What is read, be it only for a comparison.
+# Dtypes that can be read, if only for a comparison.
 READABLE = (*FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")
 # Infinity as the bits of a float: without the sign they order as the magnitudes do, NaN behind it.
 INFINITIES = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
@@ -41,7 +41,7 @@ class Pool:
     """Thread pool whose first error stops the rest: long tasks call `check` between two blocks.
 
     A signal may raise between any two steps of the main thread, and a lock that is written in Python would stay taken:
-    who needs it next would wait for ever (`concurrent.futures` does, once in some hundred interruptions). So the main
+    who needs it next would wait forever (`concurrent.futures` does, once in some hundred interruptions). So the main
     thread touches no such lock, only a queue that is written in C.
 
     `threads` is one per core by default. Raises UsageError if it is less than 1.
@@ -132,7 +132,7 @@ class Reader:
         rows: Sequence[int] | None = None,
     ) -> Iterator[Block]:
         """Yield the blocks of a tensor (of a dtype in READABLE), in order, or all of it as one; of these `rows` alone,
-        numbered anew, where they are given. Blocks have as many rows as those of a tensor that is `columns` wide."""
+        renumbered, where they are given. Blocks have as many rows as those of a tensor that is `columns` wide."""
         count, width = get_matrix_shape(tensor.shape)
         count = count if rows is None else len(rows)
         height = max(1, count if whole else min(count, BLOCK_ELEMENTS // max(columns or width, 1)))

@@ -256,7 +256,7 @@ def _round(value: float) -> float:
 def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[str, Any]:
     cut = removal.cuts.get(tensor.source.name) if removal else None
     name_before = tensor.name
-    # Of a block that was numbered anew, once the text has said which blocks go.
+    # Of a block that was renumbered, once the text has said which blocks go.
     if removal and tensor.name == tensor.source.name and all(drop.is_decided for drop in removal.blocks):
         name_before = removal.names.get(tensor.name, tensor.name)
     return {

@@ -52,7 +52,7 @@ WEIGHT_SUFFIXES = {
 }
 # The folders in which transformers' Trainer keeps its steps, and the files of its curves.
 _TRAINING = re.compile(r"checkpoint-\d+/.*|(.*/)?(trainer_state\.json|events\.out\.tfevents[^/]*)")
-# What depends on the weights that were converted: written anew.
+# What depends on the weights that were converted: rewritten.
 REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, SAFETENSORS_INDEX, TORCH_INDEX}
 
 RenderCard = Callable[[Mapping[str, Any], Path], str]

@@ -123,9 +123,9 @@ def list_options(step: type) -> tuple[Option, ...]:
     for each in fields(step):
         if "option" in each.metadata:
             usual = None if each.default is MISSING else each.default
-            said = {"name": each.name, "kind": str, "left_out": usual, **each.metadata["option"]}
-            said = {"key": said["name"], "default": said.pop("left_out"), **said}
-            options.append(Option(**said, of=step, field=each.name, usual=usual))
+            declared = {"name": each.name, "kind": str, "left_out": usual, **each.metadata["option"]}
+            declared = {"key": declared["name"], "default": declared.pop("left_out"), **declared}
+            options.append(Option(**declared, of=step, field=each.name, usual=usual))
     return tuple(options)
 
 

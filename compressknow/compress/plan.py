@@ -38,7 +38,7 @@ class PlannedTensor:
     `transposed` says that the last axis of a weight is its output.
     `module` is the Linear that it is the weight of, and `parameter` its name in the module tree, where it is changed;
     `created` marks one that the source holds only under a tied name, `weight` one that the module tree has as a
-    parameter (not as a buffer, nor not at all). `sharing` names further modules that hold the same weight: a loader
+    parameter (not as a buffer, and not missing). `sharing` names further modules that hold the same weight: a loader
     ties their weights to it, but gives each a scale of its own.
     """
 

@@ -172,15 +172,15 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
     elif step.where != Where():
         values["scope"] = list(step.where.scope)
     # JSON has no infinity.
-    said = {key: value for key, value in values.items() if value is not None}
-    return {key: "inf" if isinstance(value, float) and math.isinf(value) else value for key, value in said.items()}
+    present = {key: value for key, value in values.items() if value is not None}
+    return {key: "inf" if isinstance(value, float) and math.isinf(value) else value for key, value in present.items()}
 
 
 def _list_fields(step: type[Step], by: Literal["key", "name"]) -> dict[str, str]:
     """Return the fields of a step, first what it does, by their keys in a recipe, or the names of their options."""
-    said = {each.field: getattr(each, by) for each in list_options(step)}
+    keys = {each.field: getattr(each, by) for each in list_options(step)}
     names = [each.name for each in fields(step) if each.name not in ("where", "parameters")]
-    return {said.get(name, name): name for name in names}
+    return {keys.get(name, name): name for name in names}
 
 
 def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
@@ -279,10 +279,10 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
             names = " and ".join(each.name for each in chosen) or "a step that drops blocks or neurons"
             hint = f"{suggest_word(unknown[0], known)}Choose from {', '.join(sorted(known))}." if known else None
             raise UnusedOptions(f"{unknown[0]!r} is not a parameter of {names}.", hint=hint, names=[unknown[0]])
-    said = {**given, **parameters}
+    known_values = {**given, **parameters}
     for place, step in enumerate(steps):
         if isinstance(step, Prune | Quantize):
-            own = {each.name: said[each.name] for each in step.chosen.parameters() if each.name in said}
+            own = {each.name: known_values[each.name] for each in step.chosen.parameters() if each.name in known_values}
             steps[place] = replace(step, parameters=own)
     return Recipe(
         tuple(steps),

@@ -173,7 +173,7 @@ def _find_checkpoint(folder: str | Path) -> Path:
 
 
 def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """Return where `from_pretrained` finds a checkpoint. Raises CheckpointError if transformers would take for ever
+    """Return where `from_pretrained` finds a checkpoint. Raises CheckpointError if transformers would take forever
     over a GGUF file, or read other weights of it."""
     # Code that is trusted may lie in another repository of the Hub.
     options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}

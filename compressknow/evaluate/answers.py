@@ -173,7 +173,7 @@ def read_table(path: Path) -> list[Answer]:
     """Read the answers of a Parquet file. Raise DamagedAnswers if it is none, or its columns are others."""
     import pyarrow as pa
 
-    hint = "An answers folder is written by `compressknow probe`; write it anew."
+    hint = "An answers folder is written by `compressknow probe`; write it again."
     schema = make_schema()
     with open_rows(path, "answers", hint) as file:
         table = file.read(columns=schema.names)

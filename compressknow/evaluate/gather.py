@@ -45,12 +45,14 @@ def find_facts_in_text(calibration: Mapping[str, Any], model: ModelHandle, known
 
     trusted = model.settings.trust_remote_code
     texts = reread_texts(model.located.path, calibration, trust_remote_code=trusted)
-    told = [answer for answer in known_by.answers if answer.sub_label.strip() and answer.gold.strip()]
-    if not texts or not told:
+    complete = [answer for answer in known_by.answers if answer.sub_label.strip() and answer.gold.strip()]
+    if not texts or not complete:
         return None
-    known, others = ([(each.sub_label, each.gold) for each in told if each.correct == right] for right in (True, False))
+    known, others = (
+        [(each.sub_label, each.gold) for each in complete if each.correct == right] for right in (True, False)
+    )
     found = count_facts(texts, known)
-    return FactsInText(len(told), found + count_facts(texts, others), len(known), found)
+    return FactsInText(len(complete), found + count_facts(texts, others), len(known), found)
 
 
 def find_answers_folder() -> Path:
@@ -227,7 +229,7 @@ def open_models(
         for probe in probes:
             check_facts(answers, probe)
     pairs = enumerate(zip(models, stored, strict=True))
-    # Before the first is evaluated: a wrong name is told at once.
+    # Before the first is evaluated: a wrong name fails at once.
     located = [locate(model, None if place else revision) for place, (model, answers) in pairs if not answers]
     handles = make_handles(located, evaluation.settings, probes, timed=evaluation.timed)
     remaining = iter(handles)

@@ -209,9 +209,9 @@ def _rerun(other: ModelHandle, sample: Probe, known: Answers, file: Distribution
 
 def _count_noise(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
     """Compare answers to the facts of a probe in both precisions or runtimes, in each reading of knowing."""
-    said, said_again = (merge_wordings(apply_reading(each, PRODUCED)) for each in (before, after))
+    produced_before, produced_again = (merge_wordings(apply_reading(each, PRODUCED)) for each in (before, after))
     floor = _count(merge_wordings(before), merge_wordings(after), computed_in)
-    return replace(floor, produced=_count(said, said_again, computed_in))
+    return replace(floor, produced=_count(produced_before, produced_again, computed_in))
 
 
 def _count(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:

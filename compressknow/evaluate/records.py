@@ -227,7 +227,7 @@ def is_on_server(model: ModelRecord) -> bool:
 
 @dataclass(frozen=True)
 class Record(_Part):
-    """Content of ``probe.json``; `answers_sha256` is the hash of the table, None while that is written anew."""
+    """Content of ``probe.json``; `answers_sha256` is the hash of the table, None while that is rewritten."""
 
     always: ClassVar[frozenset[str]] = frozenset({"probes", "versions"})
 

@@ -213,7 +213,7 @@ class _Run:
             elif isinstance(probe, RunningText):
                 chunks, entry = self._read_text(probe, parts, known, advance, same_tokens=alike)
             elif known:
-                # A task gives no distribution: there is nothing to evaluate anew.
+                # A task gives no distribution: there is nothing to evaluate again.
                 answers, entry = list(known.of(probe.name)), known.record.probes[probe.name]
             else:
                 assert handle.loaded.language_model is not None

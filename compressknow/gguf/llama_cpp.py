@@ -56,7 +56,7 @@ def load_native() -> Native:
         raise CompressknowError(
             "llama.cpp does not load on this machine.",
             why=(str(error).splitlines() or [type(error).__name__])[0],
-            hint=f"Install it anew: pip install --force-reinstall {OPTIONAL[MODULE]}; or pass --runtime transformers.",
+            hint=f"Reinstall it: pip install --force-reinstall {OPTIONAL[MODULE]}; or pass --runtime transformers.",
         ) from error
 
     last = 0
@@ -265,7 +265,7 @@ def _explain_failure(path: Path, errors: list[str]) -> CheckpointError | Unsuppo
         return CheckpointError(
             f"{path} is a GGUF file of a version that llama.cpp {load_native().build} does not read.",
             why=why,
-            hint="Convert the model anew, or upgrade llama.cpp: pip install --upgrade llama-cpp-py-sync",
+            hint="Convert the model again, or upgrade llama.cpp: pip install --upgrade llama-cpp-py-sync",
         )
     if _NO_GGUF.search(text):
         return CheckpointError(f"{path} is not a GGUF file.", why=why, hint="Download it again.")

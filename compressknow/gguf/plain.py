@@ -56,7 +56,7 @@ def list_plain_tensors(side: StoredWeights, checkpoint: Checkpoint) -> dict[str,
 
 
 def write_plain(checkpoint: Checkpoint, tensors: Mapping[str, Values], reader: Reader, folder: Path) -> None:
-    """Write a folder of plain weights, with the small files of the checkpoint; `reader` is told the bytes read."""
+    """Write a folder of plain weights, with the small files of the checkpoint; `reader` reports the bytes read."""
     folder.mkdir()
     for name in (*list_carried_files(checkpoint.folder), CARD_NAME):
         if (source := checkpoint.folder / name).is_file():

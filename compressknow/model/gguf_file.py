@@ -41,7 +41,7 @@ class TruncatedFile(NotReadable):
 
 
 def check_whole(path: Path) -> None:
-    """Raise CheckpointError if a GGUF file is cut short, or is none; of what else is odd, the runtime tells."""
+    """Raise CheckpointError if a GGUF file is cut short, or is none; anything else odd is reported by the runtime."""
     try:
         check_gguf(path)
     except TruncatedFile as error:

@@ -209,7 +209,7 @@ def select(
         vision tower). Weights outside the blocks are left out.
 
     Raises UsageError if a scope, a pattern or a range matches nothing, or nothing is left, UnsupportedError if a
-    scope cannot be told or compressed in full: layers that no rule places, matrices that are not Linear layers.
+    scope cannot be determined or fully compressed: layers that no rule places, matrices that are not Linear layers.
     """
     check_scope_names(scopes)
     includes, excludes = compile_patterns("--include", include), compile_patterns("--exclude", exclude)

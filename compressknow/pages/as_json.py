@@ -1,6 +1,6 @@
 """Figures as values for JSON, under the names that others rely on.
 
-What cannot be told is None; an interval is [low, high].
+Unknown values are None; an interval is [low, high].
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
         again, zeros = (count(sum(row[key] for row in rows)) for key in ("refilled", "zeros_before"))
         yield (
             f"The source is pruned, and {again} of {zeros} zeros have values again in "
-            f"{list_some([row['name'] for row in rows])}, which dropping neurons fits anew. A pattern such as 2:4 is "
+            f"{list_some([row['name'] for row in rows])}, which dropping neurons refits. A pattern such as 2:4 is "
             "lost there, unless this recipe prunes to it again."
         )
 
@@ -290,7 +290,7 @@ def _is_index(value: Any) -> bool:
 
 
 CARD = "README.md"
-# What stands between these lines is written anew each time; the rest of the card is the user's.
+# What stands between these lines is rewritten each time; the rest of the card is the user's.
 BEGIN, END = "<!-- compressknow report: begin -->", "<!-- compressknow report: end -->"
 # From the last line that begins one: a user may have deleted the line that ended another.
 _SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)

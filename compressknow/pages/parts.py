@@ -226,14 +226,14 @@ class Chart(Part):
     """Chart of a section, drawn where a page has room for it; in the colours of `pages.drawing`."""
 
     title: str
-    told: str  # its figures in words, for those who cannot see it
+    description: str  # its figures in words, for those who cannot see it
     draw: Callable[[Axes], object]  # draws on axes of the page's look
     height: int = 200  # in the units of `pages.drawing.WIDTH`
     heading: str = ""  # what stands above it where it is one of several side by side
 
     def draw_svg(self, id: str) -> Drawn:
         """Return the chart as drawn; `id` as in `open_axes`."""
-        with open_axes(self.height, id, self.title, self.told) as (plot, drawn):
+        with open_axes(self.height, id, self.title, self.description) as (plot, drawn):
             self.draw(plot)
         return Drawn(drawn(), title=self.heading)
 

@@ -69,8 +69,9 @@ def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocatio
 
     Raises UsageError if no choice is that small.
 
-    >>> one, two = {"q4": TypeOption(4, 0.3), "q8": Option(8, 0.1)}, {"q4": Option(4, 0.2), "q8": Option(8, 0.1)}
-    >>> allocate({"one": one, "two": two}, 13, overhead=1).types
+    >>> q8 = TypeOption(8, 0.1)
+    >>> table = {"one": {"q4": TypeOption(4, 0.3), "q8": q8}, "two": {"q4": TypeOption(4, 0.2), "q8": q8}}
+    >>> allocate(table, 13, overhead=1).types
     {'one': 'q8', 'two': 'q4'}
     """
     floor = overhead + sum(min(option.nbytes for option in options.values()) for options in table.values())

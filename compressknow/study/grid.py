@@ -107,16 +107,18 @@ class Cell:
 
 
 def _collect_settings(step: Step) -> dict[str, Any]:
-    said = {each.key: getattr(step, each.field) for each in list_options(type(step))}
+    values_by_key = {each.key: getattr(step, each.field) for each in list_options(type(step))}
     if isinstance(step, DropBlocks | DropNeurons):
-        return said
+        return values_by_key
     where = step.where
     values: dict[str, Any] = {"scope": "+".join(where.scope), "layers": where.layers or "all"}
     values |= {"include": ", ".join(where.include) or None, "exclude": ", ".join(where.exclude) or None}
     # Tables have the method before the amount.
     values |= {"method": step.method} if isinstance(step, Prune) else {}
     # JSON has no infinity.
-    return values | said | {name: "inf" if each == inf else each for name, each in step.chosen.values().items()}
+    return (
+        values | values_by_key | {name: "inf" if each == inf else each for name, each in step.chosen.values().items()}
+    )
 
 
 def list_cells(

@@ -143,8 +143,8 @@ def _run_on_ray(ray: Any, where: RayOptions, on_progress: Listener | None, batch
 def _collect(
     ray: Any, batch: CellBatch, pending: dict[Any, tuple[Cell, Opened]], on_progress: Listener | None
 ) -> Generator[CellResult]:
-    """Yield a cell's result once all of its probes are answered. The facts of all cells are one stage, which begins
-    anew after each result."""
+    """Yield a cell's result once all of its probes are answered. The facts of all cells are one stage, which restarts
+    after each result."""
     failed: dict[Cell, BaseException] = {}
     left = Counter(cell for cell, _ in pending.values())
     yield from (_evaluate(batch, cell) for cell in batch.cells if not left[cell])

@@ -235,7 +235,7 @@ class Seq2SeqScorer(DecodingScorer):
     """Encoder-decoder models: the encoder reads the prompt with its blank, the decoder fills it.
 
     T5 and its kin fill ``<extra_id_0>`` and close with ``<extra_id_1>`` (Raffel et al. 2020). BART and its kin write
-    the whole sentence anew with the mask filled (Lewis et al. 2020), so that the answer follows the beginning of the
+    the whole sentence again with the mask filled (Lewis et al. 2020), so that the answer follows the beginning of the
     sentence.
     """
 

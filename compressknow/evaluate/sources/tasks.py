@@ -408,7 +408,7 @@ def _wrap(loaded: LanguageModel, built: Mapping[str, Any]) -> Any:
     # wrong positions for items whose tokens are the same but for where the continuation begins (0.4.13).
     cache = not any(getattr(one, "multiple_input", 0) for one in built["tasks"].values())
     model = loaded.model
-    # HFLM ties the weights anew; what is loaded is to be evaluated as it is.
+    # HFLM ties the weights again; what is loaded is to be evaluated as it is.
     model.tie_weights = lambda *_, **__: None
     try:
         # lm-eval gives a tokenizer without a padding token one: to a copy.

@@ -85,7 +85,7 @@ def hold_to_gates(result: object, card: Card) -> None:
     Where it is strict, a model whose interval reaches to both sides of a gate has neither met nor missed it.
 
     Raises GateNotMet if a model keeps less, or where the original knew nothing that could be kept; GateUndecided
-    if that cannot be told of one and all others meet it; UsageError if no facts were evaluated.
+    if that is undecided for one and all others meet it; UsageError if no facts were evaluated.
     """
     if not card.gates:
         return
@@ -180,7 +180,7 @@ def render_job_summary(card: Card) -> str:
         for cells in list_results(card, each)
     ]
     # Of many, those that are met are left out before the others.
-    told = sorted(results, key=lambda cells: cells[-1] == _RESULTS[True])[:_MOST_RESULTS]
+    shown = sorted(results, key=lambda cells: cells[-1] == _RESULTS[True])[:_MOST_RESULTS]
     single = card.comparisons[0] if len(card.comparisons) == 1 else None
     grades = single.grades if single else ()
     worst = sorted(grades, key=lambda grade: 1.0 if grade.kept.value is None else grade.kept.value)[:_DOMAINS]
@@ -191,8 +191,8 @@ def render_job_summary(card: Card) -> str:
     ]
     facts = single.lost[:_FACTS] if single and card.show_facts else ()
     lost = [f"{write_prompt(fact.prompt)} ({clean(fact.gold)}, now {answer(fact.after)})" for fact in facts]
-    more = len(results) - len(told)
-    results = told if more else results
+    more = len(results) - len(shown)
+    results = shown if more else results
     return render("summary.md.j2", card=card, results=results, more=more, domains=domains, lost=lost)
 
 
@@ -209,8 +209,8 @@ def tabulate_results(card: Card, comparison: Comparison) -> Iterator[Table]:
 
 def _write_kept(comparison: Comparison, gate: Gate) -> str:
     counts, kept = gate.measure_kept(comparison)
-    told = write_estimate(kept, partial(share_against, limits=[gate.least]))
-    return f"{count(counts.both)} of {count(counts.known_before)}, {told}"
+    estimate = write_estimate(kept, partial(share_against, limits=[gate.least]))
+    return f"{count(counts.both)} of {count(counts.known_before)}, {estimate}"
 
 
 def recommend_model(

@@ -433,7 +433,7 @@ def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path], *
 
 
 def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
-    """Return plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order; what cannot be told is None."""
+    """Return plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order; unknown values are None."""
     behaviour = comparison.behaviour
     return {
         "schema": SCHEMA,

@@ -108,7 +108,7 @@ def answer_claim(directions: Sequence[tuple[str, int]], parts: Sequence[str]) ->
     It does not hold where any comparison separates its cells the other way round. It holds where none does and, in each
     part of the claim, at least one separates them as claimed. Else nothing can be told.
 
-    >>> answer_claim([("", 1), ("", 0)], [""]), decide([("", 1), ("", -1)], [""])
+    >>> answer_claim([("", 1), ("", 0)], [""]), answer_claim([("", 1), ("", -1)], [""])
     ('holds', 'does not hold')
     >>> answer_claim([("20", 1), ("40", 0)], ["20", "40"])
     'cannot tell'
