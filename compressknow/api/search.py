@@ -101,7 +101,7 @@ def search(
         `must` names types ``none``, ``int8-weights``, ``int4/64``, by scopes or regular expressions on modules.
     minimize : ``bytes``.
     probe, facts, options, settings, keywords : see `compressknow.probe`; `facts` are more probes, and `seed` is of the
-        split and of the text too. lm-eval's tasks cannot be held out. A running text beside the facts guides nothing:
+        split and of the text too. lm-eval's tasks cannot be held out. A running text among the probes guides nothing:
         the winner reads it, and its report card says how.
     known : what counts as known, in all that is kept; see `compressknow.report`.
     no_facts : leave the text of every fact out of the winner's report card.

@@ -70,9 +70,9 @@ def sweep(
     ----------
     model : a local folder or a hub id.
     output : folder of the study; one of this model and version is resumed.
-    grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant beside the paper's), a TOML file, or a dict of
-        what one holds.
-    probe : names; see `compressknow.probe`. One of facts at least: a running text beside them gives perplexities.
+    grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant besides the paper's), a TOML file, or a dict
+        of what one holds.
+    probe : names; see `compressknow.probe`. One of facts at least: running texts among them give perplexities.
     options, settings, keywords : see `compressknow.probe`.
     known : what counts as known; see `compressknow.report`. A study can be rewritten by the other reading: the
         answers are the same.

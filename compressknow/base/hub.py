@@ -81,7 +81,7 @@ def check_login() -> None:
 
 
 def upload(place: Path, repo: str, *, private: bool | None, message: str, card: str | None, bars: bool) -> Upload:
-    """Upload a folder, or a file and what lies beside it under its name (``OUT.gguf.json``), to a repository, which is
+    """Upload a folder, or a file and what lies next to it under its name (``OUT.gguf.json``), to a repository, which is
     made where there is none.
 
     Parameters
@@ -184,7 +184,7 @@ def _explain_failures(place: Path, repo: str, again: str) -> Iterator[None]:
 
 
 def _explain(error: BaseException) -> tuple[str, str | None]:
-    """Return what went wrong, and what to do about it beside trying again."""
+    """Return what went wrong, and what to do about it besides trying again."""
     for each in _list_causes(error):
         # By name: up to release 1 of huggingface_hub they are of httpx, from 2 on of httpx2.
         kinds = {kind.__name__ for kind in type(each).__mro__}

@@ -34,7 +34,7 @@ def compute_power(known: float, loss: float, gained: float, unknown: float) -> f
     ----------
     known, unknown : facts that the original knows and does not know.
     loss : net loss as a share of the known facts, 0 to 1: so many more are lost than gained.
-    gained : facts gained for each known one, 0 or more; as many are lost beside the net loss.
+    gained : facts gained for each known one, 0 or more; as many are lost besides the net loss.
     """
     from scipy.special import bdtr
 

@@ -127,7 +127,7 @@ def build_manifest(
     calibrated: CalibrationResult | None = None,
 ) -> Manifest:
     """Return the manifest of a conversion: `measured` has every tensor of the plan by name, `source_files` and `files`
-    the SHA-256 of the files that were read, and of those written beside the weights."""
+    the SHA-256 of the files that were read, and of those written next to the weights."""
     rows = [_describe(tensor, measured[tensor.name], plan.removal) for tensor in plan.tensors]
     summary = _summarize_plan(plan, rows, source_files)
     summary["totals"]["relative_error"] = pool_errors(rows)

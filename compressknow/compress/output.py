@@ -287,7 +287,7 @@ def _serialize_configs(plan: Plan) -> dict[str, bytes]:
 
 def list_carried_files(folder: Path) -> Iterator[str]:
     """Yield the files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code, and, with
-    their weights, the modules that sentence-transformers runs behind the model and adapters (LoRA) beside it.
+    their weights, the modules that sentence-transformers runs behind the model and adapters (LoRA) next to it.
 
     Raises CheckpointError if one of them is a link that leads nowhere, or out of the checkpoint.
     """

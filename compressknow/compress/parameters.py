@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Parameter:
-    """Parameter of a method or scheme: `kind` is bool, int, float or str; `must` says what its value must be beside
+    """Parameter of a method or scheme: `kind` is bool, int, float or str; `must` says what its value must be besides
     that, and `fits` whether it is."""
 
     name: str

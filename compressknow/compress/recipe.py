@@ -293,8 +293,8 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
 
 def check_recipe_conflicts(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise UsageError if an option that a recipe says instead is not its default, in whatever kind of sequence."""
-    if beside := sorted(name for name, default in defaults.items() if _unify(options[name]) != _unify(default)):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
+    if conflicts := sorted(name for name, default in defaults.items() if _unify(options[name]) != _unify(default)):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in conflicts)
         raise UsageError(f"--recipe cannot be combined with {flags}.")
 
 

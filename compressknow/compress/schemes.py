@@ -440,7 +440,7 @@ def find_vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
     if obstacle := next((obstacle for obstacle in obstacles if obstacle), None):
         return obstacle
     word = choose_word(find_schemes(shapes))
-    for group, what in (("final", "the final layer"), ("other", "a layer beside attention and feed-forward")):
+    for group, what in (("final", "the final layer"), ("other", "a layer besides attention and feed-forward")):
         name = next((module for module, row in quantized.items() if row["group"] == group), None)
         if name:
             return f"{what} ({name}) is {word}, but vLLM supports it only in floating point"

@@ -104,7 +104,7 @@ class Sources:
         return parameter in self._parts
 
     def is_borrowed(self, weight: LinearWeight, stored: StoredTensor) -> bool:
-        """Tell whether the bytes of a weight are those of another parameter, not its own beside them."""
+        """Tell whether the bytes of a weight are those of another parameter, not separate ones."""
         own = self.bound.get(stored.name)
         if own is None or weight.parameter not in own.parameters:
             return True

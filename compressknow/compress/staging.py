@@ -1,6 +1,6 @@
-"""Output folder that appears whole or not at all: written beside its place, renamed at the end.
+"""Output folder that appears whole or not at all: written next to its place, renamed at the end.
 
-A run that dies leaves its staging folder behind, and beside it a lock that nobody holds any more; the next run for the
+A run that dies leaves its staging folder behind, and next to it a lock that nobody holds any more; the next run for the
 same output removes both, and puts back what an interrupted `--overwrite` had moved aside.
 """
 
@@ -147,7 +147,7 @@ def check_overlap(output: Path, source: Path | None) -> None:
             "contains the input": here in there.parents,
         }
         if relation := next((words for words, holds in overlaps.items() if holds), None):
-            raise OutputError(f"OUTPUT {output} {relation}.", hint="Choose a folder beside it.")
+            raise OutputError(f"OUTPUT {output} {relation}.", hint="Choose a folder next to it.")
 
 
 def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
@@ -197,7 +197,7 @@ def clean(output: Path, finish: Callable[[Path], None] | None = None) -> None:
 
 @contextmanager
 def make_scratch(place: Path) -> Iterator[Path]:
-    """Make a folder beside `place` for what is of use only meanwhile. Those that dead runs left are removed.
+    """Make a folder next to `place` for what is of use only meanwhile. Those that dead runs left are removed.
 
     Raises OutputError as `Staging` does.
     """

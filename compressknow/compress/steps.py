@@ -319,7 +319,7 @@ class Quantize:
 
     @property
     def further(self) -> list[str]:
-        """Return what is not as usual beside the scheme, in words."""
+        """Return what is not as usual besides the scheme, in words."""
         rounding = [] if self.rounding == ROUNDINGS[0] else [self.rounding]
         return [*self.chosen.describe_changed(), *rounding, *([f"smooth {self.smooth:g}"] if self.smooth else [])]
 

@@ -114,7 +114,7 @@ class StoredWeights:
     own : parameter -> the stored tensor of its name.
     supply : parameter -> the stored tensor that gives it its values, ties resolved; `own` included.
     loaded_to : of a tensor that is fused with others on loading, the parameter that it becomes a part of.
-    parts : module -> stored tensors beside its parameters: scales, zero points, packed weights.
+    parts : module -> stored tensors besides its parameters: scales, zero points, packed weights.
     unpacked : values of low bits that lie packed, by the name of the tensor that stands for them in `own`.
     modules : where modules are called by the numbers that their blocks had before others were dropped, the names that
         `parts` has them under.

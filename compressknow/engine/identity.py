@@ -62,7 +62,7 @@ TOKENIZER_FILES = (
     *("source.spm", "target.spm", "tekken.json", "spm.model", "spm_char.model", "sentencepiece.model", "bpe.codes"),
     *("dict.txt", "prophetnet.tokenizer", "target_vocab.json", "vocab-src.json", "vocab-tgt.json", "emoji.json"),
 )
-# What decides the answers beside the weights: transformers loads an adapter onto the model where peft is installed.
+# What decides the answers besides the weights: transformers loads an adapter onto the model where peft is installed.
 DECISIVE = ("config.json", *TOKENIZER_FILES, ADAPTER_CONFIG, f"{ADAPTER}.safetensors", f"{ADAPTER}.bin")
 
 
@@ -193,7 +193,7 @@ def get_record_path(output: Path) -> Path:
 
 
 def read_export_record(path: Path) -> dict[str, Any]:
-    """Return "sha256" and "source" of the record that an export writes beside a GGUF file; nothing without one."""
+    """Return "sha256" and "source" of the record that an export writes next to a GGUF file; nothing without one."""
     try:
         record = read_json(get_record_path(path), MANIFEST)
     except (OSError, ValueError):
@@ -322,7 +322,7 @@ class Contents:
     def check_finite(self, located: LocatedModel, *, trust_remote_code: bool = False) -> None:
         """Raise CheckpointError naming a weight that holds NaN or infinity, as `convert` does.
 
-        What is not a weight, such as a mask that is stored beside them, may hold infinities.
+        What is not a weight, such as a mask that is stored next to them, may hold infinities.
         """
         for tensor, what in self.not_finite:
             if _is_weight(located, tensor, trust_remote_code):

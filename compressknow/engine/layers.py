@@ -3,7 +3,7 @@
 What no layer here is for is unpacked to floats when it is loaded: a scheme needs none to run.
 
 Kernels choose their way by the number of rows and of threads, so that what a row comes to depends on how many stand
-beside it. Where activations are rounded to integers, later layers make answers of that.
+next to it. Where activations are rounded to integers, later layers make answers of that.
 """
 
 from __future__ import annotations

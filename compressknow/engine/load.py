@@ -226,7 +226,7 @@ def _load_whole(model_class: Any, path: Path, headless: str | None = None, **sou
         more = f", and {len(mismatched) - 1} more do not fit" if len(mismatched) > 1 else ""
         raise CheckpointError(
             f"{path} does not fit its config.json: {name} is {list(stored)}, and should be {list(needed)}{more}.",
-            hint="Put the config.json that the weights were saved with beside them, or download both again.",
+            hint="Put the config.json that the weights were saved with next to them, or download both again.",
         )
     missing = report["missing_keys"]
     if missing and headless:

@@ -1,4 +1,4 @@
-"""Answers and their record, on disk: one row per fact in answers.parquet, probe.json beside it."""
+"""Answers and their record, on disk: one row per fact in answers.parquet, probe.json next to it."""
 
 from __future__ import annotations
 

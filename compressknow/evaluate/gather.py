@@ -78,7 +78,7 @@ def check_has_facts(opened: Sequence[Opened], what: str) -> None:
     """Raise UsageError if there is nothing but running texts: `what`, such as "A sweep", counts facts."""
     if all(isinstance(probe, RunningText) for probe in opened):
         raise UsageError(
-            f"{what} counts facts, and {opened[0].name} is a text.", hint="Add a probe of facts beside it: -p atlas."
+            f"{what} counts facts, and {opened[0].name} is a text.", hint="Add a probe of facts, too: -p atlas."
         )
 
 
@@ -151,7 +151,7 @@ def gather(
     probes = open_matching(next(filter(None, stored), None), evaluation)
     sides = open_models(models, revision, stored, evaluation, probes)
     handles = [side for side in sides if isinstance(side, ModelHandle)]
-    # The original's distributions serve only models that are evaluated beside it.
+    # The original's distributions serve only models that are evaluated with it.
     is_kept = handles[0] is sides[0] and len(handles) > 1 and handles[0].located.url is None
     gathered: list[Answers] = []
     with Distributions(handles[0], evaluation.keep_in) if is_kept else contextlib.nullcontext() as distributions:

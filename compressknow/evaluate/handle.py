@@ -272,7 +272,7 @@ class ModelHandle:
         return self.contents.sha256
 
     def list_decisive(self, *, writes: bool) -> list[str]:
-        """Return what decides answers beside the files that its hash is of: that it may run Python code of its folder
+        """Return what decides answers besides the files that its hash is of: that it may run Python code of its folder
         in place of that of transformers, and a hash of the settings by which it begins and `writes` texts."""
         trusted = self._settings.trust_remote_code and self.runtime is Transformers
         own_code = trusted and any(path.suffix == ".py" for path in self.located.files)

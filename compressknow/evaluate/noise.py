@@ -2,7 +2,7 @@
 
 What a compressed model changes beyond that is its own doing; what lies below may be rounding.
 
-It is what a GGUF file beside a checkpoint changes through no fault of its types: the original runs from an unquantized
+It is what a GGUF file changes through no fault of its types: the original runs from an unquantized
 GGUF file of its own weights, made for that and removed again.
 """
 

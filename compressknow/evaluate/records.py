@@ -1,4 +1,4 @@
-"""Records on disk beside answers, typed: probe.json, and what a model gave to a running text."""
+"""Records on disk next to answers, typed: probe.json, and what a model gave to a running text."""
 
 from __future__ import annotations
 

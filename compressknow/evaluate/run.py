@@ -232,7 +232,7 @@ class _Run:
             entries = self._record.probes
             sources = {probe.name: dict(probe.source) for probe in probes if isinstance(probe, Probe)}
             updated = {name: replace(entries[name], source=source) for name, source in sources.items()}
-            # The old hash must not stand beside the new table, should this run be killed here.
+            # The old hash must not be with the new table, should this run be killed here.
             write_record(self._folder, self._record.without_hash(entries))
             self._write(labelled, replace(self._record, probes={**entries, **updated}))
 
@@ -330,7 +330,7 @@ class _Run:
         others = [a for a in read_stored(folder) if a.probe != name and a.probe in record.probes]
         probes = {other: kept for other, kept in record.probes.items() if other != name}
         if name in record.probes or record.answers_sha256 is not None:
-            # Neither the old entry nor the old hash must stand beside the new answers, should this run be killed here.
+            # Neither the old entry nor the old hash may be with the new answers, should this run be killed here.
             write_record(folder, record.without_hash(probes))
         if chunks:
             path = folder / name_text_file(name)

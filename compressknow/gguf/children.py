@@ -75,7 +75,7 @@ def read_reason(log: Path, code: int) -> str:
 
 
 def check_exit(what: str, log: Path, code: int, hint: str | None) -> None:
-    """Raise CompressknowError if a child has failed; OutputError if that was for want of room beside its log."""
+    """Raise CompressknowError if a child has failed; OutputError if that was because the disk of its log is full."""
     # The program below imports nothing of ours.
     from compressknow.base.errors import CompressknowError, OutputError
 

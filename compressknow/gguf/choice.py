@@ -161,7 +161,7 @@ _KEYS = ("type", "types", "calibration", "imatrix")
 
 
 def read_choice(path: Path, importance: Path | None = None) -> TypeChoice:
-    """Read the table ``[export]`` of a TOML file, or the record beside a GGUF file; `importance` is the matrix that
+    """Read the table ``[export]`` of a TOML file, or the record next to a GGUF file; `importance` is the matrix that
     takes the place of its own. Raises UsageError if there is none, or one of another form; where a record's export
     had read a matrix, which no record holds, and none is given."""
     try:

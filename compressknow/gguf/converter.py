@@ -153,7 +153,7 @@ def _list_architectures(converter: Path) -> tuple[str, ...]:
 
 def _run(converter: Path, *arguments: str | Path, log: Path, look: Callable[[], None] = lambda: None) -> int:
     """Run the converter as `children.run` does: its own packages come first, and nothing is downloaded."""
-    # A checkout of llama.cpp has its gguf package beside it.
+    # A checkout of llama.cpp has its gguf package next to it.
     variables = put_first(converter.parent, converter.parent / "gguf-py")
     variables |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
     return run(build_python_command(converter, *arguments), log, environment=variables, look=look)

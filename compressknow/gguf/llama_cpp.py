@@ -219,7 +219,7 @@ def _check_parts(path: Path) -> None:
     there = len(list_parts(path))
     if there < count:
         raise CheckpointError(
-            f"{path} is the first of {count} parts, and {count - there} of them are not beside it.",
+            f"{path} is the first of {count} parts, and {count - there} of them are not next to it.",
             hint="Download all parts into one folder.",
         )
 

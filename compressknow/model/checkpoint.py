@@ -64,7 +64,7 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
 SHOWN = 3
 DOWNLOAD_AGAIN = "Download or save the checkpoint again."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# What a conversion needs of a hub repository, beside its weights.
+# What a conversion needs of a hub repository, besides its weights.
 HUB_PATTERNS = (
     *("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken"),
     *(f"*{ADAPTER}.safetensors", f"*{ADAPTER}.bin"),
@@ -82,7 +82,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     shards: tuple[str, ...]
     revision: str | None = None
-    # Of its files beside the weights and of these, from before the first was read.
+    # Of its files besides the weights and of these, from before the first was read.
     states: dict[Path, FileState] = field(default_factory=dict, repr=False, compare=False)
 
     def check_unchanged(self) -> None:
@@ -155,7 +155,7 @@ def _check_no_other_form(model: str | Path, folder: Path) -> None:
 
 
 def list_some(names: Collection[str]) -> str:
-    """Return the first few of some names, and how many there are beside.
+    """Return the first few of some names, and how many there are besides.
 
     >>> list_some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -266,7 +266,7 @@ def is_path(model: str | Path) -> bool:
 
 
 def suggest_sibling(path: Path) -> str:
-    """Return the beginning of a hint, where something beside a missing file or folder has nearly its name."""
+    """Return the beginning of a hint, where something next to a missing file or folder has nearly its name."""
     try:
         near = find_nearest(path.name, (each.name for each in path.parent.iterdir()))
     except OSError:
@@ -306,7 +306,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
     return folder, folder.name
 
 
-# What transformers reads beside the weights, and the most bytes that it may have.
+# What transformers reads besides the weights, and the most bytes that it may have.
 _READ = {
     **dict.fromkeys(("config.json", "generation_config.json", "preprocessor_config.json"), CONFIG),
     **dict.fromkeys(("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"), CONFIG),

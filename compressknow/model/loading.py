@@ -166,7 +166,7 @@ class NameMapping:
         return any(not step.check_dims or shape != tuple(self._tree[parameter].shape) for step in swaps)
 
     def scale_follows(self, stored: str, parameter: str) -> bool:
-        """Return whether a scale stored beside `stored` would be loaded beside `parameter`."""
+        """Return whether a scale stored next to `stored` would be loaded next to `parameter`."""
         tree = {**self._tree, parameter + "_scale": self._tree[parameter]}
         return self._rename(stored + "_scale", tree) == (parameter + "_scale", None)
 

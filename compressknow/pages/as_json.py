@@ -57,7 +57,7 @@ def dump_clusters(counts: records.Counts, relations: Sequence[records.Counts]) -
 
 
 def dump_certainty(certainty: records.Certainty) -> dict[str, Any]:
-    """Return how sure the figures are that stand beside it."""
+    """Return how sure the neighbouring figures are."""
     return {
         "p": certainty.test.p,
         "p_by": certainty.test.unit,

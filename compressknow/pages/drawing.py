@@ -313,7 +313,7 @@ class Mark:
     kept: Estimate  # a share of 1
     kind: str
     tooltip: str
-    label: str = ""  # written beside it where there is room
+    label: str = ""  # written next to it where there is room
 
     @property
     def share(self) -> float:
@@ -404,7 +404,7 @@ def _draw_marks(plot: Axes, chart: Tradeoff) -> None:
 
 
 def draw_labels(plot: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
-    """Write the label of each mark (x, y, label) beside it, where there is room among other labels and marks."""
+    """Write the label of each mark (x, y, label) next to it, where there is room among other labels and marks."""
     figure = plot.get_figure(root=True)
     assert figure is not None
     # Where the marks are, in units of the drawing, is settled by the layout.

@@ -253,7 +253,7 @@ def _cut_index(front_matter: str, metadata: Mapping[str, Any]) -> str:
 
 
 def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the user's own results, and beside them accuracy and knowledge kept of each probe that it knew."""
+    """Return the user's own results, along with accuracy and knowledge kept of each probe that it knew."""
     # Whoever converts a model writes a card, and needs no numpy.
     from compressknow.pages.parts import get_headline_accuracy
 

@@ -198,7 +198,7 @@ class Claims(Part):
 
 @dataclass(frozen=True, slots=True)
 class Findings(Part):
-    """Findings: id (of the claim with more on it), claim, answer and numbers of each; beside them a chart, if any."""
+    """Findings: id (of the claim with more on it), claim, answer and numbers of each; next to them a chart, if any."""
 
     findings: tuple[tuple[str, str, str, str], ...]
     chart: Drawn | None = None
@@ -265,7 +265,7 @@ class Charts(Part):
 
 @dataclass(frozen=True, slots=True)
 class Beside(Part):
-    """Chart, and the table of its figures beside it where there is room."""
+    """Chart, and the table of its figures next to it where there is room."""
 
     chart: Chart | Drawn | None
     table: Table

@@ -30,7 +30,7 @@ _IN_LAYER = re.compile(r"(.*?)\.(\d+)\.(.*?)(?:\.weight)?", re.DOTALL)
 # Bits at which the shades of the map of types change.
 _BITS = (3, 4, 5, 6, 8, 16)
 _BITS_NOTE = (
-    "Bits of each weight, from faint to full colour, or 16 or 32 where it stays as it is. Scales, beside them, take "
+    "Bits of each weight, from faint to full colour, or 16 or 32 where it stays as it is. Their scales take "
     "half a bit more."
 )
 _FORMS = {"gguf": "GGUF file", "checkpoint": "checkpoint"}

@@ -218,7 +218,7 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, exper
 
 
 def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target: SizeTarget) -> Fitted:
-    """Choose a type for each matrix of a file that holds these tensors in 32 or 16 bits, and `overhead` bytes beside.
+    """Choose a type for each matrix of a file that holds these tensors in 32 or 16 bits, and `overhead` bytes besides.
 
     Raises UsageError if no choice is that small, or all is smaller in full.
     """

@@ -57,7 +57,7 @@ def grade(answers: Answers, known: str) -> Answers:
 
 @dataclass(frozen=True)
 class CellResult:
-    """Result of a cell: its answers beside the original's, or why there are none; `refused` where the model cannot have
+    """Result of a cell: its answers and the original's, or why there are none; `refused` where the model cannot have
     it, and trying again changes nothing."""
 
     cell: Cell
@@ -72,7 +72,7 @@ class CellResult:
         return self.cell.recipe.setup
 
     def grade(self, original: Answers, known: str) -> CellResult:
-        """Return the same by fact, in this reading of known, beside the original's answers so graded."""
+        """Return the same by fact, in this reading of known, with the original's answers graded likewise."""
         return replace(self, original=original, answers=None if self.answers is None else grade(self.answers, known))
 
     @cached_property
@@ -286,7 +286,7 @@ class StudyModel:
         on_progress = relabel_progress(on_progress, facts=count_facts(probes))
         places = {probe.name: folder / name_folder(probe.name) for probe in probes}
         if distributions and reference:
-            # Before the first is evaluated: then the original need not be in memory beside the cell.
+            # Before the first is evaluated: then the original need not be in memory along with the cell.
             facts = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
             missing = [probe for probe in facts if find_missing(handle, [probe], places[probe.name], context)]
             distributions.complete(missing, reference, on_progress)
@@ -398,7 +398,7 @@ class CellHandle(ModelHandle):
     def release(self) -> None:
         super().release()
         for prompts in self._study_model.prompts.values():
-            # The model would stay in memory beside the next one.
+            # The model would stay in memory along with the next one.
             prompts.scorer.release()
 
     def describe(self) -> dict[str, Any]:

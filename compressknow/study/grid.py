@@ -36,7 +36,7 @@ PRUNED_BY = (METHODS.first, "wanda", "sparsegpt")
 METHOD_AMOUNTS, HALF, SMOOTH = (0.2, 0.3, 0.4, 0.5, 0.6), 0.5, 0.5
 
 AXES = (*(each.key for each in OPTIONS.values() if each.axis), "seed")
-# What a step that prunes or quantizes says beside its amount or scheme, and what a recipe says of its calibration.
+# What a step that prunes or quantizes says besides its amount or scheme, and what a recipe says of its calibration.
 PRUNED, ROUNDED, CALIBRATED = (
     tuple(each.key for each in list_options(part) if each.key not in STEPS) for part in (Prune, Quantize, Calibration)
 )

@@ -223,7 +223,7 @@ class Row:
     """Input that a model reads once."""
 
     ids: Ids  # of the model's input
-    decoder: Ids | None  # of a decoder's input beside it
+    decoder: Ids | None  # of the decoder's input, if any
     start: int  # the position that predicts the first of the wanted tokens
     # Pairs of a candidate's number, counted over all facts, and tokens that follow one another.
     wanted: tuple[tuple[int, Ids], ...]

@@ -131,7 +131,7 @@ class Sensitivity(notebook.SummaryRepr):
     guidance : what it was measured with.
     rows : a weight each.
     domains : by name, how many of the facts are of it; those with fewer than 5 are left out.
-    others : how many weights the model has beside those of `rows`.
+    others : how many weights the model has besides those of `rows`.
     """
 
     sha256: str

@@ -80,7 +80,7 @@ class InputRecorder(TorchFunctionMode):
     def __init__(self, weights: Mapping[str, torch.Tensor], *, copies: bool = False, ends: bool = False) -> None:
         super().__init__()
         self._ends = ends
-        # Each beside what it is a copy of, in whose place another tensor would come to lie if it were freed.
+        # Each with the tensor that it copies: if that were freed, another one could take its place.
         self._copies: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] | None = {} if copies else None
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
         # Elements of a matrix, or of each of a stack.

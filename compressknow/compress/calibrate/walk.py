@@ -141,7 +141,7 @@ class TargetVisitor(Visitor, Generic[T]):
         home = self._homes[module]
         if home not in self._sums:
             self._sums[home] = self.make_sums(self._targets[home])
-            # A block may have layers of its own beside those that it shares.
+            # A block may have layers of its own besides those that it shares.
             self._sums[home].has_twins = list(self._homes.values()).count(home) == 1
         return self._sums[home]
 

@@ -66,7 +66,7 @@ class LmEval(ProbeSource):
 
         `options.data` holds local files, itself or in its folder ``tasks/``: ``boolq.jsonl``, ``piqa.jsonl``,
         ``winogrande.jsonl``, in place of the sets on the Hugging Face hub, and those that the YAML of a task folder
-        names, or they lie beside it. Its Python files are run, as lm-eval does.
+        names, or they lie next to it. Its Python files are run, as lm-eval does.
         """
         require("datasets", "lm_eval")
         task, data, include = part, options.data, options.tasks
@@ -181,7 +181,7 @@ def _find_data(name: str, entry: Any, places: list[Path]) -> Path | None:
             return Path(place)
     raise UsageError(
         f"{name} needs {', '.join(files)}, which neither its task folder nor --data holds.",
-        hint=f"Put it beside {entry.yaml_path.name}, or into DIR and pass --data DIR.",
+        hint=f"Put it next to {entry.yaml_path.name}, or into DIR and pass --data DIR.",
     )
 
 

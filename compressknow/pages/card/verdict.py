@@ -21,7 +21,7 @@ from compressknow.pages.records import NAME_CHARACTERS, SCALE, Comparison, Grade
 
 LOWEST = "F"
 _SCALE = ", ".join(f"{grade} from {least} % kept" if grade == "A+" else f"{grade} {least} %" for grade, least in SCALE)
-LEGEND = f"{_SCALE}, {LOWEST} less. Where the interval reaches over several grades, they are named beside the letter."
+LEGEND = f"{_SCALE}, {LOWEST} less. Where the interval reaches over several grades, they are named next to the letter."
 SHORT_LEGEND = f"{_SCALE}, {LOWEST} less. A question mark says that the interval reaches over several grades."
 
 

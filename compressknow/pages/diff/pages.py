@@ -353,7 +353,7 @@ def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[parts.Part
 
 
 def build_settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> parts.Table | None:
-    """Return the settings that differ, and the files beside config and weights that do."""
+    """Return the settings that differ, and the files besides config and weights that do."""
     rows = tuple(
         (clean(change.key, 80), *(NONE if value is None else clean(value, 200) for value in (change.a, change.b)))
         for change in difference.config

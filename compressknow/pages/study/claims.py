@@ -193,7 +193,7 @@ def _join(right: Sequence[Sequence[bool]]) -> np.ndarray:
 
 
 def hold_to_limit(of: str, figure: Figure, limit: float) -> Bound:
-    """Return the figure beside its limit, with the p-value at which its interval just reaches the limit."""
+    """Return the figure with its limit, and the p-value at which its interval just reaches the limit."""
     value = figure(0.95)
     if value.value is None or value.low is None:
         return Bound(of, value, limit, None)
