@@ -24,7 +24,7 @@ from compressknow.base.system import create, hold_signals, is_full, lock, lock_o
 
 LOCK = ".lock"
 _SUFFIX = ".compressknow-"
-# Of a folder that other runs make and remove at the same time.
+# How often to recreate a folder that other runs remove at the same time.
 _ATTEMPTS = 100
 
 

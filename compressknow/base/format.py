@@ -123,7 +123,7 @@ def write_points(value: float | None) -> str:
         return NONE
     if not value:
         return "0 points"
-    # Of less than a tenth the first digit, wherever it stands.
+    # Below a tenth, the first significant digit.
     decimals = 1 if abs(value) >= 0.001 else -math.floor(math.log10(float(f"{abs(100 * value):.1g}")))
     digits = "+.1e" if 100 * abs(value) >= _MANY else f"+.{decimals}f"
     return f"{_write_signed(100 * value, digits)} points"

@@ -135,7 +135,7 @@ def _bound_requests() -> Iterator[None]:
     from huggingface_hub.utils import _http
     from huggingface_hub.utils import logging as logs
 
-    # Of the user's own client, if one was set (for a proxy, say), nothing else is changed.
+    # If the user has set a client, for a proxy say, nothing else about it is changed.
     factory, verbosity = _http._GLOBAL_CLIENT_FACTORY, logs.get_verbosity()
 
     def bounded():  # type: ignore[no-untyped-def]  # of httpx or httpx2, by the release

@@ -28,7 +28,7 @@ RECORD = 64 * MIB
 FACTS, LINE = 1024 * MIB, MIB
 # Values in one JSON file, or in all lines of a facts file: each takes up to 100 bytes of memory besides its text.
 MOST_VALUES = 8_000_000
-# Of whole numbers in records: whoever divides or multiplies these gets floats, which larger ones would not fit.
+# The largest whole number in a record: arithmetic on larger ones would overflow floats.
 LARGEST = 1 << 256
 _KINDS = {
     stat.S_IFIFO: "a pipe (FIFO)",

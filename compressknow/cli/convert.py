@@ -122,7 +122,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     repo, private = options.pop("push"), options.pop("private")
     check_upload(repo, private, dry_run=dry_run)
     options = drop_recipe_conflicts(options, (*OPTIONS, *_PARAMETERS))
-    # Those of other packages; the function has parameters for the rest.
+    # Parameters that other packages add; the function has keywords for the rest.
     further = options.keys() - signature(run).parameters
     others = {name: options.pop(name) for name in _PARAMETERS if name in further}
     options["parameters"] = {

@@ -231,7 +231,7 @@ class ProgressLine:
         self._end: float | None = None
         self._terminal = sys.stderr.isatty()
         self._shown = 0
-        # Of what is written: a line that stays must not come in the middle of one that changes.
+        # Guards output: a permanent line must not come in the middle of a changing one.
         self._writing = threading.Lock()
 
     def start(self) -> None:

@@ -260,7 +260,7 @@ def run_paired_test(clusters: Sequence[Counts]) -> PairedTest:
 
 def _flip_signs(changes: np.ndarray) -> float:
     """Return the share of all assignments of signs whose sum is as far from 0 as the changes' own."""
-    # Of each sum that the changes so far can have, from the least to the greatest.
+    # Probabilities of each sum that the changes so far can have, in ascending order.
     chances = np.ones(1)
     for size in map(int, np.sort(np.abs(changes[changes != 0]))):
         wider = np.zeros(len(chances) + 2 * size)

@@ -256,7 +256,7 @@ def _round(value: float) -> float:
 def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[str, Any]:
     cut = removal.cuts.get(tensor.source.name) if removal else None
     name_before = tensor.name
-    # Of a block that was renumbered, once the text has said which blocks go.
+    # The old name, if its block was renumbered; known once the text has decided which blocks are dropped.
     if removal and tensor.name == tensor.source.name and all(drop.is_decided for drop in removal.blocks):
         name_before = removal.names.get(tensor.name, tensor.name)
     return {
@@ -294,7 +294,7 @@ def _describe(tensor: PlannedTensor, measured: TensorStats, removal: Removal | N
     ]
     if [part.suffix for part in tensor.stored] == ["", SCALE]:
         _, scale, *also = parts
-        # Of modules that share the weight, each is given the same scale.
+        # Each module that shares the weight gets the same scale.
         row["scale"] = scale | ({"also": [part["name"] for part in also]} if also else {})
     elif tensor.scheme:
         row |= {"bits": tensor.scheme.bits, "stored": parts}

@@ -251,7 +251,7 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
     if misspelled := options.keys() - OPTIONS.keys() - set(SHARED):
         raise TypeError(f"There is no option {min(misspelled)}.")
     given = {name: value for name, value in options.items() if value is not None}
-    # Of a scope, only the sides of an encoder-decoder model narrow what is left out.
+    # Only the scopes encoder and decoder narrow what is dropped.
     side = Where(where.scope) if set(where.scope) <= set(SIDES) else Where()
     steps: list[Step] = []
     for action, kind in STEPS.items():

@@ -109,7 +109,7 @@ class DropBlocks:
     def __post_init__(self) -> None:
         make_fields_plain(self)
         if isinstance(self.blocks, str):
-            # Who lists blocks that no model has would not end.
+            # A huge number would make an endless list.
             last = max(numbers[-1] for numbers in parse_layers(self.blocks).values())
             if last >= MOST_BLOCKS:
                 what = f"There is no block {last:,}, which {self.blocks!r} names."

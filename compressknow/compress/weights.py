@@ -177,7 +177,7 @@ def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> Stor
         return None
     rows, columns = get_matrix_shape(tensor.shape)
     per_group = len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and not columns % scale.shape[1]
-    # Of blocks of rows and columns there may be as many as rows.
+    # Scales of two-dimensional blocks may happen to be as many as there are rows.
     per_row = scale.numel == rows and scale.shape[:1] == tensor.shape[:1]
     return scale if scale.numel == 1 or per_row or per_group else None
 

@@ -411,7 +411,7 @@ def _is_weight(located: LocatedModel, tensor: StoredTensor, trust_remote_code: b
     except CompressknowError:
         return True
     if binding is None:
-        # Of a quantized model the tree has no scales; of others it has all that is read.
+        # The tree of a quantized model lacks scales; otherwise it has everything that is read.
         return "quantization_config" in checkpoint.config
     weights = {name for name, _ in tree.named_parameters(remove_duplicate=False)}
     return not weights.isdisjoint(binding.parameters)

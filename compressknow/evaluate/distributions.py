@@ -162,7 +162,7 @@ class DistributionFile:
         self._folder, self._most, self._short = folder, most, short
         self._file: Any = None
         self._places: dict[str, int] = {}
-        # Of a row, in tokens and in bytes.
+        # Of each row, in tokens and in bytes.
         self._width = self._row = 0
         self.gave_up = False
 

@@ -28,7 +28,7 @@ UNSPACED += "\uff66-\uff9d\U00020000-\U0003ffff"
 
 # The domains of the report card's grades.
 DOMAINS = ("geography", "language", "science", "history and people", "arts and literature", "common sense")
-# Of facts and relations that belong to none of these, or to several: "is part of", "is owned by", sports.
+# For facts and relations that belong to none of the domains, or to several: "is part of", "is owned by", sports.
 GENERAL = "general"
 GEOGRAPHY, LANGUAGE, SCIENCE, PEOPLE, ARTS, COMMON_SENSE = DOMAINS
 

@@ -289,7 +289,7 @@ def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]
     """Open the probes named, else those of the answers at hand, in their sample; else atlas. Raises as `open_named`."""
     names, options = list(evaluation.probes) or (list(known.probes) if known else []), evaluation.options
     entries = list(known.record.probes.values()) if known else []
-    # Of a probe with fewer facts no sample was drawn.
+    # A probe with fewer facts than the limit was not sampled.
     entry = next((each for each in entries if each.limit is not None), entries[0] if entries else None)
     if entry is not None and options.limit is None:
         options = replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)

@@ -277,7 +277,7 @@ class ModelHandle:
         trusted = self._settings.trust_remote_code and self.runtime is Transformers
         own_code = trusted and any(path.suffix == ".py" for path in self.located.files)
         path = self.located.path / "generation_config.json"
-        # Of a decoder, of which a BartModel says nothing, it may name the token that each text begins with.
+        # It may name the token that a decoder's text begins with; a BartModel does not tell whether it has a decoder.
         begins = path.is_file() and (writes or self.named_family in ("seq2seq", None))
         return [*(["own code"] if own_code else []), *([compute_sha256(path)] if begins else [])]
 

@@ -381,7 +381,7 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
         # Another release may split a text into other tokens, or compute otherwise.
         decides += [version(name) for name in ("transformers", "tokenizers")]
     if isinstance(probe, Probe):
-        # Of all facts, whatever the sample: what is shown solved before those that were lost, and the baseline.
+        # From all facts, not just the sample: the solved examples for lost facts, and the baseline.
         decides += [(fact.prompt, fact.obj_label) for examples in probe.examples.values() for fact in examples]
         decides += probe.most_frequent.items()
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()

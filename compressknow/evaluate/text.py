@@ -177,7 +177,7 @@ def cut_chunks(reader: TextReader, text: RunningText, context: int) -> TextChunk
     check_tokens(int(cut.max()), reader.rows, text.name)
     lengths = None
     if ends is not None:
-        # Of the scored tokens, those after the first of the second half.
+        # Bytes of the scored tokens, which come after the first token of the second half.
         table = np.array(ends[: number * context]).reshape(number, context)
         lengths = tuple((table[:, -1] - table[:, find_first_scored(context)]).tolist())
     return TextChunks(cut, lengths)

@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.1
 _TAIL_BYTES = 1 << 14
 # What the system says of a full disk, and what numpy makes of that.
 _FULL = re.compile(r"No space left|Disk quota exceeded|\d+ requested and \d+ written")
-# Of a disk with less room, on which the words of a child had none either.
+# A disk with less room than this is full: even a child's log did not fit.
 _NO_ROOM_BYTES = 1 << 16
 
 

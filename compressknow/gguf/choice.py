@@ -75,7 +75,7 @@ def find_base_type(file_type: str) -> str:
     >>> [find_base_type(name) for name in ("q4_k_m", "q8_0", "f16", "iq3_xs")]
     ['q4_k', 'q8_0', 'f16', 'iq3_s']
     """
-    # Those without one of their own are mixes around the small one of their kind.
+    # Mixes without a tensor type of their own are built around the small variant.
     mixed = f"{file_type.rpartition('_')[0]}_s"
     return max((name for name in list_tensor_types() if file_type.startswith(name)), key=len, default=mixed)
 

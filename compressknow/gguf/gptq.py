@@ -230,7 +230,7 @@ def round_file(
     file = read_gguf(output, "r+")
     made = {tensor.name: tensor for tensor in file.tensors}
     floats = {tensor.name: tensor for tensor in exact}
-    # Of what was merged, all parts read the same; what was split (gate and up of experts) is several tensors.
+    # Parts of a merged tensor have the same inputs; a split one (gate and up of experts) is several tensors.
     names: dict[str, list[str]] = {}
     for name in same_channels:
         names.setdefault(tensors.weights[name][0].parameter, []).append(name)

@@ -228,7 +228,7 @@ def _open_model(path: Path, llama: Native, *, copies: bool) -> Any:
     parameters = llama.lib.llama_model_default_params()
     # What is measured is what runs on this processor.
     parameters.n_gpu_layers = 0
-    # Of weights in the order that its fastest kernels want, which takes longer to make than one token to read.
+    # Whether to reorder weights for the fastest kernels, which takes longer than reading one token.
     parameters.use_extra_bufts = copies
     # Called before each tensor.
     goes_on, raised = make_interruptible("bool(float, void *)", go_on=True)

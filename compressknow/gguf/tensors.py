@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Experts that are stored one by one are one tensor in GGUF.
 EXPERT = re.compile(r"experts\.(\d+)\.")
 _SUFFIXES = (".weight", ".bias")
-# Of a file, besides what the one in between has: what llama.cpp adds of its own, and our keys.
+# Bytes that a file has beyond the intermediate one: what llama.cpp adds, and each of our keys.
 _METADATA, _RULE = 4096, 48
 ALIGNMENT = 32
 

@@ -82,7 +82,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     shards: tuple[str, ...]
     revision: str | None = None
-    # Of its files besides the weights and of these, from before the first was read.
+    # States of all its files, taken before the first was read.
     states: dict[Path, FileState] = field(default_factory=dict, repr=False, compare=False)
 
     def check_unchanged(self) -> None:
@@ -283,7 +283,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
         try:
             return Path(get())
         except OfflineModeIsEnabled:
-            # Of a revision given as a commit, some releases (1.33) want the hub's list of files though all are there.
+            # For a commit as revision, some releases (1.33) ask the hub for its list of files although all are cached.
             return Path(get(local_files_only=True))
 
     try:

@@ -397,6 +397,6 @@ class _Valueless(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.nonzero.default and args[0].is_meta:
             return torch.empty((0, args[0].dim()), dtype=torch.long, device="meta")
         if func is torch.ops.aten._grouped_mm.default:
-            # Of experts; torch has it in bfloat16 alone.
+            # Grouped products of experts, which torch only has in bfloat16.
             return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
         return func(*args, **kwargs or {})

@@ -153,7 +153,7 @@ SCOPES: dict[str, Callable[[LinearWeight, Action], bool]] = {
     "decoder": lambda weight, _: weight.stack == "decoder" and weight.group in LANGUAGE,
     "vision": lambda weight, _: weight.group == "vision",
 }
-# Of pruning and of quantizing: what every runtime takes, and what leaves a tied final layer tied.
+# For pruning and for quantizing: every runtime takes it, and a tied final layer stays tied.
 DEFAULT_SCOPES = ("blocks",)
 # What others call them, for hints.
 OTHER_WORDS = {

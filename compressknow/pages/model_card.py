@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _KEY = "model-index"
-# Of so many zeros that have values again, a warning.
+# Share of zeros that became non-zero above which a warning is given.
 _REFILLED_SHARE = 0.01
 # The metric by which results of an earlier report are told from the user's own.
 _OURS = "knowledge-kept"

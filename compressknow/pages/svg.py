@@ -22,7 +22,7 @@ COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c
 _CLASSES = {colour: name for name, colour in COLOURS.items()}
 _ATTRIBUTES = {"stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin", "text-anchor", "opacity"}
 _NUMBERS = {"d", "x", "y", "width", "height", "transform", "stroke-width", "stroke-dasharray"}
-# Of a file: characters of a line of its title in each column, and room for labels that reach over the edge.
+# For a standalone file: characters per line of its title and column, and a margin for labels over the edge.
 _TITLE_WIDTH, _MARGIN, _LINE = 52, 40, 16
 _COLUMNS = 2
 _SIZE = re.compile(r"([\d.]+)px")

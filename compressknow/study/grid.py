@@ -31,7 +31,7 @@ AMOUNTS = tuple(tenths / 10 for tenths in range(1, 10))
 FEW_AMOUNTS = (0.2, 0.4)
 PAPER_SCHEME = "int8-paper"
 PAPER, METHODS_GRID = BUILT_IN = "paper", "methods"
-# Of the grid of methods: what prunes, how much, by itself and before int4; alpha of smoothing as Xiao et al. have it.
+# The grid of methods: pruning methods and amounts; the amount before int4; alpha of smoothing as in Xiao et al.
 PRUNED_BY = (METHODS.first, "wanda", "sparsegpt")
 METHOD_AMOUNTS, HALF, SMOOTH = (0.2, 0.3, 0.4, 0.5, 0.6), 0.5, 0.5
 
@@ -415,5 +415,5 @@ def slugify(text: str) -> str:
     ('att-gpq-20-int8', '\u6700\u521d\u306e\u5c64')
     """
     slug = re.sub(r"(?:[^\w.]|_)+", "-", text.lower()).strip("-.")
-    # Of a folder whose name gets a number and a hash: no name is longer than 255 bytes.
+    # The folder name also gets a number and a hash, and must stay under 255 bytes.
     return slug.encode()[:240].decode(errors="ignore") or "cell"

@@ -122,13 +122,13 @@ def parse_scheme(name: str) -> Scheme:
     return SCHEMES[kind].with_values({"group_size": int(size)}) if size else SCHEMES[kind]
 
 
-# Rows of a weight that are rounded and multiplied at a time: of a head there are as many as tokens.
+# Rows of a weight that are rounded and multiplied at a time: a head has as many as the vocabulary.
 BAND = 2048
-# Rows of a weight whose errors are looked at: so many that count most, and of the others one in so many.
+# Rows of a weight whose errors are measured: the most important ones, and one in so many of the others.
 FIRST_ROWS, STRIDE = 64, 16
-# Of the pieces of a text, left out of a mean: those that change most.
+# Share of the pieces of a text to leave out of a mean: those that change most.
 TRIMMED = 0.1
-# Facts of a domain from which on its mean is told.
+# Facts of a domain that its mean needs.
 FEWEST_OF_A_DOMAIN = 5
 
 

@@ -239,7 +239,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         return self.pairs and not batch % 2 and module in self._streamed.blocks
 
     def make_sums(self, targets: Sequence[PlannedTensor]) -> InputSums:
-        # Of a pair, an expert may read other tokens.
+        # In the two passes of a pair, an expert may read different tokens.
         paired = {each.parameter for each in targets if _is_rounded_by_gptq(each) and not _is_expert(each)}
         return InputSums(
             dict.fromkeys(tensor.parameter for tensor in targets),

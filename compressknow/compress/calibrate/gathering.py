@@ -175,8 +175,7 @@ class InputSums:
     def add(self, batch: int, seen: list[Seen]) -> None:
         """Add what was seen of one batch; `batch` counts from 0, and comes after all before it have begun."""
         is_original = self._paired is not None and batch % 2 == 0
-        # Of an original nothing is summed, so that it waits for no sums; what is made of it waits for those of the pair
-        # before.
+        # Passes of the original are not summed, so they wait for nothing; the others wait for the pair before.
         before = -1 if is_original else batch - 1 if self._paired is None else batch - 2
         try:
             # The first batch tells which weights read the same.

@@ -109,7 +109,7 @@ def _read_rows(dataset: str) -> Iterator[str]:
 
 
 TOKENS = Calibration.tokens
-# Of one batch, about.
+# Approximate tokens per batch.
 BATCH_TOKENS = 2_048
 # A shorter text says too little of what a layer reads: it is refused unless no more was asked for.
 FEWEST_TOKENS = 2_048

@@ -157,7 +157,7 @@ class TargetVisitor(Visitor, Generic[T]):
         for module in list(self._unvisited):
             is_needed = module in self._streamed.blocks or any(each.group == "final" for each in self._targets[module])
             if is_needed and module not in self._sums:
-                # Whatever the model does with the weights of this block or head, it does elsewhere.
+                # The model uses the weights of this block or head elsewhere.
                 raise BlockwiseUnsupported(f"the model does not run {module}")
             with self._streamed.load(module):
                 self._act_on(module, None)
@@ -398,7 +398,7 @@ class _Observer(TargetVisitor[LinearWeight]):
         self.pairs = pairs and not self._waits
 
     def make_sums(self, targets: Sequence[LinearWeight]) -> InputSums:
-        # Of a pair, an expert may read other tokens.
+        # In the two passes of a pair, an expert may read different tokens.
         paired = {weight.parameter for weight in targets if weight.kind != "experts"} if self.pairs else None
         return InputSums(
             dict.fromkeys(weight.parameter for weight in targets),

@@ -30,7 +30,7 @@ MOST_BYTES = 256 << 20
 PIECE = 1 << 16
 # Seconds: to be connected; the longest that a server may ask to wait; the first pause, doubled each time.
 CONNECT, LONGEST_PAUSE, FIRST_PAUSE = 10.0, 60.0, 0.5
-# Of a request that is refused, and of one whose connection breaks.
+# Attempts for a request that is refused, and for one whose connection breaks.
 TRIES, READS = 5, 2
 
 

@@ -160,7 +160,7 @@ class LlamaServer(ServedModel):
         return score
 
     def _find_likeliest(self, prompt: Ids, count: int) -> FirstToken:
-        # Whatever is written, of a token that is a whole text the server tells all.
+        # The written token does not matter; one that is a whole text makes the server report all.
         step = self._request_step(prompt, next(iter(self.encode("a", False)), 0), count)
         top = step["top_logprobs"] if step else []
         if len(top) < min(count, self._vocabulary):

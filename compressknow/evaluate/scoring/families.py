@@ -197,7 +197,7 @@ class CausalScorer(DecodingScorer):
     def encode_prompt(self, fact: Fact) -> Ids:
         if not fact.before and self._start is not None:
             return (self._start,)
-        # Of a text that the tokenizer leaves nothing of, a closing token is better than none.
+        # If the tokenizer leaves nothing of a text, a closing token is better than nothing.
         return self.encoder.begin(fact.before) or self.encoder.ids(fact.before, True)
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:

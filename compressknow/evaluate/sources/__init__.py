@@ -51,7 +51,7 @@ class Options:
         for name in ("template", "templates", "limit", "seed", "context"):
             value = getattr(self, name)
             try:
-                # Of numpy's, which JSON does not take, Python's own.
+                # Convert numpy's integers, which JSON does not take.
                 object.__setattr__(self, name, None if value is None else operator.index(value))
             except TypeError:
                 raise UsageError(f"--{name} must be a whole number: {value!r}.") from None
@@ -266,7 +266,7 @@ def _open_by_name(name: str, options: Options) -> Opened:
     except Exception as error:
         if not PROBES.is_added(kind):
             raise
-        # Whatever the code of another package does.
+        # Third-party code may raise anything.
         raise PROBES.incompatible(kind, f"{type(error).__name__}: {error}") from error
     _check_opened(kind, full, opened)
     return opened.sample(options.limit, options.seed) if isinstance(opened, Probe) else opened

@@ -75,7 +75,7 @@ CONCEPTNET = map_relations(
     }
 )
 LAMA = WIKIDATA | dict.fromkeys(_GOOGLE_RE, PEOPLE)
-# Of the sets that are of one domain, whatever the relation.
+# Sets whose relations all have the same domain.
 _DOMAINS_OF_SETS = {"conceptnet": COMMON_SENSE, "squad": GENERAL}
 # The official scripts' max_sentence_length, in words.
 _LONGEST_SENTENCE = 100

@@ -18,7 +18,7 @@ from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.facts import BLANK, COMMON_SENSE, GENERAL
 from compressknow.evaluate.scoring.ranking import find_rank, sum_logs
 
-# Of an item's context, so much of its end is shown.
+# Characters shown of the end of an item's context.
 SHOWN = 300
 _GAP = "…"
 NO_GOLD = "no choice is marked as the right one"

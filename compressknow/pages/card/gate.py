@@ -179,7 +179,7 @@ def render_job_summary(card: Card) -> str:
         for name, each in zip(name_models(card), card.comparisons, strict=True)
         for cells in list_results(card, each)
     ]
-    # Of many, those that are met are left out before the others.
+    # If there are too many, leave out those that are met first.
     shown = sorted(results, key=lambda cells: cells[-1] == _RESULTS[True])[:_MOST_RESULTS]
     single = card.comparisons[0] if len(card.comparisons) == 1 else None
     grades = single.grades if single else ()

@@ -356,7 +356,7 @@ def render_html(card: Card) -> str:
         lost=_LOST if models <= 1 else _LOST_IN_ALL // models,
         gained=min(_GAINED, _GAINED_IN_ALL // max(1, models)),
         relations=None if models <= _FEW else max(_LEAST_RELATIONS, _RELATIONS_IN_ALL // models),
-        # Of several models, a chart for each would take seconds.
+        # Charts for each of several models would take seconds.
         charts=models == 1,
     )
     return pages.render_html(make_page(card, limits, charts=True))

@@ -284,7 +284,7 @@ def advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     try:
         recipe = Recipe.from_dict(dict(model.recipe)) if model.recipe else None
     except CompressknowError:
-        # Of another version, or of a package that is not installed.
+        # It is from another version, or needs a package that is not installed.
         recipe = None
     found = find_milder(recipe, model.groups or {}) if recipe else None
     if found is None:

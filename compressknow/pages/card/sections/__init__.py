@@ -183,7 +183,7 @@ def add_sections(
             warnings += [clean(warning, 1000) for warning in section.warnings(context)]
             measured |= {name: figures} if figures else {}
         except Exception as error:
-            # Whatever another package does; a failure of our own is to be seen.
+            # Third-party code may raise anything; our own errors must surface.
             if SECTIONS.is_built_in(name):
                 raise
             failed[name] = _describe_failure(name, error)
