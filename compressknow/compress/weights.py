@@ -20,8 +20,8 @@ from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, get_torch_dty
 
 @dataclass(frozen=True)
 class Values:
-    """Values of a parameter as a checkpoint stores them: a tensor and, of low bits, its scale; `packed` is where those
-    lie that are several in an integer. Along `axis` these `numbers` alone are compared, if any are named."""
+    """Stored values of a parameter: a tensor and, in few bits, its scale; `packed` is the tensor of values that share
+    integers. If `numbers` are given, only these entries along `axis` count."""
 
     tensor: StoredTensor
     scale: StoredTensor | None = None
@@ -168,8 +168,7 @@ class StoredWeights:
 
 
 def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> StoredTensor | None:
-    """Return the scale of a low-bit weight in the layout of compressed-tensors, symmetric: a number for the tensor, for
-    each of its rows, or for each group of columns."""
+    """Return the scale of a symmetric low-bit weight of compressed-tensors: per tensor, row or group of columns."""
     scale = parts.get(f"{tensor.name}_scale")
     # A zero point, or groups of columns that are not neighbours.
     more = any(f"{tensor.name}_{part}" in parts for part in ("zero_point", "g_idx"))
@@ -183,10 +182,7 @@ def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> Stor
 
 
 def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> StoredWeights:
-    """Read what a checkpoint stores from its headers.
-
-    Raises CheckpointError if it has no weights, or its config builds no model.
-    """
+    """Read a checkpoint's headers. Raises CheckpointError if it has no weights, or its config builds no model."""
     checkpoint.check_has_weights()
     model = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure, naming = read_structure(model), NameMapping(model)

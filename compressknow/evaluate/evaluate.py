@@ -202,8 +202,8 @@ def has_same_tokens(reference: Answers, loaded: Runtime) -> bool:
 
 
 def find_first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
-    """Map each fact's id to the tokens that the original held most likely at the answer's first position. Raises
-    CompressknowError if a fact to be evaluated is not among the original's answers."""
+    """Map each fact's id to the original's most likely tokens at the answer's first position. Raises CompressknowError
+    if the original has not answered a fact."""
     ids = {answer.fact_id: answer.first_ids for answer in reference.of(probe.name)}
     wanted = [query.fact.id for batch in prompts.batches for query in batch]
     if missing := [fact for fact in wanted if fact not in ids]:

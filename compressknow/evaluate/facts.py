@@ -147,9 +147,8 @@ class Probe:
         return next((each for each in others if each.obj_label.casefold() != fact.obj_label.casefold()), None)
 
     def sample(self, limit: int | None, seed: int = 0) -> Probe:
-        """Return a sample of at most `limit` facts, drawn by relation in proportion to its size (each relation keeps
-        one at least, as far as `limit` reaches). A larger limit holds the facts of a smaller one, as far as the
-        proportions allow."""
+        """Return a sample of at most `limit` facts, in proportion to the size of relations, with at least one each if
+        `limit` allows. A larger sample contains a smaller one, as far as the proportions allow."""
         if limit is None or limit >= len(self.facts):
             return self
         chosen = _draw_stratified(self.facts, limit, seed)
@@ -250,10 +249,7 @@ def strip_wording(identifier: str) -> str:
 
 
 def join_wordings(probes: Sequence[Probe]) -> Probe:
-    """Merge probes of the same facts, one per wording: a fact in its first wording, then in its second.
-
-    Dropped and read facts are counted by wording.
-    """
+    """Merge probes of the same facts, one per wording, fact by fact; dropped and read facts are counted by wording."""
     first = probes[0]
     facts = zip(*(_number(probe.facts, number) for number, probe in enumerate(probes, 1)), strict=True)
     examples = {

@@ -141,8 +141,8 @@ def find_answers(
 
 
 def find_missing(handle: ModelHandle, probes: Sequence[Opened], folder: Path, context: Context) -> list[Opened]:
-    """Return the probes to which `folder` holds no answers of this model; with the original's distributions, also those
-    whose answers lack a divergence over the whole vocabulary that can be had."""
+    """Return the probes that `folder` lacks answers to; with the original's distributions, also those whose answers
+    lack a divergence over the whole vocabulary that can be computed."""
     with _explain_damage(folder):
         entries = read_record(folder).probes if is_answers_folder(folder) else {}
     keys = {name: entry.key for name, entry in entries.items()}
@@ -223,8 +223,8 @@ class _Run:
         self._store(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
 
     def update_labels(self, probes: Sequence[Opened]) -> None:
-        """Store what the facts of these probes are said to be of, where that has changed since they were evaluated, or
-        where a run that did so was killed before it wrote the hash."""
+        """Update the stored domains, subjects and popularity if they changed since the evaluation, or if a run that did
+        so was killed before it wrote the hash."""
         stored = read_stored(self._folder)
         labelled = list(_label(stored, probes))
         has_changed = any(new is not old for new, old in zip(labelled, stored, strict=True))

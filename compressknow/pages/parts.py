@@ -1,7 +1,7 @@
-"""What a page is made of: sections, and the parts that they show, tables among them.
+"""Parts of a page: sections, and the tables, notes, charts and so on that they show.
 
-A section says what it has to say in these. The templates have one piece for each kind, in HTML and in Markdown, which
-escapes all text: nothing of a section is HTML, but for a chart, and that is drawn by `pages.drawing` alone.
+The templates render each kind in HTML and Markdown, escaping all text. Nothing in a section is HTML except for a chart,
+which only `pages.drawing` draws.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ class Remarks(Part):
 
 @dataclass(frozen=True, slots=True)
 class Facts(Part):
-    """Facts and what models answered, one a row: `shade` is the style of its last answer. In HTML the last column is
-    small, under the first."""
+    """Facts and what models answered, one per row. `shade` is the style of the last answer. In HTML the last column is
+    small print under the first."""
 
     table: Table
     shade: str = ""
@@ -248,8 +248,8 @@ class Drawn(Part):
 
 
 def draw_twice(draw: Callable[[str, bool], str | None], id: str, title: str = "") -> Iterator[Drawn]:
-    """Yield a chart for a narrow screen, and one for the width of the page, which shows the one that it has room for.
-    `draw` gets an id, and whether the chart is the broad one; it returns None if there is nothing to draw."""
+    """Yield a narrow and a broad version of a chart; the page shows the one that fits. `draw` takes an id and whether
+    the chart is broad; it returns None if there is nothing to draw."""
     for look in ("narrow", "broad"):
         if svg := draw(f"{look}-{id}", look == "broad"):
             yield Drawn(svg, title, look)

@@ -48,17 +48,15 @@ if TYPE_CHECKING:
 
 
 def grade(answers: Answers, known: str) -> Answers:
-    """Return one answer per fact, right where the fact is known in this reading; of several wordings by majority.
-
-    Raises CompressknowError if the answers do not tell what is ``produced``.
-    """
+    """Return one answer per fact, right if the fact is known in this reading, by majority of its wordings. Raises
+    CompressknowError if the answers do not tell what is ``produced``."""
     return merge_wordings(apply_reading(answers, known))
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """Result of a cell: its answers and the original's, or why there are none; `refused` where the model cannot have
-    it, and trying again changes nothing."""
+    """Result of a cell: its answers and the original's, or why it has none; `refused` if the model does not support it,
+    so that a retry is pointless."""
 
     cell: Cell
     original: Answers = field(repr=False)
@@ -226,9 +224,9 @@ AddNoiseFloor = Callable[[NoiseFloors, Sequence[Opened], Answers], Answers]
 
 
 class StudyModel:
-    """Original of a study, found and opened once: it, and every cell, is evaluated from here. `keep_in`, a folder on
-    the disk, keeps its distributions for cells that are evaluated in this process; `texts` keeps calibration texts, so
-    that a study that resumes reads the same; `models` keeps the checkpoints of cells, if they are to be written."""
+    """Original of a study, opened once, from which all cells are made and evaluated. The folder `keep_in` keeps its
+    distributions for cells that this process evaluates, `texts` the calibration texts for a resumed study, and `models`
+    the checkpoints of cells, if they are to be saved."""
 
     def __init__(
         self,
@@ -279,8 +277,8 @@ class StudyModel:
         noise_floors: Collection[AddNoiseFloor] = (),
         whole: bool = True,
     ) -> Answers:
-        """Return the answers of the original, with these noise floors, or of a model that was made of it, kept in
-        `folder`; `whole`, with the original's distributions kept for what is compared with it."""
+        """Return the answers of the original, with these noise floors, or of a model made from it, stored in `folder`.
+        If `whole`, the original's distributions are kept, or compared with."""
         distributions = self._distributions if whole else None
         context = Context(reference, distributions=distributions)
         on_progress = relabel_progress(on_progress, facts=count_facts(probes))

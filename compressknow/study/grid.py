@@ -58,10 +58,8 @@ prune = 0.5"""
 
 @dataclass(frozen=True)
 class Cell:
-    """Recipe of a study. `key` is unique in it and names its folder: letters, digits, dots and hyphens.
-
-    `text_sha256` is of the file that it is calibrated on, if any: once that has changed, it is another cell.
-    """
+    """Recipe of a study. `key` is unique and names its folder: letters, digits, dots and hyphens. `text_sha256` is the
+    hash of its calibration file, if any: a changed file makes another cell."""
 
     key: str
     recipe: Recipe
@@ -234,10 +232,8 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
 
 
 def build_grid(values: Mapping[str, Any], name: str) -> tuple[Cell, ...]:
-    """Make the cells of a grid: the product of its axes, and the cells that it names.
-
-    Raises UsageError if it is empty, contradicts itself or says what no recipe knows.
-    """
+    """Make the cells of a grid: the product of its axes, and its single cells. Raises UsageError if it is empty,
+    contradictory or has unknown keys."""
     if unknown := sorted(set(values) - {"axes", "cells"}):
         raise UsageError(f"{name}: unknown key {unknown[0]!r}.", hint=FORMAT)
     axes, named = values.get("axes", {}), values.get("cells", [])
@@ -264,8 +260,7 @@ def _expand_axes(axes: Mapping[str, Any], where: str) -> Iterator[tuple[None, Re
 def _check_keys(
     values: Mapping[str, Any], points: Sequence[Mapping[str, Any]], where: str, more: Sequence[str] = ()
 ) -> None:
-    """Raise UsageError for keys that no recipe has, or that apply to nothing that any of these points does; `more` are
-    what else may stand there."""
+    """Raise UsageError for keys that neither a recipe nor `more` has, or that apply to nothing in these points."""
     own = set().union(*map(_list_own_parameters, points))
     there = [*more, *AXES, *(name for name in list_parameters() if name in own.difference(AXES))]
     if unknown := sorted(set(values) - set(there)):

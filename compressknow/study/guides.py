@@ -115,8 +115,7 @@ def measure_guides(
 
 
 def select_known_facts(answers: Answers, probes: Sequence[Probe]) -> list[Probe]:
-    """Return the facts that a model answered right: evenly over relations, the first of each in the order of the probe;
-    at most `FACTS` in all."""
+    """Return at most `FACTS` facts that a model answered right, evenly over relations, in the order of the probe."""
     right = {(answer.probe, answer.fact_id) for answer in answers.answers if answer.correct}
     by_relation: dict[tuple[str, str], list[Fact]] = {}
     for probe in probes:
@@ -321,8 +320,8 @@ def _fill(ids: Ids, length: int) -> Ids:
 def batch_text(
     batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int
 ) -> list[ScoredBatch]:
-    """Return batches of text, the text that a checkpoint is calibrated on: pieces of it for a causal model, whole
-    sequences for others, for these are made of what is hidden in them. The draws are seeded."""
+    """Return batches of calibration text with seeded random scores: pieces of it for a causal model, whole sequences
+    for others, which predict what is hidden in them."""
     generator = torch.Generator().manual_seed(seed)
     text_batches = []
     for batch in batches:

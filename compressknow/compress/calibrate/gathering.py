@@ -73,9 +73,8 @@ class AllSeen(BaseException):
 
 
 class InputRecorder(TorchFunctionMode):
-    """Recorder of the inputs of some weights, given by name, while it is entered, in its thread alone; with `copies`,
-    of copies of them, for blocks that overwrite them after use. It raises AllSeen, if it `ends` the run, before the
-    last of the weights is multiplied with anything."""
+    """Recorder of the inputs of named weights while it is entered, in this thread only; with `copies`, it copies them,
+    for blocks that overwrite them. If it `ends` the run, it raises AllSeen before the last weight is used."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], *, copies: bool = False, ends: bool = False) -> None:
         super().__init__()
@@ -229,8 +228,8 @@ class InputSums:
             return self._given.get(key)
 
     def _drop_twins(self, seen: list[Seen]) -> dict[Key, list[torch.Tensor]]:
-        """Keep each tensor of inputs once for all parameters that read it, for their leader. The first batch tells the
-        leaders, while all others wait for it."""
+        """Keep each input tensor once, for the leader of the parameters that read it. The first batch determines the
+        leaders, and all others wait for it."""
         read: dict[str, dict[tuple[Any, ...], tuple[Key, torch.Tensor]]] = {}
         for key, inputs in seen:
             read.setdefault(key.parameter, {})[key.matrix, _identify(inputs)] = key, inputs
@@ -264,8 +263,8 @@ class InputSums:
 
 
 def _add(sums: InputStatistics, rows: torch.Tensor, original: torch.Tensor | None) -> None:
-    """Add inputs, float32 [tokens, in]. Of the products, those above the diagonal alone are added to, in bands of rows;
-    the rest mirrors them (see `_complete`)."""
+    """Add inputs, float32 [tokens, in]. Only products above the diagonal are computed, in bands of rows; `_complete`
+    mirrors them."""
     width = rows.shape[1]
     if original is not None:
         sums.drift = torch.zeros(width, width) if sums.drift is None else sums.drift

@@ -1,7 +1,7 @@
-"""Walk over the blocks of a model on all of the calibration text, to compress them, or only to observe.
+"""Walk over the blocks of a model with all of the calibration text, to compress or observe them.
 
-Each pass runs in a thread of its own (`compressknow.compress.calibrate.model`), and all of them stop before a block.
-There a visitor is shown what the block reads, and may change its weights; then the block runs, and the passes go on.
+Each pass runs in its own thread (`compressknow.compress.calibrate.model`), and all stop before a block. There a visitor
+sees the block's inputs and may change its weights; then the block runs, and the passes go on.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class Visitor:
         raise NotImplementedError(module)
 
     def keeps_output(self, module: str, batch: int) -> bool:  # noqa: ARG002
-        """Return True if what a module gives while it is watched is what the next one reads. False if its visit changes
-        its weights, or its output is too large to be kept for all batches: then it runs once more."""
+        """Tell whether a watched module's output is what the next module reads. Otherwise it runs once more: its
+        weights were changed, or its output is too large to keep for all batches."""
         return False
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:
-        """Act on what was seen of all batches. The module's weights are loaded, and what is changed of them counts.
-        `rerun` runs the module on the first batch once more, and returns its output."""
+        """Act on the inputs of all batches. The module's weights are loaded, and may be changed. `rerun` runs the
+        module again on the first batch, and returns its output."""
 
     def receive_output(self, module: str, batch: int, call: Call, output: Any) -> None:
         """Look at what a module makes of a batch, as the next one will see it."""
@@ -115,8 +115,8 @@ def _find_homes(streamed: StreamedModel, targets: Iterable[T]) -> dict[str, str]
 
 
 class TargetVisitor(Visitor, Generic[T]):
-    """Visitor of what holds targets, which sums up what each of them reads, and acts on them once it saw all batches;
-    if it `waits` for further uses of what is used several times, at the end. Blocks that share some are one."""
+    """Visitor that sums up the inputs of its targets, and acts on those of a module after all batches, or, if it
+    `waits` for repeated uses, at the end. Blocks that share targets count as one."""
 
     def __init__(self, streamed: StreamedModel, targets: Sequence[T], *, waits: bool = False) -> None:
         self._streamed, self._held, self._waits = streamed, group_by_block(streamed, targets), waits
@@ -180,8 +180,8 @@ class TargetVisitor(Visitor, Generic[T]):
         self.act(targets, sums, None, None)
 
     def act(self, targets: Sequence[T], sums: InputSums, module: str | None, rerun: Callable[[], Any] | None) -> None:
-        """Act on what was seen of the targets in a module that is loaded, or, if None, in a whole model. `rerun` is as
-        in `visit`; None if the module will not run any more."""
+        """Act on the targets of a loaded module, or of the whole model if it is None. `rerun` is as in `visit`, or None
+        if the module does not run again."""
         raise NotImplementedError
 
 
@@ -415,8 +415,7 @@ class _Observer(TargetVisitor[LinearWeight]):
     def act(
         self, targets: Sequence[LinearWeight], sums: InputSums, module: str | None, rerun: Callable[[], Any] | None
     ) -> None:
-        """Show what was seen of weights, but for those that the text does not reach, and these weights if a pair of
-        passes runs on with what is made of them."""
+        """Show the inputs of weights that the text reaches, and in a pair of passes also the weights."""
         # What a lone layer gives is not kept: for the original it is still to run.
         changes = self.pairs and rerun is not None and module in self._streamed.blocks
         keys = [

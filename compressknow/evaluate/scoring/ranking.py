@@ -76,8 +76,8 @@ def sum_logs(scores: Scores) -> float:
 
 
 def find_rank(gold: int, scores: Scores) -> int | None:
-    """Return 1 for the most likely answer; among equal ones the earlier comes first, whichever is the object. None
-    where the model computes no number for it (NaN): a broken model knows nothing."""
+    """Return the rank of the object, from 1; ties go to the earlier candidate. None if its score is NaN: a broken model
+    knows nothing."""
     if np.isnan(scores[gold]):
         return None
     return int(1 + np.sum(scores > scores[gold]) + np.sum(scores[:gold] == scores[gold]))

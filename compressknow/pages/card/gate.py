@@ -1,4 +1,4 @@
-"""Decide: whether models meet gates, as an error, as JUnit's XML and as the summary of a job; and which to take."""
+"""Check models against gates, report that as an error, JUnit XML and a job summary, and recommend a model."""
 
 from __future__ import annotations
 
@@ -283,8 +283,8 @@ def recommend_model(
 
 
 def _may_keep_as_much(kept: Estimate, rounding: Estimate) -> bool:
-    """Return whether the interval of the difference between two shares, of which each has its own (MOVER), reaches
-    nought: a sample of which rounding lost nothing does not say that it never loses anything."""
+    """Tell whether the interval of the difference between two shares (MOVER, from their own intervals) includes zero: a
+    sample in which rounding lost nothing does not prove that it never does."""
     if None in (kept.value, kept.high, rounding.value, rounding.low):
         return False
     room = math.hypot((kept.high or 0.0) - (kept.value or 0.0), (rounding.value or 0.0) - (rounding.low or 0.0))

@@ -141,9 +141,8 @@ def round_up(facts: int) -> str:
 
 
 def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None) -> str:
-    """Return the sentence on several compressed models: the best, the worst, and the places of those `alike`, which no
-    test tells from the best; None if they were not evaluated on the same facts.
-    """
+    """Return the sentence on several compressed models: the best, the worst, and those `alike` (by place), which no
+    test tells from the best; None if they were not evaluated on the same facts."""
     name = clean(original, NAME_CHARACTERS)
     labels = label_models(comparisons)
     known = [(c.counts, label) for c, label in zip(comparisons, labels, strict=True) if c.counts.known_before]
@@ -303,8 +302,7 @@ _Change = tuple[str, Sequence[Step]]
 
 
 def find_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> tuple[str, Recipe] | None:
-    """Return in words what a recipe that does less does otherwise, by the `relative_error` of these groups, and that
-    recipe; None if there is none."""
+    """Return a milder recipe, by the `relative_error` of these groups, and how it differs; None if there is none."""
     steps = recipe.steps
     found = (
         _halve(steps, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)

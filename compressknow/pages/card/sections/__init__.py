@@ -1,7 +1,7 @@
-"""Sections of a report card: what one is, which there are, and what they make of a comparison together.
+"""Sections of a report card: their base class, their registry, and what they make of a comparison together.
 
-A section of another package that fails is left out, with a warning that names the package: what was evaluated for an
-hour must not be lost for it. Nothing that it says reaches a page unescaped, whatever it is made of.
+A third-party section that fails is left out, with a warning that names its package: an hour's evaluation must not be
+lost because of it. Nothing from it reaches a page unescaped.
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ class Section:
     def measure(self, answers: ProbeAnswers) -> Any:  # noqa: ARG002
         """Return figures of one probe that the card's records do not hold: values for JSON, or None for nothing.
 
-        Called once, when the card is made. They are stored with it, and stand in ``report.json`` under
-        ``probes[PROBE][NAME]``.
+        Called once, when the card is made; stored in ``report.json`` under ``probes[PROBE][NAME]``.
         """
         return None
 
