@@ -106,7 +106,7 @@ def export(
     compressknow.CompressknowError : with what is wrong, why, and what to try.
     """
     place = Path(output)
-    # Said before torch is imported, which takes seconds.
+    # Checked before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
     places = {record.IMPORTANCE: imatrix_out, record.MODELFILE: modelfile}
     extras = {name: Path(path) for name, path in places.items() if path is not None}
@@ -120,9 +120,9 @@ def export(
     check_is_checkpoint(model)
     check_links(place.parent)
     if not dry_run:
-        # What a dead run has left is ended or goes, whatever becomes of this one.
+        # Complete or remove what a dead run left, even if this one fails.
         clean(place, lambda folder: record.finish(place, folder, extras))
-    # By the same export, it seems. What a size comes to is not known before it is measured.
+    # Apparently by the same export. With a size, that is unknown before the types are chosen.
     is_there = not (target or overwrite or dry_run) and record.is_recorded(place, choice)
     record.check_destination(place, overwrite=overwrite or is_there, source=Path(model))
     if record.IMPORTANCE in extras:
@@ -154,7 +154,7 @@ def export(
         record.check_destination(place, overwrite=False, source=Path(model))
     if target is not None:
         assert text is not None
-        # As it was opened, where a branch has moved since.
+        # The revision that was opened, since a branch may have moved.
         located = locate(model, job.checkpoint.revision)
         job = replace(job, fit=_make_fit(job, located, target, deciding, text, listener))
     if dry_run:

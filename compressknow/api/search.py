@@ -169,7 +169,7 @@ def search(
         original, answers = study_model.original, guided.reference
         form.learn(*measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers))
         graded_by = [part.grading if selection else part.held_out for part in parts]
-        # What running the original in another way changes.
+        # What rounding, or the runtime, changes of the original.
         noise: list[AddNoiseFloor] = [NoiseFloors.add_precision]
         if form.name == GGUF:
             noise.append(partial(NoiseFloors.add_runtime, floats=form.floats))

@@ -11,7 +11,7 @@ from compressknow.base.format import clean
 from compressknow.base.packages import require
 
 WIDTH = 80
-# What is longer is cut.
+# Longer texts are cut.
 TITLE_CHARACTERS, VERDICT_CHARACTERS, CELL_CHARACTERS, LINE_CHARACTERS = 200, 800, 60, 160
 # Rows beyond these are counted.
 SHOWN_AT_A_PROMPT, SHOWN_IN_A_NOTEBOOK = 8, 20

@@ -56,7 +56,7 @@ def _list_names(heading: str, registry: Registry[Any]) -> str:
     width, usable = max(map(len, registry)), registry.usable()[0]
     lines = ["\b", heading]
     for name in registry:
-        # What goes for nearly all methods is left out.
+        # Leave out what nearly all methods have.
         options = [p.option for p in usable[name].parameters() if p.name != "per_layer"] if name in usable else []
         text = usable[name].help if name in usable else "cannot be used"
         text += f" ({', '.join(options)})" if options else ""

@@ -201,7 +201,7 @@ def _get_descriptor(stream: Any) -> int | None:
         return None
 
 
-# What work that evaluates nothing is called on its line.
+# Labels for work other than evaluation.
 _LABELS = {
     **{"read": "Reading the text", "time": "Measuring the speed", "convert": "Converting"},
     **{"sample": "Writing the calibration text", "text": "Reading the calibration text"},

@@ -285,7 +285,7 @@ def _join(before: float | None, after: float | None) -> tuple[float, float] | No
 # The original's and the compressed model's answer to one fact.
 Pair = tuple[Answer, Answer]
 
-# What may make two runs of one probe differ, and how a user calls it.
+# Settings that may differ between two runs of a probe, as the user knows them.
 _SETTINGS = {"protocol": "protocol", "limit": "--limit", "seed": "--seed", "facts": "facts read"}
 
 

@@ -42,14 +42,14 @@ from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME
 from compressknow.model.tensors import DTYPE_SIZES, PT_FORMAT, get_torch_dtype, view_bytes
 
 FLUSH_SECONDS = 0.1
-# Weights in any form, and what only training needs: not carried along.
+# Weights in any format, and what only training needs, are not copied.
 WEIGHT_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data"),
     *(".data", ".tflite", ".mlmodel", ".npz", ".pkl", ".pickle", ".distcp"),
 }
 # The folders in which transformers' Trainer keeps its steps, and the files of its curves.
 _TRAINING = re.compile(r"checkpoint-\d+/.*|(.*/)?(trainer_state\.json|events\.out\.tfevents[^/]*)")
-# What depends on the weights that were converted: rewritten.
+# Rewritten, since they depend on the converted weights.
 REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, SAFETENSORS_INDEX, TORCH_INDEX}
 
 RenderCard = Callable[[Mapping[str, Any], Path], str]
@@ -95,7 +95,7 @@ class InMemory:
     """Output of a conversion in memory. Unchanged tensors and their statistics are cached in `shared`, for all plans of
     one checkpoint."""
 
-    # What is of use only meanwhile lies in the system's own folder.
+    # Temporary files go to the system's own folder.
     folder: Path | None = None
 
     def __init__(self, shared: dict[str, tuple[torch.Tensor, TensorStats]]) -> None:

@@ -143,7 +143,7 @@ class Plan:
         return known, total
 
 
-# What prunes a weight, and what quantizes it.
+# The steps that prune and quantize a weight.
 Steps = tuple[Prune | None, Quantize | None]
 
 
@@ -161,7 +161,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     schemes = {weight: quantize.chosen if quantize else None for weight, (_, quantize) in assigned.items()}
     for weight in schemes:
         sources.check(weight, schemes)
-    # What is stored in one tensor is changed as one.
+    # Weights stored in one tensor are changed together.
     changed = list({t.name: t for each in assigned.items() for t in _plan_changed(*each, sources)}.values())
     _check_methods_fit(changed)
     tied = ((weight.parameter, sources.find_tied_embedding(weight)) for weight in assigned)

@@ -335,8 +335,8 @@ class Fp8(Scheme):
 GROUP_SIZES = (32, 64, 128)
 # Added to integers of 4 bits, so that none is negative.
 OFFSET = 8
-# What inputs and outputs must be a multiple of in vLLM's kernel for CPUs (0.32, `CPUWNA16LinearKernel.can_implement`);
-# that for GPUs (`MarlinLinearKernel`) pads what is odd.
+# Inputs and outputs must be multiples of this in vLLM's kernel for CPUs (0.32, `CPUWNA16LinearKernel.can_implement`);
+# the one for GPUs (`MarlinLinearKernel`) pads.
 VLLM_CPU = 32
 
 

@@ -26,7 +26,7 @@ NO_FORM = {
     "reshaped": "transformers fuses, splits or transposes it on loading, which a separate scale does not survive.",
     "read": "Its model reads the weight itself, past the layer, and would leave its inputs unquantized.",
 }
-# What to do where no scope can be quantized.
+# A hint for models of which no scope can be quantized.
 PRUNE_OR_EXPORT = "Prune only, or quantize it as a GGUF file (`compressknow export`), if it generates text."
 
 
@@ -164,7 +164,7 @@ class Sources:
         )
         parameters = f"With {options} all layers in scope can be stored. " if options else ""
         misfits = [each for each in alike if self.of(each) and self._find_obstacle(each, scheme)]
-        # Where experts are stored one by one, transformers loads no other quantized layer either.
+        # If experts are stored one by one, transformers loads no other quantized layer either.
         if any(each.kind == "experts" and len(self.of(each)) > 1 for each in misfits):
             return PRUNE_OR_EXPORT
         if len(misfits) == len(alike):

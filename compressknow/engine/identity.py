@@ -54,7 +54,7 @@ from compressknow.model.tensors import (
     read_torch_file,
 )
 
-# What an export says of the checkpoint that it was made of: `original_sha256` is of what convert made that of.
+# What an export records of its source checkpoint; `original_sha256` is that of the source's own source.
 SOURCE_FORM = {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str}
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -62,7 +62,7 @@ TOKENIZER_FILES = (
     *("source.spm", "target.spm", "tekken.json", "spm.model", "spm_char.model", "sentencepiece.model", "bpe.codes"),
     *("dict.txt", "prophetnet.tokenizer", "target_vocab.json", "vocab-src.json", "vocab-tgt.json", "emoji.json"),
 )
-# What decides the answers besides the weights: transformers loads an adapter onto the model where peft is installed.
+# Files that decide the answers besides the weights: transformers loads an adapter if peft is installed.
 DECISIVE = ("config.json", *TOKENIZER_FILES, ADAPTER_CONFIG, f"{ADAPTER}.safetensors", f"{ADAPTER}.bin")
 
 
@@ -127,7 +127,7 @@ def locate_server(address: str) -> LocatedModel:
     if not host:
         raise UsageError("The server's address cannot be read.", hint="Give it as http://HOST:PORT.")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        # What stands there may be a secret: it is not repeated.
+        # It may contain a secret, so it is not shown.
         raise UsageError(
             "The server's address holds more than host, port and path.",
             hint="Give it as http://HOST:PORT, and a key in the environment: COMPRESSKNOW_API_KEY.",
@@ -281,7 +281,7 @@ def _shorten_type(value: Any) -> str:
 
 
 def _summarize_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    # What was dropped in all; which tensors and neurons these were would be longer than all else.
+    # The list of dropped tensors would be longer than everything else.
     removed = {key: value for key, value in manifest.get("removed", {}).items() if key != "tensors"}
     if removed:
         removed["neurons"] = [{key: one[key] for key in one if key != "dropped"} for one in removed["neurons"]]

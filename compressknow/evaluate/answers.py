@@ -28,7 +28,7 @@ SCHEMA_VERSION = 1
 # The distribution at the answer's first position is kept for this many of the original's most likely tokens; all others
 # are one.
 REFERENCE_TOKENS = 256
-# What servers tell at most, unless they are started otherwise.
+# The most log-probabilities that servers give by default.
 SERVER_TOKENS = 20
 TABLE, RECORD = "answers.parquet", "probe.json"
 # exp underflows a little below this in float32; a token that a model rules out entirely would make KL infinite.

@@ -205,7 +205,7 @@ class DistributionFile:
         """Free the disk."""
         self.gave_up, self._places = True, {}
         if self._file is not None:
-            # What was not written yet for want of room is tried again here.
+            # Buffered data that did not fit on the disk is flushed again here.
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None

@@ -18,9 +18,9 @@ BLANK = "[MASK]"
 
 # Where subject and object go in a template.
 SUBJECT, OBJECT = "[X]", "[Y]"
-# What a word follows without a space.
+# Characters that a word follows without a space.
 OPENING = ("(", "[", "{", "“", "‘", "«", "„", "¿", "¡", "（", "「", "『", "《", "〈", "【")
-# What ends a sentence, without a space after it.
+# Characters that end a sentence without a space after them.
 STOPS = "。！？；｡।۔؟"
 # Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
 UNSPACED = "\u0e01-\u0eff\u1000-\u109f\u1780-\u17d3\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"

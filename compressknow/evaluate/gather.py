@@ -266,7 +266,7 @@ def _find_vocabulary(side: Answers | ModelHandle) -> tuple[str, str | int | None
     if isinstance(side, ModelHandle):
         return side.located.name, side.named_vocabulary
     model = side.record.model
-    # What another runtime answers is compared as text.
+    # Answers of another runtime are compared as text.
     return model.name, model.vocabulary if model.runtime is None else None
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from compressknow.evaluate.scoring.scorer import Scorer
 
 
-# What a model on a server writes to these tells it from others behind the same name.
+# The continuations of these identify a model on a server, besides its name.
 PROMPTS = ("The capital of France is", "Water boils at", "The author of Hamlet is", "1, 1, 2, 3, 5, 8,")
 WRITTEN_TOKENS = 8
 # Bytes that take more than a second to read and hash.

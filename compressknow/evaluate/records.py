@@ -217,7 +217,7 @@ class ModelRecord(_Part):
         return " ".join(filter(None, (runtime["name"], runtime.get("build"))))
 
 
-# What stands for the type of weights that nobody knows.
+# The dtype of weights if it is unknown.
 UNKNOWN = "unknown"
 
 

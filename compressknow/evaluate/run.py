@@ -68,9 +68,9 @@ from compressknow.evaluate.text import (
     read_text,
 )
 
-# What parts are made of.
+# Answers or chunks.
 _Part = TypeVar("_Part")
-# Answers are put on disk this often: what a killed run has to run again.
+# Answers are saved this often: a killed run loses no more.
 SECONDS_BETWEEN_PARTS = 10.0
 
 

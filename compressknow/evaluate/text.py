@@ -107,7 +107,7 @@ class RunningText:
         try:
             with open_regular(self.path) as file:
                 content = file.read(most)
-            # Where the text is cut, a character that is cut with it is left out.
+            # A character that is cut in half at the end is left out.
             text = codecs.getincrementaldecoder("utf-8")().decode(content, final=len(content) < most)
         except UnicodeDecodeError as error:
             raise UsageError(

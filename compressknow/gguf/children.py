@@ -19,7 +19,7 @@ from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 
 _POLL_SECONDS = 0.1
 _TAIL_BYTES = 1 << 14
-# What the system says of a full disk, and what numpy makes of that.
+# Messages about a full disk, of the system and of numpy.
 _FULL = re.compile(r"No space left|Disk quota exceeded|\d+ requested and \d+ written")
 # A disk with less room than this is full: even a child's log did not fit.
 _NO_ROOM_BYTES = 1 << 16

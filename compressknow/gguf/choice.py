@@ -23,7 +23,7 @@ Rounding = Literal["nearest", "gptq"]
 
 # Half the size of 16 bits, with nearly all facts kept: smaller ones are a choice, to be measured.
 DEFAULT = "q8_0"
-# What `llama-quantize` and `llama_model_quantize` refuse to write without an importance matrix.
+# Types that llama.cpp refuses to write without an importance matrix.
 NEED_IMPORTANCE = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s"})
 # The types that a converter writes itself, by the dtype of safetensors; all are exact for their own.
 FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}

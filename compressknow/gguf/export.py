@@ -65,7 +65,7 @@ from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
 # Beside the most that the parts should take: headers, vocabularies, rows that fill no block of a type.
 _SPARE = 1.1
 _PLAIN = "plain"
-# What a file answers before it is called done.
+# Prompt of the final smoke test.
 PROMPT = "The capital of France is"
 
 
@@ -154,8 +154,7 @@ def prepare(
     or lacks weights, or the importance matrix is of another model; UnsupportedError if it is not a generating
     language model, the converter does not know it, or its weights are packed in a way that is not known here."""
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
-    # What the converter may take something of is not a link out of the checkpoint: looking for the small files refuses
-    # it.
+    # Listing the small files also rejects links out of the checkpoint, which the converter might follow.
     list(list_carried_files(checkpoint.folder))
     if (card := checkpoint.folder / CARD_NAME).is_file():
         check_inside(checkpoint.folder, card)

@@ -65,7 +65,7 @@ class CodeLayout:
     levels: tuple[int, ...] | None = None
 
 
-# What the four bits of iq4_nl and iq4_xs stand for.
+# Values of the four-bit codes of iq4_nl and iq4_xs.
 _NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 LAYOUTS = {
     "q4_0": CodeLayout(32, (0, 15), (Field(2, 0, 4, 16),)),

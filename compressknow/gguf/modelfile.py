@@ -16,7 +16,7 @@ from compressknow.engine.load import load_tokenizer
 from compressknow.gguf.record import check_extra
 from compressknow.model.checkpoint import read_json
 
-# What stands for the three in a chat: no template has a character of the private use area.
+# Placeholders for the three texts of a chat: no template has private-use characters.
 _SYSTEM, _USER, _ASSISTANT = "\ue000", "\ue001", "\ue002"
 _FROM = "FROM "
 _SAMPLING = ("temperature", "top_p", "top_k", "repeat_penalty")
@@ -67,7 +67,7 @@ def build_go_template(tokenizer: Any) -> str | None:
     if whole is not None and whole.count(_SYSTEM) == 1 and whole.count(_USER) == 1:
         opening, rest = whole.split(_SYSTEM)
         between = rest.split(_USER)[0]
-        # What precedes the question in both: the rest is of the system message, or of a default one.
+        # The common end before the question; the rest belongs to the system message, or to a default one.
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(before), reversed(between), strict=False))
         shared = "".join(one for one, _ in alike)[::-1]
         default, closing = before.removesuffix(shared), between.removesuffix(shared)

@@ -20,7 +20,7 @@ from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
 from compressknow.model.manifest import CARD_NAME
 from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, view_bytes
 
-# What the converter reads as it is.
+# Dtypes that the converter reads directly.
 PLAIN_DTYPES = (*FLOAT_DTYPES, "I64", "I32", "I16", "U8", "BOOL")
 # Energies of input channels: float64 [matrices, in].
 Energies = npt.NDArray[np.float64]

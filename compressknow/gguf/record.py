@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from compressknow.compress.verify import Verification
 
 SCHEMA = 1
-# What its keys in the metadata of a GGUF file begin with.
+# Prefix of its keys in the metadata of a GGUF file.
 PREFIX = "compressknow"
-# What both say of the checkpoint that it was made of.
+# What metadata and record say of the source checkpoint.
 SOURCE = tuple(key.rstrip("?") for key in SOURCE_FORM)
 COUNTS = {"tensors": int, "parameters": int, "bytes": int}
 FORM = {

@@ -43,7 +43,7 @@ def build_loading_settings(folder: Path, quantization: Mapping[str, Any]) -> dic
     name = next((name for name in CONFIGS if (folder / name).is_file()), CONFIGS[0])
     settings = _read_if_readable(folder / name)
     settings = dict(settings) if isinstance(settings, dict) else {}
-    # What newer releases call the same.
+    # Its name in newer releases.
     key = "config_kwargs" if "config_kwargs" in settings else "config_args"
     config = settings[key] if isinstance(settings.get(key), dict) else {}
     return {name: {**settings, key: {**config, "quantization_config": {**quantization, "dequantize": True}}}}
@@ -59,12 +59,12 @@ def _read_if_readable(path: Path) -> Any:
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-# What peft calls the weights of an adapter, and its config, with which transformers loads them onto the model.
+# File names of peft's adapter weights and config, which transformers loads onto the model.
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
 SHOWN = 3
 DOWNLOAD_AGAIN = "Download or save the checkpoint again."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# What a conversion needs of a hub repository, besides its weights.
+# Files that a conversion needs from a hub repository, besides the weights.
 HUB_PATTERNS = (
     *("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken"),
     *(f"*{ADAPTER}.safetensors", f"*{ADAPTER}.bin"),
@@ -306,7 +306,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
     return folder, folder.name
 
 
-# What transformers reads besides the weights, and the most bytes that it may have.
+# Files that transformers reads besides the weights, and their maximum bytes.
 _READ = {
     **dict.fromkeys(("config.json", "generation_config.json", "preprocessor_config.json"), CONFIG),
     **dict.fromkeys(("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"), CONFIG),

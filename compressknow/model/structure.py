@@ -155,7 +155,7 @@ SCOPES: dict[str, Callable[[LinearWeight, Action], bool]] = {
 }
 # For pruning and for quantizing: every runtime takes it, and a tied final layer stays tied.
 DEFAULT_SCOPES = ("blocks",)
-# What others call them, for hints.
+# Other names for scopes, for hints.
 OTHER_WORDS = {
     **dict.fromkeys(("mlp", "ffn", "ff"), "feed-forward"),
     **dict.fromkeys(("attn", "att"), "attention"),

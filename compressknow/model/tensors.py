@@ -205,7 +205,7 @@ def _count_most_values(files: OpenFiles, tensor: StoredTensor) -> int | None:
 MAX_HEADER_BYTES = 100_000_000
 MAX_HEADER_VALUES = 2_400_000
 METADATA = "__metadata__"
-# What transformers wants to find there.
+# Metadata that transformers requires.
 PT_FORMAT = {"format": "pt"}
 # How the text begins that a clone without git-lfs has in place of each large file.
 LFS_POINTER = b"version "

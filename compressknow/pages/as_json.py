@@ -14,7 +14,7 @@ from compressknow.comparison import records
 from compressknow.comparison.intervals import adjust_holm, estimate_kept_by_cluster, estimate_proportion, run_mcnemar
 from compressknow.evaluate.records import ModelRecord, NoiseFloor
 
-# What a page's JSON says of a model, in its order.
+# Fields of a model in a page's JSON, in order.
 _MODEL = (
     "name revision sha256 architecture family parameters bytes dtype setup quantization runtime recipe source zeros "
     "groups removed calibration speed in_calibration changed grid"

@@ -407,7 +407,7 @@ def draw_labels(plot: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
     """Write the label of each mark (x, y, label) next to it, where there is room among other labels and marks."""
     figure = plot.get_figure(root=True)
     assert figure is not None
-    # Where the marks are, in units of the drawing, is settled by the layout.
+    # The layout settles the positions of marks.
     figure.draw_without_rendering()
     unit = 72 / figure.dpi
     at = [tuple(unit * plot.transData.transform(mark[:2])) for mark in marks]

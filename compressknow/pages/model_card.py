@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from compressknow.pages.records import Card, Comparison
 
 
-# What stays true of a model when it is compressed.
+# Metadata that stays true when a model is compressed.
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _KEY = "model-index"
@@ -290,7 +290,7 @@ def _is_index(value: Any) -> bool:
 
 
 CARD = "README.md"
-# What stands between these lines is rewritten each time; the rest of the card is the user's.
+# The text between these lines is rewritten each time; the rest of the card is the user's.
 BEGIN, END = "<!-- compressknow report: begin -->", "<!-- compressknow report: end -->"
 # From the last line that begins one: a user may have deleted the line that ended another.
 _SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)

@@ -355,7 +355,7 @@ def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
 
 
 BAR = "The bar shows the share kept, and the line on it the 95 % interval."
-# What stands in their place where no text of a fact may be shown.
+# Shown in place of facts if their text must not be shown.
 NO_FACTS = Text("The text of the facts was left out on request.")
 
 

@@ -17,7 +17,7 @@ from markupsafe import escape
 
 from compressknow.base.format import clean, clean_lines, number
 
-# What charts are drawn in: colours that matplotlib takes, each the name of a class of the page's style sheet.
+# Colours for matplotlib, each standing for a class of the page's style sheet.
 COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c2 c3 c4 c5 c6".split(), start=1)}
 _CLASSES = {colour: name for name, colour in COLOURS.items()}
 _ATTRIBUTES = {"stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin", "text-anchor", "opacity"}
@@ -257,7 +257,7 @@ def draw_heat_map(
     # In units of the drawing: of a column at most, and room for the names of rows.
     whole, widest, label, row = (720, 110, 76, 19) if broad else (328, 60, 66, 14)
     width = min(widest, (whole - label) / len(grid.columns))
-    # Where there is little room, names of columns run upwards.
+    # In a narrow map, names of columns run upwards.
     top = 26 if broad else 10 + round(min(_LONGEST, max(map(len, grid.columns))) * _LETTER)
     height = top + row * len(grid.rows) + 34
     shows_figures = broad and len(grid.columns) <= _MOST_FIGURES

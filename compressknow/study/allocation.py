@@ -28,7 +28,7 @@ STEPS = 1 << 15
 _NAMED = 3
 _MOST_BITS = 16
 PIN_LESS = "Leave out one of the --must options."
-# What weights get of which nothing was measured.
+# The type of weights that were not measured.
 UNMEASURED = "q8_0"
 
 

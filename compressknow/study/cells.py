@@ -241,7 +241,7 @@ class StudyModel:
         located = locate(model, revision)
         check_is_checkpoint(model)
         self.original, self._trusted = ModelHandle(located, settings), settings.trust_remote_code
-        # What cells were given, by the content of the probe (a search has parts of one): all read the same tokens.
+        # Prompts by the content of the probe (a search has parts of one): all cells read the same tokens.
         self.prompts: dict[str, Prompts] = {}
         self._texts, self._models = texts, models
         self._in_text: dict[str, FactsInText | None] = {}
@@ -377,7 +377,7 @@ class CellHandle(ModelHandle):
         except UsageError as error:
             # A scope that one model lacks, another has: the grid is not wrong, but this cell is not for this model.
             raise UnsupportedError(error.what, error.why, error.hint) from error
-        # Where it is written, that is what is evaluated: to make it once more may take as long again.
+        # If it is saved, evaluate the saved one: making it again may take as long.
         folder = self._study_model.save(self._cell, self._on_progress)
         variant = maker.read(folder) if folder else maker.make(plan, begin_stages(self._on_progress, self._cell.key))
         self._described = describe_variant(self._cell.key, variant)

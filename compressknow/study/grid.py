@@ -36,7 +36,7 @@ PRUNED_BY = (METHODS.first, "wanda", "sparsegpt")
 METHOD_AMOUNTS, HALF, SMOOTH = (0.2, 0.3, 0.4, 0.5, 0.6), 0.5, 0.5
 
 AXES = (*(each.key for each in OPTIONS.values() if each.axis), "seed")
-# What a step that prunes or quantizes says besides its amount or scheme, and what a recipe says of its calibration.
+# Keys of a prune or quantize step besides its amount or scheme, and of a calibration.
 PRUNED, ROUNDED, CALIBRATED = (
     tuple(each.key for each in list_options(part) if each.key not in STEPS) for part in (Prune, Quantize, Calibration)
 )
@@ -335,7 +335,7 @@ def _build_recipe(point: Mapping[str, Any], where: str) -> Recipe:
     given = {
         name: point[name] for name in point if _has(point, name) or (name in ("layers", "seed") and not point[name])
     }
-    # What may be nothing is a text where there is something: "none" is nothing.
+    # "none" leaves a parameter out.
     parameters = {name: value for name, value in point.items() if value != "none"}
     place = _select(given, *(each.key for each in list_options(Where)))
     steps = []

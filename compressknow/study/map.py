@@ -33,7 +33,7 @@ FORMATS = (".html", ".md", ".json", ".csv")
 COLUMNS = "name group stack layer module rows columns type bytes kl_facts kl_text at_risk".split()
 # Sizes on the curve, in equal ratios from the smallest to the largest.
 BUDGETS = 20
-# What llama.cpp gives a weight whose rows a type does not fit; that of q5_k is none of our candidates.
+# llama.cpp's fallback for rows that a type does not fit; that of q5_k is not among our candidates.
 _FALLBACKS = {"q6_k": "q8_0", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl"}
 
 Weights = Sequence[TensorSensitivity]

@@ -177,7 +177,7 @@ def _start_ray(where: RayOptions) -> Any:
     try:
         host, _, port = where.address.removeprefix("ray://").rpartition(":")
         if host and port.isdecimal():
-            # Where nobody listens, Ray itself would try for minutes.
+            # If nobody listens, Ray itself would try for minutes.
             socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
         place = {"include_dashboard": False} if where.address == LOCAL else {"address": where.address}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)

@@ -29,7 +29,7 @@ SCHEMA = 3
 FEWEST = 30
 # Tokens of the text that guides, unless more are asked for.
 FIT_TOKENS = 8_192
-# What weights are compared by: of each the first that its rows fit.
+# Weights are compared by the first of these that their rows fit.
 FOUR_BITS = ("q4_0", "int4/64", "int4/32", "int4/128")
 
 

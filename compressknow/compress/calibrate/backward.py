@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# What gradients are kept in, and what blocks read until they run again: that is most of what lies in memory.
+# Dtype of gradients, and of the inputs of blocks until they run again: most of the memory.
 GRADIENTS = torch.bfloat16
 
 

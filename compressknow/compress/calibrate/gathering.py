@@ -160,7 +160,7 @@ class InputSums:
         # False if weights that read the same in one round of batches may not in the next.
         self.has_twins = True
         self._sums: dict[Key, dict[int, InputStatistics]] = {}
-        # What `get` gave: one object for all callers, who cache by it.
+        # Results of `get`: the same object for all callers, who cache by it.
         self._given: dict[Key, InputStatistics] = {}
         self._leaders: dict[str, str] = {}
         # How far each batch has come, in the order of keys.

@@ -49,7 +49,7 @@ class StreamedModel:
 
     def __init__(self, tree: PreTrainedModel, sources: Sources, files: OpenFiles, *, whole: bool = False) -> None:
         self._sources, self._files = sources, files
-        # What was written in place of stored tensors, and of parameters.
+        # Values written in place of stored tensors and parameters.
         self._replaced: dict[str, torch.Tensor] = {}
         self.model = _build_skeleton(tree)
         # The module and attribute that hold each parameter and stored buffer, under all its names.
@@ -62,7 +62,7 @@ class StreamedModel:
         self._reading = threading.Lock()
         self._held: set[str] = set()
         late = set() if whole else self._hook_vocabulary()
-        # What stays in memory.
+        # Parameters that stay in memory.
         self._resident = [name for name in (self._owners if whole else self.outside) if name not in late]
         self._drop(self._owners.keys() - set(self._resident))
         self._fill(self._resident)

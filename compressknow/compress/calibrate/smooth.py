@@ -203,7 +203,7 @@ def check_smoothable(plan: Plan) -> None:
     if not plan.recipe.smooths:
         return
     if plan.removal and not plan.removal.is_decided:
-        # What goes is not known yet; what a norm feeds is as in the whole model.
+        # It is not known yet what is dropped; a norm feeds the same layers as in the whole model.
         checkpoint, tree = plan.removal.original
         plan = make_plan(checkpoint, tree, read_structure(tree, plan.recipe.module_map), plan.recipe)
     with OpenFiles() as files, Pool(1) as pool:

@@ -205,7 +205,7 @@ def run_text(
     """
     name = type(tree).__name__
     try:
-        # What fails stops its pool.
+        # An error stops the pool.
         with explain_missing_memory(name, why), Pool(threads) as pool:
             streamed = StreamedModel(tree, sources, files)
             visitors = make(streamed, pool, False)
@@ -311,7 +311,7 @@ def _gather(
     tensors = find_tensors(values)
     versions = [tensor._version for tensor in tensors]
     keeps, output = visitor.keeps_output(call.module, forward_pass.number), None
-    # What a head gives of a batch may be larger than all else.
+    # A head's output for a batch may be larger than everything else.
     with suppress(AllSeen), InputRecorder(weights, ends=not keeps and call.module in visitor.lone_layers) as watch:
         output = run(copied)
     if watch.overwritten:
@@ -416,7 +416,7 @@ class _Observer(TargetVisitor[LinearWeight]):
         self, targets: Sequence[LinearWeight], sums: InputSums, module: str | None, rerun: Callable[[], Any] | None
     ) -> None:
         """Show the inputs of weights that the text reaches, and in a pair of passes also the weights."""
-        # What a lone layer gives is not kept: for the original it is still to run.
+        # The output of a lone layer is not kept: it still has to run for the original.
         changes = self.pairs and rerun is not None and module in self._streamed.blocks
         keys = [
             Key(weight.parameter, matrix)

@@ -254,7 +254,7 @@ def _check_alike(old: PreTrainedModel, new: PreTrainedModel, sources: Mapping[st
     for name, source in sources.items():
         place = parse_block(name)
         if name == source and place and place[0] in remaining and remaining[place[0]][place[1]] != place[1]:
-            # What gets a parameter of the block that was there before is meant to differ, with all around it.
+            # A module that gets a parameter of an earlier block is meant to differ.
             parts = name.split(".")
             differing |= {".".join(parts[:length]) for length in range(1, len(parts))}
     # Blocks may share a module: OpenAI GPT's have one activation.

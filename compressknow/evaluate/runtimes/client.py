@@ -23,7 +23,7 @@ from compressknow.base.format import clean
 from compressknow.base.reading import find_mismatch, parse_json
 
 KEYS = ("COMPRESSKNOW_API_KEY", "OPENAI_API_KEY")
-# What may pass: too many requests, a server that loads its model, a proxy before one that starts.
+# Temporary errors: too many requests, a server that loads its model, a proxy before one that starts.
 PASSING = (408, 429, 500, 502, 503, 504)
 # The largest distribution over a whole vocabulary is a tenth of that.
 MOST_BYTES = 256 << 20

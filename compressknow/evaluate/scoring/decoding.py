@@ -186,7 +186,7 @@ class DecodingScorer(Scorer):
         _, cache = self.forward(prefix, None, encoder, 1)
         if cache is None:
             return False
-        # What another text does with the cache must leave no trace.
+        # Another text's use of the cache must leave no trace.
         self.forward(more.flip(0)[:, -1:], select_rows(cache, rows), encoder, 1)
         every, twice = torch.arange(2 * len(rows), device=rows.device), torch.cat([rows, rows.flip(0)])
         encoder = select_encoded(encoder, every % len(rows))

@@ -55,7 +55,7 @@ class MaskedScorer(Scorer):
         return ids[: place - 1] + ids[place:] if space else ids
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:  # noqa: ARG002
-        # What follows is in sight anyway.
+        # The model sees what follows anyway.
         return tuple(self.encoder.answer(fact.before, text, fact.gap) for text in texts)
 
     def find_obstacle(self, fact: Fact) -> str | None:  # noqa: ARG002

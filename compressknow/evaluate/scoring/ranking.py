@@ -14,7 +14,7 @@ from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.facts import Fact
 
 TOP = 5
-# What the candidates that are never finished may hold of the probability of all together, at most.
+# The most probability that unfinished candidates may have together.
 TAIL = 1e-3
 Scores = NDArray[np.float64]
 # Pairs (index of the contest, index of the candidate) and a bar for each -> scores, [pairs]: those of the whole

@@ -228,7 +228,7 @@ def check_taken(names: Sequence[str], options: Options) -> None:
     idle = [
         field
         for field in options.list_changed()
-        # What is wrong with a name is said where it is opened.
+        # Errors in names are raised when probes are opened.
         if field not in general and not any(source is None or _takes(source, field) for source in sources)
     ]
     if idle:

@@ -22,7 +22,7 @@ from compressknow.evaluate.scoring.ranking import find_rank, sum_logs
 SHOWN = 300
 _GAP = "…"
 NO_GOLD = "no choice is marked as the right one"
-# Where a task reports several figures: the ones over raw log-likelihoods and whole answers go first.
+# If a task reports several metrics, those over raw log-likelihoods and whole answers are used.
 _METRICS = ("acc", "exact_match")
 _OF_COMMON_SENSE = frozenset({"piqa", "winogrande"})
 

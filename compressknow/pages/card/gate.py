@@ -252,7 +252,7 @@ def recommend_model(
     rounding = estimate_rounding_kept(list_probes(comparisons))
     best, before = max(fitting, key=lambda place: standing[place].keeps), ""
     if gates:
-        # What keeps as much may miss a strict gate by its interval.
+        # A model that keeps as much may miss a strict gate because of its interval.
         floor, sure = join_names([gate.in_words for gate in gates]), "surely " if gates[0].strict else ""
         enough = [i for i in fitting if all(gate.is_met(comparisons[i]) for gate in gates)]
         one, several = f"that {sure}keeps {floor}", f"that {sure}keep {floor}"
@@ -283,8 +283,8 @@ def recommend_model(
 
 
 def _may_keep_as_much(kept: Estimate, rounding: Estimate) -> bool:
-    """Tell whether the interval of the difference between two shares (MOVER, from their own intervals) includes zero: a
-    sample in which rounding lost nothing does not prove that it never does."""
+    """Tell whether a model may keep as much as rounding alone does, by the interval of the difference (MOVER, from both
+    intervals): a sample in which rounding lost nothing does not prove that it never does."""
     if None in (kept.value, kept.high, rounding.value, rounding.low):
         return False
     room = math.hypot((kept.high or 0.0) - (kept.value or 0.0), (rounding.value or 0.0) - (rounding.low or 0.0))

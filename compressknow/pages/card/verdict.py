@@ -302,7 +302,7 @@ _Change = tuple[str, Sequence[Step]]
 
 
 def find_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> tuple[str, Recipe] | None:
-    """Return a milder recipe, by the `relative_error` of these groups, and how it differs; None if there is none."""
+    """Return how a milder recipe differs, by the `relative_error` of groups, and that recipe; None if there is none."""
     steps = recipe.steps
     found = (
         _halve(steps, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)

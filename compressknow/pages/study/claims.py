@@ -16,7 +16,7 @@ from compressknow.comparison.records import Counts, Estimate
 from compressknow.pages.study.records import Study, StudyCell, StudyProbe
 
 HOLDS, DOES_NOT_HOLD, CANNOT_TELL = "holds", "does not hold", "cannot tell"
-# Where the search for a p-value begins, and in how many steps it halves what is open.
+# Start and number of bisections of the search for a p-value.
 _LEAST_P, _STEPS = 1e-9, 20
 
 # A figure with its interval of the level that it is called with.

@@ -360,7 +360,7 @@ def _make_axis(study: Study, name: str) -> Axis:
         for cell in study.cells
         if name in cell.settings
     ]
-    # What does not look at activations has no calibration: it is compared with every cell that does, whatever its text.
+    # Methods without activations have no calibration, so they are compared with cells of any calibration.
     rests = sorted({rest for _, rest in cells}, key=len, reverse=True)
     widest = [rest for i, rest in enumerate(rests) if not any(_is_fit(rest, other) for other in rests[:i])]
     groups, in_figures, has_methods = [], [], len(study.list_methods()) > 1
@@ -430,5 +430,5 @@ def _name_group(rest: Mapping[str, Setting], of_all: Sequence[Mapping[str, Setti
     name = ", ".join([*main, *(f"{clean(name, 30)} {format_setting(name, rest[name])}" for name in others)])
     if name or len(of_all) == 1:
         return name
-    # What tells this group from the others is that it lacks what they have.
+    # This group differs from the others by what it lacks.
     return "not pruned" if AMOUNT not in rest and any(AMOUNT in each for each in of_all) else "not quantized"

@@ -222,7 +222,7 @@ def show_sections(
                 parts = parts if SECTIONS.is_built_in(name) else tuple(map(_check_part, parts))
             finished = tuple(draw_charts(parts, f"{id}-{name}", limits.charts))
             if not SECTIONS.is_built_in(name):
-                # What is missing in a part is seen here, or it would take the whole page with it.
+                # Render it now: a faulty part would otherwise break the whole page.
                 render_html(Page("", (PageSection("", "", finished),)))
         except Exception as error:
             if SECTIONS.is_built_in(name):
