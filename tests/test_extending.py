@@ -232,7 +232,7 @@ class TestProbe:
             (("candidates=objects", "popularity='9'"), "Of its fact 'capital/Avaland', popularity is no number"),
             (('f"{part}/{subject}"', "rows.index([subject, obj, sentence])"), "Of its fact 0, id is no text"),
             (("compute_sha256(path)", "path"), "source cannot be written as JSON"),
-            (("return Probe(", "return (lambda *_, source: None)("), "no Probe, Task or RunningText"),
+            (("return Probe(", "return (lambda *_, source: None)("), "not a Probe, Task or RunningText"),
             (("def open(", "def opened("), "abstract"),
             (("class Almanac(ProbeSource)", "class Almanac"), "not ProbeSource"),
             (("from compressknow.base.reading import compute_sha256", "import nothing_like_it"), "ModuleNotFoundError"),

@@ -104,11 +104,11 @@ def convert(
     compressknow.CompressknowError : with what is wrong, why, and what to try.
     """
     chosen = _choose_recipe(locals())
-    # What is wrong with the places is said before torch is imported, which takes seconds.
+    # Check both places before torch is imported, which takes seconds.
     check_is_checkpoint(model)
     check_links(Path(output).parent)
     if not dry_run:
-        # What a dead run has left goes, whatever becomes of this one.
+        # Remove what a dead run left, even if this one fails.
         clean(Path(output))
     check_output(Path(output), overwrite=overwrite, source=Path(model))
     if chosen.calibration is not None:

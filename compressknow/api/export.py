@@ -70,7 +70,7 @@ def export(
     Parameters
     ----------
     model : a local folder or a hub id.
-    output : the ``.gguf`` file to write; it appears only when it is whole, and ``output.json`` beside it.
+    output : the ``.gguf`` file to write; it appears only when it is whole, and ``output.json`` next to it.
     type : of most weights: ``q8_0`` (default), ``q6_k``, ``q4_k_m``, ``f16`` and whatever else llama.cpp has.
     type_of : types of some tensors, by a scope (``attention``) or a regular expression on the names that they have in
         the file; of several that name a tensor the last holds.
@@ -106,10 +106,10 @@ def export(
     compressknow.CompressknowError : with what is wrong, why, and what to try.
     """
     place = Path(output)
-    # Said before torch is imported, which takes seconds.
+    # Checked before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
     places = {record.IMPORTANCE: imatrix_out, record.MODELFILE: modelfile}
-    beside = {name: Path(path) for name, path in places.items() if path is not None}
+    extras = {name: Path(path) for name, path in places.items() if path is not None}
     target = _read_target(locals())
     deciding = open_facts(facts or None, data) if target else []
     choice = _read_types(locals(), sized=target is not None)
@@ -120,13 +120,13 @@ def export(
     check_is_checkpoint(model)
     check_links(place.parent)
     if not dry_run:
-        # What a dead run has left is ended or goes, whatever becomes of this one.
-        clean(place, lambda folder: record.finish(place, folder, beside))
-    # By the same export, it seems. What a size comes to is not known before it is measured.
+        # Complete or remove what a dead run left, even if this one fails.
+        clean(place, lambda folder: record.finish(place, folder, extras))
+    # Apparently by the same export. With a size, that is unknown before the types are chosen.
     is_there = not (target or overwrite or dry_run) and record.is_recorded(place, choice)
     record.check_destination(place, overwrite=overwrite or is_there, source=Path(model))
-    if record.IMPORTANCE in beside:
-        _check_importance_output(beside[record.IMPORTANCE], choice, place, overwrite=overwrite or is_there)
+    if record.IMPORTANCE in extras:
+        _check_importance_output(extras[record.IMPORTANCE], choice, place, overwrite=overwrite or is_there)
     listener = resolve_progress(on_progress)
     found = find_converter(converter, fetch=True, on_progress=listener)
     if choice.importance is not None:
@@ -135,32 +135,32 @@ def export(
 
     job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
     chat = ""
-    if record.MODELFILE in beside:
+    if record.MODELFILE in extras:
         chat = build_modelfile(
-            job.checkpoint.folder, place, beside[record.MODELFILE], trust_remote_code=trust_remote_code
+            job.checkpoint.folder, place, extras[record.MODELFILE], trust_remote_code=trust_remote_code
         )
-        check_modelfile(beside[record.MODELFILE], place, chat, overwrite=overwrite)
+        check_modelfile(extras[record.MODELFILE], place, chat, overwrite=overwrite)
 
     begin = begin_stages(listener, model)
     if is_there:
         made = find_made(job, place)
-        matrix = beside.get(record.IMPORTANCE)
+        matrix = extras.get(record.IMPORTANCE)
         has_matrix = matrix is None or (matrix.is_file() and read_importance(matrix).models == job.sources)
         if made is not None and has_matrix:
             made.is_new = False
-            if record.MODELFILE in beside:
-                write_whole(beside[record.MODELFILE], chat.encode())
+            if record.MODELFILE in extras:
+                write_whole(extras[record.MODELFILE], chat.encode())
             return made
         record.check_destination(place, overwrite=False, source=Path(model))
     if target is not None:
         assert text is not None
-        # As it was opened, where a branch has moved since.
+        # The revision that was opened, since a branch may have moved.
         located = locate(model, job.checkpoint.revision)
         job = replace(job, fit=_make_fit(job, located, target, deciding, text, listener))
     if dry_run:
         return preview(job, place, threads=threads, begin=begin)
     return write(
-        job, place, beside=beside, modelfile=chat, overwrite=overwrite, smoke=smoke, threads=threads, begin=begin
+        job, place, extras=extras, modelfile=chat, overwrite=overwrite, smoke=smoke, threads=threads, begin=begin
     )
 
 
@@ -246,7 +246,7 @@ def _check_importance_output(file: Path, choice: TypeChoice, output: Path, *, ov
     """Raise an error if there is no importance matrix to write, or it cannot be written there."""
     if choice.calibration is None:
         raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
-    record.check_beside(file, output, "--imatrix-out", "an importance matrix", _is_importance, overwrite=overwrite)
+    record.check_extra(file, output, "--imatrix-out", "an importance matrix", _is_importance, overwrite=overwrite)
 
 
 def _is_importance(file: Path) -> bool:

@@ -117,7 +117,7 @@ def report(
         at_gate = partial(decide_gate, gates[0].least)
         before, only, stop = gather_early(original, models[0], evaluation, at_gate, revision=revision)
         after = [only]
-    # Of tasks, and of answers that are stored.
+    # Facts of tasks and of stored answers are only known now.
     check_names(before.answers, evaluation.gated)
     path = str(original) if is_convertible(original) else None
     card = make_card(

@@ -101,7 +101,7 @@ def search(
         `must` names types ``none``, ``int8-weights``, ``int4/64``, by scopes or regular expressions on modules.
     minimize : ``bytes``.
     probe, facts, options, settings, keywords : see `compressknow.probe`; `facts` are more probes, and `seed` is of the
-        split and of the text too. lm-eval's tasks cannot be held out. A running text beside the facts guides nothing:
+        split and of the text too. lm-eval's tasks cannot be held out. A running text among the probes guides nothing:
         the winner reads it, and its report card says how.
     known : what counts as known, in all that is kept; see `compressknow.report`.
     no_facts : leave the text of every fact out of the winner's report card.
@@ -169,7 +169,7 @@ def search(
         original, answers = study_model.original, guided.reference
         form.learn(*measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers))
         graded_by = [part.grading if selection else part.held_out for part in parts]
-        # What running the original in another way changes.
+        # What rounding, or the runtime, changes of the original.
         noise: list[AddNoiseFloor] = [NoiseFloors.add_precision]
         if form.name == GGUF:
             noise.append(partial(NoiseFloors.add_runtime, floats=form.floats))

@@ -63,18 +63,18 @@ def sweep(
 ) -> Study:
     """Convert a model by every recipe of a grid, evaluate each like the original, and write the study.
 
-    Variants are made in memory, each the very one that `convert` would write. A study that was stopped resumes; a
+    Variants are made in memory, each exactly what `convert` would write. A study that was stopped resumes; a
     cell that fails is recorded, and the rest goes on.
 
     Parameters
     ----------
     model : a local folder or a hub id.
     output : folder of the study; one of this model and version is resumed.
-    grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant beside the paper's), a TOML file, or a dict of
-        what one holds.
-    probe : names; see `compressknow.probe`. One of facts at least: a running text beside them gives perplexities.
+    grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant besides the paper's), a TOML file, or a dict
+        of what one holds.
+    probe : names; see `compressknow.probe`. One of facts at least: running texts among them give perplexities.
     options, settings, keywords : see `compressknow.probe`.
-    known : what counts as known; see `compressknow.report`. A study can be written anew by the other reading: the
+    known : what counts as known; see `compressknow.report`. A study can be rewritten by the other reading: the
         answers are the same.
     module_map, quantize : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``);
         `module_map` of that of methods too.

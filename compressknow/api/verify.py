@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def verify(
     folder: str | Path, *, threads: int | None = None, on_progress: OnProgress | None = None, check: bool = True
 ) -> Verification:
-    """Recount and rehash a converted checkpoint against its manifest, or a GGUF file against the record beside it.
+    """Recount and rehash a converted checkpoint against its manifest, or a GGUF file against the record next to it.
 
     Parameters
     ----------

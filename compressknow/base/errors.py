@@ -77,7 +77,7 @@ class UsageError(CompressknowError):
 
 
 class UnusedOptions(UsageError):
-    """Options that change nothing beside the others, by their names in Python: a user who gave one is told, and what a
+    """Options that change nothing besides the others, by their names in Python: a user who gave one is told, and what a
     project's file says is left out."""
 
     def __init__(

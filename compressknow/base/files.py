@@ -1,8 +1,9 @@
 """Files that appear whole or not at all, and locks that end with the process that holds them.
 
 A lock is the operating system's: a process that is killed holds none, whatever becomes of its number. A file is written
-under a temporary name beside its place, and renamed when it is whole. Its lock is another file beside it, since Windows
-renames nothing that is open. A temporary file whose lock nobody holds is a dead run's, and the next run removes it.
+under a temporary name next to its place, and renamed when it is whole. Its lock is another file next to it, since
+Windows renames nothing that is open. A temporary file whose lock nobody holds is a dead run's, and the next run removes
+it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from compressknow.base.system import create, hold_signals, is_full, lock, lock_o
 
 LOCK = ".lock"
 _SUFFIX = ".compressknow-"
-# Of a folder that other runs make and remove at the same time.
+# How often to recreate a folder that other runs remove at the same time.
 _ATTEMPTS = 100
 
 
@@ -235,7 +236,8 @@ def explain_write_error(path: Path, error: OSError) -> OutputError:
 
 @contextlib.contextmanager
 def _open_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Create a file beside `path`, removed at the end unless it was renamed, and meanwhile another that is its lock."""
+    """Create a file next to `path`, removed at the end unless it was renamed, and meanwhile another that is its
+    lock."""
     locked = None
     try:
         with hold_signals():
@@ -255,7 +257,7 @@ def _find_content(locked: Path) -> Path:
 
 
 def make_prefix(path: Path) -> str:
-    """Return how names hidden beside a file or folder begin, and no other's; a whole name has at most 255 bytes."""
+    """Return how names hidden next to a file or folder begin, and no other's; a whole name has at most 255 bytes."""
     name = path.name.encode("utf-8", "surrogateescape")
     short = f"{name[:180].decode('utf-8', 'ignore')}-{hashlib.sha256(name).hexdigest()[:16]}"
     return f".{path.name if len(name) <= 200 else short}{_SUFFIX}"

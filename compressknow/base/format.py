@@ -94,12 +94,12 @@ def share(value: float | None) -> str:
 def share_against(value: float, limits: Iterable[float]) -> str:
     """Write a share as `share` does; with more digits where it would read as one on the other side of a limit.
 
-    >>> share_against(0.9296, [0.93]), share_beside(0.93, [0.93]), share_beside(0.9296, [0.95])
+    >>> share_against(0.9296, [0.93]), share_against(0.93, [0.93]), share_against(0.9296, [0.95])
     ('92.96 %', '93.0 %', '93.0 %')
     """
     percent, ends = 100 * value, [(limit, round(100 * limit, 9)) for limit in limits]
-    told = (n for n in range(1, 7) if all((round(percent, n) >= end) == (value >= limit) for limit, end in ends))
-    digits = next(told, 7)
+    enough = (n for n in range(1, 7) if all((round(percent, n) >= end) == (value >= limit) for limit, end in ends))
+    digits = next(enough, 7)
     return share(value) if digits == 1 else f"{percent:.{digits}f} %"
 
 
@@ -123,7 +123,7 @@ def write_points(value: float | None) -> str:
         return NONE
     if not value:
         return "0 points"
-    # Of less than a tenth the first digit, wherever it stands.
+    # Below a tenth, the first significant digit.
     decimals = 1 if abs(value) >= 0.001 else -math.floor(math.log10(float(f"{abs(100 * value):.1g}")))
     digits = "+.1e" if 100 * abs(value) >= _MANY else f"+.{decimals}f"
     return f"{_write_signed(100 * value, digits)} points"
@@ -253,5 +253,5 @@ def slugify(text: str) -> str:
     ('att-gpq-20-int8', '\u6700\u521d\u306e\u5c64')
     """
     slug = re.sub(r"(?:[^\w.]|_)+", "-", text.lower()).strip("-.")
-    # Of a folder whose name gets a number and a hash: no name is longer than 255 bytes.
+    # The folder name also gets a number and a hash, and must stay under 255 bytes.
     return slug.encode()[:240].decode(errors="ignore") or "cell"

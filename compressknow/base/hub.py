@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 CARD = "README.md"
-# Seconds without a byte from the Hub; huggingface_hub itself waits for ever. It tries again a few times after that.
+# Seconds without a byte from the Hub; huggingface_hub itself waits forever. It tries again a few times after that.
 PATIENCE = 120.0
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 _STATUS = {
@@ -81,7 +81,7 @@ def check_login() -> None:
 
 
 def upload(place: Path, repo: str, *, private: bool | None, message: str, card: str | None, bars: bool) -> Upload:
-    """Upload a folder, or a file and what lies beside it under its name (``OUT.gguf.json``), to a repository, which is
+    """Upload a folder, or a file and what lies next to it under its name (``OUT.gguf.json``), to a repository, which is
     made where there is none.
 
     Parameters
@@ -135,7 +135,7 @@ def _bound_requests() -> Iterator[None]:
     from huggingface_hub.utils import _http
     from huggingface_hub.utils import logging as logs
 
-    # Of the user's own client, if one was set (for a proxy, say), nothing else is changed.
+    # If the user has set a client, for a proxy say, nothing else about it is changed.
     factory, verbosity = _http._GLOBAL_CLIENT_FACTORY, logs.get_verbosity()
 
     def bounded():  # type: ignore[no-untyped-def]  # of httpx or httpx2, by the release
@@ -184,7 +184,7 @@ def _explain_failures(place: Path, repo: str, again: str) -> Iterator[None]:
 
 
 def _explain(error: BaseException) -> tuple[str, str | None]:
-    """Return what went wrong, and what to do about it beside trying again."""
+    """Return what went wrong, and what to do about it besides trying again."""
     for each in _list_causes(error):
         # By name: up to release 1 of huggingface_hub they are of httpx, from 2 on of httpx2.
         kinds = {kind.__name__ for kind in type(each).__mro__}

@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 
 from compressknow.base.errors import CompressknowError, UsageError, suggest_word
 
-# By the name that is imported: what pip is told.
+# By name of the import, what pip installs.
 OPTIONAL = {
     "datasets": "datasets",
     "gguf": "'compressknow[gguf]'",
@@ -198,7 +198,7 @@ class Registry(Generic[Thing]):
         except CompressknowError:
             raise
         except Exception as error:
-            # Whatever a foreign module does while it is imported.
+            # A third-party module may raise anything while it is imported.
             raise self.incompatible(name, f"{type(error).__name__}: {error}") from error
 
     def _instance(self, name: str, entry: object) -> Thing:

@@ -27,7 +27,7 @@ def silence_libraries() -> Iterator[None]:
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    # What compressed-tensors logs by; versions of it that log otherwise say nothing.
+    # compressed-tensors logs with loguru in some versions.
     loguru = importlib.import_module("loguru").logger if importlib.util.find_spec("loguru") else None
     if loguru:
         loguru.disable("compressed_tensors")
@@ -178,7 +178,7 @@ def name_stage(stage: Stage) -> str:
 
 
 Listener = Callable[[Progress], None]
-# What the verbs take: a function, or the bars of tqdm, at a terminal and in a notebook.
+# What public functions take: a function, or "bar" for the bars of tqdm.
 OnProgress = Listener | Literal["bar"]
 
 
@@ -204,7 +204,7 @@ class Bars:
         bar = self._bars[stage]
         if progress.total and bar.total != progress.total:
             bar.reset(progress.total)
-            # What an earlier run has done says nothing of the pace.
+            # The work of an earlier run must not count towards the pace.
             bar.n = bar.initial = progress.done
         bar.update(progress.done - bar.n)
         if progress.state == "ends":
@@ -319,7 +319,7 @@ class RepeatingThread:
     """Thread that calls `task` after each of the `waits` (seconds) until `end` is called.
 
     A signal may raise between any two steps of the main thread, and a lock that is written in Python (that of an Event,
-    or of a thread that starts) would stay taken: who needs it next would wait for ever. So there is none, only queues
+    or of a thread that starts) would stay taken: who needs it next would wait forever. So there is none, only queues
     that are written in C.
     """
 

@@ -26,9 +26,9 @@ CONFIG, CARD, TABLE_OF_OPTIONS = 16 * MIB, MIB, MIB // 4
 INDEX, MANIFEST, TOKENIZER = 64 * MIB, 256 * MIB, 256 * MIB
 RECORD = 64 * MIB
 FACTS, LINE = 1024 * MIB, MIB
-# Values in one JSON file, or in all lines of a facts file: each takes up to 100 bytes of memory beside its text.
+# Values in one JSON file, or in all lines of a facts file: each takes up to 100 bytes of memory besides its text.
 MOST_VALUES = 8_000_000
-# Of whole numbers in records: whoever divides or multiplies these gets floats, which larger ones would not fit.
+# The largest whole number in a record: arithmetic on larger ones would overflow floats.
 LARGEST = 1 << 256
 _KINDS = {
     stat.S_IFIFO: "a pipe (FIFO)",
@@ -279,7 +279,7 @@ def _is_path(dataset: str) -> bool:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Hide progress bars where stderr is not a terminal, and log lines of `datasets` beside the error that is
+    """Hide progress bars where stderr is not a terminal, and log lines of `datasets` next to the error that is
     raised."""
     import datasets
 

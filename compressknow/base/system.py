@@ -82,7 +82,7 @@ def remove_lock(path: Path, descriptor: int) -> None:
     """Remove a lock's file and let the lock go, in this order where the system can: nobody is to lock what vanishes."""
     if not OPEN_FILES_MOVE:
         os.close(descriptor)
-        # Who has it open by now removes it.
+        # Another process that has it open removes it.
         with contextlib.suppress(PermissionError):
             path.unlink(missing_ok=True)
         return

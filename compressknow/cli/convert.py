@@ -56,7 +56,7 @@ def _list_names(heading: str, registry: Registry[Any]) -> str:
     width, usable = max(map(len, registry)), registry.usable()[0]
     lines = ["\b", heading]
     for name in registry:
-        # What goes for nearly all methods is left out.
+        # Leave out what nearly all methods have.
         options = [p.option for p in usable[name].parameters() if p.name != "per_layer"] if name in usable else []
         text = usable[name].help if name in usable else "cannot be used"
         text += f" ({', '.join(options)})" if options else ""
@@ -122,7 +122,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     repo, private = options.pop("push"), options.pop("private")
     check_upload(repo, private, dry_run=dry_run)
     options = drop_recipe_conflicts(options, (*OPTIONS, *_PARAMETERS))
-    # Those of other packages; the function has parameters for the rest.
+    # Parameters that other packages add; the function has keywords for the rest.
     further = options.keys() - signature(run).parameters
     others = {name: options.pop(name) for name in _PARAMETERS if name in further}
     options["parameters"] = {
@@ -164,9 +164,9 @@ def build_manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *
     if needed := manifest.get("estimate"):
         blocks, memory, seconds = (needed[key] for key in ("blocks", "bytes", "seconds"))
         time, room = format_duration(seconds), write_size(memory)
-        said = f"Calibration takes about {time} for {count(blocks)} blocks, and {room} of memory."
+        estimate = f"Calibration takes about {time} for {count(blocks)} blocks, and {room} of memory."
         own = manifest["recipe"]["calibration"]["text"] == SELF
-        yield _wrap_paragraph(f"{said} Before that, the model writes the text." if own else said)
+        yield _wrap_paragraph(f"{estimate} Before that, the model writes the text." if own else estimate)
     if dry_run:
         yield "\nDry run: nothing was written."
 

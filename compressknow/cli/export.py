@@ -87,7 +87,7 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     """Write MODEL, a local folder or a Hub id, as the GGUF file OUTPUT.
 
     MODEL may be an original or what `compressknow convert` wrote. llama.cpp's own converter and quantization do the
-    work. The file says in its metadata, and OUTPUT.json beside it says, what it was made of.
+    work. The file says in its metadata, and OUTPUT.json next to it says, what it was made of.
 
     \b
     compressknow export MODEL OUT.gguf

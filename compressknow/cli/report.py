@@ -92,7 +92,7 @@ def list_given(names: Collection[str]) -> Iterator[str]:
     """Yield the words that were given for these parameters, in the order of the help page."""
     ctx = click.get_current_context()
     for parameter in ctx.command.params:
-        # What is accepted and does nothing has a source, and no value.
+        # Options that are accepted and ignored have a source, but no value.
         if (name := str(parameter.name)) not in names or ctx.get_parameter_source(name) not in _SET:
             continue
         value = ctx.params[name]
@@ -198,7 +198,7 @@ def _list_models(card: Card) -> Iterator[str]:
     for place, (comparison, label) in enumerate(zip(card.comparisons, label_models(card.comparisons), strict=True)):
         model = comparison.model
         name = f"{model.name} ({model.setup})" if model.setup else model.name
-        # What is said above has numbers where nothing else tells models apart.
+        # The table above numbers models that nothing else tells apart.
         name = f"{number}{name}" if label.startswith(number := f"{place + 1}. ") else name
         mark = "*" if standings and standings[place].beaten_by is None else ""
         kept = write_estimate(comparison.kept)

@@ -27,7 +27,7 @@ from compressknow.base.progress import Progress, RepeatingThread, Stage
 
 # Work that ends sooner shows no line.
 DELAY_SECONDS = 1.0
-# How often the line is written anew: on a terminal, and where each one stays.
+# How often the line is rewritten: on a terminal, and where each one stays.
 SECONDS_ON_A_TERMINAL, SECONDS_ELSEWHERE = 0.5, 60.0
 # The share of a stage's bytes or tokens from which on its time tells the rest: before, it is what opening files took.
 TELLING = 0.01
@@ -203,7 +203,7 @@ def _get_descriptor(stream: Any) -> int | None:
         return None
 
 
-# What work that evaluates nothing is called on its line.
+# Labels for work other than evaluation.
 _LABELS = {
     **{"read": "Reading the text", "time": "Measuring the speed", "convert": "Converting"},
     **{"sample": "Writing the calibration text", "text": "Reading the calibration text"},
@@ -219,7 +219,7 @@ _OTHERWISE = {"noise": " in another precision", "runtime": " in llama.cpp"}
 
 
 class ProgressLine:
-    """Line of a stage, written anew by a thread from `start` to `end`; nothing of it stays on a terminal.
+    """Line of a stage, rewritten by a thread from `start` to `end`; nothing of it stays on a terminal.
 
     `written` is when the last line was, of monotonic time: elsewhere than on a terminal the next comes a minute later,
     though another stage may have begun.
@@ -233,7 +233,7 @@ class ProgressLine:
         self._end: float | None = None
         self._terminal = sys.stderr.isatty()
         self._shown = 0
-        # Of what is written: a line that stays must not come in the middle of one that changes.
+        # Guards output: a permanent line must not come in the middle of a changing one.
         self._writing = threading.Lock()
 
     def start(self) -> None:

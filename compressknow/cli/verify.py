@@ -20,7 +20,7 @@ from compressknow.cli.terminal import ProgressLines, show, show_json, wrap
 def verify(folder: Path, threads: int | None, as_json: bool) -> int:
     """Compare FOLDER, which `compressknow convert` wrote, with its manifest: hashes, zeros, dtypes and shapes.
 
-    Instead of a folder, a GGUF file that `compressknow export` wrote is compared with the record beside it.
+    Instead of a folder, a GGUF file that `compressknow export` wrote is compared with the record next to it.
 
     Files that are not in the manifest are named, and so is an edited manifest. The exit code is 1 where anything
     differs. The model card, README.md, may be edited and is not compared.

@@ -35,7 +35,7 @@ from compressknow.model.manifest import MANIFEST_NAME, read_manifest
 from compressknow.model.structure import NOT_LINEAR
 from compressknow.model.tensors import OpenFiles, StoredTensor
 
-# Who wrote the file, with what, and how a caller likes its results. The dtype is told by the tensors themselves.
+# Who wrote the file, with what, and the form of results. The dtype is compared tensor by tensor.
 _NOISE = {
     *("transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path", "use_cache", "return_dict"),
     *("output_attentions", "output_hidden_states", "torchscript", "id2label", "label2id", "problem_type"),
@@ -49,7 +49,7 @@ _GGUF_NOISE = (
 _QUANTIZATION = "quantization_config"
 # Values of a GGUF tensor that are unpacked at a time.
 _VALUES = 1 << 22
-# Of a longer value of a GGUF file, the hash is shown.
+# Longer values of a GGUF file are shown as a hash.
 _LONGEST = 80
 
 

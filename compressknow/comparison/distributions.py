@@ -15,8 +15,8 @@ from compressknow.comparison.records import Confidence, Counts, GradeCounts, Rel
 from compressknow.evaluate.answers import GRADES, LOGP_FLOOR, Answer
 from compressknow.evaluate.grades import group_by_fact
 
-# What float32 log-probabilities of 256 tokens leave undecided of the rest's probability: their rounding errors add up
-# to about the entropy times 2^-24. A rest below this is indistinguishable from none.
+# Uncertainty of the rest's probability from float32 log-probabilities of 256 tokens: their rounding errors add up to
+# about the entropy times 2^-24. A rest below this cannot be told from none.
 REST_FLOOR = 2.0**-21
 CALIBRATION_BINS = 15
 CALIBRATION_FACTS = 20

@@ -176,7 +176,7 @@ def average_relations(relations: Sequence[Counts]) -> tuple[Estimate, Estimate, 
     those without facts are left out.
 
     Intervals by a stratified paired bootstrap of `RESAMPLES` samples, percentiles 2.5 and 97.5 (Efron and Tibshirani
-    1993, chapter 13). To draw a relation's facts anew, pairs kept together, is to draw its four counts from a
+    1993, chapter 13). To resample a relation's facts, pairs kept together, is to draw its four counts from a
     multinomial distribution: so that is what is drawn, and the facts themselves are not needed. The order of relations
     matters for the drawing only. Where no resample differs from another (one fact a relation, say), nothing is known of
     the spread: there is no interval.
@@ -267,7 +267,7 @@ def run_paired_test(clusters: Sequence[Counts]) -> PairedTest:
 
 def _flip_signs(changes: np.ndarray) -> float:
     """Return the share of all assignments of signs whose sum is as far from 0 as the changes' own."""
-    # Of each sum that the changes so far can have, from the least to the greatest.
+    # Probabilities of each sum that the changes so far can have, in ascending order.
     chances = np.ones(1)
     for size in map(int, np.sort(np.abs(changes[changes != 0]))):
         wider = np.zeros(len(chances) + 2 * size)

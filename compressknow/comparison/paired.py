@@ -44,9 +44,9 @@ def compare_probe(
     probe: str,
     ran_in: str,
 ) -> ProbeFigures:
-    """Return all figures of one probe, of both models' answers in any order and of its entries in each ``probe.json``.
-    The noise floor of runtimes is that of `ran_in`, runtime and build of the compressed model. Raises CompressknowError
-    if the two sides were evaluated on different prompts."""
+    """Return all figures of one probe from both models' answers, in any order, and its entries in each ``probe.json``.
+    `ran_in` is the compressed model's runtime and build, which selects the noise floor. Raises CompressknowError if the
+    two were evaluated on different prompts."""
     pairs = pair_answers(probe, original, compressed, entry_original, entry_compressed)
     by_subject = _group_pairs(pairs, lambda answer: answer.subject)
     changes = [change for pair in pairs if (change := _measure_logp_change(pair)) is not None]
@@ -103,8 +103,8 @@ def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
 
 
 def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
-    """Return how sure figures are over all facts of these probes, each given by its relations, and what so many facts
-    could have shown. A relation is a cluster; in a probe of one relation, a fact is."""
+    """Return how certain figures over all facts of these probes are, each given by its relations, and which loss they
+    could show. A relation is a cluster; in a probe of one relation, each fact is."""
     clusters = [cluster for relations in probes for cluster in intervals.list_clusters(relations)]
     total, change = sum(clusters, Counts()), intervals.design_of_change(clusters)
     return Certainty(
@@ -118,8 +118,8 @@ def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
 
 
 def list_changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple[ChangedFact, ...]]:
-    """Return the facts lost and gained, of one probe or of several: by domain, by relation, then those first whose gold
-    fell farthest (of the lost) or rose farthest (of the gained) in log-probability."""
+    """Return the facts lost and gained, by domain and relation; then by how far the gold fell (lost) or rose (gained)
+    in log-probability, the farthest first."""
     pairs = list(pairs)
     lost = sorted((pair for pair in pairs if pair[0].correct and not pair[1].correct), key=lambda p: _order(p, 1))
     gained = sorted((pair for pair in pairs if pair[1].correct and not pair[0].correct), key=lambda p: _order(p, -1))
@@ -218,8 +218,8 @@ def _compute_drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tu
 
 
 def _measure_movement(pairs: Sequence[Pair]) -> KlFigures | None:
-    """Measure KL over the whole vocabulary where each fact has it; else over the tokens that both sides hold, for the
-    facts for which these are the same. Those with NaN (a model that broke) are left out."""
+    """Measure KL over the whole vocabulary if each fact has it; otherwise over the stored tokens of facts for which
+    both sides have the same. NaN (a broken model) is left out."""
     exact = [after.first_kl for _, after in pairs if after.first_kl is not None]
     if len(exact) == len(pairs):
         return _summarize_movement(np.array([value for value in exact if math.isfinite(value)]), None)
@@ -265,10 +265,8 @@ def _measure_logp_change(pair: Pair) -> float | None:
 
 
 def _measure_ranks(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return MRR, P@5, and the lost facts whose gold is still among the five most likely answers.
-
-    The latter two say nothing if there are five answers to choose from at most: they are None there.
-    """
+    """Return MRR, P@5, and the number of lost facts whose gold is still among the top five; the latter two are None if
+    there are at most five answers to choose from."""
     before, after = ([side.rank for side in sides] for sides in (zip(*pairs, strict=True) if pairs else ((), ())))
     few = all(pair[0].choices is not None and pair[0].choices <= 5 for pair in pairs)
     still = [b.rank for a, b in pairs if a.correct and not b.correct and b.rank is not None and b.rank <= 5]
@@ -287,7 +285,7 @@ def _join(before: float | None, after: float | None) -> tuple[float, float] | No
 # The original's and the compressed model's answer to one fact.
 Pair = tuple[Answer, Answer]
 
-# What may make two runs of one probe differ, and how a user calls it.
+# Settings that may differ between two runs of a probe, as the user knows them.
 _SETTINGS = {"protocol": "protocol", "limit": "--limit", "seed": "--seed", "facts": "facts read"}
 
 
@@ -343,9 +341,9 @@ def _check_facts(probe: str, original: Mapping[str, Answer], compressed: Mapping
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Standing of a model among the others: how many of the original's facts it keeps; the place of a model of no more
-    bytes that keeps more, None if there is none and of a model whose size is not known, and whether a test tells
-    that one from it; and the places of the models that no test tells from it, those that keep more first."""
+    """Standing of a model among the others: how many of the original's facts it keeps; the place of a model that keeps
+    more in no more bytes, if known, and whether a test tells them apart; and the places of models that no test tells
+    from it, those that keep more first."""
 
     keeps: int
     beaten_by: int | None
@@ -356,8 +354,8 @@ class Standing:
 def rank_models(
     original: Sequence[Answer], models: Sequence[Sequence[Answer]], sizes: Sequence[int | None]
 ) -> list[Standing]:
-    """Compare each model, of so many bytes, with each other on what the original knows: paired by fact, by relation,
-    Holm over all pairs, since which are compared in the end is not known beforehand."""
+    """Compare all models with each other on what the original knows: paired by fact, clustered by relation, with Holm's
+    correction over all pairs, since it is not known beforehand which pairs matter. `sizes` are in bytes."""
     facts = [answer for answer in original if answer.correct]
     right = [{(answer.probe, answer.fact_id) for answer in answers if answer.correct} for answers in models]
     keeps = [np.array([(fact.probe, fact.fact_id) in each for fact in facts], dtype=bool) for each in right]

@@ -34,7 +34,7 @@ def compute_power(known: float, loss: float, gained: float, unknown: float) -> f
     ----------
     known, unknown : facts that the original knows and does not know.
     loss : net loss as a share of the known facts, 0 to 1: so many more are lost than gained.
-    gained : facts gained for each known one, 0 or more; as many are lost beside the net loss.
+    gained : facts gained for each known one, 0 or more; as many are lost besides the net loss.
     """
     from scipy.special import bdtr
 
@@ -215,7 +215,7 @@ def compute_capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) 
 
 def _compute_capital(value: np.ndarray, mean: np.ndarray, remaining: np.ndarray) -> np.ndarray:
     """Return the logarithm of what is won by bets that a value is larger than mean / remaining. Where that mean cannot
-    be, the bet is won for ever."""
+    be, the bet is won forever."""
     possible = mean > 0
     odds = np.where(possible, value * remaining, 1) / np.where(possible, mean, 1)
     bets = FRACTIONS.reshape(-1, *[1] * odds.ndim)

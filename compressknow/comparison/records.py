@@ -67,8 +67,8 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """Test of whether facts are lost as often as gained: the two-sided p-value (None without facts), and what it takes
-    as drawn, a ``fact`` or a whole ``relation``."""
+    """Test of whether facts are lost as often as gained: the two-sided p-value (None without facts), and its sampling
+    unit, ``fact`` or ``relation``."""
 
     p: float | None
     unit: str
@@ -249,9 +249,8 @@ class ProbeFigures:
 
 @dataclass(frozen=True, slots=True)
 class ChangedFact:
-    """Fact that was lost or gained, with what both models said; its grades are of knowing, if there are any.
-    `with_example` says whether the compressed model produces it after one solved example; None if that was not
-    tried."""
+    """Fact that was lost or gained, with both models' answers and grades. `with_example` says whether the compressed
+    model produces it after one solved example; None if that was not tried."""
 
     probe: str
     relation: str
@@ -302,7 +301,7 @@ class TextChange:
     log_ratio: Measurement
     difference: Measurement  # of the perplexities, compressed - original
     correlation: float | None  # of the two models' log-likelihoods; None if one does not vary
-    kl: Measurement | None  # KL(original || compressed), nats, over the whole vocabulary; None: not measured
+    kl: Measurement | None  # KL(original || compressed), nats, over the whole vocabulary; None if it was not measured
     kl_percentiles: Mapping[str, float] | None
     same_top: Measurement  # share of tokens at which both hold the same one most likely
     change: Measurement  # of the probability of the text's own token, compressed - original
@@ -313,8 +312,8 @@ class TextChange:
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """Perplexity: exp of the mean negative log-likelihood per token, over so many tokens; and the same in bits per byte
-    of the text, which models of different tokens have in common, None if the tokenizer does not tell."""
+    """Perplexity: exp of the mean negative log-likelihood per token; and bits per byte of the text, which can be
+    compared between vocabularies, None if the tokenizer does not tell the bytes."""
 
     value: Measurement
     tokens: int

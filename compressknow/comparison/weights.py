@@ -162,7 +162,7 @@ def _find_axis(row: Mapping[str, Any], entry: Mapping[str, Any], dropped: tuple[
 
 
 def align(a: Values, b: Values, lost_a: LostNeurons | None, lost_b: LostNeurons | None) -> tuple[Values, Values] | None:
-    """Return the same entries of both tensors: all, where neither lost any; None if they cannot be told."""
+    """Return the same entries of both tensors: all, where neither lost any; None if they are unknown."""
     # One may have all that the other was made of, though it lost some before.
     for first, second in ((None, lost_b), (lost_a, None), (lost_a, lost_b)):
         if aligned := _align_entries(a, b, first, second):

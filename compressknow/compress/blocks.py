@@ -1,8 +1,7 @@
-"""Threads that each work on a tensor of their own, with torch's own threads off, and read it in blocks of rows.
+"""Threads that each process a tensor, with torch's own threads off, reading it in blocks of rows.
 
-Blocks are small, and read one at a time into one buffer. Their size is fixed, so that sums over blocks do not depend on
-threads or memory; it fits a core's caches, where the many passes of pruning and quantizing cost a tenth of what they
-cost over a whole tensor.
+The size of blocks is fixed, so that sums over them do not depend on threads or memory. It fits a core's cache, where
+the many passes of pruning and quantizing take a tenth of the time that they take over a whole tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, Sto
 
 BLOCK_ELEMENTS = 1 << 18
 FLOATS = (*FLOAT_DTYPES, "F64", "F8_E4M3", "F8_E5M2")
-# What is read, be it only for a comparison.
+# Dtypes that can be read, if only for a comparison.
 READABLE = (*FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")
 # Infinity as the bits of a float: without the sign they order as the magnitudes do, NaN behind it.
 INFINITIES = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
@@ -38,11 +37,11 @@ class TaskStopped(Exception):
 
 
 class Pool:
-    """Thread pool whose first error stops the rest: long tasks call `check` between two blocks.
+    """Thread pool whose first error stops the rest: long tasks call `check` between blocks.
 
-    A signal may raise between any two steps of the main thread, and a lock that is written in Python would stay taken:
-    who needs it next would wait for ever (`concurrent.futures` does, once in some hundred interruptions). So the main
-    thread touches no such lock, only a queue that is written in C.
+    A signal handler may raise anywhere in the main thread. A lock written in Python would then stay locked, and threads
+    that need it would hang (`concurrent.futures` does, once in some hundred interruptions). So the main thread uses
+    only a queue written in C.
 
     `threads` is one per core by default. Raises UsageError if it is less than 1.
     """
@@ -68,10 +67,8 @@ class Pool:
             torch.set_num_threads(self._torch_threads)
 
     def map(self, task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]:
-        """Return results in the order of `items`; a task begins after those before it have begun.
-
-        Raises the first error, after the tasks under way have ended; then the pool is of no more use.
-        """
+        """Return results in the order of `items`, in which tasks start, too. Raises the first error, after the running
+        tasks have ended; then the pool can no longer be used."""
         self.check()
         jobs = list(items)
         numbered, results = enumerate(jobs), dict[int, Result]()
@@ -131,8 +128,8 @@ class Reader:
         columns: int | None = None,
         rows: Sequence[int] | None = None,
     ) -> Iterator[Block]:
-        """Yield the blocks of a tensor (of a dtype in READABLE), in order, or all of it as one; of these `rows` alone,
-        numbered anew, where they are given. Blocks have as many rows as those of a tensor that is `columns` wide."""
+        """Yield a tensor (of a dtype in READABLE) block by block, or as one block if `whole`; only these `rows`,
+        renumbered, if they are given. Blocks have as many rows as those of a tensor that is `columns` wide."""
         count, width = get_matrix_shape(tensor.shape)
         count = count if rows is None else len(rows)
         height = max(1, count if whole else min(count, BLOCK_ELEMENTS // max(columns or width, 1)))
@@ -152,8 +149,8 @@ class Reader:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows `first_row` and on of a tensor seen as a matrix: `values` [rows, columns] in its own dtype, a view of a
-    buffer that the next block overwrites."""
+    """Rows of a tensor seen as a matrix, from `first_row` on: `values` [rows, columns] in its dtype, in a buffer that
+    the next block overwrites."""
 
     first_row: int
     values: torch.Tensor

@@ -26,11 +26,8 @@ LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "nump
 
 
 class Manifest(SummaryRepr, dict[str, Any]):
-    """Record of what a conversion was made of and did: the content of ``compressknow.json``, or of a dry run.
-
-    A dict, which its properties read by name. A dry run has no zeros, errors and hashes, and `pruned` only where the
-    headers tell it.
-    """
+    """Content of ``compressknow.json``, or of a dry run: a dict, with properties for its entries. A dry run has no
+    zeros, errors or hashes, and `pruned` only as far as headers tell."""
 
     @property
     def setup(self) -> str:
@@ -99,9 +96,8 @@ def read_versions() -> dict[str, str]:
 
 
 def predict_manifest(plan: Plan) -> Manifest:
-    """Return what the manifest of a plan will hold, as far as headers tell it: no zeros, errors or hashes, and `pruned`
-    by tensor only where no threshold over several tensors decides it. Of what is calibrated, `estimate` says how many
-    blocks, bytes and seconds it takes."""
+    """Return the manifest of a plan as far as headers tell: no zeros, errors or hashes, and `pruned` by tensor only
+    without a threshold over several. If it is calibrated, `estimate` has the blocks, bytes and seconds that takes."""
     known, total = plan.count_pruned()
     rows = [{**_describe_planned(tensor, plan.removal), "pruned": known.get(tensor.name, 0)} for tensor in plan.tensors]
     summary = _summarize_plan(plan, rows, {})
@@ -127,7 +123,7 @@ def build_manifest(
     calibrated: CalibrationResult | None = None,
 ) -> Manifest:
     """Return the manifest of a conversion: `measured` has every tensor of the plan by name, `source_files` and `files`
-    the SHA-256 of the files that were read, and of those written beside the weights."""
+    the SHA-256 of the files that were read and written."""
     rows = [_describe(tensor, measured[tensor.name], plan.removal) for tensor in plan.tensors]
     summary = _summarize_plan(plan, rows, source_files)
     summary["totals"]["relative_error"] = pool_errors(rows)
@@ -175,8 +171,7 @@ def _summarize_plan(plan: Plan, rows: list[dict[str, Any]], source_files: Mappin
 
 
 def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a recipe left out: blocks and neurons by setting of the config, parameters and bytes in all, and the
-    tensors of dropped blocks."""
+    """Describe what was dropped: blocks and neurons by config setting, total parameters and bytes, and tensors."""
     left_out: list[dict[str, Any]] = [
         {
             **{"name": tensor.name, "group": group, "shape": list(tensor.shape), "dtype": tensor.dtype},
@@ -256,7 +251,7 @@ def _round(value: float) -> float:
 def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[str, Any]:
     cut = removal.cuts.get(tensor.source.name) if removal else None
     name_before = tensor.name
-    # Of a block that was numbered anew, once the text has said which blocks go.
+    # The old name, if its block was renumbered; known once the text has decided which blocks are dropped.
     if removal and tensor.name == tensor.source.name and all(drop.is_decided for drop in removal.blocks):
         name_before = removal.names.get(tensor.name, tensor.name)
     return {
@@ -294,7 +289,7 @@ def _describe(tensor: PlannedTensor, measured: TensorStats, removal: Removal | N
     ]
     if [part.suffix for part in tensor.stored] == ["", SCALE]:
         _, scale, *also = parts
-        # Of modules that share the weight, each is given the same scale.
+        # Each module that shares the weight gets the same scale.
         row["scale"] = scale | ({"also": [part["name"] for part in also]} if also else {})
     elif tensor.scheme:
         row |= {"bits": tensor.scheme.bits, "stored": parts}

@@ -1,7 +1,4 @@
-"""Outputs of a conversion: a folder of safetensors files that appears whole or not at all, or tensors in memory.
-
-Weight files are laid out before any is written: each tensor's file and offset, each file's header.
-"""
+"""Outputs of a conversion: a folder of safetensors files that appears whole or not at all, or tensors in memory."""
 
 from __future__ import annotations
 
@@ -45,14 +42,14 @@ from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME
 from compressknow.model.tensors import DTYPE_SIZES, PT_FORMAT, get_torch_dtype, view_bytes
 
 FLUSH_SECONDS = 0.1
-# Weights in any form, and what only training needs: not carried along.
+# Weights in any format, and what only training needs, are not copied.
 WEIGHT_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data"),
     *(".data", ".tflite", ".mlmodel", ".npz", ".pkl", ".pickle", ".distcp"),
 }
 # The folders in which transformers' Trainer keeps its steps, and the files of its curves.
 _TRAINING = re.compile(r"checkpoint-\d+/.*|(.*/)?(trainer_state\.json|events\.out\.tfevents[^/]*)")
-# What depends on the weights that were converted: written anew.
+# Rewritten, since they depend on the converted weights.
 REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, SAFETENSORS_INDEX, TORCH_INDEX}
 
 RenderCard = Callable[[Mapping[str, Any], Path], str]
@@ -84,10 +81,8 @@ class NewFolder(Staging):
         return {**copied, **{name: compute_sha256(source / name) for name in replaced}}, {**written, **copied}
 
     def publish(self, manifest: Manifest) -> None:
-        """Write the manifest and the card, and rename the folder.
-
-        Raises CheckpointError if a file of the checkpoint changed since it was opened.
-        """
+        """Write the manifest and the card, and rename the folder. Raises CheckpointError if a file of the checkpoint
+        changed since it was opened."""
         self.write(MANIFEST_NAME, dump_json(manifest).encode())
         if self._render_card:
             card = self._render_card(manifest, self._source.folder)
@@ -97,10 +92,10 @@ class NewFolder(Staging):
 
 
 class InMemory:
-    """Output of a conversion in memory. Tensors that plans of one checkpoint leave alone, and what was measured of
-    them, are taken from `shared`, and put there."""
+    """Output of a conversion in memory. Unchanged tensors and their statistics are cached in `shared`, for all plans of
+    one checkpoint."""
 
-    # What is of use only meanwhile lies in the system's own folder.
+    # Temporary files go to the system's own folder.
     folder: Path | None = None
 
     def __init__(self, shared: dict[str, tuple[torch.Tensor, TensorStats]]) -> None:
@@ -158,10 +153,10 @@ class FileLayout:
 
 
 def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> FileLayout:
-    """Lay out a safetensors file for each of the source's of which tensors are left, and an index of several.
+    """Lay out a safetensors file for each file of the source that still has tensors, and an index if there are several.
 
-    Within a file tensors are sorted by the width of their dtype, widest first, as the safetensors library does: so
-    each lies aligned without holes, which the format forbids.
+    Within a file, tensors are sorted by the width of their dtype, widest first, as the safetensors library does: so all
+    are aligned without holes, which the format forbids.
     """
     ends = {shard: PurePath(shard).parts for shard in shards}
     shard_of: dict[Path, str] = {}
@@ -190,8 +185,7 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> FileLayo
 
 
 def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int, dict[str, int]]:
-    """Return a file's first bytes, its whole size, and the offset of each tensor (name, dtype, shape), in this order:
-    the widest dtypes first, so that each lies aligned."""
+    """Return a file's first bytes, its size, and the offset of each tensor (name, dtype, shape) in the given order."""
     header: dict[str, Any] = {"__metadata__": PT_FORMAT}
     position = 0
     for name, dtype, shape in entries:
@@ -274,8 +268,7 @@ def list_files(plan: Plan) -> dict[str, int | None]:
 
 
 def _serialize_configs(plan: Plan) -> dict[str, bytes]:
-    """Return config.json and what else depends on how the weights are stored, by name: the index of several weight
-    files, and how sentence-transformers loads quantized ones."""
+    """Return config.json, the index of several weight files, and how sentence-transformers loads quantized ones."""
     config = build_config(plan)
     quantization = config.get("quantization_config")
     loading = build_loading_settings(plan.checkpoint.folder, quantization) if quantization else {}
@@ -286,8 +279,8 @@ def _serialize_configs(plan: Plan) -> dict[str, bytes]:
 
 
 def list_carried_files(folder: Path) -> Iterator[str]:
-    """Yield the files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code, and, with
-    their weights, the modules that sentence-transformers runs behind the model and adapters (LoRA) beside it.
+    """Yield the files of a checkpoint that are copied: tokenizer, generation config, licence, code, and, including
+    their weights, further modules of sentence-transformers and adapters (LoRA).
 
     Raises CheckpointError if one of them is a link that leads nowhere, or out of the checkpoint.
     """

@@ -25,7 +25,7 @@ from typing import Any, Self, TypeVar, dataclass_transform
 
 from compressknow.base.errors import UsageError, suggest_word
 
-# What a step of a recipe, a cell of a grid and `convert` call other things.
+# Names with another meaning in a recipe, a grid or `convert`.
 TAKEN = frozenset(
     (
         *("prune", "amount", "method", "quantize", "scheme", "steps", "module_map", "recipe", "parameters", "name"),
@@ -42,8 +42,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Parameter:
-    """Parameter of a method or scheme: `kind` is bool, int, float or str; `must` says what its value must be beside
-    that, and `fits` whether it is."""
+    """Parameter of a method or scheme: `kind` is bool, int, float or str; `fits` checks further conditions, which
+    `must` describes."""
 
     name: str
     kind: type
@@ -72,8 +72,7 @@ class Parameter:
 def parameter(
     *, default: Any, help: str, kind: type | None = None, must: str = "", fits: Callable[[Any], bool] = lambda _: True
 ) -> Any:
-    """Declare a field that is a parameter. Its kind is that of the default, unless it is given; None is allowed where
-    it is the default."""
+    """Declare a field as a parameter. Its kind defaults to that of the default; None is allowed only as the default."""
     return field(default=default, metadata={"parameter": (kind or type(default), help, must, fits)})
 
 
@@ -106,8 +105,8 @@ class Option(Parameter):
 
 
 def option(*, default: Any = MISSING, help: str, **more: Any) -> Any:
-    """Declare a field of a step that is an option: `more` is as in `Option`; name, key and, on the command line, what
-    stands for it when it is `left_out` are those of the field, unless they are given."""
+    """Declare a field of a step as an option; `more` is as in `Option`. Name, key and the command line's default
+    (`left_out`) default to those of the field."""
     return field(default=default, metadata={"option": {"help": help, **more}})
 
 
@@ -123,9 +122,9 @@ def list_options(step: type) -> tuple[Option, ...]:
     for each in fields(step):
         if "option" in each.metadata:
             usual = None if each.default is MISSING else each.default
-            said = {"name": each.name, "kind": str, "left_out": usual, **each.metadata["option"]}
-            said = {"key": said["name"], "default": said.pop("left_out"), **said}
-            options.append(Option(**said, of=step, field=each.name, usual=usual))
+            declared = {"name": each.name, "kind": str, "left_out": usual, **each.metadata["option"]}
+            declared = {"key": declared["name"], "default": declared.pop("left_out"), **declared}
+            options.append(Option(**declared, of=step, field=each.name, usual=usual))
     return tuple(options)
 
 

@@ -1,6 +1,4 @@
-"""Plan of a conversion, made from headers alone: every tensor of the output, its dtype and bytes, and which ties
-end.
-"""
+"""Plan of a conversion, made from headers alone: every tensor of the output, and which ties end."""
 
 from __future__ import annotations
 
@@ -35,11 +33,10 @@ if TYPE_CHECKING:
 class PlannedTensor:
     """Tensor of the output.
 
-    `transposed` says that the last axis of a weight is its output.
-    `module` is the Linear that it is the weight of, and `parameter` its name in the module tree, where it is changed;
-    `created` marks one that the source holds only under a tied name, `weight` one that the module tree has as a
-    parameter (not as a buffer, nor not at all). `sharing` names further modules that hold the same weight: a loader
-    ties their weights to it, but gives each a scale of its own.
+    `transposed` says that the last axis of a weight is its output. If it is changed, `module` is the Linear that it is
+    the weight of, and `parameter` its name in the module tree. The source of a `created` one only has it under a tied
+    name. `weight` says that it is a parameter of the module tree. `sharing` names further modules with the same weight:
+    a loader ties their weights, but gives each a scale of its own.
     """
 
     name: str
@@ -76,8 +73,8 @@ class PlannedTensor:
             return self.scheme.stored(self.source.shape, self.source.dtype)
 
     def names(self, part: Stored) -> tuple[str, ...]:
-        """Return the names under which a part is written: its own, and those of modules that share the weight. A loader
-        ties their values; scales and the like it wants of each."""
+        """Return the names that a part is written under: its own and, except for the values, which a loader ties, one
+        for each module that shares the weight."""
         own = self.name + part.suffix
         return own, *(f"{module}.weight{part.suffix}" for module in self.sharing if part is not self.stored[0])
 
@@ -146,16 +143,16 @@ class Plan:
         return known, total
 
 
-# What prunes a weight, and what quantizes it.
+# The steps that prune and quantize a weight.
 Steps = tuple[Prune | None, Quantize | None]
 
 
 def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure, recipe: Recipe) -> Plan:
-    """Plan a conversion. `model` is the checkpoint's module tree on the meta device, `structure` what is read off it.
+    """Plan a conversion. `model` is the checkpoint's module tree on the meta device, with its `structure`.
 
     Raises UsageError if a scope, pattern or layer range matches nothing, or two steps prune or quantize the same
     weight, CheckpointError if a weight in scope is missing, UnsupportedError if the input is quantized already,
-    or a weight has no quantized form that loads and runs right.
+    or a weight has no quantized form that loads and runs correctly.
     """
     sources = Sources(checkpoint, model, structure)
     recipe = replace(recipe, steps=tuple(_fit_parameters(structure, step) for step in recipe.steps))
@@ -164,7 +161,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     schemes = {weight: quantize.chosen if quantize else None for weight, (_, quantize) in assigned.items()}
     for weight in schemes:
         sources.check(weight, schemes)
-    # What is stored in one tensor is changed as one.
+    # Weights stored in one tensor are changed together.
     changed = list({t.name: t for each in assigned.items() for t in _plan_changed(*each, sources)}.values())
     _check_methods_fit(changed)
     tied = ((weight.parameter, sources.find_tied_embedding(weight)) for weight in assigned)
@@ -205,8 +202,8 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
 
 
 def _fit_parameters(structure: Structure, step: Step) -> Step:
-    """Fill in what a scheme leaves to the shapes of the weights in scope, such as the group size of int4; what fits
-    none stays open. Raises UsageError if a scope, pattern or layer range matches nothing."""
+    """Fill in parameters that depend on the shapes in scope, such as the group size of int4, if any value fits. Raises
+    UsageError if a scope, pattern or layer range matches nothing."""
     if not isinstance(step, Quantize) or None not in step.parameters.values():
         return step
     weights = _select_weights(structure, step)
@@ -290,8 +287,8 @@ def _plan_changed(weight: LinearWeight, steps: Steps, sources: Sources) -> Itera
 def _plan_unchanged(
     sources: Sources, structure: Structure, changed: set[str], needed: Mapping[str, str]
 ) -> Iterator[PlannedTensor]:
-    """Yield what is written as it is: all that is stored and not changed, and the `needed` parameters that the source
-    holds only in the storage of one tied to them, which comes with each."""
+    """Yield the tensors that are written as they are: everything stored and not changed, and the `needed` parameters
+    that the source only has as another one tied to them, which is given for each."""
     distinct = list(sources.distinct())
     for stored in distinct:
         if stored.name not in changed:
@@ -321,8 +318,8 @@ def _check_sharing(changed: Iterable[PlannedTensor], extra: Mapping[str, str], s
 
 
 def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Return config.json of the same model with its final layer untied. Raises UnsupportedError if the model
-    computes something else when its config says that nothing is tied."""
+    """Return config.json of the model with its final layer untied. Raises UnsupportedError if that config would make
+    the model compute something else."""
     forward = inspect.unwrap(type(model).forward)
     if "tie_word_embeddings" in inspect.getsource(forward):
         raise UnsupportedError(
@@ -341,10 +338,8 @@ def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, An
 
 
 def _find_untied(model: PreTrainedModel, config: dict[str, Any], path: Path, supplied: set[str]) -> dict[str, str]:
-    """Return the parameters that the untied model no longer takes from another, with the name of that one.
-
-    BERT is such a model: with its decoder's weight, its decoder's bias is no longer tied either.
-    """
+    """Return the parameters that are no longer tied in the untied model, with the names that they were tied to. In
+    BERT, untying the decoder's weight unties its bias, too."""
     still_tied = rebuild_model(model, config, path).all_tied_weights_keys
     return {
         target: source

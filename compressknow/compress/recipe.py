@@ -1,4 +1,4 @@
-"""Recipes: steps in order, said by options, TOML or a manifest, and named as the paper names them."""
+"""Recipes: steps in order, from options, TOML or a manifest, and named as in the paper."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from compressknow.compress.steps import (
 from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.model.structure import ModuleMap, check_module_map
 
-# The table of a recipe's file that says how a GGUF file is made: see `compressknow.gguf.choice`.
+# The table of a recipe file that is for GGUF files: see `compressknow.gguf.choice`.
 EXPORT = "export"
-# In the order in which a recipe has them, by the key that says what a step does.
+# By the key that identifies a step, in the order of a recipe.
 STEPS: dict[str, type[Step]] = {
     "drop_blocks": DropBlocks,
     "drop_neurons": DropNeurons,
@@ -42,11 +42,8 @@ _ORDER = tuple(STEPS.values())
 
 @has_options
 class Recipe:
-    """Steps in order: blocks are dropped, then neurons. What is left is pruned and quantized, each weight by one step
-    of each kind at most.
-
-    `calibration` is there where a step looks at activations, and nowhere else.
-    """
+    """Steps in order: drop blocks, drop neurons, prune, quantize, with at most one prune and one quantize step per
+    weight. There is a `calibration` if and only if a step looks at activations."""
 
     steps: tuple[Step, ...]
     module_map: ModuleMap = option(
@@ -92,8 +89,7 @@ class Recipe:
 
     @property
     def setup(self) -> str:
-        """Return the paper's name where the recipe is one of its setups (`Att_GPQ 20%`, `FLP L1-structured 40%`), else
-        a description by the same words."""
+        """Return the paper's name for the setup (`Att_GPQ 20%`, `FLP L1-structured 40%`), or a similar description."""
         prunes = [step for step in self.steps if isinstance(step, Prune)]
         quantizes = [step for step in self.steps if isinstance(step, Quantize)]
         names = [_name_prune(step) for step in prunes] + [f"{step.where.label}_{step.label}" for step in quantizes]
@@ -109,10 +105,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "recipe") -> Recipe:
-        """Read plain values; `origin` names the file.
-
-        Raises UsageError if a key is unknown, missing or of the wrong type.
-        """
+        """Read plain values; `origin` names the file. Raises UsageError for unknown, missing or wrong keys."""
         unknown = sorted(set(values) - {"module_map", "steps", "calibration"})
         steps = values.get("steps")
         if unknown or not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
@@ -154,7 +147,7 @@ def read_recipe(path: Path) -> Recipe:
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
     values = values.get("recipe", values) if isinstance(values, dict) else {}
-    # What `export` reads of the same file.
+    # `export` reads its own table of the same file.
     values = {key: value for key, value in values.items() if key != EXPORT}
     return Recipe.from_dict(values, str(path))
 
@@ -172,15 +165,15 @@ def _step_to_dict(step: Step) -> dict[str, Any]:
     elif step.where != Where():
         values["scope"] = list(step.where.scope)
     # JSON has no infinity.
-    said = {key: value for key, value in values.items() if value is not None}
-    return {key: "inf" if isinstance(value, float) and math.isinf(value) else value for key, value in said.items()}
+    present = {key: value for key, value in values.items() if value is not None}
+    return {key: "inf" if isinstance(value, float) and math.isinf(value) else value for key, value in present.items()}
 
 
 def _list_fields(step: type[Step], by: Literal["key", "name"]) -> dict[str, str]:
     """Return the fields of a step, first what it does, by their keys in a recipe, or the names of their options."""
-    said = {each.field: getattr(each, by) for each in list_options(step)}
+    keys = {each.field: getattr(each, by) for each in list_options(step)}
     names = [each.name for each in fields(step) if each.name not in ("where", "parameters")]
-    return {said.get(name, name): name for name in names}
+    return {keys.get(name, name): name for name in names}
 
 
 def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
@@ -226,7 +219,7 @@ def _name_prune(step: Prune) -> str:
 
 
 def _name_amount(step: Prune) -> str:
-    # The paper's own method goes without saying.
+    # The paper's own method is not named.
     method = "" if step.chosen == METHODS[METHODS.first] else f"{step.label} "
     return f"{method}{step.amount * 100:.6g}%"
 
@@ -236,7 +229,7 @@ OPTIONS = {each.name: each for kind in (Where, *_ORDER, Calibration, Recipe) for
 
 
 def list_parameters() -> dict[str, list[Parameter]]:
-    """List the parameters of all methods and schemes that can be used, by name; several may have one of the same."""
+    """List the parameters of all usable methods and schemes, by name, which several may share."""
     parameters: dict[str, list[Parameter]] = {}
     for each in (*METHODS.usable()[0].values(), *SCHEMES.usable()[0].values()):
         for parameter in each.parameters():
@@ -245,13 +238,13 @@ def list_parameters() -> dict[str, list[Parameter]]:
 
 
 def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, **options: Any) -> Recipe:
-    """Build the recipe of single options: at most one step of a kind, all in one place. The `options` are those of
-    `OPTIONS`, but not of `where`, and of `SHARED`; None is as if left out. Of `parameters`, the method and the scheme
-    each take those that they have."""
+    """Build a recipe from single options: at most one step of each kind, all with the same `where`. `options` are the
+    others of `OPTIONS` and those of `SHARED`; None means not given. The method and the scheme each take those of the
+    `parameters` that they have."""
     if misspelled := options.keys() - OPTIONS.keys() - set(SHARED):
         raise TypeError(f"There is no option {min(misspelled)}.")
     given = {name: value for name, value in options.items() if value is not None}
-    # Of a scope, only the sides of an encoder-decoder model narrow what is left out.
+    # Only the scopes encoder and decoder narrow what is dropped.
     side = Where(where.scope) if set(where.scope) <= set(SIDES) else Where()
     steps: list[Step] = []
     for action, kind in STEPS.items():
@@ -271,7 +264,7 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
     calibrates = text or any(step.calibrated for step in steps)
     parameters = parameters or {}
     if steps:
-        # Every prune step has these, whatever its method does with them.
+        # Every prune step has these, even if its method ignores them.
         shared = {name: given[name] for name in ("norm", "dim") if given.get(name) not in (None, getattr(Prune, name))}
         chosen = [step.chosen for step in steps if isinstance(step, Prune | Quantize)]
         known = {parameter.name for each in chosen for parameter in each.parameters()}
@@ -279,10 +272,10 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
             names = " and ".join(each.name for each in chosen) or "a step that drops blocks or neurons"
             hint = f"{suggest_word(unknown[0], known)}Choose from {', '.join(sorted(known))}." if known else None
             raise UnusedOptions(f"{unknown[0]!r} is not a parameter of {names}.", hint=hint, names=[unknown[0]])
-    said = {**given, **parameters}
+    known_values = {**given, **parameters}
     for place, step in enumerate(steps):
         if isinstance(step, Prune | Quantize):
-            own = {each.name: said[each.name] for each in step.chosen.parameters() if each.name in said}
+            own = {each.name: known_values[each.name] for each in step.chosen.parameters() if each.name in known_values}
             steps[place] = replace(step, parameters=own)
     return Recipe(
         tuple(steps),
@@ -292,21 +285,21 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
 
 
 def check_recipe_conflicts(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise UsageError if an option that a recipe says instead is not its default, in whatever kind of sequence."""
-    if beside := sorted(name for name, default in defaults.items() if _unify(options[name]) != _unify(default)):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
+    """Raise UsageError if an option that the recipe replaces is not at its default."""
+    if conflicts := sorted(name for name, default in defaults.items() if _unify(options[name]) != _unify(default)):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in conflicts)
         raise UsageError(f"--recipe cannot be combined with {flags}.")
 
 
 def _unify(value: Any) -> Any:
-    # One scope is as good as a sequence of it, and nothing chosen is None; zero is a choice.
+    # One scope equals a sequence of one, and an empty sequence equals None; zero does not.
     if isinstance(value, list | tuple | dict):
         return tuple(value) or None
     return (value,) if isinstance(value, str) else value
 
 
 def format_options(recipe: Recipe) -> list[str] | None:
-    """Return the options of `convert` that give this recipe; None if these cannot say it, and a file must.
+    """Return the options of `convert` that give this recipe; None if only a file can.
 
     >>> format_options(Recipe((Prune(0.1, where=Where(("attention",))), Quantize("int8", Where(("attention",))))))
     ['--scope', 'attention', '--prune', '0.1', '--quantize', 'int8']
@@ -347,7 +340,7 @@ def _format_option(name: str, value: Any) -> list[str]:
 
 
 def _check_has_step(given: Mapping[str, Any]) -> None:
-    """Raise UsageError if options say how to prune or round, and none says that anything is."""
+    """Raise UsageError if options say how to prune or round, but none says to do it."""
     for what, kind, further in (("prune", Prune, ("per_layer", "norm", "dim")), ("round", Quantize, ())):
         action, *others = list_options(kind)
         usual = {each.name: each.default for each in others} | {name: getattr(kind, name) for name in further}

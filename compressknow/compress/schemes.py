@@ -335,8 +335,8 @@ class Fp8(Scheme):
 GROUP_SIZES = (32, 64, 128)
 # Added to integers of 4 bits, so that none is negative.
 OFFSET = 8
-# What inputs and outputs must be a multiple of in vLLM's kernel for CPUs (0.32, `CPUWNA16LinearKernel.can_implement`);
-# that for GPUs (`MarlinLinearKernel`) pads what is odd.
+# Inputs and outputs must be multiples of this in vLLM's kernel for CPUs (0.32, `CPUWNA16LinearKernel.can_implement`);
+# the one for GPUs (`MarlinLinearKernel`) pads.
 VLLM_CPU = 32
 
 
@@ -440,7 +440,7 @@ def find_vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
     if obstacle := next((obstacle for obstacle in obstacles if obstacle), None):
         return obstacle
     word = choose_word(find_schemes(shapes))
-    for group, what in (("final", "the final layer"), ("other", "a layer beside attention and feed-forward")):
+    for group, what in (("final", "the final layer"), ("other", "a layer besides attention and feed-forward")):
         name = next((module for module, row in quantized.items() if row["group"] == group), None)
         if name:
             return f"{what} ({name}) is {word}, but vLLM supports it only in floating point"

@@ -26,13 +26,12 @@ NO_FORM = {
     "reshaped": "transformers fuses, splits or transposes it on loading, which a separate scale does not survive.",
     "read": "Its model reads the weight itself, past the layer, and would leave its inputs unquantized.",
 }
-# What to do where no scope can be quantized.
+# A hint for models of which no scope can be quantized.
 PRUNE_OR_EXPORT = "Prune only, or quantize it as a GGUF file (`compressknow export`), if it generates text."
 
 
 class Sources:
-    """Stored tensors of a checkpoint by the parameters of its module tree, with ties resolved. Raises what
-    `check_usable` does."""
+    """Stored tensors of a checkpoint, by parameter of its module tree, with ties resolved. Raises as `check_usable`."""
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure) -> None:
         check_usable(checkpoint)
@@ -65,8 +64,8 @@ class Sources:
         return several[0] if several else ()
 
     def split(self, weight: LinearWeight) -> bool:
-        """Take the rows of each parameter for a tensor of its own, named after it, where one tensor is stored for
-        several. False where what transformers makes of it is not a cut between rows."""
+        """Split a tensor that is stored for several parameters into one per parameter. Return False if transformers
+        does not split it between rows."""
         stored = self._parts[weight.parameter][0]
         binding = self.bound[stored.name]
         if not binding.rows:
@@ -95,8 +94,7 @@ class Sources:
         return self._naming.convert(parameter, {part.name: read(part) for part in parts})
 
     def matrix_of(self, stored: StoredTensor, parameter: str) -> int:
-        """Return which matrix of a stack a stored tensor is a part of, by the number that is in the name of an expert;
-        0 of a parameter that is one matrix."""
+        """Return which matrix of a stack a stored tensor belongs to, by the number in an expert's name; else 0."""
         number = re.search(r"experts\.(\d+)\.", stored.name) if len(self._shapes[parameter]) > 2 else None
         return int(number.group(1)) if number else 0
 
@@ -104,7 +102,7 @@ class Sources:
         return parameter in self._parts
 
     def is_borrowed(self, weight: LinearWeight, stored: StoredTensor) -> bool:
-        """Tell whether the bytes of a weight are those of another parameter, not its own beside them."""
+        """Tell whether the bytes of a weight are those of another parameter, not separate ones."""
         own = self.bound.get(stored.name)
         if own is None or weight.parameter not in own.parameters:
             return True
@@ -132,8 +130,8 @@ class Sources:
                 yield tensor
 
     def check(self, weight: LinearWeight, schemes: Mapping[LinearWeight, Scheme | None]) -> None:
-        """Raise where a weight is not stored as the config says, or has no form of its scheme that loads and runs
-        right. `schemes` are those of all weights in scope."""
+        """Raise an error if a weight is not stored as the config says, or has no form in its scheme that loads and runs
+        correctly. `schemes` are those of all weights in scope."""
         parts, scheme = self.of(weight), schemes[weight]
         if not parts:
             raise CheckpointError(
@@ -166,7 +164,7 @@ class Sources:
         )
         parameters = f"With {options} all layers in scope can be stored. " if options else ""
         misfits = [each for each in alike if self.of(each) and self._find_obstacle(each, scheme)]
-        # Where experts are stored one by one, transformers loads no other quantized layer either.
+        # If experts are stored one by one, transformers loads no other quantized layer either.
         if any(each.kind == "experts" and len(self.of(each)) > 1 for each in misfits):
             return PRUNE_OR_EXPORT
         if len(misfits) == len(alike):

@@ -1,6 +1,6 @@
-"""Output folder that appears whole or not at all: written beside its place, renamed at the end.
+"""Output folder that appears whole or not at all: written next to its place, renamed at the end.
 
-A run that dies leaves its staging folder behind, and beside it a lock that nobody holds any more; the next run for the
+A run that dies leaves its staging folder behind, and next to it a lock that nobody holds any more; the next run for the
 same output removes both, and puts back what an interrupted `--overwrite` had moved aside.
 """
 
@@ -98,10 +98,8 @@ class Staging:
         return path
 
     def commit(self) -> None:
-        """Move the finished folder to its place; an old output there is removed only once the new one has taken it.
-
-        Raises OutputError if the output has come to exist.
-        """
+        """Move the finished folder to its place, and then remove the old output. Raises OutputError if an output has
+        appeared there meanwhile."""
         self._check(self.output, overwrite=self._overwrite, source=None)
         sync_folder(self.folder)
         aside = _find_twin(self.output, self.folder, "old")
@@ -123,8 +121,8 @@ class Staging:
             raise
 
     def finish(self, folder: Path) -> None:
-        """End what a dead run was amid of, which has left this staging folder: nothing, where one rename is all. It is
-        removed then."""
+        """Complete a commit that a dead run left in this staging folder, before it is removed; a single rename needs no
+        completion."""
 
     def _remove(self) -> None:
         """Remove all that was made but the output; where there is none, the folders above it too."""
@@ -147,7 +145,7 @@ def check_overlap(output: Path, source: Path | None) -> None:
             "contains the input": here in there.parents,
         }
         if relation := next((words for words, holds in overlaps.items() if holds), None):
-            raise OutputError(f"OUTPUT {output} {relation}.", hint="Choose a folder beside it.")
+            raise OutputError(f"OUTPUT {output} {relation}.", hint="Choose a folder next to it.")
 
 
 def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
@@ -183,8 +181,8 @@ def _find_kind(output: Path, kind: str) -> list[Path]:
 
 
 def clean(output: Path, finish: Callable[[Path], None] | None = None) -> None:
-    """Remove what dead runs for the same output left, and put back what one of them had moved aside; `finish` is called
-    with each staging folder before."""
+    """Remove what dead runs for the same output left, after `finish` was called with each staging folder, and put back
+    what one of them had moved aside."""
     for lock_file in _find_kind(output, "lock"):
         with lock_dead(lock_file) as ended:
             if ended:
@@ -197,10 +195,8 @@ def clean(output: Path, finish: Callable[[Path], None] | None = None) -> None:
 
 @contextmanager
 def make_scratch(place: Path) -> Iterator[Path]:
-    """Make a folder beside `place` for what is of use only meanwhile. Those that dead runs left are removed.
-
-    Raises OutputError as `Staging` does.
-    """
+    """Make a temporary folder next to `place`, and remove those that dead runs left. Raises OutputError as
+    `Staging`."""
     with Staging(place, overwrite=False, source=place, check=lambda *_, **__: None) as staging:
         yield staging.folder
 

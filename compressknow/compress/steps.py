@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from compressknow.compress.calibrate.gathering import InputStatistics
     from compressknow.compress.pruning import Mask
 
-# Parameters that every prune step says, whatever its method has of them.
+# Parameters of every prune step, even if its method has none of them.
 SHARED = ("per_layer", "norm", "dim", "seed")
-# How weights are brought to a scheme's grid.
+# Ways to round weights to a scheme's grid.
 ROUNDINGS = ("nearest", "gptq")
 # The paper has one scheme, of 8 bits, and does not name it.
 PAPER_BITS = 8
-# Characters of patterns that a name says.
+# Maximum characters of patterns in a name.
 _LONGEST = 80
 # The paper's words for a scope (sections 2.2-2.5, figure 8), and ours for the one that it does not have.
 PAPER_SCOPES = {
@@ -45,11 +45,8 @@ PAPER_SCOPES = {
 
 @has_options
 class Where:
-    """Linear weights that a step acts on: a union of scopes, narrowed by module names and block numbers.
-
-    A text of `scope` may name several, with commas between them. What no model could have is refused here, before any
-    is looked at.
-    """
+    """Linear weights that a step acts on: a union of scopes, narrowed by module names and block numbers. An item of
+    `scope` may name several, separated by commas. Raises UsageError for what no model can have."""
 
     scope: tuple[str, ...] = option(
         default=DEFAULT_SCOPES, help="Linear layers, repeatable or with commas; see below.", repeats=True
@@ -85,13 +82,13 @@ class Where:
         return named + (f"[{', '.join(narrowed)}]" if narrowed else "")
 
 
-# The scopes that narrow what is dropped: blocks and neurons are of a side of the model, not of a kind of layer.
+# Scopes that narrow what is dropped: blocks and neurons belong to a side of the model, not to a kind of layer.
 SIDES = ("encoder", "decoder")
 
 
 @has_options
 class DropBlocks:
-    """Step that leaves whole transformer blocks out, of each stack by itself.
+    """Step that drops whole transformer blocks, in each stack separately.
 
     `blocks` is how many (those whose output is most like their input on the calibration text), or a text that names
     them by number: ``20-23``, ``0-2,5``, ``7``. `where` has the scope ``encoder``, ``decoder`` or, by default, both.
@@ -109,7 +106,7 @@ class DropBlocks:
     def __post_init__(self) -> None:
         make_fields_plain(self)
         if isinstance(self.blocks, str):
-            # Who lists blocks that no model has would not end.
+            # A huge number would make an endless list.
             last = max(numbers[-1] for numbers in parse_layers(self.blocks).values())
             if last >= MOST_BLOCKS:
                 what = f"There is no block {last:,}, which {self.blocks!r} names."
@@ -139,11 +136,11 @@ class DropBlocks:
 
 @has_options
 class DropNeurons:
-    """Step that leaves hidden units of the feed-forward blocks out: `amount` (0-1, both excluded) of them, the same
-    number in each block.
+    """Step that drops hidden units of the feed-forward blocks: a share `amount` (0-1, exclusive), the same number in
+    each block.
 
-    What is kept is rounded to the nearest multiple of `multiple`. By default that is the largest power of two up to 128
-    that divides the width at least eight times, so that what took columns in groups before (int4, kernels) still can.
+    The number kept is rounded to a multiple of `multiple`, by default the largest power of two up to 128 that divides
+    the width at least eight times, so that int4 and kernels can still take columns in groups.
     `where` is as for `DropBlocks`.
     """
 
@@ -189,13 +186,14 @@ def _name_side(where: Where) -> str:
 
 @has_options
 class Prune:
-    """Step that zeroes `amount` (0-1, both excluded) of the weights: see `compressknow.compress.pruning` for `method`.
+    """Step that zeroes a share `amount` (0-1, exclusive) of the weights; for `method` see
+    `compressknow.compress.pruning`.
 
-    `l1-unstructured` and `random-unstructured` choose single weights, over all of the scope together or, with
-    `per_layer`, in each tensor by itself. The structured methods take whole output channels (`dim` 0) or input channels
-    (`dim` 1) of each layer, and of each expert in a fused stack, however its matrix is stored; `ln-structured` those of
-    the smallest L`norm`. `seed` is for the random methods. `parameters` are those of other methods, by name. Semantics
-    are those of torch.nn.utils.prune.
+    `l1-unstructured` and `random-unstructured` choose single weights, over the whole scope or, with
+    `per_layer`, in each tensor separately. The structured methods take whole output channels (`dim` 0) or input
+    channels (`dim` 1) of each layer, and of each expert in a fused stack, however its matrix is stored; `ln-structured`
+    those of the smallest L`norm`. `seed` is for the random methods. `parameters` are those of other methods, by name.
+    Semantics are those of torch.nn.utils.prune.
     """
 
     amount: float = option(
@@ -309,22 +307,22 @@ class Quantize:
 
     @property
     def label(self) -> str:
-        """Name it as the paper does, with what is not as usual. A scheme of 8 bits goes without saying."""
+        """Name it as the paper does, with what differs from the defaults; a scheme of 8 bits is not named."""
         return " ".join(["GQ", *([self.scheme] if self.is_named else []), *self.further])
 
     @property
     def is_named(self) -> bool:
-        """Tell whether the setup says the scheme."""
+        """Tell whether the setup names the scheme."""
         return self.chosen.bits != PAPER_BITS
 
     @property
     def further(self) -> list[str]:
-        """Return what is not as usual beside the scheme, in words."""
+        """Describe what else differs from the defaults."""
         rounding = [] if self.rounding == ROUNDINGS[0] else [self.rounding]
         return [*self.chosen.describe_changed(), *rounding, *([f"smooth {self.smooth:g}"] if self.smooth else [])]
 
 
-# What a text to calibrate on is in: the model itself, a file, or a data set.
+# Where a calibration text comes from: the model itself, a file, or a data set.
 Kind = Literal["self", "file", "hf"]
 SELF, HUB = "self", "hf:"
 FORMS = "Give self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET."
@@ -356,7 +354,7 @@ class Calibration:
 
     @property
     def kind(self) -> Kind:
-        """Tell what the text is in, without looking at any file. Raises UsageError for the name of none."""
+        """Tell where the text comes from, without looking at files. Raises UsageError for an invalid name."""
         if self.text == SELF:
             return "self"
         if isinstance(self.text, str) and self.text.startswith(HUB) and self.text != HUB:
@@ -367,7 +365,7 @@ class Calibration:
 
     @property
     def work(self) -> Literal["sample", "text"]:
-        """Name the stage that gives the text: the model writes it, or it is read."""
+        """Name the stage that produces the text: the model writes it, or it is read."""
         return "sample" if self.kind == "self" else "text"
 
     def __post_init__(self) -> None:
@@ -397,16 +395,16 @@ def _check_amount(amount: Any, what: str, hint: str) -> None:
 
 
 def count_pruned(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | None, int]:
-    """Return how many weights a step zeroes, from shapes alone: in each tensor, None if one choice over all tensors
-    decides that, and in all."""
+    """Count the weights that a step zeroes, from shapes alone: per tensor (None if all are chosen together), and
+    total."""
     with METHODS.explain_failures(step.method):
         counts = step.chosen.count_all(weights, step.amount)
     return (None, counts) if isinstance(counts, int) else (counts, sum(counts))
 
 
 def choose_masks(reader: Reader, step: Prune, weights: Sequence[Weights]) -> list[Mask]:
-    """Decide what a step prunes by looking at weights alone. Raises CheckpointError naming a tensor that holds NaN or
-    an infinity, CompressknowError if a method of another package fails."""
+    """Choose what a step prunes from the weights alone. Raises CheckpointError for a tensor with NaN or infinity,
+    CompressknowError if a method of another package fails."""
     with METHODS.explain_failures(step.method):
         masks = step.chosen.choose(reader, weights, step.amount)
         if len(masks) != len(weights):
@@ -417,10 +415,8 @@ def choose_masks(reader: Reader, step: Prune, weights: Sequence[Weights]) -> lis
 def prune_matrix(
     step: Prune, weight: torch.Tensor, inputs: InputStatistics
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return what the method of a step makes of one matrix, float32 [out, in]: see `Calibrated.prune`.
-
-    Raises CompressknowError if a method of another package fails, or gives something of another form.
-    """
+    """Apply a step's method to one matrix, float32 [out, in]: see `Calibrated.prune`. Raises CompressknowError if a
+    method of another package fails or returns other shapes."""
     method = step.chosen
     assert isinstance(method, Calibrated)
     with METHODS.explain_failures(step.method):

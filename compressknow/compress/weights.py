@@ -20,8 +20,8 @@ from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, get_torch_dty
 
 @dataclass(frozen=True)
 class Values:
-    """Values of a parameter as a checkpoint stores them: a tensor and, of low bits, its scale; `packed` is where those
-    lie that are several in an integer. Along `axis` these `numbers` alone are compared, if any are named."""
+    """Stored values of a parameter: a tensor and, in few bits, its scale; `packed` is the tensor of values that share
+    integers. If `numbers` are given, only these entries along `axis` count."""
 
     tensor: StoredTensor
     scale: StoredTensor | None = None
@@ -114,7 +114,7 @@ class StoredWeights:
     own : parameter -> the stored tensor of its name.
     supply : parameter -> the stored tensor that gives it its values, ties resolved; `own` included.
     loaded_to : of a tensor that is fused with others on loading, the parameter that it becomes a part of.
-    parts : module -> stored tensors beside its parameters: scales, zero points, packed weights.
+    parts : module -> stored tensors besides its parameters: scales, zero points, packed weights.
     unpacked : values of low bits that lie packed, by the name of the tensor that stands for them in `own`.
     modules : where modules are called by the numbers that their blocks had before others were dropped, the names that
         `parts` has them under.
@@ -168,8 +168,7 @@ class StoredWeights:
 
 
 def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> StoredTensor | None:
-    """Return the scale of a low-bit weight in the layout of compressed-tensors, symmetric: a number for the tensor, for
-    each of its rows, or for each group of columns."""
+    """Return the scale of a symmetric low-bit weight of compressed-tensors: per tensor, row or group of columns."""
     scale = parts.get(f"{tensor.name}_scale")
     # A zero point, or groups of columns that are not neighbours.
     more = any(f"{tensor.name}_{part}" in parts for part in ("zero_point", "g_idx"))
@@ -177,16 +176,13 @@ def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> Stor
         return None
     rows, columns = get_matrix_shape(tensor.shape)
     per_group = len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and not columns % scale.shape[1]
-    # Of blocks of rows and columns there may be as many as rows.
+    # Scales of two-dimensional blocks may happen to be as many as there are rows.
     per_row = scale.numel == rows and scale.shape[:1] == tensor.shape[:1]
     return scale if scale.numel == 1 or per_row or per_group else None
 
 
 def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> StoredWeights:
-    """Read what a checkpoint stores from its headers.
-
-    Raises CheckpointError if it has no weights, or its config builds no model.
-    """
+    """Read a checkpoint's headers. Raises CheckpointError if it has no weights, or its config builds no model."""
     checkpoint.check_has_weights()
     model = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure, naming = read_structure(model), NameMapping(model)

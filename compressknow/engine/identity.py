@@ -54,7 +54,7 @@ from compressknow.model.tensors import (
     read_torch_file,
 )
 
-# What an export says of the checkpoint that it was made of: `original_sha256` is of what convert made that of.
+# What an export records of its source checkpoint; `original_sha256` is that of the source's own source.
 SOURCE_FORM = {"name": str, "revision?": (str, None), "sha256": str, "original_sha256?": str}
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -62,7 +62,7 @@ TOKENIZER_FILES = (
     *("source.spm", "target.spm", "tekken.json", "spm.model", "spm_char.model", "sentencepiece.model", "bpe.codes"),
     *("dict.txt", "prophetnet.tokenizer", "target_vocab.json", "vocab-src.json", "vocab-tgt.json", "emoji.json"),
 )
-# What decides the answers beside the weights: transformers loads an adapter onto the model where peft is installed.
+# Files that decide the answers besides the weights: transformers loads an adapter if peft is installed.
 DECISIVE = ("config.json", *TOKENIZER_FILES, ADAPTER_CONFIG, f"{ADAPTER}.safetensors", f"{ADAPTER}.bin")
 
 
@@ -127,7 +127,7 @@ def locate_server(address: str) -> LocatedModel:
     if not host:
         raise UsageError("The server's address cannot be read.", hint="Give it as http://HOST:PORT.")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        # What stands there may be a secret: it is not repeated.
+        # It may contain a secret, so it is not shown.
         raise UsageError(
             "The server's address holds more than host, port and path.",
             hint="Give it as http://HOST:PORT, and a key in the environment: COMPRESSKNOW_API_KEY.",
@@ -193,7 +193,7 @@ def get_record_path(output: Path) -> Path:
 
 
 def read_export_record(path: Path) -> dict[str, Any]:
-    """Return "sha256" and "source" of the record that an export writes beside a GGUF file; nothing without one."""
+    """Return "sha256" and "source" of the record that an export writes next to a GGUF file; nothing without one."""
     try:
         record = read_json(get_record_path(path), MANIFEST)
     except (OSError, ValueError):
@@ -281,7 +281,7 @@ def _shorten_type(value: Any) -> str:
 
 
 def _summarize_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    # What was dropped in all; which tensors and neurons these were would be longer than all else.
+    # The list of dropped tensors would be longer than everything else.
     removed = {key: value for key, value in manifest.get("removed", {}).items() if key != "tensors"}
     if removed:
         removed["neurons"] = [{key: one[key] for key in one if key != "dropped"} for one in removed["neurons"]]
@@ -322,7 +322,7 @@ class Contents:
     def check_finite(self, located: LocatedModel, *, trust_remote_code: bool = False) -> None:
         """Raise CheckpointError naming a weight that holds NaN or infinity, as `convert` does.
 
-        What is not a weight, such as a mask that is stored beside them, may hold infinities.
+        What is not a weight, such as a mask that is stored next to them, may hold infinities.
         """
         for tensor, what in self.not_finite:
             if _is_weight(located, tensor, trust_remote_code):
@@ -411,7 +411,7 @@ def _is_weight(located: LocatedModel, tensor: StoredTensor, trust_remote_code: b
     except CompressknowError:
         return True
     if binding is None:
-        # Of a quantized model the tree has no scales; of others it has all that is read.
+        # The tree of a quantized model lacks scales; otherwise it has everything that is read.
         return "quantization_config" in checkpoint.config
     weights = {name for name, _ in tree.named_parameters(remove_duplicate=False)}
     return not weights.isdisjoint(binding.parameters)

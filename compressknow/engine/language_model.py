@@ -74,7 +74,7 @@ class LanguageModel:
 
     @property
     def parameters(self) -> int:
-        """Count the model's parameters, without what quantization stores beside its weights."""
+        """Count the model's parameters, without what quantization stores besides its weights."""
         from compressknow.engine.layers import EngineLinear
 
         named = self.model.named_parameters()
@@ -140,8 +140,8 @@ def make_language_model(
 
 
 def _make_batch_invariant(model: PreTrainedModel) -> None:
-    """Make float layers batch-invariant beside layers that round what comes in. It takes longer for few rows, so a
-    model that is loaded for other ends goes without."""
+    """Make float layers batch-invariant in a model with layers that round what comes in. It takes longer for few rows,
+    so a model that is loaded for other ends goes without."""
     from compressknow.engine.layers import EngineLinear, has_rounded_activations, make_batch_invariant
 
     if has_rounded_activations(model) and any(isinstance(module, EngineLinear) for module in model.modules()):
@@ -166,7 +166,7 @@ def check_tokens(largest: int, rows: int, where: str) -> None:
         raise CheckpointError(
             f"The tokenizer gives token {largest:,}, the model's embedding has {rows:,} rows: they do not match.",
             f"It stands in {where}.",
-            "Put the tokenizer that the model was trained with beside its weights.",
+            "Put the tokenizer that the model was trained with next to its weights.",
         )
 
 

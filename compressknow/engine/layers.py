@@ -3,7 +3,7 @@
 What no layer here is for is unpacked to floats when it is loaded: a scheme needs none to run.
 
 Kernels choose their way by the number of rows and of threads, so that what a row comes to depends on how many stand
-beside it. Where activations are rounded to integers, later layers make answers of that.
+next to it. Where activations are rounded to integers, later layers make answers of that.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Int8Linear(EngineLinear):
         lowest, highest = tokens.aminmax()
         lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
         scale = (highest - lowest) / (self.highest - self.lowest)
-        # Where all are zero 0/0 is not a number, and any point will do.
+        # If all are zero, 0/0 is NaN, and any zero point will do.
         zero = (self.lowest - lowest / scale).nan_to_num().clamp(self.lowest, self.highest).round()
         return scale, zero
 
@@ -191,7 +191,7 @@ def _is_per_token(scheme: Any) -> bool | None:
     return {("token", True): True, ("tensor", False): False}.get((inputs.strategy, inputs.symmetric))
 
 
-# What torch's kernel takes: these groups, and outputs by so many.
+# Groups that torch's kernel takes, and what outputs must be a multiple of.
 GROUP_SIZES, OUTPUTS = (32, 64, 128, 256), 16
 # Instructions with which it beats a product in float32: 24 us against 46 for 576 -> 1536 on one core. With AVX2 it
 # takes 87, and with others it goes one by one.
@@ -341,7 +341,7 @@ class _Products(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# Where the rows stand among a function's arguments; the matrix follows them.
+# Index of the rows among a function's arguments; the matrix follows them.
 _ROWS_AT: dict[Any, int] = {
     **dict.fromkeys((functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm), 0),
     torch.addmm: 1,

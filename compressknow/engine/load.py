@@ -173,7 +173,7 @@ def _find_checkpoint(folder: str | Path) -> Path:
 
 
 def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """Return where `from_pretrained` finds a checkpoint. Raises CheckpointError if transformers would take for ever
+    """Return where `from_pretrained` finds a checkpoint. Raises CheckpointError if transformers would take forever
     over a GGUF file, or read other weights of it."""
     # Code that is trusted may lie in another repository of the Hub.
     options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
@@ -226,7 +226,7 @@ def _load_whole(model_class: Any, path: Path, headless: str | None = None, **sou
         more = f", and {len(mismatched) - 1} more do not fit" if len(mismatched) > 1 else ""
         raise CheckpointError(
             f"{path} does not fit its config.json: {name} is {list(stored)}, and should be {list(needed)}{more}.",
-            hint="Put the config.json that the weights were saved with beside them, or download both again.",
+            hint="Put the config.json that the weights were saved with next to them, or download both again.",
         )
     missing = report["missing_keys"]
     if missing and headless:

@@ -1,4 +1,4 @@
-"""Answers and their record, on disk: one row per fact in answers.parquet, probe.json beside it."""
+"""Answers and their record, on disk: one row per fact in answers.parquet, probe.json next to it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEMA_VERSION = 1
 # The distribution at the answer's first position is kept for this many of the original's most likely tokens; all others
 # are one.
 REFERENCE_TOKENS = 256
-# What servers tell at most, unless they are started otherwise.
+# The most log-probabilities that servers give by default.
 SERVER_TOKENS = 20
 TABLE, RECORD = "answers.parquet", "probe.json"
 # exp underflows a little below this in float32; a token that a model rules out entirely would make KL infinite.
@@ -173,7 +173,7 @@ def read_table(path: Path) -> list[Answer]:
     """Read the answers of a Parquet file. Raise DamagedAnswers if it is none, or its columns are others."""
     import pyarrow as pa
 
-    hint = "An answers folder is written by `compressknow probe`; write it anew."
+    hint = "An answers folder is written by `compressknow probe`; write it again."
     schema = make_schema()
     with open_rows(path, "answers", hint) as file:
         table = file.read(columns=schema.names)

@@ -162,7 +162,7 @@ class DistributionFile:
         self._folder, self._most, self._short = folder, most, short
         self._file: Any = None
         self._places: dict[str, int] = {}
-        # Of a row, in tokens and in bytes.
+        # Of each row, in tokens and in bytes.
         self._width = self._row = 0
         self.gave_up = False
 
@@ -205,7 +205,7 @@ class DistributionFile:
         """Free the disk."""
         self.gave_up, self._places = True, {}
         if self._file is not None:
-            # What was not written yet for want of room is tried again here.
+            # Buffered data that did not fit on the disk is flushed again here.
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None

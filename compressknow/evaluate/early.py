@@ -25,8 +25,8 @@ from compressknow.evaluate.run import find_answers, make_facts_entry, probe_mode
 from compressknow.evaluate.sources import Opened, Options
 
 T = TypeVar("T")
-# Of the facts drawn so far, in their order: whether the original knows each, and the compressed model; and how many
-# facts there are in all. Gives what is known then, or None for more.
+# Takes, for the facts drawn so far, whether the original and the compressed model know each, and the total number of
+# facts. Returns a decision, or None to draw more.
 Decide = Callable[[np.ndarray, np.ndarray, int], T | None]
 # Facts of the first chunk, and what is added to those that are done: enough for batches, and little more than needed.
 FIRST, FURTHER = 32, 0.25

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 _ENDED = re.compile(rf"""[.!?…{STOPS}]["'”’)\]」』]*$""")
-# So many facts are timed before the first batch, where there are LEAST times as many.
+# Facts to time before the first batch, if there are LEAST times as many.
 SAMPLE, LEAST = 12, 16
-# So many tokens of candidates are scored, about, however many there are.
+# About so many tokens of candidates are scored, however many there are.
 MOST_FURTHER = 64
 
 
@@ -97,7 +97,7 @@ def evaluate(
 def _measure_pace(scorer: Scorer, left: Sequence[Sequence[Query]], *, measured: bool) -> Pace:
     """Return the pace of the remaining batches; `measured` runs a few facts of some of them first, to take the time."""
     work = sum(_estimate_cost(scorer, batch) for batch in left)
-    # Where facts are answered one by one, the first of them tell it as soon.
+    # If facts are answered one by one, the first ones tell the pace as soon.
     if not measured or sum(map(len, left)) < LEAST * SAMPLE or max(map(len, left)) == 1:
         return Pace(work)
     samples = [left[len(left) * place // 4][: SAMPLE // 3] for place in (1, 2, 3)]
@@ -173,7 +173,7 @@ def check_model(reference: Answers, name: str, loaded: Runtime) -> None:
     """Raise CompressknowError if a model cannot be a compressed form of the original."""
     before = reference.record.model
     check_alike("family", (before.name, before.family), (name, loaded.family))
-    # Where another runtime than transformers gives the answers of either, they are compared as texts.
+    # Answers of other runtimes than transformers are compared as texts.
     if before.runtime is None and loaded.make_record() is None:
         check_alike("vocabulary", (before.name, before.vocabulary), (name, loaded.vocabulary))
     if loaded.gives_scores != (before.runtime or {}).get("scores", True):
@@ -202,8 +202,8 @@ def has_same_tokens(reference: Answers, loaded: Runtime) -> bool:
 
 
 def find_first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
-    """Map each fact's id to the tokens that the original held most likely at the answer's first position. Raises
-    CompressknowError if a fact to be evaluated is not among the original's answers."""
+    """Map each fact's id to the original's most likely tokens at the answer's first position. Raises CompressknowError
+    if the original has not answered a fact."""
     ids = {answer.fact_id: answer.first_ids for answer in reference.of(probe.name)}
     wanted = [query.fact.id for batch in prompts.batches for query in batch]
     if missing := [fact for fact in wanted if fact not in ids]:

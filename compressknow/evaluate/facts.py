@@ -18,9 +18,9 @@ BLANK = "[MASK]"
 
 # Where subject and object go in a template.
 SUBJECT, OBJECT = "[X]", "[Y]"
-# What a word follows without a space.
+# Characters that a word follows without a space.
 OPENING = ("(", "[", "{", "“", "‘", "«", "„", "¿", "¡", "（", "「", "『", "《", "〈", "【")
-# What ends a sentence, without a space after it.
+# Characters that end a sentence without a space after them.
 STOPS = "。！？；｡।۔؟"
 # Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
 UNSPACED = "\u0e01-\u0eff\u1000-\u109f\u1780-\u17d3\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"
@@ -28,7 +28,7 @@ UNSPACED += "\uff66-\uff9d\U00020000-\U0003ffff"
 
 # The domains of the report card's grades.
 DOMAINS = ("geography", "language", "science", "history and people", "arts and literature", "common sense")
-# Of facts and relations that belong to none of these, or to several: "is part of", "is owned by", sports.
+# For facts and relations that belong to none of the domains, or to several: "is part of", "is owned by", sports.
 GENERAL = "general"
 GEOGRAPHY, LANGUAGE, SCIENCE, PEOPLE, ARTS, COMMON_SENSE = DOMAINS
 
@@ -147,9 +147,8 @@ class Probe:
         return next((each for each in others if each.obj_label.casefold() != fact.obj_label.casefold()), None)
 
     def sample(self, limit: int | None, seed: int = 0) -> Probe:
-        """Return a sample of at most `limit` facts, drawn by relation in proportion to its size (each relation keeps
-        one at least, as far as `limit` reaches). A larger limit holds the facts of a smaller one, as far as the
-        proportions allow."""
+        """Return a sample of at most `limit` facts, in proportion to the size of relations, with at least one each if
+        `limit` allows. A larger sample contains a smaller one, as far as the proportions allow."""
         if limit is None or limit >= len(self.facts):
             return self
         chosen = _draw_stratified(self.facts, limit, seed)
@@ -250,10 +249,7 @@ def strip_wording(identifier: str) -> str:
 
 
 def join_wordings(probes: Sequence[Probe]) -> Probe:
-    """Merge probes of the same facts, one per wording: a fact in its first wording, then in its second.
-
-    Dropped and read facts are counted by wording.
-    """
+    """Merge probes of the same facts, one per wording, fact by fact; dropped and read facts are counted by wording."""
     first = probes[0]
     facts = zip(*(_number(probe.facts, number) for number, probe in enumerate(probes, 1)), strict=True)
     examples = {

@@ -31,27 +31,29 @@ from compressknow.model.checkpoint import build_server_error, is_address
 
 
 def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | None) -> Answers:
-    """Add to a model's record what its folder says of calibration, and the facts that stand in the calibration text if
-    that is at hand. (Stored answers may be those of another folder with the same weights.) `known_by` is what the model
-    that it is compared with answered to the same facts; None for the original."""
+    """Add to a model's record what its folder says about calibration, and which facts occur in the calibration text if
+    that is available. (Stored answers may come from another folder with the same weights.) `known_by` has the answers
+    of the model that it is compared with; None for the original."""
     calibration = model.describe().get("calibration")
     found = find_facts_in_text(calibration, model, known_by) if calibration and known_by else None
     return change_model(answers, calibration=calibration, in_calibration=found)
 
 
 def find_facts_in_text(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
-    """Count the facts with subject and object that stand in the text of a calibration, which the tokenizer of `model`
-    reads; None if the text is not at hand, or no fact has both."""
+    """Count the facts whose subject and object occur in a calibration text, read with the tokenizer of `model`; None if
+    the text is not available, or no fact has both."""
     from compressknow.compress.calibrate.text import count_facts, reread_texts
 
     trusted = model.settings.trust_remote_code
     texts = reread_texts(model.located.path, calibration, trust_remote_code=trusted)
-    told = [answer for answer in known_by.answers if answer.sub_label.strip() and answer.gold.strip()]
-    if not texts or not told:
+    complete = [answer for answer in known_by.answers if answer.sub_label.strip() and answer.gold.strip()]
+    if not texts or not complete:
         return None
-    known, others = ([(each.sub_label, each.gold) for each in told if each.correct == right] for right in (True, False))
+    known, others = (
+        [(each.sub_label, each.gold) for each in complete if each.correct == right] for right in (True, False)
+    )
     found = count_facts(texts, known)
-    return FactsInText(len(told), found + count_facts(texts, others), len(known), found)
+    return FactsInText(len(complete), found + count_facts(texts, others), len(known), found)
 
 
 def find_answers_folder() -> Path:
@@ -60,8 +62,8 @@ def find_answers_folder() -> Path:
 
 
 def open_named(probes: str | Sequence[str] | None, options: Options | None, known: str = "recognized") -> list[Opened]:
-    """Open the probes that a user names, atlas where none is named, to tell what is `known` in this reading. Raises
-    UsageError as `open_all` does, for twins, and where what is produced counts and a task does not tell that."""
+    """Open the probes that a user names, by default atlas. Raises UsageError as `open_all` does, for two probes of one
+    name, and for a task if `known` means produced, which tasks do not tell."""
     opened = open_all(list_names(probes), options or Options())
     check_unique(opened)
     for task in opened:
@@ -77,13 +79,13 @@ def check_has_facts(opened: Sequence[Opened], what: str) -> None:
     """Raise UsageError if there is nothing but running texts: `what`, such as "A sweep", counts facts."""
     if all(isinstance(probe, RunningText) for probe in opened):
         raise UsageError(
-            f"{what} counts facts, and {opened[0].name} is a text.", hint="Add a probe of facts beside it: -p atlas."
+            f"{what} counts facts, and {opened[0].name} is a text.", hint="Add a probe of facts, too: -p atlas."
         )
 
 
 def check_gated(opened: Sequence[Opened], gated: Sequence[str | None]) -> None:
-    """Raise UsageError if there is a gate, and no facts; or where one is of no domain and no relation of theirs.
-    `gated` is what each gate is of, None for all facts. Those of some tasks are known only once they were run."""
+    """Raise UsageError if there is a gate but no facts, or a gate of a domain or relation that no fact has. `gated`
+    names that of each gate, None for all facts. Some tasks only tell theirs once they were run."""
     if not gated:
         return
     check_has_facts(opened, "--fail-under")
@@ -137,8 +139,8 @@ def gather(
     """Return the original's answers and those of each compressed model, to the same probes. `revision` is that of the
     original, if it is a hub id.
 
-    Models are evaluated on what is not kept yet, the original first: the others are scored on its most likely tokens,
-    so that distributions can be compared. Answers folders are taken as they are. Raises CompressknowError if a model
+    Models are evaluated on what is not stored yet, the original first: the others are scored on its most likely tokens,
+    so that distributions can be compared. Answers folders are used as they are. Raises CompressknowError if a model
     cannot be found, loaded or evaluated.
     """
     models = [original, *compressed]
@@ -150,7 +152,7 @@ def gather(
     probes = open_matching(next(filter(None, stored), None), evaluation)
     sides = open_models(models, revision, stored, evaluation, probes)
     handles = [side for side in sides if isinstance(side, ModelHandle)]
-    # The original's distributions serve only models that are evaluated beside it.
+    # The original's distributions serve only models that are evaluated with it.
     is_kept = handles[0] is sides[0] and len(handles) > 1 and handles[0].located.url is None
     gathered: list[Answers] = []
     with Distributions(handles[0], evaluation.keep_in) if is_kept else contextlib.nullcontext() as distributions:
@@ -222,15 +224,15 @@ def open_models(
     evaluation: Evaluation,
     probes: Sequence[Opened],
 ) -> list[Answers | ModelHandle]:
-    """Find, hash and check the models whose answers are not stored, and select the answers of the others to these
-    probes; `revision` is the first model's. Raises what `make_handles`, `select_probes`, `check_facts` and
-    `check_comparable` do, and CheckpointError if a weight is not a number."""
+    """Find, hash and check the models whose answers are not stored; select the answers of the others to these probes.
+    `revision` is the first model's. Raises as `make_handles`, `select_probes`, `check_facts` and `check_comparable` do,
+    and CheckpointError for NaN weights."""
     stored = [answers and select_probes(answers, [probe.name for probe in probes]) for answers in stored]
     for answers in filter(None, stored):
         for probe in probes:
             check_facts(answers, probe)
     pairs = enumerate(zip(models, stored, strict=True))
-    # Before the first is evaluated: a wrong name is told at once.
+    # Before the first is evaluated: a wrong name fails at once.
     located = [locate(model, None if place else revision) for place, (model, answers) in pairs if not answers]
     handles = make_handles(located, evaluation.settings, probes, timed=evaluation.timed)
     remaining = iter(handles)
@@ -267,7 +269,7 @@ def _find_vocabulary(side: Answers | ModelHandle) -> tuple[str, str | int | None
     if isinstance(side, ModelHandle):
         return side.located.name, side.named_vocabulary
     model = side.record.model
-    # What another runtime answers is compared as text.
+    # Answers of another runtime are compared as text.
     return model.name, model.vocabulary if model.runtime is None else None
 
 
@@ -290,7 +292,7 @@ def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]
     """Open the probes named, else those of the answers at hand, in their sample; else atlas. Raises as `open_named`."""
     names, options = list(evaluation.probes) or (list(known.probes) if known else []), evaluation.options
     entries = list(known.record.probes.values()) if known else []
-    # Of a probe with fewer facts no sample was drawn.
+    # A probe with fewer facts than the limit was not sampled.
     entry = next((each for each in entries if each.limit is not None), entries[0] if entries else None)
     if entry is not None and options.limit is None:
         options = replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)
@@ -300,9 +302,9 @@ def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]
 
 
 def choose_folder(keep_in: Path, model: ModelHandle, context: Context, probes: Sequence[Opened] = ()) -> Path:
-    """Return a folder per model, and one more for each original whose tokens it was scored on; likewise per runtime,
-    precision and sample or wording. A folder has one set of answers per probe, and those to a few facts must not
-    replace those to all."""
+    """Return the folder for a model's answers: one per original whose tokens it is scored on, runtime, precision,
+    sample and wording. A folder has one set of answers per probe, and a sample must not replace answers to all
+    facts."""
     names = [model.sha256[:16], next(iter(model.runtime.key()), None), model.settings.dtype]
     if context.reference:
         names += [(context.sha256 or "")[:16], context.runtime]
@@ -341,8 +343,8 @@ def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
 def find_both(
     a: tuple[str | Path, str | None], b: tuple[str | Path, str | None], settings: Settings, on_progress: Listener | None
 ) -> tuple[ModelHandle, ModelHandle]:
-    """Find and hash both checkpoints, each a folder or hub id with its revision; one given twice is hashed once. Raises
-    CompressknowError if one is not found, UsageError if it is a folder of answers."""
+    """Find and hash two checkpoints, each a folder or hub id with a revision; the same one is hashed once. Raises
+    CompressknowError if one is not found, UsageError if it is an answers folder."""
     for model, _ in (a, b):
         if is_address(model):
             raise build_server_error(model)
@@ -368,9 +370,9 @@ Direction = tuple[Answers, Answers]
 def evaluate_both(
     a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None
 ) -> tuple[Direction, Direction]:
-    """Evaluate both models in both directions, one in memory at a time: each for its answers, and for the other's
-    tokens. What `keep_in` holds already is not evaluated again. Raises CompressknowError if a model cannot be loaded
-    or evaluated, or where the two have no vocabulary in common."""
+    """Evaluate both models in both directions, one in memory at a time: for its own answers, and on the other's tokens.
+    What is stored in `keep_in` is not evaluated again. Raises CompressknowError if a model cannot be loaded or
+    evaluated, or if their vocabularies differ."""
 
     def evaluate(model: ModelHandle, context: Context) -> Answers:
         watched = relabel_progress(on_progress, number=1 if model is a else 2, of=2)

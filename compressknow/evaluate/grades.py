@@ -27,12 +27,12 @@ from compressknow.evaluate.answers import GRADES, Answer, Answers
 from compressknow.evaluate.facts import STOPS, UNSPACED, Fact, strip_wording
 
 PRODUCED, RECOGNIZED, DEMOTED, GONE = GRADES
-# What may count as known: all that is right by the probe's rules, or only what is said.
+# What can count as known: right by the probe's rules, or also produced.
 KNOWN = (RECOGNIZED, PRODUCED)
 # Being among the best so many makes a fact demoted, where there are more to choose from.
 NEAR = 5
 _END_OF_ANSWER = re.compile(rf"\n|[.!?;](?:\s|$)|[{STOPS}]")
-# Where one letter may follow another and belong to another word; kana of one kind run on.
+# Boundaries between words written without spaces; kana of one kind run on.
 _SEAM = re.compile(rf"(?=.[{UNSPACED}]|[{UNSPACED}])(?![\u30a1-\u30ff]{{2}})", re.DOTALL)
 # What may stand before an answer and is not part of it: articles, quotes and other punctuation, but for the signs of a
 # number.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from compressknow.evaluate.scoring.scorer import Scorer
 
 
-# What a model on a server writes to these tells it from others behind the same name.
+# The continuations of these identify a model on a server, besides its name.
 PROMPTS = ("The capital of France is", "Water boils at", "The author of Hamlet is", "1, 1, 2, 3, 5, 8,")
 WRITTEN_TOKENS = 8
 # Bytes that take more than a second to read and hash.
@@ -272,12 +272,12 @@ class ModelHandle:
         return self.contents.sha256
 
     def list_decisive(self, *, writes: bool) -> list[str]:
-        """Return what decides answers beside the files that its hash is of: that it may run Python code of its folder
-        in place of that of transformers, and a hash of the settings by which it begins and `writes` texts."""
+        """Return what decides answers besides the hashed files: whether the model's own Python code is run, and a hash
+        of the settings for beginning and (if it `writes`) generating text."""
         trusted = self._settings.trust_remote_code and self.runtime is Transformers
         own_code = trusted and any(path.suffix == ".py" for path in self.located.files)
         path = self.located.path / "generation_config.json"
-        # Of a decoder, of which a BartModel says nothing, it may name the token that each text begins with.
+        # It may name the token that a decoder's text begins with; a BartModel does not tell whether it has a decoder.
         begins = path.is_file() and (writes or self.named_family in ("seq2seq", None))
         return [*(["own code"] if own_code else []), *([compute_sha256(path)] if begins else [])]
 
@@ -351,8 +351,8 @@ class ModelHandle:
             ) from error
 
     def make_reader(self) -> TextReader:
-        """Return the model as a reader of text. Raise UnsupportedError if it does not continue text, or where its
-        runtime does not give the probabilities of all tokens."""
+        """Return the model as a reader of text. Raise UnsupportedError if it does not continue text, or if its runtime
+        does not give the probabilities of all tokens."""
         check_family(self.loaded.architecture, self.loaded.family)
         return self.loaded.make_reader()
 
@@ -409,10 +409,9 @@ class ModelHandle:
 def make_handles(
     located: Sequence[LocatedModel], settings: Settings, probes: Sequence[Opened] = (), *, timed: bool = False
 ) -> list[ModelHandle]:
-    """Return handles of models that are compared, to be evaluated on `probes` and, if `timed`, to be measured: where
-    the settings name a runtime, it runs those that it reads, and the others run as if none was named. Raises UsageError
-    if it reads none of them, UnsupportedError or UsageError if a model cannot be evaluated so, then
-    CompressknowError if a server does not answer."""
+    """Return handles of models to compare on `probes` and, if `timed`, to measure. A runtime in the settings runs the
+    models that it reads; the others use their default. Raises UsageError if it reads none of them, UnsupportedError or
+    UsageError if a model cannot be evaluated that way, CompressknowError if a server does not answer."""
     named, unnamed = settings.runtime, replace(settings, runtime=None)
     reads = [named is None or _RUNTIMES[named].reads(each) for each in located]
     if located and not any(reads):

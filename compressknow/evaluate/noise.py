@@ -1,9 +1,7 @@
-"""Noise floors: how much of what a model answers another precision, or another runtime, changes with the same weights.
+"""Noise floors: how many of a model's answers another precision or runtime changes, with the same weights.
 
-What a compressed model changes beyond that is its own doing; what lies below may be rounding.
-
-It is what a GGUF file beside a checkpoint changes through no fault of its types: the original runs from an unquantized
-GGUF file of its own weights, made for that and removed again.
+Changes by a compressed model below that may be rounding. For another runtime, the original runs from an unquantized
+GGUF file of its own weights, which is made for this and removed again.
 """
 
 from __future__ import annotations
@@ -38,11 +36,8 @@ _INSTEAD = "an f16 GGUF file as the original."
 
 
 class NoiseFloors:
-    """Noise floors of an original, of a sample of the facts of each probe, seeded: added to its answers.
-
-    They are kept in the record of the folder where the answers lie, so that they are found once. `distributions` are
-    the original's distributions, where this run keeps them; what it lacks is found for the sample.
-    """
+    """Noise floors of an original, measured on a seeded sample of each probe and stored in the record of its answers.
+    `distributions` are the original's, if this run keeps them; what they lack is computed for the sample."""
 
     def __init__(
         self,
@@ -82,8 +77,8 @@ class NoiseFloors:
         return self._store(answers, {name: {"noise_floor": floor} for name, floor in found.items()})
 
     def add_runtime(self, probes: Sequence[Opened], answers: Answers, *, floats: Path | None = None) -> Answers:
-        """Add that of llama.cpp, of the same sample of facts; where it cannot be measured, add why. `floats` is the
-        original as a GGUF file in its own type, where there is one already."""
+        """Add the noise floor of llama.cpp on the same sample, or why it cannot be measured. `floats` is the original
+        as an unquantized GGUF file, if there is one already."""
         if not self._original.settings.noise_floor:
             return change_model(answers, runtime_unmeasured="--no-noise-floor leaves it out.")
         facts = [probe for probe in probes if isinstance(probe, Probe)]
@@ -170,8 +165,8 @@ class NoiseFloors:
 
     @contextmanager
     def _open_in_llama_cpp(self, answers: Answers, floats: Path | None) -> Iterator[ModelHandle]:
-        """Open the original in llama.cpp, from a file that lies in the folder meanwhile. Raises CompressknowError if
-        the converter is missing, or does not take it."""
+        """Open the original in llama.cpp, from a temporary file in the folder. Raises CompressknowError if the
+        converter is missing, or does not support it."""
         from compressknow.compress.staging import make_scratch
         from compressknow.gguf.choice import TypeChoice
         from compressknow.gguf.converter import find_converter, quantize
@@ -226,9 +221,9 @@ def _rerun(other: ModelHandle, prompts: Prompts, known: Answers, file: Distribut
 
 def _count_noise(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
     """Compare answers to the facts of a probe in both precisions or runtimes, in each reading of knowing."""
-    said, said_again = (merge_wordings(apply_reading(each, PRODUCED)) for each in (before, after))
+    produced_before, produced_again = (merge_wordings(apply_reading(each, PRODUCED)) for each in (before, after))
     floor = _count(merge_wordings(before), merge_wordings(after), computed_in)
-    return replace(floor, produced=_count(said, said_again, computed_in))
+    return replace(floor, produced=_count(produced_before, produced_again, computed_in))
 
 
 def _count(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:

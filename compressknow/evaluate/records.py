@@ -1,4 +1,4 @@
-"""Records on disk beside answers, typed: probe.json, and what a model gave to a running text."""
+"""Records on disk next to answers, typed: probe.json, and what a model gave to a running text."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ class ModelRecord(_Part):
         return " ".join(filter(None, (runtime["name"], runtime.get("build"))))
 
 
-# What stands for the type of weights that nobody knows.
+# The dtype of weights if it is unknown.
 UNKNOWN = "unknown"
 
 
@@ -230,7 +230,7 @@ def is_on_server(model: ModelRecord) -> bool:
 
 @dataclass(frozen=True)
 class Record(_Part):
-    """Content of ``probe.json``; `answers_sha256` is the hash of the table, None while that is written anew."""
+    """Content of ``probe.json``; `answers_sha256` is the hash of the table, None while that is rewritten."""
 
     always: ClassVar[frozenset[str]] = frozenset({"probes", "versions"})
 

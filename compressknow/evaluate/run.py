@@ -68,9 +68,9 @@ from compressknow.evaluate.text import (
     read_text,
 )
 
-# What parts are made of.
+# Answers or chunks.
 _Part = TypeVar("_Part")
-# Answers are put on disk this often: what a killed run has to run again.
+# Answers are saved this often: a killed run loses no more.
 SECONDS_BETWEEN_PARTS = 10.0
 
 
@@ -141,8 +141,8 @@ def find_answers(
 
 
 def find_missing(handle: ModelHandle, probes: Sequence[Opened], folder: Path, context: Context) -> list[Opened]:
-    """Return the probes to which `folder` holds no answers of this model; with the original's distributions, also those
-    whose answers lack a divergence over the whole vocabulary that can be had."""
+    """Return the probes that `folder` lacks answers to; with the original's distributions, also those whose answers
+    lack a divergence over the whole vocabulary that can be computed."""
     with _explain_damage(folder):
         entries = read_record(folder).probes if is_answers_folder(folder) else {}
     keys = {name: entry.key for name, entry in entries.items()}
@@ -213,7 +213,7 @@ class _Run:
             elif isinstance(probe, RunningText):
                 chunks, entry = self._read_text(probe, parts, known, advance, same_tokens=alike)
             elif known:
-                # A task gives no distribution: there is nothing to evaluate anew.
+                # A task gives no distribution: there is nothing to evaluate again.
                 answers, entry = list(known.of(probe.name)), known.record.probes[probe.name]
             else:
                 assert handle.loaded.language_model is not None
@@ -223,8 +223,8 @@ class _Run:
         self._store(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
 
     def update_labels(self, probes: Sequence[Opened]) -> None:
-        """Store what the facts of these probes are said to be of, where that has changed since they were evaluated, or
-        where a run that did so was killed before it wrote the hash."""
+        """Update the stored domains, subjects and popularity if they changed since the evaluation, or if a run that did
+        so was killed before it wrote the hash."""
         stored = read_stored(self._folder)
         labelled = list(_label(stored, probes))
         has_changed = any(new is not old for new, old in zip(labelled, stored, strict=True))
@@ -232,7 +232,7 @@ class _Run:
             entries = self._record.probes
             sources = {probe.name: dict(probe.source) for probe in probes if isinstance(probe, Probe)}
             updated = {name: replace(entries[name], source=source) for name, source in sources.items()}
-            # The old hash must not stand beside the new table, should this run be killed here.
+            # The old hash must not be with the new table, should this run be killed here.
             write_record(self._folder, self._record.without_hash(entries))
             self._write(labelled, replace(self._record, probes={**entries, **updated}))
 
@@ -330,7 +330,7 @@ class _Run:
         others = [a for a in read_stored(folder) if a.probe != name and a.probe in record.probes]
         probes = {other: kept for other, kept in record.probes.items() if other != name}
         if name in record.probes or record.answers_sha256 is not None:
-            # Neither the old entry nor the old hash must stand beside the new answers, should this run be killed here.
+            # Neither the old entry nor the old hash may be with the new answers, should this run be killed here.
             write_record(folder, record.without_hash(probes))
         if chunks:
             path = folder / name_text_file(name)
@@ -381,7 +381,7 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
         # Another release may split a text into other tokens, or compute otherwise.
         decides += [version(name) for name in ("transformers", "tokenizers")]
     if isinstance(probe, Probe):
-        # Of all facts, whatever the sample: what is shown solved before those that were lost, and the baseline.
+        # From all facts, not just the sample: the solved examples for lost facts, and the baseline.
         decides += [(fact.prompt, fact.obj_label) for examples in probe.examples.values() for fact in examples]
         decides += probe.most_frequent.items()
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()

@@ -43,7 +43,7 @@ def measure(located: LocatedModel, settings: Settings) -> Speed:
     """Measure facts and tokens per second (medians), and peak memory in bytes beyond what the libraries take. Raises
     CompressknowError if the measuring process fails."""
     arguments = [str(located.path), json.dumps(asdict(settings))]
-    # Whatever the locale is, both write and read UTF-8. Nothing is imported from the working directory.
+    # UTF-8 in any locale (-X utf8), and nothing imported from the working directory (-P).
     command = [sys.executable, "-P", "-X", "utf8", "-m", "compressknow.evaluate.speed", *arguments]
     done = subprocess.run(
         command,

@@ -107,7 +107,7 @@ class RunningText:
         try:
             with open_regular(self.path) as file:
                 content = file.read(most)
-            # Where the text is cut, a character that is cut with it is left out.
+            # A character that is cut in half at the end is left out.
             text = codecs.getincrementaldecoder("utf-8")().decode(content, final=len(content) < most)
         except UnicodeDecodeError as error:
             raise UsageError(
@@ -177,7 +177,7 @@ def cut_chunks(reader: TextReader, text: RunningText, context: int) -> TextChunk
     check_tokens(int(cut.max()), reader.rows, text.name)
     lengths = None
     if ends is not None:
-        # Of the scored tokens, those after the first of the second half.
+        # Bytes of the scored tokens, which come after the first token of the second half.
         table = np.array(ends[: number * context]).reshape(number, context)
         lengths = tuple((table[:, -1] - table[:, find_first_scored(context)]).tolist())
     return TextChunks(cut, lengths)

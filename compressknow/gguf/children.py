@@ -19,9 +19,9 @@ from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 
 _POLL_SECONDS = 0.1
 _TAIL_BYTES = 1 << 14
-# What the system says of a full disk, and what numpy makes of that.
+# Messages about a full disk, of the system and of numpy.
 _FULL = re.compile(r"No space left|Disk quota exceeded|\d+ requested and \d+ written")
-# Of a disk with less room, on which the words of a child had none either.
+# A disk with less room than this is full: even a child's log did not fit.
 _NO_ROOM_BYTES = 1 << 16
 
 
@@ -75,7 +75,7 @@ def read_reason(log: Path, code: int) -> str:
 
 
 def check_exit(what: str, log: Path, code: int, hint: str | None) -> None:
-    """Raise CompressknowError if a child has failed; OutputError if that was for want of room beside its log."""
+    """Raise CompressknowError if a child has failed; OutputError if that was because the disk of its log is full."""
     # The program below imports nothing of ours.
     from compressknow.base.errors import CompressknowError, OutputError
 

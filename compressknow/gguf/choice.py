@@ -23,7 +23,7 @@ Rounding = Literal["nearest", "gptq"]
 
 # Half the size of 16 bits, with nearly all facts kept: smaller ones are a choice, to be measured.
 DEFAULT = "q8_0"
-# What `llama-quantize` and `llama_model_quantize` refuse to write without an importance matrix.
+# Types that llama.cpp refuses to write without an importance matrix.
 NEED_IMPORTANCE = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s"})
 # The types that a converter writes itself, by the dtype of safetensors; all are exact for their own.
 FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -75,7 +75,7 @@ def find_base_type(file_type: str) -> str:
     >>> [find_base_type(name) for name in ("q4_k_m", "q8_0", "f16", "iq3_xs")]
     ['q4_k', 'q8_0', 'f16', 'iq3_s']
     """
-    # Those without one of their own are mixes around the small one of their kind.
+    # Mixes without a tensor type of their own are built around the small variant.
     mixed = f"{file_type.rpartition('_')[0]}_s"
     return max((name for name in list_tensor_types() if file_type.startswith(name)), key=len, default=mixed)
 
@@ -161,7 +161,7 @@ _KEYS = ("type", "types", "calibration", "imatrix")
 
 
 def read_choice(path: Path, importance: Path | None = None) -> TypeChoice:
-    """Read the table ``[export]`` of a TOML file, or the record beside a GGUF file; `importance` is the matrix that
+    """Read the table ``[export]`` of a TOML file, or the record next to a GGUF file; `importance` is the matrix that
     takes the place of its own. Raises UsageError if there is none, or one of another form; where a record's export
     had read a matrix, which no record holds, and none is given."""
     try:

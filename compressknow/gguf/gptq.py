@@ -65,7 +65,7 @@ class CodeLayout:
     levels: tuple[int, ...] | None = None
 
 
-# What the four bits of iq4_nl and iq4_xs stand for.
+# Values of the four-bit codes of iq4_nl and iq4_xs.
 _NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 LAYOUTS = {
     "q4_0": CodeLayout(32, (0, 15), (Field(2, 0, 4, 16),)),
@@ -230,7 +230,7 @@ def round_file(
     file = read_gguf(output, "r+")
     made = {tensor.name: tensor for tensor in file.tensors}
     floats = {tensor.name: tensor for tensor in exact}
-    # Of what was merged, all parts read the same; what was split (gate and up of experts) is several tensors.
+    # Parts of a merged tensor have the same inputs; a split one (gate and up of experts) is several tensors.
     names: dict[str, list[str]] = {}
     for name in same_channels:
         names.setdefault(tensors.weights[name][0].parameter, []).append(name)

@@ -20,10 +20,10 @@ from compressknow.gguf.llama_cpp import load_native
 
 Bytes = npt.NDArray[np.uint8]
 
-# What a tensor may be rounded to, the largest first. Left out: types with a minimum (q5_1, q4_1), which off such a grid
-# keep no more than the next one, and those that ggml takes minutes to search for.
+# Candidate types, the largest first. Left out are types with a minimum (q5_1, q4_1), which keep no more than the next
+# one unless weights lie on such a grid, and those that ggml takes minutes to search for.
 CANDIDATES = ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "iq4_nl", "q4_0", "q3_k", "q2_k")
-# Of ggml.h and ggml-quants.h, which llama-cpp-py-sync binds no part of.
+# From ggml.h and ggml-quants.h, which llama-cpp-py-sync does not bind.
 _HEADER = """
 int64_t ggml_blck_size(int type);
 size_t ggml_row_size(int type, int64_t ne);

@@ -35,7 +35,7 @@ _MODELS = "compressknow.models"
 _HINT = "Give the matrix of this model, or --calibration to make it."
 # An expert that read fewer tokens is taken to read all channels alike.
 LEAST_TOKENS = 32
-# Of a file of the old form: more entries, or longer names, than any model has.
+# Limits for a file in the old format: more entries, or longer names, than any model has.
 _MOST_ENTRIES, _MOST_NAME = 1 << 16, 1 << 10
 
 

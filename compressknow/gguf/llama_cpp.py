@@ -36,7 +36,7 @@ class Native(NamedTuple):
     build: str
 
 
-# What it logged as errors since `collect_errors` began, and the callback, which must live as long as the library.
+# Errors logged since `collect_errors` began, and the callback, which must live as long as the library.
 _errors: list[str] = []
 _kept: list[Any] = []
 
@@ -45,7 +45,7 @@ _kept: list[Any] = []
 def load_native() -> Native:
     """Return the library, loaded once. Raises CompressknowError if it is not installed, or does not load here."""
     require(MODULE)
-    # Where it ends the process, it would first have a debugger print where it was, if there is one.
+    # Before it aborts the process, it would run a debugger for a backtrace.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     try:
         from llama_cpp_py_sync import _cffi_bindings as bindings
@@ -56,7 +56,7 @@ def load_native() -> Native:
         raise CompressknowError(
             "llama.cpp does not load on this machine.",
             why=(str(error).splitlines() or [type(error).__name__])[0],
-            hint=f"Install it anew: pip install --force-reinstall {OPTIONAL[MODULE]}; or pass --runtime transformers.",
+            hint=f"Reinstall it: pip install --force-reinstall {OPTIONAL[MODULE]}; or pass --runtime transformers.",
         ) from error
 
     last = 0
@@ -110,7 +110,7 @@ def count_types(path: Path) -> dict[str, dict[str, int]]:
     return {group: dict(of_group.most_common()) for group, of_group in counts.items() if of_group}
 
 
-# What llama.cpp prints before it ends: the file and the line of its source, and what did not hold.
+# The assertion that llama.cpp prints before it aborts.
 _ASSERTED = re.compile(r"GGML_ASSERT\(.*\) failed")
 
 
@@ -219,16 +219,16 @@ def _check_parts(path: Path) -> None:
     there = len(list_parts(path))
     if there < count:
         raise CheckpointError(
-            f"{path} is the first of {count} parts, and {count - there} of them are not beside it.",
+            f"{path} is the first of {count} parts, and {count - there} of them are not next to it.",
             hint="Download all parts into one folder.",
         )
 
 
 def _open_model(path: Path, llama: Native, *, copies: bool) -> Any:
     parameters = llama.lib.llama_model_default_params()
-    # What is measured is what runs on this processor.
+    # Only the CPU is measured.
     parameters.n_gpu_layers = 0
-    # Of weights in the order that its fastest kernels want, which takes longer to make than one token to read.
+    # Whether to reorder weights for the fastest kernels, which takes longer than reading one token.
     parameters.use_extra_bufts = copies
     # Called before each tensor.
     goes_on, raised = make_interruptible("bool(float, void *)", go_on=True)
@@ -265,7 +265,7 @@ def _explain_failure(path: Path, errors: list[str]) -> CheckpointError | Unsuppo
         return CheckpointError(
             f"{path} is a GGUF file of a version that llama.cpp {load_native().build} does not read.",
             why=why,
-            hint="Convert the model anew, or upgrade llama.cpp: pip install --upgrade llama-cpp-py-sync",
+            hint="Convert the model again, or upgrade llama.cpp: pip install --upgrade llama-cpp-py-sync",
         )
     if _NO_GGUF.search(text):
         return CheckpointError(f"{path} is not a GGUF file.", why=why, hint="Download it again.")

@@ -1,4 +1,4 @@
-"""Modelfile for Ollama, beside a GGUF file: where the weights lie, how a chat is written, and where an answer ends.
+"""Modelfile for Ollama, next to a GGUF file: where the weights lie, how a chat is written, and where an answer ends.
 
 Ollama's templates are those of Go, a tokenizer's are Jinja's. What the tokenizer writes around a system message, a
 question and an answer is read off what it makes of such a chat.
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.engine.load import load_tokenizer
-from compressknow.gguf.record import check_beside
+from compressknow.gguf.record import check_extra
 from compressknow.model.checkpoint import read_json
 
-# What stands for the three in a chat: no template has a character of the private use area.
+# Placeholders for the three texts of a chat: no template has private-use characters.
 _SYSTEM, _USER, _ASSISTANT = "\ue000", "\ue001", "\ue002"
 _FROM = "FROM "
 _SAMPLING = ("temperature", "top_p", "top_k", "repeat_penalty")
@@ -27,7 +27,7 @@ def check_modelfile(path: Path, output: Path, text: str, *, overwrite: bool) -> 
     that has it already may stay."""
     there = path.read_text("utf-8", "replace") if path.is_file() else ""
     is_ours, is_same = there.startswith(_FROM), there == text
-    check_beside(path, output, "--modelfile", "a Modelfile", lambda _: is_ours, overwrite=overwrite or is_same)
+    check_extra(path, output, "--modelfile", "a Modelfile", lambda _: is_ours, overwrite=overwrite or is_same)
 
 
 def build_modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_code: bool = False) -> str:
@@ -67,7 +67,7 @@ def build_go_template(tokenizer: Any) -> str | None:
     if whole is not None and whole.count(_SYSTEM) == 1 and whole.count(_USER) == 1:
         opening, rest = whole.split(_SYSTEM)
         between = rest.split(_USER)[0]
-        # What precedes the question in both: the rest is of the system message, or of a default one.
+        # The common end before the question; the rest belongs to the system message, or to a default one.
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(before), reversed(between), strict=False))
         shared = "".join(one for one, _ in alike)[::-1]
         default, closing = before.removesuffix(shared), between.removesuffix(shared)

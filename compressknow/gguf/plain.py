@@ -20,7 +20,7 @@ from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
 from compressknow.model.manifest import CARD_NAME
 from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, view_bytes
 
-# What the converter reads as it is.
+# Dtypes that the converter reads directly.
 PLAIN_DTYPES = (*FLOAT_DTYPES, "I64", "I32", "I16", "U8", "BOOL")
 # Energies of input channels: float64 [matrices, in].
 Energies = npt.NDArray[np.float64]
@@ -56,7 +56,7 @@ def list_plain_tensors(side: StoredWeights, checkpoint: Checkpoint) -> dict[str,
 
 
 def write_plain(checkpoint: Checkpoint, tensors: Mapping[str, Values], reader: Reader, folder: Path) -> None:
-    """Write a folder of plain weights, with the small files of the checkpoint; `reader` is told the bytes read."""
+    """Write a folder of plain weights, with the small files of the checkpoint; `reader` reports the bytes read."""
     folder.mkdir()
     for name in (*list_carried_files(checkpoint.folder), CARD_NAME):
         if (source := checkpoint.folder / name).is_file():

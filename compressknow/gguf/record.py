@@ -1,4 +1,4 @@
-"""GGUF file that export writes, and the record beside it, which says what it was made of: where they lie, how they
+"""GGUF file that export writes, and the record next to it, which says what it was made of: where they lie, how they
 appear whole or not at all, and whether the file still is what its record says."""
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from compressknow.compress.verify import Verification
 
 SCHEMA = 1
-# What its keys in the metadata of a GGUF file begin with.
+# Prefix of its keys in the metadata of a GGUF file.
 PREFIX = "compressknow"
-# What both say of the checkpoint that it was made of.
+# What metadata and record say of the source checkpoint.
 SOURCE = tuple(key.rstrip("?") for key in SOURCE_FORM)
 COUNTS = {"tensors": int, "parameters": int, "bytes": int}
 FORM = {
@@ -52,12 +52,12 @@ SUFFIX = ".gguf"
 
 
 class NewFile(Staging):
-    """Folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, its record and what goes
-    with it out of it to their places: `beside` has those of the importance matrix and the Modelfile, by their names in
+    """Folder next to a GGUF file to work in; `commit` moves the file named `self.output.name`, its record and what goes
+    with it out of it to their places: `extras` has those of the importance matrix and the Modelfile, by their names in
     the folder."""
 
-    def __init__(self, output: Path, *, overwrite: bool, source: Path, beside: Mapping[str, Path]) -> None:
-        self._beside = beside
+    def __init__(self, output: Path, *, overwrite: bool, source: Path, extras: Mapping[str, Path]) -> None:
+        self._extras = extras
         super().__init__(output, overwrite=overwrite, source=source, check=check_destination)
 
     @property
@@ -74,7 +74,7 @@ class NewFile(Staging):
             try:
                 with ExitStack() as placed:
                     # On the disk already, they take their places once the context ends without an error.
-                    for name, place in self._beside.items():
+                    for name, place in self._extras.items():
                         file = placed.enter_context(open_whole(place))
                         file.write((self.folder / name).read_bytes())
                         close_durably(file)
@@ -96,18 +96,18 @@ class NewFile(Staging):
 
     def finish(self, folder: Path) -> None:
         """Finish what a dead run had begun: see `finish`."""
-        finish(self.output, folder, self._beside)
+        finish(self.output, folder, self._extras)
 
 
-def finish(output: Path, folder: Path, beside: Mapping[str, Path]) -> None:
+def finish(output: Path, folder: Path, extras: Mapping[str, Path]) -> None:
     """End what a run that is dead was amid of: where it had moved its file to `output`, all else follows; where it had
-    only taken the old file's record away, that is put back. `beside` are the places that this run has for what goes
+    only taken the old file's record away, that is put back. `extras` are the places that this run has for what goes
     with the file (--imatrix-out, --modelfile): the dead run's goes there."""
     made, old, record = get_record_path(folder / output.name), folder / OLD_RECORD, get_record_path(output)
     if os.path.lexists(record) or not output.is_file():
         return
     if made.is_file() and not (folder / output.name).exists():
-        for name, place in beside.items():
+        for name, place in extras.items():
             if (folder / name).is_file():
                 write_whole(place, (folder / name).read_bytes())
         move(made, record)
@@ -129,12 +129,12 @@ def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> 
         raise OutputError(f"{output} exists already.", hint="Choose another OUTPUT, or pass --overwrite to replace it.")
     if output.is_symlink() or not output.is_file() or not record.is_file():
         raise OutputError(
-            f"{output} was not written by compressknow (it has no {record.name} beside it): not overwritten.",
+            f"{output} was not written by compressknow (it has no {record.name} next to it): not overwritten.",
             hint="Remove it yourself, or choose another OUTPUT.",
         )
 
 
-def check_beside(
+def check_extra(
     path: Path, output: Path, option: str, what: str, is_ours: Callable[[Path], bool], *, overwrite: bool
 ) -> None:
     """Raise UsageError or OutputError, before any work, where what goes with a GGUF file, a ``Modelfile`` say, cannot
@@ -161,7 +161,7 @@ def check_room(output: Path, needed: int) -> None:
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OutputError(
             f"{output} needs about {write_size(needed)} of disk while it is made, and {write_size(free)} are free.",
-            "The weights are written as floats first, beside OUTPUT.",
+            "The weights are written as floats first, next to OUTPUT.",
             "Free some space, or write to another disk.",
         )
 
@@ -257,11 +257,11 @@ def is_recorded(output: Path, choice: TypeChoice) -> bool:
 
 
 def read_record(output: Path) -> dict[str, Any]:
-    """Read the record beside a GGUF file. Raises CheckpointError if there is none, or one of another form."""
+    """Read the record next to a GGUF file. Raises CheckpointError if there is none, or one of another form."""
     path = get_record_path(output)
     if not path.is_file():
         raise CheckpointError(
-            f"{output} has no {path.name} beside it.", hint="Give a file that `compressknow export` wrote."
+            f"{output} has no {path.name} next to it.", hint="Give a file that `compressknow export` wrote."
         )
     record = read_json(path, MANIFEST)
     if record.get("schema") != SCHEMA:
@@ -290,7 +290,7 @@ def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verif
         differences = [Difference(path.name, None, "its bytes differ (sha256)")]
     else:
         # The bytes are as they were: the record says otherwise.
-        reader, beside = open_gguf(path), get_record_path(path).name
+        reader, record_name = open_gguf(path), get_record_path(path).name
         edited = [key for key, value in build_metadata(record).items() if read_value(reader, key) != value]
-        differences = [Difference(beside, None, f"it was edited: {key} is another in the file") for key in edited]
+        differences = [Difference(record_name, None, f"it was edited: {key} is another in the file") for key in edited]
     return Verification(record["totals"]["tensors"], 1, nbytes, tuple(differences))

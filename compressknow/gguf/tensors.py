@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Experts that are stored one by one are one tensor in GGUF.
 EXPERT = re.compile(r"experts\.(\d+)\.")
 _SUFFIXES = (".weight", ".bias")
-# Of a file, beside what the one in between has: what llama.cpp adds of its own, and our keys.
+# Bytes that a file has beyond the intermediate one: what llama.cpp adds, and each of our keys.
 _METADATA, _RULE = 4096, 48
 ALIGNMENT = 32
 
@@ -154,7 +154,7 @@ def is_matrix(tensors: Tensors, name: str) -> bool:
 
 
 def measure_overhead(tensors: Tensors) -> int:
-    """Return an upper bound of the bytes beside the matrices: vocabulary, norms, metadata, rules for its types."""
+    """Return an upper bound of the bytes besides the matrices: vocabulary, norms, metadata, rules for its types."""
     names = [name for name in tensors.tensors if is_matrix(tensors, name)]
     others = sum(align(each.nbytes) for name, each in tensors.tensors.items() if name not in names)
     rules = sum(len(name) + _RULE for name in names)

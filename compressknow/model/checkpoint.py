@@ -43,7 +43,7 @@ def build_loading_settings(folder: Path, quantization: Mapping[str, Any]) -> dic
     name = next((name for name in CONFIGS if (folder / name).is_file()), CONFIGS[0])
     settings = _read_if_readable(folder / name)
     settings = dict(settings) if isinstance(settings, dict) else {}
-    # What newer releases call the same.
+    # Its name in newer releases.
     key = "config_kwargs" if "config_kwargs" in settings else "config_args"
     config = settings[key] if isinstance(settings.get(key), dict) else {}
     return {name: {**settings, key: {**config, "quantization_config": {**quantization, "dequantize": True}}}}
@@ -59,12 +59,12 @@ def _read_if_readable(path: Path) -> Any:
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-# What peft calls the weights of an adapter, and its config, with which transformers loads them onto the model.
+# File names of peft's adapter weights and config, which transformers loads onto the model.
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
 SHOWN = 3
 DOWNLOAD_AGAIN = "Download or save the checkpoint again."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# What a conversion needs of a hub repository, beside its weights.
+# Files that a conversion needs from a hub repository, besides the weights.
 HUB_PATTERNS = (
     *("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken"),
     *(f"*{ADAPTER}.safetensors", f"*{ADAPTER}.bin"),
@@ -82,7 +82,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     shards: tuple[str, ...]
     revision: str | None = None
-    # Of its files beside the weights and of these, from before the first was read.
+    # States of all its files, taken before the first was read.
     states: dict[Path, FileState] = field(default_factory=dict, repr=False, compare=False)
 
     def check_unchanged(self) -> None:
@@ -155,7 +155,7 @@ def _check_no_other_form(model: str | Path, folder: Path) -> None:
 
 
 def list_some(names: Collection[str]) -> str:
-    """Return the first few of some names, and how many there are beside.
+    """Return the first few of some names, and how many there are besides.
 
     >>> list_some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -266,7 +266,7 @@ def is_path(model: str | Path) -> bool:
 
 
 def suggest_sibling(path: Path) -> str:
-    """Return the beginning of a hint, where something beside a missing file or folder has nearly its name."""
+    """Return the beginning of a hint, where something next to a missing file or folder has nearly its name."""
     try:
         near = find_nearest(path.name, (each.name for each in path.parent.iterdir()))
     except OSError:
@@ -283,7 +283,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
         try:
             return Path(get())
         except OfflineModeIsEnabled:
-            # Of a revision given as a commit, some releases (1.33) want the hub's list of files though all are there.
+            # For a commit as revision, some releases (1.33) ask the hub for its list of files although all are cached.
             return Path(get(local_files_only=True))
 
     try:
@@ -306,7 +306,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
     return folder, folder.name
 
 
-# What transformers reads beside the weights, and the most bytes that it may have.
+# Files that transformers reads besides the weights, and their maximum bytes.
 _READ = {
     **dict.fromkeys(("config.json", "generation_config.json", "preprocessor_config.json"), CONFIG),
     **dict.fromkeys(("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"), CONFIG),

@@ -24,7 +24,7 @@ from compressknow.model.tensors import StoredTensor
 MAGIC = b"GGUF"
 # The tokenizer of a model with 262,144 tokens and half a million merges has 1.3 million values.
 MOST_VALUES, MOST_TENSORS = 2_000_000, 200_000
-# Of what a model is built of, as in `compressknow.model.meta`.
+# Limits on what a model consists of, as in `compressknow.model.meta`.
 MOST = {"block_count": MOST_BLOCKS, "expert_count": 10_000}
 _ALIGNMENT = "general.alignment"
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -41,7 +41,7 @@ class TruncatedFile(NotReadable):
 
 
 def check_whole(path: Path) -> None:
-    """Raise CheckpointError if a GGUF file is cut short, or is none; of what else is odd, the runtime tells."""
+    """Raise CheckpointError if a GGUF file is cut short, or is none; anything else odd is reported by the runtime."""
     try:
         check_gguf(path)
     except TruncatedFile as error:

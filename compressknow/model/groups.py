@@ -226,7 +226,7 @@ def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: _Steps, in_
     if id(parameter) in tree.heads or (is_further and not in_block):
         return "final"
     if not in_block and tree.towers:
-        # What brings images to the language model has attention and feed-forward layers that are none of its own.
+        # The attention and feed-forward layers that bring images to the language model are not its own.
         return "other"
     return _place(steps, leaf, in_block)
 

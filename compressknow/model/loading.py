@@ -166,7 +166,7 @@ class NameMapping:
         return any(not step.check_dims or shape != tuple(self._tree[parameter].shape) for step in swaps)
 
     def scale_follows(self, stored: str, parameter: str) -> bool:
-        """Return whether a scale stored beside `stored` would be loaded beside `parameter`."""
+        """Return whether a scale stored next to `stored` would be loaded next to `parameter`."""
         tree = {**self._tree, parameter + "_scale": self._tree[parameter]}
         return self._rename(stored + "_scale", tree) == (parameter + "_scale", None)
 
@@ -205,7 +205,7 @@ def find_suppliers(checkpoint: Checkpoint, bound: Mapping[str, Binding], tied: M
     return supply
 
 
-# What values of so many bits are called: as safetensors calls integers of 8 bits.
+# Names for packed integers by their bits, after safetensors.
 PACKED_DTYPES = {4: "I4", 8: "I8"}
 _PACKED, _WORD = "_packed", 32
 
@@ -243,8 +243,7 @@ def list_config_groups(quantization: Any) -> Iterator[Mapping[str, Any]]:
             yield group
 
 
-# What transformers says where it cannot make a weight of the tensors that are stored for it; the table that it goes on
-# to refer to is not shown.
+# What transformers says if it cannot convert stored tensors to a weight.
 CONVERSION_FAILED = "issues during automatic conversion of the weights"
 
 
@@ -335,7 +334,7 @@ def open_complete(
     """
     checkpoint = open_checkpoint(model, revision)
     tree = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
-    # What is quantized already has other tensors than its module tree; it is refused for that.
+    # A quantized checkpoint has other tensors than its module tree; it is rejected elsewhere.
     if not checkpoint.tensors or checkpoint.config.get("quantization_config"):
         return checkpoint, tree
     report = load_report(type(tree), tree.config, list_headers(checkpoint))

@@ -224,7 +224,7 @@ def _explain_failures(what: str) -> Iterator[None]:
         raise CheckpointError(what, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
 
 
-# What a config may count most of: each is an object, or several.
+# Limits on the counts in a config: each makes an object, or several.
 _MOST = (
     (re.compile(r"(layers?|blocks?|depths?|inner_group_num)$"), MOST_BLOCKS),
     (re.compile(r"(heads?|experts?|stages?|labels?)$"), 1_000_000),
@@ -276,7 +276,7 @@ def limit_building(path: Path) -> Iterator[None]:
 
 
 Read = Literal["values", "dtype"]
-# What is asked of a weight without looking at its values.
+# Attributes of a weight that do not involve its values.
 _ASIDE = {getattr(torch.Tensor, name).__get__ for name in ("shape", "device", "ndim", "is_cuda", "requires_grad")}
 _ASIDE |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size}
 
@@ -397,6 +397,6 @@ class _Valueless(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.nonzero.default and args[0].is_meta:
             return torch.empty((0, args[0].dim()), dtype=torch.long, device="meta")
         if func is torch.ops.aten._grouped_mm.default:
-            # Of experts; torch has it in bfloat16 alone.
+            # Grouped products of experts, which torch only has in bfloat16.
             return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
         return func(*args, **kwargs or {})

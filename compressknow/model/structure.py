@@ -153,9 +153,9 @@ SCOPES: dict[str, Callable[[LinearWeight, Action], bool]] = {
     "decoder": lambda weight, _: weight.stack == "decoder" and weight.group in LANGUAGE,
     "vision": lambda weight, _: weight.group == "vision",
 }
-# Of pruning and of quantizing: what every runtime takes, and what leaves a tied final layer tied.
+# For pruning and for quantizing: every runtime takes it, and a tied final layer stays tied.
 DEFAULT_SCOPES = ("blocks",)
-# What others call them, for hints.
+# Other names for scopes, for hints.
 OTHER_WORDS = {
     **dict.fromkeys(("mlp", "ffn", "ff"), "feed-forward"),
     **dict.fromkeys(("attn", "att"), "attention"),
@@ -209,7 +209,7 @@ def select(
         vision tower). Weights outside the blocks are left out.
 
     Raises UsageError if a scope, a pattern or a range matches nothing, or nothing is left, UnsupportedError if a
-    scope cannot be told or compressed in full: layers that no rule places, matrices that are not Linear layers.
+    scope cannot be determined or fully compressed: layers that no rule places, matrices that are not Linear layers.
     """
     check_scope_names(scopes)
     includes, excludes = compile_patterns("--include", include), compile_patterns("--exclude", exclude)

@@ -77,7 +77,7 @@ def inspect_checkpoint(
     """Open a checkpoint, or a folder with only its config.json, and summarize what it is made of. Reads headers, some
     rows of each matrix, and weights that a config calls tied where both are stored. Raises what `open_checkpoint` and
     `build_meta_model` do."""
-    # Of a hub id no weights: nobody wants to download a model to count its parameters.
+    # Without weights for a hub id: nobody wants to download a model to count its parameters.
     checkpoint = open_checkpoint(model, revision, weights=Path(model).exists())
     from compressknow.model.groups import read_structure
     from compressknow.model.loading import find_missing_weights

@@ -32,7 +32,7 @@ _DTYPES = {
 }
 DTYPE_SIZES = {name: size for name, (size, _) in _DTYPES.items()}
 TORCH_NAMES = {name: torch_name for name, (_, torch_name) in _DTYPES.items()}
-# Those that can be compressed.
+# Dtypes that can be compressed.
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
@@ -164,7 +164,7 @@ def has_same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
 # Neighbours in a row that share scales in all formats of few bits, and the values that 4 bits tell apart. Of 32 weights
 # in bfloat16 that were not rounded, 31 differ.
 GRID_NEIGHBOURS, GRID_VALUES = 32, 16
-# Of a group, what must not be zero: of few weights that were not pruned few values would say nothing.
+# Non-zero weights that a group needs: a few values among a few unpruned weights would prove nothing.
 GRID_NONZERO = 24
 # Rows that are read of each matrix.
 GRID_ROWS = 16
@@ -205,7 +205,7 @@ def _count_most_values(files: OpenFiles, tensor: StoredTensor) -> int | None:
 MAX_HEADER_BYTES = 100_000_000
 MAX_HEADER_VALUES = 2_400_000
 METADATA = "__metadata__"
-# What transformers wants to find there.
+# Metadata that transformers requires.
 PT_FORMAT = {"format": "pt"}
 # How the text begins that a clone without git-lfs has in place of each large file.
 LFS_POINTER = b"version "
@@ -297,7 +297,7 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")
 ENCRYPTED = 0x2061
 # A tensor takes some 150 bytes in the pickle: 200,000 tensors.
 MAX_PICKLE_BYTES = 32_000_000
-# Of what is compressed, or repeated by strides of 0: so many times the file's size, and so many bytes more.
+# Limits on expanding compressed tensors, or repeats by strides of 0: times the file's size, plus bytes.
 EXPANSION, MAX_EXPANDED_BYTES = 4, 256_000_000
 _NAMES_BY_TORCHS = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 

@@ -1,6 +1,6 @@
 """Figures as values for JSON, under the names that others rely on.
 
-What cannot be told is None; an interval is [low, high].
+Unknown values are None; an interval is [low, high].
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from compressknow.comparison import records
 from compressknow.comparison.intervals import adjust_holm, estimate_kept_by_cluster, estimate_proportion, run_mcnemar
 from compressknow.evaluate.records import ModelRecord, NoiseFloor
 
-# What a page's JSON says of a model, in its order.
+# Fields of a model in a page's JSON, in order.
 _MODEL = (
     "name revision sha256 architecture family parameters bytes dtype setup quantization runtime recipe source zeros "
     "groups removed calibration speed in_calibration changed grid"
@@ -57,7 +57,7 @@ def dump_clusters(counts: records.Counts, relations: Sequence[records.Counts]) -
 
 
 def dump_certainty(certainty: records.Certainty) -> dict[str, Any]:
-    """Return how sure the figures are that stand beside it."""
+    """Return how sure the neighbouring figures are."""
     return {
         "p": certainty.test.p,
         "p_by": certainty.test.unit,

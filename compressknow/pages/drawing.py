@@ -312,8 +312,8 @@ class Mark:
     cost: float  # in the unit of the axis
     kept: Estimate  # a share of 1
     kind: str
-    told: str  # what a pointer over it is told
-    label: str = ""  # written beside it where there is room
+    tooltip: str
+    label: str = ""  # written next to it where there is room
 
     @property
     def share(self) -> float:
@@ -351,13 +351,13 @@ def find_unbeaten(marks: Sequence[Mark], *, more_is_better: bool = False) -> lis
 
 
 def draw_tradeoff(chart: Tradeoff, id: str, broad: bool = False) -> str:
-    """Return the SVG element, for a narrow screen or for the width of the page; a pointer is told of each mark."""
+    """Return the SVG element, for a narrow screen or for the width of the page; each mark has a tooltip."""
     height, width = _BROAD if broad else _NARROW
-    hover = {f"mark{i}": mark.told for i, mark in enumerate(chart.marks)}
+    hover = {f"mark{i}": mark.tooltip for i, mark in enumerate(chart.marks)}
     able = [mark for mark in chart.marks if mark.kind in chart.edge]
     best = find_unbeaten(able, more_is_better=chart.more_is_better)
-    told = f"The best: {'; '.join(mark.told for mark in best)}."
-    with open_axes(height, id, chart.title, told, width=width, hover=hover) as (plot, drawn):
+    description = f"The best: {'; '.join(mark.tooltip for mark in best)}."
+    with open_axes(height, id, chart.title, description, width=width, hover=hover) as (plot, drawn):
         if best:
             # It is kept at every cost from there on; at every speed up to there.
             style = "steps-pre" if chart.more_is_better else "steps-post"
@@ -393,7 +393,7 @@ def draw_tradeoff(chart: Tradeoff, id: str, broad: bool = False) -> str:
 
 
 def _draw_marks(plot: Axes, chart: Tradeoff) -> None:
-    """Draw each mark with a name by which it is told apart; the first of a kind stands in the legend."""
+    """Draw each mark with a label that tells it apart; the first of each kind is in the legend."""
     for kind, (marker, colour, size) in chart.looks.items():
         label = kind
         for i, mark in enumerate(chart.marks):
@@ -404,10 +404,10 @@ def _draw_marks(plot: Axes, chart: Tradeoff) -> None:
 
 
 def draw_labels(plot: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
-    """Write the label of each mark (x, y, label) beside it, where there is room among other labels and marks."""
+    """Write the label of each mark (x, y, label) next to it, where there is room among other labels and marks."""
     figure = plot.get_figure(root=True)
     assert figure is not None
-    # Where the marks are, in units of the drawing, is settled by the layout.
+    # The layout settles the positions of marks.
     figure.draw_without_rendering()
     unit = 72 / figure.dpi
     at = [tuple(unit * plot.transData.transform(mark[:2])) for mark in marks]

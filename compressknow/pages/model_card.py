@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from compressknow.pages.records import Card, Comparison
 
 
-# What stays true of a model when it is compressed.
+# Metadata that stays true when a model is compressed.
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _KEY = "model-index"
-# Of so many zeros that have values again, a warning.
+# Share of zeros that became non-zero above which a warning is given.
 _REFILLED_SHARE = 0.01
 # The metric by which results of an earlier report are told from the user's own.
 _OURS = "knowledge-kept"
@@ -197,7 +197,7 @@ def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
         again, zeros = (count(sum(row[key] for row in rows)) for key in ("refilled", "zeros_before"))
         yield (
             f"The source is pruned, and {again} of {zeros} zeros have values again in "
-            f"{list_some([row['name'] for row in rows])}, which dropping neurons fits anew. A pattern such as 2:4 is "
+            f"{list_some([row['name'] for row in rows])}, which dropping neurons refits. A pattern such as 2:4 is "
             "lost there, unless this recipe prunes to it again."
         )
 
@@ -253,7 +253,7 @@ def _cut_index(front_matter: str, metadata: Mapping[str, Any]) -> str:
 
 
 def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the user's own results, and beside them accuracy and knowledge kept of each probe that it knew."""
+    """Return the user's own results, along with accuracy and knowledge kept of each probe that it knew."""
     # Whoever converts a model writes a card, and needs no numpy.
     from compressknow.pages.parts import get_headline_accuracy
 
@@ -290,7 +290,7 @@ def _is_index(value: Any) -> bool:
 
 
 CARD = "README.md"
-# What stands between these lines is written anew each time; the rest of the card is the user's.
+# The text between these lines is rewritten each time; the rest of the card is the user's.
 BEGIN, END = "<!-- compressknow report: begin -->", "<!-- compressknow report: end -->"
 # From the last line that begins one: a user may have deleted the line that ended another.
 _SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)

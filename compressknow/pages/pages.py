@@ -47,7 +47,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def read_source(name: str) -> str:
-    """Return the text of a file beside the templates, as it is."""
+    """Return the text of a file next to the templates, as it is."""
     path = next(folder / name for folder in _FOLDERS if (folder / name).is_file())
     return path.read_text(encoding="utf-8")
 

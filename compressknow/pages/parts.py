@@ -1,7 +1,7 @@
-"""What a page is made of: sections, and the parts that they show, tables among them.
+"""Parts of a page: sections, and the tables, notes, charts and so on that they show.
 
-A section says what it has to say in these. The templates have one piece for each kind, in HTML and in Markdown, which
-escapes all text: nothing of a section is HTML, but for a chart, and that is drawn by `pages.drawing` alone.
+The templates render each kind in HTML and Markdown, escaping all text. Nothing in a section is HTML except for a chart,
+which only `pages.drawing` draws.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Claims(Part):
 
 @dataclass(frozen=True, slots=True)
 class Findings(Part):
-    """Findings: id (of the claim with more on it), claim, answer and numbers of each; beside them a chart, if any."""
+    """Findings: id (of the claim with more on it), claim, answer and numbers of each; next to them a chart, if any."""
 
     findings: tuple[tuple[str, str, str, str], ...]
     chart: Drawn | None = None
@@ -214,8 +214,8 @@ class Remarks(Part):
 
 @dataclass(frozen=True, slots=True)
 class Facts(Part):
-    """Facts and what models answered, one a row: `shade` is the style of its last answer. In HTML the last column is
-    small, under the first."""
+    """Facts and what models answered, one per row. `shade` is the style of the last answer. In HTML the last column is
+    small print under the first."""
 
     table: Table
     shade: str = ""
@@ -226,14 +226,14 @@ class Chart(Part):
     """Chart of a section, drawn where a page has room for it; in the colours of `pages.drawing`."""
 
     title: str
-    told: str  # its figures in words, for those who cannot see it
+    description: str  # its figures in words, for those who cannot see it
     draw: Callable[[Axes], object]  # draws on axes of the page's look
     height: int = 200  # in the units of `pages.drawing.WIDTH`
     heading: str = ""  # what stands above it where it is one of several side by side
 
     def draw_svg(self, id: str) -> Drawn:
         """Return the chart as drawn; `id` as in `open_axes`."""
-        with open_axes(self.height, id, self.title, self.told) as (plot, drawn):
+        with open_axes(self.height, id, self.title, self.description) as (plot, drawn):
             self.draw(plot)
         return Drawn(drawn(), title=self.heading)
 
@@ -248,8 +248,8 @@ class Drawn(Part):
 
 
 def draw_twice(draw: Callable[[str, bool], str | None], id: str, title: str = "") -> Iterator[Drawn]:
-    """Yield a chart for a narrow screen, and one for the width of the page, which shows the one that it has room for.
-    `draw` gets an id, and whether the chart is the broad one; it returns None if there is nothing to draw."""
+    """Yield a narrow and a broad version of a chart; the page shows the one that fits. `draw` takes an id and whether
+    the chart is broad; it returns None if there is nothing to draw."""
     for look in ("narrow", "broad"):
         if svg := draw(f"{look}-{id}", look == "broad"):
             yield Drawn(svg, title, look)
@@ -265,7 +265,7 @@ class Charts(Part):
 
 @dataclass(frozen=True, slots=True)
 class Beside(Part):
-    """Chart, and the table of its figures beside it where there is room."""
+    """Chart, and the table of its figures next to it where there is room."""
 
     chart: Chart | Drawn | None
     table: Table
@@ -355,7 +355,7 @@ def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
 
 
 BAR = "The bar shows the share kept, and the line on it the 95 % interval."
-# What stands in their place where no text of a fact may be shown.
+# Shown in place of facts if their text must not be shown.
 NO_FACTS = Text("The text of the facts was left out on request.")
 
 

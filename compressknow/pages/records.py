@@ -190,7 +190,7 @@ class Card(Tabular):
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``report.json``, for ``json.dumps(..., allow_nan=False)``.
 
-        Shares and accuracies lie between 0 and 1; what cannot be told is None; intervals are [low, high], 95 %. Without
+        Shares and accuracies lie between 0 and 1; unknown values are None; intervals are [low, high], 95 %. Without
         `show_facts` no text of a fact is in it.
         """
         return {

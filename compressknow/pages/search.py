@@ -30,7 +30,7 @@ _IN_LAYER = re.compile(r"(.*?)\.(\d+)\.(.*?)(?:\.weight)?", re.DOTALL)
 # Bits at which the shades of the map of types change.
 _BITS = (3, 4, 5, 6, 8, 16)
 _BITS_NOTE = (
-    "Bits of each weight, from faint to full colour, or 16 or 32 where it stays as it is. Scales, beside them, take "
+    "Bits of each weight, from faint to full colour, or 16 or 32 where it stays as it is. Their scales take "
     "half a bit more."
 )
 _FORMS = {"gguf": "GGUF file", "checkpoint": "checkpoint"}
@@ -94,7 +94,7 @@ class Search(notebook.Tabular):
     in_calibration: FactsInText | None = None
 
     def _rows(self) -> list[dict[str, Any]]:
-        # Of a file that was confirmed, the row with its share of held-out facts.
+        # For a confirmed file, keep the row with its share of held-out facts.
         trials = {each.bytes: each for each in (*self.tried, *self.confirmed)}
         return [
             {
@@ -223,7 +223,7 @@ def write_headline(search: Search) -> str:
     """Return what stands above everything."""
     if search.winner is None:
         return f"No file tried is certain to keep {100 * (search.keep or 0):.6g} %"
-    # Of the facts that had no part in the choice: it keeps enough of the others, or was lucky with them.
+    # On the facts that had no part in the choice: on the others it keeps enough, perhaps by luck.
     kept = share(search.winner.graded.value if search.winner.graded else None)
     if search.keep is None:
         return f"{write_size(search.winner.bytes)}, and {kept} kept"

@@ -17,12 +17,12 @@ from markupsafe import escape
 
 from compressknow.base.format import clean, clean_lines, number
 
-# What charts are drawn in: colours that matplotlib takes, each the name of a class of the page's style sheet.
+# Colours for matplotlib, each standing for a class of the page's style sheet.
 COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c2 c3 c4 c5 c6".split(), start=1)}
 _CLASSES = {colour: name for name, colour in COLOURS.items()}
 _ATTRIBUTES = {"stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin", "text-anchor", "opacity"}
 _NUMBERS = {"d", "x", "y", "width", "height", "transform", "stroke-width", "stroke-dasharray"}
-# Of a file: characters of a line of its title in each column, and room for labels that reach over the edge.
+# For a standalone file: characters per line of its title and column, and a margin for labels over the edge.
 _TITLE_WIDTH, _MARGIN, _LINE = 52, 40, 16
 _COLUMNS = 2
 _SIZE = re.compile(r"([\d.]+)px")
@@ -35,7 +35,7 @@ def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[
     """Return `raw` as an element for HTML, named and described for those who cannot see it.
 
     Nothing else on the page may have its `id` or begin with it. Title and description are plain text, escaped here;
-    `hover` is what a pointer over a mark is told, by the gid that it was drawn with.
+    `hover` has the tooltip of each mark, by the gid that it was drawn with.
     """
     root = ElementTree.fromstring(_UNSEEN.sub(lambda held_out: clean(held_out.group()), raw))
     for element in root.iter():
@@ -52,8 +52,8 @@ def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[
     referenced = {name for element in root.iter() for name in _list_references(element)}
     for element in root.iter():
         _clean(element, referenced, id)
-    for mark, told in marks:
-        ElementTree.SubElement(mark, "title").text = told
+    for mark, tooltip in marks:
+        ElementTree.SubElement(mark, "title").text = tooltip
     _unwrap(root)
     root.attrib = {
         "class": "chart",
@@ -231,7 +231,7 @@ def shorten_names(names: tuple[str, ...]) -> tuple[str, ...]:
 _SHADES = (0.08, 0.17, 0.27, 0.38, 0.5, 0.85, 1.0)
 _INK_UP_TO = 4
 _ORDERS = 4  # of magnitude that the shades span at most
-# Columns that leave room for a figure in each cell of a broad map; else a pointer is told it.
+# Columns that leave room for a figure in each cell of a broad map; otherwise a tooltip shows it.
 _MOST_FIGURES = 10
 _LETTER, _LONGEST = 5.6, 16
 
@@ -257,7 +257,7 @@ def draw_heat_map(
     # In units of the drawing: of a column at most, and room for the names of rows.
     whole, widest, label, row = (720, 110, 76, 19) if broad else (328, 60, 66, 14)
     width = min(widest, (whole - label) / len(grid.columns))
-    # Where there is little room, names of columns run upwards.
+    # In a narrow map, names of columns run upwards.
     top = 26 if broad else 10 + round(min(_LONGEST, max(map(len, grid.columns))) * _LETTER)
     height = top + row * len(grid.rows) + 34
     shows_figures = broad and len(grid.columns) <= _MOST_FIGURES
@@ -319,10 +319,10 @@ def _draw_cell(box: tuple[float, float, float, int], shade: int | None, text: st
     return _draw_box(box, colour) + _draw_text(x + (width + 1) / 2, y + height - 5, text, ink, "middle")
 
 
-def _draw_box(box: tuple[float, float, float, int], colour: str, told: str = "") -> str:
+def _draw_box(box: tuple[float, float, float, int], colour: str, tooltip: str = "") -> str:
     x, y, width, height = box
     place = f'x="{_write_number(x)}" y="{_write_number(y)}" width="{_write_number(width)}" height="{height}"'
-    end = f"><title>{escape(told)}</title></rect>" if told else "/>"
+    end = f"><title>{escape(tooltip)}</title></rect>" if tooltip else "/>"
     return f"<rect {colour} {place}{end}"
 
 

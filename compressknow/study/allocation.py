@@ -28,7 +28,7 @@ STEPS = 1 << 15
 _NAMED = 3
 _MOST_BITS = 16
 PIN_LESS = "Leave out one of the --must options."
-# What weights get of which nothing was measured.
+# The type of weights that were not measured.
 UNMEASURED = "q8_0"
 
 
@@ -69,8 +69,9 @@ def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocatio
 
     Raises UsageError if no choice is that small.
 
-    >>> one, two = {"q4": TypeOption(4, 0.3), "q8": Option(8, 0.1)}, {"q4": Option(4, 0.2), "q8": Option(8, 0.1)}
-    >>> allocate({"one": one, "two": two}, 13, overhead=1).types
+    >>> q8 = TypeOption(8, 0.1)
+    >>> table = {"one": {"q4": TypeOption(4, 0.3), "q8": q8}, "two": {"q4": TypeOption(4, 0.2), "q8": q8}}
+    >>> allocate(table, 13, overhead=1).types
     {'one': 'q8', 'two': 'q4'}
     """
     floor = overhead + sum(min(option.nbytes for option in options.values()) for options in table.values())
@@ -89,8 +90,7 @@ def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocatio
 
 
 def join_options(table: OptionTable, units: Mapping[str, Sequence[str]]) -> OptionTable:
-    """Return the options of units, of which each is of one type: those that all its tensors have. Raises UsageError
-    if there is none."""
+    """Return the options of units, whose tensors share a type: those that all have. Raises UsageError if none is."""
     joined = {}
     for name, members in units.items():
         own = [table[member] for member in members]
@@ -199,8 +199,8 @@ def check_must(rules: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
 
 
 def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, experts: int = 0) -> None:
-    """Raise UsageError, before anything is measured, for a budget that no file of weights of these `shapes` and of so
-    many of `experts`, which are not measured, keeps to, or that the model in full, of `whole` bytes, does not pass."""
+    """Raise UsageError, before anything is measured, for a budget that weights of these `shapes` plus so many of
+    `experts`, which are not measured, cannot meet, or that the model of `whole` bytes already meets."""
     matrices = (shape for shape in shapes if len(shape) > 1)
     least = sum(min(get_nbytes(kind, shape) for kind in list_legal_types(shape[-1]) or ("bf16",)) for shape in matrices)
     least += (of_experts := estimate_bytes(UNMEASURED, experts))
@@ -217,10 +217,8 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, exper
 
 
 def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target: SizeTarget) -> Fitted:
-    """Choose a type for each matrix of a file that holds these tensors in 32 or 16 bits, and `overhead` bytes beside.
-
-    Raises UsageError if no choice is that small, or all is smaller in full.
-    """
+    """Choose a type for each matrix of a file with these unquantized tensors and `overhead` other bytes. Raises
+    UsageError if no choice is small enough, or the unquantized file already is."""
     table = build_table(sensitivity, tensors, target)
     budget = target.budget(sum(each.numel for each in tensors.tensors.values()))
     whole = overhead + sum(align(tensors.tensors[name].nbytes) for name in table)
@@ -241,11 +239,9 @@ def describe_fit(allocation: Allocation, budget: int, target: SizeTarget, guidan
 
 
 def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: SizeTarget) -> OptionTable:
-    """Return what each matrix of a file takes and loses by type, its own included, which loses nothing; without a
-    sensitivity none does. Where a type must be, there is no other.
-
-    Of a tensor that is made of several weights, what they lose adds up; one not measured has 8 bits, or what is given.
-    """
+    """Return the bytes and loss of each matrix of a file by type, including its own, which loses nothing; without a
+    sensitivity, no type does. Losses of several weights in one tensor add up. A fixed type is the only option, and a
+    tensor that was not measured gets 8 bits or its fixed type."""
     rows, pins = sensitivity.kl(target.guide) if sensitivity else {}, resolve_types(tensors, target.must, "--must")
     table: dict[str, dict[str, TypeOption]] = {}
     for name, tensor in tensors.tensors.items():
@@ -276,8 +272,8 @@ def _list_parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: st
 
 
 def pin_types(table: OptionTable, pins: Mapping[str, str], rows: Mapping[str, int]) -> OptionTable:
-    """Return the table without a choice where a type is given. Raises UsageError for one that is not in it; `rows` are
-    the weights of a row."""
+    """Return the table with only the fixed type of pinned tensors. Raises UsageError for one that is not an option;
+    `rows` has the weights per row."""
     for name, kind in pins.items():
         if name in table and kind not in table[name]:
             raise UsageError(

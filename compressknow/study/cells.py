@@ -48,17 +48,15 @@ if TYPE_CHECKING:
 
 
 def grade(answers: Answers, known: str) -> Answers:
-    """Return one answer per fact, right where the fact is known in this reading; of several wordings by majority.
-
-    Raises CompressknowError if the answers do not tell what is ``produced``.
-    """
+    """Return one answer per fact, right if the fact is known in this reading, by majority of its wordings. Raises
+    CompressknowError if the answers do not tell what is ``produced``."""
     return merge_wordings(apply_reading(answers, known))
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """Result of a cell: its answers beside the original's, or why there are none; `refused` where the model cannot have
-    it, and trying again changes nothing."""
+    """Result of a cell: its answers and the original's, or why it has none; `refused` if the model does not support it,
+    so that a retry is pointless."""
 
     cell: Cell
     original: Answers = field(repr=False)
@@ -72,7 +70,7 @@ class CellResult:
         return self.cell.recipe.setup
 
     def grade(self, original: Answers, known: str) -> CellResult:
-        """Return the same by fact, in this reading of known, beside the original's answers so graded."""
+        """Return the same by fact, in this reading of known, with the original's answers graded likewise."""
         return replace(self, original=original, answers=None if self.answers is None else grade(self.answers, known))
 
     @cached_property
@@ -226,9 +224,9 @@ AddNoiseFloor = Callable[[NoiseFloors, Sequence[Opened], Answers], Answers]
 
 
 class StudyModel:
-    """Original of a study, found and opened once: it, and every cell, is evaluated from here. `keep_in`, a folder on
-    the disk, keeps its distributions for cells that are evaluated in this process; `texts` keeps calibration texts, so
-    that a study that resumes reads the same; `models` keeps the checkpoints of cells, if they are to be written."""
+    """Original of a study, opened once, from which all cells are made and evaluated. The folder `keep_in` keeps its
+    distributions for cells that this process evaluates, `texts` the calibration texts for a resumed study, and `models`
+    the checkpoints of cells, if they are to be saved."""
 
     def __init__(
         self,
@@ -243,7 +241,7 @@ class StudyModel:
         located = locate(model, revision)
         check_is_checkpoint(model)
         self.original, self._trusted = ModelHandle(located, settings), settings.trust_remote_code
-        # What cells were given, by the content of the probe (a search has parts of one): all read the same tokens.
+        # Prompts by the content of the probe (a search has parts of one): all cells read the same tokens.
         self.prompts: dict[str, Prompts] = {}
         self._texts, self._models = texts, models
         self._in_text: dict[str, FactsInText | None] = {}
@@ -279,14 +277,14 @@ class StudyModel:
         noise_floors: Collection[AddNoiseFloor] = (),
         whole: bool = True,
     ) -> Answers:
-        """Return the answers of the original, with these noise floors, or of a model that was made of it, kept in
-        `folder`; `whole`, with the original's distributions kept for what is compared with it."""
+        """Return the answers of the original, with these noise floors, or of a model made from it, stored in `folder`.
+        If `whole`, the original's distributions are kept, or compared with."""
         distributions = self._distributions if whole else None
         context = Context(reference, distributions=distributions)
         on_progress = relabel_progress(on_progress, facts=count_facts(probes))
         places = {probe.name: folder / name_folder(probe.name) for probe in probes}
         if distributions and reference:
-            # Before the first is evaluated: then the original need not be in memory beside the cell.
+            # Before the first is evaluated: then the original need not be in memory along with the cell.
             facts = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
             missing = [probe for probe in facts if find_missing(handle, [probe], places[probe.name], context)]
             distributions.complete(missing, reference, on_progress)
@@ -379,7 +377,7 @@ class CellHandle(ModelHandle):
         except UsageError as error:
             # A scope that one model lacks, another has: the grid is not wrong, but this cell is not for this model.
             raise UnsupportedError(error.what, error.why, error.hint) from error
-        # Where it is written, that is what is evaluated: to make it once more may take as long again.
+        # If it is saved, evaluate the saved one: making it again may take as long.
         folder = self._study_model.save(self._cell, self._on_progress)
         variant = maker.read(folder) if folder else maker.make(plan, begin_stages(self._on_progress, self._cell.key))
         self._described = describe_variant(self._cell.key, variant)
@@ -398,7 +396,7 @@ class CellHandle(ModelHandle):
     def release(self) -> None:
         super().release()
         for prompts in self._study_model.prompts.values():
-            # The model would stay in memory beside the next one.
+            # The model would stay in memory along with the next one.
             prompts.scorer.release()
 
     def describe(self) -> dict[str, Any]:

@@ -31,12 +31,12 @@ AMOUNTS = tuple(tenths / 10 for tenths in range(1, 10))
 FEW_AMOUNTS = (0.2, 0.4)
 PAPER_SCHEME = "int8-paper"
 PAPER, METHODS_GRID = BUILT_IN = "paper", "methods"
-# Of the grid of methods: what prunes, how much, by itself and before int4; alpha of smoothing as Xiao et al. have it.
+# The grid of methods: pruning methods and amounts; the amount before int4; alpha of smoothing as in Xiao et al.
 PRUNED_BY = (METHODS.first, "wanda", "sparsegpt")
 METHOD_AMOUNTS, HALF, SMOOTH = (0.2, 0.3, 0.4, 0.5, 0.6), 0.5, 0.5
 
 AXES = (*(each.key for each in OPTIONS.values() if each.axis), "seed")
-# What a step that prunes or quantizes says beside its amount or scheme, and what a recipe says of its calibration.
+# Keys of a prune or quantize step besides its amount or scheme, and of a calibration.
 PRUNED, ROUNDED, CALIBRATED = (
     tuple(each.key for each in list_options(part) if each.key not in STEPS) for part in (Prune, Quantize, Calibration)
 )
@@ -58,10 +58,8 @@ prune = 0.5"""
 
 @dataclass(frozen=True)
 class Cell:
-    """Recipe of a study. `key` is unique in it and names its folder: letters, digits, dots and hyphens.
-
-    `text_sha256` is of the file that it is calibrated on, if any: once that has changed, it is another cell.
-    """
+    """Recipe of a study. `key` is unique and names its folder: letters, digits, dots and hyphens. `text_sha256` is the
+    hash of its calibration file, if any: a changed file makes another cell."""
 
     key: str
     recipe: Recipe
@@ -107,16 +105,18 @@ class Cell:
 
 
 def _collect_settings(step: Step) -> dict[str, Any]:
-    said = {each.key: getattr(step, each.field) for each in list_options(type(step))}
+    values_by_key = {each.key: getattr(step, each.field) for each in list_options(type(step))}
     if isinstance(step, DropBlocks | DropNeurons):
-        return said
+        return values_by_key
     where = step.where
     values: dict[str, Any] = {"scope": "+".join(where.scope), "layers": where.layers or "all"}
     values |= {"include": ", ".join(where.include) or None, "exclude": ", ".join(where.exclude) or None}
     # Tables have the method before the amount.
     values |= {"method": step.method} if isinstance(step, Prune) else {}
     # JSON has no infinity.
-    return values | said | {name: "inf" if each == inf else each for name, each in step.chosen.values().items()}
+    return (
+        values | values_by_key | {name: "inf" if each == inf else each for name, each in step.chosen.values().items()}
+    )
 
 
 def list_cells(
@@ -232,10 +232,8 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
 
 
 def build_grid(values: Mapping[str, Any], name: str) -> tuple[Cell, ...]:
-    """Make the cells of a grid: the product of its axes, and the cells that it names.
-
-    Raises UsageError if it is empty, contradicts itself or says what no recipe knows.
-    """
+    """Make the cells of a grid: the product of its axes, and its single cells. Raises UsageError if it is empty,
+    contradictory or has unknown keys."""
     if unknown := sorted(set(values) - {"axes", "cells"}):
         raise UsageError(f"{name}: unknown key {unknown[0]!r}.", hint=FORMAT)
     axes, named = values.get("axes", {}), values.get("cells", [])
@@ -262,8 +260,7 @@ def _expand_axes(axes: Mapping[str, Any], where: str) -> Iterator[tuple[None, Re
 def _check_keys(
     values: Mapping[str, Any], points: Sequence[Mapping[str, Any]], where: str, more: Sequence[str] = ()
 ) -> None:
-    """Raise UsageError for keys that no recipe has, or that apply to nothing that any of these points does; `more` are
-    what else may stand there."""
+    """Raise UsageError for keys that neither a recipe nor `more` has, or that apply to nothing in these points."""
     own = set().union(*map(_list_own_parameters, points))
     there = [*more, *AXES, *(name for name in list_parameters() if name in own.difference(AXES))]
     if unknown := sorted(set(values) - set(there)):
@@ -338,7 +335,7 @@ def _build_recipe(point: Mapping[str, Any], where: str) -> Recipe:
     given = {
         name: point[name] for name in point if _has(point, name) or (name in ("layers", "seed") and not point[name])
     }
-    # What may be nothing is a text where there is something: "none" is nothing.
+    # "none" leaves a parameter out.
     parameters = {name: value for name, value in point.items() if value != "none"}
     place = _select(given, *(each.key for each in list_options(Where)))
     steps = []

@@ -49,19 +49,19 @@ from compressknow.model.loading import open_complete
 from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, FactBatches, Roundings, measure
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, can_guide, read_sensitivity, write_sensitivity
 
-# Facts that guide, at most.
+# Maximum facts that guide.
 FACTS = 200
-# Of four facts that are evaluated, a small model may know two: so many, that there are enough.
+# Facts to evaluate: enough even if a small model only knows half of them.
 ASKED = 400
-# Of the probability of a fact's five best candidates, the share that those which guide have: KL hardly looks at others.
+# Candidates are kept up to this share of the probability of a fact's best five: others hardly affect KL.
 MASS = 0.95
-# Tokens of the text that guide: more tell little more, and take as long as so many more facts.
+# Tokens of text that guide: more would add little, and take as long as many more facts.
 TOKENS = 2_048
-# Rows of decoders whose lengths differ by less than so many tokens are filled up at their ends, which nothing sees.
+# Decoder rows whose lengths differ by less than this many tokens are padded at the end, which affects nothing.
 SPREAD = 4
-# Of a row of text: tokens, positions that are scored, and draws for each. More rows tell more than more positions.
+# Per row of text: tokens, scored positions, and draws for each. More rows help more than more positions.
 TEXT_LENGTH, TEXT_POSITIONS, TEXT_DRAWS = 64, 16, 2
-# Rows of text in a batch: what a head gives of so many lies in memory at a time, for each draw.
+# Rows of text per batch: the logits of that many rows are in memory at a time, for each draw.
 TEXT_ROWS = 8
 
 
@@ -115,8 +115,7 @@ def measure_guides(
 
 
 def select_known_facts(answers: Answers, probes: Sequence[Probe]) -> list[Probe]:
-    """Return the facts that a model answered right: evenly over relations, the first of each in the order of the probe;
-    at most `FACTS` in all."""
+    """Return at most `FACTS` facts that a model answered right, evenly over relations, in the order of the probe."""
     right = {(answer.probe, answer.fact_id) for answer in answers.answers if answer.correct}
     by_relation: dict[tuple[str, str], list[Fact]] = {}
     for probe in probes:
@@ -223,7 +222,7 @@ class Row:
     """Input that a model reads once."""
 
     ids: Ids  # of the model's input
-    decoder: Ids | None  # of a decoder's input beside it
+    decoder: Ids | None  # of the decoder's input, if any
     start: int  # the position that predicts the first of the wanted tokens
     # Pairs of a candidate's number, counted over all facts, and tokens that follow one another.
     wanted: tuple[tuple[int, Ids], ...]
@@ -321,8 +320,8 @@ def _fill(ids: Ids, length: int) -> Ids:
 def batch_text(
     batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int
 ) -> list[ScoredBatch]:
-    """Return batches of text, the text that a checkpoint is calibrated on: pieces of it for a causal model, whole
-    sequences for others, for these are made of what is hidden in them. The draws are seeded."""
+    """Return batches of calibration text with seeded random scores: pieces of it for a causal model, whole sequences
+    for others, which predict what is hidden in them."""
     generator = torch.Generator().manual_seed(seed)
     text_batches = []
     for batch in batches:

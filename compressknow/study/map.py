@@ -33,7 +33,7 @@ FORMATS = (".html", ".md", ".json", ".csv")
 COLUMNS = "name group stack layer module rows columns type bytes kl_facts kl_text at_risk".split()
 # Sizes on the curve, in equal ratios from the smallest to the largest.
 BUDGETS = 20
-# What llama.cpp gives a weight whose rows a type does not fit; that of q5_k is none of our candidates.
+# llama.cpp's fallback for rows that a type does not fit; that of q5_k is not among our candidates.
 _FALLBACKS = {"q6_k": "q8_0", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl"}
 
 Weights = Sequence[TensorSensitivity]
@@ -197,7 +197,7 @@ _RISK_NOTE = (
 )
 _CURVE_NOTE = (
     "The line is the least predicted loss at each size, with a type chosen for each weight; a mark is all weights of "
-    "one type. Sizes are those of the weights: a file has its vocabulary and metadata beside them."
+    "one type. Sizes are those of the weights: a file also has its vocabulary and metadata."
 )
 
 
@@ -370,7 +370,7 @@ def _plot_sizes(map: Map) -> Iterator[parts.Part]:
     )
     columns = ("All weights of one type", "Size of the weights", "Predicted KL", "A type for each")
     ends = " to ".join(f"{number(kl)} at {write_size(nbytes)}" for nbytes, kl in (map.frontier[0], map.frontier[-1]))
-    text = f"From {ends}. The table beside the chart has the sizes of single types."
+    text = f"From {ends}. The table next to the chart has the sizes of single types."
     curve = parts.Chart("Predicted KL by size", text, partial(_draw_curve, map=map), height=260)
     yield parts.Beside(
         curve, parts.Table("What one type for all loses, and what a choice at the same size does", columns, sizes)

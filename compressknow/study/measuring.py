@@ -66,8 +66,7 @@ class Roundings(ABC):
 
     @abstractmethod
     def roundtrip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
-        """Return what a runtime reads of a weight that was stored so, float32; `importance` [in] are the mean squares
-        of its inputs."""
+        """Return a weight rounded to a type, float32; `importance` [in] has the mean squares of its inputs."""
 
 
 class GgufRoundings(Roundings):
@@ -122,13 +121,13 @@ def parse_scheme(name: str) -> Scheme:
     return SCHEMES[kind].with_values({"group_size": int(size)}) if size else SCHEMES[kind]
 
 
-# Rows of a weight that are rounded and multiplied at a time: of a head there are as many as tokens.
+# Rows of a weight that are rounded and multiplied at a time: a head has as many as the vocabulary.
 BAND = 2048
-# Rows of a weight whose errors are looked at: so many that count most, and of the others one in so many.
+# Rows of a weight whose errors are measured: the most important ones, and one in so many of the others.
 FIRST_ROWS, STRIDE = 64, 16
-# Of the pieces of a text, left out of a mean: those that change most.
+# Share of the pieces of a text to leave out of a mean: those that change most.
 TRIMMED = 0.1
-# Facts of a domain from which on its mean is told.
+# Facts of a domain that its mean needs.
 FEWEST_OF_A_DOMAIN = 5
 
 
@@ -202,8 +201,8 @@ class ScoreChanges:
         return objects, best, self.scores.double()[objects] - others[best]
 
     def _compute_text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
-        """Return the KL of text, nats per token, per squared error of a weight: a robust mean over rows, and the mean
-        over what was tried; None if there is no text."""
+        """Return the KL of text, in nats per token, per squared error of a weight: a trimmed mean over rows, averaged
+        over the types tried; None without text."""
         if (name, tried[0]) not in self.text:
             return None
         ratios = []
@@ -227,8 +226,8 @@ def _compare_domains(divergences: torch.Tensor, domains: Sequence[str]) -> dict[
 
 
 def compute_divergence(scores: torch.Tensor, changes: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
-    """Return KL divergences by which changes of log-scores move each fact's distribution over its candidates, to second
-    order: float64 [facts], or [facts, types] where `changes` are [candidates, types]."""
+    """Return the KL divergence that changes of log-scores cause in each fact's distribution over its candidates, to
+    second order: float64 [facts], or [facts, types] for `changes` [candidates, types]."""
     count = int(owners.max()) + 1
     scores, changes = scores.double(), changes.double()
 
@@ -249,10 +248,10 @@ def measure(
     texts: Sequence[ScoredBatch] = (),
     advance: Advance = ignore_advance,
 ) -> ScoreChanges:
-    """Measure all Linear weights of a model, and of a GGUF file its embedding, from one pass forward and one back.
+    """Measure all Linear weights of a model, and for GGUF files the embedding, in one forward and one backward pass.
 
-    Importance, where a type rounds with it, is that of the same tokens: the mean squares of what facts and text have a
-    weight multiplied with, both halves normalized.
+    Types that round with an importance use that of the same tokens: the mean squares of a weight's inputs from facts
+    and from text, each normalized.
     """
     structure = read_structure(tree)
     sources = Sources(checkpoint, tree, structure)
@@ -350,8 +349,8 @@ class _Measurer:
         of_rows: torch.Tensor,
         of_columns: torch.Tensor,
     ) -> None:
-        """Add squared errors of a weight [out, in] by type, weighted by row [out] and column [in]; of the rows that
-        count most and some of the others."""
+        """Add a weight's squared errors by type, weighted by row [out] and column [in], for the most important rows and
+        some of the others."""
         order = of_rows.argsort(descending=True, stable=True)
         own = torch.cat([order[:FIRST_ROWS], order[FIRST_ROWS::STRIDE]])
         rows = weight[own]

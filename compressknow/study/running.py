@@ -143,8 +143,8 @@ def _run_on_ray(ray: Any, where: RayOptions, on_progress: Listener | None, batch
 def _collect(
     ray: Any, batch: CellBatch, pending: dict[Any, tuple[Cell, Opened]], on_progress: Listener | None
 ) -> Generator[CellResult]:
-    """Yield a cell's result once all of its probes are answered. The facts of all cells are one stage, which begins
-    anew after each result."""
+    """Yield a cell's result once all of its probes are answered. The facts of all cells are one stage, which restarts
+    after each result."""
     failed: dict[Cell, BaseException] = {}
     left = Counter(cell for cell, _ in pending.values())
     yield from (_evaluate(batch, cell) for cell in batch.cells if not left[cell])
@@ -177,7 +177,7 @@ def _start_ray(where: RayOptions) -> Any:
     try:
         host, _, port = where.address.removeprefix("ray://").rpartition(":")
         if host and port.isdecimal():
-            # Where nobody listens, Ray itself would try for minutes.
+            # If nobody listens, Ray itself would try for minutes.
             socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
         place = {"include_dashboard": False} if where.address == LOCAL else {"address": where.address}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)

@@ -29,7 +29,7 @@ SCHEMA = 3
 FEWEST = 30
 # Tokens of the text that guides, unless more are asked for.
 FIT_TOKENS = 8_192
-# What weights are compared by: of each the first that its rows fit.
+# Weights are compared by the first of these that their rows fit.
 FOUR_BITS = ("q4_0", "int4/64", "int4/32", "int4/128")
 
 
@@ -52,10 +52,8 @@ class Rounding:
     at_risk: float | None = None
 
     def kl(self, guide: Guide = "both", weight: float = 1.0) -> float:
-        """Return the predicted KL: of facts, of text, or of facts and `weight` times that of text.
-
-        Raises ValueError if what guides was not measured.
-        """
+        """Return the predicted KL of facts, of text, or of facts plus `weight` times that of text. Raises ValueError if
+        it was not measured."""
         total = 0.0
         for name, factor in ({"facts": 1.0, "text": weight} if guide == "both" else {guide: 1.0}).items():
             if (value := getattr(self, name)) is None:
@@ -131,7 +129,7 @@ class Sensitivity(notebook.SummaryRepr):
     guidance : what it was measured with.
     rows : a weight each.
     domains : by name, how many of the facts are of it; those with fewer than 5 are left out.
-    others : how many weights the model has beside those of `rows`.
+    others : how many weights the model has besides those of `rows`.
     """
 
     sha256: str
@@ -199,8 +197,8 @@ def check_guide(guide: str) -> None:
 
 
 def can_guide(number: int, facts: str, guide: Guide, *, is_search: bool) -> bool:
-    """Return whether so many facts tell one weight from another. Raises UsageError if facts are to guide, and these,
-    by what `facts` says of them, are too few."""
+    """Tell whether `number` facts are enough to guide. Raises UsageError if they are not, but must; `facts` begins its
+    message."""
     if number < FEWEST and guide != "text":
         raise UsageError(
             f"{facts}, and {FEWEST} are needed to guide.",
@@ -211,10 +209,8 @@ def can_guide(number: int, facts: str, guide: Guide, *, is_search: bool) -> bool
 
 
 def open_facts(names: str | Sequence[str] | None, data: str | Path | None) -> list[Probe]:
-    """Return the facts that guide, atlas where none are named; `data` is where downloaded sets lie.
-
-    Raises UsageError for what has none: texts and tasks.
-    """
+    """Open the probes of facts that guide, by default atlas; `data` is the folder of downloaded sets. Raises UsageError
+    for texts and tasks."""
     probes = []
     for each in open_named(names, Options(data=None if data is None else Path(data))):
         if not isinstance(each, Probe):

@@ -299,7 +299,7 @@ def test_a_model_that_computes_no_numbers_knows_nothing_and_is_told_as_broken(
     ended = run("report", "{place}/on-llama", "model", *FACTS, "--answers", "kept", "-o", "report.json")
     assert ended.code == 0
     assert "Keeps 0 of 64 facts" in ended.out
-    assert "it is broken" in ended.out
+    assert "it is broken" in " ".join(ended.out.split())
     assert "find an intact copy of the model" in ended.out
     assert "compress less" not in ended.out
 

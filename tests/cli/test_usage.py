@@ -100,7 +100,7 @@ CASES = [
     ),
     Case("export {}/model {}/dangling/new.gguf", "is a link that leads nowhere"),
     Case("export {}/model {}/new", "Name it new.gguf"),
-    Case("verify {}/some.gguf", "has no some.gguf.json beside it"),
+    Case("verify {}/some.gguf", "has no some.gguf.json next to it"),
     Case("probe {}/model -o {}/new -p fact:x.jsonl", "Did you mean facts:x.jsonl?"),
     Case("probe {}/model -o {}/new -p text:{}/nowhere.txt", "There is no file"),
     Case("probe {}/model -o {}/new --runtime lama.cpp", "Did you mean llama.cpp?"),

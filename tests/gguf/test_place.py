@@ -8,7 +8,7 @@ import pytest
 
 from compressknow.base.errors import OutputError
 from compressknow.compress.staging import clean, make_scratch
-from compressknow.gguf.record import IMPORTANCE, MODELFILE, OLD_RECORD, NewFile, check_beside, finish
+from compressknow.gguf.record import IMPORTANCE, MODELFILE, OLD_RECORD, NewFile, check_extra, finish
 
 FILE, RECORD = "out.gguf", "out.gguf.json"
 
@@ -59,7 +59,7 @@ def test_what_a_dead_run_worked_in_is_removed(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_moved_is_named_and_what_goes_with_it_goes_too(tmp_path: Path) -> None:
     beside = {IMPORTANCE: tmp_path / "i.gguf", MODELFILE: tmp_path / "Modelfile"}
-    with NewFile(tmp_path / FILE, overwrite=False, source=tmp_path / "model", beside=beside) as place:
+    with NewFile(tmp_path / FILE, overwrite=False, source=tmp_path / "model", extras=beside) as place:
         for name in beside:
             place.write(name, b"content")
         # The file to be moved is missing.
@@ -72,4 +72,4 @@ def test_a_file_that_cannot_be_moved_is_named_and_what_goes_with_it_goes_too(tmp
 def test_a_place_that_cannot_be_written_is_found_before_any_work(tmp_path: Path) -> None:
     place = Path("/proc/Modelfile")
     with pytest.raises(OutputError, match="/proc/Modelfile cannot be written"):
-        check_beside(place, tmp_path / FILE, "--modelfile", "a Modelfile", lambda _: True, overwrite=False)
+        check_extra(place, tmp_path / FILE, "--modelfile", "a Modelfile", lambda _: True, overwrite=False)

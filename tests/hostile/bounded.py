@@ -1,4 +1,4 @@
-"""Runs something hostile, and bounds what it may take: 20 seconds of work, 2 GB, and no waiting for ever."""
+"""Runs something hostile, and bounds what it may take: 20 seconds of work, 2 GB, and no waiting forever."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _reset_peak() -> int:
-    """Resident bytes now; the peak counts from here on. Where the system keeps no such count, 0 for ever."""
+    """Resident bytes now; the peak counts from here on. Where the system keeps no such count, 0 forever."""
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""GGUF files that would crash llama.cpp, or keep a reader busy for ever: one message, within 20 s and 2 GB."""
+"""GGUF files that would crash llama.cpp, or keep a reader busy forever: one message, within 20 s and 2 GB."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tensor(place: int, value: Any) -> Callable[[bytes], bytes]:
     return of(lambda parts: parts.tensors[1].__setitem__(place, value))
 
 
-# What a reader in Python would take for ever over, or read otherwise than llama.cpp does.
+# What a reader in Python would take forever over, or read otherwise than llama.cpp does.
 UNSOUND = {
     "blocks": (of(lambda p: p.set("llama.block_count", U32, 10**9)), "its block_count is 1,000,000,000"),
     "experts": (of(lambda p: p.set("llama.expert_count", U32, 10**9)), "its expert_count is 1,000,000,000"),

@@ -40,7 +40,7 @@ def test_each_mark_has_its_label_or_no_room_and_tells_a_pointer(broad: bool) -> 
     assert {str(i) for i in range(10)} <= set(written)
     assert 0 < sum(str(text).startswith("t") for text in written) < 40
     told = {title.text for title in drawn.iter("title")}
-    assert {mark.told for mark in (*apart, *heap)} <= told
+    assert {mark.tooltip for mark in (*apart, *heap)} <= told
 
 
 def drawn_with(*kept: Estimate, costs: tuple[float, ...], keep: float | None = None) -> ElementTree.Element:

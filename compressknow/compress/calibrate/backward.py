@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# What gradients are kept in, and what blocks read until they run again: that is most of what lies in memory.
+# Dtype of gradients, and of the inputs of blocks until they run again: most of the memory.
 GRADIENTS = torch.bfloat16
 
 
@@ -179,7 +179,7 @@ _TENSOR = object()
 
 
 def _split(nested: Any) -> tuple[_Fill, list[torch.Tensor]]:
-    """Split values into what fills their form anew, which does not hold their tensors, and these in order."""
+    """Split values into what fills their structure again, which does not hold their tensors, and these in order."""
     flat, spec = pytree.tree_flatten(nested)
     values = [_TENSOR if isinstance(value, torch.Tensor) else value for value in flat]
 

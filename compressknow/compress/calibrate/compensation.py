@@ -80,8 +80,8 @@ def _invert_in_place(lower: torch.Tensor) -> None:
     left.copy_(below @ (left @ above)).neg_()
 
 
-# Of the way to the weights that make up for all that was lost before, which fit the text too well: GPTAQ's own share,
-# and less of it where the text has fewer tokens for each channel than this.
+# How far weights move towards those that make up for all earlier losses, which overfit the text: GPTAQ's own share, and
+# less if the text has fewer tokens per channel than this.
 _SHARE, _ENOUGH = 0.25, 4
 
 

@@ -44,9 +44,8 @@ Estimate = tuple[int, int, int]
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
-    """Estimate the cost of a plan whose recipe has a calibration: ``blocks`` (and single layers) that are compressed,
-    ``bytes`` of memory at most, and ``seconds`` at the pace of a bare product of matrices, without those in which the
-    model writes the text."""
+    """Estimate the cost of a calibrated plan: ``blocks`` (and single layers) to compress, peak ``bytes`` of memory, and
+    ``seconds`` at the speed of bare matrix products, without the time to write the text."""
     calibration = plan.recipe.calibration
     assert calibration is not None
     parts = list(_estimate_removal(plan.removal, calibration.tokens)) if plan.removal else []
@@ -96,11 +95,8 @@ def _estimate_compression(plan: Plan, tokens: int) -> Estimate:
 def _estimate_runs(
     structure: Structure, tokens: int, runs: int, *, pairs: int = 1, widths: Sequence[int] = (), sums: int = 0
 ) -> Estimate:
-    """Estimate so many runs of the text, with X^T X of so many channels and its decomposition, all for each of `pairs`.
-
-    In memory are hidden states, with the largest block and so many sums, or with what lies outside the blocks: that is
-    not there while blocks run.
-    """
+    """Estimate runs of the text, with X^T X of these channels and its decomposition, for each of `pairs`. Memory holds
+    hidden states, with either the largest block and its sums or the layers outside the blocks."""
     weights = [weight for weight in structure.linears if weight.group != "vision"]
     blocks: Counter[str] = Counter()
     for weight in weights:
@@ -239,7 +235,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         return self.pairs and not batch % 2 and module in self._streamed.blocks
 
     def make_sums(self, targets: Sequence[PlannedTensor]) -> InputSums:
-        # Of a pair, an expert may read other tokens.
+        # In the two passes of a pair, an expert may read different tokens.
         paired = {each.parameter for each in targets if _is_rounded_by_gptq(each) and not _is_expert(each)}
         return InputSums(
             dict.fromkeys(tensor.parameter for tensor in targets),
@@ -263,8 +259,8 @@ class _Compressor(TargetVisitor[PlannedTensor]):
             self._streamed.forget(tensor.source for tensor in targets)
 
     def _smooth(self, module: str, sums: InputSums, rerun: Callable[[], Any]) -> dict[str, torch.Tensor]:
-        """Divide the norms of a block and write them. Return, by parameter, the factors by which to multiply the
-        columns of the weights behind them. Raises UnsupportedError if no norm can take it."""
+        """Divide and write a block's norms. Return, by parameter, factors for the columns of the weights behind them.
+        Raises UnsupportedError if no norm can be divided."""
         if not (alphas := smooth.find_alphas(self._targets[module])):
             return {}
         model = self._streamed.model

@@ -73,14 +73,13 @@ class AllSeen(BaseException):
 
 
 class InputRecorder(TorchFunctionMode):
-    """Recorder of the inputs of some weights, given by name, while it is entered, in its thread alone; with `copies`,
-    of copies of them, for blocks that overwrite them after use. It raises AllSeen, if it `ends` the run, before the
-    last of the weights is multiplied with anything."""
+    """Recorder of the inputs of named weights while it is entered, in this thread only; with `copies`, it copies them,
+    for blocks that overwrite them. If it `ends` the run, it raises AllSeen before the last weight is used."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], *, copies: bool = False, ends: bool = False) -> None:
         super().__init__()
         self._ends = ends
-        # Each beside what it is a copy of, in whose place another tensor would come to lie if it were freed.
+        # Each with the tensor that it copies: if that were freed, another one could take its place.
         self._copies: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] | None = {} if copies else None
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
         # Elements of a matrix, or of each of a stack.
@@ -161,7 +160,7 @@ class InputSums:
         # False if weights that read the same in one round of batches may not in the next.
         self.has_twins = True
         self._sums: dict[Key, dict[int, InputStatistics]] = {}
-        # What `get` gave: one object for all callers, who cache by it.
+        # Results of `get`: the same object for all callers, who cache by it.
         self._given: dict[Key, InputStatistics] = {}
         self._leaders: dict[str, str] = {}
         # How far each batch has come, in the order of keys.
@@ -175,8 +174,7 @@ class InputSums:
     def add(self, batch: int, seen: list[Seen]) -> None:
         """Add what was seen of one batch; `batch` counts from 0, and comes after all before it have begun."""
         is_original = self._paired is not None and batch % 2 == 0
-        # Of an original nothing is summed, so that it waits for no sums; what is made of it waits for those of the pair
-        # before.
+        # Passes of the original are not summed, so they wait for nothing; the others wait for the pair before.
         before = -1 if is_original else batch - 1 if self._paired is None else batch - 2
         try:
             # The first batch tells which weights read the same.
@@ -230,8 +228,8 @@ class InputSums:
             return self._given.get(key)
 
     def _drop_twins(self, seen: list[Seen]) -> dict[Key, list[torch.Tensor]]:
-        """Keep each tensor of inputs once for all parameters that read it, for their leader. The first batch tells the
-        leaders, while all others wait for it."""
+        """Keep each input tensor once, for the leader of the parameters that read it. The first batch determines the
+        leaders, and all others wait for it."""
         read: dict[str, dict[tuple[Any, ...], tuple[Key, torch.Tensor]]] = {}
         for key, inputs in seen:
             read.setdefault(key.parameter, {})[key.matrix, _identify(inputs)] = key, inputs
@@ -265,8 +263,8 @@ class InputSums:
 
 
 def _add(sums: InputStatistics, rows: torch.Tensor, original: torch.Tensor | None) -> None:
-    """Add inputs, float32 [tokens, in]. Of the products, those above the diagonal alone are added to, in bands of rows;
-    the rest mirrors them (see `_complete`)."""
+    """Add inputs, float32 [tokens, in]. Only products above the diagonal are computed, in bands of rows; `_complete`
+    mirrors them."""
     width = rows.shape[1]
     if original is not None:
         sums.drift = torch.zeros(width, width) if sums.drift is None else sums.drift

@@ -1,7 +1,7 @@
 """Model with one block in memory, and passes through it that stop before each block.
 
-A model runs whatever code it has between its blocks itself, each pass in a thread of its own: nothing is known here of
-masks, positions, caches or encoders. So any model whose blocks are modules can be run so, many batches side by side.
+Each pass runs the model's own code in a thread, so nothing is assumed here about masks, positions, caches or encoders:
+any model whose blocks are modules can be run this way, with many batches side by side.
 """
 
 from __future__ import annotations
@@ -28,11 +28,8 @@ WHOLE_IN_MEMORY = "Its blocks cannot be run one by one, so that all of it must b
 
 
 class PlaceholderTensor(torch.Tensor):
-    """Weight that is not in memory, on the meta device.
-
-    torch multiplies inputs by such a one without a word, and returns whatever was in memory. This one raises
-    RuntimeError if it meets values.
-    """
+    """Weight that is not in memory, on the meta device. It raises RuntimeError when it is used with values: torch
+    silently multiplies by a meta tensor, and returns whatever was in memory."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,7 +49,7 @@ class StreamedModel:
 
     def __init__(self, tree: PreTrainedModel, sources: Sources, files: OpenFiles, *, whole: bool = False) -> None:
         self._sources, self._files = sources, files
-        # What was written in place of stored tensors, and of parameters.
+        # Values written in place of stored tensors and parameters.
         self._replaced: dict[str, torch.Tensor] = {}
         self.model = _build_skeleton(tree)
         # The module and attribute that hold each parameter and stored buffer, under all its names.
@@ -65,7 +62,7 @@ class StreamedModel:
         self._reading = threading.Lock()
         self._held: set[str] = set()
         late = set() if whole else self._hook_vocabulary()
-        # What stays in memory.
+        # Parameters that stay in memory.
         self._resident = [name for name in (self._owners if whole else self.outside) if name not in late]
         self._drop(self._owners.keys() - set(self._resident))
         self._fill(self._resident)
@@ -76,8 +73,7 @@ class StreamedModel:
 
     @contextmanager
     def load(self, module: str) -> Iterator[None]:
-        """Hold the weights of a block, or of a layer outside the blocks, in memory meanwhile, as they are now, under
-        all their names."""
+        """Hold the current weights of a block, or of a layer outside the blocks, in memory, under all their names."""
         supply, own = self._sources.supply, set(self._list_parameters(module))
         tied = {supply[name] for name in own if name in supply}
         names = [
@@ -125,10 +121,7 @@ class StreamedModel:
             self._set(name, torch.empty(self._get(name).shape, device="meta").as_subclass(PlaceholderTensor))
 
     def run(self, batch: Mapping[str, torch.Tensor]) -> None:
-        """Run the whole model, which must hold all its weights, on a batch, for what is seen of it.
-
-        Raises UnsupportedError if it fails.
-        """
+        """Run the whole model, which must hold all its weights, on a batch. Raises UnsupportedError if it fails."""
         try:
             with torch.no_grad():
                 self.model(**batch)
@@ -273,8 +266,8 @@ class ForwardPass:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def advance(self, output: Any = None) -> Any:
-        """Go on to the next module to stop before, with the output of the one before which the pass stands, and return
-        the call of it; None at the end. Raises BlockwiseUnsupported if the model fails, and whatever else it raises."""
+        """Continue to the next module to stop before, with the output of the current one, and return its call; None at
+        the end. Raises BlockwiseUnsupported if the model fails."""
         if self._thread.is_alive():
             self._answers.put(output)
         else:
@@ -326,8 +319,8 @@ class ForwardPass:
 def intercept(
     model: PreTrainedModel, names: Iterable[str], passes: Iterable[ForwardPass]
 ) -> Iterator[Mapping[str, Callable[..., Any]]]:
-    """Make passes of a model stop before these modules meanwhile, and end them; give the modules' own forward
-    functions, by name."""
+    """Make passes of a model stop before these modules, and end the passes on exit; yield the modules' original forward
+    functions by name."""
     modules = {name: model.get_submodule(name) for name in names}
     forwards = {name: module.forward for name, module in modules.items()}
     for name, module in modules.items():

@@ -190,7 +190,7 @@ class FillingWriter(Writer):
             for ids, places in zip(texts, gaps, strict=True)
         ]
         inputs = {
-            # What pads is not seen: any token will do.
+            # Padding is masked: any token will do.
             "input_ids": pad_sequence(blanked, batch_first=True),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in blanked], batch_first=True),
         }

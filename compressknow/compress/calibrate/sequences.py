@@ -145,7 +145,7 @@ def build_inputs(
         spans = draw_spans(form.body, generator) if form.marks else []
         read.append(form.frame(blank_out(row, spans, form.marks)))
         written.append([*fill_in(row, spans, form.marks), *form.suffix] if form.has_sentinels else form.frame(row))
-    # What a decoder reads while it learns to write that, by the model's own rule if it has one.
+    # The decoder's input for these labels, by the model's own rule if it has one.
     labels = torch.tensor(written)
     if own := getattr(model, "prepare_decoder_input_ids_from_labels", None):
         shifted = own(labels=labels)

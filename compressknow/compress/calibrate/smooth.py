@@ -136,8 +136,8 @@ def _find_offset(norm: nn.Module, inputs: torch.Tensor) -> float | None:
 
 
 def compute_factors(statistics: InputStatistics, weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
-    """Compute s [channels], float32, by equation 4, for all `weights` that read these inputs, float32 [out, channels];
-    1 where a channel is always zero."""
+    """Compute s [channels], float32, by equation 4, for all `weights` [out, channels] with these inputs; 1 for channels
+    that are always zero."""
     assert statistics.peaks is not None
     peaks = statistics.peaks
     largest = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
@@ -146,8 +146,8 @@ def compute_factors(statistics: InputStatistics, weights: Sequence[torch.Tensor]
 
 
 def divide_stored(weight: torch.Tensor, factors: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide a norm's weight in its own dtype, and return it with the factors that this comes to after rounding. The
-    weights behind it are multiplied with these, so that nothing is lost in between."""
+    """Divide a norm's weight in its own dtype; return it with the exact factors after rounding, by which the weights
+    behind it are multiplied."""
     original = weight.to(torch.float32) + offset
     divided = (original / factors - offset).to(weight.dtype)
     written = divided.to(torch.float32) + offset
@@ -198,12 +198,12 @@ def split_scope(plan: Plan) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
 
 
 def check_smoothable(plan: Plan) -> None:
-    """Raise UnsupportedError if a recipe smooths, and a block in scope has nothing that can be smoothed; UsageError
-    if two steps smooth one norm differently. A few tokens show it, before the model writes a text."""
+    """Raise UnsupportedError if a block to be smoothed has no norm that can take it, UsageError if two steps smooth a
+    norm differently. A few tokens tell, before the model writes a text."""
     if not plan.recipe.smooths:
         return
     if plan.removal and not plan.removal.is_decided:
-        # What goes is not known yet; what a norm feeds is as in the whole model.
+        # It is not known yet what is dropped; a norm feeds the same layers as in the whole model.
         checkpoint, tree = plan.removal.original
         plan = make_plan(checkpoint, tree, read_structure(tree, plan.recipe.module_map), plan.recipe)
     with OpenFiles() as files, Pool(1) as pool:

@@ -51,11 +51,8 @@ def _explain_failures(path: Path) -> Iterator[None]:
 
 
 def _read_passages(source: str) -> Iterator[str]:
-    """Read the texts of a ``.jsonl`` file (one per line) or ``hf:DATASET`` (one per row), but for blank ones, or the
-    pieces of a ``.txt`` file.
-
-    Raises UsageError if the file or set is not found, CompressknowError if it cannot be read.
-    """
+    """Read the texts of a ``.jsonl`` file (one per line) or ``hf:DATASET`` (one per row) that are not blank, or the
+    pieces of a ``.txt`` file. Raises UsageError if it is not found, CompressknowError if it cannot be read."""
     if source.startswith(HUB):
         yield from _read_rows(source.removeprefix(HUB))
         return
@@ -109,7 +106,7 @@ def _read_rows(dataset: str) -> Iterator[str]:
 
 
 TOKENS = Calibration.tokens
-# Of one batch, about.
+# Approximate tokens per batch.
 BATCH_TOKENS = 2_048
 # A shorter text says too little of what a layer reads: it is refused unless no more was asked for.
 FEWEST_TOKENS = 2_048
@@ -262,8 +259,8 @@ def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: SequenceFormat) -
 def _pack(
     pieces: Iterable[Sequence[int]], form: SequenceFormat, sequences: int, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
-    """Pack pieces into bodies of sequences, int64 [sequences, form.body], or fewer of them if the text is shorter. The
-    rest is dropped. Raises CompressknowError if it is too short, or not of the model's tokens."""
+    """Pack pieces into bodies of at most so many sequences, int64 [sequences, form.body]. Raises CompressknowError if
+    the text is too short, or not in the model's tokens."""
     import torch
 
     ids: list[int] = []
@@ -342,10 +339,8 @@ _FORM = {
 
 
 def load_or_make_text(path: Path, make: Callable[[], CalibrationText]) -> CalibrationText:
-    """Return the text of a calibration that a file holds; else make it, and store it there.
-
-    A damaged file is replaced. Raises as `make` does, and OutputError if the text cannot be written.
-    """
+    """Return the calibration text in a file, or make it and store it there; a damaged file is replaced. Raises as
+    `make` does, and OutputError if it cannot be written."""
     text = _load(path)
     if text is None:
         text = make()

@@ -1,7 +1,7 @@
-"""Walk over the blocks of a model on all of the calibration text, to compress them, or only to observe.
+"""Walk over the blocks of a model with all of the calibration text, to compress or observe them.
 
-Each pass runs in a thread of its own (`compressknow.compress.calibrate.model`), and all of them stop before a block.
-There a visitor is shown what the block reads, and may change its weights; then the block runs, and the passes go on.
+Each pass runs in its own thread (`compressknow.compress.calibrate.model`), and all stop before a block. There a visitor
+sees the block's inputs and may change its weights; then the block runs, and the passes go on.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class Visitor:
         raise NotImplementedError(module)
 
     def keeps_output(self, module: str, batch: int) -> bool:  # noqa: ARG002
-        """Return True if what a module gives while it is watched is what the next one reads. False if its visit changes
-        its weights, or its output is too large to be kept for all batches: then it runs once more."""
+        """Tell whether a watched module's output is what the next module reads. Otherwise it runs once more: its
+        weights were changed, or its output is too large to keep for all batches."""
         return False
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:
-        """Act on what was seen of all batches. The module's weights are loaded, and what is changed of them counts.
-        `rerun` runs the module on the first batch once more, and returns its output."""
+        """Act on the inputs of all batches. The module's weights are loaded, and may be changed. `rerun` runs the
+        module again on the first batch, and returns its output."""
 
     def receive_output(self, module: str, batch: int, call: Call, output: Any) -> None:
         """Look at what a module makes of a batch, as the next one will see it."""
@@ -115,8 +115,8 @@ def _find_homes(streamed: StreamedModel, targets: Iterable[T]) -> dict[str, str]
 
 
 class TargetVisitor(Visitor, Generic[T]):
-    """Visitor of what holds targets, which sums up what each of them reads, and acts on them once it saw all batches;
-    if it `waits` for further uses of what is used several times, at the end. Blocks that share some are one."""
+    """Visitor that sums up the inputs of its targets, and acts on those of a module after all batches, or, if it
+    `waits` for repeated uses, at the end. Blocks that share targets count as one."""
 
     def __init__(self, streamed: StreamedModel, targets: Sequence[T], *, waits: bool = False) -> None:
         self._streamed, self._held, self._waits = streamed, group_by_block(streamed, targets), waits
@@ -141,7 +141,7 @@ class TargetVisitor(Visitor, Generic[T]):
         home = self._homes[module]
         if home not in self._sums:
             self._sums[home] = self.make_sums(self._targets[home])
-            # A block may have layers of its own beside those that it shares.
+            # A block may have layers of its own besides those that it shares.
             self._sums[home].has_twins = list(self._homes.values()).count(home) == 1
         return self._sums[home]
 
@@ -157,7 +157,7 @@ class TargetVisitor(Visitor, Generic[T]):
         for module in list(self._unvisited):
             is_needed = module in self._streamed.blocks or any(each.group == "final" for each in self._targets[module])
             if is_needed and module not in self._sums:
-                # Whatever the model does with the weights of this block or head, it does elsewhere.
+                # The model uses the weights of this block or head elsewhere.
                 raise BlockwiseUnsupported(f"the model does not run {module}")
             with self._streamed.load(module):
                 self._act_on(module, None)
@@ -180,8 +180,8 @@ class TargetVisitor(Visitor, Generic[T]):
         self.act(targets, sums, None, None)
 
     def act(self, targets: Sequence[T], sums: InputSums, module: str | None, rerun: Callable[[], Any] | None) -> None:
-        """Act on what was seen of the targets in a module that is loaded, or, if None, in a whole model. `rerun` is as
-        in `visit`; None if the module will not run any more."""
+        """Act on the targets of a loaded module, or of the whole model if it is None. `rerun` is as in `visit`, or None
+        if the module does not run again."""
         raise NotImplementedError
 
 
@@ -205,7 +205,7 @@ def run_text(
     """
     name = type(tree).__name__
     try:
-        # What fails stops its pool.
+        # An error stops the pool.
         with explain_missing_memory(name, why), Pool(threads) as pool:
             streamed = StreamedModel(tree, sources, files)
             visitors = make(streamed, pool, False)
@@ -311,7 +311,7 @@ def _gather(
     tensors = find_tensors(values)
     versions = [tensor._version for tensor in tensors]
     keeps, output = visitor.keeps_output(call.module, forward_pass.number), None
-    # What a head gives of a batch may be larger than all else.
+    # A head's output for a batch may be larger than everything else.
     with suppress(AllSeen), InputRecorder(weights, ends=not keeps and call.module in visitor.lone_layers) as watch:
         output = run(copied)
     if watch.overwritten:
@@ -398,7 +398,7 @@ class _Observer(TargetVisitor[LinearWeight]):
         self.pairs = pairs and not self._waits
 
     def make_sums(self, targets: Sequence[LinearWeight]) -> InputSums:
-        # Of a pair, an expert may read other tokens.
+        # In the two passes of a pair, an expert may read different tokens.
         paired = {weight.parameter for weight in targets if weight.kind != "experts"} if self.pairs else None
         return InputSums(
             dict.fromkeys(weight.parameter for weight in targets),
@@ -415,9 +415,8 @@ class _Observer(TargetVisitor[LinearWeight]):
     def act(
         self, targets: Sequence[LinearWeight], sums: InputSums, module: str | None, rerun: Callable[[], Any] | None
     ) -> None:
-        """Show what was seen of weights, but for those that the text does not reach, and these weights if a pair of
-        passes runs on with what is made of them."""
-        # What a lone layer gives is not kept: for the original it is still to run.
+        """Show the inputs of weights that the text reaches, and in a pair of passes also the weights."""
+        # The output of a lone layer is not kept: it still has to run for the original.
         changes = self.pairs and rerun is not None and module in self._streamed.blocks
         keys = [
             Key(weight.parameter, matrix)

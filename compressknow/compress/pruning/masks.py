@@ -101,7 +101,7 @@ def _join_pieces(pieces: Iterator[Keys]) -> Iterator[Keys]:
 
 
 BoolArray = npt.NDArray[np.bool_]
-# Starts a tensor anew; the function it returns gives the keys of each of its blocks in order.
+# Restarts a tensor; the function it returns gives the keys of each of its blocks in order.
 KeyMaker = Callable[[], Callable[[Block], Keys]]
 
 

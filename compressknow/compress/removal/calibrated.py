@@ -126,7 +126,7 @@ class _SimilarityVisitor(Visitor):
         by_batch = self._cosines.get(module, {})
         sums = [by_batch[batch] for batch in sorted(by_batch)]
         if not sums:
-            raise CompressknowError(f"The model does not run {module}, so how much it changes cannot be told.")
+            raise CompressknowError(f"The model does not run {module}, so how much it changes is unknown.")
         return sum(cosines for cosines, _ in sums) / sum(tokens for _, tokens in sums)
 
     def receive_output(self, module: str, batch: int, call: Call, output: Any) -> None:

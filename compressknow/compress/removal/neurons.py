@@ -138,7 +138,7 @@ class Cut:
 
     @property
     def is_down(self) -> bool:
-        """Tell whether it is the weight that reads the neurons, which is fitted anew."""
+        """Tell whether it is the weight that reads the neurons, which is refitted."""
         return self.parameter == self.down.parameter
 
     def select(self, neurons: torch.Tensor) -> Values:
@@ -226,7 +226,7 @@ def fit_down(down: torch.Tensor, products: torch.Tensor, selected: torch.Tensor,
     weight = down.to(torch.float64)
     target = weight[:, dropped] @ products[dropped][:, selected].to(torch.float64)
     for damping in DAMPINGS:
-        # Made anew for each: a second copy of so large a matrix would be most of the memory that this takes.
+        # Rebuilt for each: a second copy of so large a matrix would be most of the memory that this takes.
         inner = products[selected][:, selected].to(torch.float64)
         mean = float(inner.diagonal().mean())
         inner.diagonal().add_(damping * mean)

@@ -41,7 +41,7 @@ class Removal:
     cuts : by stored name, the tensors that lose rows or columns. Those of `checkpoint` have their shapes only: which
         neurons stay is known once activations are.
     selected : of each feed-forward network, by the parameter name of its down projection, the neurons that stay.
-    unfitted : by stored name, the values that the rest of a tensor had before it was fitted anew.
+    unfitted : by stored name, the values that the rest of a tensor had before it was refitted.
     is_blockwise : True if the blocks could be run one after the other to learn what goes.
     """
 
@@ -127,7 +127,7 @@ def _choose_dropped(left: Removal, step: DropBlocks, stack: Stack, similarities:
         return replace(stack, dropped=step.named)
     if len(stack.lists) > 1:
         raise UnsupportedError(
-            f"Which blocks of {type(left.tree).__name__} change their input least cannot be told.",
+            f"Which blocks of {type(left.tree).__name__} change their input least is unknown.",
             why=f"One of its blocks is in several lists: {', '.join(stack.lists)}.",
             hint="Name the blocks to drop, such as --drop-blocks 20-23.",
         )
@@ -254,7 +254,7 @@ def _check_alike(old: PreTrainedModel, new: PreTrainedModel, sources: Mapping[st
     for name, source in sources.items():
         place = parse_block(name)
         if name == source and place and place[0] in remaining and remaining[place[0]][place[1]] != place[1]:
-            # What gets a parameter of the block that was there before is meant to differ, with all around it.
+            # A module that gets a parameter of an earlier block is meant to differ.
             parts = name.split(".")
             differing |= {".".join(parts[:length]) for length in range(1, len(parts))}
     # Blocks may share a module: OpenAI GPT's have one activation.

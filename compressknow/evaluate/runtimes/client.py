@@ -23,14 +23,14 @@ from compressknow.base.format import clean
 from compressknow.base.reading import find_mismatch, parse_json
 
 KEYS = ("COMPRESSKNOW_API_KEY", "OPENAI_API_KEY")
-# What may pass: too many requests, a server that loads its model, a proxy before one that starts.
+# Temporary errors: too many requests, a server that loads its model, a proxy before one that starts.
 PASSING = (408, 429, 500, 502, 503, 504)
 # The largest distribution over a whole vocabulary is a tenth of that.
 MOST_BYTES = 256 << 20
 PIECE = 1 << 16
 # Seconds: to be connected; the longest that a server may ask to wait; the first pause, doubled each time.
 CONNECT, LONGEST_PAUSE, FIRST_PAUSE = 10.0, 60.0, 0.5
-# Of a request that is refused, and of one whose connection breaks.
+# Attempts for a request that is refused, and for one whose connection breaks.
 TRIES, READS = 5, 2
 
 

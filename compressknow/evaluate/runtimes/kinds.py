@@ -26,12 +26,12 @@ from compressknow.evaluate.scoring.scorer import Ids
 
 # Likeliest tokens that llama-server is asked for: most candidates begin with one of them.
 LLAMA_TOKENS = 1024
-# What makes a token the likeliest whatever the model thinks of it.
+# A bias that makes any token the likeliest.
 FORCE = 1e5
-# Rounding may put a sure thing a little above 0; llama-server gives an impossible one float32's least number.
+# Rounding may give a certain token a little above 0; llama-server gives an impossible one float32's minimum.
 LEAST, ABOVE = -3.5e38, 1e-3
 TRIAL = "The capital of France is Paris"
-# Forms of what servers answer, as far as it is read (`compressknow.base.reading.find_mismatch`).
+# The parts of servers' answers that are read (`compressknow.base.reading.find_mismatch`).
 _TOKENS = {"tokens": [int]}
 _STEP = {"id": int, "logprob": float, "top_logprobs": [{"id": int, "logprob": float, "token": str}]}
 _STEPS = {"completion_probabilities?": [_STEP], "content?": str}
@@ -160,7 +160,7 @@ class LlamaServer(ServedModel):
         return score
 
     def _find_likeliest(self, prompt: Ids, count: int) -> FirstToken:
-        # Whatever is written, of a token that is a whole text the server tells all.
+        # The written token does not matter; one that is a whole text makes the server report all.
         step = self._request_step(prompt, next(iter(self.encode("a", False)), 0), count)
         top = step["top_logprobs"] if step else []
         if len(top) < min(count, self._vocabulary):
@@ -273,7 +273,7 @@ def _find_spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> lis
     begins = [offset - offsets[0] for offset in offsets]
     ahead = begins[1] if len(begins) > 1 and not text.startswith(tokens[0]) else 0
     starts = [begin - ahead for begin in begins]
-    # Where the next letter begins: servers write out the bytes of a part of one.
+    # The start of the next character: servers spell out the bytes of a partial one.
     ends = [start + len(token) for start, token in zip(starts, tokens, strict=True)]
     later = [next((other for other in starts[place:] if other > start), None) for place, start in enumerate(starts)]
     return [(start, end if other is None else other) for start, end, other in zip(starts, ends, later, strict=True)]

@@ -1,5 +1,4 @@
-"""Causal models and decoders: candidates go on from the key-value cache of what comes before them, where it can be
-trusted, and running text is read."""
+"""Causal models and decoders: score candidates from the key-value cache of their prefix, and read running text."""
 
 from __future__ import annotations
 
@@ -58,8 +57,7 @@ class DecodingScorer(Scorer):
 
     @abstractmethod
     def forward(self, ids: torch.Tensor, cache: Any, encoder: Encoded | None, keep: int) -> tuple[Any, Any]:
-        """Return logits of the last `keep` positions, [batch, keep, vocabulary], and the cache afterwards, if it can be
-        split by rows."""
+        """Return logits of the last `keep` positions, [batch, keep, vocabulary], and the cache, if it can be split."""
 
     @abstractmethod
     def ends(self, token: int) -> bool:
@@ -188,7 +186,7 @@ class DecodingScorer(Scorer):
         _, cache = self.forward(prefix, None, encoder, 1)
         if cache is None:
             return False
-        # What another text does with the cache must leave no trace.
+        # Another text's use of the cache must leave no trace.
         self.forward(more.flip(0)[:, -1:], select_rows(cache, rows), encoder, 1)
         every, twice = torch.arange(2 * len(rows), device=rows.device), torch.cat([rows, rows.flip(0)])
         encoder = select_encoded(encoder, every % len(rows))
@@ -249,8 +247,7 @@ def check_splittable(cache: Any) -> Any:
 
 
 def select_encoded(encoder: Encoded | None, rows: Any) -> Encoded | None:
-    """Return these rows of what an encoder has read. Its output is of its own class, with no other field: decoders look
-    for some that others have not."""
+    """Return these rows of an encoder's output, in its own class, since decoders look for its fields."""
     if encoder is None:
         return None
     output = encoder["encoder_outputs"]

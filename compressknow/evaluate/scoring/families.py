@@ -55,7 +55,7 @@ class MaskedScorer(Scorer):
         return ids[: place - 1] + ids[place:] if space else ids
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:  # noqa: ARG002
-        # What follows is in sight anyway.
+        # The model sees what follows anyway.
         return tuple(self.encoder.answer(fact.before, text, fact.gap) for text in texts)
 
     def find_obstacle(self, fact: Fact) -> str | None:  # noqa: ARG002
@@ -197,7 +197,7 @@ class CausalScorer(DecodingScorer):
     def encode_prompt(self, fact: Fact) -> Ids:
         if not fact.before and self._start is not None:
             return (self._start,)
-        # Of a text that the tokenizer leaves nothing of, a closing token is better than none.
+        # If the tokenizer leaves nothing of a text, a closing token is better than nothing.
         return self.encoder.begin(fact.before) or self.encoder.ids(fact.before, True)
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
@@ -235,7 +235,7 @@ class Seq2SeqScorer(DecodingScorer):
     """Encoder-decoder models: the encoder reads the prompt with its blank, the decoder fills it.
 
     T5 and its kin fill ``<extra_id_0>`` and close with ``<extra_id_1>`` (Raffel et al. 2020). BART and its kin write
-    the whole sentence anew with the mask filled (Lewis et al. 2020), so that the answer follows the beginning of the
+    the whole sentence again with the mask filled (Lewis et al. 2020), so that the answer follows the beginning of the
     sentence.
     """
 

@@ -14,7 +14,7 @@ from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.facts import Fact
 
 TOP = 5
-# What the candidates that are never finished may hold of the probability of all together, at most.
+# The most probability that unfinished candidates may have together.
 TAIL = 1e-3
 Scores = NDArray[np.float64]
 # Pairs (index of the contest, index of the candidate) and a bar for each -> scores, [pairs]: those of the whole
@@ -76,8 +76,8 @@ def sum_logs(scores: Scores) -> float:
 
 
 def find_rank(gold: int, scores: Scores) -> int | None:
-    """Return 1 for the most likely answer; among equal ones the earlier comes first, whichever is the object. None
-    where the model computes no number for it (NaN): a broken model knows nothing."""
+    """Return the rank of the object, from 1; ties go to the earlier candidate. None if its score is NaN: a broken model
+    knows nothing."""
     if np.isnan(scores[gold]):
         return None
     return int(1 + np.sum(scores > scores[gold]) + np.sum(scores[:gold] == scores[gold]))

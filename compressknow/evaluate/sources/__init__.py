@@ -53,7 +53,7 @@ class Options:
         for name in ("template", "templates", "limit", "seed", "context"):
             value = getattr(self, name)
             try:
-                # Of numpy's, which JSON does not take, Python's own.
+                # Convert numpy's integers, which JSON does not take.
                 object.__setattr__(self, name, None if value is None else operator.index(value))
             except TypeError:
                 raise UsageError(f"--{name} must be a whole number: {value!r}.") from None
@@ -230,7 +230,7 @@ def check_taken(names: Sequence[str], options: Options) -> None:
     idle = [
         field
         for field in options.list_changed()
-        # What is wrong with a name is said where it is opened.
+        # Errors in names are raised when probes are opened.
         if field not in general and not any(source is None or _takes(source, field) for source in sources)
     ]
     if idle:
@@ -268,7 +268,7 @@ def _open_by_name(name: str, options: Options) -> Opened:
     except Exception as error:
         if not PROBES.is_added(kind):
             raise
-        # Whatever the code of another package does.
+        # Third-party code may raise anything.
         raise PROBES.incompatible(kind, f"{type(error).__name__}: {error}") from error
     _check_opened(kind, full, opened)
     return opened.sample(options.limit, options.seed) if isinstance(opened, Probe) else opened

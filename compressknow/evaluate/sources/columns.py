@@ -194,7 +194,7 @@ def choose_columns(there: Iterable[str], wanted: Mapping[str, str], where: str) 
         check_key(key)
     kind, recognized, templates = _recognise(present)
     if {"prompt", "template"} & set(wanted):
-        # Who names a prompt or a template does not want that of the known table.
+        # A prompt or template named by the user replaces that of the known table.
         recognized = {key: name for key, name in recognized.items() if key not in ("prompt", "template")}
         templates = {}
     columns = Columns({**recognized, **wanted}, templates, kind)

@@ -194,10 +194,10 @@ def _make_fact(
 
 
 HUB_PROTOCOL = "hf/1"
-# Where the user names no split: sets for evaluation have their facts in the first of these that there is.
+# Default split: evaluation sets have their facts in the first of these that exists.
 _SPLITS = ("test", "validation", "train")
 _ROWS_AT_ONCE = 10_000
-# Of the sets whose tables are known.
+# Domains of relations in the data sets whose tables are known.
 DOMAINS = LAMA | CONCEPTNET | POPQA
 
 

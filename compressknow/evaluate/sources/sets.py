@@ -2,7 +2,7 @@
 
 **atlas** is ``compressknow/evaluate/atlas/*.json``, one file a relation: {"relation", "subject", "definition",
 "templates": [TEXT, ...], "source", "popularity": TEXT or null, "facts": [{"id", "sub_label", "obj_label",
-"popularity"?}, ...]}. Where each file's facts come from, and under which licence, stands in ``ATTRIBUTION.md`` beside
+"popularity"?}, ...]}. Where each file's facts come from, and under which licence, stands in ``ATTRIBUTION.md`` next to
 them.
 
 **bear** is the probe of Wiland, Ploner and Akbik, "BEAR: A Unified Framework for Evaluating Relational Knowledge in
@@ -16,7 +16,7 @@ over all facts alike: lm-pub-quiz weights each relation's accuracy by its number
 **lama** is LAMA (Petroni et al. 2019, "Language Models as Knowledge Bases?"). The folder is what
 https://dl.fbaipublicfiles.com/LAMA/data.zip holds: ``TREx/P*.jsonl``, ``Google_RE/*_test.jsonl``,
 ``Squad/test.jsonl``, ``ConceptNet/test.jsonl`` and ``relations.jsonl``, a template for each relation of T-REx.
-``common_vocab_cased.txt``, one word a line, lies beside them; the `lama` protocol needs it. T-REx and Google-RE are
+``common_vocab_cased.txt``, one word a line, lies next to them; the `lama` protocol needs it. T-REx and Google-RE are
 evaluated by template, in both protocols, and SQuAD and ConceptNet by the first of their ``masked_sentences``. A prompt
 has one blank, so that sentences with several are dropped (3 of SQuAD's): the official code scores the first of the
 blanks, the paper's code each of them.
@@ -75,7 +75,7 @@ CONCEPTNET = map_relations(
     }
 )
 LAMA = WIKIDATA | dict.fromkeys(_GOOGLE_RE, PEOPLE)
-# Of the sets that are of one domain, whatever the relation.
+# Sets whose relations all have the same domain.
 _DOMAINS_OF_SETS = {"conceptnet": COMMON_SENSE, "squad": GENERAL}
 # The official scripts' max_sentence_length, in words.
 _LONGEST_SENTENCE = 100

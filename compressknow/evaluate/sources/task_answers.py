@@ -18,11 +18,11 @@ from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.facts import BLANK, COMMON_SENSE, GENERAL
 from compressknow.evaluate.scoring.ranking import find_rank, sum_logs
 
-# Of an item's context, so much of its end is shown.
+# Characters shown of the end of an item's context.
 SHOWN = 300
 _GAP = "…"
 NO_GOLD = "no choice is marked as the right one"
-# Where a task reports several figures: the ones over raw log-likelihoods and whole answers go first.
+# If a task reports several metrics, those over raw log-likelihoods and whole answers are used.
 _METRICS = ("acc", "exact_match")
 _OF_COMMON_SENSE = frozenset({"piqa", "winogrande"})
 

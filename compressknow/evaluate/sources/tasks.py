@@ -66,7 +66,7 @@ class LmEval(ProbeSource):
 
         `options.data` holds local files, itself or in its folder ``tasks/``: ``boolq.jsonl``, ``piqa.jsonl``,
         ``winogrande.jsonl``, in place of the sets on the Hugging Face hub, and those that the YAML of a task folder
-        names, or they lie beside it. Its Python files are run, as lm-eval does.
+        names, or they lie next to it. Its Python files are run, as lm-eval does.
         """
         require("datasets", "lm_eval")
         task, data, include = part, options.data, options.tasks
@@ -181,7 +181,7 @@ def _find_data(name: str, entry: Any, places: list[Path]) -> Path | None:
             return Path(place)
     raise UsageError(
         f"{name} needs {', '.join(files)}, which neither its task folder nor --data holds.",
-        hint=f"Put it beside {entry.yaml_path.name}, or into DIR and pass --data DIR.",
+        hint=f"Put it next to {entry.yaml_path.name}, or into DIR and pass --data DIR.",
     )
 
 
@@ -349,7 +349,7 @@ def _evaluate(loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any])
     versions = results["versions"]
     own = versions.get(task.task)
     if own is None:
-        # Of a group without one, those of its tasks.
+        # For a group without a version, those of its tasks.
         own = "+".join(sorted({str(one) for one in versions.values() if one is not None})) or "0"
     if files := task.local_files():
         data: Any = {path.name: compute_sha256(path) for path in files.values()}
@@ -364,7 +364,7 @@ def _evaluate(loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any])
         dropped=dict(dropped),
         truncated=sum(count_truncated(results["samples"][name], lm) for name in built["tasks"]),
         chance=compute_chance(answer.choices for answer in answers),
-        # Of always naming the place that is right most often.
+        # Accuracy of always choosing the most frequent place.
         majority=max(golds.values()) / len(answers) if golds.total() == len(answers) else None,
         limit=task.limit,
         seed=task.seed,
@@ -391,7 +391,7 @@ def _run_lm_eval(lm: Any, task: LmEvalTask, built: Mapping[str, Any]) -> Mapping
     try:
         results = evaluate(lm=lm, task_dict=built, limit=task.limit, bootstrap_iters=0, log_samples=True)
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
-        # Of an item that its YAML or code does not suit, or that the model cannot take; figures over all items too.
+        # Raised by an item that does not suit the YAML, the code or the model, or by figures over all items.
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
         if isinstance(error, AssertionError) and not str(error):
             reason = f"An answer is empty, or longer than the {lm.max_length} tokens that the model takes."
@@ -408,7 +408,7 @@ def _wrap(loaded: LanguageModel, built: Mapping[str, Any]) -> Any:
     # wrong positions for items whose tokens are the same but for where the continuation begins (0.4.13).
     cache = not any(getattr(one, "multiple_input", 0) for one in built["tasks"].values())
     model = loaded.model
-    # HFLM ties the weights anew; what is loaded is to be evaluated as it is.
+    # HFLM ties the weights again; what is loaded is to be evaluated as it is.
     model.tie_weights = lambda *_, **__: None
     try:
         # lm-eval gives a tokenizer without a padding token one: to a copy.

@@ -1,4 +1,4 @@
-"""Decide: whether models meet gates, as an error, as JUnit's XML and as the summary of a job; and which to take."""
+"""Check models against gates, report that as an error, JUnit XML and a job summary, and recommend a model."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def hold_to_gates(result: object, card: Card) -> None:
     Where it is strict, a model whose interval reaches to both sides of a gate has neither met nor missed it.
 
     Raises GateNotMet if a model keeps less, or where the original knew nothing that could be kept; GateUndecided
-    if that cannot be told of one and all others meet it; UsageError if no facts were evaluated.
+    if that is undecided for one and all others meet it; UsageError if no facts were evaluated.
     """
     if not card.gates:
         return
@@ -179,8 +179,8 @@ def render_job_summary(card: Card) -> str:
         for name, each in zip(name_models(card), card.comparisons, strict=True)
         for cells in list_results(card, each)
     ]
-    # Of many, those that are met are left out before the others.
-    told = sorted(results, key=lambda cells: cells[-1] == _RESULTS[True])[:_MOST_RESULTS]
+    # If there are too many, leave out those that are met first.
+    shown = sorted(results, key=lambda cells: cells[-1] == _RESULTS[True])[:_MOST_RESULTS]
     single = card.comparisons[0] if len(card.comparisons) == 1 else None
     grades = single.grades if single else ()
     worst = sorted(grades, key=lambda grade: 1.0 if grade.kept.value is None else grade.kept.value)[:_DOMAINS]
@@ -191,8 +191,8 @@ def render_job_summary(card: Card) -> str:
     ]
     facts = single.lost[:_FACTS] if single and card.show_facts else ()
     lost = [f"{write_prompt(fact.prompt)} ({clean(fact.gold)}, now {answer(fact.after)})" for fact in facts]
-    more = len(results) - len(told)
-    results = told if more else results
+    more = len(results) - len(shown)
+    results = shown if more else results
     return render("summary.md.j2", card=card, results=results, more=more, domains=domains, lost=lost)
 
 
@@ -209,8 +209,8 @@ def tabulate_results(card: Card, comparison: Comparison) -> Iterator[Table]:
 
 def _write_kept(comparison: Comparison, gate: Gate) -> str:
     counts, kept = gate.measure_kept(comparison)
-    told = write_estimate(kept, partial(share_against, limits=[gate.least]))
-    return f"{count(counts.both)} of {count(counts.known_before)}, {told}"
+    estimate = write_estimate(kept, partial(share_against, limits=[gate.least]))
+    return f"{count(counts.both)} of {count(counts.known_before)}, {estimate}"
 
 
 def recommend_model(
@@ -252,7 +252,7 @@ def recommend_model(
     rounding = estimate_rounding_kept(list_probes(comparisons))
     best, before = max(fitting, key=lambda place: standing[place].keeps), ""
     if gates:
-        # What keeps as much may miss a strict gate by its interval.
+        # A model that keeps as much may miss a strict gate because of its interval.
         floor, sure = join_names([gate.in_words for gate in gates]), "surely " if gates[0].strict else ""
         enough = [i for i in fitting if all(gate.is_met(comparisons[i]) for gate in gates)]
         one, several = f"that {sure}keeps {floor}", f"that {sure}keep {floor}"
@@ -283,8 +283,8 @@ def recommend_model(
 
 
 def _may_keep_as_much(kept: Estimate, rounding: Estimate) -> bool:
-    """Return whether the interval of the difference between two shares, of which each has its own (MOVER), reaches
-    nought: a sample of which rounding lost nothing does not say that it never loses anything."""
+    """Tell whether a model may keep as much as rounding alone does, by the interval of the difference (MOVER, from both
+    intervals): a sample in which rounding lost nothing does not prove that it never does."""
     if None in (kept.value, kept.high, rounding.value, rounding.low):
         return False
     room = math.hypot((kept.high or 0.0) - (kept.value or 0.0), (rounding.value or 0.0) - (rounding.low or 0.0))

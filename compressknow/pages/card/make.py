@@ -33,7 +33,7 @@ _SCORING = {
     "log-probability of all its tokens.",
 }
 _REQUIRED = ("name", "sha256", "architecture", "family")
-# What a server may not tell of its model.
+# Fields that a server may not tell.
 _OF_FILES = ("parameters", "bytes", "dtype")
 # The answers of a model that produces NaN give no advice on compression.
 _REPAIR = "Next: find an intact copy of the model that produces NaN; these figures mean nothing."
@@ -84,7 +84,7 @@ def make_card(
         )
         compared = replace(compared, probes=tuple(probes))
         comparisons.append(add_sections(model, compared, (original, answers), show_facts=show_facts))
-    # What holds for all of several models is said once, of the whole card.
+    # Warnings common to all models are given once, for the whole card.
     common = comparisons[0].warnings if len(comparisons) > 1 else ()
     common = tuple(warning for warning in common if all(warning in each.warnings for each in comparisons))
     of_sections = (text for section in list_explained(comparisons) for text in section.method)

@@ -119,8 +119,7 @@ def split_setups(comparisons: Sequence[Comparison]) -> tuple[tuple[Line, ...], t
     return lines, tuple(place for place in range(len(comparisons)) if place not in drawn)
 
 
-# What the page holds of one comparison, and of several together: a page of 20 models and one probe stays below
-# 400 KB.
+# Facts that a page shows for one model, and for several together: with 20 models and one probe it stays below 400 KB.
 _LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 100, 50
 _FEW, _RELATIONS_IN_ALL, _LEAST_RELATIONS = 5, 100, 3
 # Facts that the Markdown holds of one comparison, and of all together.
@@ -356,7 +355,7 @@ def render_html(card: Card) -> str:
         lost=_LOST if models <= 1 else _LOST_IN_ALL // models,
         gained=min(_GAINED, _GAINED_IN_ALL // max(1, models)),
         relations=None if models <= _FEW else max(_LEAST_RELATIONS, _RELATIONS_IN_ALL // models),
-        # Of several models, a chart for each would take seconds.
+        # Charts for each of several models would take seconds.
         charts=models == 1,
     )
     return pages.render_html(make_page(card, limits, charts=True))

@@ -21,7 +21,7 @@ from compressknow.pages.records import NAME_CHARACTERS, SCALE, Comparison, Grade
 
 LOWEST = "F"
 _SCALE = ", ".join(f"{grade} from {least} % kept" if grade == "A+" else f"{grade} {least} %" for grade, least in SCALE)
-LEGEND = f"{_SCALE}, {LOWEST} less. Where the interval reaches over several grades, they are named beside the letter."
+LEGEND = f"{_SCALE}, {LOWEST} less. Where the interval reaches over several grades, they are named next to the letter."
 SHORT_LEGEND = f"{_SCALE}, {LOWEST} less. A question mark says that the interval reaches over several grades."
 
 
@@ -143,9 +143,8 @@ def round_up(facts: int) -> str:
 
 
 def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None) -> str:
-    """Return the sentence on several compressed models: the best, the worst, and the places of those `alike`, which no
-    test tells from the best; None if they were not evaluated on the same facts.
-    """
+    """Return the sentence on several compressed models: the best, the worst, and those `alike` (by place), which no
+    test tells from the best; None if they were not evaluated on the same facts."""
     name = clean(original, NAME_CHARACTERS)
     labels = label_models(comparisons)
     known = [(c.counts, label) for c, label in zip(comparisons, labels, strict=True) if c.counts.known_before]
@@ -286,7 +285,7 @@ def advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     try:
         recipe = Recipe.from_dict(dict(model.recipe)) if model.recipe else None
     except CompressknowError:
-        # Of another version, or of a package that is not installed.
+        # It is from another version, or needs a package that is not installed.
         recipe = None
     found = find_milder(recipe, model.groups or {}) if recipe else None
     if found is None:
@@ -305,8 +304,7 @@ _Change = tuple[str, Sequence[Step]]
 
 
 def find_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> tuple[str, Recipe] | None:
-    """Return in words what a recipe that does less does otherwise, by the `relative_error` of these groups, and that
-    recipe; None if there is none."""
+    """Return how a milder recipe differs, by the `relative_error` of groups, and that recipe; None if there is none."""
     steps = recipe.steps
     found = (
         _halve(steps, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)

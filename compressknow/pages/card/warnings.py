@@ -350,7 +350,7 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
     for name, floor_of in (("rounding", "noise_floor"), ("the runtime", "runtime_noise_floor")):
         found = [(floor, p.counts.n) for p in measured if (floor := getattr(p, floor_of)) and floor.n]
         if found:
-            # Of a large probe a smaller part was put to it.
+            # Weighted by facts: only a part of a large probe was evaluated again.
             alone = average_estimates(
                 [estimate_proportion(floor.changed, floor.n) for floor, _ in found], [number for _, number in found]
             )

@@ -213,12 +213,12 @@ def make_behaviour(
     a, b_like_a, b, a_like_b = (apply_reading(each, known) for each in (*there, *back))
     b_against_a = make_card(a, [b_like_a], show_facts=show_facts, gates=gates)
     a_against_b = make_card(b, [a_like_b], show_facts=show_facts)
-    told = (*warnings.warn_of_known(known), *_list_warnings((a, b_like_a), b, b_against_a, a_against_b))
+    sentences = (*warnings.warn_of_known(known), *_list_warnings((a, b_like_a), b, b_against_a, a_against_b))
     return Behaviour(
         b_against_a=b_against_a,
         a_against_b=a_against_b,
         answers=tuple(_pair_answers(merge_wordings(a), merge_wordings(b_like_a))) if show_facts else (),
-        warnings=tuple(dict.fromkeys(told)),
+        warnings=tuple(dict.fromkeys(sentences)),
         known=known,
     )
 

@@ -353,7 +353,7 @@ def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[parts.Part
 
 
 def build_settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> parts.Table | None:
-    """Return the settings that differ, and the files beside config and weights that do."""
+    """Return the settings that differ, and the files besides config and weights that do."""
     rows = tuple(
         (clean(change.key, 80), *(NONE if value is None else clean(value, 200) for value in (change.a, change.b)))
         for change in difference.config
@@ -433,7 +433,7 @@ def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path], *
 
 
 def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
-    """Return plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order; what cannot be told is None."""
+    """Return plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order; unknown values are None."""
     behaviour = comparison.behaviour
     return {
         "schema": SCHEMA,

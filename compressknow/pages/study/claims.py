@@ -16,7 +16,7 @@ from compressknow.comparison.records import Counts, Estimate
 from compressknow.pages.study.records import Study, StudyCell, StudyProbe
 
 HOLDS, DOES_NOT_HOLD, CANNOT_TELL = "holds", "does not hold", "cannot tell"
-# Where the search for a p-value begins, and in how many steps it halves what is open.
+# Start and number of bisections of the search for a p-value.
 _LEAST_P, _STEPS = 1e-9, 20
 
 # A figure with its interval of the level that it is called with.
@@ -108,7 +108,7 @@ def answer_claim(directions: Sequence[tuple[str, int]], parts: Sequence[str]) ->
     It does not hold where any comparison separates its cells the other way round. It holds where none does and, in each
     part of the claim, at least one separates them as claimed. Else nothing can be told.
 
-    >>> answer_claim([("", 1), ("", 0)], [""]), decide([("", 1), ("", -1)], [""])
+    >>> answer_claim([("", 1), ("", 0)], [""]), answer_claim([("", 1), ("", -1)], [""])
     ('holds', 'does not hold')
     >>> answer_claim([("20", 1), ("40", 0)], ["20", "40"])
     'cannot tell'
@@ -193,7 +193,7 @@ def _join(right: Sequence[Sequence[bool]]) -> np.ndarray:
 
 
 def hold_to_limit(of: str, figure: Figure, limit: float) -> Bound:
-    """Return the figure beside its limit, with the p-value at which its interval just reaches the limit."""
+    """Return the figure with its limit, and the p-value at which its interval just reaches the limit."""
     value = figure(0.95)
     if value.value is None or value.low is None:
         return Bound(of, value, limit, None)

@@ -239,7 +239,7 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], claims.Claim]], ...] = (
         _claim_final_near_baseline,
     ),
 )
-# Of findings that hold a figure to a limit, what it is.
+# For findings that compare a figure with a limit, the figure.
 _LEFT = "left of what the original knows beyond the baseline"
 _FIGURES = {"F1": "relative fall in accuracy", "F5": _LEFT, "F10": _LEFT}
 
@@ -341,7 +341,7 @@ def _describe_rates(pairs: Sequence[claims.CellComparison], parts: Sequence[str]
     known = [pair for pair in pairs if pair.rate_p_holm is not None and pair.rate.value is not None]
     if not known:
         return ""
-    # Those that contradict the claim decide.
+    # Pairs that contradict the claim decide.
     against = [pair for pair in known if pair.rate_direction < 0]
     best = min(against or known, key=lambda pair: pair.rate_p_holm or 0.0)
     rate = 100 * (best.rate.value or 0.0)

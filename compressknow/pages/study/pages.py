@@ -452,7 +452,7 @@ def _write_figures(charts: tuple[Chart, ...], folder: Path) -> None:
 def dump_study(study: Study) -> dict[str, Any]:
     """Return plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order.
 
-    Shares and accuracies lie between 0 and 1, sizes are bytes; what cannot be told is None; intervals are [low, high],
+    Shares and accuracies lie between 0 and 1, sizes are bytes; unknown values are None; intervals are [low, high],
     95 %. ``cells`` are the rows of the tidy table, one per cell and probe. No fact's text is in it.
     """
     findings, by_method = evaluate_findings(study)

@@ -254,7 +254,7 @@ def tidy_rows(study: Study) -> list[dict[str, Any]]:
     further = dict.fromkeys(name for cell in cells for name in cell.settings if name not in _SHOWN)
     settings = {name: infer_type([cell.settings.get(name) for cell in cells]) for name in further}
     columns = [name for column in COLUMNS for name in (column, *(settings if column == "quantization" else ()))]
-    # A column has one type: numbers beside texts become texts.
+    # A column has one type: numbers among texts become texts.
     texts = [name for name, kind in settings.items() if kind == _TEXT]
     typed = (row | {name: clean(row[name]) for name in texts if row.get(name) is not None} for row in rows)
     return [{name: row.get(name) for name in columns} for row in typed]
@@ -357,14 +357,14 @@ class Axis:
 
 
 def _make_axis(study: Study, name: str) -> Axis:
-    # All that a cell has beside the axis and, of a method or scheme, beside its own parameters.
+    # All that a cell has besides the axis and, of a method or scheme, besides its own parameters.
     left_out = {name} | (_list_parameters(name) if name in (METHOD, SCHEME) else set())
     cells = [
         (cell, frozenset((key, value) for key, value in cell.settings.items() if key not in left_out))
         for cell in study.cells
         if name in cell.settings
     ]
-    # What does not look at activations has no calibration: it stands beside every cell that does, whatever its text.
+    # Methods without activations have no calibration, so they are compared with cells of any calibration.
     rests = sorted({rest for _, rest in cells}, key=len, reverse=True)
     widest = [rest for i, rest in enumerate(rests) if not any(_is_fit(rest, other) for other in rests[:i])]
     groups, in_figures, has_methods = [], [], len(study.list_methods()) > 1
@@ -434,5 +434,5 @@ def _name_group(rest: Mapping[str, Setting], of_all: Sequence[Mapping[str, Setti
     name = ", ".join([*main, *(f"{clean(name, 30)} {format_setting(name, rest[name])}" for name in others)])
     if name or len(of_all) == 1:
         return name
-    # What tells this group from the others is that it lacks what they have.
+    # This group differs from the others by what it lacks.
     return "not pruned" if AMOUNT not in rest and any(AMOUNT in each for each in of_all) else "not quantized"

@@ -63,7 +63,7 @@ class Cliff:
 
 
 _Key = TypeVar("_Key")
-# What is compared: its level, the amounts, and the cells of each by name, paired.
+# A comparison: its level, the amounts, and the cells of each by name, paired.
 _Compared = tuple[str, tuple[float, ...], Mapping[str, Sequence[StudyCell]]]
 
 
@@ -236,7 +236,7 @@ _KEPT, _QUANTIZED = "pruning-kept", "quantization"
 _METHODS = {module: f"methods-{module}" for module in MODULES}
 _METHODS_ALONE = "methods-pruned"  # where a module was pruned by one amount
 _MOST = 6  # values of an axis that are listed one by one
-# What orders of modules, and their cliffs, are of: it is said where the study has other methods too.
+# Orders of modules and cliffs are of this method, which is named if the study has others too.
 _PAPER_METHOD = label_method(UNSTRUCTURED)
 _CHARTS = {
     **dict.fromkeys(("F1", "F2", "F3", "F4", "F5"), "pruning-drop"),
@@ -321,7 +321,7 @@ def _name_kept(averaged: Sequence[object]) -> str:
 
 
 def _claim_least(least: LossRanking, kind: str, before: str = "") -> str:
-    # Where all keep the same, to name the first of them would say what nobody saw.
+    # If all keep the same, naming the first would be arbitrary.
     return f"{before + clean(least.best, 60) if len(set(least.kept.values())) > 1 else f'one {kind}'} hurts least"
 
 

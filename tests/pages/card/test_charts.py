@@ -101,7 +101,7 @@ def test_speeds_say_in_what_they_were_measured() -> None:
     (mark,) = [mark for mark in timed.marks if mark.kind == "in llama.cpp b1"]
     kept = card.comparisons[int(mark.label) - 1].kept
     assert mark.kept == kept
-    assert f"({share(kept.low).removesuffix(' %')} to {share(kept.high)})" in mark.told
+    assert f"({share(kept.low).removesuffix(' %')} to {share(kept.high)})" in mark.tooltip
     assert '<th scope="col">Timed in</th>' in render_html(card)
 
 

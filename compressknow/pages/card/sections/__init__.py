@@ -1,7 +1,7 @@
-"""Sections of a report card: what one is, which there are, and what they make of a comparison together.
+"""Sections of a report card: their base class, their registry, and what they make of a comparison together.
 
-A section of another package that fails is left out, with a warning that names the package: what was evaluated for an
-hour must not be lost for it. Nothing that it says reaches a page unescaped, whatever it is made of.
+A third-party section that fails is left out, with a warning that names its package: an hour's evaluation must not be
+lost because of it. Nothing from it reaches a page unescaped.
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ class Section:
     def measure(self, answers: ProbeAnswers) -> Any:  # noqa: ARG002
         """Return figures of one probe that the card's records do not hold: values for JSON, or None for nothing.
 
-        Called once, when the card is made. They are stored with it, and stand in ``report.json`` under
-        ``probes[PROBE][NAME]``.
+        Called once, when the card is made; stored in ``report.json`` under ``probes[PROBE][NAME]``.
         """
         return None
 
@@ -183,7 +182,7 @@ def add_sections(
             warnings += [clean(warning, 1000) for warning in section.warnings(context)]
             measured |= {name: figures} if figures else {}
         except Exception as error:
-            # Whatever another package does; a failure of our own is to be seen.
+            # Third-party code may raise anything; our own errors must surface.
             if SECTIONS.is_built_in(name):
                 raise
             failed[name] = _describe_failure(name, error)
@@ -223,7 +222,7 @@ def show_sections(
                 parts = parts if SECTIONS.is_built_in(name) else tuple(map(_check_part, parts))
             finished = tuple(draw_charts(parts, f"{id}-{name}", limits.charts))
             if not SECTIONS.is_built_in(name):
-                # What is missing in a part is seen here, or it would take the whole page with it.
+                # Render it now: a faulty part would otherwise break the whole page.
                 render_html(Page("", (PageSection("", "", finished),)))
         except Exception as error:
             if SECTIONS.is_built_in(name):

@@ -133,9 +133,9 @@ def chart_popularity(groups: Sequence[Group], name: str) -> Chart | None:
     bins = [(clean(group.name, 16), group.kept) for group in groups if group.kept.value is not None]
     if len(bins) < 2:
         return None
-    told = ", ".join(f"{label} {share(kept.value)}" for label, kept in bins)
+    listed = ", ".join(f"{label} {share(kept.value)}" for label, kept in bins)
     title = f"Knowledge kept by popularity, {clean(name, 60)}"
-    return Chart(title, f"From left to right: {told}.", lambda plot: _draw(plot, bins))
+    return Chart(title, f"From left to right: {listed}.", lambda plot: _draw(plot, bins))
 
 
 def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
@@ -180,8 +180,8 @@ class Grades(Section):
             yield make_grades_table(
                 knowing, f"{clean(probe.probe, 60)}: the original's grades (rows), and what they became"
             )
-            if told := " ".join(_describe_grades(knowing)):
-                yield Note(told)
+            if sentences := " ".join(_describe_grades(knowing)):
+                yield Note(sentences)
         yield Note("The glossary says what each grade means.")
 
 
@@ -315,29 +315,33 @@ def _tabulate_thirds(name: str, thirds: Sequence[Tertile]) -> Table:
     )
 
 
-def _describe_wrong(name: str, told: Confidence) -> str:
+def _describe_wrong(name: str, confidence: Confidence) -> str:
     sides = (
         f"{count(part)} of the {whose}'s {count(wrong)} wrong answers ({write_percent(part, wrong)})"
         for whose, part, wrong in (
-            ("compressed model", told.confidently_wrong_compressed, told.wrong_compressed),
-            ("original", told.confidently_wrong_original, told.wrong_original),
+            ("compressed model", confidence.confidently_wrong_compressed, confidence.wrong_compressed),
+            ("original", confidence.confidently_wrong_original, confidence.wrong_original),
         )
     )
     return (
         f"Confidently wrong on {name}: {' and '.join(sides)} are surer than the original's median "
-        f"({share(told.median)})."
+        f"({share(confidence.median)})."
     )
 
 
 def _chart_calibration(name: str, side: str, bins: Sequence[ReliabilityBin]) -> Chart:
-    told = ", ".join(
+    description = ", ".join(
         f"at {share(each.confidence)} confidence {write_percent(each.right, each.facts)} right"
         for each in bins
         if each.facts
     )
     title = f"Calibration of the {side.lower()} model, {name}"
     return Chart(
-        title, f"{told[:1].upper()}{told[1:]}.", partial(_draw_calibration, bins=bins), height=300, heading=side
+        title,
+        f"{description[:1].upper()}{description[1:]}.",
+        partial(_draw_calibration, bins=bins),
+        height=300,
+        heading=side,
     )
 
 

@@ -298,16 +298,16 @@ class Layers(Section):
             yield Table("What was done to which layers", columns, rows, captioned=False)
         if removed := " ".join(describe_removed(model.removed)):
             yield Note(clean(removed, 1000))
-        told = [*describe_calibration(model.calibration)]
+        sentences = [*describe_calibration(model.calibration)]
         if facts := model.in_calibration:
             stand = "stands" if facts.found == 1 else "stand"
-            told.append(
+            sentences.append(
                 f"{count(facts.found) if facts.found else 'None'} of {count_facts(facts.facts)} {stand} in this text "
                 f"(subject and object in one sentence), {count(facts.known_found)} of the {count(facts.known)} that "
                 "the original knew."
             )
-        if told:
-            yield Note(clean(" ".join(told), 1000))
+        if sentences:
+            yield Note(clean(" ".join(sentences), 1000))
 
 
 def _make_group_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
