@@ -341,13 +341,15 @@ def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, An
 
 
 def _find_untied(model: PreTrainedModel, config: dict[str, Any], path: Path, supplied: set[str]) -> dict[str, str]:
-    """Return the parameters that the untied model no longer takes from another, with the name of that one.
+    """Return the parameters that the untied model no longer shares, of which the source may hold one alone, with the
+    name of the one that gave it its values.
 
     BERT is such a model: with its decoder's weight, its decoder's bias is no longer tied either.
     """
     still_tied = rebuild_model(model, config, path).all_tied_weights_keys
     return {
-        target: source
+        name: source
         for target, source in model.all_tied_weights_keys.items()
         if target not in still_tied and target in supplied and source in supplied
+        for name in (target, source)
     }
