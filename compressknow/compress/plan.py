@@ -338,11 +338,12 @@ def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, An
 
 
 def _find_untied(model: PreTrainedModel, config: dict[str, Any], path: Path, supplied: set[str]) -> dict[str, str]:
-    """Return the parameters that are no longer tied in the untied model, with the names that they were tied to. In
-    BERT, untying the decoder's weight unties its bias, too."""
+    """Return the parameters that the untied model no longer shares, with the names that they were tied to; the source
+    may hold only one of a pair. In BERT, untying the decoder's weight unties its bias, too."""
     still_tied = rebuild_model(model, config, path).all_tied_weights_keys
     return {
-        target: source
+        name: source
         for target, source in model.all_tied_weights_keys.items()
         if target not in still_tied and target in supplied and source in supplied
+        for name in (target, source)
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig, Zamba2ForCausalLM
 
 import compressknow
@@ -49,6 +49,17 @@ def test_shared_blocks_do_not_come_apart_where_the_final_layer_is_untied(tmp_pat
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", prune=0.3)
     pruned = loaded_whole("Zamba2ForCausalLM", tmp_path / "out").state_dict()
     assert {name for name, tensor in original.items() if not torch.equal(tensor, pruned[name])} == {"lm_head.weight"}
+
+
+def test_a_tied_bias_that_is_stored_under_its_other_name_comes_along(tmp_path: Path) -> None:
+    file = save_tiny("bert", tmp_path / "in") / "model.safetensors"
+    stored = load_file(file)
+    bias = torch.randn(stored.pop("cls.predictions.bias").shape)
+    save_file({**stored, "cls.predictions.decoder.bias": bias}, file, metadata={"format": "pt"})
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", prune=0.3)
+    head = loaded_whole("BertForMaskedLM", tmp_path / "out").cls.predictions
+    assert torch.equal(head.bias, bias)
+    assert torch.equal(head.decoder.bias, bias)
 
 
 def test_a_block_that_holds_the_weights_of_others_is_not_dropped(tmp_path: Path) -> None:
