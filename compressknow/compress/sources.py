@@ -26,6 +26,8 @@ NO_FORM = {
     "reshaped": "transformers fuses, splits or transposes it on loading, which a separate scale does not survive.",
     "read": "Its model reads the weight itself, past the layer, and would leave its inputs unquantized.",
 }
+# Configs that make transformers unpack weights that were published quantized, perhaps only so (DeepSeek-V3, gpt-oss).
+UNPACKERS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 # A hint for models of which no scope can be quantized.
 PRUNE_OR_EXPORT = "Prune only, or quantize it as a GGUF file (`compressknow export`), if it generates text."
 
@@ -211,8 +213,14 @@ def check_usable(checkpoint: Checkpoint) -> None:
     checkpoint.check_has_weights()
     if quantization := checkpoint.config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        hint = "Start from the original checkpoint."
+        if unpacker := UNPACKERS.get(str(method)):
+            hint += (
+                f" If there is none, load this one with quantization_config=transformers.{unpacker}(dequantize=True), "
+                "save that, and give its folder."
+            )
         raise UnsupportedError(
             f"{checkpoint.name} is quantized already ({method}).",
             why="Quantizing it again would add to its errors.",
-            hint="Start from the original checkpoint.",
+            hint=hint,
         )

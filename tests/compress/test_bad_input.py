@@ -170,8 +170,18 @@ def test_input_that_is_quantized_already(
     assert main(["convert", str(source), str(tmp_path / "int8"), "--quantize", "int8"]) == 0
     capsys.readouterr()
     assert "is quantized already (compressed-tensors)" in refused(tmp_path / "int8", *PRUNE)
+    assert "dequantize" not in refused(tmp_path / "int8", *PRUNE)
     edit_config(tmp_path / "int8", "quantization_config")
     assert "stored as I8" in refused(tmp_path / "int8", *PRUNE)
+
+
+@pytest.mark.parametrize(("method", "unpacker"), [("fp8", "FineGrainedFP8Config"), ("mxfp4", "Mxfp4Config")])
+def test_a_model_that_was_published_quantized_is_to_be_unpacked(
+    source: Path, refused: Refused, method: str, unpacker: str
+) -> None:
+    edit_config(source, quantization_config={"quant_method": method})
+    assert f"transformers.{unpacker}(dequantize=True)" in " ".join(refused(source, *PRUNE).split())
+    assert getattr(hf, unpacker)(dequantize=True).dequantize
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link to nowhere"])
