@@ -158,6 +158,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         ("--early draws facts in one wording", "Leave out --early or --templates"),
     ),
     "a gate in percent": ((*REPORT, "--fail-under", "95"), 2, ("--fail-under must be between 0 and 1", "0.95")),
+    "a gate without a name": ((*REPORT, "--fail-under", "=0.9"), 2, ("--fail-under =0.9 names no domain", "variable")),
     "a gate that is not a number": ((*REPORT, "--fail-under", "nan"), 2, ("--fail-under must be between 0 and 1",)),
     "a gate of what is not evaluated": (
         ("report", "{place}/llama", "{place}/llama-5", *FACTS, "--fail-under", "captial=0.9", "--answers", "kept"),

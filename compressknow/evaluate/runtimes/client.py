@@ -37,7 +37,7 @@ TRIES, READS = 5, 2
 class RequestRefused(CompressknowError):
     """Error of a server that answered, but not with what it was asked for; `status` is HTTP's."""
 
-    def __init__(self, status: int, what: str, why: str | None = None, hint: str | None = None) -> None:
+    def __init__(self, what: str, why: str | None = None, hint: str | None = None, *, status: int = 200) -> None:
         super().__init__(what, why, hint)
         self.status = status
 
@@ -144,7 +144,7 @@ class Client:
             hint = "It must have /v1/completions and the model; a server that only chats will not do."
         elif status in PASSING:
             hint = "Wait, lower --parallel, or look at the server's log."
-        return RequestRefused(status, f"{self.url} {what} (HTTP {status}).", self._find_message(content), hint)
+        return RequestRefused(f"{self.url} {what} (HTTP {status}).", self._find_message(content), hint, status=status)
 
     def _explain_failure(self, error: Exception) -> CompressknowError:
         # The text of these errors names addresses and objects, and says no more than their kind.
@@ -167,7 +167,7 @@ class Client:
 
     def _refuse_content(self, path: str, what: str) -> RequestRefused:
         hint = "Is it an OpenAI-compatible server of a language model?"
-        return RequestRefused(200, f"{self.url} answers {path} with {what}.", hint=hint)
+        return RequestRefused(f"{self.url} answers {path} with {what}.", hint=hint)
 
     def _find_message(self, content: Any) -> str | None:
         """Return the server's message, of the forms in use; without the key, should it be in there."""

@@ -39,7 +39,10 @@ def parse_gates(values: float | str | Sequence[float | str] | None, *, strict: b
 
 
 def _parse(value: float | str, *, strict: bool) -> Gate:
-    name, _, text = value.rpartition("=") if isinstance(value, str) else ("", "", str(value))
+    name, sign, text = value.rpartition("=") if isinstance(value, str) else ("", "", str(value))
+    if sign and not name.strip():
+        hint = "Is a variable of your script not set?"
+        raise UsageError(f"--fail-under {value} names no domain or relation.", hint=hint)
     number = text.strip().removesuffix("%")
     try:
         # 0.949 of "94.9%", where 94.9 / 100 would be 0.9490000000000001, which 949 of 1,000 miss.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -298,6 +299,14 @@ def test_what_does_not_pass_is_one_message(
     assert re.match(f"Error: {server.url} {what}", printed.err)
     assert printed.err.count("\n") <= 3
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_reaches_the_process_that_waits_for_it(served: Callable[[str], ModelServer]) -> None:
+    server = served("writes")
+    server.faults["/v1/models"] = [418]
+    with pytest.raises(CompressknowError, match="HTTP 418") as raised:
+        _ = ModelHandle(locate(server.url), FAST).loaded
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
 
 
 def test_a_server_for_chats_alone_is_told_what_it_lacks(

@@ -140,7 +140,7 @@ class TestGate:
             check_names(original.answers, ["sciences"])
         check_names(original.answers, [None, "science", original.answers[0].relation])
 
-    @pytest.mark.parametrize("given", ["science=", "=1.2", "95", "many", "science=often", -0.1])
+    @pytest.mark.parametrize("given", ["science=", "95", "many", "science=often", -0.1])
     def test_what_is_no_gate(self, given: Any) -> None:
         with pytest.raises(UsageError, match="must be between 0 and 1"):
             parse_gates(given)
