@@ -150,6 +150,9 @@ def _build_probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
         correct=tuple(answer.correct for answer in original.of(figures.probe)),
         relations=tuple(answer.relation for answer in original.of(figures.probe)),
         templates=original.record.probes[figures.probe].templates or 1,
+        protocol=figures.protocol,
+        limit=figures.limit,
+        seed=figures.seed,
     )
 
 

@@ -224,7 +224,8 @@ def test_facts_in_several_wordings_are_known_by_most_of_them(family: str, known:
     assert sum(2 * right > 3 for right in most.values()) == cell.comparison.counts.known_after
     page = (tmp_path / "study" / "study.md").read_text(encoding="utf-8")
     assert "each in 3 wordings, and known if more than half are right" in page
-    assert json.loads((tmp_path / "study" / "study.json").read_text())["probes"]["bear"]["templates"] == 3
+    told = json.loads((tmp_path / "study" / "study.json").read_text())["probes"]["bear"]
+    assert [told[key] for key in ("templates", "protocol", "limit", "seed")] == [3, "bear/1", None, 0]
 
 
 def test_a_study_that_was_killed_before_its_record_was_whole_is_begun_anew(llama: Place) -> None:

@@ -459,7 +459,7 @@ def dump_study(study: Study) -> dict[str, Any]:
     methods: dict[str, dict[str, Any]] = {}
     for (kind, name), of_method in by_method.items():
         methods.setdefault(kind, {})[name] = {id: _dump_finding(each) for id, each in of_method.items()}
-    of_probe = ("n", "average", "accuracy", "majority", "chance", "templates")
+    of_probe = ("n", "average", "accuracy", "majority", "chance", "templates", "protocol", "limit", "seed")
     return {
         "schema": SCHEMA,
         "verdict": summary.write_verdict(study),

@@ -54,6 +54,9 @@ class StudyProbe:
     correct: tuple[bool, ...]  # by fact, whether the original answers it right
     relations: tuple[str, ...]  # by fact, which relation it is of
     templates: int = 1  # in how many wordings each fact was put; right if more than half of them are
+    protocol: str = ""
+    limit: int | None = None  # the facts are a sample of at most so many, by the seed; None where they are all
+    seed: int = 0
 
     @property
     def floor(self) -> float:

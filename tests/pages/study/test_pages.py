@@ -126,6 +126,9 @@ def test_json_has_every_figure_and_no_facts() -> None:
         "majority": 0.621,
         "chance": 0.5,
         "templates": 1,
+        "protocol": "",
+        "limit": None,
+        "seed": 0,
     }
     assert [cliff["module"] for cliff in found["cliffs"]] == ["overall", "attention", "feed-forward"]
     comparison = found["findings"]["F4"]["comparisons"][0]
