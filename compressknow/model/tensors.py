@@ -189,16 +189,14 @@ def _count_most_values(files: OpenFiles, tensor: StoredTensor) -> int | None:
 
     rows, columns = tensor.shape
     width = columns * tensor.itemsize
-    content = bytearray(width)
-    most = None
-    for row in range(0, rows, max(1, rows // GRID_ROWS)):
-        files.read_into(tensor, memoryview(content), row * width)
-        # Values are told apart by their bits; the sign of a zero is none.
-        bits = np.sort(np.frombuffer(content, f"u{tensor.itemsize}").reshape(-1, GRID_NEIGHBOURS), axis=1)
-        enough = bits[(bits << 1 != 0).sum(axis=1) >= GRID_NONZERO]
-        if len(enough):
-            most = max(most or 0, int((np.diff(enough, axis=1) != 0).sum(axis=1).max()) + 1)
-    return most
+    chosen = range(0, rows, max(1, rows // GRID_ROWS))
+    content = bytearray(len(chosen) * width)
+    for number, row in enumerate(chosen):
+        files.read_into(tensor, memoryview(content)[number * width : (number + 1) * width], row * width)
+    # Values are told apart by their bits; the sign of a zero is none.
+    bits = np.sort(np.frombuffer(content, f"u{tensor.itemsize}").reshape(-1, GRID_NEIGHBOURS), axis=1)
+    enough = bits[(bits << 1 != 0).sum(axis=1) >= GRID_NONZERO]
+    return int((np.diff(enough, axis=1) != 0).sum(axis=1).max()) + 1 if len(enough) else None
 
 
 # The reference implementation refuses longer headers too. 200,000 tensors of two dimensions, each twelve marks.
