@@ -35,8 +35,8 @@ def get_dtype(values: Values) -> str:
 
 
 def list_plain_tensors(source: StoredWeights, checkpoint: Checkpoint) -> dict[str, Values]:
-    """Return a checkpoint's tensors without quantization, by its stored names, in their order. Raises UnsupportedError
-    if values cannot be read: another tool has packed them."""
+    """Return a checkpoint's dequantized tensors, by stored name, in order. Raises UnsupportedError if another tool has
+    packed values in an unknown way."""
     plain: dict[str, Values] = {}
     unreadable: dict[str, str | None] = {}
     for key, tensor in source.own.items():

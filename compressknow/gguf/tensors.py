@@ -25,9 +25,8 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class Tensors:
-    """Content of a GGUF file, and of the checkpoint that it was made of: by the name of a tensor the Linear weights
-    that it is, or is made of, and the names under which the checkpoint stores these. `start` are the bytes of the file
-    before its tensors."""
+    """Tensors of a GGUF file and the checkpoint that it was made from: for each tensor, the Linear weights that it
+    consists of, and the names that the checkpoint stores these under. `start` is the size before the tensors."""
 
     source: StoredWeights
     tensors: Mapping[str, Tensor]
@@ -68,8 +67,8 @@ class Tensors:
 
 
 def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]], option: str = "--type-of") -> dict[str, str]:
-    """Return the type of each tensor that a rule names; of several rules the last holds. Raises UsageError for a rule
-    that names none."""
+    """Return the type of each tensor that a rule matches; the last matching rule counts. Raises UsageError for a rule
+    that matches none."""
     return {
         name: chosen
         for which, chosen in types
