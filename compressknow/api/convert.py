@@ -70,29 +70,29 @@ def convert(
     Parameters
     ----------
     model : a local folder or a hub id.
-    output : the folder to write; it appears only when it is whole.
+    output : the folder to write; it appears only when it is complete.
     scope : which Linear layers: ``blocks`` (all in the transformer blocks), ``attention``, ``feed-forward``, ``final``,
         ``overall`` and the finer ones of ``compressknow.model.structure.SCOPES``.
     include, exclude, layers : regular expressions on module names, and blocks (``3``, ``"0-5"``), that narrow it.
-    drop_blocks : how many blocks of each stack to leave out, or which: ``"20-23"``. Of the scopes, ``encoder`` and
-        ``decoder`` narrow it.
-    drop_neurons : share of the hidden units of each feed-forward block to leave out; narrowed likewise.
+    drop_blocks : how many blocks of each stack to drop, or which: ``"20-23"``; the scopes ``encoder`` and ``decoder``
+        narrow it.
+    drop_neurons : share of the hidden units of each feed-forward block to drop; narrowed likewise.
     prune : share of the weights to zero, between 0 and 1.
     prune_method : a name of `compressknow.compress.pruning.METHODS`, by default ``l1-unstructured``.
-    pattern : ``"2:4"``, of methods that prune so.
+    pattern : such as ``"2:4"``, for methods that support it.
     per_layer, norm, dim, seed : see `compressknow.compress.steps.Prune`.
     quantize : a name of `compressknow.compress.schemes.SCHEMES`, such as ``int8``.
-    group_size : how many weights share a scale, of ``int4``.
+    group_size : how many weights share a scale, for ``int4``.
     rounding : ``nearest``, or ``gptq``, which needs calibration.
     smooth : alpha of SmoothQuant, for schemes that round activations (``int8``).
     calibration : the text for methods that look at activations: ``self`` (the model's own samples), the path of a
         ``.txt`` or ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default, drawn by `seed`.
-    parameters : by name, of methods and schemes of other packages.
+    parameters : those of third-party methods and schemes, by name.
     recipe : the steps, instead of all the options above: a `Recipe`, its dict, or the path of a TOML file, a manifest
         or a converted folder.
-    overwrite : replace `output` where convert wrote it, once the new one is whole.
-    dry_run : write nothing; return what the manifest would hold, as far as the headers of the weight files tell it.
-    threads : tensors worked on at a time, by default one a core; the output does not depend on it.
+    overwrite : replace `output` if convert wrote it, once the new one is complete.
+    dry_run : write nothing; return the manifest as far as the headers of the weight files tell it.
+    threads : tensors to process at a time, by default one per core; the output does not depend on it.
     on_progress : called with each `compressknow.Progress`, in bytes or blocks; ``"bar"`` shows a bar.
 
     Returns
@@ -101,7 +101,7 @@ def convert(
 
     Raises
     ------
-    compressknow.CompressknowError : with what is wrong, why, and what to try.
+    compressknow.CompressknowError : what is wrong, why, and what to try.
     """
     chosen = _choose_recipe(locals())
     # Check both places before torch is imported, which takes seconds.
@@ -119,8 +119,9 @@ def convert(
     from compressknow.compress.manifest import Manifest, predict_manifest
     from compressknow.compress.output import NewFolder, list_files
 
-    on_stage, wanted = resolve_progress(on_progress), chosen.calibration
-    with report_progress(on_stage, Stage(wanted.work if wanted else "convert", str(model))) as advance:
+    listener, text_source = resolve_progress(on_progress), chosen.calibration
+    # Planning is part of the first stage: making the calibration text, or converting.
+    with report_progress(listener, Stage(text_source.work if text_source else "convert", str(model))) as advance:
         plan = prepare_plan(model, chosen, revision=revision, trust_remote_code=trust_remote_code)
         if dry_run:
             from compressknow.compress.calibrate.smooth import check_smoothable
@@ -128,27 +129,27 @@ def convert(
             check_smoothable(plan)
             return Manifest({**predict_manifest(plan), "planned_files": list_files(plan)})
         new_folder = partial(NewFolder, output, plan.checkpoint, overwrite=overwrite, render_card=make_model_card)
-        if not wanted:
+        if not text_source:
             return execute(plan, new_folder(), threads=threads, begin=lambda _: nullcontext(advance))
         text = make_calibration_text(plan, trust_remote_code=trust_remote_code, advance=advance)
-    return execute(plan, new_folder(), text, threads=threads, begin=begin_stages(on_stage, model))
+    return execute(plan, new_folder(), text, threads=threads, begin=begin_stages(listener, model))
 
 
 def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
-    """Return the recipe that the arguments of `convert` give, or the one that its options say."""
-    further = [name for name in list_parameters() if name in arguments and name not in SHARED]
+    """Return the recipe given to `convert`, or build it from the other arguments."""
+    method_parameters = [name for name in list_parameters() if name in arguments and name not in SHARED]
     others = arguments["parameters"] or {}
     defaults = signature(convert).parameters
     if (recipe := arguments["recipe"]) is not None:
-        usual = {name: defaults[name].default for name in (*OPTIONS, *SHARED, *further)}
-        check_recipe_conflicts(arguments | others, usual | dict.fromkeys(others))
+        own_defaults = {name: defaults[name].default for name in (*OPTIONS, *SHARED, *method_parameters)}
+        check_recipe_conflicts(arguments | others, own_defaults | dict.fromkeys(others))
         if isinstance(recipe, dict):
             return Recipe.from_dict(recipe)
         return recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
     options = {name: arguments[name] for name in (*OPTIONS, *SHARED)}
-    parameters = {name: arguments[name] for name in further if arguments[name] != defaults[name].default}
+    parameters = {name: arguments[name] for name in method_parameters if arguments[name] != defaults[name].default}
     layers = options.pop("layers")
-    # One text is one name or pattern, and not its letters.
+    # A single string is one name or pattern, not a sequence of letters.
     scope, include, exclude = (
         (value,) if isinstance(value, str) else tuple(value)
         for value in (options.pop(name) for name in ("scope", "include", "exclude"))

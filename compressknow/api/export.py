@@ -32,7 +32,7 @@ from compressknow.study.allocation import SizeTarget, check_budget, fit_types
 from compressknow.study.sensitivity import FIT_TOKENS, Guide, open_facts
 
 if TYPE_CHECKING:
-    from compressknow.gguf.export import Export
+    from compressknow.gguf.export import ExportPlan
 
 
 @api_function
@@ -131,9 +131,9 @@ def export(
     found = find_converter(converter, fetch=True, on_progress=listener)
     if choice.importance is not None:
         read_importance(choice.importance)
-    from compressknow.gguf.export import find_made, prepare, preview, write
+    from compressknow.gguf.export import find_made, prepare_export, preview, write
 
-    job = prepare(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
+    job = prepare_export(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
     chat = ""
     if record.MODELFILE in extras:
         chat = build_modelfile(
@@ -189,7 +189,7 @@ def _read_target(options: Mapping[str, Any]) -> SizeTarget | None:
 
 
 def _make_fit(
-    job: Export,
+    job: ExportPlan,
     located: LocatedModel,
     target: SizeTarget,
     probes: Sequence[Probe],
@@ -202,7 +202,7 @@ def _make_fit(
     from compressknow.study.measuring import GgufRoundings
 
     check_usable(job.checkpoint)
-    is_expert = {name: (own := job.side.linear(name)) and own.is_expert for name in job.tensors}
+    is_expert = {name: (own := job.source.linear(name)) and own.is_expert for name in job.tensors}
     shapes = [each.shape for name, each in job.tensors.items() if not is_expert[name]]
     # Rules may give experts fewer bits.
     experts = 0 if target.must else sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])

@@ -55,21 +55,19 @@ def report(
         `probe` wrote.
     probe : names; see `compressknow.probe`.
     output : files to write: ``.html``, ``.md``, ``.json``; ``.xml`` is JUnit's form, and a file called ``summary.md``
-        is a summary of some 20 lines, both for CI.
+        is a summary of about 20 lines, both for CI.
     options, settings, keywords : see `compressknow.probe`.
     known : what counts as known: ``recognized`` (picked among the candidates, or better) or only ``produced`` (said).
-    fail_under : a least share of knowledge to be kept, 0 to 1, or ``"science=0.85"`` of a domain or relation, or
-        several of these; once all is written, an error says where less is.
-    strict : hold the intervals to it: too few facts to tell are an error too.
-    early : evaluate facts in random order, only until it is known whether `fail_under` is met, of one compressed model.
-    within : the most bytes of the model that is recommended of several, such as ``"110MB"``; one that has more is
-        warned of.
-    no_facts : leave the text of every fact out.
+    fail_under : the share of knowledge that must be kept, 0 to 1, or ``"science=0.85"`` for a domain or relation, or
+        several of these; once all is written, an error says which gates are not met.
+    strict : check the whole interval against it: too few facts to decide are an error too.
+    early : evaluate facts in random order, only until it is clear whether one compressed model meets `fail_under`.
+    within : the maximum size of the recommended model, such as ``"110MB"``; larger models get a warning.
+    no_facts : leave out the text of every fact.
     time : measure each model's speed and memory on this machine.
     into_model_card : write the verdict into the README.md of each compressed folder.
     answers : folder of the answers; by default ``~/.cache/compressknow/answers``.
-    overwrite : replace files of `output` that are there already, if they are pages of compressknow outside a
-        checkpoint.
+    overwrite : replace existing files of `output`, if compressknow wrote them and they are not in a checkpoint.
     command : the command line to show on the card.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
 
@@ -80,7 +78,7 @@ def report(
     Raises
     ------
     compressknow.GateNotMet, compressknow.GateUndecided : `fail_under` is not met, or, with `strict`, too
-        few facts tell; the error's `result` is the card.
+        few facts decide it; the error's `result` is the card.
     compressknow.CompressknowError : a model cannot be found, loaded or evaluated; two that cannot be compared;
         an output that cannot be written.
     """

@@ -61,10 +61,10 @@ def sweep(
     on_result: Callable[[CellResult], object] | None = None,
     **keywords: Unpack[RunKeywords],
 ) -> Study:
-    """Convert a model by every recipe of a grid, evaluate each like the original, and write the study.
+    """Convert a model by every recipe of a grid, evaluate each variant like the original, and write the study.
 
-    Variants are made in memory, each exactly what `convert` would write. A study that was stopped resumes; a
-    cell that fails is recorded, and the rest goes on.
+    Variants are made in memory, each exactly what `convert` would write. A stopped study resumes; a
+    failed cell is recorded, and the rest continues.
 
     Parameters
     ----------
@@ -74,11 +74,11 @@ def sweep(
         of what one holds.
     probe : names; see `compressknow.probe`. One of facts at least: running texts among them give perplexities.
     options, settings, keywords : see `compressknow.probe`.
-    known : what counts as known; see `compressknow.report`. A study can be rewritten by the other reading: the
+    known : what counts as known; see `compressknow.report`. A study can be rewritten with the other reading: the
         answers are the same.
-    module_map, quantize : of the paper's grid, by default those of its authors (``paper``, ``int8-paper``);
-        `module_map` of that of methods too.
-    calibration, calibration_tokens : of the grid of methods; see `compressknow.convert`.
+    module_map, quantize : for the paper's grid, by default its authors' (``paper``, ``int8-paper``); `module_map` is
+        also for the grid of methods.
+    calibration, calibration_tokens : for the grid of methods; see `compressknow.convert`.
     save : write each converted checkpoint too, under ``models/``.
     ray, num_cpus, num_gpus : run the cells on a Ray cluster: its address, or a `compressknow.RayOptions`.
     command : the command line to show.
@@ -110,7 +110,7 @@ def sweep(
     # Texts first: a model that cannot read one is refused before it is evaluated on all else.
     opened = sorted(open_named(probe, options, known), key=lambda each: not isinstance(each, RunningText))
     check_has_facts(opened, "A sweep")
-    # On a cluster the workers keep what they need.
+    # On a cluster, workers keep their own distributions.
     keep_in, models = None if cluster else folder, folder / MODELS if save else None
     with closing(
         StudyModel(model, settings, revision=revision, keep_in=keep_in, texts=folder / TEXTS, models=models)
@@ -120,7 +120,7 @@ def sweep(
                 f"--num-gpus {cluster.num_gpus:g}: the original is run on this machine's cpu, and so are all cells.",
                 hint="Run the command where there is a GPU, or leave out --num-gpus.",
             )
-        # The model is opened for built-in grids alone: what is wrong with a file is said before.
+        # Only built-in grids open the model, so errors in a grid file are found before.
         cells = list_cells(
             grid,
             lambda: study_model.maker,

@@ -77,8 +77,8 @@ class UsageError(CompressknowError):
 
 
 class UnusedOptions(UsageError):
-    """Options that change nothing besides the others, by their names in Python: a user who gave one is told, and what a
-    project's file says is left out."""
+    """Options that have no effect given the others, by their names in Python: an error for the user, but ignored if
+    they come from a project's file."""
 
     def __init__(
         self, what: str, why: str | None = None, hint: str | None = None, *, names: Iterable[str] = ()

@@ -29,8 +29,8 @@ _ATTEMPTS = 100
 
 
 def find_cache_folder() -> Path:
-    """Return where that is kept which can be made or fetched again: ``$XDG_CACHE_HOME/compressknow``. Raise OutputError
-    if that is not set, and the user has no home: a number without a name, as in some containers."""
+    """Return the cache folder, ``$XDG_CACHE_HOME/compressknow``. Raise OutputError if that is not set and the user has
+    no home, as in some containers."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow"
     except RuntimeError:
@@ -142,8 +142,7 @@ def _lock_folder(folder: Path, wait: bool) -> int:
 
 
 def is_no_folder(path: Path) -> bool:
-    """Return whether something that is not a folder is there; by one look, for another run may be removing its
-    folder."""
+    """Tell whether something that is not a folder is there, in one call, since another run may be removing a folder."""
     try:
         return not stat.S_ISDIR(path.stat().st_mode)
     except OSError:
@@ -170,11 +169,8 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def open_whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write. It takes the place of `path` once the context ends without an error, and else never.
-
-    The folders above are made. Raises OutputError, which names `path`, where it cannot be written: no space, no
-    permission.
-    """
+    """Open a file to write that replaces `path` when the context ends without an error. Parent folders are created.
+    Raises OutputError, naming `path`, if it cannot be written (no space, no permission)."""
     _remove_dead(path.parent.glob(f"{glob.escape(make_prefix(path))}????????"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,8 +232,7 @@ def explain_write_error(path: Path, error: OSError) -> OutputError:
 
 @contextlib.contextmanager
 def _open_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Create a file next to `path`, removed at the end unless it was renamed, and meanwhile another that is its
-    lock."""
+    """Create a temporary file next to `path`, with a lock file; both are removed at the end, unless it was renamed."""
     locked = None
     try:
         with hold_signals():

@@ -122,8 +122,8 @@ class Registry(Generic[Thing]):
 
     @contextmanager
     def explain_failures(self, name: str) -> Iterator[None]:
-        """Name the package of something in what it raises while it works, unless that is of use to a user as it is.
-        Raises CompressknowError if another package's entry fails; what fails here is a fault of ours."""
+        """Turn errors of a third-party entry into CompressknowError that names its package, unless they are already
+        meant for the user; errors of built-in entries are left as they are."""
         try:
             yield
         except (CompressknowError, OSError, MemoryError):
@@ -158,10 +158,8 @@ class Registry(Generic[Thing]):
         return self._loaded[name]
 
     def usable(self) -> tuple[dict[str, Thing], dict[str, CompressknowError]]:
-        """Return by name all things that can be used, and why the others cannot: where one must not stop the others.
-
-        A name that is built in and added too stands in both: for the built-in thing, and for the one that is left out.
-        """
+        """Return all usable entries by name, and the errors of the others. A third-party entry with a built-in's name
+        is an error, and does not replace it."""
         things: dict[str, Thing] = {}
         unusable: dict[str, CompressknowError] = {}
         for name in self:

@@ -44,8 +44,8 @@ class NotReadable(ValueError):
 
 
 def open_regular(path: Path, most: int | None = None) -> BufferedReader:
-    """Open a file for reading. Never waits, as opening a pipe would. Raises NotReadable if it is not a regular file,
-    or has more than `most` bytes; OSError if it cannot be opened."""
+    """Open a file for reading, without blocking as a pipe would. Raises NotReadable if it is not a regular file or has
+    more than `most` bytes, OSError if it cannot be opened."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         _check(os.fstat(descriptor), most)
@@ -279,8 +279,7 @@ def _is_path(dataset: str) -> bool:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Hide progress bars where stderr is not a terminal, and log lines of `datasets` next to the error that is
-    raised."""
+    """Hide progress bars if stderr is not a terminal, and log lines of `datasets` that repeat an error."""
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
@@ -323,7 +322,7 @@ _ROWS, _ROWS_OF_LISTS = 65_536, 64
 
 
 def check_parquet(path: Path) -> None:
-    """Raise NotReadable if a Parquet file would take far more memory than it has bytes; pyarrow's errors where it is
+    """Raise NotReadable if a Parquet file would take far more memory than its size, or pyarrow's errors if it is
     none."""
     import pyarrow.parquet as pq
 

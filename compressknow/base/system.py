@@ -65,8 +65,8 @@ _seeking = threading.Lock()
 
 
 def lock(path: Path, *, wait: bool, make: bool = True) -> int:
-    """Take the lock that a file stands for, as a descriptor to be closed; `make` the file if it is missing. Raises
-    BlockingIOError if another process holds it and `wait` is False, OSError if there can be no lock."""
+    """Lock a file, and return the descriptor to close; `make` the file if it is missing. Raises BlockingIOError if
+    another process holds it and `wait` is False, OSError if it cannot be locked."""
     if not _NO_FOLLOW and path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     descriptor = os.open(path, (os.O_CREAT if make else 0) | os.O_RDWR | _NO_FOLLOW | _BINARY, 0o666)
@@ -103,8 +103,8 @@ def create(path: Path) -> int:
 
 
 def create_file(path: Path, size: int) -> int:
-    """Create a file of `size` bytes, for `read_at` and `write_at`: where the disk has no room for it, it fails now.
-    Raises OSError: it exists (FileExistsError), or the disk is full (see `is_full`)."""
+    """Create a file of `size` bytes, for `read_at` and `write_at`, reserving the space. Raises OSError if it exists
+    (FileExistsError) or the disk is full (see `is_full`)."""
     descriptor = create(path)
     try:
         _reserve_room(path, descriptor, size)
@@ -129,10 +129,8 @@ def _reserve_room(path: Path, descriptor: int, size: int) -> None:
 
 
 def read_at(descriptor: int, buffer: memoryview, position: int) -> int:
-    """Fill `buffer` (bytes) from a file's byte `position` on; return how many bytes there were before the file ended.
-
-    Threads may share a descriptor, here and in `write_at`.
-    """
+    """Fill `buffer` (bytes) from a file's byte `position` on; return how many bytes there were before the end. Threads
+    may share a descriptor, here and in `write_at`."""
     done = 0
     while piece := buffer[done : done + _MOST_AT_ONCE]:
         if (count := _read_some(descriptor, piece, position + done)) == 0:
@@ -167,10 +165,8 @@ def _write_some(descriptor: int, data: memoryview, position: int) -> int:
 
 
 def move(source: Path, target: Path) -> None:
-    """Give a file or folder another name, in place of a file of that name. Raises OSError.
-
-    Windows refuses that while anybody has it open: there it is tried for a while.
-    """
+    """Rename a file or folder, replacing a file of that name. Raises OSError. Windows refuses while someone has it
+    open, so it is retried there for a while."""
     for seconds in _WAITS:
         try:
             source.replace(target)
@@ -202,10 +198,8 @@ def is_full(error: OSError) -> bool:
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """Hold back signals that end the run until the context ends, so that nothing is made that nobody knows of.
-
-    Python hands signals to its main thread alone: in another one there is nothing to wait.
-    """
+    """Delay signals that end the run until the context ends, so that nothing is left half done. In other threads than
+    the main one, which alone gets Python's signals, this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -248,10 +242,7 @@ def measure_peak_memory() -> int:
 
 
 def trim_heap() -> None:
-    """Give memory that was freed back to the system.
-
-    glibc keeps a heap for each thread, and in it what that has freed: of thirty passes of a model, a GB. Other systems
-    have no such call.
-    """
+    """Return freed memory to the system. glibc keeps a heap for each thread, with a GB of freed memory for thirty
+    passes of a model; other systems have no such call."""
     if (trim := getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None)) is not None:
         trim(0)

@@ -26,7 +26,7 @@ from compressknow.comparison.weights import (
 )
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.output_config import count_targets
-from compressknow.compress.weights import StoredWeights, Values, read_side
+from compressknow.compress.weights import StoredWeights, Values, read_stored_weights
 from compressknow.engine.identity import LocatedModel
 from compressknow.model.checkpoint import Checkpoint, find_weight_files, open_checkpoint
 from compressknow.model.gguf_file import EMBEDDING, Tensor, find_groups, list_tensors, open_gguf, read_value
@@ -92,7 +92,7 @@ def diff_checkpoints(
     """Compare what two checkpoints hold, in the memory of one block per thread; the figures do not depend on the number
     of threads. Raises CheckpointError if one of them has no weights, or its config describes no model that can be
     built; CompressknowError if they are of different architectures."""
-    side_a, side_b = (read_side(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
+    side_a, side_b = (read_stored_weights(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
     architectures = side_a.structure.architecture, side_b.structure.architecture
     hint = "Compare an original with its conversion, or two checkpoints made from the same original."
     _check_architectures((side_a.name, side_b.name), architectures, hint)

@@ -181,7 +181,7 @@ def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> Stor
     return scale if scale.numel == 1 or per_row or per_group else None
 
 
-def read_side(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> StoredWeights:
+def read_stored_weights(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> StoredWeights:
     """Read a checkpoint's headers. Raises CheckpointError if it has no weights, or its config builds no model."""
     checkpoint.check_has_weights()
     model = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)

@@ -142,8 +142,8 @@ def compute_fingerprint(hashes: Iterable[tuple[str, str]]) -> str:
 
 
 def find_source(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the name, revision and fingerprint of what a checkpoint was made of: that of its files as the manifest has
-    them, weights in the order of their names; no fingerprint where it was made in memory, without any."""
+    """Return the name, revision and fingerprint of a checkpoint's source, from the files in its manifest; without files
+    (made in memory) there is no fingerprint."""
     source = manifest["source"]
     hashes: Mapping[str, str] = source["files"]
     # Weights that were copied are those of modules that sentence-transformers runs behind the model.
@@ -203,8 +203,8 @@ def read_export_record(path: Path) -> dict[str, Any]:
 
 
 def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
-    """Describe a conversion in memory as `describe` does one on disk, with the "totals" of its manifest, its `nonzero`
-    weights and its `sparse_bytes`: each tensor as it is, or as a sparse store would take it, if that is less."""
+    """Describe a conversion in memory as `describe` does one on disk, with its manifest's "totals", the number of
+    `nonzero` weights, and `sparse_bytes`, counting each tensor as dense or sparse, whichever is smaller."""
     totals, rows, sparse_bytes = variant.manifest["totals"], variant.manifest["tensors"], 0
     for row in rows:
         # The non-zero values at their width, one bit per weight, and the scales.
@@ -320,10 +320,8 @@ class Contents:
     changed: bool = False
 
     def check_finite(self, located: LocatedModel, *, trust_remote_code: bool = False) -> None:
-        """Raise CheckpointError naming a weight that holds NaN or infinity, as `convert` does.
-
-        What is not a weight, such as a mask that is stored next to them, may hold infinities.
-        """
+        """Raise CheckpointError for a weight with NaN or infinity, as `convert` does; a stored mask may have
+        infinities."""
         for tensor, what in self.not_finite:
             if _is_weight(located, tensor, trust_remote_code):
                 raise CheckpointError(
@@ -365,7 +363,7 @@ def _list_tensors(path: Path) -> list[StoredTensor]:
 def _read_file(
     path: Path, on_bytes: Callable[[int], None] | None, small: dict[str, str]
 ) -> tuple[str, FileState, list[tuple[StoredTensor, str]]]:
-    """Return the hash of a file, its state, and which tensors hold what is not a number; put the hashes of those of at
+    """Return the hash of a file, its state, and which tensors have NaN or infinity; put the hashes of tensors of at
     most `READ_BYTES` into `small`, by name."""
     tensors = _list_tensors(path)
     flaws = {t.name: what for t in tensors if t.loaded and (what := find_not_finite(t.loaded, t))}

@@ -23,8 +23,8 @@ _OTHER_WORDS = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "hip": "cuda", 
 
 
 def check_device(name: str) -> None:
-    """Raise UsageError for a name of no device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu`` or ``auto``. Whether
-    the machine has it is not checked: that takes torch."""
+    """Raise UsageError unless it is a device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu`` or ``auto``. Whether the
+    machine has it is not checked, which takes torch."""
     kind, colon, number = name.partition(":")
     is_numbered = kind not in (AUTO, CPU) and re.fullmatch("0|[1-9][0-9]{0,3}", number)
     if kind not in DEVICES or (colon and not is_numbered):
@@ -34,10 +34,8 @@ def check_device(name: str) -> None:
 
 
 def resolve_device(name: str) -> str:
-    """Return the device that a name means on this machine: of ``auto`` cuda, else mps, else cpu.
-
-    Raises UsageError if it names none, or one that this machine or this torch does not have.
-    """
+    """Return the device of that name; for ``auto`` cuda, else mps, else cpu. Raises UsageError if there is no such
+    device, or this machine or torch lacks it."""
     import torch
 
     check_device(name)
@@ -92,18 +90,14 @@ class LanguageModel:
 
     @property
     def vocabulary(self) -> str:
-        """Return a short hash of the tokens that the model has, and their ids.
-
-        A GGUF's tokenizer has one more than its original's: the end of text that transformers adds to those of GPT-2's
-        kind, beyond the last row.
-        """
+        """Return a short hash of the model's tokens and ids. (The tokenizer of a GGUF file may have one more, beyond
+        the last row: the end of text that transformers adds to those of GPT-2's kind.)"""
         rows = count_embedding_rows(self.model)
         return hash_vocabulary(pair for pair in self.tokenizer.get_vocab().items() if pair[1] < rows)
 
 
 def hash_vocabulary(tokens: Iterable[tuple[str, int]]) -> str:
-    """Return a short hash of tokens and their ids, without the names that llama.cpp's converter gives to rows that no
-    token has."""
+    """Return a short hash of tokens and ids, without the names that llama.cpp's converter gives to unused rows."""
     named = sorted((token, number) for token, number in tokens if token != f"[PAD{number}]")
     return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
 
@@ -140,8 +134,8 @@ def make_language_model(
 
 
 def _make_batch_invariant(model: PreTrainedModel) -> None:
-    """Make float layers batch-invariant in a model with layers that round what comes in. It takes longer for few rows,
-    so a model that is loaded for other ends goes without."""
+    """Make float layers batch-invariant in a model with layers that round their inputs. It is slower for few rows, so
+    it is only done for evaluation."""
     from compressknow.engine.layers import EngineLinear, has_rounded_activations, make_batch_invariant
 
     if has_rounded_activations(model) and any(isinstance(module, EngineLinear) for module in model.modules()):
@@ -223,8 +217,8 @@ def find_decoder_start(model: PreTrainedModel) -> int:
 
 
 def _check_head(path: Path, model: PreTrainedModel) -> None:
-    """Raise CheckpointError for a missing head that transformers ties to the embedding, for T5 even where the config
-    says that they are two: such a model answers at random."""
+    """Raise CheckpointError for a missing head that transformers ties to the embedding, for T5 even if the config says
+    that it is not tied: such a model answers at random."""
     config = read_json(path / "config.json") if path.is_dir() else {}
     named = str((config.get("architectures") or [None])[0])
     head = model.get_output_embeddings()
@@ -251,8 +245,8 @@ def find_named_family(config: Mapping[str, Any]) -> str | None:
 
 
 def find_family(model: PreTrainedModel) -> str | None:
-    """Return ``masked``, ``causal`` or ``seq2seq``, or None if a model is none of these: by its class, or, of
-    modelling code that comes with a checkpoint, by the name of its class and its config."""
+    """Return ``masked``, ``causal``, ``seq2seq`` or None, by a model's class, or for remote code by its class name and
+    config."""
     name = type(model).__name__
     if family := find_family_of_class(name):
         # Some that transformers lists as sequence-to-sequence turn speech into text: given text, they go on writing.

@@ -48,8 +48,8 @@ class LayerKind(abc.ABC):
 
     @abc.abstractmethod
     def layer_of(self, module: nn.Module) -> EngineLinear | None:
-        """Return the layer for a module that compressed-tensors has prepared and that still holds what is stored; None
-        where its scheme is another one, or its shape does not fit."""
+        """Return the layer for a module prepared by compressed-tensors with stored values; None if its scheme or shape
+        does not fit."""
 
 
 LAYERS: Registry[LayerKind] = Registry(
@@ -323,9 +323,8 @@ class BatchInvariantLinear(nn.Linear):
 
 
 class _Products(TorchFunctionMode):
-    """Mode in which torch's products of rows by a matrix are computed `ROWS` rows at a time, and those of two batches
-    of matrices from memory of one layout: of a batch of one, kernels read parts of larger tensors in place, by another
-    way."""
+    """Mode in which products of rows and a matrix are computed `ROWS` rows at a time, and batched products from one
+    memory layout: for a batch of one, kernels would read parts of larger tensors in place, in another way."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

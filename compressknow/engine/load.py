@@ -114,10 +114,8 @@ def load_variant(
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint folder or GGUF file.
-
-    Raises CheckpointError if there is none, or one without words, UnsupportedError as `load` does.
-    """
+    """Load the tokenizer of a checkpoint folder or GGUF file. Raises CheckpointError if there is none, or one without a
+    vocabulary, UnsupportedError as `load` does."""
     from transformers import AutoTokenizer
 
     path = _find_checkpoint(folder)
@@ -173,8 +171,8 @@ def _find_checkpoint(folder: str | Path) -> Path:
 
 
 def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """Return where `from_pretrained` finds a checkpoint. Raises CheckpointError if transformers would take forever
-    over a GGUF file, or read other weights of it."""
+    """Return where `from_pretrained` finds a checkpoint. Raises CheckpointError if transformers would hang on a GGUF
+    file, or read it wrongly."""
     # Code that is trusted may lie in another repository of the Hub.
     options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
     if path.suffix != ".gguf":
@@ -189,8 +187,8 @@ def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
 
 
 def _find_class(config: Any, trust_remote_code: bool, language_model: bool) -> tuple[str, Any]:
-    """Return the name of the class that the config asks for, and the class to load: that one or, where it names none
-    that transformers has (or one without a head, if `language_model`), the Auto class with a head."""
+    """Return the name of the config's class, and the class to load: that one or, if transformers lacks it (or it has no
+    head, for a `language_model`), the Auto class with a head."""
     import transformers
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -219,7 +217,7 @@ def find_family_of_class(architecture: str) -> str | None:
 
 def _load_whole(model_class: Any, path: Path, headless: str | None = None, **source: Any) -> Any:
     """Load a model; `headless` names the class without a head in its config. Raises CheckpointError for weights that
-    transformers made up at random: those of other shapes than the config's, and those that are missing."""
+    transformers would fill at random: those with other shapes than the config's, and missing ones."""
     model, report = model_class.from_pretrained(**source, output_loading_info=True, ignore_mismatched_sizes=True)
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, needed = mismatched[0]
@@ -245,9 +243,9 @@ def _load_whole(model_class: Any, path: Path, headless: str | None = None, **sou
 
 
 def _unpack(model: Any, device: str | torch.device) -> None:
-    """Put the engine's layers in place of compressed-tensors' where the device runs them, and unpack the rest module by
-    module, as `ModelCompressor.decompress_model` does. That one also puts the model under its own device dispatch,
-    after which `generate` hands BART's decoder a dict for its encoder's output."""
+    """Replace compressed-tensors' layers by the engine's if the device runs them, and unpack the rest module by module,
+    as `ModelCompressor.decompress_model` does. That one also adds its own device dispatch, after which `generate`
+    passes BART's decoder a dict as encoder output."""
     from compressknow.engine.layers import LAYERS
     from compressknow.model.meta import find_direct_reads
 

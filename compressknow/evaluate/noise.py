@@ -170,12 +170,12 @@ class NoiseFloors:
         from compressknow.compress.staging import make_scratch
         from compressknow.gguf.choice import TypeChoice
         from compressknow.gguf.converter import find_converter, quantize
-        from compressknow.gguf.export import prepare, write_floats
+        from compressknow.gguf.export import prepare_export, write_floats
 
         if answers.record.model.family != "causal":
             raise UnsupportedError("only decoder-only models can be run in llama.cpp here")
         located, settings = self._original.located, self._original.settings
-        export = prepare(
+        export = prepare_export(
             located.path, TypeChoice("f16"), find_converter(), trust_remote_code=settings.trust_remote_code
         )
         # The converter takes memory of its own.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
+class _JsonRecord:
     """JSON object with fields of known names; `read` is the object that it was read from, if it was."""
 
     # Written even if null or empty in an object that is new; in one that was read, only if they stood there.
@@ -42,7 +42,7 @@ class _Part:
 
 
 def _to_plain(value: Any) -> Any:
-    if isinstance(value, _Part):
+    if isinstance(value, _JsonRecord):
         return value.to_dict()
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
@@ -88,7 +88,7 @@ class NoiseFloor:
 
 
 @dataclass(frozen=True)
-class ProbeEntry(_Part):
+class ProbeEntry(_JsonRecord):
     """Entry of "probes": how the answers to one probe came about.
 
     Attributes
@@ -168,7 +168,7 @@ class FactsInText:
 
 
 @dataclass(frozen=True)
-class ModelRecord(_Part):
+class ModelRecord(_JsonRecord):
     """Object "model": the model that gave the answers.
 
     Attributes
@@ -229,7 +229,7 @@ def is_on_server(model: ModelRecord) -> bool:
 
 
 @dataclass(frozen=True)
-class Record(_Part):
+class Record(_JsonRecord):
     """Content of ``probe.json``; `answers_sha256` is the hash of the table, None while that is rewritten."""
 
     always: ClassVar[frozenset[str]] = frozenset({"probes", "versions"})

@@ -1,7 +1,7 @@
-"""Work that runs in a process of its own: what crashes or hangs there is a message here, and ends with this run.
+"""Work in child processes, whose crashes become messages here, and which end when this process does.
 
-As a program (``children.py SCRIPT ARGS``, ``children.py -m MODULE ARGS``) it runs another one, which ends with whoever
-started it: that process holds the other end of its standard input as long as it lives, and however it ends.
+As a program (``children.py SCRIPT ARGS``, ``children.py -m MODULE ARGS``) it runs another one, and ends when the parent
+does, however that ends: the parent holds the other end of its standard input.
 """
 
 from __future__ import annotations
@@ -28,11 +28,8 @@ _NO_ROOM_BYTES = 1 << 16
 def run(
     command: Sequence[str | Path], log: Path, *, environment: Mapping[str, str], look: Callable[[], None] = lambda: None
 ) -> int:
-    """Run a command to its end, and return its exit code. What it prints goes into `log`; `look` is called now and then
-    meanwhile.
-
-    It is killed where this run is interrupted.
-    """
+    """Run a command and return its exit code. Its output goes to `log`; `look` is called from time to time. It is
+    killed if this run is interrupted."""
     with log.open("wb") as output:
         child = Popen(list(map(str, command)), stdin=PIPE, stdout=output, stderr=STDOUT, env=dict(environment))
         try:
@@ -48,8 +45,8 @@ def run(
 
 
 def build_python_command(*arguments: str | Path) -> list[str | Path]:
-    """Return the command of a script, or of ``-m`` and a module, with its arguments. `run` with it, it ends with this
-    process, even where that is killed; it imports nothing from the working directory."""
+    """Return the command for a script, or ``-m`` and a module, with arguments. When `run`, it ends with this process,
+    even if that is killed, and imports nothing from the working directory."""
     return [sys.executable, "-P", __file__, *arguments]
 
 

@@ -136,9 +136,8 @@ class TypeChoice:
 def check_types(
     types: Sequence[tuple[str, str]], option: str = "--type-of", known: Collection[str] | None = None
 ) -> tuple[tuple[str, str], ...]:
-    """Return rules ``(scope or regular expression, tensor type)`` with the types in small letters. Raises UsageError
-    for a type that is none of a tensor, or not among the `known`; for a pattern that is none; and for a word that is
-    nearly a scope and part of no tensor's name."""
+    """Return rules ``(scope or regular expression, tensor type)`` with lowercase types. Raises UsageError for a type
+    that is not among the `known`, an invalid pattern, and a misspelled scope that is in no tensor's name."""
     for which, _ in types:
         if which not in SCOPES:
             compile_pattern(option, which)
@@ -161,9 +160,9 @@ _KEYS = ("type", "types", "calibration", "imatrix")
 
 
 def read_choice(path: Path, importance: Path | None = None) -> TypeChoice:
-    """Read the table ``[export]`` of a TOML file, or the record next to a GGUF file; `importance` is the matrix that
-    takes the place of its own. Raises UsageError if there is none, or one of another form; where a record's export
-    had read a matrix, which no record holds, and none is given."""
+    """Read the table ``[export]`` of a TOML file, or the record of an export; `importance` is a matrix to use in place
+    of its own. Raises UsageError if there is none or it is malformed, or if the recorded export read a matrix, which no
+    record holds, and none is given."""
     try:
         if path.suffix == ".json":
             values = _parse_record(read_json(path, MANIFEST), importance)

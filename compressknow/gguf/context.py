@@ -74,9 +74,8 @@ class LlamaContext:
         self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
     def read(self, spans: Sequence[Span]) -> NDArray[np.float32]:
-        """Return logits where they are wanted, in the order of the spans, [wanted, vocabulary]; valid until the next
-        call. Raises CompressknowError if the memory has no room, or a kernel fails; KeyboardInterrupt without
-        waiting for the end of the pass."""
+        """Return the wanted logits in the order of the spans, [wanted, vocabulary], valid until the next call. Raises
+        CompressknowError if the memory is full or a kernel fails, and KeyboardInterrupt during the pass."""
         ffi = self._ffi
         tokens = np.concatenate([np.asarray(span.tokens, dtype=np.int32) for span in spans])
         positions = np.concatenate([np.arange(span.start, span.start + len(span.tokens)) for span in spans])
@@ -143,8 +142,8 @@ class GgufTokenizer:
         return {"input_ids": self.encode(text, special=add_special_tokens, parse_special=True)}
 
     def encode(self, text: str, *, special: bool, parse_special: bool) -> list[int]:
-        """Return ids of a text, with the tokens that begin and end every text if `special`; names of special tokens in
-        it are these tokens if `parse_special`."""
+        """Return the ids of a text, with the tokens that begin and end every text if `special`; parse names of special
+        tokens in it if `parse_special`."""
         encoded = text.encode("utf-8", "replace")
         ids, count = self._fill(
             "llama_token[]",

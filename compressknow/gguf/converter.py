@@ -127,10 +127,8 @@ def check_architecture(architecture: str, converter: Path) -> None:
 
 @cache
 def _list_architectures(converter: Path) -> tuple[str, ...]:
-    """Return the language models that a converter knows, by the names of their classes.
-
-    It tells in seconds, for it imports torch; the one that was fetched always knows the same.
-    """
+    """Return the language models that a converter knows, by class name. It takes seconds, since it imports torch; the
+    fetched converter always knows the same."""
     folder, stored = converter.parent, converter.with_name(_KNOWN)
     is_fetched = folder == find_cache_folder() / FOLDER
     if is_fetched and stored.is_file():
@@ -162,9 +160,9 @@ def _run(converter: Path, *arguments: str | Path, log: Path, look: Callable[[], 
 def convert(
     converter: Path, folder: Path, output: Path, float_type: str, *, name: str | None, expected: int, begin: Begin
 ) -> None:
-    """Write a folder of plain weights as GGUF in ``f32``, ``f16`` or ``bf16``, of about `expected` bytes. The model is
-    called `name` in it where its card does not say; None is for the folder's. `begin` begins the stage ``export``.
-    Raises CompressknowError if the converter fails: it does not know the tokenizer, for one."""
+    """Write a folder of plain weights as GGUF in ``f32``, ``f16`` or ``bf16``, about `expected` bytes. `name` is the
+    model's name if its card has none, by default the folder's. `begin` begins the stage ``export``. Raises
+    CompressknowError if the converter fails, for example on an unknown tokenizer."""
 
     def look() -> None:
         if output.exists():
@@ -196,9 +194,9 @@ def quantize(
     dry_run: bool = False,
     advance: Advance = ignore_advance,
 ) -> None:
-    """Quantize a GGUF file to a type of `compressknow.gguf.choice.list_file_types`; `scratch` is a folder to write
-    into, `types` are those of single tensors, by name, and `importance` is a GGUF file with the importance matrix.
-    Raises CompressknowError, with llama.cpp's reason, where it fails."""
+    """Quantize a GGUF file to a type of `compressknow.gguf.choice.list_file_types`; `scratch` is a temporary folder,
+    `types` has those of single tensors, by name, and `importance` is a GGUF file with the importance matrix. Raises
+    CompressknowError with llama.cpp's reason if it fails."""
     file, log = scratch / "quantize.json", scratch / "quantize.log"
     matrix = None if importance is None else str(importance)
     file.write_text(json.dumps([str(source), str(output), file_type, types or {}, matrix, threads or 0, dry_run]))

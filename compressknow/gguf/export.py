@@ -1,4 +1,4 @@
-"""Export a checkpoint as a GGUF file and its record."""
+"""Export of a checkpoint: the GGUF file and its record, step by step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from compressknow.compress.calibrate.text import CalibrationText, read_calibrati
 from compressknow.compress.output import list_carried_files
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration
-from compressknow.compress.weights import StoredWeights, Values, read_side
+from compressknow.compress.weights import StoredWeights, Values, read_stored_weights
 from compressknow.engine.identity import find_source, get_record_path, locate, read_contents
 from compressknow.engine.load import find_family_of_class, load_tokenizer
 from compressknow.gguf.choice import FLOATS, SizeFit, TypeChoice, estimate_bytes, find_base_type, list_file_types
@@ -62,7 +62,7 @@ from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
 
-# Beside the most that the parts should take: headers, vocabularies, rows that fill no block of a type.
+# Margin for headers, vocabularies, and rows that do not fill a block of a type.
 _SPARE = 1.1
 _PLAIN = "plain"
 # Prompt of the final smoke test.
@@ -70,13 +70,13 @@ PROMPT = "The capital of France is"
 
 
 @dataclass(frozen=True)
-class Export:
-    """Export that headers show to be possible. The GGUF file in between holds every matrix exactly, in the type
-    `exact`: ``f32``, ``f16`` or ``bf16``; it is `floats` where it is made already, and stays then. `fit` says how the
-    file is brought to a size, instead of by the types of `choice`."""
+class ExportPlan:
+    """Plan of an export, checked against headers. The intermediate GGUF file holds every matrix exactly, in the type
+    `exact`: ``f32``, ``f16`` or ``bf16``; `floats` is that file if it exists already, and is kept. `fit` chooses types
+    for a size, in place of those of `choice`."""
 
     checkpoint: Checkpoint
-    side: StoredWeights
+    source: StoredWeights
     tensors: dict[str, Values]
     choice: TypeChoice
     converter: Path
@@ -87,7 +87,8 @@ class Export:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Return whether the converter reads the folder as it is: floats in safetensors, all the checkpoint's."""
+        """Tell whether the converter can read the folder directly: it only has the checkpoint's floats, in
+        safetensors."""
         files = {path.name for path in self.checkpoint.folder.glob("model*.safetensors")}
         return (
             self.checkpoint.revision is None
@@ -98,13 +99,13 @@ class Export:
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """Return the fingerprint of the checkpoint, and of the original that it was made of, if it was."""
+        """Return the fingerprints of the checkpoint and, if it was converted, of its original."""
         sha256, manifest = read_contents(locate(self.checkpoint.folder)).sha256, self.manifest
         return (sha256, find_source(manifest)["sha256"]) if manifest else (sha256,)
 
     @cached_property
     def manifest(self) -> dict[str, Any] | None:
-        """Return the manifest of the conversion, if the checkpoint is one."""
+        """Return the manifest of the conversion that wrote the checkpoint, if one did."""
         folder = self.checkpoint.folder
         return read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
 
@@ -114,66 +115,66 @@ class Export:
 
     @property
     def exact_bytes(self) -> int:
-        """Estimate the size of the file in between."""
+        """Estimate the size of the intermediate file."""
         return estimate_bytes(self.exact, self.numel)
 
     @property
     def is_quantized(self) -> bool:
-        """Return whether llama.cpp changes the file in between at all."""
+        """Tell whether llama.cpp quantizes the intermediate file at all."""
         return self.fit is not None or bool(self.choice.types) or self.choice.type != self.exact
 
     @property
     def is_compensated(self) -> bool:
-        """Return whether GPTQ rounds tensors, after llama.cpp."""
+        """Tell whether GPTQ rounds tensors after llama.cpp."""
         return self.fit is not None and self.fit.rounding == "gptq"
 
     @property
     def plain_bytes(self) -> int:
-        """Return the size of the weights as floats, where the converter needs them unpacked first."""
+        """Return the size of the weights as floats, if the converter needs them unpacked."""
         if self.is_plain:
             return 0
         return sum(values.tensor.numel * DTYPE_SIZES[get_dtype(values)] for values in self.tensors.values())
 
     @property
     def needed_bytes(self) -> int:
-        """Estimate the most disk space that is taken at a time."""
+        """Estimate the peak disk space."""
         made = self.fit.budget if self.fit else estimate_bytes(find_base_type(self.choice.type), self.numel)
         plain = self.plain_bytes if self.is_compensated else 0
         return int(_SPARE * max(self.plain_bytes + self.exact_bytes, plain + self.exact_bytes + made, 2 * made))
 
 
-def prepare(
+def prepare_export(
     model: str | Path,
     choice: TypeChoice,
     converter: Path,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> Export:
-    """Open a checkpoint, and refuse what llama.cpp has no form for. Raises CheckpointError if it cannot be opened,
-    or lacks weights, or the importance matrix is of another model; UnsupportedError if it is not a generating
-    language model, the converter does not know it, or its weights are packed in a way that is not known here."""
+) -> ExportPlan:
+    """Open a checkpoint and plan its export. Raises CheckpointError if it cannot be opened, lacks weights, or the
+    importance matrix is of another model; UnsupportedError if it is not a generating language model, the converter does
+    not know it, or its weights are packed in an unknown way."""
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
     # Listing the small files also rejects links out of the checkpoint, which the converter might follow.
     list(list_carried_files(checkpoint.folder))
     if (card := checkpoint.folder / CARD_NAME).is_file():
         check_inside(checkpoint.folder, card)
-    side = read_side(checkpoint, trust_remote_code=trust_remote_code)
-    _check_family(side.structure.architecture)
-    check_architecture(side.structure.architecture, converter)
-    tensors = list_plain_tensors(side, checkpoint)
+    weights = read_stored_weights(checkpoint, trust_remote_code=trust_remote_code)
+    _check_family(weights.structure.architecture)
+    check_architecture(weights.structure.architecture, converter)
+    tensors = list_plain_tensors(weights, checkpoint)
     # The smallest type that holds every matrix exactly.
     dtypes = {get_dtype(values) for values in tensors.values() if len(values.shape) > 1} & FLOATS.keys()
     exact = FLOATS[dtypes.pop()] if len(dtypes) == 1 and choice.type != "f32" else "f32"
-    export = Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code)
+    export = ExportPlan(checkpoint, weights, tensors, choice, converter, exact, trust_remote_code)
     if choice.importance is not None:
         check_source(read_importance(choice.importance), export.sources, f"--imatrix {choice.importance}")
     return export
 
 
-def find_made(export: Export, output: Path) -> ExportRecord | None:
-    """Return the record of a file that is whole and is what `write` would make; None if it is another. Raises
-    CheckpointError if it has no record, and what `read_calibration_text` does."""
+def find_made(export: ExportPlan, output: Path) -> ExportRecord | None:
+    """Return the record of an existing file, if it is complete and what `write` would make. Raises CheckpointError if
+    it has no record, and as `read_calibration_text` does."""
     record = read_record(output)
     if any(record.get(key) != value for key, value in _describe_export(export).items()):
         return None
@@ -182,7 +183,7 @@ def find_made(export: Export, output: Path) -> ExportRecord | None:
     return ExportRecord(record)
 
 
-def _is_same_importance(export: Export, recorded: Mapping[str, Any] | None) -> bool:
+def _is_same_importance(export: ExportPlan, recorded: Mapping[str, Any] | None) -> bool:
     choice = export.choice
     if recorded is None:
         return choice.calibration is None and choice.importance is None
@@ -195,14 +196,14 @@ def _is_same_importance(export: Export, recorded: Mapping[str, Any] | None) -> b
     return text.kind == "self" or _read_text(export, text).sha256 == recorded.get("sha256")
 
 
-def _read_text(export: Export, text: Calibration) -> CalibrationText:
+def _read_text(export: ExportPlan, text: Calibration) -> CalibrationText:
     folder, trusted = export.checkpoint.folder, export.trust_remote_code
     _, tree = open_complete(folder, trust_remote_code=trusted)
     return read_calibration_text(folder, tree, text, trust_remote_code=trusted)
 
 
 def _check_family(architecture: str) -> None:
-    """Raise UnsupportedError for what llama.cpp would take for a model of embeddings."""
+    """Raise UnsupportedError for a model that llama.cpp would take for an embedding model."""
     import transformers
 
     family = find_family_of_class(architecture)
@@ -210,14 +211,14 @@ def _check_family(architecture: str) -> None:
         what = "a masked language model" if family else "no language model"
         raise UnsupportedError(
             f"{architecture} is {what}: it cannot be exported.",
-            "llama.cpp runs encoders for embeddings alone. It has no layer that fills a mask, and what the model knows "
-            "could not be asked.",
+            "llama.cpp only runs encoders for embeddings: it has no layer that fills masks, so the model could not be "
+            "evaluated.",
             "Export a causal or a sequence-to-sequence language model.",
         )
 
 
 def write(
-    export: Export,
+    export: ExportPlan,
     output: Path,
     *,
     overwrite: bool = False,
@@ -231,11 +232,11 @@ def write(
 
     Parameters
     ----------
-    extras : where the importance matrix is written too, in llama.cpp's form, and `modelfile`, a text for Ollama: by
-        `IMPORTANCE` and `MODELFILE`.
-    smoke : have the file answer a prompt in llama.cpp before it is called done; of decoder-only models.
-    begin : begins the stages: ``unpack`` where the converter cannot read the checkpoint as it is, ``sample`` and
-        ``gather`` for an importance matrix, ``export``, and ``quantize`` where the type is not exact.
+    extras : where to write the importance matrix, too (key `IMPORTANCE`), and `modelfile`, a text for Ollama (key
+        `MODELFILE`).
+    smoke : test the file of a decoder-only model on a prompt in llama.cpp before it is published.
+    begin : begins the stages: ``unpack`` if the converter cannot read the checkpoint directly, ``sample`` and
+        ``gather`` for an importance matrix, ``export``, and ``quantize`` if the type is not exact.
 
     Raises
     ------
@@ -245,14 +246,14 @@ def write(
     check_room(output, export.needed_bytes)
     source = export.checkpoint.folder
     with NewFile(output, overwrite=overwrite, source=source, extras=extras or {}) as place:
-        # Apart from the output, which may be called as one of its steps.
+        # A separate folder, since the output may be called like one of the intermediate files.
         work = place.folder / "work"
         work.mkdir()
         made, entries = _make_file(export, work, threads, begin)
         reader = read_gguf(made)
         record = _build_record(export, reader, entries)
         write_with_metadata(build_metadata(record), reader, place.file)
-        del reader  # Windows removes no file that is mapped.
+        del reader  # Windows cannot remove a mapped file.
         made.unlink()
         with place.file.open("rb+") as file:
             os.fsync(file.fileno())
@@ -265,7 +266,7 @@ def write(
             move(work / IMPORTANCE, place.folder / IMPORTANCE)
         if modelfile:
             place.write(MODELFILE, modelfile.encode())
-        if smoke and find_family_of_class(export.side.structure.architecture) == "causal":
+        if smoke and find_family_of_class(export.source.structure.architecture) == "causal":
             from compressknow.gguf.context import complete_prompt, find_text_read_otherwise
             from compressknow.gguf.llama_cpp import GgufModel, check_no_crash
 
@@ -280,20 +281,20 @@ def write(
     return record
 
 
-def _check_size(export: Export, nbytes: int) -> None:
-    """Raise CompressknowError if a file came out larger than it was to be."""
+def _check_size(export: ExportPlan, nbytes: int) -> None:
+    """Raise CompressknowError if the file is larger than its budget."""
     if export.fit is not None and nbytes > export.fit.budget:
         raise CompressknowError(
-            f"The file has {write_size(nbytes)}, and {write_size(export.fit.budget)} were given: nothing was written.",
+            f"The file has {write_size(nbytes)}, more than {write_size(export.fit.budget)}: nothing was written.",
             "llama.cpp has kept a tensor in another type than the one chosen, or has written more metadata.",
-            "Give a little more, and report this.",
+            "Give a slightly larger size, and report this.",
         )
 
 
-def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = ignore_progress) -> Path:
-    """Write a file whose matrices are of one type, ``f32``, ``f16`` or ``bf16``, into `folder`, and give its path: no
-    output, but something to run. It has neither a record nor more metadata than the converter's own. Raises OutputError
-    if the disk has no room for it, CompressknowError if the converter fails."""
+def write_floats(export: ExportPlan, folder: Path, kind: str, *, begin: Begin = ignore_progress) -> Path:
+    """Write an unquantized file (``f32``, ``f16`` or ``bf16``) to run, not to keep, into `folder`; return its path. It
+    has no record and only the converter's metadata. Raises OutputError if the disk has no room for it,
+    CompressknowError if the converter fails."""
     file, export = folder / "floats.gguf", replace(export, exact=kind)
     check_room(file, int(_SPARE * (export.plain_bytes + export.exact_bytes)))
     _write_exact(export, _unpack(export, folder, begin), file, begin)
@@ -302,9 +303,9 @@ def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = igno
 
 
 def preview(
-    export: Export, output: Path, *, threads: int | None = None, begin: Begin = ignore_progress
+    export: ExportPlan, output: Path, *, threads: int | None = None, begin: Begin = ignore_progress
 ) -> ExportRecord:
-    """Return what `write` would record, but for the hash: of a file that is made for it and removed again."""
+    """Return what `write` would record, without the hash, from a file that is made for this and removed again."""
     check_room(output, export.needed_bytes)
     with make_scratch(output) as folder:
         made, entries = _make_file(export, folder, threads, begin, dry_run=True)
@@ -313,9 +314,9 @@ def preview(
 
 
 def _make_file(
-    export: Export, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False
+    export: ExportPlan, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False
 ) -> tuple[Path, dict[str, Any]]:
-    """Make a GGUF file without our metadata (a dry run: the one in between), and entries of its record."""
+    """Make a GGUF file without our metadata (in a dry run, the intermediate one), and entries of its record."""
     source = _unpack(export, folder, begin)
     inputs = None
     options: Any = {"threads": threads, "begin": begin, "trust_remote_code": export.trust_remote_code}
@@ -327,11 +328,11 @@ def _make_file(
     if not export.is_quantized:
         return exact, {}
     if not export.is_compensated:
-        # Room for what llama.cpp makes.
+        # Make room for llama.cpp's output.
         shutil.rmtree(folder / _PLAIN, ignore_errors=True)
-    # It takes seconds where the vocabulary is large, so it is read once.
+    # Read once: it takes seconds if the vocabulary is large.
     reader = read_gguf(exact)
-    tensors, floats = describe_tensors(reader, export.side), reader.tensors
+    tensors, floats = describe_tensors(reader, export.source), reader.tensors
     del reader
     kind, types, entries = _choose_types(export, tensors)
     if not dry_run and (known := _find_importance(export, floats, tensors, inputs)):
@@ -352,8 +353,8 @@ def _make_file(
     return output, entries
 
 
-def _choose_types(export: Export, tensors: Tensors) -> tuple[str, dict[str, str], dict[str, Any]]:
-    """Return the type of the file, those of single tensors, and what a record says of them."""
+def _choose_types(export: ExportPlan, tensors: Tensors) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """Return the type of the file, the types of single tensors, and entries of the record about them."""
     if export.fit is None:
         return export.choice.type, resolve_types(tensors, export.choice.types), {}
     types, record = export.fit.choose(tensors, measure_overhead(tensors))
@@ -363,7 +364,7 @@ def _choose_types(export: Export, tensors: Tensors) -> tuple[str, dict[str, str]
 
 
 def find_main_type(types: Mapping[str, str], tensors: Tensors) -> str:
-    """Return what readers take for the type of the whole file: none of floats, or llama.cpp would round nothing."""
+    """Return the type that the file declares; not a float type, for which llama.cpp would round nothing."""
     sizes = Counter[str]()
     for name, kind in types.items():
         sizes[kind] += tensors.tensors[name].numel
@@ -371,16 +372,16 @@ def find_main_type(types: Mapping[str, str], tensors: Tensors) -> str:
     return most if most in list_file_types() else f"{most}_s"
 
 
-def _write_exact(export: Export, source: Path, exact: Path, begin: Begin) -> None:
-    """Write the file in between, of the weights in the folder `source`."""
+def _write_exact(export: ExportPlan, source: Path, exact: Path, begin: Begin) -> None:
+    """Write the intermediate file from the weights in the folder `source`."""
     name = export.checkpoint.name if export.checkpoint.revision else None
     convert(export.converter, source, exact, export.exact, name=name, expected=export.exact_bytes, begin=begin)
 
 
 def _find_importance(
-    export: Export, exact: Sequence[Any], tensors: Tensors, inputs: tuple[Statistics, CalibrationText] | None
+    export: ExportPlan, exact: Sequence[Any], tensors: Tensors, inputs: tuple[Statistics, CalibrationText] | None
 ) -> tuple[Importance, dict[str, Any]] | None:
-    """Return the importance matrix of a text or a file, and what a record says of it; None without either."""
+    """Return the importance matrix from a text or a file, with its entry in the record; None without either."""
     if inputs is not None:
         _, text = inputs
         importance = build_importance(tensors, *inputs, find_same_channels(exact, tensors, export.tensors))
@@ -397,11 +398,11 @@ def _find_importance(
     return replace(importance, models=export.sources), described
 
 
-def _unpack(export: Export, folder: Path, begin: Begin) -> Path:
+def _unpack(export: ExportPlan, folder: Path, begin: Begin) -> Path:
     """Return the folder that the converter reads: the checkpoint's, or a new one with its weights as floats."""
     if export.is_plain:
         return export.checkpoint.folder
-    # The converter calls the model after its folder.
+    # The converter names the model after its folder.
     plain = folder / _PLAIN / (export.checkpoint.folder.resolve().name or "model")
     plain.parent.mkdir()
     with begin("unpack") as advance, Pool(1) as pool, OpenFiles() as files:
@@ -410,8 +411,8 @@ def _unpack(export: Export, folder: Path, begin: Begin) -> Path:
     return plain
 
 
-def _describe_export(export: Export) -> dict[str, Any]:
-    """Return what the record of an export says before it is carried out."""
+def _describe_export(export: ExportPlan) -> dict[str, Any]:
+    """Return the part of the record that is known before the export."""
     checkpoint, choice, manifest = export.checkpoint, export.choice, export.manifest
     source = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": export.sources[0]}
     if manifest:
@@ -423,15 +424,15 @@ def _describe_export(export: Export) -> dict[str, Any]:
         "type": choice.type,
         "types": [list(rule) for rule in choice.types],
         "versions": collect_versions(read_version(export.converter)),
-        "source": {**source, "architecture": export.side.structure.architecture},
+        "source": {**source, "architecture": export.source.structure.architecture},
         **({"recipe": manifest["recipe"]} if manifest else {}),
     }
 
 
 def _build_record(
-    export: Export, made: Any, entries: Mapping[str, Any], types: Mapping[str, str] | None = None
+    export: ExportPlan, made: Any, entries: Mapping[str, Any], types: Mapping[str, str] | None = None
 ) -> ExportRecord:
-    groups = count_by_group(describe_tensors(made, export.side), types)
+    groups = count_by_group(describe_tensors(made, export.source), types)
     every = [counts for by_type in groups.values() for counts in by_type.values()]
     totals = {key: sum(counts[key] for counts in every) for key in COUNTS}
     return ExportRecord({**_describe_export(export), **entries, "groups": groups, "totals": totals})

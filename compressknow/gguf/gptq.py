@@ -39,8 +39,8 @@ _MOST = 1 << 23
 
 
 class Field(NamedTuple):
-    """Place of some bits of each code in a block: `bits` of them, from bit `low` of the code on, in the bytes from
-    `offset` on. A byte has the bits of codes that are `width` apart, the first code's lowest (ggml-quants.c)."""
+    """Position of some bits of each code in a block: `bits` of them, from bit `low` on, in the bytes from `offset` on.
+    A byte has bits of codes that are `width` apart, the first code's lowest (ggml-quants.c)."""
 
     offset: int
     low: int
@@ -263,8 +263,8 @@ def round_file(
 
 
 def replace_rows(weight: torch.Tensor, exact: Floats, rounded: Floats) -> None:
-    """Overwrite rows of a weight, float32 [out, in], by what they are rounded to. They are found by their values, for
-    the converter turns rows round (Llama's queries and keys), splits and merges; what it has changed stays as it is."""
+    """Overwrite rows of a weight, float32 [out, in], with rounded ones. Rows are matched by value, since the converter
+    reorders (Llama's queries and keys), splits and merges them; rows that it changed stay as they are."""
     places = {row.tobytes(): place for place, row in enumerate(exact)}
     found = [places.get(row.tobytes(), -1) for row in weight.numpy()]
     known = [number for number, place in enumerate(found) if place >= 0]

@@ -1,7 +1,7 @@
 """Importance matrix: how much each input channel of a weight counts when llama.cpp rounds it.
 
-It is the mean of the squares of what the channel is multiplied with, the diagonal of X^T X over the tokens: the same
-sums that Wanda goes by. llama.cpp's tools keep it in a GGUF file of their own (llama.cpp, tools/imatrix/imatrix.cpp).
+It is the mean square of the channel's inputs, the diagonal of X^T X over the tokens, as in Wanda. llama.cpp's tools
+store it in a GGUF file (llama.cpp, tools/imatrix/imatrix.cpp).
 """
 
 from __future__ import annotations
@@ -73,11 +73,8 @@ class Importance:
 def gather_inputs(
     source: Path, calibration: Calibration, *, threads: int | None, begin: Begin, trust_remote_code: bool
 ) -> tuple[Statistics, CalibrationText]:
-    """Run a checkpoint of floats over a text, and return what its layers read, and the text.
-
-    `begin` begins the stages ``sample`` or ``text``, and ``gather``. Raises what `read_calibration_text` and
-    `observe` do.
-    """
+    """Run a checkpoint of floats over a text; return the statistics of its layers' inputs, and the text. `begin` begins
+    the stages ``sample`` or ``text``, and ``gather``. Raises as `read_calibration_text` and `observe` do."""
     from compressknow.compress.calibrate.text import read_calibration_text
     from compressknow.compress.calibrate.walk import observe
     from compressknow.model.loading import open_complete
@@ -101,8 +98,8 @@ def gather_inputs(
 def build_importance(
     tensors: Tensors, statistics: Statistics, text: CalibrationText, same_channels: Iterable[str]
 ) -> Importance:
-    """Return the importance matrix of a GGUF file; `same_channels` are the tensors whose input channels are those of
-    the checkpoint, in its order."""
+    """Return the importance matrix of a GGUF file; `same_channels` are the tensors with the checkpoint's input
+    channels, in the same order."""
     from compressknow.compress.calibrate.gathering import Key
 
     sums, counts = {}, {}
@@ -142,8 +139,8 @@ def write_importance(importance: Importance, path: Path) -> None:
 
 
 def read_importance(path: Path) -> Importance:
-    """Read a matrix of llama.cpp's: GGUF, or the earlier form (``.dat``). Raises UsageError if there is no such
-    file, CheckpointError if it holds no importance matrix."""
+    """Read llama.cpp's importance matrix, in GGUF or the older format (``.dat``). Raises UsageError if there is no such
+    file, CheckpointError if it is not one."""
     try:
         with open_regular(path) as file:
             is_gguf = file.read(4) == MAGIC

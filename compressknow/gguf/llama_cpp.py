@@ -1,7 +1,5 @@
-"""llama.cpp's library, bound by llama-cpp-py-sync (CFFI over ``llama.h``), and GGUF files in it, memory-mapped.
-
-What it logs is kept, not printed; what cannot be evaluated is refused with the reason.
-"""
+"""llama.cpp's library, bound by llama-cpp-py-sync (CFFI over ``llama.h``), and memory-mapped GGUF files in it. Its log
+is collected, not printed."""
 
 from __future__ import annotations
 
@@ -79,9 +77,8 @@ def load_native() -> Native:
 
 
 def make_interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseException]]:
-    """Return a callback in which llama.cpp asks whether to go on, and the list of what was raised in it: Python, which
-    sees to signals there, raises KeyboardInterrupt, and llama.cpp is told to stop. `go_on` is the answer that means
-    yes."""
+    """Return a callback that llama.cpp polls, and a list of what was raised in it: Python handles signals there, so
+    that KeyboardInterrupt makes llama.cpp stop. `go_on` is the return value that means to continue."""
     raised: list[BaseException] = []
     callback = load_native().ffi.callback(
         declaration, lambda *_: go_on, error=not go_on, onerror=lambda _, error, __: raised.append(error)
@@ -96,8 +93,8 @@ def collect_errors() -> list[str]:
 
 
 def count_types(path: Path) -> dict[str, dict[str, int]]:
-    """Count parameters by group of layers and by type: ``{"attention": {"Q4_K": 7077888}}``, most first, of a GGUF file
-    that llama.cpp has opened, or of all parts of one by the first."""
+    """Count parameters by group of layers and type, most first: ``{"attention": {"Q4_K": 7077888}}``, of a GGUF file
+    opened by llama.cpp, with all of its parts."""
     members = load_native().ffi.typeof("enum ggml_type").relements
     types = {number: member.removeprefix("GGML_TYPE_") for member, number in members.items()}
     counts: dict[str, Counter[str]] = {name: Counter() for name in (*(name for name, _ in NAMED), UNPLACED)}
@@ -115,10 +112,8 @@ _ASSERTED = re.compile(r"GGML_ASSERT\(.*\) failed")
 
 
 def check_no_crash(path: Path) -> None:
-    """Raise CheckpointError if llama.cpp ends a process in which it loads a file, splits a text and reads a token.
-
-    All else that is wrong with a file is no matter of this: llama.cpp says it where it is loaded.
-    """
+    """Raise CheckpointError if llama.cpp aborts a process that loads a file, splits a text and reads a token; other
+    faults of the file are reported when it is loaded."""
     status = path.stat()
     code, output = _run_trial(path.absolute(), status.st_size, status.st_mtime_ns)
     if code == 0:

@@ -1,7 +1,7 @@
 """Modelfile for Ollama, next to a GGUF file: where the weights lie, how a chat is written, and where an answer ends.
 
-Ollama's templates are those of Go, a tokenizer's are Jinja's. What the tokenizer writes around a system message, a
-question and an answer is read off what it makes of such a chat.
+Ollama's templates are Go's, a tokenizer's are Jinja's: the text around a system message, a question and an answer is
+taken from a rendered chat.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _SAMPLING = ("temperature", "top_p", "top_k", "repeat_penalty")
 
 
 def check_modelfile(path: Path, output: Path, text: str, *, overwrite: bool) -> None:
-    """Raise UsageError or OutputError, before any work, where a Modelfile of this text cannot be written there. One
-    that has it already may stay."""
+    """Raise UsageError or OutputError, before any work, if a Modelfile with this text cannot be written there; one with
+    the same text may stay."""
     there = path.read_text("utf-8", "replace") if path.is_file() else ""
     is_ours, is_same = there.startswith(_FROM), there == text
     check_extra(path, output, "--modelfile", "a Modelfile", lambda _: is_ours, overwrite=overwrite or is_same)

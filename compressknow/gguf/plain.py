@@ -34,18 +34,18 @@ def get_dtype(values: Values) -> str:
     return "F32" if values.scale else values.tensor.dtype
 
 
-def list_plain_tensors(side: StoredWeights, checkpoint: Checkpoint) -> dict[str, Values]:
-    """Return a checkpoint's tensors without quantization, by its stored names, in their order. Raises UnsupportedError
-    if values cannot be read: another tool has packed them."""
+def list_plain_tensors(source: StoredWeights, checkpoint: Checkpoint) -> dict[str, Values]:
+    """Return a checkpoint's dequantized tensors, by stored name, in order. Raises UnsupportedError if another tool has
+    packed values in an unknown way."""
     plain: dict[str, Values] = {}
     unreadable: dict[str, str | None] = {}
-    for key, tensor in side.own.items():
-        values = side.values(key)
+    for key, tensor in source.own.items():
+        values = source.values(key)
         if values is not None and (values.scale or values.tensor.dtype in PLAIN_DTYPES):
             plain[tensor.name] = values
         else:
-            unreadable[tensor.name] = side.packed(key) or tensor.dtype
-    unreadable |= {name: side.packed(name) for name in side.packed_weights()}
+            unreadable[tensor.name] = source.packed(key) or tensor.dtype
+    unreadable |= {name: source.packed(name) for name in source.packed_weights()}
     for name, kind in unreadable.items():
         raise UnsupportedError(
             f"{name} is stored as {kind}, which cannot be unpacked here.",

@@ -1,5 +1,4 @@
-"""GGUF file that export writes, and the record next to it, which says what it was made of: where they lie, how they
-appear whole or not at all, and whether the file still is what its record says."""
+"""GGUF file that export writes and the record next to it: written completely or not at all, and verified later."""
 
 from __future__ import annotations
 
@@ -52,9 +51,8 @@ SUFFIX = ".gguf"
 
 
 class NewFile(Staging):
-    """Folder next to a GGUF file to work in; `commit` moves the file named `self.output.name`, its record and what goes
-    with it out of it to their places: `extras` has those of the importance matrix and the Modelfile, by their names in
-    the folder."""
+    """Working folder next to a GGUF file. `commit` moves the file, its record and its `extras` to their places: those
+    of the importance matrix and the Modelfile, by their names in the folder."""
 
     def __init__(self, output: Path, *, overwrite: bool, source: Path, extras: Mapping[str, Path]) -> None:
         self._extras = extras
@@ -66,14 +64,14 @@ class NewFile(Staging):
         return self.folder / self.output.name
 
     def commit(self) -> None:
-        """Move all to their places: the record last, so that what has one is whole, and none is of another file. Raises
-        OutputError as `Staging.commit` does."""
+        """Move all files to their places, the record last, so that a file with a record is complete and matches it.
+        Raises OutputError as `Staging.commit` does."""
         self._check(self.output, overwrite=self._overwrite, source=None)
         sync_folder(self.folder)
         with hold_signals():
             try:
                 with ExitStack() as placed:
-                    # On the disk already, they take their places once the context ends without an error.
+                    # They are on the disk, and are renamed when the context ends without an error.
                     for name, place in self._extras.items():
                         file = placed.enter_context(open_whole(place))
                         file.write((self.folder / name).read_bytes())
@@ -83,7 +81,7 @@ class NewFile(Staging):
                             move(get_record_path(self.output), self.folder / OLD_RECORD)
                         move(self.file, self.output)
                     except OSError as error:
-                        # Else it would be taken for one of what goes with it.
+                        # Otherwise the error would seem to be about an extra file.
                         raise explain_write_error(self.output, error) from error
                     self._committed = True
             finally:
@@ -95,14 +93,14 @@ class NewFile(Staging):
                     self.finish(self.folder)
 
     def finish(self, folder: Path) -> None:
-        """Finish what a dead run had begun: see `finish`."""
+        """Complete what a dead run had begun: see `finish`."""
         finish(self.output, folder, self._extras)
 
 
 def finish(output: Path, folder: Path, extras: Mapping[str, Path]) -> None:
-    """End what a run that is dead was amid of: where it had moved its file to `output`, all else follows; where it had
-    only taken the old file's record away, that is put back. `extras` are the places that this run has for what goes
-    with the file (--imatrix-out, --modelfile): the dead run's goes there."""
+    """Complete the commit of a dead run: if it had moved its file to `output`, move the rest; if it had only taken the
+    old file's record away, put that back. The dead run's extra files go to this run's `extras` (--imatrix-out,
+    --modelfile)."""
     made, old, record = get_record_path(folder / output.name), folder / OLD_RECORD, get_record_path(output)
     if os.path.lexists(record) or not output.is_file():
         return
@@ -137,8 +135,8 @@ def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> 
 def check_extra(
     path: Path, output: Path, option: str, what: str, is_ours: Callable[[Path], bool], *, overwrite: bool
 ) -> None:
-    """Raise UsageError or OutputError, before any work, where what goes with a GGUF file, a ``Modelfile`` say, cannot
-    be written at the path that an option names. `is_ours` tells whether what is there already is one."""
+    """Raise UsageError or OutputError, before any work, if an extra file of a GGUF file, such as a ``Modelfile``,
+    cannot be written at the path of an option. `is_ours` tells whether an existing file is one."""
     if path.resolve() in (output.resolve(), get_record_path(output).resolve()):
         raise UsageError(f"{option} and OUTPUT have one name.", hint="Give each a name of its own.")
     check_links(path)

@@ -25,11 +25,10 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class Tensors:
-    """Content of a GGUF file, and of the checkpoint that it was made of: by the name of a tensor the Linear weights
-    that it is, or is made of, and the names under which the checkpoint stores these. `start` are the bytes of the file
-    before its tensors."""
+    """Tensors of a GGUF file and the checkpoint that it was made from: for each tensor, the Linear weights that it
+    consists of, and the names that the checkpoint stores these under. `start` is the size before the tensors."""
 
-    side: StoredWeights
+    source: StoredWeights
     tensors: Mapping[str, Tensor]
     weights: Mapping[str, tuple[LinearWeight, ...]]
     stored: Mapping[str, tuple[str, ...]]
@@ -49,7 +48,7 @@ class Tensors:
 
     def find_by_scope(self, scope: str) -> list[str]:
         """Return the tensors that a scope takes. Raises UsageError if it takes none."""
-        taken = {weight.parameter for weight in select(self.side.structure, (scope,), "quantize")}
+        taken = {weight.parameter for weight in select(self.source.structure, (scope,), "quantize")}
         return [name for name, own in self.weights.items() if any(weight.parameter in taken for weight in own)]
 
     def find_by_pattern(self, text: str, option: str) -> list[str]:
@@ -57,7 +56,7 @@ class Tensors:
         pattern = compile_pattern(option, text)
         names = [name for name, tensor in self.tensors.items() if len(tensor.shape) > 1 and pattern.search(name)]
         if not names:
-            scopes = list_scopes(self.side.structure)
+            scopes = list_scopes(self.source.structure)
             kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in self.groups if "norm" not in name)
             raise UsageError(
                 f"{option} {text!r} is not a scope, and matches no tensor of the GGUF file.",
@@ -68,8 +67,8 @@ class Tensors:
 
 
 def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]], option: str = "--type-of") -> dict[str, str]:
-    """Return the type of each tensor that a rule names; of several rules the last holds. Raises UsageError for a rule
-    that names none."""
+    """Return the type of each tensor that a rule matches; the last matching rule counts. Raises UsageError for a rule
+    that matches none."""
     return {
         name: chosen
         for which, chosen in types
@@ -77,16 +76,16 @@ def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]], option: st
     }
 
 
-def describe_tensors(reader: Any, side: StoredWeights) -> Tensors:
+def describe_tensors(reader: Any, source: StoredWeights) -> Tensors:
     """Return what an open GGUF file holds, but for its weights."""
     tensors = list_tensors(reader)
     weights: dict[str, list[LinearWeight]] = {}
     stored: dict[str, dict[str, None]] = {}
-    for weight, name, places in _map_weights(_get_name_map(reader), side, tensors):
+    for weight, name, places in _map_weights(_get_name_map(reader), source, tensors):
         weights.setdefault(name, []).append(weight)
         stored.setdefault(name, {}).update(dict.fromkeys(places))
     return Tensors(
-        side,
+        source,
         tensors,
         {name: tuple(own) for name, own in weights.items()},
         {name: tuple(own) for name, own in stored.items()},
@@ -105,14 +104,14 @@ def _get_name_map(reader: Any) -> Any:
 
 
 def _map_weights(
-    name_map: Any, side: StoredWeights, tensors: Mapping[str, Tensor]
+    name_map: Any, source: StoredWeights, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[LinearWeight, str, list[str]]]:
     """Yield each Linear weight with a tensor that holds it or a part of it, and the names by which that is stored."""
     parts: dict[str, list[str]] = {}
-    for stored, parameter in side.loaded_to.items():
+    for stored, parameter in source.loaded_to.items():
         parts.setdefault(parameter, []).append(stored)
-    for weight in side.structure.linears if name_map else ():
-        supplier = side.supply.get(weight.parameter)
+    for weight in source.structure.linears if name_map else ():
+        supplier = source.supply.get(weight.parameter)
         own = parts.get(weight.parameter) or ([supplier.name] if supplier else [])
         held: dict[str, list[str]] = {}
         for name in own:

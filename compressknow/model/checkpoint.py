@@ -33,11 +33,9 @@ def list_module_folders(folder: Path) -> tuple[str, ...]:
 
 
 def build_loading_settings(folder: Path, quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the file, by name, that has sentence-transformers turn quantized weights into floats while it loads them;
-    none for any other checkpoint, and none where they are of several schemes, which transformers cannot load so.
-
-    It calls the `forward` of a model itself (since 6.0), past the hook in which transformers does so otherwise.
-    """
+    """Return the settings file that makes sentence-transformers dequantize weights on loading, by name; empty for other
+    checkpoints, and for several schemes, which transformers cannot load that way. Since 6.0 it calls a model's
+    `forward` itself, past the hook in which transformers would dequantize."""
     if not (folder / MODULES).is_file() or len(quantization["config_groups"]) > 1:
         return {}
     name = next((name for name in CONFIGS if (folder / name).is_file()), CONFIGS[0])
@@ -73,8 +71,8 @@ HUB_PATTERNS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Checkpoint on disk. `tensors` holds what lies in its weight files, by stored name; it is empty if the folder
-    has a config alone. `shards` names these files in order, `revision` is set for one from a hub."""
+    """Checkpoint on disk. `tensors` has the tensors of its weight files by stored name, none if the folder only has a
+    config. `shards` lists these files in order; `revision` is set for a checkpoint from the hub."""
 
     name: str
     folder: Path
@@ -165,10 +163,8 @@ def list_some(names: Collection[str]) -> str:
 
 
 def read_json(path: Path, most: int = reading.CONFIG) -> dict[str, Any]:
-    """Return the object in a JSON file of at most `most` bytes.
-
-    Raises CheckpointError if it is missing, no regular file, larger, not JSON, or not an object.
-    """
+    """Return the object in a JSON file of at most `most` bytes. Raises CheckpointError if it is missing, not a regular
+    file, larger, not JSON, or not an object."""
     try:
         content = reading.read_json(path, most)
     except FileNotFoundError:
@@ -257,8 +253,8 @@ def is_convertible(model: str | Path) -> bool:
 
 
 def is_path(model: str | Path) -> bool:
-    """Return whether a model that is not here is named by a path: it cannot be a hub id, or what stands before its
-    slash is a folder."""
+    """Tell whether the name of a missing model is a path: it cannot be a hub id, or the part before its slash is a
+    folder."""
     path = Path(model)
     if isinstance(model, Path) or not HUB_ID.fullmatch(model) or path.suffix in (".safetensors", ".bin", ".json"):
         return True
@@ -319,9 +315,8 @@ _WATCHED = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
 
 
 def check_files(folder: Path) -> dict[Path, FileState]:
-    """Return the states of the files of a checkpoint folder. Raises CheckpointError if a pipe, a socket or a device
-    lies in it, a file too large for its name, or a folder where a file should be, which transformers takes for a file
-    that is missing."""
+    """Return the states of the files in a checkpoint folder. Raises CheckpointError for a pipe, socket or device, for a
+    file that is too large, and for a folder in place of a file, which transformers would take for a missing file."""
     states: dict[Path, FileState] = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name in _READ:
@@ -341,10 +336,8 @@ def check_files(folder: Path) -> dict[Path, FileState]:
 
 
 def check_inside(folder: Path, path: Path) -> None:
-    """Raise CheckpointError if a file of a checkpoint is a link to one outside of it, which nobody means to publish.
-
-    In the hub's cache all files of a snapshot are links to blobs of the same repository: these count as inside.
-    """
+    """Raise CheckpointError if a file links out of the checkpoint, which nobody means to publish. In the hub's cache,
+    all files of a snapshot link to blobs of the same repository, which count as inside."""
     inside, target = folder.resolve(), path.resolve()
     repository = inside.parent.parent
     is_cached = inside.parent.name == "snapshots" and (repository / "blobs").is_dir()

@@ -51,8 +51,8 @@ def check_whole(path: Path) -> None:
 
 
 def check_gguf(path: Path) -> None:
-    """Raise NotReadable if a file is not a GGUF file, where one in Python would read it in minutes or gigabytes, or
-    where its tensors do not lie as it says; OSError if it cannot be opened."""
+    """Raise NotReadable if a file is not a GGUF file, would take minutes or gigabytes to read in Python, or has
+    misplaced tensors; OSError if it cannot be opened."""
     read_header(path).check_places()
 
 
@@ -207,8 +207,8 @@ class Tensor:
 
 
 def read_gguf(path: Path, mode: Literal["r", "r+"] = "r") -> Any:
-    """Return a `gguf.GGUFReader`, which maps the file: `mapped`. Its `data`, which it slices a million times for a
-    vocabulary, is an array of the same bytes: slicing that takes a third of the time."""
+    """Return a `gguf.GGUFReader` whose file is `mapped`. Its `data` is a plain array of the same bytes, since it is
+    sliced a million times for a vocabulary, and slicing a plain array takes a third of the time."""
     import gguf
     import numpy as np
 

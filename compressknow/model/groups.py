@@ -1,5 +1,4 @@
-"""Read a module tree: which Linear weights it has, in which group, block and stack each lies, and how often a pass runs
-it."""
+"""Read a module tree: its Linear weights, their group, block and stack, and how often a pass runs them."""
 
 from __future__ import annotations
 
@@ -260,8 +259,7 @@ def _find_stack(model: PreTrainedModel, module: str) -> Literal["encoder", "deco
 
 
 def _find_ties(model: PreTrainedModel) -> dict[str, str]:
-    """Map names to the name they share storage with: what the class declares, and modules that hang at several
-    places."""
+    """Map names to the name that they share storage with: declared by the class, or modules in several places."""
     tensors = model.state_dict(keep_vars=True)
     declared = model.all_tied_weights_keys
     tied = {name: source for name, source in declared.items() if name in tensors and source in tensors}
@@ -300,8 +298,8 @@ def _is_matrix(module: nn.Module, name: str, parameter: torch.Tensor, width: int
 
 
 def _count_loops(config: Any, module: str, layer: int | None) -> int:
-    """Count how often a pass comes to a module under one name: some architectures loop over blocks. `config` is that of
-    the nearest module around it which has one."""
+    """Count how often a pass runs a module under one name: some architectures loop over blocks. `config` is that of the
+    nearest enclosing module that has one."""
     if layer is None:
         return 1
     match getattr(config, "model_type", ""):

@@ -44,9 +44,9 @@ Header = tuple[str, Shape]
 
 @dataclass(frozen=True)
 class Binding:
-    """Destination of a stored tensor: the `parameters` of the module tree that get values of it, several where it is
-    split on the way; `reshaped` where it is fused, split or transposed, so that it is not stored in the form that a
-    module holds. `rows` of it are what each of several parameters gets, where these are whole rows."""
+    """Destination of a stored tensor: the `parameters` of the module tree that get its values, several if it is split.
+    `reshaped` says that it is fused, split or transposed on loading. `rows` are those that each of several parameters
+    gets, if these are whole rows."""
 
     parameters: tuple[str, ...]
     reshaped: bool = False
@@ -69,8 +69,8 @@ class NameMapping:
         self._tree = dict(model.state_dict())
 
     def bind(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Binding]:
-        """Return the parameters that stored tensors are loaded to, by stored name, if the module tree has a place. Of
-        two that are stored as one parameter, under an old name and a new one, transformers loads the first."""
+        """Return the parameters that stored tensors are loaded to, by stored name, if the module tree has them. If one
+        is stored under an old and a new name, transformers loads the first."""
         bound: dict[str, Binding] = {}
         whole: set[str] = set()
         converted: dict[tuple[str, int], list[tuple[str, str]]] = {}
@@ -93,8 +93,7 @@ class NameMapping:
         return max(i for i, each in enumerate(self._converters) if pattern in each.source_patterns)
 
     def _bind_converted(self, name: str, converter: Any, sources: list[tuple[str, Shape]]) -> Binding:
-        """Bind what a converter makes of its sources, each a pattern and a shape, found by letting it convert tensors
-        that have no memory."""
+        """Bind the results of a converter to its sources, each a pattern and a shape, by converting meta tensors."""
         empty = [(pattern, torch.empty(shape, device="meta")) for pattern, shape in sources]
         whole = self._convert(name, converter, empty)
         parameters = tuple(parameter for parameter in whole if parameter in self._tree)
@@ -108,8 +107,8 @@ class NameMapping:
     def _rows(
         self, name: str, converter: Any, sources: list[tuple[str, Shape]], parameters: tuple[str, ...]
     ) -> tuple[range, ...]:
-        """Return which rows of one source each of several parameters gets: the numbers of its rows, put through a
-        converter, come out as unbroken ranges where it does nothing but cut it."""
+        """Return which rows of a source each of several parameters gets, by converting row numbers: if the converter
+        only splits, they come out as contiguous ranges."""
         pattern, shape = sources[0]
         if len(sources) > 1 or len(parameters) < 2 or not shape:
             return ()
@@ -131,10 +130,8 @@ class NameMapping:
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     def convert(self, parameter: str, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return what transformers makes a parameter of, from all the stored tensors (by name) it is converted from.
-
-        Raises KeyError if its conversion does not give that parameter.
-        """
+        """Return a parameter as transformers converts it from its stored tensors, given by name. Raises KeyError if the
+        conversion does not give that parameter."""
         parts: list[tuple[str, torch.Tensor]] = []
         name = parameter
         for stored in sorted(sources, key=dot_natural_key):
@@ -249,9 +246,9 @@ CONVERSION_FAILED = "issues during automatic conversion of the weights"
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Report of a load: weights that no tensor gives (they would be filled with random numbers), tensors that no weight
-    takes, weights of another shape than the model's (that shape, and the model's), floats that a weight of integers
-    takes or the reverse, which are rounded without a word; and what stopped the load, where anything did."""
+    """Report of a load: weights without a tensor (which would be random), tensors without a weight, weights of another
+    shape (stored and expected), floats stored for integers or the reverse, which would be rounded silently, and what
+    stopped the load, if anything."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -268,8 +265,8 @@ class LoadReport:
 def load_report(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, Header]
 ) -> LoadReport:
-    """Load tensors, given as dtype (``F32``) and shape by name, as plain transformers does, without their values.
-    `config` is that of the checkpoint, its quantization included; it is left as it is."""
+    """Load tensors, given as dtype (``F32``) and shape by name, like plain transformers, but without values. `config`
+    is that of the checkpoint, quantization included; it is not changed."""
     # transformers takes a `device_map` only with it, and its refusal would pass for a fault of the checkpoint.
     require("accelerate")
     state = {
@@ -327,11 +324,9 @@ def find_missing_weights(
 def open_complete(
     model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> tuple[Checkpoint, PreTrainedModel]:
-    """Open a checkpoint that holds every weight of its model, and its module tree on the meta device.
-
-    Raises as `open_checkpoint` and `build_meta_model` do, and CheckpointError if weights are missing or have
-    another shape than the model's: transformers would fill them with random numbers.
-    """
+    """Open a checkpoint that has every weight of its model, and its module tree on the meta device. Raises as
+    `open_checkpoint` and `build_meta_model` do, and CheckpointError if weights are missing or have another shape:
+    transformers would fill them with random numbers."""
     checkpoint = open_checkpoint(model, revision)
     tree = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     # A quantized checkpoint has other tensors than its module tree; it is rejected elsewhere.

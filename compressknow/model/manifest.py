@@ -50,10 +50,8 @@ FORM = {
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a folder that convert wrote.
-
-    Raises CheckpointError if there is none, of another schema, or not of the form that convert writes.
-    """
+    """Read the manifest of a converted folder. Raises CheckpointError if there is none, or it has another schema or
+    form."""
     check_converted(folder)
     path = folder / MANIFEST_NAME
     manifest = read_json(path, MANIFEST)

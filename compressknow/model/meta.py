@@ -1,5 +1,5 @@
-"""Module tree of a checkpoint on the meta device: built from its config alone, within bounds, without weights, and run
-to see which weights other modules than their own read."""
+"""Module tree of a checkpoint on the meta device: built from its config, within bounds and without weights, and run to
+see which weights are read by modules other than their own."""
 
 from __future__ import annotations
 
@@ -143,10 +143,8 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
 
 @_ignore_warnings()
 def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> PreTrainedModel:
-    """Build a module tree of the same class with another content of its config.json, which lies at `path`.
-
-    Raises CheckpointError if no such model can be built.
-    """
+    """Build a module tree of the same class from another config.json, at `path`. Raises CheckpointError if that is
+    impossible."""
     with _explain_failures(f"{path} is not a valid config of {type(tree).__name__}."):
         config = parse_config(tree, copy.deepcopy(raw))
     return _build(path, type(tree), config)
@@ -183,10 +181,8 @@ def _build_config_for(model_class: type[PreTrainedModel], config: PreTrainedConf
 def _build_best_match(
     path: Path, config: PreTrainedConfig, architecture: str, tensor_names: Collection[str]
 ) -> PreTrainedModel:
-    """Build the language model of the config's type whose parameters best cover the stored tensors.
-
-    Some checkpoints name a class of their authors' own (AntiBERTy) though their layers are a known model's.
-    """
+    """Build the language model of the config's type whose parameters best cover the stored tensors, for checkpoints
+    that name their authors' own class (AntiBERTy) but have a known model's layers."""
     names = set(tensor_names)
     candidates = _list_candidates(config.model_type)
     models = [_build(path, getattr(transformers, name), config) for name in candidates if _is_builtin(name)]
@@ -214,8 +210,8 @@ def _has_stored_head(model: PreTrainedModel, names: set[str]) -> bool:
 
 @contextmanager
 def _explain_failures(what: str) -> Iterator[None]:
-    """Raise CheckpointError for whatever the checkpoint's own code raises, configs, which validate themselves with
-    errors of every kind, and wrong sizes, which may fail anywhere inside transformers."""
+    """Raise CheckpointError for anything raised by the checkpoint's own code, by a config's validation, or, for wrong
+    sizes, anywhere in transformers."""
     try:
         yield
     except CheckpointError:
@@ -235,8 +231,8 @@ MOST_MODULES, MODULES_IN_ANY_TIME, MOST_SECONDS = 400_000, 20_000, 8.0
 
 
 def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if the config at `path` counts more of anything than a model has, parts included, or is
-    nested so deeply that who copies it would fail."""
+    """Raise CheckpointError if a count in the config at `path`, parts included, is more than any model has, or if it is
+    nested too deeply to copy."""
     level: list[Any] = [config]
     for _ in range(MOST_DEPTH):
         for key, value in (entry for each in level if isinstance(each, Mapping) for entry in each.items()):
@@ -321,8 +317,8 @@ def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
 
 
 def _read_code(kind: type[nn.Module]) -> str:
-    """Return the source of a class of transformers, or of remote code, and of its bases, without texts (names of tied
-    weights are not code) and without what sets weights."""
+    """Return the source of a class of transformers or remote code, and of its bases, without strings (such as names of
+    tied weights) and without code that sets weights."""
     bases = (each for each in kind.__mro__ if each not in PreTrainedModel.__mro__)
     source = "".join(inspect.getsource(base) for base in bases if not base.__module__.startswith("torch."))
     return re.sub(r"\"[^\"\n]*\"|'[^'\n]*'|def _init_weights\(.*?(?=\n    (?:def|@)|\Z)", "", source, flags=re.DOTALL)

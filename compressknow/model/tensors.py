@@ -54,8 +54,8 @@ def view_bytes(tensor: torch.Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Row-major tensor in a file (`dtype` by its safetensors name), or in `loaded` bytes where the file's form cannot
-    be read in place (a PyTorch file from before 1.6, a tensor saved transposed)."""
+    """Row-major tensor in a file (`dtype` by its safetensors name), or in `loaded` bytes if it cannot be read in place
+    (a PyTorch file from before 1.6, or a tensor saved transposed)."""
 
     name: str
     dtype: str
@@ -92,8 +92,7 @@ _LARGEST = {
 
 
 def find_not_finite(raw: memoryview, tensor: StoredTensor) -> str | None:
-    """Return what is not a number in a piece of a tensor's bytes, "NaN" or "an infinity"; else, or of no floats,
-    None."""
+    """Return "NaN" or "an infinity" if a piece of a tensor's bytes has one, else None."""
     import numpy as np
 
     if (largest := _LARGEST.get(tensor.dtype)) is None:
@@ -121,10 +120,7 @@ class OpenFiles:
         self._descriptors.clear()
 
     def read_into(self, tensor: StoredTensor, buffer: memoryview, start: int) -> None:
-        """Fill `buffer` with the tensor's bytes from `start` on.
-
-        Raises CheckpointError if the file ends before the buffer is full.
-        """
+        """Fill `buffer` with the tensor's bytes from `start` on. Raises CheckpointError if the file ends before."""
         if tensor.loaded is not None:
             buffer[:] = tensor.loaded[start : start + len(buffer)]
         elif read_at(self._open(tensor.file), buffer, tensor.offset + start) < len(buffer):
@@ -171,11 +167,9 @@ GRID_ROWS = 16
 
 
 def find_grid(tensors: Iterable[StoredTensor]) -> dict[str, int] | None:
-    """Count the stored matrices that lie on a coarse grid already, unpacked from a file of few bits for one; None if
-    none does. Some rows of each are read.
-
-    Returns how many do (``weights``), ``of`` how many, and ``values``, of which none of their groups of 32 has more.
-    """
+    """Count the stored matrices that already lie on a coarse grid, for example because they were unpacked from few
+    bits, by reading some rows of each. Returns their number (``weights``), ``of`` how many, and ``values``, the most
+    distinct values in a group of 32; None if none does."""
     matrices = [each for each in tensors if each.dtype in FLOAT_DTYPES and len(each.shape) == 2]
     with OpenFiles() as files:
         counts = [_count_most_values(files, each) for each in matrices if each.shape[1] % GRID_NEIGHBOURS == 0]
@@ -210,10 +204,8 @@ LFS_POINTER = b"version "
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file by name, in the order of their data.
-
-    Raises CheckpointError if it is truncated, its header is not valid, or its tensors do not fill the data exactly.
-    """
+    """Return the tensors of a safetensors file by name, in the order of their data. Raises CheckpointError if it is
+    truncated, its header is invalid, or its tensors do not fill the data exactly."""
     header, data_start = _load(path)
     try:
         tensors = [_parse_tensor(path, name, entry, data_start) for name, entry in header.items() if name != METADATA]
@@ -233,8 +225,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the texts that a safetensors file says about itself, such as ``{"format": "pt"}``. Raises what
-    `read_header` does."""
+    """Return the metadata of a safetensors file, such as ``{"format": "pt"}``. Raises as `read_header` does."""
     metadata: dict[str, str] = _load(path)[0].get(METADATA, {})
     return metadata
 
@@ -317,8 +308,7 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _check_packed(path: Path, entries: list[zipfile.ZipInfo]) -> None:
-    """Raise CheckpointError for an archive that unpacks to far more than lies in it: weights compress to a half at
-    best."""
+    """Raise CheckpointError for an archive that unpacks to far more than its size: weights compress to half at best."""
     size = path.stat().st_size
     if (unpacked := sum(entry.file_size for entry in entries)) > EXPANSION * size + MAX_EXPANDED_BYTES:
         raise CheckpointError(
@@ -377,8 +367,8 @@ def _report_unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _list_records_in_place(path: Path) -> dict[int, int]:
-    """Return the records of a zip archive that lie in it as they are: size in bytes by offset; none where the file is
-    no such archive, or of the other byte order. Raises as `_check_packed` does."""
+    """Return the uncompressed records of a zip archive: size in bytes by offset; none if the file is not such an
+    archive, or has the other byte order. Raises as `_check_packed` does."""
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             entries = archive.infolist()

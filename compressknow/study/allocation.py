@@ -265,7 +265,7 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: SizeT
 def _list_parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: str) -> Iterable[str]:
     """Return the weights that a tensor is made of, by the names of the sensitivity."""
     if name in tensors.weights:
-        tied = tensors.side.structure.tied
+        tied = tensors.source.structure.tied
         own = [weight.parameter for weight in tensors.weights[name]]
         return dict.fromkeys([*own, *(tied[parameter] for parameter in own if parameter in tied)])
     return [row.name for row in (sensitivity.rows if sensitivity else ()) if row.group == "embedding"]

@@ -31,7 +31,7 @@ from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_g
 
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.walk import Batches
-    from compressknow.gguf.export import Export
+    from compressknow.gguf.export import ExportPlan
     from compressknow.study.cells import StudyModel
     from compressknow.study.measuring import Roundings
 
@@ -186,7 +186,7 @@ class GgufFormat(FileFormat):
 
     name, file_name = GGUF, "model.gguf"
 
-    def __init__(self, job: Export, tensors: Tensors, overhead: int, target: allocation.SizeTarget) -> None:
+    def __init__(self, job: ExportPlan, tensors: Tensors, overhead: int, target: allocation.SizeTarget) -> None:
         from compressknow.study.measuring import GgufRoundings
 
         self.roundings = GgufRoundings()
@@ -413,7 +413,7 @@ def open_format(
         return
     require(*NEEDED)
     from compressknow.compress.sources import check_usable
-    from compressknow.gguf.export import prepare, write_floats
+    from compressknow.gguf.export import prepare_export, write_floats
 
     # For a share to keep, the size is chosen later.
     target = allocation.SizeTarget(request.size or 1, None, request.must, request.guide, request.rounding or "gptq")
@@ -421,9 +421,9 @@ def open_format(
     choice = TypeChoice(calibration=request.text if target.rounding == "nearest" else None)
     (source, revision), trusted = model.source, model.original.settings.trust_remote_code
     found = find_converter(fetch=True, on_progress=on_progress)
-    job = prepare(source, choice, found, revision=revision, trust_remote_code=trusted)
+    job = prepare_export(source, choice, found, revision=revision, trust_remote_code=trusted)
     check_usable(job.checkpoint)
     with make_scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)
-        tensors = describe_tensors(read_gguf(floats), job.side)
+        tensors = describe_tensors(read_gguf(floats), job.source)
         yield GgufFormat(replace(job, floats=floats), tensors, measure_overhead(tensors), target)

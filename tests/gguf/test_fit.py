@@ -24,7 +24,7 @@ from compressknow.base.files import find_cache_folder
 from compressknow.cli import main
 from compressknow.gguf.choice import SizeFit, TypeChoice
 from compressknow.gguf.converter import find_converter
-from compressknow.gguf.export import prepare, write
+from compressknow.gguf.export import prepare_export, write
 from compressknow.gguf.gptq import batch_sequences
 from compressknow.gguf.grids import get_nbytes, list_legal_types, roundtrip
 from compressknow.gguf.record import read_record
@@ -66,8 +66,8 @@ def sensitivity_of(side) -> Sensitivity:
 
 def fitted(source: Path, output: Path, target: SizeTarget):
     """The record of an export to a size."""
-    job = prepare(source, TypeChoice("f16"), find_converter(None, fetch=True))
-    sensitivity = sensitivity_of(job.side)
+    job = prepare_export(source, TypeChoice("f16"), find_converter(None, fetch=True))
+    sensitivity = sensitivity_of(job.source)
     fit = SizeFit(
         target.label,
         target.budget(job.numel),

@@ -268,14 +268,14 @@ def test_a_run_that_died_before_it_wrote_the_modelfile_is_repeated(world: Path, 
 @needs_converter
 def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
     """A tensor whose input channels the converter has put into another order is not a match."""
-    from compressknow.compress.weights import read_side
+    from compressknow.compress.weights import read_stored_weights
     from compressknow.gguf.plain import find_same_channels, list_plain_tensors
     from compressknow.gguf.tensors import describe_tensors
     from compressknow.model.gguf_file import read_gguf
 
     compressknow.export(world / "model", tmp_path / "exact.gguf", type="f32")
     loaded, _ = open_complete(world / "model")
-    side = read_side(loaded)
+    side = read_stored_weights(loaded)
     turned = {"blk.0.attn_output.weight"}
     writer = gguf.GGUFWriter(tmp_path / "turned.gguf", "llama")
     writer.add_block_count(2)

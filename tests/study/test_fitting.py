@@ -13,7 +13,7 @@ pytest.importorskip("llama_cpp_py_sync")
 import compressknow
 from compressknow.base.errors import UsageError
 from compressknow.base.format import parse_size
-from compressknow.compress.weights import read_side
+from compressknow.compress.weights import read_stored_weights
 from compressknow.gguf.grids import get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align
 from compressknow.model.gguf_file import Tensor
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tensors(model: Path) -> Tensors:
     """What the tiny model's file holds in 16 bits."""
-    side = read_side(open_complete(model)[0])
+    side = read_stored_weights(open_complete(model)[0])
     weights = {
         "token_embd.weight" if weight.group == "final" else name_in_llama_cpp(weight.module): (weight,)
         for weight in side.structure.linears
@@ -57,7 +57,7 @@ def sensitivity(tensors: Tensors) -> Sensitivity:
             for kind in list_legal_types(weight.shape[-1])
             for nbytes in [get_nbytes(kind, weight.shape) / prod(weight.shape)]
         }
-        name = tensors.side.structure.tied.get(weight.parameter, weight.parameter)
+        name = tensors.source.structure.tied.get(weight.parameter, weight.parameter)
         rows.append(TensorSensitivity(name, weight.shape, weight.group or "other", weight.layer, by_type))
     return Sensitivity("0" * 64, Guidance("gguf", ("q8_0",), 40, "1" * 64, 1000, "2" * 64), tuple(rows))
 

@@ -194,13 +194,13 @@ def test_front_matter_in_braces_keeps_its_values(card: Card, folder: Path) -> No
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"---\nlicense: [mit\n---\nText.\n", "no valid YAML"),
-        (b"---\na: b: c\n---\nText.\n", "no valid YAML"),
-        (b"---\n" + b"[" * 3000 + b"\n---\nText.\n", "no valid YAML"),
+        (b"---\nlicense: [mit\n---\nText.\n", "not valid YAML"),
+        (b"---\na: b: c\n---\nText.\n", "not valid YAML"),
+        (b"---\n" + b"[" * 3000 + b"\n---\nText.\n", "not valid YAML"),
         (b"---\n- a list\n---\nText.\n", "not of the form"),
         (b"---\nmodel-index: mine\n---\nText.\n", "not of the form"),
         (b"---\nmodel-index:\n- name: x\n---\nText.\n", "not of the form"),
-        (b"Caf\xe9\n", "no UTF-8"),
+        (b"Caf\xe9\n", "not UTF-8"),
     ],
 )
 def test_a_card_that_cannot_be_read_is_left_as_it_is(card: Card, folder: Path, content: bytes, what: str) -> None:
@@ -217,7 +217,7 @@ def test_a_card_that_cannot_be_read_is_told_before_any_model_is(
 ) -> None:
     (folder / "README.md").write_text("---\nlicense: [mit\n---\n")
     assert main(["report", str(tmp_path / "no such original"), str(folder), "--into-model-card"]) == 1
-    assert "no valid YAML" in capsys.readouterr().err
+    assert "not valid YAML" in capsys.readouterr().err
 
 
 def test_what_is_no_checkpoint_folder_has_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
