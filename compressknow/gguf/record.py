@@ -108,7 +108,8 @@ def finish(output: Path, folder: Path, beside: Mapping[str, Path]) -> None:
         return
     if made.is_file() and not (folder / output.name).exists():
         for name, place in beside.items():
-            if (folder / name).is_file():
+            # What lies there may be the user's own: nobody has looked yet.
+            if (folder / name).is_file() and not os.path.lexists(place):
                 write_whole(place, (folder / name).read_bytes())
         move(made, record)
     elif old.is_file():
