@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -270,15 +270,26 @@ def write(
             from compressknow.gguf.context import complete_prompt, find_text_read_otherwise
             from compressknow.gguf.llama_cpp import GgufModel, check_no_crash
 
-            check_no_crash(place.file)
-            with closing(GgufModel(place.file, trial=True)) as model:
-                record.answer = PROMPT, complete_prompt(model, PROMPT)
-                with suppress(CheckpointError):  # The converter reads a tokenizer that transformers does not.
-                    tokenizer = load_tokenizer(source, trust_remote_code=export.trust_remote_code)
-                    record.read_otherwise = find_text_read_otherwise(model, tokenizer)
+            with _name_output(place.file, output):
+                check_no_crash(place.file)
+                with closing(GgufModel(place.file, trial=True)) as model:
+                    record.answer = PROMPT, complete_prompt(model, PROMPT)
+                    with suppress(CheckpointError):  # The converter reads a tokenizer that transformers does not.
+                        tokenizer = load_tokenizer(source, trust_remote_code=export.trust_remote_code)
+                        record.read_otherwise = find_text_read_otherwise(model, tokenizer)
         export.checkpoint.check_unchanged()
         place.commit()
     return record
+
+
+@contextmanager
+def _name_output(file: Path, output: Path) -> Iterator[None]:
+    """Name the output in errors of the file that is tried, which has another name until it is complete."""
+    try:
+        yield
+    except CompressknowError as error:
+        hint = "Nothing was written. Check that the model's weights and tokenizer are intact."
+        raise type(error)(error.what.replace(str(file), str(output)), error.why, hint) from error
 
 
 def _check_size(export: ExportPlan, nbytes: int) -> None:

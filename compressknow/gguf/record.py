@@ -106,7 +106,8 @@ def finish(output: Path, folder: Path, extras: Mapping[str, Path]) -> None:
         return
     if made.is_file() and not (folder / output.name).exists():
         for name, place in extras.items():
-            if (folder / name).is_file():
+            # A file that is already there may be the user's own.
+            if (folder / name).is_file() and not os.path.lexists(place):
                 write_whole(place, (folder / name).read_bytes())
         move(made, record)
     elif old.is_file():

@@ -37,6 +37,17 @@ def test_a_file_that_was_moved_gets_its_record_and_what_goes_with_it(tmp_path: P
     assert found == {"Modelfile": "FROM", "i.gguf": "matrix", FILE: "new", RECORD: "new record"}
 
 
+def test_what_went_with_a_file_takes_the_place_of_nothing(tmp_path: Path) -> None:
+    killed(tmp_path, out_gguf_json="new record", **{MODELFILE: "FROM"})
+    (tmp_path / FILE).write_text("new")
+    (tmp_path / "notes").write_text("the user's")
+    assert after(tmp_path, **{MODELFILE: tmp_path / "notes"}) == {
+        FILE: "new",
+        RECORD: "new record",
+        "notes": "the user's",
+    }
+
+
 def test_a_record_that_was_taken_away_comes_back(tmp_path: Path) -> None:
     killed(tmp_path, out_gguf="new", out_gguf_json="new record", **{OLD_RECORD: "old record"})
     (tmp_path / FILE).write_text("old")

@@ -352,10 +352,13 @@ def test_a_block_that_does_not_run_apart_is_refused(tmp_path: Path) -> None:
         ("xlnet", "XLNetLMHeadModel", "no gradient comes back to its blocks"),
         ("fsmt", "FSMTForConditionalGeneration", "one of its own checks fails"),
         ("reformer", "ReformerModelWithLMHead", r"into training mode$"),
+        ("ibert", "IBertForMaskedLM", r"layer\.0 reads comes from no embedding$"),
+        ("musicgen_melody_decoder", "MusicgenMelodyForCausalLM", "is invalid for input"),
     ],
 )
 def test_a_model_without_gradients_block_by_block_is_refused(of: str, name: str, said: str, tmp_path: Path) -> None:
-    """XLNet and FSMT hand states of [tokens, rows] from block to block; Reformer goes back in a way of its own."""
+    """XLNet and FSMT hand states of [tokens, rows] from block to block; Reformer goes back in a way of its own; the
+    embedding of I-BERT is none of torch's, and MusicGen Melody has a list of them."""
     tiny_model(of, name).save_pretrained(tmp_path)
     ids = torch.arange(5, 41).reshape(3, 12)
     kind = "seq2seq" if of == "fsmt" else "causal"

@@ -102,7 +102,8 @@ def compute_gradients(
     head = next((name for name, module in streamed.model.named_modules() if module is output), None)
     if head is None:
         raise BlockwiseUnsupported(f"{type(streamed.model).__name__} has no head")
-    rows = streamed.model.get_input_embeddings().weight.shape[0]
+    # MusicGen has a list of them.
+    rows = getattr(streamed.model.get_input_embeddings(), "weight", torch.empty(0)).shape[0]
     embeddings = [
         name
         for name, module in streamed.model.named_modules()
@@ -245,6 +246,8 @@ class GradientPass(ForwardPass):
         """Return the gradients at the inputs of a module, from those at its outputs; add the uses of its weights to
         `products`."""
         if not any(call.needed):
+            if not hasattr(self._model.get_submodule(call.module), "weight"):
+                raise BlockwiseUnsupported(f"what {call.module} reads comes from no embedding")
             # An embedding: its weight was not multiplied with anything.
             (gradient,) = call.gradients
             if gradient is not None:
