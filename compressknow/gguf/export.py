@@ -296,6 +296,36 @@ def _check_size(export: Export, nbytes: int) -> None:
         )
 
 
+# Settings with an entry per block: attention over a window or over all, with rotary positions or without.
+_KINDS: dict[str, set[Any]] = {
+    "layer_types": {"sliding_attention", "chunked_attention", "full_attention"},
+    "no_rope_layers": {0, 1},
+}
+
+
+def _check_kinds(export: Export, file: Path) -> None:
+    """Raise UnsupportedError where blocks were dropped, and llama.cpp would take those that are left for other kinds
+    than they are: of some architectures (Gemma 2 and 3, SmolLM3) their places tell it, not the file."""
+    config = export.checkpoint.config.get("text_config") or export.checkpoint.config
+    for stack in (export.manifest or {}).get("removed", {}).get("blocks", ()):
+        remaining = [number for number in range(stack["before"]) if number not in stack["dropped"]]
+        for key, possible in _KINDS.items():
+            kinds = config.get(key)
+            if not isinstance(kinds, list) or len(kinds) != len(remaining) or not possible.issuperset(kinds):
+                continue
+            before = dict(zip(remaining, kinds, strict=True))
+            is_moved = any(before.get(place, kind) != kind for place, kind in enumerate(kinds))
+            fields = read_gguf(file).fields if is_moved else ()
+            if is_moved and not any(name.endswith(".sliding_window_pattern") for name in fields):
+                raise UnsupportedError(
+                    f"{export.checkpoint.name} cannot be exported: its blocks are no longer where those of their kind "
+                    "were.",
+                    f"Some were dropped, and llama.cpp tells the kinds of {export.side.structure.architecture} "
+                    f"({key}) by their places: it would compute something else.",
+                    "Drop the last blocks, or whole rounds of kinds, by --drop-blocks LIST; or prune instead.",
+                )
+
+
 def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = ignore_progress) -> Path:
     """Write a file whose matrices are of one type, ``f32``, ``f16`` or ``bf16``, into `folder`, and give its path: no
     output, but something to run. It has neither a record nor more metadata than the converter's own. Raises OutputError
@@ -381,6 +411,7 @@ def _write_exact(export: Export, source: Path, exact: Path, begin: Begin) -> Non
     """Write the file in between, of the weights in the folder `source`."""
     name = export.checkpoint.name if export.checkpoint.revision else None
     convert(export.converter, source, exact, export.exact, name=name, expected=export.exact_bytes, begin=begin)
+    _check_kinds(export, exact)
 
 
 def _find_importance(

@@ -416,6 +416,18 @@ def _write_wheel(folder: Path, script: str = "") -> None:
 
 
 @needs_converter
+def test_blocks_whose_kinds_llama_cpp_tells_by_their_places_stay_in_these(tmp_path: Path) -> None:
+    """Of Gemma 3, it takes each sixth block for one that sees the whole text."""
+    source, place = checkpoint("gemma3", tmp_path / "model"), tmp_path / "out.gguf"
+    compressknow.convert(source, tmp_path / "moved", drop_blocks="2-2")
+    with pytest.raises(UnsupportedError, match=r"llama\.cpp tells the kinds of Gemma3ForCausalLM"):
+        compressknow.export(tmp_path / "moved", place)
+    assert not place.exists()
+    compressknow.convert(source, tmp_path / "shorter", drop_blocks="6-6")
+    assert compressknow.export(tmp_path / "shorter", place).answer
+
+
+@needs_converter
 def test_no_tokenizer(tmp_path: Path) -> None:
     """The converter's own reason is told, and nothing stays."""
     source = checkpoint("llama", tmp_path / "model")
