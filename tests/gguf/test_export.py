@@ -469,6 +469,19 @@ def test_a_key_of_the_config_that_the_converter_lacks_is_told(tmp_path: Path) ->
         compressknow.export(source, tmp_path / "out.gguf")
 
 
+def test_a_converter_that_lacks_something_of_its_own_is_to_be_replaced(tmp_path: Path) -> None:
+    """The release of today fails so on DeepSeek and GLM-4, whose tensors its gguf package does not name."""
+    source, script = checkpoint("llama", tmp_path / "model"), tmp_path / "convert_hf_to_gguf.py"
+    script.write_text(
+        "import sys\n"
+        "if '--print-supported-models' in sys.argv:\n"
+        "    sys.exit(print(' - LlamaForCausalLM'))\n"
+        "raise AttributeError('DSPARK_MARKOV_W1')\n"
+    )
+    with pytest.raises(CompressknowError, match=r"DSPARK_MARKOV_W1(.|\n)*clone llama\.cpp"):
+        compressknow.export(source, tmp_path / "out.gguf", converter=script)
+
+
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too little room is refused before work."""
     from compressknow.gguf.record import check_room
