@@ -37,7 +37,8 @@ _KNOWN = "architectures.txt"
 # The end of its list of language models.
 _TOWERS = "MMPROJ"
 _LISTED = re.compile(r"\s-\s(\w[\w.]*)\s*$")
-_UNKNOWN = re.compile(r"NotImplementedError|not recognized|not supported")
+# A release may lack something of its own, too: an AttributeError.
+_UNKNOWN = re.compile(r"NotImplementedError|AttributeError|not recognized|not supported")
 _LACKING = re.compile(r"KeyError: '(\w+)'")
 _NEWER = "A newer one may know it: clone llama.cpp, and pass --converter with its folder."
 

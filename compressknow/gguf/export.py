@@ -302,6 +302,36 @@ def _check_size(export: ExportPlan, nbytes: int) -> None:
         )
 
 
+# Settings with an entry per block: attention over a window or over all, with rotary positions or without.
+_KINDS: dict[str, set[Any]] = {
+    "layer_types": {"sliding_attention", "chunked_attention", "full_attention"},
+    "no_rope_layers": {0, 1},
+}
+
+
+def _check_kinds(export: ExportPlan, file: Path) -> None:
+    """Raise UnsupportedError if blocks were dropped and llama.cpp would run the remaining ones as the wrong kind: for
+    some architectures (Gemma 2 and 3, SmolLM3), it derives a block's kind from its position, not from the file."""
+    config = export.checkpoint.config.get("text_config") or export.checkpoint.config
+    for stack in (export.manifest or {}).get("removed", {}).get("blocks", ()):
+        remaining = [number for number in range(stack["before"]) if number not in stack["dropped"]]
+        for key, possible in _KINDS.items():
+            kinds = config.get(key)
+            if not isinstance(kinds, list) or len(kinds) != len(remaining) or not possible.issuperset(kinds):
+                continue
+            before = dict(zip(remaining, kinds, strict=True))
+            is_moved = any(before.get(place, kind) != kind for place, kind in enumerate(kinds))
+            fields = read_gguf(file).fields if is_moved else ()
+            if is_moved and not any(name.endswith(".sliding_window_pattern") for name in fields):
+                raise UnsupportedError(
+                    f"{export.checkpoint.name} cannot be exported: dropping blocks moved others to positions of another "
+                    "kind.",
+                    f"llama.cpp derives the kinds of {export.side.structure.architecture} blocks ({key}) from their "
+                    "positions, so it would compute something else.",
+                    "Drop the last blocks, or whole periods of the pattern, with --drop-blocks LIST; or prune instead.",
+                )
+
+
 def write_floats(export: ExportPlan, folder: Path, kind: str, *, begin: Begin = ignore_progress) -> Path:
     """Write an unquantized file (``f32``, ``f16`` or ``bf16``) to run, not to keep, into `folder`; return its path. It
     has no record and only the converter's metadata. Raises OutputError if the disk has no room for it,
@@ -387,6 +417,7 @@ def _write_exact(export: ExportPlan, source: Path, exact: Path, begin: Begin) ->
     """Write the intermediate file from the weights in the folder `source`."""
     name = export.checkpoint.name if export.checkpoint.revision else None
     convert(export.converter, source, exact, export.exact, name=name, expected=export.exact_bytes, begin=begin)
+    _check_kinds(export, exact)
 
 
 def _find_importance(

@@ -59,6 +59,7 @@ SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.j
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # File names of peft's adapter weights and config, which transformers loads onto the model.
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
+MERGE = "Merge it into its base model (merge_and_unload of peft), and give the folder that you save that to."
 SHOWN = 3
 DOWNLOAD_AGAIN = "Download or save the checkpoint again."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -145,8 +146,7 @@ def _name_folder(folder: Path) -> str:
 def _check_no_other_form(model: str | Path, folder: Path) -> None:
     """Raise CheckpointError if a folder without a config.json holds what else people call a model."""
     if (folder / ADAPTER_CONFIG).is_file():
-        hint = "Merge it into its base model (merge_and_unload of peft), and give the folder that you save that to."
-        raise CheckpointError(f"{model} is an adapter (LoRA), not a model.", hint=hint)
+        raise CheckpointError(f"{model} is an adapter (LoRA), not a model.", hint=MERGE)
     if files := sorted(folder.glob("*.gguf")):
         hint = f"`probe`, `report`, `compare` and `inspect` take the file itself: {files[0]}."
         raise CheckpointError(f"{model} holds a GGUF file, not a checkpoint.", hint=hint)

@@ -33,7 +33,7 @@ from transformers.core_model_loading import (
 from compressknow.base.errors import CheckpointError, is_out_of_memory
 from compressknow.base.packages import require
 from compressknow.base.progress import silence_libraries
-from compressknow.model.checkpoint import Checkpoint, list_some, open_checkpoint
+from compressknow.model.checkpoint import MERGE, Checkpoint, list_some, open_checkpoint
 from compressknow.model.meta import build_meta_model
 from compressknow.model.structure import Structure
 from compressknow.model.tensors import StoredTensor, get_torch_dtype, has_same_bytes
@@ -335,6 +335,12 @@ def open_complete(
     report = load_report(type(tree), tree.config, list_headers(checkpoint))
     if missing := find_missing_weights(checkpoint, tree, report):
         count = "a weight" if len(missing) == 1 else f"{len(missing)} weights"
+        if any(".lora_A." in name for name in checkpoint.tensors):
+            raise CheckpointError(
+                f"{checkpoint.folder} holds the layers of an adapter (LoRA) in place of {count} of "
+                f"{type(tree).__name__}: {list_some(missing)}.",
+                hint=MERGE,
+            )
         raise CheckpointError(
             f"{checkpoint.folder} lacks {count} of {type(tree).__name__}: {list_some(missing)}.",
             why="transformers would fill them with random numbers.",

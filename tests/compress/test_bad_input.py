@@ -54,6 +54,20 @@ def test_an_adapter_that_would_not_fit_what_is_left(source: Path, refused: Refus
     assert "adapter (LoRA), which would no longer fit" in refused(source, *options)
 
 
+def test_an_adapter_that_was_saved_with_its_model_is_to_be_merged(source: Path, refused: Refused) -> None:
+    """As `state_dict` names the layers of a model that peft has wrapped."""
+
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("query.weight")]:
+            layer, weight = f"base_model.model.{name.removesuffix('.weight')}", tensors.pop(name)
+            tensors[f"{layer}.base_layer.weight"] = weight
+            tensors[f"{layer}.lora_A.default.weight"] = torch.zeros(4, weight.shape[1])
+            tensors[f"{layer}.lora_B.default.weight"] = torch.zeros(weight.shape[0], 4)
+
+    edit_tensors(source, wrap)
+    assert "merge_and_unload" in refused(source, *PRUNE)
+
+
 def test_a_config_without_architectures(source: Path, refused: Refused) -> None:
     edit_config(source, "architectures")
     message = refused(source, *PRUNE)

@@ -35,6 +35,12 @@ _MODELS = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA)),
     "llama-tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_LLAMA)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(
+            **_LLAMA | {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 7},
+            layer_types=[*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
+        )
+    ),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_LLAMA, num_local_experts=2)),
     "t5": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(

@@ -416,6 +416,18 @@ def _write_wheel(folder: Path, script: str = "") -> None:
 
 
 @needs_converter
+def test_blocks_whose_kinds_llama_cpp_tells_by_their_places_stay_in_these(tmp_path: Path) -> None:
+    """Of Gemma 3, it takes each sixth block for one that sees the whole text."""
+    source, place = checkpoint("gemma3", tmp_path / "model"), tmp_path / "out.gguf"
+    compressknow.convert(source, tmp_path / "moved", drop_blocks="2-2")
+    with pytest.raises(UnsupportedError, match=r"llama\.cpp derives the kinds of Gemma3ForCausalLM"):
+        compressknow.export(tmp_path / "moved", place)
+    assert not place.exists()
+    compressknow.convert(source, tmp_path / "shorter", drop_blocks="6-6")
+    assert compressknow.export(tmp_path / "shorter", place).answer
+
+
+@needs_converter
 def test_no_tokenizer(tmp_path: Path) -> None:
     """The converter's own reason is told, and nothing stays."""
     source = checkpoint("llama", tmp_path / "model")
@@ -457,6 +469,19 @@ def test_a_key_of_the_config_that_the_converter_lacks_is_told(tmp_path: Path) ->
     source = save_tiny("gpt2", tmp_path / "model")
     with pytest.raises(CompressknowError, match=r"converter failed(.|\n)*If config.json has no n_ctx, add it"):
         compressknow.export(source, tmp_path / "out.gguf")
+
+
+def test_a_converter_that_lacks_something_of_its_own_is_to_be_replaced(tmp_path: Path) -> None:
+    """The release of today fails so on DeepSeek and GLM-4, whose tensors its gguf package does not name."""
+    source, script = checkpoint("llama", tmp_path / "model"), tmp_path / "convert_hf_to_gguf.py"
+    script.write_text(
+        "import sys\n"
+        "if '--print-supported-models' in sys.argv:\n"
+        "    sys.exit(print(' - LlamaForCausalLM'))\n"
+        "raise AttributeError('DSPARK_MARKOV_W1')\n"
+    )
+    with pytest.raises(CompressknowError, match=r"DSPARK_MARKOV_W1(.|\n)*clone llama\.cpp"):
+        compressknow.export(source, tmp_path / "out.gguf", converter=script)
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
