@@ -554,6 +554,7 @@ class TestMethodThatLooksAtActivations:
         [
             (("return mask", "return 1 / 0, mask"), "ZeroDivisionError: division by zero. "),
             (("return mask.gather(1, order.argsort(dim=1))", "return mask[:1]"), "it gives [1, "),
+            (("return mask.gather(1, order.argsort(dim=1))", "return mask.numpy()"), "it gives no bool mask"),
             (("amount * weight.numel()", "amount * weight.numel() / 2"), "where it said"),
         ],
     )
@@ -567,6 +568,9 @@ class TestMethodThatLooksAtActivations:
         assert "'loud' that toy_loud adds failed" in shown
         assert "Traceback" not in shown
         assert not Path("pruned").exists()
+
+
+PRUNED = "__import__('compressknow').compress.pruning.Pruned"
 
 
 class TestPruningMethod:
@@ -675,6 +679,9 @@ class TestPruningMethod:
         [
             (("scatter_(2", "scatter_(7"), "IndexError"),
             (("[EachBlock(pruned)] * len(weights)", "[]"), "gives 0 masks for 14 tensors"),
+            (("return mask.numpy()", "return mask"), "is no bool array of numpy, [64, 128]"),
+            (("return mask.numpy()", "return mask.numpy()[1:]"), "is no bool array of numpy, [64, 128]"),
+            (("return mask.numpy()", f"return {PRUNED}(mask.numpy(), block.values.int())"), "are no floats, [64, 128]"),
             (("def count(self, weights, amount)", "def count(self)"), "TypeError"),
             (("round(amount * self.span)\n\n", "1\n\n"), "prunes 36,864 weights where it said"),
             (("def choose(", "def chosen("), "abstract"),
