@@ -895,6 +895,7 @@ class TestScheme:
             (("torch.finfo", "torch.info"), "AttributeError"),
             (("(absmax / 31.5)", "(absmax.double() / 31.5)"), "toy_int6 adds failed. ValueError: it stores"),
             (("return (absmax", "return 0 * (absmax"), "toy_int6 adds failed. ValueError: it gives scales that"),
+            (("6, -32, 31", "8, 0, 255"), "its grid, 0 to 255, is none of int8"),
             (('"strategy": "group"', '"strategy": "bunch"'), "transformers could not load the output"),
             (("def arguments", "def argument"), "abstract"),
             (("bits, lowest, highest = 6, -32, 31", "bits: int = 6"), "bits has a type, and is no parameter(...)"),

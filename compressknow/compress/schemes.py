@@ -103,6 +103,8 @@ class Scheme(Parametric, abc.ABC):
         """Round what `steps` gives, perhaps in place, to codes: the nearest of the grid, ties to even; 0 to 0."""
         import torch
 
+        if not -128 <= self.lowest < self.highest <= 127:
+            raise ValueError(f"its grid, {self.lowest} to {self.highest}, is none of int8: make other codes in `round`")
         return steps.clamp_(self.lowest, self.highest).round_().to(torch.int8)
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
