@@ -555,6 +555,10 @@ class TestMethodThatLooksAtActivations:
             (("return mask", "return 1 / 0, mask"), "ZeroDivisionError: division by zero. "),
             (("return mask.gather(1, order.argsort(dim=1))", "return mask[:1]"), "it gives [1, "),
             (("amount * weight.numel()", "amount * weight.numel() / 2"), "but announced"),
+            (
+                ("return mask.gather(1, order.argsort(dim=1))", "return mask.numpy()"),
+                "is not boolean, or its values are not floats",
+            ),
         ],
     )
     def test_what_it_does_wrong_is_said_of_it(
@@ -567,6 +571,9 @@ class TestMethodThatLooksAtActivations:
         assert "'loud' that toy_loud adds failed" in shown
         assert "Traceback" not in shown
         assert not Path("pruned").exists()
+
+
+PRUNED = "__import__('compressknow').compress.pruning.Pruned"
 
 
 class TestPruningMethod:
@@ -675,6 +682,12 @@ class TestPruningMethod:
         [
             (("scatter_(2", "scatter_(7"), "IndexError"),
             (("[EachBlock(pruned)] * len(weights)", "[]"), "gives 0 masks for 14 tensors"),
+            (("return mask.numpy()", "return mask"), "is not a boolean NumPy array of shape [64, 128]"),
+            (("return mask.numpy()", "return mask.numpy()[1:]"), "is not a boolean NumPy array of shape [64, 128]"),
+            (
+                ("return mask.numpy()", f"return {PRUNED}(mask.numpy(), block.values.int())"),
+                "are not floats of shape [64, 128]",
+            ),
             (("def count(self, weights, amount)", "def count(self)"), "TypeError"),
             (("round(amount * self.span)\n\n", "1\n\n"), "prunes 36,864 weights, but announced"),
             (("def choose(", "def chosen("), "abstract"),
@@ -890,6 +903,7 @@ class TestScheme:
             (("torch.finfo", "torch.info"), "AttributeError"),
             (("(absmax / 31.5)", "(absmax.double() / 31.5)"), "toy_int6 adds failed. ValueError: it stores"),
             (("return (absmax", "return 0 * (absmax"), "toy_int6 adds failed. ValueError: it returns scales that"),
+            (("6, -32, 31", "8, 0, 255"), "its grid, 0 to 255, does not fit int8"),
             (('"strategy": "group"', '"strategy": "bunch"'), "transformers could not load the output"),
             (("def arguments", "def argument"), "abstract"),
             (("bits, lowest, highest = 6, -32, 31", "bits: int = 6"), "bits has a type, and is not a parameter(...)"),

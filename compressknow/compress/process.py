@@ -244,7 +244,7 @@ class _Tally:
         if self._mask is not None:
             with self._explain_failures():
                 chosen = self._mask(block)
-            pruned = chosen.mask if isinstance(chosen, Pruned) else chosen
+                pruned = _check_mask(chosen, values, self._source)
             self.pruned += int(np.count_nonzero(pruned))
             if isinstance(chosen, Pruned):
                 replaced = _replace(values, chosen, self._source)
@@ -306,6 +306,18 @@ def _find_largest(keys: npt.NDArray[np.signedinteger], span: int | None) -> npt.
     groups = keys[:, None] if span is None else keys.reshape(len(keys), -1, span)
     largest: npt.NDArray[np.signedinteger] = groups.max(axis=2, initial=0)
     return largest
+
+
+def _check_mask(
+    chosen: npt.NDArray[np.bool_] | Pruned, values: torch.Tensor, source: StoredTensor
+) -> npt.NDArray[np.bool_]:
+    """Return which weights of a block are pruned. Raises TypeError if the method returned anything else."""
+    mask, new = chosen if isinstance(chosen, Pruned) else (chosen, values)
+    if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != tuple(values.shape):
+        raise TypeError(f"its mask for {source.name} is not a boolean NumPy array of shape {list(values.shape)}")
+    if not new.is_floating_point() or new.shape != values.shape:
+        raise TypeError(f"its values for {source.name} are not floats of shape {list(values.shape)}")
+    return mask
 
 
 def _replace(values: torch.Tensor, pruned: Pruned, source: StoredTensor) -> torch.Tensor:

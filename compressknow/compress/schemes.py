@@ -103,6 +103,10 @@ class Scheme(Parametric, abc.ABC):
         """Round what `steps` gives, perhaps in place, to codes: the nearest of the grid, ties to even; 0 to 0."""
         import torch
 
+        if not -128 <= self.lowest < self.highest <= 127:
+            raise ValueError(
+                f"its grid, {self.lowest} to {self.highest}, does not fit int8: return other codes in `round`"
+            )
         return steps.clamp_(self.lowest, self.highest).round_().to(torch.int8)
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

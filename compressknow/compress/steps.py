@@ -424,4 +424,6 @@ def prune_matrix(
         shapes = [tuple(made.shape) for made in (mask, values) if made is not None]
         if any(shape != tuple(weight.shape) for shape in shapes):
             raise ValueError(f"it gives {list(shapes[-1])} for the weight of {inputs.name}, {list(weight.shape)}")
+        if str(mask.dtype) != "torch.bool" or not (values is None or values.is_floating_point()):
+            raise TypeError(f"its mask for {inputs.name} is not boolean, or its values are not floats")
     return mask, values

@@ -324,8 +324,8 @@ def _check_kinds(export: ExportPlan, file: Path) -> None:
             fields = read_gguf(file).fields if is_moved else ()
             if is_moved and not any(name.endswith(".sliding_window_pattern") for name in fields):
                 raise UnsupportedError(
-                    f"{export.checkpoint.name} cannot be exported: dropping blocks moved others to positions of another "
-                    "kind.",
+                    f"{export.checkpoint.name} cannot be exported: dropped blocks moved others to positions of "
+                    "another kind.",
                     f"llama.cpp derives the kinds of {export.side.structure.architecture} blocks ({key}) from their "
                     "positions, so it would compute something else.",
                     "Drop the last blocks, or whole periods of the pattern, with --drop-blocks LIST; or prune instead.",
