@@ -64,10 +64,10 @@ def _list_binomial(trials: int, chance: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _find_most_gained(changed: np.ndarray) -> np.ndarray:
     """Return how many of so many changed facts may be gained for the test to show a loss; -1 where none may."""
-    from scipy.special import bdtr, bdtrik
+    from scipy.special import bdtr
 
-    # The inverse is a real number: the whole one below it, and its neighbours, in case of rounding.
-    guess = np.nan_to_num(np.floor(bdtrik(LEVEL / 2, np.maximum(changed, 1), 0.5)), nan=-1.0)
+    # The normal approximation is less than one off: the whole number below it, and its neighbours.
+    guess = np.floor((changed - 1 - compute_normal_quantile(1 - LEVEL) * np.sqrt(changed)) / 2)
     found = np.full(len(changed), -1.0)
     for k in (guess - 1, guess, guess + 1):
         fits = (k >= 0) & (k <= changed)
