@@ -229,8 +229,8 @@ class TestProbe:
             (("probe=name", 'probe="almanac"'), "does not have the name 'almanac:capital'"),
             (("candidates=objects", "candidates=objects[1:]"), "candidates of its fact 'capital/Avaland'"),
             (("candidates=objects", "candidates=list(objects)"), "candidates of its fact 'capital/Avaland'"),
-            (("candidates=objects", "popularity='9'"), "Of its fact 'capital/Avaland', popularity is no number"),
-            (('f"{part}/{subject}"', "rows.index([subject, obj, sentence])"), "Of its fact 0, id is no text"),
+            (("candidates=objects", "popularity='9'"), "Of its fact 'capital/Avaland', popularity is not a number"),
+            (('f"{part}/{subject}"', "rows.index([subject, obj, sentence])"), "Of its fact 0, id is not text"),
             (("compute_sha256(path)", "path"), "source cannot be written as JSON"),
             (("return Probe(", "return (lambda *_, source: None)("), "not a Probe, Task or RunningText"),
             (("def open(", "def opened("), "abstract"),
@@ -471,7 +471,7 @@ class TestSection:
 
     @pytest.mark.parametrize(
         ("name", "why"),
-        [("figures", "The name is taken by a built-in one."), ("kept", "ValueError: report.json has that name")],
+        [("figures", "A built-in section has that name."), ("kept", "ValueError: report.json has that name")],
     )
     def test_a_name_that_is_taken_takes_nothing_away(self, name: str, why: str, install) -> None:
         install(SECTIONS, name, example("A section of the report"), "Favourites")
@@ -691,7 +691,7 @@ class TestPruningMethod:
             (("def count(self, weights, amount)", "def count(self)"), "TypeError"),
             (("round(amount * self.span)\n\n", "1\n\n"), "prunes 36,864 weights, but announced"),
             (("def choose(", "def chosen("), "abstract"),
-            (('name = "l1-spans"', 'name = "spans"'), "It calls itself 'spans'"),
+            (('name = "l1-spans"', 'name = "spans"'), "Its name attribute is 'spans'"),
             (("span: int = parameter(", "scope: int = parameter("), "No parameter can be called scope"),
             (("from compressknow.compress.parameters import", "from nothing_like_it import"), "ModuleNotFoundError"),
             (("class Spans(PruningMethod)", "class Spans"), "not PruningMethod"),

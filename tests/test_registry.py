@@ -50,7 +50,7 @@ def test_an_unknown_name_is_told_what_it_may_have_meant(registry: Registry[int])
         ("forty", "It is of the type str, not int"),
         ("none", "AttributeError"),
         ("broken", "ModuleNotFoundError"),
-        ("two", "The name is taken by a built-in one"),
+        ("two", "A built-in number has that name"),
     ],
 )
 def test_what_cannot_be_used_names_the_package_that_adds_it(registry: Registry[int], name: str, why: str) -> None:

@@ -14,7 +14,7 @@ class CompressknowError(Exception):
     Parameters
     ----------
     what : what is wrong and where, one sentence.
-    why : the reason, where it is not plain from `what`.
+    why : the reason, if `what` does not make it clear.
     hint : what to try.
     """
 
@@ -22,18 +22,19 @@ class CompressknowError(Exception):
 
     def __init__(self, what: str, why: str | None = None, hint: str | None = None) -> None:
         self.what, self.why, self.hint = what, why, hint
-        # As the command line says it.
+        # With the names of command-line options, whatever `name_parameters` does to the others.
         self.of_options = (what, why, hint)
         super().__init__("\n".join(part for part in (what, why, hint) if part))
 
     def name_parameters(self, flags: Mapping[str, bool]) -> None:
-        """Name the parameters of a function where the message names options; `flags` says which are true or false."""
+        """Replace command-line options in the message by parameters; `flags` maps each parameter to whether it is a
+        flag."""
         what, why, hint = (None if part is None else name_parameters_in(part, flags) for part in self.of_options)
         self.what, self.why, self.hint = what or "", why, hint
         self.args = ("\n".join(part for part in (what, why, hint) if part),)
 
 
-# An option, and the value that a message gives it: a number, a word in capitals, a name, or what holds a sign.
+# An option and its value: a number, a word in capitals, one of a few names, or a word with a ":", "=" or ".".
 _OPTION = re.compile(
     r"(?P<pass>(?:[Pp]ass|[Aa]dd) )?(?<![\w-])--?(?P<name>[a-z][a-z-]*)"
     r"(?: (?P<value>\d[\w.%-]*[\w%]|\d|[A-Z][A-Z_]+\b|[a-z-]+[:=.][\w./]*\w|(?:"
@@ -43,7 +44,7 @@ _SHORT = {"p": "probe", "o": "output"}
 
 
 def name_parameters_in(text: str, flags: Mapping[str, bool]) -> str:
-    """Return a message with parameters in place of the options that have their names; others stay.
+    """Return a message with options replaced by the parameters of the same name; other options are unchanged.
 
     >>> name_parameters_in("Add --fail-under 0.9, or leave out --early.", {"fail_under": False, "early": True})
     'Add `fail_under=0.9`, or leave out `early`.'
@@ -57,28 +58,28 @@ def name_parameters_in(text: str, flags: Mapping[str, bool]) -> str:
             return match[0]
         before, value, after = match["pass"] or "", match["value"], ""
         if flags[name]:
-            named, after = f"{name}=True" if before else name, f" {value}" if value else ""
+            parameter, after = f"{name}=True" if before else name, f" {value}" if value else ""
         elif value is None:
-            named = name
+            parameter = name
         else:
             bare = value.isupper() or re.fullmatch(r"\d+(\.\d+)?", value)
-            named = f"{name}={value}" if bare else f'{name}="{value}"'
-        # A command stands in these already.
+            parameter = f"{name}={value}" if bare else f'{name}="{value}"'
+        # The message may already have backticks here.
         tick = "" if text[: match.start()].endswith("`") else "`"
-        return f"{before}{tick}{named}{tick}{after}"
+        return f"{before}{tick}{parameter}{tick}{after}"
 
     return _OPTION.sub(replace, text)
 
 
 class UsageError(CompressknowError):
-    """Request that makes no sense: an amount out of range, a scope that matches nothing."""
+    """Invalid request, such as an amount out of range or a scope that matches nothing."""
 
     exit_code = 2
 
 
 class UnusedOptions(UsageError):
-    """Options that have no effect given the others, by their names in Python: an error for the user, but ignored if
-    they come from a project's file."""
+    """Options, by their names in Python, that have no effect together with the others. It is an error if the user gave
+    one; one that comes from a project's file is dropped."""
 
     def __init__(
         self, what: str, why: str | None = None, hint: str | None = None, *, names: Iterable[str] = ()
@@ -88,15 +89,15 @@ class UnusedOptions(UsageError):
 
 
 class CheckpointError(CompressknowError):
-    """Checkpoint that is missing, damaged, or of a kind that cannot be read safely."""
+    """Checkpoint that is missing, damaged, or in a format that cannot be read safely."""
 
 
 class UnsupportedError(CompressknowError):
-    """Request that has no form which would load and run right, though the checkpoint is sound."""
+    """Request whose result could not be loaded and run correctly, though the checkpoint is intact."""
 
 
 class OutputError(CompressknowError):
-    """Output that cannot be written, or would overwrite something of the user's."""
+    """Output that cannot be written, or would overwrite the user's files."""
 
 
 class DamagedAnswers(CompressknowError):
@@ -112,35 +113,35 @@ class VerificationError(CompressknowError):
 
 
 class GateNotMet(CompressknowError):
-    """Threshold of the user that was not met; `result` is the card or the comparison that shows it."""
+    """Gate that was not met; `result` is the card or comparison that shows it."""
 
     exit_code = 3
     result: Any = None
 
 
 class GateUndecided(CompressknowError):
-    """Threshold of which so few facts do not tell whether it was met; `result` is as of `GateNotMet`."""
+    """Gate that too few facts were evaluated to decide; `result` is the card or comparison, as in `GateNotMet`."""
 
     exit_code = 4
     result: Any = None
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether Rust code of a library has panicked: what is raised then is not an Exception."""
+    """Return whether this is a panic in a library's Rust code, which is not raised as an Exception."""
     return type(error).__name__ == "PanicException"
 
 
-# As torch on a CPU, on a GPU, the system and Python say it.
+# In messages of torch (CPU and GPU), the operating system and Python.
 _NO_MEMORY = re.compile("out of memory|allocate memory|start new thread", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether something failed because there was no memory; torch raises a mere RuntimeError then."""
+    """Return whether an error means that memory ran out, for which torch raises a plain RuntimeError."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 def suggest_word(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return the beginning of a hint, where a word is nearly one of those known; otherwise nothing.
+    """Return "Did you mean ...? " if a word is close to a known one, otherwise "".
 
     >>> suggest_word("Atention", ["attention", "final"])
     'Did you mean attention? '
@@ -152,10 +153,10 @@ def suggest_word(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def find_nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the known word that a word nearly is; None if it is like none."""
+    """Return the known word closest to a word; None if none is close."""
     names = {_fold(name): name for name in known}
-    near = difflib.get_close_matches(_fold(word), names, n=1, cutoff=cutoff)
-    return names[near[0]] if near else None
+    matches = difflib.get_close_matches(_fold(word), names, n=1, cutoff=cutoff)
+    return names[matches[0]] if matches else None
 
 
 def _fold(word: str) -> str:

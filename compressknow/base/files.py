@@ -1,9 +1,8 @@
 """Files that appear whole or not at all, and locks that end with the process that holds them.
 
-A lock is the operating system's: a process that is killed holds none, whatever becomes of its number. A file is written
-under a temporary name next to its place, and renamed when it is whole. Its lock is another file next to it, since
-Windows renames nothing that is open. A temporary file whose lock nobody holds is a dead run's, and the next run removes
-it.
+Locks belong to the operating system, which releases them when a process dies, even if its number is reused. A file is
+written under a temporary name in the same folder and renamed once it is complete. Its lock is a separate file, since
+Windows cannot rename an open one. A temporary file whose lock is free is left from a dead run; the next run removes it.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from compressknow.base.system import create, hold_signals, is_full, lock, lock_o
 
 LOCK = ".lock"
 _SUFFIX = ".compressknow-"
-# How often to recreate a folder that other runs remove at the same time.
+# To lock a folder that other runs create and remove at the same time.
 _ATTEMPTS = 100
 
 
 def find_cache_folder() -> Path:
-    """Return the cache folder, ``$XDG_CACHE_HOME/compressknow``. Raise OutputError if that is not set and the user has
-    no home, as in some containers."""
+    """Return the folder of caches, ``$XDG_CACHE_HOME/compressknow``. Raise OutputError if this variable is not set and
+    the user has no home: a numeric user without a name, as in some containers."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow"
     except RuntimeError:
@@ -40,13 +39,13 @@ def find_cache_folder() -> Path:
 
 
 def expand_home(path: str | Path) -> Path:
-    """Return a path with a user's home for its ``~``; as it stands where there is no such user, or no home."""
+    """Return a path with ``~`` expanded; unchanged if there is no such user, or no home."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 @contextlib.contextmanager
 def lock_dead(path: Path) -> Iterator[bool]:
-    """Take the lock of a file whose run has ended, and remove the file in the end; False if the run lives."""
+    """Lock a lock file that a dead run left, and remove it at the end; yield False if its run is alive."""
     try:
         descriptor = lock(path, wait=False, make=False)
     except OSError:
@@ -60,14 +59,14 @@ def lock_dead(path: Path) -> Iterator[bool]:
 
 
 def create_locked_file(folder: Path, prefix: str) -> tuple[Path, int]:
-    """Create a file of this run's own: its name begins with `prefix`, and closing the descriptor lets its lock go."""
+    """Create and lock a file whose name begins with `prefix`; closing the descriptor releases the lock."""
     while True:
         path = folder / f"{prefix}{secrets.token_hex(4)}"
         descriptor = create(path)
-        # A file system without locks: there its like is never taken for a dead run's.
+        # On a file system without locks this fails, and no file there is ever taken for a dead run's.
         with contextlib.suppress(OSError):
             lock_opened(descriptor, wait=True)
-        # Another run may have taken it for a dead one's before it was locked, and removed it.
+        # Before it was locked, another run may have taken it for a dead run's, and removed it.
         if os.fstat(descriptor).st_nlink:
             return path, descriptor
         os.close(descriptor)
@@ -75,16 +74,16 @@ def create_locked_file(folder: Path, prefix: str) -> tuple[Path, int]:
 
 @contextlib.contextmanager
 def claim_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -> Iterator[None]:
-    """Hold a folder for this run alone, made where it is missing; what dead runs left half written in it is removed.
+    """Lock a folder for this run, creating it if it is missing, and remove incomplete files of dead runs from it.
 
-    If it then holds nothing but files named in `worthless`, these are removed, and so are the folders that were made.
+    If it holds only files named in `worthless` at the end, remove these, and the folders that were created.
 
-    Raises OutputError if it cannot be made or locked, or where another run has it and `wait` is False.
+    Raises OutputError if it cannot be created or locked, or if another run has locked it and `wait` is False.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     descriptor = None
     try:
-        # Waiting for another run's lock can be interrupted; making the folder and its lock cannot.
+        # A signal may interrupt waiting for another run's lock, but not creating the folder and its lock.
         with contextlib.nullcontext() if wait else hold_signals():
             descriptor = _lock_folder(folder, wait)
         remove_strays(folder)
@@ -92,10 +91,10 @@ def claim_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -
     finally:
         with hold_signals():
             if descriptor is not None:
-                _leave(folder, descriptor, made, worthless)
+                _release_folder(folder, descriptor, created, worthless)
 
 
-def _leave(folder: Path, descriptor: int, made: Iterable[Path], worthless: Collection[str]) -> None:
+def _release_folder(folder: Path, descriptor: int, created: Iterable[Path], worthless: Collection[str]) -> None:
     holds_more = True
     with contextlib.suppress(OSError):
         holds_more = any(path.name not in {LOCK, *worthless} for path in folder.iterdir())
@@ -107,7 +106,7 @@ def _leave(folder: Path, descriptor: int, made: Iterable[Path], worthless: Colle
             (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         remove_lock(folder / LOCK, descriptor)
-        for path in made:
+        for path in created:
             path.rmdir()
 
 
@@ -124,25 +123,25 @@ def _lock_folder(folder: Path, wait: bool) -> int:
         except (FileNotFoundError, FileExistsError) as error:
             if is_no_folder(folder):
                 raise explain_write_error(folder, error) from None
-            # The run that made the folder has just removed it.
+            # The run that created the folder has just removed it.
             time.sleep(0.01)
             continue
         except OSError as error:
-            place = folder / LOCK
-            if place.is_dir() or place.is_symlink():
-                kind = "link" if place.is_symlink() else "folder"
-                raise OutputError(f"{place} is a {kind}, where a run keeps its lock.", hint="Remove it.") from None
+            path = folder / LOCK
+            if path.is_dir() or path.is_symlink():
+                kind = "link" if path.is_symlink() else "folder"
+                raise OutputError(f"The lock file {path} is a {kind}, not a file.", hint="Remove it.") from None
             raise explain_write_error(folder, error) from None
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
                 return descriptor
-        # The run that held it has removed it, for nothing came of that run.
+        # The run that held the lock has removed the file, since it had no results.
         os.close(descriptor)
     raise OutputError(f"{folder} disappears as soon as it is created.", hint="Choose another folder.")
 
 
 def is_no_folder(path: Path) -> bool:
-    """Tell whether something that is not a folder is there, in one call, since another run may be removing a folder."""
+    """Return whether the path exists and is not a folder; in one call, since another run may be removing a folder."""
     try:
         return not stat.S_ISDIR(path.stat().st_mode)
     except OSError:
@@ -150,16 +149,16 @@ def is_no_folder(path: Path) -> bool:
 
 
 def check_links(path: Path) -> None:
-    """Raise OutputError if the path, or a folder above it, is a link that leads nowhere."""
-    for place in (path, *path.parents):
-        if place.is_symlink() and not place.exists():
+    """Raise OutputError if the path, or a folder above it, is a broken link."""
+    for each in (path, *path.parents):
+        if each.is_symlink() and not each.exists():
             raise OutputError(
-                f"{place} is a link that leads nowhere.", hint="Remove it, make what it points to, or write elsewhere."
+                f"{each} is a link that leads nowhere.", hint="Remove it, create its target, or choose another place."
             )
 
 
 def check_writable(path: Path) -> None:
-    """Raise OutputError if no file can be made in the folder of `path`."""
+    """Raise OutputError if no file can be created in the folder of `path`."""
     try:
         with _open_temporary(path):
             pass
@@ -169,8 +168,10 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def open_whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write that replaces `path` when the context ends without an error. Parent folders are created.
-    Raises OutputError, naming `path`, if it cannot be written (no space, no permission)."""
+    """Open a temporary file that replaces `path` when the context ends without an error.
+
+    Parent folders are created. Raises OutputError if `path` cannot be written: no space, no permission.
+    """
     _remove_dead(path.parent.glob(f"{glob.escape(make_prefix(path))}????????"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,7 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def close_durably(file: BinaryIO) -> None:
-    """Close a file, all of it on the disk; one that is closed stays as it is. Raises OSError: the disk may be full."""
+    """Sync a file to disk and close it, unless it is closed. Raises OSError, for example if the disk is full."""
     if not file.closed:
         file.flush()
         os.fsync(file.fileno())
@@ -191,31 +192,30 @@ def close_durably(file: BinaryIO) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name only when it is whole. Raises OutputError if it cannot be written."""
+    """Write a file that appears under its name only once it is complete. Raises OutputError if it cannot be written."""
     with open_whole(path) as file:
         file.write(content)
 
 
 def remove_strays(folder: Path) -> None:
-    """Remove the temporary files that dead runs have left in a folder."""
+    """Remove the temporary files of dead runs from a folder."""
     _remove_dead(folder.glob(f".*{_SUFFIX}????????"))
 
 
-def escape_name(words: str) -> str:
-    r"""Return what the system gave as a name or an argument as a text that any file can hold: bytes that are not UTF-8
-    become escapes.
+def escape_name(name: str) -> str:
+    r"""Return a file name or argument from the system as valid text: bytes that are not UTF-8 are escaped.
 
     >>> escape_name("model\udcff")
     'model\\udcff'
     """
     with contextlib.suppress(UnicodeEncodeError):
-        # In a locale of ASCII the bytes of every other character are escaped, although they are UTF-8.
-        words = words.encode("ascii", "surrogateescape").decode("utf-8", "surrogateescape")
-    return words.encode("utf-8", "backslashreplace").decode("utf-8")
+        # In an ASCII locale, Python escapes the bytes of UTF-8 characters too.
+        name = name.encode("ascii", "surrogateescape").decode("utf-8", "surrogateescape")
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def explain_write_error(path: Path, error: OSError) -> OutputError:
-    """Return the error of a file or folder that the system does not let us write, in our form."""
+    """Return an OutputError for a file or folder that cannot be written because of `error`."""
     full = is_full(error)
     why = "no space left" if full else error.strerror or str(error)
     is_cached = False
@@ -232,42 +232,42 @@ def explain_write_error(path: Path, error: OSError) -> OutputError:
 
 @contextlib.contextmanager
 def _open_temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Create a temporary file next to `path`, with a lock file; both are removed at the end, unless it was renamed."""
-    locked = None
+    """Create a temporary file and its lock file next to `path`; both are removed at the end unless renamed."""
+    lock_file = None
     try:
         with hold_signals():
-            locked, descriptor = create_locked_file(path.parent, make_prefix(path))
-        with _find_content(locked).open("xb") as file:
-            yield _find_content(locked), file
+            lock_file, descriptor = create_locked_file(path.parent, make_prefix(path))
+        with _find_content(lock_file).open("xb") as file:
+            yield _find_content(lock_file), file
     finally:
         with hold_signals():
-            if locked:
-                _find_content(locked).unlink(missing_ok=True)
-                remove_lock(locked, descriptor)
+            if lock_file:
+                _find_content(lock_file).unlink(missing_ok=True)
+                remove_lock(lock_file, descriptor)
 
 
-def _find_content(locked: Path) -> Path:
-    """Return the file whose writer holds the lock of the file `locked`."""
-    return locked.with_name(f"{locked.name}.new")
+def _find_content(lock_file: Path) -> Path:
+    """Return the temporary file that a lock file belongs to."""
+    return lock_file.with_name(f"{lock_file.name}.new")
 
 
 def make_prefix(path: Path) -> str:
-    """Return how names hidden next to a file or folder begin, and no other's; a whole name has at most 255 bytes."""
+    """Return the prefix of the hidden names that belong to a file or folder, short enough for names of 255 bytes."""
     name = path.name.encode("utf-8", "surrogateescape")
     short = f"{name[:180].decode('utf-8', 'ignore')}-{hashlib.sha256(name).hexdigest()[:16]}"
     return f".{path.name if len(name) <= 200 else short}{_SUFFIX}"
 
 
-def _remove_dead(temporaries: Iterable[Path]) -> None:
-    for temporary in temporaries:
-        with lock_dead(temporary) as is_dead, contextlib.suppress(OSError):
+def _remove_dead(lock_files: Iterable[Path]) -> None:
+    for lock_file in lock_files:
+        with lock_dead(lock_file) as is_dead, contextlib.suppress(OSError):
             if is_dead:
-                _find_content(temporary).unlink(missing_ok=True)
+                _find_content(lock_file).unlink(missing_ok=True)
 
 
 def walk_visible(folder: Path) -> Iterator[Path]:
-    """Yield what lies in a folder, at any depth, by the path within it, in order; nothing hidden."""
+    """Yield the relative paths of a folder's files and folders at any depth, sorted; hidden ones are left out."""
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if not any(part.startswith((".", "__pycache__")) for part in name.parts):
-            yield name
+        relative = path.relative_to(folder)
+        if not any(part.startswith((".", "__pycache__")) for part in relative.parts):
+            yield relative

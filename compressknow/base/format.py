@@ -1,4 +1,4 @@
-"""Format numbers and foreign text so that they are fit to be read."""
+"""Format numbers, and text of unknown origin, for display."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 from compressknow.base.errors import UsageError
 
 MINUS = "\N{MINUS SIGN}"
-NONE = "-"  # what stands where there is nothing to measure
-_LITTLE, _MANY = 1e-7, 1e9  # outside of these a number is written as a power of ten
+NONE = "-"  # shown if there is no value
+_SMALLEST, _LARGEST = 1e-7, 1e9  # outside of these a number is written with an exponent
 
 
 def count(number: int) -> str:
-    """Write a count with thousands apart: ``134,515,008``."""
+    """Write a count with thousands separators: ``134,515,008``."""
     return f"{number:,}"
 
 
-# From this part of a unit on, one decimal of the unit below would be 1,000.0 of that.
+# From this fraction of a unit, the smaller unit would round to 1,000.0.
 _ROUNDED = 0.99995
 
 
 def write_millions(number: int | None) -> str:
-    """Write a count of parameters, short: ``134.5 M``; a dash where it is not known.
+    """Write a count of parameters in short: ``134.5 M``; a dash if it is not known.
 
     >>> write_millions(134_515_008), write_millions(6_607_000_000), write_millions(950), write_millions(None)
     ('134.5 M', '6.61 B', '950', '-')
@@ -42,7 +42,7 @@ def write_millions(number: int | None) -> str:
 
 
 def write_percent(part: int, whole: int) -> str:
-    """Write a share; 0 % and 100 % appear only where they are exact.
+    """Write a share as a percentage; 0 % and 100 % appear only if they are exact.
 
     >>> [write_percent(part, 10**6) for part in (333_333, 1, 10**6 - 1, 0, 10**6)], write_percent(0, 0)
     (['33.3 %', '< 0.1 %', '> 99.9 %', '0 %', '100 %'], '-')
@@ -55,15 +55,15 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)")
 
 
 def parse_size(text: str | int, option: str = "--size") -> int:
-    """Return the bytes that a size says. Raises UsageError for a text that is none.
+    """Return a size in bytes. Raises UsageError if the text is not a size.
 
     >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "1000")]
     [90000000, 1500000000, 67108864, 1000]
     """
-    found = _SIZE.fullmatch(str(text).strip().upper())
-    if found is None or found[2] not in _UNITS or float(found[1]) == 0:
+    match = _SIZE.fullmatch(str(text).strip().upper())
+    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
         raise UsageError(f"{option} {text}: that is not a size.", hint="Write 90MB, 1.5GB or a number of bytes.")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def write_size(number: int | None) -> str:
@@ -83,7 +83,7 @@ def write_size(number: int | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """Write a share of 1 as `write_percent` does; `-` where there is none.
+    """Write a share of 1 as `write_percent` does; a dash for None.
 
     >>> share(0.9512), share(1.0), share(0.99999), share(0.0), share(-0.031), share(None)
     ('95.1 %', '100 %', '> 99.9 %', '0 %', '−3.1 %', '-')
@@ -92,7 +92,7 @@ def share(value: float | None) -> str:
 
 
 def share_against(value: float, limits: Iterable[float]) -> str:
-    """Write a share as `share` does; with more digits where it would read as one on the other side of a limit.
+    """Write a share as `share` does, with more digits if rounding would move it across a limit.
 
     >>> share_against(0.9296, [0.93]), share_against(0.93, [0.93]), share_against(0.9296, [0.95])
     ('92.96 %', '93.0 %', '93.0 %')
@@ -123,9 +123,9 @@ def write_points(value: float | None) -> str:
         return NONE
     if not value:
         return "0 points"
-    # Below a tenth, the first significant digit.
+    # Below a tenth of a point, show the first significant digit.
     decimals = 1 if abs(value) >= 0.001 else -math.floor(math.log10(float(f"{abs(100 * value):.1g}")))
-    digits = "+.1e" if 100 * abs(value) >= _MANY else f"+.{decimals}f"
+    digits = "+.1e" if 100 * abs(value) >= _LARGEST else f"+.{decimals}f"
     return f"{_write_signed(100 * value, digits)} points"
 
 
@@ -134,7 +134,7 @@ SIGNIFICANT = 0.05
 
 
 def write_p_value(p: float | None) -> str:
-    """Write a p-value: two digits, never rounded to 0 or 1; more where it is below 0.05 and two would not say so.
+    """Write a p-value with two digits, never rounded to 0 or 1; with more if rounding would move it across 0.05.
 
     >>> [write_p_value(p) for p in (0.0004, 0.03, 0.0472, 0.999, 1.0, None)]
     ['p < 0.001', 'p = 0.03', 'p = 0.047', 'p > 0.99', 'p = 1', '-']
@@ -152,8 +152,8 @@ def write_p_value(p: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Write a number without unit, to so many decimals; what would round to zero keeps one digit, and what would be a
-    row of digits is written as a power of ten.
+    """Write a number with this many decimals; with one significant digit if it would round to zero, and with an
+    exponent if it is very large or very small.
 
     >>> [number(value) for value in (0.12345, -1.5, 0.0, 0.00002, -3e-9, 2.7182e43, None)]
     ['0.123', '−1.500', '0', '0.00002', '−3e-09', '2.72e+43', '-']
@@ -164,15 +164,15 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     text = f"{value:.{digits}f}"
     if not float(text):
-        text = f"{value:.7f}".rstrip("0").rstrip(".") if abs(value) >= _LITTLE else f"{value:.0e}"
-    elif abs(value) >= _MANY:
+        text = f"{value:.7f}".rstrip("0").rstrip(".") if abs(value) >= _SMALLEST else f"{value:.0e}"
+    elif abs(value) >= _LARGEST:
         text = f"{value:.2e}"
-    # The power keeps its own sign.
+    # The exponent keeps its hyphen.
     return text.replace("-", MINUS, 1) if value < 0 else text
 
 
 def compare_sizes(before: int | None, after: int | None) -> str:
-    """Say how a size changed, in words; a dash where one is not known.
+    """Describe how a size changed; a dash if one is not known.
 
     >>> [compare_sizes(*each) for each in ((200, 150), (100, 103), (7, 7), (0, 7), (7, None))]
     ['25.0 % smaller', '3.0 % larger', 'the same size', '-', '-']
@@ -185,7 +185,7 @@ def compare_sizes(before: int | None, after: int | None) -> str:
 
 
 def write_rank(rank: int | None) -> str:
-    """Write a rank in words.
+    """Write a rank as an ordinal.
 
     >>> write_rank(1), write_rank(2), write_rank(13), write_rank(1023), write_rank(None)
     ('1st', '2nd', '13th', '1,023rd', '-')
@@ -200,17 +200,17 @@ def _write_signed(value: float, digits: str) -> str:
     return format(value, digits).replace("-", MINUS)
 
 
-# Joiners that are part of how Persian, Indic scripts and emoji are written.
-_SEEMLY = {"\u200c", "\u200d"}
-# Letters of scripts that run from right to left, with the spaces between them.
+# Zero-width joiners, which Persian, Indic scripts and emoji need.
+_JOINERS = {"\u200c", "\u200d"}
+# Letters of scripts that are written from right to left; the expression includes spaces between words.
 _RTL = "\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff"
 RIGHT_TO_LEFT = re.compile(rf"[{_RTL}]+(?:\s+[{_RTL}]+)*")
 
 
 def clean(text: object, limit: int = 200) -> str:
-    r"""Write `text` on one line; characters without a form of their own are named, and what is beyond `limit` is cut.
+    r"""Write `text` on one line, cut to `limit` characters, with invisible characters as their code points.
 
-    Controls of the direction of writing are among those: unseen, they could turn a sentence round.
+    Among these are direction controls, which could reverse the sentence around them.
 
     >>> clean("a\n b\u202ec"), clean("x" * 9, limit=4), clean(" \n")
     ('a b⟨U+202E⟩c', 'xxx…', '')
@@ -222,18 +222,19 @@ def clean(text: object, limit: int = 200) -> str:
 
 
 def clean_lines(text: str) -> str:
-    """Write `text` with its lines kept, for blocks of code; nothing in it is unseen."""
+    """Write `text` with its line breaks, for code blocks, and with invisible characters as their code points."""
     return "\n".join(map(_show_controls, text.split("\n")))
 
 
 def dump_json(values: Any) -> str:
-    """Write `values` as a JSON file: NaN is an error; half a surrogate pair (of a folder's name) an escape."""
+    """Return `values` as the text of a JSON file; a lone surrogate (from a file name) is escaped. Raises ValueError for
+    NaN."""
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def answer(text: object) -> str:
-    """Write what a model answered; "(nothing)" where that is nothing."""
+    """Write a model's answer; "(nothing)" if it is empty."""
     return clean(text) or "(nothing)"
 
 
@@ -242,16 +243,16 @@ def _show_controls(line: str) -> str:
 
 
 def is_seen(character: str) -> bool:
-    """Return whether a character has a form of its own, or belongs to how its script is written."""
-    return character.isprintable() or character in _SEEMLY
+    """Return whether a character is visible, or a joiner that its script needs."""
+    return character.isprintable() or character in _JOINERS
 
 
 def slugify(text: str) -> str:
-    """Return a text as a part of a folder's name.
+    """Return a text as part of a folder name.
 
     >>> slugify("Att_GPQ 20% (int8)"), slugify("\u6700\u521d\u306e\u5c64")
     ('att-gpq-20-int8', '\u6700\u521d\u306e\u5c64')
     """
     slug = re.sub(r"(?:[^\w.]|_)+", "-", text.lower()).strip("-.")
-    # The folder name also gets a number and a hash, and must stay under 255 bytes.
+    # The folder's name also gets a number and a hash, and may have at most 255 bytes.
     return slug.encode()[:240].decode(errors="ignore") or "cell"

@@ -1,4 +1,4 @@
-"""Uploads to the Hugging Face Hub by way of huggingface_hub; every failure of it becomes one message."""
+"""Uploads to the Hugging Face Hub with huggingface_hub, whose failures become CompressknowErrors."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ if TYPE_CHECKING:
 
 
 CARD = "README.md"
-# Seconds without a byte from the Hub; huggingface_hub itself waits forever. It tries again a few times after that.
+# Seconds without a byte from the Hub before huggingface_hub, which would wait for ever, retries a few times.
 PATIENCE = 120.0
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 _STATUS = {
-    401: ("the Hub does not know the token", "Log in with a token that may write: hf auth login"),
+    401: ("the Hub does not know the token", "Log in with a token that has write access: hf auth login"),
     402: ("the Hub requires payment for it", "Check the plan and the storage of the account."),
-    403: ("the token may not write there", "Use a token that may write to it: https://huggingface.co/settings/tokens"),
+    403: ("the token has no write access to it", "Use one that has: https://huggingface.co/settings/tokens"),
     404: ("there is no such repository, or the token may not see it", "Check the name, and log in: hf auth login"),
-    409: ("the repository is in the way, or was changed at the same time", "Wait until nothing else writes to it."),
+    409: ("the repository conflicts, or was changed at the same time", "Wait until nothing else writes to it."),
     413: ("a file is too large for the Hub", None),
-    429: ("you have sent the Hub too many requests", "Wait some minutes."),
+    429: ("you have sent the Hub too many requests", "Wait a few minutes."),
 }
 
 
 class Upload(NamedTuple):
-    """Finished upload: the address of the repository, and weight files in it that are not of this upload."""
+    """Finished upload: the address of the repository, and its weight files that are not part of this upload."""
 
     url: str
-    others: tuple[str, ...]
+    other_weights: tuple[str, ...]
 
 
 def find_address(repo: str) -> str:
-    """Return where a repository of models lies, or will; of a name without its owner, the owner is the token's."""
+    """Return the URL of a model repository, which need not exist; without an owner it has YOU, the token's owner."""
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{repo if '/' in repo else f'YOU/{repo}'}"
 
 
 def check_repo(repo: str) -> None:
-    """Raise UsageError if this can be no repository of models; asks nobody."""
+    """Raise UsageError if this is not a valid name of a repository; sends no request."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
     try:
-        if not repo.isascii():  # Release 1 lets them pass.
+        if not repo.isascii():  # huggingface_hub 1 does not check this.
             raise HFValidationError("It has characters that the Hub does not allow.")
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -65,14 +65,14 @@ def check_repo(repo: str) -> None:
 
 
 def check_login() -> None:
-    """Raise CompressknowError if an upload cannot succeed, as far as this machine knows: no token, or offline."""
+    """Raise CompressknowError if there is no token or the Hub is set offline; sends no request."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
         raise CompressknowError("Nothing can be uploaded while HF_HUB_OFFLINE is set.", hint="Unset it.")
     try:
         token = get_token()
-    except Exception as error:  # An exchange of tokens in CI has many ways to fail.
+    except Exception as error:  # Exchanging tokens in CI can fail in many ways.
         raise CompressknowError("The Hub's token could not be read.", why=_get_first_line(error)) from None
     if not token:
         raise CompressknowError(
@@ -80,36 +80,35 @@ def check_login() -> None:
         )
 
 
-def upload(place: Path, repo: str, *, private: bool | None, message: str, card: str | None, bars: bool) -> Upload:
-    """Upload a folder, or a file and what lies next to it under its name (``OUT.gguf.json``), to a repository, which is
-    made where there is none.
+def upload(path: Path, repo: str, *, private: bool | None, message: str, card: str | None, bars: bool) -> Upload:
+    """Upload a folder, or a file and its JSON (``OUT.gguf.json``), to a repository, which is created if it is missing.
 
     Parameters
     ----------
-    card : of a file, the text of the README.md, where the repository has none.
-    private : of a repository that is made; None as the Hub does it: public, unless its organization says else.
-    message : of the commit.
-    bars : show those of huggingface_hub, on a terminal.
+    card : text of the README.md for a file, used if the repository has none.
+    private : whether a new repository is private; None for the Hub's default: public, unless its organization differs.
+    message : commit message.
+    bars : whether huggingface_hub shows its progress bars, on a terminal.
 
     Raises
     ------
-    CompressknowError : it failed; says why, and the command that tries it again. What lies there is left as it is.
+    CompressknowError : the upload failed; with the reason, and the command that repeats it. Local files are unchanged.
     """
-    again = build_retry_command(place, repo, private)
-    with _explain_failures(place, repo, again), _bound_requests(), _show_bars(bars):
+    retry_command = build_retry_command(path, repo, private)
+    with _explain_failures(path, repo, retry_command), _bound_requests(), _show_bars(bars):
         from huggingface_hub import HfApi
 
         api = HfApi()
-        made = api.create_repo(repo, private=private, exist_ok=True)
-        there = api.list_repo_files(made.repo_id)
-        if place.is_file():
-            _commit_file(api, made.repo_id, place, message, None if CARD in there else card)
-            # A repository of GGUF files has one for each type.
-            return Upload(find_address(made.repo_id), ())
-        api.upload_folder(repo_id=made.repo_id, folder_path=place, commit_message=message)
-    ours = {path.relative_to(place).as_posix() for path in place.rglob("*")}
-    others = (name for name in there if PurePath(name).suffix in WEIGHTS and name not in ours)
-    return Upload(find_address(made.repo_id), tuple(sorted(others)))
+        repo_id = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        remote = api.list_repo_files(repo_id)
+        if path.is_file():
+            _commit_file(api, repo_id, path, message, None if CARD in remote else card)
+            # A repository of GGUF files is meant to have several, one per type.
+            return Upload(find_address(repo_id), ())
+        api.upload_folder(repo_id=repo_id, folder_path=path, commit_message=message)
+    uploaded = {file.relative_to(path).as_posix() for file in path.rglob("*")}
+    other_weights = (name for name in remote if PurePath(name).suffix in WEIGHTS and name not in uploaded)
+    return Upload(find_address(repo_id), tuple(sorted(other_weights)))
 
 
 def _commit_file(api: HfApi, repo: str, file: Path, message: str, card: str | None) -> None:
@@ -122,28 +121,28 @@ def _commit_file(api: HfApi, repo: str, file: Path, message: str, card: str | No
     api.create_commit(repo, adds, commit_message=message)
 
 
-def build_retry_command(place: Path, repo: str, private: bool | None) -> str:
-    """Return the Hub's own command for the same upload; what has arrived is not sent again."""
-    folder, only = (place.parent, ["--include", f"{place.name}*"]) if place.is_file() else (place, [])
-    return shlex.join(["hf", "upload", repo, str(folder), ".", *only, *(["--private"] if private else [])])
+def build_retry_command(path: Path, repo: str, private: bool | None) -> str:
+    """Return the ``hf`` command for the same upload, which does not send again what has arrived."""
+    folder, include = (path.parent, ["--include", f"{path.name}*"]) if path.is_file() else (path, [])
+    return shlex.join(["hf", "upload", repo, str(folder), ".", *include, *(["--private"] if private else [])])
 
 
 @contextmanager
 def _bound_requests() -> Iterator[None]:
-    """End requests of huggingface_hub when nothing comes, and hide what it logs of each attempt."""
+    """Set a timeout for requests of huggingface_hub, and hide what it logs about each attempt."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
     from huggingface_hub.utils import logging as logs
 
-    # If the user has set a client, for a proxy say, nothing else about it is changed.
+    # A client that the user has set (for a proxy, say) only gets the timeout.
     factory, verbosity = _http._GLOBAL_CLIENT_FACTORY, logs.get_verbosity()
 
-    def bounded():  # type: ignore[no-untyped-def]  # of httpx or httpx2, by the release
+    def make_client():  # type: ignore[no-untyped-def]  # of httpx or httpx2, depending on the release
         client = factory()
         client.timeout = PATIENCE
         return client
 
-    set_client_factory(bounded)
+    set_client_factory(make_client)
     logs.set_verbosity(logging.ERROR)
     try:
         yield
@@ -167,26 +166,26 @@ def _show_bars(shown: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _explain_failures(place: Path, repo: str, again: str) -> Iterator[None]:
-    """Raise whatever stops an upload with a note that the output is whole, and how to go on."""
+def _explain_failures(path: Path, repo: str, retry_command: str) -> Iterator[None]:
+    """Turn the failure of an upload into a CompressknowError, and add to any that the output is complete."""
     try:
         yield
-    except Exception as error:  # Of httpx, of huggingface_hub and, where it comes from Rust, of no class in particular.
+    except Exception as error:  # Of httpx and huggingface_hub; errors from Rust have no common class.
         cause, hint = _explain(error)
-        what = f"{place} is complete, but could not be uploaded to {repo}: {cause}."
+        what = f"{path} is complete, but could not be uploaded to {repo}: {cause}."
         message = next((text for each in _list_causes(error) if (text := getattr(each, "server_message", None))), None)
         why = None if message is None else f"The Hub says: {_get_first_line(message)}"
-        retry = f"Then try again: {again}" if hint else f"Try again: {again}"
+        retry = f"Then try again: {retry_command}" if hint else f"Try again: {retry_command}"
         raise CompressknowError(what, why, "\n".join(filter(None, (hint, retry)))) from error
     except (KeyboardInterrupt, SystemExit) as stop:
-        stop.add_note(f"{place} is complete. To continue the upload: {again}")
+        stop.add_note(f"{path} is complete. To continue the upload: {retry_command}")
         raise
 
 
 def _explain(error: BaseException) -> tuple[str, str | None]:
-    """Return what went wrong, and what to do about it besides trying again."""
+    """Return what went wrong, and a hint other than trying again."""
     for each in _list_causes(error):
-        # By name: up to release 1 of huggingface_hub they are of httpx, from 2 on of httpx2.
+        # Compared by name, since huggingface_hub raises errors of httpx up to release 1, and of httpx2 from 2.
         kinds = {kind.__name__ for kind in type(each).__mro__}
         status = getattr(getattr(each, "response", None), "status_code", None)
         if status is not None:
@@ -208,7 +207,7 @@ def _list_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _get_first_line(message: object) -> str:
-    """Return the first line of others' message, without the token that they may have been given."""
+    """Return the first line of a library's message, with any token masked."""
     from huggingface_hub import get_token
 
     text = next((line for line in str(message).splitlines() if line.strip()), type(message).__name__)
@@ -217,9 +216,9 @@ def _get_first_line(message: object) -> str:
 
 
 def describe_upload(files: Mapping[str, int | None], repo: str, private: bool | None) -> Iterator[str]:
-    """Yield lines for a dry run of an upload: `files` has bytes by name, None if they are not known yet."""
-    seen = "private" if private else "public, unless the organization's default is private"
-    yield f"Would upload to {find_address(repo)} (if it is new: {seen}):"
+    """Yield the lines of a dry run of an upload; `files` maps names to bytes, None if they are not known yet."""
+    visibility = "private" if private else "public, unless the organization's default is private"
+    yield f"Would upload to {find_address(repo)} (if it is new: {visibility}):"
     width = max(map(len, files), default=0)
-    for name, count in sorted(files.items()):
-        yield f"  {name:<{width}}{'?' if count is None else write_size(count):>12}"
+    for name, nbytes in sorted(files.items()):
+        yield f"  {name:<{width}}{'?' if nbytes is None else write_size(nbytes):>12}"

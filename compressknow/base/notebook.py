@@ -1,4 +1,4 @@
-"""Results at a prompt and in a notebook: a heading, a sentence, and a small table; no more."""
+"""How results appear at a prompt and in a notebook: a title, a sentence and a small table."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from compressknow.base.packages import require
 WIDTH = 80
 # Longer texts are cut.
 TITLE_CHARACTERS, VERDICT_CHARACTERS, CELL_CHARACTERS, LINE_CHARACTERS = 200, 800, 60, 160
-# Rows beyond these are counted.
-SHOWN_AT_A_PROMPT, SHOWN_IN_A_NOTEBOOK = 8, 20
-# In colours of the page around it; light or dark.
+# Rows that are shown; the number of the others is stated.
+PROMPT_ROWS, NOTEBOOK_ROWS = 8, 20
+# Colours that fit a light page and a dark one.
 TABLE = "border-collapse:collapse;font-variant-numeric:tabular-nums;color:inherit"
 CELL = "padding:2px 10px;border-bottom:1px solid rgba(128,128,128,0.35);background:transparent;color:inherit"
 
@@ -25,9 +25,9 @@ class Summary(NamedTuple):
 
     Attributes
     ----------
-    title : what it is, and of what.
+    title : kind of result, and its models.
     verdict : a sentence, or nothing.
-    columns, rows : a table whose first column names, and whose others are figures; maybe empty.
+    columns, rows : a table, which may be empty; its first column has names, the others have figures.
     """
 
     title: str
@@ -37,7 +37,7 @@ class Summary(NamedTuple):
 
 
 def _fit(summary: Summary) -> Summary:
-    """Shorten texts to a line each, without characters that nobody sees: they may come from a model or a file."""
+    """Clean every text, which may come from a model or a file, and cut it to one line."""
     return Summary(
         clean(summary.title, TITLE_CHARACTERS),
         clean(summary.verdict, VERDICT_CHARACTERS),
@@ -47,7 +47,7 @@ def _fit(summary: Summary) -> Summary:
 
 
 class SummaryRepr:
-    """Result that has a `_summary`, and is shown by it: on a line, printed with a table, or as HTML in a notebook."""
+    """Result that is shown by its `_summary`: `repr` on one line, `str` with a table, and HTML in a notebook."""
 
     __slots__ = ()
 
@@ -64,7 +64,7 @@ class SummaryRepr:
         return self._show(write_html)
 
     def _show(self, write: Callable[[Summary], str]) -> str | None:
-        # One that lacks what its class promises, such as a dict that was emptied, is shown as it is.
+        # A result that lacks what the summary needs, such as an emptied dict, gets the default repr.
         try:
             return write(_fit(self._summary()))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
@@ -72,7 +72,7 @@ class SummaryRepr:
 
 
 class Tabular(SummaryRepr):
-    """Result that has rows, too: `_rows` gives them, each a dict of the same columns."""
+    """Result that is also a table: `_rows` returns dicts that all have the same keys."""
 
     __slots__ = ()
 
@@ -88,7 +88,7 @@ class Tabular(SummaryRepr):
 
 
 def write_line(summary: Summary) -> str:
-    """Return one line in angle brackets, as an object without a literal form is shown.
+    """Return the title and verdict on one line in angle brackets.
 
     >>> write_line(Summary("Card: what a knew", "95 % kept."))
     '<Card: what a knew; 95 % kept.>'
@@ -98,7 +98,7 @@ def write_line(summary: Summary) -> str:
 
 
 def write_text(summary: Summary) -> str:
-    """Return lines in angle brackets: the whole summary.
+    """Return the whole summary as lines in angle brackets.
 
     >>> print(write_text(Summary("Card: a against b", "95 % kept.", ("Group", "n"), [("x", "12"), ("longer", "3")])))
     <Card: a against b
@@ -107,19 +107,19 @@ def write_text(summary: Summary) -> str:
       x       12
       longer   3>
     """
-    rows = [summary.columns, *summary.rows[:SHOWN_AT_A_PROMPT]] if summary.rows else []
+    rows = [summary.columns, *summary.rows[:PROMPT_ROWS]] if summary.rows else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [summary.title, *textwrap.wrap(summary.verdict, WIDTH, initial_indent="  ", subsequent_indent="  ")]
     for name, *figures in rows:
         padded = [f"{figure:>{width}}" for figure, width in zip(figures, widths[1:], strict=True)]
         lines.append("  ".join([f"  {name:<{widths[0]}}", *padded]))
-    if more := _count_more(summary, SHOWN_AT_A_PROMPT):
+    if more := _count_more(summary, PROMPT_ROWS):
         lines.append(f"  {more}")
     return f"<{chr(10).join(lines)}>"
 
 
 def write_html(summary: Summary) -> str:
-    """Return the summary as a fragment of HTML, every text escaped.
+    """Return the summary as an HTML fragment, with every text escaped.
 
     >>> write_html(Summary("<b>"))
     '<div><p><strong>&lt;b&gt;</strong></p></div>'
@@ -127,22 +127,22 @@ def write_html(summary: Summary) -> str:
     verdict = f"<br>{escape(summary.verdict)}" if summary.verdict else ""
     table = ""
     if summary.rows:
-        rows = "".join(_write_row(row, "td") for row in summary.rows[:SHOWN_IN_A_NOTEBOOK])
+        rows = "".join(_write_row(row, "td") for row in summary.rows[:NOTEBOOK_ROWS])
         head = f"<thead>{_write_row(summary.columns, 'th')}</thead>"
         table = f'<table style="{TABLE}">{head}<tbody>{rows}</tbody></table>'
-    more = _count_more(summary, SHOWN_IN_A_NOTEBOOK)
-    rest = f"<p>{more}</p>" if more else ""
-    return f"<div><p><strong>{escape(summary.title)}</strong>{verdict}</p>{table}{rest}</div>"
+    more = _count_more(summary, NOTEBOOK_ROWS)
+    footer = f"<p>{more}</p>" if more else ""
+    return f"<div><p><strong>{escape(summary.title)}</strong>{verdict}</p>{table}{footer}</div>"
 
 
 def _write_row(cells: Sequence[str], tag: str) -> str:
     scope = ' scope="col"' if tag == "th" else ""
-    sides = ("left", *("right" for _ in cells[1:]))
-    written = [
-        f'<{tag}{scope} style="{CELL};text-align:{side}">{escape(cell)}</{tag}>'
-        for cell, side in zip(cells, sides, strict=True)
+    alignments = ("left", *("right" for _ in cells[1:]))
+    elements = [
+        f'<{tag}{scope} style="{CELL};text-align:{alignment}">{escape(cell)}</{tag}>'
+        for cell, alignment in zip(cells, alignments, strict=True)
     ]
-    return f"<tr>{''.join(written)}</tr>"
+    return f"<tr>{''.join(elements)}</tr>"
 
 
 def _count_more(summary: Summary, shown: int) -> str:

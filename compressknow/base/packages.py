@@ -1,14 +1,14 @@
-"""Other packages: libraries that some commands need, and what packages of others register.
+"""Other packages: optional libraries, and the entry points that third-party packages register.
 
-``inspect``, ``convert`` and ``verify`` run where none of `OPTIONAL` is installed: in a small image, say.
+``inspect``, ``convert`` and ``verify`` run without any of the `OPTIONAL` libraries, as in a small container image.
 
-Another package adds a scheme, a method, a source of facts or a section by an entry point, whose name is the name that
-users type::
+A third-party package adds a scheme, a pruning method, a probe or a section of the report by an entry point, whose name
+is the name that users type::
 
     [project.entry-points."compressknow.schemes"]
     my-scheme = "my_package.scheme:MyScheme"
 
-Names are known without importing anything; what is named is imported when it is first used.
+Names are known without importing anything; an entry is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 
 from compressknow.base.errors import CompressknowError, UsageError, suggest_word
 
-# By name of the import, what pip installs.
+# Arguments of pip by the name of the module.
 OPTIONAL = {
     "datasets": "datasets",
     "gguf": "'compressknow[gguf]'",
@@ -37,14 +37,14 @@ OPTIONAL = {
     "sentencepiece": "'compressknow[gguf]'",
     "urllib3": "urllib3",
 }
-# Others whose name for pip is another.
+# Required libraries whose name for pip differs from the module's.
 _NAMES = {"compressed_tensors": "compressed-tensors", "yaml": "pyyaml"}
-# Older releases leave out whether a GGUF file puts its first token before a text: it is asked otherwise, unseen.
+# Older releases ignore whether a GGUF file wants a first token before texts, and silently evaluate without it.
 GGUF_TRANSFORMERS = "5.23"
 
 
 def require(*modules: str) -> None:
-    """Raise CompressknowError, with the command that installs them, where libraries are missing; import none.
+    """Raise CompressknowError, with the command that installs them, if libraries are missing; import none.
 
     >>> require("json", "re")
     >>> require("pyarow", "json", "scypy")
@@ -56,21 +56,21 @@ def require(*modules: str) -> None:
 
 
 def can_read_gguf() -> bool:
-    """Return whether the transformers that is installed reads a GGUF file as what it is."""
+    """Return whether the installed release of transformers reads GGUF files correctly."""
     releases = version("transformers"), GGUF_TRANSFORMERS
-    installed, needed = ([int(number) for number in release.split(".")[:2]] for release in releases)
-    return installed >= needed
+    installed, required = ([int(number) for number in release.split(".")[:2]] for release in releases)
+    return installed >= required
 
 
 def is_installed(module: str) -> bool:
-    """Return whether a module is there to be imported; imports nothing."""
-    found = importlib.util.find_spec(module)
-    # A folder of that name in the working directory is found too, with no origin.
-    return found is not None and found.origin is not None
+    """Return whether a module is installed, without importing it."""
+    spec = importlib.util.find_spec(module)
+    # A folder of that name in the working directory has a spec too, but no origin.
+    return spec is not None and spec.origin is not None
 
 
 def build_not_installed(*modules: str) -> CompressknowError:
-    """Return the error that names these modules, and what to tell pip."""
+    """Return an error that names these modules, with the command that installs them."""
     names = (OPTIONAL | _NAMES).get
     packages = " ".join(dict.fromkeys(names(module, module) for module in modules))
     are, them = ("is", "it") if len(modules) == 1 else ("are", "them")
@@ -82,13 +82,13 @@ Thing = TypeVar("Thing")
 
 
 class Registry(Generic[Thing]):
-    """Things of one kind by name.
+    """Objects of one class by name.
 
     Parameters
     ----------
-    group : of the entry points by which other packages add to it, such as ``compressknow.schemes``.
-    kind : what one of them is called in messages, such as ``scheme``.
-    of : the class of its entries. An entry is an instance, or something that gives one when it is called.
+    group : entry point group by which third-party packages add entries, such as ``compressknow.schemes``.
+    kind : name of an entry in messages, such as ``scheme``.
+    of : class of the entries. An entry point is an instance, or a callable that returns one.
     built_in : name -> ``"module:attribute"``, in the order in which they are shown.
     """
 
@@ -99,31 +99,31 @@ class Registry(Generic[Thing]):
 
     @cached_property
     def _added(self) -> dict[str, list[EntryPoint]]:
-        """Return by name the entry points that bring it: one, or several packages contend for it."""
+        """Return the entry points by name: usually one, several if packages have the same name for theirs."""
         added: dict[str, list[EntryPoint]] = {}
         for entry in sorted(entry_points(group=self.group), key=lambda entry: (entry.name, _get_package(entry))):
             added.setdefault(entry.name, []).append(entry)
         return added
 
     def __iter__(self) -> Iterator[str]:
-        """Yield names: those built in first."""
+        """Yield the names, built-in ones first."""
         return iter(dict.fromkeys((*self._built_in, *self._added)))
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and (name in self._built_in or name in self._added)
 
     def is_built_in(self, name: str) -> bool:
-        """Return whether it is built in; another package may contend for its name."""
+        """Return whether a name is built in, even if a third-party package adds it too."""
         return name in self._built_in
 
     def is_added(self, name: str) -> bool:
-        """Return whether another package has brought it."""
+        """Return whether a third-party package adds a name."""
         return name in self._added
 
     @contextmanager
     def explain_failures(self, name: str) -> Iterator[None]:
-        """Turn errors of a third-party entry into CompressknowError that names its package, unless they are already
-        meant for the user; errors of built-in entries are left as they are."""
+        """Raise CompressknowError, which names the package, if a third-party entry fails; errors that a user can act
+        on, and those of built-in entries, are raised unchanged."""
         try:
             yield
         except (CompressknowError, OSError, MemoryError):
@@ -136,52 +136,53 @@ class Registry(Generic[Thing]):
             raise CompressknowError(what, why=f"{why}.", hint=self._hint(name)) from error
 
     def built_in(self) -> dict[str, Thing]:
-        """Return those of this package, by name, whatever others add."""
+        """Return the built-in entries by name."""
         return {name: self._load_built_in(name) for name in self._built_in}
 
     @property
     def first(self) -> str:
-        """Return the one that is meant where none is named."""
+        """Return the name of the default entry."""
         return next(iter(self))
 
     def __getitem__(self, name: str) -> Thing:
-        """Return what has this name.
+        """Return the entry of this name.
 
         Raises
         ------
-        UsageError : nothing has it.
-        CompressknowError : another package's entry cannot be imported, is something else, or has the name of a
-            built-in one.
+        UsageError : the name is unknown.
+        CompressknowError : a third-party entry cannot be imported, has the wrong type, or has the name of another one.
         """
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
         return self._loaded[name]
 
     def usable(self) -> tuple[dict[str, Thing], dict[str, CompressknowError]]:
-        """Return all usable entries by name, and the errors of the others. A third-party entry with a built-in's name
-        is an error, and does not replace it."""
-        things: dict[str, Thing] = {}
+        """Return all usable entries by name, and the errors of the unusable ones by name.
+
+        A name that is built in and also added by a third-party package is in both: the built-in entry is usable.
+        """
+        entries: dict[str, Thing] = {}
         unusable: dict[str, CompressknowError] = {}
         for name in self:
             try:
-                things[name] = self[name]
+                entries[name] = self[name]
             except CompressknowError as error:
                 unusable[name] = error
                 if name in self._built_in:
-                    things[name] = self._load_built_in(name)
-        return things, unusable
+                    entries[name] = self._load_built_in(name)
+        return entries, unusable
 
     def added_by(self, name: str) -> str:
-        """Return the packages that add this name; empty if it is built in alone."""
+        """Return the third-party packages that add this name; empty if there is none."""
         return " and ".join(map(_get_package, self._added.get(name, ())))
 
     def _load_built_in(self, name: str) -> Thing:
         module, _, attribute = self._built_in[name].partition(":")
-        return self._instance(name, getattr(importlib.import_module(module), attribute))
+        return self._make_instance(name, getattr(importlib.import_module(module), attribute))
 
     def _load(self, name: str) -> Thing:
         if name in self._built_in and name in self._added:
-            raise self.incompatible(name, "The name is taken by a built-in one.")
+            raise self.incompatible(name, f"A built-in {self.kind} has that name.")
         if name in self._built_in:
             return self._load_built_in(name)
         if name not in self._added:
@@ -192,23 +193,23 @@ class Registry(Generic[Thing]):
                 name, f"Two packages add a {self.kind} of that name.", hint="Uninstall one of them."
             )
         try:
-            return self._instance(name, self._added[name][0].load())
+            return self._make_instance(name, self._added[name][0].load())
         except CompressknowError:
             raise
         except Exception as error:
-            # A third-party module may raise anything while it is imported.
+            # Importing a third-party module can raise anything.
             raise self.incompatible(name, f"{type(error).__name__}: {error}") from error
 
-    def _instance(self, name: str, entry: object) -> Thing:
-        made = entry() if not isinstance(entry, self._of) and callable(entry) else entry
-        if not isinstance(made, self._of):
-            raise self.incompatible(name, f"It is of the type {type(made).__name__}, not {self._of.__name__}.")
-        if getattr(made, "name", name) != name:
-            raise self.incompatible(name, f"It calls itself {getattr(made, 'name', '')!r}.")
-        return made
+    def _make_instance(self, name: str, entry: object) -> Thing:
+        instance = entry() if not isinstance(entry, self._of) and callable(entry) else entry
+        if not isinstance(instance, self._of):
+            raise self.incompatible(name, f"It is of the type {type(instance).__name__}, not {self._of.__name__}.")
+        if getattr(instance, "name", name) != name:
+            raise self.incompatible(name, f"Its name attribute is {getattr(instance, 'name', '')!r}.")
+        return instance
 
     def incompatible(self, name: str, why: str, *, hint: str | None = None) -> CompressknowError:
-        """Return the error to raise where what has this name cannot be used; it names the package that adds it."""
+        """Return an error that an entry cannot be used, which names the package that adds it."""
         by = self.added_by(name)
         return CompressknowError(
             f"The {self.kind} {name!r} that {by} {'add' if ' and ' in by else 'adds'} cannot be used.",

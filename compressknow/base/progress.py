@@ -1,4 +1,4 @@
-"""Progress of long work in one form, and other libraries' noise kept away from the terminal."""
+"""Progress of long-running work, and silencing the output of other libraries."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from compressknow.base.format import clean
 
 @contextlib.contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Silence progress bars, the load report and all that is printed, by Rust too: what matters is raised."""
+    """Silence progress bars, the load report and everything printed, from Rust too: errors are raised anyway."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    # compressed-tensors logs with loguru in some versions.
+    # compressed-tensors logs with it; its versions without loguru log nothing.
     loguru = importlib.import_module("loguru").logger if importlib.util.find_spec("loguru") else None
     if loguru:
         loguru.disable("compressed_tensors")
@@ -46,7 +46,7 @@ class PanicError(Exception):
 
 @contextlib.contextmanager
 def translate_panics() -> Iterator[None]:
-    """Raise a panic of tokenizers, which is not an Exception, as PanicError; what Rust prints of it is not seen."""
+    """Raise a panic of tokenizers, which is not an Exception, as PanicError, and hide what Rust prints about it."""
     try:
         with _silence(2):
             yield
@@ -58,7 +58,7 @@ def translate_panics() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence(descriptor: int) -> Iterator[None]:
-    """Drop what is written to standard output (1) or standard error (2) itself, not by way of Python."""
+    """Drop what code other than Python writes to standard output (1) or standard error (2)."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
@@ -79,7 +79,7 @@ def _silence(descriptor: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disable_bars() -> Iterator[None]:
-    """Disable the bars of tqdm: those of compressed-tensors have no switch of their own."""
+    """Disable tqdm itself: compressed-tensors has no option to hide its bars."""
     from tqdm import tqdm
 
     init = tqdm.__init__
@@ -97,7 +97,7 @@ def _disable_bars() -> Iterator[None]:
 _Export = Literal["fetch", "unpack", "gather", "export", "quantize", "round"]
 _Measure = Literal["evaluate", "noise", "runtime", "read", "time", "sensitivity"]
 Work = Literal["convert", "sample", "text", "choose", "calibrate", "verify", "hash", "compare", _Measure, _Export]
-# All else counts bytes.
+# Work that is not listed counts bytes.
 UNITS = {
     **dict.fromkeys(("evaluate", "noise", "runtime"), "facts"),
     **dict.fromkeys(("sample", "text"), "tokens"),
@@ -113,18 +113,17 @@ class Stage:
     Attributes
     ----------
     work : ``evaluate`` (a model on the facts of a probe), ``noise`` (the same in another precision), ``runtime`` (the
-        same in another runtime), ``read`` (a running text), ``time`` (how fast it is), ``sensitivity`` (to the rounding
-        of each weight), ``convert``, ``sample`` (the model writes the text to calibrate on) or ``text`` (which is
-        read), ``choose`` (the blocks and neurons to drop), ``calibrate`` (convert block by block), ``verify``,
-        ``hash``, ``compare``; of an export ``fetch`` (llama.cpp's converter), ``unpack`` (to floats), ``gather`` (what
-        layers read), ``export`` (to GGUF),
-        ``quantize`` and ``round`` (by GPTQ).
-    model : what the model is called; of ``fetch`` the folder to fetch into.
-    probe : what it is evaluated on; nothing for other work.
-    facts : of all probes that this model is evaluated on; each of the others is evaluated on the same.
-    device : where it computes.
-    number, of : which model it is of how many that are evaluated, from 1.
-    again : the original, whose answers are known, once more for its distributions alone.
+        same in another runtime), ``read`` (a running text), ``time`` (speed), ``sensitivity`` (to the rounding of each
+        weight), ``convert``, ``sample`` (the model writes the calibration text) or ``text`` (it is read from files),
+        ``choose`` (the blocks and neurons to drop), ``calibrate`` (convert block by block), ``verify``, ``hash``,
+        ``compare``; for an export ``fetch`` (llama.cpp's converter), ``unpack`` (to floats), ``gather`` (the inputs of
+        layers), ``export`` (to GGUF), ``quantize`` and ``round`` (by GPTQ).
+    model : name of the model; for ``fetch`` the folder to fetch into.
+    probe : probe that it is evaluated on; empty for other work.
+    facts : number of facts in all probes of the run, which is the same for every model.
+    device : device that computes.
+    number, of : number of this model, from 1, and of all that are evaluated.
+    again : whether the original, whose answers are known, is evaluated again only for its distributions.
     """
 
     work: Work
@@ -138,21 +137,21 @@ class Stage:
 
     @property
     def unit(self) -> str:
-        """Return what is counted."""
+        """Return the unit of the counts."""
         return UNITS.get(self.work, "bytes")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Position of a run: what `on_progress` is called with.
+    """Position of a run: the argument of `on_progress`.
 
-    Of each stage one comes with ``begins``, some with ``advances``, and one with ``ends``, also where it fails.
+    Each stage reports ``begins`` once, ``advances`` any number of times, and ``ends`` once, even if it fails.
 
     Attributes
     ----------
     stage : the part of the run.
-    done, total : facts, bytes, tokens or blocks, as `Stage.unit` says; both 0 until the total is known.
-    left : seconds until the stage ends, as far as they can be told already.
+    done, total : counts in `Stage.unit`, such as facts or bytes; both 0 until the total is known.
+    left : estimated seconds until the stage ends; None if there is no estimate yet.
 
     Examples
     --------
@@ -167,23 +166,23 @@ class Progress:
     left: float | None = None
 
     def __str__(self) -> str:
-        far = f"{self.done:,} of {self.total:,} {self.stage.unit}" if self.total else self.state
+        position = f"{self.done:,} of {self.total:,} {self.stage.unit}" if self.total else self.state
         left = f", {self.left:.0f} s left" if self.left else ""
-        return f"{self.stage.work} {name_stage(self.stage)}: {far}{left}"
+        return f"{self.stage.work} {name_stage(self.stage)}: {position}{left}"
 
 
 def name_stage(stage: Stage) -> str:
-    """Return which model, and what it is evaluated on, fit to be shown."""
+    """Return the name of the model, and the probe if there is one, for display."""
     return clean(stage.model, 40) + (f" on {clean(stage.probe, 40)}" if stage.probe else "")
 
 
 Listener = Callable[[Progress], None]
-# What public functions take: a function, or "bar" for the bars of tqdm.
+# Argument of the public functions: a callback, or "bar" for tqdm bars in a terminal or notebook.
 OnProgress = Listener | Literal["bar"]
 
 
 def resolve_progress(on_progress: OnProgress | None) -> Listener | None:
-    """Return the function that is called with each `Progress`. Raises UsageError for what cannot give one."""
+    """Return the function to call with each `Progress`. Raises UsageError for an invalid `on_progress`."""
     if isinstance(on_progress, str) and on_progress == "bar":
         return Bars()
     if on_progress is None or callable(on_progress):
@@ -192,7 +191,7 @@ def resolve_progress(on_progress: OnProgress | None) -> Listener | None:
 
 
 class Bars:
-    """Bars of tqdm, one for each stage: a widget in a notebook, a line at a terminal."""
+    """Bars of tqdm, one per stage: widgets in a notebook, lines in a terminal."""
 
     def __init__(self) -> None:
         self._bars: dict[Stage, Any] = {}
@@ -204,7 +203,7 @@ class Bars:
         bar = self._bars[stage]
         if progress.total and bar.total != progress.total:
             bar.reset(progress.total)
-            # The work of an earlier run must not count towards the pace.
+            # Work of an earlier run must not count for the pace.
             bar.n = bar.initial = progress.done
         bar.update(progress.done - bar.n)
         if progress.state == "ends":
@@ -213,7 +212,7 @@ class Bars:
 
 def _make_bar(stage: Stage) -> Any:
     with warnings.catch_warnings():
-        # In a notebook without ipywidgets it is a line of text, which is what there is.
+        # tqdm warns that it shows plain text in a notebook without ipywidgets.
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
     name = f"{stage.work} {name_stage(stage)}"
@@ -223,18 +222,18 @@ def _make_bar(stage: Stage) -> Any:
 
 
 class Advance(Protocol):
-    """Function that takes how much of how much is done, and the seconds left, as far as they are known already."""
+    """Function that takes the amount done, the total, and the seconds left if there is an estimate."""
 
     def __call__(self, done: int, total: int, left: float | None = None, /) -> None: ...
 
 
 def ignore_advance(done: int, total: int, left: float | None = None) -> None:
-    """Take how far a stage is that is reported to nobody."""
+    """Ignore the progress of a stage that has no listener."""
 
 
 @contextlib.contextmanager
 def report_progress(listener: Listener | None, stage: Stage) -> Iterator[Advance]:
-    """Report that a stage begins and, whatever becomes of it, ends; gives what reports how far it is."""
+    """Report that a stage begins and, even if it fails, that it ends; yield the function that reports its progress."""
     if listener is None:
         yield ignore_advance
         return
@@ -252,28 +251,28 @@ def report_progress(listener: Listener | None, stage: Stage) -> Iterator[Advance
         listener(replace(last, state="ends"))
 
 
-# Begins a stage of a kind of work on what the caller works on: see `report_progress`.
+# Begins a stage of some work on the caller's model, as `report_progress` does.
 Begin = Callable[[Work], contextlib.AbstractContextManager[Advance]]
 
 
 def begin_stages(listener: Listener | None, model: object) -> Begin:
-    """Return what begins a stage of any work on a model, whose name or path it is."""
+    """Return a function that begins a stage of any work on a model, given by its name or path."""
     return lambda work: report_progress(listener, Stage(work, str(model)))
 
 
-# Begins stages that are reported to nobody.
+# Begins stages that are not reported.
 ignore_progress = begin_stages(None, "")
 
 
 def relabel_progress(listener: Listener | None, **changes: Any) -> Listener | None:
-    """Return the listener for stages that know nothing of the run around them: `changes` are fields of `Stage`."""
+    """Return a listener that changes these fields of each `Stage`, which the stage's code does not know."""
     if listener is None:
         return None
     return lambda progress: listener(replace(progress, stage=replace(progress.stage, **changes)))
 
 
 def count_progress(advance: Advance, total: int) -> Callable[[int], None]:
-    """Return a function that adds each piece that is done, from any thread; `advance` gets their sum, and the total."""
+    """Return a function that any thread calls with the amount it has done; `advance` gets the sum and the total."""
     done, lock = 0, threading.Lock()
 
     def add(count: int) -> None:
@@ -286,41 +285,39 @@ def count_progress(advance: Advance, total: int) -> Callable[[int], None]:
 
 
 class Pace:
-    """Time left, from the work that is done: seconds per token.
+    """Estimate of the time left, from the seconds per token so far.
 
     Parameters
     ----------
-    work : tokens to read in all.
-    sample, seconds : tokens of a few facts that were asked before, and the time that they took: all that is known until
-        the first batch is done, and counted with it after that. Without them the first batch tells nothing: it prepares
-        much that later ones find done.
+    work : total tokens to read.
+    sample, seconds : tokens of a few facts that were evaluated before, and the time that they took: the first
+        estimate, to which batches are added. Without them the first batch is not measured, since it also warms up.
     """
 
     def __init__(self, work: int, sample: int = 0, seconds: float = 0) -> None:
         self._left, self._measured = work, sample
-        self._prepared = sample > 0
+        self._is_warm = sample > 0
         self._start = time.monotonic() - seconds
 
     def add(self, work: int) -> None:
         """Count work as done."""
         self._left -= work
-        if self._prepared:
+        if self._is_warm:
             self._measured += work
         else:
-            self._prepared, self._start = True, time.monotonic()
+            self._is_warm, self._start = True, time.monotonic()
 
     @property
     def left(self) -> float | None:
-        """Return the seconds left; None while nothing is measured."""
+        """Return the estimated seconds left; None until something is measured."""
         return (time.monotonic() - self._start) / self._measured * self._left if self._measured else None
 
 
 class RepeatingThread:
     """Thread that calls `task` after each of the `waits` (seconds) until `end` is called.
 
-    A signal may raise between any two steps of the main thread, and a lock that is written in Python (that of an Event,
-    or of a thread that starts) would stay taken: who needs it next would wait forever. So there is none, only queues
-    that are written in C.
+    A signal may raise between any two steps of the main thread, which could leave a lock written in Python (as in an
+    Event, or in starting a Thread) locked for ever. So this class uses only queues, which are written in C.
     """
 
     def __init__(self, task: Callable[[], object], waits: Iterable[float]) -> None:
@@ -331,12 +328,12 @@ class RepeatingThread:
         start_new_thread(self._run, ())
 
     def end(self) -> None:
-        """Let it end; the task is not called again after one that is under way."""
+        """Tell the thread to end; a call of the task that is under way is the last."""
         self._ending.put(None)
 
     def wait(self) -> None:
-        """Wait until it has ended, as `end` lets it."""
-        # A signal may come after the message was taken and before it was seen: the attribute says it too.
+        """Wait until the thread has ended, after `end`."""
+        # A signal may interrupt `get` after it has taken the message, so an attribute records the end too.
         while not self._over:
             self._ended.get()
 

@@ -1,4 +1,4 @@
-"""Read files and tables that others wrote: within bounds, and with records checked for their form."""
+"""Read foreign files and tables, with limits on their size, and check the form of records."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from compressknow.base.files import expand_home
 from compressknow.base.packages import require
 
 MIB = 1 << 20
-# The most bytes of a file, by its kind. The index of a model of 100,000 tensors takes 15 MB, its manifest 70 MB; the
-# largest tokenizers have 35 MB.
+# The maximum size of a file in bytes, by its kind. For a model of 100,000 tensors, the index has 15 MB and the manifest
+# 70 MB; the largest tokenizers have 35 MB.
 CONFIG, CARD, TABLE_OF_OPTIONS = 16 * MIB, MIB, MIB // 4
 INDEX, MANIFEST, TOKENIZER = 64 * MIB, 256 * MIB, 256 * MIB
 RECORD = 64 * MIB
 FACTS, LINE = 1024 * MIB, MIB
-# Values in one JSON file, or in all lines of a facts file: each takes up to 100 bytes of memory besides its text.
+# Values in a JSON file, or in all lines of a facts file: each takes up to 100 bytes of memory besides its text.
 MOST_VALUES = 8_000_000
-# The largest whole number in a record: arithmetic on larger ones would overflow floats.
+# The largest integer in records: larger ones could overflow a float in calculations.
 LARGEST = 1 << 256
 _KINDS = {
     stat.S_IFIFO: "a pipe (FIFO)",
@@ -40,12 +40,12 @@ _KINDS = {
 
 
 class NotReadable(ValueError):
-    """File that is not a regular one, larger than its kind can be, or no JSON or TOML. The text says which."""
+    """File that is not a regular one, exceeds a limit, or is nested too deeply; the message says which."""
 
 
 def open_regular(path: Path, most: int | None = None) -> BufferedReader:
-    """Open a file for reading, without blocking as a pipe would. Raises NotReadable if it is not a regular file or has
-    more than `most` bytes, OSError if it cannot be opened."""
+    """Open a file for reading, without blocking on a pipe. Raises NotReadable if it is not a regular file, or has more
+    than `most` bytes; OSError if it cannot be opened."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         _check(os.fstat(descriptor), most)
@@ -56,7 +56,7 @@ def open_regular(path: Path, most: int | None = None) -> BufferedReader:
 
 
 def check_regular(path: Path, most: int | None = None) -> os.stat_result:
-    """Return what the system says of a file. Raises NotReadable as `open_regular` does, for other libraries to read."""
+    """Return the status of a file that another library will read. Raises NotReadable as `open_regular` does."""
     status = path.stat()
     _check(status, most)
     return status
@@ -70,23 +70,23 @@ def _check(status: os.stat_result, most: int | None) -> None:
         raise NotReadable(f"it has {status.st_size:,} bytes, and such a file has at most {most:,}")
 
 
-# Device, inode, bytes and time of the last change tell a file from another one in its place, or with other bytes.
+# Device, inode, size and modification time, which differ if a file was replaced or changed.
 FileState = tuple[int, int, int, int]
 
 
 def get_state(status: os.stat_result) -> FileState:
-    """Return the state in what the system says of a file."""
+    """Return the state of a file from its status."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def check_unchanged(states: Mapping[Path, FileState]) -> None:
-    """Raise CheckpointError if files, by path, are not in the state in which they were opened."""
+    """Raise CheckpointError if any of these files is no longer in the state in which it was opened."""
     for path, state in states.items():
         with suppress(OSError):
             if get_state(path.stat()) == state:
                 continue
         raise CheckpointError(
-            f"{path} was replaced or changed while the model was read: nothing is kept.",
+            f"{path} was replaced or changed while the model was read, so nothing was kept.",
             hint="Repeat the command once nothing writes to the folder.",
         )
 
@@ -101,7 +101,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int) -> str:
-    """Return a text in UTF-8. Raises NotReadable, UnicodeDecodeError (a ValueError as well) or OSError."""
+    """Return the text of a UTF-8 file. Raises NotReadable, UnicodeDecodeError (a ValueError too) or OSError."""
     return read_bytes(path, most).decode("utf-8")
 
 
@@ -117,16 +117,16 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def read_json(path: Path, most: int) -> Any:
-    """Return what a JSON file holds. Raises NotReadable, json.JSONDecodeError (a ValueError as well) or OSError."""
+    """Return the value of a JSON file. Raises NotReadable, json.JSONDecodeError (a ValueError too) or OSError."""
     return parse_json(read_bytes(path, most))
 
 
 def parse_json(
     content: bytes, *, most_values: int = MOST_VALUES, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """Return the value of a JSON text in UTF-8; `pairs` makes an object of its keys and values. Raises NotReadable
-    if it holds more than `most_values` values or is nested too deeply, ValueError if it is not JSON."""
-    # Each value but the first follows one of these.
+    """Return the value of JSON in UTF-8; `pairs` makes an object from its keys and values. Raises NotReadable if it
+    holds more than `most_values` values or is nested too deeply, ValueError if it is not JSON."""
+    # Each value except the first follows one of these.
     if sum(content.count(mark) for mark in (b",", b":", b"[", b"{")) > most_values:
         raise NotReadable(f"it holds more than {most_values:,} values")
     try:
@@ -136,8 +136,7 @@ def parse_json(
 
 
 def find_lone_surrogate(text: str) -> str | None:
-    r"""Return the escape of the first half of a surrogate pair that stands alone in a text, as a JSON escape can make
-    it: no file could hold that.
+    r"""Return the escape of the first lone surrogate in a text; JSON can contain one as an escape, UTF-8 cannot.
 
     >>> find_lone_surrogate("a\ud83e"), find_lone_surrogate("a\U0001f999")
     ('\\ud83e', None)
@@ -150,16 +149,16 @@ def find_lone_surrogate(text: str) -> str | None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return what a TOML file of options holds. Raises NotReadable, OSError or another ValueError."""
+    """Return the values of a TOML file of options. Raises NotReadable, OSError or another ValueError."""
     try:
-        # Editors on Windows put a mark before it.
+        # Some editors on Windows write a byte order mark.
         return tomllib.loads(read_text(path, TABLE_OF_OPTIONS).removeprefix("\ufeff"))
     except RecursionError:
         raise NotReadable("it is nested too deeply") from None
 
 
 def compute_sha256(path: Path) -> str:
-    """Return the SHA-256 of a regular file, in hexadecimal, read in pieces. Raises NotReadable or OSError."""
+    """Return the SHA-256 of a regular file in hexadecimal. Raises NotReadable or OSError."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -168,18 +167,18 @@ _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "a boolea
 
 
 def find_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
-    """Return what in a value does not fit a form, and where; None if all does.
+    """Return the first mismatch of a value with a form, and its place; None if there is none.
 
     >>> find_mismatch({"n": [1, 2.5]}, {"n": [int], "name?": str})
     'n[1] is not a whole number'
     """
     if isinstance(form, tuple):
         wrong = [find_mismatch(value, each, where) for each in form]
-        # The form that was probably meant is the first one of the value's kind.
+        # Probably meant is the first form that is a container if the value is one, and a scalar otherwise.
         kinds = [isinstance(value, (dict, list)) == isinstance(each, (dict, list)) for each in form]
         return None if None in wrong else wrong[kinds.index(True) if True in kinds else 0]
     if form is None or isinstance(form, type):
-        return None if _is(value, form) else f"{where} is not {_NAMES[form] if form else 'null'}"
+        return None if _matches_type(value, form) else f"{where} is not {_NAMES[form] if form else 'null'}"
     if isinstance(form, list):
         if not isinstance(value, list):
             return f"{where} is not a list"
@@ -201,7 +200,7 @@ def _find_mismatch_in_object(value: Mapping[str, Any], form: Mapping[Any, Any], 
     return next(filter(None, mismatches), None)
 
 
-def _is(value: Any, form: type | None) -> bool:
+def _matches_type(value: Any, form: type | None) -> bool:
     if form is None or value is None:
         return value is form
     if isinstance(value, bool) or form is bool:
@@ -211,18 +210,18 @@ def _is(value: Any, form: type | None) -> bool:
     return math.isfinite(value) if form is float and isinstance(value, float) else isinstance(value, form)
 
 
-# Files of rows, and what `datasets` calls their kind.
+# Builders of `datasets` by the suffix of a file.
 SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
 def load_tables(dataset: str) -> dict[str, Any]:
-    """Load the tables of a data set, by the name of their split: a folder (of data files, or written by
-    `save_to_disk`), one file of rows, ``NAME`` or ``NAME:CONFIG`` on the hub. Raises UsageError if there is no such
-    set, CompressknowError if the hub is not reached or the data cannot be read."""
+    """Load the tables of a data set by split: from a folder (of data files, or written by `save_to_disk`), a file, or
+    ``NAME`` or ``NAME:CONFIG`` on the Hub. Raises UsageError if there is no such data set, CompressknowError if the Hub
+    cannot be reached or the data cannot be read."""
     require("datasets", "pyarrow")
     path = expand_home(dataset)
     if not path.exists() and _is_path(dataset):
-        raise UsageError(f"There is no folder or file {path}.", hint="hf: is followed by a path, or a name on the hub.")
+        raise UsageError(f"There is no folder or file {path}.", hint="hf: is followed by a path, or a name on the Hub.")
     if path.exists() and not path.is_dir():
         try:
             check_regular(path)
@@ -237,9 +236,9 @@ def load_tables(dataset: str) -> dict[str, Any]:
                 loaded = datasets.load_from_disk(str(path))
             elif path.is_file():
                 if (builder := SUFFIXES.get(path.suffix.lower())) is None:
-                    raise UsageError(f"{path}: no table of a known kind.", hint=f"Known kinds: {', '.join(SUFFIXES)}.")
-                how = _read_as_texts(path) if builder == "csv" else {}
-                loaded = datasets.load_dataset(builder, data_files=str(path), **how)
+                    raise UsageError(f"{path} is not a table.", hint=f"Tables are files in {', '.join(SUFFIXES)}.")
+                options = _get_csv_options(path) if builder == "csv" else {}
+                loaded = datasets.load_dataset(builder, data_files=str(path), **options)
             elif path.is_dir():
                 loaded = datasets.load_dataset(str(path))
             else:
@@ -250,8 +249,8 @@ def load_tables(dataset: str) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
 
-def _read_as_texts(path: Path) -> dict[str, Any]:
-    """Return how to read a CSV file so that each cell is the text that it holds: no number of 007, no gap of NA."""
+def _get_csv_options(path: Path) -> dict[str, Any]:
+    """Return options that read each cell of a CSV file as text: 007 is not a number, nor NA a missing value."""
     import datasets
     import pandas as pd
 
@@ -260,26 +259,26 @@ def _read_as_texts(path: Path) -> dict[str, Any]:
 
 
 def _check_tables(path: Path) -> None:
-    """Raise UsageError if a local file or folder has a Parquet file that would fill the memory."""
+    """Raise UsageError if `path` is, or contains, a Parquet file that would need far too much memory."""
     for table in [path] if path.is_file() else sorted(path.rglob("*.parquet")) if path.is_dir() else ():
         if table.suffix.lower() == ".parquet":
             try:
                 check_parquet(table)
             except NotReadable as error:
                 raise UsageError(f"{table} cannot be read: {error}.", hint="Get the data set again.") from None
-            except (OSError, ValueError):  # No Parquet file at all: `datasets` says what is wrong.
+            except (OSError, ValueError):  # Not a Parquet file: `datasets` will report it.
                 continue
 
 
 def _is_path(dataset: str) -> bool:
-    """Return whether this cannot be a name on the hub: NAME or OWNER/NAME, with a colon and a configuration."""
+    """Return whether this cannot be a name on the Hub, which is NAME or OWNER/NAME, with an optional ":CONFIG"."""
     name = dataset.partition(":")[0]
     return dataset.startswith((".", "/", "~")) or name.count("/") > 1 or Path(dataset).suffix.lower() in SUFFIXES
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Hide progress bars if stderr is not a terminal, and log lines of `datasets` that repeat an error."""
+    """Hide progress bars if stderr is not a terminal, and what `datasets` logs in addition to raising an error."""
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
@@ -295,7 +294,7 @@ def _silence() -> Iterator[None]:
 
 
 def _explain(dataset: str, error: Exception) -> CompressknowError:
-    """Return the library's error in words that say what to do."""
+    """Return our error for one of the library, with what to do."""
     what, reason = f"hf:{dataset} cannot be read.", str(error.__cause__ or error).split("\n")[0]
     if isinstance(error, ConnectionError):
         page = f"huggingface.co/datasets/{dataset.partition(':')[0]}"
@@ -312,18 +311,17 @@ def _explain(dataset: str, error: Exception) -> CompressknowError:
     if isinstance(error, ValueError) and "Config name is missing" in reason:
         return UsageError(what, str(error).replace("\n", " "), "The configuration follows the name: hf:NAME:CONFIG.")
     if isinstance(error, FileNotFoundError):
-        return UsageError(what, reason, "hf: is followed by a name on the hub, a folder or a file.")
+        return UsageError(what, reason, "hf: is followed by a name on the Hub, a folder or a file.")
     return CompressknowError(what, reason)
 
 
-# Beyond these, a file may hold so many values, and bytes of text and numbers, for each of its own bytes.
+# A Parquet file of n bytes may hold TABLE_VALUES + n values, and unpack to MOST_BYTES + EXPANSION * n bytes.
 TABLE_VALUES, MOST_BYTES, EXPANSION = 64_000_000, 512 << 20, 8
 _ROWS, _ROWS_OF_LISTS = 65_536, 64
 
 
 def check_parquet(path: Path) -> None:
-    """Raise NotReadable if a Parquet file would take far more memory than its size, or pyarrow's errors if it is
-    none."""
+    """Raise NotReadable if a Parquet file would unpack to far more than its size; pyarrow's errors if it is invalid."""
     import pyarrow.parquet as pq
 
     size = check_regular(path).st_size
@@ -336,7 +334,7 @@ def check_parquet(path: Path) -> None:
         raise NotReadable(f"it holds more than {TABLE_VALUES:,} values in {size:,} bytes")
     if sum(chunk.total_uncompressed_size for chunk in chunks) > most:
         raise NotReadable(f"it would unpack from {size:,} bytes to more than {MOST_BYTES:,}")
-    # As dictionaries, in which a text that is repeated is held once; pyarrow reads those in lists plainly alone.
+    # Dictionaries hold a repeated text once; pyarrow cannot read texts in lists as dictionaries.
     with pq.ParquetFile(path, read_dictionary=[text for text in texts if "." not in text]) as file:
         for text in texts:
             for batch in file.iter_batches(batch_size=_ROWS_OF_LISTS if "." in text else _ROWS, columns=[text]):
@@ -346,7 +344,7 @@ def check_parquet(path: Path) -> None:
 
 
 def _count_bytes(column: Any) -> int:
-    """Count the bytes of all texts of a column, each as often as it stands."""
+    """Count the bytes of all texts of a column, repeated ones each time."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

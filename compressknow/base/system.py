@@ -1,7 +1,7 @@
-"""Differences between systems, found by what Python offers on each.
+"""Differences between operating systems, detected by what Python offers on each.
 
-Windows has no fcntl and no reads at a position, and neither renames nor removes a file that is open; macOS reserves no
-room on a disk.
+Windows has neither fcntl nor positioned reads, and cannot rename or remove an open file; macOS cannot reserve disk
+space.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 _NO_FOLLOW, _BINARY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_BINARY", 0)
-# At most so many bytes at a time: one call takes no more than 2 GB on macOS and Windows.
+# Bytes per call: macOS and Windows reject calls of more than 2 GB.
 _MOST_AT_ONCE = 1 << 30
 
 if importlib.util.find_spec("fcntl"):
@@ -33,17 +33,17 @@ if importlib.util.find_spec("fcntl"):
     OPEN_FILES_MOVE = True
 
     def lock_opened(descriptor: int, wait: bool) -> None:
-        """Lock a file by a descriptor of it, until that is closed. Raises as `lock` does."""
+        """Lock an open file until its descriptor is closed. Raises as `lock` does."""
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 else:
     msvcrt: Any = importlib.import_module("msvcrt")
-    # Windows neither renames nor removes a file that is open.
+    # Windows cannot rename or remove an open file.
     OPEN_FILES_MOVE = False
-    # Beyond what a lock file holds: nobody else may read a byte that is locked.
+    # Beyond the end of any lock file: other processes cannot read a locked byte.
     _LOCKED_BYTE = 1 << 30
 
     def lock_opened(descriptor: int, wait: bool) -> None:
-        """Lock a file by a descriptor of it, until that is closed. Raises as `lock` does."""
+        """Lock an open file until its descriptor is closed. Raises as `lock` does."""
         while True:
             os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
             try:
@@ -57,16 +57,16 @@ else:
                 os.lseek(descriptor, 0, os.SEEK_SET)
 
 
-# Virus scanners open what was just written; so long is waited until a file or folder can be moved.
+# Seconds between attempts to move a file or folder, which a virus scanner may hold open after it was written.
 _WAITS = () if OPEN_FILES_MOVE else (0.05, 0.1, 0.2, 0.4, 0.8)
 
-# A descriptor has one position, which threads share; where the system reads and writes only there, one at a time.
+# Threads share the position of a descriptor; without positioned reads and writes they must take turns.
 _seeking = threading.Lock()
 
 
 def lock(path: Path, *, wait: bool, make: bool = True) -> int:
-    """Lock a file, and return the descriptor to close; `make` the file if it is missing. Raises BlockingIOError if
-    another process holds it and `wait` is False, OSError if it cannot be locked."""
+    """Lock a file and return its descriptor, which releases the lock when closed; `make` the file if it is missing.
+    Raises BlockingIOError if another process holds the lock and `wait` is False, OSError if it cannot be locked."""
     if not _NO_FOLLOW and path.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     descriptor = os.open(path, (os.O_CREAT if make else 0) | os.O_RDWR | _NO_FOLLOW | _BINARY, 0o666)
@@ -79,10 +79,10 @@ def lock(path: Path, *, wait: bool, make: bool = True) -> int:
 
 
 def remove_lock(path: Path, descriptor: int) -> None:
-    """Remove a lock's file and let the lock go, in this order where the system can: nobody is to lock what vanishes."""
+    """Remove a lock file and release the lock, in this order if the system can: nobody must lock a vanishing file."""
     if not OPEN_FILES_MOVE:
         os.close(descriptor)
-        # Another process that has it open removes it.
+        # If another process has opened it since, that process removes it.
         with contextlib.suppress(PermissionError):
             path.unlink(missing_ok=True)
         return
@@ -93,18 +93,18 @@ def remove_lock(path: Path, descriptor: int) -> None:
 
 
 def open_to_read(path: Path) -> int:
-    """Open a file for `read_at`, as a descriptor. Raises OSError."""
+    """Open a file for `read_at` and return its descriptor. Raises OSError."""
     return os.open(path, os.O_RDONLY | _BINARY)
 
 
 def create(path: Path) -> int:
-    """Create an empty file, as a descriptor. Raises OSError: it exists already (FileExistsError), for one."""
+    """Create an empty file and return its descriptor. Raises OSError, such as FileExistsError."""
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | _BINARY, 0o666)
 
 
 def create_file(path: Path, size: int) -> int:
-    """Create a file of `size` bytes, for `read_at` and `write_at`, reserving the space. Raises OSError if it exists
-    (FileExistsError) or the disk is full (see `is_full`)."""
+    """Create a file of `size` bytes for `read_at` and `write_at`, with its disk space reserved; return its descriptor.
+    Raises OSError: it exists (FileExistsError), or the disk is full (see `is_full`)."""
     descriptor = create(path)
     try:
         _reserve_room(path, descriptor, size)
@@ -120,7 +120,7 @@ def _reserve_room(path: Path, descriptor: int, size: int) -> None:
             os.posix_fallocate(descriptor, 0, size)
             return
         except OSError as error:
-            # Some file systems reserve nothing, and some C libraries do not do it in their stead.
+            # Some file systems cannot reserve space, and not every C library emulates it.
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
     if shutil.disk_usage(path.parent).free < size:
@@ -129,8 +129,10 @@ def _reserve_room(path: Path, descriptor: int, size: int) -> None:
 
 
 def read_at(descriptor: int, buffer: memoryview, position: int) -> int:
-    """Fill `buffer` (bytes) from a file's byte `position` on; return how many bytes there were before the end. Threads
-    may share a descriptor, here and in `write_at`."""
+    """Fill `buffer` (bytes) from byte `position` of a file; return how many bytes were read, fewer only at its end.
+
+    Threads may share a descriptor, here and in `write_at`.
+    """
     done = 0
     while piece := buffer[done : done + _MOST_AT_ONCE]:
         if (count := _read_some(descriptor, piece, position + done)) == 0:
@@ -150,7 +152,7 @@ def _read_some(descriptor: int, buffer: memoryview, position: int) -> int:
 
 
 def write_at(descriptor: int, data: memoryview, position: int) -> None:
-    """Write all of `data` (bytes) to a file, from its byte `position` on. Raises OSError."""
+    """Write all of `data` (bytes) to a file at byte `position`. Raises OSError."""
     done = 0
     while piece := data[done : done + _MOST_AT_ONCE]:
         done += _write_some(descriptor, piece, position + done)
@@ -165,8 +167,10 @@ def _write_some(descriptor: int, data: memoryview, position: int) -> int:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a file or folder, replacing a file of that name. Raises OSError. Windows refuses while someone has it
-    open, so it is retried there for a while."""
+    """Rename a file or folder, replacing any file of that name. Raises OSError.
+
+    Windows cannot rename what a process has open: there it is retried for a while.
+    """
     for seconds in _WAITS:
         try:
             source.replace(target)
@@ -177,14 +181,14 @@ def move(source: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut, where the system can."""
+    """Sync a folder's entries to disk, if the system can."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems sync files alone.
+        # Some network file systems can only sync files.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -192,44 +196,46 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_full(error: OSError) -> bool:
-    """Return whether a disk is full, or a file larger than the system or the user's quota allows."""
+    """Return whether the disk is full, or a file exceeds the limit of the file system or the user's quota."""
     return error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
 
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """Delay signals that end the run until the context ends, so that nothing is left half done. In other threads than
-    the main one, which alone gets Python's signals, this does nothing."""
+    """Defer signals that end the run until the context ends, so that no file is created without being recorded.
+
+    Python delivers signals only to its main thread: in any other there is nothing to defer.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    waiting: list[int] = []
+    deferred: list[int] = []
 
-    def wait(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        waiting.append(number)
+    def defer(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        deferred.append(number)
 
     handlers = {number: signal.getsignal(number) for number in _ENDING}
     for number, handler in handlers.items():
         if handler is not None and handler != signal.SIG_IGN:
-            signal.signal(number, wait)
+            signal.signal(number, defer)
     try:
         yield
     finally:
         for number, handler in handlers.items():
             if handler is not None:
                 signal.signal(number, handler)
-        for number in waiting:
+        for number in deferred:
             signal.raise_signal(number)
 
 
 def count_cores() -> int:
-    """Count the cores that this process may use, or the machine's, where the system does not say."""
+    """Count the cores that this process may use, or all of the machine's if the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure_peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes; its size now, if no system records it."""
-    # Better than getrusage, by which a new process starts at the size of the one that has started it.
+    """Return the peak resident size of this process in bytes, or its current size if the system records no peak."""
+    # Preferred to getrusage, whose peak a new process inherits from its parent.
     with contextlib.suppress(OSError):
         if match := re.search(rb"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_bytes()):
             return 1024 * int(match[1])
@@ -242,7 +248,10 @@ def measure_peak_memory() -> int:
 
 
 def trim_heap() -> None:
-    """Return freed memory to the system. glibc keeps a heap for each thread, with a GB of freed memory for thirty
-    passes of a model; other systems have no such call."""
+    """Return freed memory to the system.
+
+    glibc keeps a heap per thread with the memory that the thread has freed: about 1 GB after thirty passes of a model.
+    Other systems have no such call.
+    """
     if (trim := getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None)) is not None:
         trim(0)

@@ -300,7 +300,7 @@ def upload(
         return
     done = push(output, repo, private=private or None, bars=True)
     show(f"\nUploaded to {done.url}", err=err)
-    if names := done.others:
+    if names := done.other_weights:
         more = f" and {count(len(names) - 3)} more" if len(names) > 3 else ""
         warning = (
             f"Warning: the repository also holds {', '.join(names[:3])}{more}, not of this model. "

@@ -1,7 +1,7 @@
-"""Distributions of the original over its whole vocabulary, kept during a run, so that KL divergences are exact.
+"""Distributions of the original over its whole vocabulary, stored during a run, so that KL divergences are exact.
 
-Answers hold 256 tokens per fact, which only give a lower bound. All tokens of all facts would fill gigabytes, so they
-are kept on disk while the run lasts, in unnamed files that vanish with the process, however it ends.
+Answers store 256 tokens per fact, which only give a lower bound. All tokens of all facts would take gigabytes, so they
+are stored on disk during the run, in unnamed files that vanish with the process, however it ends.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
     from compressknow.evaluate.scoring.scorer import MeasureKl
 
-# Bytes that must stay free on the disk, for the answers.
+# Bytes that must remain free on the disk, for the answers.
 RESERVE = 256 << 20
-# Log-probabilities that are compared at a time: 16 MB as float64, whatever the batch and the vocabulary.
+# Log-probabilities to compare at a time: 16 MB as float64, whatever the batch size and the vocabulary.
 AT_A_TIME = 1 << 21
 
 
 class Distributions(contextlib.AbstractContextManager["Distributions"]):
     """The original's log-probabilities of every token at the answer's first position, for each probe.
 
-    If a run took the original's answers from a folder, the original is evaluated once more, at that position only.
-    `folder` is on the disk to use, and need not exist yet.
+    If a run read the original's answers from a folder, the original is evaluated again, only at that position.
+    `folder` is where the files are stored, and must exist only then.
     """
 
     def __init__(self, original: ModelHandle, folder: Path) -> None:
@@ -49,7 +49,7 @@ class Distributions(contextlib.AbstractContextManager["Distributions"]):
         self._rows: dict[str, DistributionFile] = {}
 
     def find_rows(self, probe: Probe | RunningText) -> DistributionFile:
-        """Return the rows of a probe, by its content: a search has two splits of one name."""
+        """Return the file of a probe, found by its content: both splits of a search have the same name."""
         if isinstance(probe, RunningText):
             rows = DistributionFile(self._folder, probe.most_scored, short=True)
         else:
@@ -57,12 +57,12 @@ class Distributions(contextlib.AbstractContextManager["Distributions"]):
         return self._rows.setdefault(probe.fingerprint(), rows)
 
     def complete(self, probes: Sequence[Opened], answers: Answers, on_progress: Listener | None) -> None:
-        """Have those of all facts and texts of these probes, as far as the disk has room; `answers` are the original's
-        to them. Tasks have none. The original is in memory no longer than that."""
-        kept = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
-        lacking = [probe for probe in kept if not self.find_rows(probe).holds(_list_keys(probe, answers))]
+        """Store the missing distributions of these probes' facts and texts, if the disk has room; tasks have none.
+        `answers` are the original's. The original is released afterwards."""
+        eligible = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
+        incomplete = [probe for probe in eligible if not self.find_rows(probe).holds(_list_keys(probe, answers))]
         try:
-            for probe in lacking:
+            for probe in incomplete:
                 if self.find_rows(probe).gave_up:
                     continue
                 if isinstance(probe, RunningText):
@@ -70,7 +70,7 @@ class Distributions(contextlib.AbstractContextManager["Distributions"]):
                 else:
                     self._evaluate_facts(probe, answers, on_progress)
         finally:
-            if lacking:
+            if incomplete:
                 self._original.release()
 
     def _read_text(self, text: RunningText, answers: Answers, on_progress: Listener | None) -> None:
@@ -108,14 +108,14 @@ class Distributions(contextlib.AbstractContextManager["Distributions"]):
 
 @dataclass(frozen=True)
 class Context:
-    """Context of answers: what they are compared with.
+    """Context of an evaluation: what its answers are compared with.
 
     Attributes
     ----------
     reference : the original's answers; the same tokens are scored at the answer's first position.
-    known : this model's own answers, scored against another reference: what it answers is taken from these.
-    distributions : the original's, over the whole vocabulary, to compare this model's with; without a `reference` this
-        model is the original, and its own are kept there.
+    known : this model's own answers, scored against another reference, which are not computed again.
+    distributions : the original's distributions over the whole vocabulary, to compare this model's with; without a
+        `reference` this model is the original, and its distributions are stored there.
     """
 
     reference: Answers | None = None
@@ -129,12 +129,12 @@ class Context:
 
     @property
     def runtime(self) -> str | None:
-        """Return the name of what ran the original, where that was not transformers."""
-        ran = self.reference.record.model.runtime if self.reference else None
-        return str(ran["name"]) if ran else None
+        """Return the name of the original's runtime; None if that was transformers."""
+        runtime = self.reference.record.model.runtime if self.reference else None
+        return str(runtime["name"]) if runtime else None
 
     def choose_measure(self, probe: Probe | RunningText) -> MeasureKl | None:
-        """Return what takes a batch's distributions: the original's are kept, others are compared with them."""
+        """Return the function for a batch's distributions: it stores the original's, or compares with these."""
         if self.distributions is None:
             return None
         rows = self.distributions.find_rows(probe)
@@ -151,30 +151,30 @@ def _list_keys(probe: Probe | RunningText, answers: Answers) -> Iterator[str]:
 
 
 class DistributionFile:
-    """Distributions of one probe's facts: a file of floats, [facts, vocabulary], in the order they came in; `short`,
-    as those of a text's tokens are, it has 16 bits for each.
+    """Distributions of one probe's facts, or of a text's tokens: an array [rows, vocabulary] in a file, of float32 or,
+    if `short`, 16 bits each, for up to `most` rows.
 
-    Read and written, not mapped: a mapped file that outgrows its disk kills the process, and its pages count as its
-    memory.
+    The file is not mapped: if the disk fills up, a mapped file kills the process, whose memory also includes its pages.
     """
 
     def __init__(self, folder: Path, most: int, *, short: bool = False) -> None:
         self._folder, self._most, self._short = folder, most, short
         self._file: Any = None
-        self._places: dict[str, int] = {}
-        # Of each row, in tokens and in bytes.
+        self._offsets: dict[str, int] = {}
+        # Size of a row in tokens and in bytes.
         self._width = self._row = 0
         self.gave_up = False
 
     @property
     def facts(self) -> frozenset[str]:
-        return frozenset(self._places)
+        return frozenset(self._offsets)
 
     def holds(self, facts: Iterable[str]) -> bool:
-        return not self.gave_up and all(fact in self._places for fact in facts)
+        return not self.gave_up and all(fact in self._offsets for fact in facts)
 
     def keep(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
-        """Keep the original's, [facts, vocabulary], as far as there is room. None has a divergence from itself."""
+        """Store log-probabilities of the original, [facts, vocabulary], if the disk has room. Return None for each
+        fact, as the original has no divergence from itself."""
         if not self.gave_up:
             try:
                 self._append(facts, log_probs.float().cpu().contiguous().numpy())
@@ -183,29 +183,29 @@ class DistributionFile:
         return [None] * len(facts)
 
     def measure(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
-        """Compute KL(original || model) in nats, over the whole vocabulary in float64, of each fact; `log_probs` are
-        the model's, [facts, vocabulary]. None for all if one is not kept, or the vocabulary has another size."""
+        """Return KL(original || model) of each fact in nats, computed in float64 over the whole vocabulary; `log_probs`
+        are the model's, [facts, vocabulary]. All are None if a fact is not stored, or the vocabulary sizes differ."""
         if not self.holds(facts) or log_probs.shape[1] != self._width:
             return [None] * len(facts)
-        found: list[float | None] = []
+        divergences: list[float | None] = []
         step = max(1, AT_A_TIME // self._width)
         # Apple's GPUs have no float64.
         device = "cpu" if log_probs.device.type == "mps" else log_probs.device
         try:
             for start in range(0, len(facts), step):
-                chosen = slice(start, start + step)
-                original = self._read(facts[chosen]).to(device)
-                found += compute_divergence(original, log_probs[chosen].to(device)).tolist()
+                part = slice(start, start + step)
+                original = self._read(facts[part]).to(device)
+                divergences += compute_divergence(original, log_probs[part].to(device)).tolist()
         except OSError:
             self.give_up()
             return [None] * len(facts)
-        return found
+        return divergences
 
     def give_up(self) -> None:
-        """Free the disk."""
-        self.gave_up, self._places = True, {}
+        """Delete the file, and store no more."""
+        self.gave_up, self._offsets = True, {}
         if self._file is not None:
-            # Buffered data that did not fit on the disk is flushed again here.
+            # Closing retries to write what the full disk did not take.
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
@@ -221,14 +221,14 @@ class DistributionFile:
         start = self._file.seek(0, io.SEEK_END)
         self._file.write((shorten(rows) if self._short else rows).data)
         self._file.flush()
-        self._places |= {fact: start + row * self._row for row, fact in enumerate(facts)}
+        self._offsets |= {fact: start + row * self._row for row, fact in enumerate(facts)}
 
     def _read(self, facts: Sequence[str]) -> torch.Tensor:
         import torch
 
         rows = np.empty((len(facts), self._width), dtype=np.uint16 if self._short else np.float32)
         for row, fact in zip(rows, facts, strict=True):
-            self._file.seek(self._places[fact])
+            self._file.seek(self._offsets[fact])
             if self._file.readinto(row.data) != row.nbytes:
                 raise OSError("the file is cut short")
         return torch.from_numpy(lengthen(rows) if self._short else rows)
@@ -238,14 +238,14 @@ _STEPS = 65534 / math.sqrt(-LOGP_FLOOR)
 
 
 def shorten(log_probs: np.ndarray) -> np.ndarray:
-    """Store log-probabilities in 16 bits, uint16: their square roots in equal steps, so that those near 0 are the most
-    exact. One of -1 is off by 0.00015 at most, one of -9 by 0.0005; 65,535 is not a number."""
+    """Return log-probabilities as uint16: the square roots of their negatives in equal steps, most exact near 0. The
+    error is at most 0.00015 at -1, and 0.0005 at -9; 65,535 stands for NaN."""
     roots = np.rint(np.sqrt(-np.clip(log_probs, LOGP_FLOOR, 0)) * np.float32(_STEPS))
     return np.where(np.isnan(roots), np.float32(65535), roots).astype(np.uint16)
 
 
 def lengthen(stored: np.ndarray) -> np.ndarray:
-    """Return what `shorten` stored, as float32.
+    """Return the log-probabilities that `shorten` stored, as float32.
 
     >>> lengthen(shorten(np.array([0.0, -2.0, np.nan], dtype=np.float32))).round(3)
     array([-0., -2., nan], dtype=float32)
@@ -255,11 +255,11 @@ def lengthen(stored: np.ndarray) -> np.ndarray:
 
 
 def compute_divergence(original: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
-    """Compute KL(original || compressed) in nats of log-probabilities [facts, tokens]: float64, [facts].
+    """Compute KL(original || compressed) in nats from log-probabilities [facts, tokens]: float64, [facts].
 
-    As p (q/p - 1 - log q/p), which is the same sum where both add up to 1, but has no negative terms, and takes no harm
-    from the last digits by which float32 does not add up to 1.
+    Sums p (q/p - 1 - log q/p), which is the same if both sum to 1, but has no negative terms, and tolerates float32
+    probabilities that do not quite sum to 1.
     """
-    before, after = (side.double().clamp(min=LOGP_FLOOR) for side in (original, compressed))
+    before, after = (each.double().clamp(min=LOGP_FLOOR) for each in (original, compressed))
     change = after - before
     return (before.exp() * (change.expm1() - change)).clamp(min=0).sum(-1)

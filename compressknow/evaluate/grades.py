@@ -1,15 +1,16 @@
-"""Grades of knowing, the majority of several wordings, and what a text says.
+"""Grades of knowledge, the majority over several wordings, and the answer in a generated text.
 
-Picking the right candidate and saying it are two things: a compressed model often still picks what it no longer says.
+Choosing the right candidate and generating it are different: a compressed model often still chooses an object that it
+no longer generates.
 
 | grade | |
 | --- | --- |
-| ``produced`` | right, and its greedy text begins with the object (masked: first of the whole vocabulary) |
-| ``recognized`` | right, but not produced |
-| ``demoted`` | not right, but said, among the best five, or said after one solved example of the same relation |
+| ``produced`` | correct, and its greedy text begins with the object (masked: first of the whole vocabulary) |
+| ``recognized`` | correct, but not produced |
+| ``demoted`` | not correct, but generated, among the best five, or generated after one solved example of the relation |
 | ``gone`` | none of these |
 
-Right is what the probe's rules say: most often, first among the candidates. So known is produced and recognized.
+The probe's rules define correct, usually as first among the candidates. Known is either produced or recognized.
 """
 
 from __future__ import annotations
@@ -27,24 +28,23 @@ from compressknow.evaluate.answers import GRADES, Answer, Answers
 from compressknow.evaluate.facts import STOPS, UNSPACED, Fact, strip_wording
 
 PRODUCED, RECOGNIZED, DEMOTED, GONE = GRADES
-# What can count as known: right by the probe's rules, or also produced.
+# What may count as known: everything correct by the probe's rules, or only what is produced.
 KNOWN = (RECOGNIZED, PRODUCED)
-# Being among the best so many makes a fact demoted, where there are more to choose from.
+# A wrong answer is demoted if the object has this rank or better, and there are more candidates.
 NEAR = 5
 _END_OF_ANSWER = re.compile(rf"\n|[.!?;](?:\s|$)|[{STOPS}]")
-# Boundaries between words written without spaces; kana of one kind run on.
-_SEAM = re.compile(rf"(?=.[{UNSPACED}]|[{UNSPACED}])(?![\u30a1-\u30ff]{{2}})", re.DOTALL)
-# What may stand before an answer and is not part of it: articles, quotes and other punctuation, but for the signs of a
-# number.
+# A word boundary in scripts without spaces: between any two characters, except two katakana.
+_UNSPACED_BOUNDARY = re.compile(rf"(?=.[{UNSPACED}]|[{UNSPACED}])(?![\u30a1-\u30ff]{{2}})", re.DOTALL)
+# Ignored before an answer: articles, quotes and other punctuation, except the signs of a number.
 _OPENING = re.compile(r"(?:[^\w\n+.$€£-]|_|(?:an?|the)(?=[\W_]))*", re.IGNORECASE)
 
-# A label is not an answer where a text goes on so after it: in a longer word, or number.
-_GOES_ON = re.compile(r"\w|(?<=\d)[.,]\d")
+# A text that continues with this after a label has a longer word or number instead.
+_CONTINUATION = re.compile(r"\w|(?<=\d)[.,]\d")
 
 
 def find_opening(text: str) -> str:
-    """Return what stands before a text's first word: articles, quotes and other punctuation, which SQuAD's
-    normalization of answers drops too (Rajpurkar et al. 2016).
+    """Return what precedes the answer in a text: articles, quotes and other punctuation, which SQuAD's normalization
+    of answers drops too (Rajpurkar et al. 2016).
 
     >>> find_opening(' the "South America"'), find_opening("another")
     (' the "', '')
@@ -54,8 +54,8 @@ def find_opening(text: str) -> str:
 
 
 def find_end(text: str, label: str) -> int | None:
-    """Return where a label ends with which the text begins, as whole words, whatever their case and what opens either;
-    None if it does not. Where a script has no space between words, any letter may begin the next one.
+    """Return where a label ends if the text begins with it as whole words, otherwise None. Case and the openings of
+    both are ignored. In scripts without spaces, any character may begin the next word.
 
     >>> find_end("Paris, the city", "paris"), find_end("Parisian food", "Paris"), find_end('"Gambia"', "the Gambia")
     (5, None, 7)
@@ -73,18 +73,20 @@ def _match_label(text: str, label: str) -> int | None:
     folded = _compose(label).casefold()
     if not folded or not text.casefold().startswith(folded):
         return None
-    # Folding may change the number of letters (ß, ss): the place where the label ends is looked for.
+    # Case folding may change the number of characters (ß, ss).
     end = next((n for n in range(1, len(text) + 1) if text[:n].casefold() == folded), None)
-    return None if end is None or (_GOES_ON.match(text, end) and not _SEAM.match(text, end - 1)) else end
+    if end is None or (_CONTINUATION.match(text, end) and not _UNSPACED_BOUNDARY.match(text, end - 1)):
+        return None
+    return end
 
 
 def _compose(text: str) -> str:
-    """Return the text with its letters and accents composed: files may have them apart, and models hardly write so."""
+    """Return the text with composed characters: models hardly write combining accents, but files may have them."""
     return unicodedata.normalize("NFC", text)
 
 
 def cut(text: str, start: int = 0) -> str:
-    """Cut the text at the end of its first sentence or line, which is looked for from `start` on.
+    """Cut the text at the first end of a sentence or line after `start`.
 
     >>> cut("the Nile. It flows")
     'the Nile'
@@ -94,30 +96,30 @@ def cut(text: str, start: int = 0) -> str:
 
 
 def find_choice(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str) -> str:
-    """Return the choice that a greedy text says: the longest one with which it begins, of equal ones that to the
-    letter; its first sentence where it says none.
+    """Return the longest choice that a greedy text begins with, preferring an exact match among equals; its first
+    sentence if there is none.
 
     Parameters
     ----------
-    spelled : a choice as the model's tokenizer gives it back ("são tomé" as "sao tome").
+    spelled : returns a choice as the model's tokenizer decodes it ("são tomé" as "sao tome").
 
     >>> find_choice("New York City, of course", ["New York", "New York City"]), find_choice("a city. It", ["Paris"])
     ('New York City', 'a city')
     """
     text = _compose(text.strip())
 
-    def find_place(choice: str) -> tuple[int, bool]:
-        """Return where it ends in the text, and whether it stands there to the letter."""
+    def match(choice: str) -> tuple[int, bool]:
+        """Return where the choice ends in the text, and whether it matches without dropping an opening."""
         labels = {choice, spelled(choice)}
         return max((find_end(text, label) or 0, _match_label(text, label) is not None) for label in labels)
 
-    choice = max(choices, key=find_place)
-    return choice if any(find_place(choice)) else cut(text)
+    choice = max(choices, key=match)
+    return choice if any(match(choice)) else cut(text)
 
 
 def judge(text: str, gold: str) -> tuple[str, bool]:
-    """Cut a free answer at its end, and return whether it is the object: it begins with it, as whole words, whatever
-    their case and the article or quotes before it.
+    """Cut a free answer at its end, and return with it whether it begins with the object, as whole words. Case, and an
+    article or quotes before it, are ignored.
 
     >>> judge("Paris, the city of", "Paris"), judge("Parisian food", "Paris"), judge("the Nile. It", "Nile")
     (('Paris, the city of', True), ('Parisian food', False), ('the Nile', True))
@@ -130,7 +132,7 @@ def judge(text: str, gold: str) -> tuple[str, bool]:
 
 
 def grade_answer(answer: Answer) -> str:
-    """Grade an answer: without a greedy text recognized at best; among five candidates, ranks tell nothing."""
+    """Grade an answer: without a greedy text at most as recognized, and by rank only with more than five candidates."""
     if answer.correct:
         return PRODUCED if answer.produced == answer.gold else RECOGNIZED
     few = answer.choices is not None and answer.choices <= NEAR
@@ -139,36 +141,36 @@ def grade_answer(answer: Answer) -> str:
 
 
 def add_grade(answer: Answer, fact: Fact, text: str, spelled: Callable[[str], str] = str) -> Answer:
-    """Add what the model says greedily, and its grade."""
+    """Add the choice in the model's greedy text, and the grade."""
     answer = replace(answer, produced=find_choice(text, list_choices(fact), spelled))
     return replace(answer, grade=grade_answer(answer))
 
 
 def list_choices(fact: Fact) -> tuple[str, ...]:
-    """Return what a greedy text may say: the candidates, or the object where there are none."""
+    """Return the choices for a greedy text: the candidates, or the object if there are none."""
     return fact.candidates or (fact.obj_label,)
 
 
 def check_known(known: str) -> None:
     if known not in KNOWN:
         raise UsageError(
-            f"Unknown reading of knowing: {known!r}.",
+            f"{known!r} is not a definition of known.",
             hint=f"{suggest_word(known, KNOWN)}Choose {' or '.join(KNOWN)}.",
         )
 
 
 def apply_reading(answers: Answers, known: str) -> Answers:
-    """Return the answers, right where the fact is known in this reading: ``recognized`` as they are, ``produced`` where
-    it is said too. What is said is then the answer, and none is right by chance. Raises UsageError for another reading,
-    CompressknowError if the answers do not tell what is said."""
+    """Return the answers, correct if the fact is known in this reading: ``recognized`` leaves them unchanged; for
+    ``produced`` the object must be generated too, the answer is the generated one, and chance is None. Raises
+    UsageError for another reading, CompressknowError if the answers have no generated text."""
     check_known(known)
     if known == RECOGNIZED:
         return answers
     for probe in answers.probes:
         if any(answer.produced is None for answer in answers.of(probe)):
             raise CompressknowError(
-                f"The answers of {answers.record.model.name} to {probe} do not tell what it says.",
-                why="Those of lm-eval's tasks, of older versions and of models that cannot write do not.",
+                f"The answers of {answers.record.model.name} to {probe} have no generated text.",
+                why="Tasks of lm-eval, older versions, and models that cannot generate text store none.",
                 hint="Evaluate it again, choose other probes, or leave out --known produced.",
             )
     entries = {}
@@ -179,7 +181,7 @@ def apply_reading(answers: Answers, known: str) -> Answers:
     restricted = []
     for answer in answers.answers:
         assert answer.produced is not None
-        # One that says the object though another candidate is likelier is not right: that candidate is its answer.
+        # If the object was generated, but another candidate is more likely, that candidate is the (wrong) answer.
         predicted = answer.predicted if answer.grade == DEMOTED and answer.produced == answer.gold else answer.produced
         restricted.append(replace(answer, correct=answer.grade == PRODUCED, predicted=predicted, choices=None))
     return replace(answers, record=replace(answers.record, probes=entries), answers=tuple(restricted))
@@ -188,29 +190,29 @@ def apply_reading(answers: Answers, known: str) -> Answers:
 def merge_wordings(answers: Answers) -> Answers:
     """Merge the wordings of each fact into one answer: known if more than half of them are.
 
-    The rank is the middle one, log-probability and divergence are means, and what is answered is what most of those
-    wordings give that are right, or wrong, as the fact is; of equally many the first.
+    The rank is the median, and log-probability and divergence are means. The answer is the most frequent one among the
+    wordings that are correct, or wrong, like the fact; the first of equally frequent ones.
     """
-    split = {name: entry for name, entry in answers.record.probes.items() if entry.templates}
-    if not split:
+    worded = {name: entry for name, entry in answers.record.probes.items() if entry.templates}
+    if not worded:
         return answers
-    kept = [answer for answer in answers.answers if answer.probe not in split]
+    rows = [answer for answer in answers.answers if answer.probe not in worded]
     probes = dict(answers.record.probes)
-    for name, entry in split.items():
+    for name, entry in worded.items():
         merged = [_merge(wordings) for wordings in group_by_fact(answers.of(name)).values()]
         dropped = {f"{reason} (counted by wording)": prompts for reason, prompts in entry.dropped.items()}
-        # As if facts, not wordings, had been evaluated.
+        # Count facts, not wordings.
         probes[name] = replace(entry, facts=entry.facts // (entry.templates or 1), asked=len(merged), dropped=dropped)
-        kept += merged
-    return replace(answers, record=replace(answers.record, probes=probes), answers=tuple(kept))
+        rows += merged
+    return replace(answers, record=replace(answers.record, probes=probes), answers=tuple(rows))
 
 
 def group_by_fact(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
     """Group the answers to the wordings of each fact, by its id."""
-    found: dict[str, list[Answer]] = {}
+    groups: dict[str, list[Answer]] = {}
     for answer in answers:
-        found.setdefault(strip_wording(answer.fact_id), []).append(answer)
-    return found
+        groups.setdefault(strip_wording(answer.fact_id), []).append(answer)
+    return groups
 
 
 def _merge(wordings: Sequence[Answer]) -> Answer:
@@ -218,11 +220,11 @@ def _merge(wordings: Sequence[Answer]) -> Answer:
     predicted = Counter(answer.predicted for answer in wordings if answer.correct == correct).most_common(1)[0][0]
     shown = next(answer for answer in wordings if answer.predicted == predicted)
     rank = median_high(math.inf if answer.rank is None else answer.rank for answer in wordings)
-    tried = [answer.with_example for answer in wordings if answer.with_example is not None]
-    with_example = next((text for text in tried if text != first.gold), None)
-    if 2 * tried.count(first.gold) > len(tried) or (tried and with_example is None):
+    texts = [answer.with_example for answer in wordings if answer.with_example is not None]
+    with_example = next((text for text in texts if text != first.gold), None)
+    if 2 * texts.count(first.gold) > len(texts) or (texts and with_example is None):
         with_example = first.gold
-    # The middle grade, the worse of two.
+    # The median grade, the worse one of two.
     grades = [GRADES.index(answer.grade) for answer in wordings if answer.grade is not None]
     return replace(
         first,

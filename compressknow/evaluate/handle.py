@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from compressknow.evaluate.scoring.scorer import Scorer
 
 
-# The continuations of these identify a model on a server, besides its name.
+# The continuations of these prompts identify a model on a server, whose name is not enough.
 PROMPTS = ("The capital of France is", "Water boils at", "The author of Hamlet is", "1, 1, 2, 3, 5, 8,")
 WRITTEN_TOKENS = 8
-# Bytes that take more than a second to read and hash.
+# Bytes that take more than a second to hash.
 LARGE = 1 << 30
-# On servers a part of the key of stored answers, and nothing else: facts are answered one by one.
+# Only part of the key of stored answers: servers evaluate facts one by one.
 SERVER_BATCH_SIZE = 32
 
 
@@ -85,7 +85,7 @@ class Transformers(Runtime):
 
 
 class LlamaCpp(Runtime):
-    """llama.cpp: GGUF files as they are deployed, in its own kernels, on as many threads as torch uses."""
+    """llama.cpp: GGUF files as they are deployed, with its own kernels, on as many threads as torch uses."""
 
     name = LLAMA_CPP
     family = "causal"
@@ -105,17 +105,17 @@ class LlamaCpp(Runtime):
 
     @classmethod
     def resolve_settings(cls, settings: Settings) -> Settings:
-        """Choose the processor: other devices are refused. What it computes in is the file's own, not `dtype`."""
+        """Return settings for the CPU, the only device here, without a dtype, which the file determines."""
         if settings.device not in (AUTO, CPU):
             raise UsageError(
-                f"--device {settings.device}: GGUF files run on the processor here.",
+                f"--device {settings.device}: GGUF files run only on the CPU.",
                 hint="Leave out --device, or pass --runtime transformers to unpack them.",
             )
         return replace(settings, device=CPU, dtype=None)
 
     @classmethod
     def key(cls) -> tuple[str, ...]:
-        """Return name and build: another build may compute otherwise."""
+        """Return name and build, since builds may compute differently."""
         from compressknow.gguf.llama_cpp import load_native
 
         return cls.name, load_native().build
@@ -141,11 +141,11 @@ class LlamaCpp(Runtime):
         return count_types(self._model.path)
 
     def make_record(self) -> Mapping[str, Any]:
-        """Return name, build, and how each group of layers is stored."""
+        """Return the name, the build, and the types of each group of layers."""
         return {"name": LLAMA_CPP, "build": self._model.native.build, "types": self._types}
 
     def describe(self) -> Mapping[str, Any]:
-        """Return how most weights are stored, and what an export of compressknow says that it was made from."""
+        """Return the type of most weights and, for a file that compressknow exported, its source."""
         from compressknow.gguf.record import PREFIX, SOURCE
 
         values = {key: self._model.meta(f"{PREFIX}.source.{key}") for key in SOURCE}
@@ -153,14 +153,14 @@ class LlamaCpp(Runtime):
         return {"quantization": f"GGUF {self._model.file_type}", **({"source": source} if source else {})}
 
     def release(self) -> None:
-        """Close the contexts first, which read the model."""
+        """Close the contexts, then the model that they use."""
         for reader in self._readers:
             reader.release()
         self._model.close()
 
 
 class Server(Runtime):
-    """OpenAI-compatible server, by its address: http://HOST:PORT."""
+    """OpenAI-compatible server at an address, http://HOST:PORT."""
 
     name = SERVER
     family = "causal"
@@ -174,12 +174,12 @@ class Server(Runtime):
         served = self._served
         self.architecture = served.name
         self.computed_in = self._type or "its own precision"
-        self.parameters = self._find_about("n_params", int)
+        self.parameters = self._read_property("n_params", int)
         self.gives_scores = served.scores
-        # In place of files, which a server does not show: its address, the model's name, the build, the model's size
-        # there, and what it writes greedily to a few prompts.
+        # A server does not give access to files. Hash its address, the model's name, the build, the model's size, and
+        # its greedy continuations of a few prompts instead.
         identity = [served.client.url, served.model, served.name, served.build]
-        identity += [self._find_about(key, int) for key in ("n_params", "size")] + [self._type]
+        identity += [self._read_property(key, int) for key in ("n_params", "size")] + [self._type]
         identity += [served.write(served.encode(prompt, True), WRITTEN_TOKENS) for prompt in PROMPTS]
         self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
@@ -189,7 +189,7 @@ class Server(Runtime):
 
     @classmethod
     def resolve_settings(cls, settings: Settings) -> Settings:
-        """Return the settings; device, dtype and batches are the server's own business."""
+        """Return the settings with a fixed batch size; the server decides on device, dtype and batches."""
         return replace(settings, batch_size=SERVER_BATCH_SIZE)
 
     def make_scorer(self, probe: Probe) -> ServedScorer:
@@ -198,15 +198,15 @@ class Server(Runtime):
         return ServedScorer(self._served, probe, self._parallel)
 
     def make_record(self) -> Mapping[str, Any]:
-        """Return name and build, the address, the model's name there, and what the server tells of answers: ``scores``
+        """Return the name and build, the address, the model's name there, and what the server supports: ``scores``
         (log-probabilities of candidates) and ``distribution`` (of the first token)."""
         served = self._served
         build = " ".join(filter(None, (served.name, served.build)))
-        where = {"url": served.client.url, "model": served.model}
-        return {"name": SERVER, "build": build, **where, "scores": served.scores, "distribution": served.tokens}
+        location = {"url": served.client.url, "model": served.model}
+        return {"name": SERVER, "build": build, **location, "scores": served.scores, "distribution": served.tokens}
 
     def describe(self) -> Mapping[str, Any]:
-        known = {"bytes": self._find_about("size", int), "dtype": self._type, "quantization": self._type}
+        known = {"bytes": self._read_property("size", int), "dtype": self._type, "quantization": self._type}
         name = self._served.model.rpartition("/")[2] or self._served.model
         return {"name": clean(name, 80), **{key: value for key, value in known.items() if value is not None}}
 
@@ -215,11 +215,11 @@ class Server(Runtime):
 
     @property
     def _type(self) -> str | None:
-        """Return the type of most weights, as llama.cpp names it, or guesses where the file does not say so."""
-        kind = self._find_about("ftype", str)
-        return kind and str(kind).removeprefix("(guessed) ")
+        """Return llama.cpp's name of the type of most weights, which it guesses if the file does not have it."""
+        ftype = self._read_property("ftype", str)
+        return ftype and str(ftype).removeprefix("(guessed) ")
 
-    def _find_about(self, key: str, kind: type) -> Any:
+    def _read_property(self, key: str, kind: type) -> Any:
         value = self._served.about.get(key)
         return None if find_mismatch(value, kind) else value
 
@@ -228,41 +228,41 @@ _RUNTIMES: dict[str, type[Runtime]] = {runtime.name: runtime for runtime in (Tra
 
 
 def choose_runtime(located: LocatedModel, named: str | None) -> type[Runtime]:
-    """Return the runtime of that name, or the one meant for such a model. Raise UsageError if it cannot run it."""
+    """Return the runtime of that name, or the default for the model. Raise UsageError if it cannot run the model."""
     if named is None:
         if Server.reads(located):
             return Server
-        # Without the extra, transformers unpacks GGUF files.
+        # Without the "gguf" extra, transformers unpacks GGUF files.
         return LlamaCpp if LlamaCpp.reads(located) and is_installed("llama_cpp_py_sync") else Transformers
     runtime = _RUNTIMES[named]
     if runtime.reads(located):
         return runtime
-    others = [name for name, each in _RUNTIMES.items() if each.reads(located)]
+    suitable = [name for name, each in _RUNTIMES.items() if each.reads(located)]
     raise UsageError(
-        f"--runtime {named} does not run {located.name}.",
-        hint=f"Leave it out, or pass --runtime {' or '.join(others)}.",
+        f"--runtime {named} cannot run {located.name}.",
+        hint=f"Leave it out, or pass --runtime {' or '.join(suitable)}.",
     )
 
 
 class ModelHandle:
-    """Model that is located and hashed at once, and loaded on demand."""
+    """Model that is located, and that is hashed and loaded on demand."""
 
     def __init__(self, located: LocatedModel, settings: Settings) -> None:
         self.located, self._settings = located, settings
 
     @cached_property
     def runtime(self) -> type[Runtime]:
-        """Return what runs it. Raise UsageError if the settings name a runtime that does not."""
+        """Return the model's runtime. Raise UsageError if the settings name one that cannot run it."""
         return choose_runtime(self.located, self._settings.runtime)
 
     @cached_property
     def settings(self) -> Settings:
-        """Return the settings on this machine. Raise UsageError if it has no such device."""
+        """Return the settings resolved for this machine. Raise UsageError if it has no such device."""
         return self.runtime.resolve_settings(self._settings)
 
     @cached_property
     def contents(self) -> Contents:
-        """Return what its files hold, which are read and hashed once; of a model on a server, what it answers."""
+        """Read and hash the model's files, once; for a model on a server, hash its answers to a few prompts."""
         if self.located.url is not None:
             return Contents(str(self.loaded.sha256))
         return read_contents(self.located)
@@ -272,14 +272,14 @@ class ModelHandle:
         return self.contents.sha256
 
     def list_decisive(self, *, writes: bool) -> list[str]:
-        """Return what decides answers besides the hashed files: whether the model's own Python code is run, and a hash
-        of the settings for beginning and (if it `writes`) generating text."""
+        """Return what else determines the answers, besides the hashed files: whether it may run Python code from its
+        folder, and a hash of its generation settings if it `writes` texts or they may name a decoder's first token."""
         trusted = self._settings.trust_remote_code and self.runtime is Transformers
-        own_code = trusted and any(path.suffix == ".py" for path in self.located.files)
+        runs_code = trusted and any(path.suffix == ".py" for path in self.located.files)
         path = self.located.path / "generation_config.json"
-        # It may name the token that a decoder's text begins with; a BartModel does not tell whether it has a decoder.
-        begins = path.is_file() and (writes or self.named_family in ("seq2seq", None))
-        return [*(["own code"] if own_code else []), *([compute_sha256(path)] if begins else [])]
+        # The family is None for a BartModel, say, which has a decoder.
+        matters = path.is_file() and (writes or self.named_family in ("seq2seq", None))
+        return [*(["own code"] if runs_code else []), *([compute_sha256(path)] if matters else [])]
 
     @cached_property
     def loaded(self) -> Runtime:
@@ -293,7 +293,7 @@ class ModelHandle:
 
     @property
     def named_family(self) -> str | None:
-        """Return its family, as far as its files tell before it is loaded."""
+        """Return the family, as far as the files tell before the model is loaded."""
         if self.runtime is not Transformers:
             return self.runtime.family
         config = self.located.path / "config.json"
@@ -301,7 +301,7 @@ class ModelHandle:
 
     @cached_property
     def named_vocabulary(self) -> str | None:
-        """Return a hash of its tokens, as far as its files tell before its weights are loaded."""
+        """Return a hash of the tokens, as far as the files tell before the weights are loaded."""
         path, trusted = self.located.path, self._settings.trust_remote_code
         if self.runtime is not Transformers or path.suffix == ".gguf":
             return None
@@ -316,7 +316,7 @@ class ModelHandle:
             return None
 
     def has_tokenizer_of(self, other: ModelHandle) -> bool:
-        """Return whether both have the same files of a tokenizer, byte by byte."""
+        """Return whether the tokenizer files of both models are identical."""
 
         def read(folder: Path) -> list[bytes | None]:
             return [(folder / name).read_bytes() if (folder / name).is_file() else None for name in TOKENIZER_FILES]
@@ -324,7 +324,7 @@ class ModelHandle:
         return read(self.located.path) == read(other.located.path)
 
     def check_sound(self, on_progress: Listener | None = None) -> None:
-        """Raise CheckpointError if a weight holds NaN or infinity; the files of a large model are a stage."""
+        """Raise CheckpointError if a weight is NaN or infinite; hashing large files is reported as a stage."""
         if "contents" not in self.__dict__ and self.located.url is None:
             total = sum(path.stat().st_size for path in self.located.files)
             listener = on_progress if total >= LARGE else None
@@ -333,12 +333,12 @@ class ModelHandle:
         self.contents.check_finite(self.located, trust_remote_code=self._settings.trust_remote_code)
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if what it answers may not be that of the files that were hashed, if they were."""
+        """Raise CheckpointError if the files have changed since they were hashed."""
         if "contents" in self.__dict__:
             check_unchanged(self.contents.states)
 
     def make_prompts(self, probe: Probe) -> Prompts:
-        """Build the prompts of the probe as this model reads them."""
+        """Build the prompts of the probe for this model."""
         loaded = self.loaded
         try:
             with translate_panics():
@@ -347,17 +347,17 @@ class ModelHandle:
             raise CheckpointError(
                 f"The tokenizer of {self.located.name} fails on the facts of {probe.name}.",
                 why=find_reason(error),
-                hint="See that its tokenizer.json is the model's own, and whole.",
+                hint="Check that its tokenizer.json is complete and belongs to this model.",
             ) from error
 
     def make_reader(self) -> TextReader:
-        """Return the model as a reader of text. Raise UnsupportedError if it does not continue text, or if its runtime
-        does not give the probabilities of all tokens."""
+        """Return a reader of running text. Raise UnsupportedError if the model does not continue text, or if its
+        runtime does not return the probabilities of all tokens."""
         check_family(self.loaded.architecture, self.loaded.family)
         return self.loaded.make_reader()
 
     def release(self) -> None:
-        """Let go of the model's memory; it is loaded again on demand."""
+        """Free the model's memory; it is loaded again on demand."""
         loaded = self.__dict__.pop("loaded", None)
         if loaded is not None:
             loaded.release()
@@ -368,14 +368,15 @@ class ModelHandle:
             if self.runtime.name != TRANSFORMERS:
                 raise UnsupportedError(
                     f"{task.name} cannot evaluate {self.located.name} in {self.runtime.name}.",
-                    why="Tasks are run by lm-eval, on models of transformers.",
+                    why="lm-eval runs tasks, and only in transformers.",
                     hint="Choose probes of facts; or, for a GGUF file, pass --runtime transformers.",
                 )
             if self.named_family:
                 task.check_family(self.named_family)
 
     def copy_in_other_precision(self) -> ModelHandle | None:
-        """Return the same model in bfloat16, or float32 where it runs in less; None if it has one precision."""
+        """Return the model in bfloat16 if it runs in float32, and in float32 otherwise; None if its runtime offers only
+        one precision."""
         if self.runtime.name != TRANSFORMERS:
             return None
         dtype = "bfloat16" if self.loaded.computed_in.startswith("float32") else "float32"
@@ -384,7 +385,7 @@ class ModelHandle:
         return other
 
     def describe(self) -> dict[str, Any]:
-        """Return what the model's files say of it."""
+        """Return what the model's files say about it."""
         changed = {"changed": True} if self.contents.changed else {}
         return describe(self.located) | changed
 
@@ -409,22 +410,24 @@ class ModelHandle:
 def make_handles(
     located: Sequence[LocatedModel], settings: Settings, probes: Sequence[Opened] = (), *, timed: bool = False
 ) -> list[ModelHandle]:
-    """Return handles of models to compare on `probes` and, if `timed`, to measure. A runtime in the settings runs the
-    models that it reads; the others use their default. Raises UsageError if it reads none of them, UnsupportedError or
-    UsageError if a model cannot be evaluated that way, CompressknowError if a server does not answer."""
-    named, unnamed = settings.runtime, replace(settings, runtime=None)
-    reads = [named is None or _RUNTIMES[named].reads(each) for each in located]
-    if located and not any(reads):
+    """Return handles of models to be compared on `probes` and, if `timed`, measured. If the settings name a runtime,
+    models that it cannot read run in their default one. Raises UsageError if it can read none, UnsupportedError or
+    UsageError if a model cannot be evaluated or measured, then CompressknowError if a server does not answer."""
+    named, without_runtime = settings.runtime, replace(settings, runtime=None)
+    readable = [named is None or _RUNTIMES[named].reads(each) for each in located]
+    if located and not any(readable):
         choose_runtime(located[-1], named)
-    default, of_servers = Settings(), ("model", "parallel", "timeout")
-    idle = [name for name in of_servers if getattr(settings, name) != getattr(default, name)]
-    if idle and not any(each.url for each in located):
+    default, server_settings = Settings(), ("model", "parallel", "timeout")
+    unused = [name for name in server_settings if getattr(settings, name) != getattr(default, name)]
+    if unused and not any(each.url for each in located):
         raise UnusedOptions(
-            f"--{idle[0]} is for a server, and no model here is on one.",
+            f"--{unused[0]} is for a server, and no model here is on one.",
             hint="Give an address, http://HOST:PORT, or leave it out.",
-            names=["model_name" if name == "model" else name for name in idle],
+            names=["model_name" if name == "model" else name for name in unused],
         )
-    handles = [ModelHandle(each, settings if own else unnamed) for each, own in zip(located, reads, strict=True)]
+    handles = [
+        ModelHandle(each, settings if reads else without_runtime) for each, reads in zip(located, readable, strict=True)
+    ]
     for handle in handles:
         handle.check_tasks(probes)
         if timed and handle.located.url is not None:
@@ -432,6 +435,6 @@ def make_handles(
             raise UsageError(f"--time measures models on this machine: {url} is a server.", hint="Leave --time out.")
     for handle in handles:
         if handle.located.url is not None:
-            # Found by what it answers.
+            # Connects to the server.
             _ = handle.sha256
     return handles

@@ -1,4 +1,4 @@
-"""Records on disk next to answers, typed: probe.json, and what a model gave to a running text."""
+"""Typed records that are stored with answers: probe.json, and the results for a running text."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _JsonRecord:
-    """JSON object with fields of known names; `read` is the object that it was read from, if it was."""
+    """JSON object with known fields; `read` is the object that it was read from, if any."""
 
-    # Written even if null or empty in an object that is new; in one that was read, only if they stood there.
+    # Fields that a new object is written with even if they are null or empty.
     always: ClassVar[frozenset[str]] = frozenset()
     read: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the record from a JSON object whose hash was checked; `to_dict` keeps keys that are not fields."""
+        """Build the record from a JSON object whose hash was checked; `to_dict` preserves keys that are not fields."""
         known = {each.name for each in fields(cls)} - {"read"}
         return cls(**{key: value for key, value in values.items() if key in known}, read=dict(values))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object: what was read, in its order, with the fields as they are now."""
-        own = {each.name: _to_plain(getattr(self, each.name)) for each in fields(self) if each.name != "read"}
-        kept = {key: own.pop(key, value) for key, value in self.read.items()}
+        """Return the JSON object: the keys that were read, in their order and updated, then any other fields."""
+        new = {each.name: _to_plain(getattr(self, each.name)) for each in fields(self) if each.name != "read"}
+        updated = {key: new.pop(key, value) for key, value in self.read.items()}
         always = frozenset() if self.read else self.always
-        return kept | {name: value for name, value in own.items() if value not in (None, {}) or name in always}
+        return updated | {name: value for name, value in new.items() if value not in (None, {}) or name in always}
 
 
 def _to_plain(value: Any) -> Any:
@@ -53,20 +53,19 @@ def _to_plain(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class NoiseFloor:
-    """Changes of a model's answers to `n` facts by another precision, or another runtime.
+    """Changes in a model's answers to `n` facts when it runs in another precision or runtime.
 
-    Facts in several wordings are answered by majority.
+    The answer to a fact with several wordings is that of the majority.
 
     Attributes
     ----------
-    changed : facts to which the answer differs; of the `known` ones `lost` are wrong then, of the others `gained` are
-        right.
-    kl_mean : mean divergence at the answer's first position, in nats over the whole vocabulary; None if the disk had
-        no room for that, or the tokens are others.
-    computed_in : that precision, or the runtime and its build.
-    read_otherwise : prompts that the runtime splits into other tokens than the model's own tokenizer; None for
-        a precision.
-    produced : the same where known means produced; None if the model cannot write.
+    changed : facts whose answer changes; `lost` of the `known` ones become wrong, `gained` others become right.
+    kl_mean : mean KL divergence at the answer's first position, in nats over the whole vocabulary; None if the disk was
+        too full to measure it, or the tokens differ.
+    computed_in : the other precision, or the other runtime and its build.
+    read_otherwise : prompts that the runtime tokenizes differently from the model's own tokenizer; None for a
+        precision.
+    produced : the same with known meaning produced; None if the model cannot generate text.
     """
 
     n: int
@@ -81,7 +80,7 @@ class NoiseFloor:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build it from a JSON object whose hash was checked; other keys are left out."""
+        """Build the record from a JSON object whose hash was checked; other keys are ignored."""
         produced = values.get("produced")
         known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
         return cls(**known | {"produced": cls.from_dict(produced) if produced else None})
@@ -89,25 +88,26 @@ class NoiseFloor:
 
 @dataclass(frozen=True)
 class ProbeEntry(_JsonRecord):
-    """Entry of "probes": how the answers to one probe came about.
+    """Entry of "probes": how the answers to one probe were obtained.
 
     Attributes
     ----------
-    protocol, fingerprint : the way of evaluating, and a hash of the facts: answers compare where both are equal.
-    facts : so many were read; `asked` so many were evaluated, `dropped` so many left out, by reason.
-    truncated : items of a task that lost the beginning of their context; None of facts.
-    templates : in how many wordings each fact was put, where several; facts are counted by wording then.
+    protocol, fingerprint : version of the evaluation, and a hash of the facts: answers with both equal are comparable.
+    facts, asked : number of facts read, and of facts evaluated.
+    dropped : number of facts left out, by reason.
+    truncated : items of a task whose context lost its beginning; None for facts.
+    templates : number of wordings of each fact, if several; `facts` and `asked` then count wordings.
     average : ``micro`` over facts or ``macro`` over relations, for the probe's headline accuracy.
-    chance, majority : accuracy of guessing, and of the most frequent answers, so averaged; None if there is none.
-    limit, seed : of the sample, if one was drawn.
-    source : where the facts come from.
-    key : a hash of all that decides the answers; those of old versions have none.
-    reference : sha256 of the model whose most likely tokens were evaluated, its own or the original's.
+    chance, majority : accuracy of guessing and of the most frequent answers, averaged as `average` says, or None.
+    limit, seed : size and seed of the sample, if one was drawn.
+    source : origin of the facts.
+    key : hash of everything that determines the answers; old versions wrote none.
+    reference : sha256 of the model whose most likely tokens were scored: this one or the original.
     seconds : wall time.
-    text : of a running text: context, chunks, tokens scored and their bytes, whether there are divergences from the
-        original (`compressknow.evaluate.records`), and the file that holds its tokens. None of facts.
-    noise_floor : of an original, where it was found.
-    runtime_noise_floors : of an original by the other runtime that it ran in too, name and build.
+    text : for a running text: context, chunks, scored tokens and their bytes, whether divergences from the original
+        were measured (one of the constants from `MEASURED`), and the hash of the file with its tokens. None for facts.
+    noise_floor : noise floor of an original, if it was measured.
+    runtime_noise_floors : noise floors of an original by the name and build of the other runtime.
     """
 
     always: ClassVar[frozenset[str]] = frozenset({"dropped", "chance", "majority", "limit", "source"})
@@ -145,9 +145,9 @@ class ProbeEntry(_JsonRecord):
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Measured on this machine, in the same run: facts per second, peak memory in bytes and, of a model that goes on
-    with texts, the tokens per second that it writes. `computed_in` is what it was deployed in: ``bfloat16``, or the
-    runtime and its build."""
+    """Speed of a model on this machine, with its peak memory in bytes and, if it continues text, the tokens per second
+    that it generates. `computed_in` is the precision it is deployed in, such as ``bfloat16``, or the runtime and build.
+    """
 
     device: str
     facts_per_second: float
@@ -158,8 +158,8 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class FactsInText:
-    """Facts that have a subject and an object, and how many of them a sentence of the text holds that a model was
-    calibrated on; the same of those that the other model knew, which it is compared with."""
+    """Number of facts with a subject and an object, and of those found in a sentence of the text that a model was
+    calibrated on; then the same two numbers for the facts that the model it is compared with knew."""
 
     facts: int
     found: int
@@ -173,17 +173,17 @@ class ModelRecord(_JsonRecord):
 
     Attributes
     ----------
-    parameters, bytes, zeros : numbers of weights, of bytes on disk, and of weights that are zero.
+    parameters, bytes, zeros : number of weights, of bytes on disk, and of weights that are zero.
     vocabulary : the number of tokens, or a hash of them.
-    dtype : of the weights as stored; `computed_in` what they were run in, on `device`.
-    setup, recipe, source, groups, removed, calibration : of a converted checkpoint, what its manifest says.
-    changed : whether its files differ from that manifest, or from the record of an export; None if they do not.
-    grid : matrices that lie on a grid already, as `find_grid` counts them; None if none does.
-    totals : of a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
-    runtime : what ran it where that was not transformers: name, build, and types by group of layers.
-    speed, in_calibration : measured for one report; they are not stored.
-    runtime_unmeasured : of an original, why the noise floor of its compressed model's runtime is not known, and what to
-        try: sentences, the first without a capital. It is not stored.
+    dtype : type of the stored weights; `computed_in` is the type it ran in, on `device`.
+    setup, recipe, source, groups, removed, calibration : from the manifest of a converted checkpoint.
+    changed : True if its files differ from that manifest, or from the record of an export; otherwise None.
+    grid : matrices whose weights are already on a grid, as `find_grid` counts them; None if there are none.
+    totals : for a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
+    runtime : what ran it if that was not transformers: name, build, and types by group of layers.
+    speed, in_calibration : measured for one report, and not stored.
+    runtime_unmeasured : for an original, why the noise floor of the compressed model's runtime is not known, and what
+        to try: sentences, the first without a capital. Not stored.
     """
 
     name: str
@@ -220,7 +220,7 @@ class ModelRecord(_JsonRecord):
         return " ".join(filter(None, (runtime["name"], runtime.get("build"))))
 
 
-# The dtype of weights if it is unknown.
+# Name of an unknown type of weights.
 UNKNOWN = "unknown"
 
 
@@ -230,7 +230,7 @@ def is_on_server(model: ModelRecord) -> bool:
 
 @dataclass(frozen=True)
 class Record(_JsonRecord):
-    """Content of ``probe.json``; `answers_sha256` is the hash of the table, None while that is rewritten."""
+    """Content of ``probe.json``; `answers_sha256` is the hash of the table, None until that is written."""
 
     always: ClassVar[frozenset[str]] = frozenset({"probes", "versions"})
 
@@ -249,32 +249,31 @@ class Record(_JsonRecord):
         return super().from_dict({**values, **parts})
 
     def without_hash(self, probes: Mapping[str, ProbeEntry]) -> Record:
-        """Return the record with these probes, before the table is written that belongs to them."""
+        """Return the record with these probes and no hash, as the table of their answers is not written yet."""
         read = {key: value for key, value in self.read.items() if key != "answers_sha256"}
         return replace(self, probes=probes, answers_sha256=None, read=read)
 
 
 TEXTS = "text-"
-# Why a text has no divergences from the original, or `MEASURED` where it has.
+# `MEASURED` if a text has divergences from the original, otherwise the reason why not.
 MEASURED, ALONE, NO_ROOM = "measured", "no original", "no room"
 OTHER_TOKENS, OTHER_SIZE = "other tokens", "other size"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Log-probabilities and greedy text that a model gave to one chunk of a text.
+    """A model's log-probabilities and greedy continuation for one chunk of a text.
 
     Attributes
     ----------
-    number : of the chunk, from 0.
-    ids : int32 [scored], the tokens scored: the second half of the chunk but for its first token.
-    logp : float32 [scored], log-probability (natural logarithm) of each of them, given what stands before it.
-    top : int32 [scored], the token that the model holds most likely there.
+    number : number of the chunk, from 0.
+    ids : int32 [scored], the scored tokens: the second half of the chunk without its first token.
+    logp : float32 [scored], natural log-probability of each of them, given the tokens before it.
+    top : int32 [scored], the most likely token at each position.
     kl : float64 [scored], KL(original || this model) in nats over the whole vocabulary; None if the original's
-        distributions were not at hand.
-    bytes : of the text that these tokens stand for, in UTF-8; None if the tokenizer does not tell.
-    greedy : int32, what the model writes after the first half of the chunk, the likeliest token each time; empty for
-        all but the first chunks.
+        distributions were not available.
+    bytes : bytes of UTF-8 text in these tokens; None if the tokenizer does not tell.
+    greedy : int32, greedy continuation of the first half of the chunk; empty for all but the first chunks.
     """
 
     number: int
@@ -287,7 +286,7 @@ class Chunk:
 
 
 def name_text_file(name: str) -> str:
-    """Return the name of the file for a probe's tokens: no two probes of an answers folder share one.
+    """Return the name of the file for a probe's tokens, which is unique in an answers folder.
 
     >>> name_text_file("text:wiki.txt")
     'text-8d05bc96caa7.parquet'
@@ -296,11 +295,11 @@ def name_text_file(name: str) -> str:
 
 
 def write_rows(path: Path, rows: Sequence[object], schema: pa.Schema) -> None:
-    """Write records as Parquet, a field a column; the file appears under its name only when it is whole."""
+    """Write records as Parquet, one column per field; the file appears under its name only once it is complete."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # pyarrow takes numpy's arrays for lists.
+    # pyarrow accepts numpy arrays as lists.
     columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
     with open_whole(path) as file:
         pq.write_table(pa.table(columns, schema=schema), file, compression="zstd")
@@ -308,13 +307,13 @@ def write_rows(path: Path, rows: Sequence[object], schema: pa.Schema) -> None:
 
 @contextlib.contextmanager
 def open_rows(path: Path, what: str, hint: str) -> Iterator[pq.ParquetFile]:
-    """Open what `write_rows` wrote. Raise DamagedAnswers if it is none, or where the context finds it damaged."""
+    """Open a file of `write_rows`. Raise DamagedAnswers if it cannot be opened, or if the context fails to read it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         check_parquet(path)
-        # Not pq.read_table: it imports pandas, where that is installed.
+        # Not pq.read_table, which imports pandas if it is installed.
         with pq.ParquetFile(path) as file:
             yield file
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
@@ -323,12 +322,12 @@ def open_rows(path: Path, what: str, hint: str) -> Iterator[pq.ParquetFile]:
 
 
 def write_chunks(path: Path, chunks: Sequence[Chunk]) -> None:
-    """Write chunks as Parquet; the file appears under its name only when it is whole."""
+    """Write chunks as Parquet; the file appears under its name only once it is complete."""
     write_rows(path, chunks, _make_schema())
 
 
 def read_chunks(path: Path) -> tuple[Chunk, ...]:
-    """Read the chunks of a file, in their order. Raise DamagedAnswers if it is none, or damaged."""
+    """Read the chunks of a file, sorted by number. Raise DamagedAnswers if it is not such a file, or damaged."""
     schema = _make_schema()
     with open_rows(path, "the tokens of a text", "Probe the model again, into another folder.") as file:
         rows = file.read(columns=schema.names).cast(schema).to_pylist()
@@ -336,7 +335,7 @@ def read_chunks(path: Path) -> tuple[Chunk, ...]:
 
 
 def read_texts(folder: Path, record: Record) -> dict[str, tuple[Chunk, ...]]:
-    """Read the chunks of each text, by probe. Raise DamagedAnswers if a file is not the one of the record."""
+    """Read the chunks of each text, by probe. Raise DamagedAnswers if a file does not match the record."""
     texts = {}
     for probe, text in ((probe, entry.text) for probe, entry in record.probes.items() if entry.text):
         path = folder / name_text_file(probe)

@@ -1,11 +1,11 @@
-"""Speed of a model on this machine, and the memory that it takes: measured in a process of its own.
+"""Speed of a model on this machine, and its memory, measured in a separate process.
 
     python -m compressknow.evaluate.speed PATH SETTINGS
 
-prints {"device", "computed_in", "facts_per_second", "tokens_per_second", "peak_bytes"} as JSON; SETTINGS are those of
-`Settings`, as JSON. Unless they name a precision, a model runs in that of its checkpoint, as it is deployed; answers
-are compared in float32, which nobody serves. The facts are a sample of the default probe, which suits every family;
-tokens are those that a causal model writes one after the other. The first round warms up and is not counted.
+prints {"device", "computed_in", "facts_per_second", "tokens_per_second", "peak_bytes"} as JSON; SETTINGS are the fields
+of `Settings`, as JSON. Unless they name a precision, a model runs in that of its checkpoint, as it is deployed, not in
+float32, in which answers are compared. The facts are a sample of the default probe, which suits every family; tokens
+are generated one by one by a causal model. The first round is a warm-up and is not counted.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from compressknow.gguf.children import put_first
 from compressknow.model.checkpoint import read_json
 
 FACTS, TOKENS, ROUNDS = 96, 64, 3
-# Seconds, after which no further round begins.
+# Seconds after which no further round begins.
 LONG = 10.0
 _TEXT = "A long time ago, in a small town by the sea, there lived a young woman who"
 
 
 def measure(located: LocatedModel, settings: Settings) -> Speed:
-    """Measure facts and tokens per second (medians), and peak memory in bytes beyond what the libraries take. Raises
+    """Measure facts and tokens per second (medians), and peak memory in bytes, without that of libraries. Raises
     CompressknowError if the measuring process fails."""
     arguments = [str(located.path), json.dumps(asdict(settings))]
-    # UTF-8 in any locale (-X utf8), and nothing imported from the working directory (-P).
+    # Both processes use UTF-8 in any locale, and nothing is imported from the working directory.
     command = [sys.executable, "-P", "-X", "utf8", "-m", "compressknow.evaluate.speed", *arguments]
     done = subprocess.run(
         command,
@@ -54,8 +54,8 @@ def measure(located: LocatedModel, settings: Settings) -> Speed:
         check=False,
     )
     if done.returncode:
-        silent = f"The process that measures it ended with {done.returncode}."
-        reason = (done.stderr.strip().splitlines() or [silent])[-1]
+        default = f"The measuring process ended with exit code {done.returncode}."
+        reason = (done.stderr.strip().splitlines() or [default])[-1]
         raise CompressknowError(f"The speed of {located.name} could not be measured.", why=reason)
     return Speed(**json.loads(done.stdout.strip().splitlines()[-1]))
 
@@ -74,7 +74,7 @@ def _measure_in_process(path: Path, settings: Settings) -> dict[str, Any]:
     on_gpu, threads = device.startswith("cuda"), torch.get_num_threads()
 
     def answer_all() -> int:
-        # Answers are numbers on the processor, as tokens are below.
+        # Answers are numbers on the CPU, so no work on a GPU is left unfinished.
         for _ in evaluate(prompts):
             pass
         return prompts.total
@@ -90,7 +90,7 @@ def _measure_in_process(path: Path, settings: Settings) -> dict[str, Any]:
 
 
 def _measure_rate(work: Callable[[], int]) -> float:
-    """Return the median, over some rounds, of how many the work says it did; one that takes long tells enough alone."""
+    """Return the median over rounds of the count that `work` returns, per second; of fewer rounds if they take long."""
     work()
     rates: list[float] = []
     first = time.perf_counter()
@@ -102,7 +102,7 @@ def _measure_rate(work: Callable[[], int]) -> float:
 
 
 def _measure_tokens(handle: ModelHandle) -> float | None:
-    """Measure on one text, continued greedily, not batch-invariant; None for a model that continues none."""
+    """Measure the greedy continuation of a text, not batch-invariant; None if the model does not continue text."""
     if model := handle.loaded.language_model:
         from compressknow.engine.layers import undo_batch_invariant
 
@@ -117,15 +117,15 @@ def _measure_tokens(handle: ModelHandle) -> float | None:
         return None
 
     def write() -> int:
-        # Each token is one number on its way to the processor: nothing is left to be waited for.
+        # Tokens are numbers on the CPU, so no work on a GPU is left unfinished.
         (row,) = reader.continue_texts([prompt], tokens)
-        return next((place for place, token in enumerate(row, start=1) if reader.ends(token)), tokens)
+        return next((number for number, token in enumerate(row, start=1) if reader.ends(token)), tokens)
 
     return _measure_rate(write)
 
 
 def _import_libraries(path: Path) -> None:
-    """Import what loading a model imports on its way: it is not the model that takes this memory."""
+    """Import the libraries that loading a model would import, so that their memory is not counted as the model's."""
     import transformers
 
     import compressknow.evaluate.scoring.llama_cpp  # noqa: F401
@@ -142,7 +142,7 @@ def _import_libraries(path: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        given = Settings(**json.loads(sys.argv[2]))
-        print(json.dumps(_measure_in_process(Path(sys.argv[1]), given)))  # noqa: T201
+        settings = Settings(**json.loads(sys.argv[2]))
+        print(json.dumps(_measure_in_process(Path(sys.argv[1]), settings)))  # noqa: T201
     except CompressknowError as error:
         sys.exit(" ".join(part for part in (error.what, error.why) if part))

@@ -1,9 +1,9 @@
-"""Running text: cut into chunks of tokens, of which each second half is scored.
+"""Running text, cut into chunks of tokens; the second half of each chunk is scored.
 
-As llama.cpp's perplexity tool does it (tools/perplexity/perplexity.cpp, functions `perplexity` and `kl_divergence`):
-the text's tokens in chunks of n_ctx, the last one dropped where it is not whole; each chunk read from its beginning,
-with the BOS token in the place of its first one where the vocabulary wants it; and of its second half all tokens but
-the first scored, n_ctx - 1 - n_ctx // 2, so that each has half a chunk before it.
+Follows llama.cpp's perplexity tool (tools/perplexity/perplexity.cpp, functions `perplexity` and `kl_divergence`): the
+text's tokens are cut into chunks of n_ctx, without an incomplete last one; each chunk is read from its beginning, with
+its first token replaced by BOS if the vocabulary wants one; and all tokens of its second half but the first are scored,
+n_ctx - 1 - n_ctx // 2, so that each has at least half a chunk of context.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
 
 
 PROTOCOL = "text/1"
-# Tokens of a chunk, as llama.cpp has them, and chunks of a text where no --limit says how many.
+# Default tokens per chunk, as in llama.cpp, and default chunks per text.
 CONTEXT, CHUNKS = 512, 64
-# No more of a file is read than these bytes per token, which no text has.
+# Bytes that are read per token, more than any text needs.
 _BYTES_PER_TOKEN = 64
 
 
 class TextReader(Protocol):
-    """Causal model as a runtime gives it for running text.
+    """Interface of runtimes to a causal model that reads running text.
 
     Attributes
     ----------
-    bos : the token that takes the place of each chunk's first, where the vocabulary wants one; else None.
-    most : positions that the model has, or None if nothing bounds them.
-    rows : tokens that the model reads.
+    bos : token that replaces the first one of each chunk; None if the vocabulary wants none.
+    most : number of positions of the model; None if it is not limited.
+    rows : number of tokens that the model can read.
     """
 
     bos: int | None
@@ -53,15 +53,16 @@ class TextReader(Protocol):
     rows: int
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
-        """Return ids, none of them special, and how many bytes (UTF-8) end with each; None if that is not told."""
+        """Return ids without special tokens, and the number of bytes (UTF-8) up to the end of each, or None if the
+        tokenizer does not tell."""
 
     def compute_log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
-        """Return log-probabilities of what follows each token from `first` to the last but one: float32, [tokens - 1 -
-        first, vocabulary]."""
+        """Return log-probabilities after each token from `first` to the last but one: float32, [tokens - 1 - first,
+        vocabulary]."""
 
     def continue_texts(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """Continue each of the prompts, which are of one length, with the likeliest token each time: [prompts][tokens];
-        whatever follows the end of the text is the end again, and takes no time."""
+        """Continue prompts of equal length greedily: [prompts][tokens]; after a text has ended, the end token is
+        repeated, at no cost."""
 
     def ends(self, token: int) -> bool:
         """Return whether a text ends with this token."""
@@ -73,10 +74,10 @@ class RunningText:
 
     Attributes
     ----------
-    name : ``text:`` and the file's own name.
-    sha256, size : of the whole file; in bytes.
+    name : ``text:`` and the name of the file.
+    sha256, size : hash, and size in bytes, of the whole file.
     context : tokens per chunk; None for 512, or as many as the model has positions for.
-    limit : at most so many chunks, the first ones; None for 64.
+    limit : maximum number of chunks, from the beginning; None for 64.
     """
 
     name: str
@@ -92,22 +93,22 @@ class RunningText:
 
     @property
     def most_scored(self) -> int:
-        """Return the most tokens that can be scored: half of each chunk, and no more than the file has bytes."""
+        """Return the maximum number of scored tokens: half of each chunk, and of the file's bytes."""
         return min(self.chunks * (self.context or CONTEXT), self.size) // 2
 
     def fingerprint(self) -> str:
-        """Hash all that decides what is evaluated: answers with the same hash can be compared."""
-        decides = [PROTOCOL, self.name, self.sha256, self.context, self.chunks]
-        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+        """Hash everything that determines what is evaluated: answers with the same hash are comparable."""
+        values = [PROTOCOL, self.name, self.sha256, self.context, self.chunks]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def read(self, context: int) -> str:
-        """Read as much as the chunks can take, without the line end of the last line, as llama.cpp reads it. Raises
-        UsageError if the file is not UTF-8, or cannot be read any more."""
+        """Read as much as the chunks need, without a final line break, as llama.cpp does. Raises UsageError if the file
+        is not UTF-8, or cannot be read."""
         most = min(self.chunks * context * _BYTES_PER_TOKEN, self.size + 1)
         try:
             with open_regular(self.path) as file:
                 content = file.read(most)
-            # A character that is cut in half at the end is left out.
+            # A character that is cut at the end is left out.
             text = codecs.getincrementaldecoder("utf-8")().decode(content, final=len(content) < most)
         except UnicodeDecodeError as error:
             raise UsageError(
@@ -119,11 +120,11 @@ class RunningText:
 
 
 _WHY = {
-    "masked": "It fills blanks from both sides: what it gives to a text (a pseudo-perplexity, Salazar et al. 2020) is "
-    "not a perplexity, takes a pass per token, and cannot be compared with published figures.",
-    "seq2seq": "Its decoder writes what an encoder was given, here nothing: the figure would say little of the model.",
+    "masked": "It fills blanks from both sides, so it only has a pseudo-perplexity (Salazar et al. 2020), which takes "
+    "a pass per token and cannot be compared with published perplexities.",
+    "seq2seq": "Its decoder depends on an encoder, which would read nothing: the figure would say little of the model.",
 }
-# The first so many chunks are continued from their middle, by so many tokens.
+# Number of chunks, from the first, that are continued from their middle, and of tokens to continue them by.
 CONTINUED, GREEDY_TOKENS = 16, 32
 
 
@@ -138,8 +139,8 @@ def check_family(name: str, family: str) -> None:
 
 @dataclass(frozen=True)
 class TextChunks:
-    """Text as one model's tokens, int32 [chunks, context], BOS in its place; and how many bytes of it the scored tokens
-    of each chunk stand for, None if the tokenizer does not tell."""
+    """Text as one model's tokens, int32 [chunks, context], with BOS where it is read; and the bytes of text in the
+    scored tokens of each chunk, None if the tokenizer does not tell."""
 
     ids: np.ndarray
     bytes: tuple[int, ...] | None
@@ -150,7 +151,7 @@ class TextChunks:
 
 
 def find_first_scored(context: int) -> int:
-    """Return the place of the token after which the first one is scored.
+    """Return the position of the last token before the scored ones.
 
     >>> find_first_scored(512), 512 - 1 - find_first_scored(512)
     (256, 255)
@@ -160,10 +161,10 @@ def find_first_scored(context: int) -> int:
 
 def cut_chunks(reader: TextReader, text: RunningText, context: int) -> TextChunks:
     """Cut the text into chunks of `context` tokens. Raises UsageError if it is too short for one, CheckpointError
-    if a token is none of the model's."""
+    if the model does not have one of the tokens."""
     ids, ends = reader.encode(text.read(context))
     if reader.bos is not None:
-        # It stands before the text too, and is counted.
+        # BOS precedes the text too, and is counted.
         ids, ends = [reader.bos, *ids], [0, *ends] if ends is not None else None
     number = min(text.chunks, len(ids) // context)
     if not number:
@@ -177,23 +178,23 @@ def cut_chunks(reader: TextReader, text: RunningText, context: int) -> TextChunk
     check_tokens(int(cut.max()), reader.rows, text.name)
     lengths = None
     if ends is not None:
-        # Bytes of the scored tokens, which come after the first token of the second half.
+        # Bytes of the scored tokens, which follow the first token of the second half.
         table = np.array(ends[: number * context]).reshape(number, context)
         lengths = tuple((table[:, -1] - table[:, find_first_scored(context)]).tolist())
     return TextChunks(cut, lengths)
 
 
 def choose_context(reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> int:
-    """Choose the tokens per chunk: those asked for, else the original's, else 512 or as many as there is room for."""
-    wanted = text.context or (int((reference.text or {})["context"]) if reference else None)
-    if wanted is None:
+    """Choose the tokens per chunk: those of the text, else the original's, else 512 or all positions of the model."""
+    context = text.context or (int((reference.text or {})["context"]) if reference else None)
+    if context is None:
         return min(CONTEXT, reader.most or CONTEXT)
-    if reader.most is not None and wanted > reader.most:
+    if reader.most is not None and context > reader.most:
         raise UsageError(
-            f"The model reads {count(reader.most)} tokens at once: no chunk of {count(wanted)} fits.",
+            f"The model reads at most {count(reader.most)} tokens at once, not a chunk of {count(context)}.",
             hint=f"Pass --context {reader.most} or less.",
         )
-    return wanted
+    return context
 
 
 def read_text(
@@ -205,28 +206,28 @@ def read_text(
     measure_kl: MeasureKl | None,
     advance: Advance,
 ) -> Iterator[Chunk]:
-    """Yield what the model gives to each chunk that is not `done`, one after the other.
+    """Yield the model's results for each chunk that is not `done`, in order.
 
     Parameters
     ----------
-    known : chunks that this model has read already, without the divergences that are wanted now: what it writes after
-        them is taken from there.
-    measure_kl : takes the distributions after each scored token, and returns their divergences; see
+    known : chunks that this model has read already, but without the divergences that are needed now: their greedy
+        continuations are reused.
+    measure_kl : function that takes the distributions after each scored token, and returns their divergences; see
         `compressknow.evaluate.distributions`.
     """
     total = len(chunks.ids)
-    left = [number for number in range(total) if number not in done]
-    advance(total - len(left), total)
-    first = [number for number in left if number < CONTINUED]
-    written = {number: known[number].greedy.tolist() for number in first if number in known}
-    if new := [number for number in first if number not in written]:
+    remaining = [number for number in range(total) if number not in done]
+    advance(total - len(remaining), total)
+    continued = [number for number in remaining if number < CONTINUED]
+    greedy = {number: known[number].greedy.tolist() for number in continued if number in known}
+    if new := [number for number in continued if number not in greedy]:
         middle = find_first_scored(chunks.context)
-        room = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - middle)
-        texts = reader.continue_texts([chunks.ids[number, :middle].tolist() for number in new], room)
-        written |= dict(zip(new, texts, strict=True))
-    for read, number in enumerate(left, start=total - len(left) + 1):
+        tokens = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - middle)
+        texts = reader.continue_texts([chunks.ids[number, :middle].tolist() for number in new], tokens)
+        greedy |= dict(zip(new, texts, strict=True))
+    for read, number in enumerate(remaining, start=total - len(remaining) + 1):
         chunk = read_chunk(reader, chunks, number, measure_kl)
-        yield replace(chunk, greedy=np.array(written.get(number, []), dtype=np.int32))
+        yield replace(chunk, greedy=np.array(greedy.get(number, []), dtype=np.int32))
         advance(read, total)
 
 
@@ -236,12 +237,12 @@ def read_chunk(reader: TextReader, chunks: TextChunks, number: int, measure_kl: 
     first = find_first_scored(chunks.context)
     ids = chunks.ids[number]
     log_probs, scored = reader.compute_log_probs(ids.tolist(), first), ids[first + 1 :]
-    places = torch.tensor(scored.tolist(), device=log_probs.device).unsqueeze(1)
+    targets = torch.tensor(scored.tolist(), device=log_probs.device).unsqueeze(1)
     divergences = measure_kl(list_keys(number, chunks.context), log_probs) if measure_kl else [None]
     return Chunk(
         number=number,
         ids=scored,
-        logp=log_probs.gather(1, places).squeeze(1).float().cpu().numpy(),
+        logp=log_probs.gather(1, targets).squeeze(1).float().cpu().numpy(),
         top=log_probs.argmax(-1).cpu().numpy().astype(np.int32),
         kl=None if None in divergences else np.array(divergences, dtype=np.float64),
         bytes=chunks.bytes[number] if chunks.bytes is not None else None,
@@ -250,12 +251,12 @@ def read_chunk(reader: TextReader, chunks: TextChunks, number: int, measure_kl: 
 
 
 def list_keys(number: int, context: int) -> list[str]:
-    """Return what the distributions of a chunk are kept under."""
-    return [f"{number}:{place}" for place in range(context - 1 - find_first_scored(context))]
+    """Return the keys of the distributions of a chunk's scored tokens."""
+    return [f"{number}:{position}" for position in range(context - 1 - find_first_scored(context))]
 
 
 def make_text_entry(text: RunningText, chunks: TextChunks, read: tuple[Chunk, ...], compared: str) -> ProbeEntry:
-    """Return the entry of ``probe.json``; `compared` says whether there are divergences, and if not, why."""
+    """Return the entry of ``probe.json``; `compared` is what `describe_divergence` returns."""
     return ProbeEntry(
         protocol=PROTOCOL,
         fingerprint=text.fingerprint(),
@@ -274,7 +275,7 @@ def make_text_entry(text: RunningText, chunks: TextChunks, read: tuple[Chunk, ..
 
 
 def describe_divergence(read: tuple[Chunk, ...], *, reference: bool, same_tokens: bool, gave_up: bool | None) -> str:
-    """Say whether a text has divergences, or why not; `gave_up` is None if no distributions were kept at all."""
+    """Return `MEASURED`, or why a text has no divergences; `gave_up` is None if no distributions were stored at all."""
     if not reference or gave_up is None:
         return ALONE
     if all(chunk.kl is not None for chunk in read):

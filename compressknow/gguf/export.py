@@ -326,7 +326,7 @@ def _check_kinds(export: ExportPlan, file: Path) -> None:
                 raise UnsupportedError(
                     f"{export.checkpoint.name} cannot be exported: dropped blocks moved others to positions of "
                     "another kind.",
-                    f"llama.cpp derives the kinds of {export.side.structure.architecture} blocks ({key}) from their "
+                    f"llama.cpp derives the kinds of {export.source.structure.architecture} blocks ({key}) from their "
                     "positions, so it would compute something else.",
                     "Drop the last blocks, or whole periods of the pattern, with --drop-blocks LIST; or prune instead.",
                 )

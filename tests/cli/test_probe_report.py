@@ -155,7 +155,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "an early gate of several wordings": (
         ("report", "{place}/llama", "{place}/llama-5", "--templates", "3", "--fail-under", "0.9", "--early"),
         2,
-        ("--early draws facts in one wording", "Leave out --early or --templates"),
+        ("--early evaluates facts in one wording", "Leave out --early or --templates"),
     ),
     "a gate in percent": ((*REPORT, "--fail-under", "95"), 2, ("--fail-under must be between 0 and 1", "0.95")),
     "a gate without a name": ((*REPORT, "--fail-under", "=0.9"), 2, ("--fail-under =0.9 names no domain", "variable")),

@@ -356,7 +356,7 @@ def test_known_as_produced_counts_what_is_said_alone() -> None:
 
 
 def test_answers_that_do_not_tell_what_is_said_are_refused_in_one_message() -> None:
-    with pytest.raises(CompressknowError, match="do not tell what it says") as caught:
+    with pytest.raises(CompressknowError, match="have no generated text") as caught:
         apply_reading(answers([answer(0, True)]), "produced")
     assert "--known produced" in str(caught.value.hint)
 

@@ -113,7 +113,7 @@ def test_weights_of_an_earlier_upload_are_named(
     ("step", "fault", "what"),
     [
         ("create", 401, "the Hub does not know the token (HTTP 401)"),
-        ("create", 403, "the token may not write there (HTTP 403)"),
+        ("create", 403, "the token has no write access to it (HTTP 403)"),
         ("create", 429, "you have sent the Hub too many requests (HTTP 429)"),
         ("create", 500, "the Hub failed (HTTP 500)"),
         ("create", "hang", "the Hub did not answer within 1 s"),
@@ -125,7 +125,7 @@ def test_weights_of_an_earlier_upload_are_named(
         ("put", "cut", "the connection was lost"),
         ("put", "hang", "the Hub did not answer within 1 s"),
         ("verify", 418, "the Hub refused it (HTTP 418)"),
-        ("commit", 409, "the repository is in the way, or was changed at the same time (HTTP 409)"),
+        ("commit", 409, "the repository conflicts, or was changed at the same time (HTTP 409)"),
         ("commit", 413, "a file is too large for the Hub (HTTP 413)"),
         ("commit", "cut", "the connection was lost"),
     ],

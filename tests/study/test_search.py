@@ -624,7 +624,7 @@ def test_a_size_that_experts_pass_is_told_first(llama: Place, tmp_path: Path) ->
 def test_python_names_forms_and_minimizes_bytes(llama: Place, undisturbed: dict[str, bytes]) -> None:
     with pytest.raises(UsageError, match="Choose from gguf, checkpoint"):
         compressknow.search(llama.model, llama.folder / "bad", keep=KEEP, to="onnx")
-    with pytest.raises(UsageError, match="Unknown reading of knowing"):
+    with pytest.raises(UsageError, match="is not a definition of known"):
         compressknow.search(llama.model, llama.folder / "bad", keep=KEEP, known="said", **llama.options)
     assert not (llama.folder / "bad").exists()
     options = {**llama.options, "facts": llama.options["probe"], "probe": None, "minimize": "bytes"}

@@ -551,7 +551,7 @@ def test_a_task_that_does_not_tell_what_is_said_is_refused_before_any_work(
 
 
 def test_a_reading_of_known_that_there_is_not_is_refused(llama: Place) -> None:
-    with pytest.raises(UsageError, match="Unknown reading of knowing"):
+    with pytest.raises(UsageError, match="is not a definition of known"):
         compressknow.sweep(llama.model, llama.folder / "bad", probe=llama.probe, known="said")
     assert not (llama.folder / "bad").exists()
 

@@ -1,4 +1,4 @@
-"""Settings of how a model is run, and what runs it."""
+"""Settings for running a model, and the interface of runtimes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ RUNTIMES = TRANSFORMERS, LLAMA_CPP, SERVER = "transformers", "llama.cpp", "serve
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of how a model is run. Float32 on the CPU by default, where the batch size shows in the last digits
-    alone, if at all; with ``int8-paper`` in more than these (see `compressknow.engine.layers`).
+    """Settings for running a model. On the CPU the default is float32, in which the batch size affects at most the last
+    digits; with ``int8-paper`` it affects more (see `compressknow.engine.layers`).
 
-    `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Answers of one device are not taken for
-    those of another: logits differ in their last digits. `runtime` is the name of what runs the model; by default
-    what is meant for it (see `compressknow.evaluate.handle`). `noise_floor` has an original answer some facts in
-    another precision too, or in another runtime (see `compressknow.evaluate.noise`).
+    `device` is ``auto`` (cuda, else mps, else cpu), or one of these by name. Stored answers are not reused on another
+    device, since logits differ in their last digits. `runtime` is the name of the runtime; None for the model's default
+    (see `compressknow.evaluate.handle`). `noise_floor` evaluates an original on some facts in another precision, or
+    another runtime, too (see `compressknow.evaluate.noise`).
 
-    `model`, `parallel` and `timeout` are for servers: the model's name there, requests at a time, seconds to wait.
+    For servers, `model` is the model's name there, `parallel` the number of concurrent requests, and `timeout` is in
+    seconds.
     """
 
     device: str = AUTO
@@ -57,7 +58,7 @@ class Settings:
             )
 
     def here(self) -> Settings:
-        """Return these settings with the device that they mean on this machine; imports torch."""
+        """Return these settings with the device resolved for this machine; imports torch."""
         return replace(self, device=resolve_device(self.device))
 
     @property
@@ -66,19 +67,19 @@ class Settings:
 
 
 class Runtime(abc.ABC):
-    """Something that runs models; an instance has one of them open.
+    """Runtime of models; an instance has a model open.
 
     Attributes
     ----------
-    name : what the user calls it with ``--runtime``.
+    name : value of ``--runtime``.
     family : ``masked``, ``causal`` or ``seq2seq``.
-    architecture : its name for that of the model: a class of transformers, say.
-    computed_in : what the model is run in, such as ``float32``.
-    vocabulary : a short hash of the model's tokens and their ids; None if they are not known.
-    parameters : how many the model has; None if that is not known.
-    language_model : the model as transformers has it, for what only that can run; None if another runtime runs it.
-    gives_scores : whether it chooses among candidates by log-probabilities; else answers are what it writes.
-    sha256 : of a model on a server, which shows no files, by what it answers; None of others.
+    architecture : name of the model's architecture in the runtime, such as a class of transformers.
+    computed_in : type that the model computes in, such as ``float32``.
+    vocabulary : short hash of the model's tokens and their ids; None if they are not known.
+    parameters : number of the model's parameters; None if it is not known.
+    language_model : the transformers model, for code that needs one; None in other runtimes.
+    gives_scores : whether it returns log-probabilities of candidates; otherwise answers are the generated text.
+    sha256 : for a model on a server, whose files are not accessible, a hash of its answers; None for others.
     """
 
     name: ClassVar[str]
@@ -93,21 +94,21 @@ class Runtime(abc.ABC):
 
     @abc.abstractmethod
     def __init__(self, located: LocatedModel, settings: Settings) -> None:
-        """Load a model; `settings` are those of `resolve_settings`. Raises CompressknowError if it cannot be run."""
+        """Load a model; `settings` come from `resolve_settings`. Raises CompressknowError if it cannot be run."""
 
     @classmethod
     @abc.abstractmethod
     def reads(cls, located: LocatedModel) -> bool:
-        """Return whether it can run such a model at all: a folder, a file of its format, an address. Opens nothing."""
+        """Return whether it can run this kind of model: a folder, a file format, or an address. Opens nothing."""
 
     @classmethod
     @abc.abstractmethod
     def resolve_settings(cls, settings: Settings) -> Settings:
-        """Return the settings with what they mean on this machine. Raise UsageError for one that it cannot keep."""
+        """Return the settings resolved for this machine. Raise UsageError for one that it does not support."""
 
     @classmethod
     def key(cls) -> tuple[str, ...]:
-        """Return what besides model and settings decides the answers: name and build; nothing for transformers."""
+        """Return what determines answers besides model and settings: name and build; nothing for transformers."""
         return ()
 
     @classmethod
@@ -116,23 +117,23 @@ class Runtime(abc.ABC):
 
     @abc.abstractmethod
     def make_scorer(self, probe: Probe) -> Scorer:
-        """Return what answers a probe's facts. Raise CompressknowError if nothing can."""
+        """Return a scorer for a probe's facts. Raise CompressknowError if the model cannot be evaluated on them."""
 
     def make_reader(self) -> TextReader:
-        """Return the causal model as a reader of text. Raise UnsupportedError if not all probabilities are given."""
+        """Return a reader of running text. Raise UnsupportedError if not all tokens' probabilities are available."""
         raise UnsupportedError(
-            f"text: cannot be evaluated on {self.architecture}: what runs it does not give all tokens' probabilities.",
+            f"text: cannot be evaluated on {self.architecture}: its runtime does not return all tokens' probabilities.",
             hint="Evaluate it on facts: atlas, lama:..., bear, facts:... and hf:....",
         )
 
     def make_record(self) -> Mapping[str, Any] | None:
-        """Return the "runtime" entry of ``probe.json``: "name", "build" and, where it stores types of its own, "types":
+        """Return the "runtime" entry of ``probe.json``: "name", "build" and, if weights have their own types, "types":
         {group of layers: {type: parameters}}. None for transformers."""
         return None
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what it says of the model, for the "model" entry, in addition to what the model's files say."""
+        """Return fields of the "model" entry, in addition to those that the model's files provide."""
         return {}
 
     def release(self) -> None:  # noqa: B027
-        """Let go of what garbage collection alone does not free."""
+        """Free what garbage collection does not."""

@@ -1,11 +1,11 @@
-"""Kinds of servers: what they tell of a model, and how they are asked for it.
+"""Kinds of servers: what they return about a model, and the requests for it.
 
-- llama-server (llama.cpp, tools/server/README.md): ``/completion`` gives the ``n_probs`` likeliest tokens, and the
-  log-probability of the token that it writes. A ``logit_bias`` makes it write any token, and does not change what is
-  told of it: log-probabilities are of the model's own logits.
-- vLLM (docs, "OpenAI-Compatible Server"), and others that echo: ``/v1/completions`` with ``echo`` gives the
-  log-probability of each token of a prompt.
-- all others: ``/v1/completions`` writes text.
+- llama-server (llama.cpp, tools/server/README.md): ``/completion`` returns the ``n_probs`` most likely tokens, and the
+  log-probability of the token that it generates. A ``logit_bias`` can force any token without changing the returned
+  log-probabilities, which come from the model's own logits.
+- vLLM (docs, "OpenAI-Compatible Server"), and others with ``echo``: ``/v1/completions`` returns the log-probability of
+  each token of a prompt.
+- all others: ``/v1/completions`` generates text.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from compressknow.evaluate.answers import SERVER_TOKENS
 from compressknow.evaluate.runtimes.client import Client, RequestRefused
 from compressknow.evaluate.scoring.scorer import Ids
 
-# Likeliest tokens that llama-server is asked for: most candidates begin with one of them.
+# Most likely tokens to request from llama-server: most candidates begin with one of them.
 LLAMA_TOKENS = 1024
-# A bias that makes any token the likeliest.
+# Logit bias that makes any token the most likely.
 FORCE = 1e5
-# Rounding may give a certain token a little above 0; llama-server gives an impossible one float32's minimum.
+# Bounds of log-probabilities: rounding may exceed 0 a little, and llama-server returns float32's lowest for impossible.
 LEAST, ABOVE = -3.5e38, 1e-3
 TRIAL = "The capital of France is Paris"
-# The parts of servers' answers that are read (`compressknow.base.reading.find_mismatch`).
+# Forms of responses, limited to the values that are used (`compressknow.base.reading.find_mismatch`).
 _TOKENS = {"tokens": [int]}
 _STEP = {"id": int, "logprob": float, "top_logprobs": [{"id": int, "logprob": float, "token": str}]}
 _STEPS = {"completion_probabilities?": [_STEP], "content?": str}
@@ -42,8 +42,8 @@ _ECHO = {"tokens": [str], "token_logprobs": [(float, None)], "text_offset": [int
 
 @dataclass(frozen=True)
 class FirstToken:
-    """Distribution at the answer's first position, as far as the server tells it: log-probabilities by token id, the
-    likeliest first, texts of the same tokens, and whether these are all that there are."""
+    """Distribution at the answer's first position, as far as the server returns it: log-probabilities by token id, the
+    most likely first, texts of the same tokens, and whether these are the whole vocabulary."""
 
     logp: Mapping[int, float] = field(default_factory=dict)
     texts: Mapping[int, str] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class FirstToken:
 
     @property
     def bound(self) -> float:
-        """Return what no other token exceeds."""
+        """Return an upper bound of the log-probabilities of all other tokens."""
         return -math.inf if self.whole else min(self.logp.values(), default=0.0)
 
 
@@ -60,11 +60,11 @@ class ServedModel(abc.ABC):
 
     Attributes
     ----------
-    name : of the kind of server.
-    scores : whether it gives log-probabilities; without, it only writes.
-    tokens : whether token ids are the model's own; else texts are told apart by character.
-    build : its version, where it says so.
-    longest : how many tokens it reads at most, where it says so.
+    name : name of the kind of server.
+    scores : whether it returns log-probabilities; otherwise it only generates text.
+    tokens : whether token ids are the model's; otherwise they are code points of characters.
+    build : version of the server; None if it is not known.
+    longest : maximum number of tokens in its context; None if it is not known.
     """
 
     name: ClassVar[str]
@@ -75,57 +75,58 @@ class ServedModel(abc.ABC):
         self, client: Client, model: str, about: Mapping[str, Any], build: str | None = None, longest: int | None = None
     ) -> None:
         self.client, self.model, self.about = client, model, about
-        self.build, self.longest = _mend(build[:80]) if build else None, longest
+        self.build, self.longest = _replace_surrogates(build[:80]) if build else None, longest
         self.encode = cache(self._encode)
 
     @abc.abstractmethod
     def _encode(self, text: str, special: bool) -> Ids:
-        """Return token ids, with those that begin every text if `special`."""
+        """Return token ids, if `special` with those that begin every text."""
 
     @abc.abstractmethod
     def predict(self, prompt: Ids, wanted: Sequence[int]) -> FirstToken:
-        """Return what may follow the prompt: the likeliest tokens, and the `wanted` ones where they can be had."""
+        """Return the most likely tokens after the prompt, and the `wanted` ones if the server can return them."""
 
     @abc.abstractmethod
     def score_rest(self, prompt: Ids, ids: Ids, score: float, bar: float) -> float:
-        """Add the log-probabilities of `ids` after the prompt to `score`; of fewer where that falls below `bar`."""
+        """Add the log-probabilities of `ids` after the prompt to `score`; may stop once that is below `bar`."""
 
     def write(self, prompt: Ids, tokens: int) -> str:
-        """Return what the model writes greedily, of at most so many tokens."""
-        return _mend(self.complete(prompt, {"text": str}, max_tokens=tokens)["text"])
+        """Return a greedy continuation of at most `tokens` tokens."""
+        return _replace_surrogates(self.complete(prompt, {"text": str}, max_tokens=tokens)["text"])
 
-    def complete(self, prompt: Ids, form: Mapping[str, Any], **how: Any) -> Mapping[str, Any]:
-        """Return the completion of a prompt, in that form; of one token, where `how` does not say otherwise."""
-        body = {"model": self.model, "temperature": 0, "prompt": self._make_prompt(prompt), "max_tokens": 1, **how}
-        answer = self.client.post("/v1/completions", body, {"choices": [form], "model?": (str, None)})
-        if not answer["choices"]:
+    def complete(self, prompt: Ids, form: Mapping[str, Any], **options: Any) -> Mapping[str, Any]:
+        """Return the completion of a prompt, checked for a form; `options` of the request may override the defaults,
+        such as one token."""
+        body = {"model": self.model, "temperature": 0, "prompt": self._make_prompt(prompt), "max_tokens": 1, **options}
+        response = self.client.post("/v1/completions", body, {"choices": [form], "model?": (str, None)})
+        if not response["choices"]:
             raise self.make_error("has no choices")
         # A date may follow the name.
-        if not (model := answer.get("model") or self.model).startswith(self.model):
+        if not (model := response.get("model") or self.model).startswith(self.model):
             raise self.make_error(f"comes from another model, {model[:80]!r}")
-        return dict(answer["choices"][0])
+        return dict(response["choices"][0])
 
     def _make_prompt(self, prompt: Ids) -> Any:
         return list(prompt)
 
     def check_logp(self, value: float | None) -> float:
-        """Check a log-probability. Raise CompressknowError if it is none: a server that lies is not believed."""
+        """Return a log-probability, at most 0. Raise CompressknowError if the value cannot be one."""
         if value is None or not LEAST <= value <= ABOVE:
-            raise self.make_error(f"holds {value}, which is not a log-probability")
+            raise self.make_error(f"has {value}, which is not a log-probability")
         return min(float(value), 0.0)
 
     def check_token(self, number: int) -> int:
-        """Check the id of a token. Raise CompressknowError if it can be none."""
+        """Return a token id. Raise CompressknowError if the number cannot be one."""
         if not 0 <= number < 1 << 31:
-            raise self.make_error(f"holds {number} for a token")
+            raise self.make_error(f"has {number} as a token id")
         return number
 
     def make_error(self, what: str) -> CompressknowError:
-        """Return the error for an answer that cannot be one."""
+        """Return an error about an invalid response."""
         return CompressknowError(
-            f"{self.client.url} gives answers that make no sense: one {what}.",
-            why=f"It was taken for {self.name}.",
-            hint="Update the server, or ask who runs it.",
+            f"{self.client.url} returned an invalid response: it {what}.",
+            why=f"The server was detected as {self.name}.",
+            hint="Update the server, or ask its operator.",
         )
 
 
@@ -139,18 +140,18 @@ class LlamaServer(ServedModel):
         return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
 
     def predict(self, prompt: Ids, wanted: Sequence[int]) -> FirstToken:
-        found = self._find_likeliest(prompt, LLAMA_TOKENS)
-        if found.whole or all(number in found.logp for number in wanted):
-            return found
-        # A second request for all tokens: a second of work, and 5 MB, seldom needed.
+        likeliest = self._find_likeliest(prompt, LLAMA_TOKENS)
+        if likeliest.whole or all(number in likeliest.logp for number in wanted):
+            return likeliest
+        # Request all tokens, which takes a second and 5 MB, but is seldom needed.
         return self._find_likeliest(prompt, self._vocabulary)
 
     def score_rest(self, prompt: Ids, ids: Ids, score: float, bar: float) -> float:
-        for place, number in enumerate(ids):
-            before = (*prompt, *ids[:place])
-            step = self._request_step(before, number, 1)
+        for position, number in enumerate(ids):
+            context = (*prompt, *ids[:position])
+            step = self._request_step(context, number, 1)
             if step is None:
-                score += self._find_likeliest(before, self._vocabulary).logp.get(number, -math.inf)
+                score += self._find_likeliest(context, self._vocabulary).logp.get(number, -math.inf)
             elif step["id"] != number:
                 raise self.make_error(f"has token {step['id']} where {number} was forced")
             else:
@@ -160,23 +161,23 @@ class LlamaServer(ServedModel):
         return score
 
     def _find_likeliest(self, prompt: Ids, count: int) -> FirstToken:
-        # The written token does not matter; one that is a whole text makes the server report all.
+        # Force a token that is complete text, as the server returns nothing for part of a character.
         step = self._request_step(prompt, next(iter(self.encode("a", False)), 0), count)
         top = step["top_logprobs"] if step else []
         if len(top) < min(count, self._vocabulary):
-            raise self.make_error(f"has {len(top):,} tokens where {count:,} were asked for")
+            raise self.make_error(f"has {len(top):,} tokens instead of {count:,}")
         logp = {self.check_token(each["id"]): self.check_logp(each["logprob"]) for each in top}
-        texts = {each["id"]: _mend(each["token"]) for each in top}
+        texts = {each["id"]: _replace_surrogates(each["token"]) for each in top}
         return FirstToken(logp, texts, whole=len(logp) >= self._vocabulary)
 
     def _request_step(self, prompt: Ids, forced: int, count: int) -> Mapping[str, Any] | None:
-        """Return what is told of the next position, where the server writes the token `forced`: None if that token
-        ends in the middle of a letter, of which the server tells nothing."""
-        how = {"n_predict": 1, "n_probs": count, "logit_bias": [[forced, FORCE]], "temperature": 0}
-        how["response_fields"] = ["completion_probabilities", "content"]
-        answer = self.client.post("/completion", {"prompt": list(prompt), "model": self.model, **how}, _STEPS)
-        steps = answer.get("completion_probabilities")
-        content = answer.get("content")
+        """Return the probabilities at the next position, where the server must generate the token `forced`; None if
+        that token ends within a character, for which the server returns no probabilities."""
+        options = {"n_predict": 1, "n_probs": count, "logit_bias": [[forced, FORCE]], "temperature": 0}
+        options["response_fields"] = ["completion_probabilities", "content"]
+        response = self.client.post("/completion", {"prompt": list(prompt), "model": self.model, **options}, _STEPS)
+        steps = response.get("completion_probabilities")
+        content = response.get("content")
         if steps is None and content is not None and (not content or content.endswith("\ufffd")):
             return None
         if steps is None or len(steps) > 1:
@@ -190,7 +191,7 @@ class LlamaServer(ServedModel):
 
 
 class Vllm(ServedModel):
-    """vLLM: prompts and options are token ids."""
+    """vLLM, with prompts and options as token ids."""
 
     name = "vLLM"
 
@@ -203,26 +204,26 @@ class Vllm(ServedModel):
         answer = self.complete(prompt, form, logprobs=SERVER_TOKENS, return_tokens_as_token_ids=True)
         if not (top := answer["logprobs"]["top_logprobs"]):
             raise self.make_error("has no top_logprobs")
-        found: dict[int, float] = {}
+        logp: dict[int, float] = {}
         for name, value in top[0].items():
             # ``token_id:17``
             digits = name.removeprefix("token_id:")
             if not re.fullmatch("[0-9]{1,10}", digits):
-                raise self.make_error(f"holds {name[:40]!r} for a token")
-            found[self.check_token(int(digits))] = self.check_logp(value)
-        return FirstToken(dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))))
+                raise self.make_error(f"has {name[:40]!r} as a token id")
+            logp[self.check_token(int(digits))] = self.check_logp(value)
+        return FirstToken(dict(sorted(logp.items(), key=lambda pair: (-pair[1], pair[0]))))
 
     def score_rest(self, prompt: Ids, ids: Ids, score: float, bar: float) -> float:  # noqa: ARG002
         form = {"logprobs": {"token_logprobs": [(float, None)]}}
-        read = self.complete((*prompt, *ids), form, logprobs=1, echo=True)["logprobs"]["token_logprobs"]
+        logprobs = self.complete((*prompt, *ids), form, logprobs=1, echo=True)["logprobs"]["token_logprobs"]
         end = len(prompt) + len(ids)
-        if len(read) < end:
+        if len(logprobs) < end:
             raise self.make_error("has too few token_logprobs")
-        return score + sum(map(self.check_logp, read[len(prompt) : end]))
+        return score + sum(map(self.check_logp, logprobs[len(prompt) : end]))
 
 
 class WritingServer(ServedModel):
-    """Server that gives no log-probabilities. Prompts and options are texts, told apart by character."""
+    """Server that returns no log-probabilities. Prompts and options are texts, with characters as tokens."""
 
     name = "a server without log-probabilities"
     scores = False
@@ -242,28 +243,28 @@ class WritingServer(ServedModel):
 
 
 class EchoingServer(WritingServer):
-    """Any server that echoes prompts with log-probabilities: its tokens begin where it says (``text_offset``)."""
+    """Any server that echoes prompts with log-probabilities, and with the positions of tokens (``text_offset``)."""
 
     name = "a server that echoes"
     scores = True
 
     def score_rest(self, prompt: Ids, ids: Ids, score: float, bar: float) -> float:  # noqa: ARG002
-        found = self.complete((*prompt, *ids), {"logprobs": _ECHO}, logprobs=1, echo=True)["logprobs"]
-        tokens, values, offsets = (found[key] for key in _ECHO)
+        echo = self.complete((*prompt, *ids), {"logprobs": _ECHO}, logprobs=1, echo=True)["logprobs"]
+        tokens, values, offsets = (echo[key] for key in _ECHO)
         if not len(tokens) == len(values) == len(offsets) > 0:
-            raise self.make_error("has a text_offset that fits no token")
+            raise self.make_error("has a text_offset that does not match its tokens")
         pairs = zip(_find_spans(self._make_prompt((*prompt, *ids)), tokens, offsets), values, strict=True)
         end = len(prompt) + len(ids)
-        # A token that reaches over the beginning of the answer is counted with it.
-        chosen = [value for (start, stop), value in pairs if len(prompt) < stop and start < end]
-        if not chosen:
+        # A token that spans the beginning of the answer counts as part of it.
+        logprobs = [value for (start, stop), value in pairs if len(prompt) < stop and start < end]
+        if not logprobs:
             raise self.make_error("has no token for the answer")
-        return score + sum(map(self.check_logp, chosen))
+        return score + sum(map(self.check_logp, logprobs))
 
 
 def _find_spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> list[tuple[int, int]]:
-    """Return where in the text each token begins and ends. A token that begins every text, and is not in it, counts in
-    the offsets of some servers.
+    """Return where in the text each token begins and ends. Some servers include a BOS token, which is not in the text,
+    in their offsets.
 
     >>> _find_spans("a b", ["<s>", "a", " b"], [0, 3, 4])
     [(-3, 0), (0, 1), (1, 3)]
@@ -273,21 +274,21 @@ def _find_spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> lis
     begins = [offset - offsets[0] for offset in offsets]
     ahead = begins[1] if len(begins) > 1 and not text.startswith(tokens[0]) else 0
     starts = [begin - ahead for begin in begins]
-    # The start of the next character: servers spell out the bytes of a partial one.
+    # A token ends where the next one begins, since servers spell out the bytes of a partial character.
     ends = [start + len(token) for start, token in zip(starts, tokens, strict=True)]
-    later = [next((other for other in starts[place:] if other > start), None) for place, start in enumerate(starts)]
+    later = [next((other for other in starts[index:] if other > start), None) for index, start in enumerate(starts)]
     return [(start, end if other is None else other) for start, end, other in zip(starts, ends, later, strict=True)]
 
 
-def _mend(text: str) -> str:
-    """Replace halves of surrogate pairs, as a model may write that is cut off in the middle of a letter."""
+def _replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which may occur if a text is cut within a character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> ServedModel:
-    """Find out the kind of server, by what it tells of itself and, of one that tells nothing, one completion. `listed`
-    is what ``/v1/models`` says of the model. Raises CompressknowError if the server completes no text."""
-    # A router with several models passes it on; of itself it says 0.
+    """Detect the kind of server from what it says about itself, otherwise from a completion. `listed` is the model's
+    entry in ``/v1/models``. Raises CompressknowError if the server cannot complete text."""
+    # A router forwards this to the model's server; its own n_ctx is 0.
     if about := _request_about(client, f"/props?model={quote(model, safe='')}", _PROPS):
         longest = about["default_generation_settings"]["n_ctx"] or None
         listed = {**about, **(listed.get("meta") or {})}
@@ -296,11 +297,11 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
     if version and listed.get("owned_by") == "vllm":
         return Vllm(client, model, listed, build=version["version"], longest=listed.get("max_model_len"))
     echoing, writing = EchoingServer(client, model, {}), WritingServer(client, model, {})
-    # It may know nothing of log-probabilities.
+    # The server may not support log-probabilities.
     trial, form = writing.encode(TRIAL, True), {f"{key}?": (form, None) for key, form in _ECHO.items()}
     try:
-        found = echoing.complete(trial, {"logprobs?": (form, None)}, logprobs=1, echo=True).get("logprobs") or {}
-        if len(found.get("token_logprobs") or ()) > 2 and found.get("text_offset"):
+        logprobs = echoing.complete(trial, {"logprobs?": (form, None)}, logprobs=1, echo=True).get("logprobs") or {}
+        if len(logprobs.get("token_logprobs") or ()) > 2 and logprobs.get("text_offset"):
             return echoing
     except RequestRefused as refused:
         if refused.status not in (400, 422, 501):
@@ -310,7 +311,7 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
 
 
 def _request_about(client: Client, path: str, form: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a server tells of itself in that form; nothing if it does not."""
+    """Return what a server says about itself at a path, checked for a form; {} if it does not."""
     try:
         return dict(client.get(path, form))
     except RequestRefused as refused:

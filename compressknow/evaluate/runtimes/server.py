@@ -1,4 +1,4 @@
-"""Model on a server that alone knows it: OpenAI's completions are its language, and facts are scored by requests."""
+"""Models on servers: facts are scored by requests to an API like OpenAI's completions."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, I
 T = TypeVar("T")
 
 
-# Characters that a token has, about: where the server's tokens are not known, room for a free answer is told by these.
+# Characters per token, a low estimate: if tokens are not known, it gives the length of a free answer.
 CHARACTERS = 2
 
 
 class ServerTokenizer:
-    """Tokenizer of a server, as far as prompts need one."""
+    """Tokenizer of a server, with only the methods that prompts need."""
 
     eos_token_id = unk_token_id = None
 
@@ -43,27 +43,28 @@ class ServerTokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        """Return the token that begins every text, where there is one."""
+        """Return the token that begins every text, if there is one."""
         return next(iter(self._served.encode("", True)), None) if self._served.tokens else None
 
 
 class ServedScorer(CausalScorer):
-    """Prompts and candidates are those of any causal model; what they are worth, the server says.
+    """Scorer of a model on a server, with the prompts and candidates of any causal model.
 
-    Where it gives no log-probabilities, an answer is what it writes, right where that begins with the object.
+    If the server returns no log-probabilities, the answer is the generated text, which is correct if it begins with the
+    object.
     """
 
     def __init__(self, served: ServedModel, probe: Probe, parallel: int) -> None:
         super().__init__(None, ServerTokenizer(served), probe)
         if self.one_token:
             raise UnsupportedError(
-                f"{probe.name} is answered by one word of a vocabulary, which no server tells the probabilities of.",
-                hint="Choose a probe with candidates or of free answers, such as atlas, bear or facts:FILE.jsonl.",
+                f"{probe.name} needs the probabilities of all words of a vocabulary, which servers do not return.",
+                hint="Choose a probe with candidates or with free answers, such as atlas, bear or facts:FILE.jsonl.",
             )
         self._served, self._parallel = served, parallel
 
     def make_query(self, fact: Fact) -> Query | str:
-        """Return the query of any causal model; where the server only writes, candidates are not told to it."""
+        """Return the query of any causal model; without candidates if the server only generates text."""
         if self._served.scores or not fact.candidates:
             return super().make_query(fact)
         if reason := self.find_obstacle(replace(fact, candidates=None)):
@@ -77,15 +78,15 @@ class ServedScorer(CausalScorer):
         return self._served.longest
 
     def split(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
-        """Take each fact alone: it is counted and stored as soon as it is answered."""
+        """Split the batch into single facts, so that each is counted and stored as soon as it is answered."""
         return [(query,) for query in batch]
 
     def run_each(
         self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
     ) -> Iterator[tuple[Sequence[Query], T]]:
-        """Send the requests of several batches at the same time; those of one batch follow one another."""
+        """Send the requests of several batches concurrently; those of one batch are sent in sequence."""
         batches = list(batches)
-        # Its threads are daemons: who interrupts the run does not wait for a server that hangs.
+        # Its threads are daemons, so interrupting the run does not wait for a server that hangs.
         with ThreadPool(max(1, min(self._parallel, len(batches)))) as pool:
             yield from pool.imap_unordered(lambda batch: (batch, work(batch)), batches)
 
@@ -95,7 +96,7 @@ class ServedScorer(CausalScorer):
         reference: Sequence[Ids] | None,
         measure_kl: MeasureKl | None = None,  # noqa: ARG002
     ) -> list[Answer]:
-        """Answer a query, alone in its batch; no server tells whole distributions in time: `whole` is not called."""
+        """Answer the only query of a batch; `measure_kl` is not called, as servers are too slow for all tokens."""
         (query,), wanted = batch, _get_wanted(reference)
         text, first = self._write(query), self._served.predict(query.prompt, wanted or ())
         answer = self._choose(query, first) if query.options else self._judge(query, first, text)
@@ -115,16 +116,16 @@ class ServedScorer(CausalScorer):
         return [find_choice(self._write(query), list_choices(query.fact)) for query in batch]
 
     def _write(self, query: Query) -> str:
-        """Return what the model writes: as many tokens as tell what it says."""
+        """Return a greedy continuation that is long enough to contain an answer."""
         tokens = max(map(len, query.options or (query.gold,)))
         slack = 1 + OPENING_TOKENS if query.options else SLACK_TOKENS
         count = tokens if self._served.tokens else math.ceil(tokens / CHARACTERS)
         return self._served.write(query.prompt, count + slack)
 
     def _choose(self, query: Query, first: FirstToken) -> Answer:
-        """Rank the candidates: those that begin with a token that the server told are bounded by it, all others by the
-        least of them, until they matter. For their sum, each takes requests of its own: it is left out, but where the
-        server told no token, so that each is read anyway."""
+        """Rank the candidates. A candidate's bound is the log-probability of its first token if the server returned it,
+        and otherwise the lowest one that it returned; exact scores are requested only where they matter. The sum over
+        all candidates is left out, unless each is scored anyway because the server returned no tokens."""
         options = query.options
         heads = [first.logp.get(ids[0]) for ids in options]
         scores = np.array([first.bound if head is None else head for head in heads])
@@ -134,7 +135,7 @@ class ServedScorer(CausalScorer):
 
         def finish(pairs: list[tuple[int, int]], bars: Scores) -> Scores:
             rows = zip(pairs, bars, strict=True)
-            return np.array([self._score(query, options[place], first, bar) for (_, place), bar in rows])
+            return np.array([self._score(query, options[option], first, bar) for (_, option), bar in rows])
 
         rank_candidates([ranking], finish)
         return make_choice(query.fact, ranking)
@@ -148,7 +149,7 @@ class ServedScorer(CausalScorer):
         return self._served.score_rest((*query.prompt, ids[0]), ids[1:], head, bar)
 
     def _judge(self, query: Query, first: FirstToken, text: str) -> Answer:
-        """Judge a free answer. Its rank is that of the object's first token, where the server told it."""
+        """Judge a free answer. Its rank is that of the object's first token, if the server returned that."""
         correct = find_choice(text, list_choices(query.fact)) == query.fact.obj_label
         text, _ = judge(text, query.fact.obj_label)
         best = list(first.logp)[:TOP]
@@ -164,7 +165,7 @@ def _get_wanted(reference: Sequence[Ids] | None) -> list[int] | None:
 
 
 def _add_first(answer: Answer, first: FirstToken, wanted: list[int] | None) -> Answer:
-    """Add the distribution at the first position, of the `wanted` tokens or the likeliest, if all are told."""
+    """Add the distribution at the first position over the `wanted` tokens, or the most likely, if all are known."""
     ids = list(first.logp)[:REFERENCE_TOKENS] if wanted is None else wanted
     if not all(number in first.logp for number in ids):
         ids = []
@@ -172,21 +173,21 @@ def _add_first(answer: Answer, first: FirstToken, wanted: list[int] | None) -> A
     return replace(answer, first_ids=np.array(ids, dtype=np.int32), first_logp=values, first_kl=None)
 
 
-# Models of a server that a message names.
+# Maximum number of models that a message lists.
 SHOWN = 8
-# The form of a list of models.
+# Form of a list of models.
 MODELS = {"data": [{"id": str, "meta?": (dict, None), "owned_by?": (str, None), "max_model_len?": (int, None)}]}
 
 
 def connect(url: str, settings: Settings) -> ServedModel:
-    """Find out which model a server has, and what it tells of it. Raises as `choose_model` and `detect_server` do."""
+    """Connect to a model on a server. Raises as `choose_model` and `detect_server` do."""
     client = Client(url, timeout=settings.timeout, parallel=settings.parallel)
     return detect_server(client, *choose_model(client, settings.model))
 
 
 def choose_model(client: Client, named: str | None) -> tuple[str, Mapping[str, Any]]:
-    """Return the model's name on the server, and what ``/v1/models`` says of it. Raises UsageError if the server has
-    several and none is named, or has none of that name."""
+    """Return the model's name on the server, and its entry in ``/v1/models``. Raises UsageError if the server has
+    several models and none is named, or has none of that name."""
     try:
         rows = client.get("/v1/models", MODELS)["data"]
     except RequestRefused as refused:

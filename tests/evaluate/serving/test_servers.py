@@ -127,7 +127,7 @@ def test_a_server_without_log_probabilities_is_judged_by_what_it_writes(
 
 
 def test_a_probe_of_single_words_is_refused(served: Callable[[str], ModelServer]) -> None:
-    with pytest.raises(UnsupportedError, match="answered by one word of a vocabulary"):
+    with pytest.raises(UnsupportedError, match="needs the probabilities of all words"):
         answers_from(served("vllm").url, as_probe(known_facts(closed=False), vocabulary="full"))
 
 
@@ -211,8 +211,8 @@ def in_all_logprobs(value: float) -> Callable[[dict[str, Any]], Any]:
     return lie(change)
 
 
-NO_JSON = "answers /v1/completions with what is not JSON"
-NUMBERS = "answers /v1/completions with JSON of another form: choices[0].logprobs.token_logprobs"
+NO_JSON = "answers /v1/completions with something that is not JSON"
+NUMBERS = "answers /v1/completions with unexpected JSON: choices[0].logprobs.token_logprobs"
 LIES = {
     "nan": (in_logprobs({"token_logprobs": [math.nan] * 40}), f"{NUMBERS}[0] is not a number"),
     "above 0": (in_logprobs({"token_logprobs": [0.5] * 40}), "0.5, which is not a log-probability"),
@@ -224,7 +224,7 @@ LIES = {
     "too few": (in_logprobs({"token_logprobs": [None, -1.0]}), "too few token_logprobs"),
     "top nan": (in_logprobs({"top_logprobs": [{"token_id:5": math.nan}]}), "token_id:5 is not a number"),
     "top none": (in_logprobs({"top_logprobs": []}), "has no top_logprobs"),
-    "top names": (in_logprobs({"top_logprobs": [{"Paris": -1.0}]}), "holds 'Paris' for a token"),
+    "top names": (in_logprobs({"top_logprobs": [{"Paris": -1.0}]}), "has 'Paris' as a token id"),
     "no logprobs": (lie(lambda choice: choice.pop("logprobs", None)), "choices[0].logprobs is missing"),
     "no choices": (lambda answer: answer | {"choices": []}, "has no choices"),
     "another model": (lambda answer: answer | {"model": "other"}, "comes from another model, 'other'"),
@@ -232,7 +232,7 @@ LIES = {
     "half a json": (lambda _: b'{"choices": [', NO_JSON),
     "deep": (lambda _: b"[" * 100_000, NO_JSON),
     "many values": (lambda _: b'{"choices": [' + b"[]," * 9_000_000 + b"0]}", NO_JSON),
-    "a list": (lambda _: [], "another form: it is not an object"),
+    "a list": (lambda _: [], "unexpected JSON: it is not an object"),
 }
 
 
@@ -283,7 +283,7 @@ def test_half_a_letter_that_a_server_writes_is_stored_as_none(
         ("trickle", "does not answer within 0.3 s"),
         (500, r"answers with an error \(HTTP 500\)"),
         (418, r"answers with an error \(HTTP 418\)"),
-        ((307, {"Location": "http://127.0.0.1:9"}), r"sends requests elsewhere \(HTTP 307\)"),
+        ((307, {"Location": "http://127.0.0.1:9"}), r"redirects to another address \(HTTP 307\)"),
         ("cut", "closes the connection"),
         ("break", "closes the connection"),
     ],
@@ -391,7 +391,7 @@ def test_a_server_that_wants_a_key(
         monkeypatch.setenv("COMPRESSKNOW_API_KEY", given + KEY)
     assert main(["probe", server.url, "-o", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
-    assert "does not take the key (HTTP 401)" in said if given else "wants a key (HTTP 401)" in said
+    assert "does not accept the key (HTTP 401)" in said if given else "requires a key (HTTP 401)" in said
     assert "Set COMPRESSKNOW_API_KEY" in said
     assert KEY not in said
 
