@@ -682,11 +682,11 @@ class TestPruningMethod:
         [
             (("scatter_(2", "scatter_(7"), "IndexError"),
             (("[EachBlock(pruned)] * len(weights)", "[]"), "gives 0 masks for 14 tensors"),
-            (("return mask.numpy()", "return mask"), "is not a boolean NumPy array of shape [64, 128]"),
-            (("return mask.numpy()", "return mask.numpy()[1:]"), "is not a boolean NumPy array of shape [64, 128]"),
+            (("return mask.numpy()", "return mask"), "is not a boolean NumPy array of shape ["),
+            (("return mask.numpy()", "return mask.numpy()[1:]"), "is not a boolean NumPy array of shape ["),
             (
                 ("return mask.numpy()", f"return {PRUNED}(mask.numpy(), block.values.int())"),
-                "are not floats of shape [64, 128]",
+                "are not floats of shape [",
             ),
             (("def count(self, weights, amount)", "def count(self)"), "TypeError"),
             (("round(amount * self.span)\n\n", "1\n\n"), "prunes 36,864 weights, but announced"),
