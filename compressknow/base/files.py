@@ -1,6 +1,6 @@
 """Files that appear whole or not at all, and locks that end with the process that holds them.
 
-A lock is the operating system's: a process that is killed holds none, whatever becomes of its number. A file is written
+A lock is the operating system's: a process that is killed holds none, even if its number is reused. A file is written
 under a temporary name next to its place, and renamed when it is whole. Its lock is another file next to it, since
 Windows renames nothing that is open. A temporary file whose lock nobody holds is a dead run's, and the next run removes
 it.

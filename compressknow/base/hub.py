@@ -168,7 +168,7 @@ def _show_bars(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def _explain_failures(place: Path, repo: str, again: str) -> Iterator[None]:
-    """Raise whatever stops an upload with a note that the output is whole, and how to go on."""
+    """Raise any error of an upload with a note that the output is complete, and how to upload it."""
     try:
         yield
     except Exception as error:  # Of httpx, of huggingface_hub and, where it comes from Rust, of no class in particular.
@@ -184,7 +184,7 @@ def _explain_failures(place: Path, repo: str, again: str) -> Iterator[None]:
 
 
 def _explain(error: BaseException) -> tuple[str, str | None]:
-    """Return what went wrong, and what to do about it besides trying again."""
+    """Return what went wrong, and what to do about it other than trying again."""
     for each in _list_causes(error):
         # By name: up to release 1 of huggingface_hub they are of httpx, from 2 on of httpx2.
         kinds = {kind.__name__ for kind in type(each).__mro__}

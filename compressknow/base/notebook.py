@@ -15,7 +15,7 @@ WIDTH = 80
 TITLE_CHARACTERS, VERDICT_CHARACTERS, CELL_CHARACTERS, LINE_CHARACTERS = 200, 800, 60, 160
 # Rows beyond these are counted.
 SHOWN_AT_A_PROMPT, SHOWN_IN_A_NOTEBOOK = 8, 20
-# In colours of the page around it; light or dark.
+# In the colours of the surrounding page, light or dark.
 TABLE = "border-collapse:collapse;font-variant-numeric:tabular-nums;color:inherit"
 CELL = "padding:2px 10px;border-bottom:1px solid rgba(128,128,128,0.35);background:transparent;color:inherit"
 

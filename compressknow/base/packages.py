@@ -136,7 +136,7 @@ class Registry(Generic[Thing]):
             raise CompressknowError(what, why=f"{why}.", hint=self._hint(name)) from error
 
     def built_in(self) -> dict[str, Thing]:
-        """Return those of this package, by name, whatever others add."""
+        """Return those of this package, by name, without those that others add."""
         return {name: self._load_built_in(name) for name in self._built_in}
 
     @property

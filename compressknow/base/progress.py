@@ -234,7 +234,7 @@ def ignore_advance(done: int, total: int, left: float | None = None) -> None:
 
 @contextlib.contextmanager
 def report_progress(listener: Listener | None, stage: Stage) -> Iterator[Advance]:
-    """Report that a stage begins and, whatever becomes of it, ends; gives what reports how far it is."""
+    """Report that a stage begins and, even after an error, ends; yields the function that reports its progress."""
     if listener is None:
         yield ignore_advance
         return

@@ -26,7 +26,7 @@ CONFIG, CARD, TABLE_OF_OPTIONS = 16 * MIB, MIB, MIB // 4
 INDEX, MANIFEST, TOKENIZER = 64 * MIB, 256 * MIB, 256 * MIB
 RECORD = 64 * MIB
 FACTS, LINE = 1024 * MIB, MIB
-# Values in one JSON file, or in all lines of a facts file: each takes up to 100 bytes of memory besides its text.
+# Values in one JSON file, or in all lines of a facts file: each takes up to 100 bytes of memory, plus its text.
 MOST_VALUES = 8_000_000
 # The largest whole number in a record: arithmetic on larger ones would overflow floats.
 LARGEST = 1 << 256
@@ -40,7 +40,7 @@ _KINDS = {
 
 
 class NotReadable(ValueError):
-    """File that is not a regular one, larger than its kind can be, or no JSON or TOML. The text says which."""
+    """File that is not a regular one, is larger than its kind can be, or is not JSON or TOML. The text says which."""
 
 
 def open_regular(path: Path, most: int | None = None) -> BufferedReader:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Bytes that must stay free on the disk, for the answers.
 RESERVE = 256 << 20
-# Log-probabilities that are compared at a time: 16 MB as float64, whatever the batch and the vocabulary.
+# Log-probabilities that are compared at a time: 16 MB as float64, for any batch and vocabulary.
 AT_A_TIME = 1 << 21
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from compressknow.evaluate.scoring.scorer import Scorer
 
 
-# The continuations of these identify a model on a server, besides its name.
+# Their continuations identify a model on a server, together with its name.
 PROMPTS = ("The capital of France is", "Water boils at", "The author of Hamlet is", "1, 1, 2, 3, 5, 8,")
 WRITTEN_TOKENS = 8
 # Bytes that take more than a second to read and hash.
@@ -333,7 +333,7 @@ class ModelHandle:
         self.contents.check_finite(self.located, trust_remote_code=self._settings.trust_remote_code)
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if what it answers may not be that of the files that were hashed, if they were."""
+        """Raise CheckpointError if the files may have changed since they were hashed, if they were."""
         if "contents" in self.__dict__:
             check_unchanged(self.contents.states)
 

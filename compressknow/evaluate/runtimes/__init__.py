@@ -107,7 +107,7 @@ class Runtime(abc.ABC):
 
     @classmethod
     def key(cls) -> tuple[str, ...]:
-        """Return what besides model and settings decides the answers: name and build; nothing for transformers."""
+        """Return what else affects the answers, next to model and settings: name and build; empty for transformers."""
         return ()
 
     @classmethod

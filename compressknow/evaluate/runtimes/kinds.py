@@ -310,7 +310,7 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
 
 
 def _request_about(client: Client, path: str, form: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a server tells of itself in that form; nothing if it does not."""
+    """Return what a server reports of itself in that form; empty if it reports nothing."""
     try:
         return dict(client.get(path, form))
     except RequestRefused as refused:
