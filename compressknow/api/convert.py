@@ -76,7 +76,7 @@ def convert(
     include, exclude, layers : regular expressions on module names, and blocks (``3``, ``"0-5"``), that narrow it.
     drop_blocks : how many blocks of each stack to drop, or which: ``"20-23"``; the scopes ``encoder`` and ``decoder``
         narrow it.
-    drop_neurons : share of the hidden units of each feed-forward block to drop; narrowed likewise.
+    drop_neurons : share of the hidden units of each feed-forward block to drop; narrowed the same way.
     prune : share of the weights to zero, between 0 and 1.
     prune_method : a name of `compressknow.compress.pruning.METHODS`, by default ``l1-unstructured``.
     pattern : such as ``"2:4"``, for methods that support it.

@@ -71,7 +71,7 @@ def export(
     ----------
     model : a local folder or a hub id.
     output : the ``.gguf`` file to write; it appears only when it is whole, and ``output.json`` next to it.
-    type : of most weights: ``q8_0`` (default), ``q6_k``, ``q4_k_m``, ``f16`` and whatever else llama.cpp has.
+    type : of most weights: ``q8_0`` (default), ``q6_k``, ``q4_k_m``, ``f16`` or another of llama.cpp.
     type_of : types of some tensors, by a scope (``attention``) or a regular expression on the names that they have in
         the file; of several that name a tensor the last holds.
     calibration : the text that an importance matrix is made of: ``self`` (the model's own samples), the path of a
@@ -165,7 +165,7 @@ def export(
 
 
 def _read_target(options: Mapping[str, Any]) -> SizeTarget | None:
-    """Return how large the file is to be; None if types are given instead."""
+    """Return the requested size of the file; None if types are given instead."""
     if options["size"] is None and options["bits"] is None:
         for name in ("guide", "facts", "data", "must", "rounding"):
             if options[name]:

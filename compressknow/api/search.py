@@ -169,7 +169,7 @@ def search(
         original, answers = study_model.original, guided.reference
         form.learn(*measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers))
         graded_by = [part.grading if selection else part.held_out for part in parts]
-        # What rounding, or the runtime, changes of the original.
+        # What rounding, or the runtime, changes in the original's answers.
         noise: list[AddNoiseFloor] = [NoiseFloors.add_precision]
         if form.name == GGUF:
             noise.append(partial(NoiseFloors.add_runtime, floats=form.floats))
@@ -246,7 +246,7 @@ def _remove_winner_of_other_form(folder: Path, name: str) -> None:
 
 
 def _check_winners_place(place: Path) -> None:
-    """Raise OutputError if something that no search wrote is in the winner's place."""
+    """Raise OutputError if the winner's path holds something that no search wrote."""
     if os.path.lexists(place) and not is_made(place):
         raise OutputError(
             f"{place} exists already, and is not a winner of a search.",

@@ -109,12 +109,12 @@ SPIN_COUNT = 5000
 
 
 class _Stopped(SystemExit):
-    """Request by a signal to end this process."""
+    """Raised when a signal asks this process to end."""
 
 
 @contextmanager
 def explain_interrupt(note: str) -> Iterator[None]:
-    """Add to the message of an interrupted command what became of its work."""
+    """Say, in the message of an interrupted command, what happened to its work."""
     try:
         yield
     except (KeyboardInterrupt, _Stopped) as stop:

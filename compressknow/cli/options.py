@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-# The groups, in the order in which a user decides.
+# The groups, in the order in which a user makes the choices.
 GROUPS = COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
     "What to compress",
     "How to compress it",

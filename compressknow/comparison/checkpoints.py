@@ -69,7 +69,7 @@ def diff_models(
 
 
 def find_other_files(a: LocatedModel, b: LocatedModel) -> Iterator[str]:
-    """Yield small files that decide answers too and are not alike: of the tokenizer, and modelling code."""
+    """Yield small files that differ and affect answers too: of the tokenizer, and modelling code."""
     if ".gguf" in (a.path.suffix, b.path.suffix):
         return
     left_out = {"config.json", *find_weight_files(a.path), *find_weight_files(b.path)}
@@ -176,7 +176,7 @@ def _diff_tensor(
 
 
 def name_in_block(name: str) -> str:
-    """Return what a weight is inside its block: alike for all blocks, all stacks and all experts.
+    """Return what a weight is inside its block: the same for all blocks, all stacks and all experts.
 
     >>> name_in_block("decoder.block.3.layer.1.EncDecAttention.q.weight")
     'layer.EncDecAttention.q'
@@ -302,7 +302,7 @@ def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: DiffSums, same: bo
 
 
 def _diff_gguf_values(a: Any, b: Any) -> tuple[DiffSums, bool]:
-    """Return the sums of two tensors of one shape, unpacked piece by piece, and whether they are alike to the bit."""
+    """Return the sums of two tensors of one shape, unpacked piece by piece, and whether they are identical."""
     rows_a, rows_b = (each.data.reshape(-1, each.data.shape[-1]) for each in (a, b))
     same = a.tensor_type == b.tensor_type and np.array_equal(rows_a.view(np.uint8), rows_b.view(np.uint8))
     sums, step = DiffSums(), max(_VALUES // int(a.shape[0]), 1)

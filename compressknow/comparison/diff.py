@@ -92,13 +92,13 @@ class TensorDiff:
     dtype_b: str
     bytes_a: int  # on disk, scales included
     bytes_b: int
-    same_bytes: bool  # stored alike to the bit
+    same_bytes: bool  # stored bit for bit the same
     sums: DiffSums
 
 
 @dataclass(frozen=True, slots=True)
 class StructureChange:
-    """Tensor that the two checkpoints do not store alike; `a` and `b` say how each does, "-" for not at all."""
+    """Tensor that the two checkpoints store differently; `a` and `b` say how, "-" if not at all."""
 
     name: str
     kind: Kind
@@ -130,7 +130,7 @@ class CheckpointDiff:
 
     @property
     def same_weights(self) -> bool:
-        """Return whether both checkpoints store every tensor, in one dtype, alike to the bit."""
+        """Return whether both checkpoints store every tensor in one dtype with the same bits."""
         return not self.structure and all(tensor.same_bytes for tensor in self.tensors)
 
 

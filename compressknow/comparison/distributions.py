@@ -263,8 +263,8 @@ def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -
 
 
 def measure_consistency(answers: Iterable[Answer]) -> float | None:
-    """Return the share of pairs of wordings of one fact that are answered alike, over the facts that were put in two or
-    more (Elazar et al. 2021, "Measuring and Improving Consistency in Pretrained Language Models", section 3). None
+    """Return the share of pairs of wordings of one fact that get the same answer, over the facts with two or more
+    wordings (Elazar et al. 2021, "Measuring and Improving Consistency in Pretrained Language Models", section 3). None
     where there is none."""
     shares = []
     for wordings in group_by_fact(answers).values():

@@ -106,7 +106,7 @@ def run_mcnemar(counts: Counts) -> float | None:
     if not counts.n:
         return None
     discordant = counts.lost + counts.gained
-    # Both tails are alike. Where they meet, floats may add up to 0.9999999999999999.
+    # Both tails are equal. Where they meet, floats may add up to 0.9999999999999999.
     if abs(counts.lost - counts.gained) <= discordant % 2:
         return 1.0
     return min(1.0, 2 * float(bdtr(min(counts.lost, counts.gained), discordant, 0.5)))
@@ -275,7 +275,7 @@ def _flip_signs(changes: np.ndarray) -> float:
         wider[2 * size :] += chances / 2
         chances = wider
     seen = abs(int(changes.sum()))
-    # Both tails are alike.
+    # Both tails are equal.
     return min(1.0, float(2 * chances[len(chances) // 2 + seen :].sum())) if seen else 1.0
 
 
@@ -402,7 +402,7 @@ def estimate_difference_by_cluster(clusters: Sequence[Counts], level: float = 0.
 def _estimate_mean(sums: Sequence[float], sizes: Sequence[int], inflation: float) -> tuple[Estimate, float | None]:
     """Return the mean over all facts with its interval over clusters, and the two-sided p-value that it is 0, both by
     Student's t, of a variance so many times as large as is seen: of a ratio, linearized (Cochran 1977, "Sampling
-    Techniques", section 9A.2). There is no interval where all clusters are alike."""
+    Techniques", section 9A.2). There is no interval if all clusters are equal."""
     from scipy.special import stdtr
 
     total, size = (np.asarray(side, dtype=np.float64) for side in (sums, sizes))

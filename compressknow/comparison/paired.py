@@ -297,7 +297,7 @@ def pair_answers(
     entry_compressed: ProbeEntry,
 ) -> list[Pair]:
     """Pair the answers to the same facts, in the order of the facts' ids. Raises CompressknowError if the two sides
-    were not evaluated alike: other protocol, fingerprint or facts."""
+    were not evaluated the same way: other protocol, fingerprint or facts."""
     _check_prompts(probe, entry_original, entry_compressed)
     before, after = ({answer.fact_id: answer for answer in side} for side in (original, compressed))
     _check_facts(probe, before, after)

@@ -19,7 +19,7 @@ from compressknow.model.structure import LinearWeight
 
 
 def diff_values(reader: Reader, a: Values, b: Values) -> tuple[DiffSums, bool]:
-    """Return the sums of two tensors, taken in float64, and whether they are stored alike to the bit."""
+    """Return the sums of two tensors, taken in float64, and whether they are stored bit for bit the same."""
     scale_a, scale_b = read_scales(reader, a), read_scales(reader, b)
     columns = max(get_matrix_shape(values.tensor.shape)[1] for values in (a, b))
     alike = (a.tensor.dtype, a.stored.dtype) == (b.tensor.dtype, b.stored.dtype) and _is_same(scale_a, scale_b)
@@ -37,7 +37,7 @@ def diff_values(reader: Reader, a: Values, b: Values) -> tuple[DiffSums, bool]:
 def _is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    # As bytes: NaN is unlike itself, and zeros of both signs are alike.
+    # As bytes: NaN does not equal itself, and zeros of both signs are equal.
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 

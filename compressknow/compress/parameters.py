@@ -1,5 +1,5 @@
 """Parameters of pruning methods and schemes, and options of `convert`: declared once, for Python, the command line,
-recipes and grids alike.
+recipes and grids.
 
 A field of a method's or a scheme's class is a parameter::
 

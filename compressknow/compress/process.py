@@ -46,7 +46,7 @@ class TensorStats:
 
     `norm` is ||original|| (Frobenius; 0 if it holds no floats), `relative_error` ||written - original|| / ||original||
     with the written weights dequantized. `sha256` is the hash of the written values, `other_sha256` has those of its
-    scales and whatever else its scheme stores, by suffix. `refilled` counts zeros of the source that became non-zero.
+    scales and anything else its scheme stores, by suffix. `refilled` counts zeros of the source that became non-zero.
     """
 
     zeros_before: int
@@ -149,7 +149,7 @@ class TensorConverter(Reader):
         return tally.summarize(writer.sha256, self._write_scales(planned, scheme, scales))
 
     def _write_scales(self, planned: PlannedTensor, scheme: Scheme, scales: torch.Tensor) -> dict[str, str]:
-        """Write the scales and whatever else a scheme stores for a tensor; return the hashes, by suffix."""
+        """Write the scales and anything else a scheme stores for a tensor; return the hashes, by suffix."""
         hashes: dict[str, str] = {}
         with SCHEMES.explain_failures(scheme.name):
             if not bool((scales > 0).all() & torch.isfinite(scales).all()):

@@ -62,7 +62,7 @@ TOKENIZER_FILES = (
     *("source.spm", "target.spm", "tekken.json", "spm.model", "spm_char.model", "sentencepiece.model", "bpe.codes"),
     *("dict.txt", "prophetnet.tokenizer", "target_vocab.json", "vocab-src.json", "vocab-tgt.json", "emoji.json"),
 )
-# Files that decide the answers besides the weights: transformers loads an adapter if peft is installed.
+# Files other than the weights that affect the answers: transformers loads an adapter if peft is installed.
 DECISIVE = ("config.json", *TOKENIZER_FILES, ADAPTER_CONFIG, f"{ADAPTER}.safetensors", f"{ADAPTER}.bin")
 
 

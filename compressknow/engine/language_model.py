@@ -72,7 +72,7 @@ class LanguageModel:
 
     @property
     def parameters(self) -> int:
-        """Count the model's parameters, without what quantization stores besides its weights."""
+        """Count the model's parameters, without what quantization adds to its weights."""
         from compressknow.engine.layers import EngineLinear
 
         named = self.model.named_parameters()

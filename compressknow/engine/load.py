@@ -276,7 +276,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
 
 @contextlib.contextmanager
 def _translate_errors(path: Path) -> Iterator[None]:
-    """Raise whatever transformers raises on a damaged or foreign folder as one error that names it."""
+    """Raise any error of transformers on a damaged or foreign folder as one error that names the folder."""
     try:
         yield
     except CompressknowError:

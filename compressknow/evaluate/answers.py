@@ -271,7 +271,7 @@ def write_record(folder: Path, record: Record) -> None:
 
 # Answers to a probe until all of them are there, by its key.
 PARTS = ".parts"
-# Beside these, what a killed run leaves: files that were being written.
+# Files that were being written when a run was killed.
 _UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
 
 
@@ -293,7 +293,7 @@ def read_stored(folder: Path) -> list[Answer]:
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Return whether a folder holds anything besides answers or what an interrupted run leaves."""
+    """Return whether a folder holds anything other than answers and what an interrupted run leaves."""
     try:
         names = {path.name for path in folder.iterdir()}
     except FileNotFoundError:

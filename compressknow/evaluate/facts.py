@@ -87,7 +87,7 @@ class Probe:
     vocabulary : ``closed`` (the facts have candidates), ``words`` (one word out of `words`), ``full`` (one token out of
         the model's whole vocabulary), ``open`` (free text of causal and seq2seq models, one token of masked models).
     words : the words that may be answered, for ``words``.
-    fold_case : an answer counts whatever its case (the paper's protocol).
+    fold_case : upper and lower case are the same in an answer (the paper's protocol).
     keep_unanswerable : objects of several tokens stay and count as wrong (the paper's protocol); otherwise the facts
         are dropped, as the official LAMA code does.
     score_rest : causal and seq2seq models are scored on what follows the blank too (BEAR's sentence scores). Without,

@@ -327,7 +327,7 @@ def _name_choices(probes: Sequence[Opened]) -> list[str]:
 
 
 def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
-    """Return the answers to these probes alone, or to all if none is named. Raise UsageError for one that they lack."""
+    """Return the answers to these probes only, or to all if none is named. Raise UsageError for one that they lack."""
     if not probes:
         return answers
     probes = [probe if probe in answers.probes else normalize_name(probe) for probe in probes]

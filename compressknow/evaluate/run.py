@@ -116,7 +116,7 @@ def probe_model(
             # A model that cannot read it is refused before it is evaluated on all else.
             handle.make_reader()
         for probe in lacked[1:]:
-            # Likewise a task whose data cannot be had; the compressed models have it as the original does.
+            # So is a task whose data cannot be had. They are the same for all models, so the original's run tells.
             if isinstance(probe, Task) and context.reference is None:
                 probe.check_data()
         for probe in lacked:

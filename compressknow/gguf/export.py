@@ -293,7 +293,7 @@ def _name_output(file: Path, output: Path) -> Iterator[None]:
 
 
 def _check_size(export: ExportPlan, nbytes: int) -> None:
-    """Raise CompressknowError if the file is larger than its budget."""
+    """Raise CompressknowError if the file is over its budget."""
     if export.fit is not None and nbytes > export.fit.budget:
         raise CompressknowError(
             f"The file has {write_size(nbytes)}, more than {write_size(export.fit.budget)}: nothing was written.",

@@ -243,7 +243,7 @@ def round_file(
             if inputs.tokens < LEAST_TOKENS:
                 return
             stored, values = stored[matrix], values[matrix]
-        # A copy: torch takes no array that cannot be written to, such as one of a file.
+        # A copy, since torch takes no read-only array, such as one of a file.
         values = gguf.dequantize(values, floats[name].tensor_type).astype(np.float32, order="C")
         if (layout := kind.name.lower()) in LAYOUTS:
             stored[...] = round_gptq(torch.from_numpy(values), layout, inputs)

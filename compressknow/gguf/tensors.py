@@ -153,7 +153,7 @@ def is_matrix(tensors: Tensors, name: str) -> bool:
 
 
 def measure_overhead(tensors: Tensors) -> int:
-    """Return an upper bound of the bytes besides the matrices: vocabulary, norms, metadata, rules for its types."""
+    """Return an upper bound of the bytes of all but the matrices: vocabulary, norms, metadata, rules for its types."""
     names = [name for name in tensors.tensors if is_matrix(tensors, name)]
     others = sum(align(each.nbytes) for name, each in tensors.tensors.items() if name not in names)
     rules = sum(len(name) + _RULE for name in names)

@@ -41,7 +41,7 @@ def build_loading_settings(folder: Path, quantization: Mapping[str, Any]) -> dic
     name = next((name for name in CONFIGS if (folder / name).is_file()), CONFIGS[0])
     settings = _read_if_readable(folder / name)
     settings = dict(settings) if isinstance(settings, dict) else {}
-    # Its name in newer releases.
+    # The name in newer releases.
     key = "config_kwargs" if "config_kwargs" in settings else "config_args"
     config = settings[key] if isinstance(settings.get(key), dict) else {}
     return {name: {**settings, key: {**config, "quantization_config": {**quantization, "dequantize": True}}}}
@@ -63,7 +63,7 @@ MERGE = "Merge it into its base model (merge_and_unload of peft), and give the f
 SHOWN = 3
 DOWNLOAD_AGAIN = "Download or save the checkpoint again."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# Files that a conversion needs from a hub repository, besides the weights.
+# Files that a conversion needs from a hub repository, in addition to the weights.
 HUB_PATTERNS = (
     *("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken"),
     *(f"*{ADAPTER}.safetensors", f"*{ADAPTER}.bin"),
@@ -89,7 +89,7 @@ class Checkpoint:
         check_unchanged(self.states)
 
     def check_has_weights(self) -> None:
-        """Raise CheckpointError if its folder has a config alone."""
+        """Raise CheckpointError if its folder has only a config."""
         if not self.tensors:
             raise CheckpointError(
                 f"{self.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
@@ -153,7 +153,7 @@ def _check_no_other_form(model: str | Path, folder: Path) -> None:
 
 
 def list_some(names: Collection[str]) -> str:
-    """Return the first few of some names, and how many there are besides.
+    """Return the first few of some names, and how many more there are.
 
     >>> list_some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -302,7 +302,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
     return folder, folder.name
 
 
-# Files that transformers reads besides the weights, and their maximum bytes.
+# Files other than the weights that transformers reads, and their maximum bytes.
 _READ = {
     **dict.fromkeys(("config.json", "generation_config.json", "preprocessor_config.json"), CONFIG),
     **dict.fromkeys(("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"), CONFIG),

@@ -310,7 +310,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         return written
 
     def _read_statistics(self, tensor: PlannedTensor, sums: InputSums) -> list[InputStatistics]:
-        """Return the statistics of each matrix of a tensor; where nothing is known, all channels count alike."""
+        """Return the statistics of each matrix of a tensor; where nothing is known, all channels count the same."""
         matrices = tensor.to_prune.matrices[0]
         first = 0 if matrices > 1 else self._plan.sources.matrix_of(tensor.source, tensor.parameter)
         width = tensor.to_prune.matrices[1 if tensor.transposed else 2]

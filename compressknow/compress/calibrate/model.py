@@ -29,7 +29,7 @@ WHOLE_IN_MEMORY = "Its blocks cannot be run one by one, so that all of it must b
 
 class PlaceholderTensor(torch.Tensor):
     """Weight that is not in memory, on the meta device. It raises RuntimeError when it is used with values: torch
-    silently multiplies by a meta tensor, and returns whatever was in memory."""
+    silently multiplies by a meta tensor, and returns what was in memory."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

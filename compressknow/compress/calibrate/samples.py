@@ -86,7 +86,7 @@ class Writer(abc.ABC):
     def generate(
         self, inputs: Mapping[str, torch.Tensor], config: Any, generator: torch.Generator, tokens: int
     ) -> torch.Tensor:
-        """Run the model's own `generate`, with whatever cache the architecture keeps, where `draw` chooses each token,
+        """Run the model's own `generate`, with the cache that the architecture keeps, where `draw` chooses each token,
         to write about so many `tokens`."""
         # The model's own settings (beams, forced or forbidden tokens) are for answers; `generate` would mix them in.
         self.model.generation_config = config

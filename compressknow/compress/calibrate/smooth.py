@@ -221,7 +221,7 @@ def check_smoothable(plan: Plan) -> None:
 
 
 class _SmoothingTrial(Visitor):
-    """Visitor of one block of each kind to smooth, that is, of one class with the same weights to smooth alike."""
+    """Visitor of one block of each kind to smooth, that is, of one class with the same weights to smooth."""
 
     def __init__(self, tensors: Sequence[PlannedTensor], streamed: StreamedModel, pool: Pool) -> None:
         self._streamed, self._pool = streamed, pool

@@ -61,7 +61,7 @@ def select_smallest(
         prefix = (prefix << width) | index
     wanted = amount - below
     if wanted == at_index:
-        # All go, wherever they lie: no need to know how many lie where.
+        # All of them go: no need to know how many lie where.
         return prefix + 1, (0,) * count
     ties = run(lambda index: sum(int(np.count_nonzero(block == prefix)) for block in keys(index)), range(count))
     # To each tensor in order at most what is tied there.

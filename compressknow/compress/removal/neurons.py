@@ -150,7 +150,7 @@ class Cut:
 def drop_neurons(
     checkpoint: Checkpoint, settings: Config, drops: Sequence[DroppedNeurons]
 ) -> tuple[Checkpoint, PreTrainedModel, dict[str, Cut]]:
-    """Leave neurons out, whichever these will be; return the checkpoint with fewer, its module tree, and what is cut,
+    """Leave neurons out, not yet chosen; return the checkpoint with fewer, its module tree, and what is cut,
     by stored name. The cut tensors of the checkpoint have their shapes, but no place that could be read.
 
     Raises UnsupportedError if the checkpoint does not store a tensor of floats for each projection.

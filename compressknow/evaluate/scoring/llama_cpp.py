@@ -20,7 +20,7 @@ from compressknow.gguf.llama_cpp import GgufModel
 PROMPTS, PROMPT_TOKENS = 64, 512
 # llama.cpp takes no more (LLAMA_MAX_SEQ of llama-cparams.h).
 SEQUENCES = 256
-# Tokens of candidates that are held besides them.
+# Tokens of candidates that are held in addition.
 CANDIDATE_TOKENS = 1536
 # Tokens of candidates that one pass reads without a look at who has fallen behind.
 WIDE = 64

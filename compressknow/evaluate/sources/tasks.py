@@ -281,7 +281,7 @@ def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
             else:
                 whole = _is_whole(index.task_index, task.task)
                 built = dict((index if whole else _read_index(task.include, own=True)).load(task.task))
-    except Exception as error:  # whatever a task's own YAML, code and data bring forth
+    except Exception as error:  # a task's own YAML, code and data may raise anything
         raise _explain(task, error) from error
     for name, one in built["tasks"].items():
         what = f"lm-eval's task {name}" + ("" if name == task.task else f", of {task.task},")

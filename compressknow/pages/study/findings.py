@@ -239,7 +239,7 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], claims.Claim]], ...] = (
         _claim_final_near_baseline,
     ),
 )
-# For findings that compare a figure with a limit, the figure.
+# The figure, for findings that compare one with a limit.
 _LEFT = "left of what the original knows beyond the baseline"
 _FIGURES = {"F1": "relative fall in accuracy", "F5": _LEFT, "F10": _LEFT}
 
