@@ -91,9 +91,12 @@ class Checkpoint:
     def check_has_weights(self) -> None:
         """Raise CheckpointError if its folder has only a config."""
         if not self.tensors:
+            variants = [path.name for path in self.folder.glob("model.*.safetensors")]
             raise CheckpointError(
                 f"{self.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
-                hint="Give the folder of a whole checkpoint.",
+                hint=f"It has a variant alone: rename {variants[0]} to {SAFETENSORS}."
+                if len(variants) == 1
+                else "Give the folder of a whole checkpoint.",
             )
 
     @property

@@ -44,7 +44,9 @@ def test_a_hub_id_is_no_folder_that_an_output_of_its_name_could_overlap(
 
 
 def test_a_folder_without_weights(source: Path, refused: Refused) -> None:
-    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").rename(source / "model.fp16.safetensors")
+    assert "has a variant alone: rename model.fp16.safetensors to model.safetensors" in refused(source, *PRUNE)
+    (source / "model.fp16.safetensors").unlink()
     assert "has no weights" in refused(source, *PRUNE)
 
 

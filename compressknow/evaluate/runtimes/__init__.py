@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
@@ -46,11 +47,19 @@ class Settings:
     noise_floor: bool = True
 
     def __post_init__(self) -> None:
+        # torch's objects stand for their names, as where a model is loaded.
+        object.__setattr__(self, "device", str(self.device))
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         check_device(self.device)
-        numbers = {"batch-size": self.batch_size, "parallel": self.parallel, "timeout": self.timeout}
-        for option, value in numbers.items():
-            if not value > 0:
-                raise UsageError(f"--{option} must be above 0: {value:g}.")
+        for name, kind, what in (
+            ("batch_size", Integral, "whole number"),
+            ("parallel", Integral, "whole number"),
+            ("timeout", Real, "number"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not float(value) > 0:
+                raise UsageError(f"--{name.replace('_', '-')} must be a {what} above 0: {value!r}.")
         if self.runtime is not None and self.runtime not in RUNTIMES:
             raise UsageError(
                 f"There is no runtime {self.runtime!r}.",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
@@ -474,10 +475,28 @@ def test_a_server_may_take_as_long_as_it_needs(served: Callable[[str], ModelServ
     assert clients.Client(served("writes").url, timeout=seconds).get("/v1/models", dict)["data"]
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"parallel": 0}, {"timeout": math.nan}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"parallel": 0},
+        {"timeout": math.nan},
+        {"batch_size": 2.5},
+        {"parallel": "4"},
+        {"timeout": None},
+    ],
+)
 def test_settings_that_run_nothing_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="must be above 0"):
+    with pytest.raises(UsageError, match="number above 0"):
         Settings(**wrong)
+
+
+def test_devices_and_dtypes_of_torch_are_taken_by_their_names() -> None:
+    named: Any = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
+    assert Settings(**named) == Settings(device="cpu", dtype="bfloat16")
+    for wrong in (None, 3):
+        with pytest.raises(UsageError, match="There is no device"):
+            Settings(device=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
