@@ -144,7 +144,9 @@ def _make_batch_invariant(model: PreTrainedModel) -> None:
 
 def count_embedding_rows(model: PreTrainedModel) -> int:
     """Return the number of tokens that a model reads. Raises UnsupportedError if it reads no tokens."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    from compressknow.model.meta import find_input_embedding
+
+    weight = getattr(find_input_embedding(model), "weight", None)
     # Perceiver's is a part of what prepares its inputs.
     rows = weight.shape[0] if weight is not None else getattr(model.config, "vocab_size", None)
     if isinstance(rows, int):
@@ -219,12 +221,14 @@ def find_decoder_start(model: PreTrainedModel) -> int:
 def _check_head(path: Path, model: PreTrainedModel) -> None:
     """Raise CheckpointError for a missing head that transformers ties to the embedding, for T5 even if the config says
     that it is not tied: such a model answers at random."""
+    from compressknow.model.meta import find_input_embedding
+
     config = read_json(path / "config.json") if path.is_dir() else {}
     named = str((config.get("architectures") or [None])[0])
     head = model.get_output_embeddings()
     if config.get("tie_word_embeddings") is not False or find_family_of_class(named) or head is None:
         return
-    if head.weight is model.get_input_embeddings().weight:
+    if head.weight is getattr(find_input_embedding(model), "weight", None):
         raise CheckpointError(
             f"{path} has no language-modelling head: its config names {named}, and says that the head is not tied to "
             "the embedding.",

@@ -74,8 +74,8 @@ class Int8Linear(EngineLinear):
         all tokens that come together.
 
     Takes [..., in] and gives [..., out] of the same float dtype. Scales and integers are what compressed-tensors
-    computes in that dtype (`compute_dynamic_scales_and_zp`, `quantize`), except that it gives one scale to all tokens
-    of an input [tokens, in].
+    computes in that dtype (`compute_dynamic_scales_and_zp`, `quantize`), except that it tells tokens apart by the first
+    two dimensions alone: all of an input [tokens, in], or of a sequence in [batch, 1, tokens, in], share one scale.
     """
 
     word, rounds = "int8", True

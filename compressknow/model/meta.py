@@ -316,6 +316,15 @@ def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
     return uses.reads
 
 
+def find_input_embedding(model: PreTrainedModel) -> nn.Module | None:
+    """Return the module that embeds token ids; None where the code that comes with a checkpoint does not say."""
+    try:
+        embedding: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return embedding
+
+
 def _read_code(kind: type[nn.Module]) -> str:
     """Return the source of a class of transformers or remote code, and of its bases, without strings (such as names of
     tied weights) and without code that sets weights."""

@@ -22,6 +22,7 @@ from compressknow.base.progress import silence_libraries
 from compressknow.compress.sources import Sources
 from compressknow.engine.load import find_reason
 from compressknow.model.groups import list_block_names
+from compressknow.model.meta import find_input_embedding
 from compressknow.model.tensors import OpenFiles, StoredTensor, get_torch_dtype, view_bytes
 
 WHOLE_IN_MEMORY = "Its blocks cannot be run one by one, so that all of it must be in memory, in float32."
@@ -90,7 +91,7 @@ class StreamedModel:
 
     def _hook_vocabulary(self) -> set[str]:
         """Have embeddings and heads, which have a row per token, read when they run; return their parameters' names."""
-        embeddings = self.model.get_input_embeddings()
+        embeddings = find_input_embedding(self.model)
         rows = getattr(embeddings, "weight", torch.empty(0)).shape[0]
         late: set[str] = set()
         for name, module in self.model.named_modules(remove_duplicate=False):

@@ -11,6 +11,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, MarianConfig, MarianMTModel, PreTrainedModel, PreTrainedTokenizerBase
 
+import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.compress.calibrate.sequences import draw_spans
 from compressknow.compress.calibrate.text import CalibrationText, count_facts, read_calibration_text
@@ -18,7 +19,7 @@ from compressknow.compress.steps import Calibration
 from compressknow.engine.language_model import load_language_model
 from compressknow.model.meta import build_meta_model
 from tests.gguf.making import train_sentencepiece
-from tests.knowing import KNOWN_FACTS, knowing
+from tests.knowing import KNOWN_FACTS, knowing, knowing_by_own_code
 from tests.long import long
 from tests.models import edit_config, save_tiny
 
@@ -306,6 +307,27 @@ def test_a_model_without_head_is_calibrated_on_a_file_and_not_on_itself(
     assert made(tmp_path, notes).tokens == 640
     with pytest.raises((CheckpointError, UnsupportedError), match=r"FILE\.txt"):
         made(tmp_path)
+
+
+def test_code_that_does_not_say_which_module_embeds_tokens_is_calibrated_and_loaded(
+    tmp_path: Path, notes: Path
+) -> None:
+    """NeoBERT's is such code: transformers knows the names of usual embeddings alone."""
+    folder = knowing_by_own_code(tmp_path / "own")
+    edit_config(folder, tie_word_embeddings=False)
+    with (folder / "own.py").open("a") as code:
+        code.write("\n    def get_input_embeddings(self):\n        raise NotImplementedError\n")
+    trusted = {"trust_remote_code": True}
+    compressknow.convert(
+        folder,
+        tmp_path / "out",
+        prune=0.3,
+        prune_method="wanda",
+        calibration=str(notes),
+        calibration_tokens=256,
+        **trusted,
+    )
+    assert load_language_model(tmp_path / "out", **trusted).family == "causal"
 
 
 def test_a_fact_stands_in_a_text_where_a_sentence_has_both_names() -> None:
