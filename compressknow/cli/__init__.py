@@ -225,7 +225,9 @@ def _report_os_error(error: OSError) -> int:
         # The reader has exited (`| head`).
         return FAILED
     where = f": {error.filename}" if error.filename is not None else ""
-    return _report_failure(f"{error.strerror or error}{where}")
+    # As Python's tempfile says it, in a container whose file system is read-only.
+    hint = "Set TMPDIR to a folder that can be written to." if "usable temporary directory" in str(error) else None
+    return _report_failure(f"{error.strerror or error}{where}", hint)
 
 
 def _exit_orderly_on_signals() -> None:

@@ -227,11 +227,10 @@ def _call_llama_cpp(
     dry_run: bool,
 ) -> int:
     """Call llama.cpp, and return its exit code."""
-    from llama_cpp_py_sync import _cffi_bindings
-
     from compressknow.gguf.choice import list_file_types, list_tensor_types
+    from compressknow.gguf.llama_cpp import open_library
 
-    ffi, library = _cffi_bindings.get_ffi(), _cffi_bindings.get_lib()
+    ffi, library = open_library()
     # Keeps what is passed to C alive.
     alive: list[Any] = []
     parameters = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())

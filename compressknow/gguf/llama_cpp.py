@@ -46,10 +46,9 @@ def load_native() -> Native:
     # Before it aborts the process, it would run a debugger for a backtrace.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     try:
-        from llama_cpp_py_sync import _cffi_bindings as bindings
         from llama_cpp_py_sync import _version
 
-        ffi, lib = bindings.ffi, bindings.get_lib()
+        ffi, lib = open_library()
     except (ImportError, OSError, RuntimeError) as error:
         raise CompressknowError(
             "llama.cpp does not load on this machine.",
@@ -74,6 +73,18 @@ def load_native() -> Native:
     lib.llama_log_set(logged, ffi.NULL)
     lib.llama_backend_init()
     return Native(ffi, lib, str(getattr(_version, "__llama_cpp_tag__", "") or version("llama-cpp-py-sync")))
+
+
+def open_library() -> tuple[Any, Any]:
+    """Return CFFI's two halves. Raises RuntimeError where the library does not load here."""
+    from llama_cpp_py_sync import _cffi_bindings as bindings
+
+    with suppress(RuntimeError):
+        return bindings.ffi, bindings.get_lib()
+    # It may want GNU's OpenMP, which small images of Linux lack: torch brings one along.
+    import torch  # noqa: F401
+
+    return bindings.ffi, bindings.get_lib()
 
 
 def make_interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[BaseException]]:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -135,6 +136,15 @@ def test_traceback_comes_with_debug_only(capsys: pytest.CaptureFixture[str]) -> 
 def test_error_of_the_system_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(group_with(lambda: open("/no/such/file", encoding="utf-8").close()), ["verify"]) == 1  # noqa: PTH123
     assert capsys.readouterr().err == "Error: No such file or directory: /no/such/file\n"
+
+
+def test_where_no_temporary_file_can_be_made_it_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/no/such/folder"])
+    assert run(group_with(tempfile.gettempdir), ["verify"]) == 1
+    assert capsys.readouterr().err.endswith("\n  Set TMPDIR to a folder that can be written to.\n")
 
 
 def test_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:

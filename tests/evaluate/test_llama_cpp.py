@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -197,6 +198,17 @@ def test_who_interrupts_does_not_wait_until_a_file_is_loaded(place: Path) -> Non
         sys.setprofile(None)
     # The next one loads.
     GgufModel(place / "F32.gguf", trial=True).close()
+
+
+def test_it_loads_in_a_small_image_that_has_no_openmp() -> None:
+    # A process that does not see the system's: in a name space of its own, an empty file lies over it.
+    library = next((path.resolve() for path in Path("/usr/lib").glob("*/libgomp.so.1")), None)
+    hide = ["unshare", "--mount", "--map-root-user", "sh", "-c", 'mount --bind /dev/null "$0" && exec "$@"', library]
+    if not library or not shutil.which("unshare") or subprocess.run([*hide, "true"], capture_output=True).returncode:
+        pytest.skip("the system's OpenMP cannot be hidden here")
+    code = "from compressknow.gguf.llama_cpp import load_native; print(load_native().build)"
+    done = subprocess.run([*hide, sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == native.load_native().build, done.stderr
 
 
 @pytest.mark.usefixtures("scripts")
