@@ -152,6 +152,13 @@ def _find_flaw(name: str, section: Section) -> str:
         return f"its name must be of small letters, digits, - and _, and none of {', '.join(_TAKEN)}."
     if not str(getattr(section, "title", "")).strip():
         return "it has no title."
+    method: Any = section.method
+    # A text in the place of several would be shown letter by letter.
+    if not isinstance(method, tuple | list):
+        return "its method is no tuple of sentences."
+    pairs: Any = section.glossary if isinstance(section.glossary, tuple | list) else (None,)
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        return "its glossary is no tuple of pairs, a term and its meaning."
     return "" if isinstance(section.order, int | float) else "its order is no number."
 
 
@@ -180,7 +187,10 @@ def add_sections(
         try:
             figures = _measure(name, section, comparison, answers)
             context = Context(original, comparison, figures, Limits(lost=0, gained=0))
-            warnings += [clean(warning, 1000) for warning in section.warnings(context)]
+            told = section.warnings(context)
+            if isinstance(told, str):
+                raise TypeError("`warnings` gives one text in place of several")
+            warnings += [clean(warning, 1000) for warning in told]
             measured |= {name: figures} if figures else {}
         except Exception as error:
             # Whatever another package does; a failure of our own is to be seen.
