@@ -937,6 +937,27 @@ class TestScheme:
         ids = torch.tensor([[5, 9, 17, 4]])
         assert torch.allclose(model(ids).logits, floats(ids).logits, atol=1e-4)
 
+    @pytest.mark.usefixtures("int6")
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (("torch.device(device)", "torch.devise(device)"), "AttributeError: module 'torch'"),
+            (("weights.num_bits", "weights.bits"), "AttributeError: 'QuantizationArgs' object has no attribute 'bits'"),
+            (("return Int6Linear(module) if", "return module if"), "`layer_of` gives no EngineLinear"),
+            (('    word = "int6"\n', ""), "has no attribute 'word'"),
+        ],
+        ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
+    )
+    def test_what_is_wrong_with_a_layer_is_one_message(
+        self, change: tuple[str, str], says: str, install, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code = example("A layer of the engine", level=3)
+        assert change[0] in code
+        install(LAYERS, "int6-layer", code.replace(*change), "Kind")
+        assert main(["convert", "model", "six", "--quantize", "int6"]) == 0
+        said = refused(["probe", "six", "-p", "facts:facts.jsonl", "-o", "answers"], capsys, says)
+        assert "toy_int6_layer" in said
+
     @long
     def test_a_process_of_its_own_finds_it_and_others_read_what_it_made(self, home: Path) -> None:
         entries = {"compressknow.schemes": ["int6 = other:Int6"]}
