@@ -403,6 +403,9 @@ class TestSection:
             (("len(side) for", "len(side) * float('nan') for"), "ValueError: Out of range float values"),
             (('title = "Favourite answers"', 'title = ""'), "it has no title."),
             (("order = 46", "order = 'first'"), "its order is not a number."),
+            (('most of its facts.",)', 'most of its facts.")'), "its method is not a tuple of sentences."),
+            (("order = 46", "glossary = ('favourite', 'what is liked')"), "its glossary is not a tuple of pairs"),
+            (("def warnings(", "warnings = lambda *_: 'Beware.'\n\n    def told("), "`warnings` returns one string"),
             (("class Favourites(Section)", "class Favourites"), "not Section"),
             (("from collections import Counter", "import nothing_like_it"), "ModuleNotFoundError"),
         ],
@@ -941,6 +944,27 @@ class TestScheme:
         model, floats = compressknow.load("six"), AutoModelForCausalLM.from_pretrained("six")
         ids = torch.tensor([[5, 9, 17, 4]])
         assert torch.allclose(model(ids).logits, floats(ids).logits, atol=1e-4)
+
+    @pytest.mark.usefixtures("int6")
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (("torch.device(device)", "torch.devise(device)"), "AttributeError: module 'torch'"),
+            (("weights.num_bits", "weights.bits"), "AttributeError: 'QuantizationArgs' object has no attribute 'bits'"),
+            (("return Int6Linear(module) if", "return module if"), "`layer_of` gives no EngineLinear"),
+            (('    word = "int6"\n', ""), "has no attribute 'word'"),
+        ],
+        ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
+    )
+    def test_what_is_wrong_with_a_layer_is_one_message(
+        self, change: tuple[str, str], says: str, install, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code = example("A layer of the engine", level=3)
+        assert change[0] in code
+        install(LAYERS, "int6-layer", code.replace(*change), "Kind")
+        assert main(["convert", "model", "six", "--quantize", "int6"]) == 0
+        said = refused(["probe", "six", "-p", "facts:facts.jsonl", "-o", "answers"], capsys, says)
+        assert "toy_int6_layer" in said
 
     @long
     def test_a_process_of_its_own_finds_it_and_others_read_what_it_made(self, home: Path) -> None:

@@ -118,8 +118,8 @@ def count_facts_to_show(counts: Counts, design: Design = INDEPENDENT) -> int | N
 
 def count_facts_to_decide(counts: Counts, gate: float, design: Design = INDEPENDENT) -> int | None:
     """Return how many known facts, of the same relations, it takes for the interval of knowledge kept to lie on one
-    side of the gate in 80 of 100 samples, were the share kept what it is here; None if no number does, or no probe
-    has as many.
+    side of the gate in about 80 of 100 samples (one fact more or less moves that by some points), were the share kept
+    what it is here; None if no number does, or no probe has as many.
 
     >>> count_facts_to_decide(Counts(both=90, lost=10), 0.95), count_facts_to_decide(Counts(both=95, lost=5), 0.95)
     (185, None)

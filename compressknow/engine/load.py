@@ -246,7 +246,7 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     """Replace compressed-tensors' layers by the engine's if the device runs them, and unpack the rest module by module,
     as `ModelCompressor.decompress_model` does. That one also adds its own device dispatch, after which `generate`
     passes BART's decoder a dict as encoder output."""
-    from compressknow.engine.layers import LAYERS
+    from compressknow.engine.layers import LAYERS, EngineLinear
     from compressknow.model.meta import find_direct_reads
 
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
@@ -255,14 +255,25 @@ def _unpack(model: Any, device: str | torch.device) -> None:
     from compressed_tensors.compressors.base import decompress_module
     from compressed_tensors.quantization.utils.helpers import is_module_quantized
 
+    def runs(name: str) -> bool:
+        with LAYERS.explain_failures(name):
+            return LAYERS[name].runs_on(device)
+
+    def make_layer(name: str, module: Any) -> EngineLinear | None:
+        with LAYERS.explain_failures(name):
+            layer = LAYERS[name].layer_of(module)
+            if layer is not None and not (isinstance(layer, EngineLinear) and layer.word):
+                raise TypeError("`layer_of` gives no EngineLinear that has a word")
+            return layer
+
     # By module: one that stands in two places stays one.
     layers: dict[Any, Any] = {}
-    kinds = [LAYERS[name] for name in LAYERS if LAYERS[name].runs_on(device)]
+    kinds = [name for name in LAYERS if runs(name)]
     # Their weight is used by other modules too, or hidden states are cast to its dtype: both want floats.
     in_floats = {model.get_submodule(name) for name in find_direct_reads(model)} if kinds else set()
     for module in model.modules():
         if is_module_quantized(module):
-            found = filter(None, (kind.layer_of(module) for kind in kinds if module not in in_floats))
+            found = filter(None, (make_layer(kind, module) for kind in kinds if module not in in_floats))
             if layer := next(found, None):
                 layers[module] = layer
             else:

@@ -151,6 +151,13 @@ def _find_flaw(name: str, section: Section) -> str:
         return f"its name must be of small letters, digits, - and _, and none of {', '.join(_TAKEN)}."
     if not str(getattr(section, "title", "")).strip():
         return "it has no title."
+    method: Any = section.method
+    # A single string would be shown letter by letter.
+    if not isinstance(method, tuple | list):
+        return "its method is not a tuple of sentences."
+    pairs: Any = section.glossary if isinstance(section.glossary, tuple | list) else (None,)
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        return "its glossary is not a tuple of pairs: a term and its meaning."
     return "" if isinstance(section.order, int | float) else "its order is not a number."
 
 
@@ -179,7 +186,10 @@ def add_sections(
         try:
             figures = _measure(name, section, comparison, answers)
             context = Context(original, comparison, figures, Limits(lost=0, gained=0))
-            warnings += [clean(warning, 1000) for warning in section.warnings(context)]
+            texts = section.warnings(context)
+            if isinstance(texts, str):
+                raise TypeError("`warnings` returns one string, not several")
+            warnings += [clean(warning, 1000) for warning in texts]
             measured |= {name: figures} if figures else {}
         except Exception as error:
             # Third-party code may raise anything; our own errors must surface.
