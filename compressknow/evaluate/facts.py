@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import re
 from collections import Counter
@@ -308,8 +309,12 @@ def _share_out(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
     while (left := limit - sum(shares.values())) > 0:
         for name in [name for name in by_remainder if shares[name] < sizes[name]][:left]:
             shares[name] += 1
-    while sum(shares.values()) > limit:
-        shares[min(shares, key=lambda name: (-shares[name], name))] -= 1
+    largest = [(-share, name) for name, share in shares.items()]
+    heapq.heapify(largest)
+    for _ in range(sum(shares.values()) - limit):
+        share, name = largest[0]
+        shares[name] -= 1
+        heapq.heapreplace(largest, (share + 1, name))
     return shares
 
 
