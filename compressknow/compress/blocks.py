@@ -1,8 +1,8 @@
-"""Threads that each work on a tensor of their own, with torch's own threads off, and read it in blocks of rows.
+"""Thread pool in which each thread processes one tensor, with torch's own threads off, and reads it in blocks of rows.
 
 Blocks are small, and read one at a time into one buffer. Their size is fixed, so that sums over blocks do not depend on
-threads or memory; it fits a core's caches, where the many passes of pruning and quantizing cost a tenth of what they
-cost over a whole tensor.
+threads or memory, and fits a core's caches, where the many passes of pruning and quantizing take a tenth of the time
+that they take over a whole tensor.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, Sto
 
 BLOCK_ELEMENTS = 1 << 18
 FLOATS = (*FLOAT_DTYPES, "F64", "F8_E4M3", "F8_E5M2")
-# What is read, be it only for a comparison.
+# Dtypes that can be read, if only for a comparison.
 READABLE = (*FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")
-# Infinity as the bits of a float: without the sign they order as the magnitudes do, NaN behind it.
+# The bits of infinity. Without the sign, a float's bits sort like its magnitude, with NaN above infinity.
 INFINITIES = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 Item = TypeVar("Item")
@@ -34,15 +34,15 @@ Result = TypeVar("Result")
 
 
 class TaskStopped(Exception):
-    """End of a task whose result nobody waits for any more."""
+    """Exception that ends a task whose result is no longer needed."""
 
 
 class Pool:
-    """Thread pool whose first error stops the rest: long tasks call `check` between two blocks.
+    """Thread pool whose first error stops all tasks: long tasks call `check` between blocks.
 
-    A signal may raise between any two steps of the main thread, and a lock that is written in Python would stay taken:
-    who needs it next would wait for ever (`concurrent.futures` does, once in some hundred interruptions). So the main
-    thread touches no such lock, only a queue that is written in C.
+    A signal may raise between any two steps of the main thread and leave a lock that is implemented in Python taken for
+    ever (`concurrent.futures` deadlocks this way, once in some hundred interruptions). The main thread therefore uses
+    no such lock, only a queue that is implemented in C.
 
     `threads` is one per core by default. Raises UsageError if it is less than 1.
     """
@@ -68,9 +68,9 @@ class Pool:
             torch.set_num_threads(self._torch_threads)
 
     def map(self, task: Callable[[Item], Result], items: Iterable[Item], /) -> list[Result]:
-        """Return results in the order of `items`; a task begins after those before it have begun.
+        """Return results in the order of `items`, in which the tasks also begin.
 
-        Raises the first error, after the tasks under way have ended; then the pool is of no more use.
+        Raises the first error, after all running tasks have ended; after that, the pool cannot be used any more.
         """
         self.check()
         jobs = list(items)
@@ -80,9 +80,9 @@ class Pool:
         def work() -> None:
             try:
                 torch.set_num_threads(1)
-                for place, item in numbered:
+                for index, item in numbered:
                     self.check()
-                    results[place] = task(item)
+                    results[index] = task(item)
             except BaseException as error:
                 errors.append(error)
                 self._stopped = True
@@ -91,7 +91,7 @@ class Pool:
 
         threads = min(self.threads, len(jobs))
         try:
-            # In one step, between whose halves no signal comes.
+            # One call in C, which no signal can interrupt half-way.
             self._started.extend(map(start_new_thread, [work] * threads, [()] * threads))
             self._wait()
         except BaseException:
@@ -100,14 +100,14 @@ class Pool:
             raise
         if errors:
             raise errors[0]
-        return [results[place] for place in range(len(jobs))]
+        return [results[index] for index in range(len(jobs))]
 
     def _wait(self) -> None:
         while len(self._ended) < len(self._started):
             self._wake.get()
 
     def check(self) -> None:
-        """Raise Stopped where another task has failed or the user has interrupted."""
+        """Raise TaskStopped if another task has failed or the user has interrupted."""
         if self._stopped:
             raise TaskStopped
 
@@ -117,7 +117,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Reader:
-    """Reader of tensors: its threads, open files, and what is called with the number of bytes after each read."""
+    """Reader of tensors: its threads, open files, and the function to call with the number of bytes after each read."""
 
     pool: Pool
     files: OpenFiles
@@ -131,8 +131,8 @@ class Reader:
         columns: int | None = None,
         rows: Sequence[int] | None = None,
     ) -> Iterator[Block]:
-        """Yield the blocks of a tensor (of a dtype in READABLE), in order, or all of it as one; of these `rows` alone,
-        numbered anew, where they are given. Blocks have as many rows as those of a tensor that is `columns` wide."""
+        """Yield the blocks of a tensor (of a dtype in READABLE) in order, or the `whole` tensor as one block. If `rows`
+        are given, only these are read and numbered from 0. Blocks have as many rows as if the tensor had `columns`."""
         count, width = get_matrix_shape(tensor.shape)
         count = count if rows is None else len(rows)
         height = max(1, count if whole else min(count, BLOCK_ELEMENTS // max(columns or width, 1)))
@@ -152,8 +152,8 @@ class Reader:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows `first_row` and on of a tensor seen as a matrix: `values` [rows, columns] in its own dtype, a view of a
-    buffer that the next block overwrites."""
+    """Rows of a tensor as a matrix, from `first_row` on: `values` [rows, columns] in its own dtype, a view of a buffer
+    that the next block overwrites."""
 
     first_row: int
     values: torch.Tensor
@@ -164,30 +164,30 @@ class Block:
 
 
 def get_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return rows and columns of a tensor as one matrix: columns are its last dimension, stacked matrices in turn."""
+    """Return the rows and columns of a tensor as one matrix: columns are its last dimension, rows all others."""
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 def view_bits(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
-    """View the bits of a block as integers, in the same memory: numpy is several times faster on these."""
+    """View the bits of a block as integers, in the same memory; numpy is several times as fast with these."""
     return values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
 
 
 def make_magnitude_keys(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
-    """Return non-negative integers that order as the magnitudes of `values` do, of the same shape."""
+    """Return non-negative integers that sort like the magnitudes of `values`, of the same shape."""
     bits = view_bits(values)
     keys: npt.NDArray[np.signedinteger] = bits & np.iinfo(bits.dtype).max
     return keys
 
 
 def make_raw_keys(raw: memoryview, dtype: str) -> npt.NDArray[np.signedinteger]:
-    """Return an integer per element of `raw` bytes in a safetensors dtype, 0 if it is zero, of either sign."""
+    """Return an integer per element of `raw` bytes of a safetensors dtype: 0 for zeros, and for negative zeros."""
     elements: npt.NDArray[np.signedinteger] = np.frombuffer(raw, f"i{DTYPE_SIZES[dtype]}")
     return elements & np.iinfo(elements.dtype).max if dtype in FLOATS else elements
 
 
 def check_finite(largest_key: int, values_dtype: torch.dtype, tensor: StoredTensor) -> None:
-    """Raise CheckpointError naming the tensor where its largest magnitude key is infinity or NaN."""
+    """Raise CheckpointError naming the tensor if its largest magnitude key is that of infinity or NaN."""
     infinity = INFINITIES[values_dtype]
     if largest_key >= infinity:
         what = "an infinity" if largest_key == infinity else "NaN"

@@ -1,4 +1,4 @@
-"""Manifest of a conversion, compressknow.json: what it was made of and what it did, tensor by tensor."""
+"""Manifest of a conversion, compressknow.json: its source, its recipe, and its effect on each tensor."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ LIBRARIES = ("torch", "transformers", "safetensors", "compressed-tensors", "nump
 
 
 class Manifest(SummaryRepr, dict[str, Any]):
-    """Record of what a conversion was made of and did: the content of ``compressknow.json``, or of a dry run.
+    """Record of a conversion's source, recipe and effects: the content of ``compressknow.json``, or of a dry run.
 
-    A dict, which its properties read by name. A dry run has no zeros, errors and hashes, and `pruned` only where the
-    headers tell it.
+    A dict whose main keys are also properties. A dry run has no zeros, errors or hashes, and `pruned` only if it is
+    known from the headers.
     """
 
     @property
     def setup(self) -> str:
-        """Name what was done as the paper does, such as ``Att_GPQ 20%``."""
+        """Name the recipe as the paper does, such as ``Att_GPQ 20%``."""
         return str(self["setup"])
 
     @property
     def recipe(self) -> Recipe:
-        """Return the steps; `convert` takes them back and gives the same bytes."""
+        """Return the recipe, with which `convert` gives the same bytes again."""
         return Recipe.from_dict(self["recipe"])
 
     @property
@@ -60,12 +60,12 @@ class Manifest(SummaryRepr, dict[str, Any]):
 
     @property
     def tensors(self) -> list[dict[str, Any]]:
-        """Return an entry per tensor: name, group, shape, dtypes, what was done to it, its error and its hash."""
+        """Return an entry per tensor: name, group, shape, dtypes, how it was changed, its error and its hash."""
         return list(self["tensors"])
 
     @property
     def runtimes(self) -> list[str]:
-        """List what runs the output."""
+        """List the runtimes that run the output."""
         return list(self["runtimes"])
 
     def _summary(self) -> Summary:
@@ -94,14 +94,14 @@ class Manifest(SummaryRepr, dict[str, Any]):
 
 
 def read_versions() -> dict[str, str]:
-    """Return the versions of the tool and of the libraries whose arithmetic and formats it relies on."""
+    """Return the versions of compressknow and of the libraries whose arithmetic and formats it relies on."""
     return {"compressknow": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def predict_manifest(plan: Plan) -> Manifest:
-    """Return what the manifest of a plan will hold, as far as headers tell it: no zeros, errors or hashes, and `pruned`
-    by tensor only where no threshold over several tensors decides it. Of what is calibrated, `estimate` says how many
-    blocks, bytes and seconds it takes."""
+    """Return what is known of a plan's manifest from the headers: no zeros, errors or hashes, and `pruned` per tensor
+    only if no threshold over several tensors decides it. For calibrated recipes, `estimate` has the blocks, bytes and
+    seconds that the calibration takes."""
     known, total = plan.count_pruned()
     rows = [{**_describe_planned(tensor, plan.removal), "pruned": known.get(tensor.name, 0)} for tensor in plan.tensors]
     summary = _summarize_plan(plan, rows, {})
@@ -127,7 +127,7 @@ def build_manifest(
     calibrated: CalibrationResult | None = None,
 ) -> Manifest:
     """Return the manifest of a conversion: `measured` has every tensor of the plan by name, `source_files` and `files`
-    the SHA-256 of the files that were read, and of those written beside the weights."""
+    the SHA-256 of the files that were read, and of those written in addition to the weights."""
     rows = [_describe(tensor, measured[tensor.name], plan.removal) for tensor in plan.tensors]
     summary = _summarize_plan(plan, rows, source_files)
     summary["totals"]["relative_error"] = pool_errors(rows)
@@ -175,7 +175,7 @@ def _summarize_plan(plan: Plan, rows: list[dict[str, Any]], source_files: Mappin
 
 
 def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a recipe left out: blocks and neurons by setting of the config, parameters and bytes in all, and the
+    """Return what a recipe dropped: blocks and neurons by setting of the config, parameters and bytes in total, and the
     tensors of dropped blocks."""
     left_out: list[dict[str, Any]] = [
         {
@@ -208,7 +208,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
             {
                 **{"key": ".".join(drop.keys), "before": drop.before, "after": drop.after},
                 "modules": [down.module for down in drop.networks],
-                # Nothing before the text has said which.
+                # Not known before the calibration text was evaluated.
                 **({"dropped": dropped[drop.keys]} if dropped else {}),
             }
             for drop in removal.neurons
@@ -218,7 +218,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
 
 
 def count_weights(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, Any]] = ()) -> dict[str, int]:
-    """Add up manifest rows; of tensors that were left out only the bytes count that they took."""
+    """Add up manifest rows; tensors that were left out count only in ``bytes_before``."""
     total = dict.fromkeys(COUNTS, 0)
     for row in rows:
         total["parameters"] += row["numel"]
@@ -234,7 +234,7 @@ def count_weights(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, A
 
 
 def pool_errors(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Return ||written - original|| / ||original|| of the weights of all rows; None if a row lacks its norm.
+    """Return ||written - original|| / ||original|| over the weights of all rows; None if a row lacks its norm.
 
     >>> pool_errors([{"norm": 3.0, "relative_error": 0.5}, {"norm": 4.0, "relative_error": 0.0}])
     0.3
@@ -249,14 +249,14 @@ def pool_errors(rows: Iterable[Mapping[str, Any]]) -> float | None:
 
 
 def _round(value: float) -> float:
-    # All that float32 sums hold; more would look like knowledge.
+    # The digits that float32 sums can have; more would pretend precision.
     return float(f"{value:.9g}")
 
 
 def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[str, Any]:
     cut = removal.cuts.get(tensor.source.name) if removal else None
     name_before = tensor.name
-    # Of a block that was numbered anew, once the text has said which blocks go.
+    # Its block may have been renumbered, once it is decided which blocks are dropped.
     if removal and tensor.name == tensor.source.name and all(drop.is_decided for drop in removal.blocks):
         name_before = removal.names.get(tensor.name, tensor.name)
     return {
@@ -279,7 +279,7 @@ def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[st
 def _describe(tensor: PlannedTensor, measured: TensorStats, removal: Removal | None) -> dict[str, Any]:
     row = _describe_planned(tensor, removal) | {
         "pruned": measured.pruned,
-        # A weight that got values of its own was not there before.
+        # An untied weight was not stored before.
         "zeros_before": 0 if tensor.created else measured.zeros_before,
         "zeros": measured.zeros,
         **({"refilled": measured.refilled} if measured.refilled else {}),
@@ -294,7 +294,7 @@ def _describe(tensor: PlannedTensor, measured: TensorStats, removal: Removal | N
     ]
     if [part.suffix for part in tensor.stored] == ["", SCALE]:
         _, scale, *also = parts
-        # Of modules that share the weight, each is given the same scale.
+        # Modules that share the weight have copies of its scale.
         row["scale"] = scale | ({"also": [part["name"] for part in also]} if also else {})
     elif tensor.scheme:
         row |= {"bits": tensor.scheme.bits, "stored": parts}

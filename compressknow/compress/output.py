@@ -45,24 +45,24 @@ from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME
 from compressknow.model.tensors import DTYPE_SIZES, PT_FORMAT, get_torch_dtype, view_bytes
 
 FLUSH_SECONDS = 0.1
-# Weights in any form, and what only training needs: not carried along.
+# Weights in any format, and files that only training needs, are not copied.
 WEIGHT_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx", ".onnx_data"),
     *(".data", ".tflite", ".mlmodel", ".npz", ".pkl", ".pickle", ".distcp"),
 }
 # The folders in which transformers' Trainer keeps its steps, and the files of its curves.
 _TRAINING = re.compile(r"checkpoint-\d+/.*|(.*/)?(trainer_state\.json|events\.out\.tfevents[^/]*)")
-# What depends on the weights that were converted: written anew.
+# Files that depend on the converted weights are written anew.
 REPLACED = {"config.json", CARD_NAME, MANIFEST_NAME, SAFETENSORS_INDEX, TORCH_INDEX}
 
 RenderCard = Callable[[Mapping[str, Any], Path], str]
 
 
 class NewFolder(Staging):
-    """Output folder of a conversion, which appears whole, by one rename, or not at all. `render_card` gives the model
-    card's text for a manifest and the source folder; no card is written without it.
+    """Output folder of a conversion, which appears whole, by one rename, or not at all. `render_card` returns the model
+    card's text for a manifest and the source folder; without it, no card is written.
 
-    Raises as `list_carried_files` and `Staging` do.
+    Raises the errors of `list_carried_files` and `Staging`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class NewFolder(Staging):
         return OutputFiles(self.folder, lay_out(plan.tensors, plan.checkpoint.shards))
 
     def write_other_files(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
-        """Write config.json and copy what is carried along. Return hashes of what was read, and what was written."""
+        """Write config.json and copy unchanged files. Return hashes of the files read, and of the files written."""
         source = self._source.folder
         written = {name: self.write(name, content) for name, content in _serialize_configs(plan).items()}
         copied = {name: self.copy(source / name, name) for name in self._carried if name not in written}
@@ -97,10 +97,10 @@ class NewFolder(Staging):
 
 
 class InMemory:
-    """Output of a conversion in memory. Tensors that plans of one checkpoint leave alone, and what was measured of
-    them, are taken from `shared`, and put there."""
+    """Output of a conversion in memory. Tensors that a plan does not change are shared, with their statistics, between
+    the plans of one checkpoint through `shared`."""
 
-    # What is of use only meanwhile lies in the system's own folder.
+    # Temporary files go to the system's folder for them.
     folder: Path | None = None
 
     def __init__(self, shared: dict[str, tuple[torch.Tensor, TensorStats]]) -> None:
@@ -114,8 +114,8 @@ class InMemory:
     def __exit__(self, *_: object) -> None: ...
 
     def open(self, plan: Plan) -> Self:
-        """Take what is known already, and make room for the rest."""
-        # Names of a smaller model are those of other tensors; smoothing divides norms that no scope has.
+        """Take the tensors that are shared, and allocate the others."""
+        # A smaller model's names belong to other tensors; smoothing divides norms, which are in no scope.
         if plan.removal is not None or plan.recipe.smooths:
             self._shared = {}
         self.plan = plan
@@ -149,7 +149,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Weight files: the first bytes of each, the whole size of each, and the file and offset of each tensor by name."""
+    """Header (first bytes) and total size of each weight file, each tensor's file and offset, and the index, if any."""
 
     headers: dict[str, bytes]
     sizes: dict[str, int]
@@ -158,17 +158,17 @@ class FileLayout:
 
 
 def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> FileLayout:
-    """Lay out a safetensors file for each of the source's of which tensors are left, and an index of several.
+    """Lay out a safetensors file for each source file that has remaining tensors, and an index if there are several.
 
-    Within a file tensors are sorted by the width of their dtype, widest first, as the safetensors library does: so
-    each lies aligned without holes, which the format forbids.
+    Within a file, tensors are sorted by the width of their dtype, widest first, as the safetensors library does. This
+    aligns each tensor without gaps, which the format forbids.
     """
     ends = {shard: PurePath(shard).parts for shard in shards}
     shard_of: dict[Path, str] = {}
     for path in {tensor.source.file for tensor in tensors}:
-        # A shard may lie in a folder of its own: its name is as much of the path's end as the index gives.
-        fitting = [shard for shard in shards if path.parts[-len(ends[shard]) :] == ends[shard]]
-        shard_of[path] = max(fitting, key=lambda shard: len(ends[shard]))
+        # A shard may be in a subfolder: the index gives its path from the checkpoint's folder on.
+        matching = [shard for shard in shards if path.parts[-len(ends[shard]) :] == ends[shard]]
+        shard_of[path] = max(matching, key=lambda shard: len(ends[shard]))
     used = [shard for shard in shards if shard in shard_of.values()]
     names = {shard: f"model-{i + 1:05d}-of-{len(used):05d}.safetensors" for i, shard in enumerate(used)}
     if len(used) == 1:
@@ -190,8 +190,8 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> FileLayo
 
 
 def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int, dict[str, int]]:
-    """Return a file's first bytes, its whole size, and the offset of each tensor (name, dtype, shape), in this order:
-    the widest dtypes first, so that each lies aligned."""
+    """Return a file's first bytes, its total size, and the offset of each tensor (name, dtype, shape). The order stays:
+    give the widest dtypes first, so that each tensor is aligned."""
     header: dict[str, Any] = {"__metadata__": PT_FORMAT}
     position = 0
     for name, dtype, shape in entries:
@@ -206,9 +206,9 @@ def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[b
 
 
 class OutputFiles:
-    """Weight files of an output, made at their full size before any work: a full disk shows at once."""
+    """Weight files of an output, created at their full size first, so that a full disk is noticed at once."""
 
-    # Tensors that are there already, with what was measured of them.
+    # Statistics of tensors that need not be computed: none.
     known: ClassVar[Mapping[str, TensorStats]] = {}
 
     def __init__(self, folder: Path, layout: FileLayout) -> None:
@@ -236,16 +236,16 @@ class OutputFiles:
         return TensorWriter(partial(write_at, self._descriptors[file]), offset)
 
     def complete(self, pool: Pool, measured: Mapping[str, TensorStats]) -> None:  # noqa: ARG002
-        """Wait until all that was written would survive a power cut."""
+        """Wait until everything written would survive a power cut."""
         self._end_flushing()
         if self._failure is not None:
             raise self._failure
         pool.map(os.fsync, self._descriptors.values())
 
     def _flush(self) -> None:
-        """Send what was written to the disk while the rest is computed, instead of all at the end."""
+        """Flush written data to the disk during the computation, instead of all at the end."""
         try:
-            # Not once it has failed: Linux tells a descriptor of a failed write once, and a later fsync would succeed.
+            # Stop after a failure: Linux reports a failed write to a descriptor once, and a later fsync would succeed.
             for descriptor in () if self._failure else self._descriptors.values():
                 os.fsync(descriptor)
         except OSError as error:
@@ -263,7 +263,7 @@ class OutputFiles:
 
 
 def list_files(plan: Plan) -> dict[str, int | None]:
-    """Return the files that an output will hold, with their bytes; None if the weights decide it."""
+    """Return the sizes of the files that an output will hold, in bytes; None if a size depends on the weights."""
     source = plan.checkpoint.folder
     return {
         **lay_out(plan.tensors, plan.checkpoint.shards).sizes,
@@ -274,8 +274,8 @@ def list_files(plan: Plan) -> dict[str, int | None]:
 
 
 def _serialize_configs(plan: Plan) -> dict[str, bytes]:
-    """Return config.json and what else depends on how the weights are stored, by name: the index of several weight
-    files, and how sentence-transformers loads quantized ones."""
+    """Return, by name, config.json and the other files that depend on how the weights are stored: the index of several
+    weight files, and the settings with which sentence-transformers loads quantized ones."""
     config = build_config(plan)
     quantization = config.get("quantization_config")
     loading = build_loading_settings(plan.checkpoint.folder, quantization) if quantization else {}
@@ -286,10 +286,10 @@ def _serialize_configs(plan: Plan) -> dict[str, bytes]:
 
 
 def list_carried_files(folder: Path) -> Iterator[str]:
-    """Yield the files of a checkpoint that go along unchanged: tokenizer, generation config, licence, code, and, with
-    their weights, the modules that sentence-transformers runs behind the model and adapters (LoRA) beside it.
+    """Yield the files of a checkpoint that are copied unchanged: tokenizer, generation config, licence, code, and, with
+    their weights, the modules that sentence-transformers runs after the model, and adapters (LoRA).
 
-    Raises CheckpointError if one of them is a link that leads nowhere, or out of the checkpoint.
+    Raises CheckpointError if one of them is a broken link, or a link to a path outside the checkpoint.
     """
     modules = list_module_folders(folder)
     for name in walk_visible(folder):

@@ -1,6 +1,4 @@
-"""Plan of a conversion, made from headers alone: every tensor of the output, its dtype and bytes, and which ties
-end.
-"""
+"""Plan of a conversion, made only from headers: every tensor of the output, its dtype and bytes, and which ties end."""
 
 from __future__ import annotations
 
@@ -35,11 +33,11 @@ if TYPE_CHECKING:
 class PlannedTensor:
     """Tensor of the output.
 
-    `transposed` says that the last axis of a weight is its output.
-    `module` is the Linear that it is the weight of, and `parameter` its name in the module tree, where it is changed;
-    `created` marks one that the source holds only under a tied name, `weight` one that the module tree has as a
-    parameter (not as a buffer, nor not at all). `sharing` names further modules that hold the same weight: a loader
-    ties their weights to it, but gives each a scale of its own.
+    If it is changed, `module` is the Linear whose weight it is, and `parameter` its name in the module tree;
+    `transposed` means that the last axis of the weight is its output. `created` marks a tensor that the source holds
+    only under a tied name, `weight` one that is a parameter of the module tree (not a buffer, and not unused).
+    `sharing` names further modules with the same weight: a loader ties their weights to it, but expects a scale for
+    each.
     """
 
     name: str
@@ -69,17 +67,17 @@ class PlannedTensor:
 
     @cached_property
     def stored(self) -> tuple[Stored, ...]:
-        """List what the output holds for it, by suffix of its name: its values, then what else its scheme needs."""
+        """List what the output stores for it, by suffix of its name: its values, then what else its scheme needs."""
         if self.scheme is None:
             return (Stored("", self.source.dtype, self.source.shape),)
         with SCHEMES.explain_failures(self.scheme.name):
             return self.scheme.stored(self.source.shape, self.source.dtype)
 
     def names(self, part: Stored) -> tuple[str, ...]:
-        """Return the names under which a part is written: its own, and those of modules that share the weight. A loader
-        ties their values; scales and the like it wants of each."""
-        own = self.name + part.suffix
-        return own, *(f"{module}.weight{part.suffix}" for module in self.sharing if part is not self.stored[0])
+        """Return the names under which a part is written: its own and, except for the values, which a loader ties,
+        those of modules that share the weight."""
+        sharing = self.sharing if part is not self.stored[0] else ()
+        return self.name + part.suffix, *(f"{module}.weight{part.suffix}" for module in sharing)
 
     @property
     def written(self) -> Iterator[tuple[str, Stored]]:
@@ -92,7 +90,7 @@ class PlannedTensor:
 
     @property
     def is_calibrated(self) -> bool:
-        """Tell whether what is done to it depends on its inputs on the calibration text."""
+        """Return whether its compression depends on its inputs on the calibration text."""
         return any(step and step.calibrated for step in (self.prune, self.quantize))
 
     @property
@@ -102,17 +100,17 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of all that a conversion will do.
+    """Plan of everything that a conversion will do.
 
     Attributes
     ----------
-    checkpoint, tree : what is converted, and its module tree on the meta device.
-    targets : the modules that each scheme quantizes; `ignore` are the Linear modules that stay as they are.
-    untied : the weights that got values of their own: ``name``, ``tied_to``, and the ``bytes`` that this costs.
+    checkpoint, tree : the source (after any `removal`), and its module tree on the meta device.
+    targets : the modules that each scheme quantizes; `ignore` are the Linear modules that stay unchanged.
+    untied : the weights that are no longer tied: ``name``, ``tied_to``, and the ``bytes`` that this costs.
     config : the output's config.json without its quantization.
-    unpacked : transformers turns packed weights into floats while it loads them, and not before it first computes.
-    unused : stored tensors that the model has no place for, which are written as they are.
-    removal : what made the checkpoint of the original, where the recipe makes it smaller.
+    unpacked : transformers unpacks packed weights to floats on loading, not only when it first computes.
+    unused : stored tensors that the model does not use, which are copied.
+    removal : how the checkpoint was made from the original, if the recipe drops blocks or neurons.
     """
 
     checkpoint: Checkpoint
@@ -136,7 +134,7 @@ class Plan:
                 yield step, [tensor for tensor in self.tensors if tensor.prune == step]
 
     def count_pruned(self) -> tuple[dict[str, int], int]:
-        """Return how many weights will be pruned: by tensor name, where shapes alone tell it, and in all."""
+        """Return how many weights will be pruned: by tensor name, if known from the shapes alone, and in total."""
         known: dict[str, int] = {}
         total = 0
         for step, tensors in self.list_prune_steps():
@@ -146,16 +144,16 @@ class Plan:
         return known, total
 
 
-# What prunes a weight, and what quantizes it.
+# The steps that prune and quantize a weight.
 Steps = tuple[Prune | None, Quantize | None]
 
 
 def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure, recipe: Recipe) -> Plan:
-    """Plan a conversion. `model` is the checkpoint's module tree on the meta device, `structure` what is read off it.
+    """Plan a conversion. `model` is the checkpoint's module tree on the meta device, `structure` that of the tree.
 
     Raises UsageError if a scope, pattern or layer range matches nothing, or two steps prune or quantize the same
     weight, CheckpointError if a weight in scope is missing, UnsupportedError if the input is quantized already,
-    or a weight has no quantized form that loads and runs right.
+    or a weight has no quantized form that loads and runs correctly.
     """
     sources = Sources(checkpoint, model, structure)
     recipe = replace(recipe, steps=tuple(_fit_parameters(structure, step) for step in recipe.steps))
@@ -164,7 +162,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     schemes = {weight: quantize.chosen if quantize else None for weight, (_, quantize) in assigned.items()}
     for weight in schemes:
         sources.check(weight, schemes)
-    # What is stored in one tensor is changed as one.
+    # Weights that are stored in one tensor are changed together.
     changed = list({t.name: t for each in assigned.items() for t in _plan_changed(*each, sources)}.values())
     _check_methods_fit(changed)
     tied = ((weight.parameter, sources.find_tied_embedding(weight)) for weight in assigned)
@@ -173,16 +171,16 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     path = checkpoint.folder / "config.json"
     extra = _find_untied(model, config, path, set(sources.supply)) if shared_with else {}
     _check_sharing(changed, extra, structure)
-    # An embedding takes the stored values of the weight that was tied to it, where it has none of its own.
+    # An embedding without stored values gets those of the weight that was tied to it.
     needed = extra | {embedding: parameter for parameter, embedding in shared_with.items()}
     unchanged = _plan_unchanged(sources, structure, {t.name for t in changed}, needed)
-    # As sources are stored, created ones behind what they were tied to.
+    # In the order of the source, with created tensors after those that they were tied to.
     tensors = sorted([*changed, *unchanged], key=lambda t: (sources.position[t.source.name], t.created, t.name))
     for tensor in tensors:
         if tensor.group == "vision" and tensor.is_calibrated:
             raise UnsupportedError(
                 f"{tensor.module} cannot be calibrated: it reads no text.",
-                hint="Leave --scope vision to methods that look at weights alone.",
+                hint="Use --scope vision only with methods that need no calibration.",
             )
     targets: dict[Scheme, tuple[str, ...]] = {}
     for tensor in changed:
@@ -197,7 +195,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     )
     unused: tuple[str, ...] = ()
     if any(tensor.name not in sources.bound for tensor in sources.distinct()):
-        # Without what transformers knows to be left over from older releases.
+        # This excludes tensors of older releases that transformers knows to ignore.
         unused = load_report(type(model), model.config, list_headers(checkpoint)).unexpected
     return Plan(
         checkpoint, model, structure, recipe, tuple(tensors), targets, ignore, untied, config, sources, unused=unused
@@ -205,8 +203,8 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
 
 
 def _fit_parameters(structure: Structure, step: Step) -> Step:
-    """Fill in what a scheme leaves to the shapes of the weights in scope, such as the group size of int4; what fits
-    none stays open. Raises UsageError if a scope, pattern or layer range matches nothing."""
+    """Fill in parameters that depend on the shapes in scope, such as the group size of int4, if any value suits them.
+    Raises UsageError if a scope, pattern or layer range matches nothing."""
     if not isinstance(step, Quantize) or None not in step.parameters.values():
         return step
     weights = _select_weights(structure, step)
@@ -241,7 +239,7 @@ def _assign_steps(structure: Structure, recipe: Recipe) -> dict[LinearWeight, St
 
 
 def _check_methods_fit(changed: Iterable[PlannedTensor]) -> None:
-    """Raise UnsupportedError if a tensor has not the shape that its pruning method needs."""
+    """Raise UnsupportedError if a tensor does not have the shape that its pruning method needs."""
     misfits: dict[str, tuple[Prune, str]] = {}
     for tensor in changed:
         if (step := tensor.prune) is not None:
@@ -259,7 +257,7 @@ def _check_methods_fit(changed: Iterable[PlannedTensor]) -> None:
 
 
 def _separate(assigned: Mapping[LinearWeight, Steps], sources: Sources) -> None:
-    """Give weights that are stored in one tensor a tensor each, where they are not all pruned by one step alone."""
+    """Split stored tensors that hold several weights, unless one step prunes all of them and none is quantized."""
     by_parameter = {weight.parameter: steps for weight, steps in assigned.items()}
     for weight, (prune, _) in assigned.items():
         siblings = sources.find_siblings(weight)
@@ -267,8 +265,8 @@ def _separate(assigned: Mapping[LinearWeight, Steps], sources: Sources) -> None:
         if siblings and not alike and not sources.split(weight):
             raise UnsupportedError(
                 f"{weight.parameter} is stored in one tensor with {list_some(set(siblings) - {weight.parameter})}.",
-                why="transformers splits it on loading, and not between rows.",
-                hint="Prune all of them by one step, or none; and quantize none.",
+                why="transformers splits it on loading, but not by rows.",
+                hint="Prune all of them in one step, or none; and quantize none.",
             )
 
 
@@ -290,8 +288,8 @@ def _plan_changed(weight: LinearWeight, steps: Steps, sources: Sources) -> Itera
 def _plan_unchanged(
     sources: Sources, structure: Structure, changed: set[str], needed: Mapping[str, str]
 ) -> Iterator[PlannedTensor]:
-    """Yield what is written as it is: all that is stored and not changed, and the `needed` parameters that the source
-    holds only in the storage of one tied to them, which comes with each."""
+    """Yield the tensors that are copied: all stored tensors that are not changed, and the `needed` parameters (by name,
+    with their tied source) that are not stored under their own names."""
     distinct = list(sources.distinct())
     for stored in distinct:
         if stored.name not in changed:
@@ -301,49 +299,49 @@ def _plan_unchanged(
     names = {*changed, *(stored.name for stored in distinct)}
     written = names.union(*(sources.bound[name].parameters for name in names & sources.bound.keys()))
     for parameter, source in needed.items():
-        # A pickled file may name one storage twice, of which one name is written.
+        # A pickled file may hold one storage under two names, of which only one is written.
         if parameter not in written:
             yield PlannedTensor(parameter, sources.tensor(source), NOT_LINEAR, created=True)
 
 
 def _check_sharing(changed: Iterable[PlannedTensor], extra: Mapping[str, str], structure: Structure) -> None:
-    """Raise UnsupportedError if a weight that is changed would no longer be that of all modules that share it."""
-    parted = [
+    """Raise UnsupportedError if modules that share a changed weight would no longer do so."""
+    shared = [
         tensor.module or "" for tensor in changed if any(f"{module}.weight" in extra for module in tensor.sharing)
     ]
-    if parted:
+    if shared:
         raise UnsupportedError(
             f"The final layer of {structure.architecture} cannot be untied from its embedding while "
-            f"{list_some(parted)} are compressed too.",
-            why="Its config unties all weights or none, and these are those of several blocks.",
+            f"{list_some(shared)} are compressed too.",
+            why="Its config unties all weights or none, and several blocks share these.",
             hint="Leave the final layer out: --scope blocks.",
         )
 
 
 def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Return config.json of the same model with its final layer untied. Raises UnsupportedError if the model
-    computes something else when its config says that nothing is tied."""
+    """Return config.json of the same model with its final layer untied. Raises UnsupportedError if this would change
+    what the model computes."""
     forward = inspect.unwrap(type(model).forward)
     if "tie_word_embeddings" in inspect.getsource(forward):
         raise UnsupportedError(
             f"The final layer of {type(model).__name__} cannot be untied from its embedding.",
-            why="Its forward pass reads tie_word_embeddings: the model would compute something else.",
+            why="Its forward pass depends on tie_word_embeddings, so the model would compute something else.",
             hint="Leave the final layer out: --scope attention --scope feed-forward, or --exclude its name.",
         )
     changed = copy.deepcopy(config)
     for part in (changed, changed.get("text_config")):
         if isinstance(part, dict) and (part is changed or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
-    # T5 scales what goes into a tied final layer; its config derives that from tie_word_embeddings unless told.
+    # T5 scales the inputs of a tied final layer; unless set, its config derives this from tie_word_embeddings.
     if hasattr(model.config, "scale_decoder_outputs"):
         changed["scale_decoder_outputs"] = model.config.scale_decoder_outputs
     return changed
 
 
 def _find_untied(model: PreTrainedModel, config: dict[str, Any], path: Path, supplied: set[str]) -> dict[str, str]:
-    """Return the parameters that the untied model no longer takes from another, with the name of that one.
+    """Return the parameters that are not tied any more in the untied model, with the names of their former sources.
 
-    BERT is such a model: with its decoder's weight, its decoder's bias is no longer tied either.
+    In BERT, for example, untying the decoder's weight also unties the decoder's bias.
     """
     still_tied = rebuild_model(model, config, path).all_tied_weights_keys
     return {
