@@ -192,10 +192,10 @@ def make_recipe_option(name: str, **settings: Any) -> Decorator:
     declared = OPTIONS[name]
     kind = _find_type(declared)
     declaration = {
-        "group": {Where: COMPRESS, Recipe: COMPRESS, Calibration: CALIBRATION}.get(declared.of, HOW),
+        "group": {Where: COMPRESS, Recipe: COMPRESS, Calibration: CALIBRATION}.get(declared.step, HOW),
         "default": declared.default,
         "type": kind,
-        "multiple": declared.repeats,
+        "multiple": declared.multiple,
         "metavar": declared.metavar or {read_share: "SHARE", _read_blocks: "BLOCKS"}.get(kind),
         "help": declared.help,
     }
@@ -205,10 +205,10 @@ def make_recipe_option(name: str, **settings: Any) -> Decorator:
 def _find_type(declared: DeclaredOption) -> Any:
     if declared.choices:
         return OneOf(list(declared.choices))
-    if declared.share:
+    if declared.is_share:
         return read_share
-    if declared.least is not None:
-        return click.IntRange(declared.least)
+    if declared.minimum is not None:
+        return click.IntRange(declared.minimum)
     return _read_blocks if declared.kind == int | str else declared.kind
 
 

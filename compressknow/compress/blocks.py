@@ -25,7 +25,7 @@ BLOCK_ELEMENTS = 1 << 18
 FLOATS = (*FLOAT_DTYPES, "F64", "F8_E4M3", "F8_E5M2")
 # Dtypes that can be read, if only for a comparison.
 READABLE = (*FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")
-# Infinity as the bits of a float: without the sign they order as the magnitudes do, NaN behind it.
+# The bits of infinity. Without the sign, a float's bits sort like its magnitude, with NaN above infinity.
 INFINITIES = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 Item = TypeVar("Item")
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 
 class TaskStopped(Exception):
-    """End of a task whose result nobody waits for any more."""
+    """Exception that ends a task whose result is no longer needed."""
 
 
 class Pool:
@@ -77,9 +77,9 @@ class Pool:
         def work() -> None:
             try:
                 torch.set_num_threads(1)
-                for place, item in numbered:
+                for index, item in numbered:
                     self.check()
-                    results[place] = task(item)
+                    results[index] = task(item)
             except BaseException as error:
                 errors.append(error)
                 self._stopped = True
@@ -88,7 +88,7 @@ class Pool:
 
         threads = min(self.threads, len(jobs))
         try:
-            # In one step, between whose halves no signal comes.
+            # One call in C, which no signal can interrupt half-way.
             self._started.extend(map(start_new_thread, [work] * threads, [()] * threads))
             self._wait()
         except BaseException:
@@ -97,14 +97,14 @@ class Pool:
             raise
         if errors:
             raise errors[0]
-        return [results[place] for place in range(len(jobs))]
+        return [results[index] for index in range(len(jobs))]
 
     def _wait(self) -> None:
         while len(self._ended) < len(self._started):
             self._wake.get()
 
     def check(self) -> None:
-        """Raise Stopped where another task has failed or the user has interrupted."""
+        """Raise TaskStopped if another task has failed or the user has interrupted."""
         if self._stopped:
             raise TaskStopped
 
@@ -114,7 +114,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Reader:
-    """Reader of tensors: its threads, open files, and what is called with the number of bytes after each read."""
+    """Reader of tensors: its threads, open files, and the function to call with the number of bytes after each read."""
 
     pool: Pool
     files: OpenFiles
@@ -161,30 +161,30 @@ class Block:
 
 
 def get_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return rows and columns of a tensor as one matrix: columns are its last dimension, stacked matrices in turn."""
+    """Return the rows and columns of a tensor as one matrix: columns are its last dimension, rows all others."""
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 def view_bits(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
-    """View the bits of a block as integers, in the same memory: numpy is several times faster on these."""
+    """View the bits of a block as integers, in the same memory; numpy is several times as fast with these."""
     return values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
 
 
 def make_magnitude_keys(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
-    """Return non-negative integers that order as the magnitudes of `values` do, of the same shape."""
+    """Return non-negative integers that sort like the magnitudes of `values`, of the same shape."""
     bits = view_bits(values)
     keys: npt.NDArray[np.signedinteger] = bits & np.iinfo(bits.dtype).max
     return keys
 
 
 def make_raw_keys(raw: memoryview, dtype: str) -> npt.NDArray[np.signedinteger]:
-    """Return an integer per element of `raw` bytes in a safetensors dtype, 0 if it is zero, of either sign."""
+    """Return an integer per element of `raw` bytes of a safetensors dtype: 0 for zeros, and for negative zeros."""
     elements: npt.NDArray[np.signedinteger] = np.frombuffer(raw, f"i{DTYPE_SIZES[dtype]}")
     return elements & np.iinfo(elements.dtype).max if dtype in FLOATS else elements
 
 
 def check_finite(largest_key: int, values_dtype: torch.dtype, tensor: StoredTensor) -> None:
-    """Raise CheckpointError naming the tensor where its largest magnitude key is infinity or NaN."""
+    """Raise CheckpointError naming the tensor if its largest magnitude key is that of infinity or NaN."""
     infinity = INFINITIES[values_dtype]
     if largest_key >= infinity:
         what = "an infinity" if largest_key == infinity else "NaN"

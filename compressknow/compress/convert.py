@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 def prepare_plan(
     model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Plan:
-    """Open a checkpoint and plan a recipe whose output is written to disk. Raises as `open_complete` and
-    `VariantMaker.plan` do."""
+    """Open a checkpoint and plan a recipe whose output is written to disk. Raises the errors of `open_complete` and
+    `VariantMaker.plan`."""
     return VariantMaker(model, revision, trust_remote_code=trust_remote_code).plan(recipe, to_write=True)
 
 
@@ -54,15 +54,15 @@ def _plan_after_removal(removal: Removal, recipe: Recipe) -> Plan:
 def make_calibration_text(
     plan: Plan, *, trust_remote_code: bool = False, advance: Advance = ignore_advance
 ) -> CalibrationText | None:
-    """Return the text that a recipe is calibrated on; None if no step looks at activations. Raises as
-    `check_smoothable` and `read_calibration_text` do."""
+    """Return the text that a recipe is calibrated on; None if no step needs activations. Raises the errors of
+    `check_smoothable` and `read_calibration_text`."""
     if (calibration := plan.recipe.calibration) is None:
         return None
     from compressknow.compress.calibrate.smooth import check_smoothable
     from compressknow.compress.calibrate.text import read_calibration_text
 
     check_smoothable(plan)
-    # The original writes the text: a smaller model writes worse, and which blocks it lacks is chosen by this text.
+    # The original writes the text, since a smaller model writes worse, and the text decides which blocks are dropped.
     tree = plan.removal.original[1] if plan.removal else plan.tree
     folder = plan.checkpoint.folder
     return read_calibration_text(folder, tree, calibration, trust_remote_code=trust_remote_code, advance=advance)
@@ -82,7 +82,7 @@ def execute(
     ----------
     threads : how many tensors are processed at a time, by default one per core; the output's bytes do not depend on it.
     begin : begins the stages for progress: ``choose`` if the text decides what is dropped, then ``calibrate`` if a step
-        that prunes or quantizes looks at activations, otherwise ``convert``.
+        that prunes or quantizes needs activations, otherwise ``convert``.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def execute(
                 masks: dict[str, Mask] = {}
                 for step, tensors in plan.list_prune_steps():
                     if not step.calibrated:
-                        # The masks that the weights alone decide.
+                        # Calibrated steps choose their masks later, from activations.
                         chosen = choose_masks(converter, step, [tensor.to_prune for tensor in tensors])
                         masks |= dict(zip((tensor.name for tensor in tensors), chosen, strict=True))
                 calibrated = None
@@ -130,7 +130,7 @@ def _complete_removal(
     plan: Plan, text: CalibrationText | None, folder: Path, threads: int | None, begin: Begin
 ) -> Plan:
     """Choose by the text which blocks and neurons are dropped, unless that is known, and plan the remaining steps. Cut
-    tensors are stored in `folder`, which must stay until they are read. Raises as `complete_removal` does."""
+    tensors are stored in `folder`, and read from there later. Raises the errors of `complete_removal`."""
     if plan.removal is None or plan.removal.is_decided:
         return plan
     from compressknow.compress.removal.calibrated import complete_removal
@@ -149,7 +149,7 @@ def _write_tensors(
     done: Mapping[str, TensorStats],
     shards: tuple[str, ...],
 ) -> tuple[dict[str, str], dict[str, TensorStats]]:
-    """Write all tensors except those `done`, and hash the `shards` meanwhile; the largest first, to keep cores busy."""
+    """Write all tensors except those `done`, and hash the `shards`, the largest first, to keep all cores busy."""
     hashes: dict[str, str] = {}
     measured = dict(done)
 
@@ -181,17 +181,17 @@ def _count_bytes(plan: Plan, hashed: tuple[str, ...], known: Container[str]) -> 
         passes = 1 + int(tensor.scheme is not None and tensor.scheme.scale_per == "tensor")
         method = tensor.prune.chosen if tensor.prune else None
         if method and method.needs == "magnitudes" and not (isinstance(method, Patterned) and method.groups):
-            # A threshold takes two passes: the leading bits, then the rest of 32 bits, or the ties among 16.
+            # A threshold takes two passes: the leading bits, then the remaining bits of 32, or the ties of 16-bit keys.
             passes += 2 if isinstance(method, Unstructured) else 1
         total += 0 if tensor.name in known else tensor.source.nbytes * passes
     return total
 
 
 class VariantMaker:
-    """Maker of converted checkpoints, in memory or in folders, by any number of recipes from one checkpoint.
+    """Maker of converted checkpoints, in memory or in folders, from one checkpoint by any number of recipes.
 
-    The checkpoint is opened once, and tensors that recipes leave alone are read once. Calibration texts are kept in the
-    folder `texts`, if it is given.
+    The checkpoint is opened once, and tensors that recipes do not change are read once. Calibration texts are stored in
+    the folder `texts`, if it is given.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class VariantMaker:
         texts: Path | None = None,
     ) -> None:
         self.checkpoint, self.tree = open_complete(model, revision, trust_remote_code=trust_remote_code)
-        self._trust_remote_code, self._folder_of_texts = trust_remote_code, texts
+        self._trust_remote_code, self._texts_folder = trust_remote_code, texts
         self._texts: dict[Calibration, CalibrationText] = {}
         self._structures: dict[ModuleMap, Structure] = {}
         self._shared: dict[str, tuple[torch.Tensor, TensorStats]] = {}
@@ -214,10 +214,10 @@ class VariantMaker:
         return self._structures[module_map]
 
     def plan(self, recipe: Recipe, *, to_write: bool = False) -> Plan:
-        """Plan what a recipe does, from headers alone, and check that the output loads.
+        """Plan a recipe, only from headers, and check that the output loads.
 
-        Raises as `remove`, `make_plan` and `ensure_loadable` do, and UnsupportedError if an adapter in the folder would
-        no longer fit the model.
+        Raises the errors of `remove`, `make_plan` and `ensure_loadable`, and UnsupportedError if an adapter in the
+        folder would no longer fit the model.
         """
         folder = self.checkpoint.folder
         if to_write and (recipe.removals or recipe.smooths) and (folder / ADAPTER_CONFIG).is_file():
@@ -231,12 +231,12 @@ class VariantMaker:
 
             return _plan_after_removal(remove(self.checkpoint, self.tree, recipe), recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
-        # Loading can fail in memory only if weights are not stored under their own names.
+        # In memory, loading can fail only if weights are not stored under their own names.
         return ensure_loadable(plan) if to_write or any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
 
     def make(self, plan: Plan, begin: Begin = ignore_progress) -> Variant:
-        """Execute a plan in memory: the tensors are those that `write` writes. `begin` begins the stage of the text, if
-        it is not known yet, and those of `execute`. Raises as `get_text` and `execute` do."""
+        """Execute a plan in memory, with the tensors that `write` would write. `begin` begins the stage that makes the
+        text, unless it is known, and those of `execute`. Raises the errors of `get_text` and `execute`."""
         from compressknow.engine.load import Variant
 
         memory = InMemory(self._shared)
@@ -246,14 +246,14 @@ class VariantMaker:
         return Variant(memory.tensors, config, manifest, nbytes, self.checkpoint.folder, self.tree)
 
     def write(self, recipe: Recipe, output: Path, render_card: RenderCard, begin: Begin) -> Manifest:
-        """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises as `plan`, `make` and
-        `NewFolder` do."""
+        """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises the errors of `plan`,
+        `make` and `NewFolder`."""
         plan = self.plan(recipe, to_write=True)
         folder = NewFolder(output, self.checkpoint, render_card=render_card)
         return execute(plan, folder, self.get_text(plan, begin), begin=begin)
 
     def read(self, folder: Path) -> Variant:
-        """Read the checkpoint that `write` wrote to this folder as `make` returns it; its tensors stay in the files."""
+        """Read a checkpoint that `write` wrote into the form that `make` returns; its tensors stay in the files."""
         from safetensors.torch import load_file
 
         from compressknow.engine.load import Variant
@@ -264,8 +264,8 @@ class VariantMaker:
         return Variant(tensors, written.config, read_manifest(folder), nbytes, self.checkpoint.folder, self.tree)
 
     def get_text(self, plan: Plan, begin: Begin = ignore_progress) -> CalibrationText | None:
-        """Return the text that a plan is calibrated on, if it is; made once for all recipes with the same settings.
-        Raises as `make_calibration_text` does."""
+        """Return the text that a plan is calibrated on, if any; it is made once for all recipes with the same settings.
+        Raises the errors of `make_calibration_text`."""
         if (calibration := plan.recipe.calibration) is None:
             return None
 
@@ -278,7 +278,7 @@ class VariantMaker:
             return text
 
         if calibration not in self._texts:
-            folder = self._folder_of_texts
+            folder = self._texts_folder
             file = folder / f"{choose_name(calibration)}.json" if folder else None
             self._texts[calibration] = load_or_make_text(file, make) if file else make()
         return self._texts[calibration]

@@ -1,4 +1,4 @@
-"""Manifest of a conversion, compressknow.json: what it was made of and what it did, tensor by tensor."""
+"""Manifest of a conversion, compressknow.json: its source, its recipe, and its effect on each tensor."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Manifest(SummaryRepr, dict[str, Any]):
 
     @property
     def setup(self) -> str:
-        """Name what was done as the paper does, such as ``Att_GPQ 20%``."""
+        """Name the recipe as the paper does, such as ``Att_GPQ 20%``."""
         return str(self["setup"])
 
     @property
     def recipe(self) -> Recipe:
-        """Return the steps; `convert` takes them back and gives the same bytes."""
+        """Return the recipe, with which `convert` gives the same bytes again."""
         return Recipe.from_dict(self["recipe"])
 
     @property
@@ -57,12 +57,12 @@ class Manifest(SummaryRepr, dict[str, Any]):
 
     @property
     def tensors(self) -> list[dict[str, Any]]:
-        """Return an entry per tensor: name, group, shape, dtypes, what was done to it, its error and its hash."""
+        """Return an entry per tensor: name, group, shape, dtypes, how it was changed, its error and its hash."""
         return list(self["tensors"])
 
     @property
     def runtimes(self) -> list[str]:
-        """List what runs the output."""
+        """List the runtimes that run the output."""
         return list(self["runtimes"])
 
     def _summary(self) -> Summary:
@@ -91,7 +91,7 @@ class Manifest(SummaryRepr, dict[str, Any]):
 
 
 def read_versions() -> dict[str, str]:
-    """Return the versions of the tool and of the libraries whose arithmetic and formats it relies on."""
+    """Return the versions of compressknow and of the libraries whose arithmetic and formats it relies on."""
     return {"compressknow": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
@@ -203,7 +203,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
             {
                 **{"key": ".".join(drop.keys), "before": drop.before, "after": drop.after},
                 "modules": [down.module for down in drop.networks],
-                # Nothing before the text has said which.
+                # Not known before the calibration text was evaluated.
                 **({"dropped": dropped[drop.keys]} if dropped else {}),
             }
             for drop in removal.neurons
@@ -213,7 +213,7 @@ def _describe_removal(removal: Removal, rows: list[dict[str, Any]]) -> dict[str,
 
 
 def count_weights(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, Any]] = ()) -> dict[str, int]:
-    """Add up manifest rows; of tensors that were left out only the bytes count that they took."""
+    """Add up manifest rows; tensors that were left out count only in ``bytes_before``."""
     total = dict.fromkeys(COUNTS, 0)
     for row in rows:
         total["parameters"] += row["numel"]
@@ -229,7 +229,7 @@ def count_weights(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, A
 
 
 def pool_errors(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Return ||written - original|| / ||original|| of the weights of all rows; None if a row lacks its norm.
+    """Return ||written - original|| / ||original|| over the weights of all rows; None if a row lacks its norm.
 
     >>> pool_errors([{"norm": 3.0, "relative_error": 0.5}, {"norm": 4.0, "relative_error": 0.0}])
     0.3
@@ -244,14 +244,14 @@ def pool_errors(rows: Iterable[Mapping[str, Any]]) -> float | None:
 
 
 def _round(value: float) -> float:
-    # All that float32 sums hold; more would look like knowledge.
+    # The digits that float32 sums can have; more would pretend precision.
     return float(f"{value:.9g}")
 
 
 def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[str, Any]:
     cut = removal.cuts.get(tensor.source.name) if removal else None
     name_before = tensor.name
-    # The old name, if its block was renumbered; known once the text has decided which blocks are dropped.
+    # Its block may have been renumbered, once it is decided which blocks are dropped.
     if removal and tensor.name == tensor.source.name and all(drop.is_decided for drop in removal.blocks):
         name_before = removal.names.get(tensor.name, tensor.name)
     return {
@@ -274,7 +274,7 @@ def _describe_planned(tensor: PlannedTensor, removal: Removal | None) -> dict[st
 def _describe(tensor: PlannedTensor, measured: TensorStats, removal: Removal | None) -> dict[str, Any]:
     row = _describe_planned(tensor, removal) | {
         "pruned": measured.pruned,
-        # A weight that got values of its own was not there before.
+        # An untied weight was not stored before.
         "zeros_before": 0 if tensor.created else measured.zeros_before,
         "zeros": measured.zeros,
         **({"refilled": measured.refilled} if measured.refilled else {}),

@@ -56,10 +56,10 @@ RenderCard = Callable[[Mapping[str, Any], Path], str]
 
 
 class NewFolder(Staging):
-    """Output folder of a conversion, which appears whole, by one rename, or not at all. `render_card` gives the model
-    card's text for a manifest and the source folder; no card is written without it.
+    """Output folder of a conversion, which appears whole, by one rename, or not at all. `render_card` returns the model
+    card's text for a manifest and the source folder; without it, no card is written.
 
-    Raises as `list_carried_files` and `Staging` do.
+    Raises the errors of `list_carried_files` and `Staging`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class NewFolder(Staging):
         return OutputFiles(self.folder, lay_out(plan.tensors, plan.checkpoint.shards))
 
     def write_other_files(self, plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
-        """Write config.json and copy what is carried along. Return hashes of what was read, and what was written."""
+        """Write config.json and copy unchanged files. Return hashes of the files read, and of the files written."""
         source = self._source.folder
         written = {name: self.write(name, content) for name, content in _serialize_configs(plan).items()}
         copied = {name: self.copy(source / name, name) for name in self._carried if name not in written}
@@ -109,8 +109,8 @@ class InMemory:
     def __exit__(self, *_: object) -> None: ...
 
     def open(self, plan: Plan) -> Self:
-        """Take what is known already, and make room for the rest."""
-        # Names of a smaller model are those of other tensors; smoothing divides norms that no scope has.
+        """Take the tensors that are shared, and allocate the others."""
+        # A smaller model's names belong to other tensors; smoothing divides norms, which are in no scope.
         if plan.removal is not None or plan.recipe.smooths:
             self._shared = {}
         self.plan = plan
@@ -144,7 +144,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Weight files: the first bytes of each, the whole size of each, and the file and offset of each tensor by name."""
+    """Header (first bytes) and total size of each weight file, each tensor's file and offset, and the index, if any."""
 
     headers: dict[str, bytes]
     sizes: dict[str, int]
@@ -161,9 +161,9 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> FileLayo
     ends = {shard: PurePath(shard).parts for shard in shards}
     shard_of: dict[Path, str] = {}
     for path in {tensor.source.file for tensor in tensors}:
-        # A shard may lie in a folder of its own: its name is as much of the path's end as the index gives.
-        fitting = [shard for shard in shards if path.parts[-len(ends[shard]) :] == ends[shard]]
-        shard_of[path] = max(fitting, key=lambda shard: len(ends[shard]))
+        # A shard may be in a subfolder: the index gives its path from the checkpoint's folder on.
+        matching = [shard for shard in shards if path.parts[-len(ends[shard]) :] == ends[shard]]
+        shard_of[path] = max(matching, key=lambda shard: len(ends[shard]))
     used = [shard for shard in shards if shard in shard_of.values()]
     names = {shard: f"model-{i + 1:05d}-of-{len(used):05d}.safetensors" for i, shard in enumerate(used)}
     if len(used) == 1:
@@ -200,9 +200,9 @@ def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[b
 
 
 class OutputFiles:
-    """Weight files of an output, made at their full size before any work: a full disk shows at once."""
+    """Weight files of an output, created at their full size first, so that a full disk is noticed at once."""
 
-    # Tensors that are there already, with what was measured of them.
+    # Statistics of tensors that need not be computed: none.
     known: ClassVar[Mapping[str, TensorStats]] = {}
 
     def __init__(self, folder: Path, layout: FileLayout) -> None:
@@ -230,16 +230,16 @@ class OutputFiles:
         return TensorWriter(partial(write_at, self._descriptors[file]), offset)
 
     def complete(self, pool: Pool, measured: Mapping[str, TensorStats]) -> None:  # noqa: ARG002
-        """Wait until all that was written would survive a power cut."""
+        """Wait until everything written would survive a power cut."""
         self._end_flushing()
         if self._failure is not None:
             raise self._failure
         pool.map(os.fsync, self._descriptors.values())
 
     def _flush(self) -> None:
-        """Send what was written to the disk while the rest is computed, instead of all at the end."""
+        """Flush written data to the disk during the computation, instead of all at the end."""
         try:
-            # Not once it has failed: Linux tells a descriptor of a failed write once, and a later fsync would succeed.
+            # Stop after a failure: Linux reports a failed write to a descriptor once, and a later fsync would succeed.
             for descriptor in () if self._failure else self._descriptors.values():
                 os.fsync(descriptor)
         except OSError as error:
@@ -257,7 +257,7 @@ class OutputFiles:
 
 
 def list_files(plan: Plan) -> dict[str, int | None]:
-    """Return the files that an output will hold, with their bytes; None if the weights decide it."""
+    """Return the sizes of the files that an output will hold, in bytes; None if a size depends on the weights."""
     source = plan.checkpoint.folder
     return {
         **lay_out(plan.tensors, plan.checkpoint.shards).sizes,
@@ -282,7 +282,7 @@ def list_carried_files(folder: Path) -> Iterator[str]:
     """Yield the files of a checkpoint that are copied: tokenizer, generation config, licence, code, and, including
     their weights, further modules of sentence-transformers and adapters (LoRA).
 
-    Raises CheckpointError if one of them is a link that leads nowhere, or out of the checkpoint.
+    Raises CheckpointError if one of them is a broken link, or a link to a path outside the checkpoint.
     """
     modules = list_module_folders(folder)
     for name in walk_visible(folder):

@@ -1,11 +1,11 @@
-"""What config.json says of quantized layers, and proof that an output loads by it, on the meta device.
+"""Description of quantized layers in config.json, and a check on the meta device that an output loads with it.
 
 A target that begins with ``re:`` is a pattern, matched from the start of a module's name (by transformers and by vLLM);
-any other is a whole name, or the class of a module. Patterns here hold with and without the base model's prefix: what
-is ``bert.encoder.layer.0`` in BertForMaskedLM is ``encoder.layer.0`` in BertModel, which AutoModel, pipelines and
+any other is a whole name, or the class of a module. Patterns here match with and without the base model's prefix:
+``bert.encoder.layer.0`` in BertForMaskedLM is ``encoder.layer.0`` in BertModel, which AutoModel, pipelines and
 sentence-transformers load.
 
-The proof knows of no scheme: whatever the quantizer that the config names does with the tensors, it does here too.
+The check does not depend on the scheme: it runs the quantizer that the config names.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from compressknow.model.loading import LoadReport, list_headers, load_report
 from compressknow.model.meta import parse_config
 
 PATTERN = "re:"
-# The name of a layout that differs between groups; each group has its own.
+# The format of a config whose groups have different formats.
 MIXED = "mixed-precision"
 _NUMBERS = re.compile(r"\(\?:(\d+(?:\|\d+)*)\)")
 
 
 def build_target_patterns(modules: Iterable[str], prefix: str, others: Iterable[str] = ()) -> list[str]:
-    """Return patterns that match the named modules and none of the `others`, one for all that differ in numbers alone.
+    """Return patterns that match the named modules and no `others`, one for all that differ only in numbers.
 
     Parameters
     ----------
     modules, others : names in the module tree of the whole model.
-    prefix : the attribute under which the model holds its base model; another class may lack it, or have it.
+    prefix : the attribute under which the model holds its base model; other classes of the model may not have it.
 
     >>> build_target_patterns(["bert.encoder.layer.0.output.dense", "bert.encoder.layer.2.output.dense"], "bert")
     ['re:^(?:bert\\\\.)?encoder\\\\.layer\\\\.(?:0|2)\\\\.output\\\\.dense$']
@@ -49,7 +49,7 @@ def build_target_patterns(modules: Iterable[str], prefix: str, others: Iterable[
     kinds: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
     for module in modules:
         inner = module.removeprefix(start)
-        # Both sides of an optional prefix may be there: `model.projector` and `projector`.
+        # Names with and without the prefix may both exist: `model.projector` and `projector`.
         exact = not prefix or inner in reserved
         parts = (module if exact else inner).split(".")
         kind = ("" if exact else f"(?:{re.escape(start)})?", *("" if _is_number(p) else re.escape(p) for p in parts))
@@ -62,7 +62,7 @@ def build_target_patterns(modules: Iterable[str], prefix: str, others: Iterable[
 
 
 def count_targets(targets: Iterable[str]) -> int:
-    """Count the modules that `build_target_patterns` names in targets; any other pattern, or a class, counts as one.
+    """Count the modules that patterns of `build_target_patterns` name; any other pattern, or a class, counts as one.
 
     >>> count_targets(["lm_head", *build_target_patterns(["layers.0.mlp.up", "layers.1.mlp.up"], "model")])
     3
@@ -75,13 +75,13 @@ def _is_number(part: str) -> bool:
 
 
 def _fill(kind: tuple[str, ...], choices: Sequence[Sequence[int]]) -> str:
-    """Write numbers, or the choice of several, where a kind of module has them: its empty parts."""
+    """Fill the empty parts of a kind of module with numbers, or with alternatives of several."""
     numbers = (str(one[0]) if len(one) == 1 else f"(?:{'|'.join(map(str, one))})" for one in choices)
     return r"\.".join(part or next(numbers) for part in kind)
 
 
 def _factor(numbers: Sequence[tuple[int, ...]]) -> Iterator[list[list[int]]]:
-    """Yield tuples of one length, sorted, as few products of choices at each position: layers 0-2 x experts 0-7."""
+    """Yield sorted tuples of equal length as few products of choices at each position: layers 0-2 x experts 0-7."""
     if not numbers[0]:
         yield []
         return
@@ -89,19 +89,19 @@ def _factor(numbers: Sequence[tuple[int, ...]]) -> Iterator[list[list[int]]]:
     for first, *rest in numbers:
         rests.setdefault(first, []).append(tuple(rest))
     alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-    for first, those in rests.items():
-        alike.setdefault(tuple(those), []).append(first)
-    for tails, firsts in alike.items():
-        for inner in _factor(tails):
+    for first, tails in rests.items():
+        alike.setdefault(tuple(tails), []).append(first)
+    for common, firsts in alike.items():
+        for inner in _factor(common):
             yield [firsts, *inner]
 
 
 def build_quantization_config(
     targets: Mapping[Scheme, Sequence[str]], ignore: Sequence[str], version: str, prefix: str = ""
 ) -> dict[str, Any]:
-    """Return `quantization_config` of config.json: exactly the named modules of each scheme, and by name each Linear
-    module that stays as it is (vLLM refuses a Linear that it finds in neither list). `prefix` is that of the base
-    model, as in `build_target_patterns`."""
+    """Return `quantization_config` of config.json, with exactly the named modules of each scheme as targets, and all
+    other Linear modules as ignored (vLLM rejects a Linear that is in neither list). `prefix` is that of the base model,
+    as in `build_target_patterns`."""
     linears = {*ignore, *(name for names in targets.values() for name in names)}
     ordered = sorted(targets.items(), key=lambda item: (item[0].name, repr(item[0].values())))
     groups = {
@@ -141,10 +141,10 @@ def build_config(plan: Plan) -> dict[str, Any]:
 def ensure_loadable(plan: Plan) -> Plan:
     """Return the plan of an output that transformers loads.
 
-    Some families (T5) initialize layers by their weight, which packed layers do not have. Transformers unpacks these
-    while it loads them, if their config says so: by the scheme of all weights, and without rounding activations.
+    Some families (T5) initialize layers through their weight, which packed layers do not have. If the config says so,
+    transformers unpacks such layers on loading, but only with a single scheme, and without rounding activations.
 
-    Raises UnsupportedError if it loads neither form.
+    Raises UnsupportedError if transformers loads neither form.
     """
     try:
         _load(plan)
@@ -158,7 +158,7 @@ def ensure_loadable(plan: Plan) -> Plan:
 
 def _load(plan: Plan) -> None:
     """Load an output as plain transformers would, without its values. Raises UnsupportedError if it would not load
-    every weight, but for what the source has too."""
+    every weight, ignoring faults that the source has too."""
     tree, headers = plan.tree, {name: (part.dtype, part.shape) for each in plan.tensors for name, part in each.written}
     report = load_report(type(tree), parse_config(tree, copy.deepcopy(build_config(plan))), headers)
     if fault := _find_fault(report, plan):

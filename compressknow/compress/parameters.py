@@ -4,7 +4,7 @@ recipes and grids.
 A field of a method's or a scheme's class is a parameter::
 
     class FirstColumns(PruningMethod):
-        width: int = parameter(default=1, help="Columns that go together.", must="be at least 1", fits=lambda n: n > 0)
+        width: int = parameter(default=1, help="Columns per group.", must="at least 1", fits=lambda n: n > 0)
 
 A field of a step (`compressknow.compress.steps`) is an option::
 
@@ -54,11 +54,11 @@ class Parameter:
 
     @property
     def option(self) -> str:
-        """Return how the command line calls it."""
+        """Return its name on the command line."""
         return f"--{self.name.replace('_', '-')}"
 
     def check(self, value: Any) -> Any:
-        """Return the value, ``inf`` as a number. Raises UsageError if it is of another kind, or does not fit."""
+        """Return the value, with ``inf`` as a number. Raises UsageError if it is of another kind, or does not fit."""
         value = make_plain(value)
         if self.kind is float and value == "inf":
             value = math.inf
@@ -82,25 +82,25 @@ class Option(Parameter):
 
     Attributes
     ----------
-    name, default : in Python and on the command line; the default is what it is when left out.
+    name, default : in Python and on the command line.
     kind : bool, int, float, str, ``int | str`` or a Literal.
-    of, field, usual : the class, its attribute, and what that is by default.
-    key : what a recipe and a grid call it, if `axis` says that a grid has it.
-    metavar : what stands for its value on the help page.
-    share, repeats : whether ``20%`` says it too, and whether there may be several.
-    least : the smallest whole number that it can be.
+    step, field, field_default : the class that declares it, its attribute, and the attribute's default.
+    key : its name in recipes and, if it is an `axis`, in grids.
+    metavar : placeholder of its value on the help page.
+    is_share, multiple : whether a percentage such as ``20%`` is accepted, and whether it may be given several times.
+    minimum : the smallest whole number that it can be.
     """
 
     kind: Any
-    of: type = object
+    step: type = object
     field: str = ""
-    usual: Any = None
+    field_default: Any = None
     key: str = ""
     choices: Iterable[str] = ()
     metavar: str | None = None
-    share: bool = False
-    repeats: bool = False
-    least: int | None = None
+    is_share: bool = False
+    multiple: bool = False
+    minimum: int | None = None
     axis: bool = True
 
 
@@ -117,20 +117,20 @@ def has_options(kind: type[T]) -> type[T]:
 
 
 def list_options(step: type) -> tuple[Option, ...]:
-    """List the options that the fields of a step declare, in their order."""
+    """List the options that the fields of a step declare, in order."""
     options = []
     for each in fields(step):
         if "option" in each.metadata:
-            usual = None if each.default is MISSING else each.default
-            declared = {"name": each.name, "kind": str, "left_out": usual, **each.metadata["option"]}
-            declared = {"key": declared["name"], "default": declared.pop("left_out"), **declared}
-            options.append(Option(**declared, of=step, field=each.name, usual=usual))
+            default = None if each.default is MISSING else each.default
+            values = {"name": each.name, "kind": str, "option_default": default, **each.metadata["option"]}
+            values = {"key": values["name"], "default": values.pop("option_default"), **values}
+            options.append(Option(**values, step=step, field=each.name, field_default=default))
     return tuple(options)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,))
 class Parametric:
-    """Base of what has a name and parameters, the fields of its class; every subclass is a frozen dataclass."""
+    """Base of methods and schemes, whose parameters are the fields of their class, a frozen dataclass."""
 
     name = ""
     help = ""
@@ -146,7 +146,7 @@ class Parametric:
 
     @classmethod
     def parameters(cls) -> tuple[Parameter, ...]:
-        """List its parameters in the order in which they are declared."""
+        """List its parameters in the order of their declaration."""
         declared = []
         for each in fields(cls):  # type: ignore[arg-type]  # every subclass is a dataclass
             if "parameter" not in each.metadata:
@@ -164,36 +164,36 @@ class Parametric:
         return {p.name: value for p in self.parameters() if (value := getattr(self, p.name)) != p.default}
 
     def describe_changed(self) -> list[str]:
-        """Return in words what is not the default: name and value, of a flag that is set the name alone."""
+        """Return each value that is not the default as text: name and value, or only the name of a flag."""
         return [name if value is True else f"{name} {value}" for name, value in self.changed().items()]
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """Return a copy with these values. Raises UsageError if one has no such parameter, or does not fit."""
         known = {each.name: each for each in self.parameters()}
         if unknown := sorted(set(values) - set(known)):
-            there = f"It has {', '.join(known)}." if known else "It has none."
-            near = suggest_word(unknown[0], known)
-            raise UsageError(f"{self.name} has no parameter {unknown[0]!r}.", hint=near + there)
+            choices = f"It has {', '.join(known)}." if known else "It has none."
+            suggestion = suggest_word(unknown[0], known)
+            raise UsageError(f"{self.name} has no parameter {unknown[0]!r}.", hint=suggestion + choices)
         return dataclasses.replace(  # type: ignore[type-var]
             self, **{name: known[name].check(value) for name, value in values.items()}
         )
 
 
 def make_plain(value: Any) -> Any:
-    """Return a scalar of numpy, as a loop over an array gives it, as Python's number, and a path as text."""
+    """Convert a NumPy scalar to a Python number and a path to text; return other values unchanged."""
     if isinstance(value, numbers.Number) and hasattr(value, "item"):
         return value.item()
     return str(value) if isinstance(value, PurePath) else value
 
 
 def make_fields_plain(step: Any) -> None:
-    """Make the values of a frozen dataclass plain, as it is made."""
+    """Convert the values of a frozen dataclass with `make_plain`, in its `__post_init__`."""
     for each in fields(step):
         object.__setattr__(step, each.name, make_plain(getattr(step, each.name)))
 
 
 def is_of(kind: type, value: Any) -> bool:
-    """Return whether a value is of a parameter's kind: a bool is not a number, and a whole number is a float too."""
+    """Return whether a value is of a parameter's kind: a bool is not a number, but an int is a float too."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float)) if kind is float else isinstance(value, kind)

@@ -66,17 +66,17 @@ class PlannedTensor:
 
     @cached_property
     def stored(self) -> tuple[Stored, ...]:
-        """List what the output holds for it, by suffix of its name: its values, then what else its scheme needs."""
+        """List what the output stores for it, by suffix of its name: its values, then what else its scheme needs."""
         if self.scheme is None:
             return (Stored("", self.source.dtype, self.source.shape),)
         with SCHEMES.explain_failures(self.scheme.name):
             return self.scheme.stored(self.source.shape, self.source.dtype)
 
     def names(self, part: Stored) -> tuple[str, ...]:
-        """Return the names that a part is written under: its own and, except for the values, which a loader ties, one
-        for each module that shares the weight."""
-        own = self.name + part.suffix
-        return own, *(f"{module}.weight{part.suffix}" for module in self.sharing if part is not self.stored[0])
+        """Return the names under which a part is written: its own and, except for the values, which a loader ties,
+        those of modules that share the weight."""
+        sharing = self.sharing if part is not self.stored[0] else ()
+        return self.name + part.suffix, *(f"{module}.weight{part.suffix}" for module in sharing)
 
     @property
     def written(self) -> Iterator[tuple[str, Stored]]:
@@ -89,7 +89,7 @@ class PlannedTensor:
 
     @property
     def is_calibrated(self) -> bool:
-        """Tell whether what is done to it depends on its inputs on the calibration text."""
+        """Return whether its compression depends on its inputs on the calibration text."""
         return any(step and step.calibrated for step in (self.prune, self.quantize))
 
     @property
@@ -99,17 +99,17 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of all that a conversion will do.
+    """Plan of everything that a conversion will do.
 
     Attributes
     ----------
-    checkpoint, tree : what is converted, and its module tree on the meta device.
-    targets : the modules that each scheme quantizes; `ignore` are the Linear modules that stay as they are.
-    untied : the weights that got values of their own: ``name``, ``tied_to``, and the ``bytes`` that this costs.
+    checkpoint, tree : the source (after any `removal`), and its module tree on the meta device.
+    targets : the modules that each scheme quantizes; `ignore` are the Linear modules that stay unchanged.
+    untied : the weights that are no longer tied: ``name``, ``tied_to``, and the ``bytes`` that this costs.
     config : the output's config.json without its quantization.
-    unpacked : transformers turns packed weights into floats while it loads them, and not before it first computes.
-    unused : stored tensors that the model has no place for, which are written as they are.
-    removal : what made the checkpoint of the original, where the recipe makes it smaller.
+    unpacked : transformers unpacks packed weights to floats on loading, not only when it first computes.
+    unused : stored tensors that the model does not use, which are copied.
+    removal : how the checkpoint was made from the original, if the recipe drops blocks or neurons.
     """
 
     checkpoint: Checkpoint
@@ -133,7 +133,7 @@ class Plan:
                 yield step, [tensor for tensor in self.tensors if tensor.prune == step]
 
     def count_pruned(self) -> tuple[dict[str, int], int]:
-        """Return how many weights will be pruned: by tensor name, where shapes alone tell it, and in all."""
+        """Return how many weights will be pruned: by tensor name, if known from the shapes alone, and in total."""
         known: dict[str, int] = {}
         total = 0
         for step, tensors in self.list_prune_steps():
@@ -170,16 +170,16 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     path = checkpoint.folder / "config.json"
     extra = _find_untied(model, config, path, set(sources.supply)) if shared_with else {}
     _check_sharing(changed, extra, structure)
-    # An embedding takes the stored values of the weight that was tied to it, where it has none of its own.
+    # An embedding without stored values gets those of the weight that was tied to it.
     needed = extra | {embedding: parameter for parameter, embedding in shared_with.items()}
     unchanged = _plan_unchanged(sources, structure, {t.name for t in changed}, needed)
-    # As sources are stored, created ones behind what they were tied to.
+    # In the order of the source, with created tensors after those that they were tied to.
     tensors = sorted([*changed, *unchanged], key=lambda t: (sources.position[t.source.name], t.created, t.name))
     for tensor in tensors:
         if tensor.group == "vision" and tensor.is_calibrated:
             raise UnsupportedError(
                 f"{tensor.module} cannot be calibrated: it reads no text.",
-                hint="Leave --scope vision to methods that look at weights alone.",
+                hint="Use --scope vision only with methods that need no calibration.",
             )
     targets: dict[Scheme, tuple[str, ...]] = {}
     for tensor in changed:
@@ -194,7 +194,7 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     )
     unused: tuple[str, ...] = ()
     if any(tensor.name not in sources.bound for tensor in sources.distinct()):
-        # Without what transformers knows to be left over from older releases.
+        # This excludes tensors of older releases that transformers knows to ignore.
         unused = load_report(type(model), model.config, list_headers(checkpoint)).unexpected
     return Plan(
         checkpoint, model, structure, recipe, tuple(tensors), targets, ignore, untied, config, sources, unused=unused
@@ -238,7 +238,7 @@ def _assign_steps(structure: Structure, recipe: Recipe) -> dict[LinearWeight, St
 
 
 def _check_methods_fit(changed: Iterable[PlannedTensor]) -> None:
-    """Raise UnsupportedError if a tensor has not the shape that its pruning method needs."""
+    """Raise UnsupportedError if a tensor does not have the shape that its pruning method needs."""
     misfits: dict[str, tuple[Prune, str]] = {}
     for tensor in changed:
         if (step := tensor.prune) is not None:
@@ -256,7 +256,7 @@ def _check_methods_fit(changed: Iterable[PlannedTensor]) -> None:
 
 
 def _separate(assigned: Mapping[LinearWeight, Steps], sources: Sources) -> None:
-    """Give weights that are stored in one tensor a tensor each, where they are not all pruned by one step alone."""
+    """Split stored tensors that hold several weights, unless one step prunes all of them and none is quantized."""
     by_parameter = {weight.parameter: steps for weight, steps in assigned.items()}
     for weight, (prune, _) in assigned.items():
         siblings = sources.find_siblings(weight)
@@ -264,8 +264,8 @@ def _separate(assigned: Mapping[LinearWeight, Steps], sources: Sources) -> None:
         if siblings and not alike and not sources.split(weight):
             raise UnsupportedError(
                 f"{weight.parameter} is stored in one tensor with {list_some(set(siblings) - {weight.parameter})}.",
-                why="transformers splits it on loading, and not between rows.",
-                hint="Prune all of them by one step, or none; and quantize none.",
+                why="transformers splits it on loading, but not by rows.",
+                hint="Prune all of them in one step, or none; and quantize none.",
             )
 
 
@@ -287,8 +287,8 @@ def _plan_changed(weight: LinearWeight, steps: Steps, sources: Sources) -> Itera
 def _plan_unchanged(
     sources: Sources, structure: Structure, changed: set[str], needed: Mapping[str, str]
 ) -> Iterator[PlannedTensor]:
-    """Yield the tensors that are written as they are: everything stored and not changed, and the `needed` parameters
-    that the source only has as another one tied to them, which is given for each."""
+    """Yield the tensors that are copied: all stored tensors that are not changed, and the `needed` parameters (by name,
+    with their tied source) that are not stored under their own names."""
     distinct = list(sources.distinct())
     for stored in distinct:
         if stored.name not in changed:
@@ -298,40 +298,40 @@ def _plan_unchanged(
     names = {*changed, *(stored.name for stored in distinct)}
     written = names.union(*(sources.bound[name].parameters for name in names & sources.bound.keys()))
     for parameter, source in needed.items():
-        # A pickled file may name one storage twice, of which one name is written.
+        # A pickled file may hold one storage under two names, of which only one is written.
         if parameter not in written:
             yield PlannedTensor(parameter, sources.tensor(source), NOT_LINEAR, created=True)
 
 
 def _check_sharing(changed: Iterable[PlannedTensor], extra: Mapping[str, str], structure: Structure) -> None:
-    """Raise UnsupportedError if a weight that is changed would no longer be that of all modules that share it."""
-    parted = [
+    """Raise UnsupportedError if modules that share a changed weight would no longer do so."""
+    shared = [
         tensor.module or "" for tensor in changed if any(f"{module}.weight" in extra for module in tensor.sharing)
     ]
-    if parted:
+    if shared:
         raise UnsupportedError(
             f"The final layer of {structure.architecture} cannot be untied from its embedding while "
-            f"{list_some(parted)} are compressed too.",
-            why="Its config unties all weights or none, and these are those of several blocks.",
+            f"{list_some(shared)} are compressed too.",
+            why="Its config unties all weights or none, and several blocks share these.",
             hint="Leave the final layer out: --scope blocks.",
         )
 
 
 def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Return config.json of the model with its final layer untied. Raises UnsupportedError if that config would make
-    the model compute something else."""
+    """Return config.json of the same model with its final layer untied. Raises UnsupportedError if this would change
+    what the model computes."""
     forward = inspect.unwrap(type(model).forward)
     if "tie_word_embeddings" in inspect.getsource(forward):
         raise UnsupportedError(
             f"The final layer of {type(model).__name__} cannot be untied from its embedding.",
-            why="Its forward pass reads tie_word_embeddings: the model would compute something else.",
+            why="Its forward pass depends on tie_word_embeddings, so the model would compute something else.",
             hint="Leave the final layer out: --scope attention --scope feed-forward, or --exclude its name.",
         )
     changed = copy.deepcopy(config)
     for part in (changed, changed.get("text_config")):
         if isinstance(part, dict) and (part is changed or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
-    # T5 scales what goes into a tied final layer; its config derives that from tie_word_embeddings unless told.
+    # T5 scales the inputs of a tied final layer; unless set, its config derives this from tie_word_embeddings.
     if hasattr(model.config, "scale_decoder_outputs"):
         changed["scale_decoder_outputs"] = model.config.scale_decoder_outputs
     return changed

@@ -1,4 +1,4 @@
-"""Inner loop of a conversion: one tensor from its source file to its output, block by block, measured on the way."""
+"""Inner loop of a conversion: convert one tensor from its source file to its output, block by block, and measure it."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from compressknow.compress.weights import Values
 
 COPY_BYTES = 1 << 20
-# Below it float32 loses digits of the squares it is a sum of.
+# Below this sum of squares, float32 may lose digits of the squares.
 SMALLEST_ENERGY = 1e-24
 
 
 @dataclass(frozen=True)
 class TensorStats:
-    """Counts and hashes of what was found and done in one tensor.
+    """Counts, errors and hashes of one converted tensor.
 
     `norm` is ||original|| (Frobenius; 0 if it holds no floats), `relative_error` ||written - original|| / ||original||
     with the written weights dequantized. `sha256` is the hash of the written values, `other_sha256` has those of its
@@ -60,7 +60,7 @@ class TensorStats:
 
 
 class TensorWriter:
-    """Writer of a tensor's bytes, in order from `offset` on, that also hashes them."""
+    """Writer of a tensor's bytes, in order from `offset` on, which also hashes them."""
 
     def __init__(self, put: Callable[[memoryview, int], None], offset: int) -> None:
         self._put, self._position = put, offset
@@ -81,9 +81,9 @@ class TensorWriter:
 
 @dataclass(frozen=True)
 class TensorConverter(Reader):
-    """Converter of single tensors: reads, prunes, quantizes and writes each, to the place that `writer` opens by name.
+    """Converter of single tensors: reads, prunes, quantizes and writes each, with the `writer` of its name.
 
-    `unfitted` holds the original values of sources that were refitted, by name: their errors are measured from these.
+    `unfitted` holds the original values of refitted sources, by name, from which their errors are measured.
     """
 
     writer: Callable[[str], TensorWriter]
@@ -106,8 +106,8 @@ class TensorConverter(Reader):
         ----------
         whole : process it as one block, if rows depend on each other or each call of `rounding` is slow to start.
         rounding : rounds values to the grid of the scheme.
-        fit : computes the scales of groups [rows, groups], in place of those from their largest magnitudes.
-        factors : what input channels [columns] are multiplied by before they are rounded.
+        fit : computes the scales of groups [rows, groups], instead of taking those from the largest magnitudes.
+        factors : multipliers of input channels [columns], applied before rounding.
         see : called with the rows of each block and its values as written (float32, dequantized).
 
         Raises CheckpointError if a weight is NaN or infinite.
@@ -154,9 +154,9 @@ class TensorConverter(Reader):
         with SCHEMES.explain_failures(scheme.name):
             if not bool((scales > 0).all() & torch.isfinite(scales).all()):
                 raise ValueError("it returns scales that are zero or not finite")
-            made = {**scheme.constants(planned.source.shape), SCALE: scales}
+            values = {**scheme.constants(planned.source.shape), SCALE: scales}
             for part in planned.stored[1:]:
-                stored = _check_stored(made[part.suffix], planned, part, part.shape[0])
+                stored = _check_stored(values[part.suffix], planned, part, part.shape[0])
                 for name in planned.names(part):
                     writer = self.writer(name)
                     writer.write(stored)
@@ -164,7 +164,7 @@ class TensorConverter(Reader):
         return hashes
 
     def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> TensorStats:
-        """Write a tensor that was divided by `factors`, which other tensors make up for: `values`, in its dtype."""
+        """Write a tensor that was divided by `factors`, as other tensors compensate for: `values`, in its dtype."""
         original = next(self.blocks(planned.source, whole=True)).values.reshape(values.shape)
         writer, energy = self.writer(planned.name), _sum_squares(original[None])
         writer.write(values)
@@ -193,13 +193,13 @@ class TensorConverter(Reader):
                 energy += _sum_squares(torch.frombuffer(piece, dtype=get_torch_dtype(source.dtype))[None])
             writer.write_bytes(piece)
             self.progress(len(piece))
-        # An attention mask stored among the weights may hold infinities.
+        # An attention mask stored with the weights may hold infinities.
         norm = math.sqrt(energy) if math.isfinite(energy) else 0.0
         return TensorStats(zeros, zeros, 0, norm, 0.0, writer.sha256)
 
 
 def read_pruned(reader: Reader, planned: PlannedTensor, mask: Mask) -> torch.Tensor:
-    """Return the values of a tensor once it is pruned, float32 of its shape."""
+    """Return the values of a tensor after pruning, float32 of its shape."""
     tally, values = _Tally(planned, mask), torch.empty(planned.source.shape)
     rows = values.view(-1, values.shape[-1])
     for block in reader.blocks(planned.source):
@@ -208,17 +208,17 @@ def read_pruned(reader: Reader, planned: PlannedTensor, mask: Mask) -> torch.Ten
     return values
 
 
-def _check_stored(made: torch.Tensor, planned: PlannedTensor, part: Stored, rows: int) -> torch.Tensor:
-    """Return a tensor that a scheme made. Raises ValueError if it does not fit its place in the file."""
+def _check_stored(tensor: torch.Tensor, planned: PlannedTensor, part: Stored, rows: int) -> torch.Tensor:
+    """Return a tensor that a scheme made. Raises ValueError if it has not the dtype and shape announced for it."""
     dtype, shape = get_torch_dtype(part.dtype), (rows, *part.shape[1:])
-    if made.dtype != dtype or tuple(made.shape) != shape:
-        stored = f"it stores {list(made.shape)} of {made.dtype} for {planned.name}"
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        stored = f"it stores {list(tensor.shape)} of {tensor.dtype} for {planned.name}"
         raise ValueError(f"{stored}, but announced {list(shape)} of {dtype}")
-    return made
+    return tensor
 
 
 class _Tally:
-    """Counts and energies (sums of squares) of a tensor, added up over its blocks in their order."""
+    """Counts and energies (sums of squares) of a tensor, added up over its blocks in order."""
 
     def __init__(self, planned: PlannedTensor, mask: Mask | None, unfitted: Iterator[Block] | None = None) -> None:
         self._source, self._unfitted = planned.source, unfitted
@@ -227,11 +227,11 @@ class _Tally:
             self._mask = mask.start() if mask else None
         self.zeros_before = self.zeros = self.pruned = self.refilled = 0
         self.energy = self.error_energy = 0.0
-        # The old values of a block that got new ones: its error is not the sum of the errors of single steps.
+        # The old values of a block with new ones, whose error is not the sum of the errors of single steps.
         self._original: torch.Tensor | None = None
 
     def prune(self, block: Block, span: int | None = None) -> torch.Tensor:
-        """Zero a block's pruned weights in place; return the largest remaining magnitudes [rows, groups], a group being
+        """Zero a block's pruned weights in place; return the largest remaining magnitudes [rows, groups]. A group is
         `span` columns of a row (by default all of them)."""
         values = block.values
         keys = make_magnitude_keys(values)
@@ -250,10 +250,10 @@ class _Tally:
                 replaced = _replace(values, chosen, self._source)
                 self._original = replaced if self._original is None else self._original
             elif self._original is not None:
-                _take(values, pruned)
+                _extract(values, pruned)
             else:
-                # Summed separately: as a difference of energies it would be lost to rounding where little is pruned.
-                self.error_energy += _sum_squares(_take(values, pruned))
+                # If little is pruned, a difference of energies would be lost to rounding.
+                self.error_energy += _sum_squares(_extract(values, pruned))
             largest = _find_largest(make_magnitude_keys(values), span)
         return torch.from_numpy(largest).view(values.dtype)
 
@@ -272,9 +272,9 @@ class _Tally:
         scheme: Scheme,
         factors: torch.Tensor | None,
     ) -> None:
-        """Count zeros and add up the error of rounded values. If the values were multiplied by `factors` first, these
-        are divided out: other tensors make up for them."""
-        # numpy has no floats of 8 bits.
+        """Count zeros and add up the error of rounded values. If the values were multiplied by `factors` first, divide
+        these out, since other tensors compensate for them."""
+        # numpy has no 8-bit floats.
         numbers = codes if codes.dtype == torch.int8 else codes.to(torch.float32)
         self.zeros += numbers.numel() - int(np.count_nonzero(numbers.numpy()))
         original = values if self._original is None else self._original
@@ -284,14 +284,14 @@ class _Tally:
             written.div_(factors)
         error = _sum_squares(written.sub_(original.to(torch.float32)))
         if math.isinf(error):
-            # The grid step nearest to a weight close to the largest float may lie beyond it.
-            spread = repeat_scales(scales, codes.shape[-1])
-            exact = codes.to(torch.float64) * spread.to(torch.float64) - original.to(torch.float64)
+            # A weight near the largest float may be rounded to a value beyond it.
+            repeated = repeat_scales(scales, codes.shape[-1])
+            exact = codes.to(torch.float64) * repeated.to(torch.float64) - original.to(torch.float64)
             error = float(exact.square_().sum())
         self.error_energy += error
 
     def _count_refilled(self, written: torch.Tensor) -> None:
-        """Count the zeros that became non-zero. Only new values can do that: rounding leaves zeros alone."""
+        """Count the zeros that became non-zero. Only new values can do that, since rounding keeps zeros."""
         if self._original is not None:
             self.refilled += int(torch.count_nonzero((self._original == 0) & (written != 0)))
 
@@ -302,7 +302,7 @@ class _Tally:
 
 
 def _find_largest(keys: npt.NDArray[np.signedinteger], span: int | None) -> npt.NDArray[np.signedinteger]:
-    """Return the largest keys [rows, groups] of each `span` columns, by default of all."""
+    """Return the largest key of each group of `span` columns [rows, groups]; by default, of each row."""
     groups = keys[:, None] if span is None else keys.reshape(len(keys), -1, span)
     largest: npt.NDArray[np.signedinteger] = groups.max(axis=2, initial=0)
     return largest
@@ -321,7 +321,7 @@ def _check_mask(
 
 
 def _replace(values: torch.Tensor, pruned: Pruned, source: StoredTensor) -> torch.Tensor:
-    """Replace a block's values, with zeros where it is pruned; return the old values."""
+    """Replace a block's values, with zeros for pruned weights; return the old values."""
     before = values.clone()
     values.copy_(pruned.values).masked_fill_(torch.from_numpy(pruned.mask), 0)
     if not bool(torch.isfinite(values).all()):
@@ -329,14 +329,14 @@ def _replace(values: torch.Tensor, pruned: Pruned, source: StoredTensor) -> torc
     return before
 
 
-def _take(values: torch.Tensor, pruned: npt.NDArray[np.bool_]) -> torch.Tensor:
+def _extract(values: torch.Tensor, pruned: npt.NDArray[np.bool_]) -> torch.Tensor:
     """Zero the pruned weights of a block; return a copy that holds only them."""
-    # As a product with the inverted mask, on bits: a masked copy of so irregular a mask takes ten times as long.
+    # Bitwise operations are ten times as fast as indexing with such an irregular mask.
     bits = view_bits(values)
-    taken = bits.copy()
+    extracted = bits.copy()
     np.bitwise_and(bits, (pruned.view(np.int8) - np.int8(1)).astype(bits.dtype), out=bits)
-    np.bitwise_xor(taken, bits, out=taken)
-    return torch.from_numpy(taken).view(values.dtype)
+    np.bitwise_xor(extracted, bits, out=extracted)
+    return torch.from_numpy(extracted).view(values.dtype)
 
 
 def _sum_squares(values: torch.Tensor) -> float:

@@ -84,7 +84,7 @@ class Recipe:
 
     @property
     def smooths(self) -> bool:
-        """Tell whether a step moves outliers of activations into weights."""
+        """Return whether a step moves outliers of activations into weights."""
         return any(isinstance(step, Quantize) and step.smooth is not None for step in self.steps)
 
     @property
@@ -99,7 +99,7 @@ class Recipe:
         return " + ".join([*(step.label for step in self.removals), *names])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON; `from_dict` takes them back."""
+        """Return plain values, for JSON; `from_dict` reads them."""
         calibration = {} if self.calibration is None else {"calibration": asdict(self.calibration)}
         return {"module_map": self.module_map, **calibration, "steps": [_step_to_dict(step) for step in self.steps]}
 
@@ -122,7 +122,7 @@ class Recipe:
 
 
 def read_calibration(values: Any, origin: str) -> Calibration | None:
-    """Read a recipe's `calibration`; a text alone says which text. Raises UsageError if it is of another form."""
+    """Read a recipe's `calibration`, a table or just its `text`. Raises UsageError if it is neither."""
     if values is None:
         return None
     known = [each.name for each in fields(Calibration)]
@@ -147,33 +147,33 @@ def read_recipe(path: Path) -> Recipe:
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
     values = values.get("recipe", values) if isinstance(values, dict) else {}
-    # `export` reads its own table of the same file.
+    # `export` reads its own table.
     values = {key: value for key, value in values.items() if key != EXPORT}
     return Recipe.from_dict(values, str(path))
 
 
 def _step_to_dict(step: Step) -> dict[str, Any]:
-    (action, amount), *others = _list_fields(type(step), by="key").items()
+    (action, amount), *modifiers = _list_fields(type(step), by="key").items()
     values = {action: getattr(step, amount)}
     if isinstance(step, Prune):
         values |= {"method": step.method, **{name: getattr(step, name) for name in SHARED}}
     if isinstance(step, Prune | Quantize):
         values |= step.parameters
-    values |= {key: value for key, name in others if (value := getattr(step, name)) != getattr(type(step), name)}
+    values |= {key: value for key, name in modifiers if (value := getattr(step, name)) != getattr(type(step), name)}
     if isinstance(step, Prune | Quantize):
         values |= {key: list(each) if isinstance(each, tuple) else each for key, each in asdict(step.where).items()}
     elif step.where != Where():
         values["scope"] = list(step.where.scope)
+    values = {key: value for key, value in values.items() if value is not None}
     # JSON has no infinity.
-    present = {key: value for key, value in values.items() if value is not None}
-    return {key: "inf" if isinstance(value, float) and math.isinf(value) else value for key, value in present.items()}
+    return {key: "inf" if isinstance(value, float) and math.isinf(value) else value for key, value in values.items()}
 
 
 def _list_fields(step: type[Step], by: Literal["key", "name"]) -> dict[str, str]:
-    """Return the fields of a step, first what it does, by their keys in a recipe, or the names of their options."""
-    keys = {each.field: getattr(each, by) for each in list_options(step)}
+    """Return the fields of a step, its action first, by their keys in a recipe or the names of their options."""
+    labels = {each.field: getattr(each, by) for each in list_options(step)}
     names = [each.name for each in fields(step) if each.name not in ("where", "parameters")]
-    return {keys.get(name, name): name for name in names}
+    return {labels.get(name, name): name for name in names}
 
 
 def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
@@ -185,13 +185,13 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
             hint=f"This one has {', '.join(sorted(values)) or 'no key'}.",
         )
     kind = STEPS[actions[0]]
-    places = [f.name for f in fields(Where)]
-    where = Where(**{key: _parse_strings(values.pop(key), key, origin) for key in places if key in values})
+    where_keys = [f.name for f in fields(Where)]
+    where = Where(**{key: _parse_strings(values.pop(key), key, origin) for key in where_keys if key in values})
     keys = _list_fields(kind, by="key")
     step = kind(**{name: values.pop(key) for key, name in keys.items() if key in values}, where=where)
     known = {"scope", *keys} - {actions[0]}
     if isinstance(step, Prune | Quantize):
-        known |= {*places, *(each.name for each in step.chosen.parameters())}
+        known |= {*where_keys, *(each.name for each in step.chosen.parameters())}
     if unknown := sorted(set(values) - known):
         names = sorted(known)
         hint = f"{suggest_word(unknown[0], names)}Choose from {', '.join(names)}."
@@ -224,7 +224,7 @@ def _name_amount(step: Prune) -> str:
     return f"{method}{step.amount * 100:.6g}%"
 
 
-# By name, the options of `convert` that a recipe says too, in the order of the help page.
+# The options of `convert` that a recipe can set too, by name, in the order of the help page.
 OPTIONS = {each.name: each for kind in (Where, *_ORDER, Calibration, Recipe) for each in list_options(kind)}
 
 
@@ -238,49 +238,52 @@ def list_parameters() -> dict[str, list[Parameter]]:
 
 
 def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, **options: Any) -> Recipe:
-    """Build a recipe from single options: at most one step of each kind, all with the same `where`. `options` are the
-    others of `OPTIONS` and those of `SHARED`; None means not given. The method and the scheme each take those of the
-    `parameters` that they have."""
+    """Build a recipe from single options: at most one step of each kind, all with the same `where`.
+
+    The keys of `options` are in `OPTIONS`, without those of `where`, or in `SHARED`; None means not given. The method
+    and the scheme each take the `parameters` that they have.
+    """
     if misspelled := options.keys() - OPTIONS.keys() - set(SHARED):
         raise TypeError(f"There is no option {min(misspelled)}.")
-    given = {name: value for name, value in options.items() if value is not None}
-    # Only the scopes encoder and decoder narrow what is dropped.
+    options = {name: value for name, value in options.items() if value is not None}
+    # Removal steps can be restricted only to one side of an encoder-decoder model.
     side = Where(where.scope) if set(where.scope) <= set(SIDES) else Where()
     steps: list[Step] = []
     for action, kind in STEPS.items():
-        if action in given:
-            values = {field: given[name] for name, field in _list_fields(kind, by="name").items() if name in given}
+        if action in options:
+            values = {field: options[name] for name, field in _list_fields(kind, by="name").items() if name in options}
             steps.append(kind(**values, where=where if kind in (Prune, Quantize) else side))
     if steps and where != side and not any(isinstance(step, Prune | Quantize) for step in steps):
         idle = [each for each in list_options(Where) if getattr(where, each.field) != getattr(side, each.field)]
         raise UnusedOptions(
-            f"{idle[0].option} does not narrow what is dropped.",
-            "Only --scope encoder and --scope decoder do; all else is for --prune and --quantize.",
-            "Leave it out. Blocks can be named: --drop-blocks 20-23.",
+            f"{idle[0].option} does not restrict what is dropped.",
+            "Only --scope encoder and --scope decoder do; everything else applies to --prune and --quantize.",
+            "Leave it out. To choose the blocks, name them: --drop-blocks 20-23.",
             names=[each.name for each in idle],
         )
-    _check_has_step(given)
-    text = {each.field: given[each.name] for each in list_options(Calibration) if each.name in given}
+    _check_has_step(options)
+    text = {each.field: options[each.name] for each in list_options(Calibration) if each.name in options}
     calibrates = text or any(step.calibrated for step in steps)
     parameters = parameters or {}
     if steps:
-        # Every prune step has these, even if its method ignores them.
-        shared = {name: given[name] for name in ("norm", "dim") if given.get(name) not in (None, getattr(Prune, name))}
+        # Every prune step has these fields, even if its method has no such parameters.
+        numbers = {name: options[name] for name in ("norm", "dim") if name in options}
+        shared = {name: value for name, value in numbers.items() if value != getattr(Prune, name)}
         chosen = [step.chosen for step in steps if isinstance(step, Prune | Quantize)]
         known = {parameter.name for each in chosen for parameter in each.parameters()}
         if unknown := sorted((shared.keys() | parameters.keys()) - known):
             names = " and ".join(each.name for each in chosen) or "a step that drops blocks or neurons"
             hint = f"{suggest_word(unknown[0], known)}Choose from {', '.join(sorted(known))}." if known else None
             raise UnusedOptions(f"{unknown[0]!r} is not a parameter of {names}.", hint=hint, names=[unknown[0]])
-    known_values = {**given, **parameters}
-    for place, step in enumerate(steps):
+    values = {**options, **parameters}
+    for index, step in enumerate(steps):
         if isinstance(step, Prune | Quantize):
-            own = {each.name: known_values[each.name] for each in step.chosen.parameters() if each.name in known_values}
-            steps[place] = replace(step, parameters=own)
+            taken = {each.name: values[each.name] for each in step.chosen.parameters() if each.name in values}
+            steps[index] = replace(step, parameters=taken)
     return Recipe(
         tuple(steps),
-        given.get("module_map", Recipe.module_map),
-        Calibration(**text, seed=given.get("seed", 0)) if calibrates else None,
+        options.get("module_map", Recipe.module_map),
+        Calibration(**text, seed=options.get("seed", 0)) if calibrates else None,
     )
 
 
@@ -321,9 +324,10 @@ def format_options(recipe: Recipe) -> list[str] | None:
             return None
     except UsageError:
         return None
-    usual = {name: each.usual for name, each in OPTIONS.items()} | {name: getattr(Prune, name) for name in SHARED}
+    defaults = {name: each.field_default for name, each in OPTIONS.items()}
+    defaults |= {name: getattr(Prune, name) for name in SHARED}
     options = _get_options(where) | _get_options(recipe) | options | parameters
-    changed = ((name, value) for name, value in options.items() if name in STEPS or value != usual.get(name))
+    changed = ((name, value) for name, value in options.items() if name in STEPS or value != defaults.get(name))
     return [word for name, value in changed for word in _format_option(name, value)]
 
 
@@ -339,19 +343,19 @@ def _format_option(name: str, value: Any) -> list[str]:
     return [word for each in values for word in (option, f"{each:g}" if isinstance(each, float) else str(each))]
 
 
-def _check_has_step(given: Mapping[str, Any]) -> None:
-    """Raise UsageError if options say how to prune or round, but none says to do it."""
-    for what, kind, further in (("prune", Prune, ("per_layer", "norm", "dim")), ("round", Quantize, ())):
+def _check_has_step(options: Mapping[str, Any]) -> None:
+    """Raise UsageError if options set how to prune or round, but no option asks for it."""
+    for verb, kind, further in (("prune", Prune, ("per_layer", "norm", "dim")), ("round", Quantize, ())):
         action, *others = list_options(kind)
-        usual = {each.name: each.default for each in others} | {name: getattr(kind, name) for name in further}
-        if action.name not in given and any(given.get(name, default) != default for name, default in usual.items()):
-            *flags, last = (f"--{name.replace('_', '-')}" for name in usual)
+        defaults = {each.name: each.default for each in others} | {name: getattr(kind, name) for name in further}
+        if action.name not in options and any(options.get(name, value) != value for name, value in defaults.items()):
+            *flags, last = (f"--{name.replace('_', '-')}" for name in defaults)
             hint = f"{', '.join(flags)} and {last} go with {action.option} {action.metavar}."
-            raise UnusedOptions(f"There is nothing to {what}.", hint=hint, names=usual)
+            raise UnusedOptions(f"There is nothing to {verb}.", hint=hint, names=defaults)
 
 
 def to_toml(recipe: dict[str, Any]) -> str:
-    """Return the recipe as TOML; keys that hold nothing are left out.
+    """Return the recipe as TOML, without keys whose values are None or empty lists.
 
     >>> print(to_toml({"module_map": "paper", "steps": [{"prune": 0.2, "scope": ["attention"], "include": []}]}))
     module_map = "paper"
@@ -374,5 +378,5 @@ def _write_toml_value(value: Any) -> str:
         return f"[{', '.join(map(_write_toml_value, value))}]"
     if isinstance(value, Mapping):
         return f"{{{', '.join(_write_toml_lines(dict(value)))}}}"
-    # Numbers, booleans and texts are written as in JSON, but that TOML wants DEL escaped too.
+    # Numbers, booleans and strings are written as in JSON, except that TOML also requires DEL to be escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

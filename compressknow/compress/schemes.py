@@ -1,8 +1,8 @@
-"""Quantization schemes: how a weight is stored in few bits, in the layout of compressed-tensors, and those built in.
+"""Quantization schemes, which store weights in few bits in the layout of compressed-tensors, and the built-in ones.
 
-The conversion asks a scheme for scales, has the weights rounded to its grid (`round_to_nearest`, or
-`calibrate.compensation.round_by_gptq`), and writes what `pack` makes of the codes. A scheme also says what it is called
-and what runs it; where a converted checkpoint runs is told from its manifest.
+The conversion gets scales from a scheme, rounds the weights to its grid (`round_to_nearest`, or
+`calibrate.compensation.round_by_gptq`), and writes the codes as `pack` returns them. A scheme also has its name, and
+what vLLM can run of it. The manifest of a converted checkpoint determines what runs it (`list_runtimes`).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Scheme(Parametric, abc.ABC):
 
     Attributes
     ----------
-    name : what a recipe calls it, and its entry point.
-    help : a line of `convert --help`.
-    word : shortest name of the stored weights, such as ``int8``; `noun` describes them, in the plural.
-    bits : of a stored weight.
-    lowest, highest : ends of the grid: every whole number between them, unless `round` makes other codes.
+    name : its name in recipes, and its entry point.
+    help : its line of `convert --help`.
+    word, noun : what the stored weights are, in a word such as ``int8`` and as a noun in the plural.
+    bits : width of a stored weight.
+    lowest, highest : ends of the grid: every whole number between them, unless `round` returns other codes.
     format : name of the layout in compressed-tensors.
     rounds : how activations are rounded: with a scale per ``token`` or per ``batch``; None if they stay floats.
     """
@@ -54,12 +54,12 @@ class Scheme(Parametric, abc.ABC):
 
     @property
     def scale_per(self) -> Literal["row", "tensor"] | int:
-        """Unit that shares a scale: a ``row``, the ``tensor``, or so many neighbouring columns of a row."""
+        """Unit that shares a scale: a ``row``, the ``tensor``, or this many neighbouring columns of a row."""
         return "row"
 
     def stored(self, shape: tuple[int, ...], dtype: str) -> tuple[Stored, ...]:
-        """List what is stored for a weight of this shape and dtype: its values as `pack` gives them, row by row; its
-        scales; and what `constants` gives."""
+        """List the tensors stored for a weight of this shape and dtype: its values as `pack` returns them, row by row;
+        its scales; and its `constants`."""
         return Stored("", "I8", shape), Stored(SCALE, dtype, self.scale_shape(shape))
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -69,25 +69,25 @@ class Scheme(Parametric, abc.ABC):
         return shape[0], 1 if self.scale_per == "row" else shape[1] // self.scale_per
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """Say in a sentence why a weight of this shape cannot be stored so; None if it can."""
+        """Return a sentence on why a weight of this shape cannot be stored this way; None if it can."""
         if isinstance(self.scale_per, int) and shape[1] % self.scale_per:
             return f"Its {shape[1]} input channels are not a multiple of the group size {self.scale_per}."
         return None
 
     def fit(self, shapes: Iterable[tuple[int, ...]]) -> dict[str, Any] | None:
-        """Find parameter values, as near to its own as possible, for weights of all these shapes; None without any."""
+        """Find the parameter values closest to its own that suit weights of all these shapes; None if none do."""
         return {} if all(self.misfit(shape) is None for shape in shapes) else None
 
     @abc.abstractmethod
     def arguments(self) -> dict[str, Any]:
-        """Return `weights` and `input_activations` of its group in `quantization_config`, as compressed-tensors names
-        them; None for those that stay as they are."""
+        """Return `weights` and `input_activations` of its group in `quantization_config`, in the terms of
+        compressed-tensors; None for those that are not quantized."""
 
     def scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """Compute scales of the dtype and shape of the largest magnitudes [rows, 1], [1] or [rows, groups].
+        """Compute scales from the largest magnitudes [rows, 1], [1] or [rows, groups], in their dtype and shape.
 
-        They are these magnitudes over half the range of the grid, as in compressed-tensors. Where all weights are zero,
-        the scale is the dtype's epsilon, not 0.
+        They are the magnitudes divided by half the range of the grid, as in compressed-tensors. Where all weights are
+        zero, the scale is the dtype's epsilon, not 0.
         """
         import torch
 
@@ -96,11 +96,11 @@ class Scheme(Parametric, abc.ABC):
 
     def steps(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Express weights in units of their scales, unrounded: a new tensor, float32 [rows, columns]."""
-        # As a division in the dtype itself rounds. The passes that follow are exact, and faster in float32.
+        # Round as a division in the weight's dtype does. The later passes are exact in float32, and faster.
         return (values.float() / repeat_scales(scales, values.shape[-1]).float()).to(values.dtype).float()
 
     def round(self, steps: torch.Tensor) -> torch.Tensor:
-        """Round what `steps` gives, perhaps in place, to codes: the nearest of the grid, ties to even; 0 to 0."""
+        """Round the result of `steps`, perhaps in place, to the nearest codes of the grid, ties to even, and 0 to 0."""
         import torch
 
         if not -128 <= self.lowest < self.highest <= 127:
@@ -118,15 +118,15 @@ class Scheme(Parametric, abc.ABC):
         return codes
 
     def constants(self, shape: tuple[int, ...]) -> Mapping[str, torch.Tensor]:  # noqa: ARG002
-        """Return, by suffix, the stored tensors that depend on the shape alone."""
+        """Return, by suffix, the stored tensors that depend only on the shape."""
         return {}
 
     def vllm_obstacle(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
-        """Say why vLLM does not run weights of these shapes, to end "It does not run in vLLM: "; None if it does."""
+        """Return why vLLM cannot run weights of these shapes, to follow "It does not run in vLLM: "; None if it can."""
         return f"it has no kernel for {self.name}"
 
     def vllm_limit(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
-        """Say where or how alone vLLM runs weights of these shapes; None if there is no such limit."""
+        """Return the only devices or settings with which vLLM runs weights of these shapes; None if all work."""
         return None
 
 
@@ -155,7 +155,7 @@ def read_schemes(recipe: Mapping[str, Any] | None) -> list[Scheme]:
 
 
 def choose_word(schemes: Iterable[Scheme]) -> str:
-    """Return one word for weights of these schemes: ``int8``, or ``low-bit`` where they differ or there are none.
+    """Return one word for weights of these schemes, such as ``int8``; ``low-bit`` if they differ or there are none.
 
     >>> choose_word([SCHEMES["int8"]]), choose_word([])
     ('int8', 'low-bit')
@@ -164,8 +164,8 @@ def choose_word(schemes: Iterable[Scheme]) -> str:
     return words.pop() if len(words) == 1 else "low-bit"
 
 
-# Takes the weights of a block [rows, columns], their scales, and the scheme whose grid they are to lie on; gives its
-# codes, of the same shape. The block is left as it is.
+# Takes the weights of a block [rows, columns], their scales, and the scheme whose grid they are rounded to. Returns
+# codes of the same shape; the block stays unchanged.
 Rounding = Callable[["torch.Tensor", "torch.Tensor", Scheme], "torch.Tensor"]
 
 
@@ -175,13 +175,13 @@ def round_to_nearest(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme)
 
 
 def repeat_scales(scales: torch.Tensor, columns: int) -> torch.Tensor:
-    """Repeat the scales that neighbouring columns share [rows, groups], so that they broadcast over [rows, columns]."""
+    """Repeat scales [rows, groups] that neighbouring columns share, so that they broadcast over [rows, columns]."""
     groups = scales.shape[-1]
     return scales if groups == 1 else scales.repeat_interleave(columns // groups, dim=-1)
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Multiply codes with scales that broadcast over them, float32."""
+    """Multiply codes by scales that broadcast over them, float32."""
     return codes.float().mul_(scales.float())
 
 
@@ -190,10 +190,10 @@ _DYNAMIC = {"type": "int", "dynamic": True, "group_size": None}
 
 
 class Int8(Scheme):
-    """Symmetric 8-bit weights, and activations of 8 bits with a scale per token.
+    """Symmetric 8-bit weights, and 8-bit activations with a scale per token.
 
     Bit for bit what compressed-tensors computes (`calculate_qparams`, `quantize`): scale = absmax / 127.5 in the
-    weight's own dtype, division and rounding in that dtype too.
+    weight's own dtype, and division and rounding in that dtype too.
     """
 
     name = "int8"
@@ -203,7 +203,7 @@ class Int8(Scheme):
     rounds: ClassVar[Activations | None] = "token"
 
     def arguments(self) -> dict[str, Any]:
-        """See `Scheme.arguments`; vLLM's kernels for W8A8 take these."""
+        """See `Scheme.arguments`; vLLM's W8A8 kernels accept these."""
         return {
             "weights": {**_INT, "strategy": "channel"},
             "input_activations": {**_DYNAMIC, "num_bits": 8, "strategy": "token", "symmetric": True},
@@ -219,9 +219,9 @@ class Int8(Scheme):
 class Int8Paper(Scheme):
     """One scale per tensor, and 7-bit activations: torch's reduce_range is hard-coded, and 8 bits differ measurably.
 
-    Bit for bit what torch computes for float32 weights: it multiplies with the inverse of the scale, in float32, and no
-    scale is below float32's epsilon (`UniformQuantizationObserverBase._calculate_qparams`, `quantize_per_tensor`). A
-    weight of 16 bits has a scale of its own dtype here; torch takes float32 alone.
+    Bit for bit what torch computes for float32 weights: it multiplies by the inverse of the scale, in float32, and no
+    scale is below float32's epsilon (`UniformQuantizationObserverBase._calculate_qparams`, `quantize_per_tensor`). The
+    scale of a 16-bit weight has the weight's dtype here; torch accepts only float32.
     """
 
     name = "int8-paper"
@@ -267,7 +267,7 @@ class Packed(Scheme):
 
 
 class Int8Weights(Packed, Int8):
-    """Weights of int8, packed as compressed-tensors packs them (`pack_to_int32`), which vLLM reads on GPUs.
+    """8-bit weights, packed as compressed-tensors packs them (`pack_to_int32`), which vLLM reads on GPUs.
 
     Four integers of a row, each plus 128, share 32 bits, the first in the lowest ones. Until 0.1 they were stored as
     int8 (``int-quantized``), which is still read.
@@ -281,7 +281,7 @@ class Int8Weights(Packed, Int8):
         return {"weights": {**_INT, "strategy": "channel"}, "input_activations": None}
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Pack codes into int32 [rows, columns / 4]; what a row lacks is zero."""
+        """Pack codes into int32 [rows, columns / 4], rounded up; rows are padded with zeros."""
         import torch
         from torch.nn.functional import pad
 
@@ -289,17 +289,17 @@ class Int8Weights(Packed, Int8):
         return pad(unsigned, (0, -unsigned.shape[1] % 4)).view(torch.int32)
 
     def vllm_limit(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
-        # On CPUs it has no kernel for 8 bits (0.32, `MarlinLinearKernel`, `CPUWNA16LinearKernel`).
+        # vLLM 0.32 has no such kernel for CPUs (`MarlinLinearKernel`, `CPUWNA16LinearKernel`).
         return "on GPUs"
 
 
-# The largest number of e4m3: the format has no infinity.
+# The largest number of e4m3, which has no infinity.
 LARGEST = 448
 _FLOAT = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
 
 
 class Fp8(Scheme):
-    """Weights and activations as floats of 8 bits (e4m3), whose values lie closer together the smaller they are.
+    """Weights and activations as 8-bit floats (e4m3), whose values are denser near zero.
 
     Bit for bit what compressed-tensors computes (`calculate_qparams`, `quantize`): scale = absmax / 448 in the weight's
     own dtype, division in that dtype too, and the nearest of e4m3's values.
@@ -317,7 +317,7 @@ class Fp8(Scheme):
         return Stored("", "F8_E4M3", shape), Stored(SCALE, dtype, self.scale_shape(shape))
 
     def arguments(self) -> dict[str, Any]:
-        """See `Scheme.arguments`; vLLM's kernels for FP8 take these."""
+        """See `Scheme.arguments`; vLLM's FP8 kernels accept these."""
         return {
             "weights": {**_FLOAT, "dynamic": False, "strategy": "channel"},
             "input_activations": {**_FLOAT, "dynamic": True, "strategy": "token"},
@@ -332,12 +332,12 @@ class Fp8(Scheme):
         return None
 
     def vllm_limit(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
-        # Ada and Hopper are the first GPUs that multiply such floats.
+        # Ada and Hopper are the first GPUs that can multiply these floats.
         return "on GPUs; before Ada and Hopper, activations stay floats"
 
 
 GROUP_SIZES = (32, 64, 128)
-# Added to integers of 4 bits, so that none is negative.
+# Added to 4-bit integers, so that none is negative.
 OFFSET = 8
 # Inputs and outputs must be multiples of this in vLLM's kernel for CPUs (0.32, `CPUWNA16LinearKernel.can_implement`);
 # the one for GPUs (`MarlinLinearKernel`) pads.
@@ -348,8 +348,8 @@ class Int4(Packed):
     """Symmetric 4-bit weights with a scale per group of input channels.
 
     Bit for bit what compressed-tensors computes and packs (`calculate_qparams`, `quantize`, `pack_to_int32`): scale =
-    absmax / 7.5 in the weight's own dtype (GPTQ fits it, `calibrate.compensation.fit_scales`), and eight integers of a
-    row, each plus 8, in 32 bits, the first in the lowest ones.
+    absmax / 7.5 in the weight's own dtype (GPTQ fits it, `calibrate.compensation.fit_scales`). Eight integers of a row,
+    each plus 8, share 32 bits, the first in the lowest ones.
     """
 
     name = "int4"
@@ -367,11 +367,11 @@ class Int4(Packed):
 
     @property
     def scale_per(self) -> int:
-        """Size of a group of input channels: the smallest as long as none is chosen."""
+        """Size of a group of input channels: the smallest, unless one is chosen."""
         return self.group_size or GROUP_SIZES[0]
 
     def fit(self, shapes: Iterable[tuple[int, ...]]) -> dict[str, Any] | None:
-        """Return its own group size or, failing that, the largest that divides the columns of all shapes."""
+        """Return the chosen group size if it divides the columns of all shapes, else the largest that does."""
         columns = {shape[1] for shape in shapes}
         sizes = (*([self.group_size] if self.group_size else []), *reversed(GROUP_SIZES))
         return next(({"group_size": size} for size in sizes if not any(n % size for n in columns)), None)
@@ -387,7 +387,7 @@ class Int4(Packed):
         """Pack codes into int32 [rows, columns / 8]."""
         import torch
 
-        # Two bytes are one integer here, the first in its lower half, and then share a byte.
+        # View two bytes as one 16-bit integer, the first in its lower half, and join their 4 bits into one byte.
         pairs = (codes + OFFSET).view(torch.int16)
         return (pairs | pairs >> 4).to(torch.uint8).view(torch.int32)
 
@@ -395,15 +395,15 @@ class Int4(Packed):
         return None
 
     def vllm_limit(self, shapes: Iterable[tuple[int, ...]]) -> str | None:
-        # Odd sizes are for GPUs; in bfloat16 the kernel for CPUs loses much (`make test-vllm`).
+        # Only GPUs take other sizes; in bfloat16, the kernel for CPUs loses much accuracy (`make test-vllm`).
         if all(size % VLLM_CPU == 0 for shape in shapes for size in shape):
             return "on CPUs with --dtype float16"
-        return f"on GPUs: its kernel for CPUs takes layers by multiples of {VLLM_CPU}"
+        return f"on GPUs: its kernel for CPUs needs layer sizes that are multiples of {VLLM_CPU}"
 
 
 TRANSFORMERS, ENGINE, VLLM = "transformers", "compressknow", "vLLM"
-# Text models that vLLM implements itself, by their classes in transformers. Mixtures of experts are not among them:
-# transformers fuses their experts, so that there is no quantized form of them here.
+# Text models that vLLM implements itself, by their classes in transformers, without mixtures of experts: transformers
+# fuses experts, which are therefore not quantized.
 VLLM_ARCHITECTURES = frozenset(
     f"{name}ForCausalLM"
     for name in (
@@ -412,24 +412,24 @@ VLLM_ARCHITECTURES = frozenset(
         "StableLm Starcoder2"
     ).split()
 ) | {"GPT2LMHeadModel"}
-# Layers that vLLM joins into one where they stand side by side (its `packed_modules_mapping`).
+# Sibling layers that vLLM fuses into one (its `packed_modules_mapping`).
 FUSED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 def list_runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what loads a converted checkpoint and computes what it says."""
+    """Return the runtimes that load a converted checkpoint and compute with it correctly."""
     return (TRANSFORMERS, ENGINE, *([] if find_vllm_obstacle(manifest) else [VLLM]))
 
 
 def find_vllm_limit(manifest: Mapping[str, Any]) -> str | None:
-    """Return where or how alone vLLM runs a checkpoint; None if it does not, and where there is no such limit."""
+    """Return the only devices or settings with which vLLM runs a checkpoint; None if all work, or if none does."""
     shapes = {} if find_vllm_obstacle(manifest) else _collect_shapes(manifest)
     limits = (scheme.vllm_limit(shapes[scheme.name]) for scheme in find_schemes(shapes))
     return next((limit for limit in limits if limit), None)
 
 
 def find_vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
-    """Return why vLLM does not run a checkpoint, as the end of "It does not run in vLLM: "; None if it does."""
+    """Return why vLLM does not run a checkpoint, to follow "It does not run in vLLM: "; None if it does."""
     architecture = str(manifest["source"]["architecture"])
     if architecture not in VLLM_ARCHITECTURES:
         return f"{architecture} is not among the text generation models that are known to run there"
@@ -444,10 +444,10 @@ def find_vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
     if obstacle := next((obstacle for obstacle in obstacles if obstacle), None):
         return obstacle
     word = choose_word(find_schemes(shapes))
-    for group, what in (("final", "the final layer"), ("other", "a layer besides attention and feed-forward")):
+    for group, layer in (("final", "the final layer"), ("other", "a layer outside attention and feed-forward")):
         name = next((module for module, row in quantized.items() if row["group"] == group), None)
         if name:
-            return f"{what} ({name}) is {word}, but vLLM supports it only in floating point"
+            return f"{layer} ({name}) is {word}, but vLLM supports it only in floating point"
     modules = {_name_module(row) for row in manifest["tensors"] if row["name"].endswith(".weight")}
     return next((f"it fuses {split}" for split in _describe_split(modules, quantized, word)), None)
 
@@ -466,13 +466,14 @@ def _name_module(row: Mapping[str, Any]) -> str:
 
 
 def _describe_split(modules: set[str], quantized: Mapping[str, Mapping[str, Any]], word: str) -> Iterator[str]:
-    """Describe layers that stand side by side, would be joined, and are not all quantized in one way."""
+    """Describe sibling layers that vLLM would fuse, but that are not all quantized in the same way."""
     ways = {module: (row["scheme"], row.get("parameters")) for module, row in quantized.items()}
     for module, way in ways.items():
         parent, _, leaf = module.rpartition(".")
-        together = next((leaves for leaves in FUSED if leaf in leaves), ())
-        there = [name for name in together if f"{parent}.{name}" in modules]
-        others = [ways.get(f"{parent}.{name}") for name in there]
-        if any(other != way for other in others):
-            must = f"all or none of these must be {word}" if None in others else "these must be quantized in one way"
-            yield f"{', '.join(there[:-1])} and {there[-1]} of {parent}, so {must}"
+        fused = next((leaves for leaves in FUSED if leaf in leaves), ())
+        siblings = [name for name in fused if f"{parent}.{name}" in modules]
+        sibling_ways = [ways.get(f"{parent}.{name}") for name in siblings]
+        if any(other != way for other in sibling_ways):
+            all_or_none = f"all or none of these must be {word}"
+            must = all_or_none if None in sibling_ways else "these must be quantized in the same way"
+            yield f"{', '.join(siblings[:-1])} and {siblings[-1]} of {parent}, so {must}"

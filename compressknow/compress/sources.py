@@ -1,4 +1,4 @@
-"""Stored tensors that hold the weight of each module, with ties and fused tensors resolved."""
+"""Stored tensors of each module's weight, with ties and fused tensors resolved."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from compressknow.model.meta import find_direct_reads
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
 
-# Why a weight has no quantized form that loads and runs right.
+# Why a weight has no quantized form that loads and runs correctly.
 NO_FORM = {
-    "conv1d": "transformers' {word} loader takes nn.Linear modules; a Conv1D would be left with integers for weights.",
-    "experts": "transformers fuses all experts of a block into one weight; its {word} loader takes nn.Linear modules.",
-    "reshaped": "transformers fuses, splits or transposes it on loading, which a separate scale does not survive.",
-    "read": "Its model reads the weight itself, past the layer, and would leave its inputs unquantized.",
+    "conv1d": "transformers' {word} loader supports only nn.Linear; a Conv1D would be left with integers for weights.",
+    "experts": "transformers fuses all experts of a block into one weight; its {word} loader supports only nn.Linear.",
+    "reshaped": "transformers fuses, splits or transposes it on loading, and cannot do so with a separate scale.",
+    "read": "Its model reads the weight directly, bypassing the layer, and would leave its inputs unquantized.",
 }
 # Configs that make transformers unpack weights that were published quantized, perhaps only so (DeepSeek-V3, gpt-oss).
 UNPACKERS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
-# A hint for models of which no scope can be quantized.
+# What to do if no scope can be quantized.
 PRUNE_OR_EXPORT = "Prune only, or quantize it as a GGUF file (`compressknow export`), if it generates text."
 
 
@@ -43,7 +43,7 @@ class Sources:
         modules = model.named_modules(remove_duplicate=False)
         self._embeddings = sorted(f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding))
         self.weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        # In the order in which they are stored.
+        # The tensors in the order of the checkpoint.
         self.position = {name: i for i, name in enumerate(checkpoint.tensors)}
         self.bound: dict[str, Binding] = self._naming.bind(checkpoint.tensors)
         self._model = model
@@ -54,13 +54,13 @@ class Sources:
         self.supply = find_suppliers(checkpoint, self.bound, structure.tied)
 
     def of(self, weight: LinearWeight) -> list[StoredTensor]:
-        """Return the stored tensors that make up a weight: one, but for fused weights that are stored in parts."""
+        """Return the stored tensors that make up a weight: one, unless a fused weight is stored in parts."""
         if weight.parameter in self._parts:
             return self._parts[weight.parameter]
         return [self.tensor(weight.parameter)] if weight.parameter in self.supply else []
 
     def find_siblings(self, weight: LinearWeight) -> tuple[str, ...]:
-        """Return the parameters that are split off one stored tensor on loading, a weight's own included."""
+        """Return the parameters that one stored tensor is split into on loading, including the weight's own."""
         stored = self._parts.get(weight.parameter, [])
         several = [binding.parameters for part in stored if len((binding := self.bound[part.name]).parameters) > 1]
         return several[0] if several else ()
@@ -81,15 +81,15 @@ class Sources:
         return True
 
     def tensor(self, parameter: str) -> StoredTensor:
-        """Return the stored tensor that gives a parameter its values."""
+        """Return the stored tensor with the values of a parameter."""
         return self._tensors[self.supply[parameter]]
 
     def is_supplied(self, parameter: str) -> bool:
-        """Tell whether the checkpoint holds its values, under its own name or a tied one."""
+        """Return whether the checkpoint holds its values, under its own name or a tied one."""
         return parameter in self._parts or parameter in self.supply
 
     def values(self, parameter: str, read: Callable[[StoredTensor], torch.Tensor]) -> torch.Tensor:
-        """Return a parameter as its module holds it, made of what `read` gives of its stored tensors."""
+        """Return a parameter as its module holds it, from its stored tensors as `read` returns them."""
         parts = self._parts.get(parameter) or [self.tensor(parameter)]
         if not any(self.bound[part.name].reshaped for part in parts if part.name in self.bound):
             return read(parts[0])
@@ -104,26 +104,26 @@ class Sources:
         return parameter in self._parts
 
     def is_borrowed(self, weight: LinearWeight, stored: StoredTensor) -> bool:
-        """Tell whether the bytes of a weight are those of another parameter, not separate ones."""
-        own = self.bound.get(stored.name)
-        if own is None or weight.parameter not in own.parameters:
+        """Return whether a weight has no bytes of its own in the checkpoint, but those of another parameter."""
+        binding = self.bound.get(stored.name)
+        if binding is None or weight.parameter not in binding.parameters:
             return True
         supplier = self.supply.get(weight.parameter, stored.name)
         return supplier != stored.name and _locate(self._tensors[supplier]) == _locate(stored)
 
     def is_transposed_on_loading(self, stored: StoredTensor) -> bool:
-        """Tell whether transformers swaps the axes of a stored matrix, or of each of a stack, when it loads it."""
+        """Return whether transformers transposes a stored matrix, or each of a stack, on loading."""
         binding = self.bound.get(stored.name)
         return binding is not None and self._naming.transposes(stored.name, stored.shape, binding.parameter)
 
     def find_tied_embedding(self, weight: LinearWeight) -> str | None:
-        """Return the embedding that a weight shares its values with, if it does."""
+        """Return the embedding that a weight shares its values with, if any."""
         supplier = self.supply.get(weight.parameter)
         tied = [p for p in self._embeddings if supplier and self.supply.get(p) == supplier]
         return min(tied, key=lambda p: (p != supplier, not self.is_stored(p)), default=None)
 
     def distinct(self) -> Iterator[StoredTensor]:
-        """Yield the stored tensors; of one storage under several names, the one that supplies the others."""
+        """Yield the stored tensors; if several names share one storage, only the one that supplies the others."""
         seen: dict[tuple[Any, ...], str] = {}
         for stored in self.supply.values():
             seen.setdefault(_locate(self._tensors[stored]), stored)
@@ -157,7 +157,7 @@ class Sources:
             )
 
     def _suggest_options(self, scheme: Scheme, alike: Sequence[LinearWeight]) -> str:
-        """Say by which options all weights can be stored, and which leave out those that cannot, if any are left."""
+        """Suggest options with which all weights can be stored, and options that leave out those that cannot."""
         with SCHEMES.explain_failures(scheme.name):
             fit = scheme.fit({each.shape for each in alike}) or {}
         changed = {name: value for name, value in fit.items() if value != scheme.values()[name]}
@@ -172,7 +172,7 @@ class Sources:
         if len(misfits) == len(alike):
             return parameters.rstrip() or f"Nothing in the scope has an {scheme.word} form: prune only."
         others = "|".join(dict.fromkeys(_build_kind_pattern(each.module) for each in misfits))
-        return f"{parameters}Prune it only, or narrow --scope to what has an {scheme.word} form: --exclude '{others}'."
+        return f"{parameters}Prune it only, or leave out layers without an {scheme.word} form: --exclude '{others}'."
 
     def _find_obstacle(self, weight: LinearWeight, scheme: Scheme) -> str | None:
         parts = self.of(weight)
@@ -191,12 +191,12 @@ class Sources:
 
     @cached_property
     def _read(self) -> set[str]:
-        """Return the modules whose weight is taken for what it is; a cast to its dtype is no harm."""
+        """Return the modules whose weight's values are read directly, not only its dtype."""
         return {module for module, read in find_direct_reads(self._model).items() if read == "values"}
 
 
 def _build_kind_pattern(module: str) -> str:
-    """Return a pattern of the modules that differ from one in the numbers of blocks alone.
+    """Return a pattern for the modules that differ from this one only in block numbers.
 
     >>> _build_kind_pattern("backbone.layers.0.mixer.dt_proj")
     'backbone\\\\.layers\\\\.\\\\d+\\\\.mixer\\\\.dt_proj$'

@@ -33,9 +33,9 @@ COPY_BYTES = 1 << 20
 
 
 class Staging:
-    """Folder to write an output into; `commit` moves it to its place. `check` says what must not be overwritten.
+    """Folder to write an output into; `commit` moves it to its place. `check` raises if it must not be overwritten.
 
-    Raises OutputError if the output exists and may not be overwritten, or cannot be written where it should be.
+    Raises OutputError if the output exists and may not be overwritten, or if it cannot be written there.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Staging:
         self._locked: tuple[Path, int] | None = None
         check_links(self.output.parent)
         try:
-            # It may put an interrupted run's old output back.
+            # This may put back the old output of an interrupted run.
             clean(self.output, self.finish)
             self._check(self.output, overwrite=overwrite, source=source)
             with hold_signals():
@@ -125,7 +125,7 @@ class Staging:
         completion."""
 
     def _remove(self) -> None:
-        """Remove all that was made but the output; where there is none, the folders above it too."""
+        """Remove everything that was created except the output; without an output, also the new folders above it."""
         with hold_signals():
             if self._locked:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -136,20 +136,20 @@ class Staging:
 
 
 def check_overlap(output: Path, source: Path | None) -> None:
-    """Raise OutputError if an output is, lies in or holds its source, if that is a folder here (no hub id)."""
+    """Raise OutputError if an output is, is inside or contains its source, unless that is a hub id."""
     if source is not None and source.exists():
-        here, there = output.resolve(), source.resolve()
+        target, origin = output.resolve(), source.resolve()
         overlaps = {
-            "is the input itself": here == there,
-            "lies inside the input": there in here.parents,
-            "contains the input": here in there.parents,
+            "is the input itself": target == origin,
+            "lies inside the input": origin in target.parents,
+            "contains the input": target in origin.parents,
         }
-        if relation := next((words for words, holds in overlaps.items() if holds), None):
+        if relation := next((text for text, is_true in overlaps.items() if is_true), None):
             raise OutputError(f"OUTPUT {output} {relation}.", hint="Choose a folder next to it.")
 
 
 def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
-    """Raise OutputError if writing `output` would lose something of the user's, or as `check_overlap` does."""
+    """Raise OutputError if `output` overlaps its source, or if writing it would destroy a user's files."""
     check_overlap(output, source)
     if not os.path.lexists(output):
         return
@@ -157,10 +157,10 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
         raise OutputError(f"{output} exists already.", hint="Choose another OUTPUT, or pass --overwrite to replace it.")
     if output.is_symlink():
         raise OutputError(
-            f"{output} is a link: not overwritten.", hint="Give the folder that it leads to, or remove it."
+            f"{output} is a link: not overwritten.", hint="Give the folder that it points to, or remove it."
         )
-    is_ours = output.is_dir() and ((output / MANIFEST_NAME).is_file() or not any(output.iterdir()))
-    if not is_ours:
+    is_replaceable = output.is_dir() and ((output / MANIFEST_NAME).is_file() or not any(output.iterdir()))
+    if not is_replaceable:
         raise OutputError(
             f"{output} was not written by compressknow (it has no {MANIFEST_NAME}): not overwritten.",
             hint="Remove it yourself, or choose another OUTPUT.",
@@ -172,7 +172,7 @@ def _make_prefix(output: Path, kind: str) -> str:
 
 
 def _find_twin(output: Path, path: Path, kind: str) -> Path:
-    """Return the path of another kind of the same run: its lock, its new folder, or the old output moved aside."""
+    """Return another path of the same run by its kind: its lock, its new folder, or the old output moved aside."""
     return output.with_name(_make_prefix(output, kind) + path.name.rpartition("-")[2])
 
 
@@ -188,7 +188,7 @@ def clean(output: Path, finish: Callable[[Path], None] | None = None) -> None:
             if ended:
                 _clean_one(output, lock_file, finish)
     for path in (*_find_kind(output, "old"), *_find_kind(output, "new")):
-        # A run takes its lock first and removes it last: without one it has ended.
+        # A run takes its lock first and removes it last: without a lock, it has ended.
         if not _find_twin(output, path, "lock").exists():
             _clean_one(output, path, finish)
 
@@ -202,14 +202,14 @@ def make_scratch(place: Path) -> Iterator[Path]:
 
 
 def discard(output: Path) -> None:
-    """Remove an output that convert wrote. Of a run that dies meanwhile, all of it stays or none."""
+    """Remove an output that convert wrote, all of it or nothing, even if the process dies in between."""
     aside = output.with_name(f"{_make_prefix(output, 'old')}{secrets.token_hex(4)}")
     move(output, aside)
     shutil.rmtree(aside)
 
 
-def _clean_one(output: Path, of: Path, finish: Callable[[Path], None] | None) -> None:
-    old, new = _find_twin(output, of, "old"), _find_twin(output, of, "new")
+def _clean_one(output: Path, path: Path, finish: Callable[[Path], None] | None) -> None:
+    old, new = _find_twin(output, path, "old"), _find_twin(output, path, "new")
     if old.exists() and not output.exists():
         move(old, output)
     if finish and new.is_dir():

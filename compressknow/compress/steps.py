@@ -1,4 +1,4 @@
-"""Steps that a conversion is made of, where each acts, and the text that some of them look at."""
+"""Steps of a conversion, the layers where each acts, and the text that some of them need."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 SHARED = ("per_layer", "norm", "dim", "seed")
 # Ways to round weights to a scheme's grid.
 ROUNDINGS = ("nearest", "gptq")
-# The paper has one scheme, of 8 bits, and does not name it.
+# The paper has only one scheme, of 8 bits, and does not name it.
 PAPER_BITS = 8
 # Maximum characters of patterns in a name.
 _LONGEST = 80
-# The paper's words for a scope (sections 2.2-2.5, figure 8), and ours for the one that it does not have.
+# The paper's words for the scopes (sections 2.2-2.5, figure 8), and ours for those that it does not have.
 PAPER_SCOPES = {
     "blocks": "Blocks",
     "attention": "Att",
@@ -49,13 +49,13 @@ class Where:
     `scope` may name several, separated by commas. Raises UsageError for what no model can have."""
 
     scope: tuple[str, ...] = option(
-        default=DEFAULT_SCOPES, help="Linear layers, repeatable or with commas; see below.", repeats=True
+        default=DEFAULT_SCOPES, help="Linear layers, repeatable or with commas; see below.", multiple=True
     )
     include: tuple[str, ...] = option(
-        default=(), help="Only modules whose name matches, repeatable.", metavar="REGEX", repeats=True, axis=False
+        default=(), help="Only modules whose name matches, repeatable.", metavar="REGEX", multiple=True, axis=False
     )
     exclude: tuple[str, ...] = option(
-        default=(), help="No modules whose name matches, repeatable.", metavar="REGEX", repeats=True, axis=False
+        default=(), help="No modules whose name matches, repeatable.", metavar="REGEX", multiple=True, axis=False
     )
     layers: str | None = option(
         default=None, help="Only these blocks, such as 0-5 or 0-2,11.", kind=int | str, metavar="RANGE"
@@ -76,13 +76,13 @@ class Where:
         narrowed = [f"layers {self.layers}"] if self.layers else []
         for word, patterns in (("include", self.include), ("exclude", self.exclude)):
             if sum(map(len, patterns)) > _LONGEST:
-                # All of them would make a name too long to read.
+                # Written out, they would make the name too long to read.
                 patterns = (f"{len(patterns)} pattern{'s' if len(patterns) > 1 else ''}",)
             narrowed += [f"{word} {pattern}" for pattern in patterns]
         return named + (f"[{', '.join(narrowed)}]" if narrowed else "")
 
 
-# Scopes that narrow what is dropped: blocks and neurons belong to a side of the model, not to a kind of layer.
+# The scopes of removal steps: blocks and neurons belong to a side of the model, not to a kind of layer.
 SIDES = ("encoder", "decoder")
 
 
@@ -90,8 +90,9 @@ SIDES = ("encoder", "decoder")
 class DropBlocks:
     """Step that drops whole transformer blocks, in each stack separately.
 
-    `blocks` is how many (those whose output is most like their input on the calibration text), or a text that names
-    them by number: ``20-23``, ``0-2,5``, ``7``. `where` has the scope ``encoder``, ``decoder`` or, by default, both.
+    `blocks` is their number (those whose output is most similar to their input on the calibration text are dropped), or
+    a string that lists them: ``20-23``, ``0-2,5``, ``7``. The scope of `where` is ``encoder``, ``decoder`` or, by
+    default, both.
     """
 
     blocks: int | str = option(
@@ -118,19 +119,19 @@ class DropBlocks:
 
     @property
     def calibrated(self) -> bool:
-        """Tell whether the calibration text decides which blocks go."""
+        """Return whether the calibration text decides which blocks are dropped."""
         return self.named is None
 
     @property
     def named(self) -> tuple[int, ...] | None:
-        """Return the blocks that it names, ascending; None if it says how many."""
+        """Return the listed blocks, ascending; None if only their number is given."""
         if not isinstance(self.blocks, str):
             return None
         return tuple(sorted({number for numbers in parse_layers(self.blocks).values() for number in numbers}))
 
     @property
     def label(self) -> str:
-        """Name it by how many blocks go: `Drop4`."""
+        """Name it by the number of dropped blocks: `Drop4`."""
         return f"Drop{self.blocks if self.named is None else len(self.named)}{_name_side(self.where)}"
 
 
@@ -149,12 +150,12 @@ class DropNeurons:
         help="Share of each feed-forward block's neurons to leave out.",
         kind=float,
         metavar="AMOUNT",
-        share=True,
+        is_share=True,
         axis=False,
     )
     multiple: int | None = None
     where: Where = Where()
-    # The calibration text decides which neurons go.
+    # The calibration text decides which neurons are dropped.
     calibrated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -168,15 +169,15 @@ class DropNeurons:
 
     @property
     def label(self) -> str:
-        """Name it by the share that goes: `DropNeurons 20%`."""
+        """Name it by the dropped share: `DropNeurons 20%`."""
         return f"DropNeurons{_name_side(self.where)} {self.amount * 100:.6g}%"
 
 
 def _check_sides(where: Where, key: str) -> None:
     if where != Where() and (where != Where(where.scope) or not set(where.scope) <= set(SIDES)):
         raise UsageError(
-            f"{key} takes no other scope than encoder or decoder, and no include, exclude or layers.",
-            hint="Put what prunes and quantizes into steps of their own.",
+            f"{key} accepts only the scopes encoder and decoder, and no include, exclude or layers.",
+            hint="Prune and quantize in separate steps.",
         )
 
 
@@ -197,7 +198,7 @@ class Prune:
     """
 
     amount: float = option(
-        name="prune", help="Share of the weights to zero: 0.2, or 20%.", kind=float, metavar="AMOUNT", share=True
+        name="prune", help="Share of the weights to zero: 0.2, or 20%.", kind=float, metavar="AMOUNT", is_share=True
     )
     method: str = option(
         default=METHODS.first,
@@ -222,10 +223,10 @@ class Prune:
         built_in = {each.name: each for method in METHODS.built_in().values() for each in method.parameters()}
         for each in (built_in[name] for name in SHARED):
             object.__setattr__(self, each.name, each.check(parameters.pop(each.name, getattr(self, each.name))))
-        # `chosen` is made of these, and fills in the defaults.
+        # `chosen` is built from these, and fills in the defaults.
         object.__setattr__(self, "parameters", parameters)
-        own = {name: value for name, value in self.chosen.values().items() if name not in SHARED}
-        object.__setattr__(self, "parameters", own)
+        complete = {name: value for name, value in self.chosen.values().items() if name not in SHARED}
+        object.__setattr__(self, "parameters", complete)
         with METHODS.explain_failures(self.method):
             self.chosen.check(self.amount)
 
@@ -233,17 +234,18 @@ class Prune:
     def chosen(self) -> PruningMethod:
         """Return the method, with its parameters."""
         method = METHODS[self.method]
-        has = {each.name for each in method.parameters()}
-        return method.with_values({name: getattr(self, name) for name in SHARED if name in has} | dict(self.parameters))
+        names = {each.name for each in method.parameters()}
+        shared = {name: getattr(self, name) for name in SHARED if name in names}
+        return method.with_values(shared | dict(self.parameters))
 
     @property
     def calibrated(self) -> bool:
-        """Tell whether it looks at activations."""
+        """Return whether it looks at activations."""
         return isinstance(self.chosen, Calibrated)
 
     @property
     def is_global(self) -> bool:
-        """Tell whether one choice is made over all tensors of the scope together."""
+        """Return whether all tensors of the scope are pruned together, not each by the same amount."""
         return self.chosen.over_scope
 
     @property
@@ -256,14 +258,14 @@ class Prune:
 class Quantize:
     """Step that stores weights by one of the schemes of `compressknow.compress.schemes`, with its `parameters` by name.
 
-    `rounding` brings them to its grid: ``nearest``, or ``gptq`` (Frantar et al. 2022), column by column, the error
-    carried on to what is not yet rounded. `smooth` (0-1, of schemes that round activations by token) moves that much of
-    the activations' outliers into the weights (Xiao et al. 2023, alpha).
+    `rounding` is ``nearest``, or ``gptq`` (Frantar et al. 2022), which rounds column by column and lets later columns
+    compensate for the error. `smooth` (0-1, for schemes that round activations by token) is the strength with which
+    outliers of activations are moved into the weights (Xiao et al. 2023, alpha).
     """
 
     scheme: str = option(
         default=SCHEMES.first,
-        left_out=None,
+        option_default=None,
         name="quantize",
         help="How to store the weights; see below.",
         choices=SCHEMES,
@@ -273,7 +275,7 @@ class Quantize:
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
     rounding: str = option(default=ROUNDINGS[0], help="nearest, or gptq.", choices=ROUNDINGS)
     smooth: float | None = option(
-        default=None, help="Move outliers of activations into weights: 0.5.", kind=float, metavar="ALPHA", share=True
+        default=None, help="Move outliers of activations into weights: 0.5.", kind=float, metavar="ALPHA", is_share=True
     )
 
     def __post_init__(self) -> None:
@@ -297,7 +299,7 @@ class Quantize:
 
     @property
     def calibrated(self) -> bool:
-        """Tell whether it looks at activations."""
+        """Return whether it looks at activations."""
         return self.rounding != "nearest" or self.smooth is not None
 
     @cached_property
@@ -322,7 +324,7 @@ class Quantize:
         return [*self.chosen.describe_changed(), *rounding, *([f"smooth {self.smooth:g}"] if self.smooth else [])]
 
 
-# Where a calibration text comes from: the model itself, a file, or a data set.
+# Sources of calibration text: the model itself, a file, or a data set.
 Kind = Literal["self", "file", "hf"]
 SELF, HUB = "self", "hf:"
 FORMS = "Give self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET."
@@ -332,29 +334,29 @@ FORMS = "Give self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET
 class Calibration:
     """Text that the model runs over, for steps that look at activations.
 
-    `text` is ``self`` (the model's own samples), the path of a .txt or .jsonl file, or ``hf:DATASET``; `tokens` of it
-    are taken, drawn by `seed`.
+    `text` is ``self`` (the model's own samples), the path of a .txt or .jsonl file, or ``hf:DATASET``; `tokens` is how
+    many tokens are drawn from it, with `seed`.
     """
 
     text: str = option(
         default=SELF,
-        left_out=None,
+        option_default=None,
         name="calibration",
         help="self (the model's own samples; default), FILE.txt, FILE.jsonl or hf:DATASET.",
     )
     tokens: int = option(
         default=32_768,
-        left_out=None,
+        option_default=None,
         name="calibration_tokens",
         help="How many tokens of it.  [default: 32768]",
         kind=int,
-        least=1,
+        minimum=1,
     )
     seed: int = 0
 
     @property
     def kind(self) -> Kind:
-        """Tell where the text comes from, without looking at files. Raises UsageError for an invalid name."""
+        """Return the kind of text, judged only by its name. Raises UsageError if there is no such kind."""
         if self.text == SELF:
             return "self"
         if isinstance(self.text, str) and self.text.startswith(HUB) and self.text != HUB:
@@ -370,11 +372,11 @@ class Calibration:
 
     def __post_init__(self) -> None:
         make_fields_plain(self)
-        self.kind  # noqa: B018  # raises for a text that is none
-        for name, least in (("tokens", 1), ("seed", 0)):
+        self.kind  # noqa: B018  # raises for an invalid text
+        for name, minimum in (("tokens", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not is_of(int, value) or value < least:
-                raise UsageError(f"calibration: {name} must be a whole number of at least {least}: {value!r}.")
+            if not is_of(int, value) or value < minimum:
+                raise UsageError(f"calibration: {name} must be a whole number of at least {minimum}: {value!r}.")
 
 
 Step = DropBlocks | DropNeurons | Prune | Quantize
@@ -382,16 +384,16 @@ Step = DropBlocks | DropNeurons | Prune | Quantize
 
 def _check_known(kind: str, name: Any, known: Registry[Any] | Sequence[str]) -> None:
     if name not in known:
-        near = suggest_word(str(name), known)
-        raise UsageError(f"Unknown {kind} {name!r}.", hint=f"{near}Choose from {', '.join(known)}.")
+        suggestion = suggest_word(str(name), known)
+        raise UsageError(f"Unknown {kind} {name!r}.", hint=f"{suggestion}Choose from {', '.join(known)}.")
 
 
-def _check_amount(amount: Any, what: str, hint: str) -> None:
-    """Raise UsageError if an amount is not between 0 and 1, with a further hint where it was meant as percent."""
+def _check_amount(amount: Any, subject: str, hint: str) -> None:
+    """Raise UsageError if an amount is not between 0 and 1; suggest a percentage if it may have been meant as one."""
     if not is_of(float, amount) or not 0 < amount < 1:
         is_percent = is_of(float, amount) and 1 < amount < 100
-        near = f"Did you mean {amount:g}%, which is {amount / 100:g}? " if is_percent else ""
-        raise UsageError(f"{what} must be greater than 0 and less than 1: {amount!r}.", hint=near + hint)
+        suggestion = f"Did you mean {amount:g}%, which is {amount / 100:g}? " if is_percent else ""
+        raise UsageError(f"{subject} must be greater than 0 and less than 1: {amount!r}.", hint=suggestion + hint)
 
 
 def count_pruned(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | None, int]:
@@ -421,7 +423,7 @@ def prune_matrix(
     assert isinstance(method, Calibrated)
     with METHODS.explain_failures(step.method):
         mask, values = method.prune(weight, inputs, step.amount)
-        shapes = [tuple(made.shape) for made in (mask, values) if made is not None]
+        shapes = [tuple(result.shape) for result in (mask, values) if result is not None]
         if any(shape != tuple(weight.shape) for shape in shapes):
             raise ValueError(f"it gives {list(shapes[-1])} for the weight of {inputs.name}, {list(weight.shape)}")
         if str(mask.dtype) != "torch.bool" or not (values is None or values.is_floating_point()):

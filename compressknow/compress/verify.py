@@ -40,7 +40,7 @@ UNSEALED = (
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference from the manifest: in which file, and in which tensor where it is one."""
+    """Difference from the manifest, in a file or in one of its tensors."""
 
     file: str
     tensor: str | None
@@ -52,7 +52,7 @@ class Difference:
 
 @dataclass(frozen=True, repr=False)
 class Verification(SummaryRepr):
-    """Result of a verification: what was compared, every difference, and what could not be compared (`notes`)."""
+    """Result of a verification: how much was compared, every difference, and what could not be checked (`notes`)."""
 
     tensors: int
     files: int
@@ -68,13 +68,13 @@ class Verification(SummaryRepr):
 
 
 def raise_if_different(folder: str | Path, result: Verification) -> None:
-    """Raise VerificationError listing the differences where there are any."""
+    """Raise VerificationError, which lists the differences, if there are any."""
     if result.differences:
         lines = [str(difference) for difference in result.differences[:SHOWN]]
         more = len(result.differences) - len(lines)
         hint = "Convert it again: the manifest holds the recipe (--recipe)."
         if all((each.tensor, each.what) == (None, ADDED) for each in result.differences):
-            hint = "Move what convert did not write to another folder."
+            hint = "Move the files that convert did not write to another folder."
         what = f"{folder} differs from its manifest in {_count_places(result.differences)}."
         raise VerificationError(what, "\n".join(lines + ([f"and {more} more: see --json"] if more else [])), hint)
 
@@ -86,8 +86,8 @@ def _count_places(differences: Sequence[Difference]) -> str:
 def compare_to_manifest(
     folder: str | Path, *, threads: int | None = None, advance: Advance = ignore_advance
 ) -> Verification:
-    """Rehash and recount everything in a folder that convert wrote, but the model card, which may be edited, and hidden
-    files. A file that is not in the manifest is a difference too. Raises as `read_manifest` does."""
+    """Rehash and recount everything that convert wrote to a folder, except hidden files and the model card, which users
+    may edit. A file that is not in the manifest counts as a difference. Raises the errors of `read_manifest`."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     places = _read_index(folder)
@@ -102,12 +102,12 @@ def compare_to_manifest(
 
         checks = pool.map(compare, rows | stored)
         copied = pool.map(lambda name: _compare_file(pool, folder, name, manifest["files"][name]), manifest["files"])
-    # Tensors last: a file that is missing takes all of its own with it.
+    # Tensors come last, since one missing file makes all its tensors missing.
     differences += [difference for check in copied for difference in check]
     differences += _compare_counts(manifest)
     known = {*manifest["files"], *(set(places.values()) or {SAFETENSORS}), MANIFEST_NAME, CARD_NAME}
-    there = [name.as_posix() for name in walk_visible(folder) if not (folder / name).is_dir()]
-    differences += [Difference(name, None, ADDED) for name in there if name not in known]
+    names = [name.as_posix() for name in walk_visible(folder) if not (folder / name).is_dir()]
+    differences += [Difference(name, None, ADDED) for name in names if name not in known]
     if SEAL in manifest and manifest[SEAL] != hash_manifest(manifest):
         what = "it was edited: its sha256 does not match its contents"
         differences.append(Difference(MANIFEST_NAME, None, what))
@@ -117,7 +117,7 @@ def compare_to_manifest(
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """Return the weight file of each tensor by the folder's index; nothing if there is one file for all."""
+    """Return the weight file of each tensor from the folder's index; empty if one file holds them all."""
     if (folder / SAFETENSORS).is_file() or not (folder / SAFETENSORS_INDEX).is_file():
         return {}
     weight_map = read_json(folder / SAFETENSORS_INDEX, INDEX).get("weight_map")
@@ -126,7 +126,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _read_stored(folder: Path, places: Mapping[str, str]) -> tuple[dict[str, StoredTensor], list[Difference]]:
-    """Return the tensors in the weight files, and what is wrong with these files."""
+    """Return the tensors in the weight files, and the defects of these files."""
     stored: dict[str, StoredTensor] = {}
     differences = []
     for file in sorted(set(places.values()) or {SAFETENSORS}):
@@ -180,8 +180,8 @@ def _compare_counts(manifest: dict[str, Any]) -> list[Difference]:
     rows, left_out = manifest["tensors"], manifest.get("removed", {}).get("tensors", [])
     sums = {"totals": (manifest["totals"], count_weights(rows, left_out))}
     for group, counts in manifest["groups"].items():
-        of_group = ([row for row in all_rows if row["group"] == group] for all_rows in (rows, left_out))
-        sums[f"groups.{group}"] = (counts, count_weights(*of_group))
+        in_group = ([row for row in all_rows if row["group"] == group] for all_rows in (rows, left_out))
+        sums[f"groups.{group}"] = (counts, count_weights(*in_group))
     return [
         Difference(MANIFEST_NAME, None, f"{where}.{key} is {counts.get(key)}, its tensors add up to {count}")
         for where, (counts, sums_of_rows) in sums.items()

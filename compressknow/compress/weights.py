@@ -1,4 +1,4 @@
-"""Parameters of a checkpoint, whoever stores them, and their values as floats."""
+"""Parameters of a checkpoint in any supported format, and their values as floats."""
 
 from __future__ import annotations
 
@@ -59,16 +59,16 @@ class Values:
         return self.stored.nbytes // max(get_matrix_shape(self.tensor.shape)[0], 1) * rows
 
     def blocks(self, reader: Reader, columns: int | None = None, *, whole: bool = False) -> Iterator[Block]:
-        """Yield blocks of what is compared as `Reader.blocks` does, by default with as many rows as fit its width."""
-        own = get_matrix_shape(self.tensor.shape)[1]
-        # A tensor picks columns several times as fast as a list.
-        picked = None if self.columns is None else torch.tensor(self.columns)
-        for block in reader.blocks(self.stored, whole=whole, columns=columns or own, rows=self.rows):
-            values = block.values if self.packed is None else _unpack(block.values, own, self.tensor.dtype)
-            yield Block(block.first_row, values if picked is None else values[:, picked])
+        """Yield blocks of the compared values, as `Reader.blocks` does; `columns` is by default the tensor's width."""
+        width = get_matrix_shape(self.tensor.shape)[1]
+        # Indexing with a tensor is several times as fast as with a list.
+        indices = None if self.columns is None else torch.tensor(self.columns)
+        for block in reader.blocks(self.stored, whole=whole, columns=columns or width, rows=self.rows):
+            values = block.values if self.packed is None else _unpack(block.values, width, self.tensor.dtype)
+            yield Block(block.first_row, values if indices is None else values[:, indices])
 
     def floats(self, reader: Reader) -> Iterator[tuple[Block, torch.Tensor]]:
-        """Yield each block, and its values dequantized, float64, which the next block does not overwrite."""
+        """Yield each block with its dequantized values, float64, which the next block does not overwrite."""
         scale = read_scales(reader, self)
         for block in self.blocks(reader):
             yield block, dequantize_block(self, block, scale)
@@ -95,29 +95,29 @@ def read_scales(reader: Reader, values: Values) -> torch.Tensor | None:
 
 
 def dequantize_block(values: Values, block: Block, scale: torch.Tensor | None) -> torch.Tensor:
-    """Return float64 values of a block; `scale` as `read_scales` gives it."""
+    """Return float64 values of a block; `scale` is that of `read_scales`."""
     if scale is None:
         return block.values.to(torch.float64)
-    of_rows = scale if len(scale) == 1 else scale[block.rows]
-    spread = repeat_scales(of_rows, values.tensor.shape[-1])
-    picked = spread if spread.shape[-1] == 1 or values.columns is None else spread[:, values.columns]
-    return dequantize(block.values, picked).to(torch.float64)
+    scales = repeat_scales(scale if len(scale) == 1 else scale[block.rows], values.tensor.shape[-1])
+    if scales.shape[-1] > 1 and values.columns is not None:
+        scales = scales[:, values.columns]
+    return dequantize(block.values, scales).to(torch.float64)
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Stored values of a checkpoint, by parameter; by its own name a tensor loaded to none, or fused with others.
+    """Stored values of a checkpoint, by parameter; tensors that are not loaded, or fused with others, by their names.
 
     Attributes
     ----------
-    config : the settings that hold, defaults included.
+    config : the settings in effect, including defaults.
     own : parameter -> the stored tensor of its name.
-    supply : parameter -> the stored tensor that gives it its values, ties resolved; `own` included.
-    loaded_to : of a tensor that is fused with others on loading, the parameter that it becomes a part of.
-    parts : module -> stored tensors besides its parameters: scales, zero points, packed weights.
-    unpacked : values of low bits that lie packed, by the name of the tensor that stands for them in `own`.
-    modules : where modules are called by the numbers that their blocks had before others were dropped, the names that
-        `parts` has them under.
+    supply : parameter -> the stored tensor with its values, ties resolved; includes `own`.
+    loaded_to : stored tensor -> the parameter that it becomes part of, if it is fused with others on loading.
+    parts : module -> its other stored tensors: scales, zero points, packed weights.
+    unpacked : values of packed weights, by the name of the tensor that represents them in `own`.
+    modules : module -> its name in `parts`, if modules are named by the numbers that their blocks had before others
+        were dropped.
     """
 
     name: str
@@ -135,7 +135,7 @@ class StoredWeights:
         return {weight.parameter: weight for weight in self.structure.linears}
 
     def linear(self, key: str) -> LinearWeight | None:
-        """Return the Linear weight that a tensor is, or is a part of."""
+        """Return the Linear weight that a tensor is, or is part of."""
         return self.linears.get(self.loaded_to.get(key, key))
 
     def values(self, key: str) -> Values | None:
@@ -147,49 +147,52 @@ class StoredWeights:
             return None
         if self.linear(key) is None or tensor.dtype in (*FLOAT_DTYPES, "F64"):
             return Values(tensor)
-        # Low bits can be read where they are 8 and have a scale.
+        # Of quantized weights, only those of 8 bits with a scale can be read.
         scale = _find_scale(self.parts.get(tensor.name.removesuffix(".weight"), {}), tensor)
         return Values(tensor, scale) if tensor.dtype in ("I8", "F8_E4M3") and scale else None
 
     def packed(self, key: str) -> str | None:
-        """Describe how a tensor is stored whose values cannot be read; None if they can, or it is not stored."""
+        """Describe how a tensor with unreadable values is stored; None if they can be read, or it is not stored."""
         if self.values(key) is not None:
             return None
         tensor, module = self.supply.get(key), key.removesuffix(".weight")
-        # One that is called as a module of the files is, but by another number, is not there.
+        # With renumbered blocks, a module that is not among these was dropped.
         module = self.modules.get(module, "") if self.modules else module
         stored = ([tensor] if tensor else []) + list(self.parts.get(module, {}).values())
         names = (f"{part.name.removeprefix(module + '.')} {part.dtype}" for part in stored)
         return " + ".join(names) if stored else None
 
     def packed_weights(self) -> Iterator[str]:
-        """Yield the Linear weights that have packed values in place of a tensor of their own name."""
+        """Yield the Linear weights that are stored only as packed values, not under their own names."""
         return (name for name in self.linears if name not in self.supply and self.packed(name))
 
 
 def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> StoredTensor | None:
     """Return the scale of a symmetric low-bit weight of compressed-tensors: per tensor, row or group of columns."""
     scale = parts.get(f"{tensor.name}_scale")
-    # A zero point, or groups of columns that are not neighbours.
-    more = any(f"{tensor.name}_{part}" in parts for part in ("zero_point", "g_idx"))
-    if scale is None or more or scale.dtype not in FLOAT_DTYPES:
+    # Zero points, and groups of columns that are not adjacent, are not supported.
+    is_unsupported = any(f"{tensor.name}_{part}" in parts for part in ("zero_point", "g_idx"))
+    if scale is None or is_unsupported or scale.dtype not in FLOAT_DTYPES:
         return None
     rows, columns = get_matrix_shape(tensor.shape)
     per_group = len(scale.shape) == 2 and scale.shape[0] == rows and scale.shape[1] and not columns % scale.shape[1]
-    # Scales of two-dimensional blocks may happen to be as many as there are rows.
+    # Scales of two-dimensional blocks may be as many as the rows.
     per_row = scale.numel == rows and scale.shape[:1] == tensor.shape[:1]
     return scale if scale.numel == 1 or per_row or per_group else None
 
 
 def read_stored_weights(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> StoredWeights:
-    """Read a checkpoint's headers. Raises CheckpointError if it has no weights, or its config builds no model."""
+    """Read the headers of a checkpoint's stored weights.
+
+    Raises CheckpointError if it has no weights, or its config builds no model.
+    """
     checkpoint.check_has_weights()
     model = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure, naming = read_structure(model), NameMapping(model)
     bound, packed = naming.bind(checkpoint.tensors), find_packed_weights(checkpoint, naming, structure)
-    # By their names in the tree and, where the architecture was renamed since, by those in the files.
-    named = (*structure.parameters, *bound, *(words.name for words, _ in packed.values()))
-    modules = {name.rpartition(".")[0] for name in named} - {""}
+    # By their names in the tree and in the files, which differ if the architecture's modules were renamed since.
+    names = (*structure.parameters, *bound, *(words.name for words, _ in packed.values()))
+    modules = {name.rpartition(".")[0] for name in names} - {""}
     quantized = "quantization_config" in checkpoint.config
     own: dict[str, StoredTensor] = {}
     loaded_to: dict[str, str] = {}
@@ -205,20 +208,20 @@ def read_stored_weights(checkpoint: Checkpoint, *, trust_remote_code: bool = Fal
             if binding:
                 loaded_to[name] = binding.parameter
     unpacked: dict[str, Values] = {}
-    of_low_bits: dict[str, StoredTensor] = {}
+    quantized_weights: dict[str, StoredTensor] = {}
     for parameter in (weight.parameter for weight in structure.linears if weight.parameter in packed):
         words, values = packed[parameter]
         if scale := _find_scale(checkpoint.tensors, values):
-            of_low_bits[parameter], unpacked[values.name] = values, Values(values, scale, words)
-    own |= of_low_bits
+            quantized_weights[parameter], unpacked[values.name] = values, Values(values, scale, words)
+    own |= quantized_weights
     stored = find_suppliers(checkpoint, bound, structure.tied)
-    # A final layer that was tied and is packed has values of its own.
-    supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()} | of_low_bits
+    # A packed final layer has its own values even if it was tied.
+    supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()} | quantized_weights
     return StoredWeights(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts, unpacked)
 
 
 def _find_module(name: str, modules: set[str]) -> str | None:
-    """Return the innermost module that a name lies in."""
+    """Return the innermost module that contains a name."""
     while name := name.rpartition(".")[0]:
         if name in modules:
             return name

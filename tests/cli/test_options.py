@@ -38,7 +38,7 @@ def test_no_method_or_scheme_may_call_a_parameter_as_an_option_is_called() -> No
 def annotation_of(declared: Option | Parameter) -> str:
     kind: Any = declared.kind
     text = "ModuleMap" if kind is ModuleMap else kind.__name__ if isinstance(kind, type) else str(kind)
-    if isinstance(declared, Option) and declared.repeats:
+    if isinstance(declared, Option) and declared.multiple:
         text = f"{text} | Sequence[{text}]"
     return f"{text} | None" if declared.default is None else text
 
@@ -54,7 +54,7 @@ from compressknow.compress.parameters import has_options, option
 
 @has_options
 class Quantize(steps.Quantize):
-    damping: float = option(default=0.01, help="Damping of GPTQ.", kind=float, share=True)
+    damping: float = option(default=0.01, help="Damping of GPTQ.", kind=float, is_share=True)
 
 
 steps.Quantize = Quantize

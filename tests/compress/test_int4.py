@@ -348,7 +348,7 @@ def test_layers_that_vllm_fuses_must_be_quantized_in_one_way(other: dict[str, An
     recipe = {"steps": [first, {**other, **where}]}
     manifest = planned(tmp_path, quantize=None, parameters=None, recipe=compressknow.Recipe.from_dict(recipe))
     assert "q_proj, k_proj and v_proj" in str(find_vllm_obstacle(manifest))
-    assert "these must be quantized in one way" in str(find_vllm_obstacle(manifest))
+    assert "these must be quantized in the same way" in str(find_vllm_obstacle(manifest))
 
 
 def test_infinite_weights_are_refused(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_what_lies_beside_a_sound_checkpoint_is_to_be_moved(
     assert main(["verify", str(converted)]) == 1
     errors = capsys.readouterr().err
     assert "report.html: not in the manifest" in errors
-    assert "Move what convert did not write to another folder." in errors
+    assert "Move the files that convert did not write to another folder." in errors
 
 
 def test_a_missing_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

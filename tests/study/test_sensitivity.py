@@ -349,7 +349,7 @@ def test_a_block_that_does_not_run_apart_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("of", "name", "said"),
     [
-        ("xlnet", "XLNetLMHeadModel", "no gradient comes back to its blocks"),
+        ("xlnet", "XLNetLMHeadModel", "no gradient reaches its blocks"),
         ("fsmt", "FSMTForConditionalGeneration", "one of its own checks fails"),
         ("reformer", "ReformerModelWithLMHead", r"into training mode$"),
         ("ibert", "IBertForMaskedLM", r"layer\.0 reads comes from no embedding$"),

@@ -1,1 +1,1 @@
-"""Calibration: the text, the walk of the model over it, the sums of what layers read, and what is made of them."""
+"""Calibration: the text, the model's walk over it, statistics of layer inputs, and the compression that uses them."""

@@ -1,11 +1,11 @@
-"""Gradients of scores, block by block: every block is read once on the way forward and once on the way back.
+"""Gradients of scores, block by block: every block is read once in the forward and once in the backward pass.
 
-A pass keeps the arguments of each block; on the way back a block runs again with gradients, and they go on to the block
-before. For each weight there are the inputs x and the gradients g at its outputs, never a gradient of the weight's own
-size: to first order a change D of it moves a score by the sum of g . D x over the tokens.
+A pass keeps the arguments of each block; in the backward pass a block runs again with gradients, which are passed on to
+the block before it. For each weight this gives the inputs x and the gradients g at its outputs, never a gradient of the
+weight's own size: to first order, a change D of the weight moves a score by the sum of g . D x over the tokens.
 
-Each row of a batch may have several scores, its directions. Between blocks a model computes on a copy of the row for
-each; inside a block the copies run as one, and only the gradients are as many as the directions.
+Each row of a batch may have several scores, called directions. Between blocks, the model computes on one copy of the
+row per direction; inside a block the copies run as one, and only the gradients are computed per direction.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Dtype of gradients, and of the inputs of blocks until they run again: most of the memory.
+# Dtype of stored gradients and block inputs, which take most of the memory.
 GRADIENTS = torch.bfloat16
 
 
 def choose_factors() -> torch.dtype:
-    """Return what the factors of products are rounded to: bfloat16, where the CPU multiplies it faster than float32."""
-    own = torch.cpu.get_capabilities()
-    # Intel's without AMX have instructions for it that are slower (80 GFLOP/s of one core, 130 to 180 in float32);
-    # AVX512-FP16 tells them from AMD's.
-    fast = own.get("amx_bf16") or (own.get("avx512_bf16") and not own.get("avx512_fp16"))
-    return torch.bfloat16 if fast else torch.float32
+    """Return the dtype for factors of products: bfloat16 if the CPU multiplies it faster than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    # On Intel CPUs without AMX, bfloat16 instructions are slower (80 GFLOP/s per core, 130 to 180 in float32).
+    # AVX512-FP16 distinguishes these from AMD's.
+    has_amx, has_avx, is_intel = (capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "avx512_fp16"))
+    return torch.bfloat16 if has_amx or (has_avx and not is_intel) else torch.float32
 
 
-# Scores, on the way forward, are computed in float32 everywhere.
+# For backward passes. Scores, from forward passes, are always computed in float32.
 FACTORS = choose_factors()
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """Batch of rows of one length, and their scores.
+    """Batch of rows of equal length, and how to score them.
 
     Attributes
     ----------
     inputs : arguments of a forward pass, int64 [rows, tokens] each.
     directions : scores per row.
-    positions : where the head is read, int64 [rows, positions].
-    score : of logits [rows, directions, positions, vocabulary] makes the scores [rows, directions].
+    positions : positions at which the head is computed, int64 [rows, positions].
+    score : computes scores [rows, directions] from logits [rows, directions, positions, vocabulary].
     """
 
     inputs: Mapping[str, torch.Tensor]
@@ -72,13 +72,13 @@ class ScoredBatch:
 
 
 class Product(NamedTuple):
-    """Use of a weight in one batch: what it was multiplied with, and the gradients of the scores at its outputs.
+    """Use of a weight in one batch: its inputs, and the gradients of the scores at its outputs.
 
     Attributes
     ----------
-    batch : its number.
-    inputs : [rows, tokens, in], of the dtype `GRADIENTS`; of an embedding its ids, int64 [rows, tokens].
-    gradients : [rows, directions, tokens, out], of the dtype `GRADIENTS`.
+    batch : the batch's number.
+    inputs : [rows, tokens, in], in the dtype `GRADIENTS`; for an embedding its ids, int64 [rows, tokens].
+    gradients : [rows, directions, tokens, out], in the dtype `GRADIENTS`.
     """
 
     batch: int
@@ -86,14 +86,14 @@ class Product(NamedTuple):
     gradients: torch.Tensor
 
 
-# Gets a module whose weights are loaded, and the products of each of its parameters.
+# Takes a module whose weights are loaded, and the products of each of its parameters.
 Visit = Callable[[str, Mapping[str, Sequence[Product]]], None]
 
 
 def compute_gradients(
     streamed: StreamedModel, weights: Sequence[LinearWeight], batches: Sequence[ScoredBatch], visit: Visit
 ) -> list[torch.Tensor]:
-    """Return the scores of each batch, [rows, directions]; on the way back `visit` each block, single layer and
+    """Return the scores of each batch, [rows, directions]; in the backward pass, `visit` each block, single layer and
     embedding.
 
     Raises BlockwiseUnsupported if the model does not run block by block.
@@ -125,46 +125,47 @@ def _run(
     visit: Visit,
     head: str,
 ) -> None:
-    """Advance all passes together, from block to block, and back; at the head, each goes there and back by itself: its
-    gradients there are as large as a vocabulary."""
+    """Advance all passes together, from block to block, and back. At the head, one pass after the other runs forward
+    and back, since its gradients there are as large as the vocabulary."""
     waiting = {each: call for each in passes if (call := each.advance()) is not None}
     returned = set[int]()
     while waiting:
         first = next(iter(waiting.values()))
         module, is_back = first.module, first.is_back
         group = [each for each, call in waiting.items() if (call.module, call.is_back) == (module, is_back)]
-        turns = is_back or module == head
+        runs_back = is_back or module == head
         trim_heap()
-        if turns:
+        if runs_back:
             streamed.release()
-        # A forward pass itself reads what else lies outside the blocks when it comes to it.
-        with streamed.load(module) if turns or module in streamed.blocks else nullcontext():
+        # In a forward pass, other layers outside the blocks are read when they run.
+        with streamed.load(module) if runs_back or module in streamed.blocks else nullcontext():
             parameters = {
                 weight.parameter: streamed.model.get_parameter(weight.parameter)
                 for weight in weights
-                if any(f"{own}.".startswith(f"{module}.") for own in weight.modules)
+                if any(f"{name}.".startswith(f"{module}.") for name in weight.modules)
             }
             products: dict[str, list[Product]] = {name: [] for name in parameters}
             for each in group:
                 call = waiting.pop(each)
-                after = None if is_back else each.advance(each.run_forward(forwards[module], call))
-                if turns:
+                following = None if is_back else each.advance(each.run_forward(forwards[module], call))
+                if runs_back:
                     with _multiply_in(FACTORS):
-                        after = each.advance(each.run_backward(forwards[module], after or call, parameters, products))
-                if after is not None:
-                    waiting[each] = after
-            if turns:
+                        gradients = each.run_backward(forwards[module], following or call, parameters, products)
+                        following = each.advance(gradients)
+                if following is not None:
+                    waiting[each] = following
+            if runs_back:
                 visit(module, products)
                 if module in streamed.blocks:
-                    returned |= {product.batch for own in products.values() for product in own}
-    if len(returned) < len(passes) and any(streamed.find_block(own.module) in streamed.blocks for own in weights):
-        # XLNet's states are [tokens, rows], which are taken for rows only where there are as many.
-        raise BlockwiseUnsupported("no gradient comes back to its blocks")
+                    returned |= {product.batch for uses in products.values() for product in uses}
+    if len(returned) < len(passes) and any(streamed.find_block(each.module) in streamed.blocks for each in weights):
+        # XLNet's states are [tokens, rows], which look like rows only if there are equally many of both.
+        raise BlockwiseUnsupported("no gradient reaches its blocks")
 
 
 @contextmanager
 def _multiply_in(dtype: torch.dtype) -> Iterator[None]:
-    """Round the factors of products of float32 to a dtype; sums stay in float32."""
+    """Round the factors of float32 products to a dtype; sums stay in float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
     try:
@@ -174,13 +175,13 @@ def _multiply_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 Run = Callable[..., Any]
-# Puts tensors in the places of those that arguments or outputs of a module had.
+# Rebuilds the arguments or outputs of a module with other tensors.
 _Fill = Callable[[Sequence[torch.Tensor]], Any]
 _TENSOR = object()
 
 
 def _split(nested: Any) -> tuple[_Fill, list[torch.Tensor]]:
-    """Split values into what fills their structure again, which does not hold their tensors, and these in order."""
+    """Split nested values into a function that rebuilds them from tensors, and their tensors in order."""
     flat, spec = pytree.tree_flatten(nested)
     values = [_TENSOR if isinstance(value, torch.Tensor) else value for value in flat]
 
@@ -192,8 +193,8 @@ def _split(nested: Any) -> tuple[_Fill, list[torch.Tensor]]:
 
 
 class _Call(NamedTuple):
-    """Call of a module on the way forward, with one copy of each row; on the way back, with the `gradients` at the
-    outputs, and which of the inputs need some."""
+    """Call of a module with one copy of each row; in the backward pass (`is_back`), also with the `gradients` at its
+    outputs, and which of its inputs need some."""
 
     module: str
     inputs: Sequence[torch.Tensor]
@@ -204,7 +205,7 @@ class _Call(NamedTuple):
 
 
 class GradientPass(ForwardPass):
-    """Pass of one batch through the model and back, which then has its `scores` [rows, directions]."""
+    """Forward and backward pass of one batch, which also computes its `scores` [rows, directions]."""
 
     def __init__(self, model: PreTrainedModel, batch: ScoredBatch, number: int, head: str) -> None:
         inputs = {name: ids.repeat_interleave(batch.directions, 0) for name, ids in batch.inputs.items()}
@@ -212,9 +213,9 @@ class GradientPass(ForwardPass):
         self._batch, self._head = batch, head
         self._rows, self._copies = len(batch.positions), batch.directions
         self.scores = torch.empty(0)
-        # An input with a gradient, so that all outputs have one.
+        # An input that requires a gradient, so that all outputs do.
         self._leaf = torch.zeros((), requires_grad=True)
-        # Tensors without a gradient go to all blocks: each is thinned out once.
+        # Tensors without a gradient, which go to all blocks: their copies are removed only once.
         self._thinned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def compute(self) -> None:
@@ -227,8 +228,8 @@ class GradientPass(ForwardPass):
 
     def stop_before(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if module == self._head:
-            places = self._batch.positions.repeat_interleave(self._copies, 0)
-            args = (args[0][torch.arange(len(places))[:, None], places], *args[1:])
+            positions = self._batch.positions.repeat_interleave(self._copies, 0)
+            args = (args[0][torch.arange(len(positions))[:, None], positions], *args[1:])
         fill, tensors = _split((args, kwargs))
         returned: list[_Fill] = []
         outputs = _Stop.apply(self, module, fill, returned, self._leaf, *tensors)  # type: ignore[no-untyped-call]
@@ -248,7 +249,7 @@ class GradientPass(ForwardPass):
         if not any(call.needed):
             if not hasattr(self._model.get_submodule(call.module), "weight"):
                 raise BlockwiseUnsupported(f"what {call.module} reads comes from no embedding")
-            # An embedding: its weight was not multiplied with anything.
+            # This is an embedding, whose weight was not multiplied.
             (gradient,) = call.gradients
             if gradient is not None:
                 lookup = Product(self.number, call.inputs[0], self._split_directions(gradient.to(GRADIENTS)))
@@ -270,21 +271,21 @@ class GradientPass(ForwardPass):
         by_direction = []
         gradients: list[list[torch.Tensor]] = [[] for _ in watch.seen]
         for direction in range(self._copies):
-            own = torch.autograd.grad(
+            computed = torch.autograd.grad(
                 [output for output, _ in pairs],
                 [*sources, *(edge for _, _, edge, _ in watch.seen)],
                 [gradient[:, direction] for _, gradient in pairs],
                 retain_graph=direction + 1 < self._copies,
                 allow_unused=True,
             )
-            by_direction.append(own[: len(sources)])
-            for (*_, shape), gradient, each in zip(watch.seen, own[len(sources) :], gradients, strict=True):
+            by_direction.append(computed[: len(sources)])
+            for (*_, shape), gradient, each in zip(watch.seen, computed[len(sources) :], gradients, strict=True):
                 each.append((torch.zeros(shape) if gradient is None else gradient).to(GRADIENTS))
-        # Several weights read the same inputs.
-        kept = {id(inputs): inputs.detach().to(GRADIENTS) for _, inputs, *_ in watch.seen}
+        # Several weights may read the same inputs, which are converted once.
+        converted = {id(inputs): inputs.detach().to(GRADIENTS) for _, inputs, *_ in watch.seen}
         for (name, inputs, *_), each in zip(watch.seen, gradients, strict=True):
-            # Tokens that were flattened are split by row again.
-            tokens = [value.reshape(self._rows, -1, value.shape[-1]) for value in (kept[id(inputs)], *each)]
+            # Flattened tokens are split by row again.
+            tokens = [value.reshape(self._rows, -1, value.shape[-1]) for value in (converted[id(inputs)], *each)]
             products[name].append(Product(self.number, tokens[0], torch.stack(tokens[1:], 1)))
         joined = iter([_join_directions(each) for each in zip(*by_direction, strict=True)])
         return [next(joined) if needed else None for needed in call.needed]
@@ -293,9 +294,9 @@ class GradientPass(ForwardPass):
         return gradient.reshape(self._rows, self._copies, *gradient.shape[1:])
 
     def thin(self, value: torch.Tensor, keep: bool) -> torch.Tensor:
-        """Return one copy of each row, in a memory of its own; `keep` it for other calls with the same tensor.
+        """Return one copy of each row, in memory of its own; `keep` it for other calls with the same tensor.
 
-        A row may be several of a tensor's: one per head, where attention is biased (BLOOM).
+        A row of the batch may be several of the tensor, such as one per head in attention biases (BLOOM).
         """
         if self._copies == 1 or value.dim() < 2 or not value.numel() or len(value) % (self._rows * self._copies):
             return value.detach()
@@ -303,18 +304,18 @@ class GradientPass(ForwardPass):
         if not keep:
             return copies[:, 0].clone().flatten(0, 1)
         if id(value) not in self._thinned:
-            # As many heads as rows are not rows (MPT): they differ.
-            alike = torch.equal(copies, copies[:, :1].expand_as(copies))
-            self._thinned[id(value)] = value, copies[:, 0].clone().flatten(0, 1) if alike else value.detach()
+            # If the copies differ, these are not rows, but as many heads (MPT).
+            are_equal = torch.equal(copies, copies[:, :1].expand_as(copies))
+            self._thinned[id(value)] = value, copies[:, 0].clone().flatten(0, 1) if are_equal else value.detach()
         return self._thinned[id(value)][1]
 
     def has_rows(self, value: torch.Tensor) -> bool:
-        """Return True if a module's output differs from row to row."""
+        """Return True if a module's output is per row."""
         return value.dim() > 1 and len(value) == self._rows and value.is_floating_point()
 
     def spread(self, value: torch.Tensor) -> torch.Tensor:
         """Repeat each row for all directions."""
-        # No view, as `repeat_interleave` gives: models scale what an embedding gives in its place (CTRL).
+        # Not `repeat_interleave`, which may return a view: models scale an embedding's output in place (CTRL).
         rows = torch.arange(len(value)).repeat_interleave(self._copies) if self.has_rows(value) else None
         return value if rows is None else value[rows]
 
@@ -324,19 +325,19 @@ class _Stop(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, own: GradientPass, module: str, fill: _Fill, returned: list[_Fill], _: Any, *tensors: torch.Tensor
+        ctx: Any, batch: GradientPass, module: str, fill: _Fill, returned: list[_Fill], _: Any, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         needed = ctx.needs_input_grad[5:]
-        inputs = [own.thin(value, keep=not wanted) for value, wanted in zip(tensors, needed, strict=True)]
-        ctx.inputs = [value.to(GRADIENTS) if wanted else value for value, wanted in zip(inputs, needed, strict=True)]
-        ctx.own, ctx.module, ctx.fill = own, module, fill
+        inputs = [batch.thin(value, keep=not is_needed) for value, is_needed in zip(tensors, needed, strict=True)]
+        ctx.inputs = [each.to(GRADIENTS) if is_needed else each for each, is_needed in zip(inputs, needed, strict=True)]
+        ctx.batch, ctx.module, ctx.fill = batch, module, fill
         call = _Call(module, inputs, fill)
         del inputs
-        outer, outputs = _split(own.hand_over(call))
+        outer, outputs = _split(batch.hand_over(call))
         returned.append(outer)
-        spread = [own.spread(value) for value in outputs]
-        alike = [value for value, one in zip(spread, outputs, strict=True) if not own.has_rows(one)]
-        ctx.mark_non_differentiable(*alike)
+        spread = [batch.spread(value) for value in outputs]
+        constant = [value for value, output in zip(spread, outputs, strict=True) if not batch.has_rows(output)]
+        ctx.mark_non_differentiable(*constant)
         ctx.set_materialize_grads(False)
         return tuple(spread)
 
@@ -344,7 +345,7 @@ class _Stop(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         call = _Call(ctx.module, ctx.inputs, ctx.fill, True, ctx.needs_input_grad[5:], grads)
         ctx.inputs = None
-        return (None,) * 5 + tuple(ctx.own.hand_over(call))
+        return (None,) * 5 + tuple(ctx.batch.hand_over(call))
 
 
 def _join_directions(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
@@ -357,9 +358,9 @@ def _join_directions(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor |
 
 
 class _GradientWatch(TorchFunctionMode):
-    """Recorder of every product with one of these weights: its name, the inputs, the edge of the graph at the output,
-    which stays what it is where the model overwrites that (Longformer's queries), and its shape; not with a part of
-    one, as experts are, nor with several (DeepSeek V4)."""
+    """Context that records every product with one of these weights: its name, the inputs, the graph edge at the output,
+    which stays valid if the model overwrites the output (Longformer's queries), and the output's shape. Products with
+    part of a weight (experts) or with several (DeepSeek V4) are not recorded."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -369,8 +370,8 @@ class _GradientWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **kwargs or {})
-        if (places := OPERANDS.get(func)) and len(args) > places[1]:
-            inputs, weight = (args[place] for place in places)
+        if (positions := OPERANDS.get(func)) and len(args) > positions[1]:
+            inputs, weight = (args[position] for position in positions)
             name = self._names.get(weight.untyped_storage().data_ptr())
             if name is not None and weight.numel() == self._sizes[name] and weight.dim() == 2 and output.requires_grad:
                 self.seen.append((name, inputs, get_gradient_edge(output), output.shape))

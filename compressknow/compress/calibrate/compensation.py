@@ -1,15 +1,15 @@
-"""Compensation of errors by later columns, which GPTQ and SparseGPT share, and GPTQ onto the grid of a scheme.
+"""Compensation of errors by later columns, which GPTQ and SparseGPT share, and GPTQ for the grid of a scheme.
 
 In GPTQ (arXiv 2210.17323, algorithm 1) and SparseGPT (arXiv 2301.00774, algorithm 1), with U the upper factor of the
-inverse of X^T X, what column i loses, over U_ii, times row i of U is taken off the columns after it. That brings
-||X (W - W')^T|| down the most. Columns come in blocks, whose errors reach the rest of the matrix as one product.
+inverse of X^T X, the error of column i divided by U_ii, times row i of U, is subtracted from the columns after it. This
+minimizes ||X (W - W')^T||. Columns come in blocks, whose errors reach the rest of the matrix as one product.
 
-GPTQ keeps the scales as they are given; those of groups are fitted before (`fit_scales`). Columns whose inputs have the
-largest squares come first, while most others are left to make up for them; each keeps the scale of its own group.
+GPTQ does not change the scales it is given; those of groups are fitted before (`fit_scales`). Columns whose inputs have
+the largest squares come first, when most others can still compensate for them; each keeps the scale of its own group.
 
-A layer reads what the layers before it make once they are rounded. It makes up for part of what they lost (GPTAQ, Li et
-al. 2025, arXiv 2504.02692): the text runs through the original too, and the layer's weights move towards those that
-would give, of what is read now, what the original gives.
+A layer's inputs come from layers that are already rounded. It compensates for part of their errors (GPTAQ, Li et al.
+2025, arXiv 2504.02692): the text also runs through the original, and the layer's weights move towards those that would
+give the original's outputs for the present inputs.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def factor_inverse(inputs: InputStatistics, order: torch.Tensor) -> torch.Tensor
     """Return U, upper triangular, float32 [in, in], with (H + damping)^-1 = U^T U for the products H of the inputs, its
     rows and columns in this `order` (int64 [in]).
 
-    Row i of U is that of the inverse which is left when channels 0 to i - 1 are settled, over the root of its own
-    diagonal (GPTQ, arXiv 2210.17323, section 3.3, step 3). Raises CompressknowError naming the layer if H cannot be
+    Row i of U is the first row of the inverse of H without channels 0 to i - 1, divided by the root of its diagonal
+    element (GPTQ, arXiv 2210.17323, section 3.3, step 3). Raises CompressknowError naming the layer if H cannot be
     inverted with any of `DAMPINGS`.
     """
     assert inputs.products is not None
     backwards = order.flip(0)
     for share in DAMPINGS:
-        # Last channel first: with J H J = L L^T, J L^-1 J is the upper factor of H's inverse. That takes one
-        # decomposition; by way of the inverse it takes two, and squares the condition number.
+        # In reversed order: with J H J = L L^T, J L^-1 J is the upper factor of H's inverse. This takes only one
+        # decomposition; computing the inverse first would take two, and square the condition number.
         damped = inputs.products[backwards[:, None], backwards]
         damped.diagonal().add_(share * damped.diagonal().mean())
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -56,9 +56,9 @@ def factor_inverse(inputs: InputStatistics, order: torch.Tensor) -> torch.Tensor
 
 
 def get_inverse(inputs: InputStatistics, *, by_activation: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `factor_inverse` does, and the order of its channels, int64 [in]; computed once for these statistics.
+    """Return the factor of `factor_inverse`, and the order of its channels, int64 [in]; cached in the statistics.
 
-    `by_activation` puts the channels first whose squares are largest (GPTQ's "activation order"), ties in their order.
+    `by_activation` sorts channels by their squares, largest first (GPTQ's "activation order"), ties in their order.
     """
     with inputs.lock:
         if by_activation not in inputs.inverses:
@@ -69,7 +69,7 @@ def get_inverse(inputs: InputStatistics, *, by_activation: bool = False) -> tupl
 
 
 def _invert_in_place(lower: torch.Tensor) -> None:
-    """Invert a lower triangle in place, by halves: products are faster than one solution for all columns."""
+    """Invert a lower triangle in place, by halves, because products are faster than solving for all columns."""
     if len(lower) <= TRIANGLE:
         lower.copy_(torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False))
         return
@@ -80,18 +80,18 @@ def _invert_in_place(lower: torch.Tensor) -> None:
     left.copy_(below @ (left @ above)).neg_()
 
 
-# How far weights move towards those that make up for all earlier losses, which overfit the text: GPTAQ's own share, and
-# less if the text has fewer tokens per channel than this.
+# How far weights move towards full compensation, which would overfit the text: GPTAQ's own share, and less if the text
+# has fewer tokens per channel than this.
 _SHARE, _ENOUGH = 0.25, 4
 
 
 def find_moves(
     weight: torch.Tensor, inputs: InputStatistics, factor: torch.Tensor, order: torch.Tensor
 ) -> torch.Tensor | None:
-    """Return how weights W [out, in] move so that X makes more of what they made of the original's Y: M, float32 [in,
-    out], where W^T + U^T M, its columns in order, is W + share W (Y - X)^T X (X^T X)^-1, by least squares.
+    """Return moves M, float32 [in, out], that bring the outputs of weights W [out, in] for the inputs X closer to those
+    for the original's Y: by least squares, W^T + U^T M, in this order, is W + share W (Y - X)^T X (X^T X)^-1.
 
-    None if the inputs have no drift. `factor` is U, that of X^T X in this order.
+    None if the inputs have no drift. `factor` is U, the factor for X^T X in this order.
     """
     if inputs.drift is None:
         return None
@@ -99,27 +99,27 @@ def find_moves(
     return (factor @ (weight.to(torch.float32) @ inputs.drift)[:, order].T).mul_(share)
 
 
-# Both papers' blocks; and finer ones, in which a column's error reaches the rest of its block.
+# Block size of both papers, and a finer one within these blocks.
 BLOCK, FINE = 128, 16
-# Takes the number of a column and its values [rows], and returns its new values.
+# Takes the number of a column and its values [rows], and returns its final values.
 Settle = Callable[[int, torch.Tensor], torch.Tensor]
 
 
-# Blocks of so many columns, and what gets the number of the first column of each and its values [columns, rows] when
-# all errors before it have reached them.
+# Width of blocks, and a function called with the number of the first column of each block and its values [columns,
+# rows], after the errors of all columns before it were applied.
 Level = tuple[int, Callable[[int, torch.Tensor], None] | None]
 
 
 def compensate(
     columns: torch.Tensor, factor: torch.Tensor, levels: Sequence[Level], settle: Settle, first: int = 0
 ) -> None:
-    """Settle all columns in order.
+    """Set the final values of all columns in order, and compensate for their errors in later columns.
 
     Parameters
     ----------
-    columns : the weights, transposed: float32 [in, out], contiguous. They are overwritten by errors over U_ii.
+    columns : the weights, transposed: float32 [in, out], contiguous. They are overwritten by errors divided by U_ii.
     factor : U, float32 [in, in], see `factor_inverse`.
-    levels : blocks, the widest first, each of which holds whole blocks of the next; without any, single columns.
+    levels : blocks, the widest first, each made of whole blocks of the next; without any, single columns.
     settle : called for each column in order; they are numbered from `first` on.
     """
     width, begin = levels[0] if levels else (1, None)
@@ -135,48 +135,48 @@ def compensate(
         columns[stop:].addmm_(factor[start:stop, stop:].T, block, alpha=-1)
 
 
-# Shares of the scales by the largest magnitudes: smaller ones round most weights better, and cut the largest. The first
-# stays where all are alike.
+# Multiples of the scales of the largest magnitudes: smaller scales round most weights better, but clip the largest. If
+# all are equally good, the first is used.
 _SHARES = tuple(percent / 100 for percent in (100, 108, 104, *range(96, 56, -4)))
-# Weights that are tried at a time: they fit a core's cache.
-_TRIED = 1 << 18
+# Number of weights processed at a time, which fit a core's cache.
+_CHUNK = 1 << 18
 
 
 def fit_scales(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme, inputs: InputStatistics) -> torch.Tensor:
-    """Return the scales of groups of weights [out, in] by which rounding them to nearest changes outputs least, [out,
-    groups] of the dtype of `scales`, of which they are 60 to 108 %.
+    """Return the scales of groups of weights [out, in] with which rounding to nearest changes outputs least, [out,
+    groups] in the dtype of `scales`, of which they are 60 to 108 %.
 
-    What a layer gives changes by the squared errors of its weights, each times the mean square of its input, were
-    inputs independent of each other. For GPTQ too, which makes up for errors, that is a good guide.
+    For independent inputs, the squared error of a layer's outputs is the sum of the squared errors of its weights, each
+    times the mean square of its input. This is a good criterion for GPTQ too, although it compensates for errors.
     """
-    rows = max(_TRIED // values.shape[1], 1)
+    rows = max(_CHUNK // values.shape[1], 1)
     importance = (inputs.squares / max(inputs.tokens, 1)).reshape(scales.shape[1], -1)
     fitted = []
-    for part, given in zip(torch.split(values, rows), torch.split(scales, rows), strict=True):
-        best, least = given, torch.full(given.shape, torch.inf)
+    for chunk, full in zip(torch.split(values, rows), torch.split(scales, rows), strict=True):
+        best, least = full, torch.full(full.shape, torch.inf)
         for share in _SHARES:
-            tried = given * share
-            codes = round_to_nearest(part, tried, scheme)
-            errors = scheme.dequantize(codes, tried).sub_(part.to(torch.float32)).square_()
-            error = (errors.view(*given.shape, -1) * importance).sum(-1)
-            best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+            trial = full * share
+            codes = round_to_nearest(chunk, trial, scheme)
+            errors = scheme.dequantize(codes, trial).sub_(chunk.to(torch.float32)).square_()
+            error = (errors.view(*full.shape, -1) * importance).sum(-1)
+            best, least = torch.where(error < least, trial, best), torch.minimum(error, least)
         fitted.append(best)
     return torch.cat(fitted)
 
 
 def round_by_gptq(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme, inputs: InputStatistics) -> torch.Tensor:
-    """Round weights [out, in] to codes of a scheme's grid, of the same shape; the weights are left as they are.
+    """Round weights [out, in] to codes of a scheme's grid, of the same shape, without changing the weights.
 
-    What is zero was pruned, by this recipe or in the source: it stays zero, for a pattern outlives the rounding, and
-    other columns make up for its error too. Rows do not depend on each other: a block of them gives what all would.
+    Zeros were pruned, by this recipe or in the source. They stay zero, so that a pattern is preserved, and other
+    columns compensate for their errors too. Rows do not depend on each other, so they can be rounded in blocks.
 
     Parameters
     ----------
-    values : float32, or of 16 bits; the work is done in float32.
-    scales : of the rows given: [out, 1], [1] or [out, groups].
-    inputs : with products.
+    values : float32, or 16-bit floats; the computation is in float32.
+    scales : those of these rows: [out, 1], [1] or [out, groups].
+    inputs : statistics with products.
 
-    Raises CompressknowError naming the layer where X^T X cannot be inverted.
+    Raises CompressknowError naming the layer if X^T X cannot be inverted.
     """
     factor, order = get_inverse(inputs, by_activation=True)
     columns, moves = values.to(torch.float32).T[order].contiguous(), find_moves(values, inputs, factor, order)
@@ -189,11 +189,11 @@ def round_by_gptq(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme, in
 
     def settle(column: int, current: torch.Tensor) -> torch.Tensor:
         scale = group_scales[groups[column]][:, None]
-        # The error is that of the column before it moves: so later columns get their part of the move with it.
+        # The error is that of the unmoved column, which gives later columns their part of the move.
         current = current if moves is None else current + moves[column]
         current = current.masked_fill(zero[column], 0)
         codes.append(round_to_nearest(current[:, None], scale, scheme)[:, 0])
         return scheme.dequantize(codes[-1][:, None], scale)[:, 0]
 
     compensate(columns, factor, [(BLOCK, None), (FINE, None)], settle)
-    return torch.stack([codes[place] for place in order.argsort().tolist()], 1)
+    return torch.stack([codes[index] for index in order.argsort().tolist()], 1)

@@ -1,4 +1,4 @@
-"""Calibrated compression: each block's weights are pruned and rounded by what was seen of their inputs, and written."""
+"""Calibrated compression: prune and round the weights of each block, given their inputs, and write them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from compressknow.model.structure import LinearWeight, Structure
 if TYPE_CHECKING:
     from compressknow.compress.removal.smaller import Removal
 
-# A product of two matrices of this size is tried so many times to tell the pace.
+# Size and number of the matrix products that are timed to estimate the speed.
 TRIAL, TRIALS = 512, 8
 FLOAT_BYTES = 4
 
 
-# Blocks (and single layers) that are compressed, bytes of memory at most, and operations.
+# Number of blocks (and single layers) that are compressed, peak memory in bytes, and number of operations.
 Estimate = tuple[int, int, int]
 
 
@@ -53,24 +53,24 @@ def estimate(plan: Plan) -> dict[str, Any]:
         parts.append(_estimate_compression(plan, calibration.tokens))
     blocks, memory, operations = zip(*parts, strict=True)
     if calibration.kind == "self":
-        # Whole, with all that was not removed.
+        # The whole original model writes the text.
         original = read_structure(plan.removal.original[1]) if plan.removal else plan.structure
         memory = (*memory, original.stored * getattr(torch, choose_dtype()).itemsize)
-    return {"blocks": max(blocks), "bytes": max(memory), "seconds": sum(operations) / _measure_pace()}
+    return {"blocks": max(blocks), "bytes": max(memory), "seconds": sum(operations) / _measure_speed()}
 
 
 def describe_memory(plan: Plan) -> str:
-    """Say in a sentence what the calibration of a plan takes."""
+    """Describe in a sentence how much memory the calibration of a plan takes."""
     return f"That takes about {write_size(estimate(plan)['bytes'])}."
 
 
 def _estimate_removal(removal: Removal, tokens: int) -> Iterator[Estimate]:
-    """Estimate one run of the text through the model to choose blocks, and two for neurons, with X^T X and a fit."""
+    """Estimate one run of the text to choose blocks, and two to choose neurons, with X^T X and a fit."""
     if any(not drop.is_decided for drop in removal.blocks):
         yield _estimate_runs(read_structure(removal.original[1]), tokens, 1)
     if removal.neurons and not removal.is_decided:
         widths = [drop.before for drop in removal.neurons for _ in drop.networks]
-        # X^T X, and what is left of it twice in float64.
+        # X^T X in float32, and two float64 copies.
         sums = 5 * max(widths) ** 2
         yield _estimate_runs(read_structure(removal.wide[1]), tokens, 2, widths=widths, sums=sums)
 
@@ -80,12 +80,12 @@ def _estimate_compression(plan: Plan, tokens: int) -> Estimate:
     compressed = [weight for weight in plan.structure.linears if weight.parameter in targets]
     reads: set[tuple[str, str, int]] = set()
     if any(map(_is_sum_of_products, plan.tensors)):
-        # Layers side by side in a module as a rule read the same tensor.
+        # Sibling layers of a module usually read the same tensor.
         reads = {(_find_block(w), w.module.rpartition(".")[0], w.shape[-2 if w.transposed else -1]) for w in compressed}
     squares: Counter[str] = Counter()
     for block, _, width in reads:
         squares[block] += width**2
-    # With a second run of the text, and sums of how far what is read has come from the original's.
+    # In pairs, the text also runs through the original, and the drift of inputs from the original's is summed.
     pairs = 1 + _looks_back(plan.tensors)
     widths, sums = [width for *_, width in reads], max(squares.values(), default=0)
     _, memory, operations = _estimate_runs(plan.structure, tokens, 1 + pairs, pairs=pairs, widths=widths, sums=sums)
@@ -120,11 +120,11 @@ def _is_rounded_by_gptq(tensor: PlannedTensor) -> bool:
 
 
 def _looks_back(tensors: Sequence[PlannedTensor]) -> bool:
-    """Return True if GPTQ makes up for what rounding lost in earlier layers.
+    """Return True if GPTQ compensates for the rounding errors of earlier layers.
 
-    It does not make up for what pruning lost, which asks for more than the weights that stay can learn of the text: a
-    pruned model is taken for the original. Where each layer is pruned by what it reads of the layers rounded before it,
-    there is no such model.
+    It does not compensate for pruning, which would overfit the remaining weights to the text: the pruned model is taken
+    as the original. With calibrated pruning there is no such model, since each layer is pruned by its inputs from
+    layers that are already rounded.
     """
     is_pruned = any(tensor.prune and tensor.prune.calibrated for tensor in tensors)
     return not is_pruned and any(map(_is_rounded_by_gptq, tensors))
@@ -135,22 +135,22 @@ def _is_expert(tensor: PlannedTensor) -> bool:
 
 
 def _find_block(weight: LinearWeight) -> str:
-    """Return what tells the block of a weight; one that lies in none stands by itself."""
+    """Return a key for the block of a weight, or for the weight itself if it is in none."""
     return weight.module if weight.layer is None else f"{weight.stack} {weight.layer}"
 
 
-def _measure_pace() -> float:
-    """Measure the operations per second of all cores, on a product of matrices."""
+def _measure_speed() -> float:
+    """Measure the operations per second of all cores, on a matrix product."""
     matrix = torch.rand(TRIAL, TRIAL)
     torch.mm(matrix, matrix)
     start = time.perf_counter()
     for _ in range(TRIALS):
         torch.mm(matrix, matrix)
-    spent = time.perf_counter() - start
-    return 2 * TRIAL**3 * TRIALS / spent * max(1, count_cores() / torch.get_num_threads())
+    seconds = time.perf_counter() - start
+    return 2 * TRIAL**3 * TRIALS / seconds * max(1, count_cores() / torch.get_num_threads())
 
 
-# Fewer tokens than this tell nothing of the inputs of an expert.
+# With fewer tokens than this, statistics of the inputs of an expert are not used.
 LEAST_TOKENS = 32
 
 
@@ -160,11 +160,11 @@ class CalibrationResult:
 
     Attributes
     ----------
-    measured : of each tensor that was written, by name.
+    measured : statistics of each written tensor, by name.
     is_blockwise : True if the blocks were run one after the other; else the whole model was in memory.
-    unseen : weights that the text does not reach, or hardly (most experts of a mixture, projections of images): they
-        were treated as if nothing was known of their inputs.
-    smoothed : the norms that were divided, and the weights that make up for it.
+    unseen : weights that the text hardly reaches or not at all (most experts of a mixture, projections of images),
+        which were compressed as if all their input channels were alike.
+    smoothed : the norms that were divided, and the weights that compensate for it.
     """
 
     measured: dict[str, TensorStats] = field(default_factory=dict)
@@ -180,17 +180,17 @@ def calibrate(
     text: CalibrationText,
     advance: Advance = ignore_advance,
 ) -> CalibrationResult:
-    """Compress and write all that is in scope, block by block, each with what it sees of the text once all before it is
-    compressed. `masks` are those of methods that look at weights alone, by tensor name; `advance` is called with
-    the blocks that are done, and with how many there are.
+    """Compress and write all weights in scope, block by block, each by its inputs on the text after all blocks before
+    it are compressed. `masks` are those of methods without calibration, by tensor name; `advance` is called with the
+    number of finished blocks, and of all blocks.
 
-    Raises CompressknowError if a block gives NaN, takes more memory than there is, or a layer's inputs were never seen.
+    Raises CompressknowError if a block gives NaN or needs more memory than there is.
     """
     result = CalibrationResult()
     several, once = smooth.split_scope(plan)
 
     def make(streamed: StreamedModel, pool: Pool, whole: bool) -> list[Visitor]:
-        """Have what is used several times compressed first, in a walk of its own, after all uses were seen."""
+        """Compress weights with several uses first, in a separate walk that observes all uses."""
         nonlocal result
         result = CalibrationResult(is_blockwise=not whole)
         if whole or several:
@@ -206,7 +206,7 @@ def calibrate(
 
 
 class _Compressor(TargetVisitor[PlannedTensor]):
-    """Visitor that compresses blocks, each once its inputs are known, and adds what it did to `result`."""
+    """Visitor that compresses each block once its inputs are known, and records this in `result`."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         self.pairs = not waits and _looks_back(targets)
 
     def enter(self, module: str) -> None:
-        # A pruned model is what rounding is to keep.
+        # Rounding should preserve the pruned model.
         pruned = [each for each in self._targets.get(module, ()) if self.pairs and each.name in self._masks]
         reader = Reader(self._converter.pool, self._converter.files, lambda _: None)
         values = self._converter.pool.map(lambda tensor: read_pruned(reader, tensor, self._masks[tensor.name]), pruned)
@@ -235,7 +235,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         return self.pairs and not batch % 2 and module in self._streamed.blocks
 
     def make_sums(self, targets: Sequence[PlannedTensor]) -> InputSums:
-        # In the two passes of a pair, an expert may read different tokens.
+        # In the passes of a pair, an expert may read different tokens.
         paired = {each.parameter for each in targets if _is_rounded_by_gptq(each) and not _is_expert(each)}
         return InputSums(
             dict.fromkeys(tensor.parameter for tensor in targets),
@@ -248,14 +248,14 @@ class _Compressor(TargetVisitor[PlannedTensor]):
     def act(
         self, targets: Sequence[PlannedTensor], sums: InputSums, module: str | None, rerun: Callable[[], Any] | None
     ) -> None:
-        """Compress and write the targets; the model goes on with what was written."""
+        """Compress and write the targets; the model continues with the written values."""
         factors = self._smooth(module, sums, rerun) if module in self._streamed.blocks and rerun else {}
         largest_first = sorted(targets, key=lambda tensor: -tensor.source.nbytes)
         written = self._converter.pool.map(partial(self.compress, sums, factors), largest_first)
         for tensor, values in zip(largest_first, written, strict=True) if module else ():
             self._streamed.replace(tensor.parameter, tensor.source, values)
         if not self._waits:
-            # They are not read again.
+            # No later block reads them.
             self._streamed.forget(tensor.source for tensor in targets)
 
     def _smooth(self, module: str, sums: InputSums, rerun: Callable[[], Any]) -> dict[str, torch.Tensor]:
@@ -277,7 +277,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         return factors
 
     def _divide(self, norm: str, offset: float, factors: torch.Tensor) -> torch.Tensor:
-        """Write a norm's weight and bias divided; return the factors that this comes to."""
+        """Write a norm's weight and bias, divided; return the factors that result after rounding."""
         for leaf in ("weight", "bias"):
             parameter = f"{norm}.{leaf}"
             if not self._plan.sources.is_supplied(parameter):
@@ -294,23 +294,25 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         return factors
 
     def compress(self, sums: InputSums, factors: Mapping[str, torch.Tensor], tensor: PlannedTensor) -> torch.Tensor:
-        """Write one tensor, and return the values that were written, float32."""
+        """Write one tensor, and return the written values, float32."""
         statistics = self._read_statistics(tensor, sums) if tensor.is_calibrated else []
-        own_factors = factors.get(tensor.parameter)
+        tensor_factors = factors.get(tensor.parameter)
         written = torch.empty(tensor.source.shape, dtype=torch.float32)
         rows = written.view(-1, written.shape[-1])
         mask = self._masks.get(tensor.name) or self._prune(tensor, statistics)
         by_gptq = {}
         if _is_rounded_by_gptq(tensor):
-            seen = statistics[0] if own_factors is None else smooth.divide_statistics(statistics[0], own_factors)
-            by_gptq = {"rounding": partial(round_by_gptq, inputs=seen), "fit": partial(fit_scales, inputs=seen)}
+            inputs = statistics[0]
+            if tensor_factors is not None:
+                inputs = smooth.divide_statistics(inputs, tensor_factors)
+            by_gptq = {"rounding": partial(round_by_gptq, inputs=inputs), "fit": partial(fit_scales, inputs=inputs)}
         self._result.measured[tensor.name] = self._converter.write(
-            tensor, mask, whole=tensor.is_calibrated, factors=own_factors, see=rows.__setitem__, **by_gptq
+            tensor, mask, whole=tensor.is_calibrated, factors=tensor_factors, see=rows.__setitem__, **by_gptq
         )
         return written
 
     def _read_statistics(self, tensor: PlannedTensor, sums: InputSums) -> list[InputStatistics]:
-        """Return the statistics of each matrix of a tensor; where nothing is known, all channels count the same."""
+        """Return the statistics of each matrix of a tensor; if it is unseen, all channels are equal."""
         matrices = tensor.to_prune.matrices[0]
         first = 0 if matrices > 1 else self._plan.sources.matrix_of(tensor.source, tensor.parameter)
         width = tensor.to_prune.matrices[1 if tensor.transposed else 2]
@@ -326,24 +328,24 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         return known
 
     def _prune(self, tensor: PlannedTensor, statistics: Sequence[InputStatistics]) -> Mask | None:
-        """Prune a tensor by a method that looks at activations; None if it is not pruned so."""
+        """Prune a tensor by a calibrated method; None if it has none."""
         if tensor.prune is None or not tensor.prune.calibrated:
             return None
         values = read_tensor(self._converter.files, tensor.source)
         matrices = values.view(tensor.to_prune.matrices)
         pruned = torch.zeros(matrices.shape, dtype=torch.bool)
         is_changed = False
-        for place, inputs in enumerate(statistics):
-            matrix = matrices[place].to(torch.float32)
+        for index, inputs in enumerate(statistics):
+            matrix = matrices[index].to(torch.float32)
             mask, new = prune_matrix(tensor.prune, matrix.T.contiguous() if tensor.transposed else matrix, inputs)
-            pruned[place] = mask.T if tensor.transposed else mask
+            pruned[index] = mask.T if tensor.transposed else mask
             if new is not None:
-                matrices[place] = (new.T if tensor.transposed else new).to(values.dtype)
+                matrices[index] = (new.T if tensor.transposed else new).to(values.dtype)
                 is_changed = True
-        whole, new_values = pruned.flatten(0, 1).numpy(), values.flatten(0, -2)
+        pruned_rows, new_values = pruned.flatten(0, 1).numpy(), values.flatten(0, -2)
 
         def mask_block(block: Block) -> Any:
-            mask = np.ascontiguousarray(whole[block.rows])
+            mask = np.ascontiguousarray(pruned_rows[block.rows])
             return Pruned(mask, new_values[block.rows]) if is_changed else mask
 
         return EachBlock(mask_block)

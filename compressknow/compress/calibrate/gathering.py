@@ -1,4 +1,4 @@
-"""Inputs of weights: seen while a model runs, and summed up over all batches."""
+"""Inputs of weights: recorded while a model runs, and summed over all batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from compressknow.compress.calibrate.model import BlockwiseUnsupported
 
-# Positions of the inputs and of the weight among the arguments, for all functions by which layers multiply.
+# Positions of the inputs and of the weight among the arguments, for all functions with which layers multiply.
 OPERANDS: dict[Any, tuple[int, int]] = {
     functional.linear: (0, 1),
     torch.addmm: (1, 2),
@@ -24,7 +24,7 @@ OPERANDS: dict[Any, tuple[int, int]] = {
     **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__), (0, 1)),
 }
 TURN_SECONDS = 0.05
-# After all keys of a batch.
+# Position after all keys of a batch.
 _END = (math.inf, 0)
 BAND = 128
 
@@ -33,18 +33,18 @@ BAND = 128
 class InputStatistics:
     """Statistics of the inputs X [tokens, in] of one Linear on the calibration text.
 
-    Linears that read the same tensor share one: do not change it.
+    Linears that read the same tensor share one object: do not change it.
 
     Attributes
     ----------
-    name : of the module, for errors.
+    name : the module's name, for errors.
     tokens : rows of X.
     squares : float32 [in], the sum of x^2 over rows: the diagonal of `products`.
     peaks : float32 [in], the largest magnitudes; None if nothing needs them.
     products : float32 [in, in], X^T X; None if nothing needs them.
-    drift : float32 [in, in], (Y - X)^T X of the inputs Y that the original's layer has there; None if they are not
+    drift : float32 [in, in], (Y - X)^T X, with the inputs Y of the same layer in the original; None if these are not
         known, or are the same.
-    inverses, lock : what `compensation.get_inverse` has made of the products.
+    inverses, lock : cache of `compensation.get_inverse`.
     """
 
     name: str
@@ -58,18 +58,18 @@ class InputStatistics:
 
 
 class Key(NamedTuple):
-    """Weight matrix: that of a parameter, or one `matrix` of a stack of them."""
+    """Weight matrix: a parameter, or one `matrix` of a stack."""
 
     parameter: str
     matrix: int = 0
 
 
-# Inputs [..., in] that a weight was multiplied with.
+# A weight matrix, and inputs [..., in] that were multiplied by it.
 Seen = tuple[Key, torch.Tensor]
 
 
 class AllSeen(BaseException):
-    """End of a run whose output nobody needs: all is seen. No Exception, for models catch these."""
+    """Exception that ends a run after all inputs were seen; not an Exception, because models catch these."""
 
 
 class InputRecorder(TorchFunctionMode):
@@ -82,41 +82,41 @@ class InputRecorder(TorchFunctionMode):
         # Each with the tensor that it copies: if that were freed, another one could take its place.
         self._copies: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] | None = {} if copies else None
         self._names = {tensor.untyped_storage().data_ptr(): name for name, tensor in weights.items()}
-        # Elements of a matrix, or of each of a stack.
+        # Number of elements of the matrix, or of each in a stack.
         self._sizes = {name: max(math.prod(tensor.shape[-2:]), 1) for name, tensor in weights.items()}
         self.seen: list[Seen] = []
-        # These inputs, with torch's counts of their changes from when they were seen.
+        # These inputs, with torch's counts of in-place changes at the time of recording.
         self._versions: list[tuple[torch.Tensor, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (places := OPERANDS.get(func)) and len(args) > places[1]:
-            left, right = (args[place] for place in places)
-            self._note(left, right)
+        if (positions := OPERANDS.get(func)) and len(args) > positions[1]:
+            left, right = (args[position] for position in positions)
+            self._record(left, right)
             if left.dim() > 1 and right.dim() > 1:
-                # Mamba writes its products the other way round.
-                self._note(right.transpose(-1, -2), left)
+                # In Mamba, the weight is the left operand.
+                self._record(right.transpose(-1, -2), left)
             if self._ends and len({key.parameter for key, _ in self.seen}) == len(self._names):
                 raise AllSeen
         return func(*args, **kwargs or {})
 
-    def _note(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+    def _record(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
         name = self._names.get(weight.untyped_storage().data_ptr())
         if name is None:
             return
         if self._copies is not None:
-            place = *_identify(inputs), inputs._version
-            if place not in self._copies:
-                self._copies[place] = inputs, inputs.clone()
-            inputs = self._copies[place][1]
+            identity = *_identify(inputs), inputs._version
+            if identity not in self._copies:
+                self._copies[identity] = inputs, inputs.clone()
+            inputs = self._copies[identity][1]
         self._versions.append((inputs, inputs._version))
-        # A batch of products, one with each matrix of a stack, or with some rows of one matrix (DeepSeek V4).
+        # In a batch of products, each matrix of a stack, or some rows of one matrix (DeepSeek V4), has its own inputs.
         parts = zip(weight, inputs, strict=True) if weight.dim() > 2 else [(weight, inputs)]
         self.seen += [(Key(name, part.storage_offset() // self._sizes[name]), read) for part, read in parts]
 
     @property
     def overwritten(self) -> bool:
-        """True if recorded inputs have changed since."""
-        return any(inputs._version != then for inputs, then in self._versions)
+        """True if recorded inputs have changed since then."""
+        return any(inputs._version != version for inputs, version in self._versions)
 
 
 def _identify(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -126,18 +126,18 @@ def _identify(tensor: torch.Tensor) -> tuple[Any, ...]:
 class InputSums:
     """Sums over the inputs of weights, batch by batch; weights that read the same tensors share one.
 
-    Batches come from several threads; each is added after the one before it: the number of threads changes no bit.
+    Batches come from several threads, but are added in order, so that results do not depend on the number of threads.
 
     Parameters
     ----------
-    order : the parameters that may be seen; sums are added in it.
-    products : keep X^T X; else the sums of squares alone.
-    peaks : keep the largest magnitudes, of one text.
-    paired : None, or batches come in pairs, the original's inputs first, which are not summed: of these parameters it
-        is summed how far the second's are from them.
-    check : called while a batch waits for its turn; raises if the wait is pointless.
-    texts : batches of each of several texts, of which none counts for more than another because it is longer or has
-        larger inputs: the sums of each are divided by its mean square before they are added.
+    order : the parameters that may be seen, in the order in which their inputs are added.
+    products : sum X^T X; else only squares.
+    peaks : record the largest magnitudes, for a single text.
+    paired : None, or the parameters whose drift is summed. Then batches come in pairs: first the original's inputs,
+        which are not summed, then those of the changed model.
+    check : called while a batch waits for its turn; raises if the work must stop.
+    texts : number of batches of each text, if there are several. These have equal weight, whatever their length and
+        the size of their inputs: the sums of each are divided by its mean square before they are added.
     """
 
     def __init__(
@@ -152,37 +152,37 @@ class InputSums:
     ) -> None:
         self._order = {name: place for place, name in enumerate(order)}
         self._paired = paired
-        # The text of each batch, if there are several.
+        # The number of the text of each batch, if there are several texts.
         self._text_of = [number for number, batches in enumerate(texts) for _ in range(batches)]
-        # Inputs of the first of each pair that is under way.
+        # Inputs of the originals whose pairs are not complete yet.
         self._originals: dict[int, dict[Key, list[torch.Tensor]]] = {}
         self._products, self._peaks, self._check = products, peaks, check
-        # False if weights that read the same in one round of batches may not in the next.
+        # False if weights that share inputs in one round of batches may not share them in the next.
         self.has_twins = True
         self._sums: dict[Key, dict[int, InputStatistics]] = {}
-        # Results of `get`: the same object for all callers, who cache by it.
-        self._given: dict[Key, InputStatistics] = {}
+        # Results of `get`: the same object for all callers, since they cache in it.
+        self._results: dict[Key, InputStatistics] = {}
         self._leaders: dict[str, str] = {}
-        # How far each batch has come, in the order of keys.
+        # The position that each batch has passed, in the order of keys.
         self._passed: dict[int, tuple[float, float]] = {}
         self._turn = threading.Condition()
 
     def begin(self) -> None:
-        """Begin another round of batches, numbered from 0."""
+        """Start another round of batches, numbered from 0."""
         self._passed.clear()
 
     def add(self, batch: int, seen: list[Seen]) -> None:
-        """Add what was seen of one batch; `batch` counts from 0, and comes after all before it have begun."""
+        """Add the inputs of one batch. `batch` counts from 0, and all batches before it must have begun."""
         is_original = self._paired is not None and batch % 2 == 0
         # Passes of the original are not summed, so they wait for nothing; the others wait for the pair before.
         before = -1 if is_original else batch - 1 if self._paired is None else batch - 2
         try:
-            # The first batch tells which weights read the same.
+            # The first batch decides which weights share inputs.
             self._wait(0 if batch else -1, (0, 0))
             by_key = self._drop_twins(seen)
             if is_original:
                 assert self._paired is not None
-                self._originals[batch] = {key: own for key, own in by_key.items() if key.parameter in self._paired}
+                self._originals[batch] = {key: read for key, read in by_key.items() if key.parameter in self._paired}
                 by_key = {}
             elif self._paired is not None:
                 self._wait(batch - 1, (0, 0))
@@ -192,7 +192,7 @@ class InputSums:
                 originals = self._originals.get(batch - 1, {}).get(key, ())
                 self._add_inputs(batch, key, by_key[key], originals)
                 self._pass(batch, self._locate(key, after=True))
-            # The one before may have more keys than this one, which the one after has too.
+            # The previous batch may have keys that this one lacks, but the next one has.
             self._wait(before, _END)
         finally:
             self._originals.pop(batch - 1, None)
@@ -210,22 +210,23 @@ class InputSums:
                 torch.zeros(width) if self._peaks else None,
                 torch.zeros(width, width) if self._products else None,
             )
-        self._given.pop(key, None)
+        self._results.pop(key, None)
         sums.inverses.clear()
         for inputs, original in zip_longest(read, originals):
             _add(sums, inputs.reshape(-1, width).to(torch.float32), original)
 
     def get(self, key: Key) -> InputStatistics | None:
-        """Return what was seen of a weight's inputs, one object for all that read the same; None if it was not used."""
+        """Return the statistics of a weight's inputs, one object for all weights with the same inputs; None if it was
+        not used."""
         key = Key(self._leaders.get(key.parameter, key.parameter), key.matrix)
-        # Several threads may ask for what they share.
+        # Several threads may request the same object.
         with self._turn:
-            if key in self._sums and key not in self._given:
+            if key in self._sums and key not in self._results:
                 parts = list(self._sums[key].values())
                 for part in parts:
                     _complete(part)
-                self._given[key] = _mix(parts) if self._text_of else parts[0]
-            return self._given.get(key)
+                self._results[key] = _mix(parts) if self._text_of else parts[0]
+            return self._results.get(key)
 
     def _drop_twins(self, seen: list[Seen]) -> dict[Key, list[torch.Tensor]]:
         """Keep each input tensor once, for the leader of the parameters that read it. The first batch determines the
@@ -239,7 +240,7 @@ class InputSums:
             leader = first.setdefault(tuple(tensors), parameter) if self.has_twins else parameter
             if self._leaders.setdefault(parameter, leader) != leader:
                 raise BlockwiseUnsupported(
-                    f"{parameter} and {self._leaders[parameter]} read the same in some batches alone"
+                    f"{parameter} and {self._leaders[parameter]} read the same inputs only in some batches"
                 )
             if leader == parameter:
                 for key, inputs in tensors.values():
@@ -249,16 +250,16 @@ class InputSums:
     def _locate(self, key: Key, *, after: bool = False) -> tuple[float, float]:
         return self._order[key.parameter] + 1, key.matrix + after
 
-    def _wait(self, batch: int, place: tuple[float, float]) -> None:
-        """Wait until a batch has passed that place; there is none before the first."""
+    def _wait(self, batch: int, position: tuple[float, float]) -> None:
+        """Wait until a batch has passed that position, if the batch exists."""
         with self._turn:
-            while batch >= 0 and not self._passed.get(batch, (0, 0)) > place:
+            while batch >= 0 and not self._passed.get(batch, (0, 0)) > position:
                 self._check()
                 self._turn.wait(TURN_SECONDS)
 
-    def _pass(self, batch: int, place: tuple[float, float]) -> None:
+    def _pass(self, batch: int, position: tuple[float, float]) -> None:
         with self._turn:
-            self._passed[batch] = place
+            self._passed[batch] = position
             self._turn.notify_all()
 
 
@@ -280,7 +281,7 @@ def _add(sums: InputStatistics, rows: torch.Tensor, original: torch.Tensor | Non
 
 
 def _complete(sums: InputStatistics) -> None:
-    """Fill in what follows from the products that were added to."""
+    """Fill in the products below the diagonal, and the squares, from the products above it."""
     if (products := sums.products) is not None:
         for start in range(0, len(products), BAND):
             stop = start + BAND
@@ -289,7 +290,7 @@ def _complete(sums: InputStatistics) -> None:
 
 
 def _mix(parts: Sequence[InputStatistics]) -> InputStatistics:
-    """Mix statistics of the same inputs in several texts, in the memory of the first text's."""
+    """Combine statistics of the same inputs in several texts, in place in those of the first text."""
     scales = [1 / max(float(part.squares.mean()), torch.finfo(torch.float32).tiny) for part in parts]
 
     def mix(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -25,7 +25,7 @@ from compressknow.model.groups import list_block_names
 from compressknow.model.meta import find_input_embedding
 from compressknow.model.tensors import OpenFiles, StoredTensor, get_torch_dtype, view_bytes
 
-WHOLE_IN_MEMORY = "Its blocks cannot be run one by one, so that all of it must be in memory, in float32."
+WHOLE_IN_MEMORY = "Its blocks cannot be run one by one, so that the whole model must be in memory, in float32."
 
 
 class PlaceholderTensor(torch.Tensor):
@@ -43,9 +43,9 @@ class PlaceholderTensor(torch.Tensor):
 class StreamedModel:
     """Checkpoint's model in float32, in evaluation mode, whose blocks hold weights only while they are loaded (`load`).
 
-    Outside the blocks, embeddings and heads, which are large, are read when they run; the rest is there from the start.
-    `model` is the module tree, which belongs to this object, `blocks` are the names of the transformer blocks in it, in
-    tree order, `outside` those of the parameters and stored buffers in no block.
+    Outside the blocks, embeddings and heads, which are large, are read when they run; all else stays in memory.
+    `model` is the module tree, which belongs to this object; `blocks` are the names of its transformer blocks, in tree
+    order, `outside` those of the parameters and stored buffers in no block.
     """
 
     def __init__(self, tree: PreTrainedModel, sources: Sources, files: OpenFiles, *, whole: bool = False) -> None:
@@ -62,24 +62,24 @@ class StreamedModel:
         self.outside = tuple(name for name in self._owners if not name.startswith(prefixes))
         self._reading = threading.Lock()
         self._held: set[str] = set()
-        late = set() if whole else self._hook_vocabulary()
-        # Parameters that stay in memory.
-        self._resident = [name for name in (self._owners if whole else self.outside) if name not in late]
+        deferred = set() if whole else self._hook_vocabulary()
+        # The parameters that stay in memory.
+        self._resident = [name for name in (self._owners if whole else self.outside) if name not in deferred]
         self._drop(self._owners.keys() - set(self._resident))
         self._fill(self._resident)
 
     def find_block(self, module: str) -> str:
-        """Return the block that holds a module, or itself if none does."""
+        """Return the block that contains a module, or the module itself if none does."""
         return next((block for block in self.blocks if f"{module}.".startswith(f"{block}.")), module)
 
     @contextmanager
     def load(self, module: str) -> Iterator[None]:
-        """Hold the current weights of a block, or of a layer outside the blocks, in memory, under all their names."""
-        supply, own = self._sources.supply, set(self._list_parameters(module))
-        tied = {supply[name] for name in own if name in supply}
-        names = [
-            name for name in self._owners if (name in own or supply.get(name) in tied) and name not in self._resident
-        ]
+        """Hold the current weights of a block, or of a layer outside the blocks, in memory in this context, under all
+        their names."""
+        supply, inside = self._sources.supply, set(self._list_parameters(module))
+        tied = {supply[name] for name in inside if name in supply}
+        names = [name for name in self._owners if name in inside or supply.get(name) in tied]
+        names = [name for name in names if name not in self._resident]
         self._fill(names)
         try:
             yield
@@ -90,10 +90,10 @@ class StreamedModel:
         return [name for name in self._owners if name.startswith(f"{module}.")]
 
     def _hook_vocabulary(self) -> set[str]:
-        """Have embeddings and heads, which have a row per token, read when they run; return their parameters' names."""
+        """Make embeddings and heads, which have a row per token, be read when they run; return their parameters."""
         embeddings = find_input_embedding(self.model)
         rows = getattr(embeddings, "weight", torch.empty(0)).shape[0]
-        late: set[str] = set()
+        deferred: set[str] = set()
         for name, module in self.model.named_modules(remove_duplicate=False):
             if not isinstance(module, (nn.Embedding, nn.Linear)) or module.weight.shape[0] != rows:
                 continue
@@ -102,18 +102,18 @@ class StreamedModel:
                 # Llama 4 moves token ids to the embedding's device before it calls it.
                 for reader in (module, self.model) if module is embeddings else (module,):
                     reader.register_forward_pre_hook(lambda *_, names=names: self._hold(names))
-                late.update(names)
-        return late
+                deferred.update(names)
+        return deferred
 
     def _hold(self, names: list[str]) -> None:
-        """Read weights that a pass has come to; passes run in several threads."""
+        """Read weights that a pass needs now; passes run in several threads."""
         with self._reading:
             if any(self._get(name).is_meta for name in names):
                 self._fill(names)
             self._held.update(names)
 
     def release(self) -> None:
-        """Free what passes have come to outside the blocks; call it while all of them stand still."""
+        """Free the weights that passes have read outside the blocks; call this only while all passes wait."""
         self._drop(self._held)
         self._held.clear()
 
@@ -133,32 +133,32 @@ class StreamedModel:
             raise UnsupportedError(what, find_reason(error), "It may need an input besides the text.") from error
 
     def replace(self, parameter: str, stored: StoredTensor, values: torch.Tensor) -> None:
-        """Use these values (float32, of its shape) for a stored tensor from now on, in its parameter too."""
+        """Use these values (float32, of its shape) instead of a stored tensor from now on, also in its parameter."""
         self._replaced[stored.name] = values
         self._set(parameter, self._sources.values(parameter, self._read).reshape(self._get(parameter).shape))
 
     def forget(self, tensors: Iterable[StoredTensor]) -> None:
-        """Free the replacements of stored tensors, which are not read again."""
+        """Free the replacements of stored tensors that are not read again."""
         for stored in tensors:
             self._replaced.pop(stored.name, None)
 
     def _fill(self, names: Sequence[str]) -> None:
-        # Tied ones stay one tensor.
-        made: dict[str, torch.Tensor] = {}
-        lacking = [name for name in names if not self._sources.is_supplied(name)]
+        # Tied parameters stay one tensor.
+        loaded: dict[str, torch.Tensor] = {}
+        missing = [name for name in names if not self._sources.is_supplied(name)]
         for name in names:
-            if name in lacking:
+            if name in missing:
                 continue
             key = self._sources.supply.get(name, name)
-            if key not in made:
+            if key not in loaded:
                 values = self._sources.values(name, self._read).reshape(self._get(name).shape)
-                # A memory of its own: by that it is told from others that were cut from the same tensor.
-                made[key] = values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
-            self._set(name, made[key])
-        # The model computes what no file holds (sinusoidal positions), as it does when it is loaded.
-        for name in lacking:
+                # Storage of its own, which distinguishes it from other parts of the same tensor.
+                loaded[key] = values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
+            self._set(name, loaded[key])
+        # The model computes values that no file holds (sinusoidal positions), as when transformers loads it.
+        for name in missing:
             self._set(name, torch.zeros(self._get(name).shape))
-        for module in dict.fromkeys(self._owners[name][0] for name in lacking):
+        for module in dict.fromkeys(self._owners[name][0] for name in missing):
             self.model._init_weights(module)
 
     def _read(self, stored: StoredTensor) -> torch.Tensor:
@@ -181,15 +181,15 @@ class StreamedModel:
 
 
 @contextmanager
-def explain_missing_memory(what: str, why: Callable[[], str]) -> Iterator[None]:
-    """Raise CompressknowError for missing memory, that says what takes so much, and why."""
+def explain_missing_memory(name: str, why: Callable[[], str]) -> Iterator[None]:
+    """Turn a failure for lack of memory into a CompressknowError that names the module or model, and explains `why`."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        hint = "Use fewer --calibration-tokens, a method that looks at weights alone, or another machine."
-        raise CompressknowError(f"There is no memory to calibrate {what}.", why(), hint) from error
+        hint = "Use fewer --calibration-tokens, a method without calibration, or a machine with more memory."
+        raise CompressknowError(f"There is not enough memory to calibrate {name}.", why(), hint) from error
 
 
 def read_tensor(files: OpenFiles, stored: StoredTensor) -> torch.Tensor:
@@ -201,7 +201,7 @@ def read_tensor(files: OpenFiles, stored: StoredTensor) -> torch.Tensor:
 
 
 def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
-    """Build the model of a module tree again, with parameters that have no memory and buffers that do."""
+    """Build the model of a module tree again, with parameters on the meta device and buffers in memory."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
@@ -209,7 +209,7 @@ def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
 
     def build(attention: str) -> PreTrainedModel:
         config._attn_implementation = attention
-        # Experts one after the other: so each multiplies with a weight of its own.
+        # Run experts one after the other, so that each multiplies by its own weight.
         config._experts_implementation = "eager"
         with init_empty_weights(include_buffers=False), no_init_weights():
             return type(tree)(config).eval()
@@ -219,8 +219,8 @@ def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
             model = build("sdpa")
         except (ValueError, ImportError):
             model = build("eager")
-    # A block that runs again would read the keys of its first run, too. Not every model takes `use_cache`, or hands it
-    # on to the one that it wraps.
+    # With a cache, a block that runs again would also read the keys of its first run. Not every model accepts
+    # `use_cache` as an argument, or passes it on to the model that it wraps.
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.config.use_cache = False
@@ -228,7 +228,7 @@ def _build_skeleton(tree: PreTrainedModel) -> PreTrainedModel:
 
 
 class Call(NamedTuple):
-    """Module that a pass has come to, and the arguments that it would be called with."""
+    """Module that a pass has reached, and the arguments of its call."""
 
     module: str
     args: tuple[Any, ...]
@@ -236,12 +236,12 @@ class Call(NamedTuple):
 
 
 class BlockwiseUnsupported(Exception):
-    """Failure to run a model block by block: it uses the weights of a block outside it, or hands its parts round."""
+    """Failure to run a model block by block, for example because it uses the weights of a block outside of it."""
 
 
 @contextmanager
 def translate_failures() -> Iterator[None]:
-    """Raise BlockwiseUnsupported for what a model raises if its weights are not in place; not for missing memory."""
+    """Raise BlockwiseUnsupported for errors that a model raises if weights are not in memory, except out-of-memory."""
     try:
         yield
     except (RuntimeError, TypeError, AttributeError, ValueError, LookupError, AssertionError) as error:
@@ -251,14 +251,14 @@ def translate_failures() -> Iterator[None]:
 
 
 class _Ended(BaseException):
-    """Signal that unwinds a pass nobody needs any more; no Exception, for models catch these."""
+    """Signal that unwinds a pass that is no longer needed; not an Exception, because models catch these."""
 
 
-_here = threading.local()
+_thread_state = threading.local()
 
 
 class ForwardPass:
-    """Forward pass of one batch, which has a number, that stops before blocks."""
+    """Forward pass of one batch, identified by its number, that stops before blocks."""
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], number: int) -> None:
         self._model, self._inputs, self.number = model, inputs, number
@@ -287,11 +287,11 @@ class ForwardPass:
             self._thread.join()
 
     def stop_before(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the output of a module that another thread runs; in the pass's own thread, as what follows."""
+        """Return the output of a module that another thread runs. Called in the pass's own thread."""
         return self.hand_over(Call(module, args, kwargs))
 
     def hand_over(self, call: Any) -> Any:
-        """Hand a call over, and wait for its output."""
+        """Hand over a call, and wait for its output. Called in the pass's own thread."""
         self._calls.put(call)
         answer = self._answers.get()
         if answer is _Ended:
@@ -299,13 +299,13 @@ class ForwardPass:
         return answer
 
     def compute(self) -> None:
-        """Run the model, for what happens before its blocks."""
+        """Run the model up to its end, stopping before blocks."""
         torch.set_num_threads(1)
         with torch.no_grad():
             self._model(**self._inputs)
 
     def _run(self) -> None:
-        _here.forward_pass = self
+        _thread_state.forward_pass = self
         try:
             self.compute()
         except _Ended:
@@ -325,7 +325,7 @@ def intercept(
     modules = {name: model.get_submodule(name) for name in names}
     forwards = {name: module.forward for name, module in modules.items()}
     for name, module in modules.items():
-        module.forward = lambda *args, name=name, **kwargs: _here.forward_pass.stop_before(name, args, kwargs)
+        module.forward = lambda *args, name=name, **kwargs: _thread_state.forward_pass.stop_before(name, args, kwargs)
     try:
         yield forwards
     finally:

@@ -1,6 +1,6 @@
-"""Texts that a model writes itself, to be calibrated on.
+"""Texts that a model writes itself, for its calibration.
 
-They lie in the model's domain whatever that is (a language, code, proteins) and need no download (Liu et al. 2023,
+They are in the model's domain, whatever that is (a language, code, proteins), and need no download (Liu et al. 2023,
 "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models", 2.1).
 """
 
@@ -30,8 +30,8 @@ Pieces = list[list[int]]
 
 @dataclass
 class Writer(abc.ABC):
-    """Writer of texts in batches, each from one random generator, and of no more than the tokens `wanted` in all.
-    `check` raises if the work is to stop; `on_written` is called with the tokens that were written since the last call.
+    """Writer of texts in batches, each with its own random generator; `wanted` is the number of tokens needed in total.
+    `check` raises if the work must stop; `on_written` is called with the number of tokens written since the last call.
     """
 
     model: PreTrainedModel
@@ -43,7 +43,7 @@ class Writer(abc.ABC):
     def __post_init__(self) -> None:
         form = self.form
         self.rows, self.tokens = self.choose_size()
-        # Tokens that are never drawn, since they stand for no text: bool [rows of the embedding].
+        # Tokens that are never drawn, since they are not text: bool [rows of the embedding].
         self.barred = torch.ones(form.rows, dtype=torch.bool)
         sentinels = form.marks if form.has_sentinels else ()
         drawn = (*form.known, *(form.suffix + form.separator + sentinels if form.family != "masked" else ()))
@@ -51,10 +51,10 @@ class Writer(abc.ABC):
 
     @abc.abstractmethod
     def choose_size(self) -> tuple[int, int]:
-        """Choose how many texts a batch has, and about how many tokens are drawn for each."""
+        """Choose the number of texts in a batch, and about how many tokens are drawn for each."""
 
     def write(self, seed: int, batch: int) -> Pieces:
-        """Write the batch of this number: texts as token ids, a separator behind each."""
+        """Write the batch of this number: texts as token ids, each followed by a separator."""
         digest = hashlib.sha256(f"{seed}/{batch}".encode()).digest()
         with torch.inference_mode():
             texts = self._write(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
@@ -64,12 +64,12 @@ class Writer(abc.ABC):
     def _write(self, generator: torch.Generator) -> Pieces: ...
 
     def draw_tokens(self, tokens: int, generator: torch.Generator) -> torch.Tensor:
-        """Draw ordinary tokens, each as likely, for each text of a batch: int64 [texts, tokens]."""
-        places = torch.randint(len(self.form.known), (self.rows, tokens), generator=generator)
-        return torch.tensor(self.form.known)[places]
+        """Draw ordinary tokens uniformly for each text of a batch: int64 [texts, tokens]."""
+        indices = torch.randint(len(self.form.known), (self.rows, tokens), generator=generator)
+        return torch.tensor(self.form.known)[indices]
 
     def draw(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Draw a token for each row of logits [rows, vocabulary], by its probability: int64 [rows, 1]."""
+        """Draw a token by its probability for each row of logits [rows, vocabulary]: int64 [rows, 1]."""
         self.check()
         width = min(logits.shape[-1], len(self.barred))
         logits = logits[:, :width].float().masked_fill(self.barred[:width], -torch.inf)
@@ -77,38 +77,38 @@ class Writer(abc.ABC):
         if not sums[:, -1].isfinite().all():
             raise CompressknowError(
                 f"{type(self.model).__name__} gives NaN while it writes its calibration text.",
-                hint="Its weights may be damaged: look at what it generates.",
+                hint="Its weights may be damaged: check what it generates.",
             )
-        # A little below the last sum, above which there is no token.
+        # Stay a little below the last sum, above which there is no token.
         points = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:] * (1 - 2**-20)
         return torch.searchsorted(sums, points, right=True)
 
     def generate(
         self, inputs: Mapping[str, torch.Tensor], config: Any, generator: torch.Generator, tokens: int
     ) -> torch.Tensor:
-        """Run the model's own `generate`, with the cache that the architecture keeps, where `draw` chooses each token,
-        to write about so many `tokens`."""
-        # The model's own settings (beams, forced or forbidden tokens) are for answers; `generate` would mix them in.
+        """Run the model's own `generate`, with the cache of its architecture, to write about this many `tokens`, each
+        chosen by `draw`."""
+        # Otherwise `generate` would apply the model's own settings (beams, forced or forbidden tokens).
         self.model.generation_config = config
 
-        def leave_one(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            """Leave one drawn token per row, which a greedy search then takes."""
+        def select_drawn(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            """Allow only one drawn token per row, which a greedy search then selects."""
             drawn = self.draw(scores, generator)
             self.on_written(max(1, tokens // config.max_new_tokens))
             return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
-        written: torch.Tensor = self.model.generate(**inputs, logits_processor=LogitsProcessorList([leave_one]))
+        written: torch.Tensor = self.model.generate(**inputs, logits_processor=LogitsProcessorList([select_drawn]))
         return written
 
 
 class CausalWriter(Writer):
-    """Writer that goes on from a random token."""
+    """Writer that continues a random token."""
 
-    # Longer texts take longer: each token reads the keys and values of all before it.
+    # Longer texts take longer per token: each reads the keys and values of all tokens before it.
     TOKENS = 256
-    # Texts that are written together: each weight that is read is multiplied by as many.
+    # Texts that are written together, so that each weight is read once for all of them.
     BATCH = 64
-    # Keys and values that they may take.
+    # Limit on the keys and values of a batch.
     CACHE_BYTES = 512 << 20
 
     def choose_size(self) -> tuple[int, int]:
@@ -130,10 +130,10 @@ class CausalWriter(Writer):
 
 
 class MaskedWriter(Writer):
-    """Writer that fills masks: each stretch of a text goes on from a random token, all stretches at the same time.
+    """Writer that fills masks: each stretch of a text continues a random token, all stretches at the same time.
 
-    After Wang and Cho 2019 ("BERT has a mouth, and it must speak"), with several tokens per pass. These are far from
-    each other: neighbours that are drawn without seeing each other are often the same word twice.
+    After Wang and Cho 2019 ("BERT has a mouth, and it must speak"), with several tokens per pass. These are far apart,
+    since neighbours that are drawn independently are often the same word twice.
     """
 
     STRETCHES, STRETCH, BATCH = 16, 6, 8
@@ -147,22 +147,22 @@ class MaskedWriter(Writer):
         body[:, first] = self.draw_tokens(len(first), generator)
         start = len(self.form.prefix)
         for step in range(1, min(self.STRETCH, self.tokens)):
-            places = torch.arange(step, self.tokens, self.STRETCH)
+            positions = torch.arange(step, self.tokens, self.STRETCH)
             ids = torch.tensor([self.form.frame(row) for row in body.tolist()])
-            logits = self.model(input_ids=ids).logits[:, start + places].flatten(0, 1)
-            body[:, places] = self.draw(logits, generator).reshape(len(body), -1)
+            logits = self.model(input_ids=ids).logits[:, start + positions].flatten(0, 1)
+            body[:, positions] = self.draw(logits, generator).reshape(len(body), -1)
             self.on_written(self.rows * self.tokens // (self.STRETCH - 1))
         return body.tolist()
 
 
 class FillingWriter(Writer):
-    """Writer of encoder-decoder models, which fill blanks: first after random tokens, then within the text.
+    """Writer for encoder-decoder models, which fill blanks: first after random tokens, then within the text.
 
-    T5 writes what goes into the blanks, each after its sentinel; BART the whole text.
+    T5 writes the contents of the blanks, each after its sentinel; BART writes the whole text.
     """
 
     BLANKS, PER_BLANK, PASSES = 16, 5, 3
-    # Blanks that are filled together: texts of few sentinels are many.
+    # Blanks that are filled together, in as many texts as that takes.
     BATCH = 256
 
     def __post_init__(self) -> None:
@@ -181,19 +181,20 @@ class FillingWriter(Writer):
         return texts
 
     def _fill(self, texts: Pieces, generator: torch.Generator) -> Pieces:
-        """Have the model write after tokens of texts, at most one per mark; return at most a sequence of each."""
+        """Have the model fill blanks after random tokens of each text; return the texts, cut to a sequence's body."""
         drawn = [torch.randperm(len(ids), generator=generator)[: self.blanks].sort().values + 1 for ids in texts]
-        gaps = [places.tolist() for places in drawn]
+        gaps = [positions.tolist() for positions in drawn]
         form, room = self.form, self.form.body - self.blanks
         blanked = [
-            torch.tensor(form.frame(blank_out(ids[:room], [(at, at) for at in places], form.marks)))
-            for ids, places in zip(texts, gaps, strict=True)
+            torch.tensor(form.frame(blank_out(ids[:room], [(gap, gap) for gap in text_gaps], form.marks)))
+            for ids, text_gaps in zip(texts, gaps, strict=True)
         ]
         inputs = {
             # Padding is masked: any token will do.
             "input_ids": pad_sequence(blanked, batch_first=True),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in blanked], batch_first=True),
         }
+        # The model writes its sentinels, or the whole text, in addition to the contents of the blanks.
         repeated = self.blanks if form.has_sentinels else max(map(len, blanked))
         config = GenerationConfig(
             do_sample=False,
@@ -210,14 +211,14 @@ class FillingWriter(Writer):
         return [row[: form.body] for row in rows]
 
     def _insert_fills(self, ids: list[int], gaps: list[int], written: list[int]) -> list[int]:
-        """Put what was written after each sentinel into its place in a text."""
+        """Insert the tokens that were written after each sentinel at its position in a text."""
         fills: list[list[int]] = [[] for _ in self.form.marks]
-        places = {mark: place for place, mark in enumerate(self.form.marks)}
-        at = 0
+        blanks = {mark: blank for blank, mark in enumerate(self.form.marks)}
+        blank = 0
         for token in self._cut_at_end(written, marks=self.form.marks):
-            at = places.get(token, at)
-            if token not in places:
-                fills[at].append(token)
+            blank = blanks.get(token, blank)
+            if token not in blanks:
+                fills[blank].append(token)
         text, end = [], 0
         for fill, gap in zip(fills, gaps, strict=False):
             text += [*ids[end:gap], *fill]
@@ -225,7 +226,7 @@ class FillingWriter(Writer):
         return [*text, *ids[end:]]
 
     def _cut_at_end(self, written: list[int], marks: Sequence[int] = ()) -> list[int]:
-        """Return the ordinary tokens, and marks, before the first end of text that follows one."""
+        """Return the ordinary tokens and `marks`, up to the first end of text after one of them."""
         text: list[int] = []
         for token in written:
             if token in self.ordinary or token in marks:
@@ -236,19 +237,17 @@ class FillingWriter(Writer):
 
 
 WRITERS: dict[str, type[Writer]] = {"causal": CausalWriter, "masked": MaskedWriter, "seq2seq": FillingWriter}
-
-
 HINT = "Give a text to calibrate it on: FILE.txt, FILE.jsonl or hf:DATASET."
 
 
 def write_samples(
     folder: Path, form: SequenceFormat, tokens: int, seed: int, trust_remote_code: bool, advance: Advance
 ) -> Pieces:
-    """Return token ids of texts that the model of a checkpoint writes, `tokens` or more in all, without special tokens
-    around them; on one machine the same whatever the number of threads. `advance` is called with the tokens done and in
-    all, by one thread at a time.
+    """Return token ids of texts that the model of a checkpoint writes, `tokens` or more in total, without special
+    tokens around them. On one machine, they do not depend on the number of threads. `advance` is called with the
+    numbers of tokens written and needed, by one thread at a time.
 
-    Raises UnsupportedError if the model cannot write, CheckpointError if it lacks its head, CompressknowError if it
+    Raises UnsupportedError if the model cannot write, CheckpointError if its head is missing, CompressknowError if it
     gives NaN.
     """
     model = _load_model(folder, form, trust_remote_code)
@@ -265,7 +264,7 @@ def write_samples(
                     written += pieces
                 batches += more
                 if not any(written):
-                    raise UnsupportedError(f"{name} writes nothing by itself.", hint=HINT)
+                    raise UnsupportedError(f"{name} writes no text by itself.", hint=HINT)
     except (CompressknowError, TaskStopped):
         raise
     except Exception as error:
@@ -274,7 +273,7 @@ def write_samples(
 
 
 def choose_dtype() -> str:
-    """Return what a model computes in while it writes: the faster one, if the CPU has instructions for it."""
+    """Return the dtype in which a model writes: bfloat16 if the CPU has instructions for it, else float32."""
     return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
 
@@ -283,7 +282,7 @@ def _load_model(folder: Path, form: SequenceFormat, trust_remote_code: bool) -> 
     if form.family not in WRITERS:
         why = "It has no language-modelling head."
     elif form.family != "causal" and not form.marks:
-        why = "Its tokenizer has neither a mask token nor sentinels, so that it fills no blanks."
+        why = "Its tokenizer has neither a mask token nor sentinels, so that it cannot fill blanks."
     if why:
         raise UnsupportedError(f"{folder} cannot write a calibration text.", why, HINT)
     try:

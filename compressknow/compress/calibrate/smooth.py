@@ -1,8 +1,8 @@
-"""SmoothQuant: a part of the activations' outliers moves into the weights, and a norm takes the division.
+"""SmoothQuant: part of the activations' outliers moves into the weights, and a norm is divided instead of them.
 
 Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", section 4,
 equation 4: channel j of the activations is divided by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), and column j of the
-weights multiplied with it. The norm that gives the activations takes the division, so it may feed nothing else.
+weights is multiplied by it. The norm before the weights is divided instead of its outputs, so it may feed nothing else.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from compressknow.model.groups import read_structure
 from compressknow.model.tensors import OpenFiles
 
 SMALLEST = 1e-5
-# So many tokens show what a block's layers read.
-TRIED_TOKENS = 8
+# Enough tokens to show what a block's layers read.
+TRIAL_TOKENS = 8
 SHARED_WEIGHTS = "Its blocks share their weights, and each use needs other factors."
 NOT_BLOCKWISE = "Its blocks cannot be run one by one."
 
@@ -38,37 +38,37 @@ NOT_BLOCKWISE = "Its blocks cannot be run one by one."
 def find_norms(
     block: str, module: nn.Module, weights: Mapping[str, torch.Tensor], run: Callable[[], Any]
 ) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    """Find the norms in a block that can take the division for Linear weights that read them, and read nothing else,
-    with nothing else reading them: yield the name of each, the parameters that multiply with its outputs, and the
-    number that is added to its weight before it multiplies with it (1 in Gemma's, else 0).
+    """Find the norms in a block that can be divided: they feed only Linear weights, which read nothing else. Yield the
+    name of each, the parameters that multiply its outputs, and the number that the norm adds to its weight before use
+    (1 in Gemma's, else 0).
 
     `block` is the name of `module`, which has its weights; `weights` may be smoothed, by name; `run` runs the block on
     some text, and returns its output.
     """
     recorder = _Recorder(module, weights)
     with recorder:
-        leaving = recorder.find_norms(_find_places(run()))
+        returned = recorder.find_norms(_find_addresses(run()))
     for name, norm in recorder.norms.items():
         readers = tuple(reader for reader, norms in recorder.sources.items() if name in norms)
-        alone = all(len(recorder.sources[reader]) == 1 for reader in readers)
-        if readers and alone and name not in leaving | recorder.elsewhere:
+        is_only_source = all(len(recorder.sources[reader]) == 1 for reader in readers)
+        if readers and is_only_source and name not in returned | recorder.elsewhere:
             offset = _find_offset(norm, recorder.inputs[name])
             if offset is not None:
                 yield f"{block}.{name}" if name else block, readers, offset
 
 
-def _find_places(values: Any) -> set[int]:
+def _find_addresses(values: Any) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in find_tensors(values)}
 
 
 class _Recorder(TorchFunctionMode):
-    """Recorder of what a block's norms read, and what reads their outputs, while it is entered.
+    """Context that records what a block's norms read, and what reads their outputs.
 
     Attributes
     ----------
-    inputs : by norm, what it read.
-    sources : by Linear weight, the norms whose outputs it reads; None for anything else.
-    elsewhere : norms whose outputs anything else reads.
+    inputs : the input of each norm.
+    sources : by Linear weight, the norms whose outputs it reads; None for other inputs.
+    elsewhere : norms whose outputs are also read by anything other than these weights.
     """
 
     def __init__(self, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -82,13 +82,13 @@ class _Recorder(TorchFunctionMode):
         self.inputs: dict[str, torch.Tensor] = {}
         self.sources: dict[str, set[str | None]] = {}
         self.elsewhere: set[str] = set()
-        # By place, each output and its norm; it is held, so that no other tensor comes to lie there.
+        # Each output and its norm, by address. Holding the output keeps other tensors from reusing its address.
         self._outputs: dict[int, tuple[torch.Tensor, str]] = {}
         self._hooks = ExitStack()
 
     def __enter__(self) -> _Recorder:
         for name, norm in self.norms.items():
-            self._hooks.callback(norm.register_forward_hook(partial(self._note_output, name)).remove)
+            self._hooks.callback(norm.register_forward_hook(partial(self._record_output, name)).remove)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -96,21 +96,21 @@ class _Recorder(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._hooks.close()
 
-    def _note_output(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _record_output(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and isinstance(output, torch.Tensor):
             self.inputs[name] = args[0]
             self._outputs[output.untyped_storage().data_ptr()] = output, name
 
-    def find_norms(self, places: set[int]) -> set[str]:
-        """Return the norms whose outputs lie in places."""
-        return {self._outputs[place][1] for place in places if place in self._outputs}
+    def find_norms(self, addresses: set[int]) -> set[str]:
+        """Return the norms whose outputs are at these addresses."""
+        return {self._outputs[address][1] for address in addresses if address in self._outputs}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = self._outputs.keys() & _find_places([*args, *(kwargs or {}).values()])
+        read = self._outputs.keys() & _find_addresses([*args, *(kwargs or {}).values()])
         result = func(*args, **kwargs or {})
-        made = _find_places(result) if read else set()
-        # A view is no use yet: what reads it will be seen.
-        used = self.find_norms(read - made) if made else set()
+        results = _find_addresses(result) if read else set()
+        # A view does not use the values yet; what reads the view will be recorded.
+        used = self.find_norms(read - results) if results else set()
         name = None
         if (operands := OPERANDS.get(func)) and len(args) > operands[1]:
             name = self._names.get(args[operands[1]].untyped_storage().data_ptr())
@@ -122,7 +122,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _find_offset(norm: nn.Module, inputs: torch.Tensor) -> float | None:
-    """Find what a norm adds to its weight by trying: so divided, its output is too. None if it is neither 0 nor 1."""
+    """Find the number that a norm adds to its weight by trying which divides its output; None if neither 0 nor 1."""
     with torch.no_grad():
         before = norm(inputs)
         factors = torch.linspace(0.5, 2, before.shape[-1])
@@ -175,11 +175,11 @@ def find_alphas(tensors: Iterable[PlannedTensor]) -> dict[str, float]:
 
 
 def raise_unsmoothable(module: str) -> NoReturn:
-    """Raise UnsupportedError for a block without a norm that can take the division."""
+    """Raise UnsupportedError for a block without a norm that can be divided."""
     raise UnsupportedError(
         f"Nothing in {module} can be smoothed.",
         why="Outliers can only be moved out of a norm that feeds quantized layers and nothing else.",
-        hint="Leave --smooth out, or widen --scope to all layers that read a norm.",
+        hint="Leave --smooth out, or extend --scope to all layers that read a norm.",
     )
 
 
@@ -190,7 +190,7 @@ def check_no_smoothing(plan: Plan, why: str) -> None:
 
 
 def split_scope(plan: Plan) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
-    """Return the weights in scope that a text reaches: those that are used several times, and those used once."""
+    """Return the weights in scope that a text reaches, in two lists: those used several times, and those used once."""
     repeats = {weight.parameter: weight.uses > 1 or bool(weight.sharing) for weight in plan.structure.linears}
     targets = [tensor for tensor in plan.tensors if tensor.in_scope and tensor.group != "vision"]
     several = [tensor for tensor in targets if repeats[tensor.parameter]]
@@ -212,7 +212,7 @@ def check_smoothable(plan: Plan) -> None:
         if several:
             check_no_smoothing(plan, SHARED_WEIGHTS)
         visitor = _SmoothingTrial(once, streamed, pool)
-        ids = torch.arange(TRIED_TOKENS)[None] % count_embedding_rows(streamed.model)
+        ids = torch.arange(TRIAL_TOKENS)[None] % count_embedding_rows(streamed.model)
         decoder = {"decoder_input_ids": ids} if streamed.model.config.is_encoder_decoder else {}
         try:
             walk(streamed, [{"input_ids": ids, **decoder}], visitor, pool)
@@ -226,10 +226,10 @@ class _SmoothingTrial(Visitor):
     def __init__(self, tensors: Sequence[PlannedTensor], streamed: StreamedModel, pool: Pool) -> None:
         self._streamed, self._pool = streamed, pool
         targets = group_by_block(streamed, tensors)
-        wanted = {module: alphas for module, those in targets.items() if (alphas := find_alphas(those))}
-        self._blocks = {module: alphas for module, alphas in wanted.items() if module in streamed.blocks}
+        smoothed = {module: alphas for module, group in targets.items() if (alphas := find_alphas(group))}
+        self._blocks = {module: alphas for module, alphas in smoothed.items() if module in streamed.blocks}
         if not self._blocks:
-            raise_unsmoothable(next(iter(wanted)))
+            raise_unsmoothable(next(iter(smoothed)))
         self._untried = {self._find_kind(module) for module in self._blocks}
 
     def _find_kind(self, module: str) -> tuple[Any, ...]:
@@ -253,10 +253,10 @@ class _SmoothingTrial(Visitor):
         if not norms:
             raise_unsmoothable(module)
         for norm, readers, _ in norms:
-            if len(wanted := sorted({alphas[reader] for reader in readers})) > 1:
+            if len(strengths := sorted({alphas[reader] for reader in readers})) > 1:
                 raise UsageError(
-                    f"Two steps smooth the output of {norm}, by {wanted[0]:g} and by {wanted[1]:g}.",
-                    why="It is divided once, for all layers that read it.",
+                    f"Two steps smooth the output of {norm}, by {strengths[0]:g} and by {strengths[1]:g}.",
+                    why="It can be divided only once, for all layers that read it.",
                     hint="Give these steps the same value of `smooth`.",
                 )
         self._untried.remove(self._find_kind(module))

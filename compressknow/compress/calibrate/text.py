@@ -1,4 +1,4 @@
-"""Text to calibrate a model on: made or read from a file or a data set, stored, read again, and searched for facts."""
+"""Text to calibrate a model on: write it with the model or read it from a file or data set, store it, and search it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # The key of a JSON line, and the column of a table, that hold a text.
 KEY = "text"
-# The split to learn from comes first: facts are evaluated on the others.
+# The training split comes first, since facts are evaluated on the others.
 _SPLITS = ("train", "validation", "test")
 _PIECE = 1 << 16
 _ROWS_AT_ONCE = 256
@@ -65,7 +65,7 @@ def _read_passages(source: str) -> Iterator[str]:
                     yield text
             return
         with io.TextIOWrapper(reading.open_regular(path), encoding="utf-8-sig") as file:
-            # Whole lines of about 64 K characters, which are tokenized at once.
+            # Each piece of about 64 K characters, in whole lines, is tokenized at once.
             while piece := file.read(_PIECE):
                 yield piece + file.readline(_PIECE)
 
@@ -73,14 +73,15 @@ def _read_passages(source: str) -> Iterator[str]:
 def _parse_line(path: Path, number: int, line: bytes) -> str:
     if not line.strip():
         return ""
+    hint = f'Each line must be {{"{KEY}": "..."}}.'
     try:
         row = reading.parse_json(line)
     except UnicodeDecodeError:
         raise
     except ValueError:
-        raise CompressknowError(f"{path}, line {number}: no JSON.", hint=f'Each line is {{"{KEY}": "..."}}.') from None
+        raise CompressknowError(f"{path}, line {number} is not JSON.", hint=hint) from None
     if not isinstance(row, dict) or not isinstance(row.get(KEY), str):
-        raise CompressknowError(f'{path}, line {number}: no text under "{KEY}".', hint=f'Each is {{"{KEY}": "..."}}.')
+        raise CompressknowError(f'{path}, line {number} has no text under "{KEY}".', hint=hint)
     text: str = row[KEY]
     if b"\\u" in line and (half := reading.find_lone_surrogate(text)):
         raise CompressknowError(f"{path}, line {number}: {half} is half of a character.", hint="Save it as UTF-8.")
@@ -91,8 +92,8 @@ def _read_rows(dataset: str) -> Iterator[str]:
     splits, save = reading.load_tables(dataset), 'Save the one you want as a .jsonl file of {"text": "..."}.'
     name = next((name for name in _SPLITS if name in splits), None)
     if name is None and len(splits) > 1:
-        has = f"hf:{dataset} has none of the splits {', '.join(_SPLITS)}, but {', '.join(splits)}."
-        raise UsageError(has, hint=save)
+        what = f"hf:{dataset} has none of the splits {', '.join(_SPLITS)}, but {', '.join(splits)}."
+        raise UsageError(what, hint=save)
     table = splits[name] if name else next(iter(splits.values()))
     texts = [name for name, kind in table.features.items() if getattr(kind, "dtype", "").endswith("string")]
     if KEY not in texts and len(texts) != 1:
@@ -106,9 +107,9 @@ def _read_rows(dataset: str) -> Iterator[str]:
 
 
 TOKENS = Calibration.tokens
-# Approximate tokens per batch.
+# Approximate size of a batch.
 BATCH_TOKENS = 2_048
-# A shorter text says too little of what a layer reads: it is refused unless no more was asked for.
+# A shorter text is not representative of a layer's inputs. It is rejected, unless that few tokens were requested.
 FEWEST_TOKENS = 2_048
 
 
@@ -120,13 +121,13 @@ class CalibrationText:
     ----------
     kind : ``self``, ``file`` or ``hf``.
     source : ``self``, the path as the user wrote it, or ``hf:NAME``.
-    sha256 : of all token ids in `batches`.
-    seed : of the model's own text, and of what is hidden of any text.
-    tokens : of the text, special tokens included, in whole sequences; fewer than `asked` if the text is shorter.
-    asked : tokens that were asked for.
-    batches : arguments of a forward pass each: ``input_ids`` and, for encoder-decoder models, ``decoder_input_ids``;
-        int64 [sequences, tokens], of equal shapes but for the last, which may have fewer sequences. Nothing is padded.
-    texts : text of each sequence, nothing hidden, without special tokens.
+    sha256 : hash of all token ids in `batches`.
+    seed : seed of the model's own text, and of the choice of masked tokens in any text.
+    tokens : tokens in whole sequences, including special tokens; fewer than `asked` if the text is shorter.
+    asked : requested tokens.
+    batches : arguments of one forward pass each: ``input_ids`` and, for encoder-decoder models, ``decoder_input_ids``;
+        int64 [sequences, tokens], of equal shapes, except that the last may have fewer sequences. Nothing is padded.
+    texts : text of each sequence, unmasked, without special tokens.
     """
 
     kind: Kind
@@ -140,7 +141,7 @@ class CalibrationText:
 
 
 def check_text(calibration: Calibration) -> None:
-    """Raise UsageError if the file that a text is in is not found, CompressknowError if that is not a regular one."""
+    """Raise UsageError if the file of a text is not found, CompressknowError if it is not a regular file."""
     if calibration.kind == "file":
         path = expand_home(calibration.text)
         with _explain_failures(path):
@@ -148,7 +149,7 @@ def check_text(calibration: Calibration) -> None:
 
 
 def hash_text(calibration: Calibration) -> str | None:
-    """Return the SHA-256 of the file that holds a text; None if none does. Raises as `check_text` does."""
+    """Return the SHA-256 of the file of a text; None if it has none. Raises the errors of `check_text`."""
     check_text(calibration)
     path = expand_home(calibration.text)
     with _explain_failures(path):
@@ -165,21 +166,21 @@ def read_calibration_text(
 ) -> CalibrationText:
     """Return the text to calibrate a checkpoint on, the same for the same arguments on one machine.
 
-    Sequences have 512 tokens, or as many as the model has positions for, or sentinels; texts follow one another in
-    them, separated by the tokenizer's separator.
+    Sequences have 512 tokens, or fewer if the model has fewer positions or sentinels. Texts follow one another in them,
+    separated by the tokenizer's separator.
 
     Parameters
     ----------
-    folder, tree : the checkpoint, and its module tree, perhaps on the meta device. Weights are read for ``self`` alone.
-    calibration : its tokens are rounded down to whole sequences; a text of fewer is taken whole, from 2,048 tokens on.
-    advance : called with the tokens that the model has written, and is to write, by one thread at a time.
+    folder, tree : the checkpoint, and its module tree, perhaps on the meta device. Weights are read only for ``self``.
+    calibration : its tokens are rounded down to whole sequences; a shorter text is used whole if it has 2,048 tokens.
+    advance : called with the numbers of tokens that the model has written and must write, by one thread at a time.
 
     Raises
     ------
-    UsageError : the text is not found, or the tokens make no sequence.
+    UsageError : the text is not found, or the tokens are fewer than one sequence.
     CompressknowError : the text cannot be read, is too short, or has tokens that the model does not have.
     CheckpointError : the checkpoint has no tokenizer; or, for ``self``, no head.
-    UnsupportedError : for ``self``, a model that writes no text.
+    UnsupportedError : for ``self``, a model that cannot write text.
     """
     check_text(calibration)
     import torch
@@ -193,7 +194,7 @@ def read_calibration_text(
         form = find_sequence_format(tree, tokenizer)
         if not (sequences := calibration.tokens // form.length):
             raise UsageError(
-                f"{calibration.tokens:,} tokens to calibrate on make no sequence: this model's have {form.length:,}.",
+                f"{calibration.tokens:,} calibration tokens do not fill a sequence of this model, of {form.length:,}.",
                 hint=f"Give {form.length:,} or more; {TOKENS:,} is usual.",
             )
         pieces: Iterable[Sequence[int]]
@@ -225,31 +226,31 @@ def read_calibration_text(
 def reread_texts(
     folder: Path, calibration: Mapping[str, Any], *, trust_remote_code: bool = False
 ) -> tuple[str, ...] | None:
-    """Return the texts of the sequences that a converted checkpoint, which has the tokenizer, was calibrated on, by its
-    record (`compressknow.model.manifest.summarize_calibration`).
+    """Return the texts of the sequences that a converted checkpoint, whose folder has the tokenizer, was calibrated on,
+    by its record (`compressknow.model.manifest.summarize_calibration`).
 
-    None if they are not at hand: the model's own text was not stored, a data set of the hub would have to be fetched,
-    and a file may be gone, or give other tokens now.
+    None if they are not available: the model's own text was not stored, a data set would have to be fetched from the
+    hub, or a file is missing or gives other tokens now.
     """
     from compressknow.model.checkpoint import open_checkpoint
     from compressknow.model.meta import build_meta_model
 
     try:
-        asked = Calibration(calibration["source"], calibration["tokens"], calibration["seed"])
-        is_on_disk = expand_home(asked.text.removeprefix(HUB)).exists()
-        if asked.kind == "self" or asked.kind != calibration["kind"] or not is_on_disk:
+        recorded = Calibration(calibration["source"], calibration["tokens"], calibration["seed"])
+        is_on_disk = expand_home(recorded.text.removeprefix(HUB)).exists()
+        if recorded.kind == "self" or recorded.kind != calibration["kind"] or not is_on_disk:
             return None
         names = open_checkpoint(folder).tensors
         tree = build_meta_model(folder, trust_remote_code=trust_remote_code, tensor_names=names)
-        again = read_calibration_text(folder, tree, asked, trust_remote_code=trust_remote_code)
+        text = read_calibration_text(folder, tree, recorded, trust_remote_code=trust_remote_code)
     except (CompressknowError, OSError, RuntimeError, ValueError):
-        # The manifest may be anyone's: it may name anything that gives no text.
+        # The manifest may come from anyone, and name a source that gives no text.
         return None
-    return again.texts if again.sha256 == calibration["sha256"] else None
+    return text.texts if text.sha256 == calibration["sha256"] else None
 
 
 def _read(text: str, tokenizer: PreTrainedTokenizerBase, form: SequenceFormat) -> Iterator[list[int]]:
-    """Yield the token ids of each passage, after those of the separator if it begins another text than the first."""
+    """Yield the token ids of each passage, with the separator before each new text except the first."""
     is_one_text = not text.startswith(HUB) and Path(text).suffix.lower() == ".txt"
     for number, passage in enumerate(_read_passages(text)):
         ids = tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"]
@@ -271,13 +272,13 @@ def _pack(
     rows, fewest = min(sequences, len(ids) // form.body), min(-(-FEWEST_TOKENS // form.length), sequences)
     if rows < fewest:
         raise CompressknowError(
-            f"{text} has {len(ids):,} tokens of this model, and {fewest * form.body:,} are needed to calibrate it.",
+            f"{text} has {len(ids):,} tokens of this model, but {fewest * form.body:,} are needed to calibrate it.",
             hint=f"Give a longer text; {TOKENS:,} tokens are usual.",
         )
     bodies = torch.tensor(ids[: rows * form.body], dtype=torch.int64).reshape(rows, form.body)
     if (largest := int(bodies.max())) >= form.rows:
         raise CompressknowError(
-            f"The tokenizer gives token {largest} for {text}, and the model's embedding has {form.rows:,} rows.",
+            f"The tokenizer gives token {largest} for {text}, but the model's embedding has {form.rows:,} rows.",
             hint="Put the tokenizer that the model was trained with in its folder.",
         )
     unknown = tokenizer.unk_token_id
@@ -300,17 +301,16 @@ def hash_batches(batches: Iterable[dict[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
-# A stop after a word of three letters or more, so that "St. Louis" is not an end; uncased tokenizers put spaces around
-# it.
+# A stop ends a sentence after three letters or more, not in "St. Louis". Uncased tokenizers put spaces around stops.
 _SENTENCE = re.compile(r"(?<=\w\w\w[.!?])\s+|\s+[.!?]\s+|\n+")
 
 _WORD = re.compile(r"[^\W_]+")
 
 
 def count_facts(texts: Iterable[str], pairs: Iterable[tuple[str, str]]) -> int:
-    """Count the facts that stand in texts: pairs of names, of subject and object, that one sentence has both of.
+    """Count the facts that texts contain: pairs of names, of subject and object, that occur in the same sentence.
 
-    Names are compared as words, without case, accents and punctuation. A pair that comes twice counts twice.
+    Names are compared as words, without case, accents and punctuation. A pair that is given twice counts twice.
 
     >>> text = "Paris, the capital of France, lies on the Seine. Rome does not."
     >>> count_facts([text], [("France", "paris"), ("Rome", "Seine"), ("Rom", "not")])
@@ -321,7 +321,7 @@ def count_facts(texts: Iterable[str], pairs: Iterable[tuple[str, str]]) -> int:
     @cache
     def find_sentences(name: str) -> frozenset[int]:
         words = _normalize(name)
-        return frozenset(at for at, sentence in enumerate(sentences) if words in sentence and words.strip())
+        return frozenset(i for i, sentence in enumerate(sentences) if words in sentence and words.strip())
 
     return sum(not find_sentences(subject).isdisjoint(find_sentences(obj)) for subject, obj in pairs)
 
@@ -350,7 +350,7 @@ def load_or_make_text(path: Path, make: Callable[[], CalibrationText]) -> Calibr
 
 
 def choose_name(calibration: Calibration) -> str:
-    """Choose a file's name for this calibration alone: a text file that has changed is another.
+    """Choose a file name unique to this calibration; it changes with the content of a text file.
 
     >>> from compressknow.compress.recipe import Calibration
     >>> choose_name(Calibration())
@@ -363,7 +363,7 @@ def choose_name(calibration: Calibration) -> str:
 
 
 def _load(path: Path) -> CalibrationText | None:
-    """Read a stored text; None if there is none, or not the one that was written."""
+    """Read a stored text; None if there is none, or it is damaged."""
     import torch
 
     try:

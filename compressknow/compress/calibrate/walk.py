@@ -38,36 +38,36 @@ from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight
 from compressknow.model.tensors import OpenFiles
 
-TAKEN = "Its weights alone take {} in float32, and what is gathered of their inputs more."
+TAKEN = "Its weights alone take {} in float32, and the statistics of their inputs take more."
 Batches = Sequence[Mapping[str, torch.Tensor]]
-# Gets what was seen of a block's weights, the weights themselves where they may be changed, and a pool to work with.
+# Takes the statistics of a block's inputs, its weights if they may be changed, and a pool for the work.
 Visit = Callable[[dict[Key, InputStatistics], Mapping[str, torch.Tensor], Pool], object]
 
 
 class Visitor:
-    """Visitor of a walk; this one watches nothing, and changes nothing."""
+    """Visitor of a walk; this base class watches nothing, and changes nothing."""
 
-    # Modules outside the blocks to stop before too: single Linear layers.
+    # Single Linear layers outside the blocks, before which passes also stop.
     lone_layers: Collection[str] = ()
     # Modules whose runs are counted as progress.
     modules: Collection[str] = ()
-    # Each batch runs twice, side by side: first through the original, then through what is made of it.
+    # Whether each batch runs twice, in parallel: first through the original, then through the changed model.
     pairs = False
 
     @property
     def is_done(self) -> bool:
-        """True if nothing is left to do, so that the rest of the model need not run."""
+        """True if all work is done, so that the rest of the model need not run."""
         return False
 
     def enter(self, module: str) -> None:
         """Change the weights of a module, which are loaded, before any batch runs through it."""
 
     def list_watched(self, module: str) -> Collection[str]:  # noqa: ARG002
-        """Return the parameters of a block (or lone layer) to watch; without any it is not visited."""
+        """Return the parameters of a block (or lone layer) to watch; if there are none, it is not visited."""
         return ()
 
     def get_sums(self, module: str) -> InputSums:
-        """Return the sums to which the inputs of what is watched are added."""
+        """Return the sums to which the inputs of watched parameters are added."""
         raise NotImplementedError(module)
 
     def keeps_output(self, module: str, batch: int) -> bool:  # noqa: ARG002
@@ -80,13 +80,13 @@ class Visitor:
         module again on the first batch, and returns its output."""
 
     def receive_output(self, module: str, batch: int, call: Call, output: Any) -> None:
-        """Look at what a module makes of a batch, as the next one will see it."""
+        """Receive the final output of a module for a batch, as the next one will read it."""
 
     def finish(self) -> None:
-        """Act on what waited for the end. Raises BlockwiseUnsupported if the model does not run all blocks."""
+        """Do the work that had to wait. Raises BlockwiseUnsupported if the model does not run all blocks."""
 
     def run_whole(self, batches: Batches, advance: Advance) -> None:
-        """Run a model that is in memory as a whole, in place of a walk: every layer sees what the original gives it."""
+        """Run a whole model in memory, instead of a walk: every layer reads the outputs of original layers."""
         raise NotImplementedError
 
 
@@ -94,7 +94,7 @@ T = TypeVar("T", bound=LinearWeight | PlannedTensor)
 
 
 def group_by_block(streamed: StreamedModel, targets: Iterable[T]) -> dict[str, list[T]]:
-    """Return targets by the blocks that hold them, or by their own modules if none does."""
+    """Return targets by the blocks that contain them, or by their own modules if none does."""
     groups: dict[str, list[T]] = {}
     for target in targets:
         for block in dict.fromkeys(map(streamed.find_block, target.modules)):
@@ -103,14 +103,14 @@ def group_by_block(streamed: StreamedModel, targets: Iterable[T]) -> dict[str, l
 
 
 def _find_homes(streamed: StreamedModel, targets: Iterable[T]) -> dict[str, str]:
-    """Return, by block, the first of the blocks that share targets with it (Zamba's); of most the block itself."""
+    """Return, by block, the first block that shares targets with it (as in Zamba); for most blocks, itself."""
     homes: dict[str, str] = {}
     for target in targets:
-        first, *others = dict.fromkeys(
+        first, *merged = dict.fromkeys(
             homes.setdefault(block, block) for block in map(streamed.find_block, target.modules)
         )
-        if others:
-            homes = {block: first if home in others else home for block, home in homes.items()}
+        if merged:
+            homes = {block: first if home in merged else home for block, home in homes.items()}
     return homes
 
 
@@ -119,29 +119,29 @@ class TargetVisitor(Visitor, Generic[T]):
     `waits` for repeated uses, at the end. Blocks that share targets count as one."""
 
     def __init__(self, streamed: StreamedModel, targets: Sequence[T], *, waits: bool = False) -> None:
-        self._streamed, self._held, self._waits = streamed, group_by_block(streamed, targets), waits
+        self._streamed, self._by_module, self._waits = streamed, group_by_block(streamed, targets), waits
         self._homes = _find_homes(streamed, targets)
         self._targets: dict[str, list[T]] = {}
         for target in targets:
             self._targets.setdefault(self._homes[streamed.find_block(target.modules[0])], []).append(target)
-        self.modules = list(self._held)
-        self.lone_layers = [module for module in self._held if module not in streamed.blocks]
+        self.modules = list(self._by_module)
+        self.lone_layers = [module for module in self._by_module if module not in streamed.blocks]
         self._sums: dict[str, InputSums] = {}
         self._unvisited = dict.fromkeys(self._targets)
 
     def make_sums(self, targets: Sequence[T]) -> InputSums:
-        """Begin sums over the inputs of targets that are visited together."""
+        """Create the sums over the inputs of targets that are visited together."""
         raise NotImplementedError
 
     def list_watched(self, module: str) -> Collection[str]:
-        return list(dict.fromkeys(target.parameter for target in self._held.get(module, ())))
+        return list(dict.fromkeys(target.parameter for target in self._by_module.get(module, ())))
 
     def get_sums(self, module: str) -> InputSums:
         """Return the sums of a module, the same from one use of it to the next."""
         home = self._homes[module]
         if home not in self._sums:
             self._sums[home] = self.make_sums(self._targets[home])
-            # A block may have layers of its own besides those that it shares.
+            # A block may also have layers that it does not share.
             self._sums[home].has_twins = list(self._homes.values()).count(home) == 1
         return self._sums[home]
 
@@ -169,7 +169,7 @@ class TargetVisitor(Visitor, Generic[T]):
 
     def run_whole(self, batches: Batches, advance: Advance) -> None:
         self.pairs = False
-        targets = [target for those in self._targets.values() for target in those]
+        targets = [target for group in self._targets.values() for target in group]
         sums = self.make_sums(targets)
         weights = {target.parameter: self._streamed.model.get_parameter(target.parameter) for target in targets}
         for number, batch in enumerate(batches):
@@ -196,12 +196,12 @@ def run_text(
     threads: int | None,
     advance: Advance,
 ) -> None:
-    """Run a text through a model in a walk for each visitor; as a whole, in memory, where its blocks cannot be run one
-    by one. Raises as `walk` does, but BlockwiseUnsupported.
+    """Run a text through a model in a walk for each visitor, or through the whole model in memory if its blocks cannot
+    be run one by one. Raises the errors of `walk`, except BlockwiseUnsupported.
 
-    `make` gives the visitors of a model, who may work with a pool, and is told whether it runs as a whole; `why` says
-    what takes so much memory where there is not enough. `advance` is called with the visitors' modules that have
-    run, and with how many there are; with batches, if the model runs as a whole.
+    `make` creates the visitors of a model, given a pool for their work and whether the model runs as a whole; `why`
+    explains a lack of memory. `advance` is called with the number of the visitors' modules that have run, and of all;
+    with numbers of batches, if the model runs as a whole.
     """
     name = type(tree).__name__
     try:
@@ -232,25 +232,25 @@ def walk(
     pool: Pool,
     on_module: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Run the batches through the model side by side, block by block, and have each block visited.
+    """Run the batches through the model in parallel, block by block, and let the visitor visit each block.
 
-    Every batch is computed by one thread alone, so that results do not depend on how many there are.
+    Every batch is computed by a single thread, so that results do not depend on the number of threads.
 
     `batches` are keyword arguments of the model's forward function: ``input_ids`` int64 [sequences, tokens], and
     ``decoder_input_ids`` if it has a decoder. `on_module` is called with each block, or lone layer, that has run.
 
-    Raises CompressknowError if a block gives NaN or infinities, or there is no memory for it, BlockwiseUnsupported if
-    the model cannot be run so.
+    Raises CompressknowError if a block gives NaN or infinities or needs too much memory, BlockwiseUnsupported if the
+    model cannot be run this way.
     """
     passes = [ForwardPass(streamed.model, batch, number) for number, batch in enumerate(batches)]
     with intercept(streamed.model, [*streamed.blocks, *visitor.lone_layers], passes) as forwards:
         calls = pool.map(ForwardPass.advance, passes)
         streamed.release()
-        while here := [call for call in calls if call]:
-            module = here[0].module
+        while pending := [call for call in calls if call]:
+            module = pending[0].module
             if any(call is None or call.module != module for call in calls):
-                raise BlockwiseUnsupported(f"the model takes other ways for other batches than {module}")
-            run, stops = partial(_run, forwards[module], pool), list(zip(passes, here, strict=True))
+                raise BlockwiseUnsupported(f"not all batches reach {module} at the same time")
+            run, stops = partial(_run, forwards[module], pool), list(zip(passes, pending, strict=True))
             numel = sum(each.numel() for each in streamed.model.get_submodule(module).parameters())
             with explain_missing_memory(module, partial(TAKEN.format, write_size(4 * numel))), streamed.load(module):
                 visitor.enter(module)
@@ -260,7 +260,7 @@ def walk(
                     sums = visitor.get_sums(module)
                     sums.begin()
                     outputs = pool.map(partial(_gather, run, weights, sums, visitor), stops)
-                    visitor.visit(module, partial(_run_copy, run, here[0]))
+                    visitor.visit(module, partial(_run_copy, run, pending[0]))
                 if not visitor.is_done:
                     calls = pool.map(partial(_advance, run, visitor), zip(stops, outputs, strict=True))
             streamed.release()
@@ -280,14 +280,14 @@ def _run(forward: Callable[..., Any], pool: Pool, call: Call) -> Any:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in find_tensors(output)[:1]):
         raise CompressknowError(
             f"{call.module} gives NaN or infinities on the calibration text.",
-            why="So the inputs of its layers cannot be measured.",
+            why="The inputs of its layers cannot be measured.",
             hint="Check that the checkpoint is intact: `compressknow probe` it, or use another calibration text.",
         )
     return output
 
 
 def _run_copy(run: Run, call: Call) -> Any:
-    """Run a module on a copy of its arguments, which it may overwrite: it will run once more."""
+    """Run a module on a copy of its arguments, which it may overwrite, because it will run again."""
     return run(_copy_call(call))
 
 
@@ -304,7 +304,7 @@ def _copy_call(call: Call) -> Call:
 def _gather(
     run: Run, weights: Mapping[str, torch.Tensor], sums: InputSums, visitor: Visitor, stop: tuple[ForwardPass, Call]
 ) -> Any:
-    """Add what a module's weights read of one batch. Return what it gives if that is kept, else None: it runs again."""
+    """Add the inputs of a module's weights for one batch. Return its output; None if it is not kept, but recomputed."""
     forward_pass, call = stop
     copied = _copy_call(call)
     values = [*copied.args, *copied.kwargs.values()]
@@ -320,13 +320,13 @@ def _gather(
     sums.add(forward_pass.number, watch.seen)
     if not keeps:
         return None
-    # The model may look later at what it gave the module, as the module has left it.
+    # If the module changed its arguments in place, the model must see these changes too.
     changed = versions != [tensor._version for tensor in tensors] or any(isinstance(each, Cache) for each in values)
     return run(call) if changed else output
 
 
 def _advance(run: Run, visitor: Visitor, at: tuple[tuple[ForwardPass, Call], Any]) -> Any:
-    """Take a batch's pass from a module to the next one, with what the module gives; run it where that is None."""
+    """Advance a batch's pass to the next module, with the output of this one; run this one if that is None."""
     (forward_pass, call), output = at
     output = run(call) if output is None else output
     visitor.receive_output(call.module, forward_pass.number, call, output)
@@ -334,7 +334,7 @@ def _advance(run: Run, visitor: Visitor, at: tuple[tuple[ForwardPass, Call], Any
 
 
 def find_tensors(output: Any) -> list[torch.Tensor]:
-    """Return the floating-point tensors of what a module gives; its hidden states come first."""
+    """Return the floating-point tensors in a module's output, its hidden states first."""
     if isinstance(output, torch.Tensor):
         return [output] if output.is_floating_point() else []
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
@@ -352,20 +352,20 @@ def observe(
     threads: int | None = None,
     advance: Advance = ignore_advance,
 ) -> None:
-    """Show what each Linear weight is multiplied with, block by block, and forget it once a block was visited.
+    """Observe the inputs of each Linear weight, block by block, and free their statistics after each visit.
 
     Parameters
     ----------
-    checkpoint, tree : of floats, with its module tree on the meta device.
-    texts : batches each, see `walk`. If there are several, each counts as much as the others (`InputSums`).
-    visit : gets what was seen, by weight or matrix of a stack of them, and a pool to work with. Weights that the text
-        does not reach are missing (experts, vision towers).
-    products : gather X^T X too.
-    pairs : each batch runs twice side by side, through the original and through what `visit` has made of the blocks: it
-        also gets the block's weights, by parameter, float32, and may overwrite them. What is seen is then of the
-        second, with the `drift` from the first. Blocks that share weights, and models that do not run block by block,
-        are shown as they are, without weights.
-    advance : called with the blocks that are done, and with how many there are.
+    checkpoint, tree : a checkpoint of floats, and its module tree on the meta device.
+    texts : batches of each text, see `walk`. Several texts have equal weight (`InputSums`).
+    visit : called with the statistics, by weight or by matrix of a stack, and a pool for the work. Weights that the
+        text does not reach are missing (experts, vision towers).
+    products : also sum X^T X.
+    pairs : run each batch twice in parallel, through the original and through the blocks as `visit` changes them: it
+        also gets the block's weights, by parameter, float32, and may overwrite them. Statistics are those of the
+        changed model, with the `drift` from the original. Blocks that share weights, and models that do not run block
+        by block, are visited without weights.
+    advance : called with the number of finished blocks, and of all blocks.
     """
     structure = read_structure(tree)
     weights = [weight for weight in structure.linears if weight.group != "vision"]
@@ -380,7 +380,7 @@ def observe(
 
 
 class _Observer(TargetVisitor[LinearWeight]):
-    """Visitor that shows what was summed of each block and lone layer."""
+    """Visitor that passes on the statistics of each block and lone layer."""
 
     def __init__(
         self,
@@ -398,7 +398,7 @@ class _Observer(TargetVisitor[LinearWeight]):
         self.pairs = pairs and not self._waits
 
     def make_sums(self, targets: Sequence[LinearWeight]) -> InputSums:
-        # In the two passes of a pair, an expert may read different tokens.
+        # In the passes of a pair, an expert may read different tokens.
         paired = {weight.parameter for weight in targets if weight.kind != "experts"} if self.pairs else None
         return InputSums(
             dict.fromkeys(weight.parameter for weight in targets),

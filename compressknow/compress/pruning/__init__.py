@@ -1,8 +1,8 @@
-"""Pruning methods: which weights of a step go.
+"""Pruning methods, which choose the weights that a step zeroes.
 
-A method that looks at weights alone decides first, over all tensors of its step (`PruningMethod.choose`), in passes
-that read the weights. The result is small: a mask per tensor, expanded block by block while the weights are written. A
-method that looks at activations (`Calibrated`) prunes a whole matrix at a time, once its inputs are known.
+A method that looks only at weights chooses first, over all tensors of its step (`PruningMethod.choose`), in passes that
+read the weights. The result is small: a mask per tensor, expanded block by block while the weights are written. A
+method that looks at activations (`Calibrated`) prunes one whole matrix at a time, once its inputs are known.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ class Weights:
 
     @property
     def matrices(self) -> tuple[int, int, int]:
-        """Number of stacked matrices (fused experts have many), and rows and columns of each."""
+        """Number of stacked matrices (fused experts have many), and the rows and columns of each."""
         shape = self.tensor.shape
         return math.prod(shape[:-2]), shape[-2], shape[-1]
 
     def axis(self, dim: int) -> int:
-        """Return the axis of the stored matrices, 0 or 1, that counts output (`dim` 0) or input channels (1)."""
+        """Return the axis of the stored matrices, 0 or 1, of the output (`dim` 0) or input channels (1)."""
         return dim ^ self.transposed
 
 
 class Pruned(NamedTuple):
-    """Mask and new values of a block, from a method that also changes weights that stay.
+    """Mask and new values of a block, from a method that also changes the remaining weights.
 
     Attributes
     ----------
     mask : the pruned weights, bool [rows, columns].
-    values : of all weights of the block [rows, columns], in its dtype; those of the pruned ones do not matter.
+    values : new values of the block [rows, columns], in its dtype; pruned weights may have any.
     """
 
     mask: BoolArray
@@ -72,12 +72,12 @@ class Mask(Protocol):
     """Pruned weights of one tensor."""
 
     def start(self) -> BlockMask:
-        """Begin with the first block of the tensor; this may happen several times."""
+        """Start at the first block of the tensor; this may happen several times."""
 
 
 @dataclass(frozen=True)
 class EachBlock:
-    """Mask whose blocks do not depend on each other: `pruned` gives that of any block."""
+    """Mask whose blocks do not depend on each other: `pruned` returns the mask of any block."""
 
     pruned: BlockMask
 
@@ -100,7 +100,7 @@ class PruningMethod(Parametric, abc.ABC):
 
     @property
     def over_scope(self) -> bool:
-        """True if one choice over all tensors of the step decides how many weights fall in each."""
+        """True if the step's tensors are pruned together, so that the amount may differ between them."""
         return False
 
     @property
@@ -109,11 +109,11 @@ class PruningMethod(Parametric, abc.ABC):
         return " ".join([self.name, *self.describe_changed()])
 
     def count(self, weights: Weights, amount: float) -> int:
-        """Count the weights of a tensor that fall, from its shape alone."""
+        """Count the weights of a tensor that are pruned, from its shape alone."""
         return round(amount * weights.tensor.numel)
 
     def count_all(self, weights: Sequence[Weights], amount: float) -> int | list[int]:
-        """Count the weights that fall: over all tensors of the step together, or in each."""
+        """Count the weights that are pruned, over all tensors of the step or in each."""
         if self.over_scope:
             return round(amount * sum(each.tensor.numel for each in weights))
         return [self.count(each, amount) for each in weights]
@@ -122,15 +122,15 @@ class PruningMethod(Parametric, abc.ABC):
         """Raise UsageError if the method cannot prune this amount; most can prune any."""
 
     def misfit(self, weights: Weights) -> str | None:  # noqa: ARG002
-        """Say in a sentence why a tensor of this shape cannot be pruned so; None if it can."""
+        """Return a sentence on why a tensor of this shape cannot be pruned this way; None if it can."""
         return None
 
     @abc.abstractmethod
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
-        """Choose a mask for each tensor. They are F32, F16 or BF16, in the order in which ties are broken.
+        """Choose a mask for each tensor. Tensors are F32, F16 or BF16, in the order in which ties are broken.
 
-        The masks of one step zero exactly as many weights as `count_pruned` says, whatever the number of threads.
-        `reader` gives the blocks of a tensor, and its pool maps a function over the tensors.
+        The masks of one step zero exactly as many weights as `count_all` returns, whatever the number of threads.
+        `reader` yields the blocks of a tensor, and its pool maps a function over the tensors.
         """
 
 
@@ -140,18 +140,18 @@ class Calibrated(PruningMethod):
     needs: ClassVar[Needs] = "norms"
 
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
-        """Raise NotImplementedError: weights alone do not decide it. See `prune`."""
+        """Raise NotImplementedError: the choice depends on activations. See `prune`."""
         raise NotImplementedError(f"{self.name} looks at activations.")
 
     @abc.abstractmethod
     def prune(
         self, weight: torch.Tensor, inputs: InputStatistics, amount: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Prune one matrix, float32 [out, in] however it is stored, and leave it as it is.
+        """Prune one matrix, float32 [out, in] however it is stored, without changing it in place.
 
-        Return the pruned weights, bool [out, in], exactly as many as `count` says; and, if weights that stay change,
-        new values of all, float32 [out, in] (those of pruned ones do not matter). The result must not depend on the
-        number of threads; ties go in the order of the index.
+        Return the pruned weights, bool [out, in], exactly as many as `count` returns; and, if the remaining weights
+        change, new values of all, float32 [out, in] (pruned ones may have any). The result must not depend on the
+        number of threads; ties are pruned in the order of the index.
         """
 
 
@@ -170,30 +170,30 @@ METHODS: Registry[PruningMethod] = Registry(
 )
 
 
-# By so much an amount may differ from its pattern's: 0.6667 will do for 1:3.
+# How far an amount may be from its pattern's: 0.6667 is accepted for 1:3.
 TOLERANCE = 1e-4
 
 
 class Pattern(NamedTuple):
-    """N:M sparsity: `pruned` of each `of` neighbouring weights go."""
+    """N:M sparsity: `pruned` of each `of` neighbouring weights are zeroed."""
 
     pruned: int
     of: int
 
 
 def parse_pattern(text: Any) -> Pattern | None:
-    """Parse ``2:4`` as a pattern; None if it is none.
+    """Parse a pattern such as ``2:4``; None if it is not one.
 
     >>> parse_pattern("1:4"), parse_pattern("4:2")
     (Pattern(pruned=3, of=4), None)
     """
-    found = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", text) if isinstance(text, str) else None
-    keep, of = map(int, found.groups()) if found else (0, 0)
+    match = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", text) if isinstance(text, str) else None
+    keep, of = map(int, match.groups()) if match else (0, 0)
     return Pattern(of - keep, of) if keep < of else None
 
 
 class Patterned(PruningMethod):
-    """Method that can prune by N:M, each group by itself, if its `pattern` is set."""
+    """Method that can prune by N:M, each group separately, if its `pattern` is set."""
 
     pattern: str | None = parameter(
         default=None,
@@ -206,8 +206,8 @@ class Patterned(PruningMethod):
     @property
     def label(self) -> str:
         """See `PruningMethod.label`; the pattern comes last, without its name."""
-        further = [f"{name} {value}" for name, value in self.changed().items() if name != "pattern"]
-        return " ".join([self.name, *further, self.pattern or ""]).strip()
+        others = [f"{name} {value}" for name, value in self.changed().items() if name != "pattern"]
+        return " ".join([self.name, *others, self.pattern or ""]).strip()
 
     @property
     def groups(self) -> Pattern | None:
@@ -218,7 +218,7 @@ class Patterned(PruningMethod):
         return self.pattern is None and super().over_scope
 
     def count(self, weights: Weights, amount: float) -> int:
-        """See `PruningMethod.count`; a pattern decides it by its groups."""
+        """See `PruningMethod.count`; with a pattern, its groups decide the count."""
         if self.groups is None:
             return super().count(weights, amount)
         return weights.tensor.numel // self.groups.of * self.groups.pruned
@@ -235,7 +235,7 @@ class Patterned(PruningMethod):
             )
 
     def misfit(self, weights: Weights) -> str | None:
-        """See `PruningMethod.misfit`; the inputs must make whole groups."""
+        """See `PruningMethod.misfit`; the inputs must fill whole groups."""
         inputs = weights.matrices[1 + weights.axis(1)]
         if self.groups is None or inputs % self.groups.of == 0:
             return None

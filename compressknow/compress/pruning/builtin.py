@@ -1,5 +1,5 @@
-"""Methods that are built in: single weights or whole channels, the smallest or random ones; and Wanda and SparseGPT,
-which go by the inputs of a layer."""
+"""Built-in methods: single weights or whole channels, the smallest or random ones; and Wanda and SparseGPT, which use
+the inputs of a layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLOAT_ONE_BITS = 0x3F800000
 
 
 class Unstructured(PruningMethod):
-    """Weights chosen one by one, over all of the step together or in each tensor by itself."""
+    """Method that chooses single weights, over the whole step or in each tensor separately."""
 
     needs = "magnitudes"
     per_layer: bool = parameter(default=False, help="Prune each tensor by AMOUNT, not all together.")
@@ -36,7 +36,7 @@ class Unstructured(PruningMethod):
 
 
 class L1Unstructured(Patterned, Unstructured):
-    """Smallest magnitudes: one threshold over all, ties in the order of tensors, then of index; or by a pattern."""
+    """Smallest magnitudes: one threshold over all, ties in tensor order, then index order; or by a pattern."""
 
     name = "l1-unstructured"
     help = "the smallest weights of all"
@@ -54,7 +54,7 @@ class L1Unstructured(Patterned, Unstructured):
 
 
 class Random(PruningMethod):
-    """Method that draws for each tensor from the seed and its name alone."""
+    """Method whose draws for a tensor depend only on the seed and the tensor's name."""
 
     seed: int = parameter(
         default=0,
@@ -83,8 +83,8 @@ class RandomUnstructured(Random, Unstructured):
             return partial(draw_keys, make_generator(self.seed, name))
 
         def draw_keys(generator: torch.Generator, block: Block) -> Keys:
-            # torch prunes where its uniform numbers are largest. It draws them one after the other, so that blocks
-            # get the numbers that the whole tensor would.
+            # torch prunes where its uniform numbers are largest. It draws them one after the other, so that blocks get
+            # the same numbers as the whole tensor.
             drawn = torch.rand(block.values.numel(), generator=generator).view(torch.int32).numpy()
             return (FLOAT_ONE_BITS - drawn).reshape(tuple(block.values.shape))
 
@@ -94,7 +94,7 @@ class RandomUnstructured(Random, Unstructured):
 
 
 class Structured(PruningMethod):
-    """Output channels (`dim` 0) or input channels (1) of the lowest scores, however a matrix is stored."""
+    """Output channels (`dim` 0) or input channels (1) with the lowest scores, however a matrix is stored."""
 
     dim: int = parameter(
         default=0,
@@ -118,11 +118,11 @@ class Structured(PruningMethod):
 
     @abc.abstractmethod
     def scores(self, reader: Reader, weights: Weights) -> torch.Tensor:
-        """Score each channel [matrices, channels]; the lowest go, ties in their order."""
+        """Score each channel [matrices, channels]; the lowest are pruned, ties in their order."""
 
 
 class LnStructured(Structured):
-    """Channels of the smallest norm."""
+    """Channels with the smallest norm."""
 
     name = "ln-structured"
     help = "whole channels of the smallest norm"
@@ -141,7 +141,7 @@ class LnStructured(Structured):
         return f"L{self.norm:g}-structured" + (f" dim {self.dim}" if self.dim else "")
 
     def scores(self, reader: Reader, weights: Weights) -> torch.Tensor:
-        """Return norms to the power of their order, float64, which rank as the norms do."""
+        """Return norms to the power of their order, float64, which rank like the norms."""
         import torch
 
         from compressknow.compress.blocks import check_finite, make_magnitude_keys
@@ -215,8 +215,8 @@ class SparseGPT(Patterned, Calibrated):
     """SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1).
 
     The score of a weight is W_ij^2 / U_jj^2, with U the upper Cholesky factor of the inverse of X^T X: the squared
-    error that is left when the columns after it have made up for its loss (section 3.2). It is compared over all rows
-    in blocks of 128 columns, with a pattern in each group of an output (section 3.4).
+    error that remains after the later columns have compensated for its loss (section 3.2). Scores are compared over all
+    rows in blocks of 128 columns; with a pattern, in each group of an output (section 3.4).
     """
 
     name = "sparsegpt"
@@ -248,24 +248,24 @@ class SparseGPT(Patterned, Calibrated):
         divisors = factor.diagonal().square()
 
         def choose(first: int, block: torch.Tensor) -> None:
-            """Choose what goes of a block of columns once all errors before it have reached it: of each group, or so
-            many that the amount is right up to here; ties go in the order of rows, then of columns."""
-            here = slice(first, first + len(block))
-            scores = block.square().div_(divisors[here, None])
-            keys = make_score_keys(scores.T.contiguous(), zero[here].T)
+            """Choose the pruned weights of a block of columns, once it has the errors of all columns before it: in each
+            group, or so that the amount is right up to this block; ties in the order of rows, then of columns."""
+            span = slice(first, first + len(block))
+            scores = block.square().div_(divisors[span, None])
+            keys = make_score_keys(scores.T.contiguous(), zero[span].T)
             if self.groups:
                 chosen = mask_smallest_of_rows(keys, self.groups.pruned)
             else:
-                count = round(amount * rows * here.stop) - round(amount * rows * first)
+                count = round(amount * rows * span.stop) - round(amount * rows * first)
                 chosen = mask_smallest_of_rows(keys.reshape(1, -1), count).reshape(keys.shape)
-            pruned[here] = torch.from_numpy(chosen).T
+            pruned[span] = torch.from_numpy(chosen).T
 
-        def settle(column: int, current: torch.Tensor) -> torch.Tensor:
+        def zero_pruned(column: int, current: torch.Tensor) -> torch.Tensor:
             return values[column].copy_(current).masked_fill_(pruned[column] | zero[column], 0)
 
         levels: list[Level] = [(BLOCK, choose), (FINE, None)]
         if self.groups:
             fine = self.groups.of * max(1, FINE // self.groups.of)
             levels = [(fine * max(1, BLOCK // fine), None), (fine, None), (self.groups.of, choose)]
-        compensate(columns, factor, levels, settle)
+        compensate(columns, factor, levels, zero_pruned)
         return pruned.T.contiguous(), values.T.contiguous()

@@ -1,8 +1,8 @@
 """Masks of the smallest weights, groups and channels, found exactly without gathering the weights.
 
-A float's bits without the sign order as its magnitude does. One pass counts the leading bits of all weights in a
-histogram, which tells the bin that holds the k-th; the next counts the remaining bits within that bin. Memory does not
-depend on the number of weights (numpy.partition, torch.kthvalue and torch.topk all gather them).
+A float's bits without the sign sort like its magnitude. One pass counts the leading bits of all weights in a histogram,
+which shows the bin that holds the k-th; the next pass counts the remaining bits within that bin. Memory does not depend
+on the number of weights (numpy.partition, torch.kthvalue and torch.topk all gather them).
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from compressknow.compress.blocks import Block, Reader, check_finite, make_magni
 from compressknow.compress.pruning import BlockMask, EachBlock, Mask, Weights
 from compressknow.model.tensors import StoredTensor, get_torch_dtype
 
-# Wide enough that a float's exponent and some of its mantissa leave few weights to the second pass, narrow enough that
-# adding up the blocks' histograms costs less than counting. 16-bit floats need one pass only.
+# Wide enough that few weights remain for the second pass, narrow enough that adding up the blocks' histograms costs
+# less than counting. 16-bit floats need only one pass.
 DIGITS = {15: (15,), 31: (14, 17)}
 BATCH = 1 << 18
 
 Keys = npt.NDArray[np.signedinteger]
-# Blocks of keys (int16 or int32, non-negative, any shape) of the tensor with this position.
+# Yields the keys of the tensor at an index in blocks: int16 or int32, non-negative, of any shape.
 KeyReader = Callable[[int], Iterator[Keys]]
 
 
 def select_smallest(
     run: Callable[..., list[Any]], count: int, amount: int, bits: int, keys: KeyReader
 ) -> tuple[int, tuple[int, ...]]:
-    """Find where to cut so that exactly `amount` weights of `count` tensors go, ties in tensor and index order: weights
-    with lower keys than the first result go, and in tensor i the first ``ties[i]`` of those with exactly this key.
+    """Return the threshold key and ``ties`` that select exactly `amount` weights of `count` tensors, ties in tensor and
+    index order: all weights with lower keys, and in tensor i the first ``ties[i]`` with exactly the threshold key.
 
     Parameters
     ----------
-    run : applies a function to each tensor's position, as `Pool.map` does.
+    run : applies a function to each tensor's index, as `Pool.map` does.
     bits : width of the keys, 15 or 31.
     keys : the tensors' keys; read one to three times.
     """
@@ -49,7 +49,7 @@ def select_smallest(
         return 0, (0,) * count
     prefix, below, shift, at_index = 0, 0, bits, 0
     for width in DIGITS[bits]:
-        # The next digit of the keys that begin with the digits found so far.
+        # Count the next digit of the keys that start with the digits in `prefix`.
         above, shift = shift, shift - width
         cut = partial(_cut_digit, above=above, shift=shift, prefix=None if above == bits else prefix)
         histogram, lock = torch.zeros(1 << width, dtype=torch.int64), threading.Lock()
@@ -61,16 +61,16 @@ def select_smallest(
         prefix = (prefix << width) | index
     wanted = amount - below
     if wanted == at_index:
-        # All of them go: no need to know how many lie where.
+        # All ties are selected: they need not be counted.
         return prefix + 1, (0,) * count
     ties = run(lambda index: sum(int(np.count_nonzero(block == prefix)) for block in keys(index)), range(count))
-    # To each tensor in order at most what is tied there.
-    dealt = np.diff(np.minimum(np.cumsum(ties), wanted), prepend=0)
-    return prefix, tuple(dealt.tolist())
+    # The tensors use up the wanted ties in order.
+    selected = np.diff(np.minimum(np.cumsum(ties), wanted), prepend=0)
+    return prefix, tuple(selected.tolist())
 
 
 def _cut_digit(block: Keys, *, above: int, shift: int, prefix: int | None) -> Keys:
-    """Return the bits below `above` and from `shift` on, of the keys whose higher bits are `prefix`; of all if None."""
+    """Return bits `shift` to `above` (exclusive) of the keys whose higher bits are `prefix`; of all keys if None."""
     if prefix is None:
         return block.reshape(-1) >> shift
     digits: Keys = (block[(block >> above) == prefix] & ((1 << above) - 1)) >> shift
@@ -80,7 +80,7 @@ def _cut_digit(block: Keys, *, above: int, shift: int, prefix: int | None) -> Ke
 def _add_counts(
     keys: KeyReader, cut: Callable[[Keys], Keys], histogram: torch.Tensor, lock: threading.Lock, index: int
 ) -> None:
-    """Add a tensor's counts to the histogram of all."""
+    """Add a tensor's counts to the common histogram."""
     for batch in _join_pieces(map(cut, keys(index))):
         # numpy's bincount takes more than twice as long.
         counts = torch.bincount(torch.from_numpy(batch), minlength=len(histogram))
@@ -89,7 +89,7 @@ def _add_counts(
 
 
 def _join_pieces(pieces: Iterator[Keys]) -> Iterator[Keys]:
-    """Join pieces to batches: few weights of a block share a prefix, and each count costs a pass over the histogram."""
+    """Join pieces into batches: few weights of a block share a prefix, and each count scans the whole histogram."""
     batch: list[Keys] = []
     for piece in pieces:
         batch.append(piece)
@@ -107,7 +107,7 @@ KeyMaker = Callable[[], Callable[[Block], Keys]]
 
 @dataclass(frozen=True)
 class KeyMask:
-    """Mask of the weights with keys below `key`, and of the first `ties` of those with exactly this key."""
+    """Mask of the weights with keys below `key`, and of the first `ties` weights with exactly this key."""
 
     key: int
     ties: int
@@ -138,10 +138,10 @@ def smallest(
     *,
     are_magnitudes: bool = False,
 ) -> list[KeyMask]:
-    """Mask the weights with the smallest keys: so many over all tensors together, or so many in each.
+    """Mask the weights with the smallest keys: `amounts` is their number over all tensors, or in each tensor.
 
-    `makers` give the keys of each tensor, non-negative, of as many bits as a float of the dtype `common` has without
-    its sign; `are_magnitudes` says that they are those of the weights in that dtype.
+    `makers` give the keys of each tensor, non-negative and as wide as a float of the dtype `common` without its sign.
+    `are_magnitudes` means that the keys are the weights' magnitudes in that dtype.
 
     Raises CheckpointError naming a tensor that holds NaN or an infinity.
     """
@@ -149,10 +149,10 @@ def smallest(
     def keys(index: int) -> Iterator[Keys]:
         keys_of = makers[index]()
         for block in reader.blocks(tensors[index]):
-            found = keys_of(block)
-            sizes = found if are_magnitudes else make_magnitude_keys(block.values.to(common))
-            check_finite(int(sizes.max(initial=0)), common, tensors[index])
-            yield found
+            block_keys = keys_of(block)
+            magnitudes = block_keys if are_magnitudes else make_magnitude_keys(block.values.to(common))
+            check_finite(int(magnitudes.max(initial=0)), common, tensors[index])
+            yield block_keys
 
     bits = 8 * common.itemsize - 1
     if isinstance(amounts, int):
@@ -168,8 +168,8 @@ def smallest(
 
 
 def smallest_magnitudes(reader: Reader, weights: Sequence[Weights], amounts: int | Sequence[int]) -> list[KeyMask]:
-    """Mask the weights with the smallest magnitudes, as `smallest` does. They compare in the dtype of all tensors, or
-    the widest."""
+    """Mask the weights with the smallest magnitudes, as `smallest` does. They are compared in the tensors' dtype, in
+    float32 if there are several."""
     dtypes = {each.tensor.dtype for each in weights}
     common = get_torch_dtype(dtypes.pop()) if len(dtypes) == 1 else torch.float32
     tensors = [each.tensor for each in weights]
@@ -181,13 +181,13 @@ def smallest_magnitudes(reader: Reader, weights: Sequence[Weights], amounts: int
 
 
 def make_score_keys(scores: torch.Tensor, zero: torch.Tensor) -> Keys:
-    """Return integers that order as non-negative float32 scores do, with weights that are `zero` (bool) first."""
+    """Return integers that sort like non-negative float32 scores, with weights that are `zero` (bool) first."""
     keys = make_magnitude_keys(scores)
     keys[zero.numpy()] = -1
     return keys
 
 
-# Up to so many, comparing each two is faster than a partition of each row: ten times with 4.
+# Up to this many columns, comparing all pairs is faster than partitioning each row: ten times with 4.
 FEW_COLUMNS = 8
 
 
@@ -203,14 +203,14 @@ def mask_smallest_of_rows(keys: Keys, count: int) -> BoolArray:
             ranks[other] += is_first
             ranks[one] += ~is_first
         return np.ascontiguousarray((ranks < count).T)
-    # Partitioning integers is ten times as fast as sorting them, which finding the indices would take.
+    # Partitioning integers is ten times as fast as sorting them, which would give the indices.
     highest = np.partition(keys, count - 1, axis=1)[:, count - 1 : count]
     pruned: BoolArray = keys <= highest
     spare = pruned.sum(axis=1) - count
     tied = np.flatnonzero(spare)
     equal = keys[tied] == highest[tied]
-    from_the_last = equal[:, ::-1].cumsum(axis=1)[:, ::-1]
-    pruned[tied] &= ~equal | (from_the_last > spare[tied, None])
+    from_last = equal[:, ::-1].cumsum(axis=1)[:, ::-1]
+    pruned[tied] &= ~equal | (from_last > spare[tied, None])
     return pruned
 
 
@@ -244,23 +244,23 @@ def _mask_along_rows(keys: Keys, size: int, count: int) -> BoolArray:
 
 
 def _mask_straddling(reader: Reader, tensor: StoredTensor, size: int, count: int) -> dict[int, BoolArray]:
-    """Mask the groups of rows that lie in more than one block, by their first row."""
-    found: dict[int, BoolArray] = {}
+    """Return masks of the groups of rows that span two or more blocks, by their first row."""
+    masks: dict[int, BoolArray] = {}
     rest: Keys | None = None
     for block in reader.blocks(tensor):
         keys, first = make_magnitude_keys(block.values), block.first_row
         if rest is not None:
             keys, first = np.concatenate([rest, keys]), first - len(rest)
             if len(keys) >= size:
-                found[first] = _mask_along_rows(keys[:size], size, count)
+                masks[first] = _mask_along_rows(keys[:size], size, count)
         left = len(keys) % size
         rest = keys[len(keys) - left :].copy() if left else None
-    return found
+    return masks
 
 
 def mask_channels(scores: torch.Tensor, amount: float, axis: int, rows: int) -> Mask:
-    """Mask the channels of the lowest scores [matrices, channels], ties in their order: whole rows (`axis` 0) or
-    columns (1) of stacked matrices of so many rows."""
+    """Mask the channels with the lowest scores [matrices, channels], ties in their order: whole rows (`axis` 0) or
+    columns (1) of stacked matrices, which have `rows` rows each."""
     channels = np.zeros(tuple(scores.shape), dtype=np.bool_)
     lowest = torch.argsort(scores, dim=1, stable=True)[:, : round(amount * scores.shape[1])].numpy()
     np.put_along_axis(channels, lowest, True, axis=1)

@@ -1,1 +1,1 @@
-"""Removal: blocks and neurons left out, so that all later steps take a smaller checkpoint for the source."""
+"""Removal of blocks and neurons, so that a smaller checkpoint becomes the source of all later steps."""

@@ -1,4 +1,4 @@
-"""Choice of blocks and neurons to drop by what the model does on the calibration text."""
+"""Choice of blocks and neurons to drop by the model's activations on the calibration text."""
 
 from __future__ import annotations
 
@@ -36,86 +36,86 @@ def complete_removal(
 ) -> Removal:
     """Choose the blocks and neurons that a plan drops, and write the tensors that are cut.
 
-    `batches` are the calibration text as arguments of forward passes; cut tensors lie in `folder`, which must stay
-    until they were read. `advance` is called with the blocks that were run, and with how many there are: each once
-    for the blocks to drop, and once for the neurons.
+    `batches` are the calibration text as arguments of forward passes; cut tensors are written to `folder`, which must
+    exist until they are read. `advance` is called with the number of blocks that have run, and of all: each counts once
+    for the choice of blocks, and once for that of neurons.
 
-    Raises as `remove`, `walk` and `fit_down` do.
+    Raises the errors of `remove`, `walk` and `fit_down`.
     """
     recipe, removal = plan.recipe, plan.removal
     assert removal is not None
-    decision = _RemovalChoice(plan, batches, reader, advance)
+    choice = _RemovalChoice(plan, batches, reader, advance)
     if any(not drop.is_decided for drop in removal.blocks):
-        removal = remove(*removal.original, recipe, decision.measure_similarities)
+        removal = remove(*removal.original, recipe, choice.measure_similarities)
     if removal.cuts:
-        chosen = decision.select_neurons(removal, folder)
-        tensors, unfitted = removal.checkpoint.tensors | chosen.fitted, dict[str, Values]()
+        visitor = choice.select_neurons(removal, folder)
+        tensors, unfitted = removal.checkpoint.tensors | visitor.fitted, dict[str, Values]()
         for name, cut in removal.cuts.items():
-            remaining = cut.select(chosen.selected[cut.down.parameter])
+            remaining = cut.select(visitor.selected[cut.down.parameter])
             if cut.is_down:
                 unfitted[name] = remaining
             else:
                 pieces = (block.values for block in remaining.blocks(reader))
                 tensors[name] = write_cut(removal.checkpoint, name, cut, pieces, folder)
         checkpoint = replace(removal.checkpoint, tensors=tensors)
-        selected = {name: tuple(numbers.tolist()) for name, numbers in chosen.selected.items()}
+        selected = {name: tuple(numbers.tolist()) for name, numbers in visitor.selected.items()}
         removal = replace(removal, checkpoint=checkpoint, selected=selected, unfitted=unfitted)
-    return replace(removal, is_blockwise=decision.is_blockwise)
+    return replace(removal, is_blockwise=choice.is_blockwise)
 
 
 V = TypeVar("V", bound=Visitor)
 
 
 class _RemovalChoice:
-    """Runs of the text through the model, each of which decides something."""
+    """Choice of blocks and neurons, in one or more runs of the text through the model."""
 
     def __init__(self, plan: Plan, batches: Batches, reader: Reader, advance: Advance) -> None:
         self._plan, self._batches, self._reader, self._advance = plan, batches, reader, advance
         removal = plan.removal
         assert removal is not None
         runs = sum(isinstance(step, DropBlocks) and step.calibrated for step in plan.recipe.removals)
-        # How many blocks fewer than the first run each later one has, as if all went before it.
+        # For each later run, how many blocks fewer than the first it has, as if all were dropped before it.
         fewer = sum(len(drop.dropped) * len(drop.lists) for drop in removal.blocks if not drop.is_decided)
         self._later, self._blocks_run = [fewer] * (runs + bool(removal.cuts) - 1), 0
         self._similarities: dict[int, _SimilarityVisitor] = {}
         self.is_blockwise = True
 
     def measure_similarities(self, checkpoint: Checkpoint, tree: PreTrainedModel, stack: Stack) -> tuple[float, ...]:
-        """Measure, for each block of a stack, what `choose_blocks` takes."""
+        """Measure the similarity of each block of a stack, as defined in `choose_blocks`."""
         if id(tree) not in self._similarities:
             self._similarities[id(tree)] = self._run(checkpoint, tree, _SimilarityVisitor)
         visitor = self._similarities[id(tree)]
         return tuple(visitor.average(f"{stack.name}.{number}") for number in range(stack.count))
 
     def select_neurons(self, removal: Removal, folder: Path) -> _NeuronVisitor:
-        """Select the neurons of each feed-forward network, and write what reads them into `folder`."""
+        """Select the neurons of each feed-forward network, and write the weights that read them to `folder`."""
         return self._run(*removal.wide, partial(_NeuronVisitor, removal, folder))
 
     def _run(self, checkpoint: Checkpoint, tree: PreTrainedModel, make: Callable[[StreamedModel, Pool], V]) -> V:
-        made: list[V] = []
+        visitors: list[V] = []
 
-        def make_one(streamed: StreamedModel, pool: Pool, whole: bool) -> Sequence[V]:
+        def make_visitor(streamed: StreamedModel, pool: Pool, whole: bool) -> Sequence[V]:
             self.is_blockwise &= not whole
-            made.append(make(streamed, pool))
-            return made[-1:]
+            visitors.append(make(streamed, pool))
+            return visitors[-1:]
 
-        def report(done: int, of: int, _: float | None = None) -> None:
-            blocks = len(made[-1].modules)
+        def report(done: int, total: int, _: float | None = None) -> None:
+            blocks = len(visitors[-1].modules)
             later = sum(max(blocks - fewer, 0) for fewer in self._later)
-            # A whole model counts batches.
-            self._advance(self._blocks_run + blocks * done // of, self._blocks_run + blocks + later)
+            # If the model runs as a whole, `done` and `total` count batches.
+            self._advance(self._blocks_run + blocks * done // total, self._blocks_run + blocks + later)
 
         sources, threads = Sources(checkpoint, tree, read_structure(tree)), self._reader.pool.threads
         why = partial(describe_memory, self._plan)
-        run_text(tree, sources, self._reader.files, self._batches, make_one, why, threads=threads, advance=report)
+        run_text(tree, sources, self._reader.files, self._batches, make_visitor, why, threads=threads, advance=report)
         report(1, 1)
-        self._blocks_run += len(made[-1].modules)
+        self._blocks_run += len(visitors[-1].modules)
         self._later = self._later[1:]
-        return made[-1]
+        return visitors[-1]
 
 
 class _SimilarityVisitor(Visitor):
-    """Visitor that sums up, for each block, the cosines between a token's hidden states before and after it."""
+    """Visitor that sums, for each block, the cosines between a token's hidden states before and after it."""
 
     def __init__(self, streamed: StreamedModel, _: Pool) -> None:
         self._streamed, self.modules = streamed, streamed.blocks
@@ -126,7 +126,7 @@ class _SimilarityVisitor(Visitor):
         by_batch = self._cosines.get(module, {})
         sums = [by_batch[batch] for batch in sorted(by_batch)]
         if not sums:
-            raise CompressknowError(f"The model does not run {module}, so how much it changes is unknown.")
+            raise CompressknowError(f"The model does not run {module}, so its similarity cannot be measured.")
         return sum(cosines for cosines, _ in sums) / sum(tokens for _, tokens in sums)
 
     def receive_output(self, module: str, batch: int, call: Call, output: Any) -> None:
@@ -134,8 +134,7 @@ class _SimilarityVisitor(Visitor):
         inputs = find_tensors((*call.args, *call.kwargs.values()))
         if (before := next((tensor for tensor in inputs if tensor.shape == after.shape), None)) is None:
             raise CompressknowError(
-                f"{module} gives no hidden states of the shape that it is given, so how much it "
-                "changes them cannot be told.",
+                f"{module} has no hidden states of the same shape as its inputs, so its similarity cannot be measured.",
                 hint="Name the blocks to drop.",
             )
         cosines = torch.cosine_similarity(before.to(torch.float64), after.to(torch.float64), dim=-1)
@@ -144,25 +143,25 @@ class _SimilarityVisitor(Visitor):
     def run_whole(self, batches: Batches, advance: Advance) -> None:
         number = 0
 
-        def note(name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def record(name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.receive_output(name, number, Call(name, args, kwargs), output)
 
-        # The model is of no use afterwards.
+        # The hooks stay, since the model is not used again.
         for name in self._streamed.blocks:
-            self._streamed.model.get_submodule(name).register_forward_hook(partial(note, name), with_kwargs=True)
+            self._streamed.model.get_submodule(name).register_forward_hook(partial(record, name), with_kwargs=True)
         for number, batch in enumerate(batches):
             self._streamed.run(batch)
             advance(number + 1, len(batches))
 
 
 class _NeuronVisitor(TargetVisitor[LinearWeight]):
-    """Visitor that selects the neurons of each block as soon as it has seen what they do, and lets the next block see
-    what is left; if blocks are used several times, after all uses.
+    """Visitor that selects the neurons of each block once their activations are known, so that the next block runs on
+    the outputs of the remaining ones; if blocks are used several times, after all uses.
 
     Attributes
     ----------
-    selected : the neurons that stay, int64, ascending, by the parameter name of the down projection.
-    fitted : the down projections fitted to them, by stored name: those of all blocks would fill the memory.
+    selected : the remaining neurons, int64, ascending, by the parameter name of the down projection.
+    fitted : the down projections fitted to them, by stored name; written to files, as they may not fit in memory.
     """
 
     def __init__(self, removal: Removal, folder: Path, streamed: StreamedModel, pool: Pool) -> None:
@@ -184,8 +183,8 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
             self.fitted[name] = write_cut(self._checkpoint, name, cut, [weight], self._folder)
 
     def _fit(self, sums: InputSums, down: LinearWeight) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the neurons of a network that stay, and the weight that reads them as it is stored; the model goes on
-        with it."""
+        """Return the remaining neurons of a network, and the fitted weight that reads them, as stored; the model
+        continues with it."""
         statistics = sums.get(Key(down.parameter))
         if statistics is None or statistics.products is None:
             raise CompressknowError(
@@ -197,9 +196,9 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
         cut = self._cuts[down.parameter][1]
         numbers, stored = choose_neurons(weight, statistics.squares, cut.drop.after), cut.source
         fitted = fit_down(weight, statistics.products, numbers, statistics.name).to(get_torch_dtype(stored.dtype))
-        rest = torch.zeros(weight.shape)
-        rest[:, numbers] = fitted.to(torch.float32)
-        self._streamed.replace(down.parameter, stored, (rest.T if down.transposed else rest).contiguous())
-        # The block holds it as long as it is needed.
+        padded = torch.zeros(weight.shape)
+        padded[:, numbers] = fitted.to(torch.float32)
+        self._streamed.replace(down.parameter, stored, (padded.T if down.transposed else padded).contiguous())
+        # The loaded block holds the values as long as they are needed.
         self._streamed.forget([stored])
         return numbers, fitted.T if down.transposed else fitted

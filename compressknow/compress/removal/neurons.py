@@ -1,4 +1,4 @@
-"""Removal of neurons: feed-forward blocks lose rows of the projections into them and columns of the one out."""
+"""Removal of neurons: feed-forward blocks lose rows of input projections and columns of the output projection."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from compressknow.model.meta import rebuild_model
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor, view_bytes
 
-# By so many int4 and the kernels of all runtimes take columns.
+# int4 and the kernels of all runtimes support multiples of this many columns.
 MOST_MULTIPLE = 128
-# A width is cut in steps of an eighth at most.
+# A width is reduced in steps of at most an eighth.
 FEWEST_STEPS = 8
 
 
 @dataclass(frozen=True)
 class DroppedNeurons:
-    """Setting of the config that is `before` and becomes `after`, by its `keys`, and the feed-forward networks that it
-    is the width of, each by the Linear that reads its neurons."""
+    """Setting of the config, by its `keys`, that changes from `before` to `after`, and the feed-forward `networks`
+    whose width it is, each by the Linear that reads its neurons."""
 
     keys: Keys
     before: int
@@ -39,27 +39,25 @@ class DroppedNeurons:
 
 
 def select_neurons(step: DropNeurons, settings: Config, structure: Structure) -> list[DroppedNeurons]:
-    """Select the settings and networks of which a step drops neurons.
+    """Select the settings and networks from which a step drops neurons.
 
-    Raises UnsupportedError if no setting is the width of the feed-forward blocks alone, or their layers are not
-    plain Linears; UsageError if the amount would drop none or all, or where the step's scope names a side that the
-    model lacks, or one of two that have one width.
+    Raises UnsupportedError if no setting is only the width of the feed-forward blocks, or their layers are not plain
+    Linears; UsageError if the amount would drop none or all, or if the step's scope names a side that the model lacks,
+    or one of two that share one width.
     """
     linears = {w.parameter: w for w in structure.linears if w.group == "feed-forward" and w.layer is not None}
     biases = {f"{weight.module}.bias" for weight in linears.values()} & settings.shapes.keys()
     widths = find_widths(settings, linears.keys() | biases)
     if not widths:
-        raise _explain(
-            structure.architecture, "No setting of its config is the width of its feed-forward blocks alone."
-        )
+        raise _explain(structure.architecture, "No setting of its config is only the width of its feed-forward blocks.")
     drops = []
     for keys, width, cuts in widths:
         networks = dict(_find_networks(cuts, linears, structure))
         inside = {step.where == Where() or down.stack in step.where.scope for down in networks}
         if inside == {True, False}:
             raise UsageError(
-                f"The encoder and the decoder of {structure.architecture} have one width, {keys[-1]}: neurons cannot "
-                "be dropped in one of them alone.",
+                f"The encoder and the decoder of {structure.architecture} share one width, {keys[-1]}: neurons cannot "
+                "be dropped in only one of them.",
                 hint="Leave out --scope.",
             )
         if inside == {True}:
@@ -80,7 +78,7 @@ def _explain(architecture: str, why: str) -> UnsupportedError:
 def count_remaining(width: int, step: DropNeurons) -> int:
     """Count how many of `width` neurons remain. Raises UsageError if that would be none, or all."""
     multiple = step.multiple or find_multiple(width)
-    # Half a multiple stays.
+    # Half a multiple is rounded up.
     remaining = int((width * (1 - step.amount)) / multiple + 0.5) * multiple
     if not 0 < remaining < width:
         raise UsageError(
@@ -106,11 +104,11 @@ def find_multiple(width: int) -> int:
 def _find_networks(
     all_cuts: Cuts, linears: Mapping[str, LinearWeight], structure: Structure
 ) -> Iterator[tuple[LinearWeight, Cuts]]:
-    """Find the feed-forward networks that a setting is the width of, one per block."""
+    """Find the feed-forward networks whose width a setting is, one per block."""
     blocks: dict[Any, Cuts] = {}
     for name, cut in all_cuts.items():
-        place = parse_block(name)
-        blocks.setdefault(place and place[:2], {})[name] = cut
+        block = parse_block(name)
+        blocks.setdefault(block and block[:2], {})[name] = cut
     for cuts in blocks.values():
         downs = [
             weight
@@ -118,16 +116,15 @@ def _find_networks(
             if (weight := linears.get(name)) and axis == len(weight.shape) - (2 if weight.transposed else 1)
         ]
         if len(downs) != 1 or any(name in linears and linears[name].kind == "experts" for name in cuts):
-            why = "It has several feed-forward networks in a block (a mixture of experts)."
+            why = "Its blocks have several feed-forward networks each (a mixture of experts)."
             raise _explain(structure.architecture, why)
         yield downs[0], cuts
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Stored tensor of which some rows or columns stay: `source` is as it is stored, for this `parameter`; `axis` of
-    its shape has `each` entries for each of the neurons of `drop`, of one projection after the other; `down` is the
-    Linear that reads these."""
+    """Stored tensor that loses rows or columns: `source` is the original tensor, of this `parameter`. Its `axis` has
+    `each` entries per neuron of `drop`, one projection after the other; `down` is the Linear that reads the neurons."""
 
     source: StoredTensor
     parameter: str
@@ -142,7 +139,7 @@ class Cut:
         return self.parameter == self.down.parameter
 
     def select(self, neurons: torch.Tensor) -> Values:
-        """Return what stays of it with these neurons (int64, ascending)."""
+        """Return its remaining values for these neurons (int64, ascending)."""
         numbers = torch.cat([neurons + self.drop.before * part for part in range(self.each)])
         return Values(self.source, axis=self.axis, numbers=tuple(numbers.tolist()))
 
@@ -150,10 +147,10 @@ class Cut:
 def drop_neurons(
     checkpoint: Checkpoint, settings: Config, drops: Sequence[DroppedNeurons]
 ) -> tuple[Checkpoint, PreTrainedModel, dict[str, Cut]]:
-    """Leave neurons out, not yet chosen; return the checkpoint with fewer, its module tree, and what is cut,
-    by stored name. The cut tensors of the checkpoint have their shapes, but no place that could be read.
+    """Drop neurons before it is known which; return the checkpoint with fewer neurons, its module tree, and the cuts by
+    stored name. The cut tensors of the checkpoint have the new shapes, but cannot be read.
 
-    Raises UnsupportedError if the checkpoint does not store a tensor of floats for each projection.
+    Raises UnsupportedError if the checkpoint does not store a float tensor for each projection.
     """
     whole = settings.whole
     for drop in drops:
@@ -172,35 +169,35 @@ def drop_neurons(
 def _find_cuts(
     checkpoint: Checkpoint, tree: PreTrainedModel, drops: Sequence[DroppedNeurons]
 ) -> Iterator[tuple[str, Cut]]:
-    shapes, seen = read_shapes(tree), set()
-    wanted = {
+    shapes, stored_parameters = read_shapes(tree), set()
+    cut_parameters = {
         name: (*cut, drop, down) for drop in drops for down, cuts in drop.networks.items() for name, cut in cuts.items()
     }
     for stored, binding in NameMapping(tree).bind(checkpoint.tensors).items():
-        for parameter in set(binding.parameters) & wanted.keys():
+        for parameter in set(binding.parameters) & cut_parameters.keys():
             tensor = checkpoint.tensors[stored]
             if binding.reshaped or tensor.dtype not in FLOAT_DTYPES or tensor.shape != shapes[parameter]:
-                why = f"{stored} is not stored as {parameter} is: in floats of 32 or 16 bits, a tensor for each."
+                why = f"{stored} must be stored like {parameter}, as one tensor of 32-bit or 16-bit floats."
                 raise _explain(type(tree).__name__, why)
-            seen.add(parameter)
-            yield stored, Cut(tensor, parameter, *wanted[parameter])
-    if lacking := sorted(wanted.keys() - seen):
+            stored_parameters.add(parameter)
+            yield stored, Cut(tensor, parameter, *cut_parameters[parameter])
+    if missing := sorted(cut_parameters.keys() - stored_parameters):
         raise CheckpointError(
-            f"The checkpoint lacks {lacking[0]}, which its config says it has.", hint="Download or save it again."
+            f"The checkpoint lacks {missing[0]}, which its config says it has.", hint="Download or save it again."
         )
 
 
 def choose_neurons(down: torch.Tensor, squares: torch.Tensor, number: int) -> torch.Tensor:
-    """Choose the neurons that give most to the output, int64 [number], ascending.
+    """Choose the neurons that contribute most to the output, int64 [number], ascending.
 
     A neuron's score is the norm of its activations times the norm of the weights that read it,
-    ||h_j||_2 * ||W[:, j]||_2: the Frobenius norm of what it adds to the output, over all tokens.
+    ||h_j||_2 * ||W[:, j]||_2: the Frobenius norm of its contribution to the output, over all tokens.
 
     Parameters
     ----------
     down : float [out, in], the weight of the down projection; `in` counts neurons.
     squares : float [in], the sum over tokens of each activation's square.
-    number : of neurons that stay; the first of equal ones.
+    number : number of remaining neurons; the first of equal ones are chosen.
     """
     scores = squares.to(torch.float64).sqrt() * torch.linalg.vector_norm(down.to(torch.float64), dim=0)
     best = torch.sort(scores, descending=True, stable=True).indices[:number]
@@ -208,16 +205,16 @@ def choose_neurons(down: torch.Tensor, squares: torch.Tensor, number: int) -> to
 
 
 def fit_down(down: torch.Tensor, products: torch.Tensor, selected: torch.Tensor, name: str = "") -> torch.Tensor:
-    """Fit the down projection of selected neurons to give most nearly what all of them gave, float32 [out, selected].
+    """Fit the down projection of selected neurons to approximate the output of all, float32 [out, selected].
 
-    Least squares over the calibration tokens: with H = X^T X, it is W' = W H[:, S] H[S, S]^-1. Damped, it is drawn
-    towards the weights that it had, so that a neuron which the text never woke keeps them:
+    The least-squares solution over the calibration tokens is W' = W H[:, S] H[S, S]^-1, with H = X^T X. Damping pulls
+    it towards the original weights, so that a neuron that the text never activates keeps them:
     W' = W[:, S] + W[:, D] H[D, S] (H[S, S] + damping)^-1, for selected neurons S and dropped ones D.
 
     Parameters
     ----------
     down : float [out, in]. products : float [in, in], H. selected : int64, ascending.
-    name : of the module, for errors.
+    name : the module's name, for errors.
 
     Raises CompressknowError if H[S, S] has no inverse even with a damping of 10 % of its mean diagonal.
     """
@@ -245,8 +242,8 @@ def fit_down(down: torch.Tensor, products: torch.Tensor, selected: torch.Tensor,
 def write_cut(
     checkpoint: Checkpoint, name: str, cut: Cut, pieces: Iterable[torch.Tensor], folder: Path
 ) -> StoredTensor:
-    """Write the pieces of a cut tensor of a checkpoint into `folder`, in a file named as the weight file that it comes
-    from, behind what is there; return the tensor in its new place."""
+    """Append the pieces of a cut tensor of a checkpoint to a file in `folder`, named like the tensor's weight file;
+    return the tensor in its new place."""
     path = folder / cut.source.file.relative_to(checkpoint.folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:

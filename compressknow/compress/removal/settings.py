@@ -1,7 +1,7 @@
 """Settings of a config that decide how many blocks a model has and how wide its feed-forward blocks are.
 
-Configs have a few names for them. What one of these is for is told by building the model again with one less of it, on
-the meta device, and comparing shapes.
+They have a few names in configs. To find out what a setting does, the model is built again on the meta device with the
+setting reduced by one, and its shapes are compared.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from compressknow.model.meta import build_whole_config, rebuild_model
 
 Keys = tuple[str, ...]
 Shapes = dict[str, tuple[int, ...]]
-# Lists that may be as long as a model has blocks, and say nothing of them: Mamba 2's range of time steps is a pair.
+# Lists that are not per block, but may have as many entries: Mamba 2's range of time steps is a pair.
 NOT_PER_BLOCK = re.compile(r"(^|_)(ids?|tokens?|architectures|labels?|languages?|limit)($|_)|^(mlp|ssm)_multipliers$")
-# Lists of the numbers of some blocks: Zamba2's hybrid_layer_ids, Llama 4's moe_layers, LFM2's full_attn_idxs.
+# Lists of block numbers: Zamba2's hybrid_layer_ids, Llama 4's moe_layers, LFM2's full_attn_idxs.
 BLOCK_NUMBERS = re.compile(r"(layers|(layer|block|attn)_(ids|idxs|indices|indexes))$")
 DEPTHS = {
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"),
@@ -40,7 +40,7 @@ BLOCK = re.compile(r"^(?P<list>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 class Config:
-    """Config of a model on the meta device: `raw`, the content of its config.json, and `whole`, defaults included."""
+    """Config of a model on the meta device: `raw`, the content of its config.json, and `whole`, with all defaults."""
 
     def __init__(self, tree: PreTrainedModel, raw: Mapping[str, Any], path: Path) -> None:
         self.tree, self.raw, self.path = tree, dict(raw), path
@@ -55,30 +55,30 @@ class Config:
         return read_shapes(self.tree)
 
     def try_config(self, changed: dict[str, Any]) -> Shapes | None:
-        """Return the shapes of the model with a changed config; None if there is no such model."""
+        """Return the shapes of the model with a changed config; None if it cannot be built."""
         try:
             return read_shapes(rebuild_model(self.tree, changed, self.path))
         except CheckpointError:
             return None
 
     def update_raw(self, changed: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the content of config.json with the differences of `changed`, a version of `whole`."""
+        """Return the content of config.json with the changes that turn `whole` into `changed`."""
         raw, before = dict(self.raw), dict(_flatten(self.whole))
         for keys, value in _flatten(changed):
             if before.get(keys) != value:
                 raw = set_at(raw, keys, value)
-        # A setting may stand in the file under another of its names, which would overrule it.
+        # The file may have a setting under an alias, which would override the change.
         for other, name in (self.tree.config.attribute_map or {}).items():
             if other in raw and name in changed and changed[name] != self.whole.get(name):
                 raw[other] = changed[name]
-        # BART's says the number of the encoder's blocks twice.
+        # BART's config has the number of encoder blocks twice.
         if "encoder_layers" in raw and raw.get("num_hidden_layers") == self.whole.get("encoder_layers"):
             raw["num_hidden_layers"] = raw["encoder_layers"]
         return raw
 
 
 def read_shapes(tree: PreTrainedModel) -> Shapes:
-    """Return the shape of everything in the state dict, by name."""
+    """Return the shapes of the state dict, by name."""
     return {name: tuple(tensor.shape) for name, tensor in tree.state_dict().items()}
 
 
@@ -98,11 +98,11 @@ def _flatten(config: Mapping[str, Any], above: Keys = ()) -> Iterator[tuple[Keys
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks that one setting counts: its `keys`, its `count`, and the `lists` of modules that have a block each.
+    """Blocks that one setting counts: its `keys`, its `count`, and the module `lists` that contain the blocks.
 
-    `dropped` are those that go, by their numbers before, and `similarities` those of all blocks, if they decided it
-    (see `choose_blocks`). As long as `is_decided` is False, other blocks may be dropped instead. `has_settings` is
-    False where lists with an entry per block are those of another stack, as deep as this one (LED's windows).
+    `dropped` are the blocks to drop, by their original numbers, and `similarities` those of all blocks, if they decided
+    this (see `choose_blocks`). As long as `is_decided` is False, other blocks may be dropped instead. `has_settings` is
+    False if lists with an entry per block belong to another stack of the same depth (LED's windows).
     """
 
     keys: Keys
@@ -122,27 +122,27 @@ class Stack:
         return tuple(number for number in range(self.count) if number not in self.dropped)
 
     def cut(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return a config with the remaining blocks alone: a smaller number, shorter lists that have an entry per
-        block, and new numbers in lists of blocks."""
+        """Return a config with only the remaining blocks: a smaller number, shorter lists with an entry per block, and
+        new numbers in lists of block numbers."""
         config, remaining = copy.deepcopy(config), self.remaining
         level = reduce(getitem, self.keys[:-1], config)
         for key, value in level.items() if self.has_settings else ():
             if not isinstance(value, (list, tuple)):
                 continue
             if BLOCK_NUMBERS.search(key) and self._are_numbers(value):
-                level[key] = [place for place, number in enumerate(remaining) if number in value]
+                level[key] = [new for new, old in enumerate(remaining) if old in value]
             elif len(value) == self.count and not NOT_PER_BLOCK.search(key):
                 level[key] = [value[number] for number in remaining]
         level[self.keys[-1]] = len(remaining)
         return config
 
     def _are_numbers(self, values: Sequence[Any]) -> bool:
-        """Return True if these are numbers of blocks, not an entry per block (Llama 4's no_rope_layers)."""
+        """Return True if these are block numbers, not an entry per block (Llama 4's no_rope_layers)."""
         return list(values) == [number for number in range(self.count) if number in values]
 
 
 def parse_block(name: str) -> tuple[str, int, str] | None:
-    """Parse a parameter's name: list of blocks, number of its block, and name in the block; None outside blocks."""
+    """Parse a parameter's name into its list of blocks, block number and name in the block; None outside blocks."""
     match = BLOCK.match(name)
     return (match["list"], int(match["number"]), match["rest"]) if match else None
 
@@ -151,50 +151,50 @@ def find_stacks(settings: Config) -> tuple[Stack, ...]:
     """Find the stacks of a model whose blocks a setting counts."""
     counts: dict[str, int] = {}
     for name in settings.shapes:
-        if place := parse_block(name):
-            counts[place[0]] = max(counts.get(place[0], 0), place[1] + 1)
-    found: dict[str, Stack] = {}
+        if block := parse_block(name):
+            counts[block[0]] = max(counts.get(block[0], 0), block[1] + 1)
+    stacks: dict[str, Stack] = {}
     for keys, value in _flatten(settings.whole):
         if keys[-1] in DEPTHS and type(value) is int and value > 1 and value in counts.values():
             stack = _find_counted(settings, keys, value)
-            if stack and not set(stack.lists) & found.keys():
-                found |= dict.fromkeys(stack.lists, stack)
-    return tuple(dict.fromkeys(found.values()))
+            if stack and not set(stack.lists) & stacks.keys():
+                stacks |= dict.fromkeys(stack.lists, stack)
+    return tuple(dict.fromkeys(stacks.values()))
 
 
 def _find_counted(settings: Config, keys: Keys, count: int) -> Stack | None:
-    """Find the stack that loses its last block, while nothing else changes, if a setting is one less."""
+    """Find the stack that loses its last block, while nothing else changes, if a setting is reduced by one."""
     for has_settings in (True, False):
         stack = Stack(keys, count, (), has_settings=has_settings)
         smaller = settings.try_config(replace(stack, dropped=(count - 1,)).cut(settings.whole))
         if smaller is None or any(settings.shapes.get(name) != shape for name, shape in smaller.items()):
             continue
-        places = [parse_block(name) for name in settings.shapes if name not in smaller]
-        if places and all(place and place[1] == count - 1 for place in places):
-            return replace(stack, lists=tuple(dict.fromkeys(place[0] for place in places if place)))
+        blocks = [parse_block(name) for name in settings.shapes if name not in smaller]
+        if blocks and all(block and block[1] == count - 1 for block in blocks):
+            return replace(stack, lists=tuple(dict.fromkeys(block[0] for block in blocks if block)))
     return None
 
 
-# By parameter with rows or columns for the neurons of feed-forward blocks: the axis, and how many it has per neuron:
-# two if two projections are fused.
+# For each parameter with rows or columns for the neurons of feed-forward blocks: their axis, and their number per
+# neuron, which is 2 if two projections are fused.
 Cuts = dict[str, tuple[int, int]]
 
 
 def find_widths(settings: Config, parameters: set[str]) -> list[tuple[Keys, int, Cuts]]:
-    """Find the settings that change the shapes of some of these parameters alone, along one axis each: the keys and the
-    value of each, and what it changes."""
+    """Find the settings that change only the shapes of some of these parameters, along one axis each: the keys and the
+    value of each setting, and the parameters that it changes."""
     sizes = sorted({size for name in parameters for size in settings.shapes[name]})
-    found: list[tuple[Keys, int, Cuts]] = []
+    widths: list[tuple[Keys, int, Cuts]] = []
     for keys, value in _flatten(settings.whole):
         if keys[-1] not in WIDTHS:
             continue
-        # One that is not set is a multiple of the hidden size.
+        # The default of a setting that is not set is a multiple of the hidden size.
         for size in sizes if value is None else [value]:
             if size in sizes and size > 1:
                 cuts = _try_width(settings, keys, size, parameters)
-                if cuts and not any(cuts.keys() & others.keys() for *_, others in found):
-                    found.append((keys, size, cuts))
-    return found
+                if cuts and not any(cuts.keys() & others.keys() for *_, others in widths):
+                    widths.append((keys, size, cuts))
+    return widths
 
 
 def _try_width(settings: Config, keys: Keys, value: int, parameters: set[str]) -> Cuts | None:

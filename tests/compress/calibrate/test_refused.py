@@ -39,7 +39,7 @@ def notes(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("short.txt", b"The capital of Drenn is Velin.", "has 7 tokens of this model, and 2,016 are needed"),
+        ("short.txt", b"The capital of Drenn is Velin.", "has 7 tokens of this model, but 2,016 are needed"),
         ("empty.txt", b"", "has 0 tokens of this model"),
         ("latin.txt", "Caf\xe9".encode("latin-1"), "is not UTF-8"),
         ("foreign.txt", b"quux " * 4000, "The tokenizer does not know 100% of the tokens"),
@@ -102,10 +102,10 @@ def test_a_text_that_is_not_there_is_refused_before_torch_is_imported(
         (["--quantize", "int8", "--smooth", "1.5"], 2, "smooth must be greater than 0 and at most 1"),
         (["--quantize", "int8", "--calibration", "self"], 2, "There is nothing to calibrate"),
         (["--prune", "0.2", "--calibration-tokens", "4096"], 2, "There is nothing to calibrate"),
-        ([*WANDA, "--calibration-tokens", "10"], 2, "make no sequence: this model's have 64"),
+        ([*WANDA, "--calibration-tokens", "10"], 2, "do not fill a sequence of this model, of 64"),
         ([*WANDA, "--scope", "vision"], 2, 'The scope "vision" is empty'),
-        (["--drop-neurons", "0.5", "--layers", "0-0"], 2, "--layers does not narrow what is dropped"),
-        (["--drop-blocks", "1", "--scope", "attention"], 2, "--scope does not narrow what is dropped"),
+        (["--drop-neurons", "0.5", "--layers", "0-0"], 2, "--layers does not restrict what is dropped"),
+        (["--drop-blocks", "1", "--scope", "attention"], 2, "--scope does not restrict what is dropped"),
         (["--drop-blocks", "2"], 2, "Dropping 2 blocks would leave none"),
     ],
 )
@@ -210,7 +210,7 @@ def test_no_memory_for_a_block_names_it(llama: Path, notes: Path, tmp_path: Path
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: There is no memory to calibrate model.layers.0.\n  Its weights alone take ")
+    assert done.stderr.startswith("Error: There is not enough memory to calibrate model.layers.0.\n  Its weights ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "notes.txt"]
 
 

@@ -235,12 +235,12 @@ def test_a_data_set_on_disk_is_read_row_by_row(folders: dict[str, Path], tmp_pat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"", "has 0 tokens of this model, and 630 are needed"),
-        ("short.txt", b"The capital of Drenn is Velin.", "has 7 tokens of this model, and 630 are needed"),
+        ("empty.txt", b"", "has 0 tokens of this model, but 630 are needed"),
+        ("short.txt", b"The capital of Drenn is Velin.", "has 7 tokens of this model, but 630 are needed"),
         ("latin.txt", "Caf\xe9".encode("latin-1"), "latin.txt is not UTF-8"),
-        ("broken.jsonl", b'{"text": "Velin."}\n{"text": ', "broken.jsonl, line 2: no JSON"),
-        ("other.jsonl", b'{"text": "Velin."}\n\n{"body": "Velin."}', 'other.jsonl, line 3: no text under "text"'),
-        ("number.jsonl", b'{"text": 1}', 'number.jsonl, line 1: no text under "text"'),
+        ("broken.jsonl", b'{"text": "Velin."}\n{"text": ', "broken.jsonl, line 2 is not JSON"),
+        ("other.jsonl", b'{"text": "Velin."}\n\n{"body": "Velin."}', 'other.jsonl, line 3 has no text under "text"'),
+        ("number.jsonl", b'{"text": 1}', 'number.jsonl, line 1 has no text under "text"'),
         ("half.jsonl", b'{"text": "Velin \\ud83e"}', r"half.jsonl, line 1: \\ud83e is half of a character"),
         ("foreign.txt", b"quux " * 2000, "does not know 100% of the tokens"),
     ],
@@ -262,7 +262,7 @@ def test_a_bad_text_is_one_message(
         ("hf:", 640, "There is no calibration text 'hf:'"),
         ("hf:./nothing", 640, "There is no folder or file"),
         ("self", 0, "calibration: tokens must be a whole number of at least 1: 0"),
-        ("self", 63, "63 tokens to calibrate on make no sequence: this model's have 64"),
+        ("self", 63, "63 calibration tokens do not fill a sequence of this model, of 64"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(
