@@ -329,7 +329,7 @@ def test_a_gate_of_no_name_of_a_task_is_refused_before_it_is_run(tmp_path: Path)
     atlas, single, group = open_all(["atlas", "lm-eval:cloze", "lm-eval:all"], Options(tasks=folder))
     for name in (None, "cloze", "general", "science", "animal_class"):
         check_gated([atlas, single], [name])
-    with pytest.raises(UsageError, match=r"no facts of a domain or relation clozes\.\nDid you mean cloze\?"):
+    with pytest.raises(UsageError, match=r"no facts have the domain or relation clozes\.\nDid you mean cloze\?"):
         check_gated([atlas, single], ["clozes"])
     with pytest.raises(UsageError, match=r"relation boolqs\.\nDid you mean boolq\?"):
         check_gated([open_task("lm-eval:boolq")], ["boolqs"])

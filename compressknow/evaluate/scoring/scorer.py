@@ -257,13 +257,13 @@ class Scorer(ABC):
             graded = [add_grade(found[i], facts[i], text, self.encoder.spelled) for i, text in enumerate(texts)]
             return self._add_distributions(graded, log_probs, reference, measure_kl)
 
-    def say(self, batch: Sequence[Query]) -> list[str]:
+    def generate(self, batch: Sequence[Query]) -> list[str]:
         """Return what the model says to queries of one shape: a choice, or the first sentence."""
         with torch.inference_mode():
             pairs = zip(batch, self.produce(batch, *self._begin(batch)), strict=True)
         return [find_choice(text, list_choices(query.fact), self.encoder.spelled) for query, text in pairs]
 
-    def answer_anew(
+    def rescore(
         self,
         batch: Sequence[Query],
         answers: Sequence[Answer],
