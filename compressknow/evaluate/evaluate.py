@@ -138,7 +138,7 @@ def add_examples(scorer: Scorer, answers: Sequence[Answer], original: Sequence[A
     extended = [each for fact in facts if (each := put_after_example(fact, scorer.probe)) is not None]
     queries = [query for query in map(scorer.make_query, extended) if not isinstance(query, str)]
     texts: dict[str, str] = {}
-    for batch, generated in scorer.run_each(scorer.generate, _cut_batches(scorer, queries, BATCH_SIZE)):
+    for batch, generated in scorer.run_each(scorer.generate_answers, _cut_batches(scorer, queries, BATCH_SIZE)):
         texts |= zip((query.fact.id for query in batch), generated, strict=True)
     answers = [replace(answer, with_example=texts.get(answer.fact_id)) for answer in answers]
     return [replace(answer, grade=grade_answer(answer)) for answer in answers]

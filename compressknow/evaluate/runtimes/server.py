@@ -112,7 +112,7 @@ class ServedScorer(CausalScorer):
         (query,), (answer,), wanted = batch, answers, _get_wanted(reference)
         return [_add_first(answer, self._served.predict(query.prompt, wanted or ()), wanted)]
 
-    def generate(self, batch: Sequence[Query]) -> list[str]:
+    def generate_answers(self, batch: Sequence[Query]) -> list[str]:
         return [find_choice(self._write(query), list_choices(query.fact)) for query in batch]
 
     def _write(self, query: Query) -> str:

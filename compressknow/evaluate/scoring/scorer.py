@@ -257,7 +257,7 @@ class Scorer(ABC):
             graded = [add_grade(found[i], facts[i], text, self.encoder.spelled) for i, text in enumerate(texts)]
             return self._add_distributions(graded, log_probs, reference, measure_kl)
 
-    def generate(self, batch: Sequence[Query]) -> list[str]:
+    def generate_answers(self, batch: Sequence[Query]) -> list[str]:
         """Return what the model says to queries of one shape: a choice, or the first sentence."""
         with torch.inference_mode():
             pairs = zip(batch, self.produce(batch, *self._begin(batch)), strict=True)
