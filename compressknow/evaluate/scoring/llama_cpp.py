@@ -120,7 +120,7 @@ class LlamaCppScorer(CausalScorer):
         written = [[int(token)] for token in log_probs.argmax(-1)]
         for number in range(len(batch)):
             context.fork(number, len(batch) + number)
-        while going := [number for number, ids in enumerate(written) if self.goes_on(batch[number], ids)]:
+        while going := [number for number, ids in enumerate(written) if self.needs_more(batch[number], ids)]:
             spans = [
                 Span(len(batch) + number, len(batch[number].prompt) + len(ids) - 1, ids[-1:], 1)
                 for number, ids in ((number, written[number]) for number in going)
