@@ -204,7 +204,7 @@ def test_broken_lines_are_named_by_column(tmp_path: Path) -> None:
         "  line 2, column 1: not a JSON object {...}",
         "  line 3, column 13: not UTF-8",
     ]
-    assert lines[3].startswith("  line 4, column 1: not JSON")
+    assert lines[3].startswith("  line 4, column 1: JSON that is nested too deeply")
 
 
 def test_two_facts_of_one_id_are_an_error_that_names_both_lines(tmp_path: Path) -> None:

@@ -316,8 +316,8 @@ def _check_opened(kind: str, name: str, opened: object) -> None:
     if isinstance(opened, Probe) and not opened.facts:
         reasons = [f"  {count} dropped: {reason}" for reason, count in opened.dropped.items()]
         raise UsageError(f"{opened.name} has no facts to evaluate.", "\n".join(reasons) or "It is empty.")
-    if isinstance(opened, Probe) and PROBES.is_added(kind) and (flaw := _find_flaw(name, opened)):
-        raise PROBES.incompatible(kind, flaw)
+    if isinstance(opened, Probe) and PROBES.is_added(kind) and (problem := _find_problem(name, opened)):
+        raise PROBES.incompatible(kind, problem)
 
 
 # Fields of facts that are stored with answers, and their types.
@@ -325,8 +325,8 @@ _TEXTS = dict.fromkeys(("id", "relation", "subject", "sub_label", "obj_label", "
 _FACT = {**_TEXTS, "popularity": (float, None)}
 
 
-def _find_flaw(name: str, probe: Probe) -> str | None:
-    """Return a flaw in a third-party probe that would fail only after hours, or None; built-in sources have none."""
+def _find_problem(name: str, probe: Probe) -> str | None:
+    """Return a problem of a third-party probe that would fail only after hours, or None; built-in sources have none."""
     if probe.name != name or any(fact.probe != name for fact in probe.facts):
         return f"The probe or a fact of it does not have the name {name!r}."
     try:
