@@ -215,7 +215,7 @@ class TestProbe:
         Path("empty").mkdir()
         assert main(["probe", "model", "-o", "a", "-p", "almanac:capital", "--data", "empty"]) == 2
         said = capsys.readouterr().err
-        assert "empty does not hold almanac:capital." in said
+        assert "empty does not contain almanac:capital." in said
         assert "example.org/almanac.zip" in said
         assert "Put it into DIR/almanac and pass --data DIR." in said
 
@@ -229,8 +229,8 @@ class TestProbe:
             (("probe=name", 'probe="almanac"'), "does not have the name 'almanac:capital'"),
             (("candidates=objects", "candidates=objects[1:]"), "candidates of its fact 'capital/Avaland'"),
             (("candidates=objects", "candidates=list(objects)"), "candidates of its fact 'capital/Avaland'"),
-            (("candidates=objects", "popularity='9'"), "Of its fact 'capital/Avaland', popularity is not a number"),
-            (('f"{part}/{subject}"', "rows.index([subject, obj, sentence])"), "Of its fact 0, id is not text"),
+            (("candidates=objects", "popularity='9'"), "In its fact 'capital/Avaland', popularity is not a number"),
+            (('f"{part}/{subject}"', "rows.index([subject, obj, sentence])"), "In its fact 0, id is not text"),
             (("compute_sha256(path)", "path"), "source cannot be written as JSON"),
             (("return Probe(", "return (lambda *_, source: None)("), "not a Probe, Task or RunningText"),
             (("def open(", "def opened("), "abstract"),

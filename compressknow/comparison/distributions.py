@@ -1,4 +1,4 @@
-"""Figures of answers beyond right and wrong: divergence, ranks, confidence, grades of knowing, wordings."""
+"""Figures of answers beyond right and wrong: divergence, ranks, confidence, grades of knowledge, wordings."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ PERCENTILES = {f"p{number}": number for number in (1, 5, 25, 50, 75, 95, 99)}
 
 
 def compute_kl(original: ArrayLike, compressed: ArrayLike) -> np.ndarray:
-    """Compute KL(original || compressed) in nats, float64 (...), from log-probabilities (natural logarithm) of the same
-    tokens, (..., tokens), on the partition into these and all the rest; NaN where an input holds NaN.
+    """Compute KL(original || compressed) in nats, float64 (...), from natural log-probabilities of the same tokens,
+    (..., tokens), with all other tokens as one, the rest; NaN if an input has NaN.
 
-    By the inequality for sums of logarithms this never exceeds the divergence over the whole vocabulary, and falls
-    short of it only by what moved within the rest (Cover and Thomas 2006, theorem 2.7.1). Each term is taken as
-    p log(p/q) - p + q, which is the same sum where both add up to 1, but has no negative terms: so rounding cannot
-    make the result negative, and equal inputs give exactly 0.
+    By the log sum inequality this never exceeds the divergence over the whole vocabulary, and is smaller only by
+    changes within the rest (Cover and Thomas 2006, theorem 2.7.1). Each term is computed as p log(p/q) - p + q, which
+    has the same sum if both add up to 1, but no negative terms: rounding cannot make the result negative, and equal
+    inputs give exactly 0.
 
     >>> import math
     >>> round(float(compute_kl([math.log(0.5)], [math.log(0.25)])), 6)  # 0.5 ln 2 + 0.5 ln (2/3)
     0.143841
     """
-    logp, logq = (_append_rest(np.asarray(side, dtype=np.float64)) for side in (original, compressed))
+    logp, logq = (_append_rest(np.asarray(each, dtype=np.float64)) for each in (original, compressed))
     p = np.exp(logp)
-    # q - p as p (e^(log q - log p) - 1): close distributions do not cancel. Below 1e-43 p counts for nothing.
+    # q - p as p (e^(log q - log p) - 1), without cancellation for close distributions; p below 1e-43 is negligible.
     change = logq - logp
     terms = p * (np.expm1(change) - change)
     return np.asarray(np.maximum(terms, 0.0).sum(axis=-1))
 
 
 def compute_rest(logp: ArrayLike) -> np.ndarray:
-    """Return the probability (0 to 1), shape (...), that log-probabilities of shape (..., tokens) leave to all others.
+    """Return the remaining probability (0 to 1), shape (...), given log-probabilities of shape (..., tokens).
 
     >>> import math
     >>> float(compute_rest([math.log(0.5), math.log(0.25)]))
@@ -57,7 +57,7 @@ def compute_rest(logp: ArrayLike) -> np.ndarray:
 
 
 def _append_rest(logp: np.ndarray) -> np.ndarray:
-    """Append that of the rest, 1 - sum, to log-probabilities."""
+    """Append the log-probability of the rest, 1 - sum, to log-probabilities."""
     logp = np.maximum(logp, LOGP_FLOOR)
     total = np.exp(logp).sum(axis=-1, keepdims=True)
     rest = np.log(np.maximum(1.0 - total, REST_FLOOR))
@@ -67,27 +67,25 @@ def _append_rest(logp: np.ndarray) -> np.ndarray:
 def compute_ece(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Compute the expected calibration error: |share right - mean confidence| of 15 bins of equal width, weighted by
     their facts (Guo et al. 2017, "On calibration of modern neural networks", equation 3)."""
-    sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    gaps = np.bincount(_assign_bins(sure), weights=right - sure, minlength=CALIBRATION_BINS)
-    return float(np.abs(gaps).sum() / len(sure))
+    confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    gaps = np.bincount(_assign_bins(confidence), weights=right - confidence, minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(confidence))
 
 
-def _assign_bins(sure: np.ndarray) -> np.ndarray:
-    # Bin m holds ((m - 1) / M, m / M], as in the paper; 0 itself goes to the first.
-    bins: np.ndarray = np.clip(np.ceil(sure * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+def _assign_bins(confidence: np.ndarray) -> np.ndarray:
+    # Bin m is ((m - 1) / M, m / M], as in the paper; 0 belongs to the first.
+    bins: np.ndarray = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
     return bins
 
 
 def compute_brier(confidence: ArrayLike, correct: ArrayLike) -> float:
-    """Compute the mean squared difference of the confidence in the given answer from 1 where it is right, from 0 where
-    it is wrong (Brier 1950)."""
-    sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    return float(np.mean((sure - right) ** 2))
+    """Compute the mean squared difference between confidence in an answer and its correctness, 1 or 0 (Brier 1950)."""
+    return float(np.mean((np.asarray(confidence, dtype=np.float64) - np.asarray(correct, dtype=np.float64)) ** 2))
 
 
 def compute_mean_reciprocal_rank(ranks: Sequence[int | None]) -> float | None:
-    """Return the mean of 1 / rank of the gold. A gold that is not a possible answer (None) has no rank however far one
-    looks, and counts as 0; where no fact has a rank, ranks do not apply to the probe and there is no mean.
+    """Return the mean of 1 / rank of the gold. A gold that is not a possible answer (None) counts as 0; if no fact has
+    a rank, ranks do not apply to the probe, and the mean is None.
 
     >>> compute_mean_reciprocal_rank([1, 2, None, 4]), compute_mean_reciprocal_rank([None, None])
     (0.4375, None)
@@ -97,7 +95,7 @@ def compute_mean_reciprocal_rank(ranks: Sequence[int | None]) -> float | None:
 
 
 def compute_precision(k: int, ranks: Sequence[int | None]) -> float | None:
-    """Return the share of facts whose gold is among the k most likely answers; None as of their reciprocal rank.
+    """Return the share of facts whose gold is among the k most likely answers; None if no fact has a rank.
 
     >>> compute_precision(5, [1, 5, 6, None])
     0.5
@@ -107,7 +105,7 @@ def compute_precision(k: int, ranks: Sequence[int | None]) -> float | None:
 
 
 def compute_percentiles(values: np.ndarray | Sequence[float], percentiles: Mapping[str, float]) -> dict[str, float]:
-    """Return percentiles (0 to 100) by name, by linear interpolation, as llama.cpp's `percentile` has them too.
+    """Return percentiles (0 to 100) by name, with linear interpolation, as in llama.cpp's `percentile`.
 
     >>> compute_percentiles([0, 10], {"p25": 25})
     {'p25': 2.5}
@@ -116,27 +114,27 @@ def compute_percentiles(values: np.ndarray | Sequence[float], percentiles: Mappi
 
 
 def assign_popularity_bins(popularity: Sequence[float | None]) -> list[str | None]:
-    """Return the bin of each fact: "top 20 %" (of popularity), "20 to 40 %", ... "bottom 20 %"; None if it has none.
+    """Return the popularity bin of each fact: "top 20 %", "20 to 40 %", ... "bottom 20 %"; None if it has none.
 
-    Bins are of about equal size, five or as many as leave 20 facts in each; facts as popular as each other stay
-    together. With fewer than two such bins no fact has one.
+    Bins are of about equal size, at most five, with at least 20 facts in each; equally popular facts are in the same
+    bin. If fewer than two such bins are possible, no fact has one.
     """
     values = np.array([np.nan if value is None else value for value in popularity], dtype=np.float64)
     known = np.isfinite(values)
     for bins in range(min(POPULARITY_BINS, int(known.sum()) // POPULARITY_FACTS), 1, -1):
-        if (chosen := _split_evenly(values[known], bins, POPULARITY_FACTS)) is not None:
+        if (assigned := _split_evenly(values[known], bins, POPULARITY_FACTS)) is not None:
             names = np.full(len(values), None, dtype=object)
-            names[known] = np.array(name_popularity_bins(bins), dtype=object)[chosen]
+            names[known] = np.array(name_popularity_bins(bins), dtype=object)[assigned]
             return list(names)
     return [None] * len(values)
 
 
 def _split_evenly(values: np.ndarray, parts: int, fewest: int) -> np.ndarray | None:
-    """Return the part of each value, from 0, the largest first, equal values in one; None if one has too few."""
+    """Return the part of each value, 0 for the largest, with equal values in the same; None if a part is too small."""
     _, position, sizes = np.unique(-values, return_inverse=True, return_counts=True)
     middle = (np.cumsum(sizes) - sizes / 2) / len(values)
-    chosen: np.ndarray = np.minimum((middle * parts).astype(int), parts - 1)[position]
-    return chosen if np.bincount(chosen, minlength=parts).min() >= fewest else None
+    assigned: np.ndarray = np.minimum((middle * parts).astype(int), parts - 1)[position]
+    return assigned if np.bincount(assigned, minlength=parts).min() >= fewest else None
 
 
 def name_popularity_bins(bins: int) -> list[str]:
@@ -151,16 +149,16 @@ def name_popularity_bins(bins: int) -> list[str]:
 
 
 THIRDS = ("most confident third", "middle third", "least confident third")
-# Known facts of a third, at least.
+# Minimum of known facts in a third.
 FEWEST = 10
 
 
 def get_confidence(answer: Answer) -> float | None:
-    """Return the probability that the model gives to its answer among all possible ones, 0 to 1: the softmax of their
-    scores. As text, a long answer has a tiny probability even where the model has no doubt.
+    """Return the probability of a model's answer among all possible ones, 0 to 1: the softmax of their scores. (Among
+    all texts, a long answer has a tiny probability even if the model has no doubt.)
 
-    None if any text may be given; where the sum over all is not known, in answers of older versions to more than
-    five; and of a model that broke: it computes NaN, of which no mean may be made, and a warning says so.
+    None if any text is possible, if the sum over all answers is not known (answers of older versions to more than
+    five), and for a broken model that returns NaN, about which there is a warning.
     """
     logp, total = answer.top5_logp, answer.total_logp
     if answer.choices is None or not logp or not math.isfinite(logp[0]):
@@ -171,7 +169,7 @@ def get_confidence(answer: Answer) -> float | None:
 
 
 def compare_confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | None:
-    """Compare how confident both models are, over the facts for which both have one; None below 20 of these."""
+    """Compare the confidence of both models, over the facts for which both have one; None below 20 of these."""
     known = [(get_confidence(one), get_confidence(other), one.correct, other.correct) for one, other in pairs]
     usable = [each for each in known if None not in each]
     if len(usable) < CALIBRATION_FACTS:
@@ -192,27 +190,26 @@ def compare_confidence(pairs: Sequence[tuple[Answer, Answer]]) -> Confidence | N
     )
 
 
-def split_by_confidence(sure: np.ndarray, kept: np.ndarray) -> tuple[Tertile, ...]:
-    """Return knowledge kept by thirds of the original's confidence, the most confident first, of each fact that the
-    original knew; facts of one confidence stay together. Nothing if that leaves a third with too few facts."""
-    chosen = _split_evenly(sure, len(THIRDS), FEWEST)
-    if chosen is None:
+def split_by_confidence(confidence: np.ndarray, kept: np.ndarray) -> tuple[Tertile, ...]:
+    """Return knowledge kept by thirds of the original's confidence in the facts that it knew, the most confident first.
+    Facts of equal confidence are in the same third; () if a third would have too few facts."""
+    assigned = _split_evenly(confidence, len(THIRDS), FEWEST)
+    if assigned is None:
         return ()
-    found = []
-    for place, name in enumerate(THIRDS):
-        own, still = sure[chosen == place], kept[chosen == place]
-        counts = Counts(both=int(still.sum()), lost=int((~still).sum()))
-        found.append(
-            Tertile(name, float(own.min()), float(own.max()), counts, estimate_proportion(counts.both, len(still)))
-        )
-    return tuple(found)
+    thirds = []
+    for index, name in enumerate(THIRDS):
+        of_third, kept_here = confidence[assigned == index], kept[assigned == index]
+        counts = Counts(both=int(kept_here.sum()), lost=int((~kept_here).sum()))
+        estimate = estimate_proportion(counts.both, len(kept_here))
+        thirds.append(Tertile(name, float(of_third.min()), float(of_third.max()), counts, estimate))
+    return tuple(thirds)
 
 
-def compute_reliability(sure: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ...]:
+def compute_reliability(confidence: np.ndarray, right: np.ndarray) -> tuple[ReliabilityBin, ...]:
     """Return the share of right answers by confidence, in bins of equal width (Guo et al. 2017, section 2)."""
-    bins = _assign_bins(sure)
+    bins = _assign_bins(confidence)
     facts, hits = (np.bincount(bins, weights=w, minlength=CALIBRATION_BINS) for w in (None, right.astype(float)))
-    total = np.bincount(bins, weights=sure, minlength=CALIBRATION_BINS)
+    total = np.bincount(bins, weights=confidence, minlength=CALIBRATION_BINS)
     return tuple(
         ReliabilityBin(int(n), int(hit), float(sum_ / n) if n else None)
         for n, hit, sum_ in zip(facts, hits, total, strict=True)
@@ -220,7 +217,7 @@ def compute_reliability(sure: np.ndarray, right: np.ndarray) -> tuple[Reliabilit
 
 
 def count_grades(pairs: Sequence[tuple[Answer, Answer]]) -> GradeCounts | None:
-    """Count facts by the grades of both models; None if some answer has none (tasks, answers of older versions)."""
+    """Count facts by the grades of both models; None if an answer has none (tasks, answers of older versions)."""
     if not pairs or any(answer.grade is None for pair in pairs for answer in pair):
         return None
     before, after = zip(*pairs, strict=True)
@@ -238,8 +235,8 @@ def count_grades(pairs: Sequence[tuple[Answer, Answer]]) -> GradeCounts | None:
 
 
 def _count_grades(answers: Iterable[Answer]) -> dict[str, int]:
-    found = Counter(answer.grade for answer in answers)
-    return {grade: found[grade] for grade in GRADES}
+    counts = Counter(answer.grade for answer in answers)
+    return {grade: counts[grade] for grade in GRADES}
 
 
 def _is_written(answers: Iterable[Answer]) -> bool:
@@ -247,7 +244,7 @@ def _is_written(answers: Iterable[Answer]) -> bool:
 
 
 def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -> WordingFigures | None:
-    """Return the figures of each wording of a probe, before they are put together; None if there is only one."""
+    """Return the figures of each wording of a probe, given answers to all of them; None if there is only one."""
     after = {answer.fact_id: answer for answer in compressed}
     pairs = [(answer, after[answer.fact_id]) for answer in original if answer.fact_id in after]
     templates = sorted({answer.template for answer, _ in pairs if answer.template is not None})
@@ -263,12 +260,12 @@ def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -
 
 
 def measure_consistency(answers: Iterable[Answer]) -> float | None:
-    """Return the share of pairs of wordings of one fact that get the same answer, over the facts with two or more
-    wordings (Elazar et al. 2021, "Measuring and Improving Consistency in Pretrained Language Models", section 3). None
-    where there is none."""
+    """Return the mean share of a fact's pairs of wordings with the same answer, over facts with two wordings or more
+    (Elazar et al. 2021, "Measuring and Improving Consistency in Pretrained Language Models", section 3). None if there
+    are none."""
     shares = []
     for wordings in group_by_fact(answers).values():
-        alike = [one.predicted == other.predicted for one, other in combinations(wordings, 2)]
-        if alike:
-            shares.append(sum(alike) / len(alike))
+        equal = [one.predicted == other.predicted for one, other in combinations(wordings, 2)]
+        if equal:
+            shares.append(sum(equal) / len(equal))
     return math.fsum(shares) / len(shares) if shares else None

@@ -1,4 +1,4 @@
-"""Records of the numbers of a comparison: raw counts, with ratios derived, and what each probe's answers come to."""
+"""Records of a comparison's numbers: raw counts, from which ratios are derived, and the figures of each probe."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Figure with its interval, of the level asked for. `value` is None if there is nothing to estimate from (no
-    fact known, ...); `low` and `high` are None if there are too few facts for an interval."""
+    """Figure with its confidence interval. `value` is None if there is nothing to estimate it from, such as no known
+    facts; `low` and `high` are None if there are too few facts for an interval."""
 
     value: float | None
     low: float | None = None
     high: float | None = None
 
     def or_by_relation(self, by_relation: Estimate) -> Estimate:
-        """Return the estimate to go by: the one with the interval over relations, where there is such an interval."""
+        """Return the preferred estimate: the one with an interval over relations, if there is such an interval."""
         return self if by_relation.low is None else by_relation
 
 
@@ -81,19 +81,19 @@ class Group:
     name: str
     counts: Counts
     relations: tuple[Counts, ...]  # the counts of each of its relations
-    kept: Estimate  # knowledge kept, with its interval over relations where it has enough of them, else the simple one
-    p: float | None  # of the paired test by relation (exact McNemar where it has one)
+    kept: Estimate  # knowledge kept, with its interval over relations if there are enough of them, else the simple one
+    p: float | None  # of the paired test by relation (exact McNemar if there is only one)
     p_holm: float | None  # the same, adjusted over all groups of its table (Holm)
     answer_changed: float | None  # share of facts whose top answer differs
-    chance: float | None = None  # expected accuracy of guessing; None if any text may be answered
+    chance: float | None = None  # expected accuracy of guessing; None if any text is possible
 
 
 @dataclass(frozen=True, slots=True)
 class KlFigures:
-    """How far the distribution at the answer's first position moved (nats), over the `n` facts that have one.
+    """Divergence (nats) of the distribution at the answer's first position, over the `n` facts that have one.
 
-    `rest` is the mean probability, before and after, of the tokens that are taken together as one: what moves among
-    them is not seen, so that the divergences are lower bounds. None if they are over the whole vocabulary.
+    `rest` is the mean probability, before and after, of the tokens that count as one: changes among them are not
+    measured, so the divergences are lower bounds. None if divergences are over the whole vocabulary.
     """
 
     n: int
@@ -110,17 +110,17 @@ class KlFigures:
 
 @dataclass(frozen=True, slots=True)
 class Certainty:
-    """Certainty of figures, where facts of one relation hang together, and what so many facts could have shown."""
+    """Certainty of figures, given that facts of a relation are correlated, and the power of this number of facts."""
 
-    test: PairedTest = PairedTest(None, "fact")  # by relation where there are several
+    test: PairedTest = PairedTest(None, "fact")  # by relation if there are several
     relations: int = 0  # those of which the original knew a fact; with fewer than five there are no intervals
-    # Knowledge kept and the difference of accuracy, with their intervals over relations.
+    # Knowledge kept and the difference in accuracy, with their intervals over relations.
     kept: Estimate = Estimate(None)
     difference: Estimate = Estimate(None)
-    # The smallest net loss, as a share of the known facts, that these facts show with a power of 80 %; None if even
-    # the loss of all would not show.
+    # The smallest net loss, as a share of the known facts, that is detected with a power of 80 %; None if not even the
+    # loss of all would be.
     smallest_loss: float | None = None
-    facts_for_two: int | None = None  # known facts that show a net loss of 2 points; None if no number does
+    facts_for_two: int | None = None  # known facts needed to detect a net loss of 2 points; None if none suffice
 
 
 NOT_MEASURED = Certainty()
@@ -128,7 +128,7 @@ NOT_MEASURED = Certainty()
 
 @dataclass(frozen=True, slots=True)
 class Tertile:
-    """Known facts by how sure the original was of its answer: its confidence from `low` to `high` (0 to 1)."""
+    """Third of the known facts by the original's confidence in its answer, from `low` to `high` (0 to 1)."""
 
     name: str
     low: float
@@ -139,7 +139,7 @@ class Tertile:
 
 @dataclass(frozen=True, slots=True)
 class ReliabilityBin:
-    """Answers of one bin of confidence: how many, how many of these right, and their mean confidence (0 to 1)."""
+    """Answers in one bin of confidence: their number, the number of right ones, and their mean confidence (0 to 1)."""
 
     facts: int
     right: int
@@ -150,11 +150,11 @@ class ReliabilityBin:
 class Confidence:
     """Confidence of both models in their answers."""
 
-    thirds: tuple[Tertile, ...]  # of the facts that the original knew, the most confident first; empty for too few
-    median: float  # of the original's confidence over all facts
+    thirds: tuple[Tertile, ...]  # of the facts that the original knew, the most confident first; empty if too few
+    median: float  # median of the original's confidence over all facts
     wrong_original: int
     wrong_compressed: int
-    confidently_wrong_original: int  # of the wrong answers, those that it is surer of than the original's median
+    confidently_wrong_original: int  # wrong answers with more confidence than the original's median
     confidently_wrong_compressed: int
     reliability_original: tuple[ReliabilityBin, ...]  # calibration, by bins of equal width from 0 to 1
     reliability_compressed: tuple[ReliabilityBin, ...]
@@ -164,11 +164,11 @@ class Confidence:
 
 @dataclass(frozen=True, slots=True)
 class EarlyStop:
-    """Gate that was decided by the first `facts` of a random order of so many, of which the original knew `known`;
-    `level` is the chance of a wrong answer that was allowed.
+    """Gate that was decided by the first `facts` of all `of` facts in random order; the original knew `known` of these.
+    `level` is the allowed probability of a wrong decision.
 
-    `kept` is of these known ones, with its confidence sequence, which holds at every look. `met` says whether the share
-    of all facts lies at the gate or above.
+    `kept` is the share of these known facts, with its confidence sequence, which is valid at every look. `met` is
+    whether the share of all facts is at least the gate.
     """
 
     gate: float
@@ -183,8 +183,8 @@ class EarlyStop:
 @dataclass(frozen=True, slots=True)
 class GradeCounts:
     """Numbers of facts by grade (`compressknow.evaluate.grades.GRADES`): in each model, and as they `moved` from one
-    grade to another. `written` says whether each model wrote text; without text no fact counts as produced. `shown`
-    counts the lost facts that were asked again after a solved example, `back` those that the model then produced."""
+    grade to another. `written` is whether each model generated text; without text no fact counts as produced. `shown`
+    is the number of lost facts evaluated again after a solved example, `back` of those that were then produced."""
 
     original: Mapping[str, int]
     compressed: Mapping[str, int]
@@ -196,8 +196,8 @@ class GradeCounts:
 
 @dataclass(frozen=True, slots=True)
 class WordingFigures:
-    """Figures of facts that were put in several wordings: counts and knowledge kept by wording, numbered from 1, and
-    for the original and the compressed model the share of pairs of wordings that got the same answer."""
+    """Figures of facts with several wordings: counts and knowledge kept by wording, numbered from 1, and the share of
+    pairs of wordings with the same answer, for the original and the compressed model."""
 
     by_template: Mapping[int, tuple[Counts, Estimate]]
     consistency: tuple[float | None, float | None]
@@ -205,9 +205,9 @@ class WordingFigures:
 
 @dataclass(frozen=True, slots=True)
 class ProbeFigures:
-    """Figures of one probe, original against one compressed model, paired by fact.
+    """Figures of one probe for the original and a compressed model, paired by fact.
 
-    `kept` has the interval to go by: over relations where there are enough of them, else the simple one.
+    `kept` has the preferred interval: over relations if there are enough of them, else the simple one.
     """
 
     probe: str
@@ -227,7 +227,7 @@ class ProbeFigures:
     logp_change: Mapping[str, float] | None  # of the gold: p1 p5 p25 p50 p75 p95 p99
     mrr: tuple[float, float] | None  # mean reciprocal rank of the gold, before and after
     p_at_5: tuple[float, float] | None
-    lost_still_in_top5: int | None  # of the lost facts, how many golds are still among the five most likely answers
+    lost_still_in_top5: int | None  # lost facts whose gold is still among the five most likely answers
     chance: float | None
     majority: float | None
     drop_absolute: float | None  # the paper's figures: accuracy before - after, in points of 1 and relative to before
@@ -277,8 +277,8 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class GreedyDivergence:
-    """Comparison of `n` greedy continuations of two models, each of `tokens` tokens: `same` counts the identical ones,
-    and `first` holds, for each of the others, the position of the first token that differs, from 1, ascending."""
+    """Comparison of `n` greedy continuations of two models, each of `tokens` tokens: `same` is the number of identical
+    ones, and `first` has the positions of the first different token in the others, from 1, ascending."""
 
     n: int
     tokens: int
@@ -287,15 +287,15 @@ class GreedyDivergence:
 
     @property
     def middle(self) -> float | None:
-        """Return the first differing token in the median of all continuations; None if that one does not differ."""
-        places = [float(place) for place in self.first] + [math.inf] * self.same
-        found = median(places) if places else math.inf
-        return found if math.isfinite(found) else None
+        """Return the median position of the first different token; None if the median continuation is identical."""
+        positions = [float(position) for position in self.first] + [math.inf] * self.same
+        middle = median(positions) if positions else math.inf
+        return middle if math.isfinite(middle) else None
 
 
 @dataclass(frozen=True, slots=True)
 class TextChange:
-    """Figures of one model against the other, over the same tokens."""
+    """Change from the original to the compressed model over the same tokens."""
 
     ratio: Measurement  # of the perplexities, compressed / original
     log_ratio: Measurement
@@ -303,8 +303,8 @@ class TextChange:
     correlation: float | None  # of the two models' log-likelihoods; None if one does not vary
     kl: Measurement | None  # KL(original || compressed), nats, over the whole vocabulary; None if it was not measured
     kl_percentiles: Mapping[str, float] | None
-    same_top: Measurement  # share of tokens at which both hold the same one most likely
-    change: Measurement  # of the probability of the text's own token, compressed - original
+    same_top: Measurement  # share of positions at which both models' most likely token is the same
+    change: Measurement  # of the probability of the text's token, compressed - original
     change_rms: Measurement
     change_percentiles: Mapping[str, float]
     divergent: GreedyDivergence | None
@@ -325,7 +325,7 @@ class TextFigures:
     """Figures of one text."""
 
     text: str
-    context: int  # tokens per chunk, of the original's
+    context: int  # tokens per chunk, by the original's tokenizer
     chunks: int
     divergence: str  # ``measured``, or why there is no KL: see `compressknow.evaluate.records`
     original: Perplexity

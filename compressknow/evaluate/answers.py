@@ -1,4 +1,4 @@
-"""Answers and their record, on disk: one row per fact in answers.parquet, probe.json next to it."""
+"""Answers and their record on disk: answers.parquet, with one row per fact, and probe.json."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 SCHEMA_VERSION = 1
-# The distribution at the answer's first position is kept for this many of the original's most likely tokens; all others
-# are one.
+# Number of the original's most likely tokens whose probabilities are stored at the answer's first position; all others
+# count as one.
 REFERENCE_TOKENS = 256
-# The most log-probabilities that servers give by default.
+# The default maximum of servers.
 SERVER_TOKENS = 20
 TABLE, RECORD = "answers.parquet", "probe.json"
-# exp underflows a little below this in float32; a token that a model rules out entirely would make KL infinite.
+# A little above where exp underflows in float32: log-probabilities are clamped to it, to keep KL finite.
 LOGP_FLOOR = -100.0
-# From best to worst; `compressknow.evaluate.grades` says what they mean.
+# From best to worst; see `compressknow.evaluate.grades`.
 GRADES = ("produced", "recognized", "demoted", "gone")
 # Columns that tables of older versions lack.
 NEWER = ("first_kl", "produced", "with_example", "grade", "template", "total_logp")
@@ -45,23 +45,23 @@ class Answer:
 
     Attributes
     ----------
-    predicted : text of the answer that the model holds most likely; `top5` are the five most likely ones, best first,
-        and `top5_logp` their log-probabilities (natural logarithm).
-    rank : 1 for the most likely answer; None if the object is not a possible answer or ranks do not apply.
+    predicted : text of the most likely answer; `top5` are the five most likely ones, best first, and `top5_logp` their
+        log-probabilities (natural logarithm).
+    rank : rank of the object, 1 for the most likely answer; None if it is not a possible answer or ranks do not apply.
     logp_gold : log-probability of the object; None if it is not a possible answer.
-    choices : the number of possible answers, for chance; None if any text may be given.
-    first_ids, first_logp : distribution at the answer's first position: ids of the original model's most likely tokens,
-        and their log-probabilities in this model; what is left to 1 is the rest. Empty where there is none (lm-eval).
-    first_kl : KL(original || this model) in nats at that position, over the whole vocabulary; None if the original
-        was not at hand.
-    produced : what the model says, decoded greedily: the candidate with which that begins, else its first words; None
-        where there is none (lm-eval, answers of older versions).
-    with_example : the same after one solved example of the relation; evaluated only where the original knew the fact
-        and this model does not.
+    choices : the number of possible answers, for chance; None if any text is possible.
+    first_ids, first_logp : distribution at the answer's first position: ids of the original's most likely tokens, and
+        their log-probabilities in this model; all other tokens have the remaining probability. Empty for lm-eval.
+    first_kl : KL(original || this model) in nats at that position, over the whole vocabulary; None if it was not
+        measured.
+    produced : the greedily decoded answer: the candidate that the text begins with, else its first sentence; None if
+        there is none (lm-eval, answers of older versions).
+    with_example : the same after one solved example of the relation; evaluated only if the original knew the fact and
+        this model does not.
     grade : see `compressknow.evaluate.grades`; None if there is none.
-    template : number of the wording, where each fact is put in several.
-    total_logp : logarithm of the sum of the probabilities of all possible answers, short of 0.1 % of it at most; None
-        where any text may be given, and where it is not known (answers of older versions, some servers).
+    template : number of the wording, if each fact has several.
+    total_logp : logarithm of the sum of the probabilities of all possible answers, at most 0.1 % too small; None if any
+        text is possible, or if it is not known (answers of older versions, some servers).
     """
 
     probe: str
@@ -91,11 +91,11 @@ class Answer:
 
 @dataclass(frozen=True, repr=False)
 class Answers(SummaryRepr):
-    """Answers of one model, and the record of how they came about (the content of ``probe.json``).
+    """Answers of one model, and the record of how they were obtained (the content of ``probe.json``).
 
     Attributes
     ----------
-    texts : what it gave to running texts, by probe: these have no facts.
+    texts : results for running texts, which have no facts, by probe.
     """
 
     record: Record
@@ -111,23 +111,23 @@ class Answers(SummaryRepr):
         return [answer for answer in self.answers if answer.probe == probe]
 
     def only(self, probes: Sequence[str]) -> Answers:
-        """Return the answers to these probes alone."""
+        """Return only the answers to these probes."""
         texts = {name: chunks for name, chunks in self.texts.items() if name in probes}
         record = replace(self.record, probes={name: self.record.probes[name] for name in probes})
         return Answers(record, tuple(answer for answer in self.answers if answer.probe in probes), texts)
 
     def restrict(self, probes: Sequence[Probe]) -> Answers:
-        """Return the answers to these facts, as if these alone had been evaluated."""
-        wanted = {(probe.name, fact.id) for probe in probes for fact in probe.facts}
+        """Return the answers to these facts, as if only they had been evaluated."""
+        facts = {(probe.name, fact.id) for probe in probes for fact in probe.facts}
         entries = {each.name: replace(self.record.probes[each.name], fingerprint=each.fingerprint()) for each in probes}
-        own = tuple(answer for answer in self.answers if (answer.probe, answer.fact_id) in wanted)
-        return Answers(replace(self.record, probes=entries), own)
+        answers = tuple(answer for answer in self.answers if (answer.probe, answer.fact_id) in facts)
+        return Answers(replace(self.record, probes=entries), answers)
 
     def _summary(self) -> Summary:
-        right, of = sum(answer.correct for answer in self.answers), len(self.answers)
+        correct, total = sum(answer.correct for answer in self.answers), len(self.answers)
         return Summary(
             f"Answers of {clean(self.record.model.name, 60)}",
-            f"{count(right)} of {count(of)} facts right ({write_percent(right, of)}).",
+            f"{count(correct)} of {count(total)} facts right ({write_percent(correct, total)}).",
             ("Probe", "Facts", "Right", "Share"),
             tuple(map(self._row, self.probes)),
         )
@@ -165,15 +165,15 @@ def make_schema() -> pa.Schema:
 
 
 def write_table(path: Path, answers: Sequence[Answer]) -> None:
-    """Write answers as Parquet; the file appears under its name only when it is whole."""
+    """Write answers as Parquet; the file appears under its name only once it is complete."""
     write_rows(path, answers, make_schema())
 
 
 def read_table(path: Path) -> list[Answer]:
-    """Read the answers of a Parquet file. Raise DamagedAnswers if it is none, or its columns are others."""
+    """Read the answers of a Parquet file. Raise DamagedAnswers if it is damaged, or has the wrong columns."""
     import pyarrow as pa
 
-    hint = "An answers folder is written by `compressknow probe`; write it again."
+    hint = "Answers folders are written by `compressknow probe`; probe the model again."
     schema = make_schema()
     with open_rows(path, "answers", hint) as file:
         table = file.read(columns=schema.names)
@@ -183,7 +183,7 @@ def read_table(path: Path) -> list[Answer]:
         columns = [_read_column(table, name) for name in schema.names]
         answers = [Answer(*row) for row in zip(*columns, strict=True)]
     produced, _, demoted, _ = GRADES
-    # Older versions called produced what was said and not right.
+    # Older versions graded wrong answers as produced if the object was generated.
     return [
         replace(answer, grade=demoted) if answer.grade == produced and not answer.correct else answer
         for answer in answers
@@ -195,7 +195,7 @@ def _read_column(table: pa.Table, name: str) -> Iterable[Any]:
     if name in ("first_ids", "first_logp"):
         import numpy as np
 
-        # Hundreds of numbers a row: as views of one array, not as Python objects. (to_numpy would import pandas.)
+        # Views of one array instead of hundreds of Python objects per row. (to_numpy would import pandas.)
         lists = column.combine_chunks()
         offsets, values = np.from_dlpack(lists.offsets), np.from_dlpack(lists.values)
         return [values[start:end] for start, end in itertools.pairwise(offsets)]
@@ -204,7 +204,7 @@ def _read_column(table: pa.Table, name: str) -> Iterable[Any]:
 
 
 def read_answers(folder: Path) -> Answers:
-    """Read an answers folder that `compressknow probe` wrote. Raise DamagedAnswers if it is none or damaged."""
+    """Read an answers folder of `compressknow probe`. Raise DamagedAnswers if it is not one, or damaged."""
     record = read_record(folder)
     check_table(folder, record)
     return gather_answers(folder, record)
@@ -217,11 +217,11 @@ def gather_answers(folder: Path, record: Record) -> Answers:
 
 
 def check_table(folder: Path, record: Record) -> None:
-    """Raise DamagedAnswers if the table is not the one whose hash the record holds."""
+    """Raise DamagedAnswers if the table does not have the hash in the record."""
     if (folder / TABLE).is_file() and compute_sha256(folder / TABLE) != record.answers_sha256:
         raise DamagedAnswers(
             f"{folder / TABLE} does not match {RECORD}: its hash differs.",
-            why="It was changed since, or a run was killed while it wrote them, or they come from different folders.",
+            why="It was changed, a run was killed while it wrote them, or they come from different folders.",
             hint="Repeat the command that wrote it, or probe the model again, into another folder.",
         )
 
@@ -238,14 +238,14 @@ def read_record(folder: Path) -> Record:
         ) from error
     if version != SCHEMA_VERSION:
         raise DamagedAnswers(
-            f"{folder / RECORD} has schema {version}, this version reads {SCHEMA_VERSION}.",
+            f"{folder / RECORD} has schema {version}, but this version reads schema {SCHEMA_VERSION}.",
             hint="Probe the model again with this version.",
         )
     # Older versions wrote no seal.
     if SEAL in record and record[SEAL] != hash_manifest(record):
         raise DamagedAnswers(
             f"{folder / RECORD} was edited: its sha256 does not match its contents.",
-            hint="Put the file back as it was, or probe the model again, into another folder.",
+            hint="Restore the file, or probe the model again, into another folder.",
         )
     try:
         return Record.from_dict({key: value for key, value in record.items() if key != SEAL})
@@ -262,14 +262,14 @@ def is_answers_folder(folder: Path) -> bool:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Write ``probe.json``, with the hash of its content; it appears under its name only when it is whole."""
-    # As it will be read: keys are texts then.
+    """Write ``probe.json`` with the hash of its content; it appears under its name only once it is complete."""
+    # Hash it as it will be read, with keys as texts.
     content = json.loads(json.dumps(record.to_dict()))
     text = json.dumps(seal_manifest(content), indent=1, ensure_ascii=False) + "\n"
     write_whole(folder / RECORD, text.encode("utf-8", "backslashreplace"))
 
 
-# Answers to a probe until all of them are there, by its key.
+# Folder of incomplete answers to probes, by their keys.
 PARTS = ".parts"
 # Files that were being written when a run was killed.
 _UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
@@ -277,9 +277,9 @@ _UNFINISHED = (f".{TABLE}.", f".{RECORD}.")
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, wait: bool) -> Iterator[None]:
-    """Create the folder if need be, and lock it. Raise OutputError if it holds something else, or is in use."""
+    """Create the folder if it is missing, and lock it. Raise OutputError if it has foreign files, or is in use."""
     if is_no_folder(folder):
-        raise OutputError(f"{folder} is a file.", hint="Answers are kept in a folder; choose another name.")
+        raise OutputError(f"{folder} is a file.", hint="Answers are stored in a folder; choose another name.")
     if _is_foreign(folder):
         raise OutputError(
             f"{folder} already exists and is not an answers folder.", hint="Choose a new folder for the answers."

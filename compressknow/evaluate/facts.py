@@ -1,4 +1,4 @@
-"""Facts, their prompts, the domains of their relations, and probes: facts with the protocol of their evaluation."""
+"""Facts, their prompts, the domains of their relations, and probes: sets of facts with a protocol."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from compressknow.base.errors import UsageError
 
-# Where the object goes in a prompt, as LAMA writes it; each model's own mask or sentinel takes its place.
+# Placeholder of the object in a prompt, as in LAMA; it is replaced by each model's mask or sentinel.
 BLANK = "[MASK]"
 
-# Where subject and object go in a template.
+# Placeholders of subject and object in a template.
 SUBJECT, OBJECT = "[X]", "[Y]"
 # Characters that a word follows without a space.
 OPENING = ("(", "[", "{", "“", "‘", "«", "„", "¿", "¡", "（", "「", "『", "《", "〈", "【")
@@ -36,11 +36,11 @@ GEOGRAPHY, LANGUAGE, SCIENCE, PEOPLE, ARTS, COMMON_SENSE = DOMAINS
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One fact, put as a sentence with a blank.
+    """Fact as a sentence with a blank.
 
-    `candidates` are the answers to choose from, the object among them, or None: then the answer is one word of the
-    probe's vocabulary or, where the probe has none, whatever the model says. `popularity` is any positive number that
-    grows with how well known the subject is. `template` is the number of the wording, where there are several.
+    `candidates` are the answers to choose from, including the object; if they are None, the answer is a word of the
+    probe's vocabulary or, if that has none, any text. `popularity` is any positive number that increases with how well
+    known the subject is. `template` is the number of the wording, if there are several.
     """
 
     id: str
@@ -57,7 +57,7 @@ class Fact:
     def __post_init__(self) -> None:
         if self.prompt.count(BLANK) != 1:
             raise UsageError(
-                f"{self.id}: the prompt must hold {BLANK} exactly once: {self.prompt!r}.",
+                f"{self.id}: the prompt must contain {BLANK} exactly once: {self.prompt!r}.",
                 hint=f"Write {BLANK} where the object belongs.",
             )
 
@@ -78,28 +78,28 @@ class Fact:
 
 @dataclass(frozen=True)
 class Probe:
-    """Set of facts, and how they are evaluated and counted.
+    """Set of facts with a protocol for their evaluation.
 
     Attributes
     ----------
-    name : as the user names it: ``atlas``, ``lama:trex``, ``facts:mine.jsonl``.
-    protocol : name and version of the way of evaluating; answers of different protocols are not compared.
-    dropped : reason -> number of facts that the reader left out. Scorers add theirs.
+    name : name that the user gives: ``atlas``, ``lama:trex``, ``facts:mine.jsonl``.
+    protocol : name and version of the evaluation; answers of different protocols are not compared.
+    dropped : reason -> number of facts that the reader dropped. Scorers add theirs.
     vocabulary : ``closed`` (the facts have candidates), ``words`` (one word out of `words`), ``full`` (one token out of
-        the model's whole vocabulary), ``open`` (free text of causal and seq2seq models, one token of masked models).
-    words : the words that may be answered, for ``words``.
-    fold_case : upper and lower case are the same in an answer (the paper's protocol).
-    keep_unanswerable : objects of several tokens stay and count as wrong (the paper's protocol); otherwise the facts
-        are dropped, as the official LAMA code does.
-    score_rest : causal and seq2seq models are scored on what follows the blank too (BEAR's sentence scores). Without,
-        they are so only where it holds words, or one candidate begins another (by a full stop where nothing follows).
+        the model's whole vocabulary), ``open`` (free text for causal and seq2seq models, one token for masked models).
+    words : possible answers for ``words``.
+    fold_case : whether case is ignored in answers (the paper's protocol).
+    keep_unanswerable : whether objects of several tokens count as wrong (the paper's protocol); otherwise their facts
+        are dropped, as in the official LAMA code.
+    score_rest : whether causal and seq2seq models are also scored on the text after the blank (BEAR's sentence scores);
+        otherwise only if it has words, or if one candidate begins another (then on a full stop if it is empty).
     average : ``micro`` over facts or ``macro`` over relations, for the probe's headline accuracy.
-    source : where the facts come from: file names with sha256, the set's licence, the template.
-    read : the number of facts that the set has, those dropped and those beyond a limit included.
-    limit, seed : the sample that was drawn, if one was.
-    most_frequent : each relation's most frequent object, of all the facts that `facts` may be a sample of.
-    examples : each relation's first facts with different objects, of all these facts; see `find_example`.
-    templates : in how many wordings each fact is put, where they are several; each wording is a fact of its own then.
+    source : origin of the facts: file names with sha256, the set's licence, the template.
+    read : number of facts in the set, including dropped ones and those beyond a limit.
+    limit, seed : size and seed of the sample, if one was drawn.
+    most_frequent : each relation's most frequent object in the whole set, of which `facts` may be a sample.
+    examples : each relation's first facts with different objects in the whole set; see `find_example`.
+    templates : number of wordings of each fact, if several; each wording is then a separate fact.
     """
 
     name: str
@@ -129,7 +129,7 @@ class Probe:
             object.__setattr__(self, "read", len(self.facts) + sum(self.dropped.values()))
 
     def fingerprint(self) -> str:
-        """Hash all that decides what is evaluated: answers with the same hash can be compared."""
+        """Hash everything that determines what is evaluated: answers with the same hash are comparable."""
         digest = hashlib.sha256()
         settings = [self.name, self.protocol, self.vocabulary, self.words, self.fold_case, self.keep_unanswerable]
         settings.append(self.score_rest)
@@ -142,9 +142,9 @@ class Probe:
         return digest.hexdigest()
 
     def find_example(self, fact: Fact) -> Fact | None:
-        """Return another fact of the relation in the same wording, the first of another subject and object, or None."""
-        alike = (each for each in self.examples.get(fact.relation, ()) if each.template == fact.template)
-        others = (each for each in alike if each.sub_label != fact.sub_label)
+        """Return the relation's first fact in the same wording with another subject and object, or None."""
+        same_wording = (each for each in self.examples.get(fact.relation, ()) if each.template == fact.template)
+        others = (each for each in same_wording if each.sub_label != fact.sub_label)
         return next((each for each in others if each.obj_label.casefold() != fact.obj_label.casefold()), None)
 
     def sample(self, limit: int | None, seed: int = 0) -> Probe:
@@ -152,23 +152,23 @@ class Probe:
         `limit` allows. A larger sample contains a smaller one, as far as the proportions allow."""
         if limit is None or limit >= len(self.facts):
             return self
-        chosen = _draw_stratified(self.facts, limit, seed)
-        facts = tuple(fact for fact in self.facts if fact.id in chosen)
+        drawn = _draw_stratified(self.facts, limit, seed)
+        facts = tuple(fact for fact in self.facts if fact.id in drawn)
         return replace(self, facts=facts, limit=limit, seed=seed)
 
 
 def fill(template: str, subject: str) -> str:
-    """Put the subject and the blank for the object into the template.
+    """Fill the template with the subject, and with a blank for the object.
 
     >>> fill("[X] was born in [Y] .", "Allan Peiper")
     'Allan Peiper was born in [MASK] .'
     """
-    # In one pass: a subject may itself hold "[Y]".
+    # In one pass, since a subject may contain "[Y]".
     return re.sub(r"\[X\]|\[Y\]", lambda match: subject if match[0] == SUBJECT else BLANK, template)
 
 
 def capitalize(text: str) -> str:
-    """Return the text with its first letter in upper case, the others as they are.
+    """Return the text with its first letter in upper case, and the others unchanged.
 
     >>> capitalize("the North Sea")
     'The North Sea'
@@ -179,14 +179,14 @@ def capitalize(text: str) -> str:
 def pick(templates: Sequence[str], number: int, where: str) -> str:
     """Return the template of that number, counted from 1. Raise UsageError if there is none."""
     if not 1 <= number <= len(templates):
-        there = "There is 1 template" if len(templates) == 1 else f"There are {len(templates)} templates"
-        raise UsageError(f"{where} has no template {number}.", hint=f"{there}, counted from 1.")
+        available = "There is 1 template" if len(templates) == 1 else f"There are {len(templates)} templates"
+        raise UsageError(f"{where} has no template {number}.", hint=f"{available}, counted from 1.")
     return templates[number - 1]
 
 
 def add_blank(prompt: str) -> str:
-    """Return the beginning of a sentence, after which its object comes, with a blank at its end; any other prompt as it
-    is. A beginning ends in a word or a comma, and marks no other place.
+    """Add a blank to the end of a prompt that is the beginning of a sentence; return any other prompt unchanged. A
+    beginning does not end with a full stop or the like, and has no other placeholder.
 
     >>> add_blank("The capital of France is"), add_blank('France calls its capital "')
     ('The capital of France is [MASK]', 'France calls its capital "[MASK]')
@@ -203,45 +203,45 @@ def add_blank(prompt: str) -> str:
 
 
 def check_blanks(prompt: str) -> str | None:
-    """Return why the prompt cannot be used, as a reason to drop it; None if it holds one blank."""
+    """Return the reason to drop a prompt; None if it has exactly one blank."""
     count = prompt.count(BLANK)
     return None if count == 1 else "no blank in the sentence" if count == 0 else "several blanks in the sentence"
 
 
 def collect_facts(
-    made: Iterable[Fact | str], get_key: Callable[[Fact], Hashable], twin: str
+    rows: Iterable[Fact | str], get_key: Callable[[Fact], Hashable], duplicate: str
 ) -> tuple[tuple[Fact, ...], dict[str, int]]:
-    """Return the facts, under ids that differ, and how many rows made none by reason, which stands in place of a fact;
-    `twin` is that of a fact whose key was there already, unless it is None."""
+    """Return the facts in `rows` with unique ids, and the number of dropped rows by reason. A row is a fact or the
+    reason why there is none; `duplicate` is the reason for a fact whose key, unless None, occurred before."""
     facts, dropped, ids = [], Counter[str](), Counter[str]()
     seen: set[Hashable] = set()
-    # One tuple for all facts with the same candidates: tables repeat a relation's list in each row.
+    # Share one tuple among facts with the same candidates, which tables repeat in each row of a relation.
     shared: dict[tuple[str, ...] | None, tuple[str, ...] | None] = {}
-    for fact in made:
+    for fact in rows:
         key = get_key(fact) if isinstance(fact, Fact) else None
         if isinstance(fact, str) or (key is not None and key in seen):
-            dropped[fact if isinstance(fact, str) else twin] += 1
+            dropped[fact if isinstance(fact, str) else duplicate] += 1
             continue
         seen.add(key)
         candidates = shared.setdefault(fact.candidates, fact.candidates)
-        facts.append(replace(fact, id=_number_twin(fact.id, ids), candidates=candidates))
+        facts.append(replace(fact, id=_make_unique(fact.id, ids), candidates=candidates))
     return tuple(facts), dict(dropped)
 
 
-def _number_twin(identifier: str, seen: Counter[str]) -> str:
-    """Return the id, with a number behind it where it was there already.
+def _make_unique(identifier: str, seen: Counter[str]) -> str:
+    """Return the id, followed by a number if it occurred before.
 
     >>> seen = Counter()
-    >>> [_number_twin(identifier, seen) for identifier in "aba"]
+    >>> [_make_unique(identifier, seen) for identifier in "aba"]
     ['a', 'b', 'a#2']
     """
     seen[identifier] += 1
     count = seen[identifier]
-    return identifier if count == 1 else _number_twin(f"{identifier}#{count}", seen)
+    return identifier if count == 1 else _make_unique(f"{identifier}#{count}", seen)
 
 
 def strip_wording(identifier: str) -> str:
-    """Return the id of a fact, given that of one of its wordings.
+    """Return the id of a fact from the id of one of its wordings.
 
     >>> strip_wording("capital/france@2"), strip_wording("capital/france")
     ('capital/france', 'capital/france')
@@ -274,40 +274,40 @@ def _number(facts: Iterable[Fact], number: int) -> Iterator[Fact]:
     return (replace(fact, id=f"{fact.id}@{number}", template=number) for fact in facts)
 
 
-# So many facts of a relation with different objects hold one for each fact to be shown with.
+# With this many facts of different objects, each fact of a relation has an example.
 _EXAMPLES = 3
 
 
 def _choose_examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
-    found: dict[str, dict[str, Fact]] = {}
+    examples: dict[str, dict[str, Fact]] = {}
     for fact in facts:
-        of_relation = found.setdefault(fact.relation, {})
-        if len(of_relation) < _EXAMPLES:
-            of_relation.setdefault(fact.obj_label.casefold(), fact)
-    return {relation: tuple(of_relation.values()) for relation, of_relation in found.items()}
+        by_object = examples.setdefault(fact.relation, {})
+        if len(by_object) < _EXAMPLES:
+            by_object.setdefault(fact.obj_label.casefold(), fact)
+    return {relation: tuple(by_object.values()) for relation, by_object in examples.items()}
 
 
 def _draw_stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
-    """Draw ids: in a relation by a hash of seed and id, between relations by largest remainder."""
+    """Draw ids of facts: within a relation by a hash of seed and id, between relations by largest remainder."""
     relations: dict[str, list[str]] = {}
     for fact in facts:
         relations.setdefault(fact.relation, []).append(fact.id)
-    shares = _share_out({relation: len(ids) for relation, ids in relations.items()}, limit)
-    chosen: set[str] = set()
+    shares = _apportion({relation: len(ids) for relation, ids in relations.items()}, limit)
+    drawn: set[str] = set()
     for relation, ids in relations.items():
         ranked = sorted(ids, key=lambda identifier: hashlib.sha256(f"{seed}/{identifier}".encode()).digest())
-        chosen.update(ranked[: shares[relation]])
-    return chosen
+        drawn.update(ranked[: shares[relation]])
+    return drawn
 
 
-def _share_out(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
-    """Share `limit` among the groups, in proportion to their sizes; none gets more than it has."""
+def _apportion(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
+    """Divide `limit` among groups in proportion to their sizes, with at most its size for each."""
     total = sum(sizes.values())
     exact = {name: Fraction(limit * size, total) for name, size in sizes.items()}
     shares = {name: max(int(share), 1) for name, share in exact.items()}
     by_remainder = sorted(sizes, key=lambda name: (shares[name] - exact[name], -sizes[name], name))
-    while (left := limit - sum(shares.values())) > 0:
-        for name in [name for name in by_remainder if shares[name] < sizes[name]][:left]:
+    while (remaining := limit - sum(shares.values())) > 0:
+        for name in [name for name in by_remainder if shares[name] < sizes[name]][:remaining]:
             shares[name] += 1
     largest = [(-share, name) for name, share in shares.items()]
     heapq.heapify(largest)
@@ -319,7 +319,7 @@ def _share_out(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
 
 
 def compute_chance(choices: Iterable[int | None]) -> float | None:
-    """Return the accuracy of guessing: the mean of 1 / possible answers; None if any text may be given.
+    """Return the accuracy of guessing: the mean of 1 / number of possible answers; None if any text is possible.
 
     >>> compute_chance([2, 4]), compute_chance([2, None]), compute_chance([])
     (0.375, None, None)
@@ -330,7 +330,7 @@ def compute_chance(choices: Iterable[int | None]) -> float | None:
 
 
 def find_most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
-    """Return each relation's most frequent object; of equally frequent ones the first."""
+    """Return each relation's most frequent object, the first of equally frequent ones."""
     objects: dict[str, Counter[str]] = {}
     for fact in facts:
         objects.setdefault(fact.relation, Counter())[fact.obj_label] += 1
@@ -338,20 +338,20 @@ def find_most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
 
 
 def compute_majority(facts: Sequence[Fact], answers: Mapping[str, str], average: str) -> float | None:
-    """Return the accuracy of answering each relation's most frequent object, given in `answers`, to all its facts:
-    ``micro`` over facts or ``macro`` over relations.
+    """Return the accuracy of always answering a relation's object in `answers`, its most frequent one: ``micro`` over
+    facts or ``macro`` over relations.
 
-    Of a sample it is not the sample's own: of one fact a relation, that would always be right.
+    For a sample, `answers` come from the whole set: with one fact per relation, the sample's own are always right.
     """
-    right: dict[str, list[bool]] = {}
+    groups: dict[str, list[bool]] = {}
     for fact in facts:
-        group = fact.relation if average == "macro" else ""
-        right.setdefault(group, []).append(fact.obj_label == answers.get(fact.relation))
-    return sum(sum(group) / len(group) for group in right.values()) / len(right) if right else None
+        name = fact.relation if average == "macro" else ""
+        groups.setdefault(name, []).append(fact.obj_label == answers.get(fact.relation))
+    return sum(sum(group) / len(group) for group in groups.values()) / len(groups) if groups else None
 
 
 def map_relations(relations: Mapping[str, str]) -> dict[str, str]:
-    """Map relations to domains; each domain's relations are named in one text, with spaces between them.
+    """Map relations to domains, given the space-separated relations of each domain.
 
     >>> map_relations({"science": "P101 P105"})
     {'P101': 'science', 'P105': 'science'}
@@ -373,7 +373,7 @@ WIKIDATA = map_relations(
 
 
 def find_domain(relation: str, domains: Mapping[str, str]) -> str:
-    """Return the domain of a relation, `GENERAL` for one that is not in the table; of a path its last name counts.
+    """Return the domain of a relation, `GENERAL` if it is not in the table; for a path, of its last component.
 
     >>> find_domain("P36", WIKIDATA), find_domain("/location/P36", WIKIDATA), find_domain("P361", WIKIDATA)
     ('geography', 'geography', 'general')

@@ -1,4 +1,4 @@
-"""Gather the answers that a report or a comparison needs: read those that are stored, and evaluate the models."""
+"""Gather the answers for a report or comparison: read stored ones, and evaluate models to get the others."""
 
 from __future__ import annotations
 
@@ -35,29 +35,28 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
     that is available. (Stored answers may come from another folder with the same weights.) `known_by` has the answers
     of the model that it is compared with; None for the original."""
     calibration = model.describe().get("calibration")
-    found = find_facts_in_text(calibration, model, known_by) if calibration and known_by else None
-    return change_model(answers, calibration=calibration, in_calibration=found)
+    in_text = find_facts_in_text(calibration, model, known_by) if calibration and known_by else None
+    return change_model(answers, calibration=calibration, in_calibration=in_text)
 
 
 def find_facts_in_text(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
-    """Count the facts whose subject and object occur in a calibration text, read with the tokenizer of `model`; None if
-    the text is not available, or no fact has both."""
+    """Count the facts with subject and object that occur in a calibration text, tokenized as by `model`; None if the
+    text is not available, or no fact has both."""
     from compressknow.compress.calibrate.text import count_facts, reread_texts
 
     trusted = model.settings.trust_remote_code
     texts = reread_texts(model.located.path, calibration, trust_remote_code=trusted)
-    complete = [answer for answer in known_by.answers if answer.sub_label.strip() and answer.gold.strip()]
-    if not texts or not complete:
+    facts = [answer for answer in known_by.answers if answer.sub_label.strip() and answer.gold.strip()]
+    if not texts or not facts:
         return None
-    known, others = (
-        [(each.sub_label, each.gold) for each in complete if each.correct == right] for right in (True, False)
-    )
-    found = count_facts(texts, known)
-    return FactsInText(len(complete), found + count_facts(texts, others), len(known), found)
+    known = [(answer.sub_label, answer.gold) for answer in facts if answer.correct]
+    unknown = [(answer.sub_label, answer.gold) for answer in facts if not answer.correct]
+    known_found = count_facts(texts, known)
+    return FactsInText(len(facts), known_found + count_facts(texts, unknown), len(known), known_found)
 
 
 def find_answers_folder() -> Path:
-    """Return where answers are kept from one report to the next: ``$XDG_CACHE_HOME/compressknow/answers``."""
+    """Return the folder of answers that reports share: ``$XDG_CACHE_HOME/compressknow/answers``."""
     return find_cache_folder() / "answers"
 
 
@@ -69,38 +68,36 @@ def open_named(probes: str | Sequence[str] | None, options: Options | None, know
     for task in opened:
         if known == PRODUCED and isinstance(task, Task):
             raise UsageError(
-                f"The answers to {task.name} do not tell what a model says: nothing of it can count as produced.",
+                f"The answers to {task.name} have no generated text, so none can count as produced.",
                 hint="Choose probes of facts, such as atlas, or leave out --known produced.",
             )
     return opened
 
 
 def check_has_facts(opened: Sequence[Opened], what: str) -> None:
-    """Raise UsageError if there is nothing but running texts: `what`, such as "A sweep", counts facts."""
+    """Raise UsageError if all probes are running texts, since `what`, such as "A sweep", needs facts."""
     if all(isinstance(probe, RunningText) for probe in opened):
-        raise UsageError(
-            f"{what} counts facts, and {opened[0].name} is a text.", hint="Add a probe of facts, too: -p atlas."
-        )
+        raise UsageError(f"{what} needs facts, and {opened[0].name} is a text.", hint="Add a probe of facts: -p atlas.")
 
 
 def check_gated(opened: Sequence[Opened], gated: Sequence[str | None]) -> None:
-    """Raise UsageError if there is a gate but no facts, or a gate of a domain or relation that no fact has. `gated`
-    names that of each gate, None for all facts. Some tasks only tell theirs once they were run."""
+    """Raise UsageError if there is a gate but no facts, or if a gate names no domain or relation of the facts. `gated`
+    is the name in each gate, None for all facts. The names of some tasks are known only after they have run."""
     if not gated:
         return
     check_has_facts(opened, "--fail-under")
-    named = [probe.list_names() for probe in opened if isinstance(probe, Task)]
-    if None not in named:
+    task_names = [probe.list_names() for probe in opened if isinstance(probe, Task)]
+    if None not in task_names:
         facts = [fact for probe in opened if isinstance(probe, Probe) for fact in probe.facts]
-        check_names(facts, gated, [name for names in named for name in names or ()])
+        check_names(facts, gated, [name for names in task_names for name in names or ()])
 
 
-def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None], others: Sequence[str] = ()) -> None:
-    """Raise UsageError if a gate is of no domain and no relation of these facts, nor of `others`."""
-    names = list(dict.fromkeys([*(fact.subject for fact in facts), *(fact.relation for fact in facts), *others]))
+def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None], further: Sequence[str] = ()) -> None:
+    """Raise UsageError if a gate names no domain or relation of these facts, nor one of the `further` names."""
+    names = list(dict.fromkeys([*(fact.subject for fact in facts), *(fact.relation for fact in facts), *further]))
     if unknown := next((name for name in gated if name is not None and name not in names), None):
         raise UsageError(
-            f"--fail-under {unknown}=...: there are no facts of a domain or relation {unknown}.",
+            f"--fail-under {unknown}=...: no facts have the domain or relation {unknown}.",
             hint=f"{suggest_word(unknown, names)}Choose from {', '.join(names[:8])}.",
         )
 
@@ -112,15 +109,15 @@ def list_names(probes: str | Sequence[str] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Probes that models are evaluated on, how, and where their answers are kept.
+    """Probes to evaluate models on, the settings, and the folder of the answers.
 
     Attributes
     ----------
     probes : names; by default those of the answers folders, or atlas.
-    keep_in : a folder that gets one answers folder per model.
-    timed : measure the speed and the memory of each model; of answers folders nothing can be measured.
+    keep_in : folder that gets one answers folder per model.
+    timed : whether to measure the speed and the memory of each model; this is not possible for answers folders.
     known : what counts as known, for `gather_early`; see `compressknow.evaluate.grades`.
-    gated : what each gate is of, for `check_gated`.
+    gated : name in each gate, for `check_gated`.
     """
 
     probes: Sequence[str]
@@ -137,10 +134,10 @@ def gather(
     original: str | Path, compressed: Sequence[str | Path], evaluation: Evaluation, *, revision: str | None = None
 ) -> tuple[Answers, list[Answers]]:
     """Return the original's answers and those of each compressed model, to the same probes. `revision` is that of the
-    original, if it is a hub id.
+    original, if it is a Hub id.
 
     Models are evaluated on what is not stored yet, the original first: the others are scored on its most likely tokens,
-    so that distributions can be compared. Answers folders are used as they are. Raises CompressknowError if a model
+    so that distributions can be compared. Answers folders are used unchanged. Raises CompressknowError if a model
     cannot be found, loaded or evaluated.
     """
     models = [original, *compressed]
@@ -152,28 +149,28 @@ def gather(
     probes = open_matching(next(filter(None, stored), None), evaluation)
     sides = open_models(models, revision, stored, evaluation, probes)
     handles = [side for side in sides if isinstance(side, ModelHandle)]
-    # The original's distributions serve only models that are evaluated with it.
-    is_kept = handles[0] is sides[0] and len(handles) > 1 and handles[0].located.url is None
+    # The original's distributions are needed only for other models that are evaluated now.
+    needed = handles[0] is sides[0] and len(handles) > 1 and handles[0].located.url is None
     gathered: list[Answers] = []
-    with Distributions(handles[0], evaluation.keep_in) if is_kept else contextlib.nullcontext() as distributions:
+    with Distributions(handles[0], evaluation.keep_in) if needed else contextlib.nullcontext() as distributions:
         for side in sides:
             if isinstance(side, Answers):
                 gathered.append(side)
                 continue
-            watched = relabel_progress(evaluation.on_progress, number=handles.index(side) + 1, of=len(handles))
+            listener = relabel_progress(evaluation.on_progress, number=handles.index(side) + 1, of=len(handles))
             context = Context(gathered[0] if gathered else None, distributions=distributions)
             folder = choose_folder(evaluation.keep_in, side, context, probes)
-            answers = probe_model(side, probes, folder, context, on_progress=watched, wait=True)
+            answers = probe_model(side, probes, folder, context, on_progress=listener, wait=True)
             if not gathered:
-                answers = NoiseFloors(side, folder, watched, distributions=distributions).add(
+                answers = NoiseFloors(side, folder, listener, distributions=distributions).add(
                     probes, answers, sides[1:]
                 )
-            gathered.append(finish_answers(answers, side, context.reference, evaluation.timed, watched))
+            gathered.append(finish_answers(answers, side, context.reference, evaluation.timed, listener))
     return gathered[0], gathered[1:]
 
 
 def check_none_evaluated(stored: Sequence[Answers], evaluation: Evaluation) -> None:
-    """Raise UnusedOptions for what changes nothing where all answers are stored."""
+    """Raise UnusedOptions for options that have no effect if all answers are stored."""
     if evaluation.timed:
         raise UnusedOptions(
             "--time measures models, and these are answers folders.",
@@ -181,26 +178,26 @@ def check_none_evaluated(stored: Sequence[Answers], evaluation: Evaluation) -> N
             names=["time"],
         )
     settings, default = evaluation.settings, Settings()
-    # The device and the size of batches decide how long it takes: they promise no other figures.
-    if idle := [name for name in ("dtype", "runtime") if getattr(settings, name) != getattr(default, name)]:
+    # Not the device and the batch size, which are expected to affect only the time.
+    if unused := [name for name in ("dtype", "runtime") if getattr(settings, name) != getattr(default, name)]:
         raise UnusedOptions(
-            f"--{idle[0]} says how models are run, and these are answers folders.",
+            f"--{unused[0]} determines how models are run, and these are answers folders.",
             hint="Give a model, or leave it out.",
-            names=idle,
+            names=unused,
         )
     check_taken([name for answers in stored for name in answers.probes], evaluation.options)
     entries = [entry for answers in stored for entry in answers.record.probes.values()]
-    chosen = {name: getattr(evaluation.options, name) for name in evaluation.options.list_changed()}
-    if idle := [name for name, value in chosen.items() if any(_chose_other(entry, name, value) for entry in entries)]:
+    changed = {name: getattr(evaluation.options, name) for name in evaluation.options.list_changed()}
+    if unused := [name for name, value in changed.items() if any(_differs(entry, name, value) for entry in entries)]:
         raise UnusedOptions(
-            f"--{idle[0]} {chosen[idle[0]]} decides what is evaluated, and these answers folders hold something else.",
+            f"--{unused[0]} {changed[unused[0]]} decides what is evaluated, and these folders have other answers.",
             hint="Leave it out to compare all of them, or give a model in place of a folder.",
-            names=idle,
+            names=unused,
         )
 
 
-def _chose_other(entry: ProbeEntry, name: str, value: Any) -> bool:
-    """Return whether another choice was made of facts, wordings or chunks than an option makes, as far as one tells."""
+def _differs(entry: ProbeEntry, name: str, value: Any) -> bool:
+    """Return whether the entry is known to have been evaluated with another value of the option."""
     if entry.text:
         return name == "context" and entry.text.get("context") != value
     if name == "limit":
@@ -208,12 +205,12 @@ def _chose_other(entry: ProbeEntry, name: str, value: Any) -> bool:
     seed = None if entry.limit is None else entry.seed
     wording = (entry.source or {}).get("template")
     protocol = next((each for each, stored in PROTOCOLS.items() if stored == entry.protocol), None)
-    made = {"seed": seed, "template": wording, "templates": entry.templates or 1, "protocol": protocol}
-    return made.get(name) not in (None, value)
+    values = {"seed": seed, "template": wording, "templates": entry.templates or 1, "protocol": protocol}
+    return values.get(name) not in (None, value)
 
 
 def read_if_stored(model: str | Path) -> Answers | None:
-    """Read the answers, where `model` is an answers folder."""
+    """Read the answers if `model` is an answers folder, otherwise return None."""
     return read_answers(Path(model)) if is_answers_folder(Path(model)) else None
 
 
@@ -232,8 +229,8 @@ def open_models(
         for probe in probes:
             check_facts(answers, probe)
     pairs = enumerate(zip(models, stored, strict=True))
-    # Before the first is evaluated: a wrong name fails at once.
-    located = [locate(model, None if place else revision) for place, (model, answers) in pairs if not answers]
+    # Find all before evaluating the first, so that a wrong name fails at once.
+    located = [locate(model, None if index else revision) for index, (model, answers) in pairs if not answers]
     handles = make_handles(located, evaluation.settings, probes, timed=evaluation.timed)
     remaining = iter(handles)
     sides = [answers or next(remaining) for answers in stored]
@@ -244,14 +241,14 @@ def open_models(
 
 
 def check_comparable(sides: Sequence[Answers | ModelHandle], probes: Sequence[Opened]) -> None:
-    """Raise CompressknowError if files tell of another family or, but for running texts, of another vocabulary."""
+    """Raise CompressknowError if the files show that families or, unless all probes are texts, vocabularies differ."""
     first, *others = sides
     for other in others:
         check_alike("family", _find_family(first), _find_family(other))
     if all(isinstance(probe, RunningText) for probe in probes):
         return
     for other in others:
-        # Most have the tokenizer of the first, byte by byte: to load both would take seconds.
+        # Skip loading two tokenizers, which takes seconds, if their files are identical, as they usually are.
         if isinstance(first, ModelHandle) and isinstance(other, ModelHandle) and first.has_tokenizer_of(other):
             continue
         name, vocabulary = _find_vocabulary(other)
@@ -277,7 +274,7 @@ def finish_answers(
     answers: Answers, handle: ModelHandle | None, reference: Answers | None, timed: bool, on_progress: Listener | None
 ) -> Answers:
     """Add to a model's answers which facts occur in its calibration text and, if `timed`, its speed. Stored answers,
-    without a `handle`, stay as they are."""
+    without a `handle`, are returned unchanged."""
     if handle is None:
         return answers
     handle.release()
@@ -289,10 +286,11 @@ def finish_answers(
 
 
 def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
-    """Open the probes named, else those of the answers at hand, in their sample; else atlas. Raises as `open_named`."""
+    """Open the named probes, by default those of the `known` answers, or atlas, with the sample of these answers.
+    Raises as `open_named` does."""
     names, options = list(evaluation.probes) or (list(known.probes) if known else []), evaluation.options
     entries = list(known.record.probes.values()) if known else []
-    # A probe with fewer facts than the limit was not sampled.
+    # No sample was drawn from probes with fewer facts.
     entry = next((each for each in entries if each.limit is not None), entries[0] if entries else None)
     if entry is not None and options.limit is None:
         options = replace(options, limit=entry.limit, seed=options.seed if entry.seed is None else entry.seed)
@@ -312,29 +310,29 @@ def choose_folder(keep_in: Path, model: ModelHandle, context: Context, probes: S
 
 
 def _name_choices(probes: Sequence[Opened]) -> list[str]:
-    """Name what the user chose of probes, such as ``limit100``, as far as it is not what there is by default."""
-    default, found = {"seed": 0, "template": 1}, dict[str, object]()
+    """Name the options of probes that are not at their defaults, such as ``limit100``."""
+    default, choices = {"seed": 0, "template": 1}, dict[str, object]()
     for probe in probes:
-        chosen = {name: getattr(probe, name, None) for name in ("limit", "seed", "templates", "context")}
+        values = {name: getattr(probe, name, None) for name in ("limit", "seed", "templates", "context")}
         if isinstance(probe, Probe):
             wording = probe.source.get("template") if probe.templates is None else None
-            chosen |= {"template": wording, "paper": "" if probe.fold_case else None}
-        for name, value in chosen.items():
-            # A run has one of each; of a probe with fewer facts no sample is drawn.
+            values |= {"template": wording, "paper": "" if probe.fold_case else None}
+        for name, value in values.items():
+            # A run has one value of each, but no sample is drawn from probes with fewer facts.
             if value not in (None, default.get(name)):
-                found.setdefault(name, value)
-    return [f"{name}{value}" for name, value in sorted(found.items())]
+                choices.setdefault(name, value)
+    return [f"{name}{value}" for name, value in sorted(choices.items())]
 
 
 def select_probes(answers: Answers, probes: Sequence[str]) -> Answers:
-    """Return the answers to these probes only, or to all if none is named. Raise UsageError for one that they lack."""
+    """Return only the answers to these probes, or all if none is named. Raise UsageError if there are none to one."""
     if not probes:
         return answers
     probes = [probe if probe in answers.probes else normalize_name(probe) for probe in probes]
     if missing := [name for name in probes if name not in answers.probes]:
         raise UsageError(
             f"{answers.record.model.name} was not evaluated on {missing[0]}.",
-            why=f"Its answers folder holds: {', '.join(answers.probes)}.",
+            why=f"Its answers folder has {', '.join(answers.probes)}.",
             hint="Leave out -p, name one of these, or probe the model again.",
         )
     return answers.only(probes)
@@ -350,7 +348,7 @@ def find_both(
             raise build_server_error(model)
         if is_answers_folder(Path(model)):
             raise UsageError(
-                f"{model} holds answers, not a checkpoint.",
+                f"{model} is an answers folder, not a checkpoint.",
                 hint="Use `compressknow report` to compare answers, or give the checkpoints that they come from.",
             )
     first, second = make_handles([locate(*a), locate(*b)], settings)
@@ -363,35 +361,35 @@ def find_both(
     return first, second
 
 
-# Answers of a model, and those of another with the probabilities of the first one's most likely tokens.
+# Answers of a model, and answers of another that was scored on the first one's most likely tokens.
 Direction = tuple[Answers, Answers]
 
 
 def evaluate_both(
     a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None
 ) -> tuple[Direction, Direction]:
-    """Evaluate both models in both directions, one in memory at a time: for its own answers, and on the other's tokens.
-    What is stored in `keep_in` is not evaluated again. Raises CompressknowError if a model cannot be loaded or
-    evaluated, or if their vocabularies differ."""
+    """Evaluate both models in both directions, with one in memory at a time: each for its own answers, and on the
+    other's tokens. Answers in `keep_in` are reused. Raises CompressknowError if a model cannot be loaded or evaluated,
+    or if their vocabularies differ."""
 
     def evaluate(model: ModelHandle, context: Context) -> Answers:
-        watched = relabel_progress(on_progress, number=1 if model is a else 2, of=2)
+        listener = relabel_progress(on_progress, number=1 if model is a else 2, of=2)
         folder = choose_folder(keep_in, model, context, probes)
-        return probe_model(model, probes, folder, context, on_progress=watched, wait=True)
+        return probe_model(model, probes, folder, context, on_progress=listener, wait=True)
 
     if a.sha256 == b.sha256:
-        alone = evaluate(a, Context())
+        answers = evaluate(a, Context())
         a.release()
-        return (alone, alone), (alone, alone)
+        return (answers, answers), (answers, answers)
     with Distributions(a, keep_in) as distributions_a, Distributions(b, keep_in) as distributions_b:
         of_a = evaluate(a, Context(distributions=distributions_a))
         folder = choose_folder(keep_in, a, Context(), probes)
         of_a = NoiseFloors(a, folder, on_progress, distributions=distributions_a).add(probes, of_a, [b])
         a.release()
-        b_like_a = evaluate(b, Context(of_a, distributions=distributions_a))
+        b_on_a = evaluate(b, Context(of_a, distributions=distributions_a))
         distributions_a.close()
-        of_b = evaluate(b, Context(known=b_like_a, distributions=distributions_b))
+        of_b = evaluate(b, Context(known=b_on_a, distributions=distributions_b))
         b.release()
-        a_like_b = evaluate(a, Context(of_b, known=of_a, distributions=distributions_b))
+        a_on_b = evaluate(a, Context(of_b, known=of_a, distributions=distributions_b))
         a.release()
-    return (of_a, b_like_a), (add_calibration(of_b, b, of_a), a_like_b)
+    return (of_a, b_on_a), (add_calibration(of_b, b, of_a), a_on_b)

@@ -28,8 +28,8 @@ from compressknow.evaluate.records import NoiseFloor, Record
 from compressknow.evaluate.runtimes import LLAMA_CPP, TRANSFORMERS
 from compressknow.evaluate.sources import Opened
 
-# Facts of a probe evaluated again: a tenth of them, but no fewer than tell 1 % from 5 %, and no more than tell it
-# from 3 %.
+# Facts of a probe to evaluate again: a tenth of them, but at least as many as distinguish 1 % from 5 %, and at most as
+# many as distinguish it from 3 %.
 PART, LEAST_FACTS, MOST_FACTS = 0.1, 100, 300
 _SEED = 20_231
 _INSTEAD = "an f16 GGUF file as the original."
@@ -51,7 +51,7 @@ class NoiseFloors:
         self._folder, self._on_progress = folder, on_progress
 
     def add(self, probes: Sequence[Opened], answers: Answers, compared: Sequence[ModelHandle | Answers]) -> Answers:
-        """Add that of another precision and, where llama.cpp runs a model that is compared, that of llama.cpp."""
+        """Add the noise floors of another precision and, if it runs one of the `compared` models, of llama.cpp."""
         answers = self.add_precision(probes, answers)
         ran_in = {
             (other.record.model.runtime or {}).get("name") if isinstance(other, Answers) else other.runtime.name
@@ -62,19 +62,19 @@ class NoiseFloors:
         return self.add_runtime(probes, answers)
 
     def add_precision(self, probes: Sequence[Opened], answers: Answers) -> Answers:
-        """Add that of another precision; a model that does not run in one has none, as outside of transformers."""
+        """Add the noise floors of another precision, if the model can run in one: not outside of transformers."""
         if not self._original.settings.noise_floor:
             return answers
         entries = answers.record.probes
-        lacking = [probe for probe in probes if isinstance(probe, Probe) and entries[probe.name].noise_floor is None]
+        missing = [probe for probe in probes if isinstance(probe, Probe) and entries[probe.name].noise_floor is None]
         try:
-            other = self._original.copy_in_other_precision() if lacking else None
+            other = self._original.copy_in_other_precision() if missing else None
             if other is None:
                 return answers
-            found = self._measure(other, "noise", lacking, answers)
+            floors = self._measure(other, "noise", missing, answers)
         except (CheckpointError, UnsupportedError):
             return answers
-        return self._store(answers, {name: {"noise_floor": floor} for name, floor in found.items()})
+        return self._store(answers, {name: {"noise_floor": floor} for name, floor in floors.items()})
 
     def add_runtime(self, probes: Sequence[Opened], answers: Answers, *, floats: Path | None = None) -> Answers:
         """Add the noise floor of llama.cpp on the same sample, or why it cannot be measured. `floats` is the original
@@ -85,14 +85,14 @@ class NoiseFloors:
         if not facts:
             return change_model(answers, runtime_unmeasured="it is measured on facts.")
         try:
-            # Another build may compute otherwise.
+            # Includes the build, since builds may compute differently.
             runtime = " ".join(LlamaCpp.key())
             entries = answers.record.probes
-            lacking = [probe for probe in facts if runtime not in entries[probe.name].runtime_noise_floors]
-            if not lacking:
+            missing = [probe for probe in facts if runtime not in entries[probe.name].runtime_noise_floors]
+            if not missing:
                 return answers
             with self._open_in_llama_cpp(answers, floats) as other:
-                found = self._measure(other, "runtime", lacking, answers)
+                floors = self._measure(other, "runtime", missing, answers)
         except NotInstalled as error:
             why = f"{error.what} `compressknow export` fetches it; or give {_INSTEAD}"
             return change_model(answers, runtime_unmeasured=why)
@@ -101,72 +101,71 @@ class NoiseFloors:
             return change_model(answers, runtime_unmeasured=why)
         except CompressknowError as error:
             return change_model(answers, runtime_unmeasured=f"{error.what.rstrip('.')}. Give {_INSTEAD}")
-        by_probe = {name: {**entries[name].runtime_noise_floors, runtime: floor} for name, floor in found.items()}
-        return self._store(answers, {name: {"runtime_noise_floors": floors} for name, floors in by_probe.items()})
+        by_probe = {name: {**entries[name].runtime_noise_floors, runtime: floor} for name, floor in floors.items()}
+        return self._store(answers, {name: {"runtime_noise_floors": each} for name, each in by_probe.items()})
 
     def _measure(
         self, other: ModelHandle, work: Literal["noise", "runtime"], probes: Sequence[Probe], answers: Answers
     ) -> dict[str, NoiseFloor]:
-        """Measure by probe: `other` is the same model, run otherwise, on a sample of its facts. Both are released."""
+        """Return noise floors by probe, measured on a sample of facts; `other` is the same model in another precision
+        or runtime. Releases both."""
         original, distributions = self._original, self._distributions
         samples = {probe.name: _draw_sample(probe, answers) for probe in probes}
         facts = sum(len(sample.facts) for sample, _ in samples.values())
-        rows, found = {}, {}
+        files, floors = {}, {}
         try:
-            with Distributions(original, self._folder) as own:
+            with Distributions(original, self._folder) as of_samples:
                 for probe in probes:
                     sample, known = samples[probe.name]
-                    kept = distributions.find_rows(probe) if distributions else None
-                    if kept is None or not kept.holds(answer.fact_id for answer in known.answers):
-                        own.complete([sample], known, self._on_progress)
-                        kept = own.find_rows(sample)
-                    rows[probe.name] = kept
+                    file = distributions.find_rows(probe) if distributions else None
+                    if file is None or not file.holds(answer.fact_id for answer in known.answers):
+                        of_samples.complete([sample], known, self._on_progress)
+                        file = of_samples.find_rows(sample)
+                    files[probe.name] = file
                 original.release()
                 for name, (sample, known) in samples.items():
                     stage = Stage(work, other.located.name, name, facts, other.settings.device)
                     prompts = other.make_prompts(sample)
                     with report_progress(self._on_progress, stage) as advance:
-                        again = _rerun(other, prompts, known, rows[name], advance)
-                    floor = _count_noise(known, again, other.loaded.computed_in)
-                    found[name] = floor if work == "noise" else self._add_read_otherwise(floor, prompts)
-                return found
+                        rerun = _rerun(other, prompts, known, files[name], advance)
+                    floor = _count_noise(known, rerun, other.loaded.computed_in)
+                    floors[name] = floor if work == "noise" else self._add_read_otherwise(floor, prompts)
+                return floors
         finally:
             other.release()
 
     def _add_read_otherwise(self, floor: NoiseFloor, prompts: Prompts) -> NoiseFloor:
-        """Add how many of the prompts the original's own tokenizer splits into other tokens."""
+        """Add the number of prompts that the original's own tokenizer splits differently."""
         from compressknow.evaluate.scoring.scorer import Encoder
 
         trusted = self._original.settings.trust_remote_code
-        own, other = (
-            Encoder(load_tokenizer(self._original.located.path, trust_remote_code=trusted)),
-            prompts.scorer.encoder,
-        )
+        original = Encoder(load_tokenizer(self._original.located.path, trust_remote_code=trusted))
+        other = prompts.scorer.encoder
         texts = [query.fact.before for batch in prompts.batches for query in batch]
-        count = sum(own.begin(text) != other.begin(text) for text in texts)
+        count = sum(original.begin(text) != other.begin(text) for text in texts)
         return replace(
             floor, read_otherwise=count, produced=floor.produced and replace(floor.produced, read_otherwise=count)
         )
 
-    def _store(self, answers: Answers, found: Mapping[str, Mapping[str, Any]]) -> Answers:
-        """Store what was found, by probe fields of its entry, in the folder's record; return the answers with it."""
+    def _store(self, answers: Answers, changes: Mapping[str, Mapping[str, Any]]) -> Answers:
+        """Store changed fields of probes' entries in the folder's record; return the answers with them."""
 
-        def add_found(record: Record) -> Record:
+        def apply_changes(record: Record) -> Record:
             probes = dict(record.probes)
-            for name, fields in found.items():
-                # Another run may have answers to other facts of a probe there by now.
+            for name, fields in changes.items():
+                # Another run may have replaced the answers to a probe by those to other facts.
                 if name in probes and probes[name].key == answers.record.probes[name].key:
                     probes[name] = replace(probes[name], **fields)
             return replace(record, probes=probes)
 
         with lock_folder(self._folder, True):
-            write_record(self._folder, add_found(read_record(self._folder)))
-        return replace(answers, record=add_found(answers.record))
+            write_record(self._folder, apply_changes(read_record(self._folder)))
+        return replace(answers, record=apply_changes(answers.record))
 
     @contextmanager
     def _open_in_llama_cpp(self, answers: Answers, floats: Path | None) -> Iterator[ModelHandle]:
         """Open the original in llama.cpp, from a temporary file in the folder. Raises CompressknowError if the
-        converter is missing, or does not support it."""
+        converter is missing, or cannot convert it."""
         from compressknow.compress.staging import make_scratch
         from compressknow.gguf.choice import TypeChoice
         from compressknow.gguf.converter import find_converter, quantize
@@ -178,52 +177,52 @@ class NoiseFloors:
         export = prepare_export(
             located.path, TypeChoice("f16"), find_converter(), trust_remote_code=settings.trust_remote_code
         )
-        # The converter takes memory of its own.
+        # The converter needs memory too.
         self._original.release()
         settings = replace(settings, runtime=LLAMA_CPP, device=CPU, dtype=None)
-        # In a file of bf16 llama.cpp rounds activations to bf16 too: that is the type's doing, not the runtime's.
+        # Not bf16: llama.cpp would round activations too, which is an effect of the type, not of the runtime.
         kind = "f32" if export.exact == "f32" else "f16"
         begin = begin_stages(self._on_progress, located.name)
-        with make_scratch(self._folder / "in-llama-cpp") as place:
+        with make_scratch(self._folder / "in-llama-cpp") as scratch:
             if floats is None:
-                floats = write_floats(export, place, kind, begin=begin)
+                floats = write_floats(export, scratch, kind, begin=begin)
             elif kind != export.exact:
-                # The same bytes as the converter's, in a tenth of the time.
-                source, floats = floats, place / "floats.gguf"
+                # Writes the same bytes as the converter, in a tenth of the time.
+                source, floats = floats, scratch / "floats.gguf"
                 with begin("quantize") as advance:
-                    quantize(source, floats, kind, place, advance=advance)
+                    quantize(source, floats, kind, scratch, advance=advance)
             yield ModelHandle(replace(located, path=floats), settings)
 
 
 def _draw_sample(probe: Probe, answers: Answers) -> tuple[Probe, Answers]:
-    """Draw some of the answered facts, in the probe's order, each in all its wordings; with their answers."""
+    """Return a sample of the answered facts, in the probe's order and with all their wordings, and their answers."""
     answered = {answer.fact_id: answer for answer in answers.of(probe.name)}
-    # A user's own id may end like that of a wording.
-    whole = strip_wording if probe.templates else str
+    # A user's id may end like that of a wording.
+    get_id = strip_wording if probe.templates else str
     known = [fact for fact in probe.facts if fact.id in answered]
-    facts = list(dict.fromkeys(whole(fact.id) for fact in known))
-    wanted = min(len(facts), MOST_FACTS, max(LEAST_FACTS, round(PART * len(facts))))
-    chosen = set(random.Random(_SEED).sample(facts, wanted))
-    sample = tuple(fact for fact in known if whole(fact.id) in chosen)
+    ids = list(dict.fromkeys(get_id(fact.id) for fact in known))
+    size = min(len(ids), MOST_FACTS, max(LEAST_FACTS, round(PART * len(ids))))
+    drawn = set(random.Random(_SEED).sample(ids, size))
+    sample = tuple(fact for fact in known if get_id(fact.id) in drawn)
     return replace(probe, facts=sample), replace(answers, answers=tuple(answered[fact.id] for fact in sample))
 
 
 def _rerun(other: ModelHandle, prompts: Prompts, known: Answers, file: DistributionFile, advance: Advance) -> Answers:
-    alike = has_same_tokens(known, other.loaded)
+    same_tokens = has_same_tokens(known, other.loaded)
     batches = evaluate(
         prompts,
-        reference=find_first_ids(known, prompts.scorer.probe, prompts) if alike else None,
-        measure_kl=file.measure if alike else None,
+        reference=find_first_ids(known, prompts.scorer.probe, prompts) if same_tokens else None,
+        measure_kl=file.measure if same_tokens else None,
         advance=advance,
     )
     return replace(known, answers=tuple(answer for batch in batches for answer in batch))
 
 
 def _count_noise(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:
-    """Compare answers to the facts of a probe in both precisions or runtimes, in each reading of knowing."""
-    produced_before, produced_again = (merge_wordings(apply_reading(each, PRODUCED)) for each in (before, after))
+    """Compare the answers to a probe in two precisions or runtimes, by both definitions of known."""
+    produced_before, produced_after = (merge_wordings(apply_reading(each, PRODUCED)) for each in (before, after))
     floor = _count(merge_wordings(before), merge_wordings(after), computed_in)
-    return replace(floor, produced=_count(produced_before, produced_again, computed_in))
+    return replace(floor, produced=_count(produced_before, produced_after, computed_in))
 
 
 def _count(before: Answers, after: Answers, computed_in: str) -> NoiseFloor:

@@ -1,4 +1,4 @@
-"""One model, some probes, one answers folder: what is answered already is not evaluated again."""
+"""Evaluate a model on probes into an answers folder, without repeating what that already contains."""
 
 from __future__ import annotations
 
@@ -83,45 +83,45 @@ def probe_model(
     on_progress: Listener | None = None,
     wait: bool = False,
 ) -> Answers:
-    """Evaluate a model on some probes and keep the answers in `folder`, with those that it holds already.
+    """Evaluate a model on probes, and add the answers to those that `folder` already has.
 
-    A probe that the folder holds for this very model, these facts and this reference is not evaluated again; one that
-    was cut short resumes.
+    A probe is not evaluated again if the folder has answers for the same model, facts and reference; a stopped
+    evaluation resumes.
 
     Parameters
     ----------
     folder : an answers folder of this model, or a new one.
-    wait : wait for another run that uses the folder, rather than raise OutputError.
+    wait : wait for another run that uses the folder, instead of raising OutputError.
 
     Raises
     ------
-    OutputError : the folder holds something else, answers of another model, or is in use by another run.
-    CompressknowError : the model or a probe is not the one of the reference; a weight is not a number; the model's
-        files change meanwhile.
+    OutputError : the folder has foreign files or answers of another model, or is in use by another run.
+    CompressknowError : the model or a probe does not match the reference; a weight is NaN or infinite; the model's
+        files change during the run.
     """
     check_unique(probes)
     handle.check_tasks(probes)
     handle.check_sound(on_progress)
     if handle.located.url is not None:
-        # No server tells the distribution over all tokens in time.
+        # Servers are too slow for distributions over all tokens.
         context = replace(context, distributions=None)
     with _explain_damage(folder), lock_folder(folder, wait):
         run = _Run(handle, folder, context, on_progress)
-        lacked = find_missing(handle, probes, folder, context)
-        if lacked and context.distributions and context.reference:
-            context.distributions.complete(lacked, context.reference, on_progress)
-            # The disk may have had no room for what some lack.
-            lacked = find_missing(handle, probes, folder, context)
-        if any(isinstance(probe, RunningText) for probe in lacked):
-            # A model that cannot read it is refused before it is evaluated on all else.
+        missing = find_missing(handle, probes, folder, context)
+        if missing and context.distributions and context.reference:
+            context.distributions.complete(missing, context.reference, on_progress)
+            # The disk may have been too full for some distributions, which are not missing then.
+            missing = find_missing(handle, probes, folder, context)
+        if any(isinstance(probe, RunningText) for probe in missing):
+            # Fail before evaluating anything else if the model cannot read text.
             handle.make_reader()
-        for probe in lacked[1:]:
-            # So is a task whose data cannot be had. They are the same for all models, so the original's run tells.
+        for probe in missing[1:]:
+            # Likewise if a task's data is not available; it was for compressed models, if it was for the original.
             if isinstance(probe, Task) and context.reference is None:
                 probe.check_data()
-        for probe in lacked:
+        for probe in missing:
             run.add(probe, count_facts(probes))
-        # They are of no use once all is answered. A run on other facts, or with other settings, resumes from its own.
+        # Remove the parts of these probes only: runs on other facts, or with other settings, resume from their own.
         for probe in probes:
             shutil.rmtree(_name_parts(folder, _compute_key(handle, probe, context)), ignore_errors=True)
         with suppress(OSError):
@@ -133,7 +133,7 @@ def probe_model(
 def find_answers(
     handle: ModelHandle, probes: Sequence[Opened], folder: Path, reference: Answers | None
 ) -> Answers | None:
-    """Return this model's answers to these probes, where `folder` holds them all."""
+    """Return this model's answers to these probes; None if `folder` lacks any of them."""
     if find_missing(handle, probes, folder, Context(reference)):
         return None
     answers = _read_folder(handle, folder, probes)
@@ -149,56 +149,57 @@ def find_missing(handle: ModelHandle, probes: Sequence[Opened], folder: Path, co
     missing = {probe.name for probe in probes if keys.get(probe.name) != _compute_key(handle, probe, context)}
     distributions = context.distributions
     if distributions and context.reference and missing != {probe.name for probe in probes}:
-        # Not those of models whose tokens are others: they can have none.
-        alike = {name for name, entry in entries.items() if entry.reference == context.sha256}
+        # Probes whose reference is this model have no divergences, as its tokens differ from the original's.
+        same_tokens = {name for name, entry in entries.items() if entry.reference == context.sha256}
         with _explain_damage(folder):
-            bare = alike & {answer.probe for answer in read_stored(folder) if answer.first_kl is None}
-        bare |= {name for name, entry in entries.items() if entry.text and entry.text["divergence"] in (ALONE, NO_ROOM)}
+            without = same_tokens & {answer.probe for answer in read_stored(folder) if answer.first_kl is None}
+        texts = {name: entry.text["divergence"] for name, entry in entries.items() if entry.text}
+        without |= {name for name, divergence in texts.items() if divergence in (ALONE, NO_ROOM)}
         measurable = (probe for probe in probes if not isinstance(probe, Task))
-        missing |= bare & {probe.name for probe in measurable if not distributions.find_rows(probe).gave_up}
+        missing |= without & {probe.name for probe in measurable if not distributions.find_rows(probe).gave_up}
     return [probe for probe in probes if probe.name in missing]
 
 
 @contextmanager
 def _explain_damage(folder: Path) -> Iterator[None]:
-    """Explain damage in a folder of the run's own: its answers can be computed again."""
+    """Add to errors about damaged answers that they can be computed again."""
     try:
         yield
     except DamagedAnswers as error:
-        again = f"Remove {folder}, and repeat the command: what was in it is evaluated again."
-        raise DamagedAnswers(error.what, error.why, again) from error
+        hint = f"Remove {folder}, and repeat the command, which evaluates its contents again."
+        raise DamagedAnswers(error.what, error.why, hint) from error
 
 
 def count_facts(probes: Sequence[Opened]) -> int:
-    """Count the facts of the probes; of tasks they are not known before, and texts have none."""
+    """Count the facts of the probes, without tasks, whose items are not known yet, and texts, which have none."""
     return sum(len(probe.facts) for probe in probes if isinstance(probe, Probe))
 
 
 def check_unique(probes: Sequence[Opened]) -> None:
-    """Refuse two probes of one name, such as facts files of one name in different folders."""
+    """Raise UsageError if two probes have the same name, such as facts files in different folders."""
     names = [probe.name for probe in probes]
-    if twins := sorted({name for name in names if names.count(name) > 1}):
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(
-            f"Two probes have the name {twins[0]}.", hint="Name each probe once; give facts files names of their own."
+            f"Two probes have the name {duplicates[0]}.", hint="Give each probe once, and facts files different names."
         )
 
 
 class _Run:
-    """Run of one model: each probe's answers and its entry go into the folder, the answers first."""
+    """Run of one model, which stores each probe's answers and then its entry in the folder."""
 
     def __init__(self, handle: ModelHandle, folder: Path, context: Context, on_progress: Listener | None) -> None:
         self._handle, self._folder, self._context, self._on_progress = handle, folder, context, on_progress
         self._record = _open_record(folder, handle)
 
     def add(self, probe: Opened, facts: int) -> None:
-        """Evaluate the model on a probe; `facts` are those of all probes, for the time that is left."""
+        """Evaluate the model on a probe; `facts` is the number of facts in all probes, for progress."""
         start = time.monotonic()
         handle, reference = self._handle, self._context.reference
         if reference:
             check_facts(reference, probe)
             if not isinstance(probe, RunningText):
                 check_model(reference, handle.located.name, handle.loaded)
-        alike = reference is None or has_same_tokens(reference, handle.loaded)
+        same_tokens = reference is None or has_same_tokens(reference, handle.loaded)
         key = _compute_key(handle, probe, self._context)
         known = self._find_known(probe.name, key)
         work: Work = "read" if isinstance(probe, RunningText) else "evaluate"
@@ -208,10 +209,10 @@ class _Run:
         parts = _name_parts(self._folder, key)
         with report_progress(self._on_progress, stage) as advance:
             if isinstance(probe, Probe):
-                context = self._context if alike else Context()
+                context = self._context if same_tokens else Context()
                 answers, entry = self._evaluate_facts(probe, parts, known, context, advance)
             elif isinstance(probe, RunningText):
-                chunks, entry = self._read_text(probe, parts, known, advance, same_tokens=alike)
+                chunks, entry = self._read_text(probe, parts, known, advance, same_tokens=same_tokens)
             elif known:
                 # A task gives no distribution: there is nothing to evaluate again.
                 answers, entry = list(known.of(probe.name)), known.record.probes[probe.name]
@@ -219,8 +220,8 @@ class _Run:
                 assert handle.loaded.language_model is not None
                 answers, entry = probe.run(handle.loaded.language_model)
         seconds = round(time.monotonic() - start, 1)
-        of = (self._context.sha256 if alike or chunks else None) or handle.sha256
-        self._store(probe.name, answers, replace(entry, key=key, reference=of, seconds=seconds), chunks)
+        scored_on = (self._context.sha256 if same_tokens or chunks else None) or handle.sha256
+        self._store(probe.name, answers, replace(entry, key=key, reference=scored_on, seconds=seconds), chunks)
 
     def update_labels(self, probes: Sequence[Opened]) -> None:
         """Update the stored domains, subjects and popularity if they changed since the evaluation, or if a run that did
@@ -237,7 +238,7 @@ class _Run:
             self._write(labelled, replace(self._record, probes={**entries, **updated}))
 
     def _find_known(self, name: str, key: str) -> Answers | None:
-        """Return answers of this model to the probe that lack only a divergence: they are not evaluated whole again."""
+        """Return answers of this model to the probe that lack only a divergence, so that the rest is reused."""
         entry = self._record.probes.get(name)
         if entry is None or entry.key != key:
             return self._context.known
@@ -253,7 +254,7 @@ class _Run:
         read = {chunk.number: chunk for path in sorted(parts.glob("*.parquet")) for chunk in read_chunks(path)}
         if original and measure_kl:
             read = {number: chunk for number, chunk in read.items() if chunk.kl is not None}
-        fresh = read_text(
+        new = read_text(
             reader,
             chunks,
             done=read,
@@ -261,7 +262,7 @@ class _Run:
             measure_kl=measure_kl,
             advance=advance,
         )
-        read |= {chunk.number: chunk for chunk in self._keep(([chunk] for chunk in fresh), parts, write_chunks)}
+        read |= {chunk.number: chunk for chunk in self._collect(([chunk] for chunk in new), parts, write_chunks)}
         all_read = tuple(read[number] for number in sorted(read))
         gave_up = context.distributions.find_rows(text).gave_up if context.distributions else None
         compared = describe_divergence(
@@ -290,53 +291,53 @@ class _Run:
             measure_kl=context.choose_measure(probe),
             advance=advance,
         )
-        answers += self._keep(batches, parts, write_table)
+        answers += self._collect(batches, parts, write_table)
         by_id = {answer.fact_id: answer for answer in answers}
         answers = [by_id[fact.id] for fact in probe.facts if fact.id in by_id]
-        # Also where its tokens are others: what it says is a text.
+        # Even if the tokens differ, since generated text can be compared.
         original = self._context.reference
         answers = add_examples(prompts.scorer, answers, original.of(probe.name) if original else ())
         return answers, make_facts_entry(probe, answers, prompts.dropped)
 
-    def _keep(
+    def _collect(
         self, batches: Iterable[list[_Part]], parts: Path, write: Callable[[Path, Sequence[_Part]], None]
     ) -> list[_Part]:
-        """Return what the batches hold, put on disk as it comes; also what came before an error or an interruption."""
-        found: list[_Part] = []
+        """Return the elements of all batches; store them regularly, and also after an error or an interruption."""
+        collected: list[_Part] = []
         written, since = 0, time.monotonic()
 
         def write_new() -> None:
             nonlocal written
-            new, written = found[written:], len(found)
+            new, written = collected[written:], len(collected)
             if new:
                 self._handle.check_unchanged()
                 write(parts / f"{len(list(parts.glob('*.parquet'))):05}.parquet", new)
 
         try:
             for batch in batches:
-                found += batch
+                collected += batch
                 if time.monotonic() - since > SECONDS_BETWEEN_PARTS:
                     write_new()
                     since = time.monotonic()
         finally:
             write_new()
-        return found
+        return collected
 
     def _store(self, name: str, answers: Sequence[Answer], entry: ProbeEntry, chunks: Sequence[Chunk]) -> None:
         record, folder = self._record, self._folder
         model = self._handle.make_record()
-        # Nothing is kept of files that are not those that were hashed.
+        # Store nothing if the files are no longer those that were hashed.
         self._handle.check_unchanged()
-        others = [a for a in read_stored(folder) if a.probe != name and a.probe in record.probes]
-        probes = {other: kept for other, kept in record.probes.items() if other != name}
+        other_answers = [a for a in read_stored(folder) if a.probe != name and a.probe in record.probes]
+        probes = {other: each for other, each in record.probes.items() if other != name}
         if name in record.probes or record.answers_sha256 is not None:
-            # Neither the old entry nor the old hash may be with the new answers, should this run be killed here.
+            # Remove the old entry and hash first, in case this run is killed before it writes the new ones.
             write_record(folder, record.without_hash(probes))
         if chunks:
             path = folder / name_text_file(name)
             write_chunks(path, chunks)
             entry = replace(entry, text={**(entry.text or {}), "file": path.name, "sha256": compute_sha256(path)})
-        self._write([*others, *answers], replace(record, model=model, probes=probes | {name: entry}))
+        self._write([*other_answers, *answers], replace(record, model=model, probes=probes | {name: entry}))
 
     def _write(self, answers: Sequence[Answer], record: Record) -> None:
         write_table(self._folder / TABLE, answers)
@@ -345,7 +346,7 @@ class _Run:
 
 
 def make_facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[str, int]) -> ProbeEntry:
-    """Return the entry in ``probe.json`` of a probe of facts that was answered."""
+    """Return the entry in ``probe.json`` for answers to a probe of facts."""
     evaluated = {answer.fact_id for answer in answers}
     facts = [fact for fact in probe.facts if fact.id in evaluated]
     return ProbeEntry(
@@ -365,11 +366,11 @@ def make_facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[s
 
 
 def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
-    """Hash all that decides the answers: the model, the facts, whose tokens are scored, and how it is run."""
+    """Hash everything that determines the answers: the model, the facts, the scored tokens, and the settings."""
     settings = handle.settings
-    decides: list[object] = [
-        # Another version may prompt or score otherwise; this one finds answers in Chinese, in quotes and as whole
-        # numbers, the sum over all, and a candidate that begins another where no full stop follows.
+    values: list[object] = [
+        # Versions may differ in prompts and scoring. "grades/4" finds answers in Chinese, in quotes and as whole
+        # numbers, sums over all candidates, and tells a candidate from the beginning of another without a full stop.
         *(SCHEMA_VERSION, __version__, "grades/4", handle.sha256, probe.fingerprint()),
         context.sha256,
         *(str(settings.device), settings.computed_in, settings.batch_size),
@@ -378,36 +379,36 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
         *handle.list_decisive(writes=isinstance(probe, Task)),
     ]
     if handle.runtime.name == TRANSFORMERS:
-        # Another release may split a text into other tokens, or compute otherwise.
-        decides += [version(name) for name in ("transformers", "tokenizers")]
+        # Releases may tokenize or compute differently.
+        values += [version(name) for name in ("transformers", "tokenizers")]
     if isinstance(probe, Probe):
-        # From all facts, not just the sample: the solved examples for lost facts, and the baseline.
-        decides += [(fact.prompt, fact.obj_label) for examples in probe.examples.values() for fact in examples]
-        decides += probe.most_frequent.items()
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+        # The solved examples and the majority baseline come from all facts, not from the sample.
+        values += [(fact.prompt, fact.obj_label) for examples in probe.examples.values() for fact in examples]
+        values += probe.most_frequent.items()
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _name_parts(folder: Path, key: str) -> Path:
-    """Return where answers are kept until all of them are there."""
+    """Return the folder of incomplete answers with this key."""
     return folder / PARTS / key[:16]
 
 
 def _label(answers: Iterable[Answer], probes: Sequence[Opened]) -> Iterator[Answer]:
-    """Yield the answers with what may be corrected later, and is not part of the key: domain, subject, popularity."""
+    """Yield the answers with the current domain, subject and popularity, which can be corrected without a new key."""
     facts = {(probe.name, fact.id): fact for probe in probes if isinstance(probe, Probe) for fact in probe.facts}
     for answer in answers:
         fact = facts.get((answer.probe, answer.fact_id), answer)
         labels = {name: getattr(fact, name) for name in ("subject", "sub_label", "popularity")}
-        same = all(getattr(answer, name) == value for name, value in labels.items())
-        yield answer if same else replace(answer, **labels)
+        unchanged = all(getattr(answer, name) == value for name, value in labels.items())
+        yield answer if unchanged else replace(answer, **labels)
 
 
 def _read_folder(handle: ModelHandle, folder: Path, probes: Sequence[Opened]) -> Answers:
-    """Read the answers to these probes alone; the folder may hold those to others."""
+    """Read only the answers to these probes from a folder that may have others."""
     record, located = read_record(folder), handle.located
     model = record.model
     if located.url is None:
-        # They are kept by the content of the model, which may have another name by now, or another manifest.
+        # Answers are stored by the model's content; its name and manifest may have changed since.
         described = handle.describe()
         changed, source = described.get("changed"), described.get("source", model.source)
         model = replace(model, name=located.name, revision=located.revision, changed=changed, source=source)
@@ -416,24 +417,24 @@ def _read_folder(handle: ModelHandle, folder: Path, probes: Sequence[Opened]) ->
 
 
 def _open_record(folder: Path, handle: ModelHandle) -> Record:
-    """Read the record of the folder so far; begin one where there is none."""
+    """Read the record of the folder, or create a new one."""
     if not (folder / RECORD).is_file():
         model = ModelRecord(name=handle.located.name)
         return Record(schema=SCHEMA_VERSION, model=model, probes={}, versions=_list_versions())
     record = read_record(folder)
-    # A run that was killed between the two files has left none.
+    # There is no hash if a run was killed between writing the two files.
     if record.answers_sha256 is not None:
         check_table(folder, record)
     if record.model.sha256 != handle.sha256:
         raise OutputError(
-            f"{folder} holds the answers of another model ({record.model.name}).",
+            f"{folder} has the answers of another model ({record.model.name}).",
             why="Or the model's files have changed since then.",
             hint="Choose another folder for the answers, or remove that one.",
         )
     ran_in = (record.model.runtime or {}).get("name", TRANSFORMERS)
     if record.probes and ran_in != handle.runtime.name:
         raise OutputError(
-            f"{folder} holds answers that {record.model.name} gave in {ran_in}, not in {handle.runtime.name}.",
+            f"{folder} has answers of {record.model.name} in {ran_in}, not in {handle.runtime.name}.",
             hint=f"Choose another folder for the answers, or pass --runtime {ran_in}.",
         )
     return replace(record, versions=_list_versions())

@@ -354,7 +354,11 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     ),
     "a folder that is missing": (("{place}/bert", "./none"), 1, ("./none: no such folder",)),
     "a file for a folder": (("{place}/bert", "{place}/facts.jsonl"), 1, ("is a file, not a checkpoint",)),
-    "a folder of answers": (("{place}/bert", "{place}/on-bert"), 2, ("on-bert holds answers", "compressknow report")),
+    "a folder of answers": (
+        ("{place}/bert", "{place}/on-bert"),
+        2,
+        ("on-bert is an answers folder", "compressknow report"),
+    ),
     "no weights": (("{place}/bert", "{place}/hollow"), 1, ("hollow has no weights",)),
     "a damaged file": (("{place}/bert", "{place}/damaged"), 1, ("is not a sound safetensors file",)),
     "a damaged config": (("{place}/bert", "{place}/scrambled"), 1, ("config.json cannot be read",)),
@@ -364,7 +368,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "a gate of what is not evaluated": (
         (*LLAMAS, *FACTS, "--fail-under", "captial=0.9", "--answers", "kept"),
         2,
-        ("no facts of a domain or relation captial", "Did you mean capital?"),
+        ("no facts have the domain or relation captial", "Did you mean capital?"),
     ),
     "a gate in percent": ((*LLAMAS, *FACTS, "--fail-under", "95"), 2, ("--fail-under must be between 0 and 1",)),
     "an unknown probe": ((*LLAMAS, "-p", "atlsa"), 2, ("Did you mean atlas?",)),

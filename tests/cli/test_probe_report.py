@@ -82,7 +82,7 @@ FACTS = ("-p", "facts:{place}/facts.jsonl")
 BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "an unknown probe": ((*PROBE, "-p", "atlsa"), 2, ("Unknown probe 'atlsa'", "Did you mean atlas?")),
     "a set that is not there": ((*PROBE, "-p", "lama:trex"), 2, ("lama:trex does not come with", "--data DIR")),
-    "a folder that holds no set": ((*PROBE, "-p", "bear", "--data", "."), 2, ("does not hold bear",)),
+    "a folder that holds no set": ((*PROBE, "-p", "bear", "--data", "."), 2, ("does not contain bear",)),
     "a data folder that is missing": ((*PROBE, "-p", "bear", "--data", "none"), 2, ("'none' does not exist",)),
     "a facts file that is missing": ((*PROBE, "-p", "facts:none.jsonl"), 2, ("There is no file none.jsonl",)),
     "facts of a user that there is not": ((*PROBE, "-p", "facts:~no-such-user/x.jsonl"), 2, ("There is no file ~no-",)),
@@ -117,12 +117,12 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "a sample of answers": (
         (*REPORT, "--limit", "9"),
         2,
-        ("--limit 9 decides what is evaluated", "hold something else"),
+        ("--limit 9 decides what is evaluated", "have other answers"),
     ),
     "wordings of answers": (
         (*REPORT, "--templates", "2"),
         2,
-        ("--templates 2 decides what is evaluated", "hold something else"),
+        ("--templates 2 decides what is evaluated", "have other answers"),
     ),
     "a wording of answers that have none": ((*REPORT, "--template", "2"), 2, ("No probe here takes --template.",)),
     "the speed of answers, early": (
@@ -130,8 +130,8 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         2,
         ("--time measures models, and these are answers folders",),
     ),
-    "the precision of answers": ((*REPORT, "--dtype", "bfloat16"), 2, ("--dtype says how models are run",)),
-    "the runtime of answers": ((*REPORT, "--runtime", "transformers"), 2, ("--runtime says how models are run",)),
+    "the precision of answers": ((*REPORT, "--dtype", "bfloat16"), 2, ("--dtype determines how models are run",)),
+    "the runtime of answers": ((*REPORT, "--runtime", "transformers"), 2, ("--runtime determines how models are run",)),
     "the speed of answers": ((*REPORT, "--time"), 2, ("--time measures models, and these are answers folders",)),
     "a revision of a folder": ((*PROBE, *FACTS, "--revision", "v1"), 2, ("there is no revision v1",)),
     "requests to no server": ((*PROBE, *FACTS, "--parallel", "8"), 2, ("--parallel is for a server",)),
@@ -163,17 +163,17 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "a gate of what is not evaluated": (
         ("report", "{place}/llama", "{place}/llama-5", *FACTS, "--fail-under", "captial=0.9", "--answers", "kept"),
         2,
-        ("no facts of a domain or relation captial", "Did you mean capital?"),
+        ("no facts have the domain or relation captial", "Did you mean capital?"),
     ),
     "a gate of what no stored answer is of": (
         (*REPORT, "--fail-under", "captial=0.9"),
         2,
-        ("no facts of a domain or relation captial", "Did you mean capital?"),
+        ("no facts have the domain or relation captial", "Did you mean capital?"),
     ),
     "a gate of a text": (
         ("report", "{place}/llama", "{place}/llama-5", "-p", "text:{place}/facts.jsonl", "--fail-under", "0.9"),
         2,
-        ("--fail-under counts facts, and text:facts.jsonl is a text", "-p atlas"),
+        ("--fail-under needs facts, and text:facts.jsonl is a text", "-p atlas"),
     ),
     "an unknown format": ((*REPORT, "-o", "report.pdf"), 2, ("report.pdf", ".html, .md, .json or .xml")),
     "a format that is missing": ((*REPORT, "-o", "report"), 2, (".html, .md, .json or .xml",)),

@@ -215,7 +215,7 @@ def test_a_damaged_record_without_a_seal_is_one_error(damage: dict[str, Any], tm
 
 def test_a_record_of_another_version_says_which(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text(json.dumps(RECORD_OF | {"schema": 2}))
-    with pytest.raises(CompressknowError, match="schema 2, this version reads 1"):
+    with pytest.raises(CompressknowError, match="schema 2, but this version reads schema 1"):
         read_answers(tmp_path)
 
 

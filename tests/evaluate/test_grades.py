@@ -258,10 +258,10 @@ def test_a_greedy_text_goes_on_past_what_opens_it(tmp_path: Path) -> None:
     room = max(map(len, query.options)) + 1
     article, other = (scorer.encoder.ids(text)[:1] for text in ("the", query.fact.sub_label))
     assert scorer.encoder.decode(article) == "the"
-    assert scorer.goes_on(query, [*article, *other * (room - 1)])
-    assert scorer.goes_on(query, [*article, *other * room])
-    assert not scorer.goes_on(query, [*article, *other * (room + 1)])
-    assert not scorer.goes_on(query, list(other * room))
+    assert scorer.needs_more(query, [*article, *other * (room - 1)])
+    assert scorer.needs_more(query, [*article, *other * room])
+    assert not scorer.needs_more(query, [*article, *other * (room + 1)])
+    assert not scorer.needs_more(query, list(other * room))
 
 
 def test_a_tokenizer_that_changes_a_text_says_it_all_the_same() -> None:

@@ -285,7 +285,7 @@ def test_two_files_are_compared(place: Path, tmp_path: Path) -> None:
 @needs_gguf
 def test_answers_of_one_runtime_are_not_taken_for_those_of_another(place: Path, tmp_path: Path) -> None:
     ask(place / "F16.gguf", tmp_path / "answers", place / "facts.jsonl")
-    with pytest.raises(OutputError, match=r"gave in llama\.cpp, not in transformers"):
+    with pytest.raises(OutputError, match=r" in llama\.cpp, not in transformers"):
         ask(place / "F16.gguf", tmp_path / "answers", place / "facts.jsonl", UNPACKED)
     facts = [f"facts:{place / 'facts.jsonl'}"]
     for settings in (Settings(), UNPACKED):

@@ -58,7 +58,7 @@ def test_a_set_that_is_not_there_says_where_to_get_and_to_put_it(
 ) -> None:
     without, elsewhere = message(name), message(name, data=tmp_path)
     assert f"{name} does not come with compressknow." in without
-    assert f"{tmp_path} does not hold {name}." in elsewhere
+    assert f"{tmp_path} does not contain {name}." in elsewhere
     assert all(source in text and f"{folder} and pass --data DIR" in text for text in (without, elsewhere))
 
 

@@ -106,7 +106,7 @@ def one_on(name: str) -> str:
         (b'prompt,obj_label\n"Paris" lies in [MASK].,France\n', "line 2: "),
         (b"prompt;obj_label\nParis lies in [MASK].;France\n", "its first line has no comma"),
         (b"prompt,obj_label,prompt\nParis lies in [MASK].,France,Rome lies in [MASK].\n", "two columns 'prompt'"),
-        (b"", "holds no facts"),
+        (b"", "has no facts"),
     ],
 )
 def test_what_is_wrong_with_a_csv_is_told_with_its_line(content: bytes, said: str, tmp_path: Path) -> None:
@@ -167,21 +167,21 @@ def test_a_line_may_hold_unicode_line_separators(tmp_path: Path) -> None:
         ({"prompt": "A [MASK]."}, "obj_label: missing"),
         ({"obj_label": "Paris"}, "prompt: missing, and no template either"),
         ({"template": "[X] is [Y].", "obj_label": "a"}, "sub_label: missing; the template needs it"),
-        ({**PROMPT, "prompt": "No blank."}, "prompt: holds [MASK] 0 times, not once"),
-        ({**PROMPT, "prompt": "[MASK] and [MASK]."}, "prompt: holds [MASK] 2 times, not once"),
-        ({**TEMPLATE, "template": "[X] is."}, "template: must hold [X], and [Y] once"),
-        ({**TEMPLATE, "template": "He is [Y]."}, "template: must hold [X], and [Y] once"),
-        ({**TEMPLATE, "template": "[X] is [Y] or [Y]."}, "template: must hold [X], and [Y] once"),
-        ({**TEMPLATE, "sub_label": "the [MASK]"}, "sub_label: holds [MASK]"),
+        ({**PROMPT, "prompt": "No blank."}, "prompt: has [MASK] 0 times, not once"),
+        ({**PROMPT, "prompt": "[MASK] and [MASK]."}, "prompt: has [MASK] 2 times, not once"),
+        ({**TEMPLATE, "template": "[X] is."}, "template: must contain [X], and [Y] once"),
+        ({**TEMPLATE, "template": "He is [Y]."}, "template: must contain [X], and [Y] once"),
+        ({**TEMPLATE, "template": "[X] is [Y] or [Y]."}, "template: must contain [X], and [Y] once"),
+        ({**TEMPLATE, "sub_label": "the [MASK]"}, "sub_label: contains [MASK]"),
         ({**PROMPT, "obj_label": 7}, "obj_label: must be a non-empty string"),
         ({**PROMPT, "obj_label": " "}, "obj_label: must be a non-empty string"),
         ({**PROMPT, "relation": None}, "relation: must be a non-empty string"),
         ({**PROMPT, "id": 1.5}, "id: must be a non-empty string"),
-        ({**PROMPT, "candidates": "Paris"}, "candidates: must be a list of texts, none empty"),
-        ({**PROMPT, "candidates": ["Paris", 1]}, "candidates: must be a list of texts, none empty"),
+        ({**PROMPT, "candidates": "Paris"}, "candidates: must be a list of non-empty strings"),
+        ({**PROMPT, "candidates": ["Paris", 1]}, "candidates: must be a list of non-empty strings"),
         ({**PROMPT, "candidates": ["Paris"]}, "candidates: must be at least 2"),
-        ({**PROMPT, "candidates": ["Paris", "Rome", "Rome"]}, "candidates: hold one answer twice"),
-        ({**PROMPT, "candidates": ["Paris", "Málaga", "Ma\u0301laga"]}, "candidates: hold one answer twice"),
+        ({**PROMPT, "candidates": ["Paris", "Rome", "Rome"]}, "candidates: one of them is repeated"),
+        ({**PROMPT, "candidates": ["Paris", "Málaga", "Ma\u0301laga"]}, "candidates: one of them is repeated"),
         ({**PROMPT, "candidates": ["Rome", "Bonn"]}, "candidates: the object 'Paris' is not among them"),
         ({**PROMPT, "popularity": 0}, "popularity: must be a number above 0, and at most 2^53"),
         ({**PROMPT, "popularity": True}, "popularity: must be a number above 0, and at most 2^53"),
@@ -201,15 +201,15 @@ def test_broken_lines_are_named_by_column(tmp_path: Path) -> None:
     lines = message(path).split("\n")[1:]
     assert lines[:3] == [
         "  line 1, column 12: not JSON: Expecting value",
-        "  line 2, column 1: a JSON object {...} belongs here",
+        "  line 2, column 1: not a JSON object {...}",
         "  line 3, column 13: not UTF-8",
     ]
-    assert lines[3].startswith("  line 4, column 1: not JSON")
+    assert lines[3].startswith("  line 4, column 1: JSON that is nested too deeply")
 
 
 def test_two_facts_of_one_id_are_an_error_that_names_both_lines(tmp_path: Path) -> None:
     path = written(tmp_path, {**PROMPT, "id": "x"}, TEMPLATE, {**PROMPT, "id": "x"})
-    assert "line 3, id: 'x' is the id of line 1 too" in message(path)
+    assert "line 3, id: 'x' is also the id of line 1" in message(path)
 
 
 def test_the_first_five_errors_are_shown_and_the_others_counted(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_the_first_five_errors_are_shown_and_the_others_counted(tmp_path: Path) 
 def test_an_empty_file_is_an_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(content)
-    assert "holds no facts" in message(path)
+    assert "has no facts" in message(path)
 
 
 words = st.text(st.characters(codec="utf-8")).map(str.strip).filter(lambda text: bool(text) and BLANK not in text)

@@ -155,7 +155,8 @@ def test_a_run_says_which_damaged_answers_to_remove_and_gives_them_again(
     if (name, damage) != (RECORD, "removed"):
         with pytest.raises(DamagedAnswers, match=f"/{name}|{name} is missing or damaged") as told:
             ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
-        assert told.value.hint == f"Remove {tmp_path / 'a'}, and repeat the command: what was in it is evaluated again."
+        hint = f"Remove {tmp_path / 'a'}, and repeat the command, which evaluates its contents again."
+        assert told.value.hint == hint
         shutil.rmtree(tmp_path / "a")
     ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
     assert (tmp_path / "a" / TABLE).read_bytes() == whole
@@ -178,7 +179,7 @@ def test_changed_weights_are_refused_in_the_folder_of_the_old_ones(place: Path, 
     ask(model, tmp_path / "a", place / "facts.jsonl")
     before = bytes_of(tmp_path / "a")
     shutil.copy(place / "llama-3" / "model.safetensors", model / "model.safetensors")
-    with pytest.raises(OutputError, match="holds the answers of another model") as error:
+    with pytest.raises(OutputError, match="has the answers of another model") as error:
         ask(model, tmp_path / "a", place / "facts.jsonl")
     assert "files have changed since then" in str(error.value.why)
     assert bytes_of(tmp_path / "a") == before

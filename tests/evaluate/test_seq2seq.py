@@ -176,5 +176,5 @@ def test_a_model_that_hears_is_not_asked_without_its_encoder(tmp_path: Path) -> 
 def test_a_tokenizer_that_knows_no_blank_is_refused() -> None:
     tokenizer = word_tokenizer()
     tokenizer.mask_token = None
-    with pytest.raises(UnsupportedError, match="cannot fill in blanks"):
+    with pytest.raises(UnsupportedError, match="cannot fill blanks"):
         answers_to(tiny("bart"), tokenizer, "seq2seq", as_probe(word_facts()))

@@ -329,7 +329,7 @@ def test_a_gate_of_no_name_of_a_task_is_refused_before_it_is_run(tmp_path: Path)
     atlas, single, group = open_all(["atlas", "lm-eval:cloze", "lm-eval:all"], Options(tasks=folder))
     for name in (None, "cloze", "general", "science", "animal_class"):
         check_gated([atlas, single], [name])
-    with pytest.raises(UsageError, match=r"no facts of a domain or relation clozes\.\nDid you mean cloze\?"):
+    with pytest.raises(UsageError, match=r"no facts have the domain or relation clozes\.\nDid you mean cloze\?"):
         check_gated([atlas, single], ["clozes"])
     with pytest.raises(UsageError, match=r"relation boolqs\.\nDid you mean boolq\?"):
         check_gated([open_task("lm-eval:boolq")], ["boolqs"])
@@ -440,7 +440,7 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         "lm-eval:helaswag": "no task 'helaswag'.\nDid you mean hellaswag",
         "lm-eval:clozes": "Did you mean cloze",
         "lm-eval:boolqq": "Did you mean boolq",
-        "lm-eval:cloze": "needs cloze.jsonl, which neither its task folder nor --data holds.\nPut it beside 0.yaml",
+        "lm-eval:cloze": "needs cloze.jsonl, which is neither in its task folder nor in --data.\nPut it next to 0.yaml",
     }.items():
         with pytest.raises(UsageError, match=re.escape(why)):
             open_task(name, include=folder, data=tmp_path)
@@ -493,11 +493,11 @@ def test_what_cannot_be_run_is_refused(llama: LanguageModel, tmp_path: Path, mon
         open_task("lm-eval:boolq").run(llama)
 
     write_jsonl(tmp_path / "data" / "boolq.jsonl", [{"text": "x"}])
-    with pytest.raises(CompressknowError, match=r"cannot be loaded[\s\S]*Its rows hold passage"):
+    with pytest.raises(CompressknowError, match=r"cannot be loaded[\s\S]*Its rows must have passage"):
         open_task("lm-eval:boolq", data=tmp_path / "data").run(llama)
 
     long = cloze(tmp_path / "long", rows=[cloze_rows(1)[0] | {"choices": ["red " * 65, "clay"]}])
-    with pytest.raises(CompressknowError, match="longer than the 64 tokens that the model takes"):
+    with pytest.raises(CompressknowError, match="longer than the 64 tokens that the model can read"):
         open_task("lm-eval:cloze", include=long).run(llama)
 
     perplexity = {"output_type": "loglikelihood_rolling", "doc_to_target": "{{before}}", "doc_to_choice": None}

@@ -117,7 +117,7 @@ def test_a_masked_model_saved_as_a_causal_one_is_refused() -> None:
     config = transformers.BertConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
     )
-    with silent(), pytest.raises(UnsupportedError, match="sees the tokens after") as refused:
+    with silent(), pytest.raises(UnsupportedError, match="sees the tokens that it is to predict") as refused:
         answers_to(transformers.BertLMHeadModel(config).eval(), word_tokenizer(), "causal", as_probe(two_facts()))
     assert "is_decoder" in str(refused.value)
 

@@ -486,7 +486,7 @@ def test_a_text_that_the_model_cannot_read_or_that_is_alone_is_refused_first(
     assert bert.search("found", "--keep", str(KEEP), "-p", f"text:{text}") != 0
     assert not list((tmp_path / "found").rglob("answers.parquet"))
     assert main(["search", str(llama.model), "-o", str(tmp_path / "bad"), "--keep", "0.9", "-p", f"text:{text}"]) == 2
-    assert "A search counts facts, and text:some.txt is a text." in capsys.readouterr().err
+    assert "A search needs facts, and text:some.txt is a text." in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
 
 

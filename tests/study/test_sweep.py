@@ -542,12 +542,12 @@ def test_a_task_that_does_not_tell_what_is_said_is_refused_before_any_work(
 ) -> None:
     pytest.importorskip("lm_eval")
     assert llama.sweep("bad", "-p", "lm-eval:piqa", "--known", "produced") == 2
-    assert "The answers to lm-eval:piqa do not tell what a model says" in capsys.readouterr().err
+    assert "The answers to lm-eval:piqa have no generated text" in capsys.readouterr().err
     assert not (llama.folder / "bad").exists()
     for verb in ("report", "compare"):
         again = [verb, str(llama.model), str(llama.model), "-p", "lm-eval:piqa", "--known", "produced"]
         assert main(again) == 2
-        assert "The answers to lm-eval:piqa do not tell what a model says" in capsys.readouterr().err
+        assert "The answers to lm-eval:piqa have no generated text" in capsys.readouterr().err
 
 
 def test_a_reading_of_known_that_there_is_not_is_refused(llama: Place) -> None:
@@ -602,7 +602,7 @@ def test_a_text_beside_the_facts_gives_each_cell_its_perplexity(llama: Place, tm
 def test_a_text_alone_is_no_study(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
     text = text_of(llama)
     assert main(["sweep", str(llama.model), "-o", str(llama.folder / "bad"), "-p", f"text:{text}"]) == 2
-    assert "A sweep counts facts, and text:facts.txt is a text." in capsys.readouterr().err
+    assert "A sweep needs facts, and text:facts.txt is a text." in capsys.readouterr().err
     assert not (llama.folder / "bad").exists()
 
 

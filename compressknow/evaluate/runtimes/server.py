@@ -102,7 +102,7 @@ class ServedScorer(CausalScorer):
         answer = self._choose(query, first) if query.options else self._judge(query, first, text)
         return [_add_first(add_grade(answer, query.fact, text), first, wanted)]
 
-    def answer_anew(
+    def rescore(
         self,
         batch: Sequence[Query],
         answers: Sequence[Answer],
@@ -112,7 +112,7 @@ class ServedScorer(CausalScorer):
         (query,), (answer,), wanted = batch, answers, _get_wanted(reference)
         return [_add_first(answer, self._served.predict(query.prompt, wanted or ()), wanted)]
 
-    def say(self, batch: Sequence[Query]) -> list[str]:
+    def generate_answers(self, batch: Sequence[Query]) -> list[str]:
         return [find_choice(self._write(query), list_choices(query.fact)) for query in batch]
 
     def _write(self, query: Query) -> str:

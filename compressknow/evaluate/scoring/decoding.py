@@ -24,21 +24,21 @@ from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, ROWS, SLACK_TOK
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Logits of one forward pass, at most: 256 MB of float32.
+# Maximum logits of one forward pass: 256 MB in float32.
 LOGITS = 1 << 26
-# Tokens that one pass scores in about the time of one.
+# Tokens that one pass scores in about the time of a single one.
 FEW_TOKENS = 64
-# Tokens by which a model is tried.
-TRIED = 3
-# By the names of a forward pass: ids and mask [batch, encoder tokens], and the encoder's own output, whose
+# Tokens of a test of the model's cache.
+TEST_TOKENS = 3
+# Arguments of a decoder's forward pass: ids and mask [batch, encoder tokens], and the encoder's output, whose
 # `last_hidden_state` is [batch, encoder tokens, hidden].
 Encoded = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Batch of texts that a decoder has read: ids [batch, tokens], keys and values of these tokens, or None if the
-    architecture keeps none that can be split by rows, and what a forward pass takes of an encoder."""
+    """Batch of prefixes that a decoder has read: ids [batch, tokens], their key-value cache, or None if that cannot be
+    split by rows, and the encoder's arguments of a forward pass."""
 
     ids: torch.Tensor
     cache: Any
@@ -46,13 +46,13 @@ class Prefix:
 
 
 class DecodingScorer(Scorer):
-    """Scores what follows a prefix, the cache of the prefix shared by all that may follow."""
+    """Scorer of continuations of a prefix, which share the prefix's cache."""
 
     by_weights = ("_is_rounding",)
-    # Whether what the model gives at a token depends on those after it, or on their number (ProphetNet, XLNet), so that
-    # each token needs a pass over all before it; None until it is tried.
+    # Whether the output at a token depends on later tokens, or on their number (ProphetNet, XLNet), so that each token
+    # needs a pass over all tokens before it; None until it is tested.
     reads_ahead: bool | None = None
-    # Whether it goes on from the cache of what comes before.
+    # Whether the model can continue from its cache.
     _caches = False
 
     @abstractmethod
@@ -70,43 +70,43 @@ class DecodingScorer(Scorer):
     def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
         scores = scores.copy()
         longer = sorted((row for row, (_, ids) in enumerate(rows) if len(ids) > 1), key=lambda row: -len(rows[row][1]))
-        together = max(1, min(ROWS, LOGITS // self._rows))
-        for start in range(0, len(longer), together):
-            self._walk(state, rows, longer[start : start + together], scores, bars)
+        size = max(1, min(ROWS, LOGITS // self._rows))
+        for start in range(0, len(longer), size):
+            self._finish_rows(state, rows, longer[start : start + size], scores, bars)
         return scores
 
-    def _walk(
-        self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], walking: list[int], scores: Scores, bars: Scores
+    def _finish_rows(
+        self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], active: list[int], scores: Scores, bars: Scores
     ) -> None:
-        """Finish the rows `walking`, a token per pass, so that a row stops where it falls below its bar; `scores` are
-        changed in place. A few rows go on to their ends in one pass: it reads all weights, whatever it scores. Not
-        where activations are rounded: how many rows there are would show in the scores (see `_is_rounding`)."""
-        cache, places, known = prefix.cache, [rows[row][0] for row in walking], 1
-        while walking:
-            left = max(len(rows[row][1]) for row in walking) - known
-            one_pass = not self.reads_ahead and not self._is_rounding and len(walking) * left <= FEW_TOKENS
-            width = left if one_pass else 1
-            cache = select_rows(cache, torch.tensor(places, device=prefix.ids.device))
-            log_probs, cache = self._score_more(prefix, [rows[row] for row in walking], cache, known, width)
-            scores[walking] += log_probs
+        """Finish the `active` rows, one token per pass, so that a row stops once it is below its bar; `scores` are
+        changed in place. A few rows are finished in one pass, whose time is that of reading all weights. Not if
+        activations are rounded, as scores would depend on the number of rows (see `_is_rounding`)."""
+        cache, indices, known = prefix.cache, [rows[row][0] for row in active], 1
+        while active:
+            remaining = max(len(rows[row][1]) for row in active) - known
+            one_pass = not self.reads_ahead and not self._is_rounding and len(active) * remaining <= FEW_TOKENS
+            width = remaining if one_pass else 1
+            cache = select_rows(cache, torch.tensor(indices, device=prefix.ids.device))
+            log_probs, cache = self._score_more(prefix, [rows[row] for row in active], cache, known, width)
+            scores[active] += log_probs
             known += width
-            places = [n for n, row in enumerate(walking) if known < len(rows[row][1]) and not scores[row] < bars[row]]
-            walking = [walking[place] for place in places]
+            indices = [n for n, row in enumerate(active) if known < len(rows[row][1]) and not scores[row] < bars[row]]
+            active = [active[index] for index in indices]
 
     def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str]:
         written = self.generate(batch, log_probs, state)
         return [self.encoder.decode(list(takewhile(lambda token: not self.ends(token), ids))) for ids in written]
 
     def generate(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[list[int]]:
-        """Return the likeliest tokens after each prompt, decoded greedily as far as each `goes_on`."""
+        """Return the greedy continuation of each prompt, as long as it `needs_more`."""
         written = [[token] for token in log_probs.argmax(-1).tolist()]
         cache, rows = None, list(range(len(batch)))
-        while going := [place for place, row in enumerate(rows) if self.goes_on(batch[row], written[row])]:
-            # The prefix keeps its own cache.
-            if cache is None or len(going) < len(rows):
-                rows = [rows[place] for place in going]
+        while active := [index for index, row in enumerate(rows) if self.needs_more(batch[row], written[row])]:
+            # Copy the prefix's cache, which others use too.
+            if cache is None or len(active) < len(rows):
+                rows = [rows[index] for index in active]
                 cache = select_rows(
-                    state.cache if cache is None else cache, torch.tensor(going, device=state.ids.device)
+                    state.cache if cache is None else cache, torch.tensor(active, device=state.ids.device)
                 )
             last = torch.tensor([written[row] for row in rows], device=state.ids.device)
             read = last[:, -1:] if cache is not None else torch.cat([state.ids[rows], last], dim=1)
@@ -115,9 +115,9 @@ class DecodingScorer(Scorer):
                 written[row].append(token)
         return written
 
-    def goes_on(self, query: Query, written: Sequence[int]) -> bool:
-        """Return whether a greedy text needs more tokens to tell what it says: up to as many as the longest candidate
-        has, and one more, which shows whether the last word ends there; two more where quotes or an article open it."""
+    def needs_more(self, query: Query, written: Sequence[int]) -> bool:
+        """Return whether a greedy text needs more tokens to show its answer: at most as many as the longest candidate,
+        and one more, which shows whether the last word has ended; two more if it begins with quotes or an article."""
         if len(written) >= self._count_room(query, written) or self.ends(written[-1]):
             return False
         return tuple(written[:-1]) not in query.options
@@ -133,38 +133,40 @@ class DecodingScorer(Scorer):
             room = len(ids) + 1
         else:
             room = len(query.gold) + SLACK_TOKENS
-        # The last one that is written is not read.
+        # The last token is generated but not read.
         return room if self._most is None else max(1, min(room, self._most - max(query.shape) + 1))
 
     def read(
         self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None = None
     ) -> tuple[torch.Tensor, Prefix]:
-        """Read the prefixes of a batch: log-probabilities of the next token, [batch, vocabulary], and what is left."""
+        """Read the prefixes of a batch; return log-probabilities of the next token, [batch, vocabulary], and a `Prefix`
+        to continue from."""
         if self.reads_ahead is None:
-            self._try_reading(batch[:2], ids[:2], select_encoded(encoder, slice(2)))
+            self._test_model(batch[:2], ids[:2], select_encoded(encoder, slice(2)))
         logits, cache = self.forward(ids, None, encoder, 1)
         return logits[:, -1].float().log_softmax(-1), Prefix(ids, cache, encoder)
 
     def run(self, cache: Any, keep: int, **inputs: Any) -> tuple[Any, Any]:
-        """Run the model from a cache, or without, where it has none of use; gives what `forward` does."""
-        more = {self._cache_name: cache, "use_cache": True} if self._caches else {"use_cache": False}
-        output = self.model(**inputs, **more)
-        after = check_splittable(getattr(output, self._cache_name, None)) if self._caches else None
-        return output.logits[:, -keep:], after
+        """Run the model from a cache, if it has a usable one; return what `forward` does."""
+        options = {self._cache_name: cache, "use_cache": True} if self._caches else {"use_cache": False}
+        output = self.model(**inputs, **options)
+        updated = check_splittable(getattr(output, self._cache_name, None)) if self._caches else None
+        return output.logits[:, -keep:], updated
 
     @cached_property
     def _is_rounding(self) -> bool:
-        """Return whether the model makes much of a last bit. Attention over several tokens of a text in one pass adds
-        in another order than over one, so each pass takes one."""
+        """Return whether activations are rounded, which amplifies differences in the last bit. Attention over several
+        tokens in one pass adds in another order than over one, so each pass then reads one."""
         return has_rounded_activations(self.model)
 
-    def _try_reading(self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None) -> None:
-        """Find out by two queries whether this model reads ahead and, if not, whether it goes on from its cache."""
-        # No longer than the prompts, where these are long: they may end at the last position that there is.
-        prefix = ids[:, :-TRIED] if ids.shape[1] > TRIED else ids
-        more = torch.tensor([(query.gold + query.prompt * TRIED)[:TRIED] for query in batch], device=ids.device)
+    def _test_model(self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None) -> None:
+        """Test with two queries whether this model reads ahead and, if not, whether it can continue from its cache."""
+        # Long prompts may end at the model's last position, so do not exceed them.
+        prefix = ids[:, :-TEST_TOKENS] if ids.shape[1] > TEST_TOKENS else ids
+        tokens = [(query.gold + query.prompt * TEST_TOKENS)[:TEST_TOKENS] for query in batch]
+        more = torch.tensor(tokens, device=ids.device)
         whole, known = torch.cat([prefix, more], dim=1), prefix.shape[1]
-        # Activations that are rounded to 8 bits differ by more than what is looked for here.
+        # Rounding activations to 8 bits causes larger differences than those to detect.
         with disable_rounding(self.model):
             self._caches = False
             expected, _ = self.forward(whole, None, encoder, whole.shape[1])
@@ -175,13 +177,13 @@ class DecodingScorer(Scorer):
             try:
                 self._caches = self._is_cache_sound(prefix, more, encoder, expected[:, known:])
             except Exception:
-                # The architecture has none, or none that can be used like this.
+                # The architecture has no such cache.
                 self._caches = False
 
     def _is_cache_sound(
         self, prefix: torch.Tensor, more: torch.Tensor, encoder: Encoded | None, expected: torch.Tensor
     ) -> bool:
-        """Return whether what follows gets from a cache, some rows of it taken twice, the logits that are expected."""
+        """Return whether continuing from a cache, with each row selected twice, gives the expected logits."""
         rows = torch.arange(len(prefix), device=prefix.device)
         _, cache = self.forward(prefix, None, encoder, 1)
         if cache is None:
@@ -190,9 +192,9 @@ class DecodingScorer(Scorer):
         self.forward(more.flip(0)[:, -1:], select_rows(cache, rows), encoder, 1)
         every, twice = torch.arange(2 * len(rows), device=rows.device), torch.cat([rows, rows.flip(0)])
         encoder = select_encoded(encoder, every % len(rows))
-        one, cache = self.forward(more[twice, :1], select_rows(cache, twice), encoder, 1)
-        others, _ = self.forward(more[twice, 1:], select_rows(cache, every), encoder, TRIED - 1)
-        return is_same(torch.cat([one, others], dim=1), expected[twice])
+        first, cache = self.forward(more[twice, :1], select_rows(cache, twice), encoder, 1)
+        others, _ = self.forward(more[twice, 1:], select_rows(cache, every), encoder, TEST_TOKENS - 1)
+        return is_same(torch.cat([first, others], dim=1), expected[twice])
 
     @cached_property
     def _cache_name(self) -> str:
@@ -201,40 +203,40 @@ class DecodingScorer(Scorer):
     def _score_more(
         self, prefix: Prefix, rows: Sequence[tuple[int, Ids]], cache: Any, known: int, width: int
     ) -> tuple[Scores, Any]:
-        """Sum the log-probabilities of the next `width` tokens after `known` ones, [rows], and return them with the
-        cache afterwards. Shorter options are filled up at their ends, which no token before sees."""
+        """Return the summed log-probabilities of the next `width` tokens after `known` ones, [rows], and the updated
+        cache. Shorter options are padded at their ends, which does not affect the tokens before."""
         device, end = prefix.ids.device, known + width
         ids = torch.tensor([option[:end] + option[-1:] * (end - len(option)) for _, option in rows], device=device)
-        real = torch.tensor([[place < len(option) for place in range(known, end)] for _, option in rows], device=device)
+        real = torch.tensor([[n < len(option) for n in range(known, end)] for _, option in rows], device=device)
         queries = torch.tensor([index for index, _ in rows], device=device)
         read = ids[:, known - 1 : -1]
         if cache is None:
             read = torch.cat([prefix.ids[queries], ids[:, :-1]], dim=1)
-        logits, after = self.forward(read, cache, select_encoded(prefix.encoder, queries), width)
+        logits, updated = self.forward(read, cache, select_encoded(prefix.encoder, queries), width)
         logits = logits.float()
         log_probs = logits.gather(2, ids[:, known:].unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
         scores: Scores = log_probs.double().where(real, 0.0).sum(1).cpu().numpy()
-        return scores, None if cache is None else after
+        return scores, None if cache is None else updated
 
 
 def find_cache_name(model: PreTrainedModel) -> str:
-    """Return what `forward` calls the cache; code that comes with a checkpoint may use the older name."""
+    """Return the name of the cache argument of `forward`; code in a checkpoint may use the older name."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def can_cut_logits(model: PreTrainedModel) -> bool:
-    """Return whether `forward` computes the logits of the last positions alone, where that is asked for."""
+    """Return whether `forward` can compute logits of only the last positions."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def is_same(logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return whether logits are the same but for rounding; those of a broken model, that are not numbers, pass."""
-    room = torch.finfo(logits.dtype).eps ** 0.5 * max(1.0, float(expected.abs().max()))
-    return not bool(((logits - expected).abs() > room).any())
+    """Return whether logits are the same except for rounding; NaN, from a broken model, counts as the same."""
+    tolerance = torch.finfo(logits.dtype).eps ** 0.5 * max(1.0, float(expected.abs().max()))
+    return not bool(((logits - expected).abs() > tolerance).any())
 
 
 def check_splittable(cache: Any) -> Any:
-    """Return the cache, if its rows can be taken apart; None for states of another kind (Mamba's, for one)."""
+    """Return the cache if its rows can be selected; None for other kinds of states, such as Mamba's."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
     if isinstance(cache, EncoderDecoderCache):
@@ -251,12 +253,12 @@ def select_encoded(encoder: Encoded | None, rows: Any) -> Encoded | None:
     if encoder is None:
         return None
     output = encoder["encoder_outputs"]
-    chosen = {name: encoder[name][rows] for name in ("input_ids", "attention_mask")}
-    return {**chosen, "encoder_outputs": type(output)(last_hidden_state=output.last_hidden_state[rows])}
+    inputs = {name: encoder[name][rows] for name in ("input_ids", "attention_mask")}
+    return {**inputs, "encoder_outputs": type(output)(last_hidden_state=output.last_hidden_state[rows])}
 
 
 def select_rows(cache: Any, rows: torch.Tensor) -> Any:
-    """Return a new cache of these rows; the old one keeps its own."""
+    """Return a new cache with these rows; the old one is unchanged."""
     from transformers.cache_utils import EncoderDecoderCache
 
     if cache is None:
@@ -272,8 +274,8 @@ def select_rows(cache: Any, rows: torch.Tensor) -> Any:
     return selected
 
 
-# Texts that are continued at once.
-_TOGETHER = 8
+# Texts to continue in one batch.
+_BATCH_SIZE = 8
 
 
 class TransformersReader:
@@ -283,7 +285,7 @@ class TransformersReader:
         self._model, self._tokenizer = model, tokenizer = loaded.model, loaded.tokenizer
         self.rows = count_embedding_rows(model)
         self.most = count_positions(model, tokenizer)
-        # By what the tokenizer puts before a text: llama.cpp's ``add_bos_token`` is made of the same.
+        # Whether the tokenizer puts BOS before a text also determines llama.cpp's ``add_bos_token``.
         bos, first = tokenizer.bos_token_id, tokenizer("a", verbose=False)["input_ids"][:1]
         self.bos: int | None = bos if bos is not None and first == [bos] else None
         self._end: int | None = tokenizer.eos_token_id
@@ -295,7 +297,7 @@ class TransformersReader:
         encoded = self._tokenizer(
             text,
             add_special_tokens=False,
-            # Names of special tokens are text like any other, as in llama.cpp.
+            # Read the names of special tokens as ordinary text, as in llama.cpp.
             split_special_tokens=True,
             return_offsets_mapping=fast,
             verbose=False,
@@ -312,24 +314,24 @@ class TransformersReader:
 
     @torch.inference_mode()
     def continue_texts(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        together = _TOGETHER if self._cuts_logits else 1
-        groups = (prompts[start : start + together] for start in range(0, len(prompts), together))
-        return [row for group in groups for row in self._continue(torch.tensor(group), tokens)]
+        size = _BATCH_SIZE if self._cuts_logits else 1
+        batches = (prompts[start : start + size] for start in range(0, len(prompts), size))
+        return [row for batch in batches for row in self._continue(torch.tensor(batch), tokens)]
 
     def _continue(self, ids: torch.Tensor, tokens: int) -> list[list[int]]:
         ids = ids.to(self._model.device)
-        fed, cache, written = ids, None, []
+        inputs, cache, written = ids, None, []
         end = -1 if self._end is None else self._end
         ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for _ in range(tokens):
-            output = self._model(input_ids=fed, use_cache=True, **{self._cache: cache}, **self._list_arguments(1))
+            output = self._model(input_ids=inputs, use_cache=True, **{self._cache: cache}, **self._list_arguments(1))
             written.append(output.logits[:, -1].argmax(-1, keepdim=True))
             ended |= written[-1] == end
             if ended.all():
                 break
             cache = getattr(output, self._cache, None)
-            # Without keys and values of what is read, all of it is read again.
-            fed = written[-1] if cache is not None else torch.cat([ids, *written], dim=1)
+            # Without a cache, the whole text must be read again.
+            inputs = written[-1] if cache is not None else torch.cat([ids, *written], dim=1)
         rows = [list(takewhile(lambda token: token != end, row)) for row in torch.cat(written, dim=1).tolist()]
         return [row + [end] * (tokens - len(row)) for row in rows]
 
@@ -337,14 +339,14 @@ class TransformersReader:
         return token == self._end
 
     def _check_causal(self, ids: Sequence[int]) -> None:
-        """Raise UnsupportedError for a model that sees the token that it is to predict: its figures would lie."""
+        """Raise UnsupportedError if the model sees the tokens that it is to predict, so that figures would be wrong."""
         known = max(2, len(ids) // 2)
         with disable_rounding(self._model):
-            whole, part = (self._compute_logits(some, len(some)) for some in (ids, ids[:known]))
+            whole, part = (self._compute_logits(each, len(each)) for each in (ids, ids[:known]))
         if not is_same(part, whole[:, :known]):
             name = type(self._model).__name__
             raise UnsupportedError(
-                f"{name} sees the tokens after the one that it predicts: it has no perplexity.",
+                f"{name} sees the tokens that it is to predict, so it has no perplexity.",
                 hint="Evaluate it on facts: atlas, lama:..., bear, facts:... and hf:....",
             )
 
@@ -358,9 +360,9 @@ class TransformersReader:
 
 
 def _count_bytes(text: str, ends: Sequence[int]) -> list[int]:
-    """Return how many bytes of UTF-8 the first so many characters take, for each of `ends`. A token inside a character
-    ends where the character does."""
+    """Return the number of UTF-8 bytes before each character position in `ends`. A token that ends within a character
+    counts all of it."""
     points = np.fromiter(map(ord, text), dtype=np.uint32, count=len(text))
     widths = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
-    until = np.concatenate([[0], np.cumsum(widths)])
-    return [int(number) for number in until[np.asarray(ends, dtype=np.int64)]]
+    offsets = np.concatenate([[0], np.cumsum(widths)])
+    return [int(offset) for offset in offsets[np.asarray(ends, dtype=np.int64)]]

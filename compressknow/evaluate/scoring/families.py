@@ -1,4 +1,4 @@
-"""Scorers by family of models: masked, causal, encoder-decoder."""
+"""Scorers of the families of models: masked, causal, encoder-decoder."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Index of the query, the number of tokens of an option, and its beginning: what a pass predicts the next token from.
+# Input of a pass that predicts the next token: index of the query, number of tokens of an option, and its beginning.
 Step = tuple[int, int, Ids]
 END_OF_TEXT = "<|endoftext|>"
 
 
 class MaskedScorer(Scorer):
-    """Masked language models: the answer is what the model puts at the mask.
+    """Scorer of masked language models: the answer is the prediction at the mask.
 
-    A candidate of several tokens is scored by its pseudo-log-likelihood (Salazar et al. 2020), its tokens from left to
-    right: each is predicted with itself and the ones after it masked, so that no part of a name gives another one away
-    (Kauf and Ivanova 2023; ``answer_l2r+word_l2r`` with conditional scores in lm-pub-quiz).
+    A candidate of several tokens is scored by its pseudo-log-likelihood (Salazar et al. 2020) from left to right: each
+    token is predicted with itself and all later ones masked, so that no part of a name reveals another (Kauf and
+    Ivanova 2023; ``answer_l2r+word_l2r`` with conditional scores in lm-pub-quiz).
     """
 
     family = "masked"
-    by_weights = ("_head_alone",)
-    # Whether the head gives the same where it sees the masked positions alone; None until it is tried.
-    _head_alone: bool | None = None
+    by_weights = ("_is_pointwise",)
+    # Whether the head can be run on only the masked positions, with the same result; None until it is tested.
+    _is_pointwise: bool | None = None
 
     def encode_prompt(self, fact: Fact) -> Ids:
         ids = self.encoder.ids(fact.prompt.replace(BLANK, self.tokenizer.mask_token), True)
         if ids.count(self.tokenizer.mask_token_id) != 1:
             raise CheckpointError(
                 f"The tokenizer makes {ids.count(self.tokenizer.mask_token_id)} mask tokens of {fact.prompt!r}.",
-                hint="See that its mask token is one of its special tokens.",
+                hint="Check that its mask token is one of its special tokens.",
             )
         if not fact.gap:
             return ids
-        # Without a token for the space before the mask: that space is part of the answer's first token. Tokenizers
-        # whose mask takes in the space before it, as RoBERTa's does, have none there.
-        place = ids.index(self.tokenizer.mask_token_id)
-        before = ids[place - 1 : place]
-        space = before and before[0] not in self.tokenizer.all_special_ids and not self.encoder.decode(before)
-        return ids[: place - 1] + ids[place:] if space else ids
+        # Drop a token for the space before the mask, which is part of the answer's first token. There is none if the
+        # tokenizer's mask includes this space, as in RoBERTa.
+        blank = ids.index(self.tokenizer.mask_token_id)
+        before = ids[blank - 1 : blank]
+        is_space = before and before[0] not in self.tokenizer.all_special_ids and not self.encoder.decode(before)
+        return ids[: blank - 1] + ids[blank:] if is_space else ids
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:  # noqa: ARG002
         # The model sees what follows anyway.
@@ -72,94 +72,95 @@ class MaskedScorer(Scorer):
         scores = [np.empty(len(query.options)) for query in batch]
         lengths = [np.array([len(ids) for ids in query.options]) for query in batch]
         for length in sorted({length for query in batch for length in map(len, query.options)}):
-            chosen = [index for index, own in enumerate(lengths) if length in own]
-            rows = [self.step(batch[index], length, ()) for index in chosen]
-            masked = log_probs[chosen] if length == 1 else self._compute_log_probs(rows)
-            for row, index in zip(masked, chosen, strict=True):
-                places = np.flatnonzero(lengths[index] == length)
-                heads = torch.tensor([batch[index].options[place][0] for place in places], device=row.device)
-                scores[index][places] = row[heads].double().cpu().numpy()
+            selected = [index for index, each in enumerate(lengths) if length in each]
+            rows = [self.step(batch[index], length, ()) for index in selected]
+            masked = log_probs[selected] if length == 1 else self._compute_log_probs(rows)
+            for row, index in zip(masked, selected, strict=True):
+                options = np.flatnonzero(lengths[index] == length)
+                heads = torch.tensor([batch[index].options[option][0] for option in options], device=row.device)
+                scores[index][options] = row[heads].double().cpu().numpy()
         return scores
 
     def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
         batch: Sequence[Query] = state
-        scores, place = scores.copy(), 1
-        while alive := [row for row, (_, ids) in enumerate(rows) if place < len(ids) and not scores[row] < bars[row]]:
-            # Candidates that begin alike share the passes of their common beginning.
-            wanted: dict[Step, list[int]] = {}
-            steps = [(rows[row][0], len(rows[row][1]), rows[row][1][:place]) for row in alive]
-            for step, row in zip(steps, alive, strict=True):
-                wanted.setdefault(step, []).append(rows[row][1][place])
-            logp = self._score_steps(batch, wanted)
-            scores[alive] += [logp[step][rows[row][1][place]] for step, row in zip(steps, alive, strict=True)]
-            place += 1
+        scores, known = scores.copy(), 1
+        while active := [row for row, (_, ids) in enumerate(rows) if known < len(ids) and not scores[row] < bars[row]]:
+            # Candidates with a common beginning share its passes.
+            next_tokens: dict[Step, list[int]] = {}
+            steps = [(rows[row][0], len(rows[row][1]), rows[row][1][:known]) for row in active]
+            for step, row in zip(steps, active, strict=True):
+                next_tokens.setdefault(step, []).append(rows[row][1][known])
+            logp = self._score_steps(batch, next_tokens)
+            scores[active] += [logp[step][rows[row][1][known]] for step, row in zip(steps, active, strict=True)]
+            known += 1
         return scores
 
     def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str]:  # noqa: ARG002
-        """Return the first of the whole vocabulary at the mask; where the object has several tokens, at as many masks
-        from left to right: its length is told to the model, as candidates' lengths are where they are scored."""
-        found: list[Ids] = [(token,) for token in log_probs.argmax(-1).tolist()]
+        """Return the most likely token at the mask; if the object has several tokens, fill as many masks from left to
+        right. Thus the model knows the object's length, as it does when it scores candidates."""
+        filled: list[Ids] = [(token,) for token in log_probs.argmax(-1).tolist()]
         for length in {len(query.gold) for query in batch} - {0, 1}:
-            chosen = [index for index, query in enumerate(batch) if len(query.gold) == length]
-            for index, ids in zip(chosen, self._fill_masks([batch[index] for index in chosen], length), strict=True):
-                found[index] = ids
-        return [self.encoder.decode(ids) for ids in found]
+            selected = [index for index, query in enumerate(batch) if len(query.gold) == length]
+            for index, ids in zip(selected, self._fill_masks([batch[n] for n in selected], length), strict=True):
+                filled[index] = ids
+        return [self.encoder.decode(ids) for ids in filled]
 
     def _fill_masks(self, batch: Sequence[Query], length: int) -> list[Ids]:
-        """Return the likeliest token at each of `length` masks, those before it filled in."""
-        found: list[Ids] = [()] * len(batch)
+        """Return the most likely token at each of `length` masks, filled from left to right."""
+        filled: list[Ids] = [()] * len(batch)
         for _ in range(length):
-            rows = [self.step(query, length, ids) for query, ids in zip(batch, found, strict=True)]
+            rows = [self.step(query, length, ids) for query, ids in zip(batch, filled, strict=True)]
             tokens = self._compute_log_probs(rows).argmax(-1).tolist()
-            found = [(*ids, token) for ids, token in zip(found, tokens, strict=True)]
-        return found
+            filled = [(*ids, token) for ids, token in zip(filled, tokens, strict=True)]
+        return filled
 
-    def _score_steps(self, batch: Sequence[Query], wanted: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
+    def _score_steps(self, batch: Sequence[Query], tokens: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
         sizes: dict[int, list[Step]] = {}
-        for step in wanted:
+        for step in tokens:
             sizes.setdefault(len(batch[step[0]].prompt) + step[1], []).append(step)
-        found = {}
+        logp = {}
         for steps in sizes.values():
             for start in range(0, len(steps), ROWS):
                 chunk = steps[start : start + ROWS]
                 rows = [self.step(batch[index], length, beginning) for index, length, beginning in chunk]
                 for step, row in zip(chunk, self._compute_log_probs(rows), strict=True):
-                    values = row[torch.tensor(wanted[step], device=row.device)].double().tolist()
-                    found[step] = dict(zip(wanted[step], values, strict=True))
-        return found
+                    values = row[torch.tensor(tokens[step], device=row.device)].double().tolist()
+                    logp[step] = dict(zip(tokens[step], values, strict=True))
+        return logp
 
     def step(self, query: Query, length: int, beginning: Ids) -> tuple[Ids, int]:
-        """Return the prompt with `length` masks, the first ones filled, and where the next token stands."""
-        place = self._find_blank(query)
+        """Return the prompt with `beginning` and masks at its blank, `length` tokens in all, and the position of the
+        next one."""
+        blank = self._find_blank(query)
         masks = (self.tokenizer.mask_token_id,) * (length - len(beginning))
-        return (*query.prompt[:place], *beginning, *masks, *query.prompt[place + 1 :]), place + len(beginning)
+        return (*query.prompt[:blank], *beginning, *masks, *query.prompt[blank + 1 :]), blank + len(beginning)
 
     def _find_blank(self, query: Query) -> int:
         return query.prompt.index(self.tokenizer.mask_token_id)
 
     def _compute_log_probs(self, rows: Sequence[tuple[Ids, int]]) -> torch.Tensor:
-        """Return log-probabilities at one position of each row, [rows, vocabulary], float32; rows of one length."""
+        """Return log-probabilities at one position of each row, [rows, vocabulary], float32, for rows of one length."""
         device = self.model.device
         ids = torch.tensor([row for row, _ in rows], device=device)
-        places = torch.tensor([place for _, place in rows], device=device)
-        if self._head_alone is None:
-            self._head_alone = self._is_head_pointwise(ids[:2], places[:2])
-        if self._head_alone:
-            logits = self._compute_logits_at(ids, places)
+        positions = torch.tensor([position for _, position in rows], device=device)
+        if self._is_pointwise is None:
+            self._is_pointwise = self._test_head(ids[:2], positions[:2])
+        if self._is_pointwise:
+            logits = self._compute_logits_at(ids, positions)
         else:
-            logits = self._forward(ids)[torch.arange(len(rows), device=device), places]
+            logits = self._forward(ids)[torch.arange(len(rows), device=device), positions]
         return logits.float().log_softmax(-1)
 
-    def _compute_logits_at(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Return logits where they are wanted: the head sees the hidden states of these positions alone."""
+    def _compute_logits_at(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return logits at one position of each row, by passing only these hidden states to the head."""
 
-        def keep(module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
+        def select(module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
             output.last_hidden_state = output.last_hidden_state[
-                torch.arange(len(places), device=places.device), places
+                torch.arange(len(positions), device=positions.device), positions
             ].unsqueeze(1)
             return output
 
-        hook = self.model.base_model.register_forward_hook(keep)
+        hook = self.model.base_model.register_forward_hook(select)
         try:
             return self._forward(ids)[:, 0]
         finally:
@@ -169,24 +170,24 @@ class MaskedScorer(Scorer):
         logits: torch.Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         return logits
 
-    def _is_head_pointwise(self, ids: torch.Tensor, places: torch.Tensor) -> bool:
-        """Return whether the head gives the same where it sees the masked positions alone, as most do."""
+    def _test_head(self, ids: torch.Tensor, positions: torch.Tensor) -> bool:
+        """Return whether the head's result is the same on only the masked positions, as for most models."""
         if self.model.base_model is self.model:
             return False
-        whole = self._forward(ids)[torch.arange(len(ids), device=ids.device), places]
+        expected = self._forward(ids)[torch.arange(len(ids), device=ids.device), positions]
         try:
-            alone = self._compute_logits_at(ids, places)
+            logits = self._compute_logits_at(ids, positions)
         except (AttributeError, RuntimeError, ValueError, IndexError, TypeError):
             return False
-        return alone.shape == whole.shape and torch.allclose(alone, whole, rtol=1e-3, atol=1e-3)
+        return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
 
 
 class CausalScorer(DecodingScorer):
-    """Causal language models: the answer is what the model writes after the prompt.
+    """Scorer of causal language models: the answer is the continuation of the prompt.
 
-    A candidate's score is its log-probability given what comes before. Where the probe says so (BEAR, Wiland et al.
-    2024), where words follow the blank, or where one candidate begins another, what follows is scored too: the full
-    stop tells "Guinea" from the beginning of "Guinea-Bissau".
+    A candidate's score is its log-probability given the text before it. The text after the blank is scored too if the
+    probe says so (BEAR, Wiland et al. 2024), if it has words, or if one candidate begins another: the full stop
+    distinguishes "Guinea" from the beginning of "Guinea-Bissau".
     """
 
     family = "causal"
@@ -197,7 +198,7 @@ class CausalScorer(DecodingScorer):
     def encode_prompt(self, fact: Fact) -> Ids:
         if not fact.before and self._start is not None:
             return (self._start,)
-        # If the tokenizer leaves nothing of a text, a closing token is better than nothing.
+        # If the tokenizer drops the whole text, its special tokens are better than none.
         return self.encoder.begin(fact.before) or self.encoder.ids(fact.before, True)
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
@@ -208,7 +209,7 @@ class CausalScorer(DecodingScorer):
         read = self.read(batch, torch.tensor([query.prompt for query in batch], device=self.model.device))
         if self.reads_ahead and getattr(self.model.config, "is_decoder", None) is False:
             raise UnsupportedError(
-                f"{type(self.model).__name__} sees the tokens after the one that it predicts.",
+                f"{type(self.model).__name__} sees the tokens that it is to predict.",
                 why="Its configuration says that it is not a decoder.",
                 hint="If it was trained to continue texts, set `is_decoder` to true in its config.json.",
             )
@@ -232,11 +233,10 @@ class CausalScorer(DecodingScorer):
 
 
 class Seq2SeqScorer(DecodingScorer):
-    """Encoder-decoder models: the encoder reads the prompt with its blank, the decoder fills it.
+    """Scorer of encoder-decoder models: the encoder reads the prompt with its blank, the decoder fills it.
 
-    T5 and its kin fill ``<extra_id_0>`` and close with ``<extra_id_1>`` (Raffel et al. 2020). BART and its kin write
-    the whole sentence again with the mask filled (Lewis et al. 2020), so that the answer follows the beginning of the
-    sentence.
+    Models like T5 fill ``<extra_id_0>`` and end with ``<extra_id_1>`` (Raffel et al. 2020). Models like BART repeat the
+    whole sentence with the mask filled (Lewis et al. 2020), so the answer follows the beginning of the sentence.
     """
 
     family = "seq2seq"
@@ -264,7 +264,7 @@ class Seq2SeqScorer(DecodingScorer):
         device = self.model.device
         ids = torch.tensor([query.prompt for query in batch], device=device)
         read = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        # FSMT masks what follows only where it is given these too.
+        # FSMT applies its causal mask only if it also gets these.
         encoder = {**read, "encoder_outputs": self.model.get_encoder()(**read)}
         beginnings = torch.tensor([self.begin(query.fact) for query in batch], device=device)
         return self.read(batch, beginnings, select_encoded(encoder, slice(None)))
@@ -281,15 +281,14 @@ class Seq2SeqScorer(DecodingScorer):
         sentinels = find_sentinels(self.tokenizer)[:2]
         if not sentinels and self.tokenizer.mask_token is None:
             raise UnsupportedError(
-                "The tokenizer has neither <extra_id_0> nor a mask token: this model cannot fill in blanks.",
+                "The tokenizer has neither <extra_id_0> nor a mask token, so this model cannot fill blanks.",
                 hint="T5, Flan-T5, BART and similar models can. Evaluate this one on lm-eval's tasks: -p lm-eval:TASK.",
             )
         return sentinels
 
     def begin(self, fact: Fact) -> Ids:
-        """Return what the decoder has written before the answer."""
-        written = self._sentinels[:1] or self.encoder.begin(fact.before)
-        return (self._start, *written)
+        """Return the decoder's tokens before the answer."""
+        return (self._start, *(self._sentinels[:1] or self.encoder.begin(fact.before)))
 
     @cached_property
     def _start(self) -> int:
@@ -300,7 +299,7 @@ def make_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fami
     """Return the scorer of a model family: ``masked``, ``causal`` or ``seq2seq``. Raises CheckpointError if the
     tokenizer does not fit the model, UnsupportedError if it cannot fill blanks."""
     rows, size = count_embedding_rows(model), len(tokenizer)
-    # One that transformers adds to the tokenizer of a GGUF file, though it is not in there.
+    # transformers may add this token to the tokenizer of a GGUF file that lacks it.
     unused = size == rows + 1 and END_OF_TEXT not in tokenizer.all_special_tokens
     if size > rows and not (unused and tokenizer.convert_ids_to_tokens(rows) == END_OF_TEXT):
         raise CheckpointError(
@@ -309,7 +308,7 @@ def make_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fami
         )
     if family == "masked" and tokenizer.mask_token is None:
         raise UnsupportedError(
-            "The tokenizer has no mask token: a masked language model cannot be evaluated without one.",
+            "The tokenizer has no mask token, without which a masked language model cannot be evaluated.",
             hint="Set `mask_token` in its tokenizer_config.json.",
         )
     scorers: dict[str, type[Scorer]] = {each.family: each for each in (MaskedScorer, CausalScorer, Seq2SeqScorer)}

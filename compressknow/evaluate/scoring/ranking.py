@@ -1,4 +1,4 @@
-"""Ranking: the best candidates, found exactly without finishing most of them, and the answer that their scores make."""
+"""Ranking of candidates, which finds the best ones exactly without finishing most, and answers from their scores."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ TOP = 5
 # The most probability that unfinished candidates may have together.
 TAIL = 1e-3
 Scores = NDArray[np.float64]
-# Pairs (index of the contest, index of the candidate) and a bar for each -> scores, [pairs]: those of the whole
-# candidates, and of candidates that fall below their bar what shows that they do.
+# Takes pairs (index of the ranking, index of the candidate) and a bar for each; returns scores, [pairs]: of whole
+# candidates, or upper bounds below the bar.
 Finish = Callable[[list[tuple[int, int]], Scores], Scores]
 
 
 @dataclass
 class Ranking:
-    """Candidates of one fact, and what is known of their scores.
+    """Candidates of one fact, with what is known about their scores.
 
     Attributes
     ----------
     scores : [candidates], natural logarithms; upper bounds where `finished` is False.
     finished : [candidates], whether the score is certainly that of the whole candidate.
     gold : index of the object.
-    summed : whether the sum of all candidates' probabilities is wanted too.
+    summed : whether to compute the sum of all candidates' probabilities too.
     """
 
     scores: Scores
@@ -40,8 +40,8 @@ class Ranking:
     summed: bool = True
 
     def compute_bar(self) -> float | None:
-        """Return what a candidate must reach to matter: the lowest of the object's score, that of the fifth best and,
-        for the sum, an even part of the tail of what is finished. None while they are not known. It only rises."""
+        """Return the score that a candidate must reach to matter, which never decreases: the lowest of the object's,
+        the fifth best and, for the sum, a candidate's part of `TAIL`. None until these are known."""
         known = self.scores[self.finished]
         if not self.finished[self.gold] or len(known) < min(TOP, len(self.scores)):
             return None
@@ -49,13 +49,12 @@ class Ranking:
         return float(np.fmin(bar, sum_logs(known) + math.log(TAIL / len(self.scores))) if self.summed else bar)
 
     def compute_total(self) -> float | None:
-        """Return the logarithm of the sum of all candidates' probabilities, short of `TAIL` of it at most; None if
-        that is not known. Which candidates are finished depends on their scores alone, so that it is the same in any
-        batch."""
+        """Return the logarithm of the sum of all candidates' probabilities, which is low by at most `TAIL` of it, or
+        None if it is not known. It does not depend on the batch, since only scores determine which are finished."""
         return sum_logs(self.scores[self.finished]) if self.summed or self.finished.all() else None
 
-    def find_wanted(self) -> NDArray[np.intp]:
-        """Return candidates to score further: the object and the leaders, then all that reach the bar; none at last."""
+    def find_unfinished(self) -> NDArray[np.intp]:
+        """Return candidates to score next: the object and the leaders, then all that reach the bar, finally none."""
         if (bar := self.compute_bar()) is not None:
             return np.flatnonzero(~self.finished & (self.scores >= bar))
         leaders = np.zeros(len(self.scores), dtype=bool)
@@ -64,13 +63,13 @@ class Ranking:
         return np.flatnonzero(leaders & ~self.finished)
 
     def sort(self) -> NDArray[np.intp]:
-        """Return candidates from the most likely one down; equal ones in their own order."""
+        """Return indices of candidates from the most likely one down; equal ones in their original order."""
         return np.argsort(-self.scores, kind="stable")
 
 
 def sum_logs(scores: Scores) -> float:
-    """Return the logarithm of the sum of probabilities whose logarithms these are."""
-    # A model that produces NaN has none.
+    """Return the logarithm of the sum of probabilities, given their logarithms."""
+    # Allow NaN, which a broken model returns.
     with np.errstate(invalid="ignore"):
         return float(np.logaddexp.reduce(scores))
 
@@ -84,24 +83,24 @@ def find_rank(gold: int, scores: Scores) -> int | None:
 
 
 def rank_candidates(rankings: Sequence[Ranking], finish: Finish) -> None:
-    """Score as few tokens as make the best five, the object's rank and the sum certain, in place."""
-    while pairs := [(index, int(place)) for index, ranking in enumerate(rankings) for place in ranking.find_wanted()]:
-        known = {index: rankings[index].compute_bar() for index, _ in pairs}
-        bars = np.array([-np.inf if (bar := known[index]) is None else bar for index, _ in pairs])
+    """Score as few tokens as needed for the best five, the object's rank and the sum, in place."""
+    while pairs := [(index, int(n)) for index, ranking in enumerate(rankings) for n in ranking.find_unfinished()]:
+        bar_of = {index: rankings[index].compute_bar() for index, _ in pairs}
+        bars = np.array([-np.inf if (bar := bar_of[index]) is None else bar for index, _ in pairs])
         scores = finish(pairs, bars)
-        # One that has fallen below its bar may not be whole, and need not be.
-        for (index, place), score, whole in zip(pairs, scores, ~(scores < bars), strict=True):
-            rankings[index].scores[place] = score
-            rankings[index].finished[place] = whole
+        # A candidate below its bar may not be finished, and need not be.
+        for (index, candidate), score, finished in zip(pairs, scores, ~(scores < bars), strict=True):
+            rankings[index].scores[candidate] = score
+            rankings[index].finished[candidate] = finished
 
 
 def find_best(scores: Scores) -> Any:
-    """Return indices of the five best, equal ones in their own order, [5]."""
-    near = np.argpartition(-scores, TOP - 1)[:TOP] if len(scores) > TOP else np.arange(len(scores))
-    if not np.isnan(scores[near]).any():
-        # Equal scores at the edge: all of them are looked at, so that their order alone decides.
-        near = np.flatnonzero(scores >= scores[near].min())
-    return near[np.argsort(-scores[near], kind="stable")][:TOP]
+    """Return indices of the five best, [5], equal ones in their original order."""
+    best = np.argpartition(-scores, TOP - 1)[:TOP] if len(scores) > TOP else np.arange(len(scores))
+    if not np.isnan(scores[best]).any():
+        # Include all that are equal to the fifth, so that the first of them are chosen.
+        best = np.flatnonzero(scores >= scores[best].min())
+    return best[np.argsort(-scores[best], kind="stable")][:TOP]
 
 
 def make_choice(fact: Fact, ranking: Ranking) -> Answer:
@@ -121,8 +120,8 @@ def make_choice(fact: Fact, ranking: Ranking) -> Answer:
     )
 
 
-def make_answer(fact: Fact, top: tuple[str, ...], top_logp: Scores, **scored: Any) -> Answer:
-    """Return the answer to a fact: the best answers with their log-probabilities, and other fields of it."""
+def make_answer(fact: Fact, top: tuple[str, ...], top_logp: Scores, **further: Any) -> Answer:
+    """Return the answer to a fact from the best texts, their log-probabilities, and `further` fields."""
     return Answer(
         probe=fact.probe,
         fact_id=fact.id,
@@ -136,5 +135,5 @@ def make_answer(fact: Fact, top: tuple[str, ...], top_logp: Scores, **scored: An
         top5_logp=tuple(float(value) for value in top_logp),
         popularity=fact.popularity,
         template=fact.template,
-        **scored,
+        **further,
     )

@@ -1,4 +1,4 @@
-"""Scorer of facts: what all model families share."""
+"""Base class of the scorers of all model families."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Ids = tuple[int, ...]
-# Ids of a batch's facts and log-probabilities over the whole vocabulary at the answer's first position, [batch,
-# vocabulary] -> the divergence of each from the original's, or None.
+# Takes ids of facts and log-probabilities over the whole vocabulary at the answer's first position, [batch,
+# vocabulary]; returns the divergence of each from the original's, or None.
 MeasureKl = Callable[[Sequence[str], torch.Tensor], Sequence[float | None]]
 
-# Rows of one forward pass when candidates are finished: they are short, and the batch is that of many facts.
+# Maximum rows of a forward pass that finishes candidates, which are short.
 ROWS = 512
-# Tokens beyond the object's own that a free answer may take: what follows tells whether the object was all of it.
+# Tokens of a free answer beyond the object's, which show whether the object is the whole answer.
 SLACK_TOKENS = 4
-# Tokens that may open an answer and are not part of it: an article and a quote.
+# Tokens that may precede an answer: an article and a quote.
 OPENING_TOKENS = 2
 
 SEVERAL_TOKENS = "the object is several tokens of this model"
@@ -57,7 +57,7 @@ BLANK_NOT_LAST = "the blank is not at the end of the prompt"
 
 
 class Encoder:
-    """Token ids of texts, each distinct text tokenized once."""
+    """Tokenizer with a cache, and with the ids of texts in context."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -70,69 +70,69 @@ class Encoder:
         return tuple(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def begin(self, text: str) -> Ids:
-        """Return ids of a text that goes on: with the special tokens before it, without those that close a text."""
+        """Return ids of the beginning of a text: with the special tokens before it, without those at its end."""
         ids = self.ids(text, True)
         return ids[: len(ids) - self._closing]
 
     @cached_property
     def _closing(self) -> int:
-        """Count the special tokens that close each text: an end, a separator (BERT, XLNet), a language (mBART)."""
-        alone, whole = self.ids("a"), self.ids("a", True)
-        ends = range(len(whole), len(alone) - 1, -1)
-        return next((len(whole) - end for end in ends if whole[end - len(alone) : end] == alone), 0)
+        """Count the special tokens at the end of a text: an end, a separator (BERT, XLNet), a language (mBART)."""
+        plain, whole = self.ids("a"), self.ids("a", True)
+        ends = range(len(whole), len(plain) - 1, -1)
+        return next((len(whole) - end for end in ends if whole[end - len(plain) : end] == plain), 0)
 
     def _tokenize_after(self, context: str, text: str) -> Ids:
-        """Return ids of `text` where it follows `context`: those of both together without those of the context.
+        """Return ids of `text` after `context`: those of both together without those of the context.
 
-        Where the boundary is not kept (a token reaches over it), it is tokenized after a bracket: by itself, some
-        tokenizers would put a space before it.
+        If a token spans the boundary, the text is tokenized after a bracket instead, since some tokenizers would put a
+        space before the text alone.
         """
         for before in (context, "("):
-            alone, together = self.ids(before), self.ids(before + text)
-            if together[: len(alone)] == alone and len(together) > len(alone):
-                return together[len(alone) :]
+            prefix, whole = self.ids(before), self.ids(before + text)
+            if whole[: len(prefix)] == prefix and len(whole) > len(prefix):
+                return whole[len(prefix) :]
         return self.ids(text)
 
     def answer(self, context: str, text: str, gap: str = " ") -> Ids:
-        """Return ids of an answer in running text after `context` and `gap`, or capitalized where that is empty."""
+        """Return ids of an answer in running text after `context` and `gap`; capitalized if there is no context."""
         if not context:
             return self.ids(capitalize(text))
-        # The last word is enough: no token reaches over more.
+        # The last word is enough, as no token is longer.
         return self.continuation(context.rpartition(" ")[2], gap + text)
 
     def _respell(self, text: str) -> str:
-        """Return the text as the tokenizer gives it back; as it is, where the tokenizer lacks a part of it.
+        """Return the text encoded and decoded; unchanged if that needs the unknown token.
 
-        An uncased one gives "são tomé" back as "sao tome", and word pieces "Guinea-Bissau" as "guinea - bissau".
+        Uncased tokenizers return "são tomé" as "sao tome", and word pieces "Guinea-Bissau" as "guinea - bissau".
         """
         ids = self.ids(text)
         return text if self.tokenizer.unk_token_id in ids else self.decode(ids)
 
     def decode(self, ids: Ids | list[int] | Any) -> str:
-        """Return the text of `ids`, special tokens left out, spaces at its ends removed."""
+        """Return the text of `ids` without special tokens and surrounding spaces."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def find_single(self, words: tuple[str, ...]) -> dict[int, str]:
-        """Map ids to words, of those words that are one token in running text (the first word of an id)."""
-        found: dict[int, str] = {}
+        """Map ids to those words that are one token in running text (the first word of each id)."""
+        by_id: dict[int, str] = {}
         for word in words:
             ids = self.answer("is", word)
             if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id:
-                found.setdefault(ids[0], word)
-        return found
+                by_id.setdefault(ids[0], word)
+        return by_id
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """Fact in the ids of one model.
+    """Fact as token ids of one model.
 
     Attributes
     ----------
-    prompt : what the model reads first.
-    options : ids of each candidate, for facts that have candidates.
-    gold : ids of the object; for facts with candidates those of its option.
-    aliases : ids of single tokens that count as the object, for answers out of a vocabulary.
-    shape : queries of one shape run in one batch, without padding.
+    prompt : ids that the model reads first.
+    options : ids of each candidate; empty if the fact has none.
+    gold : ids of the object, or of its option if the fact has candidates.
+    aliases : ids of single tokens that count as the object, for answers from a vocabulary.
+    shape : queries of equal shape can run in a batch without padding.
     """
 
     fact: Fact
@@ -144,31 +144,32 @@ class Query:
 
 
 class Scorer(ABC):
-    """Scores one model on the facts of one probe."""
+    """Scorer of one model on the facts of one probe."""
 
     family: ClassVar[str]
     # Cached properties that depend on the model's weights.
     by_weights: ClassVar[tuple[str, ...]] = ()
-    _tried = False
+    _is_tested = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> None:
         self.model, self.tokenizer, self.probe = model, tokenizer, probe
         self.encoder = Encoder(tokenizer)
 
     def release(self) -> None:
-        """Let go of the model and what its weights told; `model` may be set to another of the same architecture."""
+        """Drop the model and values that depend on its weights; `model` may then be set to another of the same
+        architecture."""
         for name in ("model", *self.by_weights):
             self.__dict__.pop(name, None)
 
-    # What a family defines.
+    # Methods of a family.
 
     @abstractmethod
     def encode_prompt(self, fact: Fact) -> Ids:
-        """Return what the model reads first. Raise CompressknowError if a prompt cannot be used at all."""
+        """Return the ids that the model reads first. Raise CompressknowError if a prompt cannot be used at all."""
 
     @abstractmethod
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
-        """Return the ids that are scored for each of these answers; with what follows the blank if `rest`."""
+        """Return the ids to score for each of these answers; with those of the text after the blank if `rest`."""
 
     @abstractmethod
     def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
@@ -180,27 +181,27 @@ class Scorer(ABC):
 
     @abstractmethod
     def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
-        """Score whole options, [rows]: `scores` of the first tokens, and the log-probabilities of those after them.
+        """Return scores of whole options, [rows]: `scores` of the first tokens plus log-probabilities of all others.
 
-        A row is (query, ids of an option). One that falls below its bar on the way is left there.
+        A row is (query, ids of an option). A row whose score falls below its bar need not be finished.
         """
 
     @abstractmethod
     def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str]:
-        """Return what the model says to each query, decoded greedily."""
+        """Return the model's greedy continuation of each query."""
 
     def find_obstacle(self, fact: Fact) -> str | None:
-        """Return why this family cannot be evaluated on such a fact, or None."""
-        last = fact.before and not re.search(r"\w", fact.after)
-        return None if fact.candidates or last else BLANK_NOT_LAST
+        """Return why this family cannot be evaluated on a fact, or None."""
+        is_last = fact.before and not re.search(r"\w", fact.after)
+        return None if fact.candidates or is_last else BLANK_NOT_LAST
 
     def find_shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
         return (len(prompt),)
 
-    # What they share.
+    # Methods of all families.
 
     def make_query(self, fact: Fact) -> Query | str:
-        """Return the query that a fact makes, or the reason why it is dropped."""
+        """Return the query of a fact, or the reason why it is dropped."""
         if reason := self.find_obstacle(fact):
             return reason
         prompt = self.encode_prompt(fact)
@@ -210,9 +211,9 @@ class Scorer(ABC):
             rest = self.probe.score_rest or bool(re.search(r"\w", fact.after))
             options = self.encode_options(fact, fact.candidates, rest=rest)
             if not rest and any(after[: len(ids)] == ids for ids, after in pairwise(sorted(set(options)))):
-                # It would never be the less likely one of both: a full stop tells where it ends.
-                ended = fact if fact.after.strip() else replace(fact, prompt=f"{fact.prompt}.")
-                options = self.encode_options(ended, fact.candidates, rest=True)
+                # A candidate that begins another would always be more likely, so score a full stop too.
+                closed = fact if fact.after.strip() else replace(fact, prompt=f"{fact.prompt}.")
+                options = self.encode_options(closed, fact.candidates, rest=True)
             gold = options[fact.candidates.index(fact.obj_label)]
         elif self.one_token:
             aliases = self._find_aliases(fact)
@@ -222,16 +223,16 @@ class Scorer(ABC):
         else:
             (gold,) = self.encode_options(fact, [fact.obj_label], rest=False)
         query = Query(fact, prompt, options, gold, aliases, self.find_shape(fact, prompt))
-        return self._find_misfit(query) or query
+        return self._find_incompatibility(query) or query
 
     def split(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
-        """Cut a batch into what is answered at a time."""
+        """Split a batch into those that are answered at a time."""
         return [batch]
 
     def run_each(
         self, work: Callable[[Sequence[Query]], T], batches: Iterable[Sequence[Query]]
     ) -> Iterator[tuple[Sequence[Query], T]]:
-        """Yield each batch with what `work` makes of it, as it comes."""
+        """Yield each batch with the result of `work`."""
         return ((batch, work(batch)) for batch in batches)
 
     def answer(
@@ -241,45 +242,45 @@ class Scorer(ABC):
 
         Parameters
         ----------
-        reference : for each query the ids at the answer's first position whose log-probabilities are kept; by
+        reference : for each query, the ids whose log-probabilities are stored at the answer's first position; by
             default the most likely ones of this model.
         measure_kl : takes distributions over the whole vocabulary; returns their divergences from the original's.
         """
         with torch.inference_mode():
             log_probs, state = self._begin(batch)
             texts = self.produce(batch, log_probs, state)
-            found = {
+            answers = {
                 **self._answer_closed(batch, log_probs, state),
                 **self._answer_by_word(batch, log_probs),
                 **self._answer_freely(batch, log_probs, state, texts),
             }
             facts = [query.fact for query in batch]
-            graded = [add_grade(found[i], facts[i], text, self.encoder.spelled) for i, text in enumerate(texts)]
+            graded = [add_grade(answers[i], facts[i], text, self.encoder.spelled) for i, text in enumerate(texts)]
             return self._add_distributions(graded, log_probs, reference, measure_kl)
 
-    def say(self, batch: Sequence[Query]) -> list[str]:
-        """Return what the model says to queries of one shape: a choice, or the first sentence."""
+    def generate_answers(self, batch: Sequence[Query]) -> list[str]:
+        """Return the generated answers to queries of one shape: a choice, or the first sentence."""
         with torch.inference_mode():
             pairs = zip(batch, self.produce(batch, *self._begin(batch)), strict=True)
         return [find_choice(text, list_choices(query.fact), self.encoder.spelled) for query, text in pairs]
 
-    def answer_anew(
+    def rescore(
         self,
         batch: Sequence[Query],
         answers: Sequence[Answer],
         reference: Sequence[Ids] | None,
         measure_kl: MeasureKl | None = None,
     ) -> list[Answer]:
-        """Return answers that this model gave to a batch, with the log-probabilities of other tokens; see `answer`."""
+        """Return this model's answers to a batch with the log-probabilities of other tokens; see `answer`."""
         with torch.inference_mode():
             return self._add_distributions(answers, self._begin(batch)[0], reference, measure_kl)
 
     def _begin(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
-        """Return what `read_first` does, tried on two queries before any other."""
+        """Return what `read_first` does, after a test of the first two queries."""
         for query in batch:
             largest = max(chain(query.prompt, query.gold, *query.options), default=0)
             check_tokens(largest, self._rows, f"the fact {query.fact.id}")
-        if not self._tried:
+        if not self._is_tested:
             try:
                 self.read_first(batch[:2])
             except (CompressknowError, MemoryError, torch.OutOfMemoryError):
@@ -290,7 +291,7 @@ class Scorer(ABC):
                     why=find_reason(error),
                     hint="It may need an input besides the text, or a setting in its config.json.",
                 ) from error
-            self._tried = True
+            self._is_tested = True
         return self.read_first(batch)
 
     def _add_distributions(
@@ -304,25 +305,25 @@ class Scorer(ABC):
             ids = torch.tensor(np.stack([np.asarray(ids) for ids in reference]), device=log_probs.device).long()
         else:
             ids = log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
-        kept = log_probs.gather(1, ids).float().cpu().numpy()
+        stored = log_probs.gather(1, ids).float().cpu().numpy()
         fact_ids = [answer.fact_id for answer in answers]
         divergences = measure_kl(fact_ids, log_probs) if measure_kl else [None] * len(fact_ids)
-        # The record of a model that produces NaN shows it: its answers are wrong, and have no rank.
-        rows = zip(answers, ids.cpu().numpy().astype(np.int32), kept, divergences, strict=True)
+        # NaN is stored too; such answers are wrong, and have no rank.
+        rows = zip(answers, ids.cpu().numpy().astype(np.int32), stored, divergences, strict=True)
         return [
             replace(answer, first_ids=ids, first_logp=log_probs, first_kl=divergence)
             for answer, ids, log_probs, divergence in rows
         ]
 
-    def _find_misfit(self, query: Query) -> str | None:
-        """Return why the ids of a query cannot be run, or None."""
-        free = not query.options and not self.one_token
+    def _find_incompatibility(self, query: Query) -> str | None:
+        """Return why the model cannot be evaluated on the ids of a query, or None."""
+        is_free = not query.options and not self.one_token
         answers = query.options or (query.gold,)
-        if (query.options or free) and not all(answers):
+        if (query.options or is_free) and not all(answers):
             return NO_TOKENS
         if query.options.count(query.gold) > 1:
             return SAME_TOKENS
-        longest = max(query.shape) + max(map(len, answers)) + (SLACK_TOKENS if free else 0)
+        longest = max(query.shape) + max(map(len, answers)) + (SLACK_TOKENS if is_free else 0)
         return TOO_LONG if self._most is not None and longest > self._most else None
 
     @property
@@ -344,7 +345,7 @@ class Scorer(ABC):
 
     @cached_property
     def allowed(self) -> NDArray[np.int64] | None:
-        """Return the ids that may be answered, ascending, [allowed]; None if all may."""
+        """Return the ids of possible answers, ascending, [allowed]; None if all are possible."""
         return np.array(sorted(self.words), dtype=np.int64) if self.probe.vocabulary == "words" else None
 
     @cached_property
@@ -354,7 +355,7 @@ class Scorer(ABC):
 
     @cached_property
     def _folded(self) -> dict[str, tuple[int, ...]]:
-        """Map texts, case folded, to ids of the vocabulary (the paper compares lower-cased text)."""
+        """Map lower-cased texts to ids of the vocabulary (the paper compares lower-cased text)."""
         folded: dict[str, list[int]] = {}
         for number in range(len(self.tokenizer)):
             folded.setdefault(self.encoder.decode([number]).lower(), []).append(number)
@@ -364,61 +365,61 @@ class Scorer(ABC):
         if self.probe.fold_case:
             ids = self._folded.get(fact.obj_label.lower(), ())
         else:
-            # The words that may be answered are those of running text.
+            # Possible answers are words as in running text, after a space.
             gap = fact.gap if self.allowed is None else " "
             ids = self.encoder.answer(fact.before, fact.obj_label, gap)
             ids = ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else ()
         return ids if self.allowed is None else tuple(number for number in ids if number in self.words)
 
     def _answer_closed(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> dict[int, Answer]:
-        """Answer the queries with options; by their places in the batch, as the next two do."""
-        chosen = [index for index, query in enumerate(batch) if query.options]
-        bounds = self.bound_options([batch[index] for index in chosen], log_probs[chosen])
+        """Return answers to the queries with options, by index in the batch, as the next two methods do."""
+        indices = [index for index, query in enumerate(batch) if query.options]
+        bounds = self.bound_options([batch[index] for index in indices], log_probs[indices])
         rankings = [
             Ranking(first, np.array([len(ids) == 1 for ids in query.options]), query.options.index(query.gold))
-            for query, first in zip([batch[index] for index in chosen], bounds, strict=True)
+            for query, first in zip([batch[index] for index in indices], bounds, strict=True)
         ]
         firsts = [ranking.scores.copy() for ranking in rankings]
 
         def finish(pairs: list[tuple[int, int]], bars: Scores) -> Scores:
-            rows = [(chosen[ranking], batch[chosen[ranking]].options[candidate]) for ranking, candidate in pairs]
+            rows = [(indices[ranking], batch[indices[ranking]].options[candidate]) for ranking, candidate in pairs]
             first = np.array([firsts[ranking][candidate] for ranking, candidate in pairs])
             return self.finish(state, rows, first, bars)
 
         rank_candidates(rankings, finish)
-        return {index: make_choice(batch[index].fact, each) for index, each in zip(chosen, rankings, strict=True)}
+        return {index: make_choice(batch[index].fact, each) for index, each in zip(indices, rankings, strict=True)}
 
     def _answer_by_word(self, batch: Sequence[Query], log_probs: torch.Tensor) -> dict[int, Answer]:
-        chosen = [index for index, query in enumerate(batch) if not query.options and self.one_token]
-        scores, ids = log_probs[chosen], np.arange(log_probs.shape[1])
+        indices = [index for index, query in enumerate(batch) if not query.options and self.one_token]
+        scores, ids = log_probs[indices], np.arange(log_probs.shape[1])
         if self.allowed is not None:
             scores, ids = scores[:, self.allowed], self.allowed
         values = scores.double().cpu().numpy()
-        return {i: self._make_word_answer(batch[i], row, ids) for i, row in zip(chosen, values, strict=True)}
+        return {i: self._make_word_answer(batch[i], row, ids) for i, row in zip(indices, values, strict=True)}
 
     def _make_word_answer(self, query: Query, scores: Scores, ids: Any) -> Answer:
         best = find_best(scores)
         words = tuple(self.encoder.decode([ids[index]]) for index in best)
-        places = [int(place) for place in np.searchsorted(ids, query.aliases)]
-        gold = max(places, key=lambda place: (scores[place], -place), default=None)
+        aliases = [int(index) for index in np.searchsorted(ids, query.aliases)]
+        gold = max(aliases, key=lambda index: (scores[index], -index), default=None)
         rank, logp = (None, None) if gold is None else (find_rank(gold, scores), float(scores[gold]))
-        known = {"rank": rank, "logp_gold": logp, "choices": len(ids), "total_logp": sum_logs(scores)}
-        return make_answer(query.fact, words, scores[best], correct=rank == 1, **known)
+        fields = {"rank": rank, "logp_gold": logp, "choices": len(ids), "total_logp": sum_logs(scores)}
+        return make_answer(query.fact, words, scores[best], correct=rank == 1, **fields)
 
     def _answer_freely(
         self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any, texts: Sequence[str]
     ) -> dict[int, Answer]:
-        chosen = [index for index, query in enumerate(batch) if not query.options and not self.one_token]
-        zeros = np.zeros(len(chosen))
-        rest = self.finish(state, [(index, batch[index].gold) for index in chosen], zeros, zeros - np.inf)
+        indices = [index for index, query in enumerate(batch) if not query.options and not self.one_token]
+        zeros = np.zeros(len(indices))
+        after_first = self.finish(state, [(index, batch[index].gold) for index in indices], zeros, zeros - np.inf)
         answers = {}
-        for index, more in zip(chosen, rest, strict=True):
+        for index, logp in zip(indices, after_first, strict=True):
             query, scores = batch[index], log_probs[index].double().cpu().numpy()
             first = query.gold[0]
             rank = find_rank(first, scores)
             text, correct = judge(texts[index], query.fact.obj_label)
             best = find_best(scores)
             tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
-            known = {"correct": correct and rank is not None, "rank": rank, "logp_gold": float(scores[first] + more)}
-            answers[index] = make_answer(query.fact, tokens, scores[best], choices=None, **known)
+            fields = {"correct": correct and rank is not None, "rank": rank, "logp_gold": float(scores[first] + logp)}
+            answers[index] = make_answer(query.fact, tokens, scores[best], choices=None, **fields)
         return answers

@@ -1,4 +1,4 @@
-"""Sources of facts, tasks and texts: a registry, to which other packages add, and how a probe is opened by its name."""
+"""Sources of facts, tasks and texts: the registry, which other packages can extend, and opening a probe by its name."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from compressknow.evaluate.text import RunningText
 
 @dataclass(frozen=True)
 class Options:
-    """Options of how probes are read; each applies to the probes that know it, of which there must be one.
+    """Options for reading probes; each applies to the probes that support it, of which there must be at least one.
 
     Attributes
     ----------
-    data : where downloaded sets lie: the set's own folder, or one that holds `lama/`, `bear/`, `tasks/`.
-    protocol : of LAMA: ``lama`` or ``paper``; of other probes, what they offer.
-    template : which of a relation's templates is used, from 1 (atlas, BEAR).
-    templates : in how many of a relation's templates each fact is put, from the first.
-    limit, seed : a sample of at most so many facts per probe; of lm-eval's tasks the first so many items, of texts the
-        first so many chunks.
-    context : tokens per chunk of ``text:``; None for 512, or as many as the model has room for.
-    columns, split : of ``hf:`` data sets.
-    tasks : a folder of lm-eval tasks of the user's own.
+    data : folder of a downloaded set, or one that contains `lama/`, `bear/`, `tasks/`.
+    protocol : ``lama`` or ``paper`` for LAMA; for other probes, one that they offer.
+    template : number of the template of each relation to use, from 1 (atlas, BEAR).
+    templates : number of templates of each relation to use, from the first.
+    limit, seed : maximum size and seed of the sample of facts per probe; for lm-eval's tasks and texts, `limit` is the
+        number of items or chunks to use, from the first.
+    context : tokens per chunk of ``text:``; None for 512, or as many as the model has positions for.
+    columns, split : columns and split of ``hf:`` data sets.
+    tasks : folder of the user's own lm-eval tasks.
     """
 
     data: Path | None = None
@@ -59,37 +59,37 @@ class Options:
                 raise UsageError(f"--{name} must be a whole number: {value!r}.") from None
 
     def list_changed(self) -> list[str]:
-        """Return the names of the options that are not at their defaults."""
+        """Return the names of options that differ from their defaults."""
         default = Options()
         return [each.name for each in fields(self) if getattr(self, each.name) != getattr(default, each.name)]
 
 
-# Fields of options that users know by another word.
+# Names on the command line of fields of `Options`, if they differ.
 WORDS = {"columns": "map"}
 
 
 class Task(ABC):
-    """Items that another harness puts to the model and judges one by one; what it says of each is kept as an answer.
-    Its `name` is as the user names it, and it can be pickled."""
+    """Task whose items another harness evaluates and judges one by one; each result is stored as an answer. `name` is
+    the one that the user gives. Must be picklable."""
 
     name: str
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash all that decides what is evaluated: answers with the same hash can be compared."""
+        """Hash everything that determines what is evaluated: answers with the same hash are comparable."""
 
     @abstractmethod
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
-        """Return the answers of a model, and the task's entry in ``probe.json``."""
+        """Evaluate a model; return its answers, and the task's entry in ``probe.json``."""
 
     def check_family(self, family: str) -> None:  # noqa: B027
-        """Raise UnsupportedError if it cannot evaluate models of a family: ``masked``, ``causal`` or ``seq2seq``."""
+        """Raise UnsupportedError if it cannot evaluate models of this family: ``masked``, ``causal`` or ``seq2seq``."""
 
     def check_data(self) -> None:  # noqa: B027
-        """Raise CompressknowError if what it is made of cannot be had or read, as `run` does."""
+        """Raise CompressknowError if its data is not available or cannot be read, as `run` does."""
 
     def list_names(self) -> list[str] | None:
-        """Return the domains and relations of its answers; None if only its run tells them."""
+        """Return the domains and relations of its answers; None if they are known only after it has run."""
         return None
 
 
@@ -97,20 +97,19 @@ Opened = Probe | Task | RunningText
 
 
 class ProbeSource(ABC):
-    """One kind of probe. Its name is that of its entry in the registry: ``atlas``, or ``lama`` of ``lama:trex``.
+    """Kind of probe. Its name is that of its entry in the registry: ``atlas``, or ``lama`` for ``lama:trex``.
 
     Attributes
     ----------
-    help : one line for ``--help``: which facts these are.
-    form : what follows the name and a colon, in capitals as in ``FILE.jsonl``; empty if the name stands alone.
-    parts : all that may follow, in lower case, where that is one of a few names: those of LAMA's sets.
-    takes : the fields of `Options` that it reads, besides `limit` and `seed`.
-    protocols : what ``--protocol`` may choose, in lower case, the default first; empty if it has one way alone.
-    folders : where ``--data`` names a folder of several sets, the names that the set's own folder may have in there.
+    help : one line for ``--help`` that describes the facts.
+    form : placeholder after the name and a colon, in capitals as in ``FILE.jsonl``; empty if nothing follows the name.
+    parts : values of that placeholder, in lower case, if there are only a few, such as LAMA's sets.
+    takes : fields of `Options` that it reads, besides `limit` and `seed`.
+    protocols : values of ``--protocol``, in lower case, the default first; empty if there is only one.
+    folders : names of the set's own folder in a folder of several sets that ``--data`` names.
     origin : where its data can be downloaded, for the message that it is missing.
-    held_out : whether some of its items can be held out, as a search does: of facts they can, of a `Task` they cannot.
-    evaluated : how its answers come about, for the page's section on methods, where that is not by this package's own
-        scorers.
+    held_out : whether some of its items can be held out, as a search does: facts can, those of a `Task` cannot.
+    evaluated : how it is evaluated, for the page's section on methods, if not by this package's scorers.
     details : more lines for ``--help``, such as an example.
     """
 
@@ -131,39 +130,39 @@ class ProbeSource(ABC):
 
         Parameters
         ----------
-        name : of the whole probe, for `Probe.name` and `Fact.probe`: ``lama:trex``.
-        part : what the user wrote after the colon, one of `parts` if there are any: ``trex``.
-        options : `limit` and `seed` are of interest for tasks alone: facts are sampled afterwards.
+        name : name of the whole probe, for `Probe.name` and `Fact.probe`: ``lama:trex``.
+        part : text after the colon, one of `parts` if there are any: ``trex``.
+        options : options; only tasks need `limit` and `seed`, since facts are sampled afterwards.
 
-        Raises UsageError if there is no such thing, where its data is missing or damaged, or where an option makes
-        no sense. Its message goes to the user.
+        Raises UsageError, whose message is shown to the user, if the probe does not exist, its data is missing or
+        damaged, or an option is invalid.
         """
 
     def usage(self, name: str) -> str:
-        """Return how users write it: ``lama:SET``."""
+        """Return the name as users write it: ``lama:SET``."""
         return f"{name}:{self.form}" if self.form else name
 
     def named(self, part: str) -> str:
-        """Return what follows the colon in the name of the probe: the name of a file, not its path."""
+        """Return the part for the name of the probe: for a file, its name without the path."""
         return part
 
     def meant(self, text: str) -> bool:
-        """Return whether an unknown name is probably a part of this source, the name before the colon forgotten."""
+        """Return whether an unknown probe is probably a part of this source without its name and the colon."""
         return text.lower().replace("_", "-") in self.parts
 
     def holds(self, folder: Path, part: str) -> bool:  # noqa: ARG002
-        """Return whether a folder is that of the set."""
+        """Return whether a folder contains the set."""
         return folder.is_dir()
 
     def find(self, name: str, part: str, data: Path | None) -> Path:
-        """Return the folder of the set: `data` itself, or one of the `folders` in it. Raises UsageError that says where
-        to get it and where to put it."""
-        places = [data, *(data / folder for folder in self.folders)] if data else []
-        for place in places:
-            if self.holds(place, part):
-                return place
+        """Return the folder of the set: `data` itself, or one of the `folders` in it. Raises UsageError, with where to
+        get the set and where to put it."""
+        candidates = [data, *(data / folder for folder in self.folders)] if data else []
+        for candidate in candidates:
+            if self.holds(candidate, part):
+                return candidate
         raise UsageError(
-            f"{data} does not hold {name}." if data else f"{name} does not come with compressknow.",
+            f"{data} does not contain {name}." if data else f"{name} does not come with compressknow.",
             f"Download it from {self.origin}." if self.origin else None,
             f"Put it into DIR/{self.folders[0]} and pass --data DIR." if self.folders else "Pass --data DIR.",
         )
@@ -187,9 +186,9 @@ PROBES = Registry(
 
 
 def open_all(names: Sequence[str], options: Options) -> list[Opened]:
-    """Open the probes of these names in their order, atlas where none is named; each reads the options it takes. Raises
-    UsageError for one that is unknown, missing or empty, UnusedOptions for options that no source takes,
-    CompressknowError for one that cannot be used."""
+    """Open the named probes in order, or atlas; each reads the options that it takes. Raises UsageError if one is
+    unknown, missing or empty, UnusedOptions for options that no source takes, CompressknowError if one cannot be used.
+    """
     if options.limit is not None and options.limit < 1:
         raise UsageError(f"--limit must be at least 1: {options.limit}.")
     if "protocol" in options.list_changed():
@@ -202,7 +201,7 @@ def open_all(names: Sequence[str], options: Options) -> list[Opened]:
 
 
 def find_source(name: str) -> ProbeSource | None:
-    """Return the source of the probe of that name; None if there is none, or none that can be used here."""
+    """Return the source of a probe by its name; None if it is unknown, or cannot be used."""
     try:
         return PROBES[_split_name(name)[0]]
     except CompressknowError:
@@ -210,39 +209,39 @@ def find_source(name: str) -> ProbeSource | None:
 
 
 def normalize_name(name: str) -> str:
-    """Return a probe's name as its answers have it: case does not matter, and a facts file goes by its own name."""
+    """Return a probe's name as in its answers: in lower case, and with the name of a facts file for its path."""
     kind, part = _split_name(name)
     source = find_source(kind)
     return _join_name(kind, source.named(_normalize_part(source, part))) if source else name
 
 
 def list_usable() -> Iterator[tuple[str, ProbeSource]]:
-    """Yield the names and sources of all kinds of probes, without those of other packages that cannot be used."""
+    """Yield the names and sources of all kinds of probes, without third-party ones that cannot be used."""
     for kind in PROBES:
         if source := find_source(kind):
             yield kind, source
 
 
 def check_taken(names: Sequence[str], options: Options) -> None:
-    """Raise UnusedOptions for options that no probe of these names takes; a folder of data may wait for others."""
+    """Raise UnusedOptions for options that none of the named probes takes; `data` may be given for any named probe."""
     sources = [find_source(name) for name in names or DEFAULT]
     general = {"limit", "seed", "templates"} | ({"data"} if names else set())
-    idle = [
+    unused = [
         field
         for field in options.list_changed()
-        # Errors in names are raised when probes are opened.
+        # Opening an unknown probe will report it.
         if field not in general and not any(source is None or _takes(source, field) for source in sources)
     ]
-    if idle:
-        words = [WORDS.get(field, field) for field in idle]
+    if unused:
+        words = [WORDS.get(field, field) for field in unused]
         takers = [
             f"--{word} is for {', '.join(kind for kind, source in list_usable() if _takes(source, field))}"
-            for word, field in zip(words, idle, strict=True)
+            for word, field in zip(words, unused, strict=True)
         ]
         raise UnusedOptions(
             f"No probe here takes {', '.join(f'--{word}' for word in words)}.",
             f"{'; '.join(takers)}.",
-            "Leave out what no probe takes, or name one that does with -p.",
+            "Leave them out, or name a probe that takes them with -p.",
             names=words,
         )
 
@@ -259,7 +258,7 @@ def _open_by_name(name: str, options: Options) -> Opened:
     if options.templates > 1:
         return _open_in_wordings(full, name, source, options)
     if source.protocols and options.protocol not in source.protocols:
-        # It is for another probe.
+        # The protocol was meant for another probe.
         options = replace(options, protocol=source.protocols[0])
     try:
         opened = source.open(full, part, options)
@@ -275,16 +274,16 @@ def _open_by_name(name: str, options: Options) -> Opened:
 
 
 def _open_in_wordings(full: str, name: str, source: ProbeSource, options: Options) -> Probe:
-    """Open the probe in the first wordings. Raise UsageError if its source has none, or too few."""
+    """Open the probe in its first `options.templates` wordings. Raise UsageError if its source has fewer."""
     if "template" not in source.takes:
         several = [name for name, each in list_usable() if "template" in each.takes]
         raise UsageError(
-            f"{full} has one wording per fact: --templates {options.templates} has nothing to choose from.",
+            f"{full} has one wording per fact, so --templates {options.templates} cannot be used.",
             hint=f"Leave --templates out, or choose {' or '.join(several)}.",
         )
     if options.template != 1:
         raise UsageError(
-            "--template and --templates exclude each other: one wording, or the first so many.",
+            "--template and --templates exclude each other: they choose one wording, or a number of them.",
             hint="Leave one of them out.",
         )
     single = replace(options, templates=1)
@@ -302,7 +301,7 @@ def _join_name(kind: str, part: str) -> str:
 
 
 def _normalize_part(source: ProbeSource, part: str) -> str:
-    """Return the part as the source has it: one of a few parts whatever its case, else as it stands."""
+    """Return the part as in the source's `parts`, whatever its case; unchanged if it has none."""
     return part.lower().replace("_", "-") if source.parts else part
 
 
@@ -311,23 +310,23 @@ def _takes(source: ProbeSource, field: str) -> bool:
 
 
 def _check_opened(kind: str, name: str, opened: object) -> None:
-    """Raise CompressknowError if what a source gives cannot be evaluated."""
+    """Raise CompressknowError if what a source returned cannot be evaluated."""
     if not isinstance(opened, Opened):
-        raise PROBES.incompatible(kind, f"It gives a {type(opened).__name__}, not a Probe, Task or RunningText.")
+        raise PROBES.incompatible(kind, f"It returned a {type(opened).__name__}, not a Probe, Task or RunningText.")
     if isinstance(opened, Probe) and not opened.facts:
         reasons = [f"  {count} dropped: {reason}" for reason, count in opened.dropped.items()]
         raise UsageError(f"{opened.name} has no facts to evaluate.", "\n".join(reasons) or "It is empty.")
-    if isinstance(opened, Probe) and PROBES.is_added(kind) and (flaw := _find_flaw(name, opened)):
-        raise PROBES.incompatible(kind, flaw)
+    if isinstance(opened, Probe) and PROBES.is_added(kind) and (problem := _find_problem(name, opened)):
+        raise PROBES.incompatible(kind, problem)
 
 
-# What answers and their record hold of a fact, as it is.
+# Fields of facts that are stored with answers, and their types.
 _TEXTS = dict.fromkeys(("id", "relation", "subject", "sub_label", "obj_label", "prompt"), str)
 _FACT = {**_TEXTS, "popularity": (float, None)}
 
 
-def _find_flaw(name: str, probe: Probe) -> str | None:
-    """Find what would go wrong with facts of another package after hours: this one's sources check it themselves."""
+def _find_problem(name: str, probe: Probe) -> str | None:
+    """Return a problem of a third-party probe that would fail only after hours, or None; built-in sources have none."""
     if probe.name != name or any(fact.probe != name for fact in probe.facts):
         return f"The probe or a fact of it does not have the name {name!r}."
     try:
@@ -336,24 +335,24 @@ def _find_flaw(name: str, probe: Probe) -> str | None:
         return f"Its source cannot be written as JSON: {error}."
     for fact in probe.facts:
         if wrong := find_mismatch({key: getattr(fact, key) for key in _FACT}, _FACT):
-            return f"Of its fact {fact.id!r}, {wrong}."
+            return f"In its fact {fact.id!r}, {wrong}."
         choices = fact.candidates
         is_tuple = isinstance(choices, tuple) and len(set(choices)) == len(choices) > 1
         if choices is not None and not (is_tuple and fact.obj_label in choices):
-            return f"The candidates of its fact {fact.id!r} are no tuple of different ones, the object among them."
-    if twins := [fact for fact, times in Counter(fact.id for fact in probe.facts).items() if times > 1]:
-        return f"Two of its facts have the id {twins[0]!r}."
+            return f"The candidates of its fact {fact.id!r} are not a tuple of different ones that includes the object."
+    if duplicates := [fact for fact, times in Counter(fact.id for fact in probe.facts).items() if times > 1]:
+        return f"Two of its facts have the id {duplicates[0]!r}."
     return None
 
 
 def _make_unknown_error(name: str) -> UsageError:
-    # Each part of a source that has parts, and what follows the names of others.
+    # Each part of a source that has parts, and the placeholder of others.
     names = [_join_name(kind, part) for kind, source in list_usable() for part in source.parts or (source.form,)]
     return UsageError(f"Unknown probe {name!r}.", hint=f"{_suggest(name)}Choose from {', '.join(names)}.")
 
 
 def _suggest(name: str) -> str:
-    """Suggest what a name may be meant for: one without its kind, or one that is nearly known."""
+    """Return the beginning of a hint for a name that lacks its kind, or that is close to a known one; otherwise ""."""
     beginning, colon, part = name.partition(":")
     if colon and _split_name(name)[0] not in PROBES and (near := suggest_word(beginning, PROBES, cutoff=0.7)):
         return near.replace("?", f":{part}?")
@@ -362,6 +361,6 @@ def _suggest(name: str) -> str:
             return f"Did you mean {_join_name(kind, _normalize_part(source, name))}? "
         if name.lower() == kind and not source.parts:
             return f"Did you mean {_join_name(kind, source.form)}? "
-    alone = [kind for kind, source in list_usable() if not source.form]
+    kinds = [kind for kind, source in list_usable() if not source.form]
     parts = [_join_name(kind, part) for kind, source in list_usable() for part in source.parts]
-    return suggest_word(name, [*alone, *parts], cutoff=0.5)
+    return suggest_word(name, [*kinds, *parts], cutoff=0.5)

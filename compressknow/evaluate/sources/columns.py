@@ -1,4 +1,4 @@
-"""Rows of facts: JSON Lines and CSV read within bounds, and columns found by their names."""
+"""Rows of facts: reading JSON Lines and CSV with limits on their size, and finding columns by name."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from compressknow.base.errors import UsageError, suggest_word
 from compressknow.base.reading import NotReadable, compute_sha256, find_lone_surrogate, parse_json, read_lines
 from compressknow.evaluate.facts import ARTS, GEOGRAPHY, OBJECT, PEOPLE, map_relations
 
-# The escape of half a surrogate pair without the other half.
-_HALF = re.compile(rb"\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]", re.IGNORECASE)
+# The escape of a lone surrogate.
+_LONE_SURROGATE = re.compile(rb"\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]", re.IGNORECASE)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield (number of the line, its object) or, where a line holds none, (number, what is wrong and in which column).
-    Raises UsageError if the file cannot be read."""
+    """Yield (line number, object) or, for an invalid line, (line number, column and error). Raises UsageError if the
+    file cannot be read."""
     try:
-        # Lines end at "\n" alone: JSON texts may hold U+2028 and the like, at which str.splitlines would break them.
+        # Lines end only at "\n", not at U+2028 and the like, where str.splitlines would break JSON texts.
         for number, line in enumerate(read_lines(path), start=1):
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if content.strip():
@@ -35,15 +35,15 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Yield (line number, row) of a CSV file with a header, as `read_json_lines` does: empty cells are left out,
-    `candidates` are parted by ``|``, `popularity` is a number. Raises UsageError if the file cannot be read."""
+    `candidates` are separated by ``|``, `popularity` is a number. Raises UsageError if the file cannot be read."""
     lines = (line.removeprefix(codecs.BOM_UTF8).decode("utf-8") + "\n" for line in read_lines(path))
     table = csv.DictReader(lines, strict=True, skipinitialspace=True)
     try:
         if len(table.fieldnames or ()) == 1:
             raise UsageError(f"{path} cannot be read: its first line has no comma.", hint="Separate columns by commas.")
         names = [name for name in table.fieldnames or () if name]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UsageError(f"{path} has two columns {twice!r}.", hint="Give each a name of its own.")
+        if duplicate := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"{path} has two columns {duplicate!r}.", hint="Give them different names.")
         for row in table:
             number = table.reader.line_num
             if None in row:
@@ -53,8 +53,8 @@ def read_csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     except UnicodeDecodeError:
         raise UsageError(f"{path} cannot be read: it is not UTF-8.", hint="Save it as CSV UTF-8.") from None
     except csv.Error as error:
-        where = f"line {table.reader.line_num}"
-        raise UsageError(f"{path} cannot be read, {where}: {error}.", hint="Save it as CSV.") from None
+        line = f"line {table.reader.line_num}"
+        raise UsageError(f"{path} cannot be read, {line}: {error}.", hint="Save it as CSV.") from None
     except (OSError, NotReadable) as error:
         raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
@@ -80,17 +80,17 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
     except json.JSONDecodeError as error:
         return f"column {error.colno}: not JSON: {error.msg}"
     except ValueError:
-        return "column 1: not JSON that can be read: nested too deeply, or a number of too many digits"
+        return "column 1: JSON that is nested too deeply, or has a number of too many digits"
     if not isinstance(value, dict):
-        return "column 1: a JSON object {...} belongs here"
+        return "column 1: not a JSON object {...}"
     if b"\\u" in line and (escape := find_lone_surrogate(json.dumps(value, ensure_ascii=False))):
-        found = _HALF.search(line)
-        return f"column {found.start() + 1 if found else 1}: {escape} is half of a character"
+        match = _LONE_SURROGATE.search(line)
+        return f"column {match.start() + 1 if match else 1}: {escape} is half of a character"
     return value
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read all objects of the file. Raise UsageError, with line and column, at the first line that holds none."""
+    """Read all objects of a JSON Lines file. Raise UsageError, with line and column, at the first invalid line."""
     rows = []
     for number, row in read_json_lines(path):
         if isinstance(row, str):
@@ -100,7 +100,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def hash_files(paths: Iterable[Path], folder: Path) -> dict[str, str]:
-    """Map file names relative to `folder`, with forward slashes, to the files' sha256 in hexadecimal."""
+    """Map file names relative to `folder`, with forward slashes, to sha256 in hexadecimal."""
     return {path.relative_to(folder).as_posix(): compute_sha256(path) for path in paths}
 
 
@@ -109,8 +109,10 @@ KEYS = ("subject", "object", "prompt", "template", "relation", "id", "popularity
 
 @dataclass(frozen=True)
 class Columns:
-    """`of` is {one of `KEYS`: name of a column}; `of["template"]` may be a template itself. `templates` are those by
-    relation, where no column holds any; `known_as` names the kind of table that was recognised."""
+    """Columns of a table of facts.
+
+    `of` is {one of `KEYS`: name of a column}; `of["template"]` may be a template itself. `templates` are templates by
+    relation, if no column has any; `known_as` is the recognized kind of table."""
 
     of: Mapping[str, str]
     templates: Mapping[str, str]
@@ -123,7 +125,7 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """Return the columns to read, each once."""
+        """Return the columns to read, without duplicates."""
         return list(dict.fromkeys(name for name in self.of.values() if name != self.fixed_template))
 
 
@@ -135,7 +137,7 @@ POPQA = map_relations(
         ARTS: "author composer director genre producer screenwriter",
     }
 )
-# PopQA asks questions ("What is Henry Feilden's occupation?"); these say the same with a blank at the end.
+# Sentences with a blank at the end in place of PopQA's questions ("What is Henry Feilden's occupation?").
 _POPQA_NOUNS = (
     "author capital color composer country director father genre mother occupation producer religion screenwriter"
 )
@@ -147,23 +149,23 @@ _POPQA_TEMPLATES = {
 }
 
 _LABELS = {"subject": "sub_label sub", "object": "obj_label", "relation": "predicate_id pred relation", "id": "uuid id"}
-_OWN = {**_LABELS, "popularity": "popularity", "candidates": "candidates", "school-subject": "subject"}
-# Kind of table: (columns by which it is known, the columns of each key in order of preference, templates by relation).
-# LAMA's copies on the hub have the template and a sentence of the text in each row; the official code uses templates.
+_FACTS_FILE = {**_LABELS, "popularity": "popularity", "candidates": "candidates", "school-subject": "subject"}
+# Kind of table: (columns that identify it, the columns of each key in order of preference, templates by relation).
+# LAMA's copies on the Hub have a template and a sentence in each row; templates come first, as in the official code.
 _KNOWN: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
     "PopQA": (
         "subj prop obj s_pop",
         {"subject": "subj", "object": "obj", "relation": "prop", "id": "id", "popularity": "s_pop"},
         _POPQA_TEMPLATES,
     ),
-    "facts": ("prompt obj_label", {**_OWN, "prompt": "prompt"}, {}),
-    "LAMA by template": ("template sub_label obj_label", {**_OWN, "template": "template"}, {}),
+    "facts": ("prompt obj_label", {**_FACTS_FILE, "prompt": "prompt"}, {}),
+    "LAMA by template": ("template sub_label obj_label", {**_FACTS_FILE, "template": "template"}, {}),
     "LAMA by sentence": ("masked_sentence obj_label", {**_LABELS, "prompt": "masked_sentence"}, {}),
 }
 
 
 def parse_columns(options: Iterable[str]) -> dict[str, str]:
-    """Parse ``KEY=COLUMN`` texts. Raise UsageError for another form, an unknown key and one given twice.
+    """Parse texts like ``KEY=COLUMN``. Raise UsageError if one is invalid, or a key is unknown or repeated.
 
     >>> parse_columns(["object=obj_label", "template=[X] was born in [Y]."])
     {'object': 'obj_label', 'template': '[X] was born in [Y].'}
@@ -186,18 +188,18 @@ def check_key(key: str) -> None:
         raise UsageError(f"--map: unknown key {key!r}.", hint=f"{near}The keys are {', '.join(KEYS)}.")
 
 
-def choose_columns(there: Iterable[str], wanted: Mapping[str, str], where: str) -> Columns:
-    """Choose from the columns `there`: as for a table that is known, but what is `wanted` comes first. Raises
-    UsageError, which lists the columns there are, where one is not there or too few are named to make facts."""
-    present = set(there)
-    for key in wanted:
+def choose_columns(names: Iterable[str], mapping: Mapping[str, str], where: str) -> Columns:
+    """Choose from the columns of a table by the user's `mapping`, then as for a recognized kind of table. Raises
+    UsageError, which lists the columns, if one does not exist or facts need more of them."""
+    present = set(names)
+    for key in mapping:
         check_key(key)
-    kind, recognized, templates = _recognise(present)
-    if {"prompt", "template"} & set(wanted):
-        # A prompt or template named by the user replaces that of the known table.
+    kind, recognized, templates = _recognize(present)
+    if {"prompt", "template"} & set(mapping):
+        # The user's prompt or template replaces both.
         recognized = {key: name for key, name in recognized.items() if key not in ("prompt", "template")}
         templates = {}
-    columns = Columns({**recognized, **wanted}, templates, kind)
+    columns = Columns({**recognized, **mapping}, templates, kind)
     listing = f"Its columns are {', '.join(sorted(present))}." if present else "It has no columns."
     if missing := [name for name in columns.names if name not in present]:
         raise UsageError(f"{where} has no column {missing[0]!r}.", listing)
@@ -208,10 +210,10 @@ def choose_columns(there: Iterable[str], wanted: Mapping[str, str], where: str) 
     return columns
 
 
-def _recognise(present: set[str]) -> tuple[str | None, dict[str, str], dict[str, str]]:
-    """Return the kind of table (None of one that is not known), the column of each key, and templates by relation."""
-    for kind, (known_by, keys, templates) in _KNOWN.items():
-        if present.issuperset(known_by.split()):
-            there = {key: [name for name in names.split() if name in present] for key, names in keys.items()}
-            return kind, {key: names[0] for key, names in there.items() if names}, templates
+def _recognize(present: set[str]) -> tuple[str | None, dict[str, str], dict[str, str]]:
+    """Return the kind of table (None if it is not recognized), the column of each key, and templates by relation."""
+    for kind, (required, keys, templates) in _KNOWN.items():
+        if present.issuperset(required.split()):
+            columns = {key: [name for name in names.split() if name in present] for key, names in keys.items()}
+            return kind, {key: names[0] for key, names in columns.items() if names}, templates
     return None, {}, {}

@@ -1,7 +1,7 @@
-"""Sources that users bring: facts in a file or in a table, and running text.
+"""The user's own sources: facts in a file or a table, and running text.
 
-``hf:NAME`` or ``hf:NAME:CONFIG`` names a set on the hub; ``hf:PATH`` a folder (of data files, or written by
-`save_to_disk`) or one .parquet, .json, .jsonl or .csv file. Which column holds what is said by the user or known:
+``hf:NAME`` or ``hf:NAME:CONFIG`` is a data set on the Hub; ``hf:PATH`` is a folder (of data files, or written by
+`save_to_disk`) or a .parquet, .json, .jsonl or .csv file. The user gives the columns, unless the table is recognized:
 PopQA (``akariasai/PopQA``), LAMA's copies in Parquet, and tables with the columns of a facts file (`facts:`).
 """
 
@@ -49,9 +49,9 @@ _HINT = (
 )
 _TEXTS = ("prompt", "template", "obj_label", "sub_label", "relation", "subject")
 _KEYS = (*_TEXTS, "id", "candidates", "popularity")
-# Answers are stored with floats, which are not exact for larger whole numbers.
+# Popularity is stored as a float, which cannot represent larger integers exactly.
 _MOST_POPULAR = 1 << 53
-# Problems of a file that a message shows.
+# Maximum number of problems that a message lists.
 _SHOWN = 5
 
 
@@ -70,43 +70,43 @@ models, any single token). facts:FILE.csv has these as columns, and
 candidates as Paris|Rome|Madrid."""
 
     def named(self, part: str) -> str:
-        """Return the file's own name: a fact is the same wherever the file lies."""
+        """Return the file's name, since facts do not depend on its folder."""
         return escape_name(Path(part).name)
 
     def meant(self, text: str) -> bool:
         return Path(text).suffix.lower() in (".jsonl", ".csv")
 
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
-        """Read the facts of a file: JSON lines, or CSV with the same keys as columns; `_KEYS` are those of a line.
+        """Read the facts of a file: JSON Lines with the keys `_KEYS`, or CSV with these as columns.
 
-        Without `relation` it is the name of the file, without `id` the relation and the number of the line. Raises
-        UsageError that names file, line and key (or column, where a line is not JSON) of the first errors.
+        The default of `relation` is the name of the file, that of `id` the relation and the number of the line. Raises
+        UsageError with file, line and key (or column, if a line is not JSON) of the first errors.
         """
         path = expand_home(part)
         if not path.exists():
             raise UsageError(
-                f"There is no file {path}.", hint="facts: is followed by the path of a file of JSON lines, or of CSV."
+                f"There is no file {path}.", hint="facts: is followed by the path of a JSON Lines or CSV file."
             )
         facts: dict[str, Fact] = {}
         lines: dict[str, int] = {}
         problems: list[str] = []
-        # One tuple for all facts with the same candidates: files repeat a relation's list in each line.
+        # Share one tuple among facts with the same candidates, which files repeat in each line of a relation.
         shared: dict[tuple[str, ...], tuple[str, ...]] = {}
         for number, row in (read_csv_lines if path.suffix.lower() == ".csv" else read_json_lines)(path):
             row = row if isinstance(row, str) else {key: _strip(key, value) for key, value in row.items()}
-            found = [row] if isinstance(row, str) else _find_problems(row)
-            if not found and isinstance(row, dict):
+            in_line = [row] if isinstance(row, str) else _find_problems(row)
+            if not in_line and isinstance(row, dict):
                 fact = _make_fact(row, number, name, escape_name(path.stem), shared)
                 if fact.id in facts:
-                    found = [f"id: {fact.id!r} is the id of line {lines[fact.id]} too"]
+                    in_line = [f"id: {fact.id!r} is also the id of line {lines[fact.id]}"]
                 facts[fact.id], lines[fact.id] = fact, number
-            problems += [f"line {number}, {problem}" for problem in found]
+            problems += [f"line {number}, {problem}" for problem in in_line]
         if problems:
             more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             listed = "\n".join(f"  {line}" for line in problems[:_SHOWN] + more)
             raise UsageError(f"{path} cannot be read as facts:", listed, _HINT)
         if not facts:
-            raise UsageError(f"{path} holds no facts.", hint=_HINT)
+            raise UsageError(f"{path} has no facts.", hint=_HINT)
         return Probe(
             name=name,
             protocol=FACTS_PROTOCOL,
@@ -117,25 +117,25 @@ candidates as Paris|Rome|Madrid."""
 
 
 def _strip(key: str, value: Any) -> Any:
-    """Strip the spaces around a label: no model writes them. Those of a prompt may be meant."""
+    """Strip spaces around labels, which no model generates, but not around prompts, where they may be intended."""
     if isinstance(value, list):
         return [_strip(key, each) for each in value]
     return value.strip() if isinstance(value, str) and key not in ("prompt", "template") else value
 
 
 def _find_problems(row: dict[str, Any]) -> list[str]:
-    """List what is wrong with one line, each as ``KEY: what``; types first, since the other rules need them right."""
+    """List the problems of a line, each as ``KEY: problem``; those of types first, which the other checks rely on."""
     wrong = [f"{key}: must be a non-empty string" for key in _TEXTS if key in row and not _is_text(row[key])]
     if "id" in row and not _is_text(row["id"]) and type(row["id"]) is not int:
         wrong.append("id: must be a non-empty string")
     candidates, popularity = row.get("candidates"), row.get("popularity")
     if candidates is not None and not (isinstance(candidates, list) and all(map(_is_text, candidates))):
-        wrong.append("candidates: must be a list of texts, none empty")
+        wrong.append("candidates: must be a list of non-empty strings")
     if popularity is not None and not _is_popularity(popularity):
         wrong.append("popularity: must be a number above 0, and at most 2^53")
     if wrong:
         return wrong
-    # Other keys are ignored: those that nearly are known ones would go unnoticed.
+    # Unknown keys are ignored, unless they look like misspelled ones.
     near = {key: difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85) for key in row if key not in _KEYS}
     wrong += [f"{key}: unknown; did you mean {match[0]}?" for key, match in near.items() if match]
     if "obj_label" not in row:
@@ -150,14 +150,14 @@ def _is_text(value: object) -> bool:
 def _check_prompt(row: dict[str, Any]) -> list[str]:
     if "prompt" in row:
         count = add_blank(row["prompt"]).count(BLANK)
-        return [] if count == 1 else [f"prompt: holds {BLANK} {count} times, not once"]
+        return [] if count == 1 else [f"prompt: has {BLANK} {count} times, not once"]
     if "template" not in row:
         return ["prompt: missing, and no template either"]
     wrong = [] if "sub_label" in row else ["sub_label: missing; the template needs it"]
     if SUBJECT not in row["template"] or row["template"].count(OBJECT) != 1 or BLANK in row["template"]:
-        wrong.append(f"template: must hold {SUBJECT}, and {OBJECT} once")
+        wrong.append(f"template: must contain {SUBJECT}, and {OBJECT} once")
     elif BLANK in row.get("sub_label", ""):
-        wrong.append(f"sub_label: holds {BLANK}")
+        wrong.append(f"sub_label: contains {BLANK}")
     return wrong
 
 
@@ -168,7 +168,7 @@ def _check_candidates(row: dict[str, Any]) -> list[str]:
     if len(candidates) < 2:
         return ["candidates: must be at least 2"]
     if len({unicodedata.normalize("NFC", each) for each in candidates}) < len(candidates):
-        return ["candidates: hold one answer twice"]
+        return ["candidates: one of them is repeated"]
     if "obj_label" in row and row["obj_label"] not in candidates:
         return [f"candidates: the object {row['obj_label']!r} is not among them"]
     return []
@@ -194,10 +194,10 @@ def _make_fact(
 
 
 HUB_PROTOCOL = "hf/1"
-# Default split: evaluation sets have their facts in the first of these that exists.
+# Default splits in order of preference.
 _SPLITS = ("test", "validation", "train")
 _ROWS_AT_ONCE = 10_000
-# Domains of relations in the data sets whose tables are known.
+# Domains of relations in recognized tables.
 DOMAINS = LAMA | CONCEPTNET | POPQA
 
 
@@ -207,35 +207,35 @@ class Hub(ProbeSource):
     takes = frozenset({"columns", "split"})
 
     def meant(self, text: str) -> bool:
-        """Go by a file's suffix, or by an owner, as names on the hub have one."""
+        """Return whether the name has the suffix of a table, or an owner, as on the Hub."""
         tables = set(SUFFIXES) - {".jsonl"}
         return Path(text).suffix.lower() in tables or re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
 
     def open(self, name: str, part: str, options: Options) -> Probe:
-        """Read all facts of one split; rows that make no fact are counted in `dropped`."""
+        """Read all facts of a split; invalid rows are counted in `dropped`."""
         splits = load_tables(part)
-        chosen = _choose_split(list(splits), options.split, part)
-        table = splits[chosen]
-        named = choose_columns(table.column_names, options.columns, name)
-        made = (_make_hub_fact(name, *row, named) for row in enumerate(_read_rows(table, named)))
-        facts, dropped = collect_facts(made, lambda fact: (fact.prompt, fact.obj_label), "same sentence and object")
+        split = _choose_split(list(splits), options.split, part)
+        table = splits[split]
+        columns = choose_columns(table.column_names, options.columns, name)
+        rows = (_make_hub_fact(name, *row, columns) for row in enumerate(_read_rows(table, columns)))
+        facts, dropped = collect_facts(rows, lambda fact: (fact.prompt, fact.obj_label), "same sentence and object")
         return Probe(
             name=name,
             protocol=HUB_PROTOCOL,
             facts=facts,
             dropped=dropped,
             vocabulary="closed" if all(fact.candidates for fact in facts) else "open",
-            source={"dataset": part, "split": chosen, "columns": dict(named.of), "known as": named.known_as},
+            source={"dataset": part, "split": split, "columns": dict(columns.of), "known as": columns.known_as},
         )
 
 
-def _choose_split(there: list[str], wanted: str | None, dataset: str) -> str:
-    if wanted is not None and wanted not in there:
-        raise UsageError(f"hf:{dataset} has no split {wanted!r}.", hint=f"Choose from {', '.join(there)}.")
-    chosen = wanted or (there[0] if len(there) == 1 else next((name for name in _SPLITS if name in there), None))
-    if chosen is None:
-        raise UsageError(f"hf:{dataset} has several splits.", hint=f"Pass --split with one of {', '.join(there)}.")
-    return chosen
+def _choose_split(splits: list[str], named: str | None, dataset: str) -> str:
+    if named is not None and named not in splits:
+        raise UsageError(f"hf:{dataset} has no split {named!r}.", hint=f"Choose from {', '.join(splits)}.")
+    split = named or (splits[0] if len(splits) == 1 else next((name for name in _SPLITS if name in splits), None))
+    if split is None:
+        raise UsageError(f"hf:{dataset} has several splits.", hint=f"Pass --split with one of {', '.join(splits)}.")
+    return split
 
 
 def _read_rows(table: Any, columns: Columns) -> Iterator[dict[str, Any]]:
@@ -282,17 +282,17 @@ def _is_popularity(value: object) -> bool:
 
 
 def _to_text(value: object) -> str | None:
-    """Return a text, a number as one, the first of a list; None for what is empty or nothing of these."""
+    """Return a text or number, or the first one of a list, as text; None for anything else, or if it is empty."""
     if isinstance(value, list):
         return _to_text(value[0]) if value else None
     if isinstance(value, float) and value.is_integer():
-        # Columns of whole numbers are read as floats where a cell is empty.
+        # Columns of integers are read as floats if a cell is empty.
         value = int(value)
     return (str(value).strip() or None) if isinstance(value, str | int | float) and value == value else None
 
 
 def _to_texts(value: object) -> tuple[str, ...] | None:
-    """Return a list of texts, also as a text of JSON or parted by ``|``, each once; None for an empty one."""
+    """Return the distinct texts of a list, of its JSON, or of a text separated by ``|``; None if there are none."""
     if isinstance(value, str):
         text = value
         try:
@@ -302,27 +302,27 @@ def _to_texts(value: object) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(filter(None, map(_to_text, value)))) or None if isinstance(value, list) else None
 
 
-# A shorter chunk has hardly a second half.
+# Shorter chunks have hardly any scored tokens.
 LEAST_CONTEXT = 8
 
 
 class Text(ProbeSource):
-    help = "perplexity of a text, and KL by token, as llama.cpp has them (causal models)"
+    help = "perplexity of a text, and KL per token, as in llama.cpp (causal models)"
     form = "FILE.txt"
     takes = frozenset({"context"})
     held_out = False
 
     def named(self, part: str) -> str:
-        """Return the file's own name: a text is the same wherever the file lies."""
+        """Return the file's name, since a text does not depend on its folder."""
         return escape_name(Path(part).name)
 
     def meant(self, text: str) -> bool:
         return Path(text).suffix.lower() in (".txt", ".raw")
 
     def open(self, name: str, part: str, options: Options) -> RunningText:
-        """Open the text of a file. Raise UsageError if there is none, where it is empty, or no text in UTF-8."""
+        """Open the text of a file. Raise UsageError if it does not exist, is empty, or is not UTF-8."""
         path = expand_home(part)
-        hint = "text: is followed by the path of a text in UTF-8."
+        hint = "text: is followed by the path of a UTF-8 text file."
         try:
             check_regular(path)
         except FileNotFoundError:

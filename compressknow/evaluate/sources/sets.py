@@ -1,25 +1,24 @@
 """Sets of facts: atlas, which comes with the package, and BEAR and LAMA, read from the folders of their authors.
 
-**atlas** is ``compressknow/evaluate/atlas/*.json``, one file a relation: {"relation", "subject", "definition",
+**atlas** is ``compressknow/evaluate/atlas/*.json``, one file per relation: {"relation", "subject", "definition",
 "templates": [TEXT, ...], "source", "popularity": TEXT or null, "facts": [{"id", "sub_label", "obj_label",
-"popularity"?}, ...]}. Where each file's facts come from, and under which licence, stands in ``ATTRIBUTION.md`` next to
-them.
+"popularity"?}, ...]}. The source and licence of each file's facts are in ``ATTRIBUTION.md``.
 
 **bear** is the probe of Wiland, Ploner and Akbik, "BEAR: A Unified Framework for Evaluating Relational Knowledge in
-Causal and Masked Language Models" (2024), read as its library lm-pub-quiz reads it. A folder holds
+Causal and Masked Language Models" (2024), read as by its library lm-pub-quiz. A folder has
 ``metadata_relations.json``, {RELATION: {"templates": [TEXT, ...], "answer_space_labels": [TEXT, ...]}}, and for each
 relation ``RELATION.jsonl`` with rows {"sub_label", "obj_label", "answer_idx"}: the index of the object among the
-labels, from 0. A causal model is right where it finds the sentence with the right label the most likely one of all; of
-masked models only the label is scored, where lm-pub-quiz by default scores each token of the sentence. The score is
-over all facts alike: lm-pub-quiz weights each relation's accuracy by its number of facts.
+labels, from 0. A causal model is correct if the sentence with the right label is the most likely of all; for masked
+models only the label is scored, whereas lm-pub-quiz by default scores each token of the sentence. All facts count
+equally: lm-pub-quiz weights each relation's accuracy by its number of facts.
 
-**lama** is LAMA (Petroni et al. 2019, "Language Models as Knowledge Bases?"). The folder is what
-https://dl.fbaipublicfiles.com/LAMA/data.zip holds: ``TREx/P*.jsonl``, ``Google_RE/*_test.jsonl``,
+**lama** is LAMA (Petroni et al. 2019, "Language Models as Knowledge Bases?"). The folder is the content of
+https://dl.fbaipublicfiles.com/LAMA/data.zip: ``TREx/P*.jsonl``, ``Google_RE/*_test.jsonl``,
 ``Squad/test.jsonl``, ``ConceptNet/test.jsonl`` and ``relations.jsonl``, a template for each relation of T-REx.
-``common_vocab_cased.txt``, one word a line, lies next to them; the `lama` protocol needs it. T-REx and Google-RE are
+The `lama` protocol also needs ``common_vocab_cased.txt`` in it, with one word per line. T-REx and Google-RE are
 evaluated by template, in both protocols, and SQuAD and ConceptNet by the first of their ``masked_sentences``. A prompt
-has one blank, so that sentences with several are dropped (3 of SQuAD's): the official code scores the first of the
-blanks, the paper's code each of them.
+has one blank, so sentences with several are dropped (3 of SQuAD's): the official code scores the first blank, the
+paper's code each of them.
 """
 
 from __future__ import annotations
@@ -54,13 +53,13 @@ from compressknow.evaluate.sources.columns import hash_files, read_rows
 
 METADATA = "metadata_relations.json"
 BEAR_FROM = "github.com/lm-pub-quiz/BEAR (CC BY-SA)"
-_HINT = f"BEAR comes from {BEAR_FROM}; --data names its folder."
+_HINT = f"Get BEAR from {BEAR_FROM}; --data names its folder."
 
 LAMA_FROM = "https://dl.fbaipublicfiles.com/LAMA/data.zip"
 RELATIONS, VOCABULARY = "relations.jsonl", "common_vocab_cased.txt"
 PROTOCOLS = {"lama": "lama/1", "paper": "lama-paper/1"}
 _FOLDERS = {"trex": "TREx", "google-re": "Google_RE", "squad": "Squad", "conceptnet": "ConceptNet"}
-# They stand in the official scripts/run_experiments.py, not in relations.jsonl.
+# From the official scripts/run_experiments.py, since relations.jsonl has none.
 _GOOGLE_RE = {
     "place_of_birth": "[X] was born in [Y] .",
     "date_of_birth": "[X] (born [Y]).",
@@ -92,8 +91,7 @@ class Atlas(ProbeSource):
 def read_atlas(template: int = 1) -> Probe:
     """Read all facts of the package. A relation's candidates are its distinct objects in alphabetical order.
 
-    `template` chooses one of each relation's templates, counted from 1. Raises UsageError if there is none of that
-    number.
+    `template` is the number of one of each relation's templates, from 1. Raises UsageError if it does not exist.
     """
     entries = [each for each in (files("compressknow.evaluate") / "atlas").iterdir() if each.name.endswith(".json")]
     contents = [entry.read_bytes() for entry in sorted(entries, key=lambda entry: entry.name)]
@@ -170,7 +168,7 @@ class Bear(ProbeSource):
 
 def _read_bear_facts(path: Path, relation: str, metadata: dict[str, Any], number: int) -> list[Fact]:
     template = pick(metadata["templates"], number, f"Relation {relation} of bear")
-    # lm-pub-quiz writes the first letter of a whole sentence in upper case: the answer's, where that comes first.
+    # lm-pub-quiz capitalizes the whole sentence, so the answer if that comes first.
     spell = capitalize if template.startswith(OBJECT) else str
     candidates = tuple(spell(label) for label in metadata["answer_space_labels"])
     facts = []
@@ -200,18 +198,18 @@ class Lama(ProbeSource):
     """``lama:SET``: one of LAMA's sets, by one of two protocols.
 
     `lama` follows the official code (facebookresearch/LAMA: run_experiments.py, batch_eval_KB_completion.py):
-    - Answers are words of the common vocabulary. Facts whose object has a word outside of it are dropped, and so are,
-      by the scorers, those whose object is not one token of the model.
+    - Answers are words of the common vocabulary. Facts whose object has a word outside of it are dropped; the scorers
+      also drop those whose object is not one token of the model.
     - Facts of Google-RE that more raters rejected than accepted ("skip" counts as a rejection) are dropped.
-    - With a template, each pair of subject and object counts once in a relation; without one, duplicates stay, and
+    - With a template, each pair of subject and object counts once per relation; without one, duplicates are kept, and
       sentences of more than 100 words are dropped.
     - The score of T-REx and of Google-RE is the unweighted mean over relations; the other sets are one relation.
 
     `paper` follows the code of "The Cost of Compression" (NamburiSrinath/LLMCompression, utils.py): answers are tokens
-    of the model's whole vocabulary, their case is ignored, each sentence is evaluated once in a set, nothing else is
-    dropped, and all facts count alike. Table 3 of the paper tells how: its scores are fractions of 5,510 for
-    Google-RE, the number of distinct sentences that the templates make of it (the set's own first sentences hold 5,262
-    blanks), and of 308 for SQuAD, whose 305 sentences hold 308 blanks.
+    of the model's whole vocabulary, their case is ignored, each sentence is evaluated once per set, nothing else is
+    dropped, and all facts count equally. This agrees with table 3 of the paper: its scores are fractions of 5,510 for
+    Google-RE, the number of distinct sentences from the templates (the set's own first sentences have 5,262 blanks),
+    and of 308 for SQuAD, whose 305 sentences have 308 blanks.
     """
 
     help = "LAMA's trex, google-re, squad or conceptnet (--data DIR)"
@@ -220,7 +218,7 @@ class Lama(ProbeSource):
     takes = frozenset({"data", "protocol"})
     protocols = tuple(PROTOCOLS)
     folders = ("lama", "LAMA", "data")
-    origin = f"{LAMA_FROM} (unpacked, it holds TREx/, Google_RE/, Squad/ and ConceptNet/)"
+    origin = f"{LAMA_FROM} (it unpacks to TREx/, Google_RE/, Squad/ and ConceptNet/)"
 
     def holds(self, folder: Path, part: str) -> bool:
         return (folder / _FOLDERS[part]).is_dir()
@@ -237,8 +235,8 @@ class Lama(ProbeSource):
                 return (fact.prompt,)
             return (fact.relation, fact.sub_label, fact.obj_label) if by_template else None
 
-        twin = "same subject and object" if official else "same sentence"
-        facts, dropped = collect_facts((_make_lama_fact(part, row, allowed) for row in rows), get_key, twin)
+        duplicate = "same subject and object" if official else "same sentence"
+        facts, dropped = collect_facts((_make_lama_fact(part, row, allowed) for row in rows), get_key, duplicate)
         extra = [folder / VOCABULARY] if official else []
         templates = [folder / RELATIONS] if part == "trex" else []
         return Probe(
@@ -259,33 +257,33 @@ class Lama(ProbeSource):
         )
 
 
-# A row: its relation, the template of that (None: the row has its own sentence; "": none), its number in the file, and
-# what it holds.
+# Relation of a row, its template (None if the row has its own sentence, "" if there is none), number of the row in the
+# file, and its values.
 _Row = tuple[str, str | None, int, Mapping[str, Any]]
 
 
 def _read_lama_rows(folder: Path, name: str) -> tuple[list[Path], Iterator[_Row]]:
-    """Return the files of a set in the official order, and what they hold."""
-    place = folder / _FOLDERS[name]
+    """Return the files of a set in the official order, and their rows."""
+    subset = folder / _FOLDERS[name]
     relations: dict[str, tuple[Path, str | None]]
     if name == "trex":
-        # The file names relations that have no facts, too; facts of a relation that it does not name are dropped.
+        # The file also has relations without facts; facts of relations that it lacks are dropped.
         templates = {row.get("relation"): row.get("template", "") for row in read_rows(folder / RELATIONS)}
-        relations = {str(relation): (place / f"{relation}.jsonl", template) for relation, template in templates.items()}
-        relations |= {path.stem: (path, "") for path in sorted(place.glob("*.jsonl")) if path.stem not in templates}
+        relations = {str(each): (subset / f"{each}.jsonl", template) for each, template in templates.items()}
+        relations |= {path.stem: (path, "") for path in sorted(subset.glob("*.jsonl")) if path.stem not in templates}
     elif name == "google-re":
-        relations = {each: (place / f"{each}_test.jsonl", template) for each, template in _GOOGLE_RE.items()}
+        relations = {each: (subset / f"{each}_test.jsonl", template) for each, template in _GOOGLE_RE.items()}
     else:
-        relations = {name: (place / "test.jsonl", None)}
-    found = {relation: entry for relation, entry in relations.items() if entry[0].is_file()}
-    if not found:
-        raise UsageError(f"{place} holds no facts of lama:{name}.", hint=f"Get them from {LAMA_FROM}.")
+        relations = {name: (subset / "test.jsonl", None)}
+    present = {relation: entry for relation, entry in relations.items() if entry[0].is_file()}
+    if not present:
+        raise UsageError(f"{subset} has no facts of lama:{name}.", hint=f"Get them from {LAMA_FROM}.")
     rows = (
         (str(values.get("pred", name)) if template is None else relation, template, number, values)
-        for relation, (path, template) in found.items()
+        for relation, (path, template) in present.items()
         for number, values in enumerate(read_rows(path))
     )
-    return [path for path, _ in found.values()], rows
+    return [path for path, _ in present.values()], rows
 
 
 def _read_vocabulary(path: Path) -> tuple[str, ...]:
@@ -303,10 +301,10 @@ def _read_vocabulary(path: Path) -> tuple[str, ...]:
 
 
 def _make_lama_fact(name: str, row: _Row, words: frozenset[str] | None) -> Fact | str:
-    """Return the row's fact, or the reason to drop it: by the official rules where the common vocabulary is given, else
-    by the paper's."""
+    """Return the row's fact, or the reason to drop it: by the official rules if the common vocabulary is given,
+    otherwise by the paper's."""
     relation, template, number, values = row
-    # SQuAD's rows have no other subject than the set's name, ConceptNet's call it `sub`.
+    # The subject of SQuAD's rows is the set's name; that of ConceptNet's is in `sub`.
     obj_label, sub_label = values.get("obj_label"), values.get("sub_label", values.get("sub"))
     if not (isinstance(obj_label, str) and isinstance(sub_label, str)):
         return "no label of subject or object"

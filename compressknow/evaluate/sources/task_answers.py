@@ -1,4 +1,4 @@
-"""Answers from lm-eval's log of a task's items.
+"""Conversion of lm-eval's log of a task's items to answers.
 
 A sample of lm-eval's log is {"doc_id", "doc", "target", "arguments": [(context, continuation), ...], "filtered_resps",
 "filter", "metrics": [NAME, ...], NAME: value, ...}; for choices `filtered_resps` is [(log-likelihood, is greedy), ...].
@@ -30,9 +30,9 @@ _OF_COMMON_SENSE = frozenset({"piqa", "winogrande"})
 def collect_answers(
     probe: str, tasks: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[list[Answer], Counter[str], dict[str, str], Counter[int]]:
-    """Return the answers to the items of lm-eval's task objects; what was dropped, by reason; {name of a task: its
-    metric that says right or wrong, as lm-eval's results name it: ``acc,none``}; and how often each place is right.
-    Raises UnsupportedError if a task has no figure that says right or wrong item by item."""
+    """Return the answers to the items of lm-eval's task objects; the number of dropped items by reason; {name of a
+    task: metric that determines correct answers, as in lm-eval's results: ``acc,none``}; and the number of items by the
+    index of their right choice. Raises UnsupportedError if a task has no metric of single items."""
     answers: list[Answer] = []
     dropped, golds = Counter[str](), Counter[int]()
     metrics = {}
@@ -55,11 +55,12 @@ def collect_answers(
                 answers.append(Answer(**common, **_read_free(task, sample, correct), choices=None))
                 continue
             choices, contexts, continuation = _read_choices(task, sample)
-            if places := _find_golds(task, sample, choices):
-                golds[places[0]] += 1
+            if indices := _find_golds(task, sample, choices):
+                golds[indices[0]] += 1
                 texts, prompt = _shorten(choices, contexts, continuation)
                 lengths = _measure_lengths(metric, choices)
-                answers.append(Answer(**common, prompt=prompt, **_read_choice(texts, places, sample, correct, lengths)))
+                fields = _read_choice(texts, indices, sample, correct, lengths)
+                answers.append(Answer(**common, prompt=prompt, **fields))
             else:
                 dropped[NO_GOLD] += 1
     return answers, dropped, metrics, golds
@@ -70,31 +71,31 @@ def find_task_domain(task: str) -> str:
 
 
 def select_first_filter(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return each item once: they come once for each filter, and results go by the first one as well."""
+    """Return each item once, by the first filter, as in lm-eval's results; the log has items for every filter."""
     return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
 
 
 def _measure_lengths(metric: str, choices: Sequence[str]) -> list[int]:
-    """Return by what a metric divides the choices' log-likelihoods before it compares them (lm-eval's api/task.py)."""
+    """Return the divisors of the choices' log-likelihoods in a metric (lm-eval's api/task.py)."""
     if metric == "acc_norm":
         return [max(len(choice), 1) for choice in choices]
     return [max(len(choice.encode()), 1) if metric == "acc_bytes" else 1 for choice in choices]
 
 
 def _read_choice(
-    texts: Sequence[str], places: Sequence[int], sample: Mapping[str, Any], correct: bool, lengths: Sequence[int]
+    texts: Sequence[str], golds: Sequence[int], sample: Mapping[str, Any], correct: bool, lengths: Sequence[int]
 ) -> dict[str, Any]:
-    """Return fields of an answer that was chosen; `places` are those of the right choices, which are ranked by
-    log-likelihood over `lengths`."""
+    """Return fields of an answer among choices, which are ranked by log-likelihood divided by `lengths`; `golds` are
+    the indices of the right ones."""
     scores = np.array([score for score, _ in sample["filtered_resps"][: len(texts)]], dtype=np.float64)
     compared = scores / lengths
     order = np.argsort(-compared, kind="stable")
-    gold = min(places, key=lambda index: (np.isnan(compared[index]), -compared[index]))
+    gold = min(golds, key=lambda index: (np.isnan(compared[index]), -compared[index]))
     rank = find_rank(gold, compared)
     return {
         "gold": texts[gold],
         "predicted": texts[order[0]],
-        # If a model produces NaN, lm-eval takes the first choice for its answer.
+        # If a model returns NaN, its answer in lm-eval is the first choice.
         "correct": correct and rank is not None,
         "rank": rank,
         "logp_gold": None if rank is None else float(scores[gold]),
@@ -106,23 +107,23 @@ def _read_choice(
 
 
 def _choose_metric(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> str:
-    """Return the first of the task's metrics that says right or wrong of every item."""
+    """Return the first of the task's metrics that is 0 or 1 for every item."""
     better = task.higher_is_better()
-    named = sorted(samples[0]["metrics"], key=lambda metric: metric not in _METRICS)
+    metrics = sorted(samples[0]["metrics"], key=lambda metric: metric not in _METRICS)
     numbers = bool | int | float | np.number | np.bool_
-    for metric in named:
+    for metric in metrics:
         values = [sample.get(metric) for sample in samples]
         if better.get(metric, True) and all(isinstance(each, numbers) and float(each) in (0, 1) for each in values):
             return str(metric)
     raise UnsupportedError(
         f"lm-eval's task {name} does not mark each item as right or wrong.",
-        f"It reports {', '.join(named) or 'nothing'}.",
+        f"It reports {', '.join(metrics) or 'nothing'}.",
         "Choose a task that reports acc or exact_match.",
     )
 
 
 def _read_choices(task: Any, sample: Mapping[str, Any]) -> tuple[list[str], list[str], str | None]:
-    """Return the choices as the task has them, the contexts, and what follows where these are chosen from."""
+    """Return the task's choices, the contexts and, if these are the choices, the continuation."""
     arguments = sample["arguments"]
     if hasattr(task, "doc_to_choice"):
         choices = [str(choice) for choice in task.doc_to_choice(sample["doc"])]
@@ -133,21 +134,21 @@ def _read_choices(task: Any, sample: Mapping[str, Any]) -> tuple[list[str], list
 
 
 def _find_golds(task: Any, sample: Mapping[str, Any], choices: Sequence[str]) -> list[int]:
-    """Return indices of the right choices, read as lm-eval does; what is out of range is none."""
+    """Return indices of the right choices, read as by lm-eval, without those out of range."""
     several_contexts = getattr(task, "multiple_input", 0)
     gold = task.doc_to_text(sample["doc"]) if several_contexts else sample["target"]
-    found = []
-    for one in gold if isinstance(gold, list) else [gold]:
-        if isinstance(one, str):
-            texts = choices if one in choices else [choice.strip() for choice in choices]
-            found += [texts.index(one.strip())] if one.strip() in texts else []
-        elif 0 <= int(one) < len(choices):
-            found.append(int(one))
-    return found
+    indices = []
+    for each in gold if isinstance(gold, list) else [gold]:
+        if isinstance(each, str):
+            texts = choices if each in choices else [choice.strip() for choice in choices]
+            indices += [texts.index(each.strip())] if each.strip() in texts else []
+        elif 0 <= int(each) < len(choices):
+            indices.append(int(each))
+    return indices
 
 
 def _shorten(choices: Sequence[str], contexts: Sequence[str], continuation: str | None) -> tuple[list[str], str]:
-    """Return texts of the choices and of the item; contexts that are chosen from without the words they all begin with.
+    """Return texts of the choices and of the item. If contexts are the choices, their common beginning is cut off.
 
     >>> _shorten([], ["She saw Ann, so Ann", "She saw Ann, so Bea"], " ran.")
     (['Ann', 'Bea'], 'She saw Ann, so … ran.')
@@ -155,23 +156,23 @@ def _shorten(choices: Sequence[str], contexts: Sequence[str], continuation: str 
     if continuation is None:
         return [choice.strip() for choice in choices], cut_tail(contexts[0])
     words = [context.split() for context in contexts]
-    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
-    begin = [column[0] for column in same]
-    texts = [" ".join(of_one[len(begin) :]) for of_one in words]
+    equal = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
+    beginning = [column[0] for column in equal]
+    texts = [" ".join(context[len(beginning) :]) for context in words]
     if not all(texts):
         return [choice.strip() for choice in choices], cut_tail(f"{_GAP} {continuation}")
-    return texts, cut_tail(" ".join([*begin, _GAP, continuation]))
+    return texts, cut_tail(" ".join([*beginning, _GAP, continuation]))
 
 
 def _read_free(task: Any, sample: Mapping[str, Any], correct: bool) -> dict[str, Any]:
-    """Return fields of an answer that was written freely, or of a continuation that was only scored."""
+    """Return fields of a generated answer, or of a continuation that was only scored."""
     gold, response = sample["target"], sample["filtered_resps"][0]
     if isinstance(gold, int) and getattr(task.config, "doc_to_choice", None) is not None:
         gold = task.doc_to_choice(sample["doc"])[gold]
     gold = str(gold[0] if isinstance(gold, list | tuple) and gold else gold).strip()
     fields = {"prompt": cut_tail(str(sample["arguments"][0][0])), "gold": gold, "correct": correct}
     if task.OUTPUT_TYPE == "loglikelihood":
-        # The continuation is the greedy one or not; which one is, lm-eval does not say.
+        # lm-eval only reports whether the continuation is the greedy one.
         return fields | {"predicted": gold if correct else "", "logp_gold": float(response[0])} | _UNRANKED
     if isinstance(response, list | tuple):
         response = response[0] if response else ""
@@ -182,7 +183,7 @@ _UNRANKED: dict[str, Any] = {"rank": None, "top5": (), "top5_logp": ()}
 
 
 def cut_tail(text: str) -> str:
-    """Return the last words of a text, `SHOWN` characters at most, with single spaces and without LAMA's blank.
+    """Return the last words of a text, at most `SHOWN` characters, with single spaces and without LAMA's blank.
 
     >>> cut_tail("Question:  who?\\nAnswer:")
     'Question: who? Answer:'
@@ -198,10 +199,10 @@ def cut_tail(text: str) -> str:
 
 
 def count_truncated(samples: Sequence[Mapping[str, Any]], lm: Any) -> int:
-    """Count the items that lose the beginning of their context, as the model takes no longer text.
+    """Count the items whose context loses its beginning because it is too long for the model.
 
-    A causal model reads all of the context and the continuation but its last token; an encoder the context alone; where
-    an answer is written, the context leaves room for it.
+    A causal model reads the context, and the continuation without its last token; an encoder only the context. If the
+    answer is generated, the context must leave room for it.
     """
 
     def is_cut(arguments: Sequence[Any]) -> bool:
@@ -211,7 +212,7 @@ def count_truncated(samples: Sequence[Mapping[str, Any]], lm: Any) -> int:
         elif lm.backend == "causal":
             text, room = text + str(arguments[1]), -1
         longest: int = lm.max_length - room
-        # A token is a byte at least, but for a special one or two: most texts need not be encoded.
+        # A token has at least one byte, except one or two special ones, so most texts need not be encoded.
         return len(text.encode()) + 2 > longest and len(lm.tok_encode(text)) > longest
 
     return sum(any(map(is_cut, sample["arguments"])) for sample in select_first_filter(samples))

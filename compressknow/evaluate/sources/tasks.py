@@ -1,7 +1,7 @@
 """`lm-eval:TASK`: tasks of EleutherAI's lm-evaluation-harness, run by it on the loaded model.
 
-Prompts and scores are lm-eval's own (no chat template, as many examples in the prompt as the task says); what it logs
-of each item is kept. BoolQ, PIQA and WinoGrande run on local JSON lines where the user has them: see ``tasks_local/``.
+Prompts and scores are lm-eval's (without a chat template, with as many examples as the task says); its log of each item
+is stored. BoolQ, PIQA and WinoGrande can run on local JSON Lines: see ``tasks_local/``.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from compressknow.evaluate.records import ProbeEntry
 from compressknow.evaluate.sources import Options, ProbeSource, Task
 from compressknow.evaluate.sources.task_answers import collect_answers, count_truncated, find_task_domain
 
-# How samples become answers.
+# Prefix of the protocol of answers, before the version of the task.
 PROTOCOL = "lm-eval"
-# Items at a time, fewer where the vocabulary is large.
+# Maximum number of items at a time; fewer if the vocabulary is large.
 BATCH_SIZE = 32
-# Task files for lm-eval that read local JSON lines, and what the rows of those hold.
+# Task files for lm-eval that read local JSON Lines, and the columns of their rows.
 SHIPPED = Path(__file__).parent / "tasks_local"
 COLUMNS = {
     "boolq": "passage, question, label (1 for yes)",
@@ -62,7 +62,7 @@ class LmEval(ProbeSource):
         return text.lower() in COLUMNS
 
     def open(self, name: str, part: str, options: Options) -> LmEvalTask:
-        """Open one of lm-eval's tasks or one of a task folder, which is searched first; nothing is downloaded yet.
+        """Open a task of the task folder, which is searched first, or of lm-eval; nothing is downloaded yet.
 
         `options.data` holds local files, itself or in its folder ``tasks/``: ``boolq.jsonl``, ``piqa.jsonl``,
         ``winogrande.jsonl``, in place of the sets on the Hugging Face hub, and those that the YAML of a task folder
@@ -74,17 +74,17 @@ class LmEval(ProbeSource):
         for folder, option in ((data, "--data"), (include, "the task folder")):
             if folder is not None and not folder.is_dir():
                 raise UsageError(f"There is no folder {folder}.", hint=f"It was given as {option}.")
-        places = [data, data / "tasks"] if data else []
+        folders = [data, data / "tasks"] if data else []
         if include and (entry := find_entry(include, task)):
-            return replace(opened, include=include, data=_find_data(name, entry, places))
+            return replace(opened, include=include, data=_find_data(name, entry, folders))
         if task in COLUMNS:
-            place = next((place for place in places if (place / f"{task}.jsonl").is_file()), None)
-            return replace(opened, include=SHIPPED, data=place) if place else opened
-        others = list_names_without(task)
-        if others is None and task not in read_own_tasks().all_tasks:
-            others = read_own_tasks().all_tasks
-        if others is not None:
-            names = [*(_read_index(include).all_tasks if include else []), *COLUMNS, *others]
+            local = next((folder for folder in folders if (folder / f"{task}.jsonl").is_file()), None)
+            return replace(opened, include=SHIPPED, data=local) if local else opened
+        known = list_names_without(task)
+        if known is None and task not in read_own_tasks().all_tasks:
+            known = read_own_tasks().all_tasks
+        if known is not None:
+            names = [*(_read_index(include).all_tasks if include else []), *COLUMNS, *known]
             near = list(dict.fromkeys(difflib.get_close_matches(task, names, n=3)))
             suggestion = f"Did you mean {' or '.join(near)}? " if near else ""
             raise UsageError(f"lm-eval has no task {task!r}.", hint=f"{suggestion}`lm-eval ls tasks` lists all.")
@@ -97,11 +97,11 @@ class LmEvalTask(Task):
 
     Attributes
     ----------
-    name, task : as the user names it, ``lm-eval:boolq``, and as lm-eval does.
-    include : the folder of the task's YAML, the shipped one or the user's; None for lm-eval's own tasks.
-    data : the folder of the local files that the YAML names; None if it names none.
-    limit : only the first so many items of each task, as lm-eval takes them; None for all.
-    seed : for the examples in prompts and for answers that are sampled.
+    name, task : the user's name, ``lm-eval:boolq``, and lm-eval's.
+    include : folder of the task's YAML, `SHIPPED` or the user's; None for lm-eval's own tasks.
+    data : folder of the local files that the YAML names; None if it names none.
+    limit : number of items of each task, from the first, as in lm-eval; None for all.
+    seed : seed for the examples in prompts, and for answers that are sampled.
     """
 
     name: str
@@ -123,7 +123,7 @@ class LmEvalTask(Task):
             build(self, Path(folder))
 
     def list_names(self) -> list[str] | None:
-        """Return the domain and the name of a task; None of a group, and of lm-eval's own tasks that may be groups."""
+        """Return the domain and the name of a task; None for a group, and for lm-eval's tasks, which may be groups."""
         single = _is_task(find_entry(self.include, self.task)) if self.include else self.task in COLUMNS
         return [find_task_domain(self.task), self.task] if single else None
 
@@ -134,13 +134,13 @@ class LmEvalTask(Task):
         return {split: self.data / file for split, file in list_data_files(find_entry(self.include, self.task)).items()}
 
     def fingerprint(self) -> str:
-        decides = [self.name, self.task, self.limit, self.seed, version("lm_eval")]
-        digest = hashlib.sha256(json.dumps(decides).encode())
+        values = [self.name, self.task, self.limit, self.seed, version("lm_eval")]
+        digest = hashlib.sha256(json.dumps(values).encode())
         files = [(path, split) for split, path in self.local_files().items()]
         if self.include:
             paths = [path for path in sorted(self.include.rglob("*")) if path.is_file()]
-            named = [(path, path.relative_to(self.include)) for path in paths]
-            files = [(path, name.as_posix()) for path, name in named if _is_part(name)] + files
+            pairs = [(path, path.relative_to(self.include)) for path in paths]
+            files = [(path, name.as_posix()) for path, name in pairs if _is_part(name)] + files
             files += [(path, path.name) for path in self._list_other_data()]
         for path, name in files:
             digest.update(json.dumps([name, compute_sha256(path)]).encode())
@@ -150,45 +150,45 @@ class LmEvalTask(Task):
         """Return the local files that `datasets` finds by itself, and those of a group's tasks."""
         assert self.include is not None
         entry = find_entry(self.include, self.task)
-        # Which tasks belong to a group, its load tells; here those of its folder are all taken for its own.
+        # The members of a group are known only once it is loaded, so count all tasks in its folder.
         entries = [entry] if _is_task(entry) else _read_index(self.include).task_index.values()
-        named = dict.fromkeys(name for each in entries for name in _list_named_data(each.cfg or {}))
+        names = dict.fromkeys(name for each in entries for name in _list_named_data(each.cfg or {}))
         known = {path.resolve() for path in self.local_files().values()}
-        return [path for name in named for path in _find_local_data(name) if path.resolve() not in known]
+        return [path for name in names for path in _find_local_data(name) if path.resolve() not in known]
 
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
-        """Have lm-eval run it on a model; gives the answers, and the probe's entry in ``probe.json``.
+        """Run the task on a model with lm-eval; return the answers, and the probe's entry in ``probe.json``.
 
-        The model is neither copied nor moved nor changed, the tokenizer is left as it is, and so are all random states.
+        The model is not copied, moved or changed, and neither are the tokenizer and random states.
 
         Raises
         ------
-        UnsupportedError : a masked model, or a task that does not say right or wrong of each item.
-        CompressknowError : the task's data cannot be had or read.
+        UnsupportedError : a masked model, or a task that does not mark each item as right or wrong.
+        CompressknowError : the task's data is not available or cannot be read.
         """
         self.check_family(loaded.family)
         with tempfile.TemporaryDirectory(prefix="compressknow-") as folder, silence(), _seed_random(loaded, self.seed):
             return _evaluate(loaded, self, build(self, Path(folder)))
 
 
-def _find_data(name: str, entry: Any, places: list[Path]) -> Path | None:
-    """Return the folder that holds the files that the YAML of a task folder names; None if it names none."""
+def _find_data(name: str, entry: Any, folders: list[Path]) -> Path | None:
+    """Return the folder with the files that the YAML of a task folder names; None if it names none."""
     files = list(list_data_files(entry).values())
     if not files:
         return None
-    for place in [*places, entry.yaml_path.parent]:
-        if all((place / file).is_file() for file in files):
-            return Path(place)
+    for folder in [*folders, entry.yaml_path.parent]:
+        if all((folder / file).is_file() for file in files):
+            return Path(folder)
     raise UsageError(
-        f"{name} needs {', '.join(files)}, which neither its task folder nor --data holds.",
+        f"{name} needs {', '.join(files)}, which is neither in its task folder nor in --data.",
         hint=f"Put it next to {entry.yaml_path.name}, or into DIR and pass --data DIR.",
     )
 
 
 def list_names_without(task: str) -> list[str] | None:
-    """Return names of lm-eval's own tasks where no file of these holds the name `task`; else None.
+    """Return names of lm-eval's own tasks if none of their files contains the name `task`; otherwise None.
 
-    It reads the files as they are: a second, where the index takes most of a minute.
+    This only searches the files, in a second, whereas reading lm-eval's index takes most of a minute.
     """
     spec = importlib.util.find_spec("lm_eval")
     word = re.compile(rb"(?<!\w)" + re.escape(escape_name(task).encode()) + rb"(?!\w)")
@@ -204,23 +204,23 @@ def list_names_without(task: str) -> list[str] | None:
 
 @cache
 def read_own_tasks() -> Any:
-    """Read lm-eval's index of its own tasks. They are thousands: it takes most of a minute."""
+    """Read lm-eval's index of its own tasks, of which there are thousands: this takes most of a minute."""
     return _read_index(None, own=True)
 
 
 def _is_part(name: Path) -> bool:
-    """Return whether a file may be a part of a task: YAML, code, and included files, which may have no suffix."""
+    """Return whether a file may be part of a task: YAML, code, or an included file, which may have no suffix."""
     is_hidden = any(part.startswith(".") for part in name.parts)
     return name.suffix in (".yaml", ".yml", ".py") or not (name.suffix or is_hidden)
 
 
 def find_entry(folder: Path, task: str) -> Any:
-    """Return the entry of a task in lm-eval's index of a folder: `cfg`, `kind`, `yaml_path`. None if it has none."""
+    """Return the entry of a task in lm-eval's index of a folder, with `cfg`, `kind` and `yaml_path`, or None."""
     return _read_index(folder).task_index.get(task)
 
 
 def _is_task(entry: Any) -> bool:
-    """Return whether an entry of the index is there, and no group or tag."""
+    """Return whether an entry of the index exists, and is not a group or tag."""
     return entry is not None and entry.kind.name == "TASK"
 
 
@@ -244,32 +244,33 @@ def list_data_files(entry: Any) -> dict[str, str]:
 
 
 def _list_named_data(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a task names as its data, and a group for members that it changes: names, paths and patterns."""
+    """Yield names, paths and patterns of data that a task, or a group for members that it changes, names."""
     members = config.get("task")
-    for each in (config, *(one for one in (members if isinstance(members, list) else []) if isinstance(one, dict))):
+    members = [each for each in members if isinstance(each, dict)] if isinstance(members, list) else []
+    for each in (config, *members):
         kwargs = each.get("dataset_kwargs") or {}
-        left = [each.get("dataset_path"), kwargs.get("data_dir"), kwargs.get("data_files")]
-        while left:
-            value = left.pop(0)
+        queue = [each.get("dataset_path"), kwargs.get("data_dir"), kwargs.get("data_files")]
+        while queue:
+            value = queue.pop(0)
             if isinstance(value, str):
                 yield value
             elif isinstance(value, list | dict):
-                left += value.values() if isinstance(value, dict) else value
+                queue += value.values() if isinstance(value, dict) else value
 
 
 def _find_local_data(name: str) -> list[Path]:
-    """Return the files that a path or a pattern is of; none of a name on the Hub, or of a kind of file."""
+    """Return the files of a path or pattern; none for a name on the Hub, or for a file format."""
     if "://" in name or not ("/" in name or Path(name).suffix):
         return []
-    # Not Path.glob: it fails on patterns that these libraries take.
-    found = [Path(path) for path in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207
-    return [file for path in found for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
+    # Not Path.glob, which fails on patterns that these libraries accept.
+    paths = [Path(path) for path in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207
+    return [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
 
 
 def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
-    """Build lm-eval's task objects, with their data: {"tasks": {NAME: task}, ...}. `folder` is for files of this run.
-    Raises CompressknowError if the data cannot be had or read, UnsupportedError for tasks that would fail only after
-    the model has answered."""
+    """Build lm-eval's task objects with their data: {"tasks": {NAME: task}, ...}. `folder` is for temporary files.
+    Raises CompressknowError if the data is not available or cannot be read, UnsupportedError for tasks that would fail
+    only after the evaluation."""
     try:
         if task.include is None:
             built = dict(read_own_tasks().load(task.task))
@@ -279,32 +280,32 @@ def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
             if _is_task(entry):
                 built = dict(index.load(str(_write_override(task, entry, folder))))
             else:
-                whole = _is_whole(index.task_index, task.task)
-                built = dict((index if whole else _read_index(task.include, own=True)).load(task.task))
-    except Exception as error:  # a task's own YAML, code and data may raise anything
+                is_whole = _is_whole(index.task_index, task.task)
+                built = dict((index if is_whole else _read_index(task.include, own=True)).load(task.task))
+    except Exception as error:  # A task's YAML, code and data can raise anything.
         raise _explain(task, error) from error
-    for name, one in built["tasks"].items():
+    for name, each in built["tasks"].items():
         what = f"lm-eval's task {name}" + ("" if name == task.task else f", of {task.task},")
-        if one.OUTPUT_TYPE == "loglikelihood_rolling":
+        if each.OUTPUT_TYPE == "loglikelihood_rolling":
             raise UnsupportedError(f"{what} measures perplexity: it has no answers that are right or wrong.")
-        if getattr(one, "MULTIMODAL", False):
-            raise UnsupportedError(f"{what} is not of text alone.")
-        if getattr(one, "UNSAFE_CODE", False):
-            raise UnsupportedError(f"{what} runs code that the model writes, which is not done here.")
+        if getattr(each, "MULTIMODAL", False):
+            raise UnsupportedError(f"{what} needs images or audio, which are not supported.")
+        if getattr(each, "UNSAFE_CODE", False):
+            raise UnsupportedError(f"{what} runs code that the model generates, which is not supported.")
     return built
 
 
 def _is_whole(index: Mapping[str, Any], name: str) -> bool:
-    """Return whether an index holds a task, and all tasks of a group; those that a group changes are not looked up."""
+    """Return whether an index has a task, or a group with all of its tasks, none of which the group changes."""
     if name not in index:
         return False
     members = (index[name].cfg or {}).get("task") if index[name].kind.name == "GROUP" else []
     members = members if isinstance(members, list) else [members]
-    return all(isinstance(one, str) and _is_whole(index, one) for one in members)
+    return all(isinstance(member, str) and _is_whole(index, member) for member in members)
 
 
 def _write_override(task: LmEvalTask, entry: Any, folder: Path) -> Path:
-    """Write a YAML file that includes the task's own and says where its data lies; tables made of it go to `folder`."""
+    """Write a YAML file that includes the task's YAML, with absolute paths to its data, and a cache in `folder`."""
     config: dict[str, Any] = {"include": str(entry.yaml_path.resolve())}
     if files := task.local_files():
         paths = {split: str(path.resolve()) for split, path in files.items()}
@@ -316,12 +317,12 @@ def _write_override(task: LmEvalTask, entry: Any, folder: Path) -> Path:
 
 
 def _explain(task: LmEvalTask, error: Exception) -> CompressknowError:
-    """Return an error of loading in words that say what to do."""
+    """Return our error for one of loading a task, with what to do."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     columns = COLUMNS.get(task.task)
     if isinstance(error, ConnectionError):
         if columns:
-            hint = f"Put JSON lines with {columns} into DIR/{task.task}.jsonl and pass --data DIR."
+            hint = f"Put JSON Lines with {columns} into DIR/{task.task}.jsonl and pass --data DIR."
         else:
             hint = "Load it once where there is a network, or give a task folder whose YAML names local data_files."
         return CompressknowError(
@@ -330,13 +331,13 @@ def _explain(task: LmEvalTask, error: Exception) -> CompressknowError:
     if isinstance(error, RuntimeError) and "scripts are no longer supported" in reason:
         return UnsupportedError(
             f"{task.name} cannot be loaded.",
-            "Its data set comes as a script, which the datasets library has not run since version 4.",
+            "Its data set needs its own loading script, which the datasets library has not run since version 4.",
             "Give a task folder whose YAML names local data_files.",
         )
     if task.include == SHIPPED:
-        reason, hint = f"{reason} ({task.task}.jsonl in {task.data})", f"Its rows hold {columns}."
+        reason, hint = f"{reason} ({task.task}.jsonl in {task.data})", f"Its rows must have {columns}."
     else:
-        hint = "Its YAML, its code or its data do not suit lm-eval."
+        hint = "Its YAML, its code or its data are not valid for lm-eval."
     return CompressknowError(f"{task.name} cannot be loaded.", reason, hint)
 
 
@@ -347,17 +348,17 @@ def _evaluate(loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any])
     if not answers:
         raise CompressknowError(f"{task.name} marks no answers as right.", hint="Choose a split or file that has them.")
     versions = results["versions"]
-    own = versions.get(task.task)
-    if own is None:
-        # For a group without a version, those of its tasks.
-        own = "+".join(sorted({str(one) for one in versions.values() if one is not None})) or "0"
+    task_version = versions.get(task.task)
+    if task_version is None:
+        # A group may have no version; its tasks have some.
+        task_version = "+".join(sorted({str(each) for each in versions.values() if each is not None})) or "0"
     if files := task.local_files():
         data: Any = {path.name: compute_sha256(path) for path in files.values()}
     else:
-        configs = [one.config for one in built["tasks"].values() if hasattr(one, "config")]
+        configs = [each.config for each in built["tasks"].values() if hasattr(each, "config")]
         data = ", ".join(dict.fromkeys(str(getattr(config, "dataset_path", None)) for config in configs))
     entry = ProbeEntry(
-        protocol=f"{PROTOCOL}/{own}",
+        protocol=f"{PROTOCOL}/{task_version}",
         fingerprint=task.fingerprint(),
         facts=sum(number["original"] for number in results["n-samples"].values()),
         asked=len(answers),
@@ -380,21 +381,21 @@ def _evaluate(loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any])
 
 
 def _run_lm_eval(lm: Any, task: LmEvalTask, built: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return lm-eval's results, each item's among them. Raise CompressknowError if an item cannot be evaluated."""
+    """Return lm-eval's results, including those of items. Raise CompressknowError if an item cannot be evaluated."""
     from lm_eval import evaluate
 
-    # Not `simple_evaluate`: it starts git and other programs, whose complaints would be seen. Its settings are these.
-    for one in built["tasks"].values():
-        if one.get_config("num_fewshot") is None:
-            one.set_config(key="num_fewshot", value=0)
-        one.set_fewshot_seed(seed=task.seed)
+    # With the settings of `simple_evaluate`, which starts git and other programs that may print errors.
+    for each in built["tasks"].values():
+        if each.get_config("num_fewshot") is None:
+            each.set_config(key="num_fewshot", value=0)
+        each.set_fewshot_seed(seed=task.seed)
     try:
         results = evaluate(lm=lm, task_dict=built, limit=task.limit, bootstrap_iters=0, log_samples=True)
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
-        # Raised by an item that does not suit the YAML, the code or the model, or by figures over all items.
+        # The YAML, code or metrics of a task are wrong, or the model cannot read an item.
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
         if isinstance(error, AssertionError) and not str(error):
-            reason = f"An answer is empty, or longer than the {lm.max_length} tokens that the model takes."
+            reason = f"An answer is empty, or longer than the {lm.max_length} tokens that the model can read."
         raise CompressknowError(f"lm-eval cannot finish {task.name}.", reason) from error
     return dict(results)
 
@@ -402,16 +403,16 @@ def _run_lm_eval(lm: Any, task: LmEvalTask, built: Mapping[str, Any]) -> Mapping
 def _wrap(loaded: LanguageModel, built: Mapping[str, Any]) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    # lm-eval keeps the logits of a whole batch: 512 positions of 50,000 tokens are 0.1 GB a row in float32.
+    # lm-eval holds the logits of a whole batch: 512 positions of 50,000 tokens are 0.1 GB per row in float32.
     rows = max(1, min(BATCH_SIZE, 2**28 // (512 * len(loaded.tokenizer))))
-    # lm-eval runs the same tokens once for all choices. Where choices are contexts, that saves nothing, and takes the
-    # wrong positions for items whose tokens are the same but for where the continuation begins (0.4.13).
-    cache = not any(getattr(one, "multiple_input", 0) for one in built["tasks"].values())
+    # lm-eval caches the logits of equal tokens for all choices. If contexts are the choices, this saves nothing, and
+    # uses wrong positions for items that differ only in where the continuation begins (0.4.13).
+    cache = not any(getattr(each, "multiple_input", 0) for each in built["tasks"].values())
     model = loaded.model
     # HFLM ties the weights again; what is loaded is to be evaluated as it is.
     model.tie_weights = lambda *_, **__: None
     try:
-        # lm-eval gives a tokenizer without a padding token one: to a copy.
+        # A copy, since lm-eval may add a padding token.
         tokenizer = copy.deepcopy(loaded.tokenizer)
         return HFLM(pretrained=model, tokenizer=tokenizer, backend=loaded.family, batch_size=rows, logits_cache=cache)
     finally:
@@ -420,7 +421,7 @@ def _wrap(loaded: LanguageModel, built: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _seed_random(loaded: LanguageModel, seed: int) -> Iterator[None]:
-    """Seed the random states, and put them back in the end."""
+    """Seed the random states, and restore them at the end."""
     import numpy as np
     import torch
 
@@ -439,7 +440,7 @@ def _seed_random(loaded: LanguageModel, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Print nothing, no bars, no log lines, no warnings: what matters in them is checked and raised."""
+    """Silence output, progress bars, log lines and warnings; errors are raised anyway."""
     disabled = logging.root.manager.disable
     logging.disable()
     try:

@@ -317,7 +317,7 @@ def test_a_server_for_chats_alone_is_told_what_it_lacks(
     server.faults["/v1/completions"] = [404] * 9
     facts = f"facts:{facts_file(tmp_path / 'f.jsonl')}"
     assert main(["probe", server.url, "-p", facts, "-o", str(tmp_path / "out")]) == 1
-    assert "It must have /v1/completions" in " ".join(capsys.readouterr().err.split())
+    assert "It must have the model and /v1/completions" in " ".join(capsys.readouterr().err.split())
 
 
 @long

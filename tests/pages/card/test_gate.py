@@ -136,7 +136,9 @@ class TestGate:
             held(card, "science=0.65", strict=True)
         with pytest.raises(GateUndecided, match=r"keeps 101 of 110, .*; of science, Overall_GQ keeps 6 of 10, 60\.0 %"):
             held(card, 0.9, "science=0.65", strict=True)
-        with pytest.raises(UsageError, match=r"no facts of a domain or relation sciences(.|\n)*Did you mean science"):
+        with pytest.raises(
+            UsageError, match=r"no facts have the domain or relation sciences(.|\n)*Did you mean science"
+        ):
             check_names(original.answers, ["sciences"])
         check_names(original.answers, [None, "science", original.answers[0].relation])
 
