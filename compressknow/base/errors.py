@@ -119,7 +119,7 @@ class GateNotMet(CompressknowError):
 
 
 class GateUndecided(CompressknowError):
-    """Threshold of which so few facts do not tell whether it was met; `result` is as of `GateNotMet`."""
+    """Facts too few to tell whether a threshold is met; `result` is as for `GateNotMet`."""
 
     exit_code = 4
     result: Any = None

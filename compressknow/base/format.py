@@ -55,7 +55,7 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)")
 
 
 def parse_size(text: str | int, option: str = "--size") -> int:
-    """Return the bytes that a size says. Raises UsageError for a text that is none.
+    """Return the number of bytes of a written size. Raises UsageError if the text is not a size.
 
     >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "1000")]
     [90000000, 1500000000, 67108864, 1000]
@@ -83,7 +83,7 @@ def write_size(number: int | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """Write a share of 1 as `write_percent` does; `-` where there is none.
+    """Write a share of 1 as `write_percent` does; `-` if there is none.
 
     >>> share(0.9512), share(1.0), share(0.99999), share(0.0), share(-0.031), share(None)
     ('95.1 %', '100 %', '> 99.9 %', '0 %', '−3.1 %', '-')

@@ -82,7 +82,7 @@ Thing = TypeVar("Thing")
 
 
 class Registry(Generic[Thing]):
-    """Things of one kind by name.
+    """Registry of things of one kind, by name.
 
     Parameters
     ----------

@@ -152,7 +152,7 @@ class Progress:
     ----------
     stage : the part of the run.
     done, total : facts, bytes, tokens or blocks, as `Stage.unit` says; both 0 until the total is known.
-    left : seconds until the stage ends, as far as they can be told already.
+    left : seconds until the stage ends, if already known.
 
     Examples
     --------
@@ -223,7 +223,7 @@ def _make_bar(stage: Stage) -> Any:
 
 
 class Advance(Protocol):
-    """Function that takes how much of how much is done, and the seconds left, as far as they are known already."""
+    """Function that takes how much of how much is done, and the seconds left, if already known."""
 
     def __call__(self, done: int, total: int, left: float | None = None, /) -> None: ...
 

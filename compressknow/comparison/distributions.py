@@ -160,7 +160,7 @@ def get_confidence(answer: Answer) -> float | None:
     scores. As text, a long answer has a tiny probability even where the model has no doubt.
 
     None if any text may be given; where the sum over all is not known, in answers of older versions to more than
-    five; and of a model that broke: it computes NaN, of which no mean may be made, and a warning says so.
+    five; and of a broken model: it produces NaN, which have no mean, and a warning says so.
     """
     logp, total = answer.top5_logp, answer.total_logp
     if answer.choices is None or not logp or not math.isfinite(logp[0]):

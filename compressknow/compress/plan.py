@@ -298,7 +298,7 @@ def _plan_unchanged(
     names = {*changed, *(stored.name for stored in distinct)}
     written = names.union(*(sources.bound[name].parameters for name in names & sources.bound.keys()))
     for parameter, source in needed.items():
-        # A pickled file may name one storage twice, of which one name is written.
+        # A pickled file may name one storage twice; one of the names is written.
         if parameter not in written:
             yield PlannedTensor(parameter, sources.tensor(source), NOT_LINEAR, created=True)
 
@@ -331,7 +331,7 @@ def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, An
     for part in (changed, changed.get("text_config")):
         if isinstance(part, dict) and (part is changed or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
-    # T5 scales what goes into a tied final layer; its config derives that from tie_word_embeddings unless told.
+    # T5 scales the input of a tied final layer. Its config derives that from tie_word_embeddings unless it is given.
     if hasattr(model.config, "scale_decoder_outputs"):
         changed["scale_decoder_outputs"] = model.config.scale_decoder_outputs
     return changed

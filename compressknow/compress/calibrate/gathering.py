@@ -250,7 +250,7 @@ class InputSums:
         return self._order[key.parameter] + 1, key.matrix + after
 
     def _wait(self, batch: int, place: tuple[float, float]) -> None:
-        """Wait until a batch has passed that place; there is none before the first."""
+        """Wait until a batch has passed that place; do not wait for batch -1, which stands before the first."""
         with self._turn:
             while batch >= 0 and not self._passed.get(batch, (0, 0)) > place:
                 self._check()

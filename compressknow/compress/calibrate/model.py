@@ -151,7 +151,7 @@ class StreamedModel:
             key = self._sources.supply.get(name, name)
             if key not in made:
                 values = self._sources.values(name, self._read).reshape(self._get(name).shape)
-                # A memory of its own: by that it is told from others that were cut from the same tensor.
+                # Memory of its own, which distinguishes it from others that were cut from the same tensor.
                 made[key] = values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
             self._set(name, made[key])
         # The model computes what no file holds (sinusoidal positions), as it does when it is loaded.

@@ -102,7 +102,7 @@ class Writer(abc.ABC):
 
 
 class CausalWriter(Writer):
-    """Writer that goes on from a random token."""
+    """Writer that continues from a random token."""
 
     # Longer texts take longer: each token reads the keys and values of all before it.
     TOKENS = 256
@@ -130,7 +130,7 @@ class CausalWriter(Writer):
 
 
 class MaskedWriter(Writer):
-    """Writer that fills masks: each stretch of a text goes on from a random token, all stretches at the same time.
+    """Writer that fills masks: each stretch of a text continues from a random token, all stretches at the same time.
 
     After Wang and Cho 2019 ("BERT has a mouth, and it must speak"), with several tokens per pass. These are far from
     each other: neighbours that are drawn without seeing each other are often the same word twice.

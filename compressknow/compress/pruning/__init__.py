@@ -182,7 +182,7 @@ class Pattern(NamedTuple):
 
 
 def parse_pattern(text: Any) -> Pattern | None:
-    """Parse ``2:4`` as a pattern; None if it is none.
+    """Parse ``2:4`` as a pattern; None if the text is not a pattern.
 
     >>> parse_pattern("1:4"), parse_pattern("4:2")
     (Pattern(pruned=3, of=4), None)
