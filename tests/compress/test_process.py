@@ -241,5 +241,5 @@ def test_new_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     def broken(block: Block) -> Pruned:
         return Pruned(torch.zeros(block.values.shape, dtype=torch.bool).numpy(), block.values / 0)
 
-    with pytest.raises(CompressknowError, match=r"What pruning makes of layer.weight holds NaN"):
+    with pytest.raises(CompressknowError, match=r"Pruning layer.weight gives NaN"):
         written_by(torch.ones(4, 4), tmp_path, Prune(0.5), mask=EachBlock(broken))
