@@ -125,6 +125,6 @@ def list_files(output: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def list_rules(rules: Mapping[str, str] | Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Return rules of which weights get which type, given as a mapping or as pairs, as pairs."""
+    """Return the rules that give weights their types, a mapping or pairs, as pairs."""
     pairs = rules.items() if isinstance(rules, Mapping) else rules
     return tuple((which, chosen) for which, chosen in pairs)

@@ -21,7 +21,7 @@ def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bo
     Parameters
     ----------
     output : what `convert` or `export` wrote.
-    repo : ``OWNER/NAME``, or ``NAME`` of one of your own; it is made where there is none.
+    repo : ``OWNER/NAME``, or ``NAME`` of one of your own; created if it does not exist.
     private : of a repository that is made; by default public, unless its organization says else.
     bars : show huggingface_hub's progress bars, on a terminal.
 

@@ -29,9 +29,9 @@ from compressknow.base.progress import Progress, RepeatingThread, Stage
 DELAY_SECONDS = 1.0
 # How often the line is rewritten: on a terminal, and where each one stays.
 SECONDS_ON_A_TERMINAL, SECONDS_ELSEWHERE = 0.5, 60.0
-# The share of a stage's bytes or tokens from which on its time tells the rest: before, it is what opening files took.
+# The share of a stage's bytes or tokens from which the rest is estimated: before it, opening files takes most time.
 TELLING = 0.01
-# A run of which so many seconds are left is announced.
+# A run is announced if it has this many seconds left.
 WORTH_SAYING = 20.0
 NAME = 32
 # Columns of what is printed.
@@ -313,7 +313,7 @@ class ProgressLine:
         return f"\r{' ' * before}\r" if before else ""
 
     def _write(self, text: str) -> None:
-        # Whoever read it may have gone; the work goes on.
+        # The reader of the pipe may be gone; the work goes on.
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(text)
             sys.stderr.flush()

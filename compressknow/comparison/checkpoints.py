@@ -147,7 +147,7 @@ def _pair_values(
             continue
         stored = (values_a.tensor.name, values_b.tensor.name)
         aligned = align(values_a, values_b, lost_a.get(stored[0]), lost_b.get(stored[1]))
-        # Two names of a tie, of which the one checkpoint stores the first and the other the second.
+        # Two names of a tie: one checkpoint stores the first, the other the second.
         if aligned and stored not in seen:
             seen.add(stored)
             yield name, *aligned
@@ -198,7 +198,7 @@ def _diff_structure(a: StoredWeights, b: StoredWeights) -> Iterator[StructureCha
         elif in_a.shape != in_b.shape:
             yield StructureChange(name, "reshaped", _describe(in_a), _describe(in_b))
         else:
-            # A tie of one checkpoint that is none in the other: there, both names have values of their own.
+            # A tie in one checkpoint only: in the other, both names have values of their own.
             if (shared := _find_tie(a, b, name)) is not None:
                 yield StructureChange(name, "untied", f"tied to {shared}", _describe(in_b))
             elif (shared := _find_tie(b, a, name)) is not None:
@@ -224,7 +224,7 @@ def _diff_settings(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[ConfigCh
 
 
 def _list_settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the settings of a config by their dotted names, as JSON; one that is null is none.
+    """Yield the settings of a config by their dotted names, as JSON, without those that are null.
 
     >>> list(_list_settings({"vocab_size": 9, "_name_or_path": "x", "rope": {"theta": 1}, "top_k": None}))
     [('vocab_size', '9'), ('rope.theta', '1')]
@@ -282,7 +282,7 @@ _STACKS = {"enc": "encoder", "dec": "decoder"}
 
 
 def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: DiffSums, same: bool) -> TensorDiff:
-    # As of a checkpoint: an embedding is not a Linear layer, and a vector is none.
+    # As for a checkpoint: embeddings and vectors are not Linear layers.
     linear = group not in (EMBEDDING, NOT_LINEAR)
     in_block = linear and a.layer is not None
     return TensorDiff(

@@ -320,7 +320,7 @@ INDEPENDENT = Design()
 
 
 def design_of_kept(clusters: Sequence[Counts]) -> Design:
-    """Return the design of knowledge kept; clusters of which the original knew nothing say nothing of it."""
+    """Return the design of knowledge kept; clusters in which the original knew nothing say nothing about it."""
     return _design([c.both for c in clusters], [c.known_before for c in clusters])
 
 
@@ -369,7 +369,7 @@ def share_by_cluster(parts: Sequence[int], wholes: Sequence[int], level: float =
     the normal quantile, since the effect is estimated: Korn and Graubard 1998 ("Confidence intervals for proportions
     with small expected number of positive counts estimated from survey data", Survey Methodology 24, 193-201) for
     Wilson's, which Franco et al. 2019 (Journal of Survey Statistics and Methodology 7, 334-364) found to cover best.
-    There is none below `FEWEST` clusters, nor where each is one fact: the simple one is as good.
+    There is none below `FEWEST` clusters, nor if each has one fact: the simple one is as good.
 
     >>> share_by_cluster([9], [10])
     Estimate(value=0.9, low=None, high=None)

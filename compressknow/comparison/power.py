@@ -16,7 +16,7 @@ from compressknow.comparison.records import Counts, EarlyStop, Estimate
 
 # The chance of a wrong answer that is allowed, by the test and at a gate, is the level.
 POWER, LEVEL = 0.8, 0.05
-# The loss that a reader is told the facts for, as a share of what was known.
+# The loss for which a report says how many facts would show it, as a share of what was known.
 SMALL = 0.02
 # No probe has so many facts.
 _MOST = 1 << 17
@@ -159,7 +159,7 @@ def _find_least(enough: Callable[[int], bool]) -> int | None:
 # The fractions of the capital that are bet, each by a player of its own: from 1/2 to 1/1024, in half octaves.
 FRACTIONS = 2.0 ** -np.arange(1.0, 10.5, 0.5)
 _STEPS = 30
-# Gates are told apart to this denominator: more facts than any probe has.
+# Gates are distinguished up to this denominator: more facts than any probe has.
 _FINEST = 1 << 20
 
 
