@@ -102,7 +102,7 @@ class Place(Staging):
 def finish(output: Path, folder: Path, beside: Mapping[str, Path]) -> None:
     """End what a run that is dead was amid of: where it had moved its file to `output`, all else follows; where it had
     only taken the old file's record away, that is put back. `beside` are the places that this run has for what goes
-    with the file (--imatrix-out, --modelfile): the dead run's goes there."""
+    with the file (--imatrix-out, --modelfile): the dead run's goes there, but in the place of nothing."""
     made, old, record = get_record_path(folder / output.name), folder / OLD_RECORD, get_record_path(output)
     if os.path.lexists(record) or not output.is_file():
         return
