@@ -100,7 +100,7 @@ class NewFile(Staging):
 def finish(output: Path, folder: Path, extras: Mapping[str, Path]) -> None:
     """Complete the commit of a dead run: if it had moved its file to `output`, move the rest; if it had only taken the
     old file's record away, put that back. The dead run's extra files go to this run's `extras` (--imatrix-out,
-    --modelfile)."""
+    --modelfile), unless a file is there."""
     made, old, record = get_record_path(folder / output.name), folder / OLD_RECORD, get_record_path(output)
     if os.path.lexists(record) or not output.is_file():
         return
