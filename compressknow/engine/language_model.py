@@ -256,13 +256,15 @@ def find_named_family(config: Mapping[str, Any]) -> str | None:
 
 def find_family(model: PreTrainedModel) -> str | None:
     """Return ``masked``, ``causal`` or ``seq2seq``, or None where a model is none of these: by its class, or, of
-    modelling code that comes with a checkpoint, by the name of its class and its config."""
+    modelling code that comes with a checkpoint, by what its config calls the class, and by the name of that."""
     name = type(model).__name__
     if family := find_family_of_class(name):
         # Some that transformers lists as sequence-to-sequence turn speech into text: given text, they go on writing.
         return family if family != "seq2seq" or model.config.is_encoder_decoder else "causal"
     if model.config.is_encoder_decoder and model.can_generate():
         return "seq2seq"
-    if name.endswith("ForMaskedLM"):
+    auto_map = getattr(model.config, "auto_map", None) or {}
+    names = [name, *(auto for auto, own in auto_map.items() if str(own).rpartition(".")[2] == name)]
+    if any(each.endswith("ForMaskedLM") for each in names):
         return "masked"
-    return "causal" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
+    return "causal" if any(each.endswith(("ForCausalLM", "LMHeadModel")) for each in names) else None
