@@ -249,14 +249,16 @@ def find_named_family(config: Mapping[str, Any]) -> str | None:
 
 
 def find_family(model: PreTrainedModel) -> str | None:
-    """Return ``masked``, ``causal``, ``seq2seq`` or None, by a model's class, or for remote code by its class name and
-    config."""
+    """Return ``masked``, ``causal``, ``seq2seq`` or None, by a model's class; for remote code, by the names in its config
+    and of its class."""
     name = type(model).__name__
     if family := find_family_of_class(name):
         # Some that transformers lists as sequence-to-sequence turn speech into text: given text, they go on writing.
         return family if family != "seq2seq" or model.config.is_encoder_decoder else "causal"
     if model.config.is_encoder_decoder and model.can_generate():
         return "seq2seq"
-    if name.endswith("ForMaskedLM"):
+    auto_map = getattr(model.config, "auto_map", None) or {}
+    names = [name, *(auto for auto, own in auto_map.items() if str(own).rpartition(".")[2] == name)]
+    if any(each.endswith("ForMaskedLM") for each in names):
         return "masked"
-    return "causal" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
+    return "causal" if any(each.endswith(("ForCausalLM", "LMHeadModel")) for each in names) else None

@@ -115,6 +115,8 @@ class _Tree:
         head = model.get_output_embeddings()
         heads = head.modules() if isinstance(head, nn.Module) else ()
         self.heads = {id(module.weight) for module in heads if hasattr(module, "weight")}
+        if not self.heads and not type(model).__module__.startswith("transformers."):
+            self.heads = set(self._find_own_heads())
         # A weight of several names (Zamba's shared block) is applied once under each of them.
         self.names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
@@ -124,6 +126,14 @@ class _Tree:
         steps = [(each.rpartition(".")[2], type(self.modules[each]).__name__) for each in above]
         layer = next((self.layers[each] for each in (*above, name) if each in self.layers), None)
         return steps, layer
+
+    def _find_own_heads(self) -> Iterator[int]:
+        """Yield the weights that give logits in code that comes with a checkpoint and names no head (NeoBERT's)."""
+        rows = getattr(self.model.config, "vocab_size", None)
+        for name, module in self.modules.items():
+            is_inside = any(each in self.layers for each in (name, *_list_parents(name)))
+            if isinstance(module, nn.Linear) and module.out_features == rows and not is_inside:
+                yield id(module.weight)
 
     def in_tower(self, name: str) -> bool:
         return any(each in self.towers for each in (name, *_list_parents(name)))

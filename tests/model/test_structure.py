@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from compressknow.base.errors import CheckpointError
+from compressknow.engine.language_model import find_family
 from compressknow.model.groups import read_structure
 from compressknow.model.meta import build_meta_model
 from compressknow.model.structure import GROUPS, LinearWeight
@@ -122,6 +123,19 @@ def test_a_checkpoints_own_code_is_run_when_trusted(tmp_path: Path, monkeypatch:
     structure = read_structure(build_meta_model(folder(tmp_path, REMOTE), trust_remote_code=True))
     assert structure.architecture == "TinyModel"
     assert not structure.unplaced
+
+
+def test_own_code_that_names_neither_its_family_nor_its_head_is_read_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NeoBERT's: its config says what its class is for, and its head has a row per token."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path / "cache"))
+    (tmp_path / "tiny.py").write_text(f"{REMOTE_CODE}\n    def get_output_embeddings(self):\n        return None\n")
+    model = build_meta_model(folder(tmp_path, REMOTE), trust_remote_code=True)
+    assert find_family(model) == "masked"
+    final = [weight.module for weight in read_structure(model).linears if weight.group == "final"]
+    assert final == ["cls.predictions.decoder"]
 
 
 def test_the_own_code_of_a_class_that_transformers_has_is_not_run(tmp_path: Path) -> None:
