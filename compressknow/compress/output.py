@@ -100,7 +100,7 @@ class InMemory:
     """Output of a conversion in memory. Tensors that a plan does not change are shared, with their statistics, between
     the plans of one checkpoint through `shared`."""
 
-    # Temporary files go to the system's folder for them.
+    # Temporary files go to the system's temporary folder.
     folder: Path | None = None
 
     def __init__(self, shared: dict[str, tuple[torch.Tensor, TensorStats]]) -> None:
@@ -208,7 +208,7 @@ def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[b
 class OutputFiles:
     """Weight files of an output, created at their full size first, so that a full disk is noticed at once."""
 
-    # Statistics of tensors that need not be computed: none.
+    # No tensors are known in advance.
     known: ClassVar[Mapping[str, TensorStats]] = {}
 
     def __init__(self, folder: Path, layout: FileLayout) -> None:

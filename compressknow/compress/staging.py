@@ -147,7 +147,7 @@ def check_overlap(output: Path, source: Path | None) -> None:
             "contains the input": target in origin.parents,
         }
         if relation := next((text for text, is_true in overlaps.items() if is_true), None):
-            raise OutputError(f"OUTPUT {output} {relation}.", hint="Choose a folder beside it.")
+            raise OutputError(f"OUTPUT {output} {relation}.", hint="Choose another folder.")
 
 
 def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:

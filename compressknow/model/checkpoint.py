@@ -1,4 +1,4 @@
-"""Checkpoint, a local folder or a hub id: its config and the headers of its weight files. None of its code is run."""
+"""Checkpoint, a local folder or a hub id: its config and the headers of its weight files. Its code is never run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regula
 from compressknow.model.tensors import StoredTensor, read_header, read_torch_file
 
 MODULES = "modules.json"
-# The first of these that there is says how the model is loaded.
+# The first of these that exists has the settings for loading the model.
 CONFIGS = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -26,31 +26,31 @@ CONFIGS = tuple(
 
 
 def list_module_folders(folder: Path) -> tuple[str, ...]:
-    """Return the folders of the modules behind the model, such as ``2_Dense``; none of any other checkpoint."""
+    """Return the folders of sentence-transformers' modules after the model, such as ``2_Dense``; empty for others."""
     modules = _read_if_readable(folder / MODULES)
     paths = [entry.get("path") for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
     return tuple(path for path in paths if isinstance(path, str) and PurePosixPath(path).parts)
 
 
 def build_loading_settings(folder: Path, quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the file, by name, that has sentence-transformers turn quantized weights into floats while it loads them;
-    none for any other checkpoint, and none where they are of several schemes, which transformers cannot load so.
+    """Return, by name, the file that makes sentence-transformers dequantize weights on loading; empty for other
+    checkpoints, and for several schemes, which transformers cannot load this way.
 
-    It calls the `forward` of a model itself (since 6.0), past the hook in which transformers does so otherwise.
+    sentence-transformers (since 6.0) calls a model's `forward` directly, which bypasses the hook that would do this.
     """
     if not (folder / MODULES).is_file() or len(quantization["config_groups"]) > 1:
         return {}
     name = next((name for name in CONFIGS if (folder / name).is_file()), CONFIGS[0])
     settings = _read_if_readable(folder / name)
     settings = dict(settings) if isinstance(settings, dict) else {}
-    # What newer releases call the same.
+    # Newer releases have renamed this key.
     key = "config_kwargs" if "config_kwargs" in settings else "config_args"
     config = settings[key] if isinstance(settings.get(key), dict) else {}
     return {name: {**settings, key: {**config, "quantization_config": {**quantization, "dequantize": True}}}}
 
 
 def _read_if_readable(path: Path) -> Any:
-    """Return what a JSON file holds; None if there is none that can be read: it goes along as it is."""
+    """Return the content of a JSON file; None if it is missing or unreadable, since it is not needed to load."""
     try:
         return reading.read_json(path, reading.CONFIG)
     except (ValueError, OSError):
@@ -59,12 +59,12 @@ def _read_if_readable(path: Path) -> Any:
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-# What peft calls the weights of an adapter, and its config, with which transformers loads them onto the model.
+# peft's names for an adapter's weights and its config, with which transformers loads them onto the model.
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
 SHOWN = 3
 DOWNLOAD_AGAIN = "Download or save the checkpoint again."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# What a conversion needs of a hub repository, beside its weights.
+# Files of a hub repository, besides its weights, that a conversion needs.
 HUB_PATTERNS = (
     *("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken"),
     *(f"*{ADAPTER}.safetensors", f"*{ADAPTER}.bin"),
@@ -73,8 +73,8 @@ HUB_PATTERNS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Checkpoint on disk. `tensors` holds what lies in its weight files, by stored name; it is empty if the folder
-    has a config alone. `shards` names these files in order, `revision` is set for one from a hub."""
+    """Checkpoint on disk. `tensors` are those of its weight files, by stored name; empty if the folder has only a
+    config. `shards` are the names of these files, in order; `revision` is set for a checkpoint from a hub."""
 
     name: str
     folder: Path
@@ -82,15 +82,15 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     shards: tuple[str, ...]
     revision: str | None = None
-    # Of its files beside the weights and of these, from before the first was read.
+    # States of its files, weights included, from before the first was read.
     states: dict[Path, FileState] = field(default_factory=dict, repr=False, compare=False)
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if a file of it was replaced or written to since it was opened."""
+        """Raise CheckpointError if one of its files was replaced or written to since it was opened."""
         check_unchanged(self.states)
 
     def check_has_weights(self) -> None:
-        """Raise CheckpointError if its folder has a config alone."""
+        """Raise CheckpointError if its folder has only a config."""
         if not self.tensors:
             raise CheckpointError(
                 f"{self.folder} has no weights: no model.safetensors, no pytorch_model.bin, no index of either.",
@@ -99,23 +99,23 @@ class Checkpoint:
 
     @property
     def index(self) -> str | None:
-        """Return the file that tells which shard holds which tensor, where there is one."""
+        """Return the name of the index of several weight files, if there is one."""
         if not self.shards or self.shards[0] in (SAFETENSORS, TORCH):
             return None
         return SAFETENSORS_INDEX if self.shards[0].endswith(".safetensors") else TORCH_INDEX
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
-    """Open a local folder or a hub id, with a branch, tag or commit of it. Reads headers, never tensor data; without
-    `weights` the config alone, and downloads nothing more than that and the model's own code.
+    """Open a local folder, or a hub id with its branch, tag or commit. Reads headers, never tensor data. Without
+    `weights`, it reads only the config, and downloads only that and the model's own code.
 
-    Raises CheckpointError if there is no such folder or id, where config.json is missing or not an object, or where
-    weight files are missing or damaged.
+    Raises CheckpointError if there is no such folder or id, if config.json is missing or not an object, or if weight
+    files are missing or damaged.
     """
     check_is_checkpoint(model)
     if revision is not None and Path(model).is_dir():
         raise UnusedOptions(
-            f"{model} is a folder here, of which there is no revision {revision}.",
+            f"{model} is a local folder, which has no revision {revision}.",
             hint="Leave it out, or give the model's id on the Hub.",
             names=("revision", "revision_b"),
         )
@@ -131,21 +131,21 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
         if missing := sorted(expected - stored.keys()):
             what = f"{folder / file} lacks {missing[0]}, which the index says it holds."
             raise CheckpointError(what, hint=DOWNLOAD_AGAIN)
-        # All of them, as transformers does: an index may lack some.
+        # Take all tensors, like transformers: an index may lack some.
         tensors |= stored
     name = str(model) if commit else _name_folder(folder.resolve())
     return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
 
 
 def _name_folder(folder: Path) -> str:
-    """Return what a local model is called; a snapshot in the Hub's cache, whose folder is a commit, by its hub id."""
+    """Return the name of a local model: its folder's or, for a snapshot in the Hub's cache, its hub id."""
     repository = folder.parent.parent.name
     is_cached = folder.parent.name == "snapshots" and repository.startswith("models--")
     return escape_name(repository.removeprefix("models--").replace("--", "/") if is_cached else folder.name)
 
 
 def _check_no_other_form(model: str | Path, folder: Path) -> None:
-    """Raise CheckpointError if a folder without a config.json holds what else people call a model."""
+    """Raise CheckpointError if a folder without a config.json holds an adapter or a GGUF file."""
     if (folder / ADAPTER_CONFIG).is_file():
         hint = "Merge it into its base model (merge_and_unload of peft), and give the folder that you save that to."
         raise CheckpointError(f"{model} is an adapter (LoRA), not a model.", hint=hint)
@@ -155,7 +155,7 @@ def _check_no_other_form(model: str | Path, folder: Path) -> None:
 
 
 def list_some(names: Collection[str]) -> str:
-    """Return the first few of some names, and how many there are beside.
+    """Return the first few names, and how many more there are.
 
     >>> list_some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -167,7 +167,7 @@ def list_some(names: Collection[str]) -> str:
 def read_json(path: Path, most: int = reading.CONFIG) -> dict[str, Any]:
     """Return the object in a JSON file of at most `most` bytes.
 
-    Raises CheckpointError if it is missing, no regular file, larger, not JSON, or not an object.
+    Raises CheckpointError if it is missing, too large, not a regular file, not JSON, or not an object.
     """
     try:
         content = reading.read_json(path, most)
@@ -204,7 +204,7 @@ def _read_index(folder: Path, index: Path, fetched: bool) -> dict[str, set[str]]
         if not isinstance(file, str) or is_outside(file):
             what = f"{index} places {name} outside the folder, in {file!r}: refused."
             raise CheckpointError(what, hint=DOWNLOAD_AGAIN)
-        # False, not an error, of a name that no file could have.
+        # Unlike Path.is_file, this returns False, not an error, for names that are too long.
         if fetched and not os.path.isfile(folder / file):  # noqa: PTH113
             raise CheckpointError(f"{index} names {file}, which is missing.", hint=DOWNLOAD_AGAIN)
         files.setdefault(file, set()).add(name)
@@ -212,7 +212,7 @@ def _read_index(folder: Path, index: Path, fetched: bool) -> dict[str, set[str]]
 
 
 def is_outside(file: str) -> bool:
-    """Return whether a file name that a checkpoint gives leads out of its folder, on any system."""
+    """Return whether a file name in a checkpoint points outside its folder, on any system."""
     path = PurePosixPath(file.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or ":" in file or not path.parts
 
@@ -223,15 +223,15 @@ def is_address(model: str | Path) -> bool:
 
 
 def build_server_error(model: str | Path) -> CheckpointError:
-    """Return the error for what needs a model's files, of one on a server."""
+    """Return the error for a model on a server whose files are needed."""
     return CheckpointError(
-        f"{model} is a server: the files of its model are not here.",
+        f"{model} is a server: the files of its model are not available here.",
         hint="Give the checkpoint folder. `probe` and `report` take the address of a server.",
     )
 
 
 def check_is_checkpoint(model: str | Path) -> None:
-    """Raise CheckpointError if `model` can be neither a checkpoint folder nor a hub id; looks into no file."""
+    """Raise CheckpointError if `model` can be neither a checkpoint folder nor a hub id, without reading any file."""
     if is_address(model):
         raise build_server_error(model)
     path = Path(model)
@@ -257,8 +257,8 @@ def is_convertible(model: str | Path) -> bool:
 
 
 def is_path(model: str | Path) -> bool:
-    """Return whether a model that is not here is named by a path: it cannot be a hub id, or what stands before its
-    slash is a folder."""
+    """Return whether a model that does not exist locally is given by a path: it cannot be a hub id, or the part before
+    its slash is a folder."""
     path = Path(model)
     if isinstance(model, Path) or not HUB_ID.fullmatch(model) or path.suffix in (".safetensors", ".bin", ".json"):
         return True
@@ -266,7 +266,7 @@ def is_path(model: str | Path) -> bool:
 
 
 def suggest_sibling(path: Path) -> str:
-    """Return the beginning of a hint, where something beside a missing file or folder has nearly its name."""
+    """Return a hint with a similar name next to a missing file or folder; empty if there is none."""
     try:
         near = find_nearest(path.name, (each.name for each in path.parent.iterdir()))
     except OSError:
@@ -283,7 +283,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
         try:
             return Path(get())
         except OfflineModeIsEnabled:
-            # Of a revision given as a commit, some releases (1.33) want the hub's list of files though all are there.
+            # For a commit, some releases (1.33) request the hub's list of files although all are cached.
             return Path(get(local_files_only=True))
 
     try:
@@ -292,7 +292,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
             fetch(*HUB_PATTERNS, SAFETENSORS)
             if not any((folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS_INDEX)):
                 fetch(*HUB_PATTERNS, TORCH)
-            # With a file that is there: patterns that match none would be warned of.
+            # Include a file that exists, because patterns that match no file cause a warning.
             fetch("config.json", *map(escape, find_weight_files(folder, fetched=False)))
             if modules := list_module_folders(folder):
                 fetch(*(f"{escape(module)}/*{suffix}" for module in modules for suffix in (".safetensors", ".bin")))
@@ -306,7 +306,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
     return folder, folder.name
 
 
-# What transformers reads beside the weights, and the most bytes that it may have.
+# Files besides the weights that transformers reads, with their maximum sizes in bytes.
 _READ = {
     **dict.fromkeys(("config.json", "generation_config.json", "preprocessor_config.json"), CONFIG),
     **dict.fromkeys(("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"), CONFIG),
@@ -319,14 +319,13 @@ _WATCHED = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
 
 
 def check_files(folder: Path) -> dict[Path, FileState]:
-    """Return the states of the files of a checkpoint folder. Raises CheckpointError if a pipe, a socket or a device
-    lies in it, a file too large for its name, or a folder where a file should be, which transformers takes for a file
-    that is missing."""
+    """Return the states of the files of a checkpoint folder. Raises CheckpointError if it contains a pipe, a socket, a
+    device, a file too large for its name, or a folder in place of a file, which transformers would treat as missing."""
     states: dict[Path, FileState] = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name in _READ:
             raise CheckpointError(f"{path} cannot be read: it is a folder.", hint=DOWNLOAD_AGAIN)
-        # A folder waits for nobody; a link that leads nowhere is a file that is missing.
+        # Other folders do no harm, and a broken link is a missing file.
         if path.is_dir() or not path.exists():
             continue
         try:
@@ -334,22 +333,22 @@ def check_files(folder: Path) -> dict[Path, FileState]:
         except (ValueError, OSError) as error:
             hint = "Remove it, or download or save the checkpoint again."
             raise CheckpointError(f"{path} cannot be read: {error}.", hint=hint) from None
-        # Not what people write meanwhile: notes, logs, a model card.
+        # Other files, such as notes, logs and a model card, may change meanwhile.
         if path.suffix in _WATCHED:
             states[path] = get_state(status)
     return states
 
 
 def check_inside(folder: Path, path: Path) -> None:
-    """Raise CheckpointError if a file of a checkpoint is a link to one outside of it, which nobody means to publish.
+    """Raise CheckpointError if a file of a checkpoint is a link to one outside of it, which should not be published.
 
-    In the hub's cache all files of a snapshot are links to blobs of the same repository: these count as inside.
+    In the hub's cache, all files of a snapshot are links to blobs of the same repository, which count as inside.
     """
     inside, target = folder.resolve(), path.resolve()
     repository = inside.parent.parent
     is_cached = inside.parent.name == "snapshots" and (repository / "blobs").is_dir()
     if not target.is_relative_to(repository if is_cached else inside):
         raise CheckpointError(
-            f"{path} is a link that leads outside the checkpoint, to {target}: not copied.",
-            hint="Put the file itself in its place if it belongs to the checkpoint, or remove the link.",
+            f"{path} is a link to {target}, outside the checkpoint: not copied.",
+            hint="Replace the link with the file if it belongs to the checkpoint, or remove it.",
         )

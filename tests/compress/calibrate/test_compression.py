@@ -261,7 +261,7 @@ def test_one_norm_is_not_smoothed_in_two_ways(tmp_path: Path, layers: str, block
         steps.append(Quantize("int8", Where(("feed-forward",), layers=f"0-{block - 1}"), smooth=0.3))
     recipe = Recipe(tuple(steps))
     check_smoothable(prepare_plan(save_deep("llama", tmp_path / "llama"), recipe))
-    said = f"smooth what model.layers.{block}.input_layernorm gives, by 0.3 and by 0.8"
+    said = f"smooth the output of model.layers.{block}.input_layernorm, by 0.3 and by 0.8"
     with pytest.raises(UsageError, match=said):
         check_smoothable(prepare_plan(save_deep("phi", tmp_path / "phi"), recipe))
 
