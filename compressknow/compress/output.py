@@ -202,7 +202,7 @@ def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[b
 class OutputFiles:
     """Weight files of an output, created at their full size first, so that a full disk is noticed at once."""
 
-    # Statistics of tensors that need not be computed: none.
+    # No tensors are known in advance.
     known: ClassVar[Mapping[str, TensorStats]] = {}
 
     def __init__(self, folder: Path, layout: FileLayout) -> None:

@@ -171,8 +171,8 @@ class Sources:
             return PRUNE_OR_EXPORT
         if len(misfits) == len(alike):
             return parameters.rstrip() or f"Nothing in the scope has an {scheme.word} form: prune only."
-        others = "|".join(dict.fromkeys(_build_kind_pattern(each.module) for each in misfits))
-        return f"{parameters}Prune it only, or leave out layers without an {scheme.word} form: --exclude '{others}'."
+        pattern = "|".join(dict.fromkeys(_build_kind_pattern(each.module) for each in misfits))
+        return f"{parameters}Prune it only, or leave out layers without an {scheme.word} form: --exclude '{pattern}'."
 
     def _find_obstacle(self, weight: LinearWeight, scheme: Scheme) -> str | None:
         parts = self.of(weight)

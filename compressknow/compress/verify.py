@@ -90,22 +90,22 @@ def compare_to_manifest(
     may edit. A file that is not in the manifest counts as a difference. Raises the errors of `read_manifest`."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    places = _read_index(folder)
-    stored, differences = _read_stored(folder, places)
+    weight_map = _read_index(folder)
+    stored, differences = _read_stored(folder, weight_map)
     rows = list_expected_tensors(manifest)
     total = sum(tensor.nbytes for tensor in stored.values())
     with Pool(threads) as pool, OpenFiles() as files:
         reader = Reader(pool, files, count_progress(advance, total))
 
         def compare(name: str) -> list[Difference]:
-            return _compare_tensor(reader, stored.get(name), name, places.get(name, SAFETENSORS), rows.get(name))
+            return _compare_tensor(reader, stored.get(name), name, weight_map.get(name, SAFETENSORS), rows.get(name))
 
         checks = pool.map(compare, rows | stored)
         copied = pool.map(lambda name: _compare_file(pool, folder, name, manifest["files"][name]), manifest["files"])
     # Tensors come last, since one missing file makes all its tensors missing.
     differences += [difference for check in copied for difference in check]
     differences += _compare_counts(manifest)
-    known = {*manifest["files"], *(set(places.values()) or {SAFETENSORS}), MANIFEST_NAME, CARD_NAME}
+    known = {*manifest["files"], *(set(weight_map.values()) or {SAFETENSORS}), MANIFEST_NAME, CARD_NAME}
     names = [name.as_posix() for name in walk_visible(folder) if not (folder / name).is_dir()]
     differences += [Difference(name, None, ADDED) for name in names if name not in known]
     if SEAL in manifest and manifest[SEAL] != hash_manifest(manifest):
@@ -121,15 +121,15 @@ def _read_index(folder: Path) -> dict[str, str]:
     if (folder / SAFETENSORS).is_file() or not (folder / SAFETENSORS_INDEX).is_file():
         return {}
     weight_map = read_json(folder / SAFETENSORS_INDEX, INDEX).get("weight_map")
-    places = weight_map.items() if isinstance(weight_map, dict) else ()
-    return {name: file for name, file in places if isinstance(file, str) and not is_outside(file)}
+    entries = weight_map.items() if isinstance(weight_map, dict) else ()
+    return {name: file for name, file in entries if isinstance(file, str) and not is_outside(file)}
 
 
-def _read_stored(folder: Path, places: Mapping[str, str]) -> tuple[dict[str, StoredTensor], list[Difference]]:
+def _read_stored(folder: Path, weight_map: Mapping[str, str]) -> tuple[dict[str, StoredTensor], list[Difference]]:
     """Return the tensors in the weight files, and the defects of these files."""
     stored: dict[str, StoredTensor] = {}
     differences = []
-    for file in sorted(set(places.values()) or {SAFETENSORS}):
+    for file in sorted(set(weight_map.values()) or {SAFETENSORS}):
         if not (folder / file).is_file():
             differences.append(Difference(file, None, "missing"))
             continue
@@ -146,10 +146,10 @@ def _read_stored(folder: Path, places: Mapping[str, str]) -> tuple[dict[str, Sto
 
 
 def _compare_tensor(
-    reader: Reader, tensor: StoredTensor | None, name: str, place: str, expected: Mapping[str, Any] | None
+    reader: Reader, tensor: StoredTensor | None, name: str, file: str, expected: Mapping[str, Any] | None
 ) -> list[Difference]:
     if tensor is None:
-        return [Difference(place, name, "missing")]
+        return [Difference(file, name, "missing")]
     if expected is None:
         return [Difference(tensor.file.name, name, ADDED)]
     if (tensor.dtype, list(tensor.shape)) != (expected["dtype"], expected["shape"]):

@@ -1,4 +1,4 @@
-"""Checkpoint, a local folder or a hub id: its config and the headers of its weight files. None of its code is run."""
+"""Checkpoint, a local folder or a hub id: its config and the headers of its weight files. Its code is never run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regula
 from compressknow.model.tensors import StoredTensor, read_header, read_torch_file
 
 MODULES = "modules.json"
-# The first of these that there is says how the model is loaded.
+# The first of these that exists has the settings for loading the model.
 CONFIGS = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -26,7 +26,7 @@ CONFIGS = tuple(
 
 
 def list_module_folders(folder: Path) -> tuple[str, ...]:
-    """Return the folders of the modules behind the model, such as ``2_Dense``; none of any other checkpoint."""
+    """Return the folders of sentence-transformers' modules after the model, such as ``2_Dense``; empty for others."""
     modules = _read_if_readable(folder / MODULES)
     paths = [entry.get("path") for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
     return tuple(path for path in paths if isinstance(path, str) and PurePosixPath(path).parts)
@@ -48,7 +48,7 @@ def build_loading_settings(folder: Path, quantization: Mapping[str, Any]) -> dic
 
 
 def _read_if_readable(path: Path) -> Any:
-    """Return what a JSON file holds; None if there is none that can be read: it goes along as it is."""
+    """Return the content of a JSON file; None if it is missing or unreadable, since it is not needed to load."""
     try:
         return reading.read_json(path, reading.CONFIG)
     except (ValueError, OSError):
@@ -63,7 +63,7 @@ MERGE = "Merge it into its base model (merge_and_unload of peft), and give the f
 SHOWN = 3
 DOWNLOAD_AGAIN = "Download or save the checkpoint again."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# Files that a conversion needs from a hub repository, in addition to the weights.
+# Files of a hub repository, besides its weights, that a conversion needs.
 HUB_PATTERNS = (
     *("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken"),
     *(f"*{ADAPTER}.safetensors", f"*{ADAPTER}.bin"),
@@ -85,7 +85,7 @@ class Checkpoint:
     states: dict[Path, FileState] = field(default_factory=dict, repr=False, compare=False)
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if a file of it was replaced or written to since it was opened."""
+        """Raise CheckpointError if one of its files was replaced or written to since it was opened."""
         check_unchanged(self.states)
 
     def check_has_weights(self) -> None:
@@ -101,23 +101,23 @@ class Checkpoint:
 
     @property
     def index(self) -> str | None:
-        """Return the file that tells which shard holds which tensor, where there is one."""
+        """Return the name of the index of several weight files, if there is one."""
         if not self.shards or self.shards[0] in (SAFETENSORS, TORCH):
             return None
         return SAFETENSORS_INDEX if self.shards[0].endswith(".safetensors") else TORCH_INDEX
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
-    """Open a local folder or a hub id, with a branch, tag or commit of it. Reads headers, never tensor data; without
-    `weights` the config alone, and downloads nothing more than that and the model's own code.
+    """Open a local folder, or a hub id with its branch, tag or commit. Reads headers, never tensor data. Without
+    `weights`, it reads only the config, and downloads only that and the model's own code.
 
-    Raises CheckpointError if there is no such folder or id, where config.json is missing or not an object, or where
-    weight files are missing or damaged.
+    Raises CheckpointError if there is no such folder or id, if config.json is missing or not an object, or if weight
+    files are missing or damaged.
     """
     check_is_checkpoint(model)
     if revision is not None and Path(model).is_dir():
         raise UnusedOptions(
-            f"{model} is a folder here, of which there is no revision {revision}.",
+            f"{model} is a local folder, which has no revision {revision}.",
             hint="Leave it out, or give the model's id on the Hub.",
             names=("revision", "revision_b"),
         )
@@ -133,21 +133,21 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
         if missing := sorted(expected - stored.keys()):
             what = f"{folder / file} lacks {missing[0]}, which the index says it holds."
             raise CheckpointError(what, hint=DOWNLOAD_AGAIN)
-        # All of them, as transformers does: an index may lack some.
+        # Take all tensors, like transformers: an index may lack some.
         tensors |= stored
     name = str(model) if commit else _name_folder(folder.resolve())
     return Checkpoint(name, folder, config, tensors, tuple(files), commit, states)
 
 
 def _name_folder(folder: Path) -> str:
-    """Return what a local model is called; a snapshot in the Hub's cache, whose folder is a commit, by its hub id."""
+    """Return the name of a local model: its folder's or, for a snapshot in the Hub's cache, its hub id."""
     repository = folder.parent.parent.name
     is_cached = folder.parent.name == "snapshots" and repository.startswith("models--")
     return escape_name(repository.removeprefix("models--").replace("--", "/") if is_cached else folder.name)
 
 
 def _check_no_other_form(model: str | Path, folder: Path) -> None:
-    """Raise CheckpointError if a folder without a config.json holds what else people call a model."""
+    """Raise CheckpointError if a folder without a config.json holds an adapter or a GGUF file."""
     if (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{model} is an adapter (LoRA), not a model.", hint=MERGE)
     if files := sorted(folder.glob("*.gguf")):
@@ -156,7 +156,7 @@ def _check_no_other_form(model: str | Path, folder: Path) -> None:
 
 
 def list_some(names: Collection[str]) -> str:
-    """Return the first few of some names, and how many more there are.
+    """Return the first few names, and how many more there are.
 
     >>> list_some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -203,7 +203,7 @@ def _read_index(folder: Path, index: Path, fetched: bool) -> dict[str, set[str]]
         if not isinstance(file, str) or is_outside(file):
             what = f"{index} places {name} outside the folder, in {file!r}: refused."
             raise CheckpointError(what, hint=DOWNLOAD_AGAIN)
-        # False, not an error, of a name that no file could have.
+        # Unlike Path.is_file, this returns False, not an error, for names that are too long.
         if fetched and not os.path.isfile(folder / file):  # noqa: PTH113
             raise CheckpointError(f"{index} names {file}, which is missing.", hint=DOWNLOAD_AGAIN)
         files.setdefault(file, set()).add(name)
@@ -211,7 +211,7 @@ def _read_index(folder: Path, index: Path, fetched: bool) -> dict[str, set[str]]
 
 
 def is_outside(file: str) -> bool:
-    """Return whether a file name that a checkpoint gives leads out of its folder, on any system."""
+    """Return whether a file name in a checkpoint points outside its folder, on any system."""
     path = PurePosixPath(file.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or ":" in file or not path.parts
 
@@ -222,15 +222,15 @@ def is_address(model: str | Path) -> bool:
 
 
 def build_server_error(model: str | Path) -> CheckpointError:
-    """Return the error for what needs a model's files, of one on a server."""
+    """Return the error for a model on a server whose files are needed."""
     return CheckpointError(
-        f"{model} is a server: the files of its model are not here.",
+        f"{model} is a server: the files of its model are not available here.",
         hint="Give the checkpoint folder. `probe` and `report` take the address of a server.",
     )
 
 
 def check_is_checkpoint(model: str | Path) -> None:
-    """Raise CheckpointError if `model` can be neither a checkpoint folder nor a hub id; looks into no file."""
+    """Raise CheckpointError if `model` can be neither a checkpoint folder nor a hub id, without reading any file."""
     if is_address(model):
         raise build_server_error(model)
     path = Path(model)
@@ -265,7 +265,7 @@ def is_path(model: str | Path) -> bool:
 
 
 def suggest_sibling(path: Path) -> str:
-    """Return the beginning of a hint, where something next to a missing file or folder has nearly its name."""
+    """Return a hint with a similar name next to a missing file or folder; empty if there is none."""
     try:
         near = find_nearest(path.name, (each.name for each in path.parent.iterdir()))
     except OSError:
@@ -282,7 +282,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
         try:
             return Path(get())
         except OfflineModeIsEnabled:
-            # For a commit as revision, some releases (1.33) ask the hub for its list of files although all are cached.
+            # For a commit, some releases (1.33) request the hub's list of files although all are cached.
             return Path(get(local_files_only=True))
 
     try:
@@ -291,7 +291,7 @@ def _download(model: str, revision: str | None, weights: bool) -> tuple[Path, st
             fetch(*HUB_PATTERNS, SAFETENSORS)
             if not any((folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS_INDEX)):
                 fetch(*HUB_PATTERNS, TORCH)
-            # With a file that is there: patterns that match none would be warned of.
+            # Include a file that exists, because patterns that match no file cause a warning.
             fetch("config.json", *map(escape, find_weight_files(folder, fetched=False)))
             if modules := list_module_folders(folder):
                 fetch(*(f"{escape(module)}/*{suffix}" for module in modules for suffix in (".safetensors", ".bin")))
@@ -324,7 +324,7 @@ def check_files(folder: Path) -> dict[Path, FileState]:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name in _READ:
             raise CheckpointError(f"{path} cannot be read: it is a folder.", hint=DOWNLOAD_AGAIN)
-        # A folder waits for nobody; a link that leads nowhere is a file that is missing.
+        # Other folders do no harm, and a broken link is a missing file.
         if path.is_dir() or not path.exists():
             continue
         try:
@@ -332,7 +332,7 @@ def check_files(folder: Path) -> dict[Path, FileState]:
         except (ValueError, OSError) as error:
             hint = "Remove it, or download or save the checkpoint again."
             raise CheckpointError(f"{path} cannot be read: {error}.", hint=hint) from None
-        # Not what people write meanwhile: notes, logs, a model card.
+        # Other files, such as notes, logs and a model card, may change meanwhile.
         if path.suffix in _WATCHED:
             states[path] = get_state(status)
     return states
@@ -346,6 +346,6 @@ def check_inside(folder: Path, path: Path) -> None:
     is_cached = inside.parent.name == "snapshots" and (repository / "blobs").is_dir()
     if not target.is_relative_to(repository if is_cached else inside):
         raise CheckpointError(
-            f"{path} is a link that leads outside the checkpoint, to {target}: not copied.",
-            hint="Put the file itself in its place if it belongs to the checkpoint, or remove the link.",
+            f"{path} is a link to {target}, outside the checkpoint: not copied.",
+            hint="Replace the link with the file if it belongs to the checkpoint, or remove it.",
         )

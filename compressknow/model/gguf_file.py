@@ -1,4 +1,4 @@
-"""GGUF files: headers, checked before a reader written in Python takes them, and tensors by group and type.
+"""GGUF files: headers, checked before the gguf package's reader opens them, and tensors by group and type.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -24,24 +24,24 @@ from compressknow.model.tensors import StoredTensor
 MAGIC = b"GGUF"
 # The tokenizer of a model with 262,144 tokens and half a million merges has 1.3 million values.
 MOST_VALUES, MOST_TENSORS = 2_000_000, 200_000
-# Limits on what a model consists of, as in `compressknow.model.meta`.
+# Limits on counts, as in `compressknow.model.meta`.
 MOST = {"block_count": MOST_BLOCKS, "expert_count": 10_000}
 _ALIGNMENT = "general.alignment"
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _TEXT, _LIST = 8, 9
-# By the number of a type of values: struct's letter.
+# struct's letters for numeric types of values, by their GGUF numbers.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
-# By the number of a type of tensors, those of plain floats.
+# Tensor types that are plain floats, by their GGUF numbers.
 _PLAIN = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 _MOST_DIMENSIONS, _MOST_BYTES_OF_A_NAME = 4, 1 << 16
 
 
 class TruncatedFile(NotReadable):
-    """File that ends before what it says that it holds does, or that is not a GGUF file at all."""
+    """File that ends before its announced contents, or is not a GGUF file at all."""
 
 
 def check_whole(path: Path) -> None:
-    """Raise CheckpointError if a GGUF file is cut short, or is none; anything else odd is reported by the runtime."""
+    """Raise CheckpointError if a file is cut short or not a GGUF file; the runtime reports other faults."""
     try:
         check_gguf(path)
     except TruncatedFile as error:
@@ -57,7 +57,7 @@ def check_gguf(path: Path) -> None:
 
 
 def list_plain_tensors(path: Path) -> list[StoredTensor]:
-    """Return the tensors of a GGUF file that hold plain floats, row-major. Raises as `check_gguf` does."""
+    """Return the tensors of a GGUF file that are plain floats, row-major. Raises the errors of `check_gguf`."""
     header = read_header(path)
     stored = [
         StoredTensor(name, _PLAIN[kind], shape[::-1], path, header.data_start + offset)
@@ -68,7 +68,7 @@ def list_plain_tensors(path: Path) -> list[StoredTensor]:
 
 
 def read_header(path: Path) -> _Header:
-    """Read what stands before the values of a GGUF file. Raises NotReadable and OSError as `check_gguf` does."""
+    """Read the header of a GGUF file. Raises NotReadable and OSError as `check_gguf` does."""
     with open_regular(path) as file:
         try:
             return _Header(file)
@@ -77,7 +77,7 @@ def read_header(path: Path) -> _Header:
 
 
 class _Header:
-    """Header of a GGUF file; `tensors` are name, shape, number of the type, and offset of each."""
+    """Header of a GGUF file; `tensors` has the name, shape, type number and offset of each."""
 
     def __init__(self, file: BufferedReader) -> None:
         self._file, self.size = file, os.fstat(file.fileno()).st_size
@@ -87,7 +87,7 @@ class _Header:
             raise TruncatedFile("it is not a GGUF file")
         _version, tensors, entries = self._number("I"), self._number("Q"), self._number("Q")
         if tensors > MOST_TENSORS or entries > MOST_VALUES:
-            raise NotReadable(f"it says that it holds {tensors:,} tensors and {entries:,} values")
+            raise NotReadable(f"its header announces {tensors:,} tensors and {entries:,} values")
         for _ in range(entries):
             self._entry()
         self.tensors = [self._tensor() for _ in range(tensors)]
@@ -103,12 +103,12 @@ class _Header:
         name = key.rpartition(".")[2]
         if name in MOST and isinstance(value, int):
             if value > MOST[name]:
-                raise NotReadable(f"its {name} is {value:,}, and a model has at most {MOST[name]:,}")
+                raise NotReadable(f"its {name} is {value:,}, but the maximum is {MOST[name]:,}")
             if name == "block_count":
                 self._blocks = value
 
     def _value(self, kind: int) -> Any:
-        """Read a number; None if it is a text or a list, which is passed over."""
+        """Read a number; skip a text or a list, and return None."""
         self._values += 1
         if kind in _NUMBERS:
             return self._number(_NUMBERS[kind])
@@ -139,29 +139,29 @@ class _Header:
         return name, shape, self._number("I"), self._number("Q")
 
     def check_places(self) -> None:
-        """Check that one tensor follows the other, as llama.cpp demands it too, and that the last ends in the file."""
+        """Raise NotReadable unless tensors are contiguous, as llama.cpp requires, and the last ends within the file."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         sizes = {kind.value: GGML_QUANT_SIZES[kind] for kind in GGMLQuantizationType if kind in GGML_QUANT_SIZES}
         end = 0
         for name, shape, kind, offset in self.tensors:
-            block = int(found[1][:9]) if (found := _BLOCK.match(name)) else -1
+            block = int(match[1][:9]) if (match := _BLOCK.match(name)) else -1
             if block >= self._blocks:
-                raise NotReadable(f"it has a tensor of block {block:,}, and says that it has {self._blocks}")
+                raise NotReadable(f"it has a tensor of block {block:,}, but its block_count is {self._blocks}")
             if kind not in sizes:
-                raise NotReadable(f"a tensor in it is of type {kind}, which is not known")
+                raise NotReadable(f"a tensor in it is of type {kind}, which is unknown")
             if offset != self._aligned(end):
-                raise NotReadable(f"a tensor in it lies at {offset:,}, and the one before it ends at {end:,}")
+                raise NotReadable(f"a tensor in it starts at {offset:,}, but the one before it ends at {end:,}")
             values, nbytes = sizes[kind]
             end = offset + math.prod(shape) // values * nbytes
         if self.tensors and self.data_start + end > self.size:
             raise TruncatedFile("it is cut short")
 
-    def _aligned(self, place: int) -> int:
-        return -(-place // self._alignment) * self._alignment
+    def _aligned(self, offset: int) -> int:
+        return -(-offset // self._alignment) * self._alignment
 
     def _number(self, letter: str) -> Any:
-        """Read an int, or a float of the letters f and d."""
+        """Read an int, or a float for the letters f and d."""
         form = f"<{letter}"
         return struct.unpack(form, self._file.read(struct.calcsize(form)))[0]
 
@@ -179,7 +179,7 @@ class _Header:
 
 EMBEDDING, UNPLACED = "embedding", "other"
 ORDER = ("attention", "feed-forward", "final", EMBEDDING, UNPLACED, "vision", NOT_LINEAR)
-# By the names that llama.cpp gives to tensors (llama-arch.cpp, clip-impl.h): positions and routers are of no group.
+# By llama.cpp's names of tensors (llama-arch.cpp, clip-impl.h); positions and routers have no group.
 _SIDE = r"(?:enc\.|dec\.)?"
 NAMED = (
     ("attention", re.compile(_SIDE + r"blk\.\d+\.(?:cross_)?attn_(?!norm|rel_b|.*_norm)")),
@@ -191,7 +191,7 @@ NAMED = (
 
 @dataclass(frozen=True)
 class Tensor:
-    """Tensor of a GGUF file: `shape` as llama.cpp writes it, the row's length first."""
+    """Tensor of a GGUF file, with `shape` in llama.cpp's order: the length of a row comes first."""
 
     name: str
     type: str
@@ -201,14 +201,14 @@ class Tensor:
 
     @property
     def layer(self) -> int | None:
-        """Return the number of its block, on its side."""
-        found = re.match(r"(?:(?:enc|dec|a|v)\.)?" + _BLOCK.pattern, self.name)
-        return int(found[1]) if found else None
+        """Return the number of its block in its stack; None outside blocks."""
+        match = re.match(r"(?:(?:enc|dec|a|v)\.)?" + _BLOCK.pattern, self.name)
+        return int(match[1]) if match else None
 
 
 def read_gguf(path: Path, mode: Literal["r", "r+"] = "r") -> Any:
-    """Return a `gguf.GGUFReader` whose file is `mapped`. Its `data` is a plain array of the same bytes, since it is
-    sliced a million times for a vocabulary, and slicing a plain array takes a third of the time."""
+    """Return a `gguf.GGUFReader` with the file's memory map as `mapped`. Its `data`, which it slices a million times
+    for a vocabulary, is a plain array of the same bytes, which takes a third of the time."""
     import gguf
     import numpy as np
 
@@ -225,7 +225,7 @@ def read_gguf(path: Path, mode: Literal["r", "r+"] = "r") -> Any:
 
 
 def open_gguf(path: Path) -> Any:
-    """Return what `read_gguf` does of a file of the user's. Raises CheckpointError if it is damaged."""
+    """Open a user's file with `read_gguf`. Raises CheckpointError if it is damaged."""
     require("gguf")
     try:
         check_gguf(path)
@@ -239,7 +239,7 @@ def open_gguf(path: Path) -> Any:
 
 
 def list_tensors(*readers: Any) -> dict[str, Tensor]:
-    """Return the tensors of a file by name, all its parts together; their values are not read."""
+    """Return the tensors of a file by name, from all its parts, without reading their values."""
     return {
         each.name: Tensor(
             each.name,
@@ -265,7 +265,7 @@ def count_by_type(tensors: Iterable[Tensor]) -> dict[str, dict[str, int]]:
 
 
 def find_groups(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the group of each tensor by its name; a tied embedding is the final layer too."""
+    """Return the group of each tensor, by name; a tied embedding counts as the final layer."""
     is_tied = not any(name.startswith("output.") for name in tensors)
 
     def find_group(tensor: Tensor) -> str:
@@ -273,13 +273,13 @@ def find_groups(tensors: Mapping[str, Tensor]) -> dict[str, str]:
             return NOT_LINEAR
         if tensor.name.startswith("token_embd."):
             return "final" if is_tied else EMBEDDING
-        return next((group for group, named in NAMED if named.match(tensor.name)), UNPLACED)
+        return next((group for group, pattern in NAMED if pattern.match(tensor.name)), UNPLACED)
 
     return {name: find_group(tensor) for name, tensor in tensors.items()}
 
 
 def read_value(reader: Any, key: str) -> Any:
-    """Return what a file says of itself under a key; None if it says nothing."""
+    """Return the value of a key in a file's metadata; None if it has no such key."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
 
@@ -289,14 +289,14 @@ PART = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def list_parts(path: Path) -> list[Path]:
-    """Return all files of a GGUF that was split, of its first part: those that are there, or the file alone.
+    """Return the existing parts of a split GGUF, given its first one; for others, just the file.
 
     >>> [part.name for part in list_parts(Path("model.gguf"))]
     ['model.gguf']
     """
-    named = PART.fullmatch(path.name)
-    if named is None:
+    match = PART.fullmatch(path.name)
+    if match is None:
         return [path]
-    count = int(named["count"])
-    names = (f"{named['prefix']}-{number:05}-of-{count:05}.gguf" for number in range(1, min(count, 10_000) + 1))
+    count = int(match["count"])
+    names = (f"{match['prefix']}-{number:05}-of-{count:05}.gguf" for number in range(1, min(count, 10_000) + 1))
     return [part for name in names if (part := path.with_name(name)).is_file()] or [path]

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compressknow.model.structure import Group, Kind, LinearWeight, ModuleMap, Structure, check_module_map
 
-# Llama 4's experts do not say, as others do, that they are stored as [experts, in, out].
+# Llama 4's experts are stored as [experts, in, out], but lack the attribute that says so in others.
 TRANSPOSED_EXPERTS = {"Llama4TextExperts"}
 BERT_ATTENTION_OUTPUT = re.compile(r"^(.*attention\.)output\.dense$")
 TOWER_CONFIG = re.compile("Vision|Audio|Speech|Video|QFormer|Tokenizer|SaProt")
@@ -23,7 +23,7 @@ PLAIN_MODULES = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm, nn.Conv2d, nn.Co
 
 
 def _match_end(*names: str) -> re.Pattern[str]:
-    # Only the end of a class name says what it is: its start is the model's name (FalconMambaMLP is an MLP).
+    # The end of a class name shows its kind; the start is the model's name (FalconMambaMLP is an MLP).
     return re.compile(f"(?:{'|'.join(names)})$")
 
 
@@ -42,14 +42,14 @@ CLASS_RULES: Rules = (
     ("feed-forward", _match_end("MLP", "Mlp", "FFN", "FF", "FeedForward(?:Network)?", "Dense(?:Gated)?Act(?:Dense)?")),
     ("feed-forward", _match_end("DenseGatedACT", "Experts?", "MoE", "Moe", "MOE", "MoeBlock", "ExpertGLU")),
 )
-# Names that mean this only inside a block: a head has an `output`, a projector an `mlp`, of its own.
+# Names that have this meaning only inside a block: heads have an `output` too, and projectors an `mlp`.
 BLOCK_CLASS_RULES: Rules = (("feed-forward", _match_end("Intermediate", "Output")),)
 BLOCK_ATTRIBUTE_RULES: Rules = (
     ("attention", re.compile(r"(?:^|_)(?:attn|att|attention)s?$|Attention$|^crossattention$|_attn_layers$")),
     ("feed-forward", _is("mlps?", "ffns?", "ff", "feed_?forward", "DenseReluDense", "(?:shared_)?experts?")),
     ("feed-forward", _is("intermediate", "output")),
 )
-# The weight's own attribute, where no module around it says what it is (BART's and OPT's layers hold fc1 and fc2).
+# Attributes of weights whose group no module around them shows (BART's and OPT's layers have fc1 and fc2).
 LEAF_RULES: Rules = (
     ("other", _is("per_layer_(?:input_gate|projection)")),
     ("attention", _is("[qkvo]_proj", "query", "key", "value", "qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv")),
@@ -57,28 +57,28 @@ LEAF_RULES: Rules = (
     ("feed-forward", _is("wi_[01]", "lin(?:ear)?[12]", "c_fc", "dense_h_to_4h", "dense_4h_to_h")),
 )
 ROUTER = _is("gate", "router", "router_gate", "shared_expert_gate")
-# A norm may hold a small MLP that sets its scale. DBRX's attention and SqueezeBERT's matrices lie in classes that end
-# alike.
+# A norm may contain a small MLP that computes its scale. The classes of DBRX's attention and SqueezeBERT's matrices
+# also end in Norm.
 NORM_CLASS = re.compile(r"^(?!ConvDropout|\w*Attention)\w*Norm$")
 CROSS = re.compile(r"^(?:cross_?att(?:entio)?n(?:_layers)?|encoder_attn|EncDecAttention)$")
 CROSS_CLASS = _match_end("CrossAttention")
-# Heads that give logits over a vocabulary besides the one that the model names: Luke's entities, BLT's patcher, the
-# columns that MobileBERT keeps apart and joins to its decoder; and FSMT's, which names its embedding instead.
+# Heads with logits over a vocabulary, besides the model's output embeddings: Luke's entities, BLT's patcher, the
+# columns that MobileBERT stores separately and joins to its decoder; and FSMT's, which declares its embedding instead.
 FURTHER_HEADS = _match_end(r"(?:^|\.)lm_head", r"predictions\.decoder")
 FURTHER_HEADS_BY_CLASS = _is("MobileBertLMPredictionHead.dense", "FSMTDecoder.output_projection")
 
 
 def read_structure(model: PreTrainedModel, module_map: ModuleMap = "structural") -> Structure:
-    """Read the structure of a model, as a rule one on the meta device. The module map ``paper`` counts BERT's and
-    RoBERTa's ``attention.output.dense`` as feed-forward, as the paper's code does; ``structural`` as attention."""
+    """Read the structure of a model, usually on the meta device. The module map ``paper`` counts BERT's and RoBERTa's
+    ``attention.output.dense`` as feed-forward, like the paper's code; ``structural`` as attention."""
     check_module_map(module_map)
     tree = _Tree(model)
     linears = [_place_weight(tree, holders, kind, name) for holders, kind, name in _list_linear_parameters(model)]
     if module_map == "paper":
-        for place, weight in enumerate(linears):
+        for i, weight in enumerate(linears):
             output = BERT_ATTENTION_OUTPUT.match(weight.module)
             if output and f"{output.group(1)}self.query" in tree.modules:
-                linears[place] = replace(weight, group="feed-forward", cross=False)
+                linears[i] = replace(weight, group="feed-forward", cross=False)
     return Structure(
         architecture=type(model).__name__,
         model_type=model.config.model_type,
@@ -93,12 +93,12 @@ def read_structure(model: PreTrainedModel, module_map: ModuleMap = "structural")
 
 
 def list_block_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the outermost transformer blocks of a model, in tree order, but those of towers that read no text."""
+    """Return the outermost transformer blocks of a model, in tree order, without those of towers that read no text."""
     tree = _Tree(model)
     return tuple(name for name in tree.layers if not tree.in_tower(name))
 
 
-# Modules on the way from the root to a weight: the attribute that holds each, and its class.
+# Modules on the path from the root to a weight: the attribute and the class of each.
 _Steps = Sequence[tuple[str, str]]
 
 
@@ -107,24 +107,24 @@ class _Tree:
         self.model = model
         self.modules = dict(model.named_modules())
         self.towers = set(_find_towers(model))
-        # Models of their own within a composite one.
+        # The complete models within a composite one.
         models = {name: module for name, module in self.modules.items() if isinstance(module, PreTrainedModel)}
         self.parts = {n for n, each in models.items() if not isinstance(each.config, type(model.config))} - self.towers
         self.layers = self._number_blocks()
-        # FSMT names its embedding, which its output projection shares; MusicGen a list of heads.
+        # FSMT returns its embedding, which shares its weight with the output projection; MusicGen a list of heads.
         head = model.get_output_embeddings()
         heads = head.modules() if isinstance(head, nn.Module) else ()
         self.heads = {id(module.weight) for module in heads if hasattr(module, "weight")}
         if not self.heads and not type(model).__module__.startswith("transformers."):
             self.heads = set(self._find_own_heads())
-        # A weight of several names (Zamba's shared block) is applied once under each of them.
+        # A weight with several names (Zamba's shared block) is applied once under each.
         self.names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
     def place(self, name: str) -> tuple[_Steps, int | None]:
-        """Return the modules above a module, the root first, and the index of its block in the stack, in one."""
-        above = [*_list_parents(name), ""][::-1]
-        steps = [(each.rpartition(".")[2], type(self.modules[each]).__name__) for each in above]
-        layer = next((self.layers[each] for each in (*above, name) if each in self.layers), None)
+        """Return the modules around a module, the root first, and the index of its block in the stack, if any."""
+        parents = [*_list_parents(name), ""][::-1]
+        steps = [(each.rpartition(".")[2], type(self.modules[each]).__name__) for each in parents]
+        layer = next((self.layers[each] for each in (*parents, name) if each in self.layers), None)
         return steps, layer
 
     def _find_own_heads(self) -> Iterator[int]:
@@ -139,14 +139,14 @@ class _Tree:
         return any(each in self.towers for each in (name, *_list_parents(name)))
 
     def is_between(self, name: str) -> bool:
-        """Return whether a module lies between the towers and the language model, both models of their own."""
+        """Return whether a module is between the towers and the language model, in neither of these."""
         has_language = bool(self.towers) and any(not self.in_tower(part) for part in self.parts)
         return has_language and not any(
             each in self.parts or each in self.towers for each in (name, *_list_parents(name))
         )
 
     def _number_blocks(self) -> dict[str, int]:
-        """Return the outermost blocks and their index in the stack. Lists of lists (Funnel's) are one stack."""
+        """Return the outermost blocks and their indices in the stack. Nested lists (Funnel's) are one stack."""
         layers: dict[str, int] = {}
         counts: Counter[str] = Counter()
         for name in self.modules:
@@ -160,9 +160,9 @@ class _Tree:
     def _is_block(self, name: str) -> bool:
         parent, _, attribute = name.rpartition(".")
         module = self.modules[name]
-        own_class = not type(module).__module__.startswith("torch.nn")
+        is_custom = not type(module).__module__.startswith("torch.nn")
         in_list = isinstance(self.modules[parent], (nn.ModuleList, nn.Sequential))
-        return attribute.isdigit() and in_list and own_class and any(True for _ in module.children())
+        return attribute.isdigit() and in_list and is_custom and any(True for _ in module.children())
 
 
 def _list_parents(name: str) -> Iterator[str]:
@@ -171,12 +171,12 @@ def _list_parents(name: str) -> Iterator[str]:
 
 
 def _find_towers(model: PreTrainedModel) -> Iterator[str]:
-    """Yield the parts of a multimodal model that read images, video or sound, or condense what such a part gives."""
+    """Yield the parts of a multimodal model that read images, video or sound, or condense the output of such a part."""
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         # Idefics' vision model is a plain module with a config of its own.
         if isinstance(config, PreTrainedConfig) and not isinstance(config, type(model.config)):
-            # Qwen's vision models inherit from their whole that they read text.
+            # Qwen's vision models inherit text as an input modality from the whole model.
             reads_no_text = isinstance(module, PreTrainedModel) and "text" not in module.input_modalities
             if reads_no_text or TOWER_CONFIG.search(type(config).__name__):
                 yield name
@@ -184,7 +184,7 @@ def _find_towers(model: PreTrainedModel) -> Iterator[str]:
 
 def _list_linear_parameters(model: PreTrainedModel) -> Iterable[tuple[list[str], Kind, str]]:
     """List every Linear weight once, in tree order: the modules that hold it, its kind, and its name in them."""
-    found: dict[int, tuple[list[str], Kind, str]] = {}
+    linears: dict[int, tuple[list[str], Kind, str]] = {}
     for module_name, module in model.named_modules():
         kind: Kind = "linear" if isinstance(module, nn.Linear) else "conv1d"
         weights = {"weight": module.weight} if isinstance(module, (nn.Linear, Conv1D)) else {}
@@ -192,8 +192,8 @@ def _list_linear_parameters(model: PreTrainedModel) -> Iterable[tuple[list[str],
             parameters, kind = module.named_parameters(recurse=False), "experts"
             weights = {name: each for name, each in parameters if each.dim() >= 3 and "bias" not in name}
         for name, parameter in weights.items():
-            found.setdefault(id(parameter), ([], kind, name))[0].append(module_name)
-    return found.values()
+            linears.setdefault(id(parameter), ([], kind, name))[0].append(module_name)
+    return linears.values()
 
 
 def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> LinearWeight:
@@ -202,10 +202,10 @@ def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> Lin
     parameter: torch.Tensor = getattr(holder, name)
     steps, layer = tree.place(module)
     group = _group(tree, module, parameter, steps, layer is not None)
-    # Each part of a composite model brings its own config: the nearest one knows how its blocks are run.
-    around = (tree.modules[parent] for parent in (*_list_parents(module), ""))
-    config = next(each.config for each in around if hasattr(each, "config"))
-    # Zamba2's shared block holds an adapter for each place where it hangs, and applies that one alone.
+    # Each part of a composite model has its own config: the nearest one determines how its blocks are run.
+    parents = (tree.modules[parent] for parent in (*_list_parents(module), ""))
+    config = next(each.config for each in parents if hasattr(each, "config"))
+    # Zamba2's shared block holds an adapter for each of its uses, and applies only that one.
     is_once = group == "final" or "_adapter_list." in module
     is_transposed = kind == "conv1d"
     if kind == "experts":
@@ -218,7 +218,7 @@ def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> Lin
         group=group,
         layer=layer,
         stack=None if group == "vision" else _find_stack(tree.model, module),
-        # It reads the other stack's states.
+        # Cross-attention reads the other stack's states.
         cross=group == "attention"
         and any(CROSS.search(attribute) or CROSS_CLASS.search(class_name) for attribute, class_name in steps),
         uses=1 if is_once else tree.names[id(parameter)] * _count_loops(config, module, layer),
@@ -241,8 +241,8 @@ def _group(tree: _Tree, module: str, parameter: torch.Tensor, steps: _Steps, in_
 
 
 def _place(steps: _Steps, leaf: str, in_block: bool) -> Group | None:
-    """Return the group of a weight that is not a final layer; None if no rule knows its place. `steps` are the
-    modules above it, the root first, its own left out; `leaf` is the attribute of the module that holds the weight."""
+    """Return the group of a weight that is not a final layer; None if no rule matches. `steps` are the modules around
+    the weight's own module, the root first; `leaf` is the attribute of its own module."""
     if any(NORM_CLASS.search(class_name) for _, class_name in steps):
         return "other"
     class_rules = CLASS_RULES + BLOCK_CLASS_RULES if in_block else CLASS_RULES
@@ -282,7 +282,7 @@ def _find_ties(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _list_opaque_parameters(tree: _Tree) -> Iterator[tuple[str, Group]]:
-    """Yield parameters that serve attention or feed-forward as a matrix, but are not a Linear layer's weight."""
+    """Yield parameters that are matrices of attention or feed-forward, but not the weight of a Linear layer."""
     text = tree.model.config.get_text_config(decoder=True)
     width = int(getattr(text, "hidden_size", 0) or 0)
     for module_name, module in tree.modules.items():
@@ -303,7 +303,7 @@ def _is_matrix(module: nn.Module, name: str, parameter: torch.Tensor, width: int
     if parameter.dim() < 2 or "bias" in name or "embed" in name:
         return False
     rows = parameter.shape[0]
-    # A table (of relative positions, of segments) has a side far narrower than the model.
+    # A table (of relative positions, of segments) has a dimension far smaller than the model's width.
     return min(rows, parameter.numel() // rows) * 8 >= max(width, 8)
 
 

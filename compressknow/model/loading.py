@@ -1,11 +1,9 @@
-"""Find what transformers makes of a checkpoint's tensors when it loads them: which parameter each becomes, and what
-does not fit.
+"""Find out how transformers loads a checkpoint's tensors: which parameter each becomes, and what does not fit.
 
-Names in files differ from those in the module tree where an architecture was refactored since (GPT-NeoX: ``embed_out``
-is now ``lm_head``; Mixtral: one tensor an expert is now one stack), where a base model's checkpoint lacks its prefix,
-and where weights are tied. To see what does not fit, `from_pretrained` itself does the loading: it renames, splits,
-fuses, ties and (by the quantizer that the config names) prepares layers as it always does, on tensors that have no
-memory.
+Names in files differ from those in the module tree if an architecture was refactored since (GPT-NeoX: ``embed_out`` is
+now ``lm_head``; Mixtral: one tensor per expert is now one stack), if a base model's checkpoint lacks its prefix, and if
+weights are tied. To find what does not fit, `from_pretrained` itself loads the tensors on the meta device: it renames,
+splits, fuses, ties and (by the quantizer that the config names) prepares layers as usual.
 """
 
 from __future__ import annotations
@@ -74,7 +72,7 @@ class NameMapping:
         bound: dict[str, Binding] = {}
         whole: set[str] = set()
         converted: dict[tuple[str, int], list[tuple[str, str]]] = {}
-        # In the order of transformers: a renaming may wait for a name that comes before it.
+        # In the order of transformers, since a renaming may depend on earlier names.
         for stored in sorted(tensors, key=dot_natural_key):
             name, pattern = self._rename(stored, self._tree)
             if pattern is None and name in self._tree and name not in whole:
@@ -89,7 +87,7 @@ class NameMapping:
         return {stored: bound[stored] for stored in tensors if stored in bound}
 
     def _converter_of(self, pattern: str) -> int:
-        # The last that has the pattern, as transformers takes it.
+        # Like transformers, take the last that has the pattern.
         return max(i for i, each in enumerate(self._converters) if pattern in each.source_patterns)
 
     def _bind_converted(self, name: str, converter: Any, sources: list[tuple[str, Shape]]) -> Binding:
@@ -98,7 +96,7 @@ class NameMapping:
         whole = self._convert(name, converter, empty)
         parameters = tuple(parameter for parameter in whole if parameter in self._tree)
         if not parameters:
-            # It did not run on these: what it is for is told by its patterns.
+            # The conversion failed: derive the parameters from its patterns.
             first = converter.target_patterns[0]
             names = (name.replace(first, target) for target in converter.target_patterns)
             return Binding(tuple(target for target in names if target in self._tree) or (name,), reshaped=True)
@@ -113,21 +111,21 @@ class NameMapping:
         if len(sources) > 1 or len(parameters) < 2 or not shape:
             return ()
         numbers = torch.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
-        made = self._convert(name, converter, [(pattern, numbers)])
-        rows = [made.get(parameter, numbers[:0]).flatten().tolist() for parameter in parameters]
+        results = self._convert(name, converter, [(pattern, numbers)])
+        rows = [results.get(parameter, numbers[:0]).flatten().tolist() for parameter in parameters]
         ranges = tuple(range(part[0], part[-1] + 1) if part else range(0) for part in rows)
-        cut = all(part == list(span) for part, span in zip(rows, ranges, strict=True))
+        is_split = all(part == list(span) for part, span in zip(rows, ranges, strict=True))
         fits = all(self._tree[p].shape == (len(r), *shape[1:]) for p, r in zip(parameters, ranges, strict=True))
-        return ranges if cut and fits and sum(map(len, ranges)) == shape[0] else ()
+        return ranges if is_split and fits and sum(map(len, ranges)) == shape[0] else ()
 
     def _convert(self, name: str, converter: Any, sources: list[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         converter = copy.deepcopy(converter)
         for pattern, tensor in sources:
             converter.add_tensor(name, name, pattern, lambda tensor=tensor: tensor)
-        made = {}
-        with suppress(Exception):  # An operation on tensors that it was not made for may fail anywhere.
-            made = converter.convert(name, model=self._model, config=self._model.config)
-        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+        results = {}
+        with suppress(Exception):  # An operation may fail anywhere on tensors that it was not made for.
+            results = converter.convert(name, model=self._model, config=self._model.config)
+        return {key: value[0] if isinstance(value, list) else value for key, value in results.items()}
 
     def convert(self, parameter: str, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return a parameter as transformers converts it from its stored tensors, given by name. Raises KeyError if the
@@ -136,17 +134,17 @@ class NameMapping:
         name = parameter
         for stored in sorted(sources, key=dot_natural_key):
             name, pattern = self._rename(stored, self._tree)
-            assert pattern is not None  # Else it would be stored as the module holds it.
+            assert pattern is not None  # Otherwise it would need no conversion.
             parts.append((pattern, sources[stored]))
         converter = self._converters[self._converter_of(parts[-1][0])]
         return self._convert(name, converter, parts)[parameter]
 
     def missing_parts(self, stored: Collection[str]) -> list[str]:
-        """Return, of parameters that are converted from several tensors, the names that are not `stored`, though others
-        of the same parameter are: names under which transformers saves the model, not those of an older form."""
+        """Return the tensors that are not `stored`, of parameters that are converted from several tensors, of which
+        others are stored. These are the names under which transformers saves the model, not those of older formats."""
         expected: dict[str, set[str]] = {}
         names = set[str]()
-        with suppress(Exception):  # As when it converts, an operation may fail anywhere.
+        with suppress(Exception):  # An operation may fail anywhere, as in a conversion.
             names = set(revert_weight_conversion(self._model, self._tree))
         for name in names:
             parameter, pattern = self._rename(name, self._tree)
@@ -155,11 +153,11 @@ class NameMapping:
         return [name for parts in expected.values() if parts & set(stored) for name in parts.difference(stored)]
 
     def transposes(self, stored: str, shape: tuple[int, ...], parameter: str) -> bool:
-        """Return whether a stored tensor has its last two axes swapped on the way to `parameter`."""
+        """Return whether the last two axes of a stored tensor are swapped when it is loaded to `parameter`."""
         pattern = self._rename(stored, self._tree)[1]
         steps = (step for entry in self._converters if pattern in entry.source_patterns for step in entry.operations)
         swaps = [step for step in steps if isinstance(step, Transpose)]
-        # Some are only made where the shapes call for them.
+        # Some swaps depend on the shapes.
         return any(not step.check_dims or shape != tuple(self._tree[parameter].shape) for step in swaps)
 
     def scale_follows(self, stored: str, parameter: str) -> bool:
@@ -172,18 +170,17 @@ class NameMapping:
             stored, self._renamings, self._converters, self._prefix, tree
         )
         if renamed[0] not in tree and stored in tree:
-            # As transformers does: a name that the tree has already is not renamed.
+            # Like transformers, do not rename a name that the tree already has.
             renamed = rename_source_key(stored, [], [], self._prefix, tree)
         return renamed
 
 
 def find_suppliers(checkpoint: Checkpoint, bound: Mapping[str, Binding], tied: Mapping[str, str]) -> dict[str, str]:
-    """Return which stored tensor gives each parameter its values as they are, ties resolved against what the files
-    hold.
+    """Return the stored tensor with the unchanged values of each parameter, with ties resolved by the files' contents.
 
-    `bound` is what stored tensors are loaded to, `tied` maps a parameter to the one whose storage it shares by the
-    model's class and config. Two that are both stored with different values are not tied, whatever the config says:
-    transformers loads them so (Flan-T5 is such a model).
+    `bound` is where stored tensors are loaded to; `tied` maps a parameter to the one whose storage it shares by the
+    model's class and config. Parameters that are both stored, with different values, are not tied, whatever the config
+    says: transformers loads them separately (as in Flan-T5).
     """
     supply = {binding.parameter: stored for stored, binding in bound.items() if not binding.reshaped}
     for target, source in tied.items():
@@ -192,7 +189,7 @@ def find_suppliers(checkpoint: Checkpoint, bound: Mapping[str, Binding], tied: M
                 supply[target] = supply[source]
         elif source in supply:
             supply[target] = supply[source]
-    # A checkpoint may hold the target of a tie alone: then the source, and all else tied to it, takes its values.
+    # A checkpoint may hold only the target of a tie. The source, and others tied to it, then get its values.
     for target, source in tied.items():
         if source not in supply and target in supply:
             supply[source] = supply[target]
@@ -210,11 +207,11 @@ _PACKED, _WORD = "_packed", 32
 def find_packed_weights(
     checkpoint: Checkpoint, naming: NameMapping, structure: Structure
 ) -> dict[str, tuple[StoredTensor, StoredTensor]]:
-    """Return Linear weights [rows, columns] that lie packed in a checkpoint (compressed-tensors' ``pack-quantized``),
-    by parameter; none where its config has a group of other bits.
+    """Return, by parameter, the Linear weights [rows, columns] that a checkpoint stores packed (compressed-tensors'
+    ``pack-quantized``); empty if its config has a group with other bits.
 
-    Each is the int32 tensor [rows, columns / 8] or [rows, columns / 4], and one that stands for its values: under the
-    name that they would have, with their shape and dtype, ``I4`` or ``I8``.
+    Each is the int32 tensor [rows, columns / 8] or [rows, columns / 4], and one that represents its values, with the
+    name that they would have unpacked, their shape and their dtype, ``I4`` or ``I8``.
     """
     weights = [group.get("weights") for group in list_config_groups(checkpoint.config.get("quantization_config"))]
     bits: set[Any] = {each.get("num_bits") if isinstance(each, Mapping) else None for each in weights}
@@ -222,14 +219,14 @@ def find_packed_weights(
         return {}
     stored = {name.removesuffix(_PACKED): t for name, t in checkpoint.tensors.items() if name.endswith(_PACKED)}
     shapes = {weight.parameter: weight.shape for weight in structure.linears if weight.kind == "linear"}
-    found = {}
+    packed = {}
     for name, binding in naming.bind(stored).items():
         tensor, (rows, columns) = stored[name], shapes.get(binding.parameter, (0, 0))
         widths = {-(-columns * number // _WORD): number for number in bits}
         if tensor.dtype == "I32" and tensor.shape[0] == rows and (number := widths.get(tensor.shape[-1])):
             values = replace(tensor, name=name, dtype=PACKED_DTYPES[number], shape=(rows, columns))
-            found[binding.parameter] = tensor, values
-    return found
+            packed[binding.parameter] = tensor, values
+    return packed
 
 
 def list_config_groups(quantization: Any) -> Iterator[Mapping[str, Any]]:
@@ -258,16 +255,16 @@ class LoadReport:
 
     @property
     def conversion_failed(self) -> bool:
-        """Return whether transformers could not make some weight of the tensors that are stored for it."""
+        """Return whether transformers could not convert stored tensors to a weight."""
         return self.failure is not None and CONVERSION_FAILED in self.failure
 
 
 def load_report(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, Header]
 ) -> LoadReport:
-    """Load tensors, given as dtype (``F32``) and shape by name, like plain transformers, but without values. `config`
-    is that of the checkpoint, quantization included; it is not changed."""
-    # transformers takes a `device_map` only with it, and its refusal would pass for a fault of the checkpoint.
+    """Load tensors, given as dtype (``F32``) and shape by name, as plain transformers does, without their values.
+    `config` is that of the checkpoint, including its quantization; it is not changed."""
+    # transformers needs it for `device_map`; its absence would look like a fault of the checkpoint.
     require("accelerate")
     state = {
         name: torch.empty(shape, dtype=get_torch_dtype(dtype), device="meta")
@@ -275,40 +272,40 @@ def load_report(
     }
     options = {"device_map": "meta", "dtype": "auto", "ignore_mismatched_sizes": True, "output_loading_info": True}
     config = copy.deepcopy(config)
-    # As in `compressknow.model.meta`: a kernel that is not installed here decides nothing.
+    # As in `compressknow.model.meta`, do not require an attention kernel that may not be installed.
     config._attn_implementation = "eager"
     try:
         with silence_libraries():
-            model, found = model_class.from_pretrained(None, config=config, state_dict=state, **options)
-    except Exception as error:  # Wherever transformers or a quantizer stops, it stops for whoever loads it too.
+            model, info = model_class.from_pretrained(None, config=config, state_dict=state, **options)
+    except Exception as error:  # Any failure of transformers or a quantizer would also happen to a user.
         if is_out_of_memory(error):
             raise
         return LoadReport(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    # What is tied though both are stored is compared first, on other devices than this one.
+    # Tied weights that are both stored are compared on loading, except on the meta device.
     for pair in model.all_tied_weights_keys.items():
         dtypes = {state[name].dtype for name in pair if name in state}
         if len(dtypes) > 1 and torch.float8_e4m3fn in dtypes:
-            return LoadReport(failure=f"it compares {pair[0]} with {pair[1]}, and torch compares no floats of 8 bits.")
-    mismatched = {name: (tuple(stored), tuple(needed)) for name, stored, needed in sorted(found["mismatched_keys"])}
+            return LoadReport(failure=f"it compares {pair[0]} with {pair[1]}, but torch cannot compare 8-bit floats.")
+    mismatched = {name: (tuple(stored), tuple(needed)) for name, stored, needed in sorted(info["mismatched_keys"])}
     loaded = model.state_dict()
     retyped = (n for n in state.keys() & loaded.keys() if state[n].is_floating_point() != loaded[n].is_floating_point())
-    missing, unexpected = (tuple(sorted(found[keys])) for keys in ("missing_keys", "unexpected_keys"))
+    missing, unexpected = (tuple(sorted(info[keys])) for keys in ("missing_keys", "unexpected_keys"))
     return LoadReport(missing, unexpected, mismatched, tuple(sorted(retyped)))
 
 
 def list_headers(checkpoint: Checkpoint) -> dict[str, Header]:
-    """Return dtype and shape of what a checkpoint's files hold, by name."""
+    """Return the dtype and shape of each tensor in a checkpoint's files, by name."""
     return {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
 
 
 def find_missing_weights(
     checkpoint: Checkpoint, tree: PreTrainedModel, report: LoadReport | None = None
 ) -> tuple[str, ...]:
-    """Return the weights of a checkpoint's module tree that its files do not hold, under their own name or a tied one;
-    of those that transformers makes of several tensors (one for each expert), the tensors that the files lack.
+    """Return the weights of a checkpoint's module tree that its files lack, under their own name and a tied one. For
+    weights converted from several tensors (such as one per expert), return the tensors that the files lack.
 
-    A pooler that the class can be built without (``add_pooling_layer``) is not part of every checkpoint: where all of
-    it is missing, nothing is. `report` is that of the checkpoint, if it is there already.
+    A pooler that the class can be built without (``add_pooling_layer``) is not part of every checkpoint: it does not
+    count if all of it is missing. `report` is that of the checkpoint, if it was made already.
     """
     report = report or load_report(type(tree), tree.config, list_headers(checkpoint))
     missing = set(report.missing)
@@ -316,7 +313,7 @@ def find_missing_weights(
         pooler = {name for name in tree.state_dict() if name.startswith("pooler.")}
         missing -= pooler if pooler <= missing else set()
     if report.mismatched or report.conversion_failed:
-        # A stack of fewer matrices than there are experts has another shape.
+        # If experts are missing, their stack has the wrong shape.
         missing.update(NameMapping(tree).missing_parts(checkpoint.tensors))
     return tuple(sorted(missing))
 
@@ -344,19 +341,19 @@ def open_complete(
         raise CheckpointError(
             f"{checkpoint.folder} lacks {count} of {type(tree).__name__}: {list_some(missing)}.",
             why="transformers would fill them with random numbers.",
-            hint="Download or save it again, or see that `architectures` in its config.json names the class that the "
+            hint="Download or save it again, or check that `architectures` in its config.json names the class that the "
             "weights were saved from.",
         )
     hint = "The config and the weights do not match: download or save both again."
     weights = {name for name, _ in tree.named_parameters(remove_duplicate=False)}
     for name, (stored, needed) in report.mismatched.items():
         if name in weights:
-            what = f"{name} has shape {list(stored)}, config.json says {list(needed)}."
+            what = f"{name} has shape {list(stored)}, but config.json says {list(needed)}."
             raise CheckpointError(what, hint=hint)
     if report.conversion_failed:
         raise CheckpointError(
-            f"{checkpoint.folder} does not fit its config.json: transformers cannot make all weights of "
-            f"{type(tree).__name__} of the tensors that are stored.",
+            f"{checkpoint.folder} does not match its config.json: transformers cannot convert its tensors to all "
+            f"weights of {type(tree).__name__}.",
             hint=hint,
         )
     return checkpoint, tree

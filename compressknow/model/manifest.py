@@ -1,4 +1,4 @@
-"""Read a manifest: its form, the hash by which it covers itself, and what it says of removal and calibration."""
+"""Read a manifest: its form, its hash of itself, and its records of removal and calibration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compressknow.model.structure import MOST_BLOCKS, parse_layers
 
 SCHEMA = 1
 MANIFEST_NAME, CARD_NAME = "compressknow.json", "README.md"
-# The entry that holds the SHA-256 of all others.
+# The entry with the SHA-256 of all others.
 SEAL = "sha256"
 COUNTS = ("parameters", "in_scope", "pruned", "zeros_before", "zeros_after", "quantized", "bytes_before", "bytes_after")
 _SUMS = {**dict.fromkeys(COUNTS, int), "relative_error?": float}
@@ -60,12 +60,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}.",
             hint="Read it with the version that wrote it (see `versions` in it).",
         )
-    if wrong := find_mismatch(manifest, FORM) or next(_find_oddities(manifest), None):
-        raise CheckpointError(f"{path} is damaged: {wrong}.", hint="Convert it again, or fetch the manifest again.")
+    if fault := find_mismatch(manifest, FORM) or next(_find_faults(manifest), None):
+        raise CheckpointError(f"{path} is damaged: {fault}.", hint="Convert it again, or fetch the manifest again.")
     return manifest
 
 
-def _find_oddities(manifest: Mapping[str, Any]) -> Iterator[str]:
+def _find_faults(manifest: Mapping[str, Any]) -> Iterator[str]:
     removed = manifest.get("removed", {})
     yield from (f"it names {name!r}, outside the folder" for name in manifest["files"] if is_outside(name))
     for i, entry in enumerate(removed.get("blocks", [])):
@@ -73,14 +73,15 @@ def _find_oddities(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"removed.blocks[{i}].before is not a number of blocks"
     for i, entry in enumerate(removed.get("neurons", [])):
         if "dropped" in entry and not _is_consistent(entry):
-            yield f"removed.neurons[{i}].dropped does not say {entry['before'] - entry['after']} neurons a module"
+            yield f"removed.neurons[{i}].dropped does not list {entry['before'] - entry['after']} neurons per module"
 
 
 def list_expected_tensors(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return what the weight files must hold, by name: ``dtype``, ``shape``, ``sha256``, and ``zeros`` of a weight."""
+    """Return the tensors that the weight files must hold, by name: ``dtype``, ``shape``, ``sha256``, and ``zeros`` for
+    weights."""
     expected: dict[str, Mapping[str, Any]] = {}
     for row in manifest["tensors"]:
-        # All that its scheme stores for it; or the tensor, and its scale where it has one.
+        # Everything that its scheme stores for it; or the tensor, and its scale if it has one.
         parts = row.get("stored", [row["scale"]] if "scale" in row else [])
         if "stored" not in row:
             expected[row["name"]] = {**row, "dtype": row["dtype_after"]}
@@ -91,18 +92,18 @@ def list_expected_tensors(manifest: Mapping[str, Any]) -> dict[str, Mapping[str,
 
 
 def summarize_calibration(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what a manifest says of calibration, in short; None if nothing was calibrated.
+    """Return a manifest's record of calibration, summarized; None if nothing was calibrated.
 
-    Beside ``kind``, ``source``, ``sha256``, ``tokens``, ``seed`` and ``blocks_apart``: ``smoothed``, how many norms
-    were divided; ``unseen``, how many weights were compressed without knowledge of their inputs, ``examples`` of their
-    names, and ``unseen_share``, theirs of the parameters in scope.
+    Besides ``kind``, ``source``, ``sha256``, ``tokens``, ``seed`` and ``blocks_apart``, it has ``smoothed``, the number
+    of divided norms; ``unseen``, the number of weights compressed without knowledge of their inputs, ``examples`` of
+    their names, and ``unseen_share``, their share of the parameters in scope.
     """
-    if (done := manifest.get("calibration")) is None:
+    if (calibration := manifest.get("calibration")) is None:
         return None
-    unseen, rows = sorted(done["unseen"]), {row["name"]: row for row in manifest["tensors"]}
+    unseen, rows = sorted(calibration["unseen"]), {row["name"]: row for row in manifest["tensors"]}
     numel = sum(_count_parameters(name, rows) for name in unseen)
-    return {key: done[key] for key in _TEXT} | {
-        "smoothed": len(done.get("smoothed", {})),
+    return {key: calibration[key] for key in _TEXT} | {
+        "smoothed": len(calibration.get("smoothed", {})),
         "unseen": len(unseen),
         "unseen_share": numel / max(manifest["totals"]["in_scope"], 1),
         "examples": unseen[:SHOWN],
@@ -110,15 +111,15 @@ def summarize_calibration(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _count_parameters(name: str, rows: Mapping[str, Mapping[str, Any]]) -> int:
-    """Count the parameters of a weight, or of one matrix ``NAME[3]`` of several that a tensor holds."""
+    """Count the parameters of a weight, or of one matrix ``NAME[3]`` of a stack."""
     tensor, bracket, _ = name.partition("[")
     row = rows.get(tensor, {"numel": 0, "shape": []})
     return int(row["numel"]) // max(row["shape"][0], 1) if bracket and row["shape"] else int(row["numel"])
 
 
 def list_dropped_neurons(entry: Mapping[str, Any]) -> dict[str, tuple[range, ...]]:
-    """Return the neurons that a network lost, by the module that read them, of an entry of `removed`; none where a
-    older manifest does not say which they were.
+    """Return the neurons dropped from each network, by the module that read them, from an entry of `removed`; empty if
+    an older manifest does not list them.
 
     >>> list_dropped_neurons({"modules": ["layers.0.down_proj"], "dropped": ["0, 2-4"]})
     {'layers.0.down_proj': (range(0, 1), range(2, 5))}
@@ -128,7 +129,7 @@ def list_dropped_neurons(entry: Mapping[str, Any]) -> dict[str, tuple[range, ...
 
 
 def _is_consistent(entry: Mapping[str, Any]) -> bool:
-    """Return whether each module lost as many neurons as the entry says, in ascending order."""
+    """Return whether the entry lists as many dropped neurons for each module as it counts, in ascending order."""
     try:
         dropped = list(list_dropped_neurons(entry).values())
     except UsageError:
@@ -142,7 +143,7 @@ def _is_consistent(entry: Mapping[str, Any]) -> bool:
 
 
 def seal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the hash of its content to a manifest: recipe, source and versions cannot change unnoticed."""
+    """Add the hash of its content to a manifest, so that recipe, source and versions cannot change unnoticed."""
     return {**manifest, SEAL: hash_manifest(manifest)}
 
 
@@ -163,7 +164,7 @@ def check_converted(folder: Path) -> None:
 
 
 def describe_removed(removed: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield sentences on the entry ``removed`` of a manifest; none where it has none.
+    """Yield sentences on the entry ``removed`` of a manifest, if it has one.
 
     >>> blocks = {"stack": "model.layers", "key": "num_hidden_layers", "before": 8, "after": 5, "dropped": [2, 3, 6]}
     >>> *_, last = describe_removed({"blocks": [blocks], "neurons": [], "parameters": 1200, "bytes": 2400})
@@ -180,10 +181,10 @@ def describe_removed(removed: Mapping[str, Any] | None) -> Iterator[str]:
     for one in removed["blocks"]:
         number = one["before"] - one["after"]
         were, change = ("was", "the one that changes its") if number == 1 else ("were", "those that change their")
-        which = [format_ranges(one["dropped"])] if one["dropped"] else []
-        if one.get("similarities") or not which:
-            which.append(f"{change} input least")
-        yield f"{number} of the {one['before']} blocks of {one['stack']} {were} dropped: {', '.join(which)}."
+        details = [format_ranges(one["dropped"])] if one["dropped"] else []
+        if one.get("similarities") or not details:
+            details.append(f"{change} input least")
+        yield f"{number} of the {one['before']} blocks of {one['stack']} {were} dropped: {', '.join(details)}."
     for one in removed["neurons"]:
         networks = len(one["modules"])
         where = "The feed-forward block has" if networks == 1 else f"Each of the {networks} feed-forward blocks has"
@@ -192,7 +193,7 @@ def describe_removed(removed: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
-    """Write ascending numbers as `--drop-blocks` and `--layers` take them.
+    """Format ascending numbers in the form of `--drop-blocks` and `--layers`.
 
     >>> format_ranges([0, 2, 3, 4, 7])
     '0, 2-4, 7'
@@ -202,28 +203,28 @@ def format_ranges(numbers: Iterable[int]) -> str:
 
 
 def describe_calibration(calibration: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield sentences on what `summarize_calibration` gives: on which text, and how that went; none where it is None.
+    """Yield sentences on the result of `summarize_calibration`, if it is not None.
 
     >>> text = {"kind": "file", "source": "wiki.txt", "tokens": 8192, "seed": 0, "blocks_apart": True, "smoothed": 0}
     >>> list(describe_calibration({**text, "unseen": 4, "examples": ["a", "b", "c"]}))[1]
-    '4 weights were compressed without knowledge of the inputs, for too few tokens reach them: a, b, c and 1 more.'
+    '4 weights were compressed without knowledge of their inputs, as too few tokens reach them: a, b, c and 1 more.'
     """
     if not calibration:
         return
     yield f"Calibrated on {describe_text(calibration)}, with seed {calibration['seed']}."
     if smoothed := calibration["smoothed"]:
-        norms = "A norm gave" if smoothed == 1 else f"{count(smoothed)} norms gave"
-        yield f"{norms} outliers of the activations to the weights behind (SmoothQuant)."
+        norms = "one norm" if smoothed == 1 else f"{count(smoothed)} norms"
+        yield f"Outliers of activations were moved from {norms} into the weights that follow (SmoothQuant)."
     if not calibration["blocks_apart"]:
-        yield "Its blocks cannot be run one by one, so each layer was fitted to what the original model gives it."
+        yield "Its blocks cannot be run one by one, so each layer was fitted to its inputs in the original model."
     if unseen := calibration["unseen"]:
-        weights = "A weight was" if unseen == 1 else f"{count(unseen)} weights were"
+        weights, them = ("One weight was", "it") if unseen == 1 else (f"{count(unseen)} weights were", "them")
         more = unseen - len(calibration["examples"])
-        named = ", ".join(calibration["examples"]) + (f" and {count(more)} more" if more > 0 else "")
-        yield f"{weights} compressed without knowledge of the inputs, for too few tokens reach them: {named}."
+        names = ", ".join(calibration["examples"]) + (f" and {count(more)} more" if more > 0 else "")
+        yield f"{weights} compressed without knowledge of their inputs, as too few tokens reach {them}: {names}."
 
 
 def describe_text(calibration: Mapping[str, Any]) -> str:
-    """Return which text, and how much of it."""
+    """Describe a calibration text: how many tokens, and from which source."""
     source = "the model's own text" if calibration["kind"] == "self" else calibration["source"]
     return f"{count(calibration['tokens'])} tokens of {source}"

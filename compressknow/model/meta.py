@@ -1,5 +1,5 @@
-"""Module tree of a checkpoint on the meta device: built from its config, within bounds and without weights, and run to
-see which weights are read by modules other than their own."""
+"""Module tree of a checkpoint on the meta device: built from its config alone, within limits, without weights, and run
+to find weights that other modules than their own read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LANGUAGE_MODEL_CLASSES = {
 
 @contextmanager
 def _ignore_warnings() -> Iterator[None]:
-    """Silence transformers: it warns of optional packages and of generation settings that do not matter here."""
+    """Silence transformers' warnings of optional packages and generation settings, which do not matter here."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:
@@ -58,8 +58,8 @@ def build_meta_model(
 ) -> PreTrainedModel:
     """Build the model that a folder's config.json describes, on the meta device, without weights.
 
-    With `trust_remote_code`, the folder's own Python code runs where its config asks for that and transformers lacks
-    the class. `tensor_names`, of the checkpoint's weight files, decide which class is meant where there is neither.
+    With `trust_remote_code`, the folder's own Python code runs if its config refers to it and transformers lacks the
+    class. If there is neither, `tensor_names`, those of the checkpoint's weight files, decide which class is meant.
 
     Raises CheckpointError if config.json is missing, damaged, or describes no model that can be built.
     """
@@ -72,17 +72,17 @@ def build_meta_model(
         raise CheckpointError(
             f"{path} names no architecture.",
             "The architecture determines which layers the model has.",
-            f'Add the one that they belong to, for example "architectures": ["{known[0]}"].',
+            f'Add the right one, for example "architectures": ["{known[0]}"].',
         )
     architecture = names[0]
     remote_class = None if _is_builtin(architecture) else _list_remote_classes(raw).get(architecture)
     if remote_class and not trust_remote_code:
         raise CheckpointError(
-            f"{architecture} is not part of transformers: the checkpoint brings its own Python code.",
+            f"{architecture} is not part of transformers: the checkpoint has its own Python code.",
             f"Building it would run the code that {path} refers to in `auto_map`.",
             "Read that code, then pass --trust-remote-code.",
         )
-    # The config that a checkpoint brings may be older than the class that transformers has of that name (Phi-3).
+    # A checkpoint's own config class may be older than transformers' class of the same name (Phi-3).
     config = _build_config(path, raw, trust_remote_code and needs_own_code(raw, architecture))
     if remote_class:
         with _explain_failures(f"The code of {architecture} cannot be loaded."):
@@ -94,7 +94,7 @@ def build_meta_model(
 
 
 def needs_own_code(raw: dict[str, Any], architecture: str) -> bool:
-    """Return whether a checkpoint of this config.json and class loads only with the Python code that it brings."""
+    """Return whether a checkpoint with this config.json and class loads only with its own Python code."""
     is_known = _is_builtin(architecture) and raw.get("model_type") in CONFIG_MAPPING_NAMES
     return bool(_list_remote_classes(raw)) and not is_known
 
@@ -107,7 +107,7 @@ def _list_remote_classes(raw: dict[str, Any]) -> dict[str, str]:
 
 def _is_builtin(architecture: str) -> bool:
     candidate = getattr(transformers, architecture, None)
-    # The bases that hold no layers of their own (BertPreTrainedModel) are not architectures.
+    # Base classes without layers of their own (BertPreTrainedModel) are not architectures.
     is_base = architecture.endswith("PreTrainedModel")
     return isinstance(candidate, type) and issubclass(candidate, PreTrainedModel) and not is_base
 
@@ -120,16 +120,16 @@ def _build_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> P
     if model_type not in CONFIG_MAPPING_NAMES and not remote:
         raise CheckpointError(
             f'{path} has model_type "{model_type}", which transformers {transformers.__version__} does not know.',
-            hint="A newer transformers may, or the checkpoint brings its own code: --trust-remote-code.",
+            hint="Install a newer transformers or, if the checkpoint has its own code, pass --trust-remote-code.",
         )
     with _explain_failures(f"{path} is not a valid config of a {model_type} model."):
-        # Its code may lie in another repository of the Hub.
+        # Its code may be in another repository of the Hub.
         return AutoConfig.from_pretrained(path.parent, local_files_only=not remote, trust_remote_code=trust_remote_code)
 
 
 def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the model on the meta device. Nothing is initialised, so that it takes no time and no random numbers."""
-    # A config may ask for a kernel that is not installed here; no layer depends on it.
+    """Build the model on the meta device. Nothing is initialized, so that it takes no time and no random numbers."""
+    # A config may require an attention kernel that is not installed; the layers do not depend on it.
     config._attn_implementation = "eager"
     with (
         _explain_failures(f"{path} describes no {model_class.__name__} that can be built."),
@@ -151,31 +151,31 @@ def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> Pre
 
 
 def parse_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config that the class of a module tree is given for the content of a config.json."""
+    """Return the config from which the class of a module tree is built, given the content of a config.json."""
     config = build_whole_config(tree, raw)
     part = _build_config_for(type(tree), config)
     if part is not config and "quantization_config" in raw:
-        # As the auto classes do.
+        # transformers' auto classes do this too.
         part.quantization_config = raw["quantization_config"]
     return part
 
 
 def build_whole_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
-    """Return all settings of a config.json, defaults and the other parts of a multimodal checkpoint included."""
+    """Return all settings of a config.json, including defaults and other parts of a multimodal checkpoint."""
     is_builtin = _is_builtin(type(tree).__name__) and raw.get("model_type") in CONFIG_MAPPING_NAMES
     config_class = CONFIG_MAPPING[raw["model_type"]] if is_builtin else type(tree.config)
-    # JSON has no infinity: transformers writes one as an object of its own.
+    # JSON has no infinity, which transformers writes as an object.
     config: PreTrainedConfig = config_class.from_dict(config_class._decode_special_floats(raw))
     return config
 
 
 def _build_config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
-    # The text part of a multimodal checkpoint, as the auto classes of transformers take it.
-    wanted = getattr(model_class, "config_class", None)
-    if wanted is None or isinstance(config, wanted):
+    # A text class takes the text part of a multimodal config, as in transformers' auto classes.
+    config_class = getattr(model_class, "config_class", None)
+    if config_class is None or isinstance(config, config_class):
         return config
     text = config.get_text_config(decoder=True)
-    return text if isinstance(text, wanted) else config
+    return text if isinstance(text, config_class) else config
 
 
 def _build_best_match(
@@ -186,16 +186,16 @@ def _build_best_match(
     names = set(tensor_names)
     candidates = _list_candidates(config.model_type)
     models = [_build(path, getattr(transformers, name), config) for name in candidates if _is_builtin(name)]
-    fitting = [model for model in models if _has_stored_head(model, names)]
-    if not fitting:
+    with_head = [model for model in models if _has_stored_head(model, names)]
+    if not with_head:
         raise CheckpointError(
             f'{path} names the architecture "{architecture}", which transformers {transformers.__version__} lacks.',
             "No language model of its type has an output layer among the stored tensors."
             if names
-            else "The folder holds no weights that could tell which class is meant.",
+            else "The folder holds no weights that show which class is meant.",
             f"Put the class that the weights belong to into `architectures`: {', '.join(candidates) or 'none known'}.",
         )
-    return max(fitting, key=lambda model: sum(1 if name in names else -1 for name in model.state_dict()))
+    return max(with_head, key=lambda model: sum(1 if name in names else -1 for name in model.state_dict()))
 
 
 def _list_candidates(model_type: Any) -> list[str]:
@@ -226,7 +226,7 @@ _MOST = (
     (re.compile(r"(heads?|experts?|stages?|labels?)$"), 1_000_000),
 )
 MOST_DEPTH = 30
-# Switch-C, of 2048 experts, has 300,000 modules; few others have 20,000.
+# Switch-C, with 2048 experts, has 300,000 modules; few others have 20,000.
 MOST_MODULES, MODULES_IN_ANY_TIME, MOST_SECONDS = 400_000, 20_000, 8.0
 
 
@@ -240,7 +240,7 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
             if isinstance(value, (int, float)) and value > most:
                 raise CheckpointError(
                     f"{path} has {key} {value:,}, but the maximum is {most:,}.",
-                    hint="Is the config damaged? Download or save it again.",
+                    hint="The config may be damaged: download or save it again.",
                 )
         inner = [value.values() if isinstance(value, Mapping) else value for value in level]
         level = [value for values in inner for value in values if isinstance(value, (Mapping, list))]
@@ -251,17 +251,17 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
 
 @contextmanager
 def limit_building(path: Path) -> Iterator[None]:
-    """Raise CheckpointError as soon as the modules that are built from the config at `path` are too many."""
-    start, made = time.monotonic(), 0
+    """Raise CheckpointError as soon as too many modules were built from the config at `path`."""
+    start, built = time.monotonic(), 0
 
     def count(*_: Any) -> None:
-        nonlocal made
-        made += 1
-        late = made > MODULES_IN_ANY_TIME and time.monotonic() - start > MOST_SECONDS
-        if made > MOST_MODULES or late:
+        nonlocal built
+        built += 1
+        is_slow = built > MODULES_IN_ANY_TIME and time.monotonic() - start > MOST_SECONDS
+        if built > MOST_MODULES or is_slow:
             raise CheckpointError(
-                f"{path} describes a model of more than {made - 1:,} modules: too many to be built.",
-                hint="Is its number of layers or experts right? Download or save it again.",
+                f"{path} describes a model of more than {built - 1:,} modules: too many to build.",
+                hint="Its number of layers or experts may be wrong: download or save it again.",
             )
 
     hook = register_module_module_registration_hook(count)
@@ -272,18 +272,18 @@ def limit_building(path: Path) -> Iterator[None]:
 
 
 Read = Literal["values", "dtype"]
-# Attributes of a weight that do not involve its values.
-_ASIDE = {getattr(torch.Tensor, name).__get__ for name in ("shape", "device", "ndim", "is_cuda", "requires_grad")}
-_ASIDE |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size}
+# Reads of a weight that do not depend on its values.
+_METADATA = {getattr(torch.Tensor, name).__get__ for name in ("shape", "device", "ndim", "is_cuda", "requires_grad")}
+_METADATA |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size}
 
 
 def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
-    """Return the Linear modules whose weight the code of another module reads: its ``values``, or its ``dtype`` alone,
-    to cast something to it. An int8 layer computes with its scale; whoever takes its weight gets bare integers.
+    """Return the Linear modules whose weight the code of another module reads: its ``values``, or only its ``dtype``,
+    to cast something to it. Only an int8 layer itself applies its scale; other code would read bare integers.
 
-    A forward pass of a few tokens shows it. Where that stops midway, a layer that it has not reached is taken to be
-    read if the code of the model's classes names its weight. Of the towers of a multimodal model, which read no text,
-    torch's own attention is known to.
+    A forward pass of a few tokens finds these. If it stops midway, a layer that it has not reached counts as read if
+    the code of the model's classes mentions its weight. In the towers of a multimodal model, which read no text, only
+    torch's own attention is known to read weights.
     """
     if model.device.type != "meta":
         with torch.device("meta"):
@@ -296,21 +296,21 @@ def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
     uses, is_whole = _Uses(), False
-    with ExitStack() as watches, suppress(Exception):  # Code may not suit tensors without values.
+    with ExitStack() as watches, suppress(Exception):  # Code may fail on tensors without values.
         for name, module in linears.items():
             watches.enter_context(_watch(name, module, uses))
         with torch.no_grad(), silence_libraries(), _Valueless(), uses:  # type: ignore[no-untyped-call]
             model(**inputs)
         is_whole = True
     if not is_whole:
-        # One block runs as the next does.
+        # All blocks run alike.
         reached = {_drop_numbers(name) for name in uses.ran}
         code = "".join(map(_read_code, {type(module) for module in model.modules()}))
-        named = set(re.findall(r"(\w+|\])\.weight\b", code))
+        mentioned = set(re.findall(r"(\w+|\])\.weight\b", code))
         uses.reads |= {
             name: "values"
             for name in linears
-            if _drop_numbers(name) not in reached and (re.sub(r"^\d+$", "]", name.rpartition(".")[2]) in named)
+            if _drop_numbers(name) not in reached and (re.sub(r"^\d+$", "]", name.rpartition(".")[2]) in mentioned)
         }
     uses.reads |= {name: "values" for name, each in linears.items() if type(each) is NonDynamicallyQuantizableLinear}
     return uses.reads
@@ -339,13 +339,13 @@ def _drop_numbers(name: str) -> str:
 
 @contextmanager
 def _watch(name: str, module: nn.Linear, uses: _Uses) -> Iterator[None]:
-    """Hand another weight than its own to whoever asks a module for it while it does not run."""
+    """Give a substitute for a module's weight to code that reads it while the module does not run."""
     plain: Any = type(module)
 
     class Watched(plain):  # type: ignore[misc]
         def __getattr__(self, attribute: str) -> Any:
             if attribute == "weight" and name not in uses.running:
-                return uses.stand_ins.setdefault(name, nn.Parameter(torch.empty_like(super().__getattr__("weight"))))
+                return uses.substitutes.setdefault(name, nn.Parameter(torch.empty_like(super().__getattr__("weight"))))
             return super().__getattr__(attribute)
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -364,29 +364,29 @@ def _watch(name: str, module: nn.Linear, uses: _Uses) -> Iterator[None]:
 
 
 class _Uses(TorchFunctionMode):
-    """Mode that notes what is done with weights that were handed out, whose dtype it says is int8."""
+    """Mode that records how substitute weights, whose dtype it reports as int8, are used."""
 
     def __init__(self) -> None:
         super().__init__()
         self.running: set[str] = set()
         self.ran: set[str] = set()
-        self.stand_ins: dict[str, nn.Parameter] = {}
+        self.substitutes: dict[str, nn.Parameter] = {}
         self.reads: dict[str, Read] = {}
         self._last = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # torch.cat takes a list of tensors.
-        given = [
+        values = [
             each for one in (*args, *kwargs.values()) for each in (one if isinstance(one, list | tuple) else [one])
         ]
-        for name, weight in self.stand_ins.items():
-            if any(each is weight for each in given) and func not in _ASIDE:
+        for name, weight in self.substitutes.items():
+            if any(each is weight for each in values) and func not in _METADATA:
                 if func == torch.Tensor.dtype.__get__:  # type: ignore[attr-defined]
                     self._last = name
                     return torch.int8
                 self.reads[name] = "values"
-        if self._last and any(each is torch.int8 for each in given):
+        if self._last and any(each is torch.int8 for each in values):
             self.reads.setdefault(self._last, "dtype")
             args = [torch.float32 if each is torch.int8 else each for each in args]
             kwargs = {key: torch.float32 if each is torch.int8 else each for key, each in kwargs.items()}
@@ -394,7 +394,7 @@ class _Uses(TorchFunctionMode):
 
 
 class _Valueless(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Mode that answers what code asks of the values of tensors that have none: each is zero."""
+    """Mode in which code that reads values of meta tensors gets zeros."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:

@@ -1,4 +1,4 @@
-"""Structure of a checkpoint: the Linear weights of its module tree, their groups, and which of them a user means."""
+"""Structure of a checkpoint: the Linear weights of its module tree, their groups, and their selection by scopes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOT_LINEAR = "not-linear"
 
 
 def check_module_map(name: str) -> None:
-    """Raise UsageError if that is not a module map."""
+    """Raise UsageError if this is not a module map."""
     if name not in get_args(ModuleMap):
         raise UsageError(f"Unknown module map {name!r}.", hint="Choose structural or paper.")
 
@@ -30,14 +30,14 @@ def check_module_map(name: str) -> None:
 class LinearWeight:
     """Weight matrix, or stack of matrices, of the module tree.
 
-    `parameter` is its name in the tree (``bert.encoder.layer.0.attention.self.query.weight``), `module` the name of
-    the module that holds it, `sharing` those of further modules that hold the same one (Zamba's blocks), `kind` how
-    the module stores it: ``linear`` (nn.Linear, ``[out, in]``), ``conv1d``
-    (GPT-2's, ``[in, out]``) or ``experts`` (fused, ``[experts, ...]``). `group` is None if no rule places it.
-    ``vision`` takes all that lies in the towers of a multimodal model, which read images, video or sound.
-    `layer` counts the block within its stack, `stack` names the side of an encoder-decoder model (None in a model of
-    one stack), `cross` marks cross-attention. `uses` is how often one forward pass applies it (ALBERT shares layers).
-    `transposed` says that the last axis is the output (conv1d; the experts of GPT-OSS, Llama 4 and Aria).
+    `parameter` is its name in the tree (``bert.encoder.layer.0.attention.self.query.weight``), `module` the name of the
+    module that holds it, `sharing` those of further modules with the same weight (Zamba's blocks). `kind` is how the
+    module stores it: ``linear`` (nn.Linear, ``[out, in]``), ``conv1d`` (GPT-2's, ``[in, out]``) or ``experts`` (fused,
+    ``[experts, ...]``). `group` is None if no rule matches; ``vision`` contains all weights in the towers of a
+    multimodal model, which read images, video or sound. `layer` is the index of its block in the stack, `stack` the
+    side of an encoder-decoder model (None if there is only one stack); `cross` marks cross-attention. `uses` is how
+    often one forward pass applies it (ALBERT shares layers). `transposed` means that the last axis is the output
+    (conv1d; the experts of GPT-OSS, Llama 4 and Aria).
     """
 
     parameter: str
@@ -69,7 +69,7 @@ class LinearWeight:
 
     @property
     def used(self) -> int:
-        """Count the elements that one forward pass multiplies by: the tensor counted once per use."""
+        """Count the elements that one forward pass multiplies by: those of the tensor, once per use."""
         return self.stored * self.uses
 
 
@@ -77,13 +77,12 @@ class LinearWeight:
 class Structure:
     """Module tree of a checkpoint, without weights.
 
-    `parameters` maps every name of the state dict (parameters and persistent buffers, tied names included) to its
-    shape, `buffers` are those of them that are not parameters; `tied` maps a name to the name that it shares its
-    storage with, as transformers ties them on loading. `opaque` maps parameters that act as a weight matrix of
-    attention or feed-forward without being a Linear layer (XLNet's q, k, v, o; I-BERT's QuantLinear; SqueezeBERT's
-    convolutions) to the group that they belong to. No scope can take them, so a scope that ought to is refused rather
-    than half compressed. `prefix` is the attribute under which a model of this kind holds its base model (``bert``,
-    ``model``).
+    `parameters` maps every name of the state dict (parameters and persistent buffers, including tied names) to its
+    shape; `buffers` are the names that are not parameters. `tied` maps a name to the name that it shares its storage
+    with, as transformers ties them on loading. `opaque` maps parameters that act as a weight matrix of attention or
+    feed-forward without being a Linear layer (XLNet's q, k, v, o; I-BERT's QuantLinear; SqueezeBERT's convolutions) to
+    their group. They cannot be compressed, so a scope that would include them is rejected rather than partly
+    compressed. `prefix` is the attribute under which a model of this kind holds its base model (``bert``, ``model``).
     """
 
     architecture: str
@@ -98,7 +97,7 @@ class Structure:
 
     @property
     def stored(self) -> int:
-        """Return how many parameters a checkpoint of it stores: those that share their storage once."""
+        """Return how many parameters a checkpoint of it stores; those that share their storage count once."""
         left_out = self.buffers | self.tied.keys()
         return sum(prod(shape) for name, shape in self.parameters.items() if name not in left_out)
 
@@ -107,21 +106,21 @@ class Structure:
         return {weight.parameter: weight.group or "other" for weight in self.linears}
 
     def find_group(self, parameter: str | None) -> str:
-        """Return the group of a parameter; `NOT_LINEAR` of None, and of what is not a Linear weight."""
+        """Return the group of a parameter; `NOT_LINEAR` for None, and for parameters that are not Linear weights."""
         return self._groups.get(parameter, NOT_LINEAR)
 
     @property
     def unplaced(self) -> tuple[str, ...]:
-        """Return the modules that hold a Linear weight which no rule places."""
+        """Return the modules of Linear weights without a group."""
         return tuple(weight.module for weight in self.linears if weight.group is None)
 
 
-# The deepest transformer that was trained has 1,000 (DeepNet).
+# The deepest transformer trained so far has 1,000 (DeepNet).
 MOST_BLOCKS = 2_000
 
 
 def compile_pattern(option: str, pattern: str) -> re.Pattern[str]:
-    """Compile a regular expression. Raises UsageError, which names the option that gave it, where it is none."""
+    """Compile a regular expression. Raises UsageError, which names the `option` that gave it, if it is invalid."""
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
@@ -133,7 +132,7 @@ Patterns = tuple[re.Pattern[str], ...]
 
 
 def compile_patterns(option: str, patterns: Sequence[str]) -> Patterns:
-    """Compile regular expressions. Raises as `compile_pattern` does."""
+    """Compile regular expressions. Raises the errors of `compile_pattern`."""
     return tuple(compile_pattern(option, pattern) for pattern in patterns)
 
 
@@ -143,7 +142,7 @@ SCOPES: dict[str, Callable[[LinearWeight, Action], bool]] = {
     "attention": lambda weight, _: weight.group == "attention",
     "feed-forward": lambda weight, _: weight.group == "feed-forward",
     "final": lambda weight, _: weight.group == "final",
-    # As in the paper: pruning everything spares the final layer, quantizing everything does not.
+    # As in the paper, pruning everything leaves out the final layer, but quantizing everything does not.
     "overall": lambda weight, action: weight.group in LANGUAGE or (action == "quantize" and weight.group == "final"),
     "self-attention": lambda weight, _: weight.group == "attention" and not weight.cross,
     "cross-attention": lambda weight, _: weight.group == "attention" and weight.cross,
@@ -166,23 +165,23 @@ SHOWN = 8
 
 
 def check_scope_names(scopes: Collection[str]) -> None:
-    """Raise UsageError for a name that is not a scope of any model, or where none is given."""
+    """Raise UsageError for a name that is not a scope of any model, or if there are no names."""
     if not scopes:
         raise UsageError("No scope is given.", hint=f"Choose from {', '.join(SCOPES)}.")
     for scope in scopes:
         if scope not in SCOPES:
             other = OTHER_WORDS.get(scope.lower())
-            near = f"Did you mean {other}? " if other else suggest_word(scope, SCOPES)
-            raise UsageError(f'There is no scope "{scope}".', hint=f"{near}Choose from {', '.join(SCOPES)}.")
+            suggestion = f"Did you mean {other}? " if other else suggest_word(scope, SCOPES)
+            raise UsageError(f'There is no scope "{scope}".', hint=f"{suggestion}Choose from {', '.join(SCOPES)}.")
 
 
 def list_scopes(structure: Structure) -> tuple[str, ...]:
-    """Return the scopes that hold at least one weight of this model."""
+    """Return the scopes that contain at least one weight of this model."""
     return tuple(name for name in SCOPES if any(SCOPES[name](weight, "quantize") for weight in structure.linears))
 
 
 def count_scope_parameters(structure: Structure) -> dict[str, dict[Action, int]]:
-    """Count the parameters that each scope of the model takes, by action, shared layers once per use."""
+    """Count the parameters that each scope of the model contains, by action; shared layers count once per use."""
     actions: tuple[Action, ...] = ("prune", "quantize")
     return {
         name: {action: sum(w.used for w in structure.linears if SCOPES[name](w, action)) for action in actions}
@@ -198,18 +197,18 @@ def select(
     exclude: Sequence[str] = (),
     layers: str | None = None,
 ) -> tuple[LinearWeight, ...]:
-    """Return the weights that an action is to take, in tree order.
+    """Return the weights that an action applies to, in tree order.
 
     Parameters
     ----------
-    scopes : names from `SCOPES`; their union.
-    include : regular expressions, searched in module names. They narrow the scopes to what one of them matches, except
-        that one which matches unplaced layers alone adds these to the scopes.
-    layers : blocks by number, such as ``0-5``, ``3`` or ``0-2,5``, counted in each stack by itself (encoder, decoder,
+    scopes : names from `SCOPES`; their union is selected.
+    include : regular expressions, searched in module names. They narrow the scopes to modules that match one of them;
+        however, a pattern that matches only unplaced layers adds these to the scopes.
+    layers : blocks by number, such as ``0-5``, ``3`` or ``0-2,5``, counted in each stack separately (encoder, decoder,
         vision tower). Weights outside the blocks are left out.
 
-    Raises UsageError if a scope, a pattern or a range matches nothing, or nothing is left, UnsupportedError if a
-    scope cannot be determined or fully compressed: layers that no rule places, matrices that are not Linear layers.
+    Raises UsageError if a scope, a pattern or a range matches nothing, or nothing remains, UnsupportedError if a scope
+    cannot be resolved or compressed in full: layers without a group, matrices that are not Linear layers.
     """
     check_scope_names(scopes)
     includes, excludes = compile_patterns("--include", include), compile_patterns("--exclude", exclude)
@@ -221,24 +220,25 @@ def select(
     for pattern in excludes:
         _check_pattern("--exclude", pattern, [*modules, *opaque], structure)
     narrowing = tuple(p for p in includes if any(p.search(w.module) for w in in_scope))
-    wanted = (name for name in opaque if not narrowing or _is_match(name, narrowing))
-    if left := [name for name in wanted if not _is_match(name, excludes)]:
+    included = (name for name in opaque if not narrowing or _is_match(name, narrowing))
+    if names := [name for name in included if not _is_match(name, excludes)]:
+        what = "Matrices in the scope are not Linear layers and cannot be compressed"
         raise UnsupportedError(
-            f"Matrices in the scope are not Linear layers and cannot be compressed ({len(left)}):\n{_join_names(left)}",
-            hint=f"Leave them out by name, for example --exclude '{_name_example(left)}'.",
+            f"{what} ({len(names)}):\n{_join_names(names)}",
+            hint=f"Leave them out by name, for example --exclude '{_name_example(names)}'.",
         )
     resolved = (*includes, *excludes)
-    left = list(dict.fromkeys(w.module for w in unplaced if not _is_match(w.module, resolved)))
-    if left and set(scopes) != {"final"}:
+    names = list(dict.fromkeys(w.module for w in unplaced if not _is_match(w.module, resolved)))
+    if names and set(scopes) != {"final"}:
         raise UnsupportedError(
-            f"No rule tells which group these Linear layers belong to ({len(left)}):\n{_join_names(left)}",
-            hint=f"Add them to the scope with --include '{_name_example(left)}', or leave them out with --exclude.",
+            f"The group of these Linear layers is not known ({len(names)}):\n{_join_names(names)}",
+            hint=f"Add them to the scope with --include '{_name_example(names)}', or leave them out with --exclude.",
         )
     for scope in scopes:
         if not any(SCOPES[scope](weight, action) for weight in structure.linears) and not unplaced:
             counts = count_scope_parameters(structure).items()
-            there = ", ".join(f"{name} ({count['quantize']:,} parameters)" for name, count in counts)
-            hint = f"It has {there}." if there else f"{structure.architecture} has no Linear layer at all."
+            others = ", ".join(f"{name} ({count['quantize']:,} parameters)" for name, count in counts)
+            hint = f"It has {others}." if others else f"{structure.architecture} has no Linear layer at all."
             raise UsageError(f'The scope "{scope}" is empty in {structure.architecture}.', hint=hint)
     chosen = [w for w in in_scope if not narrowing or _is_match(w.module, narrowing)]
     chosen += [w for w in unplaced if _is_match(w.module, includes)]
@@ -247,8 +247,8 @@ def select(
         chosen = _select_layers(structure, chosen, layers)
     if not chosen:
         raise UsageError("No Linear layer is left.", hint="Loosen --exclude, --include or --layers.")
-    names = {weight.parameter for weight in chosen}
-    return tuple(weight for weight in structure.linears if weight.parameter in names)
+    parameters = {weight.parameter for weight in chosen}
+    return tuple(weight for weight in structure.linears if weight.parameter in parameters)
 
 
 def _is_match(name: str, patterns: Patterns) -> bool:
@@ -281,12 +281,12 @@ def _join_names(names: list[str]) -> str:
 
 
 def _name_example(names: list[str]) -> str:
-    # The end of a name is what the layers of all blocks have in common.
+    # Layers of all blocks share the end of their names.
     return r"\.".join(names[0].split(".")[-2:])
 
 
 def parse_layers(layers: str) -> dict[str, range]:
-    """Return what ``0-2,5`` names, part by part. Raises UsageError if it is no such text."""
+    """Parse a text such as ``0-2,5`` into a range for each part. Raises UsageError if it has another form."""
     ranges: dict[str, range] = {}
     for part in layers.split(","):
         limits = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII)
@@ -301,17 +301,17 @@ def parse_layers(layers: str) -> dict[str, range]:
 
 
 def _select_layers(structure: Structure, weights: list[LinearWeight], layers: str) -> list[LinearWeight]:
-    there = {w.layer for w in weights if w.layer is not None}
-    known = f"The scope has blocks {min(there)}-{max(there)}." if there else "The scope has no blocks."
-    # A kind of layer may stand in some blocks of a stack only; a number beyond the stack is a mistake.
+    blocks = {w.layer for w in weights if w.layer is not None}
+    hint = f"The scope has blocks {min(blocks)}-{max(blocks)}." if blocks else "The scope has no blocks."
+    # Some kinds of layers are only in some blocks of a stack, but a number beyond the stack is a mistake.
     stacks = {(w.stack, w.group == "vision") for w in weights}
     inside = (w.layer for w in structure.linears if (w.stack, w.group == "vision") in stacks)
     last = max((layer for layer in inside if layer is not None), default=0)
-    wanted: set[int] = set()
+    selected: set[int] = set()
     for part, numbers in parse_layers(layers).items():
-        if not any(number in numbers for number in there):
-            raise UsageError(f"No layer of the scope lies in {part!r}.", hint=known)
+        if not any(number in numbers for number in blocks):
+            raise UsageError(f"No layer of the scope is in blocks {part!r}.", hint=hint)
         if numbers[-1] > last:
-            raise UsageError(f"There is no block {numbers[-1]}, which {part!r} names.", hint=known)
-        wanted.update(numbers)
-    return [w for w in weights if w.layer in wanted]
+            raise UsageError(f"There is no block {numbers[-1]}, which {part!r} names.", hint=hint)
+        selected.update(numbers)
+    return [w for w in weights if w.layer in selected]

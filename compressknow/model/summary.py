@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Inspection(SummaryRepr, dict[str, Any]):
     """Summary of a checkpoint: the content of ``inspect --json``.
 
-    A dict, which its properties read by name.
+    A dict whose main keys are also properties.
     """
 
     @property
@@ -31,32 +31,33 @@ class Inspection(SummaryRepr, dict[str, Any]):
 
     @property
     def architecture(self) -> str:
-        """Return the class that transformers builds."""
+        """Return the name of the class that transformers builds."""
         return str(self["architecture"])
 
     @property
     def groups(self) -> dict[str, dict[str, Any]]:
-        """Return, by group of Linear layers, ``modules``, parameters ``stored`` and as ``used``, and ``weights``."""
+        """Return, by group of Linear layers, counts of ``modules`` and of parameters ``stored`` and ``used``, and the
+        ``weights``."""
         return dict(self["groups"])
 
     @property
     def scopes(self) -> dict[str, dict[str, int]]:
-        """Return, by scope, the parameters that ``prune`` and ``quantize`` take."""
+        """Return, by scope, the number of parameters that ``prune`` and ``quantize`` apply to."""
         return dict(self["scopes"])
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Return those of the whole model, ``stored`` and as ``used``."""
+        """Return the parameter counts of the whole model, ``stored`` and ``used``."""
         return dict(self["parameters"])
 
     @property
     def tied(self) -> list[list[str]]:
-        """Return pairs of names that share one tensor."""
+        """Return pairs of names that share a tensor."""
         return list(self["tied"])
 
     @property
     def unplaced(self) -> list[str]:
-        """Return the Linear layers that no group has."""
+        """Return the Linear layers without a group."""
         return list(self["unplaced"])
 
     def _summary(self) -> Summary:
@@ -74,10 +75,10 @@ class Inspection(SummaryRepr, dict[str, Any]):
 def inspect_checkpoint(
     model: str | Path, *, module_map: ModuleMap, revision: str | None, trust_remote_code: bool
 ) -> Inspection:
-    """Open a checkpoint, or a folder with only its config.json, and summarize what it is made of. Reads headers, some
-    rows of each matrix, and weights that a config calls tied where both are stored. Raises what `open_checkpoint` and
-    `build_meta_model` do."""
-    # Without weights for a hub id: nobody wants to download a model to count its parameters.
+    """Open a checkpoint, or a folder with only its config.json, and summarize its contents. Reads headers, some rows of
+    each matrix, and pairs of stored weights that the config calls tied. Raises the errors of `open_checkpoint` and
+    `build_meta_model`."""
+    # For a hub id, do not download the weights just to count parameters.
     checkpoint = open_checkpoint(model, revision, weights=Path(model).exists())
     from compressknow.model.groups import read_structure
     from compressknow.model.loading import find_missing_weights
@@ -86,7 +87,7 @@ def inspect_checkpoint(
     tree = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure = read_structure(tree, module_map)
     if not checkpoint.tensors:
-        # T5's class ties its head whatever the config says; what Flan-T5's says is true of the weights to come.
+        # T5's class ties its head whatever the config says, but Flan-T5's config is right about its weights.
         if checkpoint.config.get("tie_word_embeddings") is False:
             heads = {weight.parameter for weight in structure.linears if weight.group == "final"}
             tied = {name: source for name, source in structure.tied.items() if name not in heads}
@@ -101,10 +102,10 @@ def inspect_checkpoint(
 
 def summarize(structure: Structure, source_name: str, stored_dtypes: Mapping[str, str] | None) -> Inspection:
     """Return the record behind `inspect` and its `--json`; `stored_dtypes` are those of the weight files (``F32``), by
-    the names of the module tree, None without weights.
+    the names of the module tree; None without weights.
 
-    Counts are elements: `stored` counts a tensor once, `used` once a use in one forward pass (ALBERT's shared layer). A
-    final layer tied to the embedding counts in `final`, and once in `parameters`.
+    Counts are elements: `stored` counts a tensor once, `used` once per use in a forward pass (ALBERT's shared layer). A
+    final layer tied to the embedding counts in `final`, but only once in `parameters`.
     """
     shared = sum(weight.used - weight.stored for weight in structure.linears)
     groups = {group: [w for w in structure.linears if w.group == group] for group in GROUPS}
@@ -135,7 +136,7 @@ def _group(weights: list[LinearWeight], structure: Structure, dtypes: Mapping[st
             {
                 "name": weight.parameter,
                 "shape": list(weight.shape),
-                # A checkpoint may hold a tied weight under its other name alone.
+                # A checkpoint may hold a tied weight only under its other name.
                 "dtype": dtypes.get(weight.parameter) or dtypes.get(structure.tied.get(weight.parameter, "")),
                 "kind": weight.kind,
                 "layer": weight.layer,
@@ -151,7 +152,7 @@ def _group(weights: list[LinearWeight], structure: Structure, dtypes: Mapping[st
 def _find_stored_dtypes(
     checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the dtype of each parameter as stored, and the ties that the weight files bear out."""
+    """Return the stored dtype of each parameter, and the ties that the weight files confirm."""
     from compressknow.model.loading import NameMapping, find_packed_weights, find_suppliers
 
     naming = NameMapping(model)
@@ -161,13 +162,13 @@ def _find_stored_dtypes(
     dtypes = {parameter: checkpoint.tensors[name].dtype for parameter, name in stored.items()}
     for parameter, (words, values) in find_packed_weights(checkpoint, naming, structure).items():
         stored[parameter], dtypes[parameter] = words.name, values.dtype
-    held = {pair: {stored[each] for each in pair if each in stored} for pair in structure.tied.items()}
-    ties = dict(pair for pair, tensors in held.items() if len(tensors) < 2)
+    stored_of = {pair: {stored[each] for each in pair if each in stored} for pair in structure.tied.items()}
+    ties = dict(pair for pair, tensors in stored_of.items() if len(tensors) < 2)
     return dtypes, ties
 
 
 def inspect_gguf(parts: Sequence[Path]) -> Inspection:
-    """Summarize what a GGUF file is made of, in one part or several; no weights are read.
+    """Summarize the contents of a GGUF file, in one part or several, without reading weights.
 
     Raises CheckpointError if it is damaged.
     """
@@ -176,14 +177,14 @@ def inspect_gguf(parts: Sequence[Path]) -> Inspection:
     groups = find_groups(tensors)
     stored = sum(tensor.numel for tensor in tensors.values())
     architecture = str(read_value(readers[0], "general.architecture"))
-    made = {key: read_value(readers[0], f"compressknow.{key}") for key in ("setup", "source.name", "source.sha256")}
+    origin = {key: read_value(readers[0], f"compressknow.{key}") for key in ("setup", "source.name", "source.sha256")}
     return Inspection(
         {
             "model": parts[0].name,
             "architecture": architecture,
             "model_type": architecture,
             "bytes": sum(part.stat().st_size for part in parts),
-            **({"made_of": {key: value for key, value in made.items() if value}} if any(made.values()) else {}),
+            **({"made_of": {key: value for key, value in origin.items() if value}} if any(origin.values()) else {}),
             "groups": {
                 group: _describe_group([tensor for name, tensor in tensors.items() if groups[name] == group])
                 for group in ORDER

@@ -1,4 +1,4 @@
-"""Stored tensors: headers of safetensors files and of PyTorch files, whose pickle does not run, and their bytes."""
+"""Stored tensors: headers of safetensors files and PyTorch files, whose pickled code is never run, and their bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# Bytes per element by the safetensors name of a dtype, and torch's name of the same.
+# Bytes per element and torch's name of a dtype, by its safetensors name.
 _DTYPES = {
     **{"F64": (8, "float64"), "F32": (4, "float32"), "F16": (2, "float16"), "BF16": (2, "bfloat16")},
     **{"F8_E4M3": (1, "float8_e4m3fn"), "F8_E5M2": (1, "float8_e5m2"), "F8_E8M0": (1, "float8_e8m0fnu")},
@@ -37,7 +37,7 @@ FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
 def get_torch_dtype(name: str) -> torch.dtype:
-    """Return the dtype of a safetensors name."""
+    """Return the torch dtype of a safetensors name."""
     import torch
 
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
@@ -77,14 +77,14 @@ class StoredTensor:
         return self.numel * self.itemsize
 
     def rows(self, name: str, rows: range) -> StoredTensor:
-        """Return some consecutive rows of it, as a tensor of that name in the same place."""
+        """Return some of its consecutive rows as a tensor with another name, in the same place."""
         row = self.nbytes // self.shape[0]
         start, stop = rows.start * row, rows.stop * row
         loaded = None if self.loaded is None else self.loaded[start:stop]
         return replace(self, name=name, shape=(len(rows), *self.shape[1:]), offset=self.offset + start, loaded=loaded)
 
 
-# The largest magnitude that is a number, of floats as integers without their sign.
+# The largest finite magnitude of each float dtype, as the bits of a float without the sign.
 _LARGEST = {
     **{"F64": 0x7FEF_FFFF_FFFF_FFFF, "F32": 0x7F7F_FFFF, "F16": 0x7BFF, "BF16": 0x7F7F},
     **{"F8_E5M2": 0x7B, "F8_E4M3": 0x7E},
@@ -99,14 +99,14 @@ def find_not_finite(raw: memoryview, tensor: StoredTensor) -> str | None:
         return None
     whole = len(raw) - len(raw) % tensor.itemsize
     bits = np.frombuffer(raw[:whole], f"u{tensor.itemsize}")
-    found = int((bits & bits.dtype.type((1 << (8 * tensor.itemsize - 1)) - 1)).max(initial=0))
+    magnitude = int((bits & bits.dtype.type((1 << (8 * tensor.itemsize - 1)) - 1)).max(initial=0))
     # E4M3 has no infinity.
-    is_infinity = found == largest + 1 and tensor.dtype != "F8_E4M3"
-    return None if found <= largest else "an infinity" if is_infinity else "NaN"
+    is_infinity = magnitude == largest + 1 and tensor.dtype != "F8_E4M3"
+    return None if magnitude <= largest else "an infinity" if is_infinity else "NaN"
 
 
 class OpenFiles:
-    """Descriptors of the files being read, opened once each; safe to share between threads (reads give offsets)."""
+    """Descriptors of open files, each opened once. Threads can share them, since each read gives its offset."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
@@ -124,10 +124,10 @@ class OpenFiles:
         if tensor.loaded is not None:
             buffer[:] = tensor.loaded[start : start + len(buffer)]
         elif read_at(self._open(tensor.file), buffer, tensor.offset + start) < len(buffer):
-            raise CheckpointError(f"{tensor.file} ended while {tensor.name} was read: it changed meanwhile.")
+            raise CheckpointError(f"{tensor.file} ended while {tensor.name} was read: the file was changed.")
 
     def chunks(self, tensor: StoredTensor, size: int) -> Iterator[memoryview]:
-        """Yield the tensor's bytes in pieces of at most `size`, each valid until the next is asked for."""
+        """Yield the tensor's bytes in pieces of at most `size`, each valid until the next is requested."""
         buffer = memoryview(bytearray(min(size, tensor.nbytes)))
         for start in range(0, tensor.nbytes, size):
             piece = buffer[: min(size, tensor.nbytes - start)]
@@ -147,7 +147,7 @@ COMPARE_BYTES = 1 << 22
 
 
 def has_same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    """Return whether two stored tensors hold the same values bit for bit."""
+    """Return whether two stored tensors have the same dtype, shape and bits."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     if (one.file, one.offset) == (other.file, other.offset):
@@ -157,12 +157,12 @@ def has_same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
         return all(left == right for left, right in chunks)
 
 
-# Neighbours in a row that share scales in all formats of few bits, and the values that 4 bits tell apart. Of 32 weights
-# in bfloat16 that were not rounded, 31 differ.
+# Neighbours in a row that share scales in all low-bit formats, and the number of values that 4 bits can have. Of 32
+# weights in bfloat16 that were not rounded, 31 differ.
 GRID_NEIGHBOURS, GRID_VALUES = 32, 16
-# Non-zero weights that a group needs: a few values among a few unpruned weights would prove nothing.
+# Groups with fewer nonzero weights than this are skipped: pruned groups have few values anyway.
 GRID_NONZERO = 24
-# Rows that are read of each matrix.
+# Approximate number of rows that are read of each matrix.
 GRID_ROWS = 16
 
 
@@ -173,12 +173,12 @@ def find_grid(tensors: Iterable[StoredTensor]) -> dict[str, int] | None:
     matrices = [each for each in tensors if each.dtype in FLOAT_DTYPES and len(each.shape) == 2]
     with OpenFiles() as files:
         counts = [_count_most_values(files, each) for each in matrices if each.shape[1] % GRID_NEIGHBOURS == 0]
-    found = [count for count in counts if count is not None and count <= GRID_VALUES]
-    return {"weights": len(found), "of": len(counts), "values": max(found)} if found else None
+    on_grid = [count for count in counts if count is not None and count <= GRID_VALUES]
+    return {"weights": len(on_grid), "of": len(counts), "values": max(on_grid)} if on_grid else None
 
 
 def _count_most_values(files: OpenFiles, tensor: StoredTensor) -> int | None:
-    """Count the most different weights in any group of some rows; None if all groups are mostly zeros."""
+    """Return the largest number of different weights in any group of some rows; None if all are mostly zeros."""
     import numpy as np
 
     rows, columns = tensor.shape
@@ -187,19 +187,20 @@ def _count_most_values(files: OpenFiles, tensor: StoredTensor) -> int | None:
     content = bytearray(len(chosen) * width)
     for number, row in enumerate(chosen):
         files.read_into(tensor, memoryview(content)[number * width : (number + 1) * width], row * width)
-    # Values are told apart by their bits; the sign of a zero is none.
+    # Values are compared by their bits; the shift drops the sign, so that negative zeros count as zeros.
     bits = np.sort(np.frombuffer(content, f"u{tensor.itemsize}").reshape(-1, GRID_NEIGHBOURS), axis=1)
-    enough = bits[(bits << 1 != 0).sum(axis=1) >= GRID_NONZERO]
-    return int((np.diff(enough, axis=1) != 0).sum(axis=1).max()) + 1 if len(enough) else None
+    groups = bits[(bits << 1 != 0).sum(axis=1) >= GRID_NONZERO]
+    return int((np.diff(groups, axis=1) != 0).sum(axis=1).max()) + 1 if len(groups) else None
 
 
-# The reference implementation refuses longer headers too. 200,000 tensors of two dimensions, each twelve marks.
+# The reference implementation rejects longer headers too.
 MAX_HEADER_BYTES = 100_000_000
+# 200,000 tensors of two dimensions, with twelve JSON values each.
 MAX_HEADER_VALUES = 2_400_000
 METADATA = "__metadata__"
 # Metadata that transformers requires.
 PT_FORMAT = {"format": "pt"}
-# How the text begins that a clone without git-lfs has in place of each large file.
+# The start of the text that replaces each large file in a clone without git-lfs.
 LFS_POINTER = b"version "
 
 
@@ -231,7 +232,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _load(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the header as it stands in the file, and the offset at which the data starts."""
+    """Return the header of a file, parsed, and the offset at which the data starts."""
     try:
         opened = open_regular(path)
     except ValueError as error:
@@ -241,12 +242,12 @@ def _load(path: Path) -> tuple[dict[str, Any], int]:
         start = file.read(8)
         if start == LFS_POINTER:
             raise CheckpointError(
-                f"{path} is a pointer of git-lfs, a text in place of the weights.",
+                f"{path} is a git-lfs pointer, a text instead of the weights.",
                 hint="Run `git lfs pull` in its folder, or download it again.",
             )
         length = int.from_bytes(start, "little")
         if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-            raise _report_damage(path, f"its header claims {length:,} bytes, the file has {size:,}")
+            raise _report_damage(path, f"its header claims {length:,} bytes, but the file has {size:,}")
         raw = file.read(length)
     try:
         header = parse_json(raw, most_values=MAX_HEADER_VALUES, pairs=_refuse_repeated_keys)
@@ -266,7 +267,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_tensor(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
-    name.encode()  # Half a surrogate pair is not text: nothing could write it again.
+    name.encode()  # Raises for half a surrogate pair, which could not be written again.
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_SIZES:
         raise ValueError(f"dtype {dtype!r} of {name} is unknown")
@@ -281,10 +282,10 @@ def _report_damage(path: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{path} is not a sound safetensors file: {why}.", hint="Download or save it again.")
 
 
-# A record's own header in a zip archive: its signature, and the lengths of the two fields that follow.
+# A record's local header in a zip archive: its signature, and the lengths of the two fields that follow.
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 ENCRYPTED = 0x2061
-# A tensor takes some 150 bytes in the pickle: 200,000 tensors.
+# 200,000 tensors, with some 150 bytes each in the pickle.
 MAX_PICKLE_BYTES = 32_000_000
 # Limits on expanding compressed tensors, or repeats by strides of 0: times the file's size, plus bytes.
 EXPANSION, MAX_EXPANDED_BYTES = 4, 256_000_000
@@ -292,10 +293,10 @@ _NAMES_BY_TORCHS = {torch_name: name for name, torch_name in TORCH_NAMES.items()
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a PyTorch checkpoint by name, in its order. Of zip archives of plain storages (PyTorch 1.6
-    and later) only the offsets are read; tensors of others, or not row-major, are loaded into memory.
+    """Return the tensors of a PyTorch checkpoint by name, in its order. In zip archives with plain storages (PyTorch
+    1.6 and later), only the offsets are read; other tensors, or those not row-major, are loaded into memory.
 
-    Raises CheckpointError if the pickle wants more than tensors (it could run code), is damaged, or holds no flat
+    Raises CheckpointError if the pickle contains more than tensors (it could run code), is damaged, or holds no flat
     state dict.
     """
     if records := _list_records_in_place(path):
@@ -312,24 +313,24 @@ def _check_packed(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     size = path.stat().st_size
     if (unpacked := sum(entry.file_size for entry in entries)) > EXPANSION * size + MAX_EXPANDED_BYTES:
         raise CheckpointError(
-            f"{path} has {size:,} bytes and would unpack to {unpacked:,}: refused.",
-            hint="Save it again with torch.save or, better, as safetensors, in an environment that you trust it in.",
+            f"{path} has {size:,} bytes, but would unpack to {unpacked:,}: refused.",
+            hint="Save it again with torch.save or, better, as safetensors, in an isolated environment.",
         )
     pickled = next((entry for entry in entries if entry.filename.endswith(".pkl")), None)
     if pickled and pickled.file_size > MAX_PICKLE_BYTES:
         raise CheckpointError(
-            f"{path}: {pickled.filename} has {pickled.file_size:,} bytes, and can have {MAX_PICKLE_BYTES:,} at most.",
-            hint="Save model.state_dict() alone, with save_pretrained.",
+            f"{path}: {pickled.filename} has {pickled.file_size:,} bytes, but may have at most {MAX_PICKLE_BYTES:,}.",
+            hint="Save only model.state_dict(), with save_pretrained.",
         )
 
 
 def _check_expanded(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Raise CheckpointError for tensors that take far more memory, written out, than the file has bytes."""
+    """Raise CheckpointError for tensors that would take far more memory than the file's size."""
     copied = sum(t.numel() * t.element_size() for t in state.values() if not t.is_contiguous())
     if copied > EXPANSION * path.stat().st_size + MAX_EXPANDED_BYTES:
         raise CheckpointError(
-            f"{path}: its tensors take {copied:,} bytes when they are written out, far more than the file holds.",
-            hint="Save it again as safetensors, in an environment that you trust it in.",
+            f"{path}: its tensors would take {copied:,} bytes of memory, far more than the file holds.",
+            hint="Save it again as safetensors, in an isolated environment.",
         )
 
 
@@ -355,13 +356,13 @@ def _load_pickle(path: Path, map_location: str) -> dict[str, torch.Tensor]:
 def _report_unreadable(path: Path, error: Exception) -> CheckpointError:
     reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
     if isinstance(error, pickle.UnpicklingError):
-        # torch's own message leads with advice to load the file without the check: not ours to pass on.
+        # Do not pass on torch's message, which advises to load the file without the check.
         reason = "its pickle cannot be read"
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+        if match := re.search(r"GLOBAL (\S+)", str(error)):
             return CheckpointError(
                 f"{path} is refused: its pickle contains more than tensors, and loading it could run code.",
-                why=f"It refers to {wanted.group(1)}.",
-                hint="Save it again as safetensors, in an environment that you trust it in.",
+                why=f"It refers to {match.group(1)}.",
+                hint="Save it again as safetensors, in an isolated environment.",
             )
     return CheckpointError(f"{path} is not a sound PyTorch checkpoint: {reason}.", hint="Download or save it again.")
 
@@ -373,7 +374,7 @@ def _list_records_in_place(path: Path) -> dict[int, int]:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             entries = archive.infolist()
             _check_packed(path, entries)
-            # All but the storages: reading them compares their checksums, which torch does not.
+            # Reading all entries but the storages checks their checksums, which torch does not.
             small = {entry.filename: archive.read(entry) for entry in entries if "/data/" not in entry.filename}
             if any(order.decode() != sys.byteorder for name, order in small.items() if name.endswith("/byteorder")):
                 return {}
@@ -381,7 +382,7 @@ def _list_records_in_place(path: Path) -> dict[int, int]:
             return {_find_data_offset(file, entry): entry.file_size for entry in plain}
     except CheckpointError:
         raise
-    except Exception:  # A damaged archive may fail anywhere; what is wrong with it, torch will say.
+    except Exception:  # A damaged archive may fail anywhere; torch reports the fault later.
         return {}
 
 
@@ -395,7 +396,7 @@ def _find_data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 
 
 def _is_in_place(records: dict[int, int], tensor: torch.Tensor) -> bool:
-    """Return whether a tensor on the meta device is row-major, and its storage a record of the file."""
+    """Return whether a tensor on the meta device is row-major, and its storage is a record of the file."""
     storage = tensor.untyped_storage()
     offset = getattr(storage, "_checkpoint_offset", None)
     return tensor.is_contiguous() and offset is not None and storage.nbytes() == records.get(offset)
@@ -413,6 +414,6 @@ def _make_stored(path: Path, name: str, tensor: torch.Tensor, *, in_place: bool)
         assert storage._checkpoint_offset is not None
         offset = storage._checkpoint_offset + int(tensor.storage_offset()) * tensor.element_size()
         return StoredTensor(name, dtype, shape, path, offset)
-    # Its address tells tensors that share their memory; a transposed one, copied here, is not the same as its source.
+    # Tensors that share memory have the same address as offset; a transposed one, copied here, has its own.
     loaded = tensor.contiguous()
     return StoredTensor(name, dtype, shape, path, loaded.data_ptr(), view_bytes(loaded))

@@ -133,7 +133,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "the precision of answers": ((*REPORT, "--dtype", "bfloat16"), 2, ("--dtype determines how models are run",)),
     "the runtime of answers": ((*REPORT, "--runtime", "transformers"), 2, ("--runtime determines how models are run",)),
     "the speed of answers": ((*REPORT, "--time"), 2, ("--time measures models, and these are answers folders",)),
-    "a revision of a folder": ((*PROBE, *FACTS, "--revision", "v1"), 2, ("there is no revision v1",)),
+    "a revision of a folder": ((*PROBE, *FACTS, "--revision", "v1"), 2, ("which has no revision v1",)),
     "requests to no server": ((*PROBE, *FACTS, "--parallel", "8"), 2, ("--parallel is for a server",)),
     "a sample of no facts": (("compare", "{place}/llama", "{place}/llama-5", "--limit", "9"), 2, ("needs a probe",)),
     "a model of no name": (("report", "", "{place}/llama-5"), 2, ("The word after report is empty.", "variable")),

@@ -432,7 +432,7 @@ def test_a_manifest_that_does_not_say_which_neurons_went_is_damaged(tmp_path: Pa
     manifest = convert(source, tmp_path / "out", build_recipe(Where(), drop_neurons=0.25))
     manifest["removed"]["neurons"][0]["dropped"] = told
     (tmp_path / "out" / "compressknow.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"removed.neurons\[0\].dropped does not say 12 neurons a module"):
+    with pytest.raises(CheckpointError, match=r"removed.neurons\[0\].dropped does not list 12 neurons per module"):
         read_manifest(tmp_path / "out")
     # One of before says nothing of it.
     del manifest["removed"]["neurons"][0]["dropped"]

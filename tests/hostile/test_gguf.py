@@ -42,17 +42,17 @@ def tensor(place: int, value: Any) -> Callable[[bytes], bytes]:
 UNSOUND = {
     "blocks": (of(lambda p: p.set("llama.block_count", U32, 10**9)), "its block_count is 1,000,000,000"),
     "experts": (of(lambda p: p.set("llama.expert_count", U32, 10**9)), "its expert_count is 1,000,000,000"),
-    "fewer blocks": (of(lambda p: p.set("llama.block_count", U32, 1)), "a tensor of block 1, and says that it has 1"),
+    "fewer blocks": (of(lambda p: p.set("llama.block_count", U32, 1)), "a tensor of block 1, but its block_count is 1"),
     "tokens": (
         of(lambda p: p.set("tokenizer.ggml.tokens", LIST, (U8, [0] * 3_000_000))), "a list in it has 3,000,000 values"
     ),
-    "entries": (of(lambda p: setattr(p, "said", (1, 10**18))), "it says that it holds"),
+    "entries": (of(lambda p: setattr(p, "said", (1, 10**18))), "its header announces"),
     "more entries": (of(lambda p: setattr(p, "said", (len(p.tensors), 60_000))), "a name in it has"),
     "alignment": (of(lambda p: p.set("general.alignment", U32, 7)), "aligned to 7"),
-    "offset": (tensor(3, 32), "a tensor in it lies at 32"),
+    "offset": (tensor(3, 32), "a tensor in it starts at 32"),
     "type": (tensor(2, 999), "of type 999"),
     "dimensions": (tensor(1, [1] * 9), "has 9 dimensions"),
-    "shape": (tensor(1, [1 << 40, 1 << 40]), "a tensor in it lies at"),
+    "shape": (tensor(1, [1 << 40, 1 << 40]), "a tensor in it starts at"),
     "cut": (lambda content: content[:-1000], "it is cut short"),
     "cut header": (lambda content: content[:1000], "it is cut short"),
 }  # fmt: skip

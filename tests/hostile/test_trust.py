@@ -191,9 +191,7 @@ def test_convert_copies_nothing_from_outside_the_checkpoint(tmp_path: Path) -> N
     source = save_tiny("bert", tmp_path / "in")
     (tmp_path / "secret").write_text("mine")
     (source / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(
-        CheckpointError, match=r"notes.txt is a link that leads outside the checkpoint, to .*secret: not copied"
-    ):
+    with pytest.raises(CheckpointError, match=r"notes.txt is a link to .*secret, outside the checkpoint: not copied"):
         compressknow.convert(source, tmp_path / "out", prune=0.3)
     assert not (tmp_path / "out").exists()
     (source / "notes.txt").unlink()
@@ -210,7 +208,7 @@ def test_export_takes_nothing_from_outside_the_checkpoint(tmp_path: Path, capsys
     (tmp_path / "secret").write_text("mine")
     (source / "chat_template.jinja").symlink_to(tmp_path / "secret")
     said = refused(capsys, "export", source, tmp_path / "out.gguf", "--converter", script)
-    assert "chat_template.jinja is a link that leads outside the checkpoint" in said
+    assert "chat_template.jinja is a link to " in said
 
 
 def test_a_snapshot_in_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> None:
@@ -227,7 +225,7 @@ def test_a_snapshot_in_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> N
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     (tmp_path / "secret").write_text("mine")
     (snapshot / "vocab.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match=r"vocab.txt is a link that leads outside"):
+    with pytest.raises(CheckpointError, match=r"vocab.txt is a link to .*, outside the checkpoint"):
         compressknow.convert(snapshot, tmp_path / "other", prune=0.3)
 
 

@@ -55,8 +55,8 @@ class StreamedModel:
         self.model = _build_skeleton(tree)
         # The module and attribute that hold each parameter and stored buffer, under all its names.
         names = [*self.model.state_dict(), *dict(self.model.named_parameters(remove_duplicate=False))]
-        places = {name: name.rpartition(".") for name in names}
-        self._owners = {name: (self.model.get_submodule(parent), leaf) for name, (parent, _, leaf) in places.items()}
+        parts = {name: name.rpartition(".") for name in names}
+        self._owners = {name: (self.model.get_submodule(parent), leaf) for name, (parent, _, leaf) in parts.items()}
         self.blocks = list_block_names(self.model)
         prefixes = tuple(f"{block}." for block in self.blocks)
         self.outside = tuple(name for name in self._owners if not name.startswith(prefixes))

@@ -87,7 +87,7 @@ def find_sequence_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     prefix, suffix = tuple(framed[:start]), tuple(framed[start + len(plain) :])
     length = min(LENGTH, count_positions(model, tokenizer) or LENGTH)
     if family == "seq2seq" and len(marks) > 1:
-        # Each span needs a sentinel, and the end of the last one another.
+        # Each span needs a sentinel, and one more ends the last span.
         length = min(length, int((len(marks) - 1) * SPAN / HIDDEN) + 1)
     end = suffix or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
     rows, special = count_embedding_rows(model), {*tokenizer.all_special_ids, *marks}

@@ -59,13 +59,13 @@ def select_smallest(
         at_index = int(histogram[index])
         below += int(cumulative[index]) - at_index
         prefix = (prefix << width) | index
-    wanted = amount - below
-    if wanted == at_index:
+    needed = amount - below
+    if needed == at_index:
         # All ties are selected: they need not be counted.
         return prefix + 1, (0,) * count
     ties = run(lambda index: sum(int(np.count_nonzero(block == prefix)) for block in keys(index)), range(count))
-    # The tensors use up the wanted ties in order.
-    selected = np.diff(np.minimum(np.cumsum(ties), wanted), prepend=0)
+    # Take the needed ties from the tensors in order.
+    selected = np.diff(np.minimum(np.cumsum(ties), needed), prepend=0)
     return prefix, tuple(selected.tolist())
 
 
@@ -114,16 +114,16 @@ class KeyMask:
     keys_of: KeyMaker
 
     def start(self) -> BlockMask:
-        left, keys_of = self.ties, self.keys_of()
+        ties, keys_of = self.ties, self.keys_of()
 
         def mask(block: Block) -> BoolArray:
-            nonlocal left
+            nonlocal ties
             keys = keys_of(block)
             pruned: BoolArray = keys < self.key
-            if left:
-                equal = np.flatnonzero(keys == self.key)[:left]
+            if ties:
+                equal = np.flatnonzero(keys == self.key)[:ties]
                 pruned.reshape(-1)[equal] = True
-                left -= len(equal)
+                ties -= len(equal)
             return pruned
 
         return mask
@@ -246,15 +246,15 @@ def _mask_along_rows(keys: Keys, size: int, count: int) -> BoolArray:
 def _mask_straddling(reader: Reader, tensor: StoredTensor, size: int, count: int) -> dict[int, BoolArray]:
     """Return masks of the groups of rows that span two or more blocks, by their first row."""
     masks: dict[int, BoolArray] = {}
-    rest: Keys | None = None
+    incomplete: Keys | None = None
     for block in reader.blocks(tensor):
         keys, first = make_magnitude_keys(block.values), block.first_row
-        if rest is not None:
-            keys, first = np.concatenate([rest, keys]), first - len(rest)
+        if incomplete is not None:
+            keys, first = np.concatenate([incomplete, keys]), first - len(incomplete)
             if len(keys) >= size:
                 masks[first] = _mask_along_rows(keys[:size], size, count)
-        left = len(keys) % size
-        rest = keys[len(keys) - left :].copy() if left else None
+        remainder = len(keys) % size
+        incomplete = keys[len(keys) - remainder :].copy() if remainder else None
     return masks
 
 
