@@ -1,4 +1,4 @@
-"""Records of how two checkpoints differ: filled from their files, shown by the report. Needs no torch."""
+"""Records of the differences between two checkpoints. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class DiffSums:
-    """Sums over the elements of two tensors of one shape, a and b; ratios are derived, never stored.
+    """Sums over the elements of two tensors of equal shape, a and b; ratios are derived, never stored.
 
-    Of a = (3, 4) and b = (0, 4):
+    For a = (3, 4) and b = (0, 4):
 
     >>> sums = DiffSums(numel=2, zeros_b=1, energy_a=25.0, energy_b=16.0, energy_change=9.0, largest=3.0)
     >>> sums.relative_error, sums.cosine, round(sums.snr_db, 2), (sums + sums).relative_error
@@ -44,7 +44,7 @@ class DiffSums:
 
     @property
     def finite(self) -> bool:
-        """Return whether neither tensor holds NaN or infinity: where one does, there are no ratios."""
+        """Return whether neither tensor has NaN or infinity; otherwise there are no ratios."""
         return math.isfinite(self.energy_a + self.energy_b)
 
     @property
@@ -60,14 +60,14 @@ class DiffSums:
         if not self.finite or not self.energy_a or not self.energy_b:
             return None
         if not self.energy_change:
-            # Roots that are rounded would leave it a little below.
+            # Rounded square roots could give slightly less.
             return 1.0
         product = (self.energy_a + self.energy_b - self.energy_change) / 2
         return max(-1.0, min(1.0, product / math.sqrt(self.energy_a) / math.sqrt(self.energy_b)))
 
     @property
     def snr_db(self) -> float | None:
-        """Return 10 log10(||a||² / ||b - a||²), in decibels; None if nothing changed, and where a is all zero."""
+        """Return 10 log10(||a||² / ||b - a||²), in decibels; None if nothing changed, or if a is all zero."""
         if not self.finite or not self.energy_change or not self.energy_a:
             return None
         return 10 * math.log10(self.energy_a / self.energy_change)
@@ -80,17 +80,17 @@ class DiffSums:
 
 @dataclass(frozen=True, slots=True)
 class TensorDiff:
-    """Tensor that both checkpoints have in one shape; int8 and int4 values are compared as what they stand for."""
+    """Tensor that both checkpoints have in the same shape; int8 and int4 weights are compared by their float values."""
 
-    name: str  # of the parameter in the module tree, or as stored where the tree has none
+    name: str  # of the parameter in the module tree, or as stored if the tree has none
     group: str  # ``attention``, ``feed-forward``, ``final``, ``other``, ``vision`` or ``not-linear``
-    stack: str | None  # of an encoder-decoder model; this and the next two are of Linear weights in blocks alone
-    layer: int | None  # the block's number
-    module: str | None  # what it is inside the block: ``self_attn.q_proj``
+    stack: str | None  # for encoder-decoder models; this and the next two only for Linear weights in blocks
+    layer: int | None  # number of the block
+    module: str | None  # name inside the block: ``self_attn.q_proj``
     shape: tuple[int, ...]
     dtype_a: str
     dtype_b: str
-    bytes_a: int  # on disk, scales included
+    bytes_a: int  # on disk, including scales
     bytes_b: int
     same_bytes: bool  # stored bit for bit the same
     sums: DiffSums
@@ -108,7 +108,7 @@ class StructureChange:
 
 @dataclass(frozen=True, slots=True)
 class ConfigChange:
-    """Setting that differs, by its dotted name; values as JSON, None for a setting that is not there."""
+    """Setting that differs, by its dotted name; values are JSON, None for a missing setting."""
 
     key: str
     a: str | None
@@ -117,7 +117,7 @@ class ConfigChange:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDiff:
-    """Diff of two checkpoints of one architecture, b against a."""
+    """Differences between two checkpoints of one architecture, from a to b."""
 
     architecture: str
     config: tuple[ConfigChange, ...]
@@ -135,12 +135,12 @@ class CheckpointDiff:
 
 
 def sum_tensors(tensors: Iterable[TensorDiff]) -> DiffSums:
-    """Return the sums of all these tensors taken as one."""
+    """Return the sums over all these tensors together."""
     return sum((tensor.sums for tensor in tensors), DiffSums())
 
 
 def group_tensors(tensors: Iterable[Item], key: Callable[[Item], Key | None]) -> dict[Key, tuple[Item, ...]]:
-    """Return tensors by a key, in the order in which it first comes; those without one are left out."""
+    """Group tensors by a key, in the order of its first occurrence; those without a key are left out."""
     groups: dict[Key, list[Item]] = {}
     for tensor in tensors:
         if (value := key(tensor)) is not None:

@@ -1,4 +1,4 @@
-"""Pair two models' answers by fact: counts, figures and tests of each probe."""
+"""Compare two models' answers, paired by fact: counts, figures and tests of each probe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from compressknow.evaluate.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answe
 from compressknow.evaluate.facts import DOMAINS
 from compressknow.evaluate.records import ProbeEntry
 
-# Facts whose distributions are held as float64 at a time: 4,096 x 257 numbers are 8 MB.
+# Facts whose distributions are in memory as float64 at a time: 4,096 x 257 numbers are 8 MB.
 _BLOCK = 4096
 
 
@@ -50,7 +50,7 @@ def compare_probe(
     pairs = pair_answers(probe, original, compressed, entry_original, entry_compressed)
     by_subject = _group_pairs(pairs, lambda answer: answer.subject)
     changes = [change for pair in pairs if (change := _measure_logp_change(pair)) is not None]
-    # Both models gave the probabilities of the same model's most likely tokens.
+    # Whether both models were scored on the most likely tokens of the same model.
     has_same_reference = entry_original.reference is not None and entry_original.reference == entry_compressed.reference
     return ProbeFigures(
         probe=probe,
@@ -77,7 +77,7 @@ def compare_probe(
 
 
 def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
-    """Count right and wrong: shares with their intervals, over facts and over relations."""
+    """Return shares of right answers with their intervals, over facts and over relations."""
     total, by_relation = count_pairs(pairs), _group_pairs(pairs, lambda answer: answer.relation)
     relations = [group.counts for group in by_relation]
     before, after, difference = intervals.average_relations(relations)
@@ -128,7 +128,7 @@ def list_changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], 
 
 def _order(pair: Pair, sign: int) -> tuple[Any, ...]:
     fact, change = pair[0], _measure_logp_change(pair)
-    # Facts whose change is not known come last of their relation.
+    # Facts whose change is not known come last in their relation.
     return order_domains(fact.subject), fact.relation, change is None, sign * (change or 0.0), fact.probe, fact.fact_id
 
 
@@ -153,15 +153,15 @@ def _make_changed_fact(pair: Pair) -> ChangedFact:
 
 def order_domains(subject: str) -> tuple[int, str]:
     """Return a sort key: domains as on a report card, then all others by name."""
-    place = DOMAINS.index(subject) if subject in DOMAINS else len(DOMAINS)
-    return place, subject
+    index = DOMAINS.index(subject) if subject in DOMAINS else len(DOMAINS)
+    return index, subject
 
 
-def _group_pairs(pairs: Iterable[Pair], name_of: Callable[[Answer], str | None]) -> tuple[Group, ...]:
+def _group_pairs(pairs: Iterable[Pair], get_name: Callable[[Answer], str | None]) -> tuple[Group, ...]:
     """Return the figures of each group of facts, by name; facts without a group are left out."""
     members: dict[str, list[Pair]] = {}
     for pair in pairs:
-        if (name := name_of(pair[0])) is not None:
+        if (name := get_name(pair[0])) is not None:
             members.setdefault(name, []).append(pair)
     groups = [_make_group(name, members[name]) for name in sorted(members)]
     adjusted = intervals.adjust_holm([group.p for group in groups])
@@ -188,13 +188,13 @@ def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
 def _group_by_popularity(pairs: Sequence[Pair]) -> tuple[Group, ...]:
     """Return the figures of each popularity bin, the most popular first."""
     bins = assign_popularity_bins([before.popularity for before, _ in pairs])
-    of_fact = {before.fact_id: name for (before, _), name in zip(pairs, bins, strict=True)}
-    groups = {group.name: group for group in _group_pairs(pairs, lambda answer: of_fact[answer.fact_id])}
+    bin_of = {before.fact_id: name for (before, _), name in zip(pairs, bins, strict=True)}
+    groups = {group.name: group for group in _group_pairs(pairs, lambda answer: bin_of[answer.fact_id])}
     return tuple(groups[name] for name in name_popularity_bins(len(groups))) if groups else ()
 
 
 def _estimate_chance(pairs: Sequence[Pair]) -> float | None:
-    """Return the mean of 1 / number of choices; None if some fact may be answered with any text."""
+    """Return the mean of 1 / number of choices; None if any text is a possible answer to a fact."""
     choices = [before.choices for before, _ in pairs]
     if not choices or not all(choices):
         return None
@@ -206,8 +206,8 @@ def _share_changed(pairs: Sequence[Pair]) -> float | None:
 
 
 def _compute_drop(total: Counts, macros: tuple[Estimate, Estimate] | None) -> tuple[float | None, float | None]:
-    """Return the paper's figures: the drop of the probe's headline accuracy, in points of 1 and relative to before;
-    `macros` are the mean over relations before, and how much higher it is after, where that is the headline."""
+    """Return the paper's figures: the drop of the probe's headline accuracy, in points of 1 and relative to before. If
+    the headline is the mean over relations, `macros` are that before, and its increase."""
     if not total.n:
         return None, None
     if macros is None:
@@ -229,14 +229,14 @@ def _measure_movement(pairs: Sequence[Pair]) -> KlFigures | None:
         if size and size == len(pair[1].first_ids):
             by_size.setdefault(size, []).append(pair)
     blocks = [group[start : start + _BLOCK] for group in by_size.values() for start in range(0, len(group), _BLOCK)]
-    found = np.concatenate([_measure_divergence(block) for block in blocks]) if blocks else np.empty((0, 3))
-    found = found[np.isfinite(found[:, 0])]
-    if not len(found):
+    rows = np.concatenate([_measure_divergence(block) for block in blocks]) if blocks else np.empty((0, 3))
+    rows = rows[np.isfinite(rows[:, 0])]
+    if not len(rows):
         return None
-    before, after = (math.fsum(column) / len(found) for column in found[:, 1:].T)
-    # A smaller vocabulary is compared token by token: all but one, whose probability follows.
-    partly = max(by_size) >= REFERENCE_TOKENS or max(by_size) <= SERVER_TOKENS
-    return _summarize_movement(found[:, 0], (before, after) if partly else None)
+    before, after = (math.fsum(column) / len(rows) for column in rows[:, 1:].T)
+    # Of a smaller vocabulary, all tokens but one are stored, whose probability follows.
+    is_partial = max(by_size) >= REFERENCE_TOKENS or max(by_size) <= SERVER_TOKENS
+    return _summarize_movement(rows[:, 0], (before, after) if is_partial else None)
 
 
 def _summarize_movement(values: np.ndarray, rest: tuple[float, float] | None) -> KlFigures | None:
@@ -249,15 +249,15 @@ def _summarize_movement(values: np.ndarray, rest: tuple[float, float] | None) ->
 
 def _measure_divergence(pairs: Sequence[Pair]) -> np.ndarray:
     """Return KL divergence, and the probability of the rest before and after, [facts, 3]."""
-    ids = [np.array([side.first_ids for side in sides]) for sides in zip(*pairs, strict=True)]
-    logps = [np.array([side.first_logp for side in sides]) for sides in zip(*pairs, strict=True)]
-    same = (ids[0] == ids[1]).all(axis=1)
-    before, after = logps[0][same], logps[1][same]
+    ids = [np.array([answer.first_ids for answer in answers]) for answers in zip(*pairs, strict=True)]
+    logps = [np.array([answer.first_logp for answer in answers]) for answers in zip(*pairs, strict=True)]
+    same_tokens = (ids[0] == ids[1]).all(axis=1)
+    before, after = logps[0][same_tokens], logps[1][same_tokens]
     return np.stack([compute_kl(before, after), compute_rest(before), compute_rest(after)], axis=1)
 
 
 def _measure_logp_change(pair: Pair) -> float | None:
-    """Return the change of the gold's log-probability; None if one of the models could not have answered it."""
+    """Return the change of the gold's log-probability; None if it is not known for both models."""
     before, after = pair[0].logp_gold, pair[1].logp_gold
     if before is None or after is None or not math.isfinite(after - before):
         return None
@@ -265,27 +265,29 @@ def _measure_logp_change(pair: Pair) -> float | None:
 
 
 def _measure_ranks(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return MRR, P@5, and the number of lost facts whose gold is still among the top five; the latter two are None if
-    there are at most five answers to choose from."""
-    before, after = ([side.rank for side in sides] for sides in (zip(*pairs, strict=True) if pairs else ((), ())))
-    few = all(pair[0].choices is not None and pair[0].choices <= 5 for pair in pairs)
+    """Return MRR, P@5, and the number of lost facts whose gold is still among the five most likely answers.
+
+    The latter two are None if all facts have at most five possible answers, which would be meaningless.
+    """
+    before, after = ([each.rank for each in answers] for answers in (zip(*pairs, strict=True) if pairs else ((), ())))
+    has_few = all(pair[0].choices is not None and pair[0].choices <= 5 for pair in pairs)
     still = [b.rank for a, b in pairs if a.correct and not b.correct and b.rank is not None and b.rank <= 5]
-    top5 = None if few else _join(compute_precision(5, before), compute_precision(5, after))
+    top5 = None if has_few else _pair(compute_precision(5, before), compute_precision(5, after))
     return {
-        "mrr": _join(compute_mean_reciprocal_rank(before), compute_mean_reciprocal_rank(after)),
+        "mrr": _pair(compute_mean_reciprocal_rank(before), compute_mean_reciprocal_rank(after)),
         "p_at_5": top5,
         "lost_still_in_top5": None if top5 is None else len(still),
     }
 
 
-def _join(before: float | None, after: float | None) -> tuple[float, float] | None:
+def _pair(before: float | None, after: float | None) -> tuple[float, float] | None:
     return (before, after) if before is not None and after is not None else None
 
 
 # The original's and the compressed model's answer to one fact.
 Pair = tuple[Answer, Answer]
 
-# Settings that may differ between two runs of a probe, as the user knows them.
+# Fields in which two runs of a probe may differ, and their names in messages.
 _SETTINGS = {"protocol": "protocol", "limit": "--limit", "seed": "--seed", "facts": "facts read"}
 
 
@@ -296,16 +298,16 @@ def pair_answers(
     entry_original: ProbeEntry,
     entry_compressed: ProbeEntry,
 ) -> list[Pair]:
-    """Pair the answers to the same facts, in the order of the facts' ids. Raises CompressknowError if the two sides
-    were not evaluated the same way: other protocol, fingerprint or facts."""
+    """Pair the answers to the same facts, sorted by the facts' ids. Raises CompressknowError if protocols, fingerprints
+    or facts differ."""
     _check_prompts(probe, entry_original, entry_compressed)
-    before, after = ({answer.fact_id: answer for answer in side} for side in (original, compressed))
+    before, after = ({answer.fact_id: answer for answer in answers} for answers in (original, compressed))
     _check_facts(probe, before, after)
     return [(before[fact], after[fact]) for fact in sorted(before)]
 
 
 def count_pairs(pairs: Sequence[Pair]) -> Counts:
-    """Count the facts that both know, that were lost, that were gained, and that neither knows."""
+    """Count facts that both models know, that were lost, that were gained, and that neither knows."""
     both = sum(a.correct and b.correct for a, b in pairs)
     before, after = sum(a.correct for a, _ in pairs), sum(b.correct for _, b in pairs)
     return Counts(both, before - both, after - both, len(pairs) - before - after + both)
@@ -333,9 +335,9 @@ def _check_facts(probe: str, original: Mapping[str, Answer], compressed: Mapping
     example = (only_original or only_compressed)[0]
     raise CompressknowError(
         f"The two models did not answer the same facts of {probe}: {len(only_original)} only the original, "
-        f"{len(only_compressed)} only the compressed model ({example!r}, for one).",
-        why="Most often their tokenizers differ, so that different facts were left out, or one run was cut short.",
-        hint="Compare models of one vocabulary, and probe both again with the same options.",
+        f"{len(only_compressed)} only the compressed model (such as {example!r}).",
+        why="Probably their tokenizers differ, so that different facts were dropped, or one run was interrupted.",
+        hint="Compare models with the same vocabulary, and probe both again with the same options.",
     )
 
 
@@ -354,30 +356,30 @@ class Standing:
 def rank_models(
     original: Sequence[Answer], models: Sequence[Sequence[Answer]], sizes: Sequence[int | None]
 ) -> list[Standing]:
-    """Compare all models with each other on what the original knows: paired by fact, clustered by relation, with Holm's
-    correction over all pairs, since it is not known beforehand which pairs matter. `sizes` are in bytes."""
+    """Compare each model with each other on what the original knows, and by `sizes` in bytes: with paired tests by
+    relation, adjusted (Holm) over all pairs, since the pairs of interest are not known beforehand."""
     facts = [answer for answer in original if answer.correct]
-    right = [{(answer.probe, answer.fact_id) for answer in answers if answer.correct} for answers in models]
-    keeps = [np.array([(fact.probe, fact.fact_id) in each for fact in facts], dtype=bool) for each in right]
+    correct = [{(answer.probe, answer.fact_id) for answer in answers if answer.correct} for answers in models]
+    keeps = [np.array([(fact.probe, fact.fact_id) in each for fact in facts], dtype=bool) for each in correct]
     cluster = intervals.number_clusters([(fact.probe, fact.relation) for fact in facts])
     pairs = list(combinations(range(len(models)), 2))
     adjusted = intervals.adjust_holm(
         [intervals.run_paired_test(intervals.tally(keeps[one], keeps[other], cluster)).p for one, other in pairs]
     )
-    apart = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < SIGNIFICANT}
+    different = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < SIGNIFICANT}
     known = [int(each.sum()) for each in keeps]
-    order = sorted(range(len(models)), key=lambda place: -known[place])
-    found = []
-    for place, size in enumerate(sizes):
-        better = [other for other in order if known[other] > known[place] and size is not None]
+    order = sorted(range(len(models)), key=lambda index: -known[index])
+    standings = []
+    for index, size in enumerate(sizes):
+        better = [other for other in order if known[other] > known[index] and size is not None]
         better = [other for other in better if (sizes[other] or 0) <= (size or 0) and sizes[other] is not None]
-        sure = [other for other in better if tuple(sorted((place, other))) in apart]
-        alike = tuple(each for each in order if each != place and tuple(sorted((place, each))) not in apart)
-        found.append(Standing(known[place], next(iter(sure or better), None), bool(sure), alike))
-    return found
+        sure = [other for other in better if tuple(sorted((index, other))) in different]
+        alike = tuple(each for each in order if each != index and tuple(sorted((index, each))) not in different)
+        standings.append(Standing(known[index], next(iter(sure or better), None), bool(sure), alike))
+    return standings
 
 
-def find_smallest(places: Sequence[int], sizes: Sequence[int | None], standing: Sequence[Standing]) -> int | None:
-    """Return the place of the smallest of these models, of equal ones the best; None if no size is known."""
-    sized = [(size, -standing[place].keeps, place) for place in places if (size := sizes[place]) is not None]
+def find_smallest(indices: Sequence[int], sizes: Sequence[int | None], standings: Sequence[Standing]) -> int | None:
+    """Return the index of the smallest of these models, the best of equally small ones; None if no size is known."""
+    sized = [(size, -standings[index].keeps, index) for index in indices if (size := sizes[index]) is not None]
     return min(sized)[2] if sized else None

@@ -1,9 +1,9 @@
-"""Compare two models on one text, token by token: perplexity, divergence, how soon what they write differs.
+"""Compare two models on one text, token by token: perplexity, divergence, and where greedy continuations differ.
 
-The definitions, and the standard errors, are those of llama.cpp's perplexity tool (tools/perplexity/perplexity.cpp,
-function `kl_divergence`), so that figures compare: a mean's error is sqrt((E[x^2] - E[x]^2) / (n - 1)), a perplexity's
-that of the mean negative log-likelihood times the perplexity, and the two models' covariance is taken off the error of
-their ratio. Tokens of a text hang together, so that true errors are somewhat larger.
+Definitions and standard errors follow llama.cpp's perplexity tool (tools/perplexity/perplexity.cpp, function
+`kl_divergence`), so that figures are comparable: a mean's error is sqrt((E[x^2] - E[x]^2) / (n - 1)), a perplexity's
+error is that of the mean negative log-likelihood times the perplexity, and the two models' covariance is subtracted
+from the error of their ratio. Tokens of a text are correlated, so true errors are somewhat larger.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compressknow.comparison.distributions import compute_percentiles
 from compressknow.comparison.records import GreedyDivergence, Measurement, Perplexity, TextChange, TextFigures
 from compressknow.evaluate.records import OTHER_TOKENS, Chunk
 
-# Percentiles as llama.cpp prints them, by the names that report.json has for them.
+# Percentiles as in llama.cpp's output, by their names in report.json.
 PERCENTILES = {
     **{"min": 0.0, "p0_1": 0.1, "p1": 1.0, "p5": 5.0, "p10": 10.0, "p50": 50.0},
     **{"p90": 90.0, "p95": 95.0, "p99": 99.0, "p99_9": 99.9, "max": 100.0},
@@ -30,11 +30,11 @@ def compute_perplexity(chunks: Sequence[Chunk]) -> Perplexity:
     mean = measure_mean(nll)
     value = math.exp(mean.value) if mean.value < 700 else math.inf
     lengths = [chunk.bytes for chunk in chunks]
-    per_token = None
-    if None not in lengths and (of := sum(length or 0 for length in lengths)):
-        scale = len(nll) / of / math.log(2)
-        per_token = Measurement(mean.value * scale, mean.error * scale)
-    return Perplexity(Measurement(value, value * mean.error), len(nll), per_token)
+    per_byte = None
+    if None not in lengths and (total := sum(length or 0 for length in lengths)):
+        scale = len(nll) / total / math.log(2)
+        per_byte = Measurement(mean.value * scale, mean.error * scale)
+    return Perplexity(Measurement(value, value * mean.error), len(nll), per_byte)
 
 
 def has_same_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> bool:
@@ -46,19 +46,18 @@ def has_same_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> b
 
 def compare_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> TextChange:
     """Compare one model with the other, over the same tokens."""
-    before, after = (_join(side, "logp") for side in (original, compressed))
+    before, after = (_join(chunks, "logp") for chunks in (original, compressed))
     kl = np.concatenate([chunk.kl for chunk in compressed if chunk.kl is not None] or [np.array([])])
-    whole = len(kl) == len(after)
+    is_complete = len(kl) == len(after)
     change = np.exp(after) - np.exp(before)
-    # The error is that of the mean of the paired differences, which is the same as the square root of both variances
-    # less twice the covariance.
+    # The error of the mean of paired differences, which includes the covariance.
     log_ratio = measure_mean(before - after)
     ratio = math.exp(log_ratio.value) if log_ratio.value < 700 else math.inf
     one, other = compute_perplexity(original).value, compute_perplexity(compressed).value
     covariance = float(np.mean((before - before.mean()) * (after - after.mean())))
     spread = float(np.std(before) * np.std(after))
-    of_means = covariance / max(len(before) - 1, 1) if len(before) > 10 else 0.0
-    squared_error = one.error**2 + other.error**2 - 2 * one.value * other.value * of_means
+    mean_covariance = covariance / max(len(before) - 1, 1) if len(before) > 10 else 0.0
+    squared_error = one.error**2 + other.error**2 - 2 * one.value * other.value * mean_covariance
     squares = measure_mean(change**2)
     same_top = np.concatenate([a.top == b.top for a, b in zip(original, compressed, strict=True)])
     share = float(same_top.mean())
@@ -68,8 +67,8 @@ def compare_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Te
         log_ratio=log_ratio,
         difference=Measurement(other.value - one.value, math.sqrt(squared_error) if squared_error > 0 else 0.0),
         correlation=covariance / spread if spread > 0 else None,
-        kl=measure_mean(kl) if whole else None,
-        kl_percentiles=compute_percentiles(kl, PERCENTILES) if whole else None,
+        kl=measure_mean(kl) if is_complete else None,
+        kl_percentiles=compute_percentiles(kl, PERCENTILES) if is_complete else None,
         same_top=Measurement(share, math.sqrt(share * (1 - share) / (len(same_top) - 1)) if len(same_top) > 1 else 0.0),
         change=measure_mean(change),
         change_rms=Measurement(rms, squares.error / (2 * rms) if rms else 0.0),
@@ -82,20 +81,20 @@ def compare_text(
     text: str, context: int, divergence: str, original: Sequence[Chunk], compressed: Sequence[Chunk]
 ) -> TextFigures:
     """Return all figures of one text, the first model taken as the original; see `TextFigures`."""
-    alike = divergence != OTHER_TOKENS and has_same_tokens(original, compressed)
+    same_tokens = divergence != OTHER_TOKENS and has_same_tokens(original, compressed)
     return TextFigures(
         text=text,
         context=context,
         chunks=len(original),
-        divergence=divergence if alike else OTHER_TOKENS,
+        divergence=divergence if same_tokens else OTHER_TOKENS,
         original=compute_perplexity(original),
         compressed=compute_perplexity(compressed),
-        moved=compare_tokens(original, compressed) if alike else None,
+        moved=compare_tokens(original, compressed) if same_tokens else None,
     )
 
 
 def measure_mean(values: np.ndarray) -> Measurement:
-    """Return mean and standard error, as llama.cpp's `mean_and_uncertainty`: no error of ten values or fewer.
+    """Return mean and standard error, as llama.cpp's `mean_and_uncertainty` does: 0 for ten values or fewer.
 
     >>> measure_mean(np.arange(11.0))
     Measurement(value=5.0, error=1.0)
@@ -110,9 +109,9 @@ def _compare_greedy(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> G
     pairs = [pair for pair in pairs if len(pair[0]) and len(pair[0]) == len(pair[1])]
     if not pairs:
         return None
-    firsts = [np.flatnonzero(one != other) for one, other in pairs]
-    places = sorted(int(differs[0]) + 1 for differs in firsts if len(differs))
-    return GreedyDivergence(len(pairs), max(len(one) for one, _ in pairs), len(pairs) - len(places), tuple(places))
+    differences = [np.flatnonzero(one != other) for one, other in pairs]
+    first = sorted(int(positions[0]) + 1 for positions in differences if len(positions))
+    return GreedyDivergence(len(pairs), max(len(one) for one, _ in pairs), len(pairs) - len(first), tuple(first))
 
 
 def _join(chunks: Sequence[Chunk], name: str) -> np.ndarray:

@@ -249,8 +249,8 @@ def find_named_family(config: Mapping[str, Any]) -> str | None:
 
 
 def find_family(model: PreTrainedModel) -> str | None:
-    """Return ``masked``, ``causal``, ``seq2seq`` or None, by a model's class; for remote code, by the names in its config
-    and of its class."""
+    """Return ``masked``, ``causal``, ``seq2seq`` or None, by a model's class; for remote code, by the names
+    in its config and of its class."""
     name = type(model).__name__
     if family := find_family_of_class(name):
         # Some that transformers lists as sequence-to-sequence turn speech into text: given text, they go on writing.
