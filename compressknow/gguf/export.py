@@ -307,29 +307,29 @@ _KINDS: dict[str, set[Any]] = {
     "layer_types": {"sliding_attention", "chunked_attention", "full_attention"},
     "no_rope_layers": {0, 1},
 }
+# Settings that transformers derives these from if they are missing.
+_PATTERNS = ("sliding_window_pattern", "no_rope_layer_interval")
 
 
 def _check_kinds(export: ExportPlan, file: Path) -> None:
-    """Raise UnsupportedError if blocks were dropped and llama.cpp would run the remaining ones as the wrong kind: for
-    some architectures (Gemma 2 and 3, SmolLM3), it derives a block's kind from its position, not from the file."""
+    """Raise UnsupportedError if llama.cpp would run blocks as the wrong kind: for some architectures (Gemma 2 and 3,
+    SmolLM3), it derives a block's kind from its position, as transformers' defaults do, and not from the file."""
+    from transformers import CONFIG_MAPPING
+
     config = export.checkpoint.config.get("text_config") or export.checkpoint.config
-    for stack in (export.manifest or {}).get("removed", {}).get("blocks", ()):
-        remaining = [number for number in range(stack["before"]) if number not in stack["dropped"]]
-        for key, possible in _KINDS.items():
-            kinds = config.get(key)
-            if not isinstance(kinds, list) or len(kinds) != len(remaining) or not possible.issuperset(kinds):
-                continue
-            before = dict(zip(remaining, kinds, strict=True))
-            is_moved = any(before.get(place, kind) != kind for place, kind in enumerate(kinds))
-            fields = read_gguf(file).fields if is_moved else ()
-            if is_moved and not any(name.endswith(".sliding_window_pattern") for name in fields):
-                raise UnsupportedError(
-                    f"{export.checkpoint.name} cannot be exported: dropped blocks moved others to positions of "
-                    "another kind.",
-                    f"llama.cpp derives the kinds of {export.source.structure.architecture} blocks ({key}) from their "
-                    "positions, so it would compute something else.",
-                    "Drop the last blocks, or whole periods of the pattern, with --drop-blocks LIST; or prune instead.",
-                )
+    kinds = {key: config[key] for key, known in _KINDS.items() if config.get(key) and known.issuperset(config[key])}
+    if not kinds or config.get("model_type") not in CONFIG_MAPPING:
+        return
+    others = {key: value for key, value in config.items() if key not in (*kinds, *_PATTERNS)}
+    usual = CONFIG_MAPPING[config["model_type"]](**others)
+    changed = [key for key, values in kinds.items() if getattr(usual, key, values) != values]
+    if changed and not any(name.endswith(".sliding_window_pattern") for name in read_gguf(file).fields):
+        raise UnsupportedError(
+            f"{export.checkpoint.name} cannot be exported: llama.cpp would run some of its blocks as another kind.",
+            f"It derives the kinds of {export.source.structure.architecture} blocks from their positions, and "
+            f"{changed[0]} in config.json has others.",
+            "If blocks were dropped: drop the last ones, or whole periods of the pattern, with --drop-blocks LIST.",
+        )
 
 
 def write_floats(export: ExportPlan, folder: Path, kind: str, *, begin: Begin = ignore_progress) -> Path:

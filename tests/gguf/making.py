@@ -38,7 +38,6 @@ _MODELS = {
     "gemma3": lambda: hf.Gemma3ForCausalLM(
         hf.Gemma3TextConfig(
             **_LLAMA | {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 7},
-            layer_types=[*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
         )
     ),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_LLAMA, num_local_experts=2)),

@@ -48,7 +48,7 @@ from tests.gguf.making import (
     weights,
 )
 from tests.long import one_in
-from tests.models import save_tiny
+from tests.models import edit_config, save_tiny
 
 pytest.importorskip("llama_cpp_py_sync")
 
@@ -416,12 +416,15 @@ def _write_wheel(folder: Path, script: str = "") -> None:
 
 
 @needs_converter
-def test_blocks_whose_kinds_llama_cpp_tells_by_their_places_stay_in_these(tmp_path: Path) -> None:
-    """Of Gemma 3, it takes each sixth block for one that sees the whole text."""
+def test_blocks_whose_kinds_llama_cpp_derives_from_their_positions(tmp_path: Path) -> None:
+    """In Gemma 3, it takes each sixth block for one that sees the whole text."""
     source, place = checkpoint("gemma3", tmp_path / "model"), tmp_path / "out.gguf"
     compressknow.convert(source, tmp_path / "moved", drop_blocks="2-2")
-    with pytest.raises(UnsupportedError, match=r"llama\.cpp derives the kinds of Gemma3ForCausalLM"):
-        compressknow.export(tmp_path / "moved", place)
+    trained = shutil.copytree(source, tmp_path / "trained")
+    edit_config(trained, layer_types=["sliding_attention", "full_attention", *["sliding_attention"] * 5])
+    for model in (tmp_path / "moved", trained):
+        with pytest.raises(UnsupportedError, match=r"derives the kinds of Gemma3ForCausalLM.*layer_types"):
+            compressknow.export(model, place)
     assert not place.exists()
     compressknow.convert(source, tmp_path / "shorter", drop_blocks="6-6")
     assert compressknow.export(tmp_path / "shorter", place).answer
