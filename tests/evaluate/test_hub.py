@@ -252,7 +252,7 @@ def test_a_configuration_follows_the_name(tmp_path: Path) -> None:
 def test_a_loading_script_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "lama").mkdir()
     (tmp_path / "lama" / "lama.py").write_text("raise SystemExit('never run')")
-    with pytest.raises(UsageError, match=r"script of its own, which the datasets library has not run since version 4"):
+    with pytest.raises(UsageError, match=r"own loading script, which the datasets library has not run since version 4"):
         read_hub_facts(str(tmp_path / "lama"))
 
 

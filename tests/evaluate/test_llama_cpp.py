@@ -342,7 +342,7 @@ def test_what_is_no_decoder_is_refused(place: Path, tmp_path: Path) -> None:
     _add_flag(file, content)
     error = refused(file, tmp_path, place / "facts.jsonl")
     assert isinstance(error, UnsupportedError)
-    assert "decoder-only models alone" in str(error)
+    assert "only decoder-only models" in str(error)
 
 
 def _add_flag(file: Path, content: bytes) -> None:

@@ -440,7 +440,7 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         "lm-eval:helaswag": "no task 'helaswag'.\nDid you mean hellaswag",
         "lm-eval:clozes": "Did you mean cloze",
         "lm-eval:boolqq": "Did you mean boolq",
-        "lm-eval:cloze": "needs cloze.jsonl, which neither its task folder nor --data holds.\nPut it beside 0.yaml",
+        "lm-eval:cloze": "needs cloze.jsonl, which neither its task folder nor --data holds.\nPut it next to 0.yaml",
     }.items():
         with pytest.raises(UsageError, match=re.escape(why)):
             open_task(name, include=folder, data=tmp_path)
