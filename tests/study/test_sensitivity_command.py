@@ -140,7 +140,7 @@ def test_text_alone_guides_where_too_few_facts_are_known(at_home: Path, capsys: 
         ("llama --to onnx", "'onnx' is not known. Choose one of gguf, checkpoint"),
         ("llama --to checkpont", "Did you mean checkpoint?"),
         ("llama --guide fact", "'fact' is not known. Did you mean"),
-        ("llama --facts text:text.txt", "text.txt: facts guide, and it has none"),
+        ("llama --facts text:text.txt", "text.txt: it has no facts to guide by"),
         ("llama --facts atlass", "Did you mean atlas?"),
         ("llama --calibration nowhere.txt", "There is no calibration text"),
         ("llama --calibration-tokens 0", "0 is not in the range"),
