@@ -132,7 +132,7 @@ class Reader:
         rows: Sequence[int] | None = None,
     ) -> Iterator[Block]:
         """Yield the blocks of a tensor (of a dtype in READABLE) in order, or the `whole` tensor as one block. If `rows`
-        are given, only these are read and numbered from 0. Blocks have as many rows as if the tensor had `columns`."""
+        are given, only these are read and numbered from 0. Blocks have as many rows as if it were `columns` wide."""
         count, width = get_matrix_shape(tensor.shape)
         count = count if rows is None else len(rows)
         height = max(1, count if whole else min(count, BLOCK_ELEMENTS // max(columns or width, 1)))

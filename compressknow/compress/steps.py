@@ -47,7 +47,7 @@ PAPER_SCOPES = {
 class Where:
     """Linear weights that a step acts on: a union of scopes, narrowed by module names and block numbers.
 
-    A string in `scope` may name several, separated by commas. Raises UsageError for what no model could have.
+    A string in `scope` may name several, separated by commas. Raises UsageError for names that no model could have.
     """
 
     scope: tuple[str, ...] = option(
@@ -336,7 +336,7 @@ class Calibration:
     """Text that the model runs over, for steps that look at activations.
 
     `text` is ``self`` (the model's own samples), the path of a .txt or .jsonl file, or ``hf:DATASET``; `tokens` is how
-    many tokens are drawn from it, with `seed`.
+    many of its tokens are used. `seed` is for the samples, and for the tokens that are masked.
     """
 
     text: str = option(

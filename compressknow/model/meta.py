@@ -143,7 +143,7 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
 
 @_ignore_warnings()
 def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> PreTrainedModel:
-    """Build a module tree of the same class with other contents of its config.json, whose `path` errors name.
+    """Build a module tree of the same class from other contents of its config.json; errors name its `path`.
 
     Raises CheckpointError if no such model can be built.
     """
