@@ -1,4 +1,4 @@
-"""Model ready to be evaluated: its weights on a device, its tokenizer, its family."""
+"""Language model ready for evaluation: its weights on a device, its tokenizer, its family."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _OTHER_WORDS = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "hip": "cuda", 
 
 
 def check_device(name: str) -> None:
-    """Raise UsageError for a name of no device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu`` or ``auto``. Whether
-    the machine has it is not checked: that takes torch."""
+    """Raise UsageError if a name is not a device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu`` or ``auto``. Whether
+    this machine has the device is not checked, since that needs torch."""
     kind, colon, number = name.partition(":")
     is_numbered = kind not in (AUTO, CPU) and re.fullmatch("0|[1-9][0-9]{0,3}", number)
     if kind not in DEVICES or (colon and not is_numbered):
         other = _OTHER_WORDS.get(kind.lower())
         near = f"Did you mean {other}? " if other else suggest_word(kind, DEVICES)
-        raise UsageError(f"There is no device {name!r}.", hint=f"{near}Choose from {', '.join(DEVICES)}, and cuda:1.")
+        raise UsageError(f"There is no device {name!r}.", hint=f"{near}Choose from {', '.join(DEVICES)} or cuda:1.")
 
 
 def resolve_device(name: str) -> str:
-    """Return the device that a name means on this machine: of ``auto`` cuda, else mps, else cpu.
+    """Return the device that a name means on this machine; for ``auto`` cuda, else mps, else cpu.
 
-    Raises UsageError if it names none, or one that this machine or this torch does not have.
+    Raises UsageError if it is not a device, or if this machine or this torch does not have it.
     """
     import torch
 
@@ -48,8 +48,8 @@ def resolve_device(name: str) -> str:
     if int(number or 0) < count:
         return name
     if count:
-        there = f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
-        raise UsageError(f"There is no device {name}.", hint=f"This machine has {there}.")
+        available = f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+        raise UsageError(f"There is no device {name}.", hint=f"This machine has {available}.")
     raise UsageError(
         f"--device {name}: no {kind} device is available.",
         why=f"torch {torch.__version__} finds none: the machine has none, its driver is missing, "
@@ -58,9 +58,9 @@ def resolve_device(name: str) -> str:
     )
 
 
-# Names that compressed-tensors gives to what it keeps in a quantized layer.
-_BESIDE_WEIGHTS = {"weight_g_idx", "weight_shape"} | {
-    f"{of}_{what}" for of in ("weight", "input", "output") for what in ("scale", "zero_point")
+# Names of compressed-tensors' additional parameters in a quantized layer.
+_QUANTIZATION_PARAMETERS = {"weight_g_idx", "weight_shape"} | {
+    f"{kind}_{part}" for kind in ("weight", "input", "output") for part in ("scale", "zero_point")
 }
 
 
@@ -74,17 +74,17 @@ class LanguageModel:
 
     @property
     def parameters(self) -> int:
-        """Count the model's parameters, without what quantization stores beside its weights."""
+        """Count the model's parameters, without those that quantization adds."""
         from compressknow.engine.layers import EngineLinear
 
-        named = self.model.named_parameters()
-        listed = sum(parameter.numel() for name, parameter in named if name.rpartition(".")[2] not in _BESIDE_WEIGHTS)
+        named = ((name.rpartition(".")[2], parameter) for name, parameter in self.model.named_parameters())
+        listed = sum(parameter.numel() for name, parameter in named if name not in _QUANTIZATION_PARAMETERS)
         unlisted = (module.unlisted for module in self.model.modules() if isinstance(module, EngineLinear))
         return int(listed) + sum(unlisted)
 
     @property
     def dtype(self) -> str:
-        """Return what it computes in: ``float32``, or ``float32 + int8`` where some layers multiply in int8."""
+        """Return the dtype of its products: ``float32``, or ``float32 + int8`` if some layers multiply in int8."""
         from compressknow.engine.layers import EngineLinear
 
         words = {module.word for module in self.model.modules() if isinstance(module, EngineLinear)}
@@ -94,16 +94,15 @@ class LanguageModel:
     def vocabulary(self) -> str:
         """Return a short hash of the tokens that the model has, and their ids.
 
-        A GGUF's tokenizer has one more than its original's: the end of text that transformers adds to those of GPT-2's
-        kind, beyond the last row.
+        The tokenizer of a GGUF may have one more than its original's: transformers adds an end-of-text token beyond the
+        last row to GPT-2-like ones.
         """
         rows = count_embedding_rows(self.model)
         return hash_vocabulary(pair for pair in self.tokenizer.get_vocab().items() if pair[1] < rows)
 
 
 def hash_vocabulary(tokens: Iterable[tuple[str, int]]) -> str:
-    """Return a short hash of tokens and their ids, without the names that llama.cpp's converter gives to rows that no
-    token has."""
+    """Return a short hash of tokens and their ids, without those that llama.cpp's converter adds for unused rows."""
     named = sorted((token, number) for token, number in tokens if token != f"[PAD{number}]")
     return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
 
@@ -111,11 +110,11 @@ def hash_vocabulary(tokens: Iterable[tuple[str, int]]) -> str:
 def load_language_model(
     path: Path, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
 ) -> LanguageModel:
-    """Load a checkpoint folder or a GGUF file with its head and its tokenizer. `dtype` is that of what is not
+    """Load a checkpoint folder or a GGUF file with its head and its tokenizer. `dtype` is that of weights that are not
     quantized: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
 
-    Raises CheckpointError if it lacks a language-modelling head, weights or a tokenizer: none is ever made up at
-    random; UnsupportedError if it is not a language model of text.
+    Raises CheckpointError if it lacks a language-modelling head, weights or a tokenizer (they are never filled in at
+    random), UnsupportedError if it is not a language model of text.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, language_model=True)
@@ -124,7 +123,7 @@ def load_language_model(
     family = find_family(model)
     if family is None:
         raise UnsupportedError(
-            f"{path} is a {type(model).__name__}: no masked, causal or sequence-to-sequence language model.",
+            f"{path} is a {type(model).__name__}, not a masked, causal or sequence-to-sequence language model.",
             hint="Give a checkpoint whose `architectures` names a language model.",
         )
     return LanguageModel(model, tokenizer, family)
@@ -133,15 +132,15 @@ def load_language_model(
 def make_language_model(
     variant: Variant, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: str
 ) -> LanguageModel:
-    """Make a conversion in memory ready to be evaluated; `tokenizer` is that of its source."""
+    """Load a conversion in memory for evaluation; `tokenizer` is that of its source."""
     model = load_variant(variant, device=device, dtype=dtype)
     _make_batch_invariant(model)
     return LanguageModel(model, tokenizer, find_family(model) or "")
 
 
 def _make_batch_invariant(model: PreTrainedModel) -> None:
-    """Make float layers batch-invariant beside layers that round what comes in. It takes longer for few rows, so a
-    model that is loaded for other ends goes without."""
+    """Make float layers batch-invariant if other layers round their inputs. As this takes longer for few rows, it is
+    done only for evaluation."""
     from compressknow.engine.layers import EngineLinear, has_rounded_activations, make_batch_invariant
 
     if has_rounded_activations(model) and any(isinstance(module, EngineLinear) for module in model.modules()):
@@ -151,7 +150,7 @@ def _make_batch_invariant(model: PreTrainedModel) -> None:
 def count_embedding_rows(model: PreTrainedModel) -> int:
     """Return the number of tokens that a model reads. Raises UnsupportedError if it reads no tokens."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
-    # Perceiver's is a part of what prepares its inputs.
+    # Perceiver's embedding is part of its input preprocessor.
     rows = weight.shape[0] if weight is not None else getattr(model.config, "vocab_size", None)
     if isinstance(rows, int):
         return rows
@@ -161,20 +160,21 @@ def count_embedding_rows(model: PreTrainedModel) -> int:
 
 
 def check_tokens(largest: int, rows: int, where: str) -> None:
-    """Raise CheckpointError for an id beyond the embedding: those of a tokenizer may have gaps."""
+    """Raise CheckpointError for an id beyond the embedding. The vocabulary's size does not show it, as ids may have
+    gaps."""
     if largest >= rows:
         raise CheckpointError(
-            f"The tokenizer gives token {largest:,}, the model's embedding has {rows:,} rows: they do not match.",
-            f"It stands in {where}.",
-            "Put the tokenizer that the model was trained with beside its weights.",
+            f"The tokenizer gives token {largest:,}, but the model's embedding has {rows:,} rows: they do not match.",
+            f"The token is in {where}.",
+            "Put the tokenizer that the model was trained with in its folder.",
         )
 
 
-# Tokenizers without a length of their own say 10^30.
+# Tokenizers without a maximum length have 10^30.
 _NO_LIMIT = 1 << 24
 _NAMES = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
-    "max_decoder_position_embeddings",  # LED: fewer than its encoder has.
+    "max_decoder_position_embeddings",  # In LED, fewer than those of the encoder.
 )
 _POSITIONS = ("position_embeddings", "embed_positions")
 
@@ -184,7 +184,7 @@ def count_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     config = model.config.get_text_config()
     stated = [value for name in _NAMES if isinstance(value := getattr(config, name, None), int) and value > 0]
     named = (module for name, module in model.named_modules() if name.endswith(_POSITIONS))
-    # RoBERTa and its kin count from the one after padding's.
+    # RoBERTa and similar models number positions from the padding index + 1.
     padding: Any = getattr(next(named, None), "padding_idx", None)
     bounds = [length - (0 if padding is None else int(padding) + 1) for length in stated]
     if tokenizer.model_max_length and tokenizer.model_max_length < _NO_LIMIT:
@@ -192,22 +192,22 @@ def count_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return min(bounds, default=None)
 
 
-# mT5's are words of its vocabulary, with the space before them.
+# In mT5, sentinels are ordinary tokens with a leading space.
 _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
 
 
 def find_sentinels(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids of two or more tokens that stand for blanks (T5), in their order; empty if there are none."""
-    # Reversed, so that of two of one number the one without a space counts.
+    """Return the ids of the tokens that represent blanks (T5), in order; empty if there are fewer than two."""
+    # Reversed, so that of two tokens with one number, the one without a space is used.
     vocabulary = sorted(tokenizer.get_vocab().items(), reverse=True)
-    found = {int(match[1]): number for token, number in vocabulary if (match := _SENTINEL.fullmatch(token))}
-    sentinels = tuple(found[place] for place in range(len(found)) if place in found)
+    ids = {int(match[1]): token_id for token, token_id in vocabulary if (match := _SENTINEL.fullmatch(token))}
+    sentinels = tuple(ids[number] for number in range(len(ids)) if number in ids)
     return sentinels if len(sentinels) > 1 else ()
 
 
 def find_decoder_start(model: PreTrainedModel) -> int:
-    """Return the token that a decoder begins with, as `generate` finds it. Raises UnsupportedError without one."""
-    # Its generation_config.json comes first; without that file, the generation config is made of config.json.
+    """Return the token that a decoder begins with, found as by `generate`. Raises UnsupportedError without one."""
+    # generation_config.json has priority; without that file, the generation config comes from config.json.
     generation = getattr(model, "generation_config", None)  # A classifier has none.
     for holder, name in (
         (generation, "decoder_start_token_id"),
@@ -223,8 +223,8 @@ def find_decoder_start(model: PreTrainedModel) -> int:
 
 
 def _check_head(path: Path, model: PreTrainedModel) -> None:
-    """Raise CheckpointError for a missing head that transformers ties to the embedding, for T5 even where the config
-    says that they are two: such a model answers at random."""
+    """Raise CheckpointError for a missing head that transformers ties to the embedding, in T5 even if the config says
+    that they are separate: such a model answers at random."""
     config = read_json(path / "config.json") if path.is_dir() else {}
     named = str((config.get("architectures") or [None])[0])
     head = model.get_output_embeddings()
@@ -246,16 +246,16 @@ def find_named_family(config: Mapping[str, Any]) -> str | None:
     """
     names = config.get("architectures")
     family = find_family_of_class(str(names[0])) if names and isinstance(names, list) else None
-    # As in `find_family`; not every config says what its class has for a default.
+    # As in `find_family`. A config may leave out `is_encoder_decoder` if it is the class's default.
     return family if family != "seq2seq" or config.get("is_encoder_decoder") else None
 
 
 def find_family(model: PreTrainedModel) -> str | None:
-    """Return ``masked``, ``causal`` or ``seq2seq``, or None if a model is none of these: by its class, or, of
-    modelling code that comes with a checkpoint, by the name of its class and its config."""
+    """Return ``masked``, ``causal`` or ``seq2seq``, or None if a model is none of these: by its class or, for a
+    checkpoint's own modelling code, by the name of its class and its config."""
     name = type(model).__name__
     if family := find_family_of_class(name):
-        # Some that transformers lists as sequence-to-sequence turn speech into text: given text, they go on writing.
+        # Some classes that transformers lists as sequence-to-sequence transcribe speech; they continue a given text.
         return family if family != "seq2seq" or model.config.is_encoder_decoder else "causal"
     if model.config.is_encoder_decoder and model.can_generate():
         return "seq2seq"
