@@ -951,7 +951,7 @@ class TestScheme:
         [
             (("torch.device(device)", "torch.devise(device)"), "AttributeError: module 'torch'"),
             (("weights.num_bits", "weights.bits"), "AttributeError: 'QuantizationArgs' object has no attribute 'bits'"),
-            (("return Int6Linear(module) if", "return module if"), "`layer_of` gives no EngineLinear"),
+            (("return Int6Linear(module) if", "return module if"), "`layer_of` returns something other"),
             (('    word = "int6"\n', ""), "has no attribute 'word'"),
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",

@@ -81,7 +81,7 @@ class TensorWriter:
 
 @dataclass(frozen=True)
 class TensorConverter(Reader):
-    """Converter of single tensors: reads, prunes, quantizes and writes each, with the `writer` of its name.
+    """Converter of single tensors, which reads, prunes, quantizes and writes each; `writer` makes its writer, by name.
 
     `unfitted` holds the original values of refitted sources, by name, from which their errors are measured.
     """
@@ -164,7 +164,7 @@ class TensorConverter(Reader):
         return hashes
 
     def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> TensorStats:
-        """Write a tensor that was divided by `factors`, as other tensors compensate for: `values`, in its dtype."""
+        """Write `values`, a tensor divided by `factors`, in its dtype. Other tensors compensate for the division."""
         original = next(self.blocks(planned.source, whole=True)).values.reshape(values.shape)
         writer, energy = self.writer(planned.name), _sum_squares(original[None])
         writer.write(values)
@@ -209,7 +209,7 @@ def read_pruned(reader: Reader, planned: PlannedTensor, mask: Mask) -> torch.Ten
 
 
 def _check_stored(tensor: torch.Tensor, planned: PlannedTensor, part: Stored, rows: int) -> torch.Tensor:
-    """Return a tensor that a scheme made. Raises ValueError if it has not the dtype and shape announced for it."""
+    """Return a tensor that a scheme made. Raises ValueError if it does not have the announced dtype and shape."""
     dtype, shape = get_torch_dtype(part.dtype), (rows, *part.shape[1:])
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         stored = f"it stores {list(tensor.shape)} of {tensor.dtype} for {planned.name}"

@@ -1,8 +1,8 @@
 """Quantization schemes, which store weights in few bits in the layout of compressed-tensors, and the built-in ones.
 
 The conversion gets scales from a scheme, rounds the weights to its grid (`round_to_nearest`, or
-`calibrate.compensation.round_by_gptq`), and writes the codes as `pack` returns them. A scheme also has its name, and
-what vLLM can run of it. The manifest of a converted checkpoint determines what runs it (`list_runtimes`).
+`calibrate.compensation.round_by_gptq`), and writes the codes as `pack` returns them. A scheme also has its names, and
+its limits in vLLM. The manifest of a converted checkpoint determines what runs it (`list_runtimes`).
 """
 
 from __future__ import annotations

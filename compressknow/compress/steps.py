@@ -335,7 +335,7 @@ class Calibration:
     """Text that the model runs over, for steps that look at activations.
 
     `text` is ``self`` (the model's own samples), the path of a .txt or .jsonl file, or ``hf:DATASET``; `tokens` is how
-    many tokens are drawn from it, with `seed`.
+    many of its tokens are used. `seed` is for the samples, and for the tokens that are masked.
     """
 
     text: str = option(

@@ -1,4 +1,4 @@
-"""Identity of a model: its files, read once, their hashes, size and quantization, and what compressknow did to it."""
+"""Identity of a model: its files, which are read once, their hashes, its size and quantization, and its conversion."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ DECISIVE = ("config.json", *TOKENIZER_FILES, ADAPTER_CONFIG, f"{ADAPTER}.safeten
 
 @dataclass(frozen=True)
 class LocatedModel:
-    """Model on this machine, `path` being a checkpoint folder or a GGUF file in one, or on the server at `url`."""
+    """Model on this machine, with the `path` of a checkpoint folder or GGUF file, or on the server at `url`."""
 
     name: str
     path: Path
@@ -77,12 +77,12 @@ class LocatedModel:
 
     @property
     def files(self) -> list[Path]:
-        """Return the files that decide what the model answers, weights first."""
+        """Return the files that affect the model's answers, weights first."""
         if self.path.suffix == ".gguf":
             from compressknow.model.gguf_file import list_parts
 
             return list_parts(self.path)
-        # Modelling code too: it is run where the user trusts it.
+        # Modelling code too, which runs if the user trusts it.
         code = sorted(path.name for path in self.path.glob("*.py"))
         decisive = [*find_weight_files(self.path), *DECISIVE, *code]
         return [self.path / name for name in decisive if (self.path / name).is_file()]
@@ -90,7 +90,7 @@ class LocatedModel:
 
 def locate(model: str | Path, revision: str | None = None) -> LocatedModel:
     """Find a model: a local folder, ``FOLDER/FILE.gguf``, a hub id, which is downloaded, or the address of a server,
-    which is not contacted yet. Raises CheckpointError if there is none, UsageError for what cannot be an address."""
+    which is not contacted yet. Raises CheckpointError if it is not found, UsageError for an invalid address."""
     if is_address(model):
         return locate_server(str(model))
     path = Path(model)
@@ -105,7 +105,7 @@ def locate(model: str | Path, revision: str | None = None) -> LocatedModel:
         if is_installed("gguf"):
             from compressknow.model.gguf_file import check_whole, list_parts
 
-            # A minute's work on the original may come before this file is opened.
+            # Check now, since the file may be opened only after a minute's work on the original.
             for part in list_parts(path):
                 check_whole(part)
         return LocatedModel(escape_name(path.name), path)
@@ -115,7 +115,7 @@ def locate(model: str | Path, revision: str | None = None) -> LocatedModel:
 
 
 def locate_server(address: str) -> LocatedModel:
-    """Return a model on a server. Raises UsageError if the address names no host, or holds what must not be shown.
+    """Return a model on a server. Raises UsageError if the address names no host, or may contain a secret.
 
     >>> locate_server("http://localhost:8080/v1/").url
     'http://localhost:8080'
@@ -129,8 +129,8 @@ def locate_server(address: str) -> LocatedModel:
     if "@" in parts.netloc or parts.query or parts.fragment:
         # It may contain a secret, so it is not shown.
         raise UsageError(
-            "The server's address holds more than host, port and path.",
-            hint="Give it as http://HOST:PORT, and a key in the environment: COMPRESSKNOW_API_KEY.",
+            "The server's address contains more than host, port and path.",
+            hint="Give it as http://HOST:PORT, and the key in the environment variable COMPRESSKNOW_API_KEY.",
         )
     path = parts.path.rstrip("/").removesuffix("/v1")
     return LocatedModel(parts.netloc, Path(), url=f"{parts.scheme}://{parts.netloc}{path}")
@@ -146,7 +146,7 @@ def find_source(manifest: Mapping[str, Any]) -> dict[str, Any]:
     (made in memory) there is no fingerprint."""
     source = manifest["source"]
     hashes: Mapping[str, str] = source["files"]
-    # Weights that were copied are those of modules that sentence-transformers runs behind the model.
+    # Copied weights belong to modules that sentence-transformers runs after the model.
     weights = [n for n in hashes if n.endswith((".safetensors", ".bin")) and n not in manifest["files"]]
     decisive = [*sorted(weights), *DECISIVE, *sorted(n for n in hashes if n.endswith(".py") and "/" not in n)]
     sha256 = compute_fingerprint((name, hashes[name]) for name in decisive if name in hashes) if hashes else None
@@ -154,11 +154,11 @@ def find_source(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(located: LocatedModel) -> dict[str, Any]:
-    """Describe a model by its files, for the record of its answers; reads no weights but some rows.
+    """Describe a model by its files, for the record of its answers, reading only a few rows of its weights.
 
-    Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (in words), grid (see
-    `find_grid`) where there is one and, of a converted checkpoint, setup, recipe, source, zeros,
-    groups and removed as its manifest has them, and calibration as `summarize_calibration` has it.
+    Keys: name, revision, bytes (of the weights), dtype (of most weights), quantization (as text), grid (see
+    `find_grid`) if there is one and, for a converted checkpoint, setup, recipe, source, zeros, groups and removed from
+    its manifest, and calibration from `summarize_calibration`.
     """
     described: dict[str, Any] = {"name": located.name, "revision": located.revision}
     if located.url is not None:
@@ -180,7 +180,7 @@ def describe(located: LocatedModel) -> dict[str, Any]:
 
 
 def _name_dtypes(sizes: Iterable[tuple[str, int]]) -> str:
-    """Name the two dtypes of which there are most bytes."""
+    """Name the two dtypes with the most bytes."""
     totals: Counter[str] = Counter()
     for dtype, nbytes in sizes:
         totals[dtype] += nbytes
@@ -188,12 +188,12 @@ def _name_dtypes(sizes: Iterable[tuple[str, int]]) -> str:
 
 
 def get_record_path(output: Path) -> Path:
-    """Return where the record of a GGUF file lies."""
+    """Return the path of a GGUF file's record."""
     return output.with_name(f"{output.name}.json")
 
 
 def read_export_record(path: Path) -> dict[str, Any]:
-    """Return "sha256" and "source" of the record that an export writes next to a GGUF file; nothing without one."""
+    """Return "sha256" and "source" of the record that an export writes next to a GGUF file; empty without one."""
     try:
         record = read_json(get_record_path(path), MANIFEST)
     except (OSError, ValueError):
@@ -207,10 +207,10 @@ def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
     `nonzero` weights, and `sparse_bytes`, counting each tensor as dense or sparse, whichever is smaller."""
     totals, rows, sparse_bytes = variant.manifest["totals"], variant.manifest["tensors"], 0
     for row in rows:
-        # The non-zero values at their width, one bit per weight, and the scales.
+        # Sparse storage has the non-zero values, one bit per weight, and the scales.
         bits = row.get("bits", 8 * DTYPE_SIZES[row["dtype_after"]])
-        spared = row["zeros"] * bits // 8 - math.ceil(row["numel"] / 8)
-        sparse_bytes += row["bytes_after"] - max(spared, 0)
+        saved = row["zeros"] * bits // 8 - math.ceil(row["numel"] / 8)
+        sparse_bytes += row["bytes_after"] - max(saved, 0)
     return {
         "name": name,
         "revision": None,
@@ -224,7 +224,7 @@ def describe_variant(name: str, variant: Variant) -> dict[str, Any]:
 
 
 def describe_quantization(config: Mapping[str, Any]) -> str | None:
-    """Return in words what a checkpoint's config says of its quantization, whoever made it, or None.
+    """Describe the quantization of a checkpoint by its config, whatever tool made it; None if it has none.
 
     >>> describe_quantization({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}})
     'gptq, 4-bit weights, groups of 128'
@@ -235,18 +235,18 @@ def describe_quantization(config: Mapping[str, Any]) -> str | None:
     words = [str(quantization.get("quant_method", "unknown method"))]
     groups = quantization.get("config_groups")
     if isinstance(groups, Mapping) and groups:
-        found = set()
-        # Presets are named alone: what they mean is not said.
+        descriptions = set()
+        # A preset is only a name, without details.
         for group in (each if isinstance(each, Mapping) else {} for each in groups.values()):
             weights, activations = group.get("weights") or {}, group.get("input_activations")
             rounded = f", {_describe_bits(activations)} activations" if activations else ""
-            found.add(f"{_describe_bits(weights)} weights ({weights.get('strategy', '?')}){rounded}")
-        return f"{words[0]}, {'; '.join(sorted(found))}"
+            descriptions.add(f"{_describe_bits(weights)} weights ({weights.get('strategy', '?')}){rounded}")
+        return f"{words[0]}, {'; '.join(sorted(descriptions))}"
 
     def get(*names: str) -> Any:
         return next((quantization[name] for name in names if quantization.get(name) is not None), None)
 
-    # bitsandbytes says it by flags.
+    # bitsandbytes uses flags.
     flag = 8 if get("load_in_8bit") else 4 if get("load_in_4bit") else None
     if bits := get("bits", "num_bits", "w_bit") or flag:
         words.append(f"{bits}-bit weights")
@@ -257,7 +257,7 @@ def describe_quantization(config: Mapping[str, Any]) -> str | None:
     if activations := get("activations"):
         words.append(f"{activations} activations")
     if size := get("group_size", "q_group_size"):
-        words.append(f"groups of {size}" if size != -1 else "a scale a channel")
+        words.append(f"groups of {size}" if size != -1 else "a scale per channel")
     if blocks := get("weight_block_size"):
         words.append(f"blocks of {' × '.join(map(str, blocks))}")
     return ", ".join(words)
@@ -291,7 +291,7 @@ def _summarize_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": manifest["recipe"],
         "source": find_source(manifest),
         "zeros": manifest["totals"]["zeros_after"],
-        # An older manifest has none for its groups: a mean over tensors would be another figure.
+        # An older manifest has no errors of groups, which cannot be computed from those of tensors.
         "groups": {name: {"relative_error": None} | group for name, group in manifest["groups"].items()},
         **({"removed": removed} if removed else {}),
         **({"calibration": calibration} if calibration else {}),
@@ -307,11 +307,11 @@ class Contents:
 
     Attributes
     ----------
-    sha256 : of the names and contents of the files that decide the answers.
-    states : of the files that were read, as they were when they were opened.
-    not_finite : tensors of floats that hold what is not a number, and what that is: "NaN" or "an infinity".
-    changed : whether they differ from what the manifest of a conversion, or the record of an export, says of them: of
-        tensors, all headers are compared, and the bytes of those of at most a megabyte.
+    sha256 : fingerprint of the names and contents of the files that affect the answers.
+    states : states of the files when they were opened.
+    not_finite : float tensors with values that are not finite, and the kind of value: "NaN" or "an infinity".
+    changed : whether the files differ from the manifest of a conversion, or the record of an export. For tensors, all
+        headers are compared, but only the bytes of those of at most a megabyte.
     """
 
     sha256: str
@@ -326,7 +326,7 @@ class Contents:
             if _is_weight(located, tensor, trust_remote_code):
                 raise CheckpointError(
                     f"{tensor.name} in {tensor.file.name} holds {what}.",
-                    why=f"{located.name} is broken: its answers would mean nothing.",
+                    why=f"{located.name} is broken: its answers would be meaningless.",
                     hint="Find an intact copy of the checkpoint, or repair the tensor.",
                 )
 
@@ -337,16 +337,16 @@ def read_contents(located: LocatedModel, on_bytes: Callable[[int], None] | None 
     hashes: dict[str, str] = {}
     small: dict[str, str] = {}
     states: dict[Path, FileState] = {}
-    flaws: list[tuple[StoredTensor, str]] = []
+    not_finite: list[tuple[StoredTensor, str]] = []
     for path in located.files:
-        hashes[path.name], states[path], found = _read_file(path, on_bytes, small)
-        flaws += found
+        hashes[path.name], states[path], faults = _read_file(path, on_bytes, small)
+        not_finite += faults
     changed = _is_changed(located, hashes, small)
-    return Contents(compute_fingerprint(hashes.items()), states, tuple(flaws), changed)
+    return Contents(compute_fingerprint(hashes.items()), states, tuple(not_finite), changed)
 
 
 def _list_tensors(path: Path) -> list[StoredTensor]:
-    """Return the tensors of a weight file; of a GGUF file those of plain floats."""
+    """Return the tensors of a weight file; for a GGUF file, only those of plain floats."""
     if path.suffix == ".safetensors":
         return list(read_header(path).values())
     if path.suffix == ".bin":
@@ -354,7 +354,7 @@ def _list_tensors(path: Path) -> list[StoredTensor]:
     if path.suffix == ".gguf":
         from compressknow.model.gguf_file import list_plain_tensors
 
-        # Its runtime says what is wrong with it.
+        # The runtime reports faults of the file.
         with suppress(NotReadable):
             return list_plain_tensors(path)
     return []
@@ -366,26 +366,26 @@ def _read_file(
     """Return the hash of a file, its state, and which tensors have NaN or infinity; put the hashes of tensors of at
     most `READ_BYTES` into `small`, by name."""
     tensors = _list_tensors(path)
-    flaws = {t.name: what for t in tensors if t.loaded and (what := find_not_finite(t.loaded, t))}
+    not_finite = {t.name: what for t in tensors if t.loaded and (what := find_not_finite(t.loaded, t))}
     digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
         for start, stop, tensor in _cut_at_tensors([t for t in tensors if t.loaded is None], status.st_size):
-            for place in range(start, stop, READ_BYTES):
-                piece = buffer[: min(READ_BYTES, stop - place)]
+            for offset in range(start, stop, READ_BYTES):
+                piece = buffer[: min(READ_BYTES, stop - offset)]
                 piece = piece[: file.readinto(piece)]
                 digest.update(piece)
                 if tensor and (what := find_not_finite(piece, tensor)):
-                    flaws.setdefault(tensor.name, what)
+                    not_finite.setdefault(tensor.name, what)
                 if on_bytes:
                     on_bytes(len(piece))
             if tensor and stop - start == tensor.nbytes <= READ_BYTES:
                 small[tensor.name] = hashlib.sha256(piece).hexdigest()
-    return digest.hexdigest(), get_state(status), [(t, flaws[t.name]) for t in tensors if t.name in flaws]
+    return digest.hexdigest(), get_state(status), [(t, not_finite[t.name]) for t in tensors if t.name in not_finite]
 
 
 def _cut_at_tensors(tensors: Iterable[StoredTensor], size: int) -> Iterator[tuple[int, int, StoredTensor | None]]:
-    """Cut a whole file where its tensors begin and end; yield each piece with the longest tensor that begins there."""
+    """Split a file where its tensors begin and end; yield each piece with the longest tensor that begins there."""
     owners: dict[int, StoredTensor] = {}
     for tensor in sorted(tensors, key=lambda tensor: -tensor.nbytes):
         if tensor.nbytes:
@@ -396,7 +396,7 @@ def _cut_at_tensors(tensors: Iterable[StoredTensor], size: int) -> Iterator[tupl
 
 
 def _is_weight(located: LocatedModel, tensor: StoredTensor, trust_remote_code: bool) -> bool:
-    """Return whether a model computes with a stored tensor, as its module tree on the meta device says."""
+    """Return whether a stored tensor is a weight of a model, by its module tree on the meta device."""
     if located.path.suffix == ".gguf":
         return True
     from compressknow.model.loading import NameMapping
@@ -416,7 +416,7 @@ def _is_weight(located: LocatedModel, tensor: StoredTensor, trust_remote_code: b
 
 
 def _is_changed(located: LocatedModel, hashes: Mapping[str, str], small: Mapping[str, str]) -> bool:
-    """Return whether files that were read with these hashes, by name, differ from their manifest or record."""
+    """Return whether files with these hashes, by name, differ from their manifest or record."""
     if located.path.suffix == ".gguf":
         recorded = read_export_record(located.path).get("sha256")
         return recorded is not None and len(hashes) == 1 and recorded not in hashes.values()

@@ -1,4 +1,4 @@
-"""Model ready to be evaluated: its weights on a device, its tokenizer, its family."""
+"""Language model ready for evaluation: its weights on a device, its tokenizer, its family."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_device(name: str) -> None:
     if kind not in DEVICES or (colon and not is_numbered):
         other = _OTHER_WORDS.get(kind.lower())
         near = f"Did you mean {other}? " if other else suggest_word(kind, DEVICES)
-        raise UsageError(f"There is no device {name!r}.", hint=f"{near}Choose from {', '.join(DEVICES)}, and cuda:1.")
+        raise UsageError(f"There is no device {name!r}.", hint=f"{near}Choose from {', '.join(DEVICES)} or cuda:1.")
 
 
 def resolve_device(name: str) -> str:
@@ -46,8 +46,8 @@ def resolve_device(name: str) -> str:
     if int(number or 0) < count:
         return name
     if count:
-        there = f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
-        raise UsageError(f"There is no device {name}.", hint=f"This machine has {there}.")
+        available = f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+        raise UsageError(f"There is no device {name}.", hint=f"This machine has {available}.")
     raise UsageError(
         f"--device {name}: no {kind} device is available.",
         why=f"torch {torch.__version__} finds none: the machine has none, its driver is missing, "
@@ -56,9 +56,9 @@ def resolve_device(name: str) -> str:
     )
 
 
-# Names that compressed-tensors gives to what it keeps in a quantized layer.
-_BESIDE_WEIGHTS = {"weight_g_idx", "weight_shape"} | {
-    f"{of}_{what}" for of in ("weight", "input", "output") for what in ("scale", "zero_point")
+# Names of compressed-tensors' additional parameters in a quantized layer.
+_QUANTIZATION_PARAMETERS = {"weight_g_idx", "weight_shape"} | {
+    f"{kind}_{part}" for kind in ("weight", "input", "output") for part in ("scale", "zero_point")
 }
 
 
@@ -72,17 +72,17 @@ class LanguageModel:
 
     @property
     def parameters(self) -> int:
-        """Count the model's parameters, without what quantization adds to its weights."""
+        """Count the model's parameters, without those that quantization adds."""
         from compressknow.engine.layers import EngineLinear
 
-        named = self.model.named_parameters()
-        listed = sum(parameter.numel() for name, parameter in named if name.rpartition(".")[2] not in _BESIDE_WEIGHTS)
+        named = ((name.rpartition(".")[2], parameter) for name, parameter in self.model.named_parameters())
+        listed = sum(parameter.numel() for name, parameter in named if name not in _QUANTIZATION_PARAMETERS)
         unlisted = (module.unlisted for module in self.model.modules() if isinstance(module, EngineLinear))
         return int(listed) + sum(unlisted)
 
     @property
     def dtype(self) -> str:
-        """Return what it computes in: ``float32``, or ``float32 + int8`` where some layers multiply in int8."""
+        """Return the dtype of its products: ``float32``, or ``float32 + int8`` if some layers multiply in int8."""
         from compressknow.engine.layers import EngineLinear
 
         words = {module.word for module in self.model.modules() if isinstance(module, EngineLinear)}
@@ -105,11 +105,11 @@ def hash_vocabulary(tokens: Iterable[tuple[str, int]]) -> str:
 def load_language_model(
     path: Path, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
 ) -> LanguageModel:
-    """Load a checkpoint folder or a GGUF file with its head and its tokenizer. `dtype` is that of what is not
+    """Load a checkpoint folder or a GGUF file with its head and its tokenizer. `dtype` is that of weights that are not
     quantized: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
 
-    Raises CheckpointError if it lacks a language-modelling head, weights or a tokenizer: none is ever made up at
-    random; UnsupportedError if it is not a language model of text.
+    Raises CheckpointError if it lacks a language-modelling head, weights or a tokenizer (they are never filled in at
+    random), UnsupportedError if it is not a language model of text.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, language_model=True)
@@ -118,7 +118,7 @@ def load_language_model(
     family = find_family(model)
     if family is None:
         raise UnsupportedError(
-            f"{path} is a {type(model).__name__}: no masked, causal or sequence-to-sequence language model.",
+            f"{path} is a {type(model).__name__}, not a masked, causal or sequence-to-sequence language model.",
             hint="Give a checkpoint whose `architectures` names a language model.",
         )
     return LanguageModel(model, tokenizer, family)
@@ -127,15 +127,15 @@ def load_language_model(
 def make_language_model(
     variant: Variant, tokenizer: PreTrainedTokenizerBase, *, device: str = "cpu", dtype: str
 ) -> LanguageModel:
-    """Make a conversion in memory ready to be evaluated; `tokenizer` is that of its source."""
+    """Load a conversion in memory for evaluation; `tokenizer` is that of its source."""
     model = load_variant(variant, device=device, dtype=dtype)
     _make_batch_invariant(model)
     return LanguageModel(model, tokenizer, find_family(model) or "")
 
 
 def _make_batch_invariant(model: PreTrainedModel) -> None:
-    """Make float layers batch-invariant in a model with layers that round their inputs. It is slower for few rows, so
-    it is only done for evaluation."""
+    """Make float layers batch-invariant if other layers round their inputs. As this takes longer for few rows, it is
+    done only for evaluation."""
     from compressknow.engine.layers import EngineLinear, has_rounded_activations, make_batch_invariant
 
     if has_rounded_activations(model) and any(isinstance(module, EngineLinear) for module in model.modules()):
@@ -147,7 +147,7 @@ def count_embedding_rows(model: PreTrainedModel) -> int:
     from compressknow.model.meta import find_input_embedding
 
     weight = getattr(find_input_embedding(model), "weight", None)
-    # Perceiver's is a part of what prepares its inputs.
+    # Perceiver's embedding is part of its input preprocessor.
     rows = weight.shape[0] if weight is not None else getattr(model.config, "vocab_size", None)
     if isinstance(rows, int):
         return rows
@@ -157,20 +157,21 @@ def count_embedding_rows(model: PreTrainedModel) -> int:
 
 
 def check_tokens(largest: int, rows: int, where: str) -> None:
-    """Raise CheckpointError for an id beyond the embedding: those of a tokenizer may have gaps."""
+    """Raise CheckpointError for an id beyond the embedding. The vocabulary's size does not show it, as ids may have
+    gaps."""
     if largest >= rows:
         raise CheckpointError(
-            f"The tokenizer gives token {largest:,}, the model's embedding has {rows:,} rows: they do not match.",
-            f"It stands in {where}.",
-            "Put the tokenizer that the model was trained with next to its weights.",
+            f"The tokenizer gives token {largest:,}, but the model's embedding has {rows:,} rows: they do not match.",
+            f"The token is in {where}.",
+            "Put the tokenizer that the model was trained with in its folder.",
         )
 
 
-# Tokenizers without a length of their own say 10^30.
+# Tokenizers without a maximum length have 10^30.
 _NO_LIMIT = 1 << 24
 _NAMES = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
-    "max_decoder_position_embeddings",  # LED: fewer than its encoder has.
+    "max_decoder_position_embeddings",  # In LED, fewer than those of the encoder.
 )
 _POSITIONS = ("position_embeddings", "embed_positions")
 
@@ -180,7 +181,7 @@ def count_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     config = model.config.get_text_config()
     stated = [value for name in _NAMES if isinstance(value := getattr(config, name, None), int) and value > 0]
     named = (module for name, module in model.named_modules() if name.endswith(_POSITIONS))
-    # RoBERTa and its kin count from the one after padding's.
+    # RoBERTa and similar models number positions from the padding index + 1.
     padding: Any = getattr(next(named, None), "padding_idx", None)
     bounds = [length - (0 if padding is None else int(padding) + 1) for length in stated]
     if tokenizer.model_max_length and tokenizer.model_max_length < _NO_LIMIT:
@@ -188,22 +189,22 @@ def count_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return min(bounds, default=None)
 
 
-# mT5's are words of its vocabulary, with the space before them.
+# In mT5, sentinels are ordinary tokens with a leading space.
 _SENTINEL = re.compile(r"▁?<extra_id_(\d+)>")
 
 
 def find_sentinels(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids of two or more tokens that stand for blanks (T5), in their order; empty if there are none."""
-    # Reversed, so that of two of one number the one without a space counts.
+    """Return the ids of the tokens that represent blanks (T5), in order; empty if there are fewer than two."""
+    # Reversed, so that of two tokens with one number, the one without a space is used.
     vocabulary = sorted(tokenizer.get_vocab().items(), reverse=True)
-    found = {int(match[1]): number for token, number in vocabulary if (match := _SENTINEL.fullmatch(token))}
-    sentinels = tuple(found[place] for place in range(len(found)) if place in found)
+    ids = {int(match[1]): token_id for token, token_id in vocabulary if (match := _SENTINEL.fullmatch(token))}
+    sentinels = tuple(ids[number] for number in range(len(ids)) if number in ids)
     return sentinels if len(sentinels) > 1 else ()
 
 
 def find_decoder_start(model: PreTrainedModel) -> int:
-    """Return the token that a decoder begins with, as `generate` finds it. Raises UnsupportedError without one."""
-    # Its generation_config.json comes first; without that file, the generation config is made of config.json.
+    """Return the token that a decoder begins with, found as by `generate`. Raises UnsupportedError without one."""
+    # generation_config.json has priority; without that file, the generation config comes from config.json.
     generation = getattr(model, "generation_config", None)  # A classifier has none.
     for holder, name in (
         (generation, "decoder_start_token_id"),
@@ -219,8 +220,8 @@ def find_decoder_start(model: PreTrainedModel) -> int:
 
 
 def _check_head(path: Path, model: PreTrainedModel) -> None:
-    """Raise CheckpointError for a missing head that transformers ties to the embedding, for T5 even if the config says
-    that it is not tied: such a model answers at random."""
+    """Raise CheckpointError for a missing head that transformers ties to the embedding, in T5 even if the config says
+    that they are separate: such a model answers at random."""
     from compressknow.model.meta import find_input_embedding
 
     config = read_json(path / "config.json") if path.is_dir() else {}
@@ -244,7 +245,7 @@ def find_named_family(config: Mapping[str, Any]) -> str | None:
     """
     names = config.get("architectures")
     family = find_family_of_class(str(names[0])) if names and isinstance(names, list) else None
-    # As in `find_family`; not every config says what its class has for a default.
+    # As in `find_family`. A config may leave out `is_encoder_decoder` if it is the class's default.
     return family if family != "seq2seq" or config.get("is_encoder_decoder") else None
 
 
@@ -253,7 +254,7 @@ def find_family(model: PreTrainedModel) -> str | None:
     in its config and of its class."""
     name = type(model).__name__
     if family := find_family_of_class(name):
-        # Some that transformers lists as sequence-to-sequence turn speech into text: given text, they go on writing.
+        # Some classes that transformers lists as sequence-to-sequence transcribe speech; they continue a given text.
         return family if family != "seq2seq" or model.config.is_encoder_decoder else "causal"
     if model.config.is_encoder_decoder and model.can_generate():
         return "seq2seq"

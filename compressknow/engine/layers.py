@@ -1,6 +1,6 @@
 """Layers of the engine: those that compute with the integers of a quantized Linear, and batch-invariant float products.
 
-What no layer here is for is unpacked to floats when it is loaded: a scheme needs none to run.
+Quantized weights without a layer here are unpacked to floats on loading: a scheme does not need one.
 
 Kernels choose their way by the number of rows and of threads, so that what a row comes to depends on how many stand
 next to it. Where activations are rounded to integers, later layers make answers of that.
@@ -29,9 +29,9 @@ class EngineLinear(nn.Module):
 
     Attributes
     ----------
-    word : what it multiplies in, such as ``int8``.
-    rounds : whether it rounds what comes in; None if it never does.
-    unlisted : number of weights that it holds in another form than a parameter.
+    word : the dtype of its products, such as ``int8``.
+    rounds : whether it rounds its inputs now; None if it never does.
+    unlisted : number of weights that it does not hold as parameters.
     """
 
     word: ClassVar[str]
@@ -40,11 +40,11 @@ class EngineLinear(nn.Module):
 
 
 class LayerKind(abc.ABC):
-    """Kind of such layers, by the scheme that a module has in compressed-tensors' config, whoever wrote it."""
+    """Kind of engine layers for modules with a certain scheme in compressed-tensors' config, whatever tool wrote it."""
 
     @abc.abstractmethod
     def runs_on(self, device: str | torch.device) -> bool:
-        """Return whether it is fast and exact there."""
+        """Return whether the layer is fast and exact on this device."""
 
     @abc.abstractmethod
     def layer_of(self, module: nn.Module) -> EngineLinear | None:
@@ -61,21 +61,20 @@ LAYERS: Registry[LayerKind] = Registry(
 
 
 class Int8Linear(EngineLinear):
-    """Linear layer with int8 weights whose activations are quantized as they come: the schemes ``int8``,
-    ``int8-paper``.
+    """Linear layer with int8 weights and dynamically quantized activations: the schemes ``int8`` and ``int8-paper``.
 
     Parameters
     ----------
     weight : int8 [out, in].
-    weight_scale : float [out, 1], or [1] for the whole of it.
+    weight_scale : float [out, 1], or [1] for the whole weight.
     bias : float [out] or None.
-    bits : of an activation, 2 to 8.
-    per_token : each token has a scale of its own and zero stays zero; else there is one scale and one zero point for
-        all tokens that come together.
+    bits : width of an activation, 2 to 8.
+    per_token : if True, each token has its own scale and zero stays zero; else all tokens of an input share one scale
+        and one zero point.
 
-    Takes [..., in] and gives [..., out] of the same float dtype. Scales and integers are what compressed-tensors
-    computes in that dtype (`compute_dynamic_scales_and_zp`, `quantize`), except that it tells tokens apart by the first
-    two dimensions alone: all of an input [tokens, in], or of a sequence in [batch, 1, tokens, in], share one scale.
+    Takes [..., in] and returns [..., out] in the same float dtype. Scales and integers are computed in that dtype as by
+    compressed-tensors (`compute_dynamic_scales_and_zp`, `quantize`), except that it uses one scale for all tokens of an
+    input [tokens, in].
     """
 
     word, rounds = "int8", True
@@ -92,7 +91,7 @@ class Int8Linear(EngineLinear):
         self.per_token = per_token
         self.lowest, self.highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         if not per_token:
-            # A zero point of 1 adds these to a token's sums.
+            # The zero point times these is part of a token's sums.
             self.register_buffer("weight_sums", weight.sum(1, dtype=torch.int32), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,11 +100,11 @@ class Int8Linear(EngineLinear):
         tokens = x.reshape(-1, self.in_features)
         zero = None
         if self.per_token:
-            # Two passes: `aminmax` over a dimension is many times slower.
+            # Two passes, because `aminmax` over a dimension is many times slower.
             largest = torch.maximum(tokens.amax(-1, keepdim=True), -tokens.amin(-1, keepdim=True))
             scale = largest / ((self.highest - self.lowest) / 2)
         else:
-            scale, zero = self._scale_of_all(tokens)
+            scale, zero = self._compute_joint_scale(tokens)
         scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
         integers = torch.div(tokens, scale)
         if zero is not None:
@@ -114,14 +113,14 @@ class Int8Linear(EngineLinear):
         sums = torch._int_mm(integers, self.weight.t())
         if zero is not None:
             sums = sums.sub_(self.weight_sums * zero.to(torch.int32))
-        # Converted first: torch multiplies int32 by float32 many times more slowly than float32 by float32.
+        # Convert first, because torch multiplies int32 by float32 many times more slowly than float32 by float32.
         values = sums.float().mul_(scale.float())
         scales = self.weight_scale.float().flatten()
         values = values.mul_(scales) if self.bias is None else torch.addcmul(self.bias.float(), values, scales)
         return values.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
-    def _scale_of_all(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a scale [] and a zero point [], both of the tokens' dtype; the point is a whole number."""
+    def _compute_joint_scale(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a scale [] and a zero point [], both in the tokens' dtype; the point is a whole number."""
         lowest, highest = tokens.aminmax()
         lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
         scale = (highest - lowest) / (self.highest - self.lowest)
@@ -131,7 +130,7 @@ class Int8Linear(EngineLinear):
 
 
 def has_rounded_activations(model: nn.Module) -> bool:
-    """Return whether some layer rounds what comes in to fewer bits: here, or in compressed-tensors' floats."""
+    """Return whether a layer of the engine or of compressed-tensors rounds its inputs to fewer bits."""
     return any(map(_is_rounding, model.modules()))
 
 
@@ -144,10 +143,10 @@ def _is_rounding(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def disable_rounding(model: nn.Module) -> Iterator[None]:
-    """Keep activations as floats in the context: what differs then does not because a value was rounded otherwise."""
+    """Keep activations as floats in this context, so that differences are not due to their rounding."""
     switched: list[tuple[Any, str, bool]] = []
     for module in filter(_is_rounding, model.modules()):
-        # The second is compressed-tensors' own name, for modules that it has prepared.
+        # `quantization_enabled` is the attribute of modules that compressed-tensors has prepared.
         name = "rounds" if isinstance(module, EngineLinear) else "quantization_enabled"
         switched.append((module, name, getattr(module, name, True)))
         setattr(module, name, False)
@@ -159,10 +158,10 @@ def disable_rounding(model: nn.Module) -> Iterator[None]:
 
 
 class Int8Kind(LayerKind):
-    """Weights and activations of 8 bits or less."""
+    """Kind with weights and activations of 8 bits or fewer."""
 
     def runs_on(self, device: str | torch.device) -> bool:
-        # CPUs without VNNI clip sums of two products, or compute them one by one.
+        # CPUs without VNNI saturate sums of two products, or compute products one by one.
         has_kernels: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         return has_kernels and torch.cpu._is_vnni_supported() and torch.device(device).type == "cpu"
 
@@ -180,7 +179,7 @@ class Int8Kind(LayerKind):
 
 
 def _is_per_token(scheme: Any) -> bool | None:
-    """Return whether activations have a scale per token (True) or one for all (False); None for any other scheme."""
+    """Return whether activations have a scale per token (True) or a joint scale (False); None for any other scheme."""
     weights, inputs = scheme.weights, scheme.input_activations
     if inputs is None or scheme.output_activations is not None or weights is None:
         return None
@@ -193,18 +192,18 @@ def _is_per_token(scheme: Any) -> bool | None:
 
 # Groups that torch's kernel takes, and what outputs must be a multiple of.
 GROUP_SIZES, OUTPUTS = (32, 64, 128, 256), 16
-# Instructions with which it beats a product in float32: 24 us against 46 for 576 -> 1536 on one core. With AVX2 it
-# takes 87, and with others it goes one by one.
+# Instructions with which the kernel is faster than a product in float32: 24 us instead of 46 for 576 -> 1536 on one
+# core. With AVX2 it takes 87 us; otherwise it is not vectorized.
 FAST = "AVX512"
-# Subtracted from what is stored in 4 bits.
+# Subtracted from the stored 4-bit values.
 OFFSET = 8
 
 
 class Int4Linear(EngineLinear):
     """Linear layer with int4 weights in groups of input channels: the scheme ``int4``.
 
-    What comes in, scales and what goes out are rounded to bfloat16, which is what torch's kernel takes; it multiplies
-    and adds in float32 (`aten::_weight_int4pack_mm_for_cpu`). A row has the same bits in any company.
+    Inputs, scales and outputs are rounded to bfloat16, the dtype of torch's kernel, which multiplies and adds in
+    float32 (`aten::_weight_int4pack_mm_for_cpu`). The result for a row does not depend on the other rows.
 
     Parameters
     ----------
@@ -212,7 +211,7 @@ class Int4Linear(EngineLinear):
     weight_scale : float [out, groups].
     bias : float [out] or None.
 
-    Takes [..., in] and gives [..., out] of the same float dtype.
+    Takes [..., in] and returns [..., out] in the same float dtype.
     """
 
     word, rounds = "int4", True
@@ -226,7 +225,7 @@ class Int4Linear(EngineLinear):
         self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32).add_(OFFSET), 1)
-        # In an order of the kernel's own: no parameter that anyone could read.
+        # A buffer, not a parameter, because it has the kernel's own order.
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scales_and_zeros", _append_zeros(weight_scale.t()), persistent=False)
 
@@ -243,11 +242,11 @@ class Int4Linear(EngineLinear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Return integers: code that asks only what dtype to cast to casts nothing to integers (NLLB-MoE)."""
+        """Return a tensor of integers, for code that casts to the weight's dtype only if it is a float (NLLB-MoE)."""
         return self.packed.view(torch.int8)
 
     def integers(self) -> torch.Tensor:
-        """Return int8 [out, in], from -8 to 7: what the kernel makes of unit vectors, in bfloat16 exactly."""
+        """Return int8 [out, in], from -8 to 7: the kernel's results for unit vectors, which bfloat16 holds exactly."""
         ones = torch.ones(self.in_features // self.group_size, self.out_features)
         units = torch.eye(self.in_features, dtype=torch.bfloat16)
         return self._product(units, _append_zeros(ones)).t().to(torch.int8)
@@ -258,7 +257,7 @@ class Int4Linear(EngineLinear):
         return product
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Store what a checkpoint does, so that what is saved can be loaded."""
+        """Store the tensors of a checkpoint, so that a saved model can be loaded."""
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -267,12 +266,12 @@ class Int4Linear(EngineLinear):
 
 
 def _append_zeros(scales: torch.Tensor) -> torch.Tensor:
-    """Return bfloat16 [groups, out, 2] of scales [groups, out]: each with a zero, which the kernel adds."""
+    """Return scales [groups, out] as bfloat16 [groups, out, 2], each with a zero as the kernel's offset."""
     return torch.stack([scales, torch.zeros_like(scales)], dim=-1).to(torch.bfloat16)
 
 
 class Int4Kind(LayerKind):
-    """Weights of 4 bits; what comes in stays a float."""
+    """Kind with 4-bit weights and float inputs."""
 
     def runs_on(self, device: str | torch.device) -> bool:
         return torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() == FAST
@@ -298,14 +297,14 @@ class Int4Kind(LayerKind):
         return Int4Linear(integers, parts["weight_scale"].data, parts.get("bias"))
 
 
-# Every product has this many rows: only products of one shape are sure to go one way (AMD EPYC and Intel Xeon, AVX-512,
-# MKL, torch 2.13). With 128 a long input takes 1.2 times as long as in one product, and one of 128 rows no longer; with
-# 16 it would be 2.5 times.
+# Every product has this many rows, because only products of equal shape are sure to use the same algorithm (AMD EPYC
+# and Intel Xeon, AVX-512, MKL, torch 2.13). With 128, a long input takes 1.2 times as long as in one product, and one
+# of 128 rows no longer; with 16 it would be 2.5 times.
 ROWS = 128
 
 
 def multiply_in_parts(x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Return a product of rows [..., in] as [..., out], computed `ROWS` rows at a time."""
+    """Compute a product of rows [..., in] as [..., out], `ROWS` rows at a time."""
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) == ROWS:
         return product(rows).reshape(*x.shape[:-1], -1)
@@ -332,20 +331,20 @@ class _Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention and len(args) > 2 and args[0].dim() == 4:
             return func(*_copy_heads(args[:3], kwargs), *args[3:], **kwargs)
-        place = _ROWS_AT.get(func)
-        if place is not None and not kwargs and _is_matrix(args[place + 1]) and args[place].numel():
-            return multiply_in_parts(args[place], lambda part: func(*args[:place], part, *args[place + 1 :]))
-        if place is not None or func in _OF_BATCHES:
+        index = _ROWS_INDEX.get(func)
+        if index is not None and not kwargs and _is_matrix(args[index + 1]) and args[index].numel():
+            return multiply_in_parts(args[index], lambda part: func(*args[:index], part, *args[index + 1 :]))
+        if index is not None or func in _BATCH_PRODUCTS:
             args = tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in args)
         return func(*args, **kwargs)
 
 
-# Index of the rows among a function's arguments; the matrix follows them.
-_ROWS_AT: dict[Any, int] = {
+# The index of the rows among a function's arguments; the matrix is the next argument.
+_ROWS_INDEX: dict[Any, int] = {
     **dict.fromkeys((functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm), 0),
     torch.addmm: 1,
 }
-_OF_BATCHES = {torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.Tensor.baddbmm}
+_BATCH_PRODUCTS = {torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.Tensor.baddbmm}
 
 
 def _is_matrix(value: Any) -> bool:
@@ -355,7 +354,7 @@ def _is_matrix(value: Any) -> bool:
 def _copy_heads(tensors: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     """Yield queries, keys and values [batch, heads, tokens, size], each in memory of its own."""
     for tensor in tensors:
-        # One head for all would be read in place.
+        # A head that all queries share would be read in place.
         shared = tensor.shape[1] == 1 and not kwargs.get("enable_gqa")
         yield (tensor.expand(-1, tensors[0].shape[1], -1, -1) if shared else tensor).contiguous()
 
@@ -363,25 +362,24 @@ def _copy_heads(tensors: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> I
 def make_batch_invariant(model: nn.Module) -> None:
     """Make the float products of a model batch-invariant, in place; its weights, names and hooks stay.
 
-    A plain Linear is one by its class. Of other modules that hold a matrix (routers, fused experts, a Linear of an
-    architecture's own), and of those that their layers are children of (attention), the forward is run with torch's
-    products replaced.
+    A plain Linear gets another class. Other modules that hold a matrix (routers, fused experts, an architecture's own
+    Linear), and the parents of such layers (attention), run their forward with torch's products replaced.
     """
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in vars(module):
             module.__class__ = BatchInvariantLinear
             continue
-        # A whole model leaves what it does with its layers to them.
+        # A whole model only calls its layers.
         parts = (module,) if isinstance(module, PreTrainedModel) else (module, *module.children())
         if not isinstance(module, BatchInvariantLinear | EngineLinear) and any(map(_has_matrix, parts)):
             module.forward = functools.partial(_forward_in_parts, module.forward)
     if isinstance(model, PreTrainedModel):
-        # The other implementations hand the rows of all experts to one kernel.
+        # The other implementations pass the rows of all experts to one kernel.
         model.set_experts_implementation("eager")
 
 
 def undo_batch_invariant(model: nn.Module) -> None:
-    """Undo `make_batch_invariant`, with which single rows take many times as long; how experts are run stays."""
+    """Undo `make_batch_invariant`, which makes single rows take many times as long, except for how experts run."""
     for module in model.modules():
         if type(module) is BatchInvariantLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Load a checkpoint as a transformers model that computes what the checkpoint says, in every way it can be called."""
+"""Load a checkpoint as a transformers model that computes correctly however it is called."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Variant:
 
     Attributes
     ----------
-    tensors : by name, what the weight files would hold, in the dtypes that they would; those that the recipe leaves
-        alone are shared with the other variants of the checkpoint.
-    config : what config.json would hold.
+    tensors : the contents that the weight files would have, by name; tensors that the recipe does not change are shared
+        with the other variants of the checkpoint.
+    config : the contents that config.json would have.
     manifest : as `convert` returns it, without the hashes of files.
     bytes : size of the weight files.
-    folder : that of the checkpoint it was made of.
-    tree : the model of that checkpoint, on the meta device.
+    folder : the source checkpoint's folder.
+    tree : the source checkpoint's model, on the meta device.
     """
 
     tensors: dict[str, torch.Tensor] = field(repr=False)
@@ -57,21 +57,21 @@ def load(
 ) -> PreTrainedModel:
     """Load the model of a checkpoint folder, in eval mode; its class is the one that the config names.
 
-    Quantized weights that no layer of `compressknow.engine.layers` is for are unpacked to floats here: transformers
-    does so only at the first forward of the whole model, so that `generate` fails where an encoder is called by itself
-    (T5, BART).
+    Quantized weights without a layer in `compressknow.engine.layers` are unpacked to floats here: transformers does so
+    only at the first forward of the whole model, so that `generate` fails if an encoder is called separately (T5,
+    BART).
 
     Parameters
     ----------
     folder : a local folder, converted or not, or a GGUF file in one (``FOLDER/FILE.gguf``), unpacked to floats.
     dtype : dtype of the weights that are not quantized; the checkpoint's own by default.
-    trust_remote_code : run modelling code that lies in the folder.
-    language_model : take the class with a language-modelling head where the config names one without.
+    trust_remote_code : run modelling code from the folder.
+    language_model : use the class with a language-modelling head if the config names one without.
 
     Raises
     ------
-    CheckpointError : no such folder, or it cannot be loaded whole: a weight that the model needs is missing.
-    UnsupportedError : a GGUF file, and a transformers that reads those otherwise.
+    CheckpointError : no such folder, or it cannot be loaded completely: a weight that the model needs is missing.
+    UnsupportedError : a GGUF file, with a transformers release that reads it differently.
     """
     path = _find_checkpoint(folder)
     with silence_libraries(), _translate_errors(path):
@@ -80,7 +80,7 @@ def load(
         from compressknow.model.meta import needs_own_code
 
         if trust_remote_code and path.is_dir():
-            # As the module tree is built: by what transformers has, where it has the class.
+            # As for the module tree, prefer transformers' own class.
             raw = read_json(path / "config.json")
             trust_remote_code = needs_own_code(raw, str((raw.get("architectures") or [None])[0]))
         source = _find_source(path, trust_remote_code)
@@ -102,7 +102,7 @@ def load_variant(
     path, tree = variant.folder, variant.tree
     with silence_libraries(), _translate_errors(path):
         _, named = _find_class(tree.config, False, True)
-        # An Auto class is a way to code that lies in the folder: the tree is already built of that.
+        # An Auto class would load code from the folder, from which the tree is already built.
         model_class = named if hasattr(named, "config_class") else type(tree)
         source: dict[str, Any] = {"pretrained_model_name_or_path": None, "state_dict": dict(variant.tensors)}
         config = parse_config(tree, copy.deepcopy(variant.config))
@@ -127,7 +127,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
             with translate_panics():
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**source)
             if not isinstance(tokenizer.model_max_length, int | float):
-                # transformers compares it with a length, and fails in the middle of the work.
+                # transformers would later fail to compare it with a length.
                 raise ValueError(f"its model_max_length, {tokenizer.model_max_length!r}, is not a number")
         except CompressknowError:
             raise
@@ -155,7 +155,7 @@ def _find_checkpoint(folder: str | Path) -> Path:
             raise UnsupportedError(
                 f"{path} is a GGUF file: it needs transformers {GGUF_TRANSFORMERS} or newer, and "
                 f"{version('transformers')} is installed.",
-                why="Older releases begin its texts with other tokens, so that it would answer otherwise.",
+                why="Older releases begin its texts with different tokens, so that it would give different answers.",
                 hint=f"Upgrade with: pip install 'transformers>={GGUF_TRANSFORMERS}'",
             )
         return path
@@ -164,7 +164,7 @@ def _find_checkpoint(folder: str | Path) -> Path:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json.", hint="It must be in the same folder as the weights.")
     for file in sorted(path.iterdir()):
-        # transformers does without it: text would be split into other tokens.
+        # transformers would ignore it, and perhaps tokenize text differently.
         if file.is_symlink() and not file.exists():
             raise CheckpointError(f"{file} is a link that leads nowhere.", hint="Fetch the checkpoint again.")
     return path
@@ -194,7 +194,7 @@ def _find_class(config: Any, trust_remote_code: bool, language_model: bool) -> t
 
     architecture = str((config.architectures or [None])[0])
     named = getattr(transformers, architecture, None)
-    # An encoder's config has a causal class too, which no checkpoint is of, and Whisper's one without its encoder.
+    # The order matters: an encoder's config maps to a causal class too, and Whisper's to one without its encoder.
     kinds = (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM)
     heads = kinds[:2] if config.is_encoder_decoder else kinds
     with_head = next((auto for auto in heads if type(config) in auto._model_mapping), None)
@@ -204,12 +204,12 @@ def _find_class(config: Any, trust_remote_code: bool, language_model: bool) -> t
         return architecture, named
     auto_map = getattr(config, "auto_map", None) or {}
     remote = {name: str(reference).rpartition(".")[2] for name, reference in auto_map.items() if trust_remote_code}
-    own = (auto for auto in (*kinds, AutoModel) if remote.get(auto.__name__) == architecture)
-    return architecture, next(own, with_head or AutoModel)
+    matching = (auto for auto in (*kinds, AutoModel) if remote.get(auto.__name__) == architecture)
+    return architecture, next(matching, with_head or AutoModel)
 
 
 def find_family_of_class(architecture: str) -> str | None:
-    """Return what a transformers class is: ``seq2seq``, ``masked`` or ``causal``; None if it is none."""
+    """Return the family of a transformers class: ``seq2seq``, ``masked`` or ``causal``; None for other classes."""
     from compressknow.model.meta import LANGUAGE_MODEL_CLASSES
 
     return next((family for family, names in LANGUAGE_MODEL_CLASSES.items() if architecture in names.values()), None)
@@ -223,8 +223,8 @@ def _load_whole(model_class: Any, path: Path, headless: str | None = None, **sou
         name, stored, needed = mismatched[0]
         more = f", and {len(mismatched) - 1} more do not fit" if len(mismatched) > 1 else ""
         raise CheckpointError(
-            f"{path} does not fit its config.json: {name} is {list(stored)}, and should be {list(needed)}{more}.",
-            hint="Put the config.json that the weights were saved with next to them, or download both again.",
+            f"{path} does not match its config.json: {name} is {list(stored)}, but should be {list(needed)}{more}.",
+            hint="Put the config.json that the weights were saved with in the same folder, or download both again.",
         )
     missing = report["missing_keys"]
     if missing and headless:
@@ -237,15 +237,15 @@ def _load_whole(model_class: Any, path: Path, headless: str | None = None, **sou
         raise CheckpointError(
             f"{path} lacks weights that its model needs: {list_some(missing)}.",
             why="transformers would fill them with random numbers, and every answer would be noise.",
-            hint="See that `architectures` in config.json names the class that the weights were saved from.",
+            hint="Check that `architectures` in config.json names the class that the weights were saved from.",
         )
     return model
 
 
 def _unpack(model: Any, device: str | torch.device) -> None:
-    """Replace compressed-tensors' layers by the engine's if the device runs them, and unpack the rest module by module,
-    as `ModelCompressor.decompress_model` does. That one also adds its own device dispatch, after which `generate`
-    passes BART's decoder a dict as encoder output."""
+    """Replace compressed-tensors' layers by the engine's if the device runs them, and unpack the others, module by
+    module, like `ModelCompressor.decompress_model`. That function also adds its own device dispatch to the model, after
+    which `generate` passes a dict to BART's decoder as its encoder's output."""
     from compressknow.engine.layers import LAYERS, EngineLinear
     from compressknow.model.meta import find_direct_reads
 
@@ -263,18 +263,18 @@ def _unpack(model: Any, device: str | torch.device) -> None:
         with LAYERS.explain_failures(name):
             layer = LAYERS[name].layer_of(module)
             if layer is not None and not (isinstance(layer, EngineLinear) and layer.word):
-                raise TypeError("`layer_of` gives no EngineLinear that has a word")
+                raise TypeError("`layer_of` returns something other than an EngineLinear with a `word`")
             return layer
 
-    # By module: one that stands in two places stays one.
+    # By module, so that a module with two names stays one.
     layers: dict[Any, Any] = {}
     kinds = [name for name in LAYERS if runs(name)]
-    # Their weight is used by other modules too, or hidden states are cast to its dtype: both want floats.
+    # Other modules read the weights of these, or cast hidden states to their dtype, which must be a float.
     in_floats = {model.get_submodule(name) for name in find_direct_reads(model)} if kinds else set()
     for module in model.modules():
         if is_module_quantized(module):
-            found = filter(None, (make_layer(kind, module) for kind in kinds if module not in in_floats))
-            if layer := next(found, None):
+            candidates = filter(None, (make_layer(kind, module) for kind in kinds if module not in in_floats))
+            if layer := next(candidates, None):
                 layers[module] = layer
             else:
                 decompress_module(module)
@@ -301,18 +301,18 @@ def _translate_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be loaded.", why=find_reason(error)) from error
 
 
-# Advice of libraries to their programmers, which would harm or help nobody here.
+# Replacements for advice of libraries to programmers, which would not help users here, or even harm them.
 _ADVICE = {
     "out of memory|allocate memory": "There is not enough memory for it.",
     "weights.only": "Its .bin file holds more than tensors, and loading that could run code; or it is damaged.",
-    "backend tokenizer": "It has no tokenizer.json, nor another file that one can be made of; some of these need "
+    "backend tokenizer": "It has no tokenizer.json, and no other file to build one from; some of these need "
     "sentencepiece or tiktoken.",
     "trust_remote_code": "It needs its own Python code. If you trust it, pass --trust-remote-code.",
 }
 
 
 def find_reason(error: BaseException) -> str:
-    """Return the first line of a library's error; in our words where it gives advice that is not for who reads this."""
+    """Return the first line of a library's error; if it gives advice meant for programmers, a sentence for users."""
     text = str(error).strip()
     advice = next((words for sign, words in _ADVICE.items() if re.search(sign, text, re.IGNORECASE)), None)
     return advice or (text.splitlines() or [type(error).__name__])[0]

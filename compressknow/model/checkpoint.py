@@ -48,7 +48,7 @@ def build_loading_settings(folder: Path, quantization: Mapping[str, Any]) -> dic
 
 
 def _read_if_readable(path: Path) -> Any:
-    """Return the content of a JSON file; None if it is missing or unreadable, since it is not needed to load."""
+    """Return the content of a JSON file; None if it is missing or unreadable (it is copied anyway)."""
     try:
         return reading.read_json(path, reading.CONFIG)
     except (ValueError, OSError):

@@ -136,7 +136,7 @@ def through_json(config: Any) -> dict[str, Any]:
     ("config", "words"),
     [
         (hf.GPTQConfig(bits=4, group_size=128), "gptq, 4-bit weights, groups of 128"),
-        (hf.GPTQConfig(bits=3, group_size=-1), "gptq, 3-bit weights, a scale a channel"),
+        (hf.GPTQConfig(bits=3, group_size=-1), "gptq, 3-bit weights, a scale per channel"),
         (hf.AwqConfig(bits=4, group_size=64), "awq, 4-bit weights, groups of 64"),
         (hf.BitsAndBytesConfig(load_in_8bit=True), "bitsandbytes, 8-bit weights"),
         (hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "bitsandbytes, 4-bit weights"),

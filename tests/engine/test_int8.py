@@ -183,7 +183,7 @@ def test_sums_are_exact(bits: int) -> None:
     linear = layer(16, 4096, bits=bits, per_token=False)
     x = torch.randn(3, 4096)
     x[0], x[1] = 5.0, -5.0
-    scale, zero = linear._scale_of_all(x)
+    scale, zero = linear._compute_joint_scale(x)
     integers = (x / scale + zero).clamp(linear.lowest, linear.highest).round()
     expected = (integers - zero).double() @ linear.weight.double().T * scale.double() * 0.01 + linear.bias.double()
     torch.testing.assert_close(linear(x).double(), expected, rtol=1e-6, atol=1e-6)

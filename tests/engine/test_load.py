@@ -154,7 +154,7 @@ def test_weight_of_another_shape_is_refused(tmp_path: Path) -> None:
     edit_config(tmp_path, intermediate_size=40)
     with pytest.raises(CheckpointError) as error:
         load(tmp_path)
-    assert "bert.encoder.layer.0.intermediate.dense.bias is [48], and should be [40]" in error.value.what
+    assert "bert.encoder.layer.0.intermediate.dense.bias is [48], but should be [40]" in error.value.what
     assert "ignore_mismatched" not in str(error.value)
 
 
@@ -173,7 +173,7 @@ def test_a_tokenizer_that_is_missing_is_said_in_one_sentence(tmp_path: Path) -> 
         path.unlink()
     with pytest.raises(CheckpointError, match="has no tokenizer that loads") as error:
         load_tokenizer(folder)
-    assert str(error.value.why).startswith("It has no tokenizer.json, nor another file")
+    assert str(error.value.why).startswith("It has no tokenizer.json, and no other file")
 
 
 def test_a_tokenizer_that_panics_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

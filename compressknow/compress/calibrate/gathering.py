@@ -69,7 +69,7 @@ Seen = tuple[Key, torch.Tensor]
 
 
 class AllSeen(BaseException):
-    """Exception that ends a run after all inputs were seen; not an Exception, because models catch these."""
+    """Signal that ends a run after all inputs were seen; not an Exception, because models catch these."""
 
 
 class InputRecorder(TorchFunctionMode):

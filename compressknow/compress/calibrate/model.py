@@ -43,7 +43,7 @@ class PlaceholderTensor(torch.Tensor):
 class StreamedModel:
     """Checkpoint's model in float32, in evaluation mode, whose blocks hold weights only while they are loaded (`load`).
 
-    Outside the blocks, embeddings and heads, which are large, are read when they run; all else stays in memory.
+    Outside the blocks, embeddings and heads, which are large, are read when they run; other weights stay in memory.
     `model` is the module tree, which belongs to this object; `blocks` are the names of its transformer blocks, in tree
     order, `outside` those of the parameters and stored buffers in no block.
     """

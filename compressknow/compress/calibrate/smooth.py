@@ -122,7 +122,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _find_offset(norm: nn.Module, inputs: torch.Tensor) -> float | None:
-    """Find the number that a norm adds to its weight by trying which divides its output; None if neither 0 nor 1."""
+    """Find the number that a norm adds to its weight, by trial: 0 or 1, or None if neither divides its output."""
     with torch.no_grad():
         before = norm(inputs)
         factors = torch.linspace(0.5, 2, before.shape[-1])

@@ -90,10 +90,10 @@ class PruningMethod(Parametric, abc.ABC):
 
     Attributes
     ----------
-    name : what a recipe calls it, and its entry point.
-    help : a line of `convert --help`.
-    needs : what it looks at before a weight is written: ``nothing``, ``magnitudes`` (a pass over the weights), or, of
-        a Linear's inputs X [tokens, in] on the calibration text, ``norms`` (of its columns) or ``products`` (X^T X).
+    name : its name in recipes, and its entry point.
+    help : its line of `convert --help`.
+    needs : what it reads before a weight is written: ``nothing``, ``magnitudes`` (a pass over the weights) or, from the
+        inputs X [tokens, in] of a Linear on the calibration text, ``norms`` (of columns) or ``products`` (X^T X).
     """
 
     needs: ClassVar[Needs] = "nothing"
