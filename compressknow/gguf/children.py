@@ -1,7 +1,7 @@
-"""Work that runs in a process of its own: what crashes or hangs there is a message here, and ends with this run.
+"""Run work in child processes, whose crashes become messages, and which end with this process.
 
-As a program (``children.py SCRIPT ARGS``, ``children.py -m MODULE ARGS``) it runs another one, which ends with whoever
-started it: that process holds the other end of its standard input as long as it lives, and however it ends.
+As a program (``children.py SCRIPT ARGS``, ``children.py -m MODULE ARGS``) it runs another one, which ends when its
+parent process ends in any way: its standard input is then closed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 
 _POLL_SECONDS = 0.1
 _TAIL_BYTES = 1 << 14
-# What the system says of a full disk, and what numpy makes of that.
+# Messages of the system, and of numpy, if the disk is full.
 _FULL = re.compile(r"No space left|Disk quota exceeded|\d+ requested and \d+ written")
-# Of a disk with less room, on which the words of a child had none either.
+# With fewer bytes free, the disk counts as full even without a message, for which there may be no room.
 _NO_ROOM_BYTES = 1 << 16
 
 
 def run(
     command: Sequence[str | Path], log: Path, *, environment: Mapping[str, str], look: Callable[[], None] = lambda: None
 ) -> int:
-    """Run a command to its end, and return its exit code. What it prints goes into `log`; `look` is called now and then
-    meanwhile.
+    """Run a command, and return its exit code. Its output goes to `log`; `look` is called regularly.
 
-    It is killed where this run is interrupted.
+    The command is killed if this run is interrupted.
     """
     with log.open("wb") as output:
         child = Popen(list(map(str, command)), stdin=PIPE, stdout=output, stderr=STDOUT, env=dict(environment))
@@ -48,26 +47,26 @@ def run(
 
 
 def build_python_command(*arguments: str | Path) -> list[str | Path]:
-    """Return the command of a script, or of ``-m`` and a module, with its arguments. `run` with it, it ends with this
-    process, even where that is killed; it imports nothing from the working directory."""
+    """Return the command for `run` of a script, or of ``-m`` and a module, with its arguments. It ends with this
+    process, even if that is killed, and imports nothing from the working directory."""
     return [sys.executable, "-P", __file__, *arguments]
 
 
 def put_first(*packages: Path) -> dict[str, str]:
-    """Return the variables of a process that imports what is in these folders before all else."""
+    """Return the environment of a process that imports from these folders first."""
     paths = [*map(str, packages), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def read_tail(log: Path) -> str:
-    """Return the end of what a child has printed."""
+    """Return the end of a child's output."""
     with log.open("rb") as file:
         file.seek(max(log.stat().st_size - _TAIL_BYTES, 0))
         return file.read().decode("utf-8", "replace").replace("\r", "\n")
 
 
 def read_reason(log: Path, code: int) -> str:
-    """Return why a child failed, in its own last words."""
+    """Return why a child failed: the last error in its output."""
     lines = [line.strip() for line in read_tail(log).splitlines() if line.strip()]
     errors = [line for line in lines if "rror" in line or "failed" in line or "not supported" in line]
     last = (errors or lines or ["It printed nothing."])[-1]
@@ -75,19 +74,19 @@ def read_reason(log: Path, code: int) -> str:
 
 
 def check_exit(what: str, log: Path, code: int, hint: str | None) -> None:
-    """Raise CompressknowError if a child has failed; OutputError if that was for want of room beside its log."""
-    # The program below imports nothing of ours.
+    """Raise CompressknowError if a child failed; OutputError if the disk of its log is full."""
+    # Imported here, since the program below must not import this package.
     from compressknow.base.errors import CompressknowError, OutputError
 
     if code == 0:
         return
     if _FULL.search(read_tail(log)) or shutil.disk_usage(log.parent).free < _NO_ROOM_BYTES:
-        raise OutputError(f"{what}: no space left.", "Nothing was left behind.", "Free space, or write elsewhere.")
+        raise OutputError(f"{what}: no space left.", "Nothing was left behind.", "Free some space, or write elsewhere.")
     raise CompressknowError(what + ".", read_reason(log, code), hint)
 
 
 def _end_with_parent() -> None:
-    # Not by sys.stdin, whose lock Python would wait for when it ends.
+    # Not sys.stdin, whose lock Python would wait for when it exits.
     while os.read(0, 1):
         pass
     os._exit(1)

@@ -1,5 +1,5 @@
-"""GGUF file that export writes, and the record beside it, which says what it was made of: where they lie, how they
-appear whole or not at all, and whether the file still is what its record says."""
+"""The GGUF file of an export and its record, which describes how it was made: writing both whole or not at all, and
+comparing the file with its record."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from compressknow.compress.verify import Verification
 
 SCHEMA = 1
-# What its keys in the metadata of a GGUF file begin with.
+# Prefix of our keys in the metadata of a GGUF file.
 PREFIX = "compressknow"
-# What both say of the checkpoint that it was made of.
+# What the metadata and the record say about the source checkpoint.
 SOURCE = tuple(key.rstrip("?") for key in SOURCE_FORM)
 COUNTS = {"tensors": int, "parameters": int, "bytes": int}
 FORM = {
@@ -46,15 +46,15 @@ FORM = {
     **{"source": SOURCE_FORM, "totals": COUNTS},
     **{"sha256?": str, "bytes?": int, "importance?": {}, "recipe?": {}, "fit?": {}},
 }
-# Names in the folder to work in: what goes with the file, and the record of the file that is overwritten.
+# Names in the working folder: companions of the file, and the record of the file that is overwritten.
 IMPORTANCE, MODELFILE, OLD_RECORD = "importance", "modelfile", "old"
 SUFFIX = ".gguf"
 
 
 class NewFile(Staging):
-    """Folder beside a GGUF file to work in; `commit` moves the file named `self.output.name`, its record and what goes
-    with it out of it to their places: `beside` has those of the importance matrix and the Modelfile, by their names in
-    the folder."""
+    """Working folder next to a GGUF file. `commit` moves the file named `self.output.name`, its record and its
+    companions, the importance matrix and the Modelfile, to their places; `beside` has the paths of companions by their
+    names in the folder."""
 
     def __init__(self, output: Path, *, overwrite: bool, source: Path, beside: Mapping[str, Path]) -> None:
         self._beside = beside
@@ -66,16 +66,16 @@ class NewFile(Staging):
         return self.folder / self.output.name
 
     def commit(self) -> None:
-        """Move all to their places: the record last, so that what has one is whole, and none is of another file. Raises
-        OutputError as `Staging.commit` does."""
+        """Move all files to their places, the record last, so that a file with a record is complete, and no record
+        belongs to another file. Raises OutputError as `Staging.commit` does."""
         self._check(self.output, overwrite=self._overwrite, source=None)
         sync_folder(self.folder)
         with hold_signals():
             try:
-                with ExitStack() as placed:
-                    # On the disk already, they take their places once the context ends without an error.
-                    for name, place in self._beside.items():
-                        file = placed.enter_context(open_whole(place))
+                with ExitStack() as stack:
+                    # They are on the disk already, and are renamed when the context ends without an error.
+                    for name, path in self._beside.items():
+                        file = stack.enter_context(open_whole(path))
                         file.write((self.folder / name).read_bytes())
                         close_durably(file)
                     try:
@@ -83,7 +83,7 @@ class NewFile(Staging):
                             move(get_record_path(self.output), self.folder / OLD_RECORD)
                         move(self.file, self.output)
                     except OSError as error:
-                        # Else it would be taken for one of what goes with it.
+                        # Otherwise the error would seem to be about a companion.
                         raise explain_write_error(self.output, error) from error
                     self._committed = True
             finally:
@@ -91,32 +91,32 @@ class NewFile(Staging):
                     move(get_record_path(self.file), get_record_path(self.output))
                     sync_folder(self.output.parent)
                 else:
-                    # The old file has its record back.
+                    # Restore the record of the old file.
                     self.finish(self.folder)
 
     def finish(self, folder: Path) -> None:
-        """Finish what a dead run had begun: see `finish`."""
+        """Complete or undo the commit of a dead run; see `finish`."""
         finish(self.output, folder, self._beside)
 
 
 def finish(output: Path, folder: Path, beside: Mapping[str, Path]) -> None:
-    """End what a run that is dead was amid of: where it had moved its file to `output`, all else follows; where it had
-    only taken the old file's record away, that is put back. `beside` are the places that this run has for what goes
-    with the file (--imatrix-out, --modelfile): the dead run's goes there."""
-    made, old, record = get_record_path(folder / output.name), folder / OLD_RECORD, get_record_path(output)
+    """Complete or undo the commit of a dead run: if it had moved its file to `output`, move the rest; if it had only
+    moved the old file's record away, restore that. `beside` has this run's paths of companions (--imatrix-out,
+    --modelfile), to which the dead run's are moved."""
+    new, old, record = get_record_path(folder / output.name), folder / OLD_RECORD, get_record_path(output)
     if os.path.lexists(record) or not output.is_file():
         return
-    if made.is_file() and not (folder / output.name).exists():
-        for name, place in beside.items():
+    if new.is_file() and not (folder / output.name).exists():
+        for name, path in beside.items():
             if (folder / name).is_file():
-                write_whole(place, (folder / name).read_bytes())
-        move(made, record)
+                write_whole(path, (folder / name).read_bytes())
+        move(new, record)
     elif old.is_file():
         move(old, record)
 
 
 def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> None:
-    """Raise OutputError if a GGUF file would take the place of something of the user's, UsageError for its name."""
+    """Raise OutputError if a GGUF file would overwrite the user's files, UsageError if its name is not valid."""
     if output.suffix != SUFFIX:
         raise UsageError(f"{output} is not a GGUF file name.", hint=f"Name it {output.name}{SUFFIX}.")
     check_overlap(output, source)
@@ -129,7 +129,7 @@ def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> 
         raise OutputError(f"{output} exists already.", hint="Choose another OUTPUT, or pass --overwrite to replace it.")
     if output.is_symlink() or not output.is_file() or not record.is_file():
         raise OutputError(
-            f"{output} was not written by compressknow (it has no {record.name} beside it): not overwritten.",
+            f"{output} was not written by compressknow (there is no {record.name} next to it): not overwritten.",
             hint="Remove it yourself, or choose another OUTPUT.",
         )
 
@@ -137,10 +137,10 @@ def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> 
 def check_beside(
     path: Path, output: Path, option: str, what: str, is_ours: Callable[[Path], bool], *, overwrite: bool
 ) -> None:
-    """Raise UsageError or OutputError, before any work, where what goes with a GGUF file, a ``Modelfile`` say, cannot
-    be written at the path that an option names. `is_ours` tells whether what is there already is one."""
+    """Raise UsageError or OutputError, before any work, if a companion of a GGUF file, such as a ``Modelfile``, cannot
+    be written at the path that an option names. `is_ours` returns whether an existing file is one."""
     if path.resolve() in (output.resolve(), get_record_path(output).resolve()):
-        raise UsageError(f"{option} and OUTPUT have one name.", hint="Give each a name of its own.")
+        raise UsageError(f"{option} and OUTPUT have the same name.", hint="Give them different names.")
     check_links(path)
     if path.is_dir() or (path.exists() and not overwrite):
         raise OutputError(f"{path} exists already.", hint=f"Choose another {option}, or pass --overwrite.")
@@ -150,18 +150,18 @@ def check_beside(
         )
     if path.parent.is_dir():
         check_writable(path)
-    # That of the output is made.
+    # The folder of the output will be created.
     elif path.resolve().parent not in output.resolve().parents:
-        raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
+        raise OutputError(f"{path.parent}: no such folder.", hint="Create it first, or choose another place.")
 
 
 def check_room(output: Path, needed: int) -> None:
-    """Raise OutputError if the disk of an output has less room than the work takes."""
+    """Raise OutputError if the disk of an output has fewer than `needed` bytes free."""
     folder = next(path for path in (Path.cwd() / output).parents if path.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OutputError(
             f"{output} needs about {write_size(needed)} of disk while it is made, and {write_size(free)} are free.",
-            "The weights are written as floats first, beside OUTPUT.",
+            "The weights are first written as floats, next to OUTPUT.",
             "Free some space, or write to another disk.",
         )
 
@@ -169,9 +169,9 @@ def check_room(output: Path, needed: int) -> None:
 class ExportRecord(SummaryRepr, dict[str, Any]):
     """Record of an export: the content of ``OUT.gguf.json``, or of a dry run, which has no hash.
 
-    A dict, which its properties read by name. `is_new` is False if the same export had made the file before.
-    `answer` is a prompt and what the file answered in llama.cpp, where it was asked; `read_otherwise` a text that
-    llama.cpp was found to split into other tokens than the checkpoint's tokenizer does.
+    A dict with properties for its main keys. `is_new` is False if the same export had made the file before. `answer` is
+    a prompt and the file's answer in llama.cpp, if it was tested; `read_otherwise` is a text that llama.cpp tokenizes
+    differently from the checkpoint's tokenizer, if one was found.
     """
 
     is_new = True
@@ -180,12 +180,12 @@ class ExportRecord(SummaryRepr, dict[str, Any]):
 
     @property
     def setup(self) -> str:
-        """Return what was done to the original, and the type: ``Att_GPQ 20% + q4_k_m``."""
+        """Return the compression of the original, and the type: ``Att_GPQ 20% + q4_k_m``."""
         return str(self["setup"])
 
     @property
     def groups(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Return ``tensors``, ``parameters`` and ``bytes`` by group of layers and by type in it."""
+        """Return ``tensors``, ``parameters`` and ``bytes`` by group of layers and type."""
         return dict(self["groups"])
 
     @property
@@ -206,7 +206,7 @@ class ExportRecord(SummaryRepr, dict[str, Any]):
 
 
 def collect_versions(converter: str) -> dict[str, str]:
-    """Return the versions of all that has a share in an export."""
+    """Return the versions of all software that affects an export."""
     from llama_cpp_py_sync._version import __llama_cpp_tag__
 
     from compressknow.compress.manifest import read_versions
@@ -233,7 +233,7 @@ def build_metadata(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def write_with_metadata(metadata: Mapping[str, str], reader: Any, output: Path) -> None:
-    """Write an open GGUF file once more, with further metadata; its tensors keep their bytes and their order."""
+    """Write a copy of an open GGUF file with further metadata, and the same tensors in the same order."""
     import gguf
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
@@ -247,7 +247,7 @@ def write_with_metadata(metadata: Mapping[str, str], reader: Any, output: Path) 
 
 
 def is_recorded(output: Path, choice: TypeChoice) -> bool:
-    """Return whether a file is there whose record has the types of a choice."""
+    """Return whether the file exists, and its record has the types of a choice."""
     try:
         record = read_record(output)
     except CheckpointError:
@@ -257,28 +257,28 @@ def is_recorded(output: Path, choice: TypeChoice) -> bool:
 
 
 def read_record(output: Path) -> dict[str, Any]:
-    """Read the record beside a GGUF file. Raises CheckpointError if there is none, or one of another form."""
+    """Read the record of a GGUF file. Raises CheckpointError if there is none, or it is not valid."""
     path = get_record_path(output)
     if not path.is_file():
         raise CheckpointError(
-            f"{output} has no {path.name} beside it.", hint="Give a file that `compressknow export` wrote."
+            f"There is no {path.name} next to {output}.", hint="Give a file that `compressknow export` wrote."
         )
     record = read_json(path, MANIFEST)
     if record.get("schema") != SCHEMA:
         raise CheckpointError(
-            f"{path} has schema {record.get('schema')!r}, this version reads {SCHEMA}.",
+            f"{path} has schema {record.get('schema')!r}, but this version reads schema {SCHEMA}.",
             hint="Read it with the version that wrote it (see `versions` in it).",
         )
-    if wrong := find_mismatch(record, FORM):
-        raise CheckpointError(f"{path} is damaged: {wrong}.", hint="Export it again.")
+    if mismatch := find_mismatch(record, FORM):
+        raise CheckpointError(f"{path} is damaged: {mismatch}.", hint="Export it again.")
     return record
 
 
 def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verification:
-    """Rehash a GGUF file that export wrote, and compare what it says of itself with its record. Raises CheckpointError
-    if it has no record, or one that this version cannot read."""
+    """Compare a GGUF file's hash and metadata with its record. Raises CheckpointError if it has no record, or one that
+    this version cannot read."""
     record = read_record(path)
-    # They import torch, which takes a second: what is wrong with the record is said before.
+    # After reading the record, since they import torch, which takes a second.
     from compressknow.compress.blocks import Pool
     from compressknow.compress.process import hash_file
     from compressknow.compress.verify import Difference, Verification
@@ -289,8 +289,8 @@ def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verif
     if sha256 != record.get("sha256"):
         differences = [Difference(path.name, None, "its bytes differ (sha256)")]
     else:
-        # The bytes are as they were: the record says otherwise.
-        reader, beside = open_gguf(path), get_record_path(path).name
+        # The file is unchanged, so any difference from its metadata means that the record was edited.
+        reader, name = open_gguf(path), get_record_path(path).name
         edited = [key for key, value in build_metadata(record).items() if read_value(reader, key) != value]
-        differences = [Difference(beside, None, f"it was edited: {key} is another in the file") for key in edited]
+        differences = [Difference(name, None, f"it was edited: {key} differs in the file") for key in edited]
     return Verification(record["totals"]["tensors"], 1, nbytes, tuple(differences))

@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file, and the weights of a checkpoint in each, by the name map of llama.cpp's gguf package."""
+"""Tensors of a GGUF file, and the checkpoint's weights in each, by the name map of llama.cpp's gguf package."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from compressknow.model.structure import NOT_LINEAR, SCOPES, LinearWeight, compi
 if TYPE_CHECKING:
     from compressknow.compress.weights import StoredWeights
 
-# Experts that are stored one by one are one tensor in GGUF.
+# GGUF merges experts into one tensor, which checkpoints may store one by one.
 EXPERT = re.compile(r"experts\.(\d+)\.")
 _SUFFIXES = (".weight", ".bias")
-# Of a file, beside what the one in between has: what llama.cpp adds of its own, and our keys.
+# Bytes that the quantized file has in addition to the one in floats: metadata of llama.cpp and ours, and per rule.
 _METADATA, _RULE = 4096, 48
 ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Content of a GGUF file, and of the checkpoint that it was made of: by the name of a tensor the Linear weights
-    that it is, or is made of, and the names under which the checkpoint stores these. `start` are the bytes of the file
+    """Content of a GGUF file and of the checkpoint that it was made from: `weights` are the Linear weights in each
+    tensor, and `stored` the names under which the checkpoint stores these. `start` is the number of bytes in the file
     before its tensors."""
 
     side: StoredWeights
@@ -37,7 +37,7 @@ class Tensors:
 
     @cached_property
     def groups(self) -> dict[str, str]:
-        """Return the group of each tensor: Linear weights have theirs; a tied embedding is the final layer too."""
+        """Return the group of each tensor: that of its Linear weights; a tied embedding belongs to the final layer."""
         return {name: self._get_group(tensor) for name, tensor in self.tensors.items()}
 
     def _get_group(self, tensor: Tensor) -> str:
@@ -48,12 +48,12 @@ class Tensors:
         return NOT_LINEAR if len(tensor.shape) < 2 else UNPLACED
 
     def find_by_scope(self, scope: str) -> list[str]:
-        """Return the tensors that a scope takes. Raises UsageError if it takes none."""
-        taken = {weight.parameter for weight in select(self.side.structure, (scope,), "quantize")}
-        return [name for name, own in self.weights.items() if any(weight.parameter in taken for weight in own)]
+        """Return the tensors in a scope. Raises UsageError if there are none."""
+        selected = {weight.parameter for weight in select(self.side.structure, (scope,), "quantize")}
+        return [name for name, each in self.weights.items() if any(weight.parameter in selected for weight in each)]
 
     def find_by_pattern(self, text: str, option: str) -> list[str]:
-        """Return the tensors whose name a regular expression matches. Raises UsageError if it matches none."""
+        """Return the tensors whose name a regular expression matches. Raises UsageError if there are none."""
         pattern = compile_pattern(option, text)
         names = [name for name, tensor in self.tensors.items() if len(tensor.shape) > 1 and pattern.search(name)]
         if not names:
@@ -68,34 +68,34 @@ class Tensors:
 
 
 def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]], option: str = "--type-of") -> dict[str, str]:
-    """Return the type of each tensor that a rule names; of several rules the last holds. Raises UsageError for a rule
-    that names none."""
+    """Return the type of each tensor that a rule matches, by the last one that does. Raises UsageError for a rule that
+    matches none."""
     return {
-        name: chosen
-        for which, chosen in types
+        name: kind
+        for which, kind in types
         for name in (tensors.find_by_scope(which) if which in SCOPES else tensors.find_by_pattern(which, option))
     }
 
 
 def describe_tensors(reader: Any, side: StoredWeights) -> Tensors:
-    """Return what an open GGUF file holds, but for its weights."""
+    """Return the content of an open GGUF file, except the values of its weights."""
     tensors = list_tensors(reader)
     weights: dict[str, list[LinearWeight]] = {}
     stored: dict[str, dict[str, None]] = {}
-    for weight, name, places in _map_weights(_get_name_map(reader), side, tensors):
+    for weight, name, stored_names in _map_weights(_get_name_map(reader), side, tensors):
         weights.setdefault(name, []).append(weight)
-        stored.setdefault(name, {}).update(dict.fromkeys(places))
+        stored.setdefault(name, {}).update(dict.fromkeys(stored_names))
     return Tensors(
         side,
         tensors,
-        {name: tuple(own) for name, own in weights.items()},
-        {name: tuple(own) for name, own in stored.items()},
+        {name: tuple(each) for name, each in weights.items()},
+        {name: tuple(each) for name, each in stored.items()},
         int(reader.data_offset),
     )
 
 
 def _get_name_map(reader: Any) -> Any:
-    """Return the map of the file's architecture; None if this gguf package does not know it."""
+    """Return the name map of the file's architecture; None if the gguf package does not know it."""
     import gguf
 
     name = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
@@ -107,27 +107,27 @@ def _get_name_map(reader: Any) -> Any:
 def _map_weights(
     name_map: Any, side: StoredWeights, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[LinearWeight, str, list[str]]]:
-    """Yield each Linear weight with a tensor that holds it or a part of it, and the names by which that is stored."""
+    """Yield each Linear weight with a tensor that contains it, or a part of it, and the stored names of these."""
     parts: dict[str, list[str]] = {}
     for stored, parameter in side.loaded_to.items():
         parts.setdefault(parameter, []).append(stored)
     for weight in side.structure.linears if name_map else ():
         supplier = side.supply.get(weight.parameter)
-        own = parts.get(weight.parameter) or ([supplier.name] if supplier else [])
-        held: dict[str, list[str]] = {}
-        for name in own:
+        stored_names = parts.get(weight.parameter) or ([supplier.name] if supplier else [])
+        by_tensor: dict[str, list[str]] = {}
+        for name in stored_names:
             mapped = (
                 name_map.get_name(EXPERT.sub("experts.", each), try_suffixes=_SUFFIXES)
                 for each in (name, weight.parameter)
             )
-            if (holder := next((each for each in mapped if each in tensors), None)) is not None:
-                held.setdefault(holder, []).append(name)
-        for holder, names in held.items():
-            yield weight, holder, names
+            if (tensor := next((each for each in mapped if each in tensors), None)) is not None:
+                by_tensor.setdefault(tensor, []).append(name)
+        for tensor, names in by_tensor.items():
+            yield weight, tensor, names
 
 
 def count_by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> dict[str, dict[str, dict[str, int]]]:
-    """Count tensors, parameters and bytes by group and type. `types` are those that a dry run has chosen."""
+    """Count tensors, parameters and bytes by group and type; `types` are those chosen in a dry run, if any."""
     import gguf
 
     groups: dict[str, list[Tensor]] = {}
@@ -140,7 +140,7 @@ def count_by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> 
 
 
 def align(nbytes: int) -> int:
-    """Return the bytes that a tensor takes in a file.
+    """Return the bytes of a tensor in a file, with padding.
 
     >>> align(18), align(64)
     (32, 64)
@@ -149,12 +149,12 @@ def align(nbytes: int) -> int:
 
 
 def is_matrix(tensors: Tensors, name: str) -> bool:
-    """Return whether llama.cpp rounds a tensor: the Linear weights, and the embedding of tokens."""
+    """Return whether llama.cpp quantizes a tensor: a Linear weight, or the token embedding."""
     return name in tensors.weights or name == "token_embd.weight"
 
 
 def measure_overhead(tensors: Tensors) -> int:
-    """Return an upper bound of the bytes beside the matrices: vocabulary, norms, metadata, rules for its types."""
+    """Return an upper bound of the bytes of all but the matrices: vocabulary, norms, metadata, rules for types."""
     names = [name for name in tensors.tensors if is_matrix(tensors, name)]
     others = sum(align(each.nbytes) for name, each in tensors.tensors.items() if name not in names)
     rules = sum(len(name) + _RULE for name in names)
