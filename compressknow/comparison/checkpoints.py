@@ -128,7 +128,11 @@ def _list_names(a: StoredWeights, b: StoredWeights) -> list[str]:
     """Return the names of all weights of both, in the order of the module tree, followed by those not in the tree."""
     index: dict[str, int] = {name: i for i, name in enumerate(a.structure.parameters | b.structure.parameters)}
     names = dict.fromkeys([*a.own, *b.own, *a.packed_weights(), *b.packed_weights()])
-    return sorted(names, key=lambda name: index.get(a.loaded_to.get(name, name), len(index)))
+
+    def get_index(name: str) -> int:
+        return index.get(a.loaded_to.get(name, name), len(index))
+
+    return sorted(names, key=get_index)
 
 
 def _pair_values(

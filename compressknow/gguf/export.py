@@ -62,18 +62,18 @@ from compressknow.model.loading import open_complete
 from compressknow.model.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from compressknow.model.tensors import DTYPE_SIZES, OpenFiles
 
-# Beside the most that the parts should take: headers, vocabularies, rows that fill no block of a type.
+# Factor for disk space beyond weights: headers, vocabularies, padding of incomplete blocks.
 _SPARE = 1.1
 _PLAIN = "plain"
-# What a file answers before it is called done.
+# Prompt to test a finished file with.
 PROMPT = "The capital of France is"
 
 
 @dataclass(frozen=True)
 class Export:
-    """Export that headers show to be possible. The GGUF file in between holds every matrix exactly, in the type
-    `exact`: ``f32``, ``f16`` or ``bf16``; it is `floats` where it is made already, and stays then. `fit` says how the
-    file is brought to a size, instead of by the types of `choice`."""
+    """Export that is possible by the headers. The intermediate GGUF file has every matrix exactly, in the type `exact`:
+    ``f32``, ``f16`` or ``bf16``; it is `floats` if it exists already, which is not removed. `fit`, if given, fits the
+    file to a size, and replaces the types of `choice`."""
 
     checkpoint: Checkpoint
     side: StoredWeights
@@ -87,7 +87,7 @@ class Export:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Return whether the converter reads the folder as it is: floats in safetensors, all the checkpoint's."""
+        """Return whether the converter can read the folder: floats in safetensors, all of this checkpoint."""
         files = {path.name for path in self.checkpoint.folder.glob("model*.safetensors")}
         return (
             self.checkpoint.revision is None
@@ -98,13 +98,13 @@ class Export:
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """Return the fingerprint of the checkpoint, and of the original that it was made of, if it was."""
+        """Return the fingerprint of the checkpoint and, if it was converted, of its original."""
         sha256, manifest = read_contents(locate(self.checkpoint.folder)).sha256, self.manifest
         return (sha256, find_source(manifest)["sha256"]) if manifest else (sha256,)
 
     @cached_property
     def manifest(self) -> dict[str, Any] | None:
-        """Return the manifest of the conversion, if the checkpoint is one."""
+        """Return the manifest if the checkpoint was converted, otherwise None."""
         folder = self.checkpoint.folder
         return read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
 
@@ -114,12 +114,12 @@ class Export:
 
     @property
     def exact_bytes(self) -> int:
-        """Estimate the size of the file in between."""
+        """Estimate the size of the intermediate file."""
         return estimate_bytes(self.exact, self.numel)
 
     @property
     def is_quantized(self) -> bool:
-        """Return whether llama.cpp changes the file in between at all."""
+        """Return whether llama.cpp changes the intermediate file."""
         return self.fit is not None or bool(self.choice.types) or self.choice.type != self.exact
 
     @property
@@ -129,17 +129,17 @@ class Export:
 
     @property
     def plain_bytes(self) -> int:
-        """Return the size of the weights as floats, where the converter needs them unpacked first."""
+        """Return the size of the weights as floats if they must be unpacked for the converter, otherwise 0."""
         if self.is_plain:
             return 0
         return sum(values.tensor.numel * DTYPE_SIZES[get_dtype(values)] for values in self.tensors.values())
 
     @property
     def needed_bytes(self) -> int:
-        """Estimate the most disk space that is taken at a time."""
-        made = self.fit.budget if self.fit else estimate_bytes(find_base_type(self.choice.type), self.numel)
+        """Estimate the peak disk space of the export."""
+        output = self.fit.budget if self.fit else estimate_bytes(find_base_type(self.choice.type), self.numel)
         plain = self.plain_bytes if self.is_compensated else 0
-        return int(_SPARE * max(self.plain_bytes + self.exact_bytes, plain + self.exact_bytes + made, 2 * made))
+        return int(_SPARE * max(self.plain_bytes + self.exact_bytes, plain + self.exact_bytes + output, 2 * output))
 
 
 def prepare(
@@ -150,12 +150,11 @@ def prepare(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Export:
-    """Open a checkpoint, and refuse what llama.cpp has no form for. Raises CheckpointError if it cannot be opened,
-    or lacks weights, or the importance matrix is of another model; UnsupportedError if it is not a generating
-    language model, the converter does not know it, or its weights are packed in a way that is not known here."""
+    """Open a checkpoint, and check that llama.cpp supports it. Raises CheckpointError if it cannot be opened, lacks
+    weights, or the importance matrix is of another model; UnsupportedError if it is not a generative language model,
+    the converter does not support it, or its weights are in a packed form of another tool."""
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
-    # What the converter may take something of is not a link out of the checkpoint: looking for the small files refuses
-    # it.
+    # The converter reads small files; listing them checks that none is a link out of the checkpoint.
     list(list_carried_files(checkpoint.folder))
     if (card := checkpoint.folder / CARD_NAME).is_file():
         check_inside(checkpoint.folder, card)
@@ -163,7 +162,7 @@ def prepare(
     _check_family(side.structure.architecture)
     check_architecture(side.structure.architecture, converter)
     tensors = list_plain_tensors(side, checkpoint)
-    # The smallest type that holds every matrix exactly.
+    # The smallest type that represents every matrix exactly.
     dtypes = {get_dtype(values) for values in tensors.values() if len(values.shape) > 1} & FLOATS.keys()
     exact = FLOATS[dtypes.pop()] if len(dtypes) == 1 and choice.type != "f32" else "f32"
     export = Export(checkpoint, side, tensors, choice, converter, exact, trust_remote_code)
@@ -173,8 +172,8 @@ def prepare(
 
 
 def find_made(export: Export, output: Path) -> ExportRecord | None:
-    """Return the record of a file that is whole and is what `write` would make; None if it is another. Raises
-    CheckpointError if it has no record, and what `read_calibration_text` does."""
+    """Return the record of a file if it is complete and the same that `write` would make, otherwise None. Raises
+    CheckpointError if it has no record, and as `read_calibration_text` does."""
     record = read_record(output)
     if any(record.get(key) != value for key, value in _describe_export(export).items()):
         return None
@@ -192,7 +191,7 @@ def _is_same_importance(export: Export, recorded: Mapping[str, Any] | None) -> b
     text, stored = choice.calibration, tuple(recorded.get(key) for key in ("source", "asked", "seed"))
     if text is None or stored != (text.text, text.tokens, text.seed):
         return False
-    # Samples are the same for the same seed; a file may have changed since.
+    # Samples are determined by the seed, but a file may have changed.
     return text.kind == "self" or _read_text(export, text).sha256 == recorded.get("sha256")
 
 
@@ -203,16 +202,16 @@ def _read_text(export: Export, text: Calibration) -> CalibrationText:
 
 
 def _check_family(architecture: str) -> None:
-    """Raise UnsupportedError for what llama.cpp would take for a model of embeddings."""
+    """Raise UnsupportedError for models that llama.cpp could only use for embeddings."""
     import transformers
 
     family = find_family_of_class(architecture)
     if family == "masked" or (family is None and hasattr(transformers, architecture)):
-        what = "a masked language model" if family else "no language model"
+        what = "is a masked language model" if family else "is not a language model"
         raise UnsupportedError(
-            f"{architecture} is {what}: it cannot be exported.",
-            "llama.cpp runs encoders for embeddings alone. It has no layer that fills a mask, and what the model knows "
-            "could not be asked.",
+            f"{architecture} {what}: it cannot be exported.",
+            "llama.cpp runs encoders only for embeddings. It has no layer that fills a mask, so the model's knowledge "
+            "could not be evaluated.",
             "Export a causal or a sequence-to-sequence language model.",
         )
 
@@ -228,15 +227,15 @@ def write(
     threads: int | None = None,
     begin: Begin = ignore_progress,
 ) -> ExportRecord:
-    """Carry an export out: a GGUF file that appears whole or not at all, and its record beside it.
+    """Carry out an export: write a GGUF file and its record, both complete or not at all.
 
     Parameters
     ----------
-    beside : where the importance matrix is written too, in llama.cpp's form, and `modelfile`, a text for Ollama: by
-        `IMPORTANCE` and `MODELFILE`.
-    smoke : have the file answer a prompt in llama.cpp before it is called done; of decoder-only models.
-    begin : begins the stages: ``unpack`` where the converter cannot read the checkpoint as it is, ``sample`` and
-        ``gather`` for an importance matrix, ``export``, and ``quantize`` where the type is not exact.
+    beside : paths of companions to write, by `IMPORTANCE` (the importance matrix in llama.cpp's form) and `MODELFILE`
+        (the text `modelfile`, for Ollama).
+    smoke : whether the file must answer a prompt in llama.cpp before it is published; only for decoder-only models.
+    begin : begins the stages: ``unpack`` if the converter cannot read the checkpoint, ``sample`` and ``gather`` for an
+        importance matrix, ``export``, and ``quantize`` if the type is not exact.
 
     Raises
     ------
@@ -245,56 +244,57 @@ def write(
     """
     check_room(output, export.needed_bytes)
     source = export.checkpoint.folder
-    with NewFile(output, overwrite=overwrite, source=source, beside=beside or {}) as place:
-        # Apart from the output, which may be called as one of its steps.
-        work = place.folder / "work"
+    with NewFile(output, overwrite=overwrite, source=source, beside=beside or {}) as new:
+        # A separate folder, since the output may have the name of an intermediate file.
+        work = new.folder / "work"
         work.mkdir()
         made, entries = _make_file(export, work, threads, begin)
         reader = read_gguf(made)
         record = _build_record(export, reader, entries)
-        write_with_metadata(build_metadata(record), reader, place.file)
-        del reader  # Windows removes no file that is mapped.
+        write_with_metadata(build_metadata(record), reader, new.file)
+        del reader  # Windows cannot remove a mapped file.
         made.unlink()
-        with place.file.open("rb+") as file:
+        with new.file.open("rb+") as file:
             os.fsync(file.fileno())
-        nbytes, sha256 = place.file.stat().st_size, compute_sha256(place.file)
+        nbytes, sha256 = new.file.stat().st_size, compute_sha256(new.file)
         _check_size(export, nbytes)
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        place.write(get_record_path(place.file).name, text.encode("utf-8", "backslashreplace"))
+        new.write(get_record_path(new.file).name, text.encode("utf-8", "backslashreplace"))
         if beside and IMPORTANCE in beside:
-            move(work / IMPORTANCE, place.folder / IMPORTANCE)
+            move(work / IMPORTANCE, new.folder / IMPORTANCE)
         if modelfile:
-            place.write(MODELFILE, modelfile.encode())
+            new.write(MODELFILE, modelfile.encode())
         if smoke and find_family_of_class(export.side.structure.architecture) == "causal":
             from compressknow.gguf.context import complete_prompt, find_text_read_otherwise
             from compressknow.gguf.llama_cpp import GgufModel, check_no_crash
 
-            check_no_crash(place.file)
-            with closing(GgufModel(place.file, trial=True)) as model:
+            check_no_crash(new.file)
+            with closing(GgufModel(new.file, trial=True)) as model:
                 record.answer = PROMPT, complete_prompt(model, PROMPT)
-                with suppress(CheckpointError):  # The converter reads a tokenizer that transformers does not.
+                with suppress(CheckpointError):  # The converter can read tokenizers that transformers cannot.
                     tokenizer = load_tokenizer(source, trust_remote_code=export.trust_remote_code)
                     record.read_otherwise = find_text_read_otherwise(model, tokenizer)
         export.checkpoint.check_unchanged()
-        place.commit()
+        new.commit()
     return record
 
 
 def _check_size(export: Export, nbytes: int) -> None:
-    """Raise CompressknowError if a file came out larger than it was to be."""
+    """Raise CompressknowError if a file is larger than its size limit."""
     if export.fit is not None and nbytes > export.fit.budget:
         raise CompressknowError(
-            f"The file has {write_size(nbytes)}, and {write_size(export.fit.budget)} were given: nothing was written.",
-            "llama.cpp has kept a tensor in another type than the one chosen, or has written more metadata.",
-            "Give a little more, and report this.",
+            f"The file has {write_size(nbytes)}, more than the limit of {write_size(export.fit.budget)}: nothing was "
+            "written.",
+            "llama.cpp has stored a tensor in another type than the chosen one, or has written more metadata.",
+            "Raise the limit a little, and report this.",
         )
 
 
 def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = ignore_progress) -> Path:
-    """Write a file whose matrices are of one type, ``f32``, ``f16`` or ``bf16``, into `folder`, and give its path: no
-    output, but something to run. It has neither a record nor more metadata than the converter's own. Raises OutputError
-    if the disk has no room for it, CompressknowError if the converter fails."""
+    """Write a file whose matrices have one type, ``f32``, ``f16`` or ``bf16``, into `folder`, and return its path. The
+    file is for internal use, without a record or our metadata. Raises OutputError if the disk is too full,
+    CompressknowError if the converter fails."""
     file, export = folder / "floats.gguf", replace(export, exact=kind)
     check_room(file, int(_SPARE * (export.plain_bytes + export.exact_bytes)))
     _write_exact(export, _unpack(export, folder, begin), file, begin)
@@ -305,7 +305,7 @@ def write_floats(export: Export, folder: Path, kind: str, *, begin: Begin = igno
 def preview(
     export: Export, output: Path, *, threads: int | None = None, begin: Begin = ignore_progress
 ) -> ExportRecord:
-    """Return what `write` would record, but for the hash: of a file that is made for it and removed again."""
+    """Return what `write` would record, without the hash, by making a temporary file."""
     check_room(output, export.needed_bytes)
     with make_scratch(output) as folder:
         made, entries = _make_file(export, folder, threads, begin, dry_run=True)
@@ -316,7 +316,7 @@ def preview(
 def _make_file(
     export: Export, folder: Path, threads: int | None, begin: Begin, *, dry_run: bool = False
 ) -> tuple[Path, dict[str, Any]]:
-    """Make a GGUF file without our metadata (a dry run: the one in between), and entries of its record."""
+    """Make a GGUF file without our metadata (in a dry run, the intermediate one); return it and its record entries."""
     source = _unpack(export, folder, begin)
     inputs = None
     options: Any = {"threads": threads, "begin": begin, "trust_remote_code": export.trust_remote_code}
@@ -328,15 +328,15 @@ def _make_file(
     if not export.is_quantized:
         return exact, {}
     if not export.is_compensated:
-        # Room for what llama.cpp makes.
+        # Free the disk for llama.cpp's file.
         shutil.rmtree(folder / _PLAIN, ignore_errors=True)
-    # It takes seconds where the vocabulary is large, so it is read once.
+    # Reading takes seconds if the vocabulary is large, so do it once.
     reader = read_gguf(exact)
     tensors, floats = describe_tensors(reader, export.side), reader.tensors
     del reader
     kind, types, entries = _choose_types(export, tensors)
-    if not dry_run and (known := _find_importance(export, floats, tensors, inputs)):
-        importance, entries["importance"] = known
+    if not dry_run and (described := _find_importance(export, floats, tensors, inputs)):
+        importance, entries["importance"] = described
         matrix = folder / IMPORTANCE
         write_importance(importance, matrix)
     requested: Any = {"types": types, "importance": matrix, "threads": threads, "dry_run": dry_run}
@@ -345,8 +345,8 @@ def _make_file(
     if dry_run:
         return exact, entries
     if export.fit and export.is_compensated:
-        same = find_same_channels(floats, tensors, export.tensors)
-        entries["fit"]["compensated"] = round_file(output, floats, tensors, same, source, export.fit.texts, **options)
+        names = find_same_channels(floats, tensors, export.tensors)
+        entries["fit"]["compensated"] = round_file(output, floats, tensors, names, source, export.fit.texts, **options)
     del floats
     if export.floats is None:
         exact.unlink()
@@ -354,7 +354,7 @@ def _make_file(
 
 
 def _choose_types(export: Export, tensors: Tensors) -> tuple[str, dict[str, str], dict[str, Any]]:
-    """Return the type of the file, those of single tensors, and what a record says of them."""
+    """Return the type of the file, those of single tensors, and entries of the record about them."""
     if export.fit is None:
         return export.choice.type, resolve_types(tensors, export.choice.types), {}
     types, record = export.fit.choose(tensors, measure_overhead(tensors))
@@ -364,7 +364,8 @@ def _choose_types(export: Export, tensors: Tensors) -> tuple[str, dict[str, str]
 
 
 def find_main_type(types: Mapping[str, str], tensors: Tensors) -> str:
-    """Return what readers take for the type of the whole file: none of floats, or llama.cpp would round nothing."""
+    """Return the type of the file for readers: that of most weights except floats, since llama.cpp would not quantize
+    a file of floats."""
     sizes = Counter[str]()
     for name, kind in types.items():
         sizes[kind] += tensors.tensors[name].numel
@@ -373,7 +374,7 @@ def find_main_type(types: Mapping[str, str], tensors: Tensors) -> str:
 
 
 def _write_exact(export: Export, source: Path, exact: Path, begin: Begin) -> None:
-    """Write the file in between, of the weights in the folder `source`."""
+    """Write the intermediate file from the weights in the folder `source`."""
     name = export.checkpoint.name if export.checkpoint.revision else None
     convert(export.converter, source, exact, export.exact, name=name, expected=export.exact_bytes, begin=begin)
 
@@ -381,7 +382,7 @@ def _write_exact(export: Export, source: Path, exact: Path, begin: Begin) -> Non
 def _find_importance(
     export: Export, exact: Sequence[Any], tensors: Tensors, inputs: tuple[Statistics, CalibrationText] | None
 ) -> tuple[Importance, dict[str, Any]] | None:
-    """Return the importance matrix of a text or a file, and what a record says of it; None without either."""
+    """Return the importance matrix from a text or a file, and its entry in the record; None if there is neither."""
     if inputs is not None:
         _, text = inputs
         importance = build_importance(tensors, *inputs, find_same_channels(exact, tensors, export.tensors))
@@ -399,10 +400,10 @@ def _find_importance(
 
 
 def _unpack(export: Export, folder: Path, begin: Begin) -> Path:
-    """Return the folder that the converter reads: the checkpoint's, or a new one with its weights as floats."""
+    """Return the folder for the converter: the checkpoint's, or a new one with its weights as floats."""
     if export.is_plain:
         return export.checkpoint.folder
-    # The converter calls the model after its folder.
+    # The converter names the model after its folder.
     plain = folder / _PLAIN / (export.checkpoint.folder.resolve().name or "model")
     plain.parent.mkdir()
     with begin("unpack") as advance, Pool(1) as pool, OpenFiles() as files:
@@ -412,7 +413,7 @@ def _unpack(export: Export, folder: Path, begin: Begin) -> Path:
 
 
 def _describe_export(export: Export) -> dict[str, Any]:
-    """Return what the record of an export says before it is carried out."""
+    """Return the entries of the record that are known before the export."""
     checkpoint, choice, manifest = export.checkpoint, export.choice, export.manifest
     source = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": export.sources[0]}
     if manifest:
