@@ -1,4 +1,4 @@
-"""Compare two checkpoints of one architecture: in settings, in what they store, and weight by weight."""
+"""Compare two checkpoints of one architecture: settings, structure, and weights."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from compressknow.model.manifest import MANIFEST_NAME, read_manifest
 from compressknow.model.structure import NOT_LINEAR
 from compressknow.model.tensors import OpenFiles, StoredTensor
 
-# Who wrote the file, with what, and the form of results. The dtype is compared tensor by tensor.
+# Settings about the file's origin or the form of results. The dtype is that of the tensors.
 _NOISE = {
     *("transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path", "use_cache", "return_dict"),
     *("output_attentions", "output_hidden_states", "torchscript", "id2label", "label2id", "problem_type"),
 }
-# The same of GGUF files, by how keys begin.
+# The same for GGUF files, by prefix.
 _GGUF_NOISE = (
     *("GGUF.", "general.name", "general.file_type", "general.quantization_version"),
     *("compressknow.", "quantize.", "split."),
 )
-# Its list of layers and its settings of each group would bury everything else.
+# Summarized, since its layers and groups would hide everything else.
 _QUANTIZATION = "quantization_config"
-# Values of a GGUF tensor that are unpacked at a time.
+# Values of a GGUF tensor to unpack at a time.
 _VALUES = 1 << 22
 # Longer values of a GGUF file are shown as a hash.
 _LONGEST = 80
@@ -56,8 +56,7 @@ _LONGEST = 80
 def diff_models(
     a: LocatedModel, b: LocatedModel, *, trust_remote_code: bool, threads: int | None, on_progress: Listener | None
 ) -> CheckpointDiff | None:
-    """Compare two models that were found, checkpoints or GGUF files; return None if one alone is a GGUF file, whose
-    weights have other names and another order."""
+    """Compare two checkpoints or two GGUF files; return None for one of each, whose weights do not correspond."""
     are_gguf = [located.path.suffix == ".gguf" for located in (a, b)]
     if any(are_gguf) and not all(are_gguf):
         return None
@@ -72,8 +71,8 @@ def find_other_files(a: LocatedModel, b: LocatedModel) -> Iterator[str]:
     """Yield small files that differ and affect answers too: of the tokenizer, and modelling code."""
     if ".gguf" in (a.path.suffix, b.path.suffix):
         return
-    left_out = {"config.json", *find_weight_files(a.path), *find_weight_files(b.path)}
-    for name in sorted({path.name for located in (a, b) for path in located.files} - left_out):
+    excluded = {"config.json", *find_weight_files(a.path), *find_weight_files(b.path)}
+    for name in sorted({path.name for located in (a, b) for path in located.files} - excluded):
         hashes = [
             compute_sha256(located.path / name) if (located.path / name).is_file() else None for located in (a, b)
         ]
@@ -89,17 +88,20 @@ def diff_checkpoints(
     threads: int | None = None,
     advance: Advance = ignore_advance,
 ) -> CheckpointDiff:
-    """Compare what two checkpoints hold, in the memory of one block per thread; the figures do not depend on the number
-    of threads. Raises CheckpointError if one of them has no weights, or its config describes no model that can be
-    built; CompressknowError if they are of different architectures."""
+    """Compare two checkpoints, with one block per thread in memory; figures do not depend on the number of threads.
+    Raises CheckpointError if one has no weights, or no model can be built from its config; CompressknowError if their
+    architectures differ."""
     side_a, side_b = (read_stored_weights(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
     architectures = side_a.structure.architecture, side_b.structure.architecture
     hint = "Compare an original with its conversion, or two checkpoints made from the same original."
     _check_architectures((side_a.name, side_b.name), architectures, hint)
-    # Nothing is removed of a folder that `convert` did not write.
-    made_a, made_b = (read_manifest(c.folder) if (c.folder / MANIFEST_NAME).is_file() else {} for c in (a, b))
-    lost = read_lost_neurons(made_a, side_a), read_lost_neurons(made_b, side_b)
-    side_a, side_b = renumber_blocks(side_a, made_a, side_b, made_b), renumber_blocks(side_b, made_b, side_a, made_a)
+    # Without a manifest of `convert`, nothing was removed.
+    manifests = [read_manifest(c.folder) if (c.folder / MANIFEST_NAME).is_file() else {} for c in (a, b)]
+    lost = read_lost_neurons(manifests[0], side_a), read_lost_neurons(manifests[1], side_b)
+    side_a, side_b = (
+        renumber_blocks(side_a, manifests[0], side_b, manifests[1]),
+        renumber_blocks(side_b, manifests[1], side_a, manifests[0]),
+    )
     pairs = list(_pair_values(side_a, side_b, *lost))
     total = sum(values.bytes_read for _, *both in pairs for values in both)
     with Pool(threads) as pool, OpenFiles() as files:
@@ -116,30 +118,30 @@ def diff_checkpoints(
 def _check_architectures(names: tuple[str, str], architectures: tuple[str, str], hint: str) -> None:
     if architectures[0] != architectures[1]:
         raise CompressknowError(
-            f"{names[0]} and {names[1]} cannot be compared: they are of different architectures.",
+            f"{names[0]} and {names[1]} cannot be compared: their architectures differ.",
             why=f"{names[0]} is {architectures[0]}, {names[1]} is {architectures[1]}: their weights cannot be matched.",
             hint=hint,
         )
 
 
 def _list_names(a: StoredWeights, b: StoredWeights) -> list[str]:
-    """Return all that either stores, in the order of the module tree; what the tree does not have comes last."""
-    place: dict[str, int] = {name: i for i, name in enumerate(a.structure.parameters | b.structure.parameters)}
+    """Return the names of all weights of both, in the order of the module tree, followed by those not in the tree."""
+    index: dict[str, int] = {name: i for i, name in enumerate(a.structure.parameters | b.structure.parameters)}
     names = dict.fromkeys([*a.own, *b.own, *a.packed_weights(), *b.packed_weights()])
 
-    def order(name: str) -> int:
-        return place.get(a.loaded_to.get(name, name), len(place))
+    def get_index(name: str) -> int:
+        return index.get(a.loaded_to.get(name, name), len(index))
 
-    return sorted(names, key=order)
+    return sorted(names, key=get_index)
 
 
 def _pair_values(
     a: StoredWeights, b: StoredWeights, lost_a: Mapping[str, LostNeurons], lost_b: Mapping[str, LostNeurons]
 ) -> Iterator[tuple[str, Values, Values]]:
-    """Yield each parameter's name and its values in both checkpoints, of one shape."""
+    """Yield each parameter's name and its values in both checkpoints, with equal shapes."""
     seen: set[tuple[str, str]] = set()
     for name in _list_names(a, b):
-        # Under this name at least one of them stores values that no other name of it has.
+        # At least one of them must store values under this name, not share those of another.
         if not any(name in side.own and side.supply[name] is side.own[name] for side in (a, b)):
             continue
         values_a, values_b = a.values(name), b.values(name)
@@ -176,7 +178,7 @@ def _diff_tensor(
 
 
 def name_in_block(name: str) -> str:
-    """Return what a weight is inside its block: the same for all blocks, all stacks and all experts.
+    """Return the name of a weight inside its block, the same for all blocks, stacks and experts.
 
     >>> name_in_block("decoder.block.3.layer.1.EncDecAttention.q.weight")
     'layer.EncDecAttention.q'
@@ -198,7 +200,7 @@ def _diff_structure(a: StoredWeights, b: StoredWeights) -> Iterator[StructureCha
         elif in_a.shape != in_b.shape:
             yield StructureChange(name, "reshaped", _describe(in_a), _describe(in_b))
         else:
-            # A tie in one checkpoint only: in the other, both names have values of their own.
+            # The tensor is tied in one checkpoint, and has its own values in the other.
             if (shared := _find_tie(a, b, name)) is not None:
                 yield StructureChange(name, "untied", f"tied to {shared}", _describe(in_b))
             elif (shared := _find_tie(b, a, name)) is not None:
@@ -207,11 +209,11 @@ def _diff_structure(a: StoredWeights, b: StoredWeights) -> Iterator[StructureCha
                 yield StructureChange(name, "retyped", _describe(in_a), _describe(in_b))
 
 
-def _find_tie(tied: StoredWeights, apart: StoredWeights, name: str) -> str | None:
+def _find_tie(tied: StoredWeights, untied: StoredWeights, name: str) -> str | None:
     if name in tied.own and tied.supply[name] is tied.own[name]:
         return None
     others = (other for other, tensor in tied.own.items() if tensor is tied.supply[name] and other != name)
-    return next((other for other in others if apart.supply.get(other) not in (None, apart.supply[name])), None)
+    return next((other for other in others if untied.supply.get(other) not in (None, untied.supply[name])), None)
 
 
 def _describe(tensor: StoredTensor | None) -> str:
@@ -224,7 +226,7 @@ def _diff_settings(a: Mapping[str, str], b: Mapping[str, str]) -> tuple[ConfigCh
 
 
 def _list_settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the settings of a config by their dotted names, as JSON, without those that are null.
+    """Yield the settings of a config by their dotted names, as JSON, without null.
 
     >>> list(_list_settings({"vocab_size": 9, "_name_or_path": "x", "rope": {"theta": 1}, "top_k": None}))
     [('vocab_size', '9'), ('rope.theta', '1')]
@@ -245,8 +247,8 @@ def _list_settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
 def diff_gguf(
     a: Sequence[Path], b: Sequence[Path], *, threads: int | None = None, advance: Advance = ignore_advance
 ) -> CheckpointDiff:
-    """Compare what two GGUF files hold, each of one part or several, by what llama.cpp's gguf package makes of them.
-    Raises CheckpointError if one of them is damaged, CompressknowError if they are of different architectures."""
+    """Compare two GGUF files, each in one part or several, as read by llama.cpp's gguf package. Raises CheckpointError
+    if one is damaged, CompressknowError if their architectures differ."""
     readers_a, readers_b = ([open_gguf(part) for part in parts] for parts in (a, b))
     architecture, other = (str(read_value(readers[0], "general.architecture")) for readers in (readers_a, readers_b))
     _check_architectures((a[0].name, b[0].name), (architecture, other), "Compare files made from the same original.")
@@ -282,12 +284,12 @@ _STACKS = {"enc": "encoder", "dec": "decoder"}
 
 
 def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: DiffSums, same: bool) -> TensorDiff:
-    # As for a checkpoint: embeddings and vectors are not Linear layers.
-    linear = group not in (EMBEDDING, NOT_LINEAR)
-    in_block = linear and a.layer is not None
+    # As in a checkpoint, embeddings and vectors are not Linear weights.
+    is_linear = group not in (EMBEDDING, NOT_LINEAR)
+    in_block = is_linear and a.layer is not None
     return TensorDiff(
         name=a.name,
-        group=group if linear else NOT_LINEAR,
+        group=group if is_linear else NOT_LINEAR,
         stack=_STACKS.get(a.name.partition(".")[0]) if in_block else None,
         layer=a.layer if in_block else None,
         module=a.name.partition("blk.")[2].partition(".")[2].removesuffix(".weight") if in_block else None,

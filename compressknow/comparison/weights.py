@@ -1,4 +1,4 @@
-"""Sums over the values of two tensors, and the entries to compare where one of the checkpoints lost some."""
+"""Sums over the values of two tensors, and the entries to compare if some were removed from a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from compressknow.model.structure import LinearWeight
 
 
 def diff_values(reader: Reader, a: Values, b: Values) -> tuple[DiffSums, bool]:
-    """Return the sums of two tensors, taken in float64, and whether they are stored bit for bit the same."""
+    """Return the sums of two tensors, computed in float64, and whether their stored bytes are equal."""
     scale_a, scale_b = read_scales(reader, a), read_scales(reader, b)
     columns = max(get_matrix_shape(values.tensor.shape)[1] for values in (a, b))
-    alike = (a.tensor.dtype, a.stored.dtype) == (b.tensor.dtype, b.stored.dtype) and _is_same(scale_a, scale_b)
-    sums, same = DiffSums(), alike
-    # torch reads no tensor without elements.
+    same_form = (a.tensor.dtype, a.stored.dtype) == (b.tensor.dtype, b.stored.dtype) and _is_same(scale_a, scale_b)
+    sums, same = DiffSums(), same_form
+    # torch cannot read tensors without elements.
     blocks = zip(a.blocks(reader, columns), b.blocks(reader, columns), strict=True) if a.tensor.numel else ()
     for block_a, block_b in blocks:
-        equal = alike and _is_same(block_a.values, block_b.values)
+        equal = same_form and _is_same(block_a.values, block_b.values)
         x = dequantize_block(a, block_a, scale_a)
         sums += sum_values(x, x if equal else dequantize_block(b, block_b, scale_b))
         same = same and equal
@@ -37,12 +37,12 @@ def diff_values(reader: Reader, a: Values, b: Values) -> tuple[DiffSums, bool]:
 def _is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    # As bytes: NaN does not equal itself, and zeros of both signs are equal.
+    # As bytes, since NaN differs from itself, and 0 equals -0.
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def sum_values(x: torch.Tensor, y: torch.Tensor) -> DiffSums:
-    """Return the sums of two tensors of one shape, float64; `y` is `x` itself where nothing differs."""
+    """Return the sums of two float64 tensors of equal shape; `y` may be `x` itself if they are equal."""
     zeros, energy = _count_zeros(x), _sum_squares(x)
     if x is y:
         return DiffSums(x.numel(), zeros, zeros, energy, energy)
@@ -61,20 +61,20 @@ def _sum_squares(x: torch.Tensor) -> float:
 
 
 def renumber_blocks(
-    side: StoredWeights, manifest: Mapping[str, Any], other: StoredWeights, its_manifest: Mapping[str, Any]
+    side: StoredWeights, manifest: Mapping[str, Any], other: StoredWeights, other_manifest: Mapping[str, Any]
 ) -> StoredWeights:
-    """Return a checkpoint with the numbers that its blocks had before others were dropped, in the stacks that the other
-    checkpoint still has whole, or was made of."""
-    dropped, of_other = (each.get("removed", {}).get("blocks", []) for each in (manifest, its_manifest))
-    had = {entry["stack"]: entry["before"] for entry in of_other}
+    """Return a checkpoint whose blocks have their numbers from before others were dropped, in each stack that the other
+    checkpoint has, or had, with all blocks."""
+    dropped, other_dropped = (each.get("removed", {}).get("blocks", []) for each in (manifest, other_manifest))
+    other_before = {entry["stack"]: entry["before"] for entry in other_dropped}
     remaining: dict[str, list[int]] = {}
     for entry in dropped:
         stack, before = entry["stack"], entry["before"]
-        if before in (_count_blocks(other, stack), had.get(stack)):
+        if before in (_count_blocks(other, stack), other_before.get(stack)):
             remaining[stack] = sorted(set(range(before)) - set(entry["dropped"]))
     if not remaining:
         return side
-    rename = partial(_name_before, remaining)
+    rename = partial(_restore_name, remaining)
     structure = replace(
         side.structure,
         linears=tuple(_renumber_weight(weight, rename(weight.parameter)) for weight in side.structure.linears),
@@ -91,26 +91,26 @@ def renumber_blocks(
 
 
 def _count_blocks(side: StoredWeights, stack: str) -> int:
-    places = map(parse_block, side.structure.parameters)
-    return max((place[1] + 1 for place in places if place and place[0] == stack), default=0)
+    blocks = map(parse_block, side.structure.parameters)
+    return max((block[1] + 1 for block in blocks if block and block[0] == stack), default=0)
 
 
-def _name_before(remaining: Mapping[str, Sequence[int]], name: str) -> str:
-    place = parse_block(name)
-    if place is None or place[1] >= len(remaining.get(place[0], ())):
+def _restore_name(remaining: Mapping[str, Sequence[int]], name: str) -> str:
+    block = parse_block(name)
+    if block is None or block[1] >= len(remaining.get(block[0], ())):
         return name
-    return f"{place[0]}.{remaining[place[0]][place[1]]}.{place[2]}"
+    return f"{block[0]}.{remaining[block[0]][block[1]]}.{block[2]}"
 
 
 def _renumber_weight(weight: LinearWeight, parameter: str) -> LinearWeight:
-    place = parse_block(parameter) if parameter != weight.parameter else None
-    return replace(weight, parameter=parameter, layer=place[1]) if place else weight
+    block = parse_block(parameter) if parameter != weight.parameter else None
+    return replace(weight, parameter=parameter, layer=block[1]) if block else weight
 
 
 @dataclass(frozen=True)
 class LostNeurons:
-    """Neurons lost along an axis of a tensor: of the `before` neurons that had `each` entries there, one projection
-    after the other, those in `dropped` are gone."""
+    """Neurons lost along an axis of a tensor. There were `before` neurons with `each` entries per neuron, one
+    projection after the other; those in `dropped` were removed."""
 
     axis: int
     each: int
@@ -118,38 +118,40 @@ class LostNeurons:
     dropped: tuple[range, ...]
 
     def remaining(self) -> tuple[int, ...]:
-        """Return the entries that are left, by their number among all that there were."""
-        gone = set(chain.from_iterable(self.dropped))
-        neurons = [number for number in range(self.before) if number not in gone]
+        """Return the remaining entries by their original numbers."""
+        dropped = set(chain.from_iterable(self.dropped))
+        neurons = [number for number in range(self.before) if number not in dropped]
         return tuple(number + part * self.before for part in range(self.each) for number in neurons)
 
 
 def read_lost_neurons(manifest: Mapping[str, Any], side: StoredWeights) -> dict[str, LostNeurons]:
-    """Return what the tensors of a converted checkpoint lost, by stored name; nothing of one whose manifest does not
-    say which neurons went."""
+    """Return the neurons that tensors of a converted checkpoint lost, by stored name, as far as its manifest lists
+    them."""
     entries = manifest.get("removed", {}).get("neurons", [])
     dropped = [
-        (entry, _get_block(module), gone) for entry in entries for module, gone in list_dropped_neurons(entry).items()
+        (entry, _get_block(module), neurons)
+        for entry in entries
+        for module, neurons in list_dropped_neurons(entry).items()
     ]
     rows = {row["name"]: row for row in manifest["tensors"] if "shape_before" in row} if dropped else {}
     lost: dict[str, LostNeurons] = {}
     for parameter, tensor in side.own.items():
         if (row := rows.get(tensor.name)) is not None:
-            of_block = (
-                _find_axis(row, entry, gone) for entry, block, gone in dropped if block == _get_block(parameter)
+            candidates = (
+                _find_axis(row, entry, neurons) for entry, block, neurons in dropped if block == _get_block(parameter)
             )
-            if first := next(filter(None, of_block), None):
+            if first := next(filter(None, candidates), None):
                 lost[tensor.name] = first
     return lost
 
 
 def _get_block(name: str) -> tuple[str, int] | None:
-    place = parse_block(name)
-    return place and place[:2]
+    block = parse_block(name)
+    return block and block[:2]
 
 
 def _find_axis(row: Mapping[str, Any], entry: Mapping[str, Any], dropped: tuple[range, ...]) -> LostNeurons | None:
-    """Return what was lost along the one axis that is shorter, if by what the neurons of an entry account for."""
+    """Return the loss along the only axis that is shorter, if the neurons of an entry account for it, or None."""
     sizes = list(enumerate(zip(row["shape_before"], row["shape"], strict=False)))
     axes = [(axis, *pair) for axis, pair in sizes if pair[0] != pair[1]]
     if len(axes) != 1 or len(row["shape_before"]) != len(row["shape"]):
@@ -173,21 +175,21 @@ def align(a: Values, b: Values, lost_a: LostNeurons | None, lost_b: LostNeurons 
 def _align_entries(
     a: Values, b: Values, lost_a: LostNeurons | None, lost_b: LostNeurons | None
 ) -> tuple[Values, Values] | None:
-    """Return the entries that both have left, if that is what they lost: None for a tensor that lost nothing."""
+    """Return the entries that both still have, given what each lost (None if nothing); None if this does not match."""
     lost = lost_a or lost_b
     if lost is None or len(a.shape) != len(b.shape):
         return None
     if lost_a and lost_b and replace(lost_a, dropped=()) != replace(lost_b, dropped=()):
         return None
     whole = tuple(range(lost.each * lost.before))
-    left_a, left_b = (each.remaining() if each else whole for each in (lost_a, lost_b))
-    if (a.shape[lost.axis], b.shape[lost.axis]) != (len(left_a), len(left_b)):
+    remaining_a, remaining_b = (each.remaining() if each else whole for each in (lost_a, lost_b))
+    if (a.shape[lost.axis], b.shape[lost.axis]) != (len(remaining_a), len(remaining_b)):
         return None
-    both = set(left_a) & set(left_b)
-    one, other = _pick(a, lost.axis, left_a, both), _pick(b, lost.axis, left_b, both)
-    return (one, other) if both and one.shape == other.shape else None
+    common = set(remaining_a) & set(remaining_b)
+    one, other = _select(a, lost.axis, remaining_a, common), _select(b, lost.axis, remaining_b, common)
+    return (one, other) if common and one.shape == other.shape else None
 
 
-def _pick(values: Values, axis: int, left: Sequence[int], wanted: Collection[int]) -> Values:
-    numbers = tuple(place for place, number in enumerate(left) if number in wanted)
-    return values if len(numbers) == len(left) else replace(values, axis=axis, numbers=numbers)
+def _select(values: Values, axis: int, remaining: Sequence[int], common: Collection[int]) -> Values:
+    numbers = tuple(index for index, number in enumerate(remaining) if number in common)
+    return values if len(numbers) == len(remaining) else replace(values, axis=axis, numbers=numbers)

@@ -1,7 +1,7 @@
-"""Work in child processes, whose crashes become messages here, and which end when this process does.
+"""Run work in child processes, whose crashes become messages, and which end with this process.
 
-As a program (``children.py SCRIPT ARGS``, ``children.py -m MODULE ARGS``) it runs another one, and ends when the parent
-does, however that ends: the parent holds the other end of its standard input.
+As a program (``children.py SCRIPT ARGS``, ``children.py -m MODULE ARGS``) it runs another one, which ends when its
+parent process ends in any way: its standard input is then closed.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ def build_python_command(*arguments: str | Path) -> list[str | Path]:
 
 
 def put_first(*packages: Path) -> dict[str, str]:
-    """Return the variables of a process that imports what is in these folders before all else."""
+    """Return the environment of a process that imports from these folders first."""
     paths = [*map(str, packages), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def read_tail(log: Path) -> str:
-    """Return the end of what a child has printed."""
+    """Return the end of a child's output."""
     with log.open("rb") as file:
         file.seek(max(log.stat().st_size - _TAIL_BYTES, 0))
         return file.read().decode("utf-8", "replace").replace("\r", "\n")
 
 
 def read_reason(log: Path, code: int) -> str:
-    """Return why a child failed, in its own last words."""
+    """Return why a child failed: the last error in its output."""
     lines = [line.strip() for line in read_tail(log).splitlines() if line.strip()]
     errors = [line for line in lines if "rror" in line or "failed" in line or "not supported" in line]
     last = (errors or lines or ["It printed nothing."])[-1]
@@ -79,12 +79,12 @@ def check_exit(what: str, log: Path, code: int, hint: str | None) -> None:
     if code == 0:
         return
     if _FULL.search(read_tail(log)) or shutil.disk_usage(log.parent).free < _NO_ROOM_BYTES:
-        raise OutputError(f"{what}: no space left.", "Nothing was left behind.", "Free space, or write elsewhere.")
+        raise OutputError(f"{what}: no space left.", "Nothing was left behind.", "Free some space, or write elsewhere.")
     raise CompressknowError(what + ".", read_reason(log, code), hint)
 
 
 def _end_with_parent() -> None:
-    # Not by sys.stdin, whose lock Python would wait for when it ends.
+    # Not sys.stdin, whose lock Python would wait for when it exits.
     while os.read(0, 1):
         pass
     os._exit(1)

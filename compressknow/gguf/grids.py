@@ -1,6 +1,6 @@
-"""Weights on the grids of GGUF's types: rounded by ggml itself, row by row, so that bytes are those of llama.cpp.
+"""Weights on the grids of GGUF's types: rounded by ggml itself, row by row, to the same bytes as by llama.cpp.
 
-The packed form of a weight [out, in] is `out` rows of blocks; a block holds `get_block_size` weights of a row.
+The packed form of a weight [out, in] is `out` rows of blocks; a block has `get_block_size` weights of a row.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ size_t ggml_quantize_chunk(int type, const float * src, void * dst, int64_t star
     const float * imatrix);
 """
 _DEQUANTIZE = "void dequantize_row_{name}(const void * x, float * y, int64_t k);"
-# Weights that one thread rounds at a time.
+# Weights per thread and call.
 _PIECE = 1 << 18
 
 
 def list_legal_types(columns: int, types: Sequence[str] = CANDIDATES) -> tuple[str, ...]:
-    """Return those of `types` whose blocks divide a row of so many weights.
+    """Return those of `types` whose blocks divide a row of `columns` weights.
 
     >>> list_legal_types(576)
     ('q8_0', 'q5_0', 'iq4_nl', 'q4_0')
@@ -46,7 +46,7 @@ def list_legal_types(columns: int, types: Sequence[str] = CANDIDATES) -> tuple[s
 
 @cache
 def get_block_size(type: str) -> int:
-    """Return how many weights of a row share a block: 32, or 256."""
+    """Return the number of weights in a block: 32 or 256."""
     return int(_load_ggml()[1].ggml_blck_size(list_tensor_types()[type]))
 
 
@@ -59,11 +59,11 @@ def get_nbytes(type: str, shape: Sequence[int]) -> int:
 
 
 def quantize(weight: Floats, type: str, importance: Floats | None = None) -> Bytes:
-    """Pack a weight [out, in] as llama.cpp's quantizer would: uint8 [out, bytes of a row].
+    """Pack a weight [out, in] as llama.cpp's quantizer does: uint8 [out, bytes per row].
 
     Parameters
     ----------
-    importance : float32 [in], the mean squares of what each column is multiplied with.
+    importance : float32 [in], the mean square of each column's inputs.
     """
     rows, columns = weight.shape
     packed = np.empty((rows, get_nbytes(type, (1, columns))), np.uint8)
@@ -101,12 +101,12 @@ def dequantize(packed: Bytes, type: str, shape: Sequence[int]) -> Floats:
 
 
 def roundtrip(weight: Floats, type: str, importance: Floats | None = None) -> Floats:
-    """Return what a runtime reads of a weight [out, in] that was stored as this type."""
+    """Return the float32 values of a weight [out, in] after quantization to this type."""
     return dequantize(quantize(weight, type, importance), type, weight.shape)
 
 
 def _run_in_pieces(work: Callable[[slice], None], rows: int, columns: int) -> None:
-    # ggml computes outside of Python's lock.
+    # ggml runs without Python's global lock.
     step = max(1, _PIECE // columns)
     pieces = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     if len(pieces) == 1:
@@ -123,11 +123,11 @@ def _spell(type: str) -> str:
 
 @cache
 def _load_ggml() -> tuple[Any, Any]:
-    """Open ggml itself, and return CFFI's two halves of it."""
+    """Open ggml's library, and return CFFI's interface and the library."""
     import llama_cpp_py_sync
 
     ffi: Any = type(load_native().ffi)()
-    # Floats have no function of their own.
+    # There are no such functions for floats.
     packed = (_spell(name) for name in list_tensor_types() if name not in ("f32", "f16", "bf16"))
     ffi.cdef(_HEADER + "".join(_DEQUANTIZE.format(name=name) for name in packed))
     folder = Path(llama_cpp_py_sync.__file__).parent

@@ -1,4 +1,4 @@
-"""Importance matrix: how much each input channel of a weight counts when llama.cpp rounds it.
+"""Importance matrix: the weight of each input channel when llama.cpp rounds a tensor.
 
 It is the mean square of the channel's inputs, the diagonal of X^T X over the tokens, as in Wanda. llama.cpp's tools
 store it in a GGUF file (llama.cpp, tools/imatrix/imatrix.cpp).
@@ -32,10 +32,10 @@ Statistics: TypeAlias = "Mapping[Key, InputStatistics]"
 SUMS, COUNTS = ".in_sum2", ".counts"
 _KIND = "imatrix"
 _MODELS = "compressknow.models"
-_HINT = "Give the matrix of this model, or --calibration to make it."
-# An expert that read fewer tokens is taken to read all channels alike.
+_HINT = "Give the matrix of this model, or --calibration to compute it."
+# An expert that read fewer tokens gets equal importance for all channels.
 LEAST_TOKENS = 32
-# Limits for a file in the old format: more entries, or longer names, than any model has.
+# Limits for files of the old form: more entries, and longer names, than any model has.
 _MOST_ENTRIES, _MOST_NAME = 1 << 16, 1 << 10
 
 
@@ -45,12 +45,12 @@ class Importance:
 
     Attributes
     ----------
-    sums : by tensor name, the sums of squares, float32 [matrices, in]; one matrix but for experts.
-    counts : the tokens that they are of, float32 [matrices].
-    datasets : what text that was.
-    chunks, chunk : how many sequences of how many tokens.
-    models : fingerprints of the checkpoint that it was made with and of that one's original; none in a file of
-        llama.cpp's own tools.
+    sums : by tensor name, the sums of squares, float32 [matrices, in]; one matrix, except for experts.
+    counts : number of tokens in these sums, float32 [matrices].
+    datasets : names of the texts.
+    chunks, chunk : number of sequences, and tokens per sequence.
+    models : fingerprints of the checkpoint that it was computed with, and of its original; empty in a file of
+        llama.cpp's tools.
     """
 
     sums: Mapping[str, Floats]
@@ -61,12 +61,12 @@ class Importance:
     models: tuple[str, ...] = ()
 
     def means(self) -> dict[str, Floats]:
-        """Return float32 [matrices * in] by tensor name, contiguous: what llama.cpp takes."""
+        """Return means, float32 [matrices * in], by tensor name, contiguous, for llama.cpp."""
         means = {}
         for name, sums in self.sums.items():
             counts = self.counts[name].reshape(-1, 1)
-            known = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
-            means[name] = np.ascontiguousarray(known, dtype=np.float32).reshape(-1)
+            values = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
+            means[name] = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
         return means
 
 
@@ -107,20 +107,20 @@ def build_importance(
         tensor, parameter = tensors.tensors[name], tensors.weights[name][0].parameter
         matrices = tensor.shape[2] if len(tensor.shape) > 2 else 1
         least = LEAST_TOKENS if matrices > 1 else 1
-        read = [statistics.get(Key(parameter, matrix)) for matrix in range(matrices)]
+        inputs = [statistics.get(Key(parameter, matrix)) for matrix in range(matrices)]
         known = [
-            each if each and each.tokens >= least and len(each.squares) == tensor.shape[0] else None for each in read
+            each if each and each.tokens >= least and len(each.squares) == tensor.shape[0] else None for each in inputs
         ]
         if any(known):
-            unknown = np.zeros(tensor.shape[0], np.float32)
-            sums[name] = np.stack([each.squares.numpy().astype(np.float32) if each else unknown for each in known])
+            zeros = np.zeros(tensor.shape[0], np.float32)
+            sums[name] = np.stack([each.squares.numpy().astype(np.float32) if each else zeros for each in known])
             counts[name] = np.array([each.tokens if each else 0 for each in known], np.float32)
     sequences = [sequence for batch in text.batches for sequence in batch["input_ids"]]
     return Importance(sums, counts, (text.source,), len(sequences), len(sequences[0]))
 
 
 def write_importance(importance: Importance, path: Path) -> None:
-    """Write the file that llama-imatrix would, and llama-quantize takes."""
+    """Write a matrix in the format of llama-imatrix, which llama-quantize reads."""
     import gguf
 
     writer = gguf.GGUFWriter(path, _KIND)
@@ -160,7 +160,7 @@ def _read_matrix(path: Path) -> Importance:
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     names = [name.removesuffix(SUMS) for name in stored if name.endswith(SUMS)]
     if not names:
-        raise ValueError(f"it holds no tensor *{SUMS}")
+        raise ValueError(f"it has no tensor *{SUMS}")
     counts = {name: np.array(stored[name + COUNTS], np.float32).reshape(-1) for name in names}
     sums = {name: np.array(stored[name + SUMS], np.float32).reshape(len(counts[name]), -1) for name in names}
     datasets, models = (tuple(map(str, read_value(reader, key) or ())) for key in ("imatrix.datasets", _MODELS))
@@ -169,20 +169,20 @@ def _read_matrix(path: Path) -> Importance:
 
 
 def _read_dat(path: Path) -> Importance:
-    """Read entries of a name, the calls, and the means times these. A name of the text may follow."""
+    """Read entries, each a name, the number of calls, and the means times this number. The text's name may follow."""
     sums: dict[str, Floats] = {}
     counts: dict[str, Floats] = {}
     with open_regular(path) as file:
 
-        def number(most: int) -> int:
+        def read_number(most: int) -> int:
             (value,) = struct.unpack("<i", file.read(4))
             if not 0 <= value <= most:
                 raise ValueError(f"a number in it is {value}")
             return int(value)
 
-        for _ in range(number(_MOST_ENTRIES)):
-            name = file.read(number(_MOST_NAME)).decode()
-            calls, width = number(1 << 30), number(1 << 28)
+        for _ in range(read_number(_MOST_ENTRIES)):
+            name = file.read(read_number(_MOST_NAME)).decode()
+            calls, width = read_number(1 << 30), read_number(1 << 28)
             values = np.frombuffer(file.read(4 * width), "<f4")
             if len(values) != width:
                 raise ValueError("it is cut short")
@@ -193,17 +193,17 @@ def _read_dat(path: Path) -> Importance:
 
 
 def check_source(importance: Importance, sources: Sequence[str], path: str) -> None:
-    """Raise CheckpointError if a matrix names its models, and none is this one or its original."""
+    """Raise CheckpointError if a matrix names its models, and these include neither this one nor its original."""
     if importance.models and not set(importance.models) & set(sources):
         raise CheckpointError(
-            f"{path} is of another model: it says {importance.models[0][:16]}, and this one is {sources[0][:16]}.",
-            "These are SHA-256 of the checkpoints. Shapes may be alike where weights are not.",
+            f"{path} is of another model: it names {importance.models[0][:16]}, and this one is {sources[0][:16]}.",
+            "These are SHA-256 of the checkpoints. Shapes may be equal if weights are not.",
             _HINT,
         )
 
 
 def check_model(importance: Importance, tensors: Mapping[str, Tensor], path: str) -> None:
-    """Raise CheckpointError if a matrix was made of another model: of other layers, or of other widths."""
+    """Raise CheckpointError if a matrix was computed with another model, with other layers or widths."""
     fitting = [name for name in importance.sums if name in tensors]
     for name in fitting:
         tensor = tensors[name]

@@ -27,7 +27,7 @@ _ERROR, _CONTINUED = 4, 5
 
 
 class Native(NamedTuple):
-    """CFFI's two halves, and llama.cpp's build, such as ``b11739``."""
+    """CFFI's interface and library, and llama.cpp's build, such as ``b11739``."""
 
     ffi: Any
     lib: Any
@@ -36,12 +36,12 @@ class Native(NamedTuple):
 
 # Errors logged since `collect_errors` began, and the callback, which must live as long as the library.
 _errors: list[str] = []
-_kept: list[Any] = []
+_callbacks: list[Any] = []
 
 
 @cache
 def load_native() -> Native:
-    """Return the library, loaded once. Raises CompressknowError if it is not installed, or does not load here."""
+    """Return the library, loaded once. Raises CompressknowError if it is not installed, or cannot be loaded."""
     require(MODULE)
     # Before it aborts the process, it would run a debugger for a backtrace.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
@@ -51,7 +51,7 @@ def load_native() -> Native:
         ffi, lib = open_library()
     except (ImportError, OSError, RuntimeError) as error:
         raise CompressknowError(
-            "llama.cpp does not load on this machine.",
+            "llama.cpp cannot be loaded on this machine.",
             why=(str(error).splitlines() or [type(error).__name__])[0],
             hint=f"Reinstall it: pip install --force-reinstall {OPTIONAL[MODULE]}; or pass --runtime transformers.",
         ) from error
@@ -59,7 +59,7 @@ def load_native() -> Native:
     last = 0
 
     @ffi.callback("void(enum ggml_log_level, const char *, void *)")  # type: ignore[untyped-decorator]
-    def logged(level: int, text: Any, _: Any) -> None:
+    def log(level: int, text: Any, _: Any) -> None:
         nonlocal last
         last = last if level == _CONTINUED else level
         if last == _ERROR:
@@ -69,8 +69,8 @@ def load_native() -> Native:
             else:
                 _errors.append(message)
 
-    _kept.append(logged)
-    lib.llama_log_set(logged, ffi.NULL)
+    _callbacks.append(log)
+    lib.llama_log_set(log, ffi.NULL)
     lib.llama_backend_init()
     return Native(ffi, lib, str(getattr(_version, "__llama_cpp_tag__", "") or version("llama-cpp-py-sync")))
 
@@ -98,7 +98,7 @@ def make_interruptible(declaration: str, *, go_on: bool) -> tuple[Any, list[Base
 
 
 def collect_errors() -> list[str]:
-    """Return the list of what llama.cpp logs as errors from now on: it is filled as it does, one message per entry."""
+    """Return a list to which errors that llama.cpp logs from now on are added, one message per entry."""
     _errors.clear()
     return _errors
 
@@ -109,16 +109,16 @@ def count_types(path: Path) -> dict[str, dict[str, int]]:
     members = load_native().ffi.typeof("enum ggml_type").relements
     types = {number: member.removeprefix("GGML_TYPE_") for member, number in members.items()}
     counts: dict[str, Counter[str]] = {name: Counter() for name in (*(name for name, _ in NAMED), UNPLACED)}
-    # One with more entries than any model needs is not counted: llama.cpp has read it all the same.
+    # A file with more entries than our limit is not counted, though llama.cpp can read it.
     with suppress(NotReadable):
         for part in list_parts(path):
             for name, shape, kind, _ in read_header(part).tensors:
                 group = next((group for group, pattern in NAMED if pattern.match(name)), UNPLACED)
                 counts[group][types[kind]] += prod(shape)
-    return {group: dict(of_group.most_common()) for group, of_group in counts.items() if of_group}
+    return {group: dict(by_type.most_common()) for group, by_type in counts.items() if by_type}
 
 
-# The assertion that llama.cpp prints before it aborts.
+# llama.cpp's message before it ends the process.
 _ASSERTED = re.compile(r"GGML_ASSERT\(.*\) failed")
 
 
@@ -130,38 +130,38 @@ def check_no_crash(path: Path) -> None:
     if code == 0:
         return
     assertion = _ASSERTED.search(output)
-    why = f"llama.cpp says: {assertion[0]}" if assertion else f"The process that tried it ended with {code}."
-    hint = "Download it again: it is damaged, or not sound, as a vocabulary that cannot spell all letters."
+    why = f"llama.cpp says: {assertion[0]}" if assertion else f"The test process ended with exit code {code}."
+    hint = "Download it again: it is damaged or invalid, for example its vocabulary lacks characters."
     raise CheckpointError(f"{path} makes llama.cpp crash.", why, hint)
 
 
 @cache
 def _run_trial(path: Path, size: int, changed: int) -> tuple[int, str]:  # noqa: ARG001
-    """Return the exit code and output of such a process; `size` and `changed` tell one state of a file from another."""
+    """Return the exit code and output of a process that tests a file; `size` and `changed` identify its state."""
     with TemporaryDirectory(prefix="compressknow-") as scratch:
         log = Path(scratch) / "trial.log"
         command = build_python_command("-m", f"{__package__}.context", path)
         return run(command, log, environment=put_first(Path(__file__).parents[2])), read_tail(log)
 
 
-# The values of the metadata that are read are names, numbers and flags.
+# Maximum length of a metadata value that is read: a name, number or flag.
 _META_BYTES = 1 << 10
 
 
 class GgufModel:
-    """Decoder of text with its vocabulary. Before the file is loaded, a trial tells whether it crashes llama.cpp;
-    `trial` is this trial.
+    """Decoder-only language model in a GGUF file. Before the file is loaded, a separate process tests whether it
+    crashes llama.cpp, unless this is a `trial`.
 
     Attributes
     ----------
     handle : llama.cpp's ``struct llama_model *``.
-    architecture : as the file names it: ``llama``, ``qwen2``.
-    parameters : how many are stored; a head that is tied to the embedding counts once.
-    rows : the number of tokens that it reads.
-    most_tokens : the length of text that it was trained for.
+    architecture : name of the architecture in the file: ``llama``, ``qwen2``.
+    parameters : number of stored parameters; a head that is tied to the embedding counts once.
+    rows : number of tokens that it can read.
+    most_tokens : maximum length of texts in training.
 
-    Raises CheckpointError if llama.cpp cannot read the file: it is damaged, cut short or of a newer version, or a
-    part lacks; UnsupportedError if it holds no decoder-only language model, or one that llama.cpp does not know.
+    Raises CheckpointError if llama.cpp cannot read the file: it is damaged, truncated or of a newer version, or a part
+    is missing; UnsupportedError if it is not a decoder-only language model, or not supported by llama.cpp.
     """
 
     def __init__(self, path: Path, *, trial: bool = False) -> None:
@@ -184,22 +184,22 @@ class GgufModel:
             raise
 
     def close(self) -> None:
-        """Let go of the mapping; what was made of the model must be gone."""
+        """Free the model; its contexts must be closed before."""
         if self.handle is not None:
             self.native.lib.llama_model_free(self.handle)
             self.handle = None
 
     @property
     def file_type(self) -> str:
-        """Return llama.cpp's name for how most weights are stored: ``Q4_K - Medium``."""
+        """Return llama.cpp's name of the file's type: ``Q4_K - Medium``."""
         ffi, lib, _ = self.native
         name = ffi.string(lib.llama_ftype_name(lib.llama_model_ftype(self.handle))).decode("utf-8", "replace")
-        # Said of a file whose metadata does not name its type: its tensors tell.
+        # llama.cpp guesses from the tensors if the metadata lacks the type.
         return str(name).removeprefix("(guessed) ")
 
     @cached_property
     def vocabulary(self) -> str:
-        """Return the hash that `engine.language_model.LanguageModel.vocabulary` gives of the same tokens."""
+        """Return the same hash of tokens as `engine.language_model.LanguageModel.vocabulary`."""
         ffi, lib, _ = self.native
         texts = (ffi.string(lib.llama_vocab_get_text(self.vocab, number)) for number in range(self.rows))
         return hash_vocabulary((text.decode("utf-8", "replace"), number) for number, text in enumerate(texts))
@@ -212,33 +212,33 @@ class GgufModel:
 
 
 def _check_parts(path: Path) -> None:
-    named = PART.fullmatch(path.name)
-    if named is None:
+    match = PART.fullmatch(path.name)
+    if match is None:
         return
-    count = int(named["count"])
-    first = path.with_name(f"{named['prefix']}-00001-of-{count:05}.gguf")
-    if int(named["number"]) != 1:
+    count = int(match["count"])
+    first = path.with_name(f"{match['prefix']}-00001-of-{count:05}.gguf")
+    if int(match["number"]) != 1:
         raise CheckpointError(
-            f"{path} is part {int(named['number'])} of {count} of a split GGUF file.",
+            f"{path} is part {int(match['number'])} of {count} of a split GGUF file.",
             hint=f"Give the first part, {first.name}; the others are read from the same folder.",
         )
-    there = len(list_parts(path))
-    if there < count:
+    present = len(list_parts(path))
+    if present < count:
         raise CheckpointError(
-            f"{path} is the first of {count} parts, and {count - there} of them are not next to it.",
+            f"{path} is the first of {count} parts, of which {count - present} are missing in its folder.",
             hint="Download all parts into one folder.",
         )
 
 
 def _open_model(path: Path, llama: Native, *, copies: bool) -> Any:
     parameters = llama.lib.llama_model_default_params()
-    # Only the CPU is measured.
+    # Evaluate on the CPU.
     parameters.n_gpu_layers = 0
-    # Whether to reorder weights for the fastest kernels, which takes longer than reading one token.
+    # Copies of weights in the order for the fastest kernels take longer to make than reading one token.
     parameters.use_extra_bufts = copies
     # Called before each tensor.
-    goes_on, raised = make_interruptible("bool(float, void *)", go_on=True)
-    parameters.progress_callback = goes_on
+    callback, raised = make_interruptible("bool(float, void *)", go_on=True)
+    parameters.progress_callback = callback
     errors = collect_errors()
     handle = llama.lib.llama_model_load_from_file(str(path).encode("utf-8", "surrogateescape"), parameters)
     if raised:
@@ -248,7 +248,7 @@ def _open_model(path: Path, llama: Native, *, copies: bool) -> Any:
     raise _explain_failure(path, errors)
 
 
-# Signs of what is wrong, in llama.cpp's words, and what is said then.
+# llama.cpp's messages about problems of files.
 _UNKNOWN_ARCHITECTURE = re.compile(r"unknown model architecture: '([^']*)'")
 _NEWER = re.compile(r"GGUF file is version (\d+)|bad GGUF version|version (\d+) but this software")
 _CUT = re.compile(
@@ -259,12 +259,12 @@ _NO_GGUF = re.compile(r"invalid magic")
 
 def _explain_failure(path: Path, errors: list[str]) -> CheckpointError | UnsupportedError:
     text = "".join(errors)
-    # Errors after the first follow from it; before it stand names of llama.cpp's functions.
+    # Later errors follow from the first, which begins with names of llama.cpp's functions.
     first = next((line.strip() for line in errors if line.strip()), None)
     why = first and re.sub(r"^(?:\w+: |error loading model: )+", "", first)
-    if found := _UNKNOWN_ARCHITECTURE.search(text):
+    if match := _UNKNOWN_ARCHITECTURE.search(text):
         return UnsupportedError(
-            f"{path}: llama.cpp {load_native().build} does not know the architecture {found[1]!r}.",
+            f"{path}: llama.cpp {load_native().build} does not know the architecture {match[1]!r}.",
             hint="A newer one may: pip install --upgrade llama-cpp-py-sync; or pass --runtime transformers.",
         )
     if _NEWER.search(text):
@@ -285,9 +285,9 @@ def _check_decoder(model: GgufModel) -> None:
     if lib.llama_model_has_encoder(handle) or not lib.llama_model_has_decoder(handle):
         kind = "has an encoder"
     elif model.meta(f"{name}.attention.causal") == "false" or model.meta(f"{name}.pooling_type") not in (None, "0"):
-        kind = "reads texts and writes none"
+        kind = "does not generate text"
     elif lib.llama_model_is_diffusion(handle):
-        kind = "writes by diffusion"
+        kind = "generates text by diffusion"
     else:
         return
     raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""Plain floats of a checkpoint's weights, as llama.cpp's converter reads them, and which of them it left in order."""
+"""A checkpoint's weights as plain floats for llama.cpp's converter, and which of them it did not reorder."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from compressknow.model.checkpoint import SAFETENSORS, Checkpoint
 from compressknow.model.manifest import CARD_NAME
 from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, view_bytes
 
-# Dtypes that the converter reads directly.
+# Dtypes that the converter can read.
 PLAIN_DTYPES = (*FLOAT_DTYPES, "I64", "I32", "I16", "U8", "BOOL")
 # Energies of input channels: float64 [matrices, in].
 Energies = npt.NDArray[np.float64]
 _TOLERANCE = 1e-6
-# Weights of a GGUF file that are unpacked at a time.
+# Weights of a GGUF file to unpack at a time.
 _BLOCK = 1 << 22
 
 
 def get_dtype(values: Values) -> str:
-    """Return the dtype of plain values: integers become float32, in which they are scaled; all else stays as it is."""
+    """Return the dtype of plain values: float32 for scaled integers, and otherwise the stored one."""
     return "F32" if values.scale else values.tensor.dtype
 
 
 def list_plain_tensors(source: StoredWeights, checkpoint: Checkpoint) -> dict[str, Values]:
-    """Return a checkpoint's dequantized tensors, by stored name, in order. Raises UnsupportedError if another tool has
-    packed values in an unknown way."""
+    """Return a checkpoint's tensors without quantization, by stored name, in the stored order. Raises UnsupportedError
+    if values are in a packed form of another tool."""
     plain: dict[str, Values] = {}
     unreadable: dict[str, str | None] = {}
     for key, tensor in source.own.items():
@@ -51,8 +51,8 @@ def list_plain_tensors(source: StoredWeights, checkpoint: Checkpoint) -> dict[st
             f"{name} is stored as {kind}, which cannot be unpacked here.",
             hint="Export the original, or what `compressknow convert` wrote.",
         )
-    place = {name: number for number, name in enumerate(checkpoint.tensors)}
-    return dict(sorted(plain.items(), key=lambda item: place.get(item[1].stored.name, len(place))))
+    index = {name: number for number, name in enumerate(checkpoint.tensors)}
+    return dict(sorted(plain.items(), key=lambda item: index.get(item[1].stored.name, len(index))))
 
 
 def write_plain(checkpoint: Checkpoint, tensors: Mapping[str, Values], reader: Reader, folder: Path) -> None:
@@ -81,18 +81,18 @@ def _read_pieces(values: Values, reader: Reader) -> Iterator[torch.Tensor]:
 
 
 def find_same_channels(exact: Iterable[Any], tensors: Tensors, plain: Mapping[str, Values]) -> list[str]:
-    """Return the names of those tensors of a GGUF file, `exact` in 32 or 16 bits, whose input channels are those of the
-    checkpoint, in its order.
+    """Return the names of tensors of a GGUF file, `exact` in 32 or 16 bits, whose input channels have the same order as
+    in the checkpoint.
 
-    The converter may turn rows round (Llama's queries and keys), transpose, merge and stack. The energy of each input
-    channel, the sum of squares over all rows, survives that; it does not survive another order of channels.
+    The converter may permute rows (Llama's queries and keys), transpose, merge and stack. That does not change the
+    energy of each input channel, the sum of squares over all rows; another order of channels does.
     """
     names = []
     with Pool(1) as pool, OpenFiles() as files:
         reader = Reader(pool, files, lambda _: None)
         for tensor in exact:
             stored = [name for name in tensors.stored.get(tensor.name, ()) if name in plain]
-            # Experts are stacked by their number.
+            # Experts are stacked in the order of their numbers.
             stored.sort(key=lambda name: int(expert[1]) if (expert := EXPERT.search(name)) else 0)
             if stored and _has_channels_of([plain[name] for name in stored], tensor, reader):
                 names.append(tensor.name)
@@ -100,17 +100,17 @@ def find_same_channels(exact: Iterable[Any], tensors: Tensors, plain: Mapping[st
 
 
 def _has_channels_of(parts: Sequence[Values], tensor: Any, reader: Reader) -> bool:
-    """Return whether a tensor has the energies of what a checkpoint stores for it, with channels along either axis."""
-    stored = _sum_tensor_squares(tensor)
+    """Return whether a tensor has the channel energies of its parts in the checkpoint, along either of their axes."""
+    expected = _sum_tensor_squares(tensor)
     by_part = [_sum_plain_squares(part, reader) for part in parts]
-    for own in zip(*by_part, strict=True):
+    for by_axis in zip(*by_part, strict=True):
         if len(tensor.shape) > 2:
-            energies = np.concatenate(own)
-        elif len({each.shape for each in own}) == 1:
-            energies = np.sum(own, axis=0)
+            energies = np.concatenate(by_axis)
+        elif len({each.shape for each in by_axis}) == 1:
+            energies = np.sum(by_axis, axis=0)
         else:
             continue
-        if stored.shape == energies.shape and np.allclose(stored, energies, rtol=_TOLERANCE, atol=0):
+        if expected.shape == energies.shape and np.allclose(expected, energies, rtol=_TOLERANCE, atol=0):
             return True
     return False
 
@@ -122,10 +122,10 @@ def _sum_tensor_squares(tensor: Any) -> Energies:
     matrices = data if data.ndim > 2 else data.reshape(1, -1, data.shape[-1])
     energies = np.zeros((len(matrices), width))
     step = max(_BLOCK // width, 1)
-    for own, rows in zip(energies, matrices, strict=True):
+    for total, rows in zip(energies, matrices, strict=True):
         for start in range(0, len(rows), step):
             piece = gguf.dequantize(rows[start : start + step], tensor.tensor_type)
-            own += np.square(piece.astype(np.float64)).sum(axis=0)
+            total += np.square(piece.astype(np.float64)).sum(axis=0)
     return energies
 
 

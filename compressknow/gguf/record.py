@@ -45,7 +45,7 @@ FORM = {
     **{"source": SOURCE_FORM, "totals": COUNTS},
     **{"sha256?": str, "bytes?": int, "importance?": {}, "recipe?": {}, "fit?": {}},
 }
-# Names in the folder to work in: what goes with the file, and the record of the file that is overwritten.
+# Names in the working folder: companions of the file, and the record of the file that is overwritten.
 IMPORTANCE, MODELFILE, OLD_RECORD = "importance", "modelfile", "old"
 SUFFIX = ".gguf"
 
@@ -70,10 +70,10 @@ class NewFile(Staging):
         sync_folder(self.folder)
         with hold_signals():
             try:
-                with ExitStack() as placed:
-                    # They are on the disk, and are renamed when the context ends without an error.
-                    for name, place in self._extras.items():
-                        file = placed.enter_context(open_whole(place))
+                with ExitStack() as stack:
+                    # They are on the disk already, and are renamed when the context ends without an error.
+                    for name, path in self._extras.items():
+                        file = stack.enter_context(open_whole(path))
                         file.write((self.folder / name).read_bytes())
                         close_durably(file)
                     try:
@@ -81,7 +81,7 @@ class NewFile(Staging):
                             move(get_record_path(self.output), self.folder / OLD_RECORD)
                         move(self.file, self.output)
                     except OSError as error:
-                        # Otherwise the error would seem to be about an extra file.
+                        # Otherwise the error would seem to be about a companion.
                         raise explain_write_error(self.output, error) from error
                     self._committed = True
             finally:
@@ -89,7 +89,7 @@ class NewFile(Staging):
                     move(get_record_path(self.file), get_record_path(self.output))
                     sync_folder(self.output.parent)
                 else:
-                    # The old file has its record back.
+                    # Restore the record of the old file.
                     self.finish(self.folder)
 
     def finish(self, folder: Path) -> None:
@@ -115,7 +115,7 @@ def finish(output: Path, folder: Path, extras: Mapping[str, Path]) -> None:
 
 
 def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> None:
-    """Raise OutputError if a GGUF file would take the place of something of the user's, UsageError for its name."""
+    """Raise OutputError if a GGUF file would overwrite the user's files, UsageError if its name is not valid."""
     if output.suffix != SUFFIX:
         raise UsageError(f"{output} is not a GGUF file name.", hint=f"Name it {output.name}{SUFFIX}.")
     check_overlap(output, source)
@@ -128,7 +128,7 @@ def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> 
         raise OutputError(f"{output} exists already.", hint="Choose another OUTPUT, or pass --overwrite to replace it.")
     if output.is_symlink() or not output.is_file() or not record.is_file():
         raise OutputError(
-            f"{output} was not written by compressknow (it has no {record.name} next to it): not overwritten.",
+            f"{output} was not written by compressknow (there is no {record.name} next to it): not overwritten.",
             hint="Remove it yourself, or choose another OUTPUT.",
         )
 
@@ -139,7 +139,7 @@ def check_extra(
     """Raise UsageError or OutputError, before any work, if an extra file of a GGUF file, such as a ``Modelfile``,
     cannot be written at the path of an option. `is_ours` tells whether an existing file is one."""
     if path.resolve() in (output.resolve(), get_record_path(output).resolve()):
-        raise UsageError(f"{option} and OUTPUT have one name.", hint="Give each a name of its own.")
+        raise UsageError(f"{option} and OUTPUT have the same name.", hint="Give them different names.")
     check_links(path)
     if path.is_dir() or (path.exists() and not overwrite):
         raise OutputError(f"{path} exists already.", hint=f"Choose another {option}, or pass --overwrite.")
@@ -149,18 +149,18 @@ def check_extra(
         )
     if path.parent.is_dir():
         check_writable(path)
-    # That of the output is made.
+    # The folder of the output will be created.
     elif path.resolve().parent not in output.resolve().parents:
-        raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
+        raise OutputError(f"{path.parent}: no such folder.", hint="Create it first, or choose another place.")
 
 
 def check_room(output: Path, needed: int) -> None:
-    """Raise OutputError if the disk of an output has less room than the work takes."""
+    """Raise OutputError if the disk of an output has fewer than `needed` bytes free."""
     folder = next(path for path in (Path.cwd() / output).parents if path.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OutputError(
             f"{output} needs about {write_size(needed)} of disk while it is made, and {write_size(free)} are free.",
-            "The weights are written as floats first, next to OUTPUT.",
+            "The weights are first written as floats, next to OUTPUT.",
             "Free some space, or write to another disk.",
         )
 
@@ -168,9 +168,9 @@ def check_room(output: Path, needed: int) -> None:
 class ExportRecord(SummaryRepr, dict[str, Any]):
     """Record of an export: the content of ``OUT.gguf.json``, or of a dry run, which has no hash.
 
-    A dict, which its properties read by name. `is_new` is False if the same export had made the file before.
-    `answer` is a prompt and what the file answered in llama.cpp, where it was asked; `read_otherwise` a text that
-    llama.cpp was found to split into other tokens than the checkpoint's tokenizer does.
+    A dict with properties for its main keys. `is_new` is False if the same export had made the file before. `answer` is
+    a prompt and the file's answer in llama.cpp, if it was tested; `read_otherwise` is a text that llama.cpp tokenizes
+    differently from the checkpoint's tokenizer, if one was found.
     """
 
     is_new = True
@@ -179,12 +179,12 @@ class ExportRecord(SummaryRepr, dict[str, Any]):
 
     @property
     def setup(self) -> str:
-        """Return what was done to the original, and the type: ``Att_GPQ 20% + q4_k_m``."""
+        """Return the compression of the original, and the type: ``Att_GPQ 20% + q4_k_m``."""
         return str(self["setup"])
 
     @property
     def groups(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Return ``tensors``, ``parameters`` and ``bytes`` by group of layers and by type in it."""
+        """Return ``tensors``, ``parameters`` and ``bytes`` by group of layers and type."""
         return dict(self["groups"])
 
     @property
@@ -205,7 +205,7 @@ class ExportRecord(SummaryRepr, dict[str, Any]):
 
 
 def collect_versions(converter: str) -> dict[str, str]:
-    """Return the versions of all that has a share in an export."""
+    """Return the versions of all software that affects an export."""
     from llama_cpp_py_sync._version import __llama_cpp_tag__
 
     from compressknow.compress.manifest import read_versions
@@ -232,7 +232,7 @@ def build_metadata(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def write_with_metadata(metadata: Mapping[str, str], reader: Any, output: Path) -> None:
-    """Write an open GGUF file once more, with further metadata; its tensors keep their bytes and their order."""
+    """Write a copy of an open GGUF file with further metadata, and the same tensors in the same order."""
     import gguf
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
@@ -246,7 +246,7 @@ def write_with_metadata(metadata: Mapping[str, str], reader: Any, output: Path) 
 
 
 def is_recorded(output: Path, choice: TypeChoice) -> bool:
-    """Return whether a file is there whose record has the types of a choice."""
+    """Return whether the file exists, and its record has the types of a choice."""
     try:
         record = read_record(output)
     except CheckpointError:
@@ -256,28 +256,28 @@ def is_recorded(output: Path, choice: TypeChoice) -> bool:
 
 
 def read_record(output: Path) -> dict[str, Any]:
-    """Read the record next to a GGUF file. Raises CheckpointError if there is none, or one of another form."""
+    """Read the record of a GGUF file. Raises CheckpointError if there is none, or it is not valid."""
     path = get_record_path(output)
     if not path.is_file():
         raise CheckpointError(
-            f"{output} has no {path.name} next to it.", hint="Give a file that `compressknow export` wrote."
+            f"There is no {path.name} next to {output}.", hint="Give a file that `compressknow export` wrote."
         )
     record = read_json(path, MANIFEST)
     if record.get("schema") != SCHEMA:
         raise CheckpointError(
-            f"{path} has schema {record.get('schema')!r}, this version reads {SCHEMA}.",
+            f"{path} has schema {record.get('schema')!r}, but this version reads schema {SCHEMA}.",
             hint="Read it with the version that wrote it (see `versions` in it).",
         )
-    if wrong := find_mismatch(record, FORM):
-        raise CheckpointError(f"{path} is damaged: {wrong}.", hint="Export it again.")
+    if mismatch := find_mismatch(record, FORM):
+        raise CheckpointError(f"{path} is damaged: {mismatch}.", hint="Export it again.")
     return record
 
 
 def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verification:
-    """Rehash a GGUF file that export wrote, and compare what it says of itself with its record. Raises CheckpointError
-    if it has no record, or one that this version cannot read."""
+    """Compare a GGUF file's hash and metadata with its record. Raises CheckpointError if it has no record, or one that
+    this version cannot read."""
     record = read_record(path)
-    # They import torch, which takes a second: what is wrong with the record is said before.
+    # After reading the record, since they import torch, which takes a second.
     from compressknow.compress.blocks import Pool
     from compressknow.compress.process import hash_file
     from compressknow.compress.verify import Difference, Verification
@@ -288,8 +288,8 @@ def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verif
     if sha256 != record.get("sha256"):
         differences = [Difference(path.name, None, "its bytes differ (sha256)")]
     else:
-        # The bytes are as they were: the record says otherwise.
-        reader, record_name = open_gguf(path), get_record_path(path).name
+        # The file is unchanged, so any difference from its metadata means that the record was edited.
+        reader, name = open_gguf(path), get_record_path(path).name
         edited = [key for key, value in build_metadata(record).items() if read_value(reader, key) != value]
-        differences = [Difference(record_name, None, f"it was edited: {key} is another in the file") for key in edited]
+        differences = [Difference(name, None, f"it was edited: {key} differs in the file") for key in edited]
     return Verification(record["totals"]["tensors"], 1, nbytes, tuple(differences))

@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file, and the weights of a checkpoint in each, by the name map of llama.cpp's gguf package."""
+"""Tensors of a GGUF file, and the checkpoint's weights in each, by the name map of llama.cpp's gguf package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compressknow.model.structure import NOT_LINEAR, SCOPES, LinearWeight, compi
 if TYPE_CHECKING:
     from compressknow.compress.weights import StoredWeights
 
-# Experts that are stored one by one are one tensor in GGUF.
+# GGUF merges experts into one tensor, which checkpoints may store one by one.
 EXPERT = re.compile(r"experts\.(\d+)\.")
 _SUFFIXES = (".weight", ".bias")
 # Bytes that a file has beyond the intermediate one: what llama.cpp adds, and each of our keys.
@@ -36,7 +36,7 @@ class Tensors:
 
     @cached_property
     def groups(self) -> dict[str, str]:
-        """Return the group of each tensor: Linear weights have theirs; a tied embedding is the final layer too."""
+        """Return the group of each tensor: that of its Linear weights; a tied embedding belongs to the final layer."""
         return {name: self._get_group(tensor) for name, tensor in self.tensors.items()}
 
     def _get_group(self, tensor: Tensor) -> str:
@@ -47,12 +47,12 @@ class Tensors:
         return NOT_LINEAR if len(tensor.shape) < 2 else UNPLACED
 
     def find_by_scope(self, scope: str) -> list[str]:
-        """Return the tensors that a scope takes. Raises UsageError if it takes none."""
-        taken = {weight.parameter for weight in select(self.source.structure, (scope,), "quantize")}
-        return [name for name, own in self.weights.items() if any(weight.parameter in taken for weight in own)]
+        """Return the tensors in a scope. Raises UsageError if there are none."""
+        selected = {weight.parameter for weight in select(self.source.structure, (scope,), "quantize")}
+        return [name for name, each in self.weights.items() if any(weight.parameter in selected for weight in each)]
 
     def find_by_pattern(self, text: str, option: str) -> list[str]:
-        """Return the tensors whose name a regular expression matches. Raises UsageError if it matches none."""
+        """Return the tensors whose name a regular expression matches. Raises UsageError if there are none."""
         pattern = compile_pattern(option, text)
         names = [name for name, tensor in self.tensors.items() if len(tensor.shape) > 1 and pattern.search(name)]
         if not names:
@@ -67,34 +67,34 @@ class Tensors:
 
 
 def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]], option: str = "--type-of") -> dict[str, str]:
-    """Return the type of each tensor that a rule matches; the last matching rule counts. Raises UsageError for a rule
-    that matches none."""
+    """Return the type of each tensor that a rule matches, by the last one that does. Raises UsageError for a rule that
+    matches none."""
     return {
-        name: chosen
-        for which, chosen in types
+        name: kind
+        for which, kind in types
         for name in (tensors.find_by_scope(which) if which in SCOPES else tensors.find_by_pattern(which, option))
     }
 
 
 def describe_tensors(reader: Any, source: StoredWeights) -> Tensors:
-    """Return what an open GGUF file holds, but for its weights."""
+    """Return the content of an open GGUF file, except the values of its weights."""
     tensors = list_tensors(reader)
     weights: dict[str, list[LinearWeight]] = {}
     stored: dict[str, dict[str, None]] = {}
-    for weight, name, places in _map_weights(_get_name_map(reader), source, tensors):
+    for weight, name, stored_names in _map_weights(_get_name_map(reader), source, tensors):
         weights.setdefault(name, []).append(weight)
-        stored.setdefault(name, {}).update(dict.fromkeys(places))
+        stored.setdefault(name, {}).update(dict.fromkeys(stored_names))
     return Tensors(
         source,
         tensors,
-        {name: tuple(own) for name, own in weights.items()},
-        {name: tuple(own) for name, own in stored.items()},
+        {name: tuple(each) for name, each in weights.items()},
+        {name: tuple(each) for name, each in stored.items()},
         int(reader.data_offset),
     )
 
 
 def _get_name_map(reader: Any) -> Any:
-    """Return the map of the file's architecture; None if this gguf package does not know it."""
+    """Return the name map of the file's architecture; None if the gguf package does not know it."""
     import gguf
 
     name = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
@@ -106,27 +106,27 @@ def _get_name_map(reader: Any) -> Any:
 def _map_weights(
     name_map: Any, source: StoredWeights, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[LinearWeight, str, list[str]]]:
-    """Yield each Linear weight with a tensor that holds it or a part of it, and the names by which that is stored."""
+    """Yield each Linear weight with a tensor that contains it, or a part of it, and the stored names of these."""
     parts: dict[str, list[str]] = {}
     for stored, parameter in source.loaded_to.items():
         parts.setdefault(parameter, []).append(stored)
     for weight in source.structure.linears if name_map else ():
         supplier = source.supply.get(weight.parameter)
-        own = parts.get(weight.parameter) or ([supplier.name] if supplier else [])
-        held: dict[str, list[str]] = {}
-        for name in own:
+        stored_names = parts.get(weight.parameter) or ([supplier.name] if supplier else [])
+        by_tensor: dict[str, list[str]] = {}
+        for name in stored_names:
             mapped = (
                 name_map.get_name(EXPERT.sub("experts.", each), try_suffixes=_SUFFIXES)
                 for each in (name, weight.parameter)
             )
-            if (holder := next((each for each in mapped if each in tensors), None)) is not None:
-                held.setdefault(holder, []).append(name)
-        for holder, names in held.items():
-            yield weight, holder, names
+            if (tensor := next((each for each in mapped if each in tensors), None)) is not None:
+                by_tensor.setdefault(tensor, []).append(name)
+        for tensor, names in by_tensor.items():
+            yield weight, tensor, names
 
 
 def count_by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> dict[str, dict[str, dict[str, int]]]:
-    """Count tensors, parameters and bytes by group and type. `types` are those that a dry run has chosen."""
+    """Count tensors, parameters and bytes by group and type; `types` are those chosen in a dry run, if any."""
     import gguf
 
     groups: dict[str, list[Tensor]] = {}
@@ -139,7 +139,7 @@ def count_by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> 
 
 
 def align(nbytes: int) -> int:
-    """Return the bytes that a tensor takes in a file.
+    """Return the bytes of a tensor in a file, with padding.
 
     >>> align(18), align(64)
     (32, 64)
@@ -148,12 +148,12 @@ def align(nbytes: int) -> int:
 
 
 def is_matrix(tensors: Tensors, name: str) -> bool:
-    """Return whether llama.cpp rounds a tensor: the Linear weights, and the embedding of tokens."""
+    """Return whether llama.cpp quantizes a tensor: a Linear weight, or the token embedding."""
     return name in tensors.weights or name == "token_embd.weight"
 
 
 def measure_overhead(tensors: Tensors) -> int:
-    """Return an upper bound of the bytes of all but the matrices: vocabulary, norms, metadata, rules for its types."""
+    """Return an upper bound of the bytes of all but the matrices: vocabulary, norms, metadata, rules for types."""
     names = [name for name in tensors.tensors if is_matrix(tensors, name)]
     others = sum(align(each.nbytes) for name, each in tensors.tensors.items() if name not in names)
     rules = sum(len(name) + _RULE for name in names)

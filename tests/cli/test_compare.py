@@ -350,7 +350,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "other architectures": (
         ("{place}/bert", "{place}/llama", "-o", "c.html"),
         1,
-        ("bert and llama cannot be compared: they are of different architectures", "LlamaForCausalLM", "made from"),
+        ("bert and llama cannot be compared: their architectures differ", "LlamaForCausalLM", "made from"),
     ),
     "a folder that is missing": (("{place}/bert", "./none"), 1, ("./none: no such folder",)),
     "a file for a folder": (("{place}/bert", "{place}/facts.jsonl"), 1, ("is a file, not a checkpoint",)),

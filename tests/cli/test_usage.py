@@ -91,7 +91,7 @@ CASES = [
     Case("export {}/model {}/new.gguf --type-of attentin=q8_0", "Did you mean attention?"),
     Case("export {}/model {}/new.gguf --size 90MB --must attentin=q8_0", "--must: there is no scope 'attentin'"),
     Case("export {}/model {}/new.gguf --recipe {}/export.toml", "types a table of texts"),
-    Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/new.gguf", "have one name"),
+    Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/new.gguf", "have the same name"),
     Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/dangling", "is a link that leads nowhere"),
     Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/nowhere/i", "no such folder"),
     Case(
@@ -100,7 +100,7 @@ CASES = [
     ),
     Case("export {}/model {}/dangling/new.gguf", "is a link that leads nowhere"),
     Case("export {}/model {}/new", "Name it new.gguf"),
-    Case("verify {}/some.gguf", "has no some.gguf.json next to it"),
+    Case("verify {}/some.gguf", "There is no some.gguf.json next to"),
     Case("probe {}/model -o {}/new -p fact:x.jsonl", "Did you mean facts:x.jsonl?"),
     Case("probe {}/model -o {}/new -p text:{}/nowhere.txt", "There is no file"),
     Case("probe {}/model -o {}/new --runtime lama.cpp", "Did you mean llama.cpp?"),

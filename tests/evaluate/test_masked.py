@@ -159,7 +159,7 @@ def test_a_head_that_looks_at_its_neighbours_sees_them_all() -> None:
     scorer = make_scorer(model, tokenizer, "masked", as_probe(facts))
     assert isinstance(scorer, MaskedScorer)
     ids, places = torch.tensor([[5, 6, tokenizer.mask_token_id, 7]]), torch.tensor([2])
-    assert not scorer._is_head_pointwise(ids, places)
+    assert not scorer._test_head(ids, places)
     answers = answers_to(model, tokenizer, "masked", as_probe(facts))
     check_choices(answers, facts, lambda fact, text: masked(model, tokenizer, fact, text))
 

@@ -530,7 +530,7 @@ def test_verify_and_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert output.read_bytes() == (tmp_path / "b.gguf").read_bytes()
     record = tmp_path / "b.gguf.json"
     record.write_text(record.read_text().replace("q8_0 (attention f16)", "q8_0"))
-    with pytest.raises(VerificationError, match=r"compressknow\.setup is another in the file"):
+    with pytest.raises(VerificationError, match=r"compressknow\.setup differs in the file"):
         compressknow.verify(tmp_path / "b.gguf")
     changed = bytearray(output.read_bytes())
     changed[-1] ^= 1

@@ -104,7 +104,7 @@ def test_export_writes_it_and_says_the_next_commands(tmp_path: Path, capsys: pyt
     modelfile.write_text("mine")
     with pytest.raises(OutputError, match="is not a Modelfile: not overwritten"):
         compressknow.export(source, output, modelfile=modelfile, overwrite=True)
-    with pytest.raises(UsageError, match="have one name"):
+    with pytest.raises(UsageError, match="have the same name"):
         compressknow.export(source, tmp_path / "other.gguf", modelfile=tmp_path / "other.gguf")
 
 
