@@ -1,8 +1,8 @@
-// The page is whole without this: it sorts tables, opens what a link leads to, and prints what is folded.
+// The page works without this script, which sorts tables, unfolds the target of a link, and unfolds all for printing.
 "use strict";
 
 const UNITS = { kB: 1e3, MB: 1e6, GB: 1e9 };
-// By their numbers: layer 2 before layer 10.
+// Numbers in names count as numbers: layer 2 comes before layer 10.
 const NAMES = new Intl.Collator("en", { numeric: true });
 
 function sortKey(cell) {
@@ -28,7 +28,7 @@ function sortBy(table, header) {
   for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", descending ? "descending" : "ascending");
   rows.sort((a, b) => {
-    // What could not be measured comes last, whichever way.
+    // Missing values come last in either order.
     if (a.key === null || b.key === null) return (a.key === null) - (b.key === null);
     return descending ? compare(b.key, a.key) : compare(a.key, b.key);
   });

@@ -1,4 +1,4 @@
-"""Write model cards: of a conversion, of a GGUF file, and a report's results into a card that is there."""
+"""Write model cards: for a conversion, for a GGUF file, and a report's results into an existing card."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOT
 _KEY = "model-index"
 # Share of zeros that became non-zero above which a warning is given.
 _REFILLED_SHARE = 0.01
-# The metric by which results of an earlier report are told from the user's own.
+# The metric that distinguishes the results of an earlier report from the user's own.
 _OURS = "knowledge-kept"
 
 
 def make_model_card(manifest: Mapping[str, Any], source: Path) -> str:
-    """Return the model card for a conversion of the checkpoint in the folder `source`, whose own card it draws on."""
-    # It imports torch, as the conversion did.
+    """Return the model card for a conversion of the checkpoint in the folder `source`, with metadata of its card."""
+    # This imports torch, which a conversion has imported already.
     from compressknow.model.meta import needs_own_code
 
     config = read_json(source / "config.json")
@@ -60,7 +60,7 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
         match = _FRONT_MATTER.match(read_text(card, CARD_BYTES))
         metadata = yaml.safe_load(match.group(1)) if match else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        # A conversion must not fail for the sake of a card that its author broke.
+        # A conversion must not fail because its author's card is broken.
         return {}
     return metadata if isinstance(metadata, dict) else {}
 
@@ -68,13 +68,14 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
 def render_model_card(
     manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any], auto_map: Mapping[str, Any] | None = None
 ) -> str:
-    """Return the model card as Markdown for the Hub, with the licence, the language and the like of the source's;
-    `auto_map` is the entry of its config.json if it loads only with the Python code that it brings."""
+    """Return the model card as Markdown for the Hub, with licence, language and so on from the source's card.
+
+    `auto_map` is the entry of the config.json of a model that loads only with the Python code in its repository."""
     source = manifest["source"]
     architecture, model_type = str(source["architecture"]), str(source["model_type"])
-    # The name comes from a config that anyone may have written, and goes into code that people paste.
-    own = (auto for auto, reference in (auto_map or {}).items() if str(reference).endswith(f".{architecture}"))
-    name = next(own, find_auto_class(architecture, model_type))
+    # The name comes from an untrusted config, and goes into code that people paste.
+    custom = (auto for auto, reference in (auto_map or {}).items() if str(reference).endswith(f".{architecture}"))
+    name = next(custom, find_auto_class(architecture, model_type))
     auto_class = name if name.isidentifier() and name.isascii() else "AutoModel"
     schemes = _list_schemes(manifest)
     revision = ["--revision", str(source["revision"])] if source.get("revision") else []
@@ -85,7 +86,7 @@ def render_model_card(
         metadata=_make_metadata(manifest, source_card_metadata, schemes),
         manifest=manifest,
         groups={**manifest["groups"], "whole model": manifest["totals"]},
-        deeds=_list_deeds(manifest, schemes),
+        changes=_list_changes(manifest, schemes),
         removed=" ".join(describe_removed(manifest.get("removed"))),
         quantized=bool(schemes),
         auto_class=auto_class,
@@ -106,7 +107,7 @@ def _make_metadata(manifest: Mapping[str, Any], carried: dict[str, Any], schemes
     metadata = {key: clean for key in _CARRIED_OVER if (clean := _clean(carried.get(key)))}
     metadata.setdefault("library_name", "transformers")
     source = manifest["source"]
-    # A local folder has no id on the hub; its own card may name one.
+    # A local folder has no Hub id, but its card may name one.
     if base := _clean(source["name"] if source.get("revision") else carried.get("base_model")):
         metadata["base_model"] = base
         if schemes:
@@ -121,7 +122,7 @@ def _make_metadata(manifest: Mapping[str, Any], carried: dict[str, Any], schemes
 
 
 def _clean(value: object) -> str | list[str] | None:
-    """Return a text, or a list of texts, of one line each; None for all else that a foreign card may hold."""
+    """Return a string or a list of strings, each on one line; None for anything else that a card may contain."""
     if isinstance(value, str):
         return " ".join(value.split()) or None
     if isinstance(value, list):
@@ -133,19 +134,20 @@ def _list_schemes(manifest: Mapping[str, Any]) -> set[str]:
     return {str(tensor["scheme"]) for tensor in manifest["tensors"] if tensor.get("scheme")}
 
 
-def _list_deeds(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
+def _list_changes(manifest: Mapping[str, Any], schemes: set[str]) -> list[str]:
     """Return what was done, as the parts of a sentence."""
-    deeds, totals = [], manifest["totals"]
+    changes, totals = [], manifest["totals"]
     if removed := manifest.get("removed"):
-        deeds.append(f"{count(removed['parameters'])} parameters left out")
+        changes.append(f"{count(removed['parameters'])} parameters left out")
     if totals["pruned"]:
-        share = write_percent(totals["pruned"], totals["in_scope"])
-        deeds.append(f"{count(totals['pruned'])} weights pruned ({share} of the {count(totals['in_scope'])} in scope)")
+        pruned, in_scope = totals["pruned"], totals["in_scope"]
+        share = write_percent(pruned, in_scope)
+        changes.append(f"{count(pruned)} weights pruned ({share} of the {count(in_scope)} in scope)")
     if totals["quantized"]:
         names = ", ".join(to_code_span(scheme) for scheme in sorted(schemes))
         nouns = " and ".join(sorted({scheme.noun for scheme in find_schemes(schemes)})) or "low-bit values"
-        deeds.append(f"{count(totals['quantized'])} weights quantized to {nouns} (scheme {names})")
-    return deeds or ["nothing changed"]
+        changes.append(f"{count(totals['quantized'])} weights quantized to {nouns} (scheme {names})")
+    return changes or ["nothing changed"]
 
 
 _TEXT_ENCODER_DECODERS = frozenset(
@@ -155,7 +157,7 @@ _TEXT_ENCODER_DECODERS = frozenset(
 
 
 def find_auto_class(architecture: str, model_type: str) -> str:
-    """Return the Auto class for the architecture, or the architecture itself where no Auto class is sure to give it.
+    """Return the Auto class for the architecture, or the architecture itself if no Auto class is certain to load it.
 
     >>> find_auto_class("BertForMaskedLM", "bert"), find_auto_class("T5ForConditionalGeneration", "t5")
     ('AutoModelForMaskedLM', 'AutoModelForSeq2SeqLM')
@@ -169,36 +171,37 @@ def find_auto_class(architecture: str, model_type: str) -> str:
 
 
 def describe_runtimes(manifest: Mapping[str, Any]) -> str:
-    """Say where the output runs, and why not in vLLM where that knows the decoder."""
+    """Say where the output runs and, if vLLM supports the decoder, why it does not run there."""
     limit, obstacle = find_vllm_limit(manifest), find_vllm_obstacle(manifest)
     text = f"Runs in {', '.join(list_runtimes(manifest))}{f' ({limit})' if limit else ''}."
-    known = manifest["source"]["architecture"] in VLLM_ARCHITECTURES
-    return f"{text} It does not run in vLLM: {obstacle}." if obstacle and known else text
+    is_supported = manifest["source"]["architecture"] in VLLM_ARCHITECTURES
+    return f"{text} It does not run in vLLM: {obstacle}." if obstacle and is_supported else text
 
 
 def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what to know before the output is used."""
+    """Yield what to know before using the output."""
     before, after = (manifest["totals"][key] for key in ("bytes_before", "bytes_after"))
     if after > before:
         cause = (
             "the final layer no longer shares its weight with the embedding, so the matrix is stored twice. The scope "
-            "`blocks` leaves it out"
+            "`blocks` excludes it"
             if manifest.get("untied")
             else "the scales of its narrow layers take more than "
             f"{choose_word(find_schemes(_list_schemes(manifest)))} saves"
         )
         yield f"The output is larger than the input ({write_size(after)} against {write_size(before)}): {cause}."
     if unused := manifest.get("unused", []):
-        tensors, go = ("A tensor has", "goes") if len(unused) == 1 else (f"{len(unused)} tensors have", "go")
+        one = len(unused) == 1
+        tensors, copied = ("A tensor has", "is copied") if one else (f"{len(unused)} tensors have", "are copied")
         architecture = manifest["source"]["architecture"]
-        yield f"{tensors} no place in {architecture} and {go} along unchanged: {list_some(unused)}."
+        yield f"{tensors} no place in {architecture} and {copied} unchanged: {list_some(unused)}."
     refilled = [row for row in manifest["tensors"] if row.get("refilled")]
     if rows := [row for row in refilled if row["refilled"] >= _REFILLED_SHARE * row["numel"]]:
         again, zeros = (count(sum(row[key] for row in rows)) for key in ("refilled", "zeros_before"))
         yield (
-            f"The source is pruned, and {again} of {zeros} zeros have values again in "
+            f"The source is pruned, and {again} of {zeros} zeros became non-zero again in "
             f"{list_some([row['name'] for row in rows])}, which dropping neurons refits. A pattern such as 2:4 is "
-            "lost there, unless this recipe prunes to it again."
+            "lost there unless this recipe prunes to it again."
         )
 
 
@@ -208,7 +211,7 @@ def check_metadata(front_matter: str) -> dict[str, Any]:
         metadata = yaml.safe_load(front_matter)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise OutputError(
-            "the model card's metadata is not valid YAML, and would be lost.",
+            "the model card's metadata is not valid YAML and would be lost.",
             why=str(error).splitlines()[0],
             hint="Correct the text between the --- lines.",
         ) from error
@@ -217,14 +220,14 @@ def check_metadata(front_matter: str) -> dict[str, Any]:
     index = metadata.get(_KEY) if isinstance(metadata, dict) else None
     if not isinstance(metadata, dict) or not (index is None or _is_index(index)):
         raise OutputError(
-            "the model card's metadata is not of the form that the Hub reads, and would be lost.",
+            "the model card's metadata is not in the form that the Hub reads and would be lost.",
             hint="Correct the text between the --- lines: keys and values; `model-index` is a list of models.",
         )
     return metadata
 
 
 def add_results(front_matter: str, comparison: Comparison) -> str:
-    """Return the front matter with the comparison's results in it, in place of those of an earlier report."""
+    """Return the front matter with the comparison's results, which replace those of an earlier report."""
     metadata = check_metadata(front_matter)
     index = _merge_results(metadata.get(_KEY) or [], comparison)
     added = to_yaml({_KEY: index}) if index else ""
@@ -233,7 +236,7 @@ def add_results(front_matter: str, comparison: Comparison) -> str:
 
 
 def _cut_index(front_matter: str, metadata: Mapping[str, Any]) -> str:
-    """Return the text less its results: what the user wrote stays, comments too, but where it is in braces."""
+    """Return the text without its results. The user's text and comments stay, except if it is all in braces."""
     node = yaml.compose(front_matter, Loader=yaml.SafeLoader)
     if not isinstance(node, yaml.MappingNode):
         return front_matter
@@ -246,21 +249,21 @@ def _cut_index(front_matter: str, metadata: Mapping[str, Any]) -> str:
     lines = front_matter.splitlines(keepends=True)
     start = keys[at].start_mark.line
     end = keys[at + 1].start_mark.line if at + 1 < len(keys) else len(lines)
-    # Comments that stand before the next key belong to that.
+    # Comments before the next key belong to that key.
     while end > start + 1 and (lines[end - 1].startswith("#") or not lines[end - 1].strip()):
         end -= 1
     return "".join(lines[:start] + lines[end:])
 
 
 def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the user's own results, along with accuracy and knowledge kept of each probe that it knew."""
-    # Whoever converts a model writes a card, and needs no numpy.
+    """Return the user's results, with accuracy and knowledge kept for each probe that the original knew."""
+    # A conversion writes a card too, and needs no numpy.
     from compressknow.pages.parts import get_headline_accuracy
 
     task = "text-generation" if comparison.model.family != "masked" else "fill-mask"
     ours: list[dict[str, Any]] = []
     for probe in comparison.probes:
-        # Without this metric a later report could not tell its own result from the user's.
+        # Without this metric, a later report could not distinguish this result from the user's.
         if probe.kept.value is not None:
             metrics = [
                 {"type": "accuracy", "value": get_headline_accuracy(probe)[1].value, "name": "accuracy"},
@@ -276,13 +279,13 @@ def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[
     others = [model for model in others if model["results"]]
     if not others:
         return [{"name": comparison.model.name, "results": ours}] if ours else []
-    # The Hub knows one model a card: its name is the user's.
+    # The Hub reads one model per card; keep the user's name for it.
     others[0]["results"] += ours
     return others
 
 
 def _is_index(value: Any) -> bool:
-    """Return whether it is a list of models with results with metrics."""
+    """Return whether this is a list of models that have results with metrics."""
     try:
         return all(isinstance(m, dict) for model in value for r in model["results"] for m in r["metrics"])
     except (TypeError, KeyError):
@@ -292,19 +295,19 @@ def _is_index(value: Any) -> bool:
 CARD = "README.md"
 # The text between these lines is rewritten each time; the rest of the card is the user's.
 BEGIN, END = "<!-- compressknow report: begin -->", "<!-- compressknow report: end -->"
-# From the last line that begins one: a user may have deleted the line that ended another.
+# From the last BEGIN line: a user may have deleted an END line before it.
 _SECTION = re.compile(f"{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.DOTALL)
 _NOT_MEASURED = "What the model forgot by this has not been measured here.\n"
 
 
 def check_model_cards(models: Sequence[str | Path]) -> None:
-    """Raise, before any work is done, where a model is not a folder whose card could be written without loss."""
+    """Raise OutputError, before any work, if a model is not a folder or its card cannot be rewritten without loss."""
     for model in models:
         folder = Path(model)
         if not (folder / "config.json").is_file():
             raise OutputError(
-                f"{model} is not a checkpoint folder: there is no model card to write into.",
-                hint="--into-model-card wants each COMPRESSED to be a local checkpoint folder.",
+                f"{model} is not a checkpoint folder, so it has no model card to write into.",
+                hint="With --into-model-card, each COMPRESSED must be a local checkpoint folder.",
             )
         with _name_errors(folder / CARD):
             head, _ = _split(_read(folder / CARD))
@@ -321,12 +324,12 @@ def write_into_model_cards(card: Card, models: Sequence[str | Path]) -> None:
 
 
 def add_report(text: str, original: ModelRecord, comparison: Comparison) -> str:
-    """Return a model card with the report in it, and its results in the metadata. Raises OutputError if these cannot
-    be read: writing would lose them."""
+    """Return a model card with the report in it, and its results in the metadata. Raises OutputError if the metadata
+    cannot be read, because writing would lose it."""
     from compressknow.pages.records import write_estimate
 
     report = render("model_card_report.md.j2", original=original, comparison=comparison, write_estimate=write_estimate)
-    # The marks must not come from a name: it would cut the section short when it is replaced.
+    # A name that contains the END line would cut the section short when it is replaced.
     inner = report.replace("<!--", "<\u200b!--")
     section = f"{BEGIN}\n{inner}{END}"
     head, body = _split(text)
@@ -347,7 +350,7 @@ def _split(text: str) -> tuple[str, str]:
 
 @contextmanager
 def _name_errors(path: Path) -> Iterator[None]:
-    """Name the file in an error of a card."""
+    """Add the file's path to an error about a card."""
     try:
         yield
     except OutputError as error:
@@ -364,7 +367,7 @@ def _read(path: Path) -> str:
 
 
 def render_gguf_card(record: Mapping[str, Any], file: str) -> str:
-    """Return the card of a GGUF file as Markdown with front matter for the Hub; `record` is ``FILE.gguf.json``."""
+    """Return the card of a GGUF file as Markdown with front matter for the Hub; `record` is its ``FILE.gguf.json``."""
     source = record["source"]
     base = {"base_model": str(source["name"]), "base_model_relation": "quantized"} if source.get("revision") else {}
     return render(

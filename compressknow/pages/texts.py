@@ -1,4 +1,4 @@
-"""Show what two models gave to running texts, as tables, a chart and sentences."""
+"""Show how two models predict running text, in tables, a chart and sentences."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WHY = {
-    ALONE: "the original's distributions were not at hand. Give `compressknow report` or `compare` both "
-    "checkpoints, not answers of two runs",
-    NO_ROOM: "the disk had no room for the original's distributions. Free some, or lower --limit",
-    OTHER_SIZE: "the two models tell apart different numbers of tokens",
-    OTHER_TOKENS: "the two models read the text as different tokens. Perplexities per token do not compare: compare "
-    "the bits per byte",
+    ALONE: "the original's distributions were not available. Give `compressknow report` or `compare` both "
+    "checkpoints, not the answers of two runs",
+    NO_ROOM: "the disk had no room for the original's distributions. Free some space, or lower --limit",
+    OTHER_SIZE: "the two vocabularies differ in size",
+    OTHER_TOKENS: "the two models split the text into different tokens. Perplexities per token are not comparable: "
+    "compare the bits per byte",
 }
 _PERCENTILES = (
     ("p50", "median"),
@@ -32,19 +32,19 @@ _PERCENTILES = (
     ("p99_9", "99.9th"),
     ("max", "largest"),
 )
-# The least divergence that is drawn, in nats: what 16 bits and float32 leave undecided.
+# The smallest divergence that is drawn, in nats: less is rounding error of 16-bit and float32 numbers.
 _LEAST = 1e-7
 METHOD = (
-    "A text is cut into chunks of tokens. The second half of each chunk is scored, all but its first token, so that "
-    "each token has at least half a chunk before it; where the vocabulary wants a BOS token, it takes the place of "
-    "each chunk's first. Perplexity is exp of the mean negative log-likelihood per token; KL by token is KL(original "
-    "|| compressed) in nats over the whole vocabulary. Definitions and standard errors (±) are those of llama.cpp's "
-    "perplexity tool and its --kl-divergence. Greedy continuations begin in the middle of the first 16 chunks."
+    "A text is cut into chunks of tokens. The second half of each chunk, except its first token, is scored, so that "
+    "each token has at least half a chunk of context; if the vocabulary requires a BOS token, it replaces the first "
+    "token of each chunk. Perplexity is exp of the mean negative log-likelihood per token; KL per token is "
+    "KL(original || compressed) in nats over the whole vocabulary. Definitions and standard errors (±) are those of "
+    "llama.cpp's perplexity tool with --kl-divergence. Greedy continuations start in the middle of the first 16 chunks."
 )
 
 
 def make_text_parts(figures: TextFigures, names: tuple[str, str]) -> Iterator[Part]:
-    """Yield tables of a text, and a chart of how far its tokens moved; `names` are those of the two models."""
+    """Yield a text's tables, and a chart of how far the predictions moved; `names` are those of the two models."""
     name, sides = clean(figures.text, 60), (figures.original, figures.compressed)
     rows = tuple(
         (who.capitalize(), write_measurement(side.value, 2), write_measurement(side.bits_per_byte, 3))
@@ -56,26 +56,26 @@ def make_text_parts(figures: TextFigures, names: tuple[str, str]) -> Iterator[Pa
     if figures.moved:
         yield Beside(_chart_kl(figures.moved, name, names), _make_moved_table(figures.moved, name, names))
     if why := _WHY.get(figures.divergence):
-        yield Note(f"KL by token was not measured: {why}.")
+        yield Note(f"KL per token was not measured: {why}.")
 
 
 def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original", "it")) -> str:
-    """Write one text as a sentence of the verdict; `names` are what it calls the two models."""
+    """Write the verdict's sentence on one text; `names` are what it calls the two models."""
     one, other = names
     name, moved = clean(figures.text, 60), figures.moved
     if moved is None:
         before, after = (write_measurement(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
-        return f"On {name} {other} takes {after} bits per byte where {one} takes {before}."
+        return f"On {name}, {other} takes {after} bits per byte; {one} takes {before}."
     before, after = _describe_perplexity(figures.original), _describe_perplexity(figures.compressed)
     change = f"{write_change(moved.ratio)}, from {before}" if math.isfinite(moved.ratio.value) else f"from {before}"
     change = "unchanged" if moved.ratio.value == 1 else change
     whose = "its perplexity" if other == "it" else f"the perplexity of {other}"
     same = share(moved.same_top.value)
-    return f"On {name} {whose} is {after} ({change}), and the most likely token is the same in {same} of places."
+    return f"On {name}, {whose} is {after} ({change}), and the most likely token is the same in {same} of positions."
 
 
 def write_text_headline(figures: TextFigures) -> str:
-    """Write the figure of a page that has no facts."""
+    """Write the headline of a page that has no facts."""
     if figures.moved and math.isfinite(figures.moved.ratio.value):
         return f"Perplexity {write_change(figures.moved.ratio)} on {clean(figures.text, 60)}"
     return f"Perplexity on {clean(figures.text, 60)}"
@@ -86,34 +86,34 @@ def summarize_text(figures: TextFigures, names: tuple[str, str]) -> Iterator[str
     before, after = (write_measurement(side.value, 3) for side in (figures.original, figures.compressed))
     yield f"{clean(figures.text, 40)}: perplexity {names[0]} {before}, {names[1]} {after}"
     if moved := figures.moved:
-        kl = f"KL by token mean {write_measurement(moved.kl, 5)} nats" if moved.kl else "KL by token not measured"
+        kl = f"KL per token mean {write_measurement(moved.kl, 5)} nats" if moved.kl else "KL per token not measured"
         p99 = f", p99 {number(moved.kl_percentiles['p99'], 4)}" if moved.kl_percentiles else ""
         yield f"  ratio {write_measurement(moved.ratio, 4)}; {kl}{p99}; same top token {share(moved.same_top.value)}"
     else:
         before, after = (write_measurement(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
-        yield f"  bits per byte {names[0]} {before}, {names[1]} {after}; other tokens, so no KL"
+        yield f"  bits per byte {names[0]} {before}, {names[1]} {after}; different tokens, so no KL"
 
 
-def write_perplexity(found: Perplexity | None) -> str:
-    """Write a perplexity without its error."""
-    return number(found.value.value, 2) if found and math.isfinite(found.value.value) else NONE
+def write_perplexity(perplexity: Perplexity | None) -> str:
+    """Write a perplexity without its standard error."""
+    return number(perplexity.value.value, 2) if perplexity and math.isfinite(perplexity.value.value) else NONE
 
 
-def _describe_perplexity(found: Perplexity) -> str:
+def _describe_perplexity(perplexity: Perplexity) -> str:
     """Write a perplexity in a sentence."""
-    return write_perplexity(found) if math.isfinite(found.value.value) else "NaN or infinite"
+    return write_perplexity(perplexity) if math.isfinite(perplexity.value.value) else "NaN or infinite"
 
 
-def write_joint_sentence(text: str, original: Perplexity, found: Sequence[tuple[str, Perplexity]]) -> str:
-    """Write one text as a sentence of the verdict on several models, each with its label."""
+def write_joint_sentence(text: str, original: Perplexity, compressed: Sequence[tuple[str, Perplexity]]) -> str:
+    """Write the verdict's sentence on one text, for several labelled models."""
     # A model that produces NaN would be both the lowest and the highest.
-    found = [each for each in found if math.isfinite(each[1].value.value)] or found
-    best, worst = (pick(found, key=lambda each: each[1].value.value) for pick in (min, max))
-    place = f"On {clean(text, 60)}, where the original's perplexity is {_describe_perplexity(original)}"
+    finite = [each for each in compressed if math.isfinite(each[1].value.value)] or compressed
+    best, worst = (pick(finite, key=lambda each: each[1].value.value) for pick in (min, max))
+    opening = f"On {clean(text, 60)}, the original's perplexity is {_describe_perplexity(original)}"
     lowest, highest = _describe_perplexity(best[1]), _describe_perplexity(worst[1])
     if best is worst:
-        return f"{place}, that of {best[0] if len(found) == 1 else 'each model'} is {lowest}."
-    return f"{place}, {best[0]} has the lowest ({lowest}) and {worst[0]} the highest ({highest})."
+        return f"{opening}, and that of {best[0] if len(finite) == 1 else 'each compressed model'} is {lowest}."
+    return f"{opening}; of the others, {best[0]} has the lowest ({lowest}) and {worst[0]} the highest ({highest})."
 
 
 def write_change(ratio: Measurement) -> str:
@@ -133,14 +133,14 @@ def list_text_warnings(
     """Yield what a reader must know before trusting the figures."""
     name = clean(figures.text, 60)
     if figures.divergence == OTHER_TOKENS:
-        yield f"On {name} KL by token was not measured: {_WHY[OTHER_TOKENS]}."
+        yield f"On {name}, KL per token was not measured: {_WHY[OTHER_TOKENS]}."
     for who, side in zip(names, (figures.original, figures.compressed), strict=True):
         if not math.isfinite(side.value.value):
-            yield f"{who} produces NaN, or rules tokens out, on {name}: its perplexity is NaN or infinite."
+            yield f"{who} produces NaN, or zero probabilities, on {name}: its perplexity is NaN or infinite."
 
 
 def write_measurement(figure: Measurement | None, digits: int, unit: str = "") -> str:
-    """Write a figure with its standard error; with a unit, in hundredths.
+    """Write a figure with its standard error; if a unit is given, in hundredths.
 
     >>> write_measurement(Measurement(12.3456, 0.5), 2), write_measurement(None, 2)
     ('12.35 ± 0.50', '-')
@@ -165,25 +165,25 @@ def _make_moved_table(moved: TextChange, name: str, names: tuple[str, str]) -> T
             for key, label in _PERCENTILES
         ),
         ("Same top token", write_measurement(moved.same_top, 1, " %")),
-        ("Change of the text's token's probability, mean", write_measurement(moved.change, 2, " points")),
-        ("Change, root mean square", write_measurement(moved.change_rms, 2, " points")),
+        ("Change in probability of the text's token, mean", write_measurement(moved.change, 2, " points")),
+        ("Change in probability, root mean square", write_measurement(moved.change_rms, 2, " points")),
     ]
     if divergent := moved.divergent:
         middle = "none differs" if not divergent.first else f"more than {divergent.tokens}"
         middle = middle if divergent.middle is None else f"{divergent.middle:g}"
         rows += [
-            (f"First different token of {count(divergent.n)} greedy continuations, median", middle),
-            (f"Continuations alike in all {divergent.tokens} tokens", write_part(divergent.same, divergent.n)),
+            (f"First differing token in {count(divergent.n)} greedy continuations, median", middle),
+            (f"Continuations identical in all {divergent.tokens} tokens", write_part(divergent.same, divergent.n)),
         ]
     return Table(f"{name}, token by token: {names[1]} against {names[0]}", ("Figure", "Value"), tuple(rows))
 
 
 def _chart_kl(moved: TextChange, name: str, names: tuple[str, str]) -> Chart | None:
-    """Chart KL by percentile, on a logarithmic scale; None if there is none, or nothing moved."""
-    found = moved.kl_percentiles
-    if not found or not all(math.isfinite(found[key]) for key, _ in _PERCENTILES) or found["p99_9"] <= _LEAST:
+    """Chart KL by percentile, on a logarithmic scale; None if it was not measured, or nothing moved."""
+    kl = moved.kl_percentiles
+    if not kl or not all(math.isfinite(kl[key]) for key, _ in _PERCENTILES) or kl["p99_9"] <= _LEAST:
         return None
-    values = [(label, max(found[key], _LEAST)) for key, label in _PERCENTILES]
+    values = [(label, max(kl[key], _LEAST)) for key, label in _PERCENTILES]
     figures = ", ".join(f"{label} {number(value, 5)}" for label, value in values)
     title = f"KL({names[0]}‖{names[1]}) by percentile of tokens, {name}"
     return Chart(title, f"In nats: {figures}.", lambda plot: _draw(plot, values), height=210)
@@ -191,7 +191,7 @@ def _chart_kl(moved: TextChange, name: str, names: tuple[str, str]) -> Chart | N
 
 def _draw(plot: Axes, values: Sequence[tuple[str, float]]) -> None:
     sizes = [value for _, value in values]
-    # Powers of ten around the values; the figures stand to the right of their bars, so that room is left there.
+    # Powers of ten around the values, with room for the figures to the right of their bars.
     first, last = math.floor(math.log10(min(sizes))), math.ceil(math.log10(max(sizes)))
     low, high = 10.0**first, 10.0**last
     plot.set_xscale("log")
@@ -206,6 +206,6 @@ def _draw(plot: Axes, values: Sequence[tuple[str, float]]) -> None:
     ticks = [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / 4)))]
     plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     plot.minorticks_off()
-    plot.set_xlabel("KL by token, nats", loc="left")
+    plot.set_xlabel("KL per token, nats", loc="left")
     plot.grid(axis="x")
     plot.spines["bottom"].set_visible(False)

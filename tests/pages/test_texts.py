@@ -211,17 +211,17 @@ def test_where_one_model_has_the_text_or_all_are_alike_none_has_the_lowest() -> 
     perplexity = compute_perplexity(chunks(1))
     said = [write_joint_sentence("a.txt", perplexity, [("b", perplexity), ("c", perplexity)][:n]) for n in (1, 2)]
     assert "perplexity is " in said[0]
-    assert said[0].endswith(f", that of b is {perplexity.value.value:.2f}.")
-    assert said[1].endswith(f", that of each model is {perplexity.value.value:.2f}.")
+    assert said[0].endswith(f", and that of b is {perplexity.value.value:.2f}.")
+    assert said[1].endswith(f", and that of each compressed model is {perplexity.value.value:.2f}.")
 
 
 def test_a_model_that_computes_no_numbers_has_neither_the_lowest_nor_the_highest() -> None:
     perplexity = compute_perplexity(chunks(1))
     broken, larger = (replace(perplexity, value=Measurement(value, 0.0)) for value in (math.nan, 99.0))
     said = write_joint_sentence("a.txt", perplexity, [("b", broken), ("c", perplexity), ("d", larger)])
-    assert said.endswith(f", c has the lowest ({perplexity.value.value:.2f}) and d the highest (99.00).")
+    assert said.endswith(f"; of the others, c has the lowest ({perplexity.value.value:.2f}) and d the highest (99.00).")
     said = write_joint_sentence("a.txt", perplexity, [("b", broken)] * 2)
-    assert said.endswith(", that of each model is NaN or infinite.")
+    assert said.endswith(", and that of each compressed model is NaN or infinite.")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

@@ -237,10 +237,10 @@ class TestForMachines:
         summary = render_job_summary(card)
         rows = [line for line in summary.splitlines() if line.endswith("met |")]
         assert (len(rows), sum(row.endswith("| not met |") for row in rows)) == (100, 49)
-        assert "The report has 50 more of these." in summary
+        assert "The report lists 50 more." in summary
         assert len(summary) < 65_536
         few = replace(card, comparisons=card.comparisons[:100])
-        assert "more of these" not in render_job_summary(few)
+        assert "The report lists" not in render_job_summary(few)
 
 
 def several(*kept: int, sizes: tuple[int | None, ...], facts: int = 200, **asked: Any) -> Card:

@@ -122,7 +122,7 @@ def test_a_report_on_a_text_alone_has_neither_tables_nor_results(folder: Path, t
     shutil.copytree(original, folder, dirs_exist_ok=True)
     assert main(["report", str(original), str(folder), "-p", f"text:{text}", "--into-model-card"]) == 0
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert card.startswith(f"{BEGIN}\n## What it still knows\n\nOn text:text.txt its perplexity is ")
+    assert card.startswith(f"{BEGIN}\n## What it still knows\n\nOn text:text.txt, its perplexity is ")
     assert "| --- |" not in card
     assert "model-index" not in card
 
@@ -197,9 +197,9 @@ def test_front_matter_in_braces_keeps_its_values(card: Card, folder: Path) -> No
         (b"---\nlicense: [mit\n---\nText.\n", "not valid YAML"),
         (b"---\na: b: c\n---\nText.\n", "not valid YAML"),
         (b"---\n" + b"[" * 3000 + b"\n---\nText.\n", "not valid YAML"),
-        (b"---\n- a list\n---\nText.\n", "not of the form"),
-        (b"---\nmodel-index: mine\n---\nText.\n", "not of the form"),
-        (b"---\nmodel-index:\n- name: x\n---\nText.\n", "not of the form"),
+        (b"---\n- a list\n---\nText.\n", "not in the form"),
+        (b"---\nmodel-index: mine\n---\nText.\n", "not in the form"),
+        (b"---\nmodel-index:\n- name: x\n---\nText.\n", "not in the form"),
         (b"Caf\xe9\n", "not UTF-8"),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_card_that_cannot_be_read_is_told_before_any_model_is(
 def test_what_is_no_checkpoint_folder_has_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("answers", "someone/model"):
         assert main(["report", "original", str(tmp_path / name), "--into-model-card"]) == 1
-        assert "there is no model card to write into" in capsys.readouterr().err
+        assert "it has no model card to write into" in capsys.readouterr().err
 
 
 def test_a_mark_that_the_author_left_alone_costs_no_text(card: Card, worse: Card, folder: Path) -> None:
