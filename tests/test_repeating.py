@@ -32,13 +32,13 @@ USES = {
         """
 import sys
 from pathlib import Path
-from compressknow.compress.output import Layout
+from compressknow.compress.output import FileLayout
 from compressknow.compress.output import OutputFiles
 from compressknow.compress.blocks import Pool
 """,
         """
 with Pool(1) as pool:
-    outputs = OutputFiles(Path(sys.argv[1]), Layout({"a.safetensors": b"header"}, {"a.safetensors": 99}, {}, None))
+    outputs = OutputFiles(Path(sys.argv[1]), FileLayout({"a.safetensors": b"header"}, {"a.safetensors": 99}, {}, None))
     outputs.complete(pool, {})
     outputs.close()
 print((Path(sys.argv[1]) / "a.safetensors").read_bytes()[:6].decode())
@@ -53,9 +53,9 @@ print("header")
 """,
     ),
     "a line of progress": (
-        "from compressknow.base.progress import Stage\nfrom compressknow.cli.terminal import Line\n",
+        "from compressknow.base.progress import Stage\nfrom compressknow.cli.terminal import ProgressLine\n",
         """
-line = Line(Stage("convert", "llama"), 0.0)
+line = ProgressLine(Stage("convert", "llama"), 0.0)
 line.start()
 print("header")
 line.end()
@@ -65,7 +65,7 @@ line.end()
 INTERRUPTED_OFTEN = """
 import signal, sys, time
 from itertools import repeat
-from compressknow.base.progress import Repeating
+from compressknow.base.progress import RepeatingThread
 
 class Alarm(Exception):
     pass
@@ -79,7 +79,7 @@ for number in range(600):
     repeating = None
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.000002 * (number + 1))
-        repeating = Repeating(lambda: None, repeat(0.00005))
+        repeating = RepeatingThread(lambda: None, repeat(0.00005))
         time.sleep(0.0001)
         repeating.end()
         repeating.wait()
