@@ -283,8 +283,9 @@ def write(
 def _check_size(export: Export, nbytes: int) -> None:
     """Raise CompressknowError if a file is larger than its size limit."""
     if export.fit is not None and nbytes > export.fit.budget:
+        size, limit = write_size(nbytes), write_size(export.fit.budget)
         raise CompressknowError(
-            f"The file has {write_size(nbytes)}, the limit is {write_size(export.fit.budget)}: nothing was written.",
+            f"The file has {size}, but the limit is {limit}: nothing was written.",
             "llama.cpp has stored a tensor in another type than the chosen one, or has written more metadata.",
             "Raise the limit a little, and report this.",
         )
