@@ -96,12 +96,10 @@ def diff_checkpoints(
     hint = "Compare an original with its conversion, or two checkpoints made from the same original."
     _check_architectures((side_a.name, side_b.name), architectures, hint)
     # Without a manifest of `convert`, nothing was removed.
-    manifests = [read_manifest(c.folder) if (c.folder / MANIFEST_NAME).is_file() else {} for c in (a, b)]
-    lost = read_lost_neurons(manifests[0], side_a), read_lost_neurons(manifests[1], side_b)
-    side_a, side_b = (
-        renumber_blocks(side_a, manifests[0], side_b, manifests[1]),
-        renumber_blocks(side_b, manifests[1], side_a, manifests[0]),
-    )
+    manifest_a, manifest_b = (read_manifest(c.folder) if (c.folder / MANIFEST_NAME).is_file() else {} for c in (a, b))
+    lost = read_lost_neurons(manifest_a, side_a), read_lost_neurons(manifest_b, side_b)
+    old_a, old_b = (side_a, manifest_a), (side_b, manifest_b)
+    side_a, side_b = renumber_blocks(*old_a, *old_b), renumber_blocks(*old_b, *old_a)
     pairs = list(_pair_values(side_a, side_b, *lost))
     total = sum(values.bytes_read for _, *both in pairs for values in both)
     with Pool(threads) as pool, OpenFiles() as files:

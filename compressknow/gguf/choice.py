@@ -126,7 +126,7 @@ class TypeChoice:
     @property
     def label(self) -> str:
         """Return ``q4_k_m``, ``q4_k_m (attention q8_0, imatrix)``, ``q4_k_s (211 rules)``."""
-        parts = [f"{which} {kind}" for which, kind in self.types]
+        parts = [f"{target} {kind}" for target, kind in self.types]
         parts = parts if len(parts) <= _NAMED else [f"{len(parts)} rules"]
         parts += ["imatrix"] if self.calibration or self.importance else []
         return f"{self.type} ({', '.join(parts)})" if parts else self.type
@@ -137,20 +137,20 @@ def check_types(
 ) -> tuple[tuple[str, str], ...]:
     """Return rules ``(scope or regular expression, tensor type)`` with lowercase types. Raises UsageError for a type
     that is not among the `known`, an invalid pattern, and a misspelled scope that is in no tensor's name."""
-    for which, _ in types:
-        if which not in SCOPES:
-            compile_pattern(option, which)
-            _check_typo(which, option)
-    return tuple((which, _check_type(kind, known or list_tensor_types(), option)) for which, kind in types)
+    for target, _ in types:
+        if target not in SCOPES:
+            compile_pattern(option, target)
+            _check_typo(target, option)
+    return tuple((target, _check_type(kind, known or list_tensor_types(), option)) for target, kind in types)
 
 
-def _check_typo(which: str, option: str) -> None:
+def _check_typo(target: str, option: str) -> None:
     import gguf
 
-    near = suggest_word(which, SCOPES, cutoff=0.8)
-    if near and not any(which in f"{name}.weight" for name in gguf.TENSOR_NAMES.values()):
+    near = suggest_word(target, SCOPES, cutoff=0.8)
+    if near and not any(target in f"{name}.weight" for name in gguf.TENSOR_NAMES.values()):
         raise UsageError(
-            f"{option}: there is no scope {which!r}.",
+            f"{option}: there is no scope {target!r}.",
             hint=f"{near}Or give a regular expression that matches names of tensors.",
         )
 
@@ -187,7 +187,7 @@ def _parse_choice(values: Mapping[str, Any], origin: str) -> TypeChoice:
     wrong = find_mismatch({"type": kind, "imatrix": matrix, "types": rules}, form)
     if wrong or any(len(rule) != 2 for rule in rules):
         raise UsageError(f"{origin}: type and imatrix are texts, types a table of texts.")
-    pairs = tuple((which, tensor_type) for which, tensor_type in rules)
+    pairs = tuple((target, tensor_type) for target, tensor_type in rules)
     calibration = read_calibration(values.get("calibration"), f"{origin}, calibration")
     return TypeChoice(kind, pairs, calibration, None if matrix is None else Path(matrix))
 

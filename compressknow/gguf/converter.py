@@ -117,8 +117,7 @@ def read_version(converter: Path) -> str:
 
 
 def check_architecture(architecture: str, converter: Path) -> None:
-    """Raise UnsupportedError, with the supported ones, if the converter does not support an architecture;
-    CompressknowError if it does not run."""
+    """Raise UnsupportedError if the converter does not know an architecture, CompressknowError if it does not run."""
     known = _list_architectures(converter)
     if architecture not in known:
         raise UnsupportedError(
@@ -176,9 +175,7 @@ def convert(
         code = _run(converter, folder, "--outfile", output, "--outtype", float_type, *options, log=log, look=look)
     hint = _NEWER if _UNKNOWN.search(read_tail(log)) else None
     if missing := _MISSING_KEY.fullmatch(read_reason(log, code)):
-        hint = (
-            f"If config.json has no {missing[1]}, add it: newer versions of transformers leave out keys of older ones."
-        )
+        hint = f"If config.json has no {missing[1]}, add it: newer versions of transformers do not write it."
     check_exit("llama.cpp's converter failed", log, code, hint)
 
 

@@ -294,10 +294,11 @@ def _name_output(file: Path, output: Path) -> Iterator[None]:
 def _check_size(export: ExportPlan, nbytes: int) -> None:
     """Raise CompressknowError if the file is over its budget."""
     if export.fit is not None and nbytes > export.fit.budget:
+        size, limit = write_size(nbytes), write_size(export.fit.budget)
         raise CompressknowError(
-            f"The file has {write_size(nbytes)}, more than {write_size(export.fit.budget)}: nothing was written.",
-            "llama.cpp has kept a tensor in another type than the one chosen, or has written more metadata.",
-            "Give a slightly larger size, and report this.",
+            f"The file has {size}, but the limit is {limit}: nothing was written.",
+            "llama.cpp has stored a tensor in another type than the chosen one, or has written more metadata.",
+            "Raise the limit a little, and report this.",
         )
 
 

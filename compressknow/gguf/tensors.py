@@ -71,8 +71,8 @@ def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]], option: st
     matches none."""
     return {
         name: kind
-        for which, kind in types
-        for name in (tensors.find_by_scope(which) if which in SCOPES else tensors.find_by_pattern(which, option))
+        for target, kind in types
+        for name in (tensors.find_by_scope(target) if target in SCOPES else tensors.find_by_pattern(target, option))
     }
 
 

@@ -205,7 +205,7 @@ def list_names_without(task: str) -> list[str] | None:
 @cache
 def read_own_tasks() -> Any:
     """Read lm-eval's index of its own tasks, of which there are thousands: this takes most of a minute."""
-    return _read_index(None, own=True)
+    return _read_index(None, include_defaults=True)
 
 
 def _is_part(name: Path) -> bool:
@@ -224,11 +224,11 @@ def _is_task(entry: Any) -> bool:
     return entry is not None and entry.kind.name == "TASK"
 
 
-def _read_index(folder: Path | None, own: bool = False) -> Any:
+def _read_index(folder: Path | None, include_defaults: bool = False) -> Any:
     with silence():
         from lm_eval.tasks import TaskManager
 
-        return TaskManager(include_path=str(folder) if folder else None, include_defaults=own)
+        return TaskManager(include_path=str(folder) if folder else None, include_defaults=include_defaults)
 
 
 def list_data_files(entry: Any) -> dict[str, str]:
@@ -281,7 +281,7 @@ def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
                 built = dict(index.load(str(_write_override(task, entry, folder))))
             else:
                 is_whole = _is_whole(index.task_index, task.task)
-                built = dict((index if is_whole else _read_index(task.include, own=True)).load(task.task))
+                built = dict((index if is_whole else _read_index(task.include, include_defaults=True)).load(task.task))
     except Exception as error:  # A task's YAML, code and data can raise anything.
         raise _explain(task, error) from error
     for name, each in built["tasks"].items():
