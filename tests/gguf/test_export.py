@@ -308,7 +308,7 @@ def test_refused_architectures(name: str, words: str, tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"type": "q8"}, "Did you mean q8_0"),
-        ({"type_of": {"attention": "q4_k_m"}}, "no type 'q4_k_m'"),
+        ({"type_of": {"attention": "q4_k_m"}}, "not accept the type 'q4_k_m'"),
         ({"type_of": {"atention": "q8_0"}}, "Did you mean attention"),
         ({"type_of": {"(": "q8_0"}}, "not a valid regular expression"),
     ],
@@ -508,7 +508,7 @@ def test_verify_and_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(VerificationError, match="its bytes differ"):
         compressknow.verify(output)
     (tmp_path / "exact.gguf.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no exact\.gguf\.json"):
+    with pytest.raises(CheckpointError, match=r"There is no exact\.gguf\.json"):
         compressknow.verify(output)
 
 
@@ -564,7 +564,7 @@ def test_a_full_disk_is_called_that(room: str, what: str, tmp_path: Path, monkey
     [
         ("[export]\ntyp = 'q8_0'", "unknown key 'typ'.*Did you mean type"),
         ("[export]\ntypes = 3", "a table of texts"),
-        ("[export]\ntype = 'q8'", "no type 'q8'"),
+        ("[export]\ntype = 'q8'", "not accept the type 'q8'"),
         ("[export]\ncalibration = 3", "calibration"),
         ("[[steps]]\nprune = 0.2", r"no table \[export\]"),
         ("[export", "cannot be read"),
