@@ -282,5 +282,7 @@ class TestRefused:
 
     def test_other_facts(self) -> None:
         before, after = sides(both=3)
-        with pytest.raises(CompressknowError, match=r"2 only the original, 0 only the compressed model \('fact-0001'"):
+        with pytest.raises(
+            CompressknowError, match=r"2 only the original, 0 only the compressed model \(such as 'fact-0001'"
+        ):
             compare_probe(before, after[:1], entry(), entry(), probe="atlas", ran_in="")

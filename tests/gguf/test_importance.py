@@ -109,7 +109,7 @@ def test_the_file_has_the_form_of_llama_imatrix(world: Path) -> None:
 def test_a_matrix_is_of_the_model_that_it_says(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever its shapes are; what was made of the same original may have it, and one that says none, with a word."""
     matrix, other = world / "matrix.gguf", checkpoint("llama", world / "other", torch.bfloat16)
-    with pytest.raises(CheckpointError, match=r"matrix\.gguf is of another model: it says [0-9a-f]{16}"):
+    with pytest.raises(CheckpointError, match=r"matrix\.gguf is of another model: it names [0-9a-f]{16}"):
         compressknow.export(other, world / "other.gguf", type="q3_k_m", imatrix=matrix)
     compressknow.convert(world / "model", world / "pruned", prune=0.2)
     record = compressknow.export(world / "pruned", world / "pruned.gguf", type="q3_k_m", imatrix=matrix)

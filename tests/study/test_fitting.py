@@ -124,7 +124,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ({"size": "90MB", "bits": 4.5}, "Give `size` or `bits`, not both"),
         ({"bits": 0.5}, "`bits=0.5`: give bits per weight, from 1 to less than 16"),
         ({"bits": 16}, "`bits=16`"),
-        ({"size": "90MB", "must": {"attention": "q9_z"}}, "no type 'q9_z'.*\n.*q8_0, .*q2_k, f32, f16, bf16\\.$"),
+        (
+            {"size": "90MB", "must": {"attention": "q9_z"}},
+            "not accept the type 'q9_z'.*\n.*q8_0, .*q2_k, f32, f16, bf16\\.$",
+        ),
         ({"size": "90MB", "must": {"attention": "iq2_xxs"}}, "`must` does not accept the type 'iq2_xxs'"),
         ({"size": "90MB", "type": "q8_0"}, "`type` and `size` cannot be combined"),
         ({"bits": 5, "type_of": {"attention": "q8_0"}}, "`type_of` and `bits` cannot be combined.*\n.*`bits` chooses"),
