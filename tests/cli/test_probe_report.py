@@ -150,7 +150,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "an early and strict gate": (
         (*REPORT, "--fail-under", "0.9", "--early", "--strict"),
         2,
-        ("--early and --strict exclude each other",),
+        ("--early and --strict cannot be combined",),
     ),
     "an early gate of several wordings": (
         ("report", "{place}/llama", "{place}/llama-5", "--templates", "3", "--fail-under", "0.9", "--early"),
@@ -491,7 +491,7 @@ def test_a_strict_gate_that_so_few_facts_cannot_tell_ends_with_4(run: Run) -> No
     assert run(*gated).code == 0
     ended = run(*gated, "--strict")
     assert ended.code == 4
-    assert "It cannot be told yet whether 99 % of the knowledge is kept" in ended.err
+    assert "It is undecided whether 99 % of the knowledge is kept" in ended.err
     assert run("report", "{place}/on-llama", "{place}/on-llama-8", "--fail-under", "0.99", "--strict").code == 3
 
 
@@ -513,7 +513,7 @@ def test_what_to_do_next_stands_below_the_verdict(run: Run, place: Path) -> None
     assert lines[line - 1] == ""
     said = " ".join(lines[line:])
     # The manifest has the recipe, and 80 % was too much.
-    assert "less than 95 % is kept; prune 40 % of the weights in place of 80 %" in said
+    assert "less than 95 % is kept; prune 40 % of the weights instead of 80 %" in said
     assert f"compressknow convert {place / 'llama'} OUTPUT --prune 0.4" in said
 
 

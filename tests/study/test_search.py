@@ -247,7 +247,7 @@ def test_the_search_says_that_facts_which_grade_stand_in_its_text(place: Place) 
     # The first 256 tokens of the text have some of its facts alone.
     assert all(f"{answer.sub_label}" in text for answer in graded.answers)
     assert 0 < counts["found"] < counts["facts"] == counts["known"] == len(graded.answers)
-    told = f"Of {counts['facts']} facts, {counts['found']} stand in the "
+    told = f"Of {counts['facts']} facts, {counts['found']} appear in the "
     assert f"{told}calibration text" in (folder / "search.html").read_text(encoding="utf-8")
     assert f"{told}calibration text" in (folder / "report.md").read_text(encoding="utf-8")
 

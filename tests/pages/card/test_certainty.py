@@ -108,5 +108,5 @@ def test_a_gate_that_stopped_early_is_told_in_all_forms() -> None:
         **{"gate": 0.8, "met": True, "level": 0.05, "facts": 180, "known": 150, "of": 4021},
         **{"kept": 0.86, "kept_interval": [0.81, 0.9]},
     }
-    assert any("only until it was known whether 80 %" in warning for warning in card.comparisons[0].warnings)
+    assert any("only until it was clear whether 80 %" in warning for warning in card.comparisons[0].warnings)
     assert values(card_of(10))["early"] is None
