@@ -86,8 +86,8 @@ class Search(notebook.Tabular):
     command: str | None
     known: str = RECOGNIZED  # what counts as known: that or better, or only ``produced``
     templates: int = 1  # in how many wordings each fact was put; known if more than half of them are
-    # Share of the known grading facts that the original still knows in another precision (0 to 1), measured on a sample;
-    # None if unknown.
+    # Share of the known grading facts that the original still knows in another precision (0 to 1), by a sample; None if
+    # unknown.
     rounding: float | None = None
     # Grading facts that appear in the text that guided types and rounding; None if that text is not available.
     in_calibration: FactsInText | None = None

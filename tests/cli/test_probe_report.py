@@ -184,7 +184,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         1,
         ("/proc",),
     ),
-    "two outputs of one name": ((*REPORT, "-o", "a.md", "-o", "./a.md"), 2, ("Two reports have one name",)),
+    "two outputs of one name": ((*REPORT, "-o", "a.md", "-o", "./a.md"), 2, ("Two reports have the same name",)),
     "a probe that was not asked": ((*REPORT, "-p", "atlas"), 2, ("was not evaluated on atlas", "facts:facts.jsonl")),
     "answers of another family": (
         ("report", "{place}/on-bert", "{place}/on-llama"),
@@ -326,7 +326,7 @@ def test_a_file_of_a_checkpoint_is_never_replaced(run: Run, tmp_path: Path, name
     for file in ("config.json", "tokenizer.json"):
         (tmp_path / file).write_text('{"schema": 1, "verdict": "mine"}')
     before = (tmp_path / name).read_bytes()
-    refused(run(*REPORT, "-o", name, "--overwrite"), 1, f"{name} lies in a checkpoint folder: not overwritten")
+    refused(run(*REPORT, "-o", name, "--overwrite"), 1, f"{name} is in a checkpoint folder: not overwritten")
     assert (tmp_path / name).read_bytes() == before
 
 

@@ -134,7 +134,7 @@ class TestBranches:
 class TestMilder:
     def test_less_pruning_then_none(self) -> None:
         recipe = Recipe((Prune(0.2, where=ATTENTION), Quantize("int8-weights", ATTENTION)))
-        assert change_of(recipe) == "prune 10 % of the weights in place of 20 %"
+        assert change_of(recipe) == "prune 10 % of the weights instead of 20 %"
         assert change_of(Recipe((Prune(0.08, where=ATTENTION), Quantize("int8-weights", ATTENTION)))) == "do not prune"
 
     def test_a_pattern_has_no_half(self) -> None:
@@ -171,7 +171,7 @@ class TestMilder:
     def test_fewer_blocks_and_neurons(self) -> None:
         assert change_of(Recipe((DropBlocks(5),))) == "drop 2 blocks instead of 5"
         assert change_of(Recipe((DropBlocks("3-5"), Quantize("int8-weights", ATTENTION)))) == "drop no blocks"
-        assert change_of(Recipe((DropNeurons(0.3),))) == "drop 15 % of the neurons in place of 30 %"
+        assert change_of(Recipe((DropNeurons(0.3),))) == "drop 15 % of the neurons instead of 30 %"
 
 
 RECIPES = [
@@ -210,7 +210,7 @@ def test_the_options_of_convert_give_the_recipe(recipe: Recipe) -> None:
 def test_steps_in_two_places_are_no_options() -> None:
     assert format_options(Recipe((Prune(0.2, where=ATTENTION), Quantize("int8", BOTH)))) is None
     found = of(500, 500, recipe=Recipe((Prune(0.2, where=ATTENTION), Quantize("int8", BOTH)))).next
-    assert found.endswith("prune 10 % of the weights in place of 20 %")
+    assert found.endswith("prune 10 % of the weights instead of 20 %")
 
 
 def test_click_is_what_parses_them() -> None:

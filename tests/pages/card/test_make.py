@@ -237,7 +237,7 @@ class TestWarnings:
         grid = {"weights": 210, "of": 211, "values": 16}
         rounded = model(sha256="b" * 64, quantization="q4_1")
         card = make_card(answers(rows[0], model(grid=grid)), [answers(rows[1], rounded)])
-        assert "in 210 of 211 matrices 32 neighbours have at most 16 different values" in warnings_of(card)
+        assert "in 210 of 211 matrices, 32 neighbours have at most 16 different values" in warnings_of(card)
 
     def test_models_in_the_wrong_order(self) -> None:
         original, compressed = run(sides(60, 20, 10, 20), source={"name": "tiny-bert", "revision": None})

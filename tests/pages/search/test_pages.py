@@ -62,7 +62,7 @@ def test_the_best_file_of_a_size_has_no_chart_and_no_split_to_select_by() -> Non
     assert "Knowledge kept against size" not in page.one("main").text
     text = page.one("main").text
     assert "of what a-model knew of 150 facts that had no part in the choice" in write_verdict(sized())
-    assert "held out to select" not in text
+    assert "On the held-out facts" not in text
     assert write_headline(sized()) == "60.0 MB, and 94.0 % kept"
 
 
