@@ -327,7 +327,7 @@ def test_a_gguf_file_is_compared_by_what_it_knows(run: Run, place: Path, tmp_pat
     a, b = (write_gguf(place / name, tmp_path / f"{name}.gguf") for name in ("llama", "llama-b"))
     ended = run("{place}/llama", b)
     assert ended.code == 0, ended.err
-    assert "The weights of a GGUF file are compared with those of another one alone." in ended.out
+    assert "The weights of a GGUF file are only compared with those of another GGUF file." in ended.out
     assert "-p PROBE" in ended.out
     ended = run(a, b, *FACTS, *OUTPUTS)
     assert ended.code == 0, ended.err

@@ -218,7 +218,7 @@ class HowSure(Section):
         (
             "Interval over relations",
             "facts of one relation are learned and lost together, so they tell less than as many unrelated facts. "
-            "This interval, which gates, advice and searches use, shows how the figure would vary with other relations.",
+            "This interval, which gates, advice and searches use, shows how the figure varies with other relations.",
         ),
         (
             "Smallest detectable loss",
