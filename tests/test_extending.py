@@ -470,7 +470,7 @@ class TestSection:
         install(SECTIONS, name, example("A section of the report"), "Favourites")
         _, markdown, figures = self.report()
         assert "## Favourite answers" not in markdown
-        assert any("its name must be of small letters" in each for each in figures["warnings"])
+        assert any("its name must consist of lowercase letters" in each for each in figures["warnings"])
 
     @pytest.mark.parametrize(
         ("name", "why"),

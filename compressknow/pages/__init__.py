@@ -1,1 +1,1 @@
-"""Records to pages: what is shown of cards, comparisons, studies and searches. No model is opened here."""
+"""Pages from records: cards, comparisons, studies and searches. No model is opened here."""

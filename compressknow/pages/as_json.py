@@ -1,4 +1,4 @@
-"""Figures as values for JSON, under the names that others rely on.
+"""Figures as values for JSON, under stable names.
 
 Unknown values are None; an interval is [low, high].
 """
@@ -22,13 +22,13 @@ _MODEL = (
 
 
 def dump_model(model: ModelRecord) -> dict[str, Any]:
-    """Return what a model is, its size, and what was done to it."""
+    """Return a model's identity, its size, and what was done to it."""
     values = asdict(model)
     return {key: values[key] for key in _MODEL}
 
 
 def dump_counts(counts: records.Counts) -> dict[str, int]:
-    """Return the facts in all, and by what the two models know."""
+    """Return the number of facts, and the counts by what the two models know."""
     return {"n": counts.n, **asdict(counts)}
 
 
@@ -43,7 +43,7 @@ def dump_interval(estimate: records.Estimate) -> list[float] | None:
 
 
 def dump_kept(counts: records.Counts) -> dict[str, Any]:
-    """Return knowledge kept with its simple interval, and the exact McNemar test: of facts taken one by one."""
+    """Return knowledge kept with its simple interval, and the exact McNemar test, both for independent facts."""
     return {
         **estimate_to_json("kept", estimate_proportion(counts.both, counts.known_before)),
         "mcnemar_p": run_mcnemar(counts),
@@ -57,7 +57,7 @@ def dump_clusters(counts: records.Counts, relations: Sequence[records.Counts]) -
 
 
 def dump_certainty(certainty: records.Certainty) -> dict[str, Any]:
-    """Return how sure the neighbouring figures are."""
+    """Return the certainty of the figures next to it."""
     return {
         "p": certainty.test.p,
         "p_by": certainty.test.unit,
@@ -95,7 +95,7 @@ def dump_groups(groups: tuple[records.Group, ...]) -> dict[str, dict[str, Any]]:
 
 
 def probe_to_json(probe: records.ProbeFigures) -> dict[str, Any]:
-    """Return all of a probe: figures first, then tables."""
+    """Return all figures of a probe, scalars before tables."""
     values = {
         "knowing": _dump_knowing(probe.knowing),
         "by_relation": dump_groups(probe.by_relation),
@@ -146,7 +146,7 @@ def _dump_pair(name: str, pair: tuple[float | None, float | None] | None) -> dic
 def _dump_noise(floor: NoiseFloor | None) -> dict[str, Any] | None:
     if floor is None:
         return None
-    # Its figures are in the card's reading of knowing already, and a precision splits no text.
+    # The card has applied `produced` already; only a runtime tokenizes prompts differently.
     left_out = {"produced"} | ({"read_otherwise"} if floor.read_otherwise is None else set())
     return {key: value for key, value in asdict(floor).items() if key not in left_out}
 
@@ -173,7 +173,7 @@ def _dump_knowing(knowing: records.GradeCounts | None) -> dict[str, Any] | None:
 
 
 def _dump_wordings(wordings: records.WordingFigures | None) -> dict[str, Any]:
-    """Return the figures of each wording by its number, as text; empty if there is one wording."""
+    """Return the figures of each wording by its number, as a string; empty if there is one wording."""
     return {
         "by_template": {
             str(number): {**dump_counts(counts), **estimate_to_json("kept", kept)}
@@ -202,7 +202,7 @@ def _dump_confidence(confidence: records.Confidence | None) -> dict[str, Any]:
 
 
 def dump_texts(texts: Sequence[records.TextFigures]) -> dict[str, Any]:
-    """Return the figures of each text by its name; standard errors stand under ``NAME_error``."""
+    """Return the figures of each text by its name; standard errors are under ``NAME_error``."""
     return {
         figures.text: replace_not_finite(
             {
@@ -218,13 +218,13 @@ def dump_texts(texts: Sequence[records.TextFigures]) -> dict[str, Any]:
     }
 
 
-def dump_perplexity(perplexity: records.Perplexity, which: str = "") -> dict[str, Any]:
-    """Return the figures of one model; `which` it is ends the names."""
+def dump_perplexity(perplexity: records.Perplexity, suffix: str = "") -> dict[str, Any]:
+    """Return the figures of one model, under names that end with `suffix`."""
     return replace_not_finite(
         {
-            **_dump_measurement(f"perplexity{which}", perplexity.value),
-            **_dump_measurement(f"bits_per_byte{which}", perplexity.bits_per_byte),
-            f"tokens{which}": perplexity.tokens,
+            **_dump_measurement(f"perplexity{suffix}", perplexity.value),
+            **_dump_measurement(f"bits_per_byte{suffix}", perplexity.bits_per_byte),
+            f"tokens{suffix}": perplexity.tokens,
         }
     )
 
@@ -251,7 +251,7 @@ def _dump_measurement(name: str, figure: records.Measurement | None) -> dict[str
 
 
 def replace_not_finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with None for what is not a number.
+    """Return the values with None for NaN and infinity.
 
     >>> replace_not_finite({"kl": float("nan"), "text": {"tokens": 3}})
     {'kl': None, 'text': {'tokens': 3}}

@@ -1,4 +1,4 @@
-"""Draw charts of one look: lines, bars, knowledge kept against a cost. matplotlib is imported by the first drawn."""
+"""Draw charts in one style: lines, bars, knowledge kept against a cost. The first chart imports matplotlib."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from compressknow.pages.svg import COLOURS, make_inline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH = 328  # units of the drawing, and pixels that a screen of 360 has between the page's margins
+WIDTH = 328  # units of the drawing; pixels between the page's margins on a 360-pixel screen
 INK, MUTED, RULE, PAPER = (COLOURS[name] for name in ("ink", "muted", "rule", "paper"))
 SERIES = tuple(COLOURS[f"c{i}"] for i in range(1, 7))
-PERCENT, POINTS = " %", ""  # units of the figures drawn: of 100, and differences of such
-# Lines differ in marker and dashes too: colour alone tells some people nothing.
+PERCENT, POINTS = " %", ""  # units of the figures: percentages, and differences of percentages
+# Lines differ in marker and dashes too, because some people cannot tell colours apart.
 MARKERS, DASHES = "osD^vP", ("-", "--", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
-_APART = 0.075  # of the height of a plot of lines: what keeps two labels from touching
+_APART = 0.075  # share of a plot's height that keeps two labels of lines from touching
 _SETTINGS: Any = {
-    "svg.fonttype": "none",  # text stays text: small, and in the page's own font
+    "svg.fonttype": "none",  # text stays text: smaller, and in the page's font
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that widths are the same everywhere
     "font.size": 11,
     "text.parse_math": False,  # a dollar sign in a name is not a formula
@@ -46,14 +46,14 @@ _SETTINGS: Any = {
     "axes.spines.left": False,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "xtick.major.pad": 8,  # or the first label of one axis touches that of the other
+    "xtick.major.pad": 8,  # otherwise the first labels of the two axes touch
     "svg.hashsalt": "compressknow",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Figure of one scope, by the share of its weights that was pruned (0 to 100)."""
+    """Figure of one scope by the percentage of its weights that was pruned (0 to 100)."""
 
     scope: str
     points: tuple[tuple[float, Estimate], ...]
@@ -61,7 +61,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """Figure with its name; bars of one `series` share a colour, those of a `group` stand under its name."""
+    """Figure with its name; bars of one `series` share a colour, those of a `group` a heading."""
 
     name: str
     value: Estimate
@@ -79,7 +79,7 @@ def open_axes(
 
     written = io.StringIO()
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
-        # A name in a script that DejaVu lacks is measured a little wrong; the reader's own font shows it.
+        # Scripts that DejaVu lacks are measured slightly wrong; the reader's own font shows them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         figure.patch.set_visible(False)
@@ -102,9 +102,9 @@ def draw_lines(
     Parameters
     ----------
     start : the figure at 0 %, that of the original itself (0 to 1).
-    levels : lines across that figures are measured by, by name: what always the same answer scores, say (0 to 1).
+    levels : reference lines across the chart, by name, such as the majority baseline (0 to 1).
     unit : `PERCENT`, or `POINTS` for differences of percentages.
-    within : what the axis reaches over at least, as `find_reach` gives it: one scale for all charts of a row.
+    within : the range that the axis covers at least, as from `find_reach`, so that charts in a row share a scale.
     """
     description = "; ".join(
         f"{clean(line.scope, 40)}: "
@@ -130,7 +130,7 @@ def draw_lines(
 
 
 def find_reach(plotted: Sequence[Line | Bar], levels: Mapping[str, float] = {}) -> tuple[float, float]:
-    """Return the least and the largest that is drawn, in percent: of bars with their intervals, of lines without."""
+    """Return the smallest and largest value drawn, in percent; for bars with intervals, for lines without."""
     ends = [100 * level for level in levels.values()]
     for each in plotted:
         ends += to_percents(each.value) if isinstance(each, Bar) else [to_percents(y)[0] for _, y in each.points]
@@ -149,14 +149,14 @@ def _draw_line(plot: Axes, line: Line, place: int, start: float) -> tuple[float,
 
 
 def _space_out(amounts: Sequence[float], gap: float) -> list[float]:
-    """Return, from the least up, the amounts that are `gap` from the last one returned.
+    """Return the amounts, in ascending order, that are at least `gap` above the last one returned.
 
     >>> _space_out([0, 10, 15, 20, 40], gap=10)
     [0, 10, 20, 40]
     """
     spaced = list(amounts[:1])
     for amount in amounts[1:]:
-        # Amounts are rounded: what is a gap apart in decimals may be a little less in floats.
+        # Allow for rounding: amounts one gap apart in decimal may be slightly closer as floats.
         if amount - spaced[-1] >= gap * (1 - 1e-9):
             spaced.append(amount)
     return spaced
@@ -169,7 +169,7 @@ def _draw_levels(
     places = move_apart([100 * level for level in levels.values()], gap, -inf)
     for (name, level), place in zip(levels.items(), places, strict=True):
         y, label = 100 * level, _shorten(name, 40)
-        # On the left, but for a level near the start: there all lines lie.
+        # On the left, unless the level is near the start, where all lines are.
         x, side = (0.0, "left") if abs(place - start) > gap else (largest * 1.02, "right")
         plot.plot([-largest * 0.03, largest * 1.02], [y, y], color=MUTED, linestyle=(0, (2, 3)), linewidth=1)
         plot.annotate(
@@ -191,7 +191,7 @@ def draw_bars(
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
 ) -> str:
-    """Draw figures as bars, each with its name and interval, up to `high` at least; the rest as in `draw_lines`."""
+    """Draw figures as bars with names and intervals, on an axis up to at least `high`; the rest as in `draw_lines`."""
     description = ", ".join(
         f"{clean(bar.group, 40)}{' ' * bool(bar.group)}{clean(bar.name, 60)}: {write_value(bar.value.value, unit)}"
         for bar in drawn_bars
@@ -213,7 +213,7 @@ def draw_bars(
             plot.text(edge, y, write_value(bar.value.value, unit), va="center")
         for group, bars in groupby(zip(places, drawn_bars, strict=True), lambda each: each[1].group):
             if group:
-                # From the edge, above the names of its bars, where there is room for most of them.
+                # At the left edge, above the names of its bars, where most headings fit.
                 place = 0.01, next(bars)[0] - 0.85
                 at: Any = {"xycoords": ("figure fraction", "data"), "va": "center"}
                 plot.annotate(_shorten(group, 48), place, color=MUTED, **at)
@@ -224,7 +224,7 @@ def draw_bars(
         plot.set_ylim(last + 0.6, -0.6 - 0.9 * len(levels))
         plot.set_yticks(places, [_shorten(bar.name, 24) for bar in drawn_bars])
         plot.set_xlim(left, right + 0.22 * (right - left))
-        # Beside the longest names there is room for three labels such as 100 %, or for six of two digits.
+        # The longest names leave room for three labels such as 100 %, or for six of two digits.
         ticks = _list_ticks(left, right, most=3 if unit == PERCENT else 6)
         plot.set_xticks(ticks, [_write_tick(tick, unit) for tick in ticks])
         plot.grid(axis="x")
@@ -233,12 +233,12 @@ def draw_bars(
 
 
 def write_value(value: float | None, unit: str) -> str:
-    """Write a figure of 1 in percent, or in points of 100 with one digit."""
+    """Write a share in percent, or in percentage points with one digit."""
     return share(value) if unit == PERCENT or value is None else number(round(100 * value, 1), 1)
 
 
 def to_percents(value: Estimate) -> tuple[float, float, float]:
-    """Return the figure and the ends of its interval, in percent; the figure itself where there is none."""
+    """Return the figure and the ends of its interval, in percent; without an interval, the figure itself."""
     middle = 100 * (value.value or 0.0)
     low = middle if value.low is None else 100 * value.low
     return middle, low, middle if value.high is None else 100 * value.high
@@ -254,21 +254,21 @@ def set_percent_axis(plot: Axes, bottom: float, top: float = 100, unit: str = PE
 
 
 def round_range(values: Sequence[float], low: float = 0.0) -> tuple[float, float]:
-    """Return the tens below the least value, or `low`, and those above the largest; by fives where all lie close."""
+    """Return the range of the values and `low`, rounded outwards to tens, or to fives if it is small."""
     low, high = min(low, *values), max(10.0, *values)
     step = 5 if high - low <= 20 else 10
     return step * (low // step), -step * (-high // step)
 
 
 def _list_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Return multiples of a round step between the two, about so many at most."""
+    """Return multiples of a round step between the two, at most about `most`."""
     step = next((s for s in (5, 10, 20, 50) if (high - low) / s <= most), 50)
     first = -(-low // step) * step
     return [first + step * i for i in range(int((high - first) // step) + 1)]
 
 
 def _shorten(name: str, limit: int) -> str:
-    # Twice, since a character that is named takes the room of eight.
+    # Twice, because `clean` may write one character as eight.
     return clean(clean(name, limit), limit)
 
 
@@ -277,7 +277,7 @@ def _write_tick(value: float, unit: str) -> str:
 
 
 def move_apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[float]:
-    """Return the places moved as little as needed for each to be `gap` from the next, downwards from the highest.
+    """Return the places, moved down from the highest as little as needed for each to be `gap` from the next.
 
     >>> move_apart([50, 49, 10], gap=7)
     [50, 43, 10]
@@ -287,7 +287,7 @@ def move_apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[f
     for i in order:
         moved[i] = min(moved[i], highest)
         highest = moved[i] - gap
-    # Labels pushed below the axis go up again from its foot.
+    # Labels pushed below the axis move up again.
     for i in reversed(order):
         moved[i] = max(moved[i], lowest)
         lowest = moved[i] + gap
@@ -296,11 +296,11 @@ def move_apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[f
 
 # Units of a chart for a narrow screen, and of one that fills the page.
 _NARROW, _BROAD = (300, WIDTH), (380, 1080)
-# Points of kept knowledge that an axis spans at least: two models near each other stay near.
+# Minimum span of an axis of kept knowledge in points, so that similar models stay close.
 _SPAN = 20
-# Characters of a name in the legend, above which a narrow chart has one in a line.
+# Longer names in the legend of a narrow chart get a line each.
 _LONG = 32
-# A digit's box, and how far from its mark a label may stand, in units of the drawing.
+# Width of a digit, height of a line, and distances of a label from its mark, in units of the drawing.
 _DIGIT, _LINE, _STEPS = 6.6, 11.0, (9, 14, 20)
 _WAYS = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
 
@@ -317,7 +317,7 @@ class Mark:
 
     @property
     def share(self) -> float:
-        """Return what is kept, without its interval."""
+        """Return the share kept, without its interval."""
         return self.kept.value or 0.0
 
 
@@ -329,14 +329,14 @@ class Tradeoff:
     cost: str  # what the horizontal axis shows, with its unit
     marks: Sequence[Mark]
     looks: Mapping[str, tuple[str, str, float]]  # by kind, in the legend's order: matplotlib's marker, colour, size
-    edge: Sequence[str]  # kinds whose marks can be on the edge
-    more_is_better: bool = False  # of a cost that is none, such as a speed
-    keep: float | None = None  # a share of 1 to be kept, drawn across (broken)
-    rounding: float | None = None  # what rounding alone keeps, drawn across (dotted)
+    edge: Sequence[str]  # kinds whose marks may be on the line of unbeaten ones
+    more_is_better: bool = False  # if the axis shows a benefit, such as speed
+    keep: float | None = None  # share to keep (0 to 1), a dashed line across
+    rounding: float | None = None  # share that rounding alone keeps, a dotted line across
 
 
 def find_unbeaten(marks: Sequence[Mark], *, more_is_better: bool = False) -> list[Mark]:
-    """Return those of which none keeps more at the same cost or less, the cheapest first.
+    """Return the marks that no other beats at the same cost or less, the cheapest first.
 
     >>> marks = [Mark(cost, Estimate(kept), "", "") for cost, kept in ((3, 0.9), (1, 0.5), (2, 0.4))]
     >>> [mark.cost for mark in find_unbeaten(marks)]
@@ -351,7 +351,7 @@ def find_unbeaten(marks: Sequence[Mark], *, more_is_better: bool = False) -> lis
 
 
 def draw_tradeoff(chart: Tradeoff, id: str, broad: bool = False) -> str:
-    """Return the SVG element, for a narrow screen or for the width of the page; each mark has a tooltip."""
+    """Return the SVG element for a narrow screen, or for the full width if `broad`; each mark has a tooltip."""
     height, width = _BROAD if broad else _NARROW
     hover = {f"mark{i}": mark.tooltip for i, mark in enumerate(chart.marks)}
     able = [mark for mark in chart.marks if mark.kind in chart.edge]
@@ -359,7 +359,7 @@ def draw_tradeoff(chart: Tradeoff, id: str, broad: bool = False) -> str:
     description = f"The best: {'; '.join(mark.tooltip for mark in best)}."
     with open_axes(height, id, chart.title, description, width=width, hover=hover) as (plot, drawn):
         if best:
-            # It is kept at every cost from there on; at every speed up to there.
+            # The share is available at every higher cost, or at every lower speed.
             style = "steps-pre" if chart.more_is_better else "steps-post"
             places = sorted((mark.cost, 100 * mark.share) for mark in best)
             plot.plot(*zip(*places, strict=True), "-", color=SERIES[0], linewidth=1.2, drawstyle=style)
@@ -372,14 +372,14 @@ def draw_tradeoff(chart: Tradeoff, id: str, broad: bool = False) -> str:
         if ends:
             plot.plot(*zip(*ends, strict=True), color=MUTED, linewidth=1.1)
         _draw_marks(plot, chart)
-        # Outside of the plot: points may lie anywhere in it.
+        # Outside the plot, because points may be anywhere in it.
         columns = 3 if broad else 1 if any(len(kind) > _LONG for kind in chart.looks) else 2
         room: Any = {"ncols": columns, "columnspacing": 1, "handletextpad": 0, "frameon": False}
         plot.figure.legend(loc="outside upper left", fontsize=10, **room)
         low, high = plot.get_xlim()
-        # No nearer to the dearest than half of it, or what is alike would look far apart.
+        # Start at half the largest cost or below, or similar costs would look far apart.
         left = 0.0 if low < high / 4 else min(low, high / 2)
-        # A line across alone would not widen the axis.
+        # Lines across do not widen the axis by themselves.
         lows = [to_percents(mark.kept)[1] for mark in chart.marks]
         lows += [100 * across for across in (chart.keep, chart.rounding) if across is not None]
         bottom = max(0.0, min(round_range(lows, low=min(lows))[0], 100 - _SPAN))
@@ -393,7 +393,7 @@ def draw_tradeoff(chart: Tradeoff, id: str, broad: bool = False) -> str:
 
 
 def _draw_marks(plot: Axes, chart: Tradeoff) -> None:
-    """Draw each mark with a label that tells it apart; the first of each kind is in the legend."""
+    """Draw each mark; the first of each kind is in the legend."""
     for kind, (marker, colour, size) in chart.looks.items():
         label = kind
         for i, mark in enumerate(chart.marks):
@@ -404,10 +404,10 @@ def _draw_marks(plot: Axes, chart: Tradeoff) -> None:
 
 
 def draw_labels(plot: Axes, marks: Sequence[tuple[float, float, str]]) -> None:
-    """Write the label of each mark (x, y, label) next to it, where there is room among other labels and marks."""
+    """Write the label of each mark (x, y, label) next to it if other labels and marks leave room."""
     figure = plot.get_figure(root=True)
     assert figure is not None
-    # The layout settles the positions of marks.
+    # Drawing fixes the layout, and so the positions of marks.
     figure.draw_without_rendering()
     unit = 72 / figure.dpi
     at = [tuple(unit * plot.transData.transform(mark[:2])) for mark in marks]

@@ -1,4 +1,4 @@
-"""Render pages: templates, escaping, HTML that requests nothing from any server, Markdown; and write them safely."""
+"""Render pages as self-contained HTML and as Markdown, with escaping, and write them safely."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from compressknow.base.reading import open_regular
 from compressknow.base.system import hold_signals
 
 if TYPE_CHECKING:
-    # Whoever only writes a model card need not import what pages are made of.
+    # Writing a model card must not import `parts`.
     from compressknow.pages.parts import Page
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-# Installed, the templates lie inside the package; in a checkout, at the top of the repository.
+# Templates are inside an installed package, but at the top of a repository checkout.
 _FOLDERS = (_PACKAGE / "templates", _PACKAGE.parent / "templates")
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]#|~$]|^[-+])")
@@ -42,26 +42,26 @@ _LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in the template of that file name; a name that the template wants and does not get is an error."""
+    """Render the template of that file name; a missing value is an error."""
     return _make_environment().get_template(template).render(**values)
 
 
 def read_source(name: str) -> str:
-    """Return the text of a file next to the templates, as it is."""
+    """Return the unchanged text of a file next to the templates."""
     path = next(folder / name for folder in _FOLDERS if (folder / name).is_file())
     return path.read_text(encoding="utf-8")
 
 
 def escape_markdown(text: object) -> str:
-    r"""Return one line of Markdown that shows `text` as it is: no link, image, HTML, emphasis or table cell comes of
-    it, nor is anyone mentioned.
+    r"""Return one line of Markdown that shows `text` literally, without links, images, HTML, emphasis, table cells or
+    mentions.
 
     >>> print(escape_markdown("[x](http://y) <b>"))
     \[x\](http&#58;//y) &lt;b&gt;
     >>> escape_markdown("@me fixed a/b#12 and GH-7") == "@\u2060me fixed a/b\\#\u206012 and GH-\u20607"
     True
     """
-    # GitHub looks for these in what it has rendered, where no backslash or entity is left.
+    # GitHub looks for mentions in the rendered text, where backslashes and entities are gone.
     escaped = _MENTION.sub("\\g<0>\N{WORD JOINER}", _join_lines(text))
     escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     escaped = _MARKDOWN_SPECIAL.sub(r"\\\1", escaped)
@@ -71,7 +71,7 @@ def escape_markdown(text: object) -> str:
 
 
 def to_code_span(text: object) -> str:
-    """Return `text` as a Markdown code span, whatever backticks are in it; a bar in it would end a table cell.
+    """Return `text` as a Markdown code span, with any backticks; a bar would still end a table cell.
 
     >>> to_code_span("a`b")
     '``a`b``'
@@ -93,7 +93,7 @@ def _make_fence(text: str, least: int) -> str:
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """Return `values` as YAML; where one holds what would not be seen, all that is not ASCII is escaped."""
+    """Return `values` as YAML; if any has invisible characters, all but ASCII is escaped."""
 
     # Without a width, PyYAML folds long values over lines; some readers of front matter go line by line.
     dump: Callable[..., str] = partial(yaml.safe_dump, values, sort_keys=False, width=float("inf"))
@@ -102,8 +102,8 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def isolate(sentence: object) -> Markup:
-    """Return a sentence of the tool as HTML, in which names that run from right to left do not turn their surroundings
-    round, and a number stays in one line with its unit, or with the p before it.
+    """Return a sentence as HTML in which right-to-left names do not reorder the text around them, and a number stays
+    on one line with its unit, or with the p before it.
 
     >>> print(isolate("<\u05d0\u05d1> 5 % of 2 MB"), isolate("p < 0.001"))
     &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5\xa0% of 2\xa0MB p\xa0&lt;\xa00.001
@@ -114,7 +114,7 @@ def isolate(sentence: object) -> Markup:
 
 
 def to_markdown(sentence: str) -> str:
-    """Return the same in Markdown, by the isolating marks of Unicode."""
+    """Return a sentence as Markdown, with right-to-left names isolated by Unicode marks."""
     return RIGHT_TO_LEFT.sub("\u2068\\g<0>\u2069", escape_markdown(sentence))
 
 
@@ -124,13 +124,13 @@ def _join_lines(text: object) -> str:
 
 @pass_eval_context
 def _finish(context: EvalContext, value: object) -> object:
-    # Glossaries and methods of other packages need not know which characters are unseen.
+    # Texts of other packages may have invisible characters.
     return clean_lines(value) if context.autoescape and type(value) is str else value
 
 
 @cache
 def _make_environment() -> Environment:
-    # HTML escapes whatever it is given; in Markdown each value goes through a filter of its own.
+    # HTML templates escape every value; Markdown templates apply a filter to each.
     environment = Environment(
         loader=FileSystemLoader(_FOLDERS),
         undefined=StrictUndefined,
@@ -149,9 +149,9 @@ def _make_environment() -> Environment:
 
 
 def render_html(page: Page) -> str:
-    """Return the page as HTML; it holds its style sheet and its script, and allows no others."""
+    """Return the page as HTML with an inline style sheet and script; its policy allows no others."""
     style, script = read_source("style.css").strip(), read_source("report.js").strip()
-    # Both come from this package and hold no text of anyone else. Nothing may be loaded, and nothing else be used.
+    # Both come from this package and contain no foreign text. The page may load nothing and run nothing else.
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; base-uri 'none'; "
         "form-action 'none'"
@@ -160,7 +160,7 @@ def render_html(page: Page) -> str:
 
 
 def render_markdown(page: Page) -> str:
-    """Return the page as GitHub-flavoured Markdown; what it leaves out leaves no gap."""
+    """Return the page as GitHub-flavoured Markdown, without gaps for parts that it leaves out."""
     return re.sub(r"\n{3,}", "\n\n", render("page.md.j2", page=page)).rstrip("\n") + "\n"
 
 
@@ -169,7 +169,7 @@ def _hash(text: str) -> str:
 
 
 FORMATS = (".html", ".md", ".json")
-# By what a page is known again: within so many bytes of its beginning or its end.
+# Marks that identify a page of this tool, within this many bytes of its beginning or end.
 _MARKED_WITHIN = 1 << 16
 _MARKS = {
     ".html": re.compile(rb'<p class="brand"><b>compressknow</b>'),
@@ -181,18 +181,18 @@ _MARKS = {
 
 
 def require_for(outputs: Sequence[Path], *modules: str) -> None:
-    """Raise CompressknowError if these libraries are missing, or the one that draws the charts of an HTML page."""
+    """Raise CompressknowError if these libraries are missing, or matplotlib, which draws the charts of an HTML page."""
     drawn = any(path.suffix.lower() == ".html" for path in outputs)
     require(*modules, *(["matplotlib"] if drawn else []))
 
 
 def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence[str] = FORMATS) -> None:
-    """Raise, before any work, where an output has none of the formats, is there already, would replace no page, or
-    cannot be written."""
+    """Raise, before any work, if an output has an unknown format, already exists, would replace a file that is not a
+    page, or cannot be written."""
     for path in outputs:
         if path.suffix.lower() not in formats:
             raise UsageError(
-                f"{path}: the name of a report ends in {', '.join(formats[:-1])} or {formats[-1]}.",
+                f"{path}: the name of a report must end in {', '.join(formats[:-1])} or {formats[-1]}.",
                 hint="Give -o several times for several formats.",
             )
         check_links(path)
@@ -201,16 +201,16 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence
         if path.exists():
             _check_ours(path)
         if not path.parent.is_dir():
-            raise OutputError(f"{path.parent}: no such folder.", hint="Make it first, or choose another place.")
+            raise OutputError(f"{path.parent}: no such folder.", hint="Create it first, or choose another folder.")
         check_writable(path)
     if len({path.resolve() for path in outputs}) < len(outputs):
-        raise UsageError("Two reports have one name.", hint="Give each -o a name of its own.")
+        raise UsageError("Two reports have the same name.", hint="Give each -o a different name.")
 
 
 def _check_ours(path: Path) -> None:
-    """Raise OutputError if --overwrite would replace what no report is, or a file of a checkpoint."""
+    """Raise OutputError if --overwrite would replace a file that is not a report, or one in a checkpoint."""
     if (path.resolve().parent / "config.json").exists():
-        why, hint = "lies in a checkpoint folder", "Choose a name outside the checkpoint."
+        why, hint = "is in a checkpoint folder", "Choose a name outside the checkpoint."
     elif not path.is_file() or not _is_marked(path):
         why, hint = "was not written by compressknow", "Remove it yourself, or choose another name."
     else:
@@ -226,10 +226,10 @@ def _is_marked(path: Path) -> bool:
 
 
 def write_files(texts: Mapping[str, Callable[[], str]], paths: Iterable[Path], *, overwrite: bool) -> None:
-    """Write files, each of which appears whole, by what gives the text of each name or ending of a name. None appears
-    before all are on the disk, which may have no room for one.
+    """Write files atomically; `texts` has a function that returns the text for each file name or suffix. None appears
+    until all are on the disk, which may be full.
 
-    Raises OutputError if a file came to be there since `check_outputs` looked, and is not to be overwritten.
+    Raises OutputError if a file was created since `check_outputs` and must not be overwritten.
     """
     written = {path: (texts.get(path.name) or texts[path.suffix.lower()])() for path in paths}
     with hold_signals(), ExitStack() as files:
@@ -237,5 +237,5 @@ def write_files(texts: Mapping[str, Callable[[], str]], paths: Iterable[Path], *
             file = files.enter_context(open_whole(path))
             file.write(text.encode("utf-8"))
             close_durably(file)
-        if not overwrite and (there := next(filter(os.path.lexists, written), None)):
-            raise OutputError(f"{there} exists already.", hint="Choose another name, or pass --overwrite.")
+        if not overwrite and (existing := next(filter(os.path.lexists, written), None)):
+            raise OutputError(f"{existing} exists already.", hint="Choose another name, or pass --overwrite.")

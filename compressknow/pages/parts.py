@@ -35,23 +35,23 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Table(Part):
-    """Table of cells as text, one tuple per row; the first cell is the header of its row."""
+    """Table of text cells, one tuple per row; the first cell of a row is its header."""
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    bars: tuple[Estimate | None, ...] = ()  # a figure a row that HTML draws as a bar, after the column `bars_after`
+    bars: tuple[Estimate | None, ...] = ()  # a figure per row that HTML draws as a bar, after the column `bars_after`
     bars_after: int = 0
-    links: tuple[str, ...] = ()  # the id that each row's header leads to
+    links: tuple[str, ...] = ()  # the id that each row's header links to
     prose: bool = False  # all cells are text, not figures
-    pinned: int = 0  # so many rows stay on top however the others are sorted
-    sortable: bool = False  # a click on a column's header sorts by it
-    captioned: bool = True  # Markdown says the caption too; not where the section's title says it
+    pinned: int = 0  # number of rows that stay on top when the others are sorted
+    sortable: bool = False  # a click on a column's header sorts the rows
+    captioned: bool = True  # whether Markdown shows the caption; not if the section's title says it
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Labelled value; `full` is what a shortened value stands for, `code` that it is to be copied as it is."""
+    """Labelled value; `full` is the value before shortening, `code` marks a value to copy."""
 
     label: str
     value: str
@@ -60,18 +60,18 @@ class Entry:
 
 
 def make_name_entry(label: str, name: object, revision: object) -> Entry:
-    """Return the name of a checkpoint, with its revision where it has one."""
+    """Return the name of a checkpoint, with its revision if it has one."""
     return Entry(label, clean(name, 120) + (f"@{clean(revision, 60)}" if revision else ""), code=True)
 
 
 def make_hash_entry(sha256: object, label: str = "SHA-256") -> Entry:
-    """Return a hash, shortened to the digits that tell any two apart."""
+    """Return a hash, shortened to enough digits to distinguish any two."""
     hash = clean(sha256, 80)
     return Entry(label, hash[:12], code=True, full=hash)
 
 
 def list_origin(model: ModelRecord) -> list[Entry]:
-    """Return which checkpoint this is, where it came from and what was done to it."""
+    """Return the checkpoint's name and hash, where it came from and what was done to it."""
     entries = [make_name_entry("Name", model.name, model.revision), make_hash_entry(model.sha256)]
     source = model.source or {}
     if clean(name := source.get("name") or ""):
@@ -84,7 +84,7 @@ def list_origin(model: ModelRecord) -> list[Entry]:
 
 
 def list_identity(model: ModelRecord) -> tuple[Entry, ...]:
-    """Return the same, what runs it, its kind and its size."""
+    """Return the origin of a model, its runtime, its kind and its size."""
     entries = list_origin(model)
     if runtime := model.runtime:
         entries.append(Entry("Runtime", clean(" ".join(filter(None, (runtime["name"], runtime.get("build")))), 80)))
@@ -99,7 +99,7 @@ def list_identity(model: ModelRecord) -> tuple[Entry, ...]:
 
 
 def _write_shares(kinds: Mapping[str, int]) -> str:
-    """Write types with their shares of the parameters, where there are several.
+    """Write types, with their shares of the parameters if there are several.
 
     >>> _write_shares({"Q4_K": 3, "F32": 1}), _write_shares({"Q6_K": 5})
     ('Q4_K 75.0 %, F32 25.0 %', 'Q6_K')
@@ -118,12 +118,12 @@ def get_headline_accuracy(probe: ProbeFigures) -> tuple[Estimate, Estimate]:
 
 
 def write_bare_p(p: float | None) -> str:
-    """Write a p-value where the column says that it is one."""
+    """Write a p-value without the p, for a column that is headed p."""
     return write_p_value(p).removeprefix("p = ").removeprefix("p ")
 
 
 def make_groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bars: bool = True) -> Table:
-    """Return a table with one row per group; `kind` is what a group is of."""
+    """Return a table with one row per group; `kind` is the header of their names."""
     rows = tuple(
         (
             clean(group.name, 80),
@@ -147,7 +147,7 @@ class Text(Part):
 
 @dataclass(frozen=True, slots=True)
 class Note(Part):
-    """Note on what stands above, in small print; `drawn` is on what HTML alone draws."""
+    """Note in small print; `drawn` is about what only HTML draws."""
 
     sentence: str
     drawn: str = ""
@@ -155,14 +155,14 @@ class Note(Part):
 
 @dataclass(frozen=True, slots=True)
 class Sentences(Part):
-    """Sentences: a paragraph each in HTML, a list in Markdown."""
+    """Sentences: paragraphs in HTML, a list in Markdown."""
 
     sentences: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Entries(Part):
-    """Labelled values, under a title where they have one."""
+    """Labelled values, under a title if they have one."""
 
     entries: tuple[Entry, ...]
     title: str = ""
@@ -170,35 +170,35 @@ class Entries(Part):
 
 @dataclass(frozen=True, slots=True)
 class Code(Part):
-    """Text to be copied as it is; nothing if there is none."""
+    """Text to copy; nothing is shown if there is none."""
 
     text: str | None
     language: str
 
 
 def show_run(command: str | None, versions: Mapping[str, str], entries: Sequence[Entry] = ()) -> tuple[Part, ...]:
-    """Return how a page was made, for making it again: the command, and the versions after other entries."""
+    """Return what reproduces a page: the command, and the versions after other entries."""
     listed = ", ".join(f"{clean(name, 40)} {clean(version, 40)}" for name, version in versions.items())
     return Code(command, "sh"), Entries((*entries, Entry("Versions", listed or NONE)))
 
 
 @dataclass(frozen=True, slots=True)
 class Terms(Part):
-    """Names, the key of each where it has one, and what is said of them."""
+    """Terms: name, key (may be empty) and meaning of each."""
 
     terms: tuple[tuple[str, str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Claims(Part):
-    """Claims about models: id, claim, families, answer, why, the statistic, and that per million parameters of each."""
+    """Claims about models: id, claim, families, answer, why, statistic, and answer per million parameters of each."""
 
     claims: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Findings(Part):
-    """Findings: id (of the claim with more on it), claim, answer and numbers of each; next to them a chart, if any."""
+    """Findings: id (which links to the full claim), claim, answer and numbers of each; next to them a chart, if any."""
 
     findings: tuple[tuple[str, str, str, str], ...]
     chart: Drawn | None = None
@@ -214,8 +214,8 @@ class Remarks(Part):
 
 @dataclass(frozen=True, slots=True)
 class Facts(Part):
-    """Facts and what models answered, one per row. `shade` is the style of the last answer. In HTML the last column is
-    small print under the first."""
+    """Facts and answers, one fact per row. `shade` is the style of the last answer. In HTML, the last column is small
+    print under the first."""
 
     table: Table
     shade: str = ""
@@ -223,16 +223,16 @@ class Facts(Part):
 
 @dataclass(frozen=True, slots=True)
 class Chart(Part):
-    """Chart of a section, drawn where a page has room for it; in the colours of `pages.drawing`."""
+    """Chart of a section, in the colours of `pages.drawing`; drawn if a page has room for it."""
 
     title: str
-    description: str  # its figures in words, for those who cannot see it
+    description: str  # its figures as text, for screen readers
     draw: Callable[[Axes], object]  # draws on axes of the page's look
     height: int = 200  # in the units of `pages.drawing.WIDTH`
-    heading: str = ""  # what stands above it where it is one of several side by side
+    heading: str = ""  # shown above it if it is one of several side by side
 
     def draw_svg(self, id: str) -> Drawn:
-        """Return the chart as drawn; `id` as in `open_axes`."""
+        """Draw the chart; `id` is as in `open_axes`."""
         with open_axes(self.height, id, self.title, self.description) as (plot, drawn):
             self.draw(plot)
         return Drawn(drawn(), title=self.heading)
@@ -257,7 +257,7 @@ def draw_twice(draw: Callable[[str, bool], str | None], id: str, title: str = ""
 
 @dataclass(frozen=True, slots=True)
 class Charts(Part):
-    """Charts side by side where there is room, under one title where they have one; Markdown leaves them out."""
+    """Charts side by side if there is room, with an optional common title; Markdown leaves them out."""
 
     charts: tuple[Drawn | Chart, ...]
     title: str = ""
@@ -265,7 +265,7 @@ class Charts(Part):
 
 @dataclass(frozen=True, slots=True)
 class Beside(Part):
-    """Chart, and the table of its figures next to it where there is room."""
+    """Chart, with the table of its figures next to it if there is room."""
 
     chart: Chart | Drawn | None
     table: Table
@@ -273,8 +273,8 @@ class Beside(Part):
 
 @dataclass(frozen=True, slots=True)
 class Folded(Part):
-    """Parts under a title, unfolded by a click. Markdown shows them all, if `in_text`; with the title above code and
-    terms, which have no caption of their own."""
+    """Parts under a title, unfolded by a click. Markdown shows them if `in_text`, with the title above code and terms,
+    which have no caption."""
 
     title: str
     parts: tuple[Part, ...]
@@ -283,17 +283,17 @@ class Folded(Part):
 
 @dataclass(frozen=True, slots=True)
 class Graded(Part):
-    """Report card, the last row for all domains: each has its name, facts known before, share kept, interval, grade,
-    and the grades that the interval spans."""
+    """Report card, whose last row is for all domains. Each row has a name, facts known before, share kept, interval,
+    grade, and the grades that the interval spans."""
 
     rows: tuple[tuple[str, str, str, str, str, str], ...]
-    bars: tuple[Estimate, ...]  # what is kept, by row
-    rounding: float | None = None  # what rounding alone keeps: a mark on the last bar
+    bars: tuple[Estimate, ...]  # share kept, by row
+    rounding: float | None = None  # share that rounding alone keeps, a mark on the last bar
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes(Part):
-    """Bytes before and after; None if they are not known."""
+    """Bytes before and after; None if unknown."""
 
     before: int | None
     after: int | None
@@ -301,9 +301,9 @@ class Sizes(Part):
 
 @dataclass(frozen=True, slots=True)
 class PageSection:
-    """Section as it stands on a page."""
+    """Section as shown on a page."""
 
-    id: str  # its own on the page
+    id: str  # unique on the page
     title: str
     parts: tuple[Part, ...]
     look: str = ""  # a class of the style sheet
@@ -311,26 +311,24 @@ class PageSection:
 
 @dataclass(frozen=True, slots=True)
 class Page(Part):
-    """Page of sections, one below the other; or part of a page on one of several models, unfolded by a click."""
+    """Page of sections; or a foldable part of a page, about one of several models."""
 
     headline: str
     sections: tuple[PageSection, ...]
-    what: str = ""  # ``report card``, ``study``, ``search``; empty of one of several models
+    what: str = ""  # ``report card``, ``study``, ``search``; empty for one of several models
     models: str = ""  # which models it is about
     verdict: str = ""
     warnings: tuple[str, ...] = ()
-    unlisted: int = 0  # so many sections stand before the table of contents, which does not list them
-    next: tuple[str, ...] = ()  # sentences on what to do
-    counts: Counts | None = None  # facts by which models know them
-    names: tuple[str, str, str, str] = ("kept", "lost", "gained", "never known")  # what these counts are called
-    front: tuple[
-        tuple[PageSection, ...], ...
-    ] = ()  # what stands above all sections, in two columns where there is room
-    id: str = ""  # of one of several models
+    unlisted: int = 0  # number of sections before the table of contents, which does not list them
+    next: tuple[str, ...] = ()  # sentences on what to do next
+    counts: Counts | None = None  # facts by which model knows them
+    names: tuple[str, str, str, str] = ("kept", "lost", "gained", "never known")  # names of these counts
+    front: tuple[tuple[PageSection, ...], ...] = ()  # above all sections, in two columns if there is room
+    id: str = ""  # for one of several models
 
 
 def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
-    """Yield the parts with their charts drawn and ids given; without charts and bars in tables where not `charts`."""
+    """Yield the parts with their charts drawn under unique ids; without charts and bars if not `charts`."""
     for number, part in enumerate(parts, start=1):
         place = f"{id}-{number}"
         match part:
@@ -355,12 +353,12 @@ def draw_charts(parts: Iterable[Part], id: str, charts: bool) -> Iterator[Part]:
 
 
 BAR = "The bar shows the share kept, and the line on it the 95 % interval."
-# Shown in place of facts if their text must not be shown.
+# Shown instead of facts if their text must not be shown.
 NO_FACTS = Text("The text of the facts was left out on request.")
 
 
 def write_prompt(prompt: str) -> str:
-    """Write a prompt on one line, its blank as a line to write on."""
+    """Write a prompt on one line, its blank as underscores."""
     return clean(prompt.replace(BLANK, "___"), 300)
 
 
@@ -373,7 +371,7 @@ def make_fact_parts(
     left_out: int,
     shade: str = "",
 ) -> Iterator[Part]:
-    """Yield facts, `shown` of them at once, and a note on those that are `left_out`."""
+    """Yield facts, with those beyond `shown` folded, and a note on those `left_out`."""
     if not rows:
         yield Text("None.")
         return
@@ -387,12 +385,12 @@ def make_fact_parts(
 
 
 def make_rest_note(left_out: int) -> Note:
-    """Return the note on what only the JSON has of the above."""
+    """Return the note on entries that only the JSON has."""
     return Note(f"{count_more(left_out)} in the JSON, which -o NAME.json writes.")
 
 
 def count_more(left_out: int) -> str:
-    """Say how many are left out, before where they are.
+    """Return the start of a sentence on entries that are left out.
 
     >>> count_more(1), count_more(1200)
     ('1 more is', '1,200 more are')

@@ -1,4 +1,4 @@
-"""Records that a report card is made of, and their values for JSON."""
+"""Records of a report card, and their values for JSON."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from compressknow.comparison.paired import Standing
 
 SCHEMA = 1  # of report.json
-NAME_CHARACTERS = 80  # of a name that a sentence can carry
-# The least that must be kept for each grade, in percent.
+NAME_CHARACTERS = 80  # maximum length of a name in a sentence
+# The minimum share kept for each grade, in percent.
 SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
 
 
@@ -37,9 +37,9 @@ SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
 class Grade:
     """Line of the report card: knowledge kept of one domain over all probes.
 
-    `grade` is A+ (>= 99 % kept), A (>= 97), B (>= 93), C (>= 85), D (>= 70) or F; `-` where the original knew nothing.
-    `range` names the grades that the interval spans, where these are several ("A to C"). The interval is over
-    `clusters` (relations; of a probe of one relation, facts) where there are enough of them, else the simple one.
+    `grade` is A+ (>= 99 % kept), A (>= 97), B (>= 93), C (>= 85), D (>= 70) or F; `-` if the original knew nothing.
+    `range` names the grades that the interval spans if there are several ("A to C"). The interval is over `clusters`
+    (relations, or facts if a probe has one relation) if there are enough of them, else the simple one.
     """
 
     subject: str
@@ -58,7 +58,7 @@ class Grade:
 
     @property
     def written(self) -> str:
-        """Return the share kept with its interval, in the digits that tell the grades of both: 92.96 % is a C."""
+        """Return the share kept with its interval, with enough digits to show their grades: 92.96 % is a C."""
         return write_estimate(self.kept, partial(share_against, limits=[least / 100 for _, least in SCALE]))
 
 
@@ -68,16 +68,14 @@ class Comparison(SummaryRepr):
 
     Attributes
     ----------
-    kept : over all probes' facts, with the interval to go by: over relations where there are enough, else the simple
-        one.
-    certainty : of the figures over all probes, with the relations of each as clusters of their own.
+    kept : over the facts of all probes; the interval is over relations if there are enough, else the simple one.
+    certainty : certainty of the figures over all probes; each relation of a probe is a cluster.
     early : how a gate was decided before all facts were evaluated, if it was.
-    next : what to do next, from these numbers, in one line; empty if they carry no advice.
-    measured : by section of the card, by probe: what the section itself measured, as values for JSON.
-    left_out : sections of other packages that failed and are not shown, and why: a warning of the card.
-    source_matches : whether the compressed model says that it was made from the original's files; None if it, or the
-        original, does not tell.
-    texts : what both gave to running texts; these are none of `probes`, which have facts.
+    next : advice on what to do next, in one line; empty if the figures support none.
+    measured : by section and probe, what the section measured, as values for JSON.
+    left_out : sections of other packages that failed, and the warning on each.
+    source_matches : whether the compressed model records the original's files as its source; None if unknown.
+    texts : figures on running texts, which are not among `probes`.
     """
 
     model: ModelRecord
@@ -99,16 +97,16 @@ class Comparison(SummaryRepr):
 
     @property
     def clusters(self) -> list[Counts]:
-        """Return what the facts are drawn in, over all probes."""
+        """Return the counts of each cluster, over all probes."""
         return [each for probe in self.probes for each in list_clusters([group.counts for group in probe.by_relation])]
 
     def kept_at(self, level: float) -> Estimate:
-        """Return knowledge kept with its interval of another level."""
+        """Return knowledge kept with an interval at another confidence level."""
         return estimate_kept(self.clusters, level)
 
     @property
     def only_texts(self) -> bool:
-        """Return whether the two were compared on texts alone: there are no facts to count."""
+        """Return whether the two were compared only on texts, so that there are no facts to count."""
         return bool(self.texts) and not self.probes
 
     def _summary(self) -> Summary:
@@ -122,7 +120,7 @@ class Comparison(SummaryRepr):
 
 @dataclass(frozen=True)
 class Gate:
-    """Least share of knowledge to be kept (0 to 1), of all facts or of those of a domain or relation, `of`.
+    """Minimum share of knowledge to keep (0 to 1), of all facts or of a domain or relation, `of`.
 
     >>> Gate(0.9).in_words, Gate(0.85, "science").in_words
     ('at least 90 %', 'at least 85 % of science')
@@ -130,14 +128,14 @@ class Gate:
 
     least: float
     of: str | None = None
-    strict: bool = False  # the whole interval is held to it, not the share alone
+    strict: bool = False  # whether the whole interval must meet it, not only the share
 
     @property
     def in_words(self) -> str:
         return f"at least {100 * self.least:g} %{f' of {self.of}' if self.of else ''}"
 
     def measure_kept(self, comparison: Comparison) -> tuple[Counts, Estimate]:
-        """Return the counts of the facts that it is of, and knowledge kept of them with its interval."""
+        """Return the counts of the gate's facts, and knowledge kept of them with its interval."""
         if self.of is None:
             return comparison.counts, comparison.kept
         for grade in comparison.grades:
@@ -148,7 +146,7 @@ class Gate:
         return sum(clusters, Counts()), estimate_kept(clusters)
 
     def is_met(self, comparison: Comparison) -> bool | None:
-        """Return whether a model meets it; None if a strict one is neither met nor missed."""
+        """Return whether a model meets the gate; None if a strict gate is neither met nor missed."""
         if comparison.early is not None:
             return comparison.early.met
         counts, interval = self.measure_kept(comparison)
@@ -162,10 +160,10 @@ class Gate:
 class Recommendation:
     """Choice of one of several models."""
 
-    place: int | None  # of the recommended model among the compressed ones; None if none is
-    reason: str  # why, and what no test tells from it, in sentences
-    standings: tuple[Standing, ...]  # of each model among the others
-    within: int | None = None  # the most bytes that it could have, if that was asked
+    place: int | None  # index of the recommended model among the compressed ones; None if there is none
+    reason: str  # sentences: why, and which models no test distinguishes from it
+    standings: tuple[Standing, ...]  # how each model compares with the others
+    within: int | None = None  # maximum size in bytes, if one was set
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -182,16 +180,16 @@ class Card(Tabular):
     show_facts: bool
     versions: Mapping[str, str]
     command: str | None
-    method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
+    method: tuple[str, ...]  # sentences on how models were evaluated and judged, and the limits of that
     known: str = "recognized"  # what counts as known: that or better, or only "produced"
-    decision: Recommendation | None = None  # of several compressed models
+    decision: Recommendation | None = None  # if there are several compressed models
     gates: tuple[Gate, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``report.json``, for ``json.dumps(..., allow_nan=False)``.
 
         Shares and accuracies lie between 0 and 1; unknown values are None; intervals are [low, high], 95 %. Without
-        `show_facts` no text of a fact is in it.
+        `show_facts`, it contains no text of facts.
         """
         return {
             "schema": SCHEMA,
@@ -240,7 +238,7 @@ def _make_frame_row(model: ModelRecord, probe: ProbeFigures) -> dict[str, Any]:
 
 
 def write_estimate(figure: Estimate, write: Callable[[float], str] = share) -> str:
-    """Write a figure with its interval, its unit said once where that reads well.
+    """Write a figure with its interval, without repeating the unit more than needed.
 
     >>> [write_estimate(Estimate(*ends)) for ends in ((0.951, 0.94, 0.961), (1.0, 0.93, 1.0), (0.5,), (None,))]
     ['95.1 % (94.0 to 96.1 %)', '100 % (93.0 to 100 %)', '50.0 %', '-']
@@ -270,8 +268,8 @@ def write_range(low: float, high: float, write: Callable[[float], str] = share) 
 
 
 def label_models(comparisons: Sequence[Comparison], *, numbered: bool = False) -> list[str]:
-    """Return what to call each compressed model: its setup, with its name or number where that does not tell it from
-    another; `numbered`, each of several has a number."""
+    """Return a label for each compressed model: its setup, with its name or number if the setup is ambiguous; if
+    `numbered`, each of several has a number."""
     names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     repeated = Counter(setups)
@@ -285,7 +283,7 @@ def label_models(comparisons: Sequence[Comparison], *, numbered: bool = False) -
 
 
 def name_models(card: Card) -> tuple[str, ...]:
-    """Return a name for each compressed model of a card: its label, numbered where there are several."""
+    """Return a name for each compressed model of a card: its label, numbered if there are several."""
     return tuple(label_models(card.comparisons, numbered=True))
 
 
@@ -325,7 +323,7 @@ def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, An
 
 
 def _dump_run_model(model: ModelRecord) -> dict[str, Any]:
-    """Return all that is known of a model; what ran it is named where that was not transformers."""
+    """Return all that is known of a model; `runtime` only if that was not transformers."""
     values = as_json.dump_model(model)
     return values if model.runtime else {key: value for key, value in values.items() if key != "runtime"}
 

@@ -1,4 +1,4 @@
-"""Search for the smallest file that keeps enough knowledge: its records, page, chart and JSON."""
+"""Records, page, chart and JSON of a search for the smallest file that keeps enough knowledge."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ _IN_LAYER = re.compile(r"(.*?)\.(\d+)\.(.*?)(?:\.weight)?", re.DOTALL)
 # Bits at which the shades of the map of types change.
 _BITS = (3, 4, 5, 6, 8, 16)
 _BITS_NOTE = (
-    "Bits of each weight, from faint to full colour, or 16 or 32 where it stays as it is. Their scales take "
-    "half a bit more."
+    "Bits per weight, from faint to full colour; 16 or 32 if the weight stays as it is. Scales take half a bit more."
 )
 _FORMS = {"gguf": "GGUF file", "checkpoint": "checkpoint"}
 
@@ -42,12 +41,12 @@ class Trial:
 
     Attributes
     ----------
-    setup : which types have how many of its weights.
-    types : that of each weight that has one.
-    bytes : of its weights.
-    predicted_kl : the divergence of its answers that its types were chosen by, nats.
-    kept : on the facts of the search, without a value where a size was asked for. `held_out` on those held out to
-        select by, where it was evaluated on these; `graded` of the winner, on those that had no part in the choice.
+    setup : how many weights have which type.
+    types : the type of each weight that has one.
+    bytes : size of the weights.
+    predicted_kl : the predicted divergence of the answers, in nats, that the types minimize.
+    kept : share kept of the search facts; no value if a size was requested. `held_out` is the share of the held-out
+        facts, if it was measured; `graded` that of the grading facts, for the winner only.
     """
 
     setup: str
@@ -65,32 +64,32 @@ class Search(notebook.Tabular):
 
     original: ModelRecord
     form: str  # ``gguf`` or ``checkpoint``
-    keep: float | None  # share of knowledge that must be kept; None if `budget` was asked for
+    keep: float | None  # share of knowledge that must be kept; None if `budget` is set
     budget: int | None  # bytes that a file may have
     by: str  # what decided the types, and how they are rounded
     probes: tuple[str, ...]
-    searched: int  # numbers of facts, and of those that the original answers right
+    searched: int  # facts of each part, and below how many of them the original answers right
     held_out: int
     graded: int
     known_searched: int
     known_held_out: int
     known_graded: int
-    level: float  # of the intervals of facts that are not those that grade
-    bytes: int  # of the original's weights
+    level: float  # of all intervals but those of the grading facts
+    bytes: int  # size of the original's weights
     tried: tuple[Trial, ...]
     confirmed: tuple[Trial, ...]
-    winner: Trial | None  # the smallest that keeps it on the held-out facts
-    closest: Trial | None  # where there is no winner, what came nearest
-    recipe: str | None  # of the winner, as TOML
+    winner: Trial | None  # the smallest that keeps enough of the held-out facts
+    closest: Trial | None  # the best one if there is no winner
+    recipe: str | None  # the winner's, as TOML
     seed: int
     versions: Mapping[str, str]
     command: str | None
     known: str = RECOGNIZED  # what counts as known: that or better, or only ``produced``
     templates: int = 1  # in how many wordings each fact was put; known if more than half of them are
-    # Share of what the original knows of the facts that grade that it still knows in another precision, by a sample of
-    # them (0 to 1); None if that was not found.
+    # Share of the known grading facts that the original still knows in another precision (0 to 1), by a sample; None if
+    # unknown.
     rounding: float | None = None
-    # Facts that grade and stand in the text that guided the types and their rounding; None if it is not at hand.
+    # Grading facts that appear in the text that guided types and rounding; None if that text is not available.
     in_calibration: FactsInText | None = None
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -110,7 +109,7 @@ class Search(notebook.Tabular):
     def _summary(self) -> notebook.Summary:
         name = clean(self.original.name, 60)
         if self.winner is None:
-            outcome = f"{count(len(self.tried))} files tried; none keeps that much for sure."
+            outcome = f"{count(len(self.tried))} files tried; none is certain to keep that much."
         else:
             kept = _write_kept(self.winner.graded)
             outcome = f"{write_size(self.winner.bytes)}, the original {write_size(self.bytes)}: {kept} kept."
@@ -119,7 +118,7 @@ class Search(notebook.Tabular):
             if self.keep is not None
             else f"Search: the best {name} of {write_size(self.budget or 0)}",
             outcome,
-            ("Held-out facts decide", f"Kept of {count(self.known_held_out)} known", "Size"),
+            ("Weights", f"Kept of {count(self.known_held_out)} known held-out facts", "Size"),
             tuple((each.setup, _write_kept(each.held_out), write_size(each.bytes)) for each in self.confirmed),
         )
 
@@ -149,7 +148,7 @@ def _make_sections(search: Search) -> Iterator[parts.PageSection]:
         )
     if search.confirmed:
         table = _tabulate_files(search.confirmed, held_out=True)
-        yield parts.PageSection("held-out", "On the facts held out to select by", (table,), look="wide")
+        yield parts.PageSection("held-out", "On the held-out facts", (table,), look="wide")
     if search.tried:
         table = _tabulate_files(search.tried, held_out=False)
         bar = f"The bar shows the share kept, and the line on it the {100 * search.level:.3g} % interval."
@@ -186,7 +185,7 @@ def _show_types(winner: Trial, recipe: str) -> Iterator[parts.Part]:
 
 
 def _place_types(types: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
-    """Return types by layer and by module in it; what lies in no layer has a row of its own, and no module."""
+    """Return types by layer and module; a weight outside all layers has its own row, and no module."""
     places = {name: _IN_LAYER.fullmatch(name) for name in types}
     stacks = tuple(dict.fromkeys(at[1] for at in places.values() if at))
     names = [clean(name.partition(".")[0], 20) for name in shorten_names(stacks)] if len(stacks) > 1 else ["layer"]
@@ -201,9 +200,9 @@ def _place_types(types: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
 
 
 def _count_bits(kind: str) -> int:
-    """Return the bits of a code: the first number in the name of its type, or 16 where there is none."""
-    found = re.search(r"\d+", kind)
-    return int(found[0]) if found else 16
+    """Return the bits of a type: the first number in its name, or 16 if there is none."""
+    digits = re.search(r"\d+", kind)
+    return int(digits[0]) if digits else 16
 
 
 def _describe_chart(search: Search) -> str:
@@ -214,16 +213,16 @@ def _describe_chart(search: Search) -> str:
     if search.rounding is None:
         return about
     return (
-        f"{about} The dotted line is what rounding alone keeps, {share(search.rounding)}: the original answered some "
-        "of the facts that grade in another precision, too."
+        f"{about} The dotted line is what rounding alone keeps, {share(search.rounding)}: the original also answered "
+        "some of the grading facts in another precision."
     )
 
 
 def write_headline(search: Search) -> str:
-    """Return what stands above everything."""
+    """Return the headline of the page."""
     if search.winner is None:
         return f"No file tried is certain to keep {100 * (search.keep or 0):.6g} %"
-    # On the facts that had no part in the choice: on the others it keeps enough, perhaps by luck.
+    # The share of the grading facts: on the others, the winner may keep enough by luck.
     kept = share(search.winner.graded.value if search.winner.graded else None)
     if search.keep is None:
         return f"{write_size(search.winner.bytes)}, and {kept} kept"
@@ -231,7 +230,7 @@ def write_headline(search: Search) -> str:
 
 
 def write_verdict(search: Search) -> str:
-    """Say the outcome in one sentence or two, with its numbers."""
+    """Write the outcome in one or two sentences with its numbers."""
     name, winner, closest = clean(search.original.name, 60), search.winner, search.closest
     if winner is not None:
         return (
@@ -242,28 +241,28 @@ def write_verdict(search: Search) -> str:
     if closest is None:
         return f"No file that keeps {share(search.keep)} could be evaluated."
     return (
-        f"No file of {count(len(search.tried))} is certain to keep {share(search.keep)}. The closest has "
-        f"{write_size(closest.bytes)}: it keeps {_write_kept(closest.held_out)} of the {count(search.known_held_out)} "
-        f"facts held out that {name} knew."
+        f"None of {count(len(search.tried))} files is certain to keep {share(search.keep)}. The closest has "
+        f"{write_size(closest.bytes)} and keeps {_write_kept(closest.held_out)} of the {count(search.known_held_out)} "
+        f"held-out facts that {name} knew."
     )
 
 
 def list_warnings(search: Search) -> tuple[str, ...]:
-    """Return what may have cost a smaller file: that more is asked for than rounding alone keeps, or that there are too
-    few facts; that the facts stand in the text that guided; and what counts as known, where that is to be said."""
+    """Return warnings: why there may be no smaller file (more is required than rounding alone keeps, or facts are too
+    few), that facts appear in the text that guided the search, and what counts as known."""
     warnings, keep = [], search.keep or 0.0
     if search.rounding is not None and search.rounding < keep:
         warnings.append(
-            f"Rounding alone keeps {share(search.rounding)} of what the original knows (some of the graded facts, in "
-            f"another precision): {100 * keep:.6g} % is more than the same weights keep there."
+            f"Rounding alone keeps {share(search.rounding)} of what the original knows (measured on some of the "
+            f"grading facts, in another precision): even unchanged weights do not keep {100 * keep:.6g} % there."
         )
     most = search.winner.bytes if search.winner else search.bytes
     unsure = [t for t in search.tried if t.bytes < most and (t.kept.low or 0.0) < keep <= (t.kept.value or 0.0)]
     if unsure:
         least = min(unsure, key=lambda each: each.bytes)
         warnings.append(
-            f"The file of {write_size(least.bytes)} kept {_write_kept(least.kept)} of the facts of the search. With "
-            "more facts (a larger --limit, more probes) a file of that size may be certain to keep enough."
+            f"The file of {write_size(least.bytes)} kept {_write_kept(least.kept)} of the search facts. With more "
+            "facts (a larger --limit, more probes), a file of that size may be certain to keep enough."
         )
     warnings += warn_of_facts_in_text(search.original, search.in_calibration)
     return (*warnings, *warn_of_known(search.known))
@@ -275,9 +274,9 @@ def _write_kept(kept: Estimate | None) -> str:
 
 def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> parts.Table:
     rows = sorted(trials, key=lambda each: each.bytes)
-    columns = ("Weights", "Size", "Predicted KL, nats", "Kept, facts of the search")
+    columns = ("Weights", "Size", "Predicted KL, nats", "Kept, search facts")
     return parts.Table(
-        "Files evaluated on the facts held out to select by" if held_out else "Evaluated files, smallest first",
+        "Files evaluated on the held-out facts" if held_out else "Evaluated files, smallest first",
         (*columns, "Kept, held-out facts") if held_out else columns,
         tuple(
             (clean(t.setup, 160), write_size(t.bytes), number(t.predicted_kl, 4), _write_kept(t.kept))
@@ -291,11 +290,11 @@ def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> parts.Table:
 
 
 def _describe_method(search: Search) -> Iterator[str]:
-    split = f"With {3 * FEWEST_SIGNS} relations or more these are whole relations."
+    split = f"With {3 * FEWEST_SIGNS} relations or more, facts are split by whole relations."
     if search.templates > 1:
         split += (
             f" Each fact was put in {count(search.templates)} wordings, all in one part, and is known if more than "
-            "half of them are answered right."
+            "half are answered right."
         )
     names = ", ".join(clean(p, 60) for p in search.probes)
     searched = (
@@ -311,21 +310,21 @@ def _describe_method(search: Search) -> Iterator[str]:
             f"{count(search.known_held_out)} known), and a third to grade it {graded}. {split}"
         )
     yield (
-        "What rounding each weight to each type changes of the answers was measured once (KL divergence, to second "
-        f"order; decided by {clean(search.by, 200)}). For a size, each weight has the type by which all of them are "
-        "predicted to lose least."
+        "How much rounding each weight to each type changes the answers was measured once (KL divergence, to second "
+        f"order; decided by {clean(search.by, 200)}). For each size, types were chosen to minimize the predicted loss "
+        "over all weights."
     )
     if search.keep is not None:
         yield (
             "Sizes were chosen by halving the predicted loss; each file was made and evaluated. The smallest that kept "
-            "enough of the facts of the search was evaluated on the held-out facts, then one that is predicted to lose "
-            "half as much, then one that loses a quarter of that, until one kept as much there too, "
-            f"by the lower end of its {100 * search.level:.3g} % interval (over relations where there are enough; "
-            "adjusted for the number of files that might be tried so, Bonferroni)."
+            "enough of the search facts was evaluated on the held-out facts, then one predicted to lose half as much, "
+            "then one predicted to lose a quarter of that, until one kept enough there too, by the lower end of its "
+            f"{100 * search.level:.3g} % interval (over relations if there are enough; adjusted for the number of "
+            "files that might be tried, Bonferroni)."
         )
     yield (
-        "What chose the file proves nothing about it: its share and its report card are of the facts that grade; its "
-        "interval there is of 95 %."
+        "The facts that chose the file prove nothing about it. Its share and its report card are measured on the "
+        "grading facts, with 95 % intervals."
     )
 
 

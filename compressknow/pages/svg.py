@@ -1,7 +1,7 @@
-"""SVG that is fit to stand inside an HTML page: made of what matplotlib writes, and heat maps.
+"""SVG that can be embedded in an HTML page: converted from matplotlib output, and heat maps.
 
 Colours become classes, so that a chart follows the page from light to dark; inline styles become attributes, so that
-the page's content security policy can forbid them; ids are prefixed, so that charts do not share them; metadata goes.
+the page's content security policy can forbid them; ids get a unique prefix for each chart; metadata is removed.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from markupsafe import escape
 
 from compressknow.base.format import clean, clean_lines, number
 
-# Colours for matplotlib, each standing for a class of the page's style sheet.
+# Placeholder colours for matplotlib, one for each class of the page's style sheet.
 COLOURS = {name: f"#{i:06x}" for i, name in enumerate("ink muted rule paper c1 c2 c3 c4 c5 c6".split(), start=1)}
 _CLASSES = {colour: name for name, colour in COLOURS.items()}
 _ATTRIBUTES = {"stroke-width", "stroke-dasharray", "stroke-linecap", "stroke-linejoin", "text-anchor", "opacity"}
 _NUMBERS = {"d", "x", "y", "width", "height", "transform", "stroke-width", "stroke-dasharray"}
-# For a standalone file: characters per line of its title and column, and a margin for labels over the edge.
+# For a standalone file: title characters per line and column, a margin for overflowing labels, and line height.
 _TITLE_WIDTH, _MARGIN, _LINE = 52, 40, 16
 _COLUMNS = 2
 _SIZE = re.compile(r"([\d.]+)px")
-# No XML may hold the first of these; the others turn the direction of writing.
+# XML forbids the control characters; the others change the writing direction.
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 _DECIMALS = re.compile(r"-?\d+\.\d+")
 
 
 def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[str, str] = {}) -> str:
-    """Return `raw` as an element for HTML, named and described for those who cannot see it.
+    """Return `raw` as an element for HTML, with a title and a description for screen readers.
 
-    Nothing else on the page may have its `id` or begin with it. Title and description are plain text, escaped here;
-    `hover` has the tooltip of each mark, by the gid that it was drawn with.
+    No other id on the page may begin with `id`. Title and description are plain text, escaped here;
+    `hover` has the tooltip of each mark by its gid.
     """
-    root = ElementTree.fromstring(_UNSEEN.sub(lambda held_out: clean(held_out.group()), raw))
+    root = ElementTree.fromstring(_UNSEEN.sub(lambda match: clean(match.group()), raw))
     for element in root.iter():
         element.tag = _strip_namespace(element.tag)
     for parent in list(root.iter()):
@@ -70,8 +70,8 @@ def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[
 
 
 def make_standalone(panels: Sequence[tuple[str, str]], title: str, style: str) -> str:
-    """Return elements of `make_inline` as one file: its title above, two in a row, in the page's colours, light and
-    dark, which its style sheet names. A panel is the name that stands above it, empty for none, and the element.
+    """Return elements of `make_inline` as one file: a title, then two panels per row, in the light and dark colours of
+    the page's style sheet. A panel is its heading (may be empty) and the element.
     """
     root = ElementTree.Element("svg", {"xmlns": "http://www.w3.org/2000/svg"})
     ElementTree.SubElement(root, "title").text = title
@@ -89,7 +89,7 @@ def make_standalone(panels: Sequence[tuple[str, str]], title: str, style: str) -
 
 
 def _put_row(root: ElementTree.Element, panels: Sequence[tuple[str, str]], top: float) -> tuple[float, float]:
-    """Put the panels side by side; return where the row ends, to the right and below."""
+    """Put the panels side by side; return the right and bottom ends of the row."""
     right, bottom = 0.0, top
     for name, chart in panels:
         element = ElementTree.fromstring(chart)
@@ -111,7 +111,7 @@ def _write(root: ElementTree.Element, text: str, x: float, y: float) -> None:
 
 
 def _write_colours(style: str) -> str:
-    """Write rules for the classes of charts, from the variables that the page's style sheet sets: light, then dark."""
+    """Write rules for the classes of charts, light then dark, from the variables of the page's style sheet."""
     light, dark = (
         {name: re.findall(rf"--{name}:\s*(#[0-9a-f]+)", style)[place] for name in COLOURS} for place in (0, 1)
     )
@@ -141,7 +141,7 @@ def _list_references(element: ElementTree.Element) -> Iterator[str]:
 
 def _clean(element: ElementTree.Element, referenced: set[str], id: str) -> None:
     old, element.attrib = element.attrib, {}
-    # Indentation is most of what matplotlib writes; only the text of a text is wanted.
+    # Most text in matplotlib's output is indentation; keep only that of text elements.
     element.tail = None
     if element.tag != "text":
         element.text = None
@@ -163,17 +163,17 @@ def _clean(element: ElementTree.Element, referenced: set[str], id: str) -> None:
 
 
 def _read_style(style: str) -> dict[str, str]:
-    """Return the declarations of a style attribute as attributes; colours as classes."""
+    """Return the declarations of a style attribute as attributes, with colours as classes."""
     declarations = [part.partition(":") for part in style.split(";") if part.strip()]
-    found = {name.strip(): value.strip() for name, _, value in declarations}
-    attributes = {name: value for name, value in found.items() if name in _ATTRIBUTES}
+    values = {name.strip(): value.strip() for name, _, value in declarations}
+    attributes = {name: value for name, value in values.items() if name in _ATTRIBUTES}
     classes = []
     for name in ("fill", "stroke"):
-        if (colour := found.get(name)) in _CLASSES:
+        if (colour := values.get(name)) in _CLASSES:
             classes.append(f"{name[0]}-{_CLASSES[colour]}")
         elif colour:
             attributes[name] = colour
-    if size := _SIZE.search(found.get("font-size", found.get("font", ""))):
+    if size := _SIZE.search(values.get("font-size", values.get("font", ""))):
         attributes["font-size"] = size.group(1)
     return attributes | ({"class": " ".join(classes)} if classes else {})
 
@@ -184,7 +184,7 @@ def _shorten(value: str) -> str:
 
 
 def _unwrap(parent: ElementTree.Element) -> None:
-    """Take the children out of groups that say nothing."""
+    """Replace groups without attributes by their children."""
     for child in list(parent):
         _unwrap(child)
         if child.tag in ("g", "defs") and not child.attrib and (child.tag == "g" or not len(child)):
@@ -196,8 +196,8 @@ def _unwrap(parent: ElementTree.Element) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Figures by block (rows) and by module inside a block (columns); None if there is no such module or figure. A
-    row of one figure is as wide as all columns.
+    """Figures by block (rows) and by module in the block (columns); None if there is no figure. A row of one figure
+    is as wide as all columns.
     """
 
     rows: tuple[str, ...]
@@ -211,27 +211,27 @@ class Grid:
 
 
 def shorten_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the last parts of dotted names, as few as tell them apart.
+    """Return the shortest endings of dotted names that tell them apart.
 
     >>> shorten_names(("attention.self.query", "attention.output.dense", "output.dense"))
     ('query', 'attention.output.dense', 'output.dense')
     """
     parts = [name.split(".") for name in names]
 
-    def shorten(own: list[str]) -> str:
-        others = [other for other in parts if other != own]
-        sizes = range(1, len(own) + 1)
-        enough = (size for size in sizes if all(other[-size:] != own[-size:] for other in others))
-        return ".".join(own[-next(enough, len(own)) :])
+    def shorten(name: list[str]) -> str:
+        others = [other for other in parts if other != name]
+        sizes = range(1, len(name) + 1)
+        enough = (size for size in sizes if all(other[-size:] != name[-size:] for other in others))
+        return ".".join(name[-next(enough, len(name)) :])
 
     return tuple(map(shorten, parts))
 
 
-# Shades of one colour, faint to full. Up to the fifth, ink reads on them in light and in dark; then paper does.
+# Shades of one colour, faint to full. Ink is legible on the first five, paper on the others, in light and dark mode.
 _SHADES = (0.08, 0.17, 0.27, 0.38, 0.5, 0.85, 1.0)
 _INK_UP_TO = 4
 _ORDERS = 4  # of magnitude that the shades span at most
-# Columns that leave room for a figure in each cell of a broad map; otherwise a tooltip shows it.
+# Maximum number of columns with figures in the cells of a broad map; with more, tooltips show them.
 _MOST_FIGURES = 10
 _LETTER, _LONGEST = 5.6, 16
 
@@ -245,19 +245,19 @@ def draw_heat_map(
     bounds: Sequence[float] = (),
     write: Callable[[float], str] = lambda figure: number(figure, 4),
 ) -> str | None:
-    """Return the map as an element for HTML, for the width of the page or for a narrow screen, with its figures as
-    `write` gives them; None if all are 0.
+    """Return the map as an element for HTML, for the full width if `broad` or for a narrow screen, with figures as
+    written by `write`; None if all are 0.
 
-    Nothing else on the page may have its `id` or begin with it. `bounds` are the scale, as `find_bounds` gives it; by
-    default the grid's own.
+    No other id on the page may begin with `id`. `bounds` are the figures at which the shades change, by default those
+    that `find_bounds` returns for the grid.
     """
     if not grid.figures:
         return None
     bounds = bounds or find_bounds(grid.figures)
-    # In units of the drawing: of a column at most, and room for the names of rows.
+    # In units of the drawing: total width, maximum width of a column, room for the names of rows, height of a row.
     whole, widest, label, row = (720, 110, 76, 19) if broad else (328, 60, 66, 14)
     width = min(widest, (whole - label) / len(grid.columns))
-    # In a narrow map, names of columns run upwards.
+    # In a narrow map, the names of columns are vertical.
     top = 26 if broad else 10 + round(min(_LONGEST, max(map(len, grid.columns))) * _LETTER)
     height = top + row * len(grid.rows) + 34
     shows_figures = broad and len(grid.columns) <= _MOST_FIGURES
@@ -289,7 +289,7 @@ def draw_heat_map(
 
 
 def find_bounds(figures: Sequence[float]) -> tuple[float, ...]:
-    """Return figures that part the shades, in equal ratios between the least and the largest."""
+    """Return the figures at which the shades change, in equal ratios from the smallest to the largest."""
     high = max(figures)
     low = max(min(figures), high / 10**_ORDERS)
     steps = len(_SHADES)
@@ -297,12 +297,12 @@ def find_bounds(figures: Sequence[float]) -> tuple[float, ...]:
 
 
 def _describe_grid(grid: Grid, write: Callable[[float], str]) -> str:
-    found = []
+    figures = []
     for row, cells in zip(grid.rows, grid.cells, strict=True):
         columns = grid.columns if len(cells) == len(grid.columns) else ("",)
         places = (", ".join(filter(None, (column, row))) for column in columns)
-        found += [(figure, place) for figure, place in zip(cells, places, strict=True) if figure]
-    largest, least = max(found), min(found)
+        figures += [(figure, place) for figure, place in zip(cells, places, strict=True) if figure]
+    largest, least = max(figures), min(figures)
     return (
         f"From {write(least[0])} ({least[1]}) to {write(largest[0])} ({largest[1]}). "
         "The table after the map has every figure."
@@ -310,7 +310,7 @@ def _describe_grid(grid: Grid, write: Callable[[float], str]) -> str:
 
 
 def _draw_cell(box: tuple[float, float, float, int], shade: int | None, text: str, *, shows_figure: bool) -> str:
-    """Return a cell with its figure, or one that tells it to a pointer; without a shade it is 0."""
+    """Return a cell with its figure, as text or as a tooltip; a figure of 0 has no shade."""
     colour = 'class="f-rule" opacity="0.35"' if shade is None else f'class="f-c1" opacity="{_SHADES[shade]}"'
     if not shows_figure:
         return _draw_box(box, colour, text)

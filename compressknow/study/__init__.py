@@ -1,1 +1,1 @@
-"""Many checkpoints of one model: grids, the cells of a sweep and where they run, and the search."""
+"""Studies of many checkpoints of one model: sweeps over a grid, and the search for a size."""

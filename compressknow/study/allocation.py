@@ -1,8 +1,8 @@
-"""Choose a type for each tensor of a file, so that all of them fit a number of bytes and lose the least.
+"""Choose a type for each tensor of a file, so that the file fits a number of bytes and loses least.
 
-What a tensor's rounding costs is known apart from all others (`compressknow.study.sensitivity`), and adds up. So this
-is the knapsack problem with one choice per tensor, which dynamic programming solves: for every number of bytes above
-the smallest file, the least loss that the tensors so far can have.
+The losses of tensors are independent (`compressknow.study.sensitivity`) and add up. So this is the knapsack problem
+with one choice per tensor, which dynamic programming solves: for every number of bytes above the smallest file, it
+finds the smallest loss of the tensors so far.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from compressknow.gguf.grids import CANDIDATES, get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align, is_matrix, resolve_types
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_guide, name_guide
 
-# Numbers of bytes that are told apart. Sizes of real models have a large common divisor, and need fewer.
+# Maximum number of distinct sizes. Those of real models have a large common divisor, and need fewer.
 STEPS = 1 << 15
-# Tensors that a message about the smallest file names.
+# Number of tensors that a message about the smallest file names.
 _NAMED = 3
 _MOST_BITS = 16
 PIN_LESS = "Leave out one of the --must options."
@@ -33,19 +33,19 @@ UNMEASURED = "q8_0"
 
 
 def check_below_whole(budget: int, whole: int, hint: str = "Give less.") -> None:
-    """Raise UsageError for a budget that a model does not pass with all weights as they are."""
+    """Raise UsageError for a budget that is not less than the unquantized model."""
     if budget >= whole:
-        raise UsageError(f"{write_size(budget)} is not less than the whole model has, {write_size(whole)}.", hint=hint)
+        raise UsageError(f"{write_size(budget)} is not less than the whole model, {write_size(whole)}.", hint=hint)
 
 
 def check_rounding(rounding: str) -> None:
-    """Raise UsageError for what rounds no weights of a file of a size."""
+    """Raise UsageError for a rounding that files of a chosen size do not support."""
     if rounding not in ("gptq", "nearest"):
         raise UsageError(f"--rounding {rounding}: choose gptq or nearest.")
 
 
 class TypeOption(NamedTuple):
-    """Bytes of a tensor in the file, stored as one type, and the loss that is predicted of it (KL, nats)."""
+    """Bytes of a tensor stored as one type, and its predicted loss (KL, nats)."""
 
     nbytes: int
     loss: float
@@ -64,8 +64,8 @@ class Allocation:
 
 
 def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocation:
-    """Choose a type for each tensor, so that the predicted loss is the least within `budget` bytes of the whole file,
-    `overhead` of which are not these tensors'.
+    """Choose a type for each tensor, with minimum predicted loss in a file of at most `budget` bytes, `overhead` of
+    which are not in these tensors.
 
     Raises UsageError if no choice is that small.
 
@@ -79,33 +79,33 @@ def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocatio
         raise UsageError(
             f"{write_size(budget)} is too small: the smallest file has {write_size(floor)}.",
             why=_explain_floor(table, overhead),
-            hint=f"Give --size {floor} or more. What --must asks for counts too.",
+            hint=f"Give --size {floor} or more. Types that --must sets count too.",
         )
     tensors = list(table.values())
     chosen = _solve(tensors, budget - floor)
     _spend_rest(tensors, chosen, budget - overhead)
-    options = [own[kind] for own, kind in zip(tensors, chosen, strict=True)]
+    options = [by_type[kind] for by_type, kind in zip(tensors, chosen, strict=True)]
     nbytes = overhead + sum(option.nbytes for option in options)
     return Allocation(dict(zip(table, chosen, strict=True)), nbytes, sum(option.loss for option in options))
 
 
 def join_options(table: OptionTable, units: Mapping[str, Sequence[str]]) -> OptionTable:
-    """Return the options of units, whose tensors share a type: those that all have. Raises UsageError if none is."""
+    """Return the options of units whose tensors share a type: those that all have. Raises UsageError for none."""
     joined = {}
     for name, members in units.items():
-        own = [table[member] for member in members]
+        of_unit = [table[member] for member in members]
         joined[name] = {
-            kind: TypeOption(sum(each[kind].nbytes for each in own), sum(each[kind].loss for each in own))
-            for kind in own[0]
-            if all(kind in options for options in own)
+            kind: TypeOption(sum(each[kind].nbytes for each in of_unit), sum(each[kind].loss for each in of_unit))
+            for kind in of_unit[0]
+            if all(kind in options for options in of_unit)
         }
         if not joined[name]:
-            raise UsageError(f"{name} must be of one type, and have none in common.", hint=PIN_LESS)
+            raise UsageError(f"{name} must share a type, but have none in common.", hint=PIN_LESS)
     return joined
 
 
 def _explain_floor(table: OptionTable, overhead: int) -> str:
-    """Return what the smallest file is made of, its largest parts by name."""
+    """Return what takes the space in the smallest file, with the largest tensors by name."""
     smallest = [(name, *min((each.nbytes, kind) for kind, each in options.items())) for name, options in table.items()]
     smallest.sort(key=lambda each: -each[1])
     parts = [f"{name} ({kind}) {write_size(nbytes)}" for name, nbytes, kind in smallest[:_NAMED]]
@@ -115,8 +115,8 @@ def _explain_floor(table: OptionTable, overhead: int) -> str:
 
 
 def _solve(tensors: Sequence[Mapping[str, TypeOption]], spare: int) -> list[str]:
-    """Return the best choice within `spare` bytes above the smallest; bytes are counted in steps, rounded up."""
-    # The bytes of each option above the smallest, where they fit: the fewest first.
+    """Return the best types within `spare` bytes above the smallest; bytes are rounded up to steps."""
+    # The bytes of each option above the smallest, ascending; only those that fit.
     extra: list[dict[str, int]] = []
     for options in tensors:
         least = min(option.nbytes for option in options.values())
@@ -137,16 +137,16 @@ def _solve(tensors: Sequence[Mapping[str, TypeOption]], spare: int) -> list[str]
             pick[cost:][better] = number
         best = least_losses
         picks.append(pick)
-    at, chosen = count - 1, []
+    budget, chosen = count - 1, []
     for pick, sizes in zip(reversed(picks), reversed(extra), strict=True):
-        kind = list(sizes)[pick[at]]
-        at -= -(-sizes[kind] // step)
+        kind = list(sizes)[pick[budget]]
+        budget -= -(-sizes[kind] // step)
         chosen.append(kind)
     return chosen[::-1]
 
 
 def _spend_rest(tensors: Sequence[Mapping[str, TypeOption]], chosen: list[str], room: int) -> None:
-    """Spend what rounding to steps has left over: the change that saves most per byte, as long as one fits."""
+    """Spend the bytes left over by rounding to steps, on the change that saves most per byte while one fits."""
     spare = room - sum(options[kind].nbytes for options, kind in zip(tensors, chosen, strict=True))
     while True:
         changes = [
@@ -164,17 +164,17 @@ def _spend_rest(tensors: Sequence[Mapping[str, TypeOption]], chosen: list[str], 
 
 @dataclass(frozen=True)
 class SizeTarget:
-    """Size of a file, and what decides which weights have more bits. Raises UsageError for what is none."""
+    """Size of a file, and what decides which weights have more bits. Raises UsageError for invalid values."""
 
     size: int | None = None  # bytes of the file
-    bits: float | None = None  # or bits per weight, all of the file counted
-    must: tuple[tuple[str, str], ...] = ()  # rules, as of ``--type-of``, for weights that get this type in any case
+    bits: float | None = None  # or bits per weight, counting the whole file
+    must: tuple[tuple[str, str], ...] = ()  # rules, as for ``--type-of``, for weights with a fixed type
     guide: Guide = "both"
     rounding: Rounding = "gptq"
 
     def __post_init__(self) -> None:
         if (self.size is None) == (self.bits is None):
-            raise UsageError("Give --size or --bits, not both: each says how large the file is to be.")
+            raise UsageError("Give either --size or --bits: each sets the size of the file.")
         if self.bits is not None and not 1 <= self.bits < _MOST_BITS:
             raise UsageError(f"--bits {self.bits:g}: give bits per weight, from 1 to less than {_MOST_BITS}.")
         check_guide(self.guide)
@@ -182,7 +182,7 @@ class SizeTarget:
         object.__setattr__(self, "must", check_must(self.must))
 
     def budget(self, numel: int) -> int:
-        """Return the bytes of a file with so many weights."""
+        """Return the bytes of a file with `numel` weights."""
         return self.size if self.size is not None else int(numel * (self.bits or 0) / 8)
 
     @property
@@ -194,19 +194,19 @@ class SizeTarget:
 
 
 def check_must(rules: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Return rules for types of a GGUF file, as `check_types` does: those that are chosen from, and a weight's own."""
+    """Return the checked rules for types of a GGUF file: candidate types, and floats. Raises as `check_types` does."""
     return check_types(rules, "--must", (*CANDIDATES, *FLOATS.values()))
 
 
 def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, experts: int = 0) -> None:
-    """Raise UsageError, before anything is measured, for a budget that weights of these `shapes` plus so many of
-    `experts`, which are not measured, cannot meet, or that the model of `whole` bytes already meets."""
+    """Raise UsageError, before anything is measured, for a budget that is too small for weights of these `shapes` and
+    this many of `experts` (which are not measured), or not less than the `whole` bytes of the model."""
     matrices = (shape for shape in shapes if len(shape) > 1)
     least = sum(min(get_nbytes(kind, shape) for kind in list_legal_types(shape[-1]) or ("bf16",)) for shape in matrices)
     least += (of_experts := estimate_bytes(UNMEASURED, experts))
     if budget < least:
         raise UsageError(
-            f"{write_size(budget)} is too small: in the fewest bits that llama.cpp has for them, the weights alone "
+            f"{write_size(budget)} is too small: even in llama.cpp's smallest types, the weights alone "
             f"take {write_size(least)}.",
             f"Experts are not measured, and have 8 bits, {write_size(of_experts)}: --must _exps=q4_k gives them fewer."
             if experts
@@ -228,7 +228,7 @@ def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target:
 
 
 def describe_fit(allocation: Allocation, budget: int, target: SizeTarget, guidance: Guidance) -> Fitted:
-    """Return the types that were chosen, and what a record says of the choice."""
+    """Return the chosen types, and the record of the choice."""
     record = {
         **{"budget": budget, "guide": target.guide, "rounding": target.rounding},
         **{"must": [list(rule) for rule in target.must], "predicted_kl": allocation.loss},
@@ -247,14 +247,16 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: SizeT
     for name, tensor in tensors.tensors.items():
         if not is_matrix(tensors, name):
             continue
-        own = [rows[key] for key in _list_parameters(sensitivity, tensors, name) if key in rows]
-        given = UNMEASURED, pins.get(name, UNMEASURED)
-        kinds: Sequence[str] = [kind for kind in own[0] if all(kind in each for each in own)] if own else given
+        losses = [rows[key] for key in _list_parameters(sensitivity, tensors, name) if key in rows]
+        default = UNMEASURED, pins.get(name, UNMEASURED)
+        kinds: Sequence[str] = default
+        if losses:
+            kinds = [kind for kind in losses[0] if all(kind in each for each in losses)]
         if sensitivity is None and not any(weight.is_expert for weight in tensors.weights.get(name, ())):
-            kinds = CANDIDATES  # Nothing was measured yet, and all but experts will be.
+            kinds = CANDIDATES  # Nothing is measured yet; all but experts will be.
         shape = tensor.shape[::-1]
         table[name] = {
-            kind: TypeOption(align(get_nbytes(kind, shape)), sum(each[kind] for each in own))
+            kind: TypeOption(align(get_nbytes(kind, shape)), sum(each[kind] for each in losses))
             for kind in list_legal_types(shape[-1], kinds)
         }
         table[name][tensor.type] = TypeOption(align(tensor.nbytes), 0.0)
@@ -263,11 +265,11 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: SizeT
 
 
 def _list_parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: str) -> Iterable[str]:
-    """Return the weights that a tensor is made of, by the names of the sensitivity."""
+    """Return the names in the sensitivity of the weights that a tensor is made of."""
     if name in tensors.weights:
         tied = tensors.source.structure.tied
-        own = [weight.parameter for weight in tensors.weights[name]]
-        return dict.fromkeys([*own, *(tied[parameter] for parameter in own if parameter in tied)])
+        parameters = [weight.parameter for weight in tensors.weights[name]]
+        return dict.fromkeys([*parameters, *(tied[parameter] for parameter in parameters if parameter in tied)])
     return [row.name for row in (sensitivity.rows if sensitivity else ()) if row.group == "embedding"]
 
 
@@ -278,7 +280,7 @@ def pin_types(table: OptionTable, pins: Mapping[str, str], rows: Mapping[str, in
         if name in table and kind not in table[name]:
             raise UsageError(
                 f"--must {kind}: {name} cannot be of that type.",
-                f"Blocks must divide its rows of {rows[name]} weights, and of floats it can have its own alone.",
+                f"Blocks must divide its rows of {rows[name]} weights; the only float type is its own.",
                 f"It can be {', '.join(table[name])}.",
             )
     return {name: {pins[name]: options[pins[name]]} if name in pins else options for name, options in table.items()}

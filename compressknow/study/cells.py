@@ -1,4 +1,4 @@
-"""Evaluate the cells of a study: each probe's answers in a folder of its own, so that a study resumes to the fact."""
+"""Evaluate the cells of a study, with a folder for each probe's answers, so that a study resumes at the fact."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 def grade(answers: Answers, known: str) -> Answers:
     """Return one answer per fact, right if the fact is known in this reading, by majority of its wordings. Raises
-    CompressknowError if the answers do not tell what is ``produced``."""
+    CompressknowError if the answers do not record what is ``produced``."""
     return merge_wordings(apply_reading(answers, known))
 
 
@@ -70,7 +70,7 @@ class CellResult:
         return self.cell.recipe.setup
 
     def grade(self, original: Answers, known: str) -> CellResult:
-        """Return the same by fact, in this reading of known, with the original's answers graded likewise."""
+        """Return the result with answers graded in this reading of known; `original` has them graded already."""
         return replace(self, original=original, answers=None if self.answers is None else grade(self.answers, known))
 
     @cached_property
@@ -80,21 +80,22 @@ class CellResult:
 
     @property
     def kept(self) -> Estimate:
-        """Return the share of the original's knowledge that is kept; without a value where there are no answers."""
+        """Return the share of the original's knowledge that is kept; without a value if there are no answers."""
         return Estimate(None) if self.comparison is None else self.comparison.kept
 
 
 def build_study(
     original: Answers, results: Sequence[CellResult], *, known: str = RECOGNIZED, command: str | None = None
 ) -> Study:
-    """Return the records of a study, in the order of its grid, of answers that are graded so."""
+    """Return the record of a study, in the order of its grid, from answers that are graded by `known`."""
     has_texts = len({each.cell.recipe.calibration for each in results if each.answers is not None} - {None}) > 1
     cells: list[StudyCell] = []
-    lacking: dict[bool, list[FailedCell]] = {True: [], False: []}
+    failed: list[FailedCell] = []
+    refused: list[FailedCell] = []
     for result in results:
         described = _describe_cell(result.cell, has_texts=has_texts)
         if result.answers is None or result.comparison is None:
-            lacking[result.refused].append(FailedCell(**described, why=result.why or "unknown"))
+            (refused if result.refused else failed).append(FailedCell(**described, why=result.why or "unknown"))
             continue
         right = {(answer.probe, answer.fact_id): answer.correct for answer in result.answers.answers}
         correct = {
@@ -110,8 +111,8 @@ def build_study(
         original=read_model_facts(original.record.model),
         probes=tuple(_build_probe(original, figures[name]) for name in original.probes if name in figures),
         cells=tuple(cells),
-        failed=tuple(lacking[False]),
-        refused=tuple(lacking[True]),
+        failed=tuple(failed),
+        refused=tuple(refused),
         versions=dict(original.record.versions),
         command=command,
         method=describe_method(original, comparisons),
@@ -120,7 +121,7 @@ def build_study(
 
 
 def _describe_cell(cell: Cell, *, has_texts: bool) -> dict[str, Any]:
-    """Return what a record says of a cell's recipe; with its calibration text where cells have several."""
+    """Return the fields on a cell's recipe, with its calibration text if the cells have several."""
     prune, quantize = cell.prune, cell.quantize
     on = ""
     if has_texts and (text := cell.recipe.calibration):
@@ -159,7 +160,7 @@ def _build_probe(original: Answers, figures: ProbeFigures) -> StudyProbe:
 RECORD = "sweep.json"
 ORIGINAL, CELLS, MODELS, TEXTS = "original", "cells", "models", "calibration"
 SCHEMA_VERSION = 1
-# How a search chooses: the first chose among recipes, the second chooses types by size.
+# Version of the search: the first chose among recipes, the second chooses types by size.
 SEARCH = 2
 RECORD_FORM = {"schema": int, "version": str, "model": str, "sha256": str, "known?": str, "search?": int}
 
@@ -171,18 +172,18 @@ def check_study_folder(folder: Path) -> None:
     if not folder.is_dir():
         return
     names = {path.name for path in folder.iterdir()}
-    # A run that was killed before it wrote its record leaves these.
+    # A run that was killed before it wrote its record leaves only such files.
     if RECORD not in names and any(name != LOCK and not name.startswith(f".{RECORD}.") for name in names):
-        raise OutputError(f"{folder} exists already, and is not a study.", hint="Choose a new folder for the study.")
+        raise OutputError(f"{folder} exists already and is not a study.", hint="Choose a new folder for the study.")
 
 
 @contextmanager
 def claim(folder: Path, original: ModelHandle, known: str | None = None) -> Iterator[None]:
-    """Take a folder for a study of this model: a new one, or one that holds such a study already. A search says what
-    counts as `known`: that decides what it tries.
+    """Lock a folder for a study of this model: a new one, or one with an earlier run of the study. A search passes
+    what counts as `known`, which decides what it tries.
 
-    Raises OutputError if it is a file, holds something else, a study of another model or version, an older search or
-    one by another reading of known, or is in use.
+    Raises OutputError if the folder is a file, is in use, or holds something else: a study of another model or version,
+    an older search, or one with another reading of known.
     """
     check_study_folder(folder)
     record = folder / RECORD
@@ -198,7 +199,7 @@ def claim(folder: Path, original: ModelHandle, known: str | None = None) -> Iter
 
 
 def _check_record(record: Path, values: Mapping[str, object]) -> None:
-    """Raise OutputError if a record cannot be read, or is of another study than `values`."""
+    """Raise OutputError if a record cannot be read, or is that of another study than `values`."""
     try:
         stored = reading.read_json(record, reading.RECORD)
     except (OSError, ValueError) as error:
@@ -214,15 +215,15 @@ def _check_record(record: Path, values: Mapping[str, object]) -> None:
         what, why = f"a study of another model ({stored['model']})", "Or the model's files have changed since then."
     elif any(stored[key] != values[key] for key in ("version", "schema")):
         what, why = f"a study by another version ({version})", "Cells of two versions could not be compared."
-        hint += ", or go on with that version"
+        hint += ", or continue with that version"
     elif values.get("known", known) != known:
         what, why = f"a search by --known {known}", "What counts as known decides what a search tries."
-        hint += f", or give --known {known}"
+        hint += f", or pass --known {known}"
     if what:
         raise OutputError(f"{record.parent} is {what}.", why, f"{hint}.")
 
 
-# Adds to the original's answers what running it otherwise alone changes.
+# Adds to the original's answers what another precision or runtime alone changes.
 AddNoiseFloor = Callable[[NoiseFloors, Sequence[Opened], Answers], Answers]
 
 
@@ -244,7 +245,7 @@ class StudyModel:
         located = locate(model, revision)
         check_is_checkpoint(model)
         self.original, self._trusted = ModelHandle(located, settings), settings.trust_remote_code
-        # Prompts by the content of the probe (a search has parts of one): all cells read the same tokens.
+        # Prompts by the probe's content (a search splits a probe), because all cells read the same tokens.
         self.prompts: dict[str, Prompts] = {}
         self._texts, self._models = texts, models
         self._in_text: dict[str, FactsInText | None] = {}
@@ -253,19 +254,19 @@ class StudyModel:
 
     @property
     def source(self) -> tuple[str | Path, str | None]:
-        """Return what opens the original once more under its name: its hub id and commit, or its path."""
+        """Return what reopens the original under its name: its Hub id and commit, or its path and None."""
         located = self.original.located
         return located.name if located.revision else located.path, located.revision
 
     @cached_property
     def maker(self) -> VariantMaker:
-        """Return the maker of cells; it is opened when it is first needed, for it needs torch."""
+        """Return the maker of cells, opened on first use because it needs torch."""
         from compressknow.compress.convert import VariantMaker
 
         return VariantMaker(*self.source, trust_remote_code=self._trusted, texts=self._texts)
 
     def close(self) -> None:
-        """Give back the disk that the original's distributions take."""
+        """Free the disk space of the original's distributions."""
         if self._distributions:
             self._distributions.close()
 
@@ -280,14 +281,14 @@ class StudyModel:
         noise_floors: Collection[AddNoiseFloor] = (),
         whole: bool = True,
     ) -> Answers:
-        """Return the answers of the original, with these noise floors, or of a model made from it, stored in `folder`.
-        If `whole`, the original's distributions are kept, or compared with."""
+        """Return the answers, stored in `folder`, of the original (with these noise floors) or of a model made from it.
+        If `whole`, the original's distributions are kept, and those of other models compared with them."""
         distributions = self._distributions if whole else None
         context = Context(reference, distributions=distributions)
         on_progress = relabel_progress(on_progress, facts=count_facts(probes))
         places = {probe.name: folder / name_folder(probe.name) for probe in probes}
         if distributions and reference:
-            # Before the first is evaluated: then the original need not be in memory along with the cell.
+            # Before the cell is loaded, so that the original is not in memory at the same time.
             facts = [probe for probe in probes if isinstance(probe, Probe | RunningText)]
             missing = [probe for probe in facts if find_missing(handle, [probe], places[probe.name], context)]
             distributions.complete(missing, reference, on_progress)
@@ -309,28 +310,28 @@ class StudyModel:
     def evaluate_cell(
         self, cell: Cell, probes: Sequence[Opened], cells: Path, reference: Answers, on_progress: Listener | None = None
     ) -> Answers:
-        """Return a cell's answers, kept below `cells`. Raises CompressknowError if it cannot be made or run."""
+        """Return a cell's answers, stored below `cells`. Raises CompressknowError if it cannot be made or run."""
         handle = CellHandle(self, cell, on_progress)
         return self.evaluate(handle, probes, cells / self.name_folder(cell), reference, on_progress)
 
     def is_answered(self, cell: Cell, probe: Opened, cells: Path, reference: Answers) -> bool:
-        """Return whether `evaluate_cell` would find these answers there."""
+        """Return whether `evaluate_cell` would find the answers to this probe below `cells`."""
         folder = cells / self.name_folder(cell) / name_folder(probe.name)
         return not find_missing(CellHandle(self, cell), [probe], folder, Context(reference))
 
     def add_facts_in_text(self, result: CellResult) -> CellResult:
-        """Add to a cell's result the facts that stand in the text that it was calibrated on, if that is at hand."""
+        """Add to a cell's result the facts that appear in its calibration text, if that is available."""
         answers = result.answers
         if answers is None or (calibration := answers.record.model.calibration) is None:
             return result
         sha256 = calibration["sha256"]
         if sha256 not in self._in_text:
-            # Once for all cells of a text: it may be long, and the facts are the same.
+            # Once per text, which may be long; the facts are the same for all cells.
             self._in_text[sha256] = find_facts_in_text(calibration, self.original, result.original)
         return replace(result, answers=change_model(answers, in_calibration=self._in_text[sha256]))
 
     def save(self, cell: Cell, on_progress: Listener | None) -> Path | None:
-        """Write a cell's checkpoint, unless a run before has, and return its folder; None if none are written."""
+        """Write a cell's checkpoint unless it exists, and return its folder; None if checkpoints are not saved."""
         from compressknow.pages.model_card import make_model_card
 
         folder = self._models and self._models / self.name_folder(cell)
@@ -339,18 +340,18 @@ class StudyModel:
         return folder
 
     def name_folder(self, cell: Cell) -> str:
-        """Return a name for a cell's folder. Another recipe may have had its key in an earlier grid of a study."""
+        """Return a name for a cell's folder, with a hash: an earlier grid may have used its key for another recipe."""
         return f"{cell.key}-{CellHandle(self, cell).sha256[:8]}"
 
 
 def name_folder(probe: str) -> str:
-    """Return the name of the folder that holds the answers to a probe: readable, and of that probe alone.
+    """Return the name of the folder with the answers to a probe: readable and unique.
 
     >>> name_folder("lama:trex")
     'lama-trex-18e0'
     """
     digest = hashlib.sha256(probe.encode()).hexdigest()[:4]
-    # No name is longer than 255 bytes.
+    # File names have at most 255 bytes.
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', probe).strip('-.')[:240]}-{digest}"
 
 
@@ -367,7 +368,7 @@ class CellHandle(ModelHandle):
 
     @cached_property
     def sha256(self) -> str:
-        """Return a hash of what the model is made of: no file holds it."""
+        """Return a hash of what the model is made from, because it has no files."""
         cell = self._cell
         parts = [__version__, self.contents.sha256, cell.recipe.to_dict(), *filter(None, [cell.text_sha256])]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -378,9 +379,9 @@ class CellHandle(ModelHandle):
         try:
             plan = maker.plan(self._cell.recipe)
         except UsageError as error:
-            # A scope that one model lacks, another has: the grid is not wrong, but this cell is not for this model.
+            # Another model may have the scope that this one lacks: the grid is valid, but not this cell.
             raise UnsupportedError(error.what, error.why, error.hint) from error
-        # If it is saved, evaluate the saved one: making it again may take as long.
+        # Evaluate the saved checkpoint, if any: making it twice may take twice as long.
         folder = self._study_model.save(self._cell, self._on_progress)
         variant = maker.read(folder) if folder else maker.make(plan, begin_stages(self._on_progress, self._cell.key))
         self._described = describe_variant(self._cell.key, variant)
@@ -399,7 +400,7 @@ class CellHandle(ModelHandle):
     def release(self) -> None:
         super().release()
         for prompts in self._study_model.prompts.values():
-            # The model would stay in memory along with the next one.
+            # Otherwise the model would stay in memory along with the next one.
             prompts.scorer.release()
 
     def describe(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files that a search chooses from: for every size the types predicted to lose least, made when needed."""
+"""Files that a search chooses from: for each size, the types predicted to lose least, made when needed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class SearchRequest:
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.size is None):
             raise UsageError(
-                "Give --keep or --size: one of the two.",
+                "Give either --keep or --size.",
                 hint="--keep 0.95 keeps 95 %; --size 90MB is the best file of that size.",
             )
         if self.keep is not None and not 0 < self.keep <= 1:
@@ -201,9 +201,9 @@ class GgufFormat(FileFormat):
 
     def list_decisive(self) -> list[Any]:
         # Guide and rules are only in its record.
-        target, read = self._target, self.guidance
+        target, guidance = self._target, self.guidance
         converter = read_version(self._job.converter)
-        return [target.rounding, target.guide, target.must, read.fingerprint, read.text, converter]
+        return [target.rounding, target.guide, target.must, guidance.fingerprint, guidance.text, converter]
 
     def make(self, chosen: allocation.Allocation, place: Path, begin: Begin) -> None:
         from compressknow.gguf.export import write
@@ -352,7 +352,7 @@ def _list_units(modules: Iterable[str]) -> dict[str, list[str]]:
         parent, _, leaf = module.rpartition(".")
         parts = next((parts for parts in FUSED if leaf in parts), (leaf,))
         units.setdefault((parent, *parts), []).append(module)
-    return {", ".join(own): own for own in units.values()}
+    return {", ".join(unit): unit for unit in units.values()}
 
 
 def _resolve_modules(weights: Mapping[str, LinearWeight], must: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -388,12 +388,12 @@ def build_rules(types: Mapping[str, str]) -> dict[str, list[str]]:
             rules.setdefault(kind, []).append(f"^{re.escape(name)}$")
         else:
             blocks.setdefault((kind, at[1], at[3]), []).append(at[2])
-    alike: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    by_blocks: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
     for (kind, before, after), numbers in blocks.items():
-        alike.setdefault((kind, before, tuple(sorted(numbers, key=int))), []).append(after[1:])
-    for (kind, before, own), parts in alike.items():
+        by_blocks.setdefault((kind, before, tuple(sorted(numbers, key=int))), []).append(after[1:])
+    for (kind, before, blocks_of), parts in by_blocks.items():
         ends = "|".join(map(re.escape, parts))
-        rules.setdefault(kind, []).append(f"^{re.escape(before)}({'|'.join(own)})\\.({ends})$")
+        rules.setdefault(kind, []).append(f"^{re.escape(before)}({'|'.join(blocks_of)})\\.({ends})$")
     return rules
 
 
@@ -420,8 +420,8 @@ def open_format(
     # llama.cpp's rounding uses an importance matrix of the text, GPTQ does not.
     choice = TypeChoice(calibration=request.text if target.rounding == "nearest" else None)
     (source, revision), trusted = model.source, model.original.settings.trust_remote_code
-    found = find_converter(fetch=True, on_progress=on_progress)
-    job = prepare_export(source, choice, found, revision=revision, trust_remote_code=trusted)
+    converter = find_converter(fetch=True, on_progress=on_progress)
+    job = prepare_export(source, choice, converter, revision=revision, trust_remote_code=trusted)
     check_usable(job.checkpoint)
     with make_scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)

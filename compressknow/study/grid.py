@@ -1,4 +1,4 @@
-"""Cells of a study: the recipes that a grid stands for."""
+"""Cells of a study: the recipes of a grid."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ prune = 0.5"""
 @dataclass(frozen=True)
 class Cell:
     """Recipe of a study. `key` is unique and names its folder: letters, digits, dots and hyphens. `text_sha256` is the
-    hash of its calibration file, if any: a changed file makes another cell."""
+    hash of its calibration file, if any, so that a changed file makes another cell."""
 
     key: str
     recipe: Recipe
@@ -67,7 +67,7 @@ class Cell:
 
     @property
     def plain(self) -> bool:
-        """Return whether scope, `pruning`, amount and `quantization` say it all: figures draw such cells."""
+        """Return whether scope, `pruning`, amount and `quantization` describe the recipe fully, as figures require."""
         wheres = {step.where for step in self.recipe.steps}
         narrowed = any(replace(where, scope=DEFAULT_SCOPES) != Where() for where in wheres)
         kinds = [type(step) for step in self.recipe.steps]
@@ -93,7 +93,7 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return all that the recipe says, by the names of a grid's axes; of steps that differ, what each says."""
+        """Return all settings of the recipe by the names of a grid's axes; values of steps that differ are joined."""
         values: dict[str, list[Any]] = {}
         for name, value in (pair for step in self.recipe.steps for pair in _collect_settings(step).items()):
             values.setdefault(name, []).append(value)
@@ -128,16 +128,16 @@ def list_cells(
     calibration: str | None = None,
     calibration_tokens: int | None = None,
 ) -> tuple[Cell, ...]:
-    """Return the cells of ``paper``, of ``methods``, of a TOML file or of what one holds; `opened` gives the model,
-    where it is needed.
+    """Return the cells of ``paper``, ``methods``, a TOML file or the content of one; `opened` returns the model, if it
+    is needed.
 
-    Raises UsageError if the grid makes no sense, or where options are given that it does not have; what `hash_text`
-    does of its calibration texts.
+    Raises UsageError if the grid is invalid, or for options that do not apply to it; and as `hash_text` does for its
+    calibration texts.
     """
     text = {"calibration": calibration, "calibration_tokens": calibration_tokens}
-    has = {PAPER: ("module_map", "quantize"), METHODS_GRID: ("module_map", *CALIBRATED)}.get(str(grid), ())
+    supported = {PAPER: ("module_map", "quantize"), METHODS_GRID: ("module_map", *CALIBRATED)}.get(str(grid), ())
     for name, value in {"module_map": module_map, "quantize": quantize, **text}.items():
-        if value is not None and name not in has:
+        if value is not None and name not in supported:
             raise UnusedOptions(
                 f"--{name.replace('_', '-')} does not apply to the grid {grid}.",
                 hint=f"Set {name} in a grid file instead." if str(grid) in BUILT_IN else f"Set {name} in the file.",
@@ -159,12 +159,12 @@ def list_cells(
 def build_paper_grid(
     structure: Structure, *, module_map: ModuleMap = "paper", scheme: str = PAPER_SCHEME
 ) -> tuple[Cell, ...]:
-    """Return the paper's grid: GP 10-90 %, GQ, GPQ 20/40 % of attention, feed-forward and overall, the final layer
-    pruned by 20/40 % (L1-structured and L1-unstructured), and of an encoder-decoder model each kind of attention
+    """Return the paper's grid: GP 10-90 %, GQ and GPQ 20/40 % of attention, feed-forward and overall, the final layer
+    pruned by 20/40 % (L1-structured and L1-unstructured), and, for encoder-decoder models, each kind of attention
     (figure 8).
 
-    Scopes that the model has none of are left out. By default, module map and scheme are those of the authors' code;
-    the scheme is as near as can be to its defaults for all layers.
+    Scopes that the model lacks are left out. By default, module map and scheme are those of the authors' code; the
+    scheme's parameters are as close to its defaults as fits all layers.
     """
     quantized: dict[str, Any] = {"quantize": scheme, "parameters": fit_parameters(structure, scheme) or {}}
 
@@ -178,16 +178,16 @@ def build_paper_grid(
         recipes += [recipe(scope, prune=amount, **quantized) for amount in FEW_AMOUNTS]
     for method in (STRUCTURED, UNSTRUCTURED):
         recipes += [recipe("final", prune=amount, prune_method=method) for amount in FEW_AMOUNTS]
-    here = set(list_scopes(structure))
-    return _build_cells((None, r) for r in recipes if set(r.steps[0].where.scope) <= here)
+    scopes = set(list_scopes(structure))
+    return _build_cells((None, r) for r in recipes if set(r.steps[0].where.scope) <= scopes)
 
 
 def build_methods_grid(model: VariantMaker, module_map: ModuleMap, text: Mapping[str, Any]) -> tuple[Cell, ...]:
     """Return attention, feed-forward and overall, each pruned by 20 to 60 % (L1, Wanda, SparseGPT), quantized (int8,
     int8 smoothed, int4 to nearest and by GPTQ), and pruned by half and then quantized to int4 by GPTQ.
 
-    int4 has the largest groups that divide all layers. What the model cannot have is left out. `text` is what
-    `build_recipe` takes of a calibration.
+    int4 has the largest groups that divide all layers. Recipes that the model does not support are left out. `text` has
+    the calibration arguments of `build_recipe`.
     """
     structure = model.structure(module_map)
     groups = fit_parameters(structure, "int4")
@@ -214,7 +214,7 @@ def build_methods_grid(model: VariantMaker, module_map: ModuleMap, text: Mapping
 
 
 def fit_parameters(structure: Structure, scheme: str) -> dict[str, Any] | None:
-    """Return parameters of a scheme by which all of a model's layers can be stored; None if there are none."""
+    """Return parameters of a scheme that fit all of a model's layers; None if there are none."""
     shapes = {weight.shape for weight in structure.linears if weight.group not in (None, "vision")}
     with SCHEMES.explain_failures(scheme):
         return SCHEMES[scheme].fit(shapes)
@@ -225,15 +225,15 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
     try:
         values = read_toml(path)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such grid.", hint="Give paper, methods or a TOML file.") from None
+        raise UsageError(f"{path}: no such grid.", hint="Pass paper, methods or a TOML file.") from None
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as a grid: {error}", hint=FORMAT) from None
     return build_grid(values, str(path))
 
 
 def build_grid(values: Mapping[str, Any], name: str) -> tuple[Cell, ...]:
-    """Make the cells of a grid: the product of its axes, and its single cells. Raises UsageError if it is empty,
-    contradictory or has unknown keys."""
+    """Return the cells of a grid: the product of its axes, and its named cells. Raises UsageError if it is empty or
+    contradictory, or has unknown keys."""
     if unknown := sorted(set(values) - {"axes", "cells"}):
         raise UsageError(f"{name}: unknown key {unknown[0]!r}.", hint=FORMAT)
     axes, named = values.get("axes", {}), values.get("cells", [])
@@ -260,21 +260,21 @@ def _expand_axes(axes: Mapping[str, Any], where: str) -> Iterator[tuple[None, Re
 def _check_keys(
     values: Mapping[str, Any], points: Sequence[Mapping[str, Any]], where: str, more: Sequence[str] = ()
 ) -> None:
-    """Raise UsageError for keys that neither a recipe nor `more` has, or that apply to nothing in these points."""
-    own = set().union(*map(_list_own_parameters, points))
-    there = [*more, *AXES, *(name for name in list_parameters() if name in own.difference(AXES))]
-    if unknown := sorted(set(values) - set(there)):
+    """Raise UsageError for keys that are neither a recipe's nor in `more`, or that apply to none of these points."""
+    parameters = set().union(*map(_list_own_parameters, points))
+    keys = [*more, *AXES, *(name for name in list_parameters() if name in parameters.difference(AXES))]
+    if unknown := sorted(set(values) - set(keys)):
         owners = " or ".join(name for name in (*METHODS, *SCHEMES) if unknown[0] in _get_parameters(name))
-        near = f"It needs {owners}. " if owners else suggest_word(unknown[0], there)
-        raise UsageError(f"{where}: {unknown[0]!r} is not a key here.", hint=f"{near}Choose from {', '.join(there)}.")
-    for keys, applies, to, hint in _APPLY:
-        idle = [key for key in keys if _has(values, key)]
+        near = f"It needs {owners}. " if owners else suggest_word(unknown[0], keys)
+        raise UsageError(f"{where}: {unknown[0]!r} is not a key here.", hint=f"{near}Choose from {', '.join(keys)}.")
+    for conditional, applies, to, hint in _APPLY:
+        idle = [key for key in conditional if _has(values, key)]
         if idle and not any(map(applies, points)):
             raise UsageError(f"{where}: {idle[0]} applies to {to}.", hint=hint)
 
 
 def _drop_idle(point: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a point of the axes without what its scheme and its method do not have."""
+    """Return a point of the axes without keys that do not apply to its scheme and method."""
     rounds = SCHEMES[point["quantize"]].rounds if point.get("quantize") in SCHEMES else "token"
     idle = (*(["rounding"] if rounds == "batch" else []), *(["smooth"] if rounds != "token" else []))
     point = {name: value for name, value in point.items() if name not in idle}
@@ -285,18 +285,18 @@ def _drop_idle(point: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_calibrated(point: Mapping[str, Any]) -> bool:
-    """Return whether what a point says looks at activations."""
+    """Return whether a point's method or rounding looks at activations."""
     method = point.get("method", METHODS.first)
     looks = method in METHODS and METHODS[method].needs in ("norms", "products") and _has(point, "prune")
     return looks or point.get("rounding") in ROUNDINGS[1:] or _has(point, "smooth")
 
 
 def _is_seeded(point: Mapping[str, Any]) -> bool:
-    """Return whether a seed decides anything of what a point says."""
+    """Return whether a seed affects a point."""
     return "seed" in _list_own_parameters(point) or _is_calibrated(point)
 
 
-# Keys that apply to some points alone: to which, in words, and what makes it one.
+# Keys that apply only to some points: the condition, in code and in words, and a hint on how to meet it.
 _APPLY: tuple[tuple[Sequence[str], Callable[[Mapping[str, Any]], bool], str, str], ...] = (
     (PRUNED, lambda point: _has(point, "prune"), "pruning, and nothing is pruned", "Add prune."),
     (ROUNDED, lambda point: _has(point, "quantize"), "quantization, and nothing is quantized", "Add quantize."),
@@ -312,7 +312,7 @@ def _list_own_parameters(point: Mapping[str, Any]) -> set[str]:
 
 
 def _get_parameters(name: Any) -> set[str]:
-    """Return the parameters of the method or scheme of that name; none of what is neither."""
+    """Return the parameters of the method or scheme of that name; empty if there is none."""
     things = [registry[name] for registry in (METHODS, SCHEMES) if name in registry]
     return {each.name for thing in things for each in thing.parameters()}
 
@@ -321,7 +321,7 @@ def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe
     point = dict(cell)
     name = point.pop("name", None)
     if name is not None and not isinstance(name, str):
-        raise UsageError(f"{where}: its name must be text.", hint=FORMAT)
+        raise UsageError(f"{where}: its name must be a string.", hint=FORMAT)
     if "steps" in point:
         return name, Recipe.from_dict(point, where)
     _check_keys(point, [point], where, ("name", "steps"))
@@ -331,31 +331,31 @@ def _parse_cell(cell: Mapping[str, Any], where: str) -> tuple[str | None, Recipe
 
 
 def _build_recipe(point: Mapping[str, Any], where: str) -> Recipe:
-    # The first layer is a layer, and the first seed a seed.
-    given = {
+    # Layer 0 and seed 0 are values.
+    values = {
         name: point[name] for name in point if _has(point, name) or (name in ("layers", "seed") and not point[name])
     }
     # "none" leaves a parameter out.
     parameters = {name: value for name, value in point.items() if value != "none"}
-    place = _select(given, *(each.key for each in list_options(Where)))
+    place = _select(values, *(each.key for each in list_options(Where)))
     steps = []
-    if "prune" in given:
-        of_method = _get_parameters(given.get("method", METHODS.first)).difference(AXES)
-        steps.append(_select(given, "prune", *PRUNED, "seed") | _select(parameters, *of_method) | place)
-    if "quantize" in given:
-        of_scheme = _get_parameters(given["quantize"])
-        steps.append(_select(given, "quantize", *ROUNDED) | _select(parameters, *of_scheme) | place)
-    more = _select(given, "module_map") | _build_calibration(given, where)
+    if "prune" in values:
+        of_method = _get_parameters(values.get("method", METHODS.first)).difference(AXES)
+        steps.append(_select(values, "prune", *PRUNED, "seed") | _select(parameters, *of_method) | place)
+    if "quantize" in values:
+        of_scheme = _get_parameters(values["quantize"])
+        steps.append(_select(values, "quantize", *ROUNDED) | _select(parameters, *of_scheme) | place)
+    more = _select(values, "module_map") | _build_calibration(values, where)
     return Recipe.from_dict({"steps": steps} | more, where)
 
 
 def _build_calibration(point: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a recipe's entry of its calibration: the text, or a table of what `Calibration` has."""
+    """Return a recipe's calibration entry as a table of the fields of `Calibration`; empty if it has none."""
     calibration = point.get("calibration", {})
     table = dict(calibration) if isinstance(calibration, Mapping) else {"text": calibration}
     for name, key in (("tokens", "calibration_tokens"), ("seed", "seed")):
         if key in point and name in table:
-            raise UsageError(f"{where}: calibration has {name} already.", hint=f"Leave out {key}.")
+            raise UsageError(f"{where}: calibration already has {name}.", hint=f"Leave out {key}.")
         table |= {name: point[key]} if key in point else {}
     return {"calibration": table} if table and _is_calibrated(point) else {}
 
@@ -365,12 +365,12 @@ def _select(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _has(point: Mapping[str, Any], name: str) -> bool:
-    """Return whether a key says anything. Lists of TOML cannot hold nothing: 0 prunes none, "none" quantizes none."""
+    """Return whether a key has an effect. TOML has no null, so 0 means no pruning and "none" no quantization."""
     return point.get(name) not in (None, "none", 0)
 
 
 def _build_cells(recipes: Iterable[tuple[str | None, Recipe]]) -> tuple[Cell, ...]:
-    """Return cells of recipes, each recipe once, under keys that are unique."""
+    """Return the cells of distinct recipes, under unique keys."""
     cells: dict[Recipe, Cell] = {}
     taken: set[str] = set()
     for name, recipe in recipes:

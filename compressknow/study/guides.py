@@ -1,13 +1,13 @@
-"""Guides of a size: facts that a model knows, its own text, and how its weights are sensitive to both.
+"""Guides of a size: facts that a model knows, text that it writes, and the sensitivity of its weights to both.
 
-Answers, text and sensitivity are kept: another size of the same model begins where types are chosen.
+Answers, text and sensitivity are stored, so that for another size of the same model only types need choosing.
 
 Facts and text are measured as batches of rows whose scores have gradients (`compressknow.compress.calibrate.backward`).
-A fact has a score for each of its best candidates: the log-probability of its tokens, as its family scores them. Where
-any answer is allowed, the candidates are the likeliest tokens that an answer begins with. A candidate's tokens may lie
-in several rows (masked models), and a row may serve several candidates. Text has random scores, whose changes have
-squares that are twice the KL divergence of the next token's distribution in the mean, to second order: draws of random
-signs (Hutchinson's estimator of a trace) over all of the vocabulary.
+A fact has a score for each of its best candidates: the log-probability of its tokens, as the model family scores it. If
+any answer is allowed, the candidates are the most likely first tokens of an answer. A candidate's tokens may be in
+several rows (masked models), and a row may serve several candidates. Text has random scores, such that the mean square
+of their changes is twice the KL divergence of the next token's distribution, to second order: draws of random signs
+(Hutchinson's trace estimator) over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, can_gui
 
 # Maximum facts that guide.
 FACTS = 200
-# Facts to evaluate: enough even if a small model only knows half of them.
-ASKED = 400
-# Candidates are kept up to this share of the probability of a fact's best five: others hardly affect KL.
+# Facts to evaluate: enough even if a small model knows only half of them.
+EVALUATED = 400
+# Share of the probability of a fact's best five candidates that is enough: other candidates hardly affect KL.
 MASS = 0.95
-# Tokens of text that guide: more would add little, and take as long as many more facts.
+# Tokens of text that guide: more would add little and take long.
 TOKENS = 2_048
 # Decoder rows whose lengths differ by less than this many tokens are padded at the end, which affects nothing.
 SPREAD = 4
 # Per row of text: tokens, scored positions, and draws for each. More rows help more than more positions.
 TEXT_LENGTH, TEXT_POSITIONS, TEXT_DRAWS = 64, 16, 2
-# Rows of text per batch: the logits of that many rows are in memory at a time, for each draw.
+# Rows of text per batch: for each draw, the logits of that many rows are in memory at once.
 TEXT_ROWS = 8
 
 
@@ -74,26 +74,26 @@ def measure_guides(
     on_progress: Listener | None,
     answers: Answers | None = None,
 ) -> tuple[Sensitivity, tuple[Batches, ...]]:
-    """Measure what guides the types of a checkpoint's weights, as far as it was not before: facts, even where text
-    guides alone, and the first `TOKENS` of the text of `calibration`. `answers` are the model's to all probes; by
-    default it is evaluated on some facts of each.
+    """Measure what guides the types of a checkpoint's weights, unless it is stored: facts, even if only text guides,
+    and the first `TOKENS` of the text of `calibration`. `answers` are the model's answers to all probes; by default it
+    is evaluated on some facts of each.
 
-    Returns the sensitivity of the weights, and token ids as batches, which GPTQ runs over: those of facts with their
-    objects, if any are known to a causal model, and those of the text.
+    Returns the sensitivity of the weights, and batches of token ids for GPTQ: those of facts with their objects, if a
+    causal model knows any, and those of the text.
 
     Raises UsageError if facts are to guide and the model knows fewer than 30.
     """
     model, trusted = handle.located, handle.settings.trust_remote_code
     is_search = answers is not None
     if answers is None:
-        probes = [probe.sample(max(1, ASKED // len(probes))) for probe in probes]
-        # The answers of reports, to all facts of a probe of this name, stay as they are.
+        probes = [probe.sample(max(1, EVALUATED // len(probes))) for probe in probes]
+        # A separate folder, so that answers of reports to all facts of the probe are not replaced.
         folder = find_answers_folder() / f"{handle.sha256[:16]}-guides"
         answers = probe_model(handle, probes, folder, Context(), on_progress=on_progress, wait=True)
         handle.release()
     known = select_known_facts(answers, probes)
-    number, given = (sum(len(probe.facts) for probe in each) for each in (known, probes))
-    if not can_guide(number, f"{model.name} knows {number} of {given} facts", guide, is_search=is_search):
+    number, total = (sum(len(probe.facts) for probe in each) for each in (known, probes))
+    if not can_guide(number, f"{model.name} knows {number} of {total} facts", guide, is_search=is_search):
         known = []
     checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)
     tokenizer = load_tokenizer(model.path, trust_remote_code=trusted)
@@ -109,7 +109,7 @@ def measure_guides(
     )
     texts = batch_text(_cut_text(text), find_family(tree) or "", tokenizer.mask_token_id, text.seed)
     sensitivity = _measure_sensitivity(handle, checkpoint, tree, roundings, guidance, scored, texts, on_progress)
-    # Nothing is predicted after the last token of a fact's object.
+    # The last token of a fact's object predicts nothing.
     read = [[*each.query.prompt, *each.query.gold[:-1]] for each in scored if each.scorer.family == "causal"]
     return sensitivity, (*([batch_sequences(read)] if read else []), text.batches)
 
@@ -146,7 +146,7 @@ def _measure_sensitivity(
     texts: Sequence[ScoredBatch],
     on_progress: Listener | None,
 ) -> Sensitivity:
-    """Measure the sensitivity of a checkpoint, or read it as it was stored when it was measured."""
+    """Return the sensitivity of a checkpoint: the stored one, or else measure and store it."""
     key = hashlib.sha256(repr(guidance).encode()).hexdigest()
     place = find_cache_folder() / "sensitivity" / f"{handle.sha256[:16]}-{key[:16]}.json"
     if (stored := read_sensitivity(place, handle.sha256, guidance)) is not None:
@@ -171,33 +171,33 @@ def _measure_sensitivity(
 def _score_facts(
     tree: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers, probes: Iterable[Probe]
 ) -> list[ScoredFact]:
-    """Return the facts as the model reads them, and what it answered."""
+    """Return the facts as the model reads them, with its answers."""
     scored: list[ScoredFact] = []
     for probe in probes:
         scorer = make_scorer(tree, tokenizer, find_family(tree) or "", probe)
-        own = {answer.fact_id: answer for answer in answers.of(probe.name)}
+        by_fact = {answer.fact_id: answer for answer in answers.of(probe.name)}
         queries = [scorer.make_query(fact) for fact in probe.facts]
-        scored += [ScoredFact(scorer, query, own[query.fact.id]) for query in queries if not isinstance(query, str)]
+        scored += [ScoredFact(scorer, query, by_fact[query.fact.id]) for query in queries if not isinstance(query, str)]
     return scored
 
 
 def _cut_text(text: CalibrationText) -> list[dict[str, torch.Tensor]]:
     """Return batches of the first tokens of a text."""
     batches: list[dict[str, torch.Tensor]] = []
-    left = TOKENS
+    remaining = TOKENS
     for batch in text.batches:
         length = batch["input_ids"].shape[1]
-        rows = min(len(batch["input_ids"]), max(left // length, 0 if batches else 1))
+        rows = min(len(batch["input_ids"]), max(remaining // length, 0 if batches else 1))
         if rows:
             batches.append({name: ids[:rows] for name, ids in batch.items()})
-            left -= rows * length
+            remaining -= rows * length
     return batches
 
 
 def _get_text(
     handle: ModelHandle, tree: PreTrainedModel, calibration: Calibration, on_progress: Listener | None
 ) -> CalibrationText:
-    """Return the text, which a model that writes its own writes once."""
+    """Return the calibration text; one that the model writes itself is stored and written only once."""
 
     def make() -> CalibrationText:
         folder, trusted = handle.located.path, handle.settings.trust_remote_code
@@ -210,7 +210,7 @@ def _get_text(
 
 
 class ScoredFact(NamedTuple):
-    """Fact as a model reads it, and what it answered: its best candidates are scored."""
+    """Fact as a model reads it, with the model's answer, whose best candidates are scored."""
 
     scorer: Scorer
     query: Query
@@ -221,15 +221,15 @@ class ScoredFact(NamedTuple):
 class Row:
     """Input that a model reads once."""
 
-    ids: Ids  # of the model's input
-    decoder: Ids | None  # of the decoder's input, if any
-    start: int  # the position that predicts the first of the wanted tokens
-    # Pairs of a candidate's number, counted over all facts, and tokens that follow one another.
+    ids: Ids  # the model's input
+    decoder: Ids | None  # the decoder's input, if any
+    start: int  # position that predicts the first wanted token
+    # Pairs of a candidate's number, counted over all facts, and consecutive tokens.
     wanted: tuple[tuple[int, Ids], ...]
 
 
 def batch_facts(scored: Sequence[ScoredFact]) -> FactBatches:
-    """Return the questions of facts to one model, one or more."""
+    """Return batches of one or more facts, which all have the same scorer family."""
     rows: list[Row] = []
     facts: list[int] = []
     for number, (scorer, query, answer) in enumerate(scored):
@@ -237,20 +237,20 @@ def batch_facts(scored: Sequence[ScoredFact]) -> FactBatches:
         rows += _build_rows(scorer, query, dict(enumerate(options, start=len(facts))))
         facts += [number] * len(options)
     family = scored[0].scorer.family
-    groups = _group_rows(rows, fills=family != "masked")
+    groups = _group_rows(rows, pads=family != "masked")
     batches, owners = zip(*(_build_batch(group, family) for group in groups), strict=True)
     return FactBatches(batches, owners, torch.tensor(facts))
 
 
 def _list_best(scorer: Scorer, query: Query, answer: Answer) -> list[Ids]:
-    """Return the ids of the best answers to a fact, what was answered first: at least two."""
+    """Return the token ids of the best answers to a fact, at least two, the model's answer first."""
     if query.fact.candidates:
         best = [query.options[query.fact.candidates.index(text)] for text in answer.top5]
         logp = list(answer.top5_logp)
     else:
         likeliest = zip(map(int, answer.first_ids), answer.first_logp, strict=True)
         allowed = [each for each in likeliest if scorer.allowed is None or each[0] in scorer.words][: len(answer.top5)]
-        best, logp = [(token,) for token, _ in allowed], [own for _, own in allowed]
+        best, logp = [(token,) for token, _ in allowed], [logp for _, logp in allowed]
     shares = torch.tensor(logp).softmax(0).cumsum(0)
     return best[: max(2, 1 + int((shares < MASS).sum()))]
 
@@ -263,12 +263,12 @@ def _build_rows(scorer: Scorer, query: Query, options: Mapping[int, Ids]) -> Ite
                 steps.setdefault(scorer.step(query, len(ids), ids[:place]), []).append((number, (token,)))
         yield from (Row(ids, None, start, tuple(wanted)) for (ids, start), wanted in steps.items())
         return
-    # A candidate is read in the row of another that begins with it.
+    # A row of a longer candidate also serves its beginnings.
     beginnings: dict[Ids, list[tuple[int, Ids]]] = {}
     for number, ids in sorted(options.items(), key=lambda each: -len(each[1])):
         read = ids[:-1]
-        held = next((longer for longer in beginnings if longer[: len(read)] == read), read)
-        beginnings.setdefault(held, []).append((number, ids))
+        row = next((longer for longer in beginnings if longer[: len(read)] == read), read)
+        beginnings.setdefault(row, []).append((number, ids))
     for read, wanted in beginnings.items():
         if isinstance(scorer, Seq2SeqScorer):
             begun = scorer.begin(query.fact)
@@ -277,19 +277,19 @@ def _build_rows(scorer: Scorer, query: Query, options: Mapping[int, Ids]) -> Ite
             yield Row((*query.prompt, *read), None, len(query.prompt) - 1, tuple(wanted))
 
 
-def _group_rows(rows: Iterable[Row], *, fills: bool) -> list[list[Row]]:
-    """Group rows that run together: of as many scores, and of one length, or nearly so where they can be filled up."""
+def _group_rows(rows: Iterable[Row], *, pads: bool) -> list[list[Row]]:
+    """Group rows that run together: with equally many scores and equal lengths, or similar ones if `pads`."""
     groups: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
-        step = SPREAD if fills else 1
-        own = (len(row.ids) // step,) if row.decoder is None else (len(row.ids), len(row.decoder) // step)
-        groups.setdefault((*own, len(row.wanted)), []).append(row)
+        step = SPREAD if pads else 1
+        lengths = (len(row.ids) // step,) if row.decoder is None else (len(row.ids), len(row.decoder) // step)
+        groups.setdefault((*lengths, len(row.wanted)), []).append(row)
     return [groups[key] for key in sorted(groups)]
 
 
 def _build_batch(rows: Sequence[Row], family: str) -> tuple[ScoredBatch, torch.Tensor]:
     width = max(len(ids) for row in rows for _, ids in row.wanted)
-    targets = torch.tensor([[_fill(ids, width) for _, ids in row.wanted] for row in rows])
+    targets = torch.tensor([[_pad(ids, width) for _, ids in row.wanted] for row in rows])
     real = torch.tensor([[[place < len(ids) for place in range(width)] for _, ids in row.wanted] for row in rows])
     inputs = {"input_ids": _stack([row.ids for row in rows])}
     if family != "causal":
@@ -301,7 +301,7 @@ def _build_batch(rows: Sequence[Row], family: str) -> tuple[ScoredBatch, torch.T
     owners = torch.tensor([[number for number, _ in row.wanted] for row in rows])
 
     def score(logits: torch.Tensor) -> torch.Tensor:
-        """Return log-probabilities of the tokens [rows, directions, positions], where they are real, summed."""
+        """Return log-probabilities [rows, directions], summed over the positions of real tokens."""
         log_probs = logits.gather(3, targets[..., None]).squeeze(3) - logits.logsumexp(3)
         return log_probs.where(real, 0.0).sum(2)
 
@@ -310,24 +310,24 @@ def _build_batch(rows: Sequence[Row], family: str) -> tuple[ScoredBatch, torch.T
 
 def _stack(rows: Sequence[Ids]) -> torch.Tensor:
     longest = max(map(len, rows))
-    return torch.tensor([_fill(ids, longest) for ids in rows])
+    return torch.tensor([_pad(ids, longest) for ids in rows])
 
 
-def _fill(ids: Ids, length: int) -> Ids:
+def _pad(ids: Ids, length: int) -> Ids:
     return ids + ids[-1:] * (length - len(ids))
 
 
 def batch_text(
     batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int
 ) -> list[ScoredBatch]:
-    """Return batches of calibration text with seeded random scores: pieces of it for a causal model, whole sequences
-    for others, which predict what is hidden in them."""
+    """Return batches of calibration text with seeded random scores: pieces of it for causal models, whole sequences for
+    others, which predict hidden tokens."""
     generator = torch.Generator().manual_seed(seed)
     text_batches = []
     for batch in batches:
         ids = batch["input_ids"]
         if family == "causal":
-            # The first positions of a piece say little of the text: they have read too few tokens.
+            # The first positions of a piece have too little context.
             length = min(TEXT_LENGTH, ids.shape[1])
             ids = ids[:, : ids.shape[1] // length * length].reshape(-1, length)
             inputs = {"input_ids": ids}
@@ -340,13 +340,13 @@ def batch_text(
             positions = _draw_positions(allowed, generator)
         for start in range(0, len(ids), TEXT_ROWS):
             rows = slice(start, start + TEXT_ROWS)
-            own = {name: each[rows] for name, each in inputs.items()}
-            text_batches.append(ScoredBatch(own, TEXT_DRAWS, positions[rows], partial(_sketch, generator)))
+            in_rows = {name: each[rows] for name, each in inputs.items()}
+            text_batches.append(ScoredBatch(in_rows, TEXT_DRAWS, positions[rows], partial(_sketch, generator)))
     return text_batches
 
 
 def _draw_positions(allowed: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw positions of each row that are allowed, [rows, positions]: as many as every row has, at most as wanted."""
+    """Draw allowed positions, [rows, positions]: as many as every row has, at most `TEXT_POSITIONS`."""
     count = min(TEXT_POSITIONS, int(allowed.sum(1).min()))
     keys = torch.rand(allowed.shape, generator=generator).where(allowed, -1.0)
     return keys.topk(max(count, 1), 1).indices.sort(1).values
@@ -354,10 +354,10 @@ def _draw_positions(allowed: torch.Tensor, generator: torch.Generator) -> torch.
 
 def _sketch(generator: torch.Generator, logits: torch.Tensor) -> torch.Tensor:
     """Return a random sum of log-probabilities, each centred and weighted by the root of its probability p, with a
-    random sign: the mean of the squares of its changes is dz' (diag p - p p') dz. Those of all positions are added, for
-    their signs are independent, and divided so that squares are means over positions."""
+    random sign: the mean square of its changes is dz' (diag p - p p') dz. Positions are added, because their signs are
+    independent, and scaled so that squares are means over positions."""
     with torch.no_grad():
-        # The copies of a row are alike.
+        # All copies of a row are the same.
         p = logits[:, :1].softmax(3)
         signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8)
         weights = signs.mul_(2).sub_(1) * p.sqrt()

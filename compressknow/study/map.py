@@ -1,4 +1,4 @@
-"""Map of a sensitivity: what rounding each layer and module costs, what the next MB buys, and the page of both."""
+"""Map of a sensitivity: what rounding each layer and module costs, what the next MB buys, and the page on both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORMATS = (".html", ".md", ".json", ".csv")
 COLUMNS = "name group stack layer module rows columns type bytes kl_facts kl_text at_risk".split()
 # Sizes on the curve, in equal ratios from the smallest to the largest.
 BUDGETS = 20
-# llama.cpp's fallback for rows that a type does not fit; that of q5_k is not among our candidates.
+# llama.cpp's fallbacks for rows that a type does not fit; that of q5_k is not among our candidates.
 _FALLBACKS = {"q6_k": "q8_0", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl"}
 
 Weights = Sequence[TensorSensitivity]
@@ -41,7 +41,7 @@ Weights = Sequence[TensorSensitivity]
 
 @dataclass(frozen=True)
 class Map:
-    """Sensitivity of a model, by layer, module and domain; `guide` is what weights are ranked and types chosen by."""
+    """Sensitivity of a model by layer, module and domain; `guide` decides the ranking of weights and the types."""
 
     model: str
     sensitivity: Sensitivity
@@ -49,12 +49,12 @@ class Map:
 
     @cached_property
     def ranked(self) -> list[TensorSensitivity]:
-        """Return the weights, the most sensitive for what 4 bits of them save first."""
+        """Return the weights by KL per MB that 4 bits save, largest first."""
         return self.sensitivity.ranked(self.guide)
 
     @cached_property
     def _placed(self) -> list[TensorSensitivity]:
-        """Return the weights by place: encoder, decoder, then what lies outside; the last layer was measured first."""
+        """Return the weights in order of place: encoder, decoder, outside. (The last layer was measured first.)"""
         stacks = {"encoder": "", None: ""}
         return sorted(
             self.sensitivity.rows, key=lambda row: (row.layer is None, stacks.get(row.stack, "decoder"), row.layer or 0)
@@ -69,7 +69,7 @@ class Map:
         return group_tensors(self._placed, lambda row: row.group if row.layer is None else row.module)
 
     def grid(self, figure: Callable[[Weights], float | None]) -> Grid:
-        """Return a figure of the weights of each layer and module; a weight outside the layers has a row of its own."""
+        """Return a figure for each layer and module; a weight outside the layers has its own row."""
         modules = [*dict.fromkeys(row.module for row in self._placed if row.layer is not None)]
         cells: list[tuple[float | None, ...]] = []
         for rows in self.by_layer().values():
@@ -83,12 +83,12 @@ class Map:
 
     @property
     def others(self) -> int:
-        """Return the bytes of what has 16 bits whatever is chosen: norms, biases, weights that were not measured."""
+        """Return the bytes of weights that always have 16 bits: norms, biases, weights that were not measured."""
         return 2 * self.sensitivity.others
 
     @cached_property
     def table(self) -> OptionTable:
-        """Return what each weight takes and loses by type."""
+        """Return the bytes and predicted loss of each weight by type."""
         return {
             row.name: {name: TypeOption(each.bytes, each.kl(self.guide)) for name, each in row.by_type.items()}
             for row in self.sensitivity.rows
@@ -96,7 +96,7 @@ class Map:
 
     @cached_property
     def frontier(self) -> tuple[TypeOption, ...]:
-        """Return the least KL of all weights at sizes from the smallest to the largest, a type for each."""
+        """Return the minimum total KL at sizes from the smallest to the largest, with a type chosen for each weight."""
         low, high = (
             self.others + sum(end(option.nbytes for option in options.values()) for options in self.table.values())
             for end in (min, max)
@@ -106,8 +106,8 @@ class Map:
 
     @cached_property
     def uniform(self) -> dict[str, TypeOption]:
-        """Return bytes and KL where all weights are of one type, the largest first: types that all rows fit,
-        llama.cpp's fallbacks included."""
+        """Return bytes and KL with all weights of one type, largest type first; only types that all rows fit, with
+        llama.cpp's fallbacks."""
         sizes = {}
         for type in self.sensitivity.guidance.types:
             chosen = [options.get(type) or options.get(_FALLBACKS.get(type, type)) for options in self.table.values()]
@@ -118,13 +118,13 @@ class Map:
         return sizes
 
     def at(self, nbytes: int) -> TypeOption:
-        """Return the least KL within so many bytes."""
+        """Return the minimum KL within `nbytes`."""
         least = allocate(self.table, nbytes, overhead=self.others)
         return TypeOption(least.nbytes, least.loss)
 
 
 def compute_kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) -> float:
-    """Return the KL of some weights, or of a domain's facts, for each MB that they save when rounded to 4 bits."""
+    """Return the KL, over all facts or those of a domain, per MB that rounding some weights to 4 bits saves."""
     kl = sum(
         row.by_type[row.compared].kl(guide) * (1.0 if domain is None else row.by_domain.get(domain, 1.0))
         for row in rows
@@ -133,8 +133,8 @@ def compute_kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) ->
 
 
 def compute_risk(rows: Weights) -> float | None:
-    """Return the share of facts that rounding some weights to 4 bits is expected to make the model forget: the sum, 1
-    at most. None if no facts guided."""
+    """Return the share of facts that the model is expected to forget if some weights are rounded to 4 bits: the sum of
+    their shares, at most 1. None if no facts guided."""
     shares = [row.by_type[row.compared].at_risk for row in rows]
     return None if None in shares else min(1.0, sum(share for share in shares if share is not None))
 
@@ -150,7 +150,7 @@ def format_millinats(kl: float) -> str:
 
 
 def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
-    """Write the map in the formats that the names of the files ask for."""
+    """Write the map in the formats of the files' suffixes."""
     texts = {
         ".html": lambda: render_html(build_page(map, charts=True)),
         ".md": lambda: render_markdown(build_page(map, charts=False)),
@@ -161,7 +161,7 @@ def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
 
 
 def map_to_json(map: Map) -> str:
-    """Write all figures of the map as a JSON file."""
+    """Return all figures of the map as JSON."""
     sensitivity = map.sensitivity.as_json()
     values = {
         **{"schema": sensitivity["schema"], "verdict": write_verdict(map), "model": map.model, "guide": map.guide},
@@ -184,25 +184,22 @@ def _to_csv(map: Map) -> str:
     return text.getvalue()
 
 
-# Weights in each of the two tables.
+# Weights in each of the two tables of extremes.
 SHOWN = 10
 _UNIT = "thousandths of a nat per MB"
 _MAP_NOTE = (
-    "The KL divergence that rounding a weight to 4 bits adds, for each MB that it saves, in thousandths of a nat: from "
-    "faint to full colour in equal ratios, on one scale in all maps. The figures under a map are those at which the "
-    "shades change."
+    "The KL divergence that rounding a weight to 4 bits adds per MB saved, in thousandths of a nat, from faint to full "
+    "colour in equal ratios. All maps share one scale. The figures under a map are those at which the shades change."
 )
-_RISK_NOTE = (
-    "The share of the known facts that the model is expected to answer wrong after this weight alone is rounded."
-)
+_RISK_NOTE = "The share of the known facts that the model is expected to answer wrong if only this weight is rounded."
 _CURVE_NOTE = (
-    "The line is the least predicted loss at each size, with a type chosen for each weight; a mark is all weights of "
-    "one type. Sizes are those of the weights: a file also has its vocabulary and metadata."
+    "The line is the smallest predicted loss at each size, with a type chosen for each weight; at a mark, all weights "
+    "have one type. Sizes are those of the weights: a file also has its vocabulary and metadata."
 )
 
 
 def build_page(map: Map, *, charts: bool) -> parts.Page:
-    """Return the map as text, with its charts."""
+    """Return the map as a page, with or without charts."""
     sections: Mapping[tuple[str, str], Iterable[parts.Part]] = {
         ("maps", "Where the knowledge sits"): _build_maps(map),
         ("risk", "Facts at risk"): _build_risk(map),
@@ -232,7 +229,7 @@ def build_page(map: Map, *, charts: bool) -> parts.Page:
 
 
 def write_headline(map: Map) -> str:
-    """Return the line that stands above everything."""
+    """Return the headline of the page."""
     first = name_weight(map.ranked[0])
     return f"{first[0].upper()}{first[1:]} matters most for its size"
 
@@ -246,20 +243,21 @@ def write_verdict(map: Map) -> str:
     most, least = max(layers, key=layers.__getitem__), min(layers, key=layers.__getitem__)
     return (
         f"Rounding it to {first.compared} costs a KL of {format_millinats(figures[0])} {_UNIT} saved{times}. The tenth "
-        f"of the bytes that matters most makes {share(_share_of_top_tenth(map))} of the loss. For its size, {most} "
+        f"of the bytes that matters most causes {share(_share_of_top_tenth(map))} of the loss. For its size, {most} "
         f"matters most of all layers, and {least} least."
     )
 
 
 def _share_of_top_tenth(map: Map) -> float:
-    """Return the share of the loss at 4 bits that the most sensitive tenth of the bytes makes, of a weight in part."""
+    """Return the share of the loss at 4 bits that the most sensitive tenth of the bytes causes (the last weight in
+    part)."""
     saved = [0, *accumulate(row.saved for row in map.ranked)]
     losses = [0.0, *accumulate(row.by_type[row.compared].kl(map.guide) for row in map.ranked)]
     return float(np.interp(saved[-1] / 10, saved, losses)) / losses[-1] if losses[-1] else 0.0
 
 
 def name_weight(row: TensorSensitivity) -> str:
-    """Return layer and module."""
+    """Return the layer and module of a weight."""
     return f"{row.place} {clean(row.module, 60)}"
 
 
@@ -308,17 +306,17 @@ def _build_risk(map: Map) -> Iterator[parts.Part]:
         yield parts.Note("", drawn=_RISK_NOTE)
     if not grid.figures:
         yield parts.Text(
-            "None: the model is so sure of what it knows that no single weight at 4 bits changes an answer."
+            "None: the model is so sure of what it knows that no single weight rounded to 4 bits changes an answer."
         )
         return
-    table = _tabulate_grid("Facts at risk by layer and module, each rounded to 4 bits alone", grid, share)
+    table = _tabulate_grid("Facts at risk by layer and module, if only that weight is rounded to 4 bits", grid, share)
     yield parts.Folded("The map as a table", (table,))
 
 
 def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> parts.Table:
-    """Return the map as figures; those of rows of one figure have a column of their own."""
-    alone = any(len(cells) != len(grid.columns) for cells in grid.cells)
-    columns = (*grid.columns, *(["outside"] if alone else []))
+    """Return the map as a table; rows of one figure have it in a separate column."""
+    has_outside = any(len(cells) != len(grid.columns) for cells in grid.cells)
+    columns = (*grid.columns, *(["outside"] if has_outside else []))
     rows = []
     for name, cells in zip(grid.rows, grid.cells, strict=True):
         texts = ["" if cell is None else write(cell) for cell in cells]
@@ -333,7 +331,7 @@ def _list_extremes(map: Map) -> Iterator[parts.Part]:
     yield _tabulate_weights(f"The {count(shown)} most sensitive weights, by {name_guide(map.guide)}", most, map.guide)
     if least:
         yield _tabulate_weights(f"The {count(len(least))} least sensitive weights", least, map.guide)
-    yield parts.Note(f"KL in {_UNIT} that rounding to 4 bits saves, against 16.")
+    yield parts.Note(f"KL in {_UNIT} that rounding from 16 to 4 bits saves.")
 
 
 def _tabulate_weights(caption: str, weights: Weights, guide: Guide) -> parts.Table:
@@ -344,7 +342,7 @@ def _tabulate_weights(caption: str, weights: Weights, guide: Guide) -> parts.Tab
         mostly = f"{clean(domain, 40)} (x {weight.by_domain[domain]:.1f})" if domain else "-"
         kl, stored = format_millinats(weight.per_mb(guide)), f"{write_size(kind.bytes)} {weight.compared}"
         rows.append((name_weight(weight), kl, share(kind.at_risk), stored, mostly))
-    columns = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits", "Mostly of")
+    columns = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits", "Affects most")
     return parts.Table(caption, columns, tuple(rows))
 
 
@@ -372,15 +370,13 @@ def _plot_sizes(map: Map) -> Iterator[parts.Part]:
     ends = " to ".join(f"{number(kl)} at {write_size(nbytes)}" for nbytes, kl in (map.frontier[0], map.frontier[-1]))
     text = f"From {ends}. The table next to the chart has the sizes of single types."
     curve = parts.Chart("Predicted KL by size", text, partial(_draw_curve, map=map), height=260)
-    yield parts.Beside(
-        curve, parts.Table("What one type for all loses, and what a choice at the same size does", columns, sizes)
-    )
+    yield parts.Beside(curve, parts.Table("Predicted loss of one type for all, and of a type for each", columns, sizes))
     yield parts.Note("", drawn=_CURVE_NOTE)
     saved = [(here.loss - there.loss) / (there.nbytes - here.nbytes) * 1e6 for here, there in pairwise(map.frontier)]
     buys = [*(format_millinats(kl) for kl in saved), "-"]
     rows = tuple((write_size(nbytes), number(kl), buy) for (nbytes, kl), buy in zip(map.frontier, buys, strict=True))
     heads = ("Size of the weights", "Predicted KL", f"The next MB saves, {_UNIT.removesuffix(' per MB')}")
-    yield parts.Folded("The line as a table", (parts.Table("The least predicted loss by size", heads, rows),))
+    yield parts.Folded("The line as a table", (parts.Table("The smallest predicted loss by size", heads, rows),))
 
 
 def _draw_curve(plot: Axes, *, map: Map) -> None:
@@ -402,29 +398,28 @@ def _describe_method(map: Map) -> tuple[str, ...]:
     guidance = map.sensitivity.guidance
     facts = (
         f"{count(guidance.facts)} facts that the model knows, evenly over relations, and the five best candidates of "
-        "each, or the five likeliest first tokens where any answer is allowed: KL is that of the distribution over "
-        "them, in the mean over facts, to second order in the changes of their log-probabilities.",
-        "A fact is at risk by the probability that its object falls below the best other candidate, where the change "
-        "of their margin is normal with the mean square that was measured. A domain has a map where 5 of its facts are "
-        "known or more.",
+        "each, or the five most likely first tokens if any answer is allowed: KL is that of the distribution over "
+        "them, averaged over facts, to second order in the changes of their log-probabilities.",
+        "The risk of a fact is the probability that its object falls below the best other candidate, if the change of "
+        "their margin is normal with the measured mean square. A domain has a map if 5 or more of its facts are known.",
     )
     text = (
-        f"{count(guidance.tokens)} tokens of text: KL is that of the next token's distribution, in the mean over "
-        "tokens; the tenth of the pieces of text that a weight changes most is left out.",
+        f"{count(guidance.tokens)} tokens of text: KL is that of the next token's distribution, averaged over "
+        "tokens, without the tenth of the pieces of text that a weight changes most.",
     )
     fallbacks = (
-        "All weights of one type are what llama-quantize --pure writes, a fallback of llama.cpp's where a row does not "
-        "fit the type (q5_0 for q4_k, q8_0 for q6_k, iq4_nl for q3_k and q2_k): mixtures such as q4_k_m are others.",
+        "All weights of one type means what llama-quantize --pure writes, with llama.cpp's fallbacks if a row does not "
+        "fit the type (q5_0 for q4_k, q8_0 for q6_k, iq4_nl for q3_k and q2_k). Mixtures such as q4_k_m differ.",
     )
     compared = " or ".join(sorted({row.compared for row in map.sensitivity.rows}))
     return (
-        "Estimates to first order in the weights, from one pass forward and one back: what changes is the gradient of "
-        "each score times the error of rounding. Figures of single weights add up to those of many. Rounding that "
-        "changes much is underestimated.",
+        "Estimates to first order in the weights, from one forward and one backward pass: the change of a score is its "
+        "gradient times the error of rounding. Figures of single weights add up to those of many. Large changes are "
+        "underestimated.",
         *(facts if guidance.facts else ()),
         *(text if guidance.tokens else ()),
-        f"A weight is compared by {compared}, and what that saves against 16 bits. One type predicts for "
-        "another by their squared errors.",
+        f"Weights are compared by rounding them to {compared}, and by the bytes that this saves against 16 bits. Other "
+        "types are predicted from their squared errors.",
         *(fallbacks if guidance.form == "gguf" else ()),
     )
 

@@ -1,15 +1,15 @@
-"""Measure a sensitivity: to first order, what rounding each weight alone changes of scores, and what KL that makes.
+"""Measure a sensitivity: how much, to first order, rounding each weight changes scores, and the resulting KL.
 
-Of every weight W and type, D is what rounding takes W to, less W. The change of a score is the sum of g . D x over the
-tokens, where x is what W is multiplied with and g the gradient of the score at the product: one backward pass for all
-weights and types. With the changes dz of the log-probabilities of a fact's best candidates, p their softmax, the KL
-divergence of their distribution is 1/2 dz' (diag p - p p') dz, to second order. A fact is at risk by the probability
-that its margin, the score of its object less that of the best other candidate, changes its sign, where the change is
-normal with the mean square that was measured. For text see `compressknow.study.guides`.
+For every weight W and type, D is the rounded W minus W. The change of a score is the sum of g . D x over the tokens,
+where x is the input that W multiplies and g the gradient of the score at the product: one backward pass serves all
+weights and types. With changes dz of the log-probabilities of a fact's best candidates, and p their softmax, the KL
+divergence of their distribution is 1/2 dz' (diag p - p p') dz, to second order. The risk of a fact is the probability
+that its margin, the score of its object minus that of the best other candidate, changes sign, if the change is normal
+with the measured mean square. For text, see `compressknow.study.guides`.
 
-Means over text are robust: where a piece begins, models keep attention sinks with activations of hundreds of times the
-usual size. To first order rounding there changes everything, in truth little, for what reads a sink is normalized. So
-of each weight and type the tenth of the pieces that it changes most is left out.
+Means over text are trimmed: at the start of a piece, models keep attention sinks, whose activations are hundreds of
+times larger than usual. To first order, rounding there changes everything; in truth it changes little, because what
+reads a sink is normalized. So for each weight and type, the tenth of the pieces that change most is left out.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from compressknow.model.checkpoint import Checkpoint
 
 
-# Types that ggml rounds to at once, and whose blocks of 32 fit almost all rows: fine and coarse ones.
-_AT_ONCE = ("q8_0", "q5_0", "q4_0")
+# Types that ggml rounds to quickly, and whose blocks of 32 fit almost all rows: fine and coarse ones.
+_QUICK = ("q8_0", "q5_0", "q4_0")
 
 
 class Roundings(ABC):
@@ -54,23 +54,23 @@ class Roundings(ABC):
 
     @abstractmethod
     def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
-        """Return the types that a weight's rows fit."""
+        """Return the types that fit a weight's rows."""
 
     def list_measured(self, shape: Sequence[int]) -> tuple[str, ...]:
-        """Return the types by which a weight's sensitivity is measured."""
+        """Return the types with which a weight's sensitivity is measured."""
         return self.list_legal(shape)
 
     @abstractmethod
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
-        """Return the bytes that a weight takes, its scales included."""
+        """Return the bytes of a weight, including its scales."""
 
     @abstractmethod
     def roundtrip(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
-        """Return a weight rounded to a type, float32; `importance` [in] has the mean squares of its inputs."""
+        """Return a weight rounded to a type, as float32; `importance` [in] has the mean squares of its inputs."""
 
 
 class GgufRoundings(Roundings):
-    """Types of tensors, by llama.cpp's names."""
+    """Tensor types by llama.cpp's names."""
 
     form, types = "gguf", grids.CANDIDATES
 
@@ -78,8 +78,8 @@ class GgufRoundings(Roundings):
         return grids.list_legal_types(shape[-1], self.types)
 
     def list_measured(self, shape: Sequence[int]) -> tuple[str, ...]:
-        own = self.list_legal(shape)
-        return tuple(name for name in own if name in _AT_ONCE) or own
+        legal = self.list_legal(shape)
+        return tuple(name for name in legal if name in _QUICK) or legal
 
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
         return grids.get_nbytes(name, shape)
@@ -90,20 +90,20 @@ class GgufRoundings(Roundings):
 
 
 class SchemeRoundings(Roundings):
-    """Schemes that leave activations as they are; ``int4/64`` is int4 in groups of 64."""
+    """Schemes that do not quantize activations; ``int4/64`` is int4 in groups of 64."""
 
     form = "checkpoint"
     types = ("int8-weights", *(f"int4/{size}" for size in GROUP_SIZES))
 
     def __init__(self, dtype: str = "BF16") -> None:
-        """Scales are stored in the `dtype` of the weights."""
+        """Take the `dtype` of the weights, in which scales are stored."""
         self._dtype = dtype
 
     def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
         return tuple(name for name in self.types if parse_scheme(name).misfit(tuple(shape)) is None)
 
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
-        # Shapes of what is packed are I64.
+        # I64 tensors hold the shapes of packed ones.
         stored = [each for each in parse_scheme(name).stored(tuple(shape), self._dtype) if each.dtype != "I64"]
         return sum(prod(each.shape) * DTYPE_SIZES[each.dtype] for each in stored)
 
@@ -116,48 +116,48 @@ class SchemeRoundings(Roundings):
 
 
 def parse_scheme(name: str) -> Scheme:
-    """Return the scheme that a type of a checkpoint names."""
+    """Return the scheme of a checkpoint type, such as ``int4/64``."""
     kind, _, size = name.partition("/")
     return SCHEMES[kind].with_values({"group_size": int(size)}) if size else SCHEMES[kind]
 
 
-# Rows of a weight that are rounded and multiplied at a time: a head has as many as the vocabulary.
+# Rows of a weight that are rounded and multiplied at a time, because a head has as many as the vocabulary.
 BAND = 2048
-# Rows of a weight whose errors are measured: the most important ones, and one in so many of the others.
+# Rows of a weight whose errors are measured: this many of the most important ones, and one in `STRIDE` of the others.
 FIRST_ROWS, STRIDE = 64, 16
-# Share of the pieces of a text to leave out of a mean: those that change most.
+# Share of the pieces of a text that a mean leaves out: those that change most.
 TRIMMED = 0.1
-# Facts of a domain that its mean needs.
+# Minimum number of facts for the mean of a domain.
 FEWEST_OF_A_DOMAIN = 5
 
 
 @dataclass(frozen=True)
 class FactBatches:
-    """Facts in batches, and the candidates that their scores are of."""
+    """Facts in batches, and the candidates of their scores."""
 
     batches: tuple[ScoredBatch, ...]
-    owners: tuple[torch.Tensor, ...]  # by batch, the number of each score's candidate, int64 [rows, directions]
-    facts: torch.Tensor  # of each candidate the number of its fact, int64 [candidates], ascending
+    owners: tuple[torch.Tensor, ...]  # by batch, the candidate number of each score, int64 [rows, directions]
+    facts: torch.Tensor  # the fact number of each candidate, int64 [candidates], ascending
 
 
 @dataclass(frozen=True)
 class ScoreChanges:
     """Changes of scores, by weight and type."""
 
-    weights: dict[str, TensorSensitivity]  # by name, each as yet without its types and domains
+    weights: dict[str, TensorSensitivity]  # by name, still without types and domains
     scores: torch.Tensor  # of all candidates of facts, [candidates]
-    owners: torch.Tensor  # the numbers of their facts, of each of which its object comes first
-    facts: dict[tuple[str, str], torch.Tensor]  # changes of these scores, by name and the types that were tried
-    text: dict[tuple[str, str], torch.Tensor]  # likewise of the scores of text, [rows, draws]
-    errors: dict[tuple[str, str], float]  # by name and each type, squared errors, in a unit of the weight's own
-    importance: dict[str, torch.Tensor]  # by name, what types were rounded with, [in]
+    owners: torch.Tensor  # fact numbers of the candidates; a fact's object is its first candidate
+    facts: dict[tuple[str, str], torch.Tensor]  # changes of these scores, by name and measured type
+    text: dict[tuple[str, str], torch.Tensor]  # changes of the scores of text, [rows, draws], likewise
+    errors: dict[tuple[str, str], float]  # squared errors by name and type, in a unit that differs by weight
+    importance: dict[str, torch.Tensor]  # by name, the importance used for rounding, [in]
 
     def build_rows(self, roundings: Roundings, domains: Sequence[str] = ()) -> tuple[TensorSensitivity, ...]:
-        """Return the sensitivity of each weight; `domains` are those of the facts."""
+        """Return the sensitivity of each weight; `domains` has the domain of each fact."""
         rows = []
         for name, weight in self.weights.items():
-            tried = roundings.list_measured(weight.shape)
-            facts, per_token = self._compute_per_error(name, tried), self._compute_text_per_error(name, tried)
+            measured = roundings.list_measured(weight.shape)
+            facts, per_token = self._compute_per_error(name, measured), self._compute_text_per_error(name, measured)
             types = {}
             for type in roundings.list_legal(weight.shape):
                 error = self.errors[name, type]
@@ -165,7 +165,7 @@ class ScoreChanges:
                 kl = risk = None
                 if facts is not None:
                     kl = float(facts[0].mean()) * error
-                    # Its change has this mean square: the probability that a margin changes its sign.
+                    # The probability that a margin changes sign, if its change has this mean square.
                     spread = (facts[1] * error).sqrt().clamp_min(1e-12)
                     risk = float(torch.special.ndtr(-self.margins[2] / spread).mean())
                 types[type] = Rounding(roundings.nbytes(type, weight.shape), kl, text, risk)
@@ -173,18 +173,18 @@ class ScoreChanges:
             rows.append(replace(weight, by_type=types, by_domain=by_domain))
         return tuple(rows)
 
-    def _compute_per_error(self, name: str, tried: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return two losses of each fact per squared error of a weight, float64 [facts], the means over the types that
-        were tried: KL in nats, and the square of the change of its margin. None if there are no facts.
+    def _compute_per_error(self, name: str, measured: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return two losses of each fact per squared error of a weight, float64 [facts], averaged over the measured
+        types: KL in nats, and the squared change of its margin. None if there are no facts.
 
-        What one rounding happens to change of some facts is a matter of luck: types are told apart by their errors,
-        weights by what all types do.
+        The effect of a single rounding on some facts is partly luck. So types are compared by their errors, and weights
+        by the effects of all measured types.
         """
-        if (name, tried[0]) not in self.facts:
+        if (name, measured[0]) not in self.facts:
             return None
-        own = [type for type in tried if self.errors[name, type] > 0] or tried[:1]
-        errors = torch.tensor([self.errors[name, type] or 1.0 for type in own], dtype=torch.float64)
-        changes = torch.stack([self.facts[name, type] for type in own], 1).double()
+        types = [type for type in measured if self.errors[name, type] > 0] or measured[:1]
+        errors = torch.tensor([self.errors[name, type] or 1.0 for type in types], dtype=torch.float64)
+        changes = torch.stack([self.facts[name, type] for type in types], 1).double()
         objects, others, _ = self.margins
         return (
             (compute_divergence(self.scores, changes, self.owners) / errors).mean(1),
@@ -193,20 +193,20 @@ class ScoreChanges:
 
     @cached_property
     def margins(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the numbers of each fact's object and best other candidate, and how far apart their scores are."""
+        """Return the candidate numbers of each fact's object and best other candidate, and the gap of their scores."""
         objects = torch.searchsorted(self.owners, torch.arange(int(self.owners[-1]) + 1))
         others = self.scores.double().index_fill(0, objects, -torch.inf)
         order = others.argsort(descending=True)
         best = order[self.owners[order].argsort(stable=True)][objects]
         return objects, best, self.scores.double()[objects] - others[best]
 
-    def _compute_text_per_error(self, name: str, tried: Sequence[str]) -> float | None:
+    def _compute_text_per_error(self, name: str, measured: Sequence[str]) -> float | None:
         """Return the KL of text, in nats per token, per squared error of a weight: a trimmed mean over rows, averaged
-        over the types tried; None without text."""
-        if (name, tried[0]) not in self.text:
+        over the measured types; None without text."""
+        if (name, measured[0]) not in self.text:
             return None
         ratios = []
-        for type in tried:
+        for type in measured:
             if (error := self.errors[name, type]) > 0:
                 rows = self.text[name, type].double().square().mean(1).sort().values / 2
                 ratios.append(float(rows[: max(1, round(len(rows) * (1 - TRIMMED)))].mean()) / error)
@@ -214,7 +214,7 @@ class ScoreChanges:
 
 
 def _compare_domains(divergences: torch.Tensor, domains: Sequence[str]) -> dict[str, float]:
-    """Return how many times the mean the mean of each domain's facts is, where there are enough of it."""
+    """Return the mean of each domain's facts relative to that of all facts, for domains with enough facts."""
     counts, whole = Counter(domains), float(divergences.mean())
     if not whole:
         return {}
@@ -250,12 +250,12 @@ def measure(
 ) -> ScoreChanges:
     """Measure all Linear weights of a model, and for GGUF files the embedding, in one forward and one backward pass.
 
-    Types that round with an importance use that of the same tokens: the mean squares of a weight's inputs from facts
-    and from text, each normalized.
+    Types whose rounding takes an importance use that of the same tokens: the mean squares of a weight's inputs from
+    facts and from text, each normalized.
     """
     structure = read_structure(tree)
     sources = Sources(checkpoint, tree, structure)
-    # Which rows the tokens of an expert come from is not known.
+    # Experts are left out: their inputs do not show which rows the tokens belong to.
     weights = [weight for weight in structure.linears if weight.group != "vision" and not weight.is_expert]
     facts = facts or FactBatches((), (), torch.empty(0, dtype=torch.long))
     with OpenFiles() as files:
@@ -268,7 +268,7 @@ def measure(
 
 
 class _Measurer:
-    """Visitor of blocks that adds up in `changes` what rounding their weights changes."""
+    """Visitor of blocks that collects in `changes` the effects of rounding their weights."""
 
     def __init__(
         self,
@@ -288,22 +288,22 @@ class _Measurer:
         self._done = 0
 
     def visit(self, module: str, products: Mapping[str, Sequence[Product]]) -> None:
-        """Add what rounding the weights of a module changes: see `compressknow.compress.calibrate.backward.Visit`."""
-        for parameter, own in products.items():
-            if not own:
+        """Add the effects of rounding a module's weights; see `compressknow.compress.calibrate.backward.Visit`."""
+        for parameter, of_weight in products.items():
+            if not of_weight:
                 continue
             weight = self._streamed.model.get_parameter(parameter).detach()
-            if own[0].inputs.is_floating_point():
-                self._add_linear(self._linears[parameter], weight, own)
+            if of_weight[0].inputs.is_floating_point():
+                self._add_linear(self._linears[parameter], weight, of_weight)
             elif self._roundings.form == "gguf" and self._roundings.list_legal(weight.shape):
                 scale = getattr(self._streamed.model.get_submodule(module), "embed_scale", 1.0)
-                self._add_lookups(parameter, weight, own, float(scale))
+                self._add_lookups(parameter, weight, of_weight, float(scale))
         self._done += 1
         self._advance(self._done, len(self._streamed.blocks))
 
     def _add_linear(self, linear: LinearWeight, weight: torch.Tensor, products: Sequence[Product]) -> None:
         if self._roundings.form == "checkpoint" and linear.parameter in self._structure.tied:
-            # To round a head that is the embedding too would untie it.
+            # Rounding a head that is tied to the embedding would untie it.
             return
         weight = weight.T.contiguous() if linear.transposed else weight
         if not self._roundings.list_legal(weight.shape):
@@ -313,15 +313,15 @@ class _Measurer:
         importance = self.changes.importance[name] = self._sum_halves(
             products, [each.inputs.flatten(0, 1).float().square().sum(0) for each in products]
         )
-        # Inputs count by the gradients at their tokens: those of attention sinks are large, and change nothing.
+        # Weight inputs by the gradients at their tokens, because the large inputs of attention sinks change nothing.
         by_row, by_column = [], []
         for product in products:
-            # One direction at a time: of a head, all in float32 are as much as everything else in memory.
+            # One direction at a time: for a head, all in float32 would double the memory.
             first, *others = product.gradients.unbind(1)
             squares = first.flatten(0, 1).float().square_()
             for gradients in others:
-                own = gradients.flatten(0, 1).float()
-                squares.addcmul_(own, own)
+                flat = gradients.flatten(0, 1).float()
+                squares.addcmul_(flat, flat)
             by_row.append(squares.sum(0))
             by_column.append(squares.sum(1) @ product.inputs.flatten(0, 1).float().square())
         of_rows, of_columns = self._sum_halves(products, by_row), self._sum_halves(products, by_column)
@@ -331,15 +331,15 @@ class _Measurer:
         for start in range(0, len(weight), BAND):
             band = weight[start : start + BAND]
             rounded = torch.stack([self._roundings.roundtrip(band, type, importance) for type in types], 1)
-            # Types change fastest: what one product of all of them gives lies as the next one reads it.
+            # Types are the fastest dimension, so that the product for all types is laid out as the next one reads it.
             change = (rounded - band[:, None]).to(FACTORS).flatten(0, 1)
             for product, x in zip(products, inputs, strict=True):
-                seen = product.gradients[..., start : start + BAND]
-                self._add_changes(name, types, product.batch, _contract(seen, x @ change.T, len(types)))
+                gradients = product.gradients[..., start : start + BAND]
+                self._add_changes(name, types, product.batch, _contract(gradients, x @ change.T, len(types)))
 
     def _add_weight(self, name: str, weight: torch.Tensor, group: str, layer: int | None, stack: str | None) -> None:
-        found = TensorSensitivity(name, tuple(weight.shape), group, layer, {}, stack, name_in_block(name))
-        self.changes.weights.setdefault(name, found)
+        row = TensorSensitivity(name, tuple(weight.shape), group, layer, {}, stack, name_in_block(name))
+        self.changes.weights.setdefault(name, row)
 
     def _add_errors(
         self,
@@ -352,11 +352,11 @@ class _Measurer:
         """Add a weight's squared errors by type, weighted by row [out] and column [in], for the most important rows and
         some of the others."""
         order = of_rows.argsort(descending=True, stable=True)
-        own = torch.cat([order[:FIRST_ROWS], order[FIRST_ROWS::STRIDE]])
-        rows = weight[own]
+        selected = torch.cat([order[:FIRST_ROWS], order[FIRST_ROWS::STRIDE]])
+        rows = weight[selected]
         for type in self._roundings.list_legal(weight.shape):
             squares = (self._roundings.roundtrip(rows, type, importance) - rows).square()
-            self.changes.errors[name, type] = float(of_rows[own] @ squares @ of_columns)
+            self.changes.errors[name, type] = float(of_rows[selected] @ squares @ of_columns)
 
     def _add_lookups(self, parameter: str, weight: torch.Tensor, products: Sequence[Product], scale: float) -> None:
         name = self._structure.tied.get(parameter, parameter)
@@ -376,32 +376,32 @@ class _Measurer:
             self._add_changes(name, types, product.batch, _contract(product.gradients, of_rows, len(types)))
 
     def _sum_halves(self, products: Sequence[Product], values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the sum of a vector of each product, normalized; those of facts and of text count alike."""
+        """Return the normalized sum of a vector per product; facts and text have equal weight."""
         halves = []
         for is_text in (False, True):
-            own = [
+            half = [
                 value
                 for each, value in zip(products, values, strict=True)
                 if (each.batch >= len(self._fact_batches.batches)) is is_text
             ]
-            if own:
-                total = torch.stack(own).sum(0)
+            if half:
+                total = torch.stack(half).sum(0)
                 halves.append(total / total.mean())
         return torch.stack(halves).mean(0)
 
     def _add_changes(self, name: str, types: Sequence[str], batch: int, changes: torch.Tensor) -> None:
         """Add changes of a batch's scores, [rows, directions, types]."""
-        for type, own in zip(types, changes.unbind(2), strict=True):
+        for type, of_type in zip(types, changes.unbind(2), strict=True):
             number = batch - len(self._fact_batches.batches)
             if number < 0:
-                known = self.changes.facts.setdefault((name, type), torch.zeros(len(self.changes.owners)))
-                known.index_add_(0, self._fact_batches.owners[batch].flatten(), own.flatten())
+                total = self.changes.facts.setdefault((name, type), torch.zeros(len(self.changes.owners)))
+                total.index_add_(0, self._fact_batches.owners[batch].flatten(), of_type.flatten())
                 continue
-            known = self.changes.text.setdefault((name, type), torch.zeros(self._starts[-1], self._texts[0].directions))
-            known[self._starts[number] : self._starts[number + 1]] += own
+            total = self.changes.text.setdefault((name, type), torch.zeros(self._starts[-1], self._texts[0].directions))
+            total[self._starts[number] : self._starts[number + 1]] += of_type
 
 
 def _contract(gradients: torch.Tensor, products: torch.Tensor, types: int) -> torch.Tensor:
-    """Sum g . y over tokens: of [rows, directions, tokens, out] and [rows, tokens, out x types], float32 [rows,
+    """Sum g . y over tokens: [rows, directions, tokens, out] and [rows, tokens, out x types] give float32 [rows,
     directions, types]."""
     return torch.bmm(gradients.flatten(2).to(products.dtype), products.reshape(len(products), -1, types)).float()

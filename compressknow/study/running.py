@@ -38,8 +38,8 @@ class RayOptions:
 
     Attributes
     ----------
-    address : of the cluster (``auto``, ``ray://HOST:10001``, ``HOST:6379``), or ``local`` for one on this machine.
-    num_cpus, num_gpus : of each task; a task computes with as many threads.
+    address : address of the cluster (``auto``, ``ray://HOST:10001``, ``HOST:6379``), or ``local`` to start one here.
+    num_cpus, num_gpus : resources of each task, which runs as many threads as CPUs.
     """
 
     address: str = "auto"
@@ -58,13 +58,13 @@ class CellBatch:
     original: Answers
 
 
-# Results as they come; what the folder holds already is not evaluated again.
+# Yields results as they come; answers that the folder has are not evaluated again.
 Run = Callable[[CellBatch], Generator[CellResult]]
 
 
 @contextmanager
 def open_runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterator[Run]:
-    """Yield what runs batches: here, one cell after the other, or on the cluster for as long as the context lasts.
+    """Yield a function that runs batches: cell by cell in this process, or on the cluster while the context lasts.
 
     Raises CompressknowError if the cluster does not answer, UsageError if no task could ever start there.
     """
@@ -86,15 +86,15 @@ def _evaluate(batch: CellBatch, cell: Cell, on_progress: Listener | None = None)
 
 
 def _run_here(on_progress: Listener | None, batch: CellBatch) -> Generator[CellResult]:
-    # The original has been evaluated before.
+    # Number 1 is the original, which was evaluated before.
     for number, cell in enumerate(batch.cells, start=2):
         try:
             result = _evaluate(batch, cell, relabel_progress(on_progress, number=number, of=len(batch.cells) + 1))
         except OutputError:
-            # A full disk or a folder that cannot be written would fail every cell. The study can be resumed.
+            # A full disk or an unwritable folder would fail every cell. The study can be resumed.
             raise
         except Exception as error:
-            # Out of memory, or whatever a model's code raises: the other cells do not depend on it.
+            # Out of memory, or any error of a model's code: other cells may still succeed.
             result = _fail(batch, cell, error)
         yield result
 
@@ -121,12 +121,12 @@ def _run_on_ray(ray: Any, where: RayOptions, on_progress: Listener | None, batch
     texts: dict[Calibration | None, Any] = {None: None}
 
     def share_text(recipe: Recipe) -> Any:
-        """Return the calibration text of a recipe, made here; None if it has none, or none that can be made: then
-        the worker says why, and its cell alone fails."""
+        """Return the calibration text of a recipe, made here; None if it has none, or making it fails: then the worker
+        reports why, and only its cell fails."""
         if recipe.calibration not in texts:
             try:
                 texts[recipe.calibration] = ray.put(maker.get_text(maker.plan(recipe), begin))
-            except Exception:  # Also where memory runs out here: the worker may have more.
+            except Exception:  # Even out of memory: the worker may have more.
                 return None
         return texts[recipe.calibration]
 
@@ -146,16 +146,16 @@ def _collect(
     """Yield a cell's result once all of its probes are answered. The facts of all cells are one stage, which restarts
     after each result."""
     failed: dict[Cell, BaseException] = {}
-    left = Counter(cell for cell, _ in pending.values())
-    yield from (_evaluate(batch, cell) for cell in batch.cells if not left[cell])
+    remaining = Counter(cell for cell, _ in pending.values())
+    yield from (_evaluate(batch, cell) for cell in batch.cells if not remaining[cell])
     total = count_facts([probe for _, probe in pending.values()])
-    cells = f"{count(len(left))} cell{'s' * (len(left) != 1)} on Ray"
+    cells = f"{count(len(remaining))} cell{'s' * (len(remaining) != 1)} on Ray"
     stage = Stage("evaluate", cells, ", ".join(probe.name for probe in batch.probes))
     pace = Pace(total)
     while pending:
         cell = None
         with report_progress(on_progress, stage) as advance:
-            while cell is None or left[cell]:
+            while cell is None or remaining[cell]:
                 if total:
                     advance(total - count_facts([probe for _, probe in pending.values()]), total, pace.left)
                 (ready, *_), _ = ray.wait(list(pending), num_returns=1)
@@ -167,7 +167,7 @@ def _collect(
                 else:
                     _store(batch.folder / batch.study_model.name_folder(cell) / name_folder(probe.name), files)
                 pace.add(count_facts([probe]))
-                left[cell] -= 1
+                remaining[cell] -= 1
         yield _fail(batch, cell, failed[cell]) if cell in failed else _evaluate(batch, cell)
 
 
@@ -177,7 +177,7 @@ def _start_ray(where: RayOptions) -> Any:
     try:
         host, _, port = where.address.removeprefix("ray://").rpartition(":")
         if host and port.isdecimal():
-            # If nobody listens, Ray itself would try for minutes.
+            # If nothing listens there, Ray itself would retry for minutes.
             socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
         place = {"include_dashboard": False} if where.address == LOCAL else {"address": where.address}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)
@@ -185,13 +185,13 @@ def _start_ray(where: RayOptions) -> Any:
         raise CompressknowError(
             f"No Ray cluster answers at {where.address}.",
             why=describe_error(error),
-            hint="Start one (ray start --head) and give its address, or leave out --ray.",
+            hint="Start one (ray start --head) and pass its address, or leave out --ray.",
         ) from error
     return ray
 
 
 def _check_resources(ray: Any, where: RayOptions) -> None:
-    """Raise UsageError if a task would take more than this machine has: Ray would wait for another without end."""
+    """Raise UsageError if a task needs more than this machine has: Ray would wait for another machine forever."""
     resources = ray.cluster_resources()
     for option, name, needed in (("cpus", "CPU", where.num_cpus), ("gpus", "GPU", where.num_gpus)):
         if needed > (has := resources.get(name, 0)):
@@ -206,15 +206,15 @@ def _run(
     reference: Answers,
     text: CalibrationText | None,
 ) -> dict[str, bytes]:
-    """Return the files of the answers folder, in a worker; `original` is a path or hub id, its revision, its SHA-256
-    and how it is run."""
+    """Return the files of the answers folder, in a worker; `original` is a path or Hub id, its revision, its SHA-256
+    and its settings."""
     import torch
 
     torch.set_num_threads(threads)
     model, revision, sha256, settings = original
     study_model = _open_model(model, settings, revision)
     if study_model.original.sha256 != sha256:
-        raise CompressknowError(f"{model} is another model on this worker.", hint="Share one storage with all.")
+        raise CompressknowError(f"{model} is another model on this worker.", hint="Use storage that all workers share.")
     if text is not None and (calibration := cell.recipe.calibration):
         study_model.maker.use_text(calibration, text)
     with tempfile.TemporaryDirectory() as folder:
@@ -230,8 +230,8 @@ def _open_model(model: str, settings: Settings, revision: str | None) -> StudyMo
 
 
 def _store(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the answers first: without its record a folder counts as not there."""
-    # An old record would not be of the new answers.
+    """Write the answers first: a folder without its record counts as missing."""
+    # An old record would not match the new answers.
     (folder / RECORD).unlink(missing_ok=True)
     for name, content in sorted(files.items(), key=lambda file: file[0] == RECORD):
         write_whole(folder / name, content)

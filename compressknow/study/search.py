@@ -91,15 +91,15 @@ def _deal(facts: Sequence[Fact], seed: int, *, whole: bool) -> list[tuple[Fact, 
     """Deal facts into three equal parts, all wordings of a fact into the same one: `whole` relations, domain by domain,
     or single facts, relation by relation."""
     units: dict[tuple[str, str], set[str]] = {}
-    # A relation whose facts are of several domains is of that of its first one: it is dealt whole all the same.
+    # A relation with facts of several domains counts for the domain of its first fact, because it is dealt whole.
     domains = {fact.relation: fact.subject for fact in reversed(facts)}
     for fact in facts:
         name = _get_id(fact)
         unit = (domains[fact.relation] or "", fact.relation) if whole else (fact.relation, name)
         units.setdefault(unit, set()).add(name)
     parts: list[set[str]] = [set() for _ in range(_THIRDS)]
-    for group, own in groupby(sorted(units.items()), key=lambda unit: unit[0][0]):
-        members = [names for _, names in own]
+    for group, of_group in groupby(sorted(units.items()), key=lambda unit: unit[0][0]):
+        members = [names for _, names in of_group]
         random.Random(f"{seed}:{group}").shuffle(members)
         for names in members:
             # The smallest part so far, which evens out sizes.
@@ -138,7 +138,7 @@ class EvaluationSet:
             study_model.original, probes, folder / ORIGINAL, reference=None, noise_floors=noise_floors
         )
         self.original = grade(self.reference, known)
-        self._asked, self._answered = probes, self.reference
+        self._probes, self._answered = probes, self.reference
         if not noise_floors and self.known:
             right = {(answer.probe, answer.fact_id) for answer in self.original.answers if answer.correct}
             some = [
@@ -146,8 +146,8 @@ class EvaluationSet:
                 for probe in probes
                 if isinstance(probe, Probe)
             ]
-            asked = [probe for probe in some if probe.facts]
-            self._asked, self._answered = asked, self.reference.restrict(asked)
+            self._probes = [probe for probe in some if probe.facts]
+            self._answered = self.reference.restrict(self._probes)
 
     @property
     def known(self) -> int:
@@ -157,7 +157,7 @@ class EvaluationSet:
     def evaluate(self, handle: ModelHandle) -> Answers:
         """Evaluate a model; return its answers as in `reference`. Raises CompressknowError if that is impossible."""
         folder = self._folder / CELLS / handle.sha256[:16]
-        return self._evaluate(handle, self._asked, folder, reference=self._answered)
+        return self._evaluate(handle, self._probes, folder, reference=self._answered)
 
     def check_enough_known(self, keep: float) -> None:
         """Raise GateNotMet if not even a file that keeps all facts would be certain to keep that share."""
@@ -179,14 +179,14 @@ class EvaluationSet:
 HALVINGS = 7
 # Budgets closer than this share count as equal.
 CLOSE = 0.005
-# Sizes closer than this share cannot be told apart by the facts of the search.
+# Sizes closer than this share cannot be told apart by the search facts.
 NEAR = 0.03
-# How many files may be evaluated on the held-out facts: each widens the interval that they are judged by. A later one
-# is predicted to lose that much less than the one before, or it would fall short too; the third, that factor squared,
-# for it is the last. (Which one is next depends on the one before, but not on what that kept: else the intervals would
-# not hold.)
+# Number of files that may be evaluated on the held-out facts: each widens the intervals that decide. The second is
+# predicted to lose `APART` times as much as the first, or it would fail too; the third, which is the last, `APART`
+# squared times as much as the second. (The next file depends on the one before, but not on what that kept; otherwise
+# the intervals would not hold.)
 CONFIRMED, APART = 3, 0.5
-# Level of the intervals that files are tried and selected by (Bonferroni). For one file it would be 99 %: the share
+# Level of the intervals that decide on files (Bonferroni). For one file it would be 99 %: the share
 # kept is skewed if a few relations lose a lot, so that an interval's lower end is too high more often than its level
 # says. `benchmarks/inference.py` counts how often a file that keeps exactly the required share is selected
 # nevertheless.
@@ -203,7 +203,7 @@ class Candidate:
 
 class SizeSearch:
     """Search over sizes, without any input or output of its own: `choose` returns the types for a number of bytes, and
-    `evaluate` makes that file and tries it on the facts of the search; no file is made twice.
+    `evaluate` makes that file and evaluates it on the search facts; no file is made twice.
 
     `sizes` are the bytes of the smallest and of the largest file. `tried` has the files in the order in which they were
     chosen, `confirmed` those that were evaluated on the held-out facts, the smallest first.
@@ -247,7 +247,7 @@ class SizeSearch:
 
     def confirm(self, confirm: Callable[[Allocation], Estimate]) -> None:
         """Evaluate the smallest file that keeps enough on the held-out facts, then larger ones until one keeps enough
-        there too. If none keeps enough of the facts of the search, begin with the one that keeps most."""
+        there too. If none keeps enough of the search facts, begin with the one that keeps most."""
         by_size = sorted(self.tried, key=lambda each: each.allocation.nbytes, reverse=True)
         enough = [each for each in by_size if is_enough(each.trial.kept, self.keep)]
         each = enough[-1] if enough else max(by_size, key=_get_lowest)
@@ -420,11 +420,11 @@ class CandidateHandle(ModelHandle):
         return super().loaded
 
     def list_decisive(self, *, writes: bool) -> list[str]:
-        """Return that of the original, since its small files are copies of the original's."""
+        """Return the original's, because small files are copies of the original's."""
         return self._candidates.original.list_decisive(writes=writes)
 
     def check_sound(self, on_progress: Listener | None = None) -> None:
-        """Do nothing: it was made from a sound model."""
+        """Do nothing, because the file was made from a sound model."""
 
     def describe(self) -> dict[str, Any]:
         """Describe its files, if they exist."""

@@ -1,6 +1,6 @@
-"""Sensitivity of a model: what rounding each weight alone to each type adds to the divergence of its answers.
+"""Sensitivity of a model: how much rounding each weight to each type adds to the divergence of its answers.
 
-A `Sensitivity` is measured once (`compressknow.study.measuring`) and stored; sizes are fitted by it.
+A `Sensitivity` is measured once (`compressknow.study.measuring`) and stored; types for a size are chosen by it.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from compressknow.model.manifest import SEAL, hash_manifest, seal_manifest
 Guide = Literal["facts", "text", "both"]
 GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
 SCHEMA = 3
-# The fewest facts that tell one weight from another.
+# Minimum number of facts that distinguish weights.
 FEWEST = 30
-# Tokens of the text that guides, unless more are asked for.
+# Default number of tokens of the text that guides.
 FIT_TOKENS = 8_192
-# Weights are compared by the first of these that their rows fit.
+# Types of 4 bits: weights are compared by the first one that fits their rows.
 FOUR_BITS = ("q4_0", "int4/64", "int4/32", "int4/128")
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Effect of rounding one weight to one type, all others as they are.
+    """Effect of rounding one weight to one type, with all others unchanged.
 
     Attributes
     ----------
-    bytes : of the weight, stored so.
+    bytes : size of the weight as this type.
     facts : the KL that it adds to the distribution over a fact's best candidates, in nats per fact; None if no facts
         guided.
     text : the KL that it adds to the next token's distribution, in nats per token; None if no text guided.
-    at_risk : share of the facts that it is expected to make the model forget (0 to 1); None if no facts guided.
+    at_risk : share of the facts that the model is expected to forget (0 to 1); None if no facts guided.
     """
 
     bytes: int
@@ -68,14 +68,14 @@ class TensorSensitivity:
 
     Attributes
     ----------
-    name : of the checkpoint's parameter; that of the embedding where the final layer is tied to it.
-    shape : [out, in] as the module tree has it.
+    name : the checkpoint's parameter; the embedding if the final layer is tied to it.
+    shape : [out, in] in the module tree.
     group : ``attention``, ``feed-forward``, ``final``, ``embedding`` or ``other``.
     layer : number of its block; None outside the blocks.
-    by_type : by the name of the type, in the order of `Guidance.types`; types that its rows do not fit are missing.
+    by_type : effects by type, in the order of `Guidance.types`; types that do not fit its rows are missing.
     stack : ``encoder`` or ``decoder``; None in a model of one stack.
-    module : what it is inside its block, alike for all blocks: ``self_attn.q_proj``.
-    by_domain : how many times the mean over all facts the KL of a domain's facts is; empty if no facts guided.
+    module : its name inside a block, the same in all blocks: ``self_attn.q_proj``.
+    by_domain : the KL of a domain's facts, relative to the mean over all facts; empty if no facts guided.
     """
 
     name: str
@@ -89,21 +89,21 @@ class TensorSensitivity:
 
     @property
     def compared(self) -> str:
-        """Return the type that it is compared with others by: one of 4 bits, where there is one."""
+        """Return the type by which the weight is compared with others, which has 4 bits if one fits."""
         return next((name for name in FOUR_BITS if name in self.by_type), [*self.by_type][-1])
 
     @property
     def saved(self) -> int:
-        """Return the bytes that this type saves, against 16 bits per weight."""
+        """Return the bytes that the compared type saves against 16 bits per weight."""
         return 2 * prod(self.shape) - self.by_type[self.compared].bytes
 
     def per_mb(self, guide: Guide = "both") -> float:
-        """Return the predicted KL for each MB (10^6 bytes) that this type saves."""
+        """Return the predicted KL per MB (10^6 bytes) that the compared type saves."""
         return self.by_type[self.compared].kl(guide) / self.saved * 1e6
 
     @property
     def place(self) -> str:
-        """Return where it lies: ``layer 3``, ``encoder 3``, ``final``, ``embedding``."""
+        """Return the place in the model: ``layer 3``, ``encoder 3``, ``final``, ``embedding``."""
         return self.group if self.layer is None else f"{self.stack or 'layer'} {self.layer}"
 
 
@@ -111,12 +111,12 @@ class TensorSensitivity:
 class Guidance:
     """Facts, text and types that a sensitivity was measured with."""
 
-    form: Literal["gguf", "checkpoint"]  # what the types are types of
+    form: Literal["gguf", "checkpoint"]  # of the file that the types are for
     types: tuple[str, ...]  # the candidates, the largest first
-    facts: int = 0  # how many, each known to the model
+    facts: int = 0  # number of facts, all known to the model
     fingerprint: str | None = None  # a hash of their ids, prompts and candidates
-    tokens: int = 0  # how many tokens of text predicted another
-    text: str | None = None  # a hash of them
+    tokens: int = 0  # number of tokens of text
+    text: str | None = None  # a hash of the text
 
 
 @dataclass(frozen=True, repr=False)
@@ -125,11 +125,11 @@ class Sensitivity(notebook.SummaryRepr):
 
     Attributes
     ----------
-    sha256 : of the model.
+    sha256 : the hash of the model.
     guidance : what it was measured with.
-    rows : a weight each.
-    domains : by name, how many of the facts are of it; those with fewer than 5 are left out.
-    others : how many weights the model has besides those of `rows`.
+    rows : one per weight matrix.
+    domains : number of facts by domain; those with fewer than 5 are left out.
+    others : number of parameters of the model that are not in `rows`.
     """
 
     sha256: str
@@ -140,12 +140,12 @@ class Sensitivity(notebook.SummaryRepr):
 
     @property
     def guides(self) -> Guide:
-        """Return what was measured, of which predictions are made."""
+        """Return what guided the measurement, and can guide predictions."""
         facts, text = self.guidance.facts, self.guidance.tokens
         return "both" if facts and text else "facts" if facts else "text"
 
     def ranked(self, guide: Guide = "both") -> list[TensorSensitivity]:
-        """Return the weights by the KL for each MB that 4 bits save, the largest first."""
+        """Return the weights by KL per MB that 4 bits save, largest first."""
         return sorted(self.rows, key=lambda row: -row.per_mb(guide))
 
     def _summary(self) -> notebook.Summary:
@@ -164,7 +164,7 @@ class Sensitivity(notebook.SummaryRepr):
         }
 
     def predict(self, types: Mapping[str, str], guide: Guide = "both", weight: float = 1.0) -> float:
-        """Return the predicted KL of a mix, a type for each weight that is rounded: the sum over them."""
+        """Return the predicted KL of rounding weights to these types: the sum over the weights."""
         rows = {row.name: row for row in self.rows}
         return sum(rows[name].by_type[chosen].kl(guide, weight) for name, chosen in types.items())
 
@@ -174,7 +174,7 @@ class Sensitivity(notebook.SummaryRepr):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Sensitivity:
-        """Return what `as_json` gave. Raises ValueError, KeyError or TypeError for anything else."""
+        """Build a sensitivity from `as_json` values. Raises ValueError, KeyError or TypeError for anything else."""
         if values.get("schema") != SCHEMA:
             raise ValueError(f"schema {values.get('schema')!r}")
         guidance = {**values["guidance"], "types": tuple(values["guidance"]["types"])}
@@ -186,19 +186,19 @@ class Sensitivity(notebook.SummaryRepr):
 
 
 def name_guide(guide: Guide) -> str:
-    """Return what guides, in words."""
+    """Return the guide in words."""
     return "facts and text" if guide == "both" else guide
 
 
 def check_guide(guide: str) -> None:
-    """Raise UsageError for what guides nothing."""
+    """Raise UsageError for an unknown guide."""
     if guide not in GUIDES:
         raise UsageError(f"--guide: there is no guide {guide!r}.", hint=f"Choose from {', '.join(GUIDES)}.")
 
 
 def can_guide(number: int, facts: str, guide: Guide, *, is_search: bool) -> bool:
-    """Tell whether `number` facts are enough to guide. Raises UsageError if they are not, but must; `facts` begins its
-    message."""
+    """Return whether `number` facts are enough to guide. Raises UsageError if they are not but facts must guide; its
+    message begins with `facts`."""
     if number < FEWEST and guide != "text":
         raise UsageError(
             f"{facts}, and {FEWEST} are needed to guide.",
@@ -209,8 +209,8 @@ def can_guide(number: int, facts: str, guide: Guide, *, is_search: bool) -> bool
 
 
 def open_facts(names: str | Sequence[str] | None, data: str | Path | None) -> list[Probe]:
-    """Open the probes of facts that guide, by default atlas; `data` is the folder of downloaded sets. Raises UsageError
-    for texts and tasks."""
+    """Open the probes whose facts guide, by default atlas; `data` is the folder of downloaded data sets. Raises
+    UsageError for texts and tasks."""
     probes = []
     for each in open_named(names, Options(data=None if data is None else Path(data))):
         if not isinstance(each, Probe):
@@ -220,13 +220,13 @@ def open_facts(names: str | Sequence[str] | None, data: str | Path | None) -> li
 
 
 def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
-    """Store a sensitivity, with the hash of its content, whole or not at all."""
+    """Write a sensitivity atomically, with a hash of its content."""
     sealed = seal_manifest({"sensitivity": sensitivity.as_json()})
     write_whole(path, json.dumps(sealed, separators=(",", ":")).encode())
 
 
 def read_sensitivity(path: Path, sha256: str, guidance: Guidance) -> Sensitivity | None:
-    """Return what was stored of this model and guidance; None if there is nothing, something else, or damage."""
+    """Return the stored sensitivity of this model and guidance; None if it is missing, different or damaged."""
     try:
         record = read_json(path, RECORD)
         if record[SEAL] != hash_manifest(record):

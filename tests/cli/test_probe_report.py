@@ -150,7 +150,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "an early and strict gate": (
         (*REPORT, "--fail-under", "0.9", "--early", "--strict"),
         2,
-        ("--early and --strict exclude each other",),
+        ("--early and --strict cannot be combined",),
     ),
     "an early gate of several wordings": (
         ("report", "{place}/llama", "{place}/llama-5", "--templates", "3", "--fail-under", "0.9", "--early"),
@@ -184,7 +184,7 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
         1,
         ("/proc",),
     ),
-    "two outputs of one name": ((*REPORT, "-o", "a.md", "-o", "./a.md"), 2, ("Two reports have one name",)),
+    "two outputs of one name": ((*REPORT, "-o", "a.md", "-o", "./a.md"), 2, ("Two reports have the same name",)),
     "a probe that was not asked": ((*REPORT, "-p", "atlas"), 2, ("was not evaluated on atlas", "facts:facts.jsonl")),
     "answers of another family": (
         ("report", "{place}/on-bert", "{place}/on-llama"),
@@ -327,7 +327,7 @@ def test_a_file_of_a_checkpoint_is_never_replaced(run: Run, tmp_path: Path, name
     for file in ("config.json", "tokenizer.json"):
         (tmp_path / file).write_text('{"schema": 1, "verdict": "mine"}')
     before = (tmp_path / name).read_bytes()
-    refused(run(*REPORT, "-o", name, "--overwrite"), 1, f"{name} lies in a checkpoint folder: not overwritten")
+    refused(run(*REPORT, "-o", name, "--overwrite"), 1, f"{name} is in a checkpoint folder: not overwritten")
     assert (tmp_path / name).read_bytes() == before
 
 
@@ -492,7 +492,7 @@ def test_a_strict_gate_that_so_few_facts_cannot_tell_ends_with_4(run: Run) -> No
     assert run(*gated).code == 0
     ended = run(*gated, "--strict")
     assert ended.code == 4
-    assert "It cannot be told yet whether 99 % of the knowledge is kept" in ended.err
+    assert "It is undecided whether 99 % of the knowledge is kept" in ended.err
     assert run("report", "{place}/on-llama", "{place}/on-llama-8", "--fail-under", "0.99", "--strict").code == 3
 
 
@@ -514,7 +514,7 @@ def test_what_to_do_next_stands_below_the_verdict(run: Run, place: Path) -> None
     assert lines[line - 1] == ""
     said = " ".join(lines[line:])
     # The manifest has the recipe, and 80 % was too much.
-    assert "less than 95 % is kept; prune 40 % of the weights in place of 80 %" in said
+    assert "less than 95 % is kept; prune 40 % of the weights instead of 80 %" in said
     assert f"compressknow convert {place / 'llama'} OUTPUT --prune 0.4" in said
 
 

@@ -54,8 +54,8 @@ def test_a_report_tells_the_speed_and_the_memory_of_both(place: Path, tmp_path: 
         assert speed.tokens_per_second > 0
         assert 0 < int(speed.peak_bytes or 0) < held.nbytes
     page = (tmp_path / "report.html").read_text()
-    assert "Facts a second" in page
-    assert "Tokens a second" in page
+    assert "Facts per second" in page
+    assert "Tokens per second" in page
 
 
 @needs_gguf

@@ -153,7 +153,7 @@ def test_experts_have_fewer_bits_than_8_where_a_type_is_given(
 @needs_converter
 def test_a_type_that_a_weight_cannot_have_is_refused_with_the_reason(tmp_path: Path) -> None:
     source = checkpoint("llama", tmp_path / "model", torch.float32)
-    with pytest.raises(UsageError, match=r"--must f16: blk.0.attn_q.weight(.|\n)*of floats it can have its own alone"):
+    with pytest.raises(UsageError, match=r"--must f16: blk.0.attn_q.weight(.|\n)*the only float type is its own"):
         fitted(source, tmp_path / "out.gguf", SizeTarget(2_000_000, must=(("attention", "f16"),)))
 
 

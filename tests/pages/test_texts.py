@@ -254,5 +254,5 @@ def test_other_texts_and_gates_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CompressknowError, match="different texts, or different chunks"):
         make_card(answers(chunks(1), "a"), [answers(chunks(2), "b", fingerprint="g")])
     card = make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")])
-    with pytest.raises(UsageError, match="holds models to facts"):
+    with pytest.raises(UsageError, match="needs facts"):
         hold_to_gates(card, replace(card, gates=parse_gates(0.9)))

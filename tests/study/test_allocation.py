@@ -102,7 +102,7 @@ def test_an_error_says_what_makes_the_smallest_file():
     assert str(caught.value).splitlines() == [
         "5.0 MB is too small: the smallest file has 10.5 MB.",
         "That is head (q4) 9.0 MB, one (q2) 1.0 MB, and 500.0 kB of vocabulary, norms and metadata.",
-        "Give --size 10500000 or more. What --must asks for counts too.",
+        "Give --size 10500000 or more. Types that --must sets count too.",
     ]
     others = {f"t{place}": {"q2": TypeOption(1000 * (9 - place), 1)} for place in range(9)}
     with pytest.raises(UsageError, match=r"one \(q2\) 1\.0 MB, t0 \(q2\) 9\.0 kB, 8 others 36\.0 kB, and 500\.0 kB of"):
@@ -111,5 +111,5 @@ def test_an_error_says_what_makes_the_smallest_file():
 
 def test_what_is_joined_and_has_no_type_in_common_is_named():
     table = {"q": {"q4": TypeOption(4, 1)}, "k": {"q8": TypeOption(8, 0)}}
-    with pytest.raises(UsageError, match="qk must be of one type, and have none in common"):
+    with pytest.raises(UsageError, match="qk must share a type, but have none in common"):
         join_options(table, {"qk": ("q", "k")})

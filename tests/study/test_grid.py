@@ -294,7 +294,7 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ('[axes]\nprune = [0.5]\nmethod = ["wanda"]\ncalibration = [{txt = "self"}]', "calibration: unknown key 'txt'"),
         (
             '[axes]\nprune = [0.5]\nmethod = ["wanda"]\ncalibration_tokens = [9]\ncalibration = [{tokens = 9}]',
-            "calibration has tokens already",
+            "calibration already has tokens",
         ),
         ("[[cells]]\nprune = 0.5\nsmooth = 0.5", "smooth applies to quantization"),
         ('[[cells]]\nquantize = "int4"\nsmooth = 0.5', "nothing to smooth"),

@@ -247,7 +247,7 @@ def test_the_search_says_that_facts_which_grade_stand_in_its_text(place: Place) 
     # The first 256 tokens of the text have some of its facts alone.
     assert all(f"{answer.sub_label}" in text for answer in graded.answers)
     assert 0 < counts["found"] < counts["facts"] == counts["known"] == len(graded.answers)
-    told = f"Of {counts['facts']} facts, {counts['found']} stand in the "
+    told = f"Of {counts['facts']} facts, {counts['found']} appear in the "
     assert f"{told}calibration text" in (folder / "search.html").read_text(encoding="utf-8")
     assert f"{told}calibration text" in (folder / "report.md").read_text(encoding="utf-8")
 
@@ -569,7 +569,7 @@ def test_where_every_type_must_be_a_size_above_that_of_the_file_is_enough(llama:
         (["--keep", "0.9", "--must", "atention=none"], "Did you mean attention?", 2),
         (["--keep", "0.9", "--must", "blocks=none"], "No weight may be rounded", 2),
         (["--size", "50kB"], "50.0 kB is too small: the smallest file has 10", 2),
-        (["--size", "5MB"], "5.0 MB is not less than the whole model has", 2),
+        (["--size", "5MB"], "5.0 MB is not less than the whole model", 2),
         (["--size", "some"], "that is not a size", 2),
     ],
 )

@@ -48,7 +48,7 @@ WORDS = ("--facts", "facts:facts.jsonl", "--calibration", "text.txt", "--calibra
 def test_the_answers_of_a_report_stay_where_some_of_its_facts_guide(
     at_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressknow.study.guides.ASKED", 40)
+    monkeypatch.setattr("compressknow.study.guides.EVALUATED", 40)
     compressknow.convert("llama", at_home / "pruned", prune=0.3)
 
     def report() -> set[str]:

@@ -429,7 +429,7 @@ def test_a_study_says_that_the_facts_stand_in_a_calibration_text(llama: Place) -
     for _ in range(2):  # a study that resumes says so too
         assert llama.sweep("told", grid=grid) == 0
         page = " ".join((llama.folder / "told" / "study.md").read_text(encoding="utf-8").split())
-        assert page.count("16 stand in the calibration text") == page.count("> **Note:** Of 64 facts, 16 stand in") == 1
+        assert page.count("16 appear in the calibration") == page.count("> **Note:** Of 64 facts, 16 appear in") == 1
         assert "was calibrated on" not in page
 
 

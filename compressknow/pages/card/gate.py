@@ -1,4 +1,4 @@
-"""Check models against gates, report that as an error, JUnit XML and a job summary, and recommend a model."""
+"""Check models against gates, report results as an error, JUnit XML and a job summary, and recommend a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _RESULTS = {True: "met", False: "not met", None: "undecided"}
 
 
 def parse_gates(values: float | str | Sequence[float | str] | None, *, strict: bool = False) -> tuple[Gate, ...]:
-    """Return the gates of ``--fail-under``: shares, ``90%``, ``NAME=SHARE``. Raises UsageError for what is none.
+    """Return the gates of ``--fail-under``: shares, ``90%``, ``NAME=SHARE``. Raises UsageError for anything else.
 
     >>> parse_gates([0.9, "science=85%"])
     (Gate(least=0.9, of=None, strict=False), Gate(least=0.85, of='science', strict=False))
@@ -34,14 +34,14 @@ def parse_gates(values: float | str | Sequence[float | str] | None, *, strict: b
     listed = [] if values is None else [values] if isinstance(values, float | int | str) else list(values)
     gates = [_parse(value, strict=strict) for value in listed]
     if twice := next((gate for place, gate in enumerate(gates) if gate.of in [g.of for g in gates[:place]]), None):
-        raise UsageError(f"--fail-under is given twice for {twice.of or 'all facts'}.", hint="Leave one of them out.")
+        raise UsageError(f"--fail-under is given twice for {twice.of or 'all facts'}.", hint="Leave out one of them.")
     return tuple(gates)
 
 
 def _parse(value: float | str, *, strict: bool) -> Gate:
     name, sign, text = value.rpartition("=") if isinstance(value, str) else ("", "", str(value))
     if sign and not name.strip():
-        hint = "Is a variable of your script not set?"
+        hint = "Is a variable in your script unset?"
         raise UsageError(f"--fail-under {value} names no domain or relation.", hint=hint)
     number = text.strip().removesuffix("%")
     try:
@@ -52,50 +52,49 @@ def _parse(value: float | str, *, strict: bool) -> Gate:
     if not 0 <= least <= 1:
         raise UsageError(
             f"--fail-under must be between 0 and 1: {text.strip() or value}.",
-            hint="Write 95 % as 0.95 or 95%, and of a domain science=0.85.",
+            hint="Write 95 % as 0.95 or 95%, and a gate on a domain as science=0.85.",
         )
     return Gate(least, name.strip() or None, strict)
 
 
 def check_gates(gates: Sequence[Gate], *, strict: bool = False, early: bool = False, models: int = 1) -> None:
-    """Raise UsageError if `strict` or `early` have no gate to decide, or one that cannot be decided early."""
+    """Raise UsageError if `strict` or `early` lacks a gate to decide, or has one that it cannot decide."""
     if not gates and (strict or early):
         option = "--strict" if strict else "--early"
         raise UsageError(f"{option} needs a gate.", hint=f"Add --fail-under SHARE, or leave out {option}.")
     if strict and any(gate.least == 1 for gate in gates):
         raise UsageError(
             "--strict with a gate of 100 % is never met: no number of facts shows that nothing at all is lost.",
-            hint="Choose a lower --fail-under, or leave out --strict to go by the share alone.",
+            hint="Choose a lower --fail-under, or leave out --strict to use the share alone.",
         )
     if not early:
         return
     if [gate.of for gate in gates] != [None]:
-        raise UsageError("--early decides one gate, of all facts.", hint="Give one --fail-under SHARE.")
+        raise UsageError("--early decides a single gate, on all facts.", hint="Give one --fail-under SHARE.")
     if models > 1:
         raise UsageError(
             f"--early decides for one compressed model, not for {models}.",
-            hint="Give one, or leave out --early: each of several would need facts of its own.",
+            hint="Give one model, or leave out --early: each of several would need its own facts.",
         )
     if strict:
         raise UsageError(
-            "--early and --strict exclude each other: --early goes on until it can tell.", hint="Leave one of them out."
+            "--early and --strict cannot be combined: --early continues until it can decide.",
+            hint="Leave out one of them.",
         )
 
 
 def hold_to_gates(result: object, card: Card) -> None:
-    """Hold every compressed model to each gate of a card; errors bear the `result` that the caller has made.
+    """Check every compressed model against each gate of a card; errors carry the caller's `result`.
 
-    Where it is strict, a model whose interval reaches to both sides of a gate has neither met nor missed it.
+    A model whose interval spans a strict gate has neither met nor missed it.
 
-    Raises GateNotMet if a model keeps less, or where the original knew nothing that could be kept; GateUndecided
-    if that is undecided for one and all others meet it; UsageError if no facts were evaluated.
+    Raises GateNotMet if a model keeps less, or if the original knew nothing that could be kept; GateUndecided if that
+    is undecided for one model and all others meet it; UsageError if no facts were evaluated.
     """
     if not card.gates:
         return
     if any(comparison.only_texts for comparison in card.comparisons):
-        raise UsageError(
-            "--fail-under holds models to facts, and none were evaluated.", hint="Add a probe of facts: -p atlas."
-        )
+        raise UsageError("--fail-under needs facts, and none were evaluated.", hint="Add a probe of facts: -p atlas.")
     labels = label_models(card.comparisons)
     judged = [
         (label, comparison, gate, gate.is_met(comparison))
@@ -108,7 +107,7 @@ def hold_to_gates(result: object, card: Card) -> None:
         unmet = GateNotMet(
             f"Less than {describe_share(gate for *_, gate in failed)} is kept: "
             f"{'; '.join(_describe_shortfall(label, c, gate) for label, c, gate in failed)}.",
-            hint="The report says which facts and domains were lost; compress less, or lower --fail-under."
+            hint="The report lists the lost facts and the domains; compress less, or lower --fail-under."
             if is_known
             else "Choose facts that the original knows (-p PROBE).",
         )
@@ -117,8 +116,7 @@ def hold_to_gates(result: object, card: Card) -> None:
             f"{f'of {gate.of}, ' if gate.of else ''}{label} keeps {_write_kept(c, gate)}" for label, c, gate in unsure
         )
         unmet = GateUndecided(
-            f"It cannot be told yet whether {describe_share(gate for *_, gate in unsure)} is kept: "
-            f"{'; '.join(shares)}.",
+            f"It is undecided whether {describe_share(gate for *_, gate in unsure)} is kept: {'; '.join(shares)}.",
             hint=_advise_more_facts([(c, gate) for _, c, gate in unsure]),
         )
     else:
@@ -128,7 +126,7 @@ def hold_to_gates(result: object, card: Card) -> None:
 
 
 def describe_share(gates: Iterable[Gate]) -> str:
-    """Return ``95 % of the knowledge``, of one gate; of several, no number."""
+    """Return ``95 % of the knowledge`` for one gate; for several, words without a number."""
     several = list(dict.fromkeys(gates))
     if len(several) > 1:
         return "what --fail-under asks"
@@ -136,15 +134,15 @@ def describe_share(gates: Iterable[Gate]) -> str:
 
 
 def _advise_more_facts(unsure: Sequence[tuple[Comparison, Gate]]) -> str:
-    """Say how many known facts would tell of all, were the shares kept as they are."""
+    """Say how many known facts would decide all gates if the shares kept stayed the same."""
     needed = [estimate_facts_needed(comparison, gate.least) for comparison, gate in unsure if not gate.of]
-    share_alone = "or leave out --strict to go by the share alone."
+    or_share = "or leave out --strict to use the share alone."
     if None in needed:
-        return f"More of these facts would not soon tell: choose other probes (-p), {share_alone}"
+        return f"More of these facts would not soon decide it: choose other probes (-p), {or_share}"
     if len(needed) < len(unsure):
-        return f"Evaluate more facts (--limit, more probes), {share_alone}"
+        return f"Evaluate more facts (--limit, more probes), {or_share}"
     about = round_up(max(*filter(None, needed), *(c.counts.known_before + 1 for c, _ in unsure)))
-    return f"Evaluate more facts (--limit, more probes): about {about} that the original knows would tell."
+    return f"Evaluate more facts (--limit, more probes): about {about} that the original knows would decide it."
 
 
 def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
@@ -157,7 +155,7 @@ def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
 
 
 def render_junit(card: Card) -> str:
-    """Return gates as test cases, a suite per model; one that is not met fails, and so does an ``undecided`` one."""
+    """Return gates as test cases, one suite per model; a gate that is not met, or is undecided, fails."""
     suites = Element("testsuites", name="compressknow")
     for name, comparison in zip(name_models(card), card.comparisons, strict=True):
         suite = SubElement(suites, "testsuite", name=name, tests=str(len(card.gates)))
@@ -176,13 +174,13 @@ def render_junit(card: Card) -> str:
 
 
 def render_job_summary(card: Card) -> str:
-    """Return as Markdown a card's gates, then which of several models to take, or one's domains and first losses."""
+    """Return Markdown with the results of gates and, of a single model, its worst domains and some lost facts."""
     results = [
         (name, write_size(each.model.bytes), *(clean(cell, 80) for cell in cells))
         for name, each in zip(name_models(card), card.comparisons, strict=True)
         for cells in list_results(card, each)
     ]
-    # If there are too many, leave out those that are met first.
+    # If there are too many, leave out gates that are met.
     shown = sorted(results, key=lambda cells: cells[-1] == _RESULTS[True])[:_MOST_RESULTS]
     single = card.comparisons[0] if len(card.comparisons) == 1 else None
     grades = single.grades if single else ()
@@ -200,7 +198,7 @@ def render_job_summary(card: Card) -> str:
 
 
 def list_results(card: Card, comparison: Comparison) -> list[tuple[str, str, str]]:
-    """Return each gate of a card in words, what a model keeps of its facts, and whether the gate is met."""
+    """Return each gate of a card in words, what the model keeps of its facts, and the result."""
     return [(gate.in_words, _write_kept(comparison, gate), _RESULTS[gate.is_met(comparison)]) for gate in card.gates]
 
 
@@ -225,12 +223,12 @@ def recommend_model(
     within: int | None = None,
     broken: Collection[int] = (),
 ) -> Recommendation | None:
-    """Choose the smallest model that keeps enough; None if they were not evaluated on the same facts, or none knows
-    any.
+    """Choose the smallest model that keeps enough; None if the models were not evaluated on the same facts, or the
+    original knew none.
 
-    The gates say what is enough. Without them it is what rounding alone keeps, as far as both intervals tell; where
-    that is not known or none keeps it, what no test tells from the model that keeps most. `within` are the most bytes
-    that a model may have, `broken` the places of those that produce NaN.
+    The gates define enough. Without gates, it is what rounding alone keeps, within both intervals; if that is unknown
+    or no model keeps it, it is what no test distinguishes from the model that keeps most. `within` is the maximum size
+    in bytes, `broken` the indices of models that produce NaN.
     """
     probes = [{probe.probe for probe in c.probes} for c in comparisons]
     if any(each != probes[0] for each in probes) or not any(c.counts.known_before for c in comparisons):
@@ -243,7 +241,7 @@ def recommend_model(
     sound = {place: size for place, size in enumerate(sizes) if size is not None and place not in broken}
     fitting = [place for place, size in sound.items() if within is None or size <= within]
     if not sound:
-        return conclude(None, "None is recommended: no model without NaN has a known size.")
+        return conclude(None, "None is recommended: no working model has a known size.")
     if not fitting:
         least, which = min(sound, key=sound.__getitem__), " without NaN" if broken else ""
         return conclude(
@@ -255,7 +253,7 @@ def recommend_model(
     rounding = estimate_rounding_kept(list_probes(comparisons))
     best, before = max(fitting, key=lambda place: standing[place].keeps), ""
     if gates:
-        # A model that keeps as much may miss a strict gate because of its interval.
+        # A model that keeps more may still miss a strict gate because of its interval.
         floor, sure = join_names([gate.in_words for gate in gates]), "surely " if gates[0].strict else ""
         enough = [i for i in fitting if all(gate.is_met(comparisons[i]) for gate in gates)]
         one, several = f"that {sure}keeps {floor}", f"that {sure}keep {floor}"
@@ -265,11 +263,11 @@ def recommend_model(
     else:
         floor = f"rounding alone, which keeps {write_estimate(rounding)}" if rounding.value is not None else ""
         enough = [place for place in fitting if _may_keep_as_much(comparisons[place].kept, rounding)]
-        one = several = f"that the intervals do not tell from {floor}"
+        one = several = f"that the intervals do not distinguish from {floor}"
     if not enough:
         enough = [best, *(place for place in standing[best].alike if place in fitting)]
         before = f"none keeps as much as {floor}; " if floor else ""
-        one, several = "that keeps as much", f"that no test tells from {labels[best]}, which keeps most"
+        one, several = "that keeps as much", f"that no test distinguishes from {labels[best]}, which keeps most"
     taken = find_smallest(enough, sizes, standing)
     assert taken is not None  # All that fit have a size.
     which = (
@@ -279,15 +277,15 @@ def recommend_model(
     )
     alike = join_names([f"{labels[place]} ({write_size(sizes[place])})" for place in standing[taken].alike])
     rest = "the other" if len(comparisons) == 2 else "each of the others"
-    others = f"No test tells it from {alike}." if alike else f"What {rest} keeps differs by more than chance."
+    others = f"No test distinguishes it from {alike}." if alike else f"What {rest} keeps differs by more than chance."
     kept = write_estimate(comparisons[taken].kept)
     reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it is {which}. It keeps {kept}. {others}"
     return conclude(taken, reason)
 
 
 def _may_keep_as_much(kept: Estimate, rounding: Estimate) -> bool:
-    """Tell whether a model may keep as much as rounding alone does, by the interval of the difference (MOVER, from both
-    intervals): a sample in which rounding lost nothing does not prove that it never does."""
+    """Return whether a model may keep as much as rounding alone does, by the interval of the difference (MOVER, from
+    both intervals): a sample in which rounding lost nothing does not prove that it never does."""
     if None in (kept.value, kept.high, rounding.value, rounding.low):
         return False
     room = math.hypot((kept.high or 0.0) - (kept.value or 0.0), (rounding.value or 0.0) - (rounding.low or 0.0))
@@ -295,7 +293,7 @@ def _may_keep_as_much(kept: Estimate, rounding: Estimate) -> bool:
 
 
 def mark_models(decision: Recommendation, labels: Sequence[str]) -> list[str]:
-    """Say of each model that it is recommended, or unbeaten at its size, or beaten by a smaller one."""
+    """Return for each model whether it is recommended, unbeaten at its size, or beaten by a smaller one."""
     marks = []
     for standing in decision.standings:
         beaten = "beaten by" if standing.is_surely_beaten else "perhaps beaten by"

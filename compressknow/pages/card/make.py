@@ -1,4 +1,4 @@
-"""Make the report card of one original and its compressed models from their answers, and say how it was made."""
+"""Make the report card of one original and its compressed models from their answers, and describe the method."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SCORING = {
 _REQUIRED = ("name", "sha256", "architecture", "family")
 # Fields that a server may leave out.
 _OF_FILES = ("parameters", "bytes", "dtype")
-# The answers of a model that produces NaN give no advice on compression.
+# Figures of a model that produces NaN support no advice on compression.
 _REPAIR = "Next: find an intact copy of the model that produces NaN; these figures mean nothing."
 
 
@@ -58,7 +58,7 @@ def make_card(
     show_facts : False leaves the text of every fact out of the card.
     known : what counts as known: ``recognized`` (or better) or only ``produced``.
     command : the command line to show.
-    early : how a gate was decided before all facts were evaluated, if it was; of one compressed model.
+    early : how a gate was decided before all facts were evaluated, if it was; for one compressed model only.
     path : the original as the user gave it, where that can be converted.
     gates, within : what decides which of several models is recommended; see `card.gate.recommend_model`. The advice on
         each model follows the gates too.
@@ -66,10 +66,10 @@ def make_card(
     Raises
     ------
     CompressknowError : a compressed model is of another family or vocabulary, shares no probe with the original, or
-        was evaluated on other prompts; the answers do not tell what is ``produced``.
+        was evaluated on other prompts; the answers do not record what is ``produced``.
     """
     if not compressed:
-        raise UsageError("There is no compressed model to compare.", hint="Give at least one besides the original.")
+        raise UsageError("There is no compressed model to compare.", hint="Give at least one after the original.")
     original, *compressed = (apply_reading(answers, known) for answers in (original, *compressed))
     by_wording = [original, *compressed]
     original, *compressed = map(merge_wordings, by_wording)
@@ -77,7 +77,7 @@ def make_card(
     comparisons = []
     for answers, wordings in zip(compressed, by_wording[1:], strict=True):
         compared = compare(original, answers, show_facts=show_facts, early=early, path=path, gates=gates)
-        # The figures of each wording are of answers that are not put together yet.
+        # The figures of each wording come from the answers before wordings are merged.
         probes = (
             replace(p, wordings=compare_wordings(by_wording[0].of(p.probe), wordings.of(p.probe)))
             for p in compared.probes
@@ -134,12 +134,12 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
 
 
 def read_model_facts(record: ModelRecord) -> ModelRecord:
-    """Return the model of a ``probe.json``, fit to be shown. Raises CompressknowError if it says too little."""
+    """Return the model of a ``probe.json``, ready to be shown. Raises CompressknowError if fields are missing."""
     required = _REQUIRED if is_on_server(record) else (*_REQUIRED, *_OF_FILES)
     missing = [key for key in required if getattr(record, key) is None]
     if missing:
         raise CompressknowError(
-            f"The record of the answers lacks the model's {', '.join(missing)}.",
+            f"The record of the answers does not name the model's {', '.join(missing)}.",
             hint="Probe the model again with this version.",
         )
     return replace(record, groups=record.groups or {}, dtype=record.dtype or UNKNOWN)
@@ -203,7 +203,7 @@ def compare(
 
 
 def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate]) -> str:
-    """Return what to do next: of a domain or relation it is enough that a gate is missed."""
+    """Return what to do next; a missed gate of a domain or relation is reason enough to compress less."""
     met = {gate: gate.is_met(comparison) for gate in gates}
     missed = [gate for gate in gates if met[gate] is False]
     unsure = [gate for gate in gates if gate.of and met[gate] is None]
@@ -211,7 +211,7 @@ def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate]) -> 
         return verdict.advise_less(comparison, f"less than {describe_share(missed)} is kept", path)
     least = next((gate.least for gate in gates if gate.of is None), verdict.ENOUGH)
     if unsure and (comparison.kept.low or 0.0) >= least:
-        return f"Next: evaluate more facts: these do not tell whether {describe_share(unsure)} is kept."
+        return f"Next: evaluate more facts: these do not show whether {describe_share(unsure)} is kept."
     return verdict.write_advice(comparison, path, least)
 
 
@@ -230,7 +230,7 @@ def _compare_text(original: Answers, compressed: Answers, name: str) -> TextFigu
 def describe_method(
     original: Answers, comparisons: Sequence[Comparison], of_sections: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Say how the probes were run and judged, how sections compute what they alone show, and the limits of that."""
+    """Say how the probes were run and judged, how sections compute their own figures, and the limits of that."""
     probes = warnings.list_probes(comparisons)
     of_texts = (TEXT_METHOD,) if any(comparison.texts for comparison in comparisons) else ()
     if not probes and of_texts:
@@ -250,7 +250,7 @@ def describe_method(
 def _describe_probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[Answer]) -> str:
     name = clean(figures.probe, 60)
     how = _describe_source(figures.probe) or f"protocol {clean(figures.protocol, 60)}, {_describe_choices(answers)}"
-    limited = f", a sample of {count(figures.limit)} by seed {figures.seed}" if figures.limit is not None else ""
+    limited = f", a sample of {count(figures.limit)} with seed {figures.seed}" if figures.limit is not None else ""
     left_out = sum(figures.dropped.values())
     reasons = "; ".join(f"{clean(reason, 120)}: {count(n)}" for reason, n in figures.dropped.items() if n)
     dropped = f", {count(left_out)} left out ({reasons})" if left_out else ", none left out"
@@ -265,7 +265,7 @@ def _describe_probe(figures: ProbeFigures, entry: ProbeEntry, answers: Sequence[
 
 
 def _describe_source(probe: str) -> str | None:
-    """Say how its answers came about, where not by the scorers of this package, as its source has it."""
+    """Say how a probe's source evaluates it, if the scorers of this package do not."""
     source = find_source(probe)
     return source.evaluated if source else None
 
@@ -280,27 +280,27 @@ def _describe_choices(answers: Sequence[Answer]) -> str:
 
 def _describe_figures() -> Iterator[str]:
     yield (
-        "Knowledge kept is the share of the facts that the original answers right which the compressed model answers "
-        "right too. Beyond chance it is (kept - g) / (1 - g), g being the mean of 1 / number of answers."
+        "Knowledge kept is the share of the facts the original answers right that the compressed model also answers "
+        "right. Above chance it is (kept - g) / (1 - g), where g is the mean of 1 / number of answers."
     )
     yield (
         "Intervals are 95 %: Wilson's for shares, Newcombe's (1998, method 10) for the difference of paired shares, "
         f"and for means over relations a paired bootstrap within relations ({count(RESAMPLES)} resamples, seed "
-        f"{SEED}). That of knowledge kept is over relations where there are {FEWEST} or more: facts of a relation are "
-        "kept and lost together."
+        f"{SEED}). The interval of knowledge kept is over relations if there are {FEWEST} or more, because facts of "
+        "one relation are kept and lost together."
     )
     yield (
-        "p-values (two-sided) say whether chance could explain the balance of facts lost and gained. What chance draws "
-        f"is a relation, not a fact: with {FEWEST_SIGNS} relations or more, p counts all flips of the signs of their "
-        "net changes; with fewer, it is the larger one of Student's t-test by the jackknife over relations and the "
-        f"exact McNemar test; with fewer than {FEWEST}, that of the McNemar test. In a table of groups, p-values are "
-        "adjusted by Holm's method."
+        "p-values (two-sided) say whether chance could explain the balance of facts lost and gained. Chance "
+        f"draws relations, not facts: with {FEWEST_SIGNS} relations or more, p is from a test that flips the signs of "
+        "their net changes; with fewer, it is the larger of those of Student's t-test by the jackknife over relations "
+        f"and of the exact McNemar test; with fewer than {FEWEST}, it is that of the McNemar test. In a table of "
+        "groups, p-values are adjusted by Holm's method."
     )
     yield (
         "How far answers moved is KL(original || compressed) in nats at the answer's first position, over the whole "
-        'vocabulary. Where it says "at least", it is over the '
-        f"original's {REFERENCE_TOKENS} most likely tokens and the rest taken together, and what moves within the rest "
-        "is not seen: over the whole vocabulary the divergence is at least that. Calibration error (ECE) uses "
+        'vocabulary. "At least" marks a lower bound, the KL over the '
+        f"original's {REFERENCE_TOKENS} most likely tokens with all others taken as one: what moves among the others "
+        "is not seen. Calibration error (ECE) uses "
         f"{CALIBRATION_BINS} bins of equal width; popularity has up to {POPULARITY_BINS} bins of about equal size."
     )
     scale = ", ".join(f"{name} from {least} %" for name, least in SCALE)
@@ -310,7 +310,7 @@ def _describe_figures() -> Iterator[str]:
 
 def _describe_limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
     yield (
-        "Limits: a fact is judged by the wording that it was put in. Other wordings may give other results, and a lost "
+        "Limits: a fact is judged by the wording that was used. Other wordings may give other results, and a lost "
         "fact may rank second."
     )
     if any(probe.chance for probe in probes):
@@ -321,11 +321,11 @@ def _describe_limits(probes: Iterable[ProbeFigures]) -> Iterator[str]:
 
 
 def _check_comparable(original: Answers, compressed: Answers) -> None:
-    """Raise CompressknowError if models cannot be set side by side fact by fact."""
+    """Raise CompressknowError if the models cannot be compared fact by fact."""
     before, after = original.record.model, compressed.record.model
     shared = [original.record.probes[name] for name in original.probes if name in compressed.probes]
-    # Bits per byte of a text compare whatever its tokens are; and so do texts where another runtime than transformers
-    # gave answers, of which tokens may not be known.
+    # Bits per byte are comparable for any tokens. Answers from another runtime than transformers are compared as text,
+    # because its tokens may be unknown.
     by_text = (bool(shared) and all(entry.text for entry in shared)) or before.runtime or after.runtime
     for key in ("family",) if by_text else ("family", "vocabulary"):
         check_alike(key, (before.name, getattr(before, key)), (after.name, getattr(after, key)))

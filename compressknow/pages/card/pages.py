@@ -1,4 +1,4 @@
-"""Show a report card: what it says, as text in order, and that as HTML, Markdown and JSON; charts of several models.
+"""Write a report card as HTML, Markdown and JSON, with charts of several models.
 
 All texts of models and facts go through `clean` here; the templates escape for their own syntax.
 """
@@ -25,7 +25,7 @@ from compressknow.pages.drawing import INK, SERIES, Line, Mark, Tradeoff, draw_t
 from compressknow.pages.records import Card, Comparison, name_models, write_estimate, write_range
 from compressknow.pages.texts import write_perplexity, write_text_headline
 
-_FEWEST = 3  # fewer models are told apart at a glance at the table
+_FEWEST = 3  # models; for fewer, the table is clear at a glance
 _SHAPES = (("o", SERIES[0]), ("s", SERIES[1]), ("^", SERIES[2]), ("v", SERIES[3]))
 _MOST_BARS = 15
 _AMOUNT = re.compile(r"(?P<scope>.*\S)\s+(?P<amount>\d+(?:\.\d+)?)\s*%")
@@ -37,17 +37,17 @@ def name_runtime(model: ModelRecord) -> str:
 
 
 def name_deployment(model: ModelRecord) -> str:
-    """Return the runtime and precision, or build, that a model's speed was measured in."""
+    """Return the runtime and the precision or build in which a model's speed was measured."""
     computed_in = str(model.speed.computed_in or "") if model.speed else ""
     name = name_runtime(model)
     return computed_in if computed_in.startswith(name) else ", ".join(filter(None, (name, computed_in)))
 
 
 def chart_costs(card: Card, names: Sequence[str]) -> Iterator[Tradeoff]:
-    """Yield knowledge kept by size and by speed, each where three or more models of these names differ in it."""
+    """Yield charts of knowledge kept by size and by speed, each if three or more of the models differ in it."""
     for title, axis, get_cost in (
         ("size on disk", "size on disk, MB", _get_size),
-        ("tokens a second", "tokens a second", _get_speed),
+        ("tokens per second", "tokens per second", _get_speed),
     ):
         marks = []
         for number, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1):
@@ -75,14 +75,14 @@ def chart_costs(card: Card, names: Sequence[str]) -> Iterator[Tradeoff]:
         )
 
 
-# Costs of a model: where it stands on the axis, that in words, and in what it runs.
+# Costs of a model: its value on the axis, the same as text, and the runtime.
 def _get_size(model: ModelRecord) -> tuple[float, str, str] | None:
     return None if model.bytes is None else (model.bytes / 1e6, write_size(model.bytes), name_runtime(model))
 
 
 def _get_speed(model: ModelRecord) -> tuple[float, str, str] | None:
     rate = model.speed.tokens_per_second if model.speed else None
-    return None if rate is None else (rate, f"{rate:,.1f} tokens a second", name_deployment(model))
+    return None if rate is None else (rate, f"{rate:,.1f} tokens per second", name_deployment(model))
 
 
 def chart_setups(comparisons: Sequence[Comparison], names: Sequence[str], id: str) -> tuple[str, ...]:
@@ -94,16 +94,16 @@ def chart_setups(comparisons: Sequence[Comparison], names: Sequence[str], id: st
         title = "Knowledge kept by how much was pruned"
         charts.append(drawing.draw_lines(lines, f"{id}-lines", title, start=1, levels=levels))
     bars = [drawing.Bar(names[i], comparisons[i].kept) for i in others if comparisons[i].kept.value is not None]
-    # Many bars would repeat the overview's, one below the other.
+    # Many bars would only repeat those of the overview.
     if bars and len(others) <= _MOST_BARS:
         charts.append(drawing.draw_bars(bars, f"{id}-bars", "Knowledge kept by compressed model", levels=levels))
     return tuple(charts)
 
 
 def split_setups(comparisons: Sequence[Comparison]) -> tuple[tuple[Line, ...], tuple[int, ...]]:
-    """Return scopes of which at least two amounts were pruned, and the places of all other comparisons.
+    """Return a line for each scope that was pruned by at least two amounts, and the indices of all other comparisons.
 
-    More scopes than there are ways of drawing a line are left to the bars.
+    Scopes beyond the number of line styles are left to the bars.
     """
     amounts: dict[str, dict[float, int]] = {}
     for place, comparison in enumerate(comparisons):
@@ -119,21 +119,21 @@ def split_setups(comparisons: Sequence[Comparison]) -> tuple[tuple[Line, ...], t
     return lines, tuple(place for place in range(len(comparisons)) if place not in drawn)
 
 
-# Facts that a page shows for one model, and for several together: with 20 models and one probe it stays below 400 KB.
+# Facts that a page shows for one model, and for several together: with 20 models and one probe it is under 400 KB.
 _LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 100, 50
 _FEW, _RELATIONS_IN_ALL, _LEAST_RELATIONS = 5, 100, 3
 # Facts that the Markdown holds of one comparison, and of all together.
 _FACTS, _FACTS_IN_ALL = 50, 300
 _NOTHING_TO_KEEP = "There was no knowledge to keep"
 _COST_NOTE = (
-    "A number is that of the model in the table. The line joins those that nothing beats; a stroke through a mark is "
-    "the 95 % interval. Speeds are of the runtime and precision that each model is deployed in."
+    "Numbers are those of the models in the table. The line joins the models that no other beats; the stroke through a "
+    "mark is its 95 % interval. Speed is measured in the runtime and precision that each model is deployed in."
 )
-_ROUNDING_NOTE = " The dotted one is what rounding alone keeps."
+_ROUNDING_NOTE = " The dotted line shows what rounding alone keeps."
 
 
 def make_page(card: Card, limits: Limits, *, charts: bool) -> parts.Page:
-    """Return the card as text; `charts` are those that compare several models."""
+    """Return the card as a page; `charts` says whether to draw those that compare several models."""
     names = name_models(card)
     models = [
         _make_model_page(card, comparison, f"m{i}", name, limits)
@@ -184,7 +184,7 @@ def _make_method_section(card: Card) -> parts.PageSection:
 
 
 def _write_headline(comparison: Comparison) -> str:
-    """Return the figure that everything else explains: knowledge kept, or perplexity where a text alone was read."""
+    """Return the main figure: knowledge kept, or perplexity if only texts were read."""
     if comparison.only_texts:
         return write_text_headline(comparison.texts[0])
     if comparison.kept.value is None:
@@ -226,7 +226,7 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
         front=(
             () if comparison.only_texts else (_make_grades_section(card, comparison, id),),
             (
-                # Servers do not tell them.
+                # Servers do not report sizes.
                 *((parts.PageSection(f"{id}-size", "Size", (parts.Sizes(*sizes),)),) if any(sizes) else ()),
                 parts.PageSection(f"{id}-from", "Where it came from", origin),
             ),
@@ -245,7 +245,7 @@ def _make_grades_section(card: Card, comparison: Comparison, id: str) -> parts.P
         )
         for grade in comparison.grades
     ]
-    # As in the verdict: the advice goes by that share.
+    # The same digits as in the verdict, because the advice depends on this share.
     kept = write_estimate(comparison.kept, partial(share_against, limits=[ENOUGH]))
     rows.append(("All domains", *_write_kept(comparison.counts, kept), "", ""))
     bars = (*(grade.kept for grade in comparison.grades), comparison.kept)
@@ -257,7 +257,7 @@ def _make_grades_section(card: Card, comparison: Comparison, id: str) -> parts.P
 
 
 def _write_kept(counts: Counts, kept: str) -> tuple[str, str, str]:
-    """Return the facts known before, the share kept and, apart so that a narrow screen breaks there, its interval."""
+    """Return the facts known before, the share kept and its interval, separate so that a narrow screen wraps there."""
     value, opening, interval = kept.partition("(")
     return f"{count(counts.known_before)} of {count(counts.n)}", value.rstrip(), opening + interval
 
@@ -308,13 +308,13 @@ def _list_gate_columns(card: Card) -> Iterator[tuple[str, list[str]]]:
 
 
 def _list_run_columns(models: Sequence[ModelRecord]) -> Iterator[tuple[str, list[str]]]:
-    """Yield what ran each, where that was not transformers for all; where tokens a second were measured, in what."""
+    """Yield what ran each, unless transformers ran all; where tokens per second were measured, in what."""
     if any(model.runtime for model in models):
         yield "Runs in", [clean(name_runtime(model), 30) for model in models]
     speeds = [model.speed.tokens_per_second if model.speed else None for model in models]
     if any(speed is not None for speed in speeds):
         yield "Timed in", [clean(name_deployment(model), 40) if model.speed else NONE for model in models]
-        yield "Tokens a second", [NONE if speed is None else f"{speed:,.1f}" for speed in speeds]
+        yield "Tokens per second", [NONE if speed is None else f"{speed:,.1f}" for speed in speeds]
 
 
 def _list_result_columns(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, list[str]]]:
@@ -362,6 +362,6 @@ def render_html(card: Card) -> str:
 
 
 def render_markdown(card: Card) -> str:
-    """Return what the page says, without its charts and with fewer facts, as GitHub-flavoured Markdown."""
+    """Return the page, without charts and with fewer facts, as GitHub-flavoured Markdown."""
     facts = min(_FACTS, _FACTS_IN_ALL // max(1, len(card.comparisons)))
     return pages.render_markdown(make_page(card, Limits(lost=facts, gained=facts, shown=facts), charts=False))

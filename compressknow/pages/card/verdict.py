@@ -1,4 +1,4 @@
-"""Write the verdict, one sentence with its numbers, grade the domains, and say what to do next in one line."""
+"""Write the verdict in a sentence with its numbers, grade domains, and advise on what to do next in one line."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from compressknow.pages.records import NAME_CHARACTERS, SCALE, Comparison, Grade
 
 LOWEST = "F"
 _SCALE = ", ".join(f"{grade} from {least} % kept" if grade == "A+" else f"{grade} {least} %" for grade, least in SCALE)
-LEGEND = f"{_SCALE}, {LOWEST} less. Where the interval reaches over several grades, they are named next to the letter."
-SHORT_LEGEND = f"{_SCALE}, {LOWEST} less. A question mark says that the interval reaches over several grades."
+LEGEND = f"{_SCALE}, {LOWEST} less. If the interval spans several grades, they are named next to the letter."
+SHORT_LEGEND = f"{_SCALE}, {LOWEST} less. A question mark means that the interval spans several grades."
 
 
 def grade_domains(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
@@ -30,9 +30,9 @@ def grade_domains(probes: Iterable[ProbeFigures]) -> tuple[Grade, ...]:
     clusters: dict[str, tuple[Counts, ...]] = {}
     for probe in probes:
         for group in probe.by_subject:
-            # Of a probe of one relation, facts are what was drawn; of others, a domain may have one relation alone.
-            own = group.relations if len(probe.by_relation) > 1 else list_clusters(group.relations)
-            clusters[group.name] = (*clusters.get(group.name, ()), *own)
+            # If the probe has one relation, each fact is a cluster; otherwise a domain may have a single cluster.
+            of_probe = group.relations if len(probe.by_relation) > 1 else list_clusters(group.relations)
+            clusters[group.name] = (*clusters.get(group.name, ()), *of_probe)
     grades = []
     for subject in sorted(clusters, key=order_domains):
         counts, kept = sum(clusters[subject], Counts()), estimate_kept(clusters[subject])
@@ -54,9 +54,9 @@ def find_grade(part: float, whole: float = 1) -> str:
 
 
 def write_verdict(original: str, counts: Counts, kept: Estimate, certainty: Certainty) -> str:
-    """Return the sentence on one compressed model, and one on what so many facts could have shown.
+    """Return the sentence on one compressed model, and one on the losses that its number of facts can reveal.
 
-    `kept` has the interval to go by, `certainty` the paired test and what would have been seen.
+    `kept` has the interval to report, `certainty` the paired test and the smallest detectable loss.
 
     >>> from compressknow.comparison.intervals import estimate_proportion, run_mcnemar
     >>> from compressknow.comparison.records import PairedTest
@@ -80,13 +80,13 @@ loss that chance does not explain (p = 0.012).
 def _write_kept(name: str, counts: Counts, interval: str, p: float | None) -> str:
     lost, gained = (count(number) if number else "none" for number in (counts.lost, counts.gained))
     change = ", which evens out" if counts.lost else ""
-    # Many of both, of a model that is much changed, can even out.
+    # Even many losses and gains can balance.
     if p is not None and counts.lost != counts.gained:
         net, explained = "loss" if counts.lost > counts.gained else "gain", "chance could explain"
         if p < SIGNIFICANT:
             explained = "chance does not explain"
         elif (run_mcnemar(counts) or 0.0) < SIGNIFICANT:
-            # Too uneven for facts drawn one by one, but of few relations.
+            # Significant for independent facts, but not by relation.
             explained = "the choice of relations could explain"
         change = f", a net {net} that {explained} ({write_p_value(p)})"
     opening = f"Keeps {count(counts.both)} of {count_facts(counts.known_before)} that {name} knew {interval}"
@@ -94,7 +94,7 @@ def _write_kept(name: str, counts: Counts, interval: str, p: float | None) -> st
 
 
 def describe_power(counts: Counts, certainty: Certainty) -> str:
-    """Say which loss so many facts show, and how many facts it takes for a small one; nothing if that is not known.
+    """Say which net loss the facts can reveal, and how many facts reveal a small one; empty if that is unknown.
 
     >>> describe_power(Counts(both=185), Certainty(smallest_loss=0.0424, facts_for_two=394))
     'A net loss under 4.2 % of these 185 may go unseen; 400 known facts would show 2 %.'
@@ -103,7 +103,7 @@ def describe_power(counts: Counts, certainty: Certainty) -> str:
     """
     more, known = certainty.facts_for_two, count(counts.known_before)
     if certainty.smallest_loss is None:
-        return f"So few facts show no net loss at all; {round_up(more)} known ones would show 2 %." if more else ""
+        return f"So few facts cannot show a net loss; {round_up(more)} known ones would show 2 %." if more else ""
     # Two digits: 4.2, 12, but no 1e+02.
     least = float(f"{100 * certainty.smallest_loss:.2g}")
     seen = f"A net loss under {least:g} % of these {known} may go unseen"
@@ -113,7 +113,7 @@ def describe_power(counts: Counts, certainty: Certainty) -> str:
 
 
 def describe_early(early: EarlyStop | None) -> str:
-    """Say how a gate was decided early, and how many facts it took; nothing if it was not.
+    """Say how a gate was decided early, and how many facts it took; empty if it was not.
 
     >>> early = EarlyStop(0.8, 0.05, facts=64, known=40, of=4021, kept=Estimate(0.95, 0.86, 0.99), met=True)
     >>> print(describe_early(early))
@@ -133,7 +133,7 @@ sequence 86.0 to 99.0 %, wrong in at most 5 of 100 runs).
 
 
 def round_up(facts: int) -> str:
-    """Say about how many: two digits, rounded up.
+    """Write a number of facts rounded up to two significant digits.
 
     >>> round_up(4514), round_up(94)
     ('4,600', '94')
@@ -143,8 +143,8 @@ def round_up(facts: int) -> str:
 
 
 def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None) -> str:
-    """Return the sentence on several compressed models: the best, the worst, and those `alike` (by place), which no
-    test tells from the best; None if they were not evaluated on the same facts."""
+    """Return the sentence on several compressed models: the best, the worst, and those `alike` (by index), which no
+    test distinguishes from the best; None if they were not evaluated on the same facts."""
     name = clean(original, NAME_CHARACTERS)
     labels = label_models(comparisons)
     known = [(c.counts, label) for c, label in zip(comparisons, labels, strict=True) if c.counts.known_before]
@@ -167,17 +167,17 @@ def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike:
         f"and {worst[1]} least ({_write_share(worst[0])})."
     )
     if not alike:
-        return f"{sentence} No other keeps as much: that is more than chance."
+        return f"{sentence} No other keeps as much, and chance does not explain it."
     named = join_names([labels[place] for place in alike])
     return f"{sentence} {count(len(alike))} cannot be told apart from the best: {named}."
 
 
-# So many of several are named.
+# Maximum number of names in a sentence.
 _NAMED = 4
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Return names in a row, of many the first ones.
+    """Join names; of many, only the first ones.
 
     >>> join_names(["a"]), join_names(["a", "b"]), join_names(list("abcdef"))
     ('a', 'a and b', 'a, b, c, d and 2 more')
@@ -212,16 +212,16 @@ def _write_share(counts: Counts) -> str:
     return f"{count(counts.both)} of {count(counts.known_before)}, {write_percent(counts.both, counts.known_before)}"
 
 
-ENOUGH = 0.95  # the share kept from which a model is good enough, where no gate says another
-LEAST = 0.05  # less pruning than this is none
-FINEST = "int8-weights"  # the scheme that errs least
-MOST = 20_000  # facts beyond this many nobody evaluates to know a share
+ENOUGH = 0.95  # the share kept at which a model is good enough, unless a gate sets another
+LEAST = 0.05  # the smallest amount of pruning that is advised
+FINEST = "int8-weights"  # the scheme with the smallest error
+MOST = 20_000  # facts: the largest number that is worth evaluating for one share
 
 
 def write_advice(comparison: Comparison, path: str | None = None, least: float = ENOUGH) -> str:
-    """Return the line; nothing if the numbers carry none. `path` is where the user has the model's source.
+    """Return the advice; empty if the numbers support none. `path` is where the user has the model's source.
 
-    They are held to `least`, on one side of which the interval must lie, or else to the gate that was decided early.
+    The interval must lie on one side of `least`, or the gate must have been decided early.
     """
     counts, gate = comparison.counts, comparison.early.gate if comparison.early else least
     if not counts.known_before:
@@ -230,7 +230,7 @@ def write_advice(comparison: Comparison, path: str | None = None, least: float =
     low, high = 0.0 if kept.low is None else kept.low, 1.0 if kept.high is None else kept.high
     wanted = f"{100 * gate:g} %"
     if comparison.early:
-        # The interval is of other facts too: it may reach to both sides of a gate that is decided of these.
+        # The interval may span a gate that is decided for these facts, because it covers other facts too.
         if comparison.early.met:
             return f"Next: deploy it, if {wanted} is enough."
     elif low >= gate:
@@ -241,7 +241,7 @@ def write_advice(comparison: Comparison, path: str | None = None, least: float =
 
 
 def estimate_facts_needed(comparison: Comparison, gate: float) -> int | None:
-    """Return about how many known facts tell on which side of the gate this share lies; None for more than `MOST`."""
+    """Return about how many known facts decide on which side of the gate the share lies; None for more than `MOST`."""
     needed = count_facts_to_decide(comparison.counts, gate, design_of_kept(comparison.clusters))
     return needed if needed is not None and needed <= MOST else None
 
@@ -254,13 +254,13 @@ def _advise_more_facts(comparison: Comparison, gate: float) -> str:
         if alone is not None and alone <= MOST:
             return (
                 "Next: evaluate facts of more relations: what is kept differs so much between these that more of their "
-                f"facts would not soon tell whether {wanted} is kept."
+                f"facts would not soon show whether {wanted} is kept."
             )
         return (
-            f"Next: look at the facts lost: the share kept is so near {wanted} that no number of facts of these probes "
-            "would soon tell."
+            f"Next: look at the facts lost: the share kept is too close to {wanted} for more facts of these probes to "
+            "decide soon."
         )
-    # It cannot take fewer than did not tell.
+    # Fewer facts than these, which did not decide it, cannot be enough.
     about = max(needed, counts.known_before + 1)
     return (
         f"Next: evaluate more facts: about {round_up(about)} that the original knows would tell whether {wanted} is "
@@ -269,7 +269,7 @@ def _advise_more_facts(comparison: Comparison, gate: float) -> str:
 
 
 def _advise_limit(comparison: Comparison, needed: int) -> str:
-    """Say how to get so many, where the probes have them."""
+    """Say how to get that many facts, if the probe has them."""
     counts = comparison.counts
     limits = [probe.limit for probe in comparison.probes]
     if len(limits) != 1 or limits[0] is None:
@@ -285,38 +285,38 @@ def advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     try:
         recipe = Recipe.from_dict(dict(model.recipe)) if model.recipe else None
     except CompressknowError:
-        # It is from another version, or needs a package that is not installed.
+        # The recipe is from another version, or needs a package that is not installed.
         recipe = None
-    found = find_milder(recipe, model.groups or {}) if recipe else None
-    if found is None:
+    milder = find_milder(recipe, model.groups or {}) if recipe else None
+    if milder is None:
         return f"Next: compress less, or in another way: {reason}."
     name = clean(str((model.source or {}).get("name") or ""), 120)
-    # The name of a folder alone would lead nowhere.
+    # The bare name of a folder would not lead to it.
     source = path or (name if "/" in name else "MODEL")
-    change, milder = found
-    options = format_options(milder)
+    change, milder_recipe = milder
+    options = format_options(milder_recipe)
     command = f": compressknow convert {shlex.join([source, 'OUTPUT', *options])}" if options else ""
     return f"Next: {reason}; {change}{command}"
 
 
-# In words what is done otherwise, and the steps that do it.
+# A change in words, and the changed steps.
 _Change = tuple[str, Sequence[Step]]
 
 
 def find_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> tuple[str, Recipe] | None:
-    """Return how a milder recipe differs, by the `relative_error` of groups, and that recipe; None if there is none."""
+    """Return what a milder recipe changes, and that recipe; None if there is none. `groups` have a `relative_error`."""
     steps = recipe.steps
-    found = (
-        _halve(steps, DropBlocks, "blocks", "drop {half} blocks in place of {most}", 1)
-        or _halve(steps, DropNeurons, "amount", "drop {half} of the neurons in place of {most}", LEAST)
-        or _halve(steps, Prune, "amount", "prune {half} of the weights in place of {most}", LEAST)
+    changed = (
+        _halve(steps, DropBlocks, "blocks", "drop {half} blocks instead of {most}", 1)
+        or _halve(steps, DropNeurons, "amount", "drop {half} of the neurons instead of {most}", LEAST)
+        or _halve(steps, Prune, "amount", "prune {half} of the weights instead of {most}", LEAST)
         or _leave_out(steps)
         or _round_finer(steps)
         or _spare_worst(steps, groups)
     )
-    if found is None:
+    if changed is None:
         return None
-    change, milder = found
+    change, milder = changed
     calibration = recipe.calibration if any(step.calibrated for step in milder) else None
     return change, replace(recipe, steps=tuple(milder), calibration=calibration)
 
@@ -354,20 +354,20 @@ def _halve(steps: Sequence[Step], kind: type[Step], name: str, change: str, leas
 
 
 def _round_finer(steps: Sequence[Step]) -> _Change | None:
-    """Quantize with less error: by GPTQ, or else to 8 bits, the weights alone."""
+    """Quantize with less error: by GPTQ, or else only the weights, to 8 bits."""
     for place, step in enumerate(steps):
         if not isinstance(step, Quantize) or step.scheme == FINEST:
             continue
         before, after = steps[:place], steps[place + 1 :]
         if step.chosen.bits < PAPER_BITS and step.rounding == "nearest":
-            return "round by GPTQ in place of to nearest", (*before, replace(step, rounding="gptq"), *after)
+            return "round by GPTQ instead of to nearest", (*before, replace(step, rounding="gptq"), *after)
         finest = Quantize(FINEST, step.where)
-        return f"quantize to {FINEST} in place of {step.scheme}", (*before, finest, *after)
+        return f"quantize to {FINEST} instead of {step.scheme}", (*before, finest, *after)
     return None
 
 
 def _spare_worst(steps: Sequence[Step], groups: Mapping[str, Mapping[str, Any]]) -> _Change | None:
-    """Spare the group of layers whose weights changed most, where several changed and each has a scope."""
+    """Spare the group of layers whose weights changed most, if several changed and each has a scope."""
     errors = {name: group.get("relative_error") or 0.0 for name, group in groups.items()}
     changed = sorted((name for name, error in errors.items() if error > 0), key=lambda name: errors[name])
     if (
@@ -381,4 +381,4 @@ def _spare_worst(steps: Sequence[Step], groups: Mapping[str, Mapping[str, Any]])
     if {step.where for step in steps if isinstance(step, Prune | Quantize)} <= {where}:
         return None
     spared = [replace(step, where=where) if isinstance(step, Prune | Quantize) else step for step in steps]
-    return f"leave {worst} as it is, whose weights changed most", spared
+    return f"leave {worst} as it is: its weights changed most", spared

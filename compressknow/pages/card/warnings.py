@@ -1,4 +1,4 @@
-"""Say what a reader must know before trusting a comparison's figures: warnings, and what rounding alone changes."""
+"""Write warnings about a comparison's figures, and say what rounding alone changes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from compressknow.pages.card.verdict import count_facts
 from compressknow.pages.parts import get_headline_accuracy
 from compressknow.pages.records import Comparison, Grade, write_estimate
 
-# Fewer known facts than this leave an interval of several points.
+# With fewer known facts, an interval spans several points.
 FEW_FACTS = 100
 FEW_FACTS_OF_A_SUBJECT = 20
-# A warning beyond these shares: of the facts that were known, those that stand in the calibration text; of the
-# parameters in scope, those that the text did not reach.
+# Larger shares cause a warning: of the known facts, those that appear in the calibration text; of the parameters in
+# scope, those that the text did not reach.
 MANY_IN_TEXT, MANY_UNSEEN = 0.01, 0.1
 
 
 def warn_of_known(known: str) -> Iterator[str]:
-    """Warn that only what a model says counts as known, where that is so."""
+    """Warn if only what a model produces counts as known."""
     if known == PRODUCED:
         yield (
             "Known means produced here: a fact counts where the model picks the right answer, and what it writes by "
@@ -35,17 +35,17 @@ def warn_of_known(known: str) -> Iterator[str]:
 
 
 def warn_of_size(comparisons: Sequence[Comparison], within: int | None) -> Iterator[str]:
-    """Warn that a single model has more bytes than it may have; of several, the decision says so."""
+    """Warn if a single model is larger than allowed; for several, the recommendation says so."""
     size = comparisons[0].model.bytes
     if len(comparisons) == 1 and within is not None and size is not None and size > within:
         yield (
-            f"{clean(comparisons[0].model.name, 80)} has {write_size(size)}: more than the {write_size(within)} that "
+            f"{clean(comparisons[0].model.name, 80)} has {write_size(size)}, more than the {write_size(within)} that "
             "it may have."
         )
 
 
 def warn_of_models(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
-    """Warn of what is odd about the two checkpoints."""
+    """Warn of oddities of the two checkpoints that affect the comparison."""
     if original.sha256 == model.sha256:
         yield "Both models are the same checkpoint (same SHA-256): there is nothing to compare."
     yield from warn_of_recipe(model)
@@ -53,9 +53,9 @@ def warn_of_models(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
     if original.grid and (model.quantization or model.runtime):
         grid = original.grid
         yield (
-            f"The original's weights lie on a grid already: in {grid['weights']} of {grid['of']} matrices 32 "
-            f"neighbours have at most {grid['values']} different values. A type of that grid keeps them as they are, "
-            "which flatters it: what is kept here says little of models that were not rounded before."
+            f"The original's weights already lie on a grid: in {grid['weights']} of {grid['of']} matrices, 32 "
+            f"neighbours have at most {grid['values']} different values. A type with the same grid leaves them as they "
+            "are, so this result says little about models that were not rounded before."
         )
     known = UNKNOWN not in (original.dtype, model.dtype)
     if known and original.dtype != model.dtype and not (original.quantization or model.quantization):
@@ -71,25 +71,25 @@ def warn_of_models(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
 
 
 def warn_of_provenance(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
-    """Warn that the model was made from another original, that files changed since, or that the two are swapped."""
+    """Warn if the model was made from another original, files changed since, or the two look swapped."""
     if check_source(original, model) is False:
         source = model.source or {}
         other, own = clean(source.get("sha256"), 13), clean(original.sha256, 13)
         yield (
             f"{clean(model.name, 80)} was not made from {clean(original.name, 80)}: its record names "
-            f"{clean(source.get('name'), 80)} (SHA-256 {other}), but the original's SHA-256 is {own}. What differs may "
+            f"{clean(source.get('name'), 80)} (SHA-256 {other}), but the original's SHA-256 is {own}. Differences may "
             "not be due to compression. Give the original that it was made from."
         )
     yield from warn_of_changes(original, model)
     if is_made_from(original, model):
         yield (
             f"The two models look swapped: {clean(original.name, 80)}, given as the original, was made from "
-            f"{clean(model.name, 80)}, as it says itself. Give the original first."
+            f"{clean(model.name, 80)}, according to its own record. Give the original first."
         )
 
 
 def check_source(original: ModelRecord, model: ModelRecord) -> bool | None:
-    """Return whether a model was made from the original, or from what that was; None if it does not tell."""
+    """Return whether a model was made from the original, or both from the same source; None if unknown."""
     hashes, others = _list_source_hashes(model), {original.sha256, *_list_source_hashes(original)}
     if not hashes or is_on_server(original):
         return None
@@ -97,13 +97,13 @@ def check_source(original: ModelRecord, model: ModelRecord) -> bool | None:
 
 
 def _list_source_hashes(model: ModelRecord) -> set[str]:
-    """Return the hashes of what it was made from, and of what that was converted from."""
+    """Return the hashes of the model's source, and of the source of that."""
     values = [(model.source or {}).get(key) for key in ("sha256", "original_sha256")]
     return {value for value in values if isinstance(value, str) and value}
 
 
 def warn_of_changes(*models: ModelRecord) -> Iterator[str]:
-    """Warn that files differ from what their manifest says of them."""
+    """Warn of files that no longer match their manifest."""
     for model in models:
         if model.changed:
             yield (
@@ -113,21 +113,21 @@ def warn_of_changes(*models: ModelRecord) -> Iterator[str]:
 
 
 def is_made_from(one: ModelRecord, other: ModelRecord) -> bool:
-    """Return whether the one says that it was made from the other, and not the other way round too."""
+    """Return whether `one` records `other` as its source, and `other` does not record `one`."""
     return _is_source(other, one) and not _is_source(one, other)
 
 
 def _is_source(model: ModelRecord, made: ModelRecord) -> bool:
-    """Return whether what `made` says that it was made from has the name or the content of `model`."""
+    """Return whether the recorded source of `made` has the name or the hash of `model`."""
     source = made.source or {}
     return model.name == source.get("name") or model.sha256 == source.get("sha256", "")
 
 
 def warn_of_recipe(model: ModelRecord) -> Iterator[str]:
-    """Warn of what a converted checkpoint's recipe makes of its answers."""
+    """Warn of effects of a converted checkpoint's recipe on its answers."""
     changed = any(group.get("pruned") or group.get("quantized") for group in (model.groups or {}).values())
     if model.groups and not model.removed and not changed:
-        yield "Nothing of this model was in scope: no weight was pruned or quantized."
+        yield "Nothing in this model was in scope: no weight was pruned or quantized."
     if by_batch := [scheme.name for scheme in read_schemes(model.recipe) if scheme.rounds == "batch"]:
         yield (
             f"With {by_batch[0]}, the activations of a batch share one scale, so each answer depends slightly on the "
@@ -137,7 +137,7 @@ def warn_of_recipe(model: ModelRecord) -> Iterator[str]:
 
 
 def warn_of_calibration(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
-    """Warn that the facts stand in the text that a model was calibrated on, or that the text hardly reached it."""
+    """Warn if facts appear in the calibration text, or the text did not reach much of the model."""
     source = model.calibration["source"] if model.calibration else ""
     yield from warn_of_facts_in_text(original, model.in_calibration, source)
     if not model.calibration:
@@ -149,20 +149,20 @@ def warn_of_calibration(original: ModelRecord, model: ModelRecord) -> Iterator[s
         )
 
 
-def warn_of_facts_in_text(original: ModelRecord, found: FactsInText | None, source: str = "") -> Iterator[str]:
-    """Warn that many facts stand in the calibration text of this source."""
-    if found and found.known_found > MANY_IN_TEXT * found.known:
-        stand = "stands" if found.found == 1 else "stand"
+def warn_of_facts_in_text(original: ModelRecord, facts: FactsInText | None, source: str = "") -> Iterator[str]:
+    """Warn if many facts appear in the calibration text of this source."""
+    if facts and facts.known_found > MANY_IN_TEXT * facts.known:
+        appear = "appears" if facts.found == 1 else "appear"
         text = f"the calibration text {clean(source, 80)}".rstrip()
         yield (
-            f"Of {count_facts(found.facts)}, {count(found.found)} {stand} in {text}, {count(found.known_found)} of "
-            f"them among the {count(found.known)} that {clean(original.name, 80)} knew. What is calibrated on it may "
+            f"Of {count_facts(facts.facts)}, {count(facts.found)} {appear} in {text}, {count(facts.known_found)} of "
+            f"them among the {count(facts.known)} that {clean(original.name, 80)} knew. A model calibrated on it may "
             "keep more of these than of other facts."
         )
 
 
 def warn_of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) -> Iterator[str]:
-    """Warn of what two runs differ in, and what is missing or damaged in their answers; `probes` are those of both."""
+    """Warn of differences between two runs, and of missing or damaged answers; `probes` are those of both."""
     before, after = original.record.versions, compressed.record.versions
     differing = [
         f"{clean(name, 40)} {clean(before[name], 40)} and {clean(after[name], 40)}"
@@ -186,18 +186,18 @@ def warn_of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) 
         if None not in references and references[0] != references[1]:
             yield (
                 f"How far distributions moved on {clean(probe, 60)} was not measured: the two models gave the "
-                "probabilities of different tokens. Give `compressknow report` the checkpoints, not answers of two "
-                "runs, to have it measured."
+                "probabilities of different tokens. To measure it, give `compressknow report` the checkpoints, not "
+                "the answers of two runs."
             )
 
 
 def warn_of_runtimes(original: Answers, compressed: Answers) -> Iterator[str]:
-    """Warn that two runtimes ran the models, and how much of the change is theirs; or that their tokens are others."""
+    """Warn of different runtimes, with their part of the change, and of different vocabularies."""
     before, after = original.record.model, compressed.record.model
     if before.ran_in != after.ran_in:
         names, ran_in = ([clean(getattr(model, key), 80) for model in (before, after)] for key in ("name", "ran_in"))
         yield (
-            f"{names[0]} ran in {ran_in[0]}, {names[1]} in {ran_in[1]}: part of the change is the runtime's. "
+            f"{names[0]} ran in {ran_in[0]}, {names[1]} in {ran_in[1]}: part of the change is due to the runtime. "
             f"{_describe_runtimes_part(original, compressed)}"
         )
     if not _have_same_tokens(before, after):
@@ -214,29 +214,29 @@ def _describe_runtimes_part(original: Answers, compressed: Answers) -> str:
     if floors:
         changed, of = sum(floor.changed for floor in floors), sum(floor.n for floor in floors)
         answers = f"{count(changed)} of {count_facts(of)}"
-        said = f"Run there from an unquantized file, the original answers {answers} differently."
+        sentences = f"Run there from an unquantized file, the original answers {answers} differently."
         if split := sum(floor.read_otherwise or 0 for floor in floors):
-            said += (
+            sentences += (
                 f" Of these prompts, {count(split)} are split into other tokens there than by the model's own "
-                "tokenizer, which other types cannot mend. Check that the tokenizer's files are the model's own."
+                "tokenizer, which no other type can fix. Check that the tokenizer's files are the model's own."
             )
-        return said
+        return sentences
     if is_on_server(before) or is_on_server(after):
-        why = "a server has the one model alone. Give an original that the same kind of server runs."
+        why = "a server runs only the one model. Give an original that the same kind of server runs."
     elif before.runtime is not None:
-        why = "it is where the original is a checkpoint that runs in transformers, the other a GGUF file in llama.cpp."
+        why = "that needs an original that runs in transformers, and a GGUF file that runs in llama.cpp."
     else:
-        why = clean(before.runtime_unmeasured or "it is where checkpoints are given, not answers folders.", 400)
+        why = clean(before.runtime_unmeasured or "that needs checkpoints, not answers folders.", 400)
     return f"How much was not measured: {why}"
 
 
 def _have_same_tokens(original: ModelRecord, model: ModelRecord) -> bool:
-    """Return False if both vocabularies are known, and are two."""
+    """Return False if both vocabularies are known and differ."""
     return None in (original.vocabulary, model.vocabulary) or original.vocabulary == model.vocabulary
 
 
 def warn_of_server(who: str, answers: Answers) -> Iterator[str]:
-    """Warn which figures are left out, or are bounds, for want of what a server tells."""
+    """Warn of figures that are left out, or are bounds, because a server returns too little."""
     runtime = answers.record.model.runtime or {}
     if not is_on_server(answers.record.model):
         return
@@ -248,21 +248,21 @@ def warn_of_server(who: str, answers: Answers) -> Iterator[str]:
         return
     tokens = max((len(answer.first_ids) for answer in answers.answers), default=0)
     if not tokens:
-        tells = (
-            "gives probabilities of its own most likely tokens only"
+        returns = (
+            "returns probabilities only for its own most likely tokens"
             if runtime.get("distribution")
-            else "tells no tokens"
+            else "returns no tokens"
         )
-        yield f"The server of {who} {tells}: how far distributions moved is left out."
+        yield f"The server of {who} {returns}: how far distributions moved is left out."
     elif tokens < REFERENCE_TOKENS:
         yield (
-            f"The server of {who} tells its {tokens} most likely tokens: KL is over these and the rest as one, which "
-            "is a lower bound."
+            f"The server of {who} returns its {tokens} most likely tokens: KL takes all others as one, and is a lower "
+            "bound."
         )
 
 
 def warn_of_answers(who: str, answers: Answers) -> Iterator[str]:
-    """Warn that a model is broken, if it is."""
+    """Warn if a model produces NaN."""
     numbers = Counter(
         a.probe for a in answers.answers if math.isnan(a.logp_gold or 0) or any(map(math.isnan, a.top5_logp))
     )
@@ -276,7 +276,7 @@ def warn_of_answers(who: str, answers: Answers) -> Iterator[str]:
 def warn_of_figures(
     counts: Counts, grades: Iterable[Grade], probes: Iterable[ProbeFigures], *, name: str = "The original"
 ) -> Iterator[str]:
-    """Warn of too few facts, and of an original, of this `name`, that knows no more than guessing would."""
+    """Warn of too few facts, and of an original, called `name`, that knows no more than guessing would."""
     if 0 < counts.known_before < FEW_FACTS:
         yield f"{name} knew only {count_facts(counts.known_before)}: with so few, the share kept is uncertain."
     yield from warn_of_grades(grades)
@@ -287,7 +287,7 @@ def warn_of_figures(
 
 
 def warn_of_grades(grades: Iterable[Grade]) -> Iterator[str]:
-    """Warn of grades of too few facts."""
+    """Warn of grades that rest on too few facts."""
     few = [grade for grade in grades if 0 < grade.counts.known_before < FEW_FACTS_OF_A_SUBJECT]
     if few:
         named = ", ".join(f"{clean(grade.subject, 60)} ({grade.counts.known_before})" for grade in few)
@@ -295,10 +295,10 @@ def warn_of_grades(grades: Iterable[Grade]) -> Iterator[str]:
 
 
 def warn_of_early(early: EarlyStop | None) -> Iterator[str]:
-    """Warn that the figures are those of facts that were enough for one question."""
+    """Warn that evaluation stopped as soon as one gate was decided."""
     if early and early.facts < early.of:
         yield (
-            f"Facts were evaluated only until it was known whether {100 * early.gate:g} % of the knowledge is kept. "
+            f"Facts were evaluated only until it was clear whether {100 * early.gate:g} % of the knowledge is kept. "
             "The other figures rest on few facts, and their intervals do not allow for the choice of when to stop."
         )
 
@@ -306,11 +306,11 @@ def warn_of_early(early: EarlyStop | None) -> Iterator[str]:
 def _warn_of_few_relations(probe: ProbeFigures, who: str) -> Iterator[str]:
     if 1 < (relations := probe.certainty.relations) < FEWEST:
         by_fact = probe.certainty.test.unit == "fact"
-        figures = "intervals and p-values take" if by_fact else "the interval of what is kept takes"
+        figures = "intervals and p-values treat" if by_fact else "the interval of what is kept treats"
         yield (
-            f"{who} knew facts of only {relations} relations of {clean(probe.probe, 60)}, and those of one relation "
-            f"are lost together. Of fewer than {FEWEST} nobody can tell how much: {figures} facts as "
-            "independent here, and may be too sure."
+            f"{who} knew facts of only {relations} relations of {clean(probe.probe, 60)}. Facts of one relation are "
+            f"lost together; fewer than {FEWEST} relations cannot show how much, so {figures} facts as independent "
+            "here, and may be too sure."
         )
 
 
@@ -340,7 +340,7 @@ def _warn_of_dropped(probe: ProbeFigures) -> Iterator[str]:
 
 
 def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
-    """Say what share of the answers differs, and what rounding and the runtime alone change, where that is known."""
+    """Say what share of the answers differs, and what rounding and the runtime alone change, if known."""
     measured = [p for p in probes if any(floor and floor.n for floor in (p.noise_floor, p.runtime_noise_floor))]
     if not measured:
         return ""
@@ -355,20 +355,20 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
                 [estimate_proportion(floor.changed, floor.n) for floor, _ in found], [number for _, number in found]
             )
             could_be_all |= 0 < changed <= (alone.high or 0.0) * facts
-            tokens = ", which reads other tokens," if any(floor.read_otherwise for floor, _ in found) else ""
+            tokens = ", which splits text into other tokens," if any(floor.read_otherwise for floor, _ in found) else ""
             parts.append(f"{name} alone{tokens} changes {write_estimate(alone)}")
     explained = ", which could be all of it" if could_be_all else ""
     return f" Of its answers, {write_percent(changed, facts)} differ; {', '.join(parts)}{explained}."
 
 
 def list_probes(comparisons: Iterable[Comparison]) -> Collection[ProbeFigures]:
-    """Return one probe of each name: what is the original's alone is the same in all."""
+    """Return one probe of each name: the original's own figures are the same in all."""
     return {probe.probe: probe for comparison in comparisons for probe in comparison.probes}.values()
 
 
 def estimate_rounding_kept(probes: Iterable[ProbeFigures]) -> Estimate:
     """Return the share of what the original knows that it still knows in another precision (0 to 1), with its interval:
-    it is measured on a sample. A probe counts as much as it has known facts; None if one of these has no sample."""
+    it is measured on a sample. Probes are weighted by their known facts; None if one of them has no sample."""
     known = [probe for probe in probes if probe.counts.known_before]
     floors = [probe.noise_floor for probe in known if probe.noise_floor and probe.noise_floor.known]
     if len(floors) < len(known):
@@ -380,12 +380,12 @@ def estimate_rounding_kept(probes: Iterable[ProbeFigures]) -> Estimate:
 
 
 def mark_rounding(kept: float | None) -> dict[str, float]:
-    """Return the line across a chart at what rounding alone keeps; none where that is not known."""
+    """Return the line across a chart at what rounding alone keeps; empty if that is unknown."""
     return {} if kept is None else {"rounding alone": kept}
 
 
 def describe_mark(probes: Iterable[ProbeFigures], name: str) -> str:
-    """Say what the mark of this name shows; nothing if there is none."""
+    """Say what the mark of this name shows; empty if there is no mark."""
     probes = [probe for probe in probes if probe.counts.known_before]
     kept = estimate_rounding_kept(probes).value
     if kept is None:
@@ -394,6 +394,6 @@ def describe_mark(probes: Iterable[ProbeFigures], name: str) -> str:
     known = sum(floor.known for floor in floors)
     again = clean(floors[0].computed_in, 40)
     return (
-        f"{name} shows what rounding alone keeps: {share(kept)}, by {count_facts(known)} that the original knew and "
-        f"answered once more in {again}."
+        f"{name} shows what rounding alone keeps: {share(kept)}, measured on {count_facts(known)} that the original "
+        f"knew and answered once more in {again}."
     )

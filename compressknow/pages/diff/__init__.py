@@ -1,1 +1,1 @@
-"""Page of a comparison: two checkpoints in what they are and, with probes, in what they know."""
+"""Page of a comparison of two checkpoints: weights, settings and, with probes, knowledge."""

@@ -1,4 +1,4 @@
-"""Records of a comparison of two checkpoints, and how they are made: both models, what they know, a verdict."""
+"""Records of a comparison of two checkpoints, and functions that make them, with verdict and warnings."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from compressknow.pages.texts import list_text_warnings, write_sentence
 class Behaviour:
     """Answers of the two models to the same facts."""
 
-    b_against_a: Card  # A as the original: what of A's knowledge B keeps, and KL(A || B)
+    b_against_a: Card  # A as the original: how much of A's knowledge B keeps, and KL(A || B)
     a_against_b: Card
-    answers: tuple[Pair, ...]  # to facts whose top answer differs; empty if the text of facts is left out
+    answers: tuple[Pair, ...]  # for facts whose top answer differs; empty if the text of facts is left out
     warnings: tuple[str, ...]
     known: str = "recognized"  # as in `Card`
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class CheckpointComparison(SummaryRepr):
-    """Comparison of two checkpoints, b against a. They are `identical` where all files that decide what they answer are
-    the same to the byte; there is no `difference` then, nor where the weights cannot be read."""
+    """Comparison of two checkpoints, b against a. They are `identical` if all files that affect answers have the same
+    bytes. Then there is no `difference`, and neither if the weights cannot be read."""
 
     verdict: str
     a: ModelRecord
     b: ModelRecord
     identical: bool
-    files: tuple[str, ...]  # others than weights and config that differ, such as those of the tokenizer
+    files: tuple[str, ...]  # differing files other than weights and config, such as those of the tokenizer
     difference: CheckpointDiff | None
     behaviour: Behaviour | None  # None if nothing was evaluated
     warnings: tuple[str, ...]
@@ -66,12 +66,12 @@ class CheckpointComparison(SummaryRepr):
 
 
 def sum_by(difference: CheckpointDiff, key: Callable[[TensorDiff], Key | None]) -> dict[Key, DiffSums]:
-    """Return the sums of the tensors that have a key, by key, in the order in which it first comes."""
+    """Return the sums of the tensors that have a key, by key, in order of first appearance."""
     return {value: sum_tensors(tensors) for value, tensors in group_tensors(difference.tensors, key).items()}
 
 
 def name_both(a: ModelRecord, b: ModelRecord) -> tuple[str, str]:
-    """Return what sentences call the two: their names where these differ."""
+    """Return what to call the two in sentences: their names, or A and B if these are the same."""
     names = clean(a.name, 60), clean(b.name, 60)
     return names if names[0] != names[1] else ("A", "B")
 
@@ -89,7 +89,7 @@ def make_comparison(
     show_facts: bool = True,
     command: str | None = None,
 ) -> CheckpointComparison:
-    """Make the whole comparison, with its verdict and its warnings; parameters are the fields of the same name."""
+    """Make the comparison with its verdict and warnings; parameters are the fields of the same names."""
     identical = a.sha256 == b.sha256
     return CheckpointComparison(
         verdict=write_verdict(name_both(a, b), identical, difference, behaviour),
@@ -109,25 +109,24 @@ def make_comparison(
 def list_warnings(
     a: ModelRecord, b: ModelRecord, identical: bool, difference: CheckpointDiff | None, behaviour: Behaviour | None
 ) -> Iterator[str]:
-    """Yield what stands in the wrong place, could not be compared, or is broken; and the warnings on the answers."""
+    """Yield warnings on swapped models, on what could not be compared or is broken, and on the answers."""
     if warnings.is_made_from(a, b):
-        yield "A was made from B, as it says itself: give B first to see what it lost."
+        yield "A was made from B, according to its own record: give B first to see what A lost."
     smoothed = [name for name, side in (("A", a), ("B", b)) if side.calibration and side.calibration["smoothed"]]
     if len(smoothed) == 1 and difference:
         yield (
-            f"{smoothed[0]} was smoothed: some norms were divided by numbers that the weights behind them were "
-            "multiplied with, which cancels out when it runs. The errors here count both; its manifest and its report "
-            "leave them out."
+            f"{smoothed[0]} was smoothed: some norms were divided by factors that multiply the weights after them, "
+            "which cancel out when it runs. The errors here include these changes; its manifest and its report do not."
         )
     if not identical and difference is None:
-        yield _suggest_probe("The weights of a GGUF file are compared with those of another one alone.", behaviour)
+        yield _suggest_probe("The weights of a GGUF file are only compared with those of another GGUF file.", behaviour)
     if packed := [change for change in difference.structure if change.kind == "packed"] if difference else []:
         weights = "1 weight is" if len(packed) == 1 else f"{count(len(packed))} weights are"
-        form = f"{weights} packed in a form whose values cannot be read here, {clean(packed[0].name, _LONG)} for one,"
-        yield _suggest_probe(f"{form} and left out of all figures of weights.", behaviour)
+        form = f"{weights} packed in a form whose values cannot be read here (such as {clean(packed[0].name, _LONG)})"
+        yield _suggest_probe(f"{form} and left out of all figures on weights.", behaviour)
     for tensor in difference.tensors if difference else ():
         if not tensor.sums.finite:
-            yield f"{clean(tensor.name, _LONG)} holds NaN or infinity: neither it nor what it is a part of has figures."
+            yield f"{clean(tensor.name, _LONG)} holds NaN or infinity, so all figures that include it are missing."
     if behaviour and not identical:
         yield from behaviour.warnings
 
@@ -139,9 +138,9 @@ def _suggest_probe(sentence: str, behaviour: Behaviour | None) -> str:
 def write_verdict(
     names: tuple[str, str], identical: bool, difference: CheckpointDiff | None, behaviour: Behaviour | None
 ) -> str:
-    """Write sentences on the weights and, where there are some, on the answers; `names` are what to call a and b."""
+    """Write sentences on the weights and the answers, if any; `names` are what to call a and b."""
     if identical:
-        return f"{names[0]} and {names[1]} are identical: every file that decides an answer is the same to the byte."
+        return f"{names[0]} and {names[1]} are identical: every file that affects an answer has the same bytes."
     sentences = [_describe_weights(names, difference)] if difference else []
     if behaviour:
         there, back = behaviour.b_against_a.comparisons[0], behaviour.a_against_b.comparisons[0]
@@ -153,7 +152,7 @@ def write_verdict(
 _UNMATCHED: dict[Kind, str] = {
     "added": "only in B",
     "missing": "only in A",
-    "reshaped": "of another shape",
+    "reshaped": "with another shape",
     "packed": "packed in a form that cannot be compared",
 }
 
@@ -179,7 +178,7 @@ def _describe_weights(names: tuple[str, str], difference: CheckpointDiff) -> str
 
 
 def _name_worst_group(difference: CheckpointDiff) -> str:
-    """Name the group that differs most, where there are several."""
+    """Name the group that differs most, if there are several."""
     groups = sum_by(difference, lambda tensor: tensor.group)
     errors = {group: sums.relative_error or 0.0 for group, sums in groups.items()}
     if len(errors) < 2 or not any(errors.values()):
@@ -188,8 +187,8 @@ def _name_worst_group(difference: CheckpointDiff) -> str:
     return f", most in {group} ({number(errors[group], 4)})"
 
 
-def _count_tensors(number_of: int) -> str:
-    return "1 tensor" if number_of == 1 else f"{count(number_of)} tensors"
+def _count_tensors(tensors: int) -> str:
+    return "1 tensor" if tensors == 1 else f"{count(tensors)} tensors"
 
 
 def _describe_facts(names: tuple[str, str], there: Counts, back: Counts) -> str:
@@ -209,7 +208,7 @@ def _count_kept(counts: Counts) -> str:
 def make_behaviour(
     there: Direction, back: Direction, *, show_facts: bool, known: str = RECOGNIZED, gates: Sequence[Gate] = ()
 ) -> Behaviour:
-    """Make the statistics in both directions; `gates` are of B against A. The rest is as in `make_card`."""
+    """Compute the statistics in both directions; `gates` apply to B against A. The rest is as in `make_card`."""
     a, b_like_a, b, a_like_b = (apply_reading(each, known) for each in (*there, *back))
     b_against_a = make_card(a, [b_like_a], show_facts=show_facts, gates=gates)
     a_against_b = make_card(b, [a_like_b], show_facts=show_facts)
@@ -224,7 +223,7 @@ def make_behaviour(
 
 
 def _list_warnings(direction: Direction, of_b: Answers, there: Card, back: Card) -> Iterator[str]:
-    """Yield those of a report in both directions, but for what concerns grades."""
+    """Yield the warnings of a report in both directions, except those on grades."""
     yield from warnings.warn_of_models(there.original, back.original)
     yield from warnings.warn_of_recipe(there.original)
     yield from warnings.warn_of_runtimes(*direction)
@@ -236,7 +235,7 @@ def _list_warnings(direction: Direction, of_b: Answers, there: Card, back: Card)
         yield from list_text_warnings(figures, ("A", "B"))
 
 
-# In the order in which pages show such facts.
+# In the order in which pages show facts.
 _KNOWERS = ("only A", "only B", "neither", "both")
 
 
@@ -248,7 +247,7 @@ def name_knower(a: Answer, b: Answer) -> str:
 
 
 def _pair_answers(a: Answers, b: Answers) -> list[Pair]:
-    """Return answers to facts that the two answer differently: by which one knows them, then by domain and relation."""
+    """Return the answers to facts that the two answer differently, ordered by who knows them, domain and relation."""
     pairs = [
         pair
         for probe, entry in a.record.probes.items()

@@ -1,5 +1,5 @@
-"""Page of a comparison of two checkpoints: what both models know of the same facts, weights, settings and structure, as
-HTML that requests nothing from any server, Markdown, JSON.
+"""Page of a comparison of two checkpoints, in knowledge of the same facts, weights, settings and structure, as
+self-contained HTML, Markdown and JSON.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ from compressknow.pages.texts import make_text_parts, write_measurement, write_t
 # A probe's figures with A as the original, and with B.
 Both = tuple[ProbeFigures, ProbeFigures]
 _MAP_NOTE = (
-    "Relative error of each Linear weight, from faint to full colour in equal ratios; grey did not change. The marks "
+    "Relative error of each Linear weight, from faint to full colour in equal ratios; grey means unchanged. The marks "
     "under the map are the errors at which the shades change."
 )
 METHOD = (
     "Weights are compared as numbers, tensor by tensor, in float64; int8 weights by the values they represent "
     "(stored integer times scale). The relative error is ‖B − A‖ / ‖A‖ by the Frobenius norm, signal to noise is 20 "
-    "log10 ‖A‖ / ‖B − A‖ in decibels, the cosine is of the angle between A and B. Figures of a group or a layer are "
-    "those of all its weights taken as one tensor, so that large weights count for more than small ones.",
+    "log10 ‖A‖ / ‖B − A‖ in decibels, and the cosine is that of the angle between A and B. A group or a layer is "
+    "measured as one tensor of all its weights, so that large weights count for more than small ones.",
     "Layers and modules are those of Linear weights; biases, norms and embeddings are under not-linear. A weight that "
-    "one side shares with another (a final layer tied to the embedding) is compared with what it shares.",
+    "is tied on one side (a final layer tied to the embedding) is compared with the weight it is tied to.",
 )
 
 
 def make_comparison_page(
     comparison: CheckpointComparison, *, tensors: int, facts: int, shown: int, charts: bool
 ) -> parts.Page:
-    """Return the comparison as text, with so many tensors and facts, `shown` of these at once."""
+    """Return the comparison as a page, with at most so many tensors and facts; facts beyond `shown` are folded."""
     a, b = name_both(comparison.a, comparison.b)
     difference = comparison.difference
     there = comparison.behaviour.b_against_a if comparison.behaviour else None
@@ -160,7 +160,7 @@ def _show_texts(behaviour: Behaviour) -> Iterator[parts.Part]:
         p99 = number(percentiles["p99"], 4) if percentiles else NONE
         rows.append((clean(figures.text, 60), write_measurement(kl, 4), p99))
     if rows:
-        yield parts.Table("KL(B‖A) by token, nats", ("Text", "Mean", "99th percentile"), tuple(rows))
+        yield parts.Table("KL(B‖A) per token, nats", ("Text", "Mean", "99th percentile"), tuple(rows))
 
 
 def _show_knowledge(probes: tuple[Both, ...]) -> Iterator[parts.Part]:
@@ -197,7 +197,7 @@ def _show_map(difference: CheckpointDiff) -> Iterator[parts.Part]:
 
 _COLUMNS = ("Prompt", "Right answer", "A answers", "B answers", "Known by", "Relation")
 _GROUP_COLUMNS = ("Facts", "A knows", "of these B", "B knows", "of these A", "Answer differs", "p (Holm)")
-_ANSWERS = "Facts that the two answer differently: the answers that each holds most likely, best first"
+_ANSWERS = "Facts that the two answer differently, with the most likely answers of each, best first"
 
 
 def pair_probes(behaviour: Behaviour) -> tuple[Both, ...]:
@@ -207,14 +207,14 @@ def pair_probes(behaviour: Behaviour) -> tuple[Both, ...]:
 
 
 def build_figures_table(probes: tuple[Both, ...]) -> parts.Table:
-    """Return every figure that says something of two models on a level, one column per probe."""
+    """Return every figure that treats the two models alike, one column per probe."""
     rows = tuple((name, *(write(*both) for both in probes)) for name, write in _FIGURES)
     columns = ("Figure", *(clean(there.probe, 60) for there, _ in probes))
     return parts.Table("What each model knows, and how much their answers differ", columns, rows)
 
 
 def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator[parts.Part]:
-    """Yield the facts that are answered differently, `shown` of them at once."""
+    """Yield the facts that are answered differently, with those beyond `shown` folded."""
     rows = tuple(
         (
             parts.write_prompt(a.prompt),
@@ -229,14 +229,14 @@ def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator
     return parts.make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows))
 
 
-def _list_best(given: Answer) -> tuple[str, ...]:
-    """Return the answers that a model holds most likely, best first."""
-    return given.top5[:3] or (given.predicted,)
+def _list_best(answered: Answer) -> tuple[str, ...]:
+    """Return a model's most likely answers, best first."""
+    return answered.top5[:3] or (answered.predicted,)
 
 
-def _write_best(given: Answer) -> str:
-    """Write these answers, and the right one's rank where it is none of them."""
-    best, rank = _list_best(given), given.rank
+def _write_best(answered: Answer) -> str:
+    """Write the most likely answers, and the rank of the right one if it is not among them."""
+    best, rank = _list_best(answered), answered.rank
     named = ", ".join(answer(clean(each, 60)) for each in best)
     return f"{named} (the right one is {write_rank(rank)})" if rank and rank > len(best) else named
 
@@ -269,7 +269,7 @@ _FIGURES: tuple[tuple[str, Callable[[ProbeFigures, ProbeFigures], str]], ...] = 
     ("Neither knows", lambda there, _: count(there.counts.neither)),
     ("Of what A knows, B keeps", lambda there, _: write_estimate(there.kept)),
     ("Of what B knows, A keeps", lambda _, back: write_estimate(back.kept)),
-    ("Flips (known by one alone)", lambda there, _: share(there.counts.flips)),
+    ("Flips (known by only one)", lambda there, _: share(there.counts.flips)),
     ("Is one better?", lambda there, _: write_p_value(there.certainty.test.p)),
     ("Top answer differs", lambda there, _: share(there.answer_changed)),
     ("Mean reciprocal rank, A and B", lambda there, _: write_pair(there.mrr, number, ", ")),
@@ -290,7 +290,7 @@ _EXAMPLES = 3
 
 
 def sum_groups(difference: CheckpointDiff) -> dict[str, DiffSums]:
-    """Return the sums of each group of layers that there is, in their usual order."""
+    """Return the sums of each group of layers, in the usual order."""
     groups = sum_by(difference, lambda tensor: tensor.group)
     return {name: groups[name] for name in (*GROUPS, NOT_LINEAR) if name in groups}
 
@@ -301,7 +301,7 @@ def sum_layers(difference: CheckpointDiff) -> dict[str, DiffSums]:
 
 
 def make_grid(difference: CheckpointDiff) -> Grid | None:
-    """Return what the heat map shows; None if no Linear weight lies in a block."""
+    """Return the heat map's figures; None if no block has Linear weights."""
     sums = sum_by(difference, lambda tensor: (_name_block(tensor) or "", tensor.module) if tensor.module else None)
     if not sums:
         return None
@@ -314,13 +314,13 @@ def make_grid(difference: CheckpointDiff) -> Grid | None:
 def build_sums_table(
     caption: str, kind: str, sums: Mapping[str, DiffSums], total: DiffSums | None = None
 ) -> parts.Table:
-    """Return the figures of each part of the weights, and of all."""
+    """Return the figures of each group of weights and, if given, their total."""
     rows = tuple(build_sums_row(name, of) for name, of in {**sums, **({"all": total} if total else {})}.items())
     return parts.Table(caption, (kind, *_WEIGHT_COLUMNS), rows, sortable=total is None and len(rows) > 1)
 
 
 def build_sums_row(name: str, sums: DiffSums) -> tuple[str, ...]:
-    """Return the name of some weights, and their figures."""
+    """Return a row of the name of some weights and their figures."""
     return (
         clean(name, 120),
         count(sums.numel),
@@ -334,7 +334,7 @@ def build_sums_row(name: str, sums: DiffSums) -> tuple[str, ...]:
 
 
 def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[parts.Part]:
-    """Yield the tensors that differ, those first that changed most, if there are any."""
+    """Yield the tensors that differ, largest change first."""
     changed = [t for t in difference.tensors if not t.same_bytes]
     changed.sort(key=lambda t: -(t.sums.relative_error if t.sums.relative_error is not None else float("inf")))
     rows = []
@@ -348,7 +348,7 @@ def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[parts.Part
         )
         left_out = len(changed) - len(rows)
         rest = (parts.make_rest_note(left_out),) if left_out else ()
-        several = f"{count(len(rows))} tensors that differ, those first that differ most"
+        several = f"{count(len(rows))} tensors that differ, largest differences first"
         yield parts.Folded("1 tensor that differs" if len(rows) == 1 else several, (table, *rest))
 
 
@@ -373,25 +373,25 @@ _KINDS = {
 
 
 def build_structure_table(difference: CheckpointDiff) -> parts.Table | None:
-    """Return what the two store otherwise, tensors alike in that on one line."""
-    alike: dict[tuple[str, ...], list[StructureChange]] = {}
+    """Return differences in how the two store tensors, with a row for all tensors that share one."""
+    by_form: dict[tuple[str, ...], list[StructureChange]] = {}
     for change in difference.structure:
         without_shapes = (form.partition(" [")[0] for form in (change.a, change.b))
-        alike.setdefault((change.kind, *without_shapes), []).append(change)
+        by_form.setdefault((change.kind, *without_shapes), []).append(change)
     rows = tuple(
         (
             _KINDS[kind],
             count(len(changes)),
-            # In full of one tensor, else what the kind has in common.
+            # The full form for one tensor; for several, what they share.
             clean(changes[0].a if len(changes) == 1 else a),
             clean(changes[0].b if len(changes) == 1 else b),
             ", ".join(clean(change.name, 80) for change in changes[:_EXAMPLES])
             + (", …" if len(changes) > _EXAMPLES else ""),
         )
-        for (kind, a, b), changes in alike.items()
+        for (kind, a, b), changes in by_form.items()
     )
     columns = ("What", "Tensors", "A", "B", "Which")
-    return parts.Table("Tensors that are not stored alike", columns, rows, prose=True) if rows else None
+    return parts.Table("Tensors that are stored differently", columns, rows, prose=True) if rows else None
 
 
 def _name_block(tensor: TensorDiff) -> str | None:
@@ -399,7 +399,7 @@ def _name_block(tensor: TensorDiff) -> str | None:
 
 
 def format_cosine(value: float | None) -> str:
-    """Return a cosine as text; 1 is shown only where it is exact.
+    """Return a cosine as text; 1 is shown only if it is exact.
 
     >>> [format_cosine(value) for value in (1.0, 0.999999, 0.99875, None)]
     ['1', '> 0.99999', '0.99875', '-']
@@ -423,7 +423,7 @@ def render_comparison_markdown(comparison: CheckpointComparison) -> str:
 
 
 def write_comparisons(comparison: CheckpointComparison, paths: Sequence[Path], *, overwrite: bool) -> None:
-    """Write the comparison in the formats that the names ask for."""
+    """Write the comparison in the formats of the paths' suffixes."""
     texts = {
         ".html": lambda: render_comparison_html(comparison),
         ".md": lambda: render_comparison_markdown(comparison),

@@ -1,1 +1,1 @@
-"""Pages of `sweep` on many checkpoints: the paper's findings, tables and figures, from a study's own data."""
+"""Pages of a `sweep` of many checkpoints: the paper's findings, tables and figures from the study's own data."""

@@ -65,7 +65,7 @@ class TestBranches:
             assert said in card.comparisons[0].next
 
     def test_no_number_of_facts_where_the_share_is_the_threshold(self) -> None:
-        assert "no number of facts of these probes would soon tell" in of(95, 5).next
+        assert "too close to 95 % for more facts of these probes to decide soon" in of(95, 5).next
 
     def test_more_facts_where_the_interval_over_relations_alone_spans_it(self) -> None:
         # Of each relation 49 of 50 facts, or of four of them 45 and of the others all.
@@ -84,7 +84,7 @@ class TestBranches:
     def test_less_where_the_whole_interval_is_below(self) -> None:
         recipe = Recipe((Prune(0.4, where=ATTENTION), Quantize("int8", ATTENTION)))
         assert of(500, 500, recipe=recipe).next == (
-            "Next: less than 95 % is kept; prune 20 % of the weights in place of 40 %: compressknow convert "
+            "Next: less than 95 % is kept; prune 20 % of the weights instead of 40 %: compressknow convert "
             "org/tiny-bert OUTPUT --scope attention --prune 0.2 --quantize int8"
         )
 
@@ -134,7 +134,7 @@ class TestBranches:
 class TestMilder:
     def test_less_pruning_then_none(self) -> None:
         recipe = Recipe((Prune(0.2, where=ATTENTION), Quantize("int8-weights", ATTENTION)))
-        assert change_of(recipe) == "prune 10 % of the weights in place of 20 %"
+        assert change_of(recipe) == "prune 10 % of the weights instead of 20 %"
         assert change_of(Recipe((Prune(0.08, where=ATTENTION), Quantize("int8-weights", ATTENTION)))) == "do not prune"
 
     def test_a_pattern_has_no_half(self) -> None:
@@ -150,17 +150,17 @@ class TestMilder:
 
     def test_int4_is_rounded_by_gptq_then_becomes_8_bits(self) -> None:
         nearest, gptq = (Recipe((Quantize("int4", ATTENTION, rounding=name),)) for name in ("nearest", "gptq"))
-        assert change_of(nearest) == "round by GPTQ in place of to nearest"
-        assert change_of(gptq) == "quantize to int8-weights in place of int4"
+        assert change_of(nearest) == "round by GPTQ instead of to nearest"
+        assert change_of(gptq) == "quantize to int8-weights instead of int4"
 
     @pytest.mark.parametrize("scheme", ["int8", "int8-paper"])
     def test_weights_alone_in_place_of_activations_too(self, scheme: str) -> None:
-        assert change_of(Recipe((Quantize(scheme, ATTENTION),))) == f"quantize to int8-weights in place of {scheme}"
+        assert change_of(Recipe((Quantize(scheme, ATTENTION),))) == f"quantize to int8-weights instead of {scheme}"
 
     def test_the_group_that_changed_most_is_left_out(self) -> None:
         recipe = Recipe((Quantize("int8-weights", BOTH),))
         assert find_milder(recipe, GROUPS) == (
-            "leave feed-forward as it is, whose weights changed most",
+            "leave feed-forward as it is: its weights changed most",
             Recipe((Quantize("int8-weights", ATTENTION),)),
         )
 
@@ -169,9 +169,9 @@ class TestMilder:
         assert change_of(Recipe((Quantize("int8-weights", BOTH),)), groups) is None
 
     def test_fewer_blocks_and_neurons(self) -> None:
-        assert change_of(Recipe((DropBlocks(5),))) == "drop 2 blocks in place of 5"
+        assert change_of(Recipe((DropBlocks(5),))) == "drop 2 blocks instead of 5"
         assert change_of(Recipe((DropBlocks("3-5"), Quantize("int8-weights", ATTENTION)))) == "drop no blocks"
-        assert change_of(Recipe((DropNeurons(0.3),))) == "drop 15 % of the neurons in place of 30 %"
+        assert change_of(Recipe((DropNeurons(0.3),))) == "drop 15 % of the neurons instead of 30 %"
 
 
 RECIPES = [
@@ -210,7 +210,7 @@ def test_the_options_of_convert_give_the_recipe(recipe: Recipe) -> None:
 def test_steps_in_two_places_are_no_options() -> None:
     assert format_options(Recipe((Prune(0.2, where=ATTENTION), Quantize("int8", BOTH)))) is None
     found = of(500, 500, recipe=Recipe((Prune(0.2, where=ATTENTION), Quantize("int8", BOTH)))).next
-    assert found.endswith("prune 10 % of the weights in place of 20 %")
+    assert found.endswith("prune 10 % of the weights instead of 20 %")
 
 
 def test_click_is_what_parses_them() -> None:

@@ -63,13 +63,13 @@ def test_the_card_counts_the_facts_that_stand_in_the_text(card: Card, place: Pat
     assert told["model"]["in_calibration"] == {"facts": 64, "found": 16, "known": 64, "known_found": 16}
     said = told["model"]["calibration"]
     assert (said["kind"], said["source"], said["tokens"]) == ("file", str(place / "text.txt"), 2048)
-    warning = "Of 64 facts, 16 stand in the calibration text "
+    warning = "Of 64 facts, 16 appear in the calibration text "
     assert any(each.startswith(warning) for each in told["warnings"])
     for page in ("card.html", "card.md"):
         text = (place / page).read_text("utf-8")
         assert warning in text
         assert "Calibrated on 2,048 tokens of" in text
-        assert "16 of 64 facts stand in this text" in text
+        assert "16 of 64 facts appear in this text" in text
 
 
 def test_the_very_tokens_count_not_the_rest_of_the_file(place: Path) -> None:
@@ -120,7 +120,7 @@ def test_compare_tells_the_text_and_counts_too(place: Path) -> None:
     compared = compressknow.compare(
         place / "original", place / "compressed", probes, output=outputs, answers=place / "answers"
     )
-    assert sum("16 stand in the calibration text" in each for each in compared.warnings) == 1
+    assert sum("16 appear in the calibration text" in each for each in compared.warnings) == 1
     assert "2,048 tokens of" in (place / "compare.html").read_text("utf-8")
     assert "2,048 tokens of" in (place / "compare.md").read_text("utf-8")
     assert json.loads((place / "compare.json").read_text("utf-8"))["b"]["calibration"]["tokens"] == 2048

@@ -73,8 +73,8 @@ def test_the_verdict_names_the_relations_where_few_of_them_lost_everything() -> 
 @pytest.mark.parametrize(
     ("relations", "said"),
     [
-        (1, "All known facts are of one relation: no clusters, so no interval over relations."),
-        (3, "The known facts are of 3 relations: too few for an interval over these."),
+        (1, "All known facts belong to one relation, so there is no interval over relations."),
+        (3, "The known facts belong to 3 relations: too few for an interval over these."),
     ],
 )
 def test_without_clusters_the_page_says_so(relations: int, said: str) -> None:
@@ -92,9 +92,9 @@ def test_a_warning_says_that_too_few_relations_have_known_facts() -> None:
     assert comparison.certainty.test.unit == "relation"
     (said,) = comparison.warnings
     assert said.startswith("The original knew facts of only 3 relations of atlas")
-    assert "the interval of what is kept takes facts as independent" in said
+    assert "the interval of what is kept treats facts as independent" in said
     (said,) = card_of(3).comparisons[0].warnings
-    assert "intervals and p-values take facts as independent" in said
+    assert "intervals and p-values treat facts as independent" in said
     assert not card_of(5).comparisons[0].warnings
 
 
@@ -108,5 +108,5 @@ def test_a_gate_that_stopped_early_is_told_in_all_forms() -> None:
         **{"gate": 0.8, "met": True, "level": 0.05, "facts": 180, "known": 150, "of": 4021},
         **{"kept": 0.86, "kept_interval": [0.81, 0.9]},
     }
-    assert any("only until it was known whether 80 %" in warning for warning in card.comparisons[0].warnings)
+    assert any("only until it was clear whether 80 %" in warning for warning in card.comparisons[0].warnings)
     assert values(card_of(10))["early"] is None

@@ -69,16 +69,16 @@ class TestGate:
 
     @pytest.mark.parametrize("fail_under", [0.9, 0.95])
     def test_a_strict_gate_within_the_interval_cannot_be_told_yet(self, fail_under: float) -> None:
-        with pytest.raises(GateUndecided, match=r"cannot be told yet whether 9.* keeps 92 of 100") as caught:
+        with pytest.raises(GateUndecided, match=r"is undecided whether 9.* keeps 92 of 100") as caught:
             held(card_of(92, 8), fail_under, strict=True)
         assert caught.value.exit_code == 4
-        assert re.search("about [0-9,]+ that the original knows would tell", str(caught.value))
+        assert re.search("about [0-9,]+ that the original knows would decide it", str(caught.value))
 
     def test_where_more_facts_would_not_tell_neither_page_nor_error_asks_for_them(self) -> None:
         original, compressed = run(sides(95, 5))
         card = make_card(original, [compressed], gates=parse_gates(0.95, strict=True))
-        assert "no number of facts of these probes would soon tell" in card.comparisons[0].next
-        with pytest.raises(GateUndecided, match="More of these facts would not soon tell: choose other probes"):
+        assert "for more facts of these probes to decide soon" in card.comparisons[0].next
+        with pytest.raises(GateUndecided, match="More of these facts would not soon decide it: choose other probes"):
             hold_to_gates(card, card)
 
     def test_an_interval_that_begins_just_below_a_strict_gate_is_written_so(self) -> None:
@@ -153,7 +153,7 @@ class TestGate:
 
     @pytest.mark.parametrize("given", [["science=0.9"], [0.9, "science=0.9"]])
     def test_one_gate_of_all_facts_is_decided_early(self, given: list[Any]) -> None:
-        with pytest.raises(UsageError, match="--early decides one gate, of all facts"):
+        with pytest.raises(UsageError, match="--early decides a single gate, on all facts"):
             check_gates(parse_gates(given), early=True)
 
 
@@ -192,7 +192,7 @@ class TestOnPages:
         (comparison,) = make_card(original, [compressed], gates=parse_gates([0.995, "science=0.85"])).comparisons
         assert "less than what --fail-under asks is kept" in comparison.next
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.65"], strict=True)).comparisons
-        assert comparison.next == "Next: evaluate more facts: these do not tell whether 65 % of science is kept."
+        assert comparison.next == "Next: evaluate more facts: these do not show whether 65 % of science is kept."
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.5"], strict=True)).comparisons
         assert "deploy" not in comparison.next
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.2"], strict=True)).comparisons
@@ -273,7 +273,7 @@ class TestDecision:
         assert card.decision.place == 1
         assert card.decision.reason == (
             "Take keeps 195 (200.0 kB): it is the smallest of 2 models that keep at least 95 %. It keeps 97.5 % "
-            "(94.3 to 98.9 %). No test tells it from keeps 199 (300.0 kB)."
+            "(94.3 to 98.9 %). No test distinguishes it from keeps 199 (300.0 kB)."
         )
         told = card.to_dict()["recommended"]
         assert (told["model"], told["place"]) == ("2. keeps 195", 1)
@@ -305,14 +305,14 @@ class TestDecision:
     def test_one_model_larger_than_it_may_be_is_warned_of(self) -> None:
         assert several(199, sizes=(300_000,), within=300_000).warnings == ()
         (warning,) = several(199, sizes=(300_000,), within=250_000).warnings
-        assert warning == "m199 has 300.0 kB: more than the 250.0 kB that it may have."
+        assert warning == "m199 has 300.0 kB, more than the 250.0 kB that it may have."
 
     def test_without_a_gate_rounding_alone_says_what_is_enough(self) -> None:
         before, models = beside_rounding(known=200, lost=2)
         decision = make_card(before, models).decision
         assert decision is not None
         floor = "rounding alone, which keeps 99.0 % (96.4 to 99.7 %)"
-        assert f"it is the smallest of 2 models that the intervals do not tell from {floor}." in decision.reason
+        assert f"it is the smallest of 2 models that the intervals do not distinguish from {floor}." in decision.reason
         worse = make_card(before, models[2:] + models[2:]).decision
         assert worse is not None
         assert f"none keeps as much as {floor}; it is the" in worse.reason
@@ -321,7 +321,7 @@ class TestDecision:
         decision = make_card(*beside_rounding(known=60, lost=0)).decision
         assert decision is not None
         assert decision.place == 1
-        assert "do not tell from rounding alone, which keeps 100 % (94.0 to 100 %)" in decision.reason
+        assert "do not distinguish from rounding alone, which keeps 100 % (94.0 to 100 %)" in decision.reason
 
     def test_what_a_smaller_model_beats_and_how_surely(self) -> None:
         decision = several(150, 199, 198, sizes=(300_000, 200_000, 250_000)).decision

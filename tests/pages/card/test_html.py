@@ -174,7 +174,7 @@ def test_what_three_candidates_of_few_facts_cannot_tell_has_its_own_reason() -> 
     before, after = run(sides(1, 1, choices=3))
     text = read(render_html(make_card(before, [after]))).text
     assert "Right answer among the top 5: there are at most five answers to choose from, or" in text
-    assert "Calibration error (ECE): it needs the probability of each answer among all candidates, of 20 facts" in text
+    assert "Calibration error (ECE): it needs the probability of each answer among all candidates, for 20 facts" in text
 
 
 def test_sizes_are_below_their_limits() -> None:

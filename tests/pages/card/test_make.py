@@ -76,7 +76,7 @@ class TestVerdict:
 
     def test_so_few_facts_that_no_loss_would_show(self) -> None:
         assert card_of(3, 1).verdict.endswith(
-            "(p = 1). So few facts show no net loss at all; 400 known ones would show 2 %."
+            "(p = 1). So few facts cannot show a net loss; 400 known ones would show 2 %."
         )
 
     def test_one_fact(self) -> None:
@@ -181,7 +181,7 @@ class TestCard:
         for part in (
             "mask",
             "protocol closed/1, one of 8 answers; 70 facts read, 10 left out (no single word: 10), 60 evaluated",
-            "a sample of 60 by seed 3",
+            "a sample of 60 with seed 3",
             "Wilson",
             "10,000 resamples, seed 0",
             "A+ from 99 %",
@@ -237,7 +237,7 @@ class TestWarnings:
         grid = {"weights": 210, "of": 211, "values": 16}
         rounded = model(sha256="b" * 64, quantization="q4_1")
         card = make_card(answers(rows[0], model(grid=grid)), [answers(rows[1], rounded)])
-        assert "in 210 of 211 matrices 32 neighbours have at most 16 different values" in warnings_of(card)
+        assert "in 210 of 211 matrices, 32 neighbours have at most 16 different values" in warnings_of(card)
 
     def test_models_in_the_wrong_order(self) -> None:
         original, compressed = run(sides(60, 20, 10, 20), source={"name": "tiny-bert", "revision": None})
@@ -253,7 +253,7 @@ class TestWarnings:
 
     def test_nothing_in_scope(self) -> None:
         groups = {"attention": {"parameters": 5, "pruned": 0, "quantized": 0}}
-        assert "Nothing of this model was in scope" in warnings_of(card_of(200, compressed_model={"groups": groups}))
+        assert "Nothing in this model was in scope" in warnings_of(card_of(200, compressed_model={"groups": groups}))
         groups["attention"]["quantized"] = 5
         assert warnings_of(card_of(200, compressed_model={"groups": groups})) == ""
 

@@ -127,7 +127,7 @@ def test_one_lost_fact_that_an_example_was_put_before_is_singular() -> None:
     assert first.knowing is not None
     first = replace(first, knowing=replace(first.knowing, shown=1, back=0))
     card = replace(card, comparisons=(replace(comparison, probes=(first, *others)),))
-    assert "brings back 0 (0 %) of 1 lost fact that was put after it." in rendered(render_markdown(card)).text
+    assert "brings back 0 (0 %) of 1 lost fact that was evaluated with it." in rendered(render_markdown(card)).text
 
 
 def test_facts_are_left_out_on_request() -> None:

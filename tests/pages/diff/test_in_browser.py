@@ -51,7 +51,7 @@ def test_names_of_tensors_that_are_not_stored_alike_are_in_sight(page: Page, tmp
         encoding="utf-8",
     )
     page.goto(file.as_uri())
-    assert "Tensors that are not stored alike" not in scrolled(page)
+    assert "Tensors that are stored differently" not in scrolled(page)
 
 
 def test_what_stands_on_the_map_can_be_read_on_a_telephone(page: Page, address: str) -> None:

@@ -65,7 +65,7 @@ def test_tensors_that_differ_come_first_that_differ_most() -> None:
 
 def test_structure_and_settings_are_told() -> None:
     page = read(render_comparison_html(comparison_of(facts=False)))
-    assert rows_of(page, "Tensors that are not stored alike")[1:] == [
+    assert rows_of(page, "Tensors that are stored differently")[1:] == [
         ["another type", "2", "F32", "I8", "a.weight, b.weight"],
         ["only in B", "1", "-", "F32 [7]", "c.weight"],
         ["packed: not compared", "1", "F32 [7]", "qweight I32", "d.weight"],

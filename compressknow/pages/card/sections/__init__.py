@@ -1,6 +1,6 @@
-"""Sections of a report card: their base class, their registry, and what they make of a comparison together.
+"""Sections of a report card: base class, registry, and how they measure and show a comparison.
 
-A third-party section that fails is left out, with a warning that names its package: an hour's evaluation must not be
+A third-party section that fails is left out, with a warning that names its package, so that an hour's evaluation is not
 lost because of it. Nothing from it reaches a page unescaped.
 """
 
@@ -38,9 +38,9 @@ from compressknow.pages.parts import (
 from compressknow.pages.records import Comparison
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
-_TAKEN = ("card", "size", "from", "top")  # ids of what else a page holds of a model
+_TAKEN = ("card", "size", "from", "top")  # ids of other elements on a model's page
 _LONGEST = 2000  # characters of a text
-# `Drawn` is not among these: it is the one kind that is not escaped.
+# `Drawn` is excluded because it is the one kind that is not escaped.
 _KINDS = (Table, Text, Note, Remarks, Facts, Chart, Beside, Folded)
 
 
@@ -49,46 +49,46 @@ class ProbeAnswers:
     """Answers of both models to one probe, and its entries in each ``probe.json``."""
 
     probe: str
-    pairs: tuple[Pair, ...]  # of each fact the original's `evaluate.answers.Answer` and the compressed model's
+    pairs: tuple[Pair, ...]  # for each fact, the `evaluate.answers.Answer` of the original and of the compressed model
     entry_original: ProbeEntry
     entry_compressed: ProbeEntry
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of what a format shows of one comparison; the JSON has it all."""
+    """Limits on what a format shows of one comparison; the JSON has everything."""
 
     lost: int  # facts
     gained: int
     shown: int = 20  # facts at once; the others are folded
-    relations: int | None = None  # of a probe, those that lost most; None for all
+    relations: int | None = None  # of each probe, those that lost most; None for all
     charts: bool = False  # charts, and bars in tables
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Context that a section speaks of: one compressed model against the original."""
+    """Context of a section: one compressed model against the original."""
 
     original: ModelRecord
     comparison: Comparison
-    measured: Mapping[str, Any]  # by probe, what the section's own `measure` gave; empty if it measures nothing
+    measured: Mapping[str, Any]  # by probe, the results of the section's `measure`; empty if it measures nothing
     limits: Limits
 
 
 class Section:
-    """Section of the report card of each compressed model. Subclasses say what it shows; all but `parts` is optional.
+    """Section of the report card of each compressed model. Subclasses define what it shows; only `parts` is required.
 
     Another package adds one by an entry point of the group ``compressknow.sections``; its name is the section's id on
-    the page and the key of what it measures in ``report.json``. It begins with a small letter and has 40 characters at
-    most, small letters, digits, `-` and `_`; ``card``, ``size``, ``from`` and ``top`` are taken.
+    the page and the key of what it measures in ``report.json``. It starts with a lowercase letter and has at most 40
+    characters: lowercase letters, digits, `-` and `_`; ``card``, ``size``, ``from`` and ``top`` are taken.
 
     Attributes
     ----------
     title : its heading, and its name in the page's table of contents.
-    order : where it stands: those built in have 10 to 80.
-    shows_facts : it shows the text of facts, and is left out by ``--no-facts``.
-    glossary : terms and their meanings, for readers who meet them for the first time.
-    method : sentences: how its figures are computed, with their source.
+    order : its position; the built-in sections have 10 to 80.
+    shows_facts : whether it shows the text of facts; ``--no-facts`` then leaves it out.
+    glossary : terms and their meanings, for readers who do not know them.
+    method : sentences on how its figures are computed, with sources.
     """
 
     title: str
@@ -105,7 +105,7 @@ class Section:
         return None
 
     def parts(self, context: Context) -> Iterable[Part]:
-        """Yield what it shows, in order; a section of which nothing is shown is left out."""
+        """Yield what the section shows, in order; without any part, the section is left out."""
         raise NotImplementedError
 
     def warnings(self, context: Context) -> Iterable[str]:  # noqa: ARG002
@@ -136,19 +136,19 @@ SECTIONS: Registry[Section] = Registry(
 
 
 def find_sections() -> tuple[dict[str, Section], tuple[str, ...]]:
-    """Return the sections that can be used, by name, in their order; and why others cannot, in sentences."""
-    found, unusable = SECTIONS.usable()
+    """Return the usable sections by name, in order, and sentences on why others cannot be used."""
+    sections, unusable = SECTIONS.usable()
     reasons = [" ".join(f"{part.rstrip('.')}." for part in str(error).split("\n")) for error in unusable.values()]
-    for name in [name for name in found if not SECTIONS.is_built_in(name)]:
-        if why := _find_flaw(name, found[name]):
-            del found[name]
+    for name in [name for name in sections if not SECTIONS.is_built_in(name)]:
+        if why := _find_flaw(name, sections[name]):
+            del sections[name]
             reasons.append(_describe_failure(name, why))
-    return dict(sorted(found.items(), key=lambda item: item[1].order)), tuple(clean(why, 1000) for why in reasons)
+    return dict(sorted(sections.items(), key=lambda item: item[1].order)), tuple(clean(why, 1000) for why in reasons)
 
 
 def _find_flaw(name: str, section: Section) -> str:
     if not _NAME.fullmatch(name) or name in _TAKEN:
-        return f"its name must be of small letters, digits, - and _, and none of {', '.join(_TAKEN)}."
+        return f"its name must consist of lowercase letters, digits, - and _, and not be one of {', '.join(_TAKEN)}."
     if not str(getattr(section, "title", "")).strip():
         return "it has no title."
     method: Any = section.method
@@ -168,7 +168,7 @@ def _describe_failure(name: str, why: str | Exception) -> str:
 
 
 def list_failures(comparisons: Iterable[Comparison]) -> tuple[str, ...]:
-    """Return why sections of other packages are not on the card, a sentence each."""
+    """Return why sections of other packages are not on the card, one sentence each."""
     _, unusable = find_sections()
     return tuple(dict.fromkeys((*unusable, *(why for each in comparisons for why in each.left_out.values()))))
 
@@ -176,7 +176,7 @@ def list_failures(comparisons: Iterable[Comparison]) -> tuple[str, ...]:
 def add_sections(
     original: ModelRecord, comparison: Comparison, answers: tuple[Answers, Answers], *, show_facts: bool
 ) -> Comparison:
-    """Return the comparison with what its sections measure, of both models' `answers`, and their warnings."""
+    """Return the comparison with what the sections measure on both models' `answers`, and with their warnings."""
     warnings = [*comparison.warnings]
     failed: dict[str, str] = {}
     measured: dict[str, Mapping[str, Any]] = {}
@@ -202,7 +202,7 @@ def add_sections(
 def _measure(
     name: str, section: Section, comparison: Comparison, answers: tuple[Answers, Answers]
 ) -> Mapping[str, Any]:
-    """Return what a section measures, by probe. Raises TypeError or ValueError for what cannot stand in the JSON."""
+    """Return what a section measures, by probe. Raises TypeError or ValueError for what JSON cannot hold."""
     if type(section).measure is Section.measure:
         return {}
     original, compressed = answers
@@ -213,7 +213,7 @@ def _measure(
         figures[probe] = section.measure(ProbeAnswers(probe, tuple(pairs), *entries))
     if any(name in probe_to_json(probe) for probe in comparison.probes):
         raise ValueError("report.json has that name for something else")
-    # As they will be read back: keys are text, tuples are lists.
+    # Convert values to what reading the JSON gives: keys are strings, tuples are lists.
     values: dict[str, Any] = json.loads(json.dumps(figures, allow_nan=False))
     return {probe: value for probe, value in values.items() if value is not None}
 
@@ -259,7 +259,7 @@ def _check_part(part: Any) -> Any:
 
 
 def _make_plain(value: Any) -> Any:
-    # A text may be of a class that says it is HTML; what comes of `clean` is text alone.
+    # A text may be of a class that marks it as HTML; `clean` returns a plain string.
     if isinstance(value, str):
         return clean(value, _LONGEST)
     if isinstance(value, tuple | list):
@@ -270,7 +270,7 @@ def _make_plain(value: Any) -> Any:
 
 
 def list_explained(comparisons: Iterable[Comparison]) -> list[Section]:
-    """Return the sections whose terms and formulas are to be explained: those of facts, where facts were evaluated."""
+    """Return the sections whose terms and formulas need explaining, if facts were evaluated."""
     return [section for each in comparisons if not each.only_texts for _, section in _list_sections(each)]
 
 

@@ -41,13 +41,13 @@ _GRADED = (*_COLUMNS[:-1], "Grade now", "Relation")
 
 
 class Lost(Section):
-    """Facts that only the original knows; `which` of a comparison's they are, and so their limit and their style."""
+    """Facts that only the original knows; `which` names their field in `Comparison` and `Limits`, and their style."""
 
     title = "Facts lost"
     order = 10
     shows_facts = True
     which = "lost"
-    caption = "The original answered these right, the compressed model does not"
+    caption = "The original answered these right; the compressed model does not"
 
     def parts(self, context: Context) -> Iterator[Part]:
         if context.comparison.only_texts:
@@ -79,7 +79,7 @@ class Gained(Lost):
     title = "Facts gained"
     order = 20
     which = "gained"
-    caption = "The original answered these wrong, the compressed model answers them right"
+    caption = "The original answered these wrong; the compressed model answers them right"
 
 
 class Dropped(Section):
@@ -93,7 +93,7 @@ class Dropped(Section):
             dropped = [(clean(reason, 120), number) for reason, number in probe.dropped.items() if number]
             rows += [(reason, name, count(number), write_percent(number, read)) for reason, number in dropped]
         if rows:
-            columns = ("Reason", "Probe", "Facts", "Of those read")
+            columns = ("Reason", "Probe", "Facts", "Share of facts read")
             yield Table("Facts that were dropped", columns, tuple(rows), captioned=False)
 
 
@@ -111,8 +111,8 @@ class Relations(Section):
             yield make_groups_table(groups, "Relation", caption)
         if probes:
             yield Note(
-                "p is of the exact McNemar test, adjusted over the relations of a table (Holm): below 0.05, chance "
-                "hardly explains that a relation lost more than it gained, or less."
+                "p is from the exact McNemar test, adjusted over the relations of a table (Holm). Below 0.05, chance "
+                "hardly explains the difference between facts lost and gained."
             )
 
 
@@ -129,7 +129,7 @@ class Popularity(Section):
 
 
 def chart_popularity(groups: Sequence[Group], name: str) -> Chart | None:
-    """Chart knowledge kept by popularity bin, as dots with intervals; None if fewer than two bins have any."""
+    """Chart knowledge kept by popularity bin, as dots with intervals; None if fewer than two bins have a value."""
     bins = [(clean(group.name, 16), group.kept) for group in groups if group.kept.value is not None]
     if len(bins) < 2:
         return None
@@ -145,7 +145,7 @@ def _draw(plot: Axes, bins: Sequence[tuple[str, Estimate]]) -> None:
         plot.plot([x], [value], "o", color=drawing.SERIES[0], markersize=8, markeredgecolor=drawing.PAPER)
         plot.annotate(share(kept.value), (x, value), (8, 0), textcoords="offset points", va="center")
     plot.set_xlim(-0.4, len(bins) - 0.3)
-    # Short, or the fifth touches the fourth.
+    # Short labels, so that the fifth does not touch the fourth.
     ticks = [label.removesuffix(" %").replace(" to ", "\N{EN DASH}") if " to " in label else label for label, _ in bins]
     plot.set_xticks(range(len(bins)), ticks, fontsize=10)
     # The axis begins at the tens below the lowest interval.
@@ -160,7 +160,7 @@ class Grades(Section):
         ("Recognized", "the right answer is the model's first choice, but not what it writes."),
         (
             "Demoted",
-            "not its first choice, but among its best five, or what it writes, by itself or after one solved example.",
+            "not its first choice, but among its top five, or what it writes, by itself or after one solved example.",
         ),
         ("Gone", "none of these."),
     )
@@ -168,12 +168,12 @@ class Grades(Section):
         "What a model produces is decoded greedily after the prompt, or at the mask among its whole vocabulary (an "
         "object of several tokens at as many masks, from left to right). Facts that the original knew and the "
         "compressed model does not are evaluated once more, after one solved example of the same relation with another "
-        "answer. Among five candidates or fewer, being among the best five does not count.",
+        "answer. With five candidates or fewer, being among the top five does not count.",
     )
 
     def parts(self, context: Context) -> Iterator[Part]:
         graded = [(probe, probe.knowing) for probe in context.comparison.probes if probe.knowing]
-        # A page of many models has no room for it; the JSON has it all.
+        # A page of many models has no room for this; the JSON has it all.
         if not graded or context.limits.relations is not None:
             return
         for probe, knowing in graded:
@@ -182,7 +182,7 @@ class Grades(Section):
             )
             if sentences := " ".join(_describe_grades(knowing)):
                 yield Note(sentences)
-        yield Note("The glossary says what each grade means.")
+        yield Note("The glossary explains the grades.")
 
 
 def make_grades_table(knowing: GradeCounts, caption: str, who: str = "Original") -> Table:
@@ -199,7 +199,7 @@ def _describe_grades(knowing: GradeCounts) -> Iterator[str]:
     if knowing.shown:
         back = f"{count(knowing.back)} ({write_percent(knowing.back, knowing.shown)})"
         lost = "1 lost fact that was" if knowing.shown == 1 else f"{count(knowing.shown)} lost facts that were"
-        yield f"One solved example brings back {back} of {lost} put after it."
+        yield f"One solved example brings back {back} of {lost} evaluated with it."
     for who, written in zip(("original", "compressed model"), knowing.written, strict=True):
         if not written:
             yield f"The {who} cannot write: {PRODUCED} is left out."
@@ -220,7 +220,7 @@ class Text(Section):
 
 _AGREEMENT = (
     "A fact is known if more than half of its wordings are answered right. Consistency, the share of pairs of wordings "
-    "of a fact that are answered alike (Elazar et al. 2021)"
+    "of a fact that get the same answer (Elazar et al. 2021)"
 )
 _WORDING_COLUMNS = ("Wording", "Facts", "Right before", "Right after", "Lost", "Gained", "Kept")
 
@@ -231,7 +231,7 @@ class ByWording(Section):
 
     def parts(self, context: Context) -> Iterator[Part]:
         for probe in context.comparison.probes:
-            # On a page of many models the JSON alone has them.
+            # For many models, only the JSON has them.
             if (wordings := probe.wordings) and context.limits.relations is None:
                 rows = [_make_wording_row(str(number), *figures) for number, figures in wordings.by_template.items()]
                 rows.append(_make_wording_row("majority", probe.counts, probe.kept))
@@ -253,11 +253,11 @@ def _make_wording_row(name: str, counts: Counts, kept: Estimate) -> tuple[str, .
 
 
 _BINS = ("Confidence", "Original's answers", "Right", "Compressed model's answers", "Right")
-# A dot of fewer answers than this says nothing of calibration: it is drawn hollow.
+# A dot of fewer answers than this says nothing about calibration, and is drawn hollow.
 _FEW = 10
 _CALIBRATION = (
-    "On the dotted line a model is right as often as it is sure; below it is too sure. Hollow dots rest on fewer than "
-    f"{_FEW} answers."
+    "On the dotted line, a model is right as often as its confidence says; below the line, it is overconfident. Hollow "
+    f"dots rest on fewer than {_FEW} answers."
 )
 
 
@@ -268,20 +268,20 @@ class Confident(Section):
         ("Confidence", "the probability that a model gives to its answer, among all answers that it could give."),
         (
             "Confidently wrong",
-            "a wrong answer of which the model is surer than the original is of half of its answers.",
+            "a wrong answer that is given with more confidence than the original's median answer.",
         ),
         (
             "Calibration",
-            "whether answers of 80 % confidence are right 80 % of the time: then the dots lie on the diagonal.",
+            "whether answers of 80 % confidence are right 80 % of the time; if so, the dots lie on the diagonal.",
         ),
     )
     method = (
-        "Thirds are of the facts that the original knew, by the probability of its answer. An answer is confidently "
-        "wrong if it is wrong and its probability is above the median of the original's over all facts.",
+        "The facts that the original knew are split into thirds by the probability of its answer. An answer is "
+        "confidently wrong if it is wrong and its probability is above the median of the original's over all facts.",
     )
 
     def parts(self, context: Context) -> Iterator[Part]:
-        # On a page of many models this would be the most of it; the JSON has it all.
+        # This would take most of a page of many models; the JSON has it all.
         if context.limits.relations is not None:
             return
         for probe in context.comparison.probes:
@@ -324,7 +324,7 @@ def _describe_wrong(name: str, confidence: Confidence) -> str:
         )
     )
     return (
-        f"Confidently wrong on {name}: {' and '.join(sides)} are surer than the original's median "
+        f"Confidently wrong on {name}: {' and '.join(sides)} exceed the original's median confidence "
         f"({share(confidence.median)})."
     )
 
@@ -354,7 +354,7 @@ def _draw_calibration(plot: Axes, bins: Sequence[ReliabilityBin]) -> None:
         plot.plot([x], [y], "o", color=inside, markersize=7, markeredgecolor=drawing.SERIES[0])
     plot.set_xlim(-2, 102)
     plot.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
-    plot.set_xlabel("confidence; right answers upwards", loc="left")
+    plot.set_xlabel("confidence (vertical axis: right answers)", loc="left")
     drawing.set_percent_axis(plot, 0)
 
 

@@ -1,4 +1,4 @@
-"""Sections on every figure of every probe, how sure these are, what was done to the models, and how fast each is."""
+"""Sections on all figures of all probes, their certainty, what was done to the model, and its speed."""
 
 from __future__ import annotations
 
@@ -37,31 +37,34 @@ class Figures(Section):
     glossary = (
         ("Knowledge kept", "of the facts that the original knew, the share that the compressed model still knows."),
         ("Kept above chance", "the same, counting only what is known beyond guessing among the candidates."),
-        ("Lost, gained, flips", "facts that only the original knows, that only the compressed model knows, and both."),
+        (
+            "Lost, gained, flips",
+            "facts that only the original knows, that only the compressed model knows, and both together.",
+        ),
         (
             "Interval",
-            "the range in brackets: for other facts of the same kind, 95 of 100 such ranges contain the true value.",
+            "the range in brackets: of 100 such ranges, each from other facts of the kind, 95 contain the true value.",
         ),
         (
             "p",
-            "how often chance alone splits lost and gained facts as unevenly; a small p means that the net change is "
-            "real.",
+            "how often chance alone would split lost and gained facts this unevenly; a small p means that the net "
+            "change is real.",
         ),
-        ("Top answer changed", "facts to which the answer differs, from one wrong answer to another included."),
+        ("Top answer changed", "facts whose answer differs, including changes from one wrong answer to another."),
         (
             "By rounding alone",
-            "the original's own answers in another precision, against those that all else is compared with: a change "
-            "no larger than this may be rounding.",
+            "how the original's own answers change in another precision: a change of a compressed model that is no "
+            "larger than this may be rounding.",
         ),
         (
             "By the runtime alone",
-            "the same where the original runs in the compressed model's runtime, from a file that is not quantized.",
+            "the same if the original runs in the compressed model's runtime, from a file that is not quantized.",
         ),
         ("Among the top 5", "if the right answer is still near the top, the fact is suppressed rather than erased."),
         ("Mean reciprocal rank", "1 where the right answer always comes first, 1/2 where it comes second, and so on."),
         ("Movement (KL)", "how far the probabilities of the next token moved, in nats; 0 is no change at all."),
         ("Calibration error, Brier score", "how far a model's confidence is from being right; 0 is perfect."),
-        ("Majority baseline", "what a model scores that knows nothing and always says the same."),
+        ("Majority baseline", "the accuracy of always giving a relation's most frequent answer."),
         ("The paper's drop", "accuracy before minus accuracy after, in points, and relative to accuracy before."),
     )
 
@@ -93,24 +96,24 @@ class Figures(Section):
 
 
 def write_pair(pair: tuple[float, float] | None, write: Callable[[float], str], then: str = " → ") -> str:
-    """Write what both models have, where it was measured."""
+    """Write the figure of both models, if it was measured."""
     return NONE if pair is None else f"{write(pair[0])}{then}{write(pair[1])}"
 
 
 def write_rest(moved: KlFigures | None, then: str = " → ") -> str:
-    """Write the probability of the tokens that are taken together, where there are some."""
+    """Write the probability of the tokens that are taken together, if any are."""
     return write_pair(moved.rest if moved else None, share, then)
 
 
 def write_movement(moved: KlFigures | None, get: Callable[[KlFigures], float], digits: int = 3) -> str:
-    """Write a figure of how far distributions moved, where that was measured."""
+    """Write a figure of how far distributions moved, if that was measured."""
     if moved is None:
         return NONE
     return f"{'at least ' if moved.is_lower_bound else ''}{number(get(moved), digits)}"
 
 
 def _write_logp_change(probe: ProbeFigures, low: str, high: str) -> str:
-    """Write what the changes between two percentiles lie between, or the median."""
+    """Write the changes at two percentiles as a range; of one percentile, its change."""
     if not probe.logp_change:
         return NONE
     ends = (number(probe.logp_change[end], 2) for end in dict.fromkeys((low, high)))
@@ -150,11 +153,11 @@ _FEW_RELATIONS = "there are too few relations."
 _NO_RANK = "the answers hold no rank of the right answer."
 _NO_TOP5 = "there are at most five answers to choose from, or " + _NO_RANK
 _NO_CONFIDENCE = (
-    f"it needs the probability of each answer among all candidates, of {CALIBRATION_FACTS} facts or more; free "
-    "answers, most servers and answers of older versions do not tell it."
+    f"it needs the probability of each answer among all candidates, for {CALIBRATION_FACTS} facts or more; free "
+    "answers, most servers and answers of older versions do not include it."
 )
 
-# Name, what writes it, and why it may be missing; where that is None, so is the row if no probe has the figure.
+# Name, the function that writes it, and why it may be missing. None: without the figure, there is no row.
 _FIGURES: tuple[tuple[str, Callable[[ProbeFigures], str], str | None], ...] = (
     ("Facts evaluated", _write_facts, ""),
     ("Accuracy before", lambda p: write_estimate(p.accuracy_original), _NO_FACTS),
@@ -167,7 +170,7 @@ _FIGURES: tuple[tuple[str, Callable[[ProbeFigures], str], str | None], ...] = (
     (
         "Kept above chance",
         lambda p: write_estimate(p.kept_above_chance),
-        "the answer is free text, so that nothing is right by chance, or the original knew none of the facts.",
+        "the answer is free text, so nothing is right by chance, or the original knew none of the facts.",
     ),
     ("Lost", lambda p: write_part(p.counts.lost, p.counts.known_before), ""),
     ("Gained", lambda p: write_part(p.counts.gained, p.counts.gained + p.counts.neither), ""),
@@ -214,22 +217,21 @@ class HowSure(Section):
     glossary = (
         (
             "Interval over relations",
-            "facts of one relation are learned and lost together, so that they tell less than as many unrelated "
-            "ones: this interval says how the figure would vary with other relations. It is what gates, advice and "
-            "searches go by.",
+            "facts of one relation are learned and lost together, so they tell less than as many unrelated facts. "
+            "This interval, which gates, advice and searches use, shows how the figure varies with other relations.",
         ),
         (
-            "Smallest loss seen",
-            "a smaller net loss than this, in percent of the known facts, would pass for chance in more than one of "
-            "five cases.",
+            "Smallest detectable loss",
+            "a net loss smaller than this, in percent of the known facts, would pass for chance in more than one case "
+            "in five.",
         ),
     )
     method = (
-        "Facts that hang together count as fewer, unrelated ones that tell as much (design effect, Kish 1965; Korn and "
-        "Graubard 1998). Intervals over relations are Wilson's of so many facts, with Student's t, and Newcombe's for "
-        f"the difference. With fewer than {FEWEST} relations there are none.",
-        "The smallest loss seen is the one that the test would show in four of five cases (a power of 80 %, Duffy "
-        "1984), if facts were gained as often as here.",
+        "Related facts count as a smaller number of unrelated facts that tell as much (design effect, Kish 1965; Korn "
+        "and Graubard 1998). Intervals over relations are Wilson's for that number of facts, with Student's t, and "
+        f"Newcombe's for the difference. With fewer than {FEWEST} relations there are none.",
+        "The smallest detectable loss is the one that the test would detect in four of five cases (a power of 80 %, "
+        "Duffy 1984), if facts were gained as often as here.",
     )
 
     def parts(self, context: Context) -> Iterator[Part]:
@@ -237,19 +239,24 @@ class HowSure(Section):
         columns = [(clean(each.probe, 60), each.counts, each.certainty) for each in comparison.probes]
         columns += [("all", comparison.counts, comparison.certainty)] if len(columns) > 1 else []
         columns = [each for each in columns if each[1].known_before]
-        # On a page of many models the verdict alone says it; the JSON has it all.
+        # For many models, the verdict says enough; the JSON has it all.
         if not columns or context.limits.relations is not None:
             return
         rows = tuple((name, *(write(counts, sure) for _, counts, sure in columns)) for name, write in _ROWS)
         yield Table(
-            "Intervals, and the smallest loss seen", ("Estimate", *(each[0] for each in columns)), rows, captioned=False
+            "Intervals and smallest detectable loss",
+            ("Estimate", *(each[0] for each in columns)),
+            rows,
+            captioned=False,
         )
         for name, _, sure in columns:
             where, relations = f" of {name}" if len(columns) > 1 else "", sure.relations
             if relations == 1:
-                yield Note(f"All known facts{where} are of one relation: no clusters, so no interval over relations.")
+                yield Note(f"All known facts{where} belong to one relation, so there is no interval over relations.")
             elif relations < FEWEST:
-                yield Note(f"The known facts{where} are of {relations} relations: too few for an interval over these.")
+                yield Note(
+                    f"The known facts{where} belong to {relations} relations: too few for an interval over these."
+                )
 
 
 def _write_interval(figure: Estimate, write: Callable[[float], str] = share) -> str:
@@ -274,15 +281,15 @@ _ROWS: tuple[tuple[str, Callable[[Counts, Certainty], str]], ...] = (
         lambda _, sure: write_p_value(sure.test.p) if sure.test.unit == "relation" else NONE,
     ),
     ("Net change against chance, facts as independent", lambda counts, _: write_p_value(run_mcnemar(counts))),
-    ("Smallest net loss seen", lambda _, sure: share(sure.smallest_loss)),
+    ("Smallest detectable net loss", lambda _, sure: share(sure.smallest_loss)),
     (
-        "Known facts to see a net loss of 2 %",
+        "Known facts to detect a net loss of 2 %",
         lambda _, sure: NONE if sure.facts_for_two is None else count(sure.facts_for_two),
     ),
 )
 
 
-_COLUMNS = ("Model", "Timed in", "Device", "Facts a second", "Tokens a second", "Peak memory")
+_COLUMNS = ("Model", "Timed in", "Device", "Facts per second", "Tokens per second", "Peak memory")
 
 
 class Layers(Section):
@@ -295,14 +302,14 @@ class Layers(Section):
         if rows := tuple(_make_group_row(name, group) for name, group in groups.items() if group.get("parameters")):
             scheme = choose_word(read_schemes(model.recipe))
             columns = ("Group of layers", "Parameters", "Zeros", "Pruned", scheme, "Relative error")
-            yield Table("What was done to which layers", columns, rows, captioned=False)
+            yield Table("What was done to each group of layers", columns, rows, captioned=False)
         if removed := " ".join(describe_removed(model.removed)):
             yield Note(clean(removed, 1000))
         sentences = [*describe_calibration(model.calibration)]
         if facts := model.in_calibration:
-            stand = "stands" if facts.found == 1 else "stand"
+            appear = "appears" if facts.found == 1 else "appear"
             sentences.append(
-                f"{count(facts.found) if facts.found else 'None'} of {count_facts(facts.facts)} {stand} in this text "
+                f"{count(facts.found) if facts.found else 'None'} of {count_facts(facts.facts)} {appear} in this text "
                 f"(subject and object in one sentence), {count(facts.known_found)} of the {count(facts.known)} that "
                 "the original knew."
             )
