@@ -28,7 +28,7 @@ from compressknow.comparison.records import ChangedFact
 from compressknow.compress.recipe import Recipe
 from compressknow.evaluate.records import Speed
 from compressknow.pages.card.make import make_card
-from compressknow.pages.study.summary import Cliff, Least
+from compressknow.pages.study.summary import Cliff, LossRanking
 from compressknow.study.grid import read_grid
 from tests.evaluate.layouts import WORDS, bear_folder, lama_folder
 from tests.long import long
@@ -307,7 +307,8 @@ def test_formats_page_names_every_key(at_home: Path) -> None:
         compared, compared["weights"], compared["weights"]["total"], compared["weights"]["tensors"][0],
         study, study["findings"]["F1"], study["cells"][0], *study["probes"].values(), *study["kept"].values(),
         study["findings"]["F6"]["comparisons"][0],
-        *(dict.fromkeys(each.name for each in dataclasses.fields(kind)) for kind in (ChangedFact, Speed, Least, Cliff)),
+        *(dict.fromkeys(each.name for each in dataclasses.fields(kind))
+          for kind in (ChangedFact, Speed, LossRanking, Cliff)),
         compressknow.inspect(folders[0]),
     ]  # fmt: skip
     assert card.comparisons
