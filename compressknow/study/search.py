@@ -146,8 +146,8 @@ class EvaluationSet:
                 for probe in probes
                 if isinstance(probe, Probe)
             ]
-            self._probes = [probe for probe in some if probe.facts]
-            self._answered = self.reference.restrict(self._probes)
+            known_probes = [probe for probe in some if probe.facts]
+            self._probes, self._answered = known_probes, self.reference.restrict(known_probes)
 
     @property
     def known(self) -> int:
