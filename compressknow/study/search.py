@@ -141,13 +141,13 @@ class EvaluationSet:
         self._probes, self._answered = probes, self.reference
         if not noise_floors and self.known:
             right = {(answer.probe, answer.fact_id) for answer in self.original.answers if answer.correct}
-            narrowed = [
+            some = [
                 replace(probe, facts=tuple(fact for fact in probe.facts if (probe.name, _get_id(fact)) in right))
                 for probe in probes
                 if isinstance(probe, Probe)
             ]
-            self._probes = known_only = [probe for probe in narrowed if probe.facts]
-            self._answered = self.reference.restrict(known_only)
+            known_probes = [probe for probe in some if probe.facts]
+            self._probes, self._answered = known_probes, self.reference.restrict(known_probes)
 
     @property
     def known(self) -> int:

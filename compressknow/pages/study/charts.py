@@ -1,4 +1,4 @@
-"""Charts of a study: the paper's figures from its own data, and its axes, as means over probes and by probe."""
+"""Charts of a study: the paper's figures from the study's data, and its axes, as means over probes and by probe."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from compressknow.pages.study.records import (
     label_method,
 )
 
-_MOST = 6  # lines and colours that can be told apart
+_MOST = 6  # distinguishable lines and colours
 _MOST_BARS = 40
 
 
 def compute_mean_drop(comparison: Comparison) -> Estimate:
-    """Return accuracy before less accuracy after (0 to 1): the mean over probes, each averaged by its protocol."""
+    """Return accuracy before minus accuracy after (0 to 1): the mean over probes, each averaged by its protocol."""
     change = average_estimates(
         [
             p.macro_difference if p.average == "macro" else p.difference.or_by_relation(p.certainty.difference)
@@ -45,12 +45,12 @@ def compute_mean_drop(comparison: Comparison) -> Estimate:
 
 
 def compute_mean_kept(comparison: Comparison) -> Estimate:
-    """Return knowledge kept: the mean over the probes of which the original knows anything."""
+    """Return knowledge kept: the mean over probes with facts that the original knows."""
     return average_estimates([probe.kept for probe in comparison.probes if probe.kept.value is not None])
 
 
 def find_baselines(study: Study) -> dict[str, float]:
-    """Return the drops that lead to the majority baseline and to guessing: means over probes, where each has them."""
+    """Return the drops to the majority baseline and to guessing: means over probes, if all have them."""
     before = _compute_mean([probe.accuracy for probe in study.probes])
     levels = {
         "majority baseline": _compute_mean([probe.majority for probe in study.probes]),
@@ -60,7 +60,7 @@ def find_baselines(study: Study) -> dict[str, float]:
 
 
 def find_marks(study: Study) -> dict[str, float]:
-    """Return what kept knowledge is measured by: guessing, and what rounding alone keeps of what the original knows."""
+    """Return reference lines for kept knowledge: guessing, and what rounding alone keeps."""
     guessing = _compute_mean([probe.chance for probe in study.probes])
     probes = list_probes(cell.comparison for cell in study.cells)
     by_rounding = _compute_mean(
@@ -70,7 +70,7 @@ def find_marks(study: Study) -> dict[str, float]:
 
 
 def _compute_mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None if there is no value, or one is not known."""
+    """Return the mean; None if there are no values, or one is unknown."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -81,7 +81,7 @@ def draw_by_amount(study: Study, scopes: Iterable[str], measure: Callable[[Compa
 
 
 def draw_by_method(study: Study, scope: str) -> tuple[Line, ...]:
-    """Draw a line for each method that pruned the scope by at least two amounts, where there are several."""
+    """Draw a line for each method that pruned the scope by at least two amounts, if there are several."""
     cells = {label_method(method): study.select_pruned(scope, method) for method in study.list_methods()}
     lines = _draw_lines(cells, compute_mean_kept)
     return lines[:_MOST] if len(lines) > 1 else ()
@@ -115,7 +115,7 @@ def draw_pruned_and_quantized(study: Study, scopes: Iterable[str]) -> tuple[Bar,
 def draw_methods(
     study: Study, scopes: Iterable[str], methods: Sequence[str], scheme: str | None = None
 ) -> tuple[Bar, ...]:
-    """Draw a group for each scope and amount, a bar for each method; nothing if there is one method alone."""
+    """Draw a group for each scope and amount, a bar for each method; nothing if there is only one method."""
     groups: list[tuple[str, dict[str, StudyCell | None]]] = []
     for scope in scopes if len(methods) > 1 else ():
         by_method = {label_method(each): study.select_pruned(scope, each, scheme) for each in methods[:_MOST]}
@@ -129,7 +129,7 @@ def _draw_groups(
     groups: Iterable[tuple[str, Mapping[str, StudyCell | None]]],
     measure: Callable[[Comparison], Estimate] = compute_mean_drop,
 ) -> tuple[Bar, ...]:
-    """Draw a bar for each cell of each group by its name; a name has its colour where another group lacks its cell."""
+    """Draw a bar for each cell of each group; a name keeps its colour even if a group lacks its cell."""
     bars = (
         Bar(name, measure(cell.comparison), series % _MOST, group)
         for group, cells in groups
@@ -139,13 +139,13 @@ def _draw_groups(
     return tuple(bar for bar in bars if bar.value.value is not None)
 
 
-_BY_PROBE = "-by-probe"  # how the names of charts end that have a plot for each probe
+_BY_PROBE = "-by-probe"  # suffix of the names of charts with a plot for each probe
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Figure, by its file's `name`, of panels: the probe of each, "" for all, and its SVG element. Charts of means that
-    have the same `scale` have the same axis; so have the panels of a chart by probe."""
+    """Figure with the `name` of its file, and panels: the probe of each ("" for all) and its SVG element. Charts of
+    means with the same `scale` share an axis, as do the panels of a chart by probe."""
 
     name: str
     title: str
@@ -157,7 +157,7 @@ class Chart:
         return self.name.endswith(_BY_PROBE)
 
 
-# How figures of a kind are drawn, and what gives the levels that they are measured by.
+# How figures of a kind are drawn, and the function that returns their reference lines.
 _DROP, _KEPT, _BARS, _KEPT_BARS = "drop", "kept", "bars", "kept-bars"
 _LOOKS: Mapping[str, tuple[Callable[..., str], Callable[[Study], Mapping[str, float]]]] = {
     _DROP: (partial(drawing.draw_lines, start=0, unit=drawing.POINTS), find_baselines),
@@ -169,18 +169,18 @@ _LOOKS: Mapping[str, tuple[Callable[..., str], Callable[[Study], Mapping[str, fl
 
 @dataclass(frozen=True, slots=True)
 class _Figure:
-    """Recipe of a chart: its name, what it shows, and where the paper has it, by family."""
+    """Definition of a chart: its name, what it shows, and its numbers in the paper by family."""
 
     name: str
     title: str
     look: str
     plotted: Callable[[Study], Sequence[Any]]  # its lines or bars, means over the probes
     means: Mapping[str, str] = field(default_factory=dict)  # the paper's figures that are means over the data sets
-    by_probe: Mapping[str, str] | None = None  # those with a plot for each data set; None if there is no such chart
+    by_probe: Mapping[str, str] | None = None  # those with a plot for each data set; None for no chart by probe
 
 
-# The captions of figures 20 to 24 name data sets and no setup. They are taken for those of pruned models, which have no
-# table: what is quantized has tables 3 to 5, a row a data set. Its charts by probe have no number.
+# The captions of figures 20 to 24 name data sets but no setup. We assume pruned models, which have no table; quantized
+# ones have tables 3 to 5, with a row per data set, and their charts by probe have no number.
 _FIGURES = (
     _Figure(
         "pruning-drop",
@@ -209,7 +209,7 @@ _FIGURES = (
         "methods-pruned",
         "Accuracy lost to pruning by method, in points",
         _BARS,
-        # The other scopes have lines.
+        # All other scopes have lines.
         lambda study: draw_methods(study, [s for s in MODULES if not draw_by_method(study, s)], study.list_methods()),
     ),
     _Figure(
@@ -267,17 +267,17 @@ _FIGURES = (
         {"masked": "figure 25", "causal": "figure 26", "seq2seq": "figure 27"},
     ),
 )
-_AXIS = "axis-"  # how the names of charts of a grid's own axes begin
+_AXIS = "axis-"  # prefix of the names of charts of axes
 _NAMES = {figure.name + ending for figure in _FIGURES for ending in ("", _BY_PROBE)}
 
 
 def is_chart(name: str) -> bool:
-    """Return whether a chart may have this name: such a file that is not drawn again is of an earlier study."""
+    """Return whether a chart may have this name. If it is not drawn again, its file is from an earlier study."""
     return name in _NAMES or name.startswith(_AXIS)
 
 
 def draw_charts(study: Study) -> tuple[Chart, ...]:
-    """Draw all figures that the study has cells for; those by probe last, where it has several probes."""
+    """Draw all figures that the study has cells for; those by probe last, if it has several probes."""
     several = len(study.probes) > 1
     charts = [_draw_means(study, figure) for figure in _FIGURES]
     charts += [_draw_means(study, _make_figure(axis)) for axis in study.find_axes()]
@@ -286,7 +286,7 @@ def draw_charts(study: Study) -> tuple[Chart, ...]:
 
 
 def _make_figure(axis: Axis) -> _Figure:
-    """Return a line for each group of amounts; of all else a group of bars for each, as many as a reader looks at."""
+    """Return the figure of an axis: for amounts a line per group, otherwise a group of bars each, up to a maximum."""
     if axis.is_amount:
         by_amount = {name or "kept": {cell.percent: cell for cell in cells.values()} for name, cells in axis.groups}
         lines = _draw_lines(by_amount, compute_mean_kept)[:_MOST]
@@ -304,7 +304,7 @@ def _make_figure(axis: Axis) -> _Figure:
 def _draw_means(study: Study, figure: _Figure) -> Chart | None:
     over = f"mean over {len(study.probes)} probes" if len(study.probes) > 1 else "one probe"
     title = f"{figure.title}, {over}{_number_in_paper(study, figure.means)}"
-    # A grid's own axis has a scale of its own.
+    # The chart of an axis has its own scale.
     is_of_axis = figure not in _FIGURES
     of_one_scale = [figure] if is_of_axis else [each for each in _FIGURES if each.look == figure.look]
     svg = _draw(study, figure, figure.name, title, _find_range([study], of_one_scale))
@@ -312,7 +312,7 @@ def _draw_means(study: Study, figure: _Figure) -> Chart | None:
 
 
 def _draw_by_probe(study: Study, figure: _Figure) -> Chart | None:
-    """Draw a plot for each probe, all on the scale of what was lost most."""
+    """Draw a plot for each probe, all on one scale."""
     panels, studies = [], [_limit_to_probe(study, probe) for probe in study.probes]
     within = _find_range(studies, [figure])
     for i, of_probe in enumerate(studies, start=1):

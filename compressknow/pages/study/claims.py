@@ -1,4 +1,4 @@
-"""Claims about a study's cells, decided by paired comparisons of two cells and by figures that are held to limits."""
+"""Claims about a study's cells, decided by paired comparisons of cells and by figures that have limits."""
 
 from __future__ import annotations
 
@@ -19,34 +19,33 @@ HOLDS, DOES_NOT_HOLD, CANNOT_TELL = "holds", "does not hold", "cannot tell"
 # Start and number of bisections of the search for a p-value.
 _LEAST_P, _STEPS = 1e-9, 20
 
-# A figure with its interval of the level that it is called with.
+# Returns a figure with its interval at a confidence level.
 Figure = Callable[[float], Estimate]
 
 
 @dataclass(frozen=True, slots=True)
 class CellComparison:
-    """Comparison of two cells by fact, over all probes that both have; `less` is the one that a claim says hurts less.
+    """Comparison of two cells by fact, over all probes that both have; a claim says that `less` hurts less than `more`.
 
-    It is `at_floor`, and does not count, where neither cell is clearly better than a model that has forgotten
-    everything: there is nothing left to compare, and what chance or habit gets right decides nothing. `rate` is how
-    much more accuracy `more` loses than `less`, per million parameters that each changed (pruned, or quantized where it
-    was quantized too).
+    It is `at_floor`, and does not count, if neither cell is clearly better than a model that has forgotten everything:
+    then nothing is left to compare, and right answers are due to chance or habit. `rate` is how much more accuracy
+    `more` loses than `less`, per million parameters that each changed (quantized, or else pruned).
     """
 
     less: str  # the cells' keys
     more: str
-    part: str  # of the claim, where it has several that must all be shown ("at 20 %")
+    part: str  # part of the claim, if it has several that must all be shown ("at 20 %")
     counts: Counts  # `both` right, `lost` only `less` right, `gained` only `more` right, `neither`
     p: float | None  # of the paired test by relation, two-sided
     at_floor: bool
     rate: Estimate
     rate_p: float | None
-    p_holm: float | None = None  # over all that the table claims
+    p_holm: float | None = None  # adjusted over all claims of the table
     rate_p_holm: float | None = None
 
     @property
     def direction(self) -> int:
-        """1 where it separates the two as claimed, -1 the other way round, 0 if it does not separate them."""
+        """1 if the comparison agrees with the claim significantly, -1 if it contradicts it, else 0."""
         return _get_direction(self.counts.lost - self.counts.gained, self.p_holm)
 
     @property
@@ -65,10 +64,11 @@ def _get_direction(change: float, p: float | None) -> int:
 class Bound:
     """Figure that a claim says is below a limit.
 
-    `p` is two-sided, that it is the limit itself: the interval of level 1 - p ends there. None if there is none.
+    `p` is the two-sided p-value for a figure equal to the limit: the interval of level 1 - p ends there. None if the
+    figure has no interval.
     """
 
-    of: str  # what it is the figure of: a cell's key, or words
+    of: str  # subject of the figure: a cell's key, or words
     value: Estimate
     limit: float
     p: float | None
@@ -80,9 +80,8 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Evidence for one claim: comparisons of cells in all of its `parts`, or figures that are to be below limits, which
-    have the p-value `p_holm` together. It does not hold without what is `missing`: the cell that would contradict it
-    first.
+    """Evidence for one claim: comparisons of cells in all of its `parts`, or figures that must be below limits, which
+    have the joint p-value `p_holm`. The claim cannot hold if a cell is `missing`: the one most likely to contradict it.
     """
 
     comparisons: tuple[CellComparison, ...] = ()
@@ -105,8 +104,8 @@ class Claim:
 def answer_claim(directions: Sequence[tuple[str, int]], parts: Sequence[str]) -> str:
     """Return the answer to a claim from its comparisons, given as pairs of part and direction.
 
-    It does not hold where any comparison separates its cells the other way round. It holds where none does and, in each
-    part of the claim, at least one separates them as claimed. Else nothing can be told.
+    It does not hold if any comparison contradicts it. It holds if none does and, in each part of the claim, at least
+    one agrees. Otherwise, the study cannot tell.
 
     >>> answer_claim([("", 1), ("", 0)], [""]), answer_claim([("", 1), ("", -1)], [""])
     ('holds', 'does not hold')
@@ -120,7 +119,7 @@ def answer_claim(directions: Sequence[tuple[str, int]], parts: Sequence[str]) ->
 
 
 def adjust_claims(claims: Sequence[Claim]) -> list[Claim]:
-    """Return all claims of a table with p-values adjusted together (Holm); rates per million parameters apart."""
+    """Return all claims of a table with p-values adjusted together (Holm), and those of rates separately."""
     pairs = {(each.less, each.more): each for claim in claims for each in claim.comparisons if not each.at_floor}
     limits = {place: _test_limits(claim.bounds) for place, claim in enumerate(claims) if claim.bounds}
     by_count = intervals.adjust_holm([*(each.p for each in pairs.values()), *limits.values()])
@@ -138,7 +137,7 @@ def adjust_claims(claims: Sequence[Claim]) -> list[Claim]:
 
 
 def _test_limits(bounds: Sequence[Bound]) -> float | None:
-    """Return the p-value of "all are below their limits" where all are; else of "one is above" (Bonferroni)."""
+    """Return the p-value of "all are below their limits" if all are, else that of "one is above" (Bonferroni)."""
     known = [bound.p for bound in bounds if bound.p is not None]
     if len(known) < len(bounds):
         return None
@@ -161,15 +160,15 @@ def compare_cells(study: Study, less: StudyCell, more: StudyCell, part: str = ""
     return CellComparison(less.key, more.key, part, counts, p, at_floor, rate, rate_p)
 
 
-# A study asks it of the same few probes for each of its comparisons.
+# Cached, because all comparisons of a study use the same few probes.
 @lru_cache(maxsize=64)
 def _is_known(probe: StudyProbe) -> bool:
-    """Return whether the original knows clearly more of the probe than a model that has forgotten everything would."""
+    """Return whether the original knows clearly more of the probe than a model that has forgotten everything."""
     return _is_above_floor([(probe, probe.correct)])
 
 
 def _is_above_floor(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]]) -> bool:
-    """Return whether what is right of all these probes together is above their floors, its whole interval."""
+    """Return whether the whole interval of right answers, over all these probes, is above their floors."""
     n, low = sum(probe.n for probe, _ in evaluated), _estimate_accuracy(evaluated, 0.95).low
     return low is not None and low * n > sum(probe.n * probe.floor for probe, _ in evaluated)
 
@@ -183,12 +182,12 @@ def _estimate_accuracy(evaluated: Sequence[tuple[StudyProbe, Sequence[bool]]], l
 
 @lru_cache(maxsize=8)
 def _number_clusters(probes: tuple[StudyProbe, ...]) -> np.ndarray:
-    """Return the number of each fact's cluster, of several probes' facts one after the other."""
+    """Return the cluster number of each fact, for the concatenated facts of several probes."""
     return intervals.number_clusters([(probe.name, relation) for probe in probes for relation in probe.relations])
 
 
 def _join(right: Sequence[Sequence[bool]]) -> np.ndarray:
-    """Return several probes' facts one after the other."""
+    """Return the concatenated facts of several probes."""
     return np.fromiter(chain.from_iterable(right), dtype=bool)
 
 
@@ -212,8 +211,8 @@ def hold_to_limit(of: str, figure: Figure, limit: float) -> Bound:
 
 
 def measure_decline(study: Study, cell: StudyCell) -> Figure:
-    """Return how far accuracy fell over all probes' facts, relative to the original's, taken as it was measured;
-    negative where it rose. The interval is Newcombe's, or the one over relations."""
+    """Return the fall of accuracy over all probes' facts relative to the original's measured accuracy; negative if it
+    rose. The interval is Newcombe's, or the one over relations."""
     probes = tuple(probe for probe in study.probes if probe.name in cell.correct)
     right = _join([cell.correct[probe.name] for probe in probes])
     clusters = intervals.tally(_join([probe.correct for probe in probes]), right, _number_clusters(probes))
@@ -226,7 +225,7 @@ def measure_decline(study: Study, cell: StudyCell) -> Figure:
         if change.value is None or change.low is None or change.high is None or not counts.known_before:
             return Estimate(None)
         scale = counts.known_before / counts.n
-        # From zero, since there is a negative zero.
+        # 0.0 minus the value, to avoid negative zero.
         return Estimate(*((0.0 - end) / scale for end in (change.value, change.high, change.low)))
 
     return decline
@@ -234,8 +233,8 @@ def measure_decline(study: Study, cell: StudyCell) -> Figure:
 
 def measure_remaining(study: Study, cell: StudyCell) -> Figure:
     """Return the share left of what the original knows beyond a model that has forgotten everything (see
-    `StudyProbe.floor`), over the probes of which it knows clearly more; negative where the cell scores below that, None
-    where there is no such probe. The interval is that of the cell's accuracy alone."""
+    `StudyProbe.floor`), over the probes of which it knows clearly more; negative if the cell scores below that model,
+    None if there is no such probe. The interval covers only the cell's accuracy."""
     probes = [probe for probe in study.probes if probe.name in cell.correct and _is_known(probe)]
     n, nothing = sum(probe.n for probe in probes), sum(probe.n * probe.floor for probe in probes)
     known = sum(sum(probe.correct) for probe in probes) - nothing
@@ -251,7 +250,7 @@ def measure_remaining(study: Study, cell: StudyCell) -> Figure:
 
 
 def average(figures: Sequence[Figure]) -> Figure:
-    """Return the mean of figures of the same facts: they move together, so their intervals' ends are averaged too."""
+    """Return the mean of figures of the same facts, which move together, so that interval ends are averaged too."""
 
     def mean(level: float) -> Estimate:
         estimates = [figure(level) for figure in figures]

@@ -1,8 +1,8 @@
 """Ten findings of the paper as tests on a study's data, by method too, and their answers in words.
 
-None is assumed: each holds, does not hold, or cannot be told. What decides is said with each test below; all are paired
-by fact, over all probes together, and go by relation. All that the table of findings and the table by method claim
-is adjusted together (Holm): the chance that any of it is not so is 5 % at most; per million parameters, likewise.
+None is assumed: each holds, does not hold, or cannot be told. Each test below says what decides; all are paired by
+fact, over all probes together, and by relation. All claims of the table of findings and the table by method are
+adjusted together (Holm), so that the chance that any is false is at most 5 %; likewise, those per million parameters.
 Amounts: low 10-30 %, medium above 30 to 50 %, high above 50 % (the paper's p_low, p_medium and p_high, section 3).
 """
 
@@ -21,32 +21,32 @@ from compressknow.pages.study.records import MODULES, STRUCTURED, UNSTRUCTURED, 
 
 NOT_EVALUATED = "not asked of this family"
 FAMILIES = {"masked": "encoder-only", "seq2seq": "encoder-decoder", "causal": "decoder-only"}
-# Amounts above the first number and up to the second; 10 itself, which amounts have to six digits, is low.
+# Amounts above the first number, up to the second; 10 itself is low (amounts have six digits).
 LOW, MEDIUM, HIGH = (10 - 1e-6, 30), (30, 50), (50, 100)
-MINIMAL = 0.10  # a decline below a tenth of the original's accuracy is called minimal (F1)
+MINIMAL = 0.10  # a decline of less than a tenth of the original's accuracy is minimal (F1)
 NEAR = 0.20  # with less than a fifth of the knowledge left, a model is near zero or the baseline (F5, F10)
-MOST = 90  # the paper's largest amount in percent, at which a model must be near it (F5)
+MOST = 90  # the paper's largest amount in percent, at which a model must be near the baseline (F5)
 _ALL = tuple(FAMILIES)
 _ATTENTION, _FEED_FORWARD, _OVERALL, _FINAL = "attention", "feed-forward", "overall", "final"
 _AGAINST = {scope: f"against {scope}" for scope in (_ATTENTION, _FEED_FORWARD)}
-_FEW = 3  # comparisons that are described one by one; of more, their number and the clearest
+_FEW = 3  # comparisons or figures that are described one by one; of more, only the number and the clearest
 NO_CELLS = "The study has no cells for it."
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Finding of the paper, and whether it holds of this study."""
+    """Finding of the paper, and whether it holds in this study."""
 
     id: str  # F1 to F10
     claim: str
-    families: tuple[str, ...]  # of which the paper claims it: ``masked`` (encoder-only), ``seq2seq``, ``causal``
+    families: tuple[str, ...]  # those of the paper's claim: ``masked`` (encoder-only), ``seq2seq``, ``causal``
     answer: str = NOT_EVALUATED  # or ``holds``, ``does not hold``, ``cannot tell``
     statistic: str = "-"  # the figures behind the answer, in words
-    why: str = ""  # what in them decides
-    per_million: str = ""  # the same question by million parameters changed; empty where nothing is compared
+    why: str = ""  # which of these decides
+    per_million: str = ""  # the answer per million parameters changed; empty if nothing is compared
     comparisons: tuple[claims.CellComparison, ...] = ()  # the figures themselves
     bounds: tuple[claims.Bound, ...] = ()
-    numbers: str = ""  # the clearest of those figures, in a few words
+    numbers: str = ""  # the clearest of these figures, in a few words
 
     @property
     def has_cells(self) -> bool:
@@ -55,13 +55,13 @@ class Finding:
 
 PRUNING, QUANTIZATION = "pruning", "quantization"
 
-# By kind (of the two above) and name of a method or scheme, as in `StudyCell`, the findings by id.
+# Findings by id, by kind (one of the two above) and name of a method or scheme, as in `StudyCell`.
 FindingsByMethod = Mapping[tuple[str, str], Mapping[str, Finding]]
 
 
 def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMethod]:
-    """Return all ten, in order; and of each method, where the study has several, those that it has cells for, tested on
-    these cells in the place of the paper's method."""
+    """Return all ten in order and, if the study has several methods, those that each method has cells for, tested as if
+    the cells were of the paper's method."""
     studies = {("", ""): study} | _split_by_method(study)
     applicable = [each for each in _TESTS if study.original.family in each[0].families]
     adjusted = iter(claims.adjust_claims([test(each) for each in studies.values() for _, test in applicable]))
@@ -73,7 +73,7 @@ def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMeth
     by_method = {of: {id: each for id, each in findings.items() if each.has_cells} for of, findings in by_study.items()}
     for finding, _ in _TESTS:
         families = " and ".join(FAMILIES[family] for family in finding.families)
-        of_paper.setdefault(finding.id, replace(finding, why=f"The paper says it of {families} models."))
+        of_paper.setdefault(finding.id, replace(finding, why=f"The paper claims it for {families} models."))
     return (
         tuple(of_paper[finding.id] for finding, _ in _TESTS),
         {of: findings for of, findings in by_method.items() if findings},
@@ -84,7 +84,7 @@ def _split_by_method(study: Study) -> dict[tuple[str, str], Study]:
     parts = {}
     if len(methods := study.list_methods()) > 1:
         for name in methods:
-            # As if by the paper's method, which the tests look for.
+            # The tests look for the paper's method, so pretend that the cells have it.
             cells = tuple(replace(cell, pruning=UNSTRUCTURED) for cell in study.cells if cell.pruning == name)
             parts[PRUNING, name] = replace(study, cells=cells)
     if len(schemes := study.list_schemes()) > 1:
@@ -97,8 +97,8 @@ def _split_by_method(study: Study) -> dict[tuple[str, str], Study]:
 def _claim_low_decline(study: Study) -> claims.Claim:
     """Claim F1: pruned by 10 to 30 %, each scope by itself, the decline is minimal.
 
-    The interval of the relative fall in accuracy lies below `MINIMAL` for every such cell. One of these must be the
-    largest, overall by 30 %: what smaller ones lose says nothing of it.
+    The interval of the relative fall in accuracy must lie below `MINIMAL` for every such cell. One of these must be the
+    largest, overall by 30 %, because the losses of smaller ones say nothing about it.
     """
     by_scope = {scope: limit_amounts(study.select_pruned(scope), LOW) for scope in MODULES}
     cells = [cell for by_amount in by_scope.values() for cell in by_amount.values()]
@@ -114,8 +114,8 @@ def _claim_order(
     """Claim F2, F3, F4, F6, F7, F9: pruned by equal amounts, or quantized by one scheme, each scope (F9: method) of
     `less` hurts less than `more`.
 
-    A paired test of the two cells at each amount, or of each scheme, that `select` gives; see `claims.decide`. Each of
-    `less`, by the part of the claim, must be shown to hurt less, at one of these at least.
+    A paired test compares the two cells at each amount, or of each scheme, that `select` returns; see
+    `claims.answer_claim`. Each of `less`, which has the part of the claim, must be shown to hurt less at one or more.
     """
     others = select(study, more)
     comparisons = [
@@ -138,9 +138,9 @@ def _select_final(study: Study, method: str) -> dict[float, StudyCell]:
 def _claim_high_rapid(study: Study) -> claims.Claim:
     """Claim F5: overall pruned by more than 50 %, knowledge falls rapidly, towards zero or the majority baseline.
 
-    Two figures of what is left beyond such a baseline must both be below their limits, their whole intervals: the mean
+    The whole intervals of two figures of the knowledge left beyond that baseline must be below their limits: the mean
     over the amounts above 50 % below the mean share of weights left (knowledge goes faster than weights), and what is
-    left at `MOST` below `NEAR`. A grid that ends before does not show where the fall leads.
+    left at `MOST` below `NEAR`. A grid that ends earlier does not show where the fall leads.
     """
     by_amount = limit_amounts(study.select_pruned(_OVERALL), HIGH)
     if MOST not in by_amount:
@@ -162,7 +162,7 @@ def _claim_attention_pruned_and_quantized(study: Study) -> claims.Claim:
     """Claim F8: pruned by 20 % and quantized, attention hurts less than feed-forward; at 40 % too, except in
     encoder-decoder models, where it hurts more.
 
-    A paired test for each amount and scheme. Both amounts must be shown, under one scheme at least.
+    A paired test for each amount and scheme. The claim must be shown at both amounts, for one scheme or more.
     """
     order = (_ATTENTION, _FEED_FORWARD)
     reverse = order[::-1] if study.original.family == "seq2seq" else order
@@ -178,7 +178,7 @@ def _claim_attention_pruned_and_quantized(study: Study) -> claims.Claim:
 def _claim_final_near_baseline(study: Study) -> claims.Claim:
     """Claim F10: the final layer pruned by 20 % leaves less than `NEAR` of what the original knows beyond the baseline.
 
-    By every method that the study has, its whole interval; does not hold where that of one, adjusted, lies above.
+    The whole interval must be below for every method of the study; the claim fails if one, adjusted, is above.
     """
     cells = [_select_final(study, method).get(20) for method in (UNSTRUCTURED, STRUCTURED)]
     bounds = [claims.hold_to_limit(cell.key, claims.measure_remaining(study, cell), NEAR) for cell in cells if cell]
@@ -186,11 +186,11 @@ def _claim_final_near_baseline(study: Study) -> claims.Claim:
 
 
 def limit_amounts(cells: Mapping[float, StudyCell], limits: tuple[float, float]) -> dict[float, StudyCell]:
-    """Return those above the lower limit and up to the upper."""
+    """Return the cells above the lower limit, up to the upper one."""
     return {amount: cell for amount, cell in cells.items() if limits[0] < amount <= limits[1]}
 
 
-# The paper's ten, and what tests each.
+# The paper's ten findings, and the test of each.
 _TESTS: tuple[tuple[Finding, Callable[[Study], claims.Claim]], ...] = (
     (Finding("F1", "Pruned by 10 to 30 %, the decline is minimal", _ALL), _claim_low_decline),
     (
@@ -239,13 +239,13 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], claims.Claim]], ...] = (
         _claim_final_near_baseline,
     ),
 )
-# The figure, for findings that compare one with a limit.
+# The figure that a finding compares with a limit.
 _LEFT = "left of what the original knows beyond the baseline"
 _FIGURES = {"F1": "relative fall in accuracy", "F5": _LEFT, "F10": _LEFT}
 
 
 def _word_finding(study: Study, finding: Finding, tested: claims.Claim) -> Finding:
-    """Put the answer to a finding, and what decides, into words."""
+    """Write the answer to a finding, and what decides it, in words."""
     names, answer, pairs, bounds = study.name_cells(), tested.answer, tested.comparisons, tested.bounds
     if not pairs and not bounds:
         return replace(finding, answer=answer, why=NO_CELLS)
@@ -272,24 +272,24 @@ def _word_finding(study: Study, finding: Finding, tested: claims.Claim) -> Findi
 
 
 def _describe_comparisons(pairs: Sequence[claims.CellComparison], names: Mapping[str, str]) -> str:
-    """Describe each of a few comparisons with its numbers; of many, how many separate their cells, and the clearest."""
+    """Describe each of a few comparisons with its numbers; of many, count how they answer and describe the clearest."""
     if len(pairs) <= _FEW:
         return " ".join(_describe_comparison(pair, names) for pair in pairs)
     as_claimed, against = _count_directions(pairs)
     floor = sum(p.at_floor for p in pairs)
     parts = [
         f"{count(as_claimed)} as claimed",
-        f"{count(against)} the other way round",
+        f"{count(against)} against the claim",
         f"{count(len(pairs) - as_claimed - against - floor)} not significant",
-        *([f"{count(floor)} not counted, neither cell being clearly above the baseline"] if floor else []),
+        *([f"{count(floor)} not counted, because neither cell is clearly above the baseline"] if floor else []),
     ]
-    clearest = f"The clearest{' of the other way round' if against else ''}"
+    clearest = f"The clearest{' of those against it' if against else ''}"
     described = _describe_comparison(_find_clearest(pairs), names)
     return f"{count(len(pairs))} comparisons: {', '.join(parts)}. {clearest}: {described}"
 
 
 def _describe_comparison(pair: claims.CellComparison, names: Mapping[str, str]) -> str:
-    """Describe what each answers right, what only one of them does, and p."""
+    """Describe how many facts each cell answers right, how many only one does, and p."""
     c = pair.counts
     sentence = (
         f"{names[pair.less]} answers {count(c.known_before)} of {count(c.n)} right, {names[pair.more]} "
@@ -301,18 +301,18 @@ def _describe_comparison(pair: claims.CellComparison, names: Mapping[str, str]) 
 
 
 def _find_clearest(pairs: Sequence[claims.CellComparison]) -> claims.CellComparison:
-    """Return the clearest of those that contradict the claim, which decide; where none does, of all."""
+    """Return the clearest comparison that contradicts the claim; if none does, the clearest of all."""
     against = [pair for pair in pairs if pair.direction < 0]
     return min(against or pairs, key=lambda pair: 2.0 if pair.p_holm is None else pair.p_holm)
 
 
 def _count_directions(pairs: Sequence[claims.CellComparison]) -> tuple[int, int]:
-    """Return how many comparisons separate their cells as claimed, and how many against it."""
+    """Return how many comparisons agree with the claim significantly, and how many contradict it."""
     return sum(p.direction > 0 for p in pairs), sum(p.direction < 0 for p in pairs)
 
 
 def _summarize_comparisons(pairs: Sequence[claims.CellComparison], names: Mapping[str, str]) -> str:
-    """Say how many of the comparisons separate their cells, and what the two of the clearest answer right."""
+    """Count the comparisons that decide, and write what the two cells of the clearest one answer right."""
     best, (as_claimed, against) = _find_clearest(pairs), _count_directions(pairs)
     tally = f"{count(as_claimed)} of {count(len(pairs))} comparisons as claimed, {count(against)} against it; "
     c, p = best.counts, "both near the baseline" if best.at_floor else write_p_value(best.p_holm)
@@ -337,7 +337,7 @@ def _explain_comparisons(answer: str, pairs: Sequence[claims.CellComparison], pa
 
 
 def _describe_rates(pairs: Sequence[claims.CellComparison], parts: Sequence[str], names: Mapping[str, str]) -> str:
-    """Answer the same question by million parameters changed, with the clearest comparison."""
+    """Write the answer per million parameters changed, with the clearest comparison."""
     known = [pair for pair in pairs if pair.rate_p_holm is not None and pair.rate.value is not None]
     if not known:
         return ""
@@ -354,7 +354,7 @@ def _describe_rates(pairs: Sequence[claims.CellComparison], parts: Sequence[str]
 
 
 def _describe_bounds(bounds: Sequence[claims.Bound], figure: str, names: Mapping[str, str]) -> str:
-    """Describe the figures with their limits: of many, the largest."""
+    """Describe the figures with their limits; of many, only the largest."""
     if all(bound.value.value is None for bound in bounds):
         return "-"
     shown = [_find_largest(bounds)] if len(bounds) > _FEW else bounds
@@ -363,7 +363,7 @@ def _describe_bounds(bounds: Sequence[claims.Bound], figure: str, names: Mapping
 
 
 def _find_largest(bounds: Sequence[claims.Bound]) -> claims.Bound:
-    """Return the figure that lies highest above its limit, or nearest below."""
+    """Return the figure that is farthest above its limit, or closest below."""
     return max(bounds, key=lambda bound: (bound.value.value or 0.0) - bound.limit)
 
 
@@ -379,7 +379,7 @@ def _explain_bounds(tested: claims.Claim) -> str:
     if tested.answer == claims.CANNOT_TELL and tested.missing:
         return f"No figure is clearly above its limit, but the study has no cell of {tested.missing}."
     if tested.answer == claims.CANNOT_TELL:
-        return "Chance could explain on which side of its limit a figure lies."
+        return "Chance could explain on which side of its limit a figure is."
     return "A figure is clearly above its limit."
 
 
@@ -389,7 +389,7 @@ def list_ids(findings: Iterable[Mapping[str, Finding]]) -> list[str]:
 
 
 def describe_changes(by_method: FindingsByMethod) -> list[str]:
-    """Name the findings that hold with one method and not with another, or say that there is none."""
+    """Name the findings that hold with one method and fail with another, or say that there are none."""
     sentences = []
     for kind, name in ((PRUNING, "method that prunes"), (QUANTIZATION, "scheme")):
         of_kind = {method: findings for (each, method), findings in by_method.items() if each == kind}

@@ -1,6 +1,6 @@
-"""Page of a study, the one source of its HTML and Markdown; and the study on disk: pages, JSON, rows, figures.
+"""Page of a study, for HTML and Markdown, and the files of a study: pages, JSON, rows, figures.
 
-The tables are the paper's (3, 4 and 5) in its layout, all cells, the findings' comparisons, and failed cells.
+Its tables are the paper's (3, 4 and 5) in its layout, all cells, the comparisons behind findings, and failed cells.
 """
 
 from __future__ import annotations
@@ -57,34 +57,34 @@ from compressknow.pages.svg import make_standalone
 from compressknow.pages.texts import write_measurement
 
 _DEFINITIONS = (
-    "Two cells are compared fact by fact by the test that p-values are of, over the relations of all probes together. "
-    "All that the findings claim, by method too, is adjusted together (Holm): the chance that any of it is not so is "
-    "5 % at most. A finding holds if all significant comparisons (p < 0.05) agree with the claim, with at least one "
+    "Two cells are compared fact by fact, by the paired test described above, over the relations of all probes "
+    "together. All claims of findings, by method too, are adjusted together (Holm): the chance that any is false is at "
+    "most 5 %. A finding holds if all significant comparisons (p < 0.05) agree with the claim, with at least one "
     "for each part of it. It does not hold if one contradicts the claim. Otherwise, the study cannot tell.",
-    "A comparison does not count where neither cell is clearly above the baseline (95 % interval), over the probes "
-    "of which the original knows more than that: right answers there may be mere luck. The baseline is that of "
-    "always the same answer where there are at most five to choose from, of guessing among more, and zero where the "
-    "answer is free text.",
-    f"F1 calls a decline minimal where accuracy falls by less than {100 * MINIMAL:g} % of what it was, with overall "
-    f"pruned by {LOW[1]} % too; without that cell, it cannot hold. F5 requires "
-    "that what is left beyond the baseline, on average over the amounts above 50 %, is less than the share of weights "
-    f"left, and at {MOST} % less than {100 * NEAR:g} %, as F10 does; without a cell of {MOST} %, the study cannot "
-    "tell. Each figure must lie clearly below its limit; for a finding to fail, one must lie clearly above it "
-    "(Bonferroni over its figures).",
+    "A comparison does not count if neither cell is clearly above the baseline (95 % interval), over the probes where "
+    "the original is: right answers may then be mere luck. The baseline is the accuracy of always giving the same "
+    "answer if there are at most five to choose from, that of guessing if there are more, and zero if the answer is "
+    "free text.",
+    f"F1 calls a decline minimal if accuracy falls by less than {100 * MINIMAL:g} % of what it was, even with overall "
+    f"pruned by {LOW[1]} %; without that cell, it cannot hold. F5 requires "
+    "that the knowledge left beyond the baseline, on average over the amounts above 50 %, is less than the share of "
+    f"weights left, and less than {100 * NEAR:g} % at {MOST} %, a limit that F10 uses too; without a cell of {MOST} %, "
+    "the study cannot tell. Each figure must be clearly below its limit; for a finding to fail, one must be clearly "
+    "above it (Bonferroni over its figures).",
     "Per million parameters, each form's loss of accuracy is divided by the number of parameters that it changed: "
-    "those quantized, or those pruned where none were. p is of the mean paired difference over relations (Student's "
-    "t; where a form changed fewer facts than the rate of both lets expect, its variance is that of the rate), "
+    "those quantized or, if there are none, those pruned. p is for the mean paired difference over relations "
+    "(Student's t; if a form changed fewer facts than the rate of both suggests, its variance is that of the rate), "
     "adjusted over all findings (Holm).",
     f"The cliff is the first amount in the grid at which less than {100 * summary.CLIFF:g} % of the knowledge is kept. "
-    "That holds where the whole interval there lies below (95 % over all cliffs), else the study cannot tell. A module "
-    "hurts least, or a method of those that prune one, where it is significantly better than each other at one "
-    "amount at least, and nowhere worse (by relation; Holm over all of these claims); likewise, a method hurts most. "
-    "30 % counts as low, 50 % as medium. Charts show means over probes, then each probe, averaged as its protocol "
-    "does. The line called rounding alone is at what the original keeps of its own knowledge in another precision.",
-    "The sparse size is what a store would take that keeps only weights that are not zero, plus one bit per weight "
-    "to mark them; no current runtime reads one, and on disk pruned weights are dense.",
+    "That holds if the whole interval there lies below (95 % over all cliffs); otherwise, the study cannot tell. A "
+    "module, or a method that prunes a module, hurts least if it is significantly better than each of the others at "
+    "one amount or more, and never worse (by relation; Holm over all of these claims); likewise, a method hurts most. "
+    "30 % counts as low, 50 % as medium. Charts show means over probes, then each probe, averaged by its protocol. "
+    "The line called rounding alone shows what the original keeps of its own knowledge in another precision.",
+    "The sparse size is that of all non-zero weights, plus one bit per weight to mark them. No current runtime reads "
+    "such files; on disk, pruned weights are dense.",
 )
-_CELLS = "Pruned and quantized are in millions of parameters; p is of the net change against the original, by relation."
+_CELLS = "Pruned and quantized are millions of parameters; p is for the net change against the original, by relation."
 _BARS = "The lines across the bars show 95 % intervals."
 PAPER_COLUMNS = (
     "Model",
@@ -93,12 +93,12 @@ PAPER_COLUMNS = (
     *(f"{PAPER_SCOPES[module]}_GQ" for module in MODULES),
     *(f"{PAPER_SCOPES[module]}_GPQ {amount}%" for module in MODULES for amount in GPQ_AMOUNTS),
 )
-# Numbers of the paper's tables. That of encoder-only models gives accuracies in percent.
+# Numbers of the paper's tables. The one on encoder-only models has accuracies in percent.
 _TABLES = {"masked": 3, "causal": 4, "seq2seq": 5}
 
 
 def make_study_page(study: Study, charts: Sequence[Chart] = ()) -> parts.Page:
-    """Return the study as text, with its charts where they are given; no fact's text is in it."""
+    """Return the study as a page, with the given charts; it contains no text of facts."""
     forms = "form" if len(study.cells) == 1 else "forms"
     return parts.Page(
         what="study",
@@ -135,13 +135,13 @@ def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[parts.Page
 def _show_conclusions(
     study: Study, conclusions: Sequence[summary.Conclusion], charts: Sequence[Chart]
 ) -> Iterator[parts.Part]:
-    """Yield the conclusions, each with those that the same chart shows."""
+    """Yield the conclusions, grouped by the chart that shows them."""
     drawn = {chart.name: _show_chart(chart) for chart in charts if not chart.by_probe}
     for name, group in groupby(conclusions, key=lambda each: each.chart):
         yield parts.Findings(tuple((each.id, each.claim, each.answer, each.numbers) for each in group), drawn.get(name))
     if conclusions:
         counted = " They count the facts of all probes together; charts show means over the probes."
-        decided = "The section on method and limits says how findings are decided."
+        decided = "The section on method and limits explains how findings are decided."
         yield parts.Note(decided + counted * (len(study.probes) > 1), _BARS)
     else:
         yield parts.Text("The study has no cells to compare." if study.cells else "The study has no cells.")
@@ -203,7 +203,7 @@ def _show_methods(by_method: FindingsByMethod) -> Iterator[parts.Part]:
     yield parts.Text(" ".join(describe_changes(by_method)))
     yield parts.Table("Findings by method", ("Method", "It", *ids), rows, prose=True)
     yield parts.Note(
-        "Each row tests the findings on the cells of one method alone. A dash: the study has no cells for it."
+        "Each row tests the findings on the cells of one method only. A dash means that the study has no cells for it."
     )
 
 
@@ -211,7 +211,7 @@ def _show_paper_tables(study: Study) -> Iterator[parts.Part]:
     if tables := build_paper_tables(study):
         note = "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
         if known := [p for p in study.probes if p.majority is not None]:
-            # As the paper sets them above its tables 4 and 5, in the unit of the table.
+            # Shown as above the paper's tables 4 and 5, in the unit of the table.
             in_percent = study.original.family == "masked"
             majorities = ", ".join(f"{clean(p.name, 60)} {_write_accuracy(p.majority, in_percent)}" for p in known)
             note += f" Majority baselines{' in %' * in_percent}: {majorities}."
@@ -242,7 +242,7 @@ def _write_warnings(study: Study) -> tuple[str, ...]:
     warnings = [*warn_of_known(study.known)]
     if study.failed:
         total = len(study.cells) + len(study.failed) + len(study.refused)
-        warnings.append(f"{count(len(study.failed))} of {count(total)} cells failed; their reasons are below.")
+        warnings.append(f"{count(len(study.failed))} of {count(total)} cells failed; the reasons are below.")
     for cell in study.cells:
         warnings += _warn_of_text(study, cell)
     warnings += _find_common_warnings(study)
@@ -255,7 +255,7 @@ def _find_common_warnings(study: Study) -> list[str]:
 
 
 def _list_warnings(study: Study, cell: StudyCell) -> list[str]:
-    """Return the warnings of a cell, but of grades, which a study does not show, and of its text, which stand above."""
+    """Return a cell's warnings, except those on grades, which a study does not show, and on its text, shown above."""
     elsewhere = {*warn_of_grades(cell.comparison.grades), *_warn_of_text(study, cell)}
     return [warning for warning in cell.comparison.warnings if warning not in elsewhere]
 
@@ -280,8 +280,8 @@ def _describe_run(study: Study) -> tuple[parts.Entry, ...]:
 def build_paper_tables(study: Study) -> tuple[parts.Table, ...]:
     """Return table 3 (encoder-only, in %), 4 (decoder-only) or 5 (encoder-decoder, shares of 1), one for each scheme.
 
-    "Baseline" is the original itself, as in the paper; accuracies are averaged as each probe's protocol does. Cells
-    that the study has not are "-"; a scheme without any is left out.
+    "Baseline" is the original itself, as in the paper; accuracies are averaged by each probe's protocol. Missing
+    cells are "-"; a scheme without cells is left out.
     """
     family = study.original.family or ""
     in_percent = family == "masked"
@@ -311,7 +311,7 @@ def _write_accuracy(value: float | None, in_percent: bool) -> str:
 
 
 def average_accuracy(cell: StudyCell, probe: str) -> float | None:
-    """Return that of the compressed model, averaged as the probe's protocol does; None if it was not evaluated."""
+    """Return the compressed model's accuracy, averaged by the probe's protocol; None if it was not evaluated."""
     return next((parts.get_headline_accuracy(p)[1].value for p in cell.comparison.probes if p.probe == probe), None)
 
 
@@ -364,7 +364,7 @@ def build_cells_table(study: Study) -> parts.Table:
 
 
 def _write_millions(weights: int) -> str:
-    """Write a number of weights in one unit throughout, so that a column sorts."""
+    """Write a number of weights in millions, always, so that a column can be sorted."""
     return number(weights / 1e6, 1 if weights >= 1e6 else 3) if weights else NONE
 
 
@@ -392,7 +392,7 @@ def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> parts.
         "Only the second right",
         "p",
         "p (Holm)",
-        "Points lost more, a million",
+        "More points lost per million",
         "p of that (Holm)",
     )
     return (
@@ -401,7 +401,7 @@ def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> parts.
 
 
 def build_bounds_table(study: Study, findings: Sequence[Finding]) -> parts.Table | None:
-    """Return every figure that a finding holds against a limit."""
+    """Return every figure that a finding compares with a limit."""
     names = study.name_cells()
     rows = tuple(
         (
@@ -413,18 +413,18 @@ def build_bounds_table(study: Study, findings: Sequence[Finding]) -> parts.Table
         for finding in findings
         for bound in finding.bounds
     )
-    columns = ("Finding", "Figure (95 %)", "Limit", "p that it lies there")
-    return parts.Table("Figures held against a limit", columns, rows) if rows else None
+    columns = ("Finding", "Figure (95 %)", "Limit", "p for the limit")
+    return parts.Table("Figures compared with a limit", columns, rows) if rows else None
 
 
 SCHEMA = 1
 
 
 def write_study(study: Study, folder: Path) -> None:
-    """Write the study into `folder`, which is there; each file appears only when it is whole, the page last.
+    """Write the study into an existing folder, each file atomically, the page last.
 
-    ``study.html``, ``study.md``, ``study.json``, ``cells.parquet``, ``cells.csv`` and ``figures/*.svg``. What is there
-    of an earlier state of the study is replaced; a figure that it no longer has is removed.
+    The files are ``study.html``, ``study.md``, ``study.json``, ``cells.parquet``, ``cells.csv`` and ``figures/*.svg``.
+    Those of an earlier state of the study are replaced; obsolete figures are removed.
     """
     charts, rows = draw_charts(study), tidy_rows(study)
     write_whole(folder / "cells.csv", to_csv(rows))
@@ -453,7 +453,7 @@ def dump_study(study: Study) -> dict[str, Any]:
     """Return plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order.
 
     Shares and accuracies lie between 0 and 1, sizes are bytes; unknown values are None; intervals are [low, high],
-    95 %. ``cells`` are the rows of the tidy table, one per cell and probe. No fact's text is in it.
+    95 %. ``cells`` are the rows of the tidy table, one per cell and probe. It contains no text of facts.
     """
     findings, by_method = evaluate_findings(study)
     methods: dict[str, dict[str, Any]] = {}
@@ -522,7 +522,7 @@ def _dump_comparison(pair: CellComparison) -> dict[str, Any]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the rows as CSV in UTF-8, a header first; None is an empty field, numbers have all their digits."""
+    """Return the rows as CSV in UTF-8 with a header; None is an empty field, and numbers have all their digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0] if rows else COLUMNS), lineterminator="\n")
     writer.writeheader()

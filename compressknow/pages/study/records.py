@@ -1,7 +1,7 @@
-"""Records of a study: one original and its compressed forms, the rows of a table, and what varies among the forms.
+"""Records of a study: one original and its compressed forms, the rows of a table, and axes.
 
-An axis is a setting that varies while all else stays. What the paper's figures show is none: plain cells by scope,
-amount and method.
+An axis is a setting that varies while all others stay the same, except in what the paper's figures show: plain cells by
+scope, amount and method.
 """
 
 from __future__ import annotations
@@ -24,46 +24,47 @@ from compressknow.pages.parts import get_headline_accuracy
 from compressknow.pages.records import Comparison, write_estimate
 
 Setting = str | int | float | bool | None
-# Settings that columns of their own have, in the order in which a reader asks for them.
+# Settings with columns of their own, in the order that readers need.
 METHOD, SCHEME, AMOUNT, SCOPE = "method", "quantize", "prune", "scope"
 MAIN_SETTINGS = (SCOPE, METHOD, AMOUNT, SCHEME)
-# The methods that the paper prunes by.
+# The pruning methods of the paper.
 UNSTRUCTURED, STRUCTURED = "l1-unstructured", "ln-structured"
 MODULES = ("overall", "attention", "feed-forward")
 IN_WORDS = {"overall": "everything", "attention": "attention", "feed-forward": "feed-forward"}
 ATTENTION_KINDS = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
-GPQ_AMOUNTS = (20, 40)  # in percent, those at which the paper's models are quantized too
+GPQ_AMOUNTS = (20, 40)  # in percent: amounts at which the paper also quantizes
 _IN_FIGURES = (*MODULES, *ATTENTION_KINDS, "final")
 _CALIBRATION = {"calibration", "calibration_tokens", "seed"}
-# Settings that one recipe has and another lacks for no other reason than that they differ.
+# Settings whose absence from a recipe is itself a difference.
 _OPTIONAL = {*MAIN_SETTINGS, "drop_blocks", "drop_neurons"}
-# Among so few answers a model that always says the same scores as a majority does; among more it scores as guessing.
+# With at most this many answers to choose from, a model that has forgotten everything scores the majority baseline;
+# with more, it scores as by guessing.
 _FEW_ANSWERS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class StudyProbe:
-    """Probe of a study, and what the original knows of it."""
+    """Probe of a study, and what the original knows."""
 
     name: str
     n: int
     average: str  # ``micro`` or ``macro`` over relations: how the probe's protocol averages
-    accuracy: float  # of the original, so averaged
-    majority: float | None  # accuracy of always giving each relation's most frequent object, where there is such a one
-    chance: float | None  # expected accuracy of guessing; None if any text may be answered
+    accuracy: float  # of the original, averaged in this way
+    majority: float | None  # accuracy of always giving each relation's most frequent object, if there is one
+    chance: float | None  # expected accuracy of guessing; None if any text is allowed
     correct: tuple[bool, ...]  # by fact, whether the original answers it right
-    relations: tuple[str, ...]  # by fact, which relation it is of
-    templates: int = 1  # in how many wordings each fact was put; right if more than half of them are
+    relations: tuple[str, ...]  # by fact, its relation
+    templates: int = 1  # number of wordings of each fact, which is right if more than half of them are
     protocol: str = ""
-    limit: int | None = None  # the facts are a sample of at most so many, by the seed; None where they are all
+    limit: int | None = None  # maximum number of facts, sampled with the seed; None for all
     seed: int = 0
 
     @property
     def floor(self) -> float:
         """Accuracy of a model that has forgotten everything: the paper's "zero or the majority baseline".
 
-        That of always the same answer where there are few to choose from (BoolQ, PIQA, WinoGrande), else that of
-        guessing, or 0 where any text may be answered.
+        The majority baseline if there are few answers to choose from (BoolQ, PIQA, WinoGrande), else the accuracy of
+        guessing, or 0 if any text is allowed.
         """
         if self.chance is None:
             return 0.0
@@ -75,43 +76,43 @@ class StudyCell:
     """Compressed form of the original."""
 
     key: str  # unique in the study, of letters, digits, dots, hyphens: names its files
-    setup: str  # the paper's name of it (``Att_GPQ 20%``), or a description by the same words
+    setup: str  # the paper's name for it (``Att_GPQ 20%``), or a description in the same style
     scope: str  # ``attention``, ``feed-forward``, ``overall``, ``final``, ``self-attention``, ..., joined by ``+``
     method: str | None  # the pruning method as a recipe names it (``l1-unstructured``)
     amount: float | None  # share of the weights that is pruned (0 to 1)
     scheme: str | None  # as a recipe names it (``int8-paper``)
-    # Method and scheme with what is not as usual of them (``wanda pattern 2:4``, ``int4 gptq``), and the calibration
-    # text where the study has several: what a line or a bar of the figures is of.
+    # Method and scheme with their unusual parameters (``wanda pattern 2:4``, ``int4 gptq``), and the calibration text
+    # if the study has several: the name of a line or a bar in figures.
     pruning: str | None
     quantization: str | None
-    # All that the recipe says, by the names of a grid's axes (``layers``, ``rounding``, ``calibration``, ...); None is
-    # "none", and what does not apply is not there.
+    # All settings of the recipe, by the names of a grid's axes (``layers``, ``rounding``, ``calibration``, ...); None
+    # is "none", and settings that do not apply are missing.
     settings: Mapping[str, Setting]
-    # Made by scope, pruning, amount and quantization alone, in one step each, as what the figures draw; not narrowed by
-    # layers or patterns, nor of several steps. Of several module maps it is the first.
+    # Whether scope, pruning, amount and quantization describe it fully, as for cells in figures: one step of each kind,
+    # not narrowed by layers or patterns, with the first module map of the study.
     plain: bool
     comparison: Comparison
     correct: Mapping[str, tuple[bool, ...]]  # by probe, by fact in the order of `StudyProbe.correct`
 
     @property
     def percent(self) -> float:
-        """Amount pruned in percent, rounded where floats hold no more: 30, not 30.000000000000004."""
+        """Amount pruned in percent, without floating-point error: 30, not 30.000000000000004."""
         return round(100 * (self.amount or 0.0), 6)
 
     @property
     def totals(self) -> Mapping[str, int]:
-        """Return the manifest's: counts of parameters, and the `sparse_bytes` of a store of all that is not zero."""
+        """Return the manifest's totals: counts of parameters, and `sparse_bytes`, the size of all non-zero values."""
         return self.comparison.model.totals
 
     @property
     def changed(self) -> int:
-        """Parameters that the recipe changed: quantized, or pruned where nothing was quantized."""
+        """Parameters that the recipe changed: quantized ones, or pruned ones if nothing was quantized."""
         return self.totals["quantized"] or self.totals["pruned"]
 
 
 @dataclass(frozen=True, slots=True)
 class FailedCell:
-    """Cell that could not be made or evaluated, or that was refused, and why; the rest as of `StudyCell`."""
+    """Cell that could not be made or evaluated, or was refused, and why; other fields are as in `StudyCell`."""
 
     key: str
     setup: str
@@ -135,20 +136,19 @@ class Study(Tabular):
     failed: tuple[FailedCell, ...]
     versions: Mapping[str, str]
     command: str | None
-    method: tuple[str, ...]  # sentences: how it was evaluated and judged, and the limits of that
-    refused: tuple[FailedCell, ...] = ()  # that the model cannot have: trying again changes nothing
+    method: tuple[str, ...]  # sentences on how models were evaluated and judged, and the limits of that
+    refused: tuple[FailedCell, ...] = ()  # not supported by the model, so that a retry is pointless
     known: str = RECOGNIZED  # what counts as known: that or better, or only "produced"
 
     def select_pruned(
         self, scope: str, method: str = UNSTRUCTURED, scheme: str | None = None
     ) -> dict[float, StudyCell]:
-        """Return a scope's plain cells that are pruned, and quantized by the scheme, if any, by amount in percent,
-        ascending."""
+        """Return a scope's plain cells with this pruning and quantization, by amount in percent, ascending."""
         cells = [c for c in self._select_plain(scope) if (c.pruning, c.quantization) == (method, scheme)]
         return {cell.percent: cell for cell in sorted(cells, key=lambda cell: cell.percent)}
 
     def select_quantized(self, scope: str) -> dict[str, StudyCell]:
-        """Return the plain cells of a scope that are quantized and not pruned, by scheme."""
+        """Return a scope's plain cells that are quantized but not pruned, by scheme."""
         cells = (c for c in self._select_plain(scope) if c.pruning is None)
         return {c.quantization: c for c in cells if c.quantization is not None}
 
@@ -156,16 +156,16 @@ class Study(Tabular):
         return (cell for cell in self.cells if cell.plain and cell.scope == scope)
 
     def list_schemes(self) -> tuple[str, ...]:
-        """Return the schemes of the plain cells, each with what is not as usual of it, in the order of the grid."""
+        """Return the schemes of the plain cells with their unusual parameters, in the order of the grid."""
         return tuple(dict.fromkeys(c.quantization for c in self.cells if c.plain and c.quantization is not None))
 
     def list_methods(self) -> tuple[str, ...]:
-        """Return the methods that modules are pruned by, likewise."""
+        """Return the pruning methods of plain cells of modules, likewise."""
         cells = (c for c in self.cells if c.plain and c.scope in MODULES)
         return tuple(dict.fromkeys(c.pruning for c in cells if c.pruning is not None))
 
     def list_varying_settings(self) -> list[str]:
-        """Return the settings of which cells have several values."""
+        """Return the settings that have several values among the cells."""
         values: dict[str, set[Setting]] = {}
         for cell in self.cells:
             for name, value in cell.settings.items():
@@ -173,13 +173,13 @@ class Study(Tabular):
         return [name for name, different in values.items() if len(different) > 1]
 
     def find_axes(self) -> tuple[Axis, ...]:
-        """Return an axis for each setting that some cells differ in and in nothing else, by their order in recipes."""
+        """Return an axis for each setting in which some cells differ, and in nothing else, in the order of recipes."""
         axes = (_make_axis(self, name) for name in self.list_varying_settings())
         return tuple(axis for axis in axes if axis.groups)
 
     def name_cells(self) -> dict[str, str]:
-        """Return what to call each cell, by key: its setup, with the scheme where there are several, with its key where
-        that does not tell it from another either, or where the grid gives it a name."""
+        """Return what to call each cell, by key: its setup, with the scheme if there are several, and with its key if
+        that is still ambiguous or the grid names the cell."""
         several = len({cell.scheme for cell in self.cells} - {None}) > 1
         names = {cell.key: clean(cell.setup, 80) for cell in self.cells}
         for cell in self.cells:
@@ -235,8 +235,8 @@ _LONGEST = 2000  # characters of an error
 
 
 def tidy_rows(study: Study) -> list[dict[str, Any]]:
-    """Return one row per cell and probe or running text, in the order of the grid; failed cells come last, None for
-    what is not known. Beside `COLUMNS` there is a column for each setting that any cell has (``layers``, ...).
+    """Return one row per cell and probe or running text, in the order of the grid; failed cells come last, and unknown
+    values are None. In addition to `COLUMNS`, there is a column for each setting of any cell (``layers``, ...).
 
     Accuracies are averaged as the probe's protocol does; `status` is ``ok``, ``failed`` or ``refused``.
     """
@@ -252,12 +252,12 @@ def tidy_rows(study: Study) -> list[dict[str, Any]]:
         for status, cell in missing
         for probe in probes or [None]
     ]
-    # Settings that any cell has and no other column shows.
+    # Settings without a column so far.
     cells: tuple[StudyCell | FailedCell, ...] = (*study.cells, *study.failed, *study.refused)
     further = dict.fromkeys(name for cell in cells for name in cell.settings if name not in _SHOWN)
     settings = {name: infer_type([cell.settings.get(name) for cell in cells]) for name in further}
     columns = [name for column in COLUMNS for name in (column, *(settings if column == "quantization" else ()))]
-    # A column has one type: numbers among texts become texts.
+    # A column has one type: numbers become strings if others are strings.
     texts = [name for name, kind in settings.items() if kind == _TEXT]
     typed = (row | {name: clean(row[name]) for name in texts if row.get(name) is not None} for row in rows)
     return [{name: row.get(name) for name in columns} for row in typed]
@@ -316,7 +316,7 @@ def _build_cell_columns(cell: StudyCell) -> dict[str, Any]:
 def _build_recipe_columns(cell: StudyCell | FailedCell) -> dict[str, Any]:
     texts = ("key", "setup", "scope", "method", "scheme", "pruning", "quantization")
     return {
-        # A parameter of another package may be called n, or p: the figure has that column.
+        # A parameter of another package may have the name of a figure, such as n or p, which keeps the column.
         **{name: value for name, value in cell.settings.items() if name not in COLUMNS},
         **{name: None if (text := getattr(cell, name)) is None else clean(text) for name in texts},
         "amount": cell.amount,
@@ -327,14 +327,14 @@ Rest = frozenset[tuple[str, Setting]]
 
 
 def label_method(method: str) -> str:
-    """Return what setups call a method, where all of it is as usual."""
+    """Return the name of a method in setups; a method with unusual parameters stays as it is."""
     return METHODS[method].label if method in METHODS else method
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Setting that varies while all else stays, and groups of cells in which it does: the name of what they alone
-    share, and the cells by the setting's value, ascending where it is a number."""
+    """Setting that varies while all others stay the same, and the groups of cells in which it does: the name of what
+    distinguishes a group, and its cells by the setting's value, ascending for numbers."""
 
     name: str
     groups: tuple[tuple[str, Mapping[str, StudyCell]], ...]
@@ -349,25 +349,25 @@ class Axis:
         return self.name == AMOUNT
 
     def pair_groups(self) -> Iterator[dict[str, list[StudyCell]]]:
-        """Yield, for groups of the same values, their cells that knew something, by value in the same order."""
-        alike: dict[frozenset[str], dict[str, list[StudyCell]]] = {}
+        """Yield, for groups with the same values, their cells with a share kept, by value in the same order."""
+        by_values: dict[frozenset[str], dict[str, list[StudyCell]]] = {}
         for _, group in self.groups:
             known = {value: cell for value, cell in group.items() if cell.comparison.kept.value is not None}
-            cells = alike.setdefault(frozenset(known), {value: [] for value in known})
+            cells = by_values.setdefault(frozenset(known), {value: [] for value in known})
             for value, cell in known.items():
                 cells[value].append(cell)
-        yield from (each for each in alike.values() if len(each) > 1)
+        yield from (each for each in by_values.values() if len(each) > 1)
 
 
 def _make_axis(study: Study, name: str) -> Axis:
-    # All that a cell has besides the axis and, of a method or scheme, besides its own parameters.
+    # All settings of a cell except the axis and, for a method or scheme, its parameters.
     left_out = {name} | (_list_parameters(name) if name in (METHOD, SCHEME) else set())
     cells = [
         (cell, frozenset((key, value) for key, value in cell.settings.items() if key not in left_out))
         for cell in study.cells
         if name in cell.settings
     ]
-    # Methods without activations have no calibration, so they are compared with cells of any calibration.
+    # Methods without activations have no calibration, so compare them with cells of any calibration.
     rests = sorted({rest for _, rest in cells}, key=len, reverse=True)
     widest = [rest for i, rest in enumerate(rests) if not any(_is_fit(rest, other) for other in rests[:i])]
     groups, in_figures, has_methods = [], [], len(study.list_methods()) > 1
@@ -381,13 +381,13 @@ def _make_axis(study: Study, name: str) -> Axis:
             groups.append((dict(sorted(wide)), members))
     order = {cell.key: place for place, cell in enumerate(study.cells)}
     groups.sort(key=lambda group: [order[cell.key] for cell in group[1]])
-    # A group must not be called what one in a figure is called.
+    # The name of a group must differ from those in figures.
     rest_of_all = [*(rest for rest, _ in groups), *in_figures]
     return Axis(name, tuple((_name_group(rest, rest_of_all), _sort_by_value(of, name)) for rest, of in groups))
 
 
 def _is_in_figures(cell: StudyCell, has_methods: bool) -> bool:
-    """Return whether the paper's figures, or those of a study that has several methods, show a cell."""
+    """Return whether the paper's figures, or those of a study with several methods, show a cell."""
     if not cell.plain or cell.scope not in _IN_FIGURES:
         return False
     if cell.pruning is None or (has_methods and cell.scope in MODULES):
@@ -398,9 +398,9 @@ def _is_in_figures(cell: StudyCell, has_methods: bool) -> bool:
 
 
 def _list_parameters(name: str) -> set[str]:
-    own = {"rounding", "smooth"} if name == SCHEME else set()
+    steps = {"rounding", "smooth"} if name == SCHEME else set()
     things = (METHODS if name == METHOD else SCHEMES).usable()[0].values()
-    return own | {each.name for thing in things for each in thing.parameters()}
+    return steps | {each.name for thing in things for each in thing.parameters()}
 
 
 def _is_fit(rest: Rest, other: Rest) -> bool:

@@ -1,4 +1,4 @@
-"""Conclusions of a study in plain sentences: headline, verdict, and what it found."""
+"""Conclusions of a study in sentences: headline, verdict and findings."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from compressknow.pages.study.findings import HIGH, LOW, MEDIUM, NOT_EVALUATED, 
 from compressknow.pages.study.records import IN_WORDS, MODULES, UNSTRUCTURED, Axis, Study, StudyCell, label_method
 
 LEVELS = {"10 to 30 %": LOW, "30 to 50 %": MEDIUM, "more than 50 %": HIGH}
-CLIFF = 0.90  # knowledge kept falls off the cliff at the first amount that keeps less
+CLIFF = 0.90  # the cliff is at the first amount that keeps less than this share of the knowledge
 
 
 @dataclass(frozen=True, slots=True)
 class LossRanking:
     """Order of what hurts least: modules at a level of pruning, or the methods that prune a module.
 
-    It is `clear` where the first is significantly better than each other at one amount at least, and nowhere worse (a
-    paired test by relation at each amount, Holm over all that the study says of what hurts least or most); likewise
-    `clear_worst` of the last. That is said of methods alone: of modules, the paper's F4 and F7 ask it.
+    It is `clear` if the first is significantly better than each of the others at one amount or more, and never worse
+    (a paired test by relation at each amount, Holm over all that the study says of what hurts least or most);
+    likewise, `clear_worst` for the last. That is only stated of methods: for modules, the paper's F4 and F7 state it.
     """
 
     level: str  # "10 to 30 %", "30 to 50 %" (30 itself belongs to the level below), "more than 50 %"; or the module
-    amounts: tuple[float, ...]  # in percent, those that all of them were pruned by; none where they were quantized
-    kept: Mapping[str, float]  # by name, knowledge kept of all probes' facts, the mean over the amounts; best first
+    amounts: tuple[float, ...]  # in percent, those by which all of them were pruned; empty for quantized ones
+    kept: Mapping[str, float]  # by name, knowledge kept over all probes' facts, averaged over the amounts; best first
     clear: bool
     clear_worst: bool = False
 
@@ -40,39 +40,39 @@ class LossRanking:
 
     @property
     def claim(self) -> str:
-        """Claim about one of them: that it hurts most, where that alone is clear; else that one hurts least."""
+        """Claim that the last hurts most if only that is clear, else that the first hurts least."""
         return f"{[*self.kept][-1]} hurts most" if self.clear_worst and not self.clear else f"{self.best} hurts least"
 
 
 @dataclass(frozen=True, slots=True)
 class Cliff:
-    """Point where knowledge kept falls off as a module is pruned; amounts in percent, of those in the grid.
+    """Point where knowledge kept falls off as a module is pruned; amounts are those of the grid, in percent.
 
-    It is `clear` where the whole interval at `below` lies under `CLIFF`; where none is so low, that of every amount
-    above (95 % over all cliffs of the study).
+    It is `clear` if the whole interval at `below` lies below `CLIFF` or, if no amount is so low, the intervals of all
+    amounts lie above (95 % over all cliffs of the study).
     """
 
     module: str
     below: float | None  # the first amount at which less than `CLIFF` is kept; None if none is so low
     kept: float | None  # what is kept there
-    before: float  # the last amount before it; 0 is the original itself
-    steepest: tuple[float, float]  # the neighbouring amounts between which most is lost for each point pruned
+    before: float  # the last amount before it; 0 is the original
+    steepest: tuple[float, float]  # the neighbouring amounts with the largest loss per point pruned
     fall: float  # that loss (0 to 1)
     clear: bool
     lasts: bool = False  # whether every larger amount keeps less than `CLIFF` too
 
 
 _Key = TypeVar("_Key")
-# A comparison: its level, the amounts, and the cells of each by name, paired.
+# A comparison: its level, its amounts, and cells by name, paired by position.
 _Compared = tuple[str, tuple[float, ...], Mapping[str, Sequence[StudyCell]]]
 
 
 def rank_cells(study: Study) -> dict[str, tuple[LossRanking, ...]]:
-    """Return all orders of what hurts least, tested together, where there are at least two to compare.
+    """Return all rankings of what hurts least with at least two entries, tested together.
 
     ``modules``: overall, attention and feed-forward, pruned by the same amounts. ``methods``: those that prune a module
     by the same amounts; `level` is the module. ``schemes``: modules quantized by the same scheme, which is the `level`.
-    And by the chart of each axis, which is the `level`, its values.
+    For each axis, under the name of its chart: its values; `level` is the axis.
     """
     by_module = {scope: _index_cells(study.select_pruned(scope)) for scope in MODULES}
     quantized = {scope: _index_cells(study.select_quantized(scope)) for scope in MODULES}
@@ -112,13 +112,13 @@ def _limit_to_same_amounts(level: str, cells: Mapping[str, Mapping[float, StudyC
 
 
 def _average_kept(cells: Mapping[str, Sequence[StudyCell]]) -> dict[str, float]:
-    """Return what the cells of each name keep on average, best first."""
+    """Return the mean share kept of each name's cells, best first."""
     kept = {name: sum(c.comparison.kept.value or 0.0 for c in by) / len(by) for name, by in cells.items()}
     return dict(sorted(kept.items(), key=lambda each: -each[1]))
 
 
 def _claim_ends(study: Study, cells: Mapping[str, Sequence[StudyCell]]) -> tuple[Claim, Claim]:
-    """Claim that the first of an order hurts least, and that the last hurts most."""
+    """Claim that the best name hurts least, and that the worst hurts most."""
 
     def compare(less: str, more: str, part: str) -> Iterator[CellComparison]:
         both = zip(cells[less], cells[more], strict=True)
@@ -136,11 +136,11 @@ def _index_cells(cells: Mapping[_Key, StudyCell]) -> dict[_Key, StudyCell]:
 
 
 def find_cliffs(study: Study, amounts: Mapping[str, Mapping[float, StudyCell]] | None = None) -> tuple[Cliff, ...]:
-    """Return that of each name's cells by amount, where there are two or more; by default by module."""
+    """Return the cliff of each name with two or more amounts; by default, names are modules."""
     if amounts is None:
         amounts = {module: study.select_pruned(module) for module in MODULES}
     groups = sum(len(axis.groups) for axis in study.find_axes() if axis.is_amount)
-    # All these intervals together hold with 95 % (Bonferroni).
+    # The level at which all these intervals together hold with 95 % (Bonferroni).
     level = 1 - 0.05 / (len(MODULES) + groups)
     known = {name: _index_cells(cells) for name, cells in amounts.items()}
     return tuple(_find_cliff(name, cells, level) for name, cells in known.items() if len(cells) > 1)
@@ -166,7 +166,7 @@ _NAME = 80
 
 
 def write_headline(study: Study) -> str:
-    """Return what stands above everything: the range of what is kept."""
+    """Return the headline: the range of knowledge kept."""
     kept = [cell.comparison.kept.value for cell in study.cells if cell.comparison.kept.value is not None]
     if not kept:
         return "There was no knowledge to keep" if study.cells else "No cell could be evaluated"
@@ -176,7 +176,7 @@ def write_headline(study: Study) -> str:
 
 
 def write_verdict(study: Study) -> str:
-    """Say which module and method hurts least, and where the cliff is; or which cell is best, and which is worst."""
+    """Say which module and method hurts least and where the cliff is; else, which cells are best and worst."""
     orders, cliffs = rank_cells(study), find_cliffs(study)
     parts = [_summarize_modules(orders["modules"])] if orders["modules"] else []
     if cliffs:
@@ -194,7 +194,7 @@ def write_verdict(study: Study) -> str:
 
 
 def _summarize_modules(least: Sequence[LossRanking]) -> str:
-    """Say which module hurts least; levels with the same answer together."""
+    """Say which module hurts least, grouping levels with the same answer."""
     by_module: dict[str, list[str]] = {}
     for each in least:
         by_module.setdefault(each.best if each.clear else "", []).append(each.level)
@@ -205,7 +205,7 @@ def _summarize_modules(least: Sequence[LossRanking]) -> str:
 
 
 def _summarize_methods(least: Sequence[LossRanking]) -> str:
-    """Name the method that is best at each module, or worst, where one is."""
+    """Name the methods that clearly hurt least or most, with their modules."""
     modules: dict[str, list[str]] = {}
     for each in least:
         if each.clear or each.clear_worst:
@@ -219,24 +219,24 @@ def _name_best_and_worst(study: Study) -> str:
     known = [(c.comparison.kept.value, names[c.key]) for c in study.cells if c.comparison.kept.value is not None]
     if not known:
         why = "it knew none of the facts" if study.cells else "no cell could be evaluated"
-        return f"Nothing can be said of what is left of {name}: {why}."
+        return f"Nothing can be said about what {name} keeps: {why}."
     best, worst = max(known, key=lambda pair: pair[0]), min(known, key=lambda pair: pair[0])
     if len(known) == 1:
         return f"{best[1]} keeps {share(best[0])} of what {name} knew."
     if best[0] == worst[0]:
-        return f"Each of {count(len(known))} compressed forms of {name} keeps {share(best[0])} of what it knew."
+        return f"All {count(len(known))} compressed forms of {name} keep {share(best[0])} of what it knew."
     return (
         f"Of {count(len(known))} compressed forms of {name}, {best[1]} keeps most ({share(best[0])}) and {worst[1]} "
         f"least ({share(worst[0])})."
     )
 
 
-# The charts that show the paper's findings; those of the study's own are named below.
+# Names of the charts that show the findings of the study and of the paper.
 _KEPT, _QUANTIZED = "pruning-kept", "quantization"
 _METHODS = {module: f"methods-{module}" for module in MODULES}
-_METHODS_ALONE = "methods-pruned"  # where a module was pruned by one amount
+_METHODS_ALONE = "methods-pruned"  # if a module was pruned by one amount
 _MOST = 6  # values of an axis that are listed one by one
-# Orders of modules and cliffs are of this method, which is named if the study has others too.
+# Rankings of modules and cliffs are for this method, which is named if the study has others too.
 _PAPER_METHOD = label_method(UNSTRUCTURED)
 _CHARTS = {
     **dict.fromkeys(("F1", "F2", "F3", "F4", "F5"), "pruning-drop"),
@@ -248,9 +248,9 @@ _CHARTS = {
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """Finding of the paper, or one read off the study itself, which never "does not hold"."""
+    """Finding of the paper, or one from the study itself, whose answer is never "does not hold"."""
 
-    id: str  # F1 to F10 of the paper's; empty of the study's own
+    id: str  # F1 to F10 for the paper's; empty for the study's own
     claim: str
     answer: str  # ``holds``, ``does not hold`` or ``cannot tell``
     numbers: str
@@ -262,7 +262,7 @@ class Conclusion:
 
 
 def draw_conclusions(study: Study, findings: Sequence[Finding]) -> tuple[Conclusion, ...]:
-    """Return, by chart, the study's own findings, then the paper's for this family of which the study has cells."""
+    """Return, by chart, the study's own findings, then the paper's findings that it has cells for."""
     orders, axes = rank_cells(study), study.find_axes()
     by = f" ({_PAPER_METHOD})" if len(study.list_methods()) > 1 else ""
     conclusions = [
@@ -292,7 +292,7 @@ def _conclude_modules(treated: str, least: LossRanking, what: str, chart: str) -
 
 
 def _conclude_method(study: Study, least: LossRanking) -> Conclusion:
-    """Say that a method hurts least or, where only that is clear, that one hurts most."""
+    """Conclude that a method hurts least or, if only that is clear, that one hurts most."""
     amounts = " to ".join(f"{amount:g}" for amount in dict.fromkeys((least.amounts[0], least.amounts[-1])))
     claim = clean(least.claim, 80) if least.clear_worst else _claim_least(least, "method")
     return _conclude_order(
@@ -305,7 +305,7 @@ def _conclude_method(study: Study, least: LossRanking) -> Conclusion:
 
 
 def _conclude_axis(study: Study, axis: Axis, orders: Sequence[LossRanking]) -> Iterator[Conclusion]:
-    """Yield, of amounts, where each group falls; of all else, which value hurts least where nothing else differs."""
+    """Yield, for amounts, the cliff of each group; for other axes, which value hurts least, all else equal."""
     if axis.is_amount:
         groups = {group: {cell.percent: cell for cell in cells.values()} for group, cells in axis.groups}
         yield from (_conclude_cliff(cliff, axis.chart) for cliff in find_cliffs(study, groups))

@@ -103,7 +103,7 @@ def test_the_figures_of_a_finding_that_does_not_hold_are_of_what_contradicts_it(
     finding = of(evaluate_findings(study([*most, *at(ATT, BAD, 0.5), *at(FF, GOOD, 0.5)]))[0], "F2")
     assert finding.answer == FAILS
     assert "3 of 4 comparisons as claimed, 1 against it; Att_GP 50% 46.7 % right, FF_GP 50% 60.0 %" in finding.numbers
-    assert "The clearest of the other way round: Att_GP 50% answers 140 of 300 right" in finding.statistic
+    assert "The clearest of those against it: Att_GP 50% answers 140 of 300 right" in finding.statistic
     assert "does not hold. FF_GP 50% loses" in finding.per_million
     assert "fewer points of accuracy per million than Att_GP 50%" in finding.per_million
 
@@ -335,6 +335,6 @@ def test_verdict_of_a_study_that_prunes_no_module_names_the_best_and_the_worst()
         "Of 2 compressed forms of tiny-bert, Att_GQ keeps most (90.0 %) and FF_GQ least (70.0 %)."
     )
     assert write_verdict(study([gq(ATT, GOOD), gq(FF, GOOD)])) == (
-        "Each of 2 compressed forms of tiny-bert keeps 90.0 % of what it knew."
+        "All 2 compressed forms of tiny-bert keep 90.0 % of what it knew."
     )
-    assert write_verdict(study([])).startswith("Nothing can be said of what is left of tiny-bert")
+    assert write_verdict(study([])).startswith("Nothing can be said about what tiny-bert keeps")

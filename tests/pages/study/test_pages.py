@@ -179,7 +179,7 @@ def test_what_holds_for_every_cell_is_said_once_and_failures_first() -> None:
     page = read(render_study_html(whole_grid(asked=Asked(n=60, known=20))))
     (note,) = with_class(page, "warnings")
     said = [item.text for item in note.all("li")]
-    assert said[0] == "1 of 41 cells failed; their reasons are below."
+    assert said[0] == "1 of 41 cells failed; the reasons are below."
     assert len(said) == len(set(said)) > 1
     assert "RuntimeError: out of memory" in page.one("main").text
 
