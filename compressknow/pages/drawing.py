@@ -313,7 +313,7 @@ class Mark:
     kept: Estimate  # a share of 1
     kind: str
     tooltip: str
-    label: str = ""  # written next to it where there is room
+    label: str = ""  # written next to it if there is room
 
     @property
     def share(self) -> float:

@@ -162,21 +162,21 @@ def _make_sections(search: Search) -> Iterator[parts.PageSection]:
 
 def _show_types(winner: Trial, recipe: str) -> Iterator[parts.Part]:
     types = _place_types(winner.types)
-    within = dict.fromkeys(module for own in types.values() for module in own if module)
+    within = dict.fromkeys(module for by_module in types.values() for module in by_module if module)
     # Attention before feed-forward, as a layer computes them; a GGUF file has them in another order.
     modules = sorted(within, key=lambda module: module.startswith("ffn"))
-    outside = [""] if any("" in own for own in types.values()) else []
+    outside = [""] if any("" in by_module for by_module in types.values()) else []
     heads = tuple(clean(name, 40) for name in shorten_names(tuple(modules))) or ("",)
     cells = tuple(
-        tuple(_count_bits(own[module]) if module in own else None for module in (outside if "" in own else modules))
-        for own in types.values()
+        tuple(_count_bits(row[module]) if module in row else None for module in (outside if "" in row else modules))
+        for row in types.values()
     )
     grid = Grid(tuple(types), heads, cells)
     title = "Bits of weights by layer and module"
     yield from parts.draw_twice(partial(draw_heat_map, grid, title, bounds=_BITS, write=lambda n: f"{n:g}"), "types")
     yield parts.Note("", drawn=_BITS_NOTE)
     rows = tuple(
-        (name, *(clean(own.get(module, ""), 40) for module in (*modules, *outside))) for name, own in types.items()
+        (name, *(clean(row.get(module, ""), 40) for module in (*modules, *outside))) for name, row in types.items()
     )
     columns = ("Layer", *heads, *("outside" for _ in outside))
     table = parts.Table("Types by layer and module", columns, rows, prose=True)

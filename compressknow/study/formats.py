@@ -105,7 +105,7 @@ class FileFormat(ABC):
         parameters. Raises UsageError if no weight may be rounded."""
         self.table, self.overhead, self.whole, self.numel = table, overhead, whole, numel
         self._chosen: dict[int, allocation.Allocation] = {}
-        if overhead + sum(min(own.values()).nbytes for own in table.values()) >= whole:
+        if overhead + sum(min(options.values()).nbytes for options in table.values()) >= whole:
             raise UsageError("No weight may be rounded: there is no type to choose.", hint=allocation.PIN_LESS)
 
     @property
@@ -116,12 +116,12 @@ class FileFormat(ABC):
     @property
     def floor(self) -> int:
         """Return the bytes of the smallest file."""
-        return self.overhead + min(sum(own[0] for own in sizes) for sizes in self._sizes)
+        return self.overhead + min(sum(ascending[0] for ascending in sizes) for sizes in self._sizes)
 
     @property
     def ceiling(self) -> int:
         """Return the bytes of a file with the largest type of each weight below its own, about 8 bits."""
-        return self.overhead + max(sum(own[-2:][0] for own in sizes) for sizes in self._sizes)
+        return self.overhead + max(sum(ascending[-2:][0] for ascending in sizes) for sizes in self._sizes)
 
     @property
     def _sizes(self) -> list[list[list[int]]]:
@@ -296,11 +296,13 @@ class CheckpointFormat(FileFormat):
     def tables(self) -> list[allocation.OptionTable]:
         if not self._is_uniform:
             return [self.table]
-        kinds = [kind for kind in reversed(self.roundings.types) if any(kind in own for own in self.table.values())]
+        kinds = [kind for kind in reversed(self.roundings.types) if any(kind in each for each in self.table.values())]
         return [
             {
-                name: own if len(own) == 1 else {each: own[each] for each in (NONE, kind) if each in own}
-                for name, own in self.table.items()
+                name: options
+                if len(options) == 1
+                else {each: options[each] for each in (NONE, kind) if each in options}
+                for name, options in self.table.items()
             }
             for kind in kinds
         ]

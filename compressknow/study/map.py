@@ -77,7 +77,7 @@ class Map:
                 cells.append((figure(rows),))
                 continue
             by_module = [[row for row in rows if row.module == module] for module in modules]
-            cells.append(tuple(figure(own) if own else None for own in by_module))
+            cells.append(tuple(figure(weights) if weights else None for weights in by_module))
         names = tuple(clean(name, 40) for name in shorten_names(tuple(modules))) or ("",)
         return Grid(tuple(self.by_layer()), names, tuple(cells))
 
@@ -351,11 +351,11 @@ def _tabulate_sums(map: Map, caption: str, kind: str, groups: Mapping[str, Weigh
     rows = tuple(
         (
             clean(name, 60),
-            format_millinats(compute_kl_per_mb(own, map.guide)),
-            share(compute_risk(own)),
-            share(sum(row.saved for row in own) / saved),
+            format_millinats(compute_kl_per_mb(weights, map.guide)),
+            share(compute_risk(weights)),
+            share(sum(row.saved for row in weights) / saved),
         )
-        for name, own in groups.items()
+        for name, weights in groups.items()
     )
     columns = (kind, "KL per MB saved", "Facts at risk", "Share of the bytes")
     return parts.Table(caption, columns, rows, sortable=len(rows) > 1)

@@ -279,7 +279,7 @@ def test_packed_weights_are_told_and_behaviour_is_pointed_to(run: Run, place: Pa
     ended = run("{place}/llama", "packed")
     said = " ".join(ended.out.split())
     assert ended.code == 0
-    assert f"1 weight is packed in a form whose values cannot be read here, {module}.weight for one" in said
+    assert f"1 weight is packed in a form whose values cannot be read here (such as {module}.weight)" in said
     assert "-p PROBE" in said
 
 

@@ -75,7 +75,7 @@ CASES = [
     Case("sweep {}/model -o {}/new --grid {}/grid.toml", "Did you mean scope?"),
     Case("sweep {}/model -o {}/model", "is not a study"),
     Case("sensitivity {}/model --to ggfu", "'ggfu' is not known. Did you mean gguf?"),
-    Case("sensitivity {}/model -o {}/new.pdf", "ends in .html, .md, .json or .csv"),
+    Case("sensitivity {}/model -o {}/new.pdf", "end in .html, .md, .json or .csv"),
     Case("sensitivity {}/nowhere", "no such folder"),
     Case("sensitivity {}/some.gguf", "Give the checkpoint folder that it was made from"),
     Case("search {}/model -o {}/new --keep 98", "95%"),

@@ -558,8 +558,8 @@ def test_where_every_type_must_be_a_size_above_that_of_the_file_is_enough(llama:
 @pytest.mark.parametrize(
     ("options", "says", "code"),
     [
-        ([], "Give --keep or --size", 2),
-        (["--keep", "0.9", "--size", "1MB"], "Give --keep or --size", 2),
+        ([], "Give either --keep or --size", 2),
+        (["--keep", "0.9", "--size", "1MB"], "Give either --keep or --size", 2),
         (["--keep", "1.5"], "between 0 and 1", 2),
         (["--keep", "0.9", "--limit", "1"], "too few facts", 2),
         (["--keep", "0.9", "--known", "produce"], "Did you mean produced?", 2),

@@ -144,9 +144,9 @@ def test_text_alone_guides_where_too_few_facts_are_known(at_home: Path, capsys: 
         ("llama --facts atlass", "Did you mean atlas?"),
         ("llama --calibration nowhere.txt", "There is no calibration text"),
         ("llama --calibration-tokens 0", "0 is not in the range"),
-        ("llama -o map.pdf", "ends in .html, .md, .json or .csv"),
+        ("llama -o map.pdf", "end in .html, .md, .json or .csv"),
         ("llama -o nowhere/map.html", "no such folder"),
-        ("llama -o facts.jsonl", "ends in .html"),
+        ("llama -o facts.jsonl", "end in .html"),
         ("llama -o text.csv --overwrite", "was not written by compressknow"),
     ],
 )

@@ -243,17 +243,17 @@ def recommend_model(
     if not sound:
         return conclude(None, "None is recommended: no working model has a known size.")
     if not fitting:
-        least, which = min(sound, key=sound.__getitem__), " without NaN" if broken else ""
+        least, suffix = min(sound, key=sound.__getitem__), " without NaN" if broken else ""
         return conclude(
             None,
-            f"No model{which} has at most {write_size(within)}: none is recommended. "
+            f"No model{suffix} has at most {write_size(within)}: none is recommended. "
             f"The smallest, {labels[least]}, has {write_size(sound[least])}.",
         )
     at_most = f" of at most {write_size(within)}" if within is not None else ""
     rounding = estimate_rounding_kept(list_probes(comparisons))
     best, before = max(fitting, key=lambda place: standing[place].keeps), ""
     if gates:
-        # A model that keeps more may still miss a strict gate because of its interval.
+        # A model may keep that share and still miss a strict gate because of its interval.
         floor, sure = join_names([gate.in_words for gate in gates]), "surely " if gates[0].strict else ""
         enough = [i for i in fitting if all(gate.is_met(comparisons[i]) for gate in gates)]
         one, several = f"that {sure}keeps {floor}", f"that {sure}keep {floor}"
@@ -270,16 +270,16 @@ def recommend_model(
         one, several = "that keeps as much", f"that no test distinguishes from {labels[best]}, which keeps most"
     taken = find_smallest(enough, sizes, standing)
     assert taken is not None  # All that fit have a size.
-    which = (
+    choice = (
         f"the only model{at_most} {one}"
         if len(enough) == 1
         else f"the smallest of {count(len(enough))} models{at_most} {several}"
     )
     alike = join_names([f"{labels[place]} ({write_size(sizes[place])})" for place in standing[taken].alike])
-    rest = "the other" if len(comparisons) == 2 else "each of the others"
-    others = f"No test distinguishes it from {alike}." if alike else f"What {rest} keeps differs by more than chance."
+    rivals = "the other" if len(comparisons) == 2 else "each of the others"
+    others = f"No test distinguishes it from {alike}." if alike else f"What {rivals} keeps differs by more than chance."
     kept = write_estimate(comparisons[taken].kept)
-    reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it is {which}. It keeps {kept}. {others}"
+    reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it is {choice}. It keeps {kept}. {others}"
     return conclude(taken, reason)
 
 

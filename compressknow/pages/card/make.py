@@ -123,13 +123,13 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
     labels = label_models(comparisons)
     texts = {figures.text: figures.original for c in comparisons for figures in c.texts}
     for text, before in texts.items():
-        found = [
+        compressed = [
             (label, figures.compressed)
             for label, comparison in zip(labels, comparisons, strict=True)
             for figures in comparison.texts
             if figures.text == text
         ]
-        sentences.append(write_joint_sentence(text, before, found))
+        sentences.append(write_joint_sentence(text, before, compressed))
     return " ".join(sentences)
 
 

@@ -106,10 +106,10 @@ def describe_power(counts: Counts, certainty: Certainty) -> str:
         return f"So few facts cannot show a net loss; {round_up(more)} known ones would show 2 %." if more else ""
     # Two digits: 4.2, 12, but no 1e+02.
     least = float(f"{100 * certainty.smallest_loss:.2g}")
-    seen = f"A net loss under {least:g} % of these {known} may go unseen"
+    sentence = f"A net loss under {least:g} % of these {known} may go unseen"
     if more is None or certainty.smallest_loss <= SMALL:
-        return f"{seen}."
-    return f"{seen}; {round_up(more)} known facts would show {100 * SMALL:g} %."
+        return f"{sentence}."
+    return f"{sentence}; {round_up(more)} known facts would show {100 * SMALL:g} %."
 
 
 def describe_early(early: EarlyStop | None) -> str:

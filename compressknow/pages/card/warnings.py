@@ -29,7 +29,7 @@ def warn_of_known(known: str) -> Iterator[str]:
     """Warn if only what a model produces counts as known."""
     if known == PRODUCED:
         yield (
-            "Known means produced here: a fact counts where the model picks the right answer, and what it writes by "
+            "Known means produced here: a fact counts if the model picks the right answer, and what it writes by "
             "itself begins with it. What it only picks among candidates counts as not known."
         )
 
@@ -74,11 +74,11 @@ def warn_of_provenance(original: ModelRecord, model: ModelRecord) -> Iterator[st
     """Warn if the model was made from another original, files changed since, or the two look swapped."""
     if check_source(original, model) is False:
         source = model.source or {}
-        other, own = clean(source.get("sha256"), 13), clean(original.sha256, 13)
+        recorded, actual = clean(source.get("sha256"), 13), clean(original.sha256, 13)
         yield (
             f"{clean(model.name, 80)} was not made from {clean(original.name, 80)}: its record names "
-            f"{clean(source.get('name'), 80)} (SHA-256 {other}), but the original's SHA-256 is {own}. Differences may "
-            "not be due to compression. Give the original that it was made from."
+            f"{clean(source.get('name'), 80)} (SHA-256 {recorded}), but the original's SHA-256 is {actual}. "
+            "Differences may not be due to compression. Give the original that it was made from."
         )
     yield from warn_of_changes(original, model)
     if is_made_from(original, model):
@@ -348,14 +348,16 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
     changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe in measured)
     parts, could_be_all = [], False
     for name, floor_of in (("rounding", "noise_floor"), ("the runtime", "runtime_noise_floor")):
-        found = [(floor, p.counts.n) for p in measured if (floor := getattr(p, floor_of)) and floor.n]
-        if found:
+        floors = [(floor, p.counts.n) for p in measured if (floor := getattr(p, floor_of)) and floor.n]
+        if floors:
             # Weighted by facts: only a part of a large probe was evaluated again.
             alone = average_estimates(
-                [estimate_proportion(floor.changed, floor.n) for floor, _ in found], [number for _, number in found]
+                [estimate_proportion(floor.changed, floor.n) for floor, _ in floors], [number for _, number in floors]
             )
             could_be_all |= 0 < changed <= (alone.high or 0.0) * facts
-            tokens = ", which splits text into other tokens," if any(floor.read_otherwise for floor, _ in found) else ""
+            tokens = (
+                ", which splits text into other tokens," if any(floor.read_otherwise for floor, _ in floors) else ""
+            )
             parts.append(f"{name} alone{tokens} changes {write_estimate(alone)}")
     explained = ", which could be all of it" if could_be_all else ""
     return f" Of its answers, {write_percent(changed, facts)} differ; {', '.join(parts)}{explained}."

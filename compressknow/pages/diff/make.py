@@ -143,9 +143,9 @@ def write_verdict(
         return f"{names[0]} and {names[1]} are identical: every file that affects an answer has the same bytes."
     sentences = [_describe_weights(names, difference)] if difference else []
     if behaviour:
-        there, back = behaviour.b_against_a.comparisons[0], behaviour.a_against_b.comparisons[0]
-        sentences += [_describe_facts(names, there.counts, back.counts)] if there.probes else []
-        sentences += [write_sentence(figures, names) for figures in there.texts]
+        forward, backward = behaviour.b_against_a.comparisons[0], behaviour.a_against_b.comparisons[0]
+        sentences += [_describe_facts(names, forward.counts, backward.counts)] if forward.probes else []
+        sentences += [write_sentence(figures, names) for figures in forward.texts]
     return " ".join(sentences) or f"The weights of {names[0]} and {names[1]} could not be compared."
 
 
@@ -191,11 +191,11 @@ def _count_tensors(tensors: int) -> str:
     return "1 tensor" if tensors == 1 else f"{count(tensors)} tensors"
 
 
-def _describe_facts(names: tuple[str, str], there: Counts, back: Counts) -> str:
+def _describe_facts(names: tuple[str, str], forward: Counts, backward: Counts) -> str:
     a, b = names
-    if not there.known_before and not back.known_before:
-        return f"Neither model knows any of the {count_facts(there.n)}."
-    return f"{b} knows {_count_kept(there)} that {a} knows, and {a} knows {_count_kept(back)} that {b} knows."
+    if not forward.known_before and not backward.known_before:
+        return f"Neither model knows any of the {count_facts(forward.n)}."
+    return f"{b} knows {_count_kept(forward)} that {a} knows, and {a} knows {_count_kept(backward)} that {b} knows."
 
 
 def _count_kept(counts: Counts) -> str:
@@ -206,10 +206,10 @@ def _count_kept(counts: Counts) -> str:
 
 
 def make_behaviour(
-    there: Direction, back: Direction, *, show_facts: bool, known: str = RECOGNIZED, gates: Sequence[Gate] = ()
+    forward: Direction, backward: Direction, *, show_facts: bool, known: str = RECOGNIZED, gates: Sequence[Gate] = ()
 ) -> Behaviour:
     """Compute the statistics in both directions; `gates` apply to B against A. The rest is as in `make_card`."""
-    a, b_like_a, b, a_like_b = (apply_reading(each, known) for each in (*there, *back))
+    a, b_like_a, b, a_like_b = (apply_reading(each, known) for each in (*forward, *backward))
     b_against_a = make_card(a, [b_like_a], show_facts=show_facts, gates=gates)
     a_against_b = make_card(b, [a_like_b], show_facts=show_facts)
     sentences = (*warnings.warn_of_known(known), *_list_warnings((a, b_like_a), b, b_against_a, a_against_b))
@@ -222,16 +222,16 @@ def make_behaviour(
     )
 
 
-def _list_warnings(direction: Direction, of_b: Answers, there: Card, back: Card) -> Iterator[str]:
+def _list_warnings(direction: Direction, of_b: Answers, forward: Card, backward: Card) -> Iterator[str]:
     """Yield the warnings of a report in both directions, except those on grades."""
-    yield from warnings.warn_of_models(there.original, back.original)
-    yield from warnings.warn_of_recipe(there.original)
+    yield from warnings.warn_of_models(forward.original, backward.original)
+    yield from warnings.warn_of_recipe(forward.original)
     yield from warnings.warn_of_runtimes(*direction)
-    for name, of_model, card in (("A", direction[0], there), ("B", of_b, back)):
+    for name, of_model, card in (("A", direction[0], forward), ("B", of_b, backward)):
         comparison = card.comparisons[0]
         yield from warnings.warn_of_answers(name, of_model)
         yield from warnings.warn_of_figures(comparison.counts, (), comparison.probes, name=name)
-    for figures in there.comparisons[0].texts:
+    for figures in forward.comparisons[0].texts:
         yield from list_text_warnings(figures, ("A", "B"))
 
 

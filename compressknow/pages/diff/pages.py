@@ -62,12 +62,12 @@ def make_comparison_page(
     """Return the comparison as a page, with at most so many tensors and facts; facts beyond `shown` are folded."""
     a, b = name_both(comparison.a, comparison.b)
     difference = comparison.difference
-    there = comparison.behaviour.b_against_a if comparison.behaviour else None
+    forward = comparison.behaviour.b_against_a if comparison.behaviour else None
     origin = (
         parts.Entries(_describe_checkpoint(comparison.a), "A"),
         parts.Entries(_describe_checkpoint(comparison.b), "B"),
     )
-    method = (*METHOD, *(clean(sentence, 2000) for sentence in (there.method if there else ())))
+    method = (*METHOD, *(clean(sentence, 2000) for sentence in (forward.method if forward else ())))
     how = parts.PageSection("how", "How it was made", parts.show_run(comparison.command, comparison.versions))
     weights: tuple[parts.PageSection, ...] = ()
     if difference and difference.tensors:
@@ -87,7 +87,7 @@ def make_comparison_page(
         verdict=clean(comparison.verdict, 1000),
         warnings=tuple(clean(warning, 1000) for warning in comparison.warnings),
         sections=tuple(section for section in sections if section.parts),
-        counts=there.comparisons[0].counts if there else None,
+        counts=forward.comparisons[0].counts if forward else None,
         names=("both know", "only A", "only B", "neither"),
         front=(
             (*weights, how),
@@ -103,11 +103,11 @@ def _write_headline(comparison: CheckpointComparison) -> str:
     if comparison.identical:
         return "Identical"
     if comparison.behaviour:
-        there = comparison.behaviour.b_against_a.comparisons[0]
-        if there.texts and not there.probes:
-            return write_text_headline(there.texts[0])
-        if there.kept.value is not None:
-            return f"B knows {share(there.kept.value)} of what A knows"
+        forward = comparison.behaviour.b_against_a.comparisons[0]
+        if forward.texts and not forward.probes:
+            return write_text_headline(forward.texts[0])
+        if forward.kept.value is not None:
+            return f"B knows {share(forward.kept.value)} of what A knows"
     if comparison.difference is None or not comparison.difference.tensors:
         return "Weights that cannot be compared"
     total = comparison.difference.total
@@ -130,8 +130,8 @@ def _show_behaviour(
     behaviour: Behaviour, facts: int, shown: int, *, show_facts: bool, charts: bool
 ) -> Iterator[parts.PageSection]:
     probes = pair_probes(behaviour)
-    there = behaviour.b_against_a
-    gates = tabulate_results(there, there.comparisons[0])
+    forward = behaviour.b_against_a
+    gates = tabulate_results(forward, forward.comparisons[0])
     yield parts.PageSection("compare-knowledge", "Knowledge", (*gates, *_show_knowledge(probes)))
     texts = parts.draw_charts(_show_texts(behaviour), "compare-text", charts)
     yield parts.PageSection("compare-text", "Running text", tuple(texts))
@@ -166,18 +166,20 @@ def _show_texts(behaviour: Behaviour) -> Iterator[parts.Part]:
 def _show_knowledge(probes: tuple[Both, ...]) -> Iterator[parts.Part]:
     if probes:
         yield build_figures_table(probes)
-    for there, _ in probes:
-        if there.knowing:
+    for forward, _ in probes:
+        if forward.knowing:
             yield make_grades_table(
-                there.knowing, f"{clean(there.probe, 60)}: grades of knowing of A (rows) and of B", "A"
+                forward.knowing, f"{clean(forward.probe, 60)}: grades of knowing of A (rows) and of B", "A"
             )
     tables = []
-    for there, back in probes:
-        name = clean(there.probe, 60)
-        if there.by_subject:
-            tables.append(_build_groups_table(f"{name} by domain", "Domain", there.by_subject, back.by_subject))
-        if there.by_relation:
-            tables.append(_build_groups_table(f"{name} by relation", "Relation", there.by_relation, back.by_relation))
+    for forward, backward in probes:
+        name = clean(forward.probe, 60)
+        if forward.by_subject:
+            tables.append(_build_groups_table(f"{name} by domain", "Domain", forward.by_subject, backward.by_subject))
+        if forward.by_relation:
+            tables.append(
+                _build_groups_table(f"{name} by relation", "Relation", forward.by_relation, backward.by_relation)
+            )
     if tables:
         yield parts.Folded("By domain and by relation", tuple(tables))
 
@@ -202,14 +204,14 @@ _ANSWERS = "Facts that the two answer differently, with the most likely answers 
 
 def pair_probes(behaviour: Behaviour) -> tuple[Both, ...]:
     """Return each probe's figures in both directions."""
-    there, back = behaviour.b_against_a.comparisons[0].probes, behaviour.a_against_b.comparisons[0].probes
-    return tuple(zip(there, back, strict=True))
+    forward, backward = behaviour.b_against_a.comparisons[0].probes, behaviour.a_against_b.comparisons[0].probes
+    return tuple(zip(forward, backward, strict=True))
 
 
 def build_figures_table(probes: tuple[Both, ...]) -> parts.Table:
     """Return every figure that treats the two models alike, one column per probe."""
     rows = tuple((name, *(write(*both) for both in probes)) for name, write in _FIGURES)
-    columns = ("Figure", *(clean(there.probe, 60) for there, _ in probes))
+    columns = ("Figure", *(clean(forward.probe, 60) for forward, _ in probes))
     return parts.Table("What each model knows, and how much their answers differ", columns, rows)
 
 
@@ -241,8 +243,10 @@ def _write_best(answered: Answer) -> str:
     return f"{named} (the right one is {write_rank(rank)})" if rank and rank > len(best) else named
 
 
-def _build_groups_table(caption: str, kind: str, there: tuple[Group, ...], back: tuple[Group, ...]) -> parts.Table:
-    others = {group.name: group for group in back}
+def _build_groups_table(
+    caption: str, kind: str, forward: tuple[Group, ...], backward: tuple[Group, ...]
+) -> parts.Table:
+    others = {group.name: group for group in backward}
     rows = tuple(
         (
             clean(group.name, 80),
@@ -254,34 +258,34 @@ def _build_groups_table(caption: str, kind: str, there: tuple[Group, ...], back:
             share(group.answer_changed),
             parts.write_bare_p(group.p_holm),
         )
-        for group in there
+        for group in forward
     )
     return parts.Table(caption, (kind, *_GROUP_COLUMNS), rows, sortable=len(rows) > 1)
 
 
 _FIGURES: tuple[tuple[str, Callable[[ProbeFigures, ProbeFigures], str]], ...] = (
-    ("Facts evaluated", lambda there, _: count(there.counts.n)),
-    ("A is right", lambda there, _: write_estimate(there.accuracy_original)),
-    ("B is right", lambda there, _: write_estimate(there.accuracy_compressed)),
-    ("Both know", lambda there, _: count(there.counts.both)),
-    ("Only A knows", lambda there, _: count(there.counts.lost)),
-    ("Only B knows", lambda there, _: count(there.counts.gained)),
-    ("Neither knows", lambda there, _: count(there.counts.neither)),
-    ("Of what A knows, B keeps", lambda there, _: write_estimate(there.kept)),
-    ("Of what B knows, A keeps", lambda _, back: write_estimate(back.kept)),
-    ("Flips (known by only one)", lambda there, _: share(there.counts.flips)),
-    ("Is one better?", lambda there, _: write_p_value(there.certainty.test.p)),
-    ("Top answer differs", lambda there, _: share(there.answer_changed)),
-    ("Mean reciprocal rank, A and B", lambda there, _: write_pair(there.mrr, number, ", ")),
-    ("Right answer among the top 5, A and B", lambda there, _: write_pair(there.p_at_5, share, ", ")),
-    ("KL(A‖B), nats, mean", lambda there, _: write_movement(there.movement, lambda m: m.kl_mean, 4)),
-    ("KL(A‖B), median", lambda there, _: write_movement(there.movement, lambda m: m.kl_median, 4)),
-    ("KL(A‖B), 99th percentile", lambda there, _: write_movement(there.movement, lambda m: m.kl_p99, 4)),
-    ("KL(A‖B): rest's probability, A and B", lambda there, _: write_rest(there.movement, ", ")),
-    ("KL(B‖A), nats, mean", lambda _, back: write_movement(back.movement, lambda m: m.kl_mean, 4)),
-    ("KL(B‖A), median", lambda _, back: write_movement(back.movement, lambda m: m.kl_median, 4)),
-    ("KL(B‖A), 99th percentile", lambda _, back: write_movement(back.movement, lambda m: m.kl_p99, 4)),
-    ("KL(B‖A): rest's probability, B and A", lambda _, back: write_rest(back.movement, ", ")),
+    ("Facts evaluated", lambda forward, _: count(forward.counts.n)),
+    ("A is right", lambda forward, _: write_estimate(forward.accuracy_original)),
+    ("B is right", lambda forward, _: write_estimate(forward.accuracy_compressed)),
+    ("Both know", lambda forward, _: count(forward.counts.both)),
+    ("Only A knows", lambda forward, _: count(forward.counts.lost)),
+    ("Only B knows", lambda forward, _: count(forward.counts.gained)),
+    ("Neither knows", lambda forward, _: count(forward.counts.neither)),
+    ("Of what A knows, B keeps", lambda forward, _: write_estimate(forward.kept)),
+    ("Of what B knows, A keeps", lambda _, backward: write_estimate(backward.kept)),
+    ("Flips (known by only one)", lambda forward, _: share(forward.counts.flips)),
+    ("Is one better?", lambda forward, _: write_p_value(forward.certainty.test.p)),
+    ("Top answer differs", lambda forward, _: share(forward.answer_changed)),
+    ("Mean reciprocal rank, A and B", lambda forward, _: write_pair(forward.mrr, number, ", ")),
+    ("Right answer among the top 5, A and B", lambda forward, _: write_pair(forward.p_at_5, share, ", ")),
+    ("KL(A‖B), nats, mean", lambda forward, _: write_movement(forward.movement, lambda m: m.kl_mean, 4)),
+    ("KL(A‖B), median", lambda forward, _: write_movement(forward.movement, lambda m: m.kl_median, 4)),
+    ("KL(A‖B), 99th percentile", lambda forward, _: write_movement(forward.movement, lambda m: m.kl_p99, 4)),
+    ("KL(A‖B): rest's probability, A and B", lambda forward, _: write_rest(forward.movement, ", ")),
+    ("KL(B‖A), nats, mean", lambda _, backward: write_movement(backward.movement, lambda m: m.kl_mean, 4)),
+    ("KL(B‖A), median", lambda _, backward: write_movement(backward.movement, lambda m: m.kl_median, 4)),
+    ("KL(B‖A), 99th percentile", lambda _, backward: write_movement(backward.movement, lambda m: m.kl_p99, 4)),
+    ("KL(B‖A): rest's probability, B and A", lambda _, backward: write_rest(backward.movement, ", ")),
 )
 
 
@@ -487,12 +491,12 @@ def _dump_sums(sums: DiffSums) -> dict[str, Any]:
 
 
 def _dump_behaviour(behaviour: Behaviour, show_facts: bool) -> dict[str, Any]:
-    there, back = behaviour.b_against_a, behaviour.a_against_b
+    forward, backward = behaviour.b_against_a, behaviour.a_against_b
     values: dict[str, Any] = {
         "known": behaviour.known,
-        "b_against_a": dump_comparison(there.comparisons[0], show_facts=show_facts),
-        "a_against_b": dump_comparison(back.comparisons[0], show_facts=show_facts),
-        "method": list(there.method),
+        "b_against_a": dump_comparison(forward.comparisons[0], show_facts=show_facts),
+        "a_against_b": dump_comparison(backward.comparisons[0], show_facts=show_facts),
+        "method": list(forward.method),
     }
     return values | ({"answers": [_dump_answers(*pair) for pair in behaviour.answers]} if show_facts else {})
 

@@ -224,7 +224,7 @@ def _name_best_and_worst(study: Study) -> str:
     if len(known) == 1:
         return f"{best[1]} keeps {share(best[0])} of what {name} knew."
     if best[0] == worst[0]:
-        return f"All {count(len(known))} compressed forms of {name} keep {share(best[0])} of what it knew."
+        return f"Each of the {count(len(known))} compressed forms of {name} keeps {share(best[0])} of what it knew."
     return (
         f"Of {count(len(known))} compressed forms of {name}, {best[1]} keeps most ({share(best[0])}) and {worst[1]} "
         f"least ({share(worst[0])})."

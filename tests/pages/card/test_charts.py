@@ -190,7 +190,7 @@ def test_what_rounding_alone_keeps_is_a_line_of_kept_against_costs() -> None:
     assert [chart.rounding for chart in chart_costs(card, names)] == [
         estimate_rounding_kept(card.comparisons[0].probes).value
     ] * 2
-    assert "The dotted one is what rounding alone keeps." in render_html(card)
+    assert "The dotted line shows what rounding alone keeps." in render_html(card)
     assert "The line across the charts shows what rounding alone keeps" in render_html(card)
     untold = tuple(
         replace(each, probes=tuple(replace(probe, noise_floor=None) for probe in each.probes))

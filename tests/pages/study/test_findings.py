@@ -335,6 +335,6 @@ def test_verdict_of_a_study_that_prunes_no_module_names_the_best_and_the_worst()
         "Of 2 compressed forms of tiny-bert, Att_GQ keeps most (90.0 %) and FF_GQ least (70.0 %)."
     )
     assert write_verdict(study([gq(ATT, GOOD), gq(FF, GOOD)])) == (
-        "All 2 compressed forms of tiny-bert keep 90.0 % of what it knew."
+        "Each of the 2 compressed forms of tiny-bert keeps 90.0 % of what it knew."
     )
     assert write_verdict(study([])).startswith("Nothing can be said about what tiny-bert keeps")

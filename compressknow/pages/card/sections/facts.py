@@ -56,8 +56,8 @@ class Lost(Section):
         graded = any(fact.grade_after for fact in facts)
         rows = []
         for fact in facts[: getattr(context.limits, self.which)]:
-            back = ", comes back with one example" if fact.with_example else ""
-            grade = clean(fact.grade_after, 20) + back if fact.grade_after else NONE
+            recovery = ", comes back with one example" if fact.with_example else ""
+            grade = clean(fact.grade_after, 20) + recovery if fact.grade_after else NONE
             ranks = f"{write_rank(fact.rank_before)} → {write_rank(fact.rank_after)}"
             rows.append(
                 (

@@ -61,7 +61,7 @@ class Figures(Section):
             "the same if the original runs in the compressed model's runtime, from a file that is not quantized.",
         ),
         ("Among the top 5", "if the right answer is still near the top, the fact is suppressed rather than erased."),
-        ("Mean reciprocal rank", "1 where the right answer always comes first, 1/2 where it comes second, and so on."),
+        ("Mean reciprocal rank", "1 if the right answer always comes first, 1/2 if it always comes second, and so on."),
         ("Movement (KL)", "how far the probabilities of the next token moved, in nats; 0 is no change at all."),
         ("Calibration error, Brier score", "how far a model's confidence is from being right; 0 is perfect."),
         ("Majority baseline", "the accuracy of always giving a relation's most frequent answer."),
