@@ -15,22 +15,22 @@ COLUMN = 43
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("original", help="a checkpoint, with its tokenizer")
-    parser.add_argument("converted", help="what `compressknow convert` made of it")
-    given = parser.parse_args()
+    parser.add_argument("converted", help="a conversion of it")
+    arguments = parser.parse_args()
 
     from transformers import AutoTokenizer
 
     import compressknow
 
-    tokenizer = AutoTokenizer.from_pretrained(given.original)
-    models = [compressknow.load(folder) for folder in (given.original, given.converted)]
+    tokenizer = AutoTokenizer.from_pretrained(arguments.original)
+    models = [compressknow.load(folder) for folder in (arguments.original, arguments.converted)]
     print_row("", "original", "converted")
     for prompt in PROMPTS:
         print_row(prompt, *(complete(model, tokenizer, prompt) for model in models))
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, tokens: int = 10) -> str:
-    """The `tokens` most likely next tokens, one after the other, on one line."""
+    """Return the greedy continuation of a prompt, `tokens` long, on one line."""
     import torch
 
     inputs = tokenizer(prompt, return_tensors="pt")

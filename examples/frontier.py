@@ -1,17 +1,17 @@
 """Make SmolLM2 small in every way that people deploy, and report what each file keeps against its size and its speed.
 
-GGUF files of llama.cpp's types, plain, with an importance matrix, with types of their own by module, and with a type
-for each tensor in the same bytes; checkpoints in 8 and 4 bits; pruned ones; and one with fewer neurons. Each is a real
-file, run in the runtime that reads it: GGUF files in llama.cpp, checkpoints in transformers with compressknow's layers.
+GGUF files of llama.cpp's types, plain, with an importance matrix, with types by module, and with a type for each tensor
+at the same size; checkpoints in 8 and 4 bits; pruned ones; and one with fewer neurons. Each is a real file, run in the
+runtime that reads it: GGUF files in llama.cpp, checkpoints in transformers with compressknow's layers.
 All other options go to `compressknow report`.
 
     python examples/smollm2.py --off-grid build/smollm2-off
     python examples/frontier.py build/smollm2-off build/frontier --limit 300 --time \\
         -o examples/reports/smollm2-frontier.html -o examples/reports/smollm2-frontier.md
 
-A fifth of the facts of atlas choose the types of tensors, and the others judge all files. Files that are there are
-taken as they are, so that a run that was stopped goes on. Speeds are of this machine: leave it alone meanwhile. It
-needs `pip install 'compressknow[gguf]'`.
+A fifth of the facts of atlas choose the types of tensors, and the others evaluate all files. Existing files are reused,
+so that a stopped run resumes. Speeds are measured on this machine, so run nothing else meanwhile. It needs
+`pip install 'compressknow[gguf]'`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CONVERTED: dict[str, dict[str, Any]] = {
     "fewer-neurons": {"drop_neurons": 0.1, "calibration_tokens": TOKENS},
 }
 MATRIX: dict[str, Any] = {"calibration": "self", "calibration_tokens": TOKENS}
-# From which checkpoint (the original where none is named), and how.
+# The source checkpoint (None: the original) and the options of each export.
 EXPORTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     **{kind: (None, {"type": kind}) for kind in ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")},
     "q4_k_m-imatrix": (None, {"type": "q4_k_m", **MATRIX}),
@@ -53,7 +53,7 @@ EXPORTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     "mixed": (None, {"type": "q4_k_m", "type_of": {"attention": "q8_0", "feed-forward": "q5_k"}}),
     "fewer-neurons-q8_0": ("fewer-neurons", {"type": "q8_0"}),
 }
-# A type for each tensor, in the bytes of these files.
+# Sizes for files with a type for each tensor: those of these files.
 SIZED = ("q4_k_m", "q3_k_m", "q2_k")
 
 
@@ -61,26 +61,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("work", type=Path, help="folder for the files and the answers")
-    given, options = parser.parse_known_args()
-    checkpoints = {name: given.work / name for name in CONVERTED}
+    arguments, options = parser.parse_known_args()
+    model, work = arguments.model, arguments.work
+    checkpoints = {name: work / name for name in CONVERTED}
     for name, recipe in CONVERTED.items():
-        made(checkpoints[name], compressknow.convert, given.model, recipe)
-    facts = divide_facts(given.work)
+        make_once(checkpoints[name], compressknow.convert, model, recipe)
+    facts = divide_facts(work)
     files = []
-    for name, (source, chosen) in EXPORTED.items():
-        files.append(given.work / f"{name}.gguf")
-        made(files[-1], compressknow.export, checkpoints[source] if source else given.model, chosen)
+    for name, (source, types) in EXPORTED.items():
+        files.append(work / f"{name}.gguf")
+        make_once(files[-1], compressknow.export, checkpoints[source] if source else model, types)
     for name in SIZED:
-        size = (given.work / f"{name}.gguf").stat().st_size
-        files.append(given.work / f"size-of-{name}.gguf")
-        made(files[-1], compressknow.export, given.model, {"size": size, "facts": f"facts:{facts['choose']}", **MATRIX})
-    models = [given.model, *map(str, files), *map(str, checkpoints.values())]
-    judged = ["-p", f"facts:{facts['judge']}", "--answers", str(given.work / "answers")]
-    return cli(["report", *models, *judged, *options])
+        size = (work / f"{name}.gguf").stat().st_size
+        files.append(work / f"size-of-{name}.gguf")
+        make_once(files[-1], compressknow.export, model, {"size": size, "facts": f"facts:{facts['choose']}", **MATRIX})
+    models = [model, *map(str, files), *map(str, checkpoints.values())]
+    evaluation = ["-p", f"facts:{facts['judge']}", "--answers", str(work / "answers")]
+    return cli(["report", *models, *evaluation, *options])
 
 
 def divide_facts(folder: Path) -> dict[str, Path]:
-    """Write the facts of atlas into two files: one in five chooses, the others judge, by a hash of their ids."""
+    """Write the facts of atlas into two files by a hash of their ids: one in five chooses types, the others evaluate."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {"choose": [], "judge": []}
     for fact in read_atlas().facts:
@@ -92,10 +93,10 @@ def divide_facts(folder: Path) -> dict[str, Path]:
     return files
 
 
-def made(path: Path, make: Callable[..., Any], source: str | Path, how: dict[str, Any]) -> None:
+def make_once(path: Path, make: Callable[..., Any], source: str | Path, options: dict[str, Any]) -> None:
     if not path.exists():
         print(f"Making {path.name}.", flush=True)
-        make(source, path, **how)
+        make(source, path, **options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What `make demo` runs: a real model, converted and verified; then both are asked the same facts, and the report is written.
+# What `make demo` runs: convert and verify a real model, then evaluate both on the same facts and write the report.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

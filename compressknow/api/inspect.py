@@ -1,4 +1,4 @@
-"""Inspect the Linear layers of a checkpoint: they are counted; of the weights, some rows of each matrix are read."""
+"""Inspect the Linear layers of a checkpoint, from its configuration and a few rows of each matrix."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def inspect(
     module_map: ModuleMap = "structural",
     trust_remote_code: bool = False,
 ) -> Inspection:
-    """Count a checkpoint's Linear layers by group and by scope, from its configuration; of the weights, some rows of
-    each matrix are read.
+    """Count a checkpoint's Linear layers by group and by scope, from its configuration; only a few rows of each matrix
+    are read.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def inspect(
     Returns
     -------
     What ``compressknow inspect --json`` prints: groups, scopes, parameters stored and used, tied and unplaced weights;
-    of a GGUF file its types by group, and its bytes.
+    for a GGUF file its types by group, and its size.
     """
     if Path(model).suffix == ".gguf":
         return inspect_gguf(list_parts(Path(model)))

@@ -52,7 +52,7 @@ class ServerKeywords(RunKeywords, total=False):
     timeout: float
 
 
-# Keywords whose fields have other names.
+# Keywords whose fields have different names.
 _RENAMED = {"map": "columns", "model_name": "model"}
 
 
@@ -125,6 +125,6 @@ def list_files(output: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def list_rules(rules: Mapping[str, str] | Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Return the rules that give weights their types, a mapping or pairs, as pairs."""
+    """Return rules for the types of weights, given as a mapping or as pairs, as pairs."""
     pairs = rules.items() if isinstance(rules, Mapping) else rules
     return tuple((which, chosen) for which, chosen in pairs)

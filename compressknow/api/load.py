@@ -32,11 +32,11 @@ def load(
     ----------
     model : a local folder or a hub id.
     dtype : dtype of the weights that are not quantized; the checkpoint's own by default.
-    trust_remote_code : run modelling code that lies in the checkpoint.
+    trust_remote_code : run the Python code that the checkpoint contains.
 
     Raises
     ------
-    compressknow.CheckpointError : it cannot be loaded whole; no weight is ever filled in at random.
+    compressknow.CheckpointError : a weight is missing or damaged; none is ever initialized at random.
     """
     folder = open_checkpoint(model, revision).folder
     return load_folder(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

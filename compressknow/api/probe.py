@@ -1,4 +1,4 @@
-"""Evaluate a model on facts, and keep its answers in a folder."""
+"""Evaluate a model on facts, and store its answers in a folder."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def probe(
     on_progress: OnProgress | None = None,
     **keywords: Unpack[ServerKeywords],
 ) -> Answers:
-    """Evaluate a model on facts, and keep its answers in a folder.
+    """Evaluate a model on facts, and store its answers in a folder.
 
     Parameters
     ----------
     model : a local folder, ``FOLDER/FILE.gguf``, a hub id, or the address of a server, ``http://HOST:PORT``.
-    output : the folder where the answers are kept; what it holds of this model already is not evaluated again.
+    output : the folder for the answers; answers of this model that are already in it are reused.
     probe : names, such as ``atlas`` (the default), ``lama:trex``, ``bear``, ``facts:mine.jsonl``, ``lm-eval:boolq``.
-    reference : answers folder of the original model: its most likely tokens are scored, so that the distance of the
+    reference : answers folder of the original model: its most likely tokens are scored, so that the divergence of the
         two distributions can be measured.
     keywords : folder of the data, protocol, sample (``limit=300``), device, dtype, batch size: as on the command line.
         See `compressknow.Options` and `compressknow.Settings`; their `columns` is ``map`` here, `model` ``model_name``.
-    options, settings : records of several of these; single keywords take precedence.
+    options, settings : records with several of these; keywords take precedence.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
 
     Returns
@@ -54,7 +54,7 @@ def probe(
     Raises
     ------
     compressknow.CompressknowError : the model has no head or no tokenizer, a probe is unknown or leaves no
-        facts, the folder holds something else.
+        facts, the folder contains something else.
     """
     require("pyarrow")
 

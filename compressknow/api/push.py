@@ -15,32 +15,32 @@ from compressknow.pages.model_card import render_gguf_card
 def push(output: str | Path, repo: str, *, private: bool | None = None, bars: bool = False) -> Upload:
     """Upload a folder that `convert` wrote, or a GGUF file that `export` wrote, to the Hugging Face Hub.
 
-    Of a folder go weights, tokenizer, manifest, and its model card as it is now, with what `report` has written into
-    it; of a file, its record and, where the repository has none, a model card.
+    With a folder, this uploads weights, tokenizer, manifest and the current model card, including what `report` wrote
+    into it; with a file, also its record and, if the repository has none, a model card.
 
     Parameters
     ----------
     output : what `convert` or `export` wrote.
-    repo : ``OWNER/NAME``, or ``NAME`` of one of your own; created if it does not exist.
-    private : of a repository that is made; by default public, unless its organization says else.
+    repo : ``OWNER/NAME``, or ``NAME`` under your own account; it is created if it does not exist.
+    private : for a new repository; by default public, unless its organization's default is private.
     bars : show huggingface_hub's progress bars, on a terminal.
 
     Returns
     -------
-    The repository's address, and the weight files there that are not of this folder.
+    The repository's address, and the weight files there that are not from `output`.
 
     Raises
     ------
-    compressknow.CompressknowError : the name cannot be one, there is no token, or the upload failed; `output`
-        stays as it is. The token is taken from where huggingface_hub keeps it: `HF_TOKEN`, or `hf auth login`.
+    compressknow.CompressknowError : the name is not valid, there is no token, or the upload failed; `output` is not
+        changed. The token is huggingface_hub's: `HF_TOKEN`, or that of `hf auth login`.
     """
     check_repo(repo)
     check_login()
-    place, card = Path(output), None
-    if place.suffix == ".gguf":
-        record = read_record(place)
-        card = render_gguf_card(record, place.name)
+    path, card = Path(output), None
+    if path.suffix == ".gguf":
+        record = read_record(path)
+        card = render_gguf_card(record, path.name)
     else:
-        record = read_manifest(place)
+        record = read_manifest(path)
     message = f"{record['setup']} of {record['source']['name']}, by compressknow"
-    return upload(place, repo, private=private, message=message, card=card, bars=bars)
+    return upload(path, repo, private=private, message=message, card=card, bars=bars)

@@ -59,9 +59,9 @@ def report(
     options, settings, keywords : see `compressknow.probe`.
     known : what counts as known: ``recognized`` (picked among the candidates, or better) or only ``produced`` (said).
     fail_under : the share of knowledge that must be kept, 0 to 1, or ``"science=0.85"`` for a domain or relation, or
-        several of these; once all is written, an error says which gates are not met.
+        several of these; after everything is written, an error says which gates are not met.
     strict : check the whole interval against it: too few facts to decide are an error too.
-    early : evaluate facts in random order, only until it is clear whether one compressed model meets `fail_under`.
+    early : evaluate facts in random order, only until it is clear whether the compressed model meets `fail_under`.
     within : the maximum size of the recommended model, such as ``"110MB"``; larger models get a warning.
     no_facts : leave out the text of every fact.
     time : measure each model's speed and memory on this machine.
@@ -77,10 +77,10 @@ def report(
 
     Raises
     ------
-    compressknow.GateNotMet, compressknow.GateUndecided : `fail_under` is not met, or, with `strict`, too
-        few facts decide it; the error's `result` is the card.
-    compressknow.CompressknowError : a model cannot be found, loaded or evaluated; two that cannot be compared;
-        an output that cannot be written.
+    compressknow.GateNotMet, compressknow.GateUndecided : `fail_under` is not met, or, with `strict`, there are too
+        few facts to decide; the error's `result` is the card.
+    compressknow.CompressknowError : a model cannot be found, loaded or evaluated; two models cannot be compared;
+        an output cannot be written.
     """
     check_known(known)
     gates = parse_gates(fail_under, strict=strict)

@@ -85,39 +85,39 @@ def search(
 ) -> Search:
     """Find the smallest file of a model that keeps a share of its knowledge, or the best one of a size.
 
-    Types are chosen for all weights so that together they are predicted to lose least. Some facts, at most 450 of a
-    probe, guide this choice and the sizes that are tried. A third of all facts selects the winner, by the lower end of
-    its interval, and another third grades it: the reported share is of facts that had no part in the choice. A stopped
-    search resumes, and ends as if it had not been stopped.
+    Types are chosen for all weights so that the total predicted loss is least. Some facts, at most 450 of a probe,
+    guide this choice and the sizes that are tried. A third of all facts selects the winner, by the lower end of its
+    interval, and another third grades it: the reported share is of facts that had no part in the choice. A stopped
+    search resumes, with the same result as without the interruption.
 
     Parameters
     ----------
     model : a local folder or a hub id.
     output : folder of the search; one of this model and version is resumed.
-    keep : share of knowledge, between 0 and 1; or `size`, the bytes that the file may have, as a number or a text
+    keep : share of knowledge, between 0 and 1; or `size`, the maximum size of the file, as a number of bytes or a text
         (``"90MB"``).
-    to : ``gguf`` (for llama.cpp; by default for models that generate) or ``checkpoint``.
-    guide, must, rounding, calibration, calibration_tokens : as of `compressknow.export` with a size. Of a checkpoint
-        `must` names types ``none``, ``int8-weights``, ``int4/64``, by scopes or regular expressions on modules.
+    to : ``gguf`` (for llama.cpp; the default for models that generate) or ``checkpoint``.
+    guide, must, rounding, calibration, calibration_tokens : as in `compressknow.export` with a size. For a checkpoint,
+        `must` assigns types ``none``, ``int8-weights``, ``int4/64``, by scopes or regular expressions on modules.
     minimize : ``bytes``.
-    probe, facts, options, settings, keywords : see `compressknow.probe`; `facts` are more probes, and `seed` is of the
-        split and of the text too. lm-eval's tasks cannot be held out. A running text among the probes guides nothing:
-        the winner reads it, and its report card says how.
-    known : what counts as known, in all that is kept; see `compressknow.report`.
+    probe, facts, options, settings, keywords : see `compressknow.probe`; `facts` are more probes, and `seed` is also
+        that of the split and the text. lm-eval's tasks cannot be held out. A running text among the probes does not
+        guide the search: only the winner reads it, for its report card.
+    known : what counts as known, on every split; see `compressknow.report`.
     no_facts : leave the text of every fact out of the winner's report card.
     on_progress : called with each `compressknow.Progress`, in facts; ``"bar"`` shows bars.
-    on_result : called with the trial of each file as it comes.
+    on_result : called with the trial of each file, as soon as it is available.
 
     Returns
     -------
-    The search, as ``search.html`` and ``search.json`` in `output` show it; `winner` is None if nothing keeps as
-    much. With a winner there are ``model.gguf`` or ``model/``, ``recipe.toml`` and ``report.html`` too.
+    The search, as in ``search.html`` and ``search.json`` in `output`; `winner` is None if no file keeps as much. With a
+    winner, `output` also has ``model.gguf`` or ``model/``, ``recipe.toml`` and ``report.html``.
 
     Raises
     ------
     compressknow.GateNotMet : the model knows too few facts to show that any file keeps as much.
     compressknow.CompressknowError : the model or a probe cannot be found or evaluated, no file is that small, or
-        `output` holds something else.
+        `output` contains something else.
     """
     options, settings = build_run_options(keywords, options, settings)
     seed = options.seed
@@ -153,7 +153,7 @@ def search(
         _check_winners_place(folder / form.file_name)
         if request.size is not None:
             form.check(request.size)
-        if texts:  # A model that cannot read one is refused before it is evaluated on all else.
+        if texts:  # A model that cannot read one is refused before it is evaluated on anything else.
             place = folder / GRADING / ORIGINAL
             floors = [NoiseFloors.add_precision]
             study_model.evaluate(study_model.original, texts, place, None, listener, noise_floors=floors)
@@ -163,7 +163,7 @@ def search(
             selection = EvaluationSet(study_model, selected_by, folder / HELD_OUT, listener, known)
             selection.check_enough_known(keep)
         guided = EvaluationSet(study_model, guided_by, folder / SEARCHED, listener, known)
-        # It imports torch, which takes seconds: what is wrong with the arguments has been said before.
+        # It imports torch, which takes seconds; wrong arguments have been reported by now.
         from compressknow.study.guides import measure_guides
 
         original, answers = study_model.original, guided.reference
@@ -226,10 +226,10 @@ def search(
 
 
 def _check_minimize(minimize: str) -> None:
-    """Raise UsageError for anything but bytes, which older versions could minimize."""
+    """Raise UsageError for anything but bytes, such as what older versions could minimize."""
     if minimize != "bytes":
         raise UsageError(
-            f"--minimize {minimize}: a search makes files small, in bytes.",
+            f"--minimize {minimize}: a search can only minimize bytes.",
             hint="Leave --minimize out. `compressknow sweep` studies pruning.",
         )
 
@@ -246,7 +246,7 @@ def _remove_winner_of_other_form(folder: Path, name: str) -> None:
 
 
 def _check_winners_place(place: Path) -> None:
-    """Raise OutputError if the winner's path holds something that no search wrote."""
+    """Raise OutputError if something that no search wrote is at the winner's path."""
     if os.path.lexists(place) and not is_made(place):
         raise OutputError(
             f"{place} exists already, and is not a winner of a search.",

@@ -1,4 +1,4 @@
-"""Map where in a model its knowledge sits."""
+"""Measure how sensitive a model's knowledge is to each weight."""
 
 from __future__ import annotations
 
@@ -45,31 +45,31 @@ def sensitivity(
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Sensitivity:
-    """Estimate what rounding each weight of a checkpoint, to each type, does to facts that the model knows and to text.
+    """Estimate how rounding each weight of a checkpoint, to each type, affects facts that the model knows, and text.
 
     Parameters
     ----------
-    model : a local folder or a hub id of a checkpoint of floats.
+    model : a local folder or a hub id of an unquantized checkpoint.
     output : files to write: a page (``.html``, ``.md``), all figures (``.json``), a row per weight and type (``.csv``).
     to : the types: of a ``gguf`` file, the default for causal models, or the schemes of a ``checkpoint``.
     guide : what weights are ranked by: ``facts``, ``text`` or ``both``.
-    facts : probes, ``atlas`` by default; of these about 200 facts count that the model knows. LAMA and BEAR lie in the
-        folder `data`.
+    facts : probes, ``atlas`` by default; about 200 of their facts that the model knows are used. `data` is the folder
+        with LAMA and BEAR.
     calibration : the text: ``self`` (the model's own samples), the path of a ``.txt`` or ``.jsonl`` file, or
         ``hf:DATASET``; `calibration_tokens` of it, 8,192 by default, drawn by `seed`.
     revision : branch, tag or commit of a hub id.
     trust_remote_code : run the Python code that the checkpoint contains.
-    overwrite : replace files of `output` that are there already, if compressknow wrote them.
+    overwrite : replace existing files of `output`, if compressknow wrote them.
     on_progress : called with each `compressknow.Progress`, or ``"bar"``.
 
     Returns
     -------
-    A row per weight, each with its KL and its facts at risk by type. It is stored: asked again, it costs nothing.
+    A row per weight, each with its KL and its facts at risk by type. They are stored, so a second call is fast.
 
     Raises
     ------
     compressknow.CompressknowError : the checkpoint is missing, damaged or quantized already; it knows fewer than
-        30 of the facts; an output that cannot be written.
+        30 of the facts; an output cannot be written.
     """
     if to not in ("gguf", "checkpoint", None):
         raise UsageError(f"--to {to}: choose gguf or checkpoint.")
@@ -99,7 +99,7 @@ def _open_roundings(model: LocatedModel, to: Form | None, *, trusted: bool) -> R
     from compressknow.study.measuring import GgufRoundings, SchemeRoundings
 
     checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)
-    # It refuses what is quantized.
+    # It raises an error for quantized weights.
     Sources(checkpoint, tree, read_structure(tree))
     family = find_family(tree)
     if to == "gguf" and family != "causal":

@@ -63,7 +63,7 @@ def sweep(
 ) -> Study:
     """Convert a model by every recipe of a grid, evaluate each variant like the original, and write the study.
 
-    Variants are made in memory, each exactly what `convert` would write. A stopped study resumes; a
+    Variants are made in memory, identical to what `convert` would write. A stopped study resumes; a
     failed cell is recorded, and the rest continues.
 
     Parameters
@@ -71,11 +71,11 @@ def sweep(
     model : a local folder or a hub id.
     output : folder of the study; one of this model and version is resumed.
     grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant besides the paper's), a TOML file, or a dict
-        of what one holds.
-    probe : names; see `compressknow.probe`. One of facts at least: running texts among them give perplexities.
+        with the content of one.
+    probe : names; see `compressknow.probe`. At least one must have facts: running texts give perplexities.
     options, settings, keywords : see `compressknow.probe`.
-    known : what counts as known; see `compressknow.report`. A study can be rewritten with the other reading: the
-        answers are the same.
+    known : what counts as known; see `compressknow.report`. A study can be rewritten with the other value without
+        evaluating anything again.
     module_map, quantize : for the paper's grid, by default its authors' (``paper``, ``int8-paper``); `module_map` is
         also for the grid of methods.
     calibration, calibration_tokens : for the grid of methods; see `compressknow.convert`.
@@ -83,17 +83,17 @@ def sweep(
     ray, num_cpus, num_gpus : run the cells on a Ray cluster: its address, or a `compressknow.RayOptions`.
     command : the command line to show.
     on_progress : called with each `compressknow.Progress`: as a cell is made, and as it is evaluated, or on a cluster
-        as answers to the facts of all cells come in; ``"bar"`` shows bars.
-    on_result : called with the result of each cell as it comes.
+        as the answers of all cells come in; ``"bar"`` shows bars.
+    on_result : called with the result of each cell, as soon as it is available.
 
     Returns
     -------
-    The study, as ``study.html``, ``study.json``, ``cells.parquet`` and ``cells.csv`` in `output` show it.
+    The study, as in ``study.html``, ``study.json``, ``cells.parquet`` and ``cells.csv`` in `output`.
 
     Raises
     ------
-    compressknow.CompressknowError : the model or a probe cannot be found or evaluated, the grid makes no sense,
-        the cluster does not answer, or `output` holds something else.
+    compressknow.CompressknowError : the model or a probe cannot be found or evaluated, the grid is not valid,
+        the cluster does not answer, or `output` contains something else.
     """
     options, settings = build_run_options(keywords, options, settings)
     if not isinstance(ray, str) and (num_cpus, num_gpus) != (1, 0):
@@ -107,7 +107,7 @@ def sweep(
     check_known(known)
     folder, listener = Path(output), resolve_progress(on_progress)
     check_study_folder(folder)
-    # Texts first: a model that cannot read one is refused before it is evaluated on all else.
+    # Texts first: a model that cannot read one is refused before it is evaluated on anything else.
     opened = sorted(open_named(probe, options, known), key=lambda each: not isinstance(each, RunningText))
     check_has_facts(opened, "A sweep")
     # On a cluster, workers keep their own distributions.
@@ -117,10 +117,10 @@ def sweep(
     ) as study_model:
         if cluster and cluster.num_gpus and study_model.original.settings.device == CPU:
             raise UsageError(
-                f"--num-gpus {cluster.num_gpus:g}: the original is run on this machine's cpu, and so are all cells.",
-                hint="Run the command where there is a GPU, or leave out --num-gpus.",
+                f"--num-gpus {cluster.num_gpus:g}: the original runs on this machine's CPU, and so do all cells.",
+                hint="Run the command on a machine with a GPU, or leave out --num-gpus.",
             )
-        # Only built-in grids open the model, so errors in a grid file are found before.
+        # Only built-in grids open the model, so errors in a grid file are found first.
         cells = list_cells(
             grid,
             lambda: study_model.maker,

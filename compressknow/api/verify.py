@@ -25,24 +25,24 @@ def verify(
     Parameters
     ----------
     folder : what `convert` wrote, or the file that `export` wrote.
-    threads : tensors worked on at a time, by default one a core.
+    threads : tensors to check at a time, by default one per core.
     on_progress : called with each `compressknow.Progress`, in bytes; ``"bar"`` shows a bar.
     check : False returns the differences in the result instead of raising an error.
 
     Returns
     -------
-    What was compared: numbers of tensors, files and bytes.
+    The numbers of tensors, files and bytes that were compared, and the differences.
 
     Raises
     ------
     compressknow.CheckpointError : the folder has no manifest, or one that this version cannot read.
-    compressknow.VerificationError : the weights differ from what the manifest says.
+    compressknow.VerificationError : the folder differs from its manifest.
     """
     path, listener = Path(folder), resolve_progress(on_progress)
     if path.suffix == ".gguf":
         return _verify_gguf(path, listener, check)
 
-    # Said before torch is imported, which takes a second.
+    # Before torch is imported, which takes a second.
     check_converted(path)
     from compressknow.compress.verify import compare_to_manifest, raise_if_different
 

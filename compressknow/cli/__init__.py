@@ -84,17 +84,17 @@ class LazyGroup(click.Group):
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; on a usage error, note which options the project's file gives. With `--debug`, print the
+        """Run the command; on a usage error, note which options the project's file sets. With `--debug`, print the
         traceback of any error."""
         try:
             return super().invoke(ctx)
         except Exception as error:
             if type(error) in (click.BadParameter, UsageError, UnusedOptions):
-                for name, given in (ctx.default_map or {}).items():
-                    if given and (command := self.get_command(ctx, name)):
-                        error.add_note(describe_project_defaults(command, given))
-            of_click = (click.ClickException, click.exceptions.Exit, click.Abort)
-            if ctx.params.get("debug") and not isinstance(error, of_click):
+                for name, defaults in (ctx.default_map or {}).items():
+                    if defaults and (command := self.get_command(ctx, name)):
+                        error.add_note(describe_project_defaults(command, defaults))
+            click_errors = (click.ClickException, click.exceptions.Exit, click.Abort)
+            if ctx.params.get("debug") and not isinstance(error, click_errors):
                 show(traceback.format_exc(), err=True)
             raise
 
@@ -104,7 +104,7 @@ INTERRUPTED = 130
 RESUMES = "The answers so far are saved. Repeat the command to resume."
 NOTHING_WRITTEN = "Nothing was written."
 # How often a thread of GCC's OpenMP, which torch and llama.cpp use, polls for the others before it sleeps. The default,
-# 300,000 times, holds a core that the thread it waits for may need (docs/performance.md).
+# 300,000 times, occupies a core that the other threads may need (docs/performance.md).
 SPIN_COUNT = 5000
 
 
@@ -114,7 +114,7 @@ class _Stopped(SystemExit):
 
 @contextmanager
 def explain_interrupt(note: str) -> Iterator[None]:
-    """Say, in the message of an interrupted command, what happened to its work."""
+    """Add to the message of an interrupted command what happened to its work."""
     try:
         yield
     except (KeyboardInterrupt, _Stopped) as stop:
@@ -127,8 +127,8 @@ def show_before_error(show_result: Callable[[Any], object]) -> Iterator[None]:
     """Show the result that a gate was checked on, before its error."""
     try:
         yield
-    except (GateNotMet, GateUndecided) as unmet:
-        show_result(unmet.result)
+    except (GateNotMet, GateUndecided) as error:
+        show_result(error.result)
         raise
 
 
@@ -155,7 +155,7 @@ def _run(command: click.Command, args: list[str] | None) -> int:
         show(message.getvalue().rstrip("\n"), *(f"  {note}" for note in getattr(error, "__notes__", ())), err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as stop:
-        # click raises its Abort from what stopped it.
+        # click raises Abort from the original exception.
         return _report_interrupt(stop.__cause__ or stop, INTERRUPTED)
     except _Stopped as stop:
         return _report_interrupt(stop, int(str(stop.code)))
@@ -174,7 +174,7 @@ def _run(command: click.Command, args: list[str] | None) -> int:
 
 
 def _report_interrupt(stop: BaseException, code: int) -> int:
-    """Print the first note, added closest to the interrupted work."""
+    """Print the first note, which was added closest to the interrupted work."""
     notes = getattr(stop, "__notes__", ())
     show(f"Interrupted. {notes[0]}" if notes else "Interrupted", err=True)
     return code
@@ -200,7 +200,7 @@ def _report_bug(error: BaseException) -> int:
 
 
 def _suggest(error: click.NoSuchOption) -> click.UsageError:
-    """Return the error with the one option that was probably meant, not click's list, or where the option belongs."""
+    """Replace click's list of suggestions with the option that was probably meant, or say where the option belongs."""
     ctx, name = error.ctx, error.option_name
     options = [word for option in ctx.command.params for word in option.opts] if ctx else []
     near = suggest_word(name, [word for word in options if word.startswith("--")])
@@ -225,7 +225,7 @@ def _report_os_error(error: OSError) -> int:
         # The reader has exited (`| head`).
         return FAILED
     where = f": {error.filename}" if error.filename is not None else ""
-    # As Python's tempfile says it, in a container whose file system is read-only.
+    # The message of Python's tempfile, in a container with a read-only file system.
     hint = "Set TMPDIR to a folder that can be written to." if "usable temporary directory" in str(error) else None
     return _report_failure(f"{error.strerror or error}{where}", hint)
 
@@ -245,7 +245,7 @@ def _exit_orderly_on_signals() -> None:
 
 @contextmanager
 def _repeat_dropped_signals() -> Iterator[None]:
-    """Raise a signal once more that Python drops, with a traceback, because it comes while an object is removed."""
+    """Raise again a signal that Python drops, with a traceback, because it arrives while an object is finalized."""
     before = sys.unraisablehook
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
@@ -257,7 +257,7 @@ def _repeat_dropped_signals() -> Iterator[None]:
             before(dropped)
 
     def again(number: int, thread: int) -> None:
-        # Not while this hook runs: the signal would be dropped in it.
+        # Wait until this hook has returned: the signal would be dropped in it.
         while any(
             frame.f_code is hook.__code__ for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))
         ):
@@ -278,10 +278,10 @@ push_options = join_options(
 
 
 def check_upload(repo: str | None, private: bool, *, dry_run: bool) -> None:
-    """Raise what is wrong with the name of the repository, or with the login, before any work."""
+    """Raise an error for an invalid repository name, or without a login, before any work."""
     if repo is None:
         if private:
-            raise click.UsageError("--private goes with --push REPO.")
+            raise click.UsageError("--private needs --push REPO.")
         return
     from compressknow.base.hub import check_login, check_repo
 
@@ -293,20 +293,20 @@ def check_upload(repo: str | None, private: bool, *, dry_run: bool) -> None:
 def upload(
     output: Path, repo: str, private: bool, *, planned: Mapping[str, int | None] | None = None, err: bool = False
 ) -> None:
-    """Upload an output and say so or, of a dry run, what would be uploaded: `planned`, bytes by name of file."""
+    """Upload an output, and print its address. In a dry run, print what would be uploaded: `planned`, bytes by file."""
     from compressknow.api.push import push
     from compressknow.base.hub import describe_upload
 
     if planned is not None:
         show("", *describe_upload(planned, repo, private), err=err)
         return
-    done = push(output, repo, private=private or None, bars=True)
-    show(f"\nUploaded to {done.url}", err=err)
-    if names := done.other_weights:
+    uploaded = push(output, repo, private=private or None, bars=True)
+    show(f"\nUploaded to {uploaded.url}", err=err)
+    if names := uploaded.other_weights:
         more = f" and {count(len(names) - 3)} more" if len(names) > 3 else ""
         warning = (
-            f"Warning: the repository also holds {', '.join(names[:3])}{more}, not of this model. "
-            "Some loaders read all weight files that they find: delete those there if they are of an older upload."
+            f"Warning: the repository also contains {', '.join(names[:3])}{more}, not from this model. "
+            "Some loaders read all weight files that they find: delete them if they are from an older upload."
         )
         show(*wrap_whole(warning), err=True)
 

@@ -1,4 +1,4 @@
-"""`compressknow compare`: two checkpoints side by side, in what they hold and in what they know."""
+"""`compressknow compare`: the content of two checkpoints, and their knowledge, side by side."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ if TYPE_CHECKING:
 @option("--revision-b", group=RUNS, help="Branch, tag or commit of B on the Hub.")
 @option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def compare(a: str, b: str, output: tuple[Path, ...], probe: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Show how checkpoint B differs from A: in settings, in what is stored, and weight by weight.
+    """Show how checkpoint B differs from A: in settings, structure, and weight by weight.
 
-    Both are local folders or Hub ids of one architecture: an original and what was made from it, two conversions, or
-    two fine-tunes. int8 weights are compared by the values that they stand for. With -p, both are evaluated on facts
-    too, and the page says what each keeps of the other's knowledge.
+    Both are local folders or Hub ids of one architecture: an original and its conversion, two conversions, or two
+    fine-tunes. int8 weights are compared by the values that they represent. With -p, both are also evaluated on facts,
+    and the page shows what each keeps of the other's knowledge.
 
     \b
     compressknow compare MODEL CONVERTED
@@ -94,7 +94,7 @@ SHOWN = 8
 
 
 def compare_page(comparison: CheckpointComparison) -> Iterator[str]:
-    """Yield lines: the verdict, sizes, weights, the layers that differ most, structure, settings, knowledge."""
+    """Yield the lines: verdict, sizes, weights, the layers that differ most, structure, settings, knowledge."""
     yield from wrap(comparison.verdict, indent="")
     yield ""
     yield from _list_sizes(comparison.a, comparison.b)
@@ -112,9 +112,9 @@ def compare_page(comparison: CheckpointComparison) -> Iterator[str]:
 def _list_sizes(a: ModelRecord, b: ModelRecord) -> Iterator[str]:
     names = name_both(a, b)
     for letter, side, name in zip("AB", (a, b), names, strict=True):
-        what = f"{clean(side.dtype, 16)}, {write_size(side.bytes)}"
+        storage = f"{clean(side.dtype, 16)}, {write_size(side.bytes)}"
         setup = f", {clean(side.setup, 20)}" if side.setup else ""
-        yield f"{letter}: {name if name != letter else clean(side.name, 30)} ({what}{setup})"[:WIDTH]
+        yield f"{letter}: {name if name != letter else clean(side.name, 30)} ({storage}{setup})"[:WIDTH]
     yield f"B is {compare_sizes(a.bytes, b.bytes).replace('the same size', 'of the same size')}"
 
 
@@ -137,7 +137,7 @@ def _list_weights(difference: CheckpointDiff) -> Iterator[str]:
 
 
 def _format_row(cells: tuple[str, ...]) -> str:
-    """Write cells in their columns: the first to the left, the others to the right; a unit that is in the head goes."""
+    """Align the first cell left and the others right, without the unit that is in the header."""
     first, *others = (cell.removesuffix(" dB") for cell in cells)
     columns = zip(others, WIDTHS[1:], strict=True)
     return f"{first:<{WIDTHS[0]}}" + "".join(f"{cell:>{width}}" for cell, width in columns)
@@ -158,8 +158,8 @@ def _list_rows(table: Table | None) -> Iterator[str]:
 def _describe(row: tuple[str, ...]) -> str:
     if len(row) == 3:
         return f"{row[0]}: {row[1]} -> {row[2]}".replace(" - ->", " none ->")
-    what, number, a, b, which = row
-    return f"{number} {what}: {a} -> {b} ({which})"
+    kind, number, a, b, names = row
+    return f"{number} {kind}: {a} -> {b} ({names})"
 
 
 def _list_knowledge(behaviour: Behaviour) -> Iterator[str]:

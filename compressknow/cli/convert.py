@@ -39,11 +39,11 @@ Scopes (--scope):
   blocks            every Linear layer in the transformer blocks (default)
   attention         query, key, value and output projections
   feed-forward      the Linear layers of the feed-forward blocks
-  final             the layer that gives vocabulary logits
+  final             the layer that computes the vocabulary logits
   overall           blocks and other Linear layers; final too if quantized
   vision            the vision tower of a multimodal model
   self-attention, cross-attention, encoder-attention, decoder-attention,
-  encoder, decoder  where the model has them
+  encoder, decoder  if the model has them
 
 """
 
@@ -52,11 +52,11 @@ _PARAMETERS = list_parameters()
 
 
 def _list_names(heading: str, registry: Registry[Any]) -> str:
-    """Write a part of the help page: a line per name, with the options that it has."""
+    """Return a section of the help page: a line per name, with its options."""
     width, usable = max(map(len, registry)), registry.usable()[0]
     lines = ["\b", heading]
     for name in registry:
-        # Leave out what nearly all methods have.
+        # Nearly all methods have per_layer.
         options = [p.option for p in usable[name].parameters() if p.name != "per_layer"] if name in usable else []
         text = usable[name].help if name in usable else "cannot be used"
         text += f" ({', '.join(options)})" if options else ""
@@ -82,14 +82,14 @@ def _make_parameter_option(declared: Parameter) -> Decorator:
 
 
 def _check(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
-    """Refuse as wrong usage what fits no method or scheme that has such a parameter."""
-    wrong = None
+    """Return the value, or raise a usage error if no method or scheme with such a parameter allows it."""
+    first_error = None
     for each in _PARAMETERS[str(option.name)]:
         try:
             return each.check(value)
         except UsageError as error:
-            wrong = wrong or error
-    raise click.BadParameter(str(wrong), ctx, option)
+            first_error = first_error or error
+    raise click.BadParameter(str(first_error), ctx, option)
 
 
 @command(epilog=EPILOG)
@@ -107,7 +107,7 @@ def _check(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
 def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Prune and quantize MODEL, a local folder or a Hub id, into the new folder OUTPUT.
 
-    OUTPUT loads in plain transformers; the last line printed says where else it runs. Its manifest, compressknow.json,
+    OUTPUT loads in plain transformers; the last printed line lists all runtimes. Its manifest, compressknow.json,
     records what was done to each tensor. The same input and recipe give the same bytes.
 
     \b
@@ -123,11 +123,11 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
     check_upload(repo, private, dry_run=dry_run)
     options = drop_recipe_conflicts(options, (*OPTIONS, *_PARAMETERS))
     # Parameters that other packages add; the function has keywords for the rest.
-    further = options.keys() - signature(run).parameters
-    others = {name: options.pop(name) for name in _PARAMETERS if name in further}
+    third_party_names = options.keys() - signature(run).parameters
+    third_party = {name: options.pop(name) for name in _PARAMETERS if name in third_party_names}
     options["parameters"] = {
         name: value
-        for name, value in others.items()
+        for name, value in third_party.items()
         if ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT
     }
     with explain_interrupt(NOTHING_WRITTEN):
@@ -141,7 +141,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
 
 
 def build_manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *, dry_run: bool) -> Iterator[str]:
-    """Yield lines that say what was done, or with `dry_run` would be done, by group."""
+    """Yield the lines that show, by group, what was done or, with `dry_run`, would be done."""
     word = choose_word(find_schemes(row["scheme"] for row in manifest["tensors"] if row["scheme"])).capitalize()
     yield f"{manifest['setup']}: {model} -> {output}"
     yield ""
@@ -161,12 +161,12 @@ def build_manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *
     for warning in list_warnings(manifest):
         yield _wrap_paragraph(f"Warning: {warning}")
     yield _wrap_paragraph(describe_runtimes(manifest))
-    if needed := manifest.get("estimate"):
-        blocks, memory, seconds = (needed[key] for key in ("blocks", "bytes", "seconds"))
+    if estimate := manifest.get("estimate"):
+        blocks, memory, seconds = (estimate[key] for key in ("blocks", "bytes", "seconds"))
         time, room = format_duration(seconds), write_size(memory)
-        estimate = f"Calibration takes about {time} for {count(blocks)} blocks, and {room} of memory."
-        own = manifest["recipe"]["calibration"]["text"] == SELF
-        yield _wrap_paragraph(f"{estimate} Before that, the model writes the text." if own else estimate)
+        text = f"Calibration takes about {time} for {count(blocks)} blocks, and {room} of memory."
+        is_own = manifest["recipe"]["calibration"]["text"] == SELF
+        yield _wrap_paragraph(f"{text} Before that, the model writes the text." if is_own else text)
     if dry_run:
         yield "\nDry run: nothing was written."
 

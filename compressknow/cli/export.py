@@ -55,17 +55,17 @@ Types (--type), bits per weight with scales:
     type=read_type_of,
     metavar="WHICH=TYPE",
     help="Type of a scope's tensors, such as attention=q8_0, or of those whose GGUF name matches; repeatable, the last "
-    "one holds.",
+    "one applies.",
 )
-@option("--size", group=FIT, metavar="SIZE", help="Bytes that the file may have, such as 90MB; types are chosen.")
-@option("--bits", group=FIT, type=float, metavar="B", help="The same, as bits per weight, the whole file counted.")
+@option("--size", group=FIT, metavar="SIZE", help="Maximum size of the file, such as 90MB; chooses the types.")
+@option("--bits", group=FIT, type=float, metavar="B", help="The same in bits per weight, over the whole file.")
 @add_guide_option(group=FIT)
 @option("--facts", group=FIT, multiple=True, metavar="PROBE", help="Facts that decide; repeatable.  [default: atlas]")
 @add_data_option(FIT)
 @fit_options
 @add_calibration_options(
-    tokens="32768; of --size 8192",
-    help="Text for an importance matrix, or for --size: self (the model's own samples; the default of --size), "
+    tokens="32768; with --size, 8192",
+    help="Text for an importance matrix, or for --size: self (the model's own samples; the default with --size), "
     "FILE.txt, FILE.jsonl or hf:DATASET.",
 )
 @option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
@@ -73,12 +73,10 @@ Types (--type), bits per weight with scales:
 @option("--imatrix-out", group=CALIBRATION, type=PATH, help="Write the importance matrix there too.")
 @option("--recipe", group=HOW, type=PATH, help="TOML file with [export], or an export's record.")
 @option("--converter", group=RUNS, metavar="PATH", help="Folder of llama.cpp's convert_hf_to_gguf.py.")
-@option("--threads", group=RUNS, type=click.IntRange(1), help="Of quantization.  [default: one per core]")
+@option("--threads", group=RUNS, type=click.IntRange(1), help="Threads to quantize with.  [default: one per core]")
 @checkpoint_options
 @option("--modelfile", type=PATH, help="Write a Modelfile for Ollama there too.")
-@option(
-    "--smoke/--no-smoke", group=RUNS, default=True, help="Have the file answer a prompt in llama.cpp.  [default: on]"
-)
+@option("--smoke/--no-smoke", group=RUNS, default=True, help="Test the file with a prompt in llama.cpp.  [default: on]")
 @option("--overwrite", is_flag=True, help="Replace OUTPUT, if export wrote it.")
 @push_options
 @option("--dry-run", is_flag=True, help="Show sizes and types by group; keep nothing.")
@@ -86,8 +84,8 @@ Types (--type), bits per weight with scales:
 def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write MODEL, a local folder or a Hub id, as the GGUF file OUTPUT.
 
-    MODEL may be an original or what `compressknow convert` wrote. llama.cpp's own converter and quantization do the
-    work. The file says in its metadata, and OUTPUT.json next to it says, what it was made of.
+    MODEL may be an original or the output of `compressknow convert`. llama.cpp's own converter and quantization do the
+    work. The file's metadata and OUTPUT.json next to it record what it was made from.
 
     \b
     compressknow export MODEL OUT.gguf
@@ -100,8 +98,9 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     repo, private = options.pop("push"), options.pop("private")
     check_upload(repo, private, dry_run=dry_run)
     with explain_interrupt(NOTHING_WRITTEN):
-        given = drop_recipe_conflicts(options, OF_RECIPE)
-        record = run(model, output, dry_run=dry_run, on_progress=ProgressLines(), **given)
+        record = run(
+            model, output, dry_run=dry_run, on_progress=ProgressLines(), **drop_recipe_conflicts(options, OF_RECIPE)
+        )
     if as_json:
         show_json(record)
     else:
@@ -114,7 +113,7 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
 def _build_page(
     record: ExportRecord, model: str, output: Path, modelfile: Path | None, *, dry_run: bool
 ) -> Iterator[str]:
-    """Yield lines that say which types the groups have, and how large they are."""
+    """Yield the lines that show the types and sizes of the groups."""
     if not record.is_new:
         yield f"{output} already exists, made by the same export: nothing to do."
         yield from _suggest_next(record, model, output, modelfile)
@@ -126,11 +125,12 @@ def _build_page(
         yield ""
     yield from build_types_table(record["groups"])
     if fit:
-        but = " without the experts" if any("_exps" in which for which, _ in record["types"]) else ""
-        yield f"\nPredicted{but}: KL {fit['predicted_kl']:.2g} nats, where each weight is rounded to the nearest value."
-    seen = record.get("importance", {})
-    if seen.get("identified") is False:
-        yield f"\n! {seen['source']} does not say which model it was made from: only names and shapes were checked."
+        scope = " without the experts" if any("_exps" in which for which, _ in record["types"]) else ""
+        yield f"\nPredicted{scope}: KL {fit['predicted_kl']:.2g} nats, if each weight is rounded to the nearest value."
+    importance = record.get("importance", {})
+    if importance.get("identified") is False:
+        source = importance["source"]
+        yield f"\n! {source} does not say which model it was made from: only names and shapes were checked."
     if dry_run:
         yield "\nDry run: nothing was written."
     else:
@@ -157,7 +157,7 @@ def _suggest_next(record: ExportRecord, model: str, output: Path, modelfile: Pat
 
 
 def build_layers_table(types: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield lines of the types that were chosen: a layer each, then what lies in none."""
+    """Yield the lines of the chosen types: one per layer, then tensors outside the layers."""
     chosen = {which.strip("^$").replace("\\", "").removesuffix(".weight"): kind for which, kind in types}
     layers: dict[int, dict[str, str]] = {}
     for name, kind in chosen.items():
@@ -165,19 +165,19 @@ def build_layers_table(types: Sequence[Sequence[str]]) -> Iterator[str]:
             _, layer, part = name.split(".", 2)
             layers.setdefault(int(layer), {})[part] = kind
     # Attention before feed-forward, as a layer computes them; a file may hold them in another order.
-    parts = sorted({part for own in layers.values() for part in own}, key=lambda part: (part.startswith("ffn"), part))
+    parts = sorted(set().union(*layers.values()), key=lambda part: (part.startswith("ffn"), part))
     widths = [max(len(part), 7) + 2 for part in parts]
     yield f"{'Layer':<7}" + "".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
-    for number, own in sorted(layers.items()):
-        cells = (own.get(part, "").ljust(width) for part, width in zip(parts, widths, strict=True))
+    for number, kinds in sorted(layers.items()):
+        cells = (kinds.get(part, "").ljust(width) for part, width in zip(parts, widths, strict=True))
         yield f"{number:<7}{''.join(cells)}".rstrip()
-    for name, of in chosen.items():
+    for name, kind in chosen.items():
         if not name.startswith("blk."):
-            yield f"{name}: {of}"
+            yield f"{name}: {kind}"
 
 
 def build_types_table(groups: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterator[str]:
-    """Yield lines of a GGUF file's tensors, by group and type."""
+    """Yield the lines of a GGUF file's tensors, by group and type."""
     yield f"{'Group':<16}{'Type':<10}{'Tensors':>10}{'Parameters':>16}{'Size':>12}{'Bits':>8}"
     yield "-" * 72
     for group, types in groups.items():

@@ -1,4 +1,4 @@
-"""`compressknow inspect`: what a checkpoint is made of, before anything is done to it."""
+"""`compressknow inspect`: the layers of a checkpoint, by group and scope."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ DTYPE_NAMES |= {"U8": "uint8", "F8_E4M3": "fp8", "F8_E5M2": "fp8 (e5m2)"}
 @checkpoint_options
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, module_map: Any, revision: str | None, trust_remote_code: bool, as_json: bool) -> None:
-    """Show the Linear layers of MODEL by group, and how many parameters each scope takes.
+    """Show the Linear layers of MODEL by group, and how many parameters each scope covers.
 
-    MODEL is a local folder or a Hub id. A folder with only a config.json is enough. Of a GGUF file it shows
+    MODEL is a local folder or a Hub id. A folder with only a config.json is enough. For a GGUF file, it shows
     the types of its tensors by group.
     """
     from compressknow.api.inspect import inspect as run
@@ -51,8 +51,8 @@ def _build_page(summary: dict[str, Any]) -> Iterator[str]:
     ties = _count_patterns(f"{name} = {source}" for name, source in summary["tied"])
     yield from _list("Tied (stored once)", ties)
     if grid := summary.get("grid"):
-        found = f"{grid['weights']} of {grid['of']} matrices, at most {grid['values']} values in 32 neighbours."
-        yield f"\nOn a grid already: {found}"
+        matrices = f"{grid['weights']} of {grid['of']} matrices"
+        yield f"\nOn a grid already: {matrices}, at most {grid['values']} values in 32 neighbours."
         yield "  A type of this grid keeps them as they are, which flatters it."
     yield from _list("Missing from the weight files", summary.get("missing", []))
     yield from _list("Unplaced (choose with --include or --exclude)", _count_patterns(summary["unplaced"]))
@@ -62,8 +62,8 @@ def _build_page(summary: dict[str, Any]) -> Iterator[str]:
 def _build_gguf_page(summary: dict[str, Any]) -> Iterator[str]:
     yield f"{summary['model']}: {summary['architecture']}, a GGUF file of {write_size(summary['bytes'])}"
     if "made_of" in summary:
-        made = summary["made_of"]
-        yield f"made by compressknow: {made.get('setup')} of {made.get('source.name')}"
+        origin = summary["made_of"]
+        yield f"made by compressknow: {origin.get('setup')} of {origin.get('source.name')}"
     yield f"{summary['parameters']['stored']:,} parameters\n"
     yield from build_types_table({name: group["types"] for name, group in summary["groups"].items()})
 

@@ -1,7 +1,7 @@
 """Options: their groups on the help page, those that commands share, and the defaults in a project's file.
 
-The nearest such file counts, in the working directory or above. The command line takes precedence over the file, and in
-the file the table of a command over the keys above all tables.
+The nearest such file applies, in the working directory or above. The command line takes precedence over the file, and
+within the file, a command's table over the keys above all tables.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ NAMES = 22
 
 
 class Option(click.Option):
-    """Option in a group of the help page, which does not show its bounds."""
+    """Option in a group of the help page, shown without its bounds."""
 
     def __init__(self, *args: Any, group: str = OUTPUT, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.group = group
 
     def make_metavar(self, ctx: click.Context) -> str:
-        """Return one word; the help text says what can be chosen."""
+        """Return one word; the help text lists the choices."""
         if self.metavar is not None or self.is_flag:
             return super().make_metavar(ctx)
         words = {click.Choice: "NAME", OneOf: "NAME", click.IntRange: "N", click.FloatRange: "N", click.Path: "PATH"}
@@ -66,7 +66,7 @@ class Command(click.Command):
     """Command whose help page has groups of options and, with `--probe`, a list of probes."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments, and keep them. An empty one is a UsageError: as a folder, it would be the working
+        """Parse the arguments, and store them. An empty one is a UsageError: as a folder, it would be the working
         directory."""
         empty = next((place for place, word in enumerate(args) if not word or re.fullmatch("--[a-z-]+=", word)), None)
         if empty is not None and not ctx.resilient_parsing:
@@ -80,16 +80,16 @@ class Command(click.Command):
         """Run the command; if options of the project's file turn out to be unused, run it again without them."""
         try:
             return super().invoke(ctx)
-        except UnusedOptions as unused:
+        except UnusedOptions as error:
             # The same mapping as the group's, which uses it for notes on errors.
-            given: Any = ctx.default_map or {}
-            idle = [name for name in unused.names if name in given and _is_of_file(ctx, name)]
-            if not idle:
+            defaults: Any = ctx.default_map or {}
+            unused = [name for name in error.names if name in defaults and _is_from_file(ctx, name)]
+            if not unused:
                 raise
-        for name in idle:
-            del given[name]
-        with self.make_context(ctx.info_name, ctx.obj, ctx.parent, default_map=given) as without:
-            return self.invoke(without)
+        for name in unused:
+            del defaults[name]
+        with self.make_context(ctx.info_name, ctx.obj, ctx.parent, default_map=defaults) as new_context:
+            return self.invoke(new_context)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the epilog, and the probes."""
@@ -114,7 +114,7 @@ class Command(click.Command):
                     formatter.write_dl([(f"{names:<{NAMES - 2}}", text) for names, text in shown], col_max=NAMES)
 
 
-# As in click, but with a `group` of the help page for each option.
+# Like click's, but each option has a `group` on the help page.
 command = partial(click.command, cls=Command)
 option = partial(click.option, cls=Option)
 
@@ -135,7 +135,7 @@ def read_share(value: Any) -> float:
     text = str(value).strip()
     number = text.removesuffix("%").rstrip()
     try:
-        # 0.07 of "7%", where 7 * 0.01 would be 0.07000000000000001.
+        # "7%" is 0.07, but 7 * 0.01 would be 0.07000000000000001.
         return float(Decimal(number) / 100 if text.endswith("%") else Decimal(number))
     except (InvalidOperation, OverflowError):
         raise click.BadParameter(f"{text!r} is not a number; write 0.2 or 20%.") from None
@@ -156,7 +156,7 @@ def read_type_of(value: Any) -> tuple[str, str]:
 
 
 class OneOf(click.Choice[str]):
-    """Case-insensitive choice of names, which suggests the one probably meant for an unknown one."""
+    """Case-insensitive choice of names; for an unknown one, it suggests the one probably meant."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names, case_sensitive=False)
@@ -170,7 +170,7 @@ class OneOf(click.Choice[str]):
 
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
-# File formats to make a model smaller in.
+# Formats of compressed models.
 FORM = OneOf(["gguf", "checkpoint"])
 
 
@@ -185,7 +185,7 @@ def add_output_files(about: str) -> Decorator:
 
 
 def make_recipe_option(name: str, **settings: Any) -> Decorator:
-    """Make the option that a recipe's step declares, with `settings` that differ in another command."""
+    """Make an option that a recipe's step declares; `settings` override the declaration."""
     from compressknow.compress.recipe import OPTIONS, Recipe
     from compressknow.compress.steps import Calibration, Where
 
@@ -217,7 +217,7 @@ PROBE_NAMES, WIDTH = 20, 78
 
 
 def list_probes() -> str:
-    """Return the list of probes for the end of a help page, which imports those of other packages."""
+    """Return the list of probes for the end of a help page; this imports those of other packages."""
     from compressknow.evaluate.sources import list_usable
 
     sources = list(list_usable())
@@ -280,7 +280,7 @@ _probe_options = join_options(
     ),
     _facts("--split", help="Split of an hf: data set."),
     _facts("--tasks", type=FOLDER, help="Folder of your own lm-eval tasks."),
-    _facts("--no-noise-floor", is_flag=True, help="Do not measure what rounding, or llama.cpp, alone changes."),
+    _facts("--no-noise-floor", is_flag=True, help="Do not measure what rounding or llama.cpp alone changes."),
     _runs("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, xpu, auto."),
     _runs(
         "--dtype",
@@ -291,7 +291,7 @@ _probe_options = join_options(
     _trust_option,
 )
 _templates_option = _facts(
-    "--templates", type=click.IntRange(1), default=1, help="Wordings per fact: known by most of them."
+    "--templates", type=click.IntRange(1), default=1, help="Wordings per fact; the majority decides."
 )
 # For commands that take all models, and for those that make them from one.
 probe_options = join_options(
@@ -299,7 +299,7 @@ probe_options = join_options(
     _runs(
         "--runtime",
         metavar="NAME",
-        help="What runs a model: transformers, llama.cpp, server.  [default: what suits it]",
+        help="What runs a model: transformers, llama.cpp, server.  [default: chosen by its format]",
     ),
     _templates_option,
 )
@@ -321,7 +321,7 @@ server_options = join_options(
 
 
 def add_calibration_options(tokens: str, **settings: Any) -> Decorator:
-    """Make the options of the calibration text; `tokens` is its default, settings are as in `make_recipe_option`."""
+    """Make the options of the calibration text; `tokens` is its default, `settings` as in `make_recipe_option`."""
     number = f"How many tokens of it.  [default: {tokens}]"
     return join_options(
         make_recipe_option("calibration", **settings), make_recipe_option("calibration_tokens", help=number)
@@ -329,12 +329,12 @@ def add_calibration_options(tokens: str, **settings: Any) -> Decorator:
 
 
 def add_guide_option(**settings: Any) -> Decorator:
-    """Make the option for what guides the rounding of weights, or ranks them."""
+    """Make the option for what guides the choice of types, or ranks weights."""
     text = {"help": "What decides: facts, text or both.  [default: both]", **settings}
     return option("--guide", type=OneOf(["facts", "text", "both"]), **text)
 
 
-# What a user can fix about a file of a given size.
+# What a user can choose about a file of a given size.
 fit_options = join_options(
     option(
         "--must",
@@ -369,7 +369,7 @@ FILE, PROJECT = "compressknow.toml", "pyproject.toml"
 _NAMING_FILES = {"probe", "facts", "calibration", "grid"}
 _KINDS = ("facts:", "text:", "hf:")
 # A file in someone else's repository must not be able to run code, replace files or upload any.
-_COMMAND_LINE_ALONE = {
+_COMMAND_LINE_ONLY = {
     *("trust_remote_code", "converter", "tasks", "ray", "overwrite", "output", "into_model_card"),
     *("push", "private", "debug", "help", "version"),
 }
@@ -397,7 +397,7 @@ def read_project_defaults(
     shared = {key.replace("-", "_"): value for key, value in values.items() if key not in tables}
     own = {key.replace("-", "_"): value for key, value in tables.get(name, {}).items()}
     for key in [*shared, *own]:
-        if key in _COMMAND_LINE_ALONE:
+        if key in _COMMAND_LINE_ONLY:
             raise UsageError(f"{file}: {key} can only be given on the command line.", hint="Remove it from the file.")
     if unknown := next((key for key in own if key not in options), None):
         raise UsageError(
@@ -412,14 +412,14 @@ def read_project_defaults(
 
 
 def describe_project_defaults(command: click.Command, names: Iterable[str]) -> str:
-    """Say which file gives these options of a command, named as in Python."""
+    """Say which file sets these options of a command, named as in Python."""
     nearest, options = _find_file(Path.cwd()), _list_options(command)
     words = ", ".join(max(options[name].opts, key=len) for name in names)
     return f"Options of {nearest[0] if nearest else FILE}: {words}."
 
 
 def drop_recipe_conflicts(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Return the options; if there is a recipe, without those of `names` that the project's file gives. Raises
+    """Return the options; if there is a recipe, without those of `names` that the project's file sets. Raises
     UsageError if one of `names` is on the command line along with a recipe, even with its default value: the recipe may
     differ."""
     if options["recipe"] is None:
@@ -431,10 +431,10 @@ def drop_recipe_conflicts(options: Mapping[str, Any], names: Collection[str]) ->
     check_recipe_conflicts(
         {name: ctx.get_parameter_source(name) == commandline for name in names}, dict.fromkeys(names, False)
     )
-    return {name: value for name, value in options.items() if name not in names or not _is_of_file(ctx, name)}
+    return {name: value for name, value in options.items() if name not in names or not _is_from_file(ctx, name)}
 
 
-def _is_of_file(ctx: click.Context, name: str) -> bool:
+def _is_from_file(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) == click.core.ParameterSource.DEFAULT_MAP
 
 
@@ -448,7 +448,7 @@ def _list_options(command: click.Command) -> dict[str, click.Option]:
 def _find_file(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for place in (folder, *folder.parents):
         for file in (place / FILE, place / PROJECT):
-            # False, not an error, in a folder that may not be searched.
+            # Unlike Path.is_file, it raises no error in a folder without permission.
             if os.path.isfile(file) and (values := _read(file)) is not None:  # noqa: PTH113
                 return file, values
     return None
@@ -456,7 +456,7 @@ def _find_file(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     """Return the options in a file; None if a `PROJECT` has none, or cannot be read, which other tools report. One that
-    cannot be read but names our table is an error: a gate that stands there must not be passed over."""
+    cannot be read but names our table is an error: a gate in it must not be skipped."""
     try:
         values = read_toml(file)
     except (ValueError, OSError) as error:
@@ -477,22 +477,22 @@ def _names_our_table(file: Path) -> bool:
 
 
 def _format_value(value: Any, option: click.Option, file: Path) -> Any:
-    """Return a value as the command line would have it, so that 1.5 is not a whole number here either: a path as seen
-    from the file's folder; several values as a list. Raises UsageError for what is not a value of the option."""
+    """Return a value as text, as on the command line, so that 1.5 is not a whole number here either: a path relative to
+    the file's folder; several values as a list. Raises UsageError for several values of an option that takes one."""
     if isinstance(value, list | dict) and not option.multiple:
         raise UsageError(f"{file}: {option.name} takes one value.", hint="Write it without brackets.")
     values = [str(each) for each in (value if isinstance(value, list) else [value])]
     if isinstance(option.type, click.Path):
         values = [str(file.parent / expand_home(each)) for each in values]
     elif option.name in _NAMING_FILES:
-        values = [_find_beside(file, each) for each in values]
+        values = [_resolve_file(file, each) for each in values]
     return values if option.multiple else values[0]
 
 
-def _find_beside(file: Path, value: str) -> str:
+def _resolve_file(file: Path, value: str) -> str:
     """Return ``facts:mine.jsonl`` or ``notes.txt`` with a path relative to the file's folder, if it exists there."""
     kind, colon, part = value.partition(":") if value.startswith(_KINDS) else ("", "", value)
     place = file.parent / expand_home(part)
-    # Without a prefix, only a name with a suffix is taken for a file: there may be one called atlas.
+    # Without a prefix, only a name with a suffix can be a file: a folder may be called atlas.
     is_there = part and place.exists() if colon else place.suffix and place.is_file()
     return f"{kind}{colon}{place}" if is_there else value

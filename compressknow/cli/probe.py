@@ -1,4 +1,4 @@
-"""`compressknow probe`: evaluate one model on facts, and keep its answers."""
+"""`compressknow probe`: evaluate one model on facts, and store its answers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'D
     "--reference",
     group=EVALUATE,
     type=FOLDER,
-    help="Answers folder of the original, to measure how far distributions moved.",
+    help="Answers folder of the original, to measure how far the distributions moved.",
 )
 @revision_option
 @option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
@@ -95,8 +95,8 @@ def _build_page(answers: Answers, output: Path) -> Iterator[str]:
             f"{share(entry.chance):>9}{count(sum(entry.dropped.values())):>9}"
         )
         if entry.average == "macro":
-            of_relations = _group_correct(facts, "relation").values()
-            yield f"  {share(fmean(map(fmean, of_relations)))} in the mean over relations, its headline figure"
+            by_relation = _group_correct(facts, "relation").values()
+            yield f"  {share(fmean(map(fmean, by_relation)))} as the mean over relations, its headline figure"
         if grades := Counter(answer.grade for answer in facts if answer.grade):
             yield f"  {describe_grades({grade: grades[grade] for grade in GRADES})}"
         for reason, number in entry.dropped.items():
@@ -108,12 +108,12 @@ def _build_page(answers: Answers, output: Path) -> Iterator[str]:
 
 
 def _describe_text(name: str, chunks: Sequence[Chunk], entry: ProbeEntry) -> str:
-    found = compute_perplexity(chunks)
-    per_byte = f", {write_measurement(found.bits_per_byte, 4)} bits per byte" if found.bits_per_byte else ""
-    context = (entry.text or {})["context"]
+    perplexity = compute_perplexity(chunks)
+    bits, context = perplexity.bits_per_byte, (entry.text or {})["context"]
+    per_byte = f", {write_measurement(bits, 4)} bits per byte" if bits else ""
     return (
-        f"{clean(name, 31)}: perplexity {write_measurement(found.value, 3)}{per_byte}; {count(found.tokens)} tokens "
-        f"scored in {count(len(chunks))} chunks of {count(context)}"
+        f"{clean(name, 31)}: perplexity {write_measurement(perplexity.value, 3)}{per_byte}; "
+        f"{count(perplexity.tokens)} tokens scored in {count(len(chunks))} chunks of {count(context)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""`compressknow report`: the original's knowledge against the compressed models', as a report card."""
+"""`compressknow report`: a report card of what compressed models know, compared with the original."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def report(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Evaluate ORIGINAL and each COMPRESSED model on the same facts, and report what is kept, lost and gained.
+    """Evaluate ORIGINAL and each COMPRESSED model on the same facts, and report which are kept, lost and gained.
 
     Each is a local folder, FOLDER/FILE.gguf, a Hub id, a server (http://HOST:PORT), or an answers folder that `probe`
     wrote.
@@ -83,16 +83,16 @@ def _show(card: Card, output: tuple[Path, ...], *, as_json: bool) -> None:
 
 
 def get_command() -> str:
-    """Return the command as the user may repeat it: what was given, in the order of the help page."""
+    """Return the command for the user to repeat, with its arguments in the order of the help page."""
     ctx = click.get_current_context()
-    return shlex.join(map(escape_name, ["compressknow", str(ctx.command.name), *list_given(ctx.params)]))
+    return shlex.join(map(escape_name, ["compressknow", str(ctx.command.name), *list_arguments(ctx.params)]))
 
 
-def list_given(names: Collection[str]) -> Iterator[str]:
-    """Yield the words that were given for these parameters, in the order of the help page."""
+def list_arguments(names: Collection[str]) -> Iterator[str]:
+    """Yield the words that set these parameters, in the order of the help page."""
     ctx = click.get_current_context()
     for parameter in ctx.command.params:
-        # Options that are accepted and ignored have a source, but no value.
+        # Options that are accepted but ignored have a source, but no value.
         if (name := str(parameter.name)) not in names or ctx.get_parameter_source(name) not in _SET:
             continue
         value = ctx.params[name]
@@ -114,11 +114,11 @@ SPEEDS = f"{'Speed and memory':<44}{'Facts/s':>11}{'Tokens/s':>11}{'Peak memory'
 
 
 def report_page(card: Card) -> Iterator[str]:
-    """Yield lines: the verdict, the grades or, of several models, a line each; then the warnings."""
+    """Yield the lines: the verdict, the grades or, for several models, one line each; then the warnings."""
     yield from wrap(card.verdict, indent="")
     yield ""
     is_single, first = len(card.comparisons) == 1, card.comparisons[0]
-    # It may hold a command, which no line may break within a word.
+    # It may contain a command, whose words must not be broken.
     if advice := first.next if is_single else card.decision and card.decision.reason:
         yield from wrap_whole(advice)
         yield ""
@@ -136,7 +136,7 @@ def report_page(card: Card) -> Iterator[str]:
 
 
 def _list_warnings(card: Card) -> Iterator[str]:
-    """Yield those of the whole card, then those of its models, each said once."""
+    """Yield the warnings of the whole card, then those of its models, without repetition."""
     yield from card.warnings
     models: dict[str, list[str]] = {}
     for comparison in card.comparisons:
@@ -171,9 +171,9 @@ def _list_probes(comparison: Comparison) -> Iterator[str]:
             f"answers changed {share(probe.answer_changed)}"
         )
         if probe.movement:
-            least = "at least " if probe.movement.is_lower_bound else ""
+            bound = "at least " if probe.movement.is_lower_bound else ""
             mean, p99 = (number(value, 4) for value in (probe.movement.kl_mean, probe.movement.kl_p99))
-            yield f"  KL mean {least}{mean}, p99 {least}{p99} nats"
+            yield f"  KL mean {bound}{mean}, p99 {bound}{p99} nats"
         if probe.knowing:
             yield f"  before: {describe_grades(probe.knowing.original)}"
             yield f"  after:  {describe_grades(probe.knowing.compressed)}"
@@ -198,7 +198,7 @@ def _list_models(card: Card) -> Iterator[str]:
     for place, (comparison, label) in enumerate(zip(card.comparisons, label_models(card.comparisons), strict=True)):
         model = comparison.model
         name = f"{model.name} ({model.setup})" if model.setup else model.name
-        # The table above numbers models that nothing else tells apart.
+        # Labels number models that have the same name and setup.
         name = f"{number}{name}" if label.startswith(number := f"{place + 1}. ") else name
         mark = "*" if standings and standings[place].beaten_by is None else ""
         kept = write_estimate(comparison.kept)
@@ -208,7 +208,7 @@ def _list_models(card: Card) -> Iterator[str]:
 
 
 def _list_speeds(card: Card) -> Iterator[str]:
-    """Yield a line for each model that was timed, and what it was run in; nothing if none was."""
+    """Yield a line for each model that was timed, with its precision; nothing if none was."""
     timed = [
         (model.name, model.speed)
         for model in (card.original, *(comparison.model for comparison in card.comparisons))

@@ -56,10 +56,9 @@ COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
 def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Find the smallest file of MODEL that keeps a share of its knowledge, or the best of a size.
 
-    Some of the facts guide the search. The file that it finds must keep the share of a third of all facts, by the lower
-    end of its interval; another third grades it. OUTPUT gets the page (search.html), the file (model.gguf, or the
-    checkpoint model/), its recipe (recipe.toml) and its report card (report.html). Exits with 3 if nothing keeps as
-    much.
+    A third of the facts guides the search. The winner must keep the share on another third, by the lower end of its
+    interval; the last third grades it. OUTPUT gets the page (search.html), the file (model.gguf, or the checkpoint
+    model/), its recipe (recipe.toml) and its report card (report.html). Exits with 3 if no file keeps as much.
 
     \b
     compressknow search MODEL -o found --keep 0.95
@@ -70,7 +69,7 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
     from compressknow.pages.search import list_warnings, write_verdict
 
     with explain_interrupt(RESUMES):
-        found = run(
+        result = run(
             model,
             output,
             probe=probe or None,
@@ -83,13 +82,13 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
         show_json_text((output / "search.json").read_text(encoding="utf-8"))
     else:
         show()
-        for text in (write_verdict(found), *list_warnings(found)):
+        for text in (write_verdict(result), *list_warnings(result)):
             show(*wrap(text, indent=""))
-        file = "model.gguf" if found.form == "gguf" else "model/"
-        show(f"\nWritten: {output}/search.html" + (f", recipe.toml, {file}, report.html" if found.winner else ""))
-    if found.winner is None:
+        file = "model.gguf" if result.form == "gguf" else "model/"
+        show(f"\nWritten: {output}/search.html" + (f", recipe.toml, {file}, report.html" if result.winner else ""))
+    if result.winner is None:
         raise GateNotMet(
-            f"No file tried is certain to keep {100 * (found.keep or 0):g} %.",
+            f"No file tried is certain to keep {100 * (result.keep or 0):g} %.",
             hint="Lower --keep, or use more facts (--limit).",
         )
 

@@ -25,7 +25,7 @@ from compressknow.cli.options import (
     command,
     option,
 )
-from compressknow.cli.report import list_given
+from compressknow.cli.report import list_arguments
 from compressknow.cli.terminal import WIDTH, ProgressLines, show, show_json_text, show_written, wrap
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 # Weights in each of the two lists.
 SHOWN = 10
-# Bits per weight of the file that is proposed.
+# Bits per weight of the suggested file.
 _BITS = 5.0
-# Options that `export` and `search` have too, and mean the same by.
-_KEPT = ("guide", "facts", "data", "calibration", "calibration_tokens", "seed", "revision", "trust_remote_code")
+# Options that `export` and `search` share.
+_SHARED = ("guide", "facts", "data", "calibration", "calibration_tokens", "seed", "revision", "trust_remote_code")
 
 
 @command()
@@ -56,8 +56,8 @@ _KEPT = ("guide", "facts", "data", "calibration", "calibration_tokens", "seed", 
 def sensitivity(model: str, output: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Show which weights of MODEL, a local folder or a Hub id, matter most to what it knows.
 
-    For each weight and each type it estimates what that rounding alone does to facts that the model knows, and to
-    text. That is stored: a second call, and `export --size`, take it from there.
+    For each weight and each type, it estimates how rounding only this weight affects facts that the model knows, and
+    text. The estimates are stored for further calls and for `export --size`.
 
     \b
     compressknow sensitivity MODEL
@@ -75,15 +75,15 @@ def sensitivity(model: str, output: tuple[Path, ...], as_json: bool, **options: 
         show_json_text(map_to_json(Map(locate(model, options["revision"]).name, result, options["guide"])))
         return
     show(*build_page(result, options["guide"]))
-    show(f"\nNext: compressknow {shlex.join(_propose(result, model))}")
+    show(f"\nNext: compressknow {shlex.join(_suggest_command(result, model))}")
     show_written(output)
 
 
-def build_page(found: Sensitivity, guide: Any) -> Iterator[str]:
-    """Yield lines that say which weights matter most and least."""
+def build_page(sensitivity: Sensitivity, guide: Any) -> Iterator[str]:
+    """Yield the lines that show which weights matter most and least."""
     from compressknow.study.sensitivity import name_guide
 
-    guidance, ranked, by = found.guidance, found.ranked(guide), name_guide(guide)
+    guidance, ranked, by = sensitivity.guidance, sensitivity.ranked(guide), name_guide(guide)
     yield f"{count(len(ranked))} weights by {by}: {count(guidance.facts)} known facts, {count(guidance.tokens)} tokens."
     shown = min(SHOWN, -(-len(ranked) // 2))
     for title, rows in (("Most sensitive", ranked[:shown]), ("Least sensitive", ranked[shown:][-shown:][::-1])):
@@ -104,14 +104,14 @@ def _format_row(row: TensorSensitivity, guide: Any) -> str:
     return f"{row.place:<16}{clean(row.module, 33):<34}{format_millinats(row.per_mb(guide)):>14}{risk:>16}"
 
 
-def _propose(found: Sensitivity, model: str) -> Iterator[str]:
-    """Yield the words of the command that uses what was found."""
-    if found.guidance.form == "gguf":
-        weights = found.others + sum(prod(row.shape) for row in found.rows)
+def _suggest_command(sensitivity: Sensitivity, model: str) -> Iterator[str]:
+    """Yield the words of the command that uses the result."""
+    if sensitivity.guidance.form == "gguf":
+        weights = sensitivity.others + sum(prod(row.shape) for row in sensitivity.rows)
         yield from ("export", model, "small.gguf", "--size", _round_size(weights * _BITS / 8))
     else:
         yield from ("search", model, "-o", "found", "--keep", "0.95", "--to", "checkpoint")
-    yield from list_given(_KEPT)
+    yield from list_arguments(_SHARED)
 
 
 def _round_size(nbytes: float) -> str:

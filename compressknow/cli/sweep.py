@@ -39,10 +39,10 @@ single cells:
   scope = ["attention", "feed-forward", "overall"]
   method = ["l1-unstructured"]      # and wanda, sparsegpt, ln-structured, ...
   prune = [0, 0.5]                  # 0: none
-  pattern = ["none", "2:4"]         # of methods that have patterns
+  pattern = ["none", "2:4"]         # for methods that have patterns
   quantize = ["none", "int8"]       # and int8-paper, int8-weights, fp8, int4
-  rounding = ["nearest", "gptq"]    # of every scheme but int8-paper
-  smooth = [0, 0.5]                 # of int8; group_size of int4
+  rounding = ["nearest", "gptq"]    # for every scheme but int8-paper
+  smooth = [0, 0.5]                 # for int8; group_size for int4
   calibration = ["self"]            # or FILE.txt, ...; calibration_tokens
   layers = ["0-5"]                  # also: seed, module_map, norm, dim, ...
   [[cells]]
@@ -65,23 +65,23 @@ single cells:
     metavar="FILE",
     help="paper, methods, or a TOML file; see below.",
 )
-@make_recipe_option("module_map", default=None, help="Of paper and methods: structural or paper.  [default: paper]")
+@make_recipe_option("module_map", default=None, help="In paper and methods: structural or paper.  [default: paper]")
 @make_recipe_option("quantize", help="Scheme of the paper's grid.  [default: int8-paper]")
 @make_recipe_option("calibration")
 @make_recipe_option("calibration_tokens")
-@option("--no-facts", is_flag=True, expose_value=False, help="Accepted as in report; a study never shows facts.")
+@option("--no-facts", is_flag=True, expose_value=False, help="Accepted as in report, though a study shows no facts.")
 @option("--save", is_flag=True, help="Write each checkpoint too, into OUTPUT/models.")
 @ray_options
 @study_options
 @revision_option
 @option("--json", "as_json", is_flag=True, help="Print the study as JSON.")
 def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any) -> int:
-    """Convert MODEL in every way of a grid, in memory, and evaluate each on the same facts.
+    """Convert MODEL by every recipe of a grid, in memory, and evaluate each result on the same facts.
 
     `--grid paper` is the grid of the study behind this tool: attention, feed-forward and everything pruned by 10 to
-    90 %, quantized, and both; the final layer pruned. `--grid methods` asks the same of Wanda, SparseGPT, smoothing and
-    4 bits by GPTQ, which look at a calibration text. OUTPUT gets the study's page (study.html, study.md), its figures
-    and a tidy table (cells.csv, cells.parquet).
+    90 %, quantized, and both; the final layer pruned. `--grid methods` covers Wanda, SparseGPT, smoothing and 4 bits by
+    GPTQ, which use a calibration text. OUTPUT gets the study's page (study.html, study.md), its figures and a tidy
+    table (cells.csv, cells.parquet).
 
     \b
     compressknow sweep MODEL -o study --limit 300
@@ -113,18 +113,18 @@ def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
 def _describe_original(result: CellResult, known: str) -> Iterator[str]:
     original = result.original
     right = sum(answer.correct for answer in original.answers)
-    name, of = clean(original.record.model.name, 40), len(original.answers)
-    does, how = ("produces", "") if known == "produced" else ("answers", " right")
-    yield f"{name} {does} {count(right)} of {count(of)} facts{how} ({write_percent(right, of)}).\n"
+    name, total = clean(original.record.model.name, 40), len(original.answers)
+    verb, adverb = ("produces", "") if known == "produced" else ("answers", " right")
+    yield f"{name} {verb} {count(right)} of {count(total)} facts{adverb} ({write_percent(right, total)}).\n"
     yield from (COLUMNS, "-" * len(COLUMNS))
 
 
 def _describe_result(result: CellResult) -> Iterator[str]:
-    # The setup leaves out a scheme of 8 bits, of which a grid may have several.
+    # The setup does not name 8-bit schemes, of which a grid may have several.
     unnamed = step if (step := result.cell.quantize) and not step.is_named else None
     name = clean(f"{result.setup} ({unnamed.scheme})" if unnamed else result.setup, 200)
     if (key := result.cell.key) != slugify(name):
-        # The name that the grid gives it, or what tells cells of one setup apart: a seed, a text.
+        # Its name in the grid, or what distinguishes cells with the same setup: a seed, a text.
         name += f" [{key}]"
     if result.answers is None:
         outcome = "refused" if result.refused else "failed"
@@ -133,7 +133,7 @@ def _describe_result(result: CellResult) -> Iterator[str]:
     right = sum(answer.correct for answer in result.answers.answers)
     share = write_percent(right, len(result.answers.answers))
     if (cell := pad(name, NAME)).rstrip() != name:
-        # Cut short, several would look the same.
+        # Several could look the same when cut off.
         yield from wrap(name)
         cell = " " * NAME
     sparse = write_size(result.answers.record.model.totals["sparse_bytes"])
@@ -153,7 +153,7 @@ def _end(study: Study, output: Path) -> Iterator[str]:
     total = count(len(study.failed) + len(study.refused) + len(study.cells))
     if study.refused:
         yield ""
-        refused = f"Not for this model: {count(len(study.refused))} of {total} cells"
+        refused = f"Not supported by this model: {count(len(study.refused))} of {total} cells"
         yield from wrap(f"{refused}; the study lists the reasons.", indent="")
     if study.failed:
         yield ""

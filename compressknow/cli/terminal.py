@@ -1,6 +1,6 @@
-"""Terminal: the one place that prints, streams that may close or break, and how far a run is.
+"""Terminal: the only module that prints. It also handles streams that are closed or break, and shows progress.
 
-Progress goes to stderr: a line that changes on a terminal, a line a minute elsewhere.
+Progress goes to stderr: on a terminal as a changing line, elsewhere as a line per minute.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from compressknow.base.progress import Progress, RepeatingThread, Stage
 
 # Work that ends sooner shows no line.
 DELAY_SECONDS = 1.0
-# How often the line is rewritten: on a terminal, and where each one stays.
+# How often the line is rewritten on a terminal, and how often a new one is written elsewhere.
 SECONDS_ON_A_TERMINAL, SECONDS_ELSEWHERE = 0.5, 60.0
-# The share of a stage's bytes or tokens from which the rest is estimated: before it, opening files takes most time.
-TELLING = 0.01
-# A run is announced if it has this many seconds left.
-WORTH_SAYING = 20.0
+# Share of a stage's bytes or tokens after which its time is extrapolated: before, most of it went into opening files.
+EXTRAPOLATE_FROM = 0.01
+# Runs with at least this many seconds left are announced.
+ANNOUNCED_SECONDS = 20.0
 NAME = 32
-# Columns of what is printed.
+# Columns of the output.
 WIDTH = 80
 
 
 def show(*lines: str, err: bool = False) -> None:
-    """Print lines, an empty one for none; characters without a form of their own are named."""
-    # Where standard error is full, or whoever read it has gone, the exit code still tells what went wrong.
+    """Print lines, an empty one for none; invisible characters are shown as code points."""
+    # If standard error is full or closed, the exit code still tells what went wrong.
     with contextlib.suppress(*[OSError] * err):
         click.echo(clean_lines("\n".join(lines).replace("\t", " ").replace("\r\n", "\n")), err=err)
 
@@ -51,20 +51,20 @@ def show_written(files: Sequence[Path]) -> None:
         show(f"\nWritten: {', '.join(map(str, files))}")
 
 
-def wrap(text: str, indent: str = "  ", **how: Any) -> list[str]:
-    """Return the lines of a text, those after the first indented; `how` words are broken is as in `textwrap`."""
+def wrap(text: str, indent: str = "  ", **options: Any) -> list[str]:
+    """Return the lines of a text, those after the first indented; `options` are those of `textwrap`."""
     # A number and its % stay on one line.
-    lines = textwrap.wrap(text.replace(" %", "\0%"), WIDTH, subsequent_indent=indent, **how)
+    lines = textwrap.wrap(text.replace(" %", "\0%"), WIDTH, subsequent_indent=indent, **options)
     return [line.replace("\0", " ") for line in lines]
 
 
 def wrap_whole(text: str) -> list[str]:
-    """Return the lines of a text whose words, such as those of a command, are not broken."""
+    """Return the lines of a text without breaking words, such as those of a command."""
     return wrap(text, indent="", break_long_words=False, break_on_hyphens=False)
 
 
 def pad(name: str, width: int, after: str = "") -> str:
-    """Return a name, cut where it is too long, and what stands `after` it, in a column of so many cells.
+    """Return a name, cut off if it is too long, followed by `after`, in a column of `width` cells.
 
     >>> pad("geography", 12) + "|", pad("geography of Asia", 12) + "|", pad("\u5730\u7406", 12) + "|"
     ('geography   |', 'geography…  |', '\u5730\u7406        |')
@@ -81,7 +81,7 @@ def pad(name: str, width: int, after: str = "") -> str:
 
 
 def _count_cells(text: str) -> int:
-    """Count the cells that a text takes: letters of Chinese, Japanese and Korean take two, accents apart none."""
+    """Count the cells that a text takes: Chinese, Japanese and Korean characters take two, combining accents none."""
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
@@ -91,14 +91,14 @@ def show_json(values: Any) -> None:
 
 
 def show_json_text(text: str) -> None:
-    """Print a JSON text that stands for the same values: what `show` would name or spell otherwise is escaped."""
+    """Print a JSON text with the same values: characters that `show` would replace are escaped."""
     spelt_out = {c for c in _SPELT_OUT if not _can_encode(c)}
 
     def write(character: str) -> str:
-        return character if is_seen(character) and character not in spelt_out else _count_code_units(character)
+        return character if is_seen(character) and character not in spelt_out else _escape(character)
 
-    # Outside its strings JSON holds nothing of the kind but its line ends.
-    click.echo(re.sub(r"[^\x20-\x7e\n]", lambda found: write(found[0]), text.rstrip("\n")))
+    # Outside strings, JSON has no such characters but line breaks.
+    click.echo(re.sub(r"[^\x20-\x7e\n]", lambda match: write(match[0]), text.rstrip("\n")))
 
 
 def _can_encode(character: str) -> bool:
@@ -109,7 +109,7 @@ def _can_encode(character: str) -> bool:
     return True
 
 
-# How a character is written that a stream's encoding lacks: as in JSON, so that printed JSON stays JSON.
+# Error handler for characters that a stream's encoding lacks: escaped as in JSON, so that printed JSON stays JSON.
 ESCAPE = "compressknow.escape"
 STANDARD_OUTPUT = "standard output"
 _SPELT_OUT = {"…": "...", "–": "-", "—": "-", MINUS: "-", "→": "->"}
@@ -118,11 +118,11 @@ _SPELT_OUT = {"…": "...", "–": "-", "—": "-", MINUS: "-", "→": "->"}
 def _escape_unencodable(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    lacking = error.object[error.start : error.end]
-    return "".join(_SPELT_OUT.get(c) or _count_code_units(c) for c in lacking), error.end
+    characters = error.object[error.start : error.end]
+    return "".join(_SPELT_OUT.get(c) or _escape(c) for c in characters), error.end
 
 
-def _count_code_units(character: str) -> str:
+def _escape(character: str) -> str:
     units = character.encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[start : start + 4]}" for start in range(0, len(units), 4))
 
@@ -132,11 +132,11 @@ codecs.register_error(ESCAPE, _escape_unencodable)
 
 @contextlib.contextmanager
 def fit_streams() -> Iterator[None]:
-    """Make streams fit for a command: none is closed, none refuses a character, and what libraries write to standard
-    output behind Python's back (Rust and C code, other programs) goes to standard error."""
+    """Make the streams safe for a command: none is closed, none rejects a character, and output that libraries write to
+    standard output directly (Rust and C code, other programs) goes to standard error."""
     _open_closed()
     for stream in (sys.stdout, sys.stderr):
-        # Tests and notebooks put streams of other kinds there.
+        # Tests and notebooks replace them by other kinds of streams.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=ESCAPE)
     if _get_descriptor(sys.stdout) != 1:
@@ -159,8 +159,8 @@ def fit_streams() -> Iterator[None]:
 
 
 def _find_encoding(output: Any) -> str:
-    """Return the encoding of the bytes that standard output takes. Python gives a Windows console text, not bytes:
-    those it reads in its code page."""
+    """Return the encoding of standard output's bytes. A Windows console gets text from Python; it reads bytes in its
+    code page."""
     raw = getattr(getattr(output, "buffer", None), "raw", None)
     console = isinstance(raw, getattr(io, "_WindowsConsoleIO", ()))
     return (os.device_encoding(1) if console else None) or str(output.encoding)
@@ -178,14 +178,14 @@ class _Results(io.FileIO):
 
 
 def drop_output() -> None:
-    """Let what is still to be printed go nowhere: whoever read it has gone, or the disk is full."""
+    """Discard further output, because its reader has exited or the disk is full."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_closed() -> None:
-    """Put the null device where a standard stream is closed: else the next file that is opened would take its number,
-    and what a library prints would end up in that file."""
+    """Open the null device for each closed standard stream: otherwise the next opened file would get its descriptor,
+    and output of a library would end up in that file."""
     null = os.open(os.devnull, os.O_RDWR)
     while null <= 2:
         null = os.dup(null)
@@ -214,22 +214,22 @@ _LABELS = {
     "sensitivity": "Measuring the sensitivity",
 }
 
-# The original, whose answers are known, run otherwise.
-_OTHERWISE = {"noise": " in another precision", "runtime": " in llama.cpp"}
+# The original, evaluated again to measure noise floors.
+_NOISE_FLOORS = {"noise": " in another precision", "runtime": " in llama.cpp"}
 
 
 class ProgressLine:
-    """Line of a stage, rewritten by a thread from `start` to `end`; nothing of it stays on a terminal.
+    """Line of a stage, rewritten by a thread from `start` to `end`; a terminal is left without it.
 
-    `written` is when the last line was, of monotonic time: elsewhere than on a terminal the next comes a minute later,
-    though another stage may have begun.
+    `written` is the monotonic time of the last line: except on a terminal, the next comes a minute later, even if
+    another stage has begun.
     """
 
     def __init__(self, stage: Stage, written: float) -> None:
         self.written = written
         self._stage, self._start = stage, time.monotonic()
-        # Nothing is known at first, while the model is loaded.
-        self._far: tuple[int, int] | None = None
+        # None while the model is loaded.
+        self._done_of_total: tuple[int, int] | None = None
         self._end: float | None = None
         self._terminal = sys.stderr.isatty()
         self._shown = 0
@@ -237,7 +237,7 @@ class ProgressLine:
         self._writing = threading.Lock()
 
     def start(self) -> None:
-        """Write it from now on, again and again."""
+        """Begin to write it repeatedly."""
         first, seconds = DELAY_SECONDS, SECONDS_ON_A_TERMINAL
         if not self._terminal:
             seconds = SECONDS_ELSEWHERE
@@ -245,51 +245,51 @@ class ProgressLine:
         self._repeating = RepeatingThread(self._show, chain([first], repeat(seconds)))
 
     def end(self) -> None:
-        """Write it no more, and take it away."""
+        """Stop writing it, and clear it."""
         self._repeating.end()
         self._repeating.wait()
         with self._writing:
             self._write(self._clear())
 
     def update(self, progress: Progress) -> None:
-        """Take how far the stage is."""
-        self._far = progress.done, progress.total
+        """Update it with the progress of the stage."""
+        self._done_of_total = progress.done, progress.total
         self._end = None if progress.left is None else time.monotonic() + progress.left
 
     def say(self, text: str) -> None:
-        """Write a line that stays."""
+        """Write a permanent line."""
         with self._writing:
             self._write(f"{self._clear()}{text}\n")
 
     def text(self) -> str:
-        """Return the line: which model, which probe, how far, how long still."""
+        """Return the line: model, probe, progress and time left."""
         return self._describe_facts() if self._stage.unit == "facts" else self._describe_work()
 
     def _describe_work(self) -> str:
         label, spent = _LABELS[self._stage.work], time.monotonic() - self._start
         if self._stage.work == "time":
             label = f"{label} of {clean(self._stage.model, NAME)}"
-        label += self._which
-        done, total = self._far or (0, 0)
-        if done <= total * TELLING:
+        label += self._number
+        done, total = self._done_of_total or (0, 0)
+        if done <= total * EXTRAPOLATE_FROM:
             return f"{label}: {format_duration(spent)} so far"
-        far = f"{write_size(done)} of {write_size(total)}"
+        amount = f"{write_size(done)} of {write_size(total)}"
         if self._stage.unit != "bytes":
-            far = f"{count(done)} of {count(total)} {self._stage.unit}"
-        return f"{label}: {far}, {format_duration(spent / done * (total - done))} left"
+            amount = f"{count(done)} of {count(total)} {self._stage.unit}"
+        return f"{label}: {amount}, {format_duration(spent / done * (total - done))} left"
 
     @property
-    def _which(self) -> str:
+    def _number(self) -> str:
         return f" ({self._stage.number} of {self._stage.of})" if self._stage.of > 1 else ""
 
     def _describe_facts(self) -> str:
         stage, now = self._stage, time.monotonic()
-        which = " again, for the KL over all tokens" if stage.again else self._which
-        which = _OTHERWISE.get(stage.work, which)
-        name = f"{clean(stage.model, NAME)}{which}, {clean(stage.probe, NAME)}"
-        if self._far is None:
+        run = " again, for the KL over all tokens" if stage.again else self._number
+        run = _NOISE_FLOORS.get(stage.work, run)
+        name = f"{clean(stage.model, NAME)}{run}, {clean(stage.probe, NAME)}"
+        if self._done_of_total is None:
             return f"{name}: {format_duration(now - self._start)} so far"
-        done, total = self._far
+        done, total = self._done_of_total
         facts = f"{name}: {count(done)} of {count(total)} facts"
         return facts if self._end is None else f"{facts}, {format_duration(max(self._end - now, 0))} left"
 
@@ -305,25 +305,24 @@ class ProgressLine:
         while _count_cells(text) >= columns:
             text = text[:-1]
         before, self._shown = self._shown, _count_cells(text)
-        rest = max(before - self._shown, 0)
-        return f"\r{text}{' ' * rest}" + "\b" * rest
+        surplus = max(before - self._shown, 0)
+        return f"\r{text}{' ' * surplus}" + "\b" * surplus
 
     def _clear(self) -> str:
         before, self._shown = self._shown, 0
         return f"\r{' ' * before}\r" if before else ""
 
     def _write(self, text: str) -> None:
-        # The reader of the pipe may be gone; the work goes on.
+        # If its reader has exited, the work continues.
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(text)
             sys.stderr.flush()
 
 
 class ProgressLines:
-    """Lines, one for each stage of a run, while it lasts; of a long run one that says about how long it takes, which
-    stays.
+    """Progress lines of a run, one per stage, and a permanent one that announces how long a long run will take.
 
-    It is what the verbs take as `on_progress`.
+    An `on_progress` of the public functions.
     """
 
     def __init__(self) -> None:
@@ -337,7 +336,7 @@ class ProgressLines:
             line = self._open[stage] = ProgressLine(stage, self._written)
             line.start()
             if stage.work == "fetch":
-                # From the network, unasked: once, and always said.
+                # Always say what is fetched from the network, which happens once.
                 line.say(f"{_LABELS[stage.work]}, once, into {clean(stage.model, 200)}")
         elif progress.state == "ends":
             line = self._open.pop(stage)
@@ -348,7 +347,7 @@ class ProgressLines:
             self._announce(progress)
 
     def _announce(self, progress: Progress) -> None:
-        if progress.left is None or self._announced or progress.stage.again or progress.stage.work in _OTHERWISE:
+        if progress.left is None or self._announced or progress.stage.again or progress.stage.work in _NOISE_FLOORS:
             return
         self._announced = True
         if (text := announce(progress)) is not None:
@@ -356,7 +355,7 @@ class ProgressLines:
 
 
 class TableRows:
-    """Rows of a table, printed as results come; what `write_head` makes of the first result stands before them."""
+    """Rows of a table, printed as results arrive; the lines of `write_head` for the first result come before them."""
 
     def __init__(self, write_head: Callable[[Any], Iterable[str]], write_row: Callable[[Any], Iterable[str]]) -> None:
         self._write_head, self._write_row, self._has_head = write_head, write_row, False
@@ -369,19 +368,19 @@ class TableRows:
 
 
 def announce(progress: Progress) -> str | None:
-    """Say about how long a long run takes, from the time that is left of its first stage; None of a short one."""
+    """Estimate how long a long run takes, from the time left in its first stage; None for a short one."""
     stage, done, total = progress.stage, progress.done, progress.total
     models = stage.of - stage.number + 1
     facts = max(stage.facts, total)
     seconds = (progress.left or 0.0) / max(total - done, 1) * (facts * models - done)
-    if seconds < WORTH_SAYING:
+    if seconds < ANNOUNCED_SECONDS:
         return None
     times = f" x {count(models)} models" if models > 1 else ""
     return f"{count(facts)} facts{times} on {clean(stage.device, 20)}: about {format_duration(seconds)}."
 
 
 def format_duration(seconds: float) -> str:
-    """Write seconds in units that are worth reading.
+    """Write seconds in readable units.
 
     >>> [format_duration(seconds) for seconds in (0.2, 59.4, 95, 3 * 3600 + 250, 200_000)]
     ['0 s', '59 s', '2 min', '3 h 4 min', '56 h']

@@ -1,4 +1,4 @@
-"""`compressknow verify`: whether a converted checkpoint still is what its manifest says."""
+"""`compressknow verify`: check a converted checkpoint against its manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def verify(folder: Path, threads: int | None, as_json: bool) -> int:
 
     Instead of a folder, a GGUF file that `compressknow export` wrote is compared with the record next to it.
 
-    Files that are not in the manifest are named, and so is an edited manifest. The exit code is 1 where anything
+    Files that are not in the manifest are listed, and an edited manifest is reported. The exit code is 1 if anything
     differs. The model card, README.md, may be edited and is not compared.
     """
     from compressknow.api.verify import verify as run

@@ -305,7 +305,7 @@ def test_a_folder_of_data_above_the_tables_is_for_all_commands_that_may_need_it(
     assert main(["export", "./nowhere", "out.gguf", "--type", "q8_0"]) == 1
     assert capsys.readouterr().err.startswith("Error: ./nowhere: no such folder.")
     assert main(["export", "./nowhere", "out.gguf", "--type", "q8_0", "--data", "."]) == 2
-    assert capsys.readouterr().err.startswith("Error: --data goes with --size or --bits")
+    assert capsys.readouterr().err.startswith("Error: --data needs --size or --bits")
 
 
 def test_a_recipe_comes_before_what_the_file_says_of_its_steps(

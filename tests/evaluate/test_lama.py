@@ -218,4 +218,4 @@ def test_probe_prints_the_mean_over_relations_beside_the_share_of_all_facts(
     for answer in read_answers(tmp_path / "out").answers:
         relations.setdefault(answer.relation, []).append(answer.correct)
     mean = sum(sum(right) / len(right) for right in relations.values()) / 3
-    assert f"{100 * mean:.1f} % in the mean over relations" in capsys.readouterr().out
+    assert f"{100 * mean:.1f} % as the mean over relations" in capsys.readouterr().out

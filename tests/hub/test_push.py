@@ -105,7 +105,7 @@ def test_weights_of_an_earlier_upload_are_named(
     hub.repositories[REPO] = {"model-00001-of-00002.safetensors": b"old", "notes.txt": b""}
     assert main(["convert", str(model), str(tmp_path / "out"), "--quantize", "int8", "--push", REPO]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "also holds model-00001-of-00002.safetensors, not of this model." in said
+    assert "also contains model-00001-of-00002.safetensors, not from this model." in said
     assert hub.repositories[REPO]["notes.txt"] == b""
 
 
@@ -216,7 +216,7 @@ def test_without_a_token_or_offline_nothing_is_begun(
 
 def test_private_wants_push(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(model), str(tmp_path / "out"), "--quantize", "int8", "--private"]) == 2
-    assert "--private goes with --push REPO." in capsys.readouterr().err
+    assert "--private needs --push REPO." in capsys.readouterr().err
 
 
 def test_push_refuses_what_convert_did_not_write(hub: Hub, model: Path) -> None:

@@ -497,7 +497,7 @@ def test_a_cell_of_a_scope_that_the_model_lacks_is_refused(llama: Place, capsys:
     assert "empty" in rows["crossatt-gp-30"]["error"]
     out = " ".join(capsys.readouterr().out.split())
     assert "CrossAtt_GP 30%: refused" in out
-    assert "Not for this model: 1 of 2 cells; the study lists the reasons." in out
+    assert "Not supported by this model: 1 of 2 cells; the study lists the reasons." in out
     assert "Repeat the command" not in out
 
 
@@ -524,7 +524,7 @@ def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.Capt
         (["--templates", "3"], "has one wording per fact", 2),
         (["--num-cpus", "4"], "are for tasks on a Ray cluster", 2),
         (["--ray", "127.0.0.1:1"], "No Ray cluster answers at 127.0.0.1:1", 1),
-        (["--ray", "auto", "--num-gpus", "1", "--device", "cpu"], "--num-gpus 1: the original is run on", 2),
+        (["--ray", "auto", "--num-gpus", "1", "--device", "cpu"], "--num-gpus 1: the original runs on", 2),
     ],
 )
 def test_bad_input_gets_one_message_and_leaves_nothing(
