@@ -68,9 +68,8 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
 def render_model_card(
     manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any], auto_map: Mapping[str, Any] | None = None
 ) -> str:
-    """Return the model card as Markdown for the Hub, with licence, language and so on from the source's card.
-
-    `auto_map` is the entry of the config.json of a model that loads only with the Python code in its repository."""
+    """Return the model card as Markdown for the Hub, with the licence, language and so on of the source's; `auto_map`
+    is the entry of its config.json if it loads only with the Python code in its repository."""
     source = manifest["source"]
     architecture, model_type = str(source["architecture"]), str(source["model_type"])
     # The name comes from an untrusted config, and goes into code that people paste.
@@ -191,10 +190,9 @@ def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
         )
         yield f"The output is larger than the input ({write_size(after)} against {write_size(before)}): {cause}."
     if unused := manifest.get("unused", []):
-        one = len(unused) == 1
-        tensors, copied = ("A tensor has", "is copied") if one else (f"{len(unused)} tensors have", "are copied")
+        tensors, are = ("A tensor has", "is") if len(unused) == 1 else (f"{len(unused)} tensors have", "are")
         architecture = manifest["source"]["architecture"]
-        yield f"{tensors} no place in {architecture} and {copied} unchanged: {list_some(unused)}."
+        yield f"{tensors} no place in {architecture} and {are} copied unchanged: {list_some(unused)}."
     refilled = [row for row in manifest["tensors"] if row.get("refilled")]
     if rows := [row for row in refilled if row["refilled"] >= _REFILLED_SHARE * row["numel"]]:
         again, zeros = (count(sum(row[key] for row in rows)) for key in ("refilled", "zeros_before"))

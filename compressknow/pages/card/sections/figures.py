@@ -37,10 +37,7 @@ class Figures(Section):
     glossary = (
         ("Knowledge kept", "of the facts that the original knew, the share that the compressed model still knows."),
         ("Kept above chance", "the same, counting only what is known beyond guessing among the candidates."),
-        (
-            "Lost, gained, flips",
-            "facts that only the original knows, that only the compressed model knows, and both together.",
-        ),
+        ("Lost, gained, flips", "facts known only to the original, only to the compressed model, and both together."),
         (
             "Interval",
             "the range in brackets: of 100 such ranges, each from other facts of the kind, 95 contain the true value.",
