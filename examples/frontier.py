@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def divide_facts(folder: Path) -> dict[str, Path]:
-    """Write the facts of atlas into two files by a hash of their ids: one in five chooses types, the others evaluate."""
+    """Write the facts of atlas into two files by a hash of their ids: one in five chooses, the others evaluate."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {"choose": [], "judge": []}
     for fact in read_atlas().facts:
