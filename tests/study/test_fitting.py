@@ -133,7 +133,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ({"bits": 5, "type_of": {"attention": "q8_0"}}, "`type_of` and `bits` cannot be combined.*\n.*`bits` chooses"),
         ({"bits": 5, "type": "q4_k_m"}, "`type` and `bits` cannot be combined"),
         ({"size": "90MB", "type_of": {"attention": "q8_0"}}, "`type_of` and `size` cannot be combined"),
-        ({"size": "90MB", "imatrix_out": "m.gguf"}, "`imatrix_out` and `size` cannot be .*\n.*give `type` in place of"),
+        ({"size": "90MB", "imatrix_out": "m.gguf"}, "`imatrix_out` and `size` cannot be .*\n.*give `type` instead of"),
         ({"guide": "facts"}, "`guide` needs `size` or `bits`"),
         ({"size": "90MB", "guide": "taste"}, "`guide`: there is no guide 'taste'.*\n.*facts, text, both"),
         ({"size": "90MB", "rounding": "GPTQ"}, "`rounding=GPTQ`: choose gptq or nearest"),
