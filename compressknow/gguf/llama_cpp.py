@@ -225,7 +225,7 @@ def _check_parts(path: Path) -> None:
     present = len(list_parts(path))
     if present < count:
         raise CheckpointError(
-            f"{path} is the first of {count} parts, of which {count - present} are missing in its folder.",
+            f"{path} is the first of {count} parts, and its folder lacks {count - present} of them.",
             hint="Download all parts into one folder.",
         )
 

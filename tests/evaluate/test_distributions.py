@@ -166,7 +166,9 @@ def no_space(*_: Any, **__: Any) -> Any:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["tempfile.TemporaryFile", "compressknow.evaluate.distributions.Rows._append"])
+@pytest.mark.parametrize(
+    "where", ["tempfile.TemporaryFile", "compressknow.evaluate.distributions.DistributionFile._append"]
+)
 def test_a_full_disk_leaves_the_lower_bound(
     place: Path, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

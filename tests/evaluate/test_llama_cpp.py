@@ -320,7 +320,7 @@ def test_a_file_in_parts_is_read_by_its_first(place: Path, tmp_path: Path) -> No
         ask(others[0], tmp_path / "c", place / "facts.jsonl")
     assert first.name in str(error.value)
     others[-1].unlink()
-    with pytest.raises(CheckpointError, match=r"1 of which are missing in its folder"):
+    with pytest.raises(CheckpointError, match=r"its folder lacks 1 of them"):
         ask(first, tmp_path / "d", place / "facts.jsonl")
 
 

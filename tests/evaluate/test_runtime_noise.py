@@ -211,7 +211,7 @@ def test_without_a_converter_the_card_says_how_to_have_it(
 
 
 def test_it_can_be_left_out_and_early_has_none(untaken: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "prepare", pytest.fail)
+    monkeypatch.setattr(exporting, "prepare_export", pytest.fail)
     off = Settings(noise_floor=False)
     card = report(untaken.model, untaken.q8, untaken.facts, settings=off, answers=tmp_path / "kept")
     assert "How much was not measured: --no-noise-floor leaves it out." in " ".join(said(card))

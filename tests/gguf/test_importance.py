@@ -117,7 +117,7 @@ def test_a_matrix_is_of_the_model_that_it_says(world: Path, capsys: pytest.Captu
     write_importance(replace(read_importance(matrix), models=()), world / "foreign.gguf")
     words = ["export", str(other), str(world / "other.gguf"), "--type", "q3_k_m"]
     assert main([*words, "--imatrix", str(world / "foreign.gguf")]) == 0
-    assert "! foreign.gguf does not say which model it was made of" in capsys.readouterr().out
+    assert "! foreign.gguf does not say which model it was made from" in capsys.readouterr().out
 
 
 @needs_converter

@@ -104,6 +104,6 @@ def test_where_memory_runs_out_for_a_calibration_text_the_workers_make_it(
     def run_out(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(VariantMaker, "text", run_out)  # of this process alone
+    monkeypatch.setattr(VariantMaker, "get_text", run_out)  # of this process alone
     study = compressknow.sweep(model, tmp_path / "study", grid=grid, probe=probe, ray=RayOptions("local"))
     assert [len(study.cells), len(study.failed)] == [1, 0]

@@ -494,14 +494,14 @@ def test_too_few_known_facts_are_told_and_a_text_guides_alone(
     llama: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressknow.study.sensitivity.FEWEST", 30)
-    assert llama.search("few", "--size", "120kB") == 2
+    assert llama.search("guided-by-text", "--size", "120kB") == 2
     said = capsys.readouterr().err
     assert "22 facts are left to search with, and 30 are needed to guide." in said
     assert "A third of all facts guides a search; the others are held out." in said
     # Before anything is evaluated.
-    assert not (llama.folder / "few").exists()
-    assert llama.search("few", "--size", "120kB", "--guide", "text") == 0
-    assert llama.found("few")["by"] == "text, rounded by GPTQ"
+    assert not (llama.folder / "guided-by-text").exists()
+    assert llama.search("guided-by-text", "--size", "120kB", "--guide", "text") == 0
+    assert llama.found("guided-by-text")["by"] == "text, rounded by GPTQ"
 
 
 def test_a_checkpoint_that_runs_its_own_code_is_written(
