@@ -33,7 +33,7 @@ REASONS = {
     "Conv1D": "a Conv1D",
     "experts": "fuses all experts",
     "reshaped": "fuses, splits or transposes",
-    "read past the layer": "reads the weight itself",
+    "read past the layer": "reads the weight directly",
     "does not load": "could not load the output",
     "no Linear layers": "not Linear layers",
     "empty scope": "is empty in",
