@@ -74,7 +74,7 @@ def test_the_bar_of_all_subjects_has_a_mark_for_what_rounding_alone_keeps() -> N
     (mark,) = with_class(page, "path", "rounding")
     assert mark in with_class(page, "table", "grades")[0].one("tfoot").all("path")
     assert mark.attributes["d"] == "M98.6 -4V12"
-    said = "The long line on the bar of all domains shows what rounding alone keeps: 98.6 %, by 424 facts"
+    said = "The long line on the bar of all domains shows what rounding alone keeps: 98.6 %, measured on 424 facts"
     assert said in page.one("main").text
     probes = (replace(made.comparisons[0].probes[0], noise_floor=None), *made.comparisons[0].probes[1:])
     without = render_html(replace(made, comparisons=(replace(made.comparisons[0], probes=probes),)))
