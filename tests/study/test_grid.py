@@ -177,6 +177,12 @@ def test_a_recipe_is_run_once_and_keys_are_unique(tmp_path: Path) -> None:
     ]
 
 
+def test_a_recipe_of_the_axes_that_is_named_too_has_its_name(tmp_path: Path) -> None:
+    axes = '[axes]\nscope = ["attention"]\nprune = [0.2, 0.5]\n'
+    cells = grid(tmp_path / "grid.toml", f'{axes}[[cells]]\nname = "heads"\nscope = "attention"\nprune = 0.2\n')
+    assert [cell.key for cell in cells] == ["heads", "att-gp-50"]
+
+
 @pytest.mark.parametrize("name", ["最初の層", "первый-слой", "schicht-ü"])
 def test_a_cell_keeps_the_name_that_it_is_given_in_any_script(tmp_path: Path, name: str) -> None:
     (cell,) = grid(tmp_path / "grid.toml", f'[[cells]]\nname = "{name}"\nprune = 0.1\n')
