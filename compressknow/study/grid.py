@@ -397,6 +397,6 @@ def name_recipe(recipe: Recipe) -> str:
         parts.append(slugify(Path(calibration.text).name))
     if calibration.tokens != usual.tokens:
         parts.append(f"{calibration.tokens}-tokens")
-    if calibration.seed != usual.seed:
-        parts.append(f"seed-{calibration.seed}")
+    seeds = dict.fromkeys([calibration.seed, *(step.seed for step in recipe.steps if isinstance(step, Prune))])
+    parts += [f"seed-{seed}" for seed in seeds if seed != usual.seed]
     return "-".join(parts)

@@ -169,9 +169,9 @@ def test_a_recipe_is_run_once_and_keys_are_unique(tmp_path: Path) -> None:
     named = '[[cells]]\nname = "a"\nprune = 0.1\n[[cells]]\nname = "A"\nprune = 0.2\n'
     cells = grid(tmp_path / "grid.toml", axes + named)
     assert [cell.key for cell in cells] == [
-        "blocks-gp-random-unstructured-50",
+        "blocks-gp-random-unstructured-50-seed-1",
         "blocks-gp-50",  # of which no seed decides anything
-        "blocks-gp-random-unstructured-50-2",
+        "blocks-gp-random-unstructured-50-seed-2",
         "a",
         "a-2",
     ]
