@@ -220,6 +220,17 @@ def test_what_the_manual_leaves_to_the_command_line_no_file_may_say(project: Pat
             read_project_defaults(name, command, COMMANDS, commands.get)
 
 
+@pytest.mark.parametrize("text", ["limt = 1", "[reprot]\nlimit = 1", "limit ="])
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_a_file_that_is_wrong_does_not_keep_the_help_from_saying_what_is_right(
+    project: Path, text: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "compressknow.toml").write_text(text)
+    assert main(["report", "a", "b"]) == 2
+    assert main(["report", option]) == 0
+    assert "--limit" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["tool = 1", "[tool]\ncompressknow = 1", "limit = ", f"a = {'[' * 10_000}"])
 def test_what_is_wrong_with_a_pyproject_is_other_tools_to_say(project: Path, text: str) -> None:
     (project / "pyproject.toml").write_text(text)
