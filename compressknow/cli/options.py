@@ -394,8 +394,8 @@ def read_project_defaults(
             raise UsageError(
                 f"{file}: there is no command {key}.", hint=f"{suggest_word(key, commands)}Rename the table."
             )
-    shared = {key.replace("-", "_"): value for key, value in values.items() if key not in tables}
-    own = {key.replace("-", "_"): value for key, value in tables.get(name, {}).items()}
+    shared = _name_as_in_python({key: value for key, value in values.items() if key not in tables}, file)
+    own = _name_as_in_python(tables.get(name, {}), file)
     for key in [*shared, *own]:
         if key in _COMMAND_LINE_ONLY:
             raise UsageError(f"{file}: {key} can only be given on the command line.", hint="Remove it from the file.")
@@ -409,6 +409,13 @@ def read_project_defaults(
             raise UsageError(f"{file}: no command has an option {key}.", hint="Correct the name, or remove it.")
     values = {key: value for key, value in {**shared, **own}.items() if key in options}
     return {str(options[key].name): _format_value(value, options[key], file) for key, value in values.items()}
+
+
+def _name_as_in_python(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the values of a table with underscores in their keys. Raise UsageError for one spelled in two ways."""
+    if twice := next((key for key in values if "-" in key and key.replace("-", "_") in values), None):
+        raise UsageError(f"{file}: {twice} is also given as {twice.replace('-', '_')}.", hint="Leave out one of them.")
+    return {key.replace("-", "_"): value for key, value in values.items()}
 
 
 def describe_project_defaults(command: click.Command, names: Iterable[str]) -> str:

@@ -220,6 +220,13 @@ def test_what_the_manual_leaves_to_the_command_line_no_file_may_say(project: Pat
             read_project_defaults(name, command, COMMANDS, commands.get)
 
 
+@pytest.mark.parametrize("table", ["", "[ask]\n"])
+def test_an_option_that_is_spelled_in_two_ways_is_given_twice(project: Path, table: str) -> None:
+    (project / "compressknow.toml").write_text(f"{table}trust-me = 1\ntrust_me = 2\n")
+    with pytest.raises(UsageError, match="trust-me is also given as trust_me"):
+        called()
+
+
 @pytest.mark.parametrize("text", ["limt = 1", "[reprot]\nlimit = 1", "limit ="])
 @pytest.mark.parametrize("option", ["--help", "-h"])
 def test_a_file_that_is_wrong_does_not_keep_the_help_from_saying_what_is_right(
