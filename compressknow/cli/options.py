@@ -462,12 +462,12 @@ def _find_file(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Return the options in a file; None if a `PROJECT` has none, or cannot be read, which other tools report. One that
-    cannot be read but names our table is an error: a gate in it must not be skipped."""
+    """Return the options in a file; None if a `PROJECT` has none, or is not TOML, which other tools report. One that
+    may have our table is an error: a gate in it must not be skipped."""
     try:
         values = read_toml(file)
     except (ValueError, OSError) as error:
-        if file.name == PROJECT and not _names_our_table(file):
+        if file.name == PROJECT and isinstance(error, ValueError) and not _names_our_table(file):
             return None
         raise UsageError(f"{file} cannot be read.", why=str(error), hint="Correct it, or remove it.") from None
     if file.name == FILE:
@@ -478,7 +478,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _names_our_table(file: Path) -> bool:
-    with contextlib.suppress(ValueError, OSError):
+    with contextlib.suppress(ValueError):
         return b"[tool.compressknow" in read_bytes(file, TABLE_OF_OPTIONS)
     return False
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,24 @@ def test_a_broken_pyproject_that_has_our_table_is_not_passed_over(project: Path)
     (project / "pyproject.toml").write_text("<<<<<<< HEAD\n[tool.compressknow.report]\nfail-under = 0.9\n")
     with pytest.raises(UsageError, match=r"pyproject\.toml cannot be read"):
         called()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files are locked to others, not by their mode")
+def test_a_pyproject_that_may_not_be_read_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:  # Not pytest's, in which nobody else may look for files.
+        Path(folder).chmod(0o755)
+        (Path(folder) / "pyproject.toml").write_text("[tool.compressknow.report]\nfail-under = 0.9\n")
+        (Path(folder) / "pyproject.toml").chmod(0)
+        monkeypatch.chdir(folder)
+        if not user:
+            os.seteuid(65534)  # Root may read every file, nobody may not.
+        try:
+            with pytest.raises(UsageError, match=r"pyproject\.toml cannot be read"):
+                called()
+        finally:
+            os.seteuid(user)
+            monkeypatch.undo()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders are locked to others, not by their mode")
