@@ -283,7 +283,7 @@ def _open_in_wordings(full: str, name: str, source: ProbeSource, options: Option
         )
     if options.template != 1:
         raise UsageError(
-            "--template and --templates exclude each other: they choose one wording, or a number of them.",
+            "--template and --templates cannot be combined: they choose one wording, or a number of them.",
             hint="Leave one of them out.",
         )
     single = replace(options, templates=1)
