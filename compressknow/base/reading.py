@@ -326,7 +326,8 @@ def check_parquet(path: Path) -> None:
 
     size = check_regular(path).st_size
     most = MOST_BYTES + EXPANSION * size
-    with pq.ParquetFile(path) as file:
+    # pyarrow itself cannot open a path that is not UTF-8.
+    with path.open("rb") as opened, pq.ParquetFile(opened) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
         texts = sorted({chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"})
@@ -335,7 +336,8 @@ def check_parquet(path: Path) -> None:
     if sum(chunk.total_uncompressed_size for chunk in chunks) > most:
         raise NotReadable(f"it would unpack from {size:,} bytes to more than {MOST_BYTES:,}")
     # Dictionaries hold a repeated text once; pyarrow cannot read texts in lists as dictionaries.
-    with pq.ParquetFile(path, read_dictionary=[text for text in texts if "." not in text]) as file:
+    dictionaries = [text for text in texts if "." not in text]
+    with path.open("rb") as opened, pq.ParquetFile(opened, read_dictionary=dictionaries) as file:
         for text in texts:
             for batch in file.iter_batches(batch_size=_ROWS_OF_LISTS if "." in text else _ROWS, columns=[text]):
                 most -= _count_bytes(batch.column(0))

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -80,7 +80,10 @@ class LazyGroup(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None and not ctx.resilient_parsing:
             open_command = partial(self.get_command, ctx)
-            ctx.default_map = {name: read_project_defaults(name, command, COMMANDS, open_command)}
+            # Who corrects a project's file may need the help.
+            needs_help = not {"-h", "--help"}.isdisjoint(rest)
+            with suppress(UsageError) if needs_help else nullcontext():
+                ctx.default_map = {name: read_project_defaults(name, command, COMMANDS, open_command)}
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:

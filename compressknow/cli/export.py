@@ -17,6 +17,7 @@ from compressknow.cli.options import (
     HOW,
     PATH,
     RUNS,
+    WholeNumber,
     add_calibration_options,
     add_data_option,
     add_guide_option,
@@ -73,7 +74,7 @@ Types (--type), bits per weight with scales:
 @option("--imatrix-out", group=CALIBRATION, type=PATH, help="Write the importance matrix there too.")
 @option("--recipe", group=HOW, type=PATH, help="TOML file with [export], or an export's record.")
 @option("--converter", group=RUNS, metavar="PATH", help="Folder of llama.cpp's convert_hf_to_gguf.py.")
-@option("--threads", group=RUNS, type=click.IntRange(1), help="Threads to quantize with.  [default: one per core]")
+@option("--threads", group=RUNS, type=WholeNumber(1), help="Threads to quantize with.  [default: one per core]")
 @checkpoint_options
 @option("--modelfile", type=PATH, help="Write a Modelfile for Ollama there too.")
 @option("--smoke/--no-smoke", group=RUNS, default=True, help="Test the file with a prompt in llama.cpp.  [default: on]")

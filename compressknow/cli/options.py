@@ -41,6 +41,18 @@ GROUPS = COMPRESS, HOW, FIT, CALIBRATION, EVALUATE, RUNS, OUTPUT = (
 NAMES = 22
 
 
+class WholeNumber(click.IntRange):
+    """Range of whole numbers, named as in a message about a value that is none."""
+
+    name = "whole number"
+
+
+class Number(click.FloatRange):
+    """Range of numbers, named likewise."""
+
+    name = "number"
+
+
 class Option(click.Option):
     """Option in a group of the help page, shown without its bounds."""
 
@@ -52,7 +64,7 @@ class Option(click.Option):
         """Return one word; the help text lists the choices."""
         if self.metavar is not None or self.is_flag:
             return super().make_metavar(ctx)
-        words = {click.Choice: "NAME", OneOf: "NAME", click.IntRange: "N", click.FloatRange: "N", click.Path: "PATH"}
+        words = {click.Choice: "NAME", OneOf: "NAME", WholeNumber: "N", Number: "N", click.Path: "PATH"}
         return words.get(type(self.type), super().make_metavar(ctx))
 
     def get_help_extra(self, ctx: click.Context) -> Any:
@@ -208,7 +220,7 @@ def _find_type(declared: DeclaredOption) -> Any:
     if declared.is_share:
         return read_share
     if declared.minimum is not None:
-        return click.IntRange(declared.minimum)
+        return WholeNumber(declared.minimum)
     return _read_blocks if declared.kind == int | str else declared.kind
 
 
@@ -239,7 +251,7 @@ _runs = partial(option, group=RUNS)
 _trust_option = _runs("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint contains.")
 revision_option = _runs("--revision", help="Branch, tag or commit of a Hub id.")
 checkpoint_options = join_options(revision_option, _trust_option)
-threads_option = _runs("--threads", type=click.IntRange(1), help="Tensors at a time.  [default: one per core]")
+threads_option = _runs("--threads", type=WholeNumber(1), help="Tensors at a time.  [default: one per core]")
 strict_option = option(
     "--strict", is_flag=True, help="Exit with 4 if the facts are too few to tell whether --fail-under is met."
 )
@@ -267,11 +279,11 @@ def add_data_option(group: str) -> Decorator:
 _probe_options = join_options(
     _facts("-p", "--probe", multiple=True, metavar="PROBE", help="Facts or a task, repeatable; see below."),
     add_data_option(EVALUATE),
-    _facts("--limit", type=click.IntRange(1), help="Maximum facts per probe, or chunks of a text."),
+    _facts("--limit", type=WholeNumber(1), help="Maximum facts per probe, or chunks of a text."),
     _facts("--seed", type=int, default=0, show_default=True, help="Seed of that sample, and of everything else drawn."),
     _facts("--protocol", metavar="NAME", default="lama", show_default=True, help="Rules for LAMA: lama or paper."),
-    _facts("--context", type=click.IntRange(8), help="Tokens per chunk of a text.  [default: 512]"),
-    _facts("--template", type=click.IntRange(1), default=1, show_default=True, help="Wording of atlas and BEAR."),
+    _facts("--context", type=WholeNumber(8), help="Tokens per chunk of a text.  [default: 512]"),
+    _facts("--template", type=WholeNumber(1), default=1, show_default=True, help="Wording of atlas and BEAR."),
     _facts(
         "--map",
         multiple=True,
@@ -287,11 +299,11 @@ _probe_options = join_options(
         type=OneOf(["float32", "bfloat16", "float16", "auto"]),
         help="float32, bfloat16, float16 or auto (the checkpoint's).  [default: float32 on cpu, else auto]",
     ),
-    _runs("--batch-size", type=click.IntRange(1), default=128, show_default=True, help="Facts per batch."),
+    _runs("--batch-size", type=WholeNumber(1), default=128, show_default=True, help="Facts per batch."),
     _trust_option,
 )
 _templates_option = _facts(
-    "--templates", type=click.IntRange(1), default=1, help="Wordings per fact; the majority decides."
+    "--templates", type=WholeNumber(1), default=1, help="Wordings per fact; the majority decides."
 )
 # For commands that take all models, and for those that make them from one.
 probe_options = join_options(
@@ -308,10 +320,10 @@ study_options = join_options(_probe_options, _templates_option, known_option)
 
 server_options = join_options(
     _runs("--model", "model_name", metavar="NAME", help="Name of the model, if the server has several."),
-    _runs("--parallel", type=click.IntRange(1), default=4, show_default=True, help="Requests at a time to a server."),
+    _runs("--parallel", type=WholeNumber(1), default=4, show_default=True, help="Requests at a time to a server."),
     _runs(
         "--timeout",
-        type=click.FloatRange(0, min_open=True),
+        type=Number(0, min_open=True),
         metavar="SECONDS",
         default=120,
         show_default=True,
@@ -359,8 +371,8 @@ ray_options = join_options(
         metavar="ADDRESS",
         help="Ray cluster: auto, ray://HOST:10001, HOST:6379 or local. MODEL must be on shared storage.",
     ),
-    _runs("--num-cpus", type=click.FloatRange(0), default=1, show_default=True, help="Cores per Ray task."),
-    _runs("--num-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs per Ray task."),
+    _runs("--num-cpus", type=Number(0), default=1, show_default=True, help="Cores per Ray task."),
+    _runs("--num-gpus", type=Number(0), default=0, show_default=True, help="GPUs per Ray task."),
 )
 
 
@@ -394,8 +406,8 @@ def read_project_defaults(
             raise UsageError(
                 f"{file}: there is no command {key}.", hint=f"{suggest_word(key, commands)}Rename the table."
             )
-    shared = {key.replace("-", "_"): value for key, value in values.items() if key not in tables}
-    own = {key.replace("-", "_"): value for key, value in tables.get(name, {}).items()}
+    shared = _name_as_in_python({key: value for key, value in values.items() if key not in tables}, file)
+    own = _name_as_in_python(tables.get(name, {}), file)
     for key in [*shared, *own]:
         if key in _COMMAND_LINE_ONLY:
             raise UsageError(f"{file}: {key} can only be given on the command line.", hint="Remove it from the file.")
@@ -409,6 +421,13 @@ def read_project_defaults(
             raise UsageError(f"{file}: no command has an option {key}.", hint="Correct the name, or remove it.")
     values = {key: value for key, value in {**shared, **own}.items() if key in options}
     return {str(options[key].name): _format_value(value, options[key], file) for key, value in values.items()}
+
+
+def _name_as_in_python(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the values of a table with underscores in their keys. Raise UsageError for one spelled in two ways."""
+    if twice := next((key for key in values if "-" in key and key.replace("-", "_") in values), None):
+        raise UsageError(f"{file}: {twice} is also given as {twice.replace('-', '_')}.", hint="Leave out one of them.")
+    return {key.replace("-", "_"): value for key, value in values.items()}
 
 
 def describe_project_defaults(command: click.Command, names: Iterable[str]) -> str:
@@ -455,12 +474,12 @@ def _find_file(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Return the options in a file; None if a `PROJECT` has none, or cannot be read, which other tools report. One that
-    cannot be read but names our table is an error: a gate in it must not be skipped."""
+    """Return the options in a file; None if a `PROJECT` has none, or is not TOML, which other tools report. One that
+    may have our table is an error: a gate in it must not be skipped."""
     try:
         values = read_toml(file)
     except (ValueError, OSError) as error:
-        if file.name == PROJECT and not _names_our_table(file):
+        if file.name == PROJECT and isinstance(error, ValueError) and not _names_our_table(file):
             return None
         raise UsageError(f"{file} cannot be read.", why=str(error), hint="Correct it, or remove it.") from None
     if file.name == FILE:
@@ -471,7 +490,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _names_our_table(file: Path) -> bool:
-    with contextlib.suppress(ValueError, OSError):
+    with contextlib.suppress(ValueError):
         return b"[tool.compressknow" in read_bytes(file, TABLE_OF_OPTIONS)
     return False
 

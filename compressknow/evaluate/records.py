@@ -313,8 +313,8 @@ def open_rows(path: Path, what: str, hint: str) -> Iterator[pq.ParquetFile]:
 
     try:
         check_parquet(path)
-        # Not pq.read_table, which imports pandas if it is installed.
-        with pq.ParquetFile(path) as file:
+        # Not pq.read_table, which imports pandas if it is installed, nor the path, which may not be UTF-8.
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             yield file
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]

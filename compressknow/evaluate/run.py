@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -105,6 +106,9 @@ def probe_model(
     if handle.located.url is not None:
         # Servers are too slow for distributions over all tokens.
         context = replace(context, distributions=None)
+    # A folder of answers that cannot be written, such as a shared one, can still be read.
+    if not os.access(folder, os.W_OK) and (stored := find_answers(handle, probes, folder, context.reference)):
+        return stored
     with _explain_damage(folder), lock_folder(folder, wait):
         run = _Run(handle, folder, context, on_progress)
         missing = find_missing(handle, probes, folder, context)
@@ -136,7 +140,9 @@ def find_answers(
     """Return this model's answers to these probes; None if `folder` lacks any of them."""
     if find_missing(handle, probes, folder, Context(reference)):
         return None
-    answers = _read_folder(handle, folder, probes)
+    with _explain_damage(folder):
+        check_table(folder, read_record(folder))
+        answers = _read_folder(handle, folder, probes)
     return replace(answers, answers=tuple(_label(answers.answers, probes)))
 
 

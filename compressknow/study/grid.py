@@ -370,17 +370,16 @@ def _has(point: Mapping[str, Any], name: str) -> bool:
 
 
 def _build_cells(recipes: Iterable[tuple[str | None, Recipe]]) -> tuple[Cell, ...]:
-    """Return the cells of distinct recipes, under unique keys."""
-    cells: dict[Recipe, Cell] = {}
-    taken: set[str] = set()
+    """Return the cells of distinct recipes, under unique keys: their names, if they have any."""
+    cells: dict[str, Cell] = {}
+    names: dict[Recipe, str | None] = {}
     for name, recipe in recipes:
-        if recipe in cells:
-            continue
+        names[recipe] = names.get(recipe) or name
+    for recipe, name in names.items():
         key = slugify(name) if name else name_recipe(recipe)
         numbered = (f"{key}-{number}" for number in count(2))
-        unique = next(each for each in chain([key], numbered) if each not in taken)
-        cells[recipe] = Cell(unique, recipe)
-        taken.add(unique)
+        unique = next(each for each in chain([key], numbered) if each not in cells)
+        cells[unique] = Cell(unique, recipe)
     return tuple(cells.values())
 
 
@@ -398,6 +397,6 @@ def name_recipe(recipe: Recipe) -> str:
         parts.append(slugify(Path(calibration.text).name))
     if calibration.tokens != usual.tokens:
         parts.append(f"{calibration.tokens}-tokens")
-    if calibration.seed != usual.seed:
-        parts.append(f"seed-{calibration.seed}")
+    seeds = dict.fromkeys([calibration.seed, *(step.seed for step in recipe.steps if isinstance(step, Prune))])
+    parts += [f"seed-{seed}" for seed in seeds if seed != usual.seed]
     return "-".join(parts)

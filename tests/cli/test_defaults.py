@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,24 @@ def test_what_the_manual_leaves_to_the_command_line_no_file_may_say(project: Pat
             read_project_defaults(name, command, COMMANDS, commands.get)
 
 
+@pytest.mark.parametrize("table", ["", "[ask]\n"])
+def test_an_option_that_is_spelled_in_two_ways_is_given_twice(project: Path, table: str) -> None:
+    (project / "compressknow.toml").write_text(f"{table}trust-me = 1\ntrust_me = 2\n")
+    with pytest.raises(UsageError, match="trust-me is also given as trust_me"):
+        called()
+
+
+@pytest.mark.parametrize("text", ["limt = 1", "[reprot]\nlimit = 1", "limit ="])
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_a_file_that_is_wrong_does_not_keep_the_help_from_saying_what_is_right(
+    project: Path, text: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "compressknow.toml").write_text(text)
+    assert main(["report", "a", "b"]) == 2
+    assert main(["report", option]) == 0
+    assert "--limit" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["tool = 1", "[tool]\ncompressknow = 1", "limit = ", f"a = {'[' * 10_000}"])
 def test_what_is_wrong_with_a_pyproject_is_other_tools_to_say(project: Path, text: str) -> None:
     (project / "pyproject.toml").write_text(text)
@@ -230,6 +249,24 @@ def test_a_broken_pyproject_that_has_our_table_is_not_passed_over(project: Path)
     (project / "pyproject.toml").write_text("<<<<<<< HEAD\n[tool.compressknow.report]\nfail-under = 0.9\n")
     with pytest.raises(UsageError, match=r"pyproject\.toml cannot be read"):
         called()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files are locked to others, not by their mode")
+def test_a_pyproject_that_may_not_be_read_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:  # Not pytest's, in which nobody else may look for files.
+        Path(folder).chmod(0o755)
+        (Path(folder) / "pyproject.toml").write_text("[tool.compressknow.report]\nfail-under = 0.9\n")
+        (Path(folder) / "pyproject.toml").chmod(0)
+        monkeypatch.chdir(folder)
+        if not user:
+            os.seteuid(65534)  # Root may read every file, nobody may not.
+        try:
+            with pytest.raises(UsageError, match=r"pyproject\.toml cannot be read"):
+                called()
+        finally:
+            os.seteuid(user)
+            monkeypatch.undo()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders are locked to others, not by their mode")

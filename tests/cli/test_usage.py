@@ -66,6 +66,8 @@ CASES = [
     Case("probe {}/nowhere -o {}/new", "no such folder"),
     Case("probe {}/model -o {}/new --device gpu", "Did you mean cuda?"),
     Case("probe {}/model -o {}/new --dtype float23", "Did you mean float32?"),
+    Case("probe {}/model -o {}/new --limit all", "'all' is not a valid whole number."),
+    Case("probe {}/model -o {}/new --timeout long", "'long' is not a valid number."),
     Case("report {}/model {}/nowhere", "no such folder"),
     Case("report {}/model {}/model -o {}/report.pdf", ".html, .md"),
     Case("report {}/model {}/model -o {}/there.html", "exists already"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
+import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,38 @@ def test_a_model_that_has_not_changed_is_not_even_loaded_again(place: Path, tmp_
     assert (first.record.model.name, again.record.model.name) == ("llama", "the same under another name")
     assert replace(again.record, model=first.record.model) == first.record
     assert bytes_of(tmp_path / "a") == before
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """Makes a folder one that cannot be written, by root neither."""
+    mounted: list[Path] = []
+
+    def make(folder: Path) -> None:
+        folder.chmod(0o555)
+        if os.access(folder, os.W_OK):
+            for options in (["--bind", folder], ["-o", "remount,ro,bind"]):
+                if subprocess.run(["mount", *options, folder], capture_output=True, check=False).returncode:
+                    pytest.skip("root cannot mount a folder read-only here")
+                mounted.append(folder)
+
+    yield make
+    for folder in {*mounted}:
+        subprocess.run(["umount", folder], check=True)
+    for folder in tmp_path.glob("*/"):
+        folder.chmod(0o755)
+
+
+def test_answers_in_a_folder_that_cannot_be_written_are_read(
+    place: Path, tmp_path: Path, read_only: Callable[[Path], None], loads: list[Path]
+) -> None:
+    first = ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    read_only(tmp_path / "a")
+    again = ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    assert loads == [place / "llama"]
+    assert [answer.predicted for answer in again.answers] == [answer.predicted for answer in first.answers]
+    with pytest.raises(OutputError, match="cannot be written"):
+        ask(place / "llama", tmp_path / "a", place / "facts.jsonl", Settings(batch_size=16))
 
 
 def test_changed_weights_are_refused_in_the_folder_of_the_old_ones(place: Path, tmp_path: Path) -> None:

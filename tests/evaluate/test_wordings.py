@@ -141,7 +141,7 @@ def test_a_probe_of_one_wording_is_refused(tmp_path: Path, capsys: pytest.Captur
 def test_more_wordings_than_there_are_and_both_options_are_refused() -> None:
     with pytest.raises(UsageError, match="no template 4"):
         open_probe("atlas", Options(templates=4))
-    with pytest.raises(UsageError, match="exclude each other"):
+    with pytest.raises(UsageError, match="cannot be combined"):
         open_probe("atlas", Options(templates=2, template=2))
 
 

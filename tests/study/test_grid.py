@@ -169,12 +169,18 @@ def test_a_recipe_is_run_once_and_keys_are_unique(tmp_path: Path) -> None:
     named = '[[cells]]\nname = "a"\nprune = 0.1\n[[cells]]\nname = "A"\nprune = 0.2\n'
     cells = grid(tmp_path / "grid.toml", axes + named)
     assert [cell.key for cell in cells] == [
-        "blocks-gp-random-unstructured-50",
+        "blocks-gp-random-unstructured-50-seed-1",
         "blocks-gp-50",  # of which no seed decides anything
-        "blocks-gp-random-unstructured-50-2",
+        "blocks-gp-random-unstructured-50-seed-2",
         "a",
         "a-2",
     ]
+
+
+def test_a_recipe_of_the_axes_that_is_named_too_has_its_name(tmp_path: Path) -> None:
+    axes = '[axes]\nscope = ["attention"]\nprune = [0.2, 0.5]\n'
+    cells = grid(tmp_path / "grid.toml", f'{axes}[[cells]]\nname = "heads"\nscope = "attention"\nprune = 0.2\n')
+    assert [cell.key for cell in cells] == ["heads", "att-gp-50"]
 
 
 @pytest.mark.parametrize("name", ["最初の層", "первый-слой", "schicht-ü"])

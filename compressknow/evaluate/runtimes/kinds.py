@@ -301,7 +301,8 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
     trial, form = writing.encode(TRIAL, True), {f"{key}?": (form, None) for key, form in _ECHO.items()}
     try:
         logprobs = echoing.complete(trial, {"logprobs?": (form, None)}, logprobs=1, echo=True).get("logprobs") or {}
-        if len(logprobs.get("token_logprobs") or ()) > 2 and logprobs.get("text_offset"):
+        # SGLang gives -1 for every position.
+        if len(logprobs.get("token_logprobs") or ()) > 2 and len(set(logprobs.get("text_offset") or ())) > 1:
             return echoing
     except RequestRefused as refused:
         if refused.status not in (400, 422, 501):

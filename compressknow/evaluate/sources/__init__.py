@@ -283,7 +283,7 @@ def _open_in_wordings(full: str, name: str, source: ProbeSource, options: Option
         )
     if options.template != 1:
         raise UsageError(
-            "--template and --templates exclude each other: they choose one wording, or a number of them.",
+            "--template and --templates cannot be combined: they choose one wording, or a number of them.",
             hint="Leave one of them out.",
         )
     single = replace(options, templates=1)
@@ -327,6 +327,8 @@ _FACT = {**_TEXTS, "popularity": (float, None)}
 
 def _find_problem(name: str, probe: Probe) -> str | None:
     """Return a problem of a third-party probe that would fail only after hours, or None; built-in sources have none."""
+    if wrong := find_mismatch({"protocol": probe.protocol}, {"protocol": str}):
+        return f"Its {wrong}."
     if probe.name != name or any(fact.probe != name for fact in probe.facts):
         return f"The probe or a fact of it does not have the name {name!r}."
     try:

@@ -258,6 +258,21 @@ def test_what_echoes_nonsense_is_neither_taken_for_a_server_that_writes_nor_a_bu
     assert not (tmp_path / "out").exists()
 
 
+def test_a_server_that_echoes_without_positions_is_judged_by_what_it_writes(
+    served: Callable[[str], ModelServer],
+) -> None:
+    def leave_out_positions(choice: dict[str, Any]) -> None:
+        if told := choice.get("logprobs"):
+            told["text_offset"] = [-1] * len(told["tokens"])
+
+    server, probe = served("echo"), as_probe(known_facts()[:4])
+    server.changed = lie(leave_out_positions)
+    found, written = answers_from(server.url, probe), answers_from(served("writes").url, probe)
+    assert [(answer.predicted, answer.logp_gold) for answer in found.values()] == [
+        (answer.predicted, None) for answer in written.values()
+    ]
+
+
 def test_a_token_beyond_all_numbers_is_not_believed(served: Callable[[str], ModelServer]) -> None:
     server = served("vllm")
     server.faults["/tokenize"] = [b'{"tokens": [1e999]}']
