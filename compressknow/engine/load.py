@@ -6,6 +6,7 @@ import contextlib
 import copy
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -74,8 +75,10 @@ def load(
     UnsupportedError : a GGUF file, with a transformers release that reads it differently.
     """
     path = _find_checkpoint(folder)
-    with silence_libraries(), _translate_errors(path):
-        from transformers import AutoConfig, GgufConfig
+    with silence_libraries(), warnings.catch_warnings(), _translate_errors(path):
+        # transformers warns that the other settings of the config remain.
+        warnings.filterwarnings("ignore", "You passed `quantization_config`")
+        from transformers import AutoConfig
 
         from compressknow.model.meta import needs_own_code
 
@@ -86,9 +89,9 @@ def load(
         source = _find_source(path, trust_remote_code)
         config = AutoConfig.from_pretrained(**source)
         named, model_class = _find_class(config, trust_remote_code, language_model)
-        unpack = {"quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in source else {}
+        unpacked = {"quantization_config": each} if (each := _choose_unpacking(path, config)) else {}
         headless = named if named != model_class.__name__ and language_model else None
-        model = _load_whole(model_class, path, headless, **source, **unpack, dtype=dtype or "auto")
+        model = _load_whole(model_class, path, headless, **source, **unpacked, dtype=dtype or "auto")
         _unpack(model, device)
         return model.to(device).eval()
 
@@ -184,6 +187,24 @@ def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     except NotReadable as error:
         raise CheckpointError(f"{path} is damaged: {error}.", hint="Download it again.") from None
     return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, **options}
+
+
+def _choose_unpacking(path: Path, config: Any) -> Any:
+    """Return the setting by which transformers unpacks weights while it loads them; None if it need not."""
+    from transformers import CompressedTensorsConfig, GgufConfig
+
+    from compressknow.model.loading import list_config_groups
+
+    if path.suffix == ".gguf":
+        return GgufConfig(dequantize=True)
+    quantization: Any = getattr(config, "quantization_config", None)
+    groups = list(list_config_groups(quantization))
+    # In a packed layer, transformers expects zero points that are not packed. It unpacks by the first group alone.
+    is_packed = len(groups) == 1 and "pack-quantized" in (groups[0].get("format"), quantization.get("format"))
+    is_asymmetric = is_packed and not (groups[0].get("weights") or {}).get("symmetric", True)
+    if is_asymmetric and not groups[0].get("input_activations"):
+        return CompressedTensorsConfig(dequantize=True)
+    return None
 
 
 def _find_class(config: Any, trust_remote_code: bool, language_model: bool) -> tuple[str, Any]:

@@ -289,18 +289,13 @@ def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
         with torch.device("meta"):
             model = type(model)(copy.deepcopy(model.config)).eval()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    ids = torch.ones((1, 16), dtype=torch.long, device="meta")
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     uses, is_whole = _Uses(), False
     with ExitStack() as watches, suppress(Exception):  # Code may fail on tensors without values.
         for name, module in linears.items():
             watches.enter_context(_watch(name, module, uses))
-        with torch.no_grad(), silence_libraries(), _Valueless(), uses:  # type: ignore[no-untyped-call]
-            model(**inputs)
+        with uses:
+            _run(model, **options)
         is_whole = True
     if not is_whole:
         # All blocks run alike.
@@ -314,6 +309,24 @@ def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
         }
     uses.reads |= {name: "values" for name, each in linears.items() if type(each) is NonDynamicallyQuantizableLinear}
     return uses.reads
+
+
+def find_failure(model: PreTrainedModel) -> Exception | None:
+    """Return the error with which a forward pass of a few tokens ends, on the meta device; None if there is none."""
+    try:
+        _run(model)
+    except Exception as error:
+        return error
+    return None
+
+
+def _run(model: PreTrainedModel, **options: Any) -> None:
+    """Run a model on a few tokens, on the meta device."""
+    ids = torch.ones((1, 16), dtype=torch.long, device="meta")
+    if model.config.is_encoder_decoder:
+        options["decoder_input_ids"] = ids
+    with torch.no_grad(), silence_libraries(), _Valueless():  # type: ignore[no-untyped-call]
+        model(input_ids=ids, attention_mask=ids, **options)
 
 
 def find_input_embedding(model: PreTrainedModel) -> nn.Module | None:

@@ -298,6 +298,16 @@ def test_a_block_that_would_become_another_kind_is_refused(checkpoints: dict[str
         compressknow.convert(checkpoints["modernbert"], tmp_path / "out", drop_blocks="0")
 
 
+def test_the_only_block_of_attention_cannot_be_dropped(tmp_path: Path) -> None:
+    """The cache of a model without one fails."""
+    kinds = ["conv", "full_attention", "conv"]
+    config = transformers.Lfm2Config(**_LLAMA | {"num_hidden_layers": 3, "layer_types": kinds}, block_multiple_of=16)
+    transformers.Lfm2ForCausalLM(config).save_pretrained(tmp_path / "in")
+    with pytest.raises(UnsupportedError, match="transformers cannot run the rest: `get_seq_length`"):
+        compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="2")
+
+
 def test_a_mixture_after_dense_blocks_keeps_as_many_of_these(tmp_path: Path) -> None:
     """DeepSeek's config says how many blocks are dense: none of them may go, unless all that follow would be alike."""
     config = transformers.DeepseekV3Config(

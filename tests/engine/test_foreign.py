@@ -67,6 +67,50 @@ def test_what_llm_compressor_made_keeps_what_the_original_knew(place: Path, name
     assert 0 < comparison.probes[0].movement.kl_mean < 0.5  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, None)])
+def test_packed_weights_with_zero_points_are_unpacked_to_what_they_stand_for(
+    place: Path, tmp_path: Path, bits: int, group_size: int | None
+) -> None:
+    expected = write_asymmetric(place / "llama", tmp_path / "packed", bits, group_size)
+    model = load(tmp_path / "packed")
+    for name, values in expected.items():
+        assert torch.equal(model.get_parameter(f"{name}.weight"), values), name
+
+
+def write_asymmetric(original: Path, folder: Path, bits: int, group_size: int | None) -> dict[str, torch.Tensor]:
+    """Write a model as llm-compressor's W4A16_ASYM does, and return the values of its packed layers by name."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weights = QuantizationArgs(
+        num_bits=bits, symmetric=False, group_size=group_size, strategy="group" if group_size else "channel"
+    )
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    model = hf.AutoModelForCausalLM.from_pretrained(original)
+    settings = QuantizationConfig(config_groups=groups, ignore=["lm_head"], quantization_status="compressed")
+    apply_quantization_config(model, settings)
+    expected = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "quantization_scheme"):
+            rows = module.weight.data.reshape(len(module.weight), -1, group_size or module.in_features)
+            scale, zero = calculate_qparams(rows.amin(2), rows.amax(2), weights)
+            module.weight_scale.data.copy_(scale)
+            module.weight_zero_point.data.copy_(zero)
+            expected[name] = fake_quantize(module.weight.data, scale, zero, weights)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    return expected
+
+
 @pytest.fixture(scope="module")
 def gguf_file(place: Path) -> Path:
     """`llama` as a GGUF file, and beside it `wide`: the same in floats, with the GGUF's tokens."""

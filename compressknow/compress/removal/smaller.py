@@ -10,16 +10,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from compressknow.base.errors import UnsupportedError, UsageError
+from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.removal.neurons import Cut, DroppedNeurons, drop_neurons, select_neurons
 from compressknow.compress.removal.settings import BLOCK, Config, Shapes, Stack, find_stacks, parse_block, read_shapes
 from compressknow.compress.steps import DropBlocks, Where
 from compressknow.compress.weights import Values
+from compressknow.engine.load import find_reason
 from compressknow.model.checkpoint import Checkpoint, list_some
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import Binding, NameMapping, find_missing_weights
-from compressknow.model.meta import rebuild_model
+from compressknow.model.meta import find_failure, rebuild_model
 from compressknow.model.structure import Structure
 from compressknow.model.tensors import StoredTensor
 
@@ -196,7 +197,11 @@ def _drop_blocks(
         whole = stack.cut(whole)
         remaining |= dict.fromkeys(stack.lists, stack.remaining)
     config = settings.update_raw(whole)
-    tree = rebuild_model(settings.tree, config, settings.path)
+    try:
+        tree = rebuild_model(settings.tree, config, settings.path)
+    except CheckpointError as error:
+        # OLMo Hybrid's config requires a block of attention.
+        raise _explain(settings.tree, f"transformers cannot build the rest: {error.why}") from error
     sources = _map_parameters(settings.shapes, tree, remaining)
     _check_kinds(settings.tree, tree, sources, remaining)
     bound = NameMapping(settings.tree).bind(checkpoint.tensors)
@@ -211,6 +216,9 @@ def _drop_blocks(
     if missing := find_missing_weights(smaller, tree):
         # Zamba2's shared block is stored under its first use.
         raise _explain(tree, f"The remaining blocks share {list_some(missing)} with one that is dropped.")
+    if (failure := find_failure(tree)) and not find_failure(settings.tree):
+        # The cache of most hybrid models needs a block of attention.
+        raise _explain(tree, f"transformers cannot run the rest: {find_reason(failure)}")
     return smaller, tree, names
 
 
