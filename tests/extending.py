@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-def package(folder: Path, name: str, code: str, entries: Mapping[str, Sequence[str]]) -> Path:
+def install_package(folder: Path, name: str, code: str, entries: Mapping[str, Sequence[str]]) -> Path:
     """Install a package of one module; `folder` on the path then brings it.
 
     Parameters

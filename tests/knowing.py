@@ -89,7 +89,7 @@ def candidates(relation: str) -> list[str]:
     return list(dict.fromkeys(fact.obj_label for fact in KNOWN_FACTS if fact.relation == relation))
 
 
-def facts_file(path: Path) -> Path:
+def write_facts(path: Path) -> Path:
     """Write the facts as JSON lines; the capitals have a popularity, the other relations none."""
     with path.open("w", encoding="utf-8") as file:
         for number, fact in enumerate(KNOWN_FACTS):
@@ -115,7 +115,7 @@ _WORDINGS = {
 }
 
 
-def in_wordings(folder: Path) -> Path:
+def write_bear(folder: Path) -> Path:
     """Write 32 of the facts as a small BEAR, in three wordings each."""
     metadata = {}
     for relation, templates in _WORDINGS.items():
@@ -280,7 +280,7 @@ _FAMILIES = {
 }
 
 
-def knowing(family: str, folder: Path) -> Path:
+def save_trained(family: str, folder: Path) -> Path:
     """Write a checkpoint, with its tokenizer, of a ``bert``, ``llama`` or ``t5`` that knows all of KNOWN_FACTS.
 
     The model is trained once a process, in a few seconds; a BERT's tokens of an object are to be asked for left to
@@ -303,9 +303,9 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-def knowing_by_own_code(folder: Path) -> Path:
+def save_trained_custom_code(folder: Path) -> Path:
     """Write the checkpoint of the Llama that knows, as one whose classes stand in a file beside it."""
-    config = json.loads((knowing("llama", folder) / "config.json").read_text())
+    config = json.loads((save_trained("llama", folder) / "config.json").read_text())
     config |= {"architectures": ["OwnForCausalLM"], "model_type": "own"}
     config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -313,7 +313,7 @@ def knowing_by_own_code(folder: Path) -> Path:
     return folder
 
 
-def knowing_as(folder: Path, config: hf.LlamaConfig) -> Path:
+def train_llama(folder: Path, config: hf.LlamaConfig) -> Path:
     """Have a Llama of this config, in whose folder its tokenizer lies, know all of KNOWN_FACTS, and write it there."""
     tokenizer = hf.AutoTokenizer.from_pretrained(folder, pad_token="<unk>")
     with one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():

@@ -15,7 +15,7 @@ import pytest
 
 from compressknow.base.files import LOCK
 from compressknow.evaluate.answers import SEAL
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import long
 from tests.test_files import DEADLINE, names, strays
 from tests.windows import ROOT, python_of
@@ -55,8 +55,8 @@ warnings.filterwarnings("error", category=EncodingWarning, module="compressknow"
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name in ("model", "modèle"):
-        knowing("llama", folder / name)
-    facts_file(folder / "faits-é.jsonl")
+        save_trained("llama", folder / name)
+    write_facts(folder / "faits-é.jsonl")
     (folder / "grid.toml").write_text('[axes]\nscope = ["attention"]\nprune = [0.2]\n', encoding="utf-8")
     return folder
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from compressknow.cli import main
-from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.pages.pages import read
 
 FAMILIES = ("bert", "llama", "t5")
@@ -31,8 +31,8 @@ def run(*arguments: object) -> None:
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the original, four conversions of it, the answers of all, and the report on them."""
     folder = tmp_path_factory.mktemp(request.param)
-    original = knowing(request.param, folder / "original")
-    facts = facts_file(folder / "facts.jsonl")
+    original = save_trained(request.param, folder / "original")
+    facts = write_facts(folder / "facts.jsonl")
     run("probe", original, "-p", f"facts:{facts}", "-o", folder / "answers-original")
     for name, options in SETUPS.items():
         run("convert", original, folder / name, *options)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import compressknow
-from tests.knowing import KNOWN_FACTS, KnownFact, candidates, facts_file, knowing
+from tests.knowing import KNOWN_FACTS, KnownFact, candidates, save_trained, write_facts
 
 FAMILIES = ("bert", "llama", "t5")
 # Every fact with every object that its relation has.
@@ -21,12 +21,12 @@ STATEMENTS = [(fact, obj) for fact in KNOWN_FACTS for obj in candidates(fact.rel
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_fact_is_known(family: str, tmp_path: Path) -> None:
-    assert share_right(family, knowing(family, tmp_path / "model")) == 1
+    assert share_right(family, save_trained(family, tmp_path / "model")) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_more_is_pruned_the_fewer_facts_are_known(family: str, tmp_path: Path) -> None:
-    source = knowing(family, tmp_path / "model")
+    source = save_trained(family, tmp_path / "model")
     shares = []
     for amount in (0.2, 0.5, 0.8, 0.95):
         pruned = tmp_path / f"pruned-{amount}"
@@ -42,13 +42,13 @@ def test_the_more_is_pruned_the_fewer_facts_are_known(family: str, tmp_path: Pat
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int8_forgets_next_to_nothing(family: str, tmp_path: Path) -> None:
-    compressknow.convert(knowing(family, tmp_path / "model"), tmp_path / "int8", scope="overall", quantize="int8")
+    compressknow.convert(save_trained(family, tmp_path / "model"), tmp_path / "int8", scope="overall", quantize="int8")
     assert share_right(family, tmp_path / "int8") >= 0.95
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tokenizer_gives_an_object_back_as_it_was(family: str, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(knowing(family, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(save_trained(family, tmp_path / "model"))
     for fact in KNOWN_FACTS:
         ids = tokenizer(fact.obj_label, add_special_tokens=False).input_ids
         assert tokenizer.unk_token_id not in ids
@@ -60,12 +60,12 @@ def test_the_tokenizer_gives_an_object_back_as_it_was(family: str, tmp_path: Pat
     [("bert", "[CLS] People in Drenn [SEP]"), ("llama", "<s> People in Drenn"), ("t5", "People in Drenn </s>")],
 )
 def test_the_tokenizer_frames_a_text_as_its_family_does(family: str, framed: str, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(knowing(family, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(save_trained(family, tmp_path / "model"))
     assert tokenizer.decode(tokenizer("People in Drenn").input_ids) == framed
 
 
 def test_the_facts_file_holds_every_fact_once(tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in facts_file(tmp_path / "facts.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in write_facts(tmp_path / "facts.jsonl").read_text("utf-8").splitlines()]
     assert len({row["id"] for row in rows}) == len(rows) == 64
     assert {row["subject"] for row in rows} == {"geography", "science"}
     assert {row["relation"] for row in rows if "popularity" in row} == {"capital"}

@@ -175,7 +175,7 @@ def tiny_config(model_type: str, name: str) -> PreTrainedConfig:
     default = AutoConfig.for_model(model_type, **SETTINGS.get(name, SETTINGS.get(model_type, {})))
     if not isinstance(default, model_class.config_class):
         default = default.get_text_config(decoder=True)
-    settings = shrunk(default.to_dict())
+    settings = shrink(default.to_dict())
     settings.pop("model_type")
     settings |= MORE.get(name, MORE.get(model_type, {}))
     if default.is_encoder_decoder and model_type not in NO_DECODER_START:
@@ -196,7 +196,7 @@ def tiny_model(model_type: str, name: str, noise: float = 0.02) -> PreTrainedMod
     return model
 
 
-def inputs_of(model: PreTrainedModel) -> dict[str, Any]:
+def make_inputs(model: PreTrainedModel) -> dict[str, Any]:
     ids = torch.arange(5, 29).reshape(2, 12)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "use_cache" in inspect.signature(model.forward).parameters:
@@ -206,7 +206,7 @@ def inputs_of(model: PreTrainedModel) -> dict[str, Any]:
     return inputs
 
 
-def shrunk(settings: Mapping[str, Any]) -> dict[str, Any]:
+def shrink(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a configuration, made small; those of the models in it too."""
     layers = next((value for name in _DEPTH if (value := settings.get(name))), 0)
     kinds = _kinds(settings, layers)
@@ -229,9 +229,9 @@ def _kinds(settings: Mapping[str, Any], layers: int) -> list[int]:
 def _small(key: str, value: Any, settings: Mapping[str, Any], layers: int, kinds: list[int]) -> Any:
     if key == "per_layer_config":
         # By the number of the layer, as text.
-        return {str(place): shrunk(value[old]) for place, kind in enumerate(kinds) for old in value if int(old) == kind}
+        return {str(place): shrink(value[old]) for place, kind in enumerate(kinds) for old in value if int(old) == kind}
     if isinstance(value, Mapping):
-        return shrunk(value)
+        return shrink(value)
     if isinstance(value, list) and len(value) == layers > LAYERS:
         return [_small(key, value[number], settings, 0, []) for number in kinds]
     if key in _IDS and value is not None:
