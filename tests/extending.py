@@ -1,4 +1,4 @@
-"""Packages of other people, as pip would install them: a module, and the entry points by which it adds to this one."""
+"""Third-party packages that extend compressknow by entry points."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def install_package(folder: Path, name: str, code: str, entries: Mapping[str, Sequence[str]]) -> Path:
-    """Install a package of one module; `folder` on the path then brings it.
+    """Install a package of one module into a folder, which is to be added to `sys.path`.
 
     Parameters
     ----------
-    entries : entry points by group, such as ``{"compressknow.schemes": ["toy = toy:Toy"]}``.
+    entries : lines of entry_points.txt by group, such as ``{"compressknow.schemes": ["toy = toy:Toy"]}``.
     """
     information = folder / f"{name}-1.0.dist-info"
     information.mkdir(parents=True)
