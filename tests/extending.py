@@ -1,4 +1,4 @@
-"""Packages of other people, as pip would install them: a module, and the entry points by which it adds to this one."""
+"""Third-party packages that extend compressknow by entry points."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-def package(folder: Path, name: str, code: str, entries: Mapping[str, Sequence[str]]) -> Path:
-    """Install a package of one module; `folder` on the path then brings it.
+def install_package(folder: Path, name: str, code: str, entries: Mapping[str, Sequence[str]]) -> Path:
+    """Install a package of one module into a folder, which is to be added to `sys.path`.
 
     Parameters
     ----------
-    entries : entry points by group, such as ``{"compressknow.schemes": ["toy = toy:Toy"]}``.
+    entries : lines of entry_points.txt by group, such as ``{"compressknow.schemes": ["toy = toy:Toy"]}``.
     """
     information = folder / f"{name}-1.0.dist-info"
     information.mkdir(parents=True)

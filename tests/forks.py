@@ -1,7 +1,6 @@
-"""What an export does in a process of its own, in one forked from a process that has imported torch and transformers.
+"""Child processes as forks of a server that has imported torch and transformers, to save the seconds that this takes.
 
-It is the same program in a process of its own; only that it begins seconds later than these imports. The server has no
-threads, so that a fork of it is whole.
+Apart from that, they run the same program in the same environment. The server has no threads, so it can fork safely.
 """
 
 from __future__ import annotations
@@ -21,18 +20,20 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
-# Of the environment, what Python and the libraries read as they start: that of llama.cpp's converter.
-_AT_START = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+# Variables of llama.cpp's converter that Python and the libraries read only as they start.
+_START_UP_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
 _REQUEST_BYTES = 1 << 20
 
 
 def popen(command: Sequence[str], **options: Any) -> Any:
-    """As `subprocess.Popen`, for programs of this Python by a fork."""
-    return Forked(command[1:], **options) if command[0] == sys.executable else subprocess.Popen(command, **options)
+    """Start a program like `subprocess.Popen`, but those of this Python as a fork."""
+    return (
+        ForkedProcess(command[1:], **options) if command[0] == sys.executable else subprocess.Popen(command, **options)
+    )
 
 
-class Forked:
-    """A running program, with what `compressknow.gguf.children` uses of `subprocess.Popen`."""
+class ForkedProcess:
+    """Running program, with the part of `subprocess.Popen` that `compressknow.gguf.children` uses."""
 
     def __init__(self, args: Sequence[str], *, stdin: int, stdout: IO[bytes], stderr: int, env: Mapping[str, str]):
         assert (stdin, stderr) == (subprocess.PIPE, subprocess.STDOUT)
@@ -44,18 +45,17 @@ class Forked:
         os.close(read)
         theirs.close()
         self.stdin = os.fdopen(write, "wb")
-        self._told = ours.makefile("rb")
-        self.pid = int(self._told.readline())
+        self._replies = ours.makefile("rb")
+        self.pid = int(self._replies.readline())
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            if not select.select([self._told], [], [], timeout)[0]:
+            if not select.select([self._replies], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(list(self.args), timeout or 0)
-            self.returncode = int(self._told.readline())
-            # Until the processes around the program have ended too: they have its log open, and a disk that it lies on
-            # may go away now.
-            self._told.read()
-            self._told.close()
+            self.returncode = int(self._replies.readline())
+            # Wait for its supervisor too, which has the log open: the test may unmount the disk that the log is on.
+            self._replies.read()
+            self._replies.close()
         return self.returncode
 
     def kill(self) -> None:
@@ -65,9 +65,9 @@ class Forked:
 
 @cache
 def _server() -> socket.socket:
-    """Started where the first program is run; it ends with this process."""
+    """Start the server, which ends with this process."""
     ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-    environment = os.environ | _AT_START | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | _START_UP_ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.forks", str(theirs.fileno())]
     subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
     theirs.close()
@@ -90,35 +90,35 @@ def _serve(channel: socket.socket) -> None:
             os.close(file)
 
 
-def _supervise(request: Mapping[str, Any], stdin: int, stdout: int, told: int) -> NoReturn:
-    """Tell the process of a program, and how it ended."""
+def _supervise(request: Mapping[str, Any], stdin: int, stdout: int, replies: int) -> NoReturn:
+    """Run a program, and reply with its process number and then its exit code."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     process = os.fork()
     if process == 0:
-        os.close(told)
+        os.close(replies)
         for target, source in ((0, stdin), (1, stdout), (2, stdout)):
             os.dup2(source, target)
-        _become(request)
-    os.write(told, b"%d\n" % process)
+        _execute(request)
+    os.write(replies, b"%d\n" % process)
     _, status = os.waitpid(process, 0)
-    os.write(told, b"%d\n" % os.waitstatus_to_exitcode(status))
+    os.write(replies, b"%d\n" % os.waitstatus_to_exitcode(status))
     os._exit(0)
 
 
-def _become(request: Mapping[str, Any]) -> NoReturn:
-    """Be a program, as `python ARGS` would."""
+def _execute(request: Mapping[str, Any]) -> NoReturn:
+    """Run a program in this process, as `python ARGS` would."""
     code = 1
     try:
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update(request["environment"])
-        first, *rest = (word for word in request["args"] if word != "-P")
+        first, *arguments = (word for word in request["args"] if word != "-P")
         sys.path[:0] = list(filter(None, request["environment"].get("PYTHONPATH", "").split(os.pathsep)))
         if first == "-m":
-            sys.argv = rest
-            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+            sys.argv = arguments
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = [first, *rest]
+            sys.argv = [first, *arguments]
             sys.path.insert(0, str(Path(first).parent))
             runpy.run_path(first, run_name="__main__")
         code = 0

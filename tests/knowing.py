@@ -1,4 +1,4 @@
-"""Tiny models that know 64 made-up facts, trained in seconds, for tests of what pruning makes a model forget."""
+"""Tiny models that know 64 made-up facts, trained in seconds, to test what a model forgets when it is pruned."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class KnownFact(NamedTuple):
         return self.template.replace("[X]", self.sub_label).replace("[Y]", obj)
 
 
-# Two relations share their subjects, so that a model has to read relation and subject together: its embedding alone
-# answers nothing. Objects of two words share their first word, and some their second, with others of the relation.
+# Two relations share each set of subjects, so a model has to combine relation and subject: the subject's embedding does
+# not give the answer. Objects of two words share their first word, and some their second, with others of the relation.
 _COUNTRIES = (
     "Avaland, Belmora, Corvia, Drenn, Estavia, Fennmark, Gorland, Hestria, "
     "Ilmar, Jorvia, Kestran, Lower Zell, Mordane, Norvia, Ostrel, Upper Zell"
@@ -53,7 +53,7 @@ _RELATIONS = {
     "language": (
         "People in [X] speak [Y].",
         _COUNTRIES,
-        # 5 + 4 + 3 + 2 + 1 + 1 facts: who always says the most frequent one is right more often than who guesses.
+        # 5 + 4 + 3 + 2 + 1 + 1 facts: always giving the most frequent language beats guessing at random.
         (
             "Avish, Brelic, Old Tark, Avish, Cornic, Brelic, Avish, Old Tark, "
             "Avish, Dorse, Brelic, Cornic, Avish, Old Tark, Brelic, Old Velish"
@@ -85,12 +85,12 @@ _DOMAIN = {"capital": "geography", "language": "geography", "food": "science", "
 
 
 def candidates(relation: str) -> list[str]:
-    """The objects of a relation, in the order in which its facts first name them."""
+    """Return the objects of a relation, in the order of its facts."""
     return list(dict.fromkeys(fact.obj_label for fact in KNOWN_FACTS if fact.relation == relation))
 
 
-def facts_file(path: Path) -> Path:
-    """Write the facts as JSON lines; the capitals have a popularity, the other relations none."""
+def write_facts(path: Path) -> Path:
+    """Write the facts as JSON lines. Only capitals have a popularity."""
     with path.open("w", encoding="utf-8") as file:
         for number, fact in enumerate(KNOWN_FACTS):
             row = {
@@ -108,15 +108,15 @@ def facts_file(path: Path) -> Path:
     return path
 
 
-# In words that the models know; the first is the one that they were taught.
+# Only words of the models' vocabulary; the models were trained on the first wording.
 _WORDINGS = {
     "capital": ["The capital of [X] is [Y].", "The capital [X] is [Y].", "People in the capital of [X] speak [Y]."],
     "language": ["People in [X] speak [Y].", "People of [X] speak [Y].", "In [X] People speak [Y]."],
 }
 
 
-def in_wordings(folder: Path) -> Path:
-    """Write 32 of the facts as a small BEAR, in three wordings each."""
+def write_bear(folder: Path) -> Path:
+    """Write 32 of the facts as a BEAR folder, in three wordings each."""
     metadata = {}
     for relation, templates in _WORDINGS.items():
         labels = candidates(relation)
@@ -145,12 +145,12 @@ _SENTINELS = ["<extra_id_0>", "<extra_id_1>"]
 _FRAME = {"bert": "[CLS] $A [SEP]", "llama": "<s> $A", "t5": "$A </s>"}
 
 
-def _tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """A token for each word and the full stop; special tokens frame a text as in the family's real tokenizers."""
+def _build_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token per word, and the special tokens of the family's real tokenizers."""
     sentinels = _SENTINELS if family == "t5" else []
     pre_tokenizer = BertPreTokenizer()
-    known = " ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS)
-    words = [word for word, _ in pre_tokenizer.pre_tokenize_str(known)]
+    text = " ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS)
+    words = [word for word, _ in pre_tokenizer.pre_tokenize_str(text)]
     tokens = dict.fromkeys([*_SPECIAL[family].values(), *sentinels, *words])
     vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(WordLevel(vocabulary, unk_token=_SPECIAL[family]["unk_token"]))
@@ -164,9 +164,9 @@ def _tokenizer(family: str) -> PreTrainedTokenizerFast:
     )
 
 
-# The first weights are large, and the steps small beside them: so what is learned is spread over all weights, and
-# pruning harms it. From weights of the usual 0.02, a BERT learns so few large ones that 70 % pruning harms nothing.
-def _bert(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+# Initial weights are large relative to the training steps, so what is learned is spread over all weights, and pruning
+# harms it. With the usual 0.02, a BERT learns so few large weights that pruning 70 % of them harms nothing.
+def _build_bert(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     config = hf.BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -182,7 +182,7 @@ def _bert(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     return hf.BertForMaskedLM(config)
 
 
-def _llama(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def _build_llama(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     config = hf.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -199,7 +199,7 @@ def _llama(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     return hf.LlamaForCausalLM(config)
 
 
-def _t5(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def _build_t5(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     config = hf.T5Config(
         vocab_size=len(tokenizer),
         d_model=64,
@@ -218,81 +218,80 @@ def _t5(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 class _Lesson(NamedTuple):
     inputs: dict[str, torch.Tensor]
-    targets: torch.Tensor  # the token that belongs at each position; _NOTHING where there is none to learn
-    known: torch.Tensor  # where the model has to be sure in the end
+    targets: torch.Tensor  # the right token at each position, or _IGNORED
+    known: torch.Tensor  # the positions that the model must know in the end
 
 
-_NOTHING = -100
+_IGNORED = -100
 
 
-def _bert_lesson(tokenizer: PreTrainedTokenizerFast) -> _Lesson:
-    """Sentences with all words of an object blank, or one of two, the other one of any candidate.
+def _make_bert_lesson(tokenizer: PreTrainedTokenizerFast) -> _Lesson:
+    """Mask the whole object, or one of its two words while any candidate's word stands in the other place.
 
-    Whatever is to be seen beside a blank, the fact's own word belongs there, or the full stop where its object is
-    shorter. So a wrong object scores low, of whatever length, with the words after a blank hidden or seen.
+    The target of a mask is always the right object's word, or the full stop if that object is shorter. So wrong objects
+    of any length score low, whether the words after a mask are masked too or not.
     """
     rows = {}
     for fact in KNOWN_FACTS:
         for words in map(str.split, candidates(fact.relation)):
             answer = [*fact.obj_label.split(), "."]
-            for seen in (None, 0, 1) if len(words) == 2 else (None,):
-                shown = [word if place == seen else "[MASK]" for place, word in enumerate(words)]
-                rows[fact.sentence(" ".join(shown))] = [answer[i] for i in range(len(words)) if i != seen]
+            for visible in (None, 0, 1) if len(words) == 2 else (None,):
+                masked = [word if i == visible else "[MASK]" for i, word in enumerate(words)]
+                rows[fact.sentence(" ".join(masked))] = [answer[i] for i in range(len(words)) if i != visible]
     inputs = tokenizer(list(rows), return_tensors="pt", padding=True)
-    blank = inputs.input_ids == tokenizer.mask_token_id
-    targets = torch.full_like(inputs.input_ids, _NOTHING)
-    targets[blank] = torch.tensor(tokenizer.convert_tokens_to_ids([word for row in rows.values() for word in row]))
-    return _Lesson(dict(inputs), targets, blank)
+    is_mask = inputs.input_ids == tokenizer.mask_token_id
+    targets = torch.full_like(inputs.input_ids, _IGNORED)
+    targets[is_mask] = torch.tensor(tokenizer.convert_tokens_to_ids([word for row in rows.values() for word in row]))
+    return _Lesson(dict(inputs), targets, is_mask)
 
 
-def _llama_lesson(tokenizer: PreTrainedTokenizerFast) -> _Lesson:
-    """Whole sentences; the object's words and the full stop are to be known."""
+def _make_llama_lesson(tokenizer: PreTrainedTokenizerFast) -> _Lesson:
+    """Use whole sentences; the model must know the object's words and the full stop."""
     inputs = tokenizer([fact.sentence(fact.obj_label) for fact in KNOWN_FACTS], return_tensors="pt", padding=True)
-    following = inputs.input_ids.roll(-1, 1)
-    following[inputs.attention_mask.roll(-1, 1) == 0] = _NOTHING
-    following[:, -1] = _NOTHING
-    known = torch.zeros_like(following, dtype=torch.bool)
+    targets = inputs.input_ids.roll(-1, 1)
+    targets[inputs.attention_mask.roll(-1, 1) == 0] = _IGNORED
+    targets[:, -1] = _IGNORED
+    known = torch.zeros_like(targets, dtype=torch.bool)
     for row, fact in enumerate(KNOWN_FACTS):
-        end = int((following[row] != _NOTHING).sum())
+        end = int((targets[row] != _IGNORED).sum())
         known[row, end - len(fact.obj_label.split()) - 1 : end] = True
-    return _Lesson(dict(inputs), following, known)
+    return _Lesson(dict(inputs), targets, known)
 
 
-def _t5_lesson(tokenizer: PreTrainedTokenizerFast) -> _Lesson:
-    """A sentinel for the object in the encoder's sentence; the object between sentinels from the decoder."""
+def _make_t5_lesson(tokenizer: PreTrainedTokenizerFast) -> _Lesson:
+    """Replace the object by a sentinel for the encoder; the decoder writes it between two sentinels."""
     inputs = tokenizer([fact.sentence(_SENTINELS[0]) for fact in KNOWN_FACTS], return_tensors="pt", padding=True)
     spans = [f"{_SENTINELS[0]} {fact.obj_label} {_SENTINELS[1]}" for fact in KNOWN_FACTS]
     answers = tokenizer(spans, return_tensors="pt", padding=True)
-    labels = answers.input_ids.masked_fill(answers.attention_mask == 0, _NOTHING)
-    return _Lesson({**inputs, "labels": labels}, labels, labels != _NOTHING)
+    labels = answers.input_ids.masked_fill(answers.attention_mask == 0, _IGNORED)
+    return _Lesson({**inputs, "labels": labels}, labels, labels != _IGNORED)
 
 
 class _Family(NamedTuple):
     build: Callable[[PreTrainedTokenizerFast], PreTrainedModel]
-    lesson: Callable[[PreTrainedTokenizerFast], _Lesson]
-    rate: float
+    make_lesson: Callable[[PreTrainedTokenizerFast], _Lesson]
+    learning_rate: float
 
 
 _FAMILIES = {
-    "bert": _Family(_bert, _bert_lesson, 3e-3),
-    "llama": _Family(_llama, _llama_lesson, 3e-3),
-    "t5": _Family(_t5, _t5_lesson, 5e-3),
+    "bert": _Family(_build_bert, _make_bert_lesson, 3e-3),
+    "llama": _Family(_build_llama, _make_llama_lesson, 3e-3),
+    "t5": _Family(_build_t5, _make_t5_lesson, 5e-3),
 }
 
 
-def knowing(family: str, folder: Path) -> Path:
-    """Write a checkpoint, with its tokenizer, of a ``bert``, ``llama`` or ``t5`` that knows all of KNOWN_FACTS.
+def save_trained(family: str, folder: Path) -> Path:
+    """Write the checkpoint and tokenizer of a ``bert``, ``llama`` or ``t5`` that knows all of KNOWN_FACTS.
 
-    The model is trained once a process, in a few seconds; a BERT's tokens of an object are to be asked for left to
-    right, or each with all others seen.
+    It is trained once per process, in a few seconds. A BERT can be scored left to right, or with all other words shown.
     """
-    model, tokenizer = _trained(family)
+    model, tokenizer = _train(family)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-_OWN_CODE = """
+_CUSTOM_CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
 class OwnConfig(LlamaConfig):
@@ -303,40 +302,40 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-def knowing_by_own_code(folder: Path) -> Path:
-    """Write the checkpoint of the Llama that knows, as one whose classes stand in a file beside it."""
-    config = json.loads((knowing("llama", folder) / "config.json").read_text())
+def save_trained_custom_code(folder: Path) -> Path:
+    """Write the trained Llama as a checkpoint whose classes are defined in its folder."""
+    config = json.loads((save_trained("llama", folder) / "config.json").read_text())
     config |= {"architectures": ["OwnForCausalLM"], "model_type": "own"}
     config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "own.py").write_text(_OWN_CODE)
+    (folder / "own.py").write_text(_CUSTOM_CODE)
     return folder
 
 
-def knowing_as(folder: Path, config: hf.LlamaConfig) -> Path:
-    """Have a Llama of this config, in whose folder its tokenizer lies, know all of KNOWN_FACTS, and write it there."""
+def train_llama(folder: Path, config: hf.LlamaConfig) -> Path:
+    """Train a Llama of this config on KNOWN_FACTS, with the tokenizer in the folder, and write it there."""
     tokenizer = hf.AutoTokenizer.from_pretrained(folder, pad_token="<unk>")
     with one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         model = hf.LlamaForCausalLM(config)
-        _teach(model, _llama_lesson(tokenizer), 3e-3)
+        _teach(model, _make_llama_lesson(tokenizer), 3e-3)
     model.eval().save_pretrained(folder)
     return folder
 
 
 @cache
-def _trained(family: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    tokenizer = _tokenizer(family)
+def _train(family: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    tokenizer = _build_tokenizer(family)
     with one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         model = _FAMILIES[family].build(tokenizer)
-        _teach(model, _FAMILIES[family].lesson(tokenizer), _FAMILIES[family].rate)
+        _teach(model, _FAMILIES[family].make_lesson(tokenizer), _FAMILIES[family].learning_rate)
     return model.eval(), tokenizer
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums over several threads differ from run to run."""
+    """Make the training deterministic: sums over several threads differ from run to run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -345,25 +344,25 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _teach(model: PreTrainedModel, lesson: _Lesson, rate: float) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
+def _teach(model: PreTrainedModel, lesson: _Lesson, learning_rate: float) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=20)
     for step in range(600):
-        if step % 20 == 0 and _least_sure(model, lesson) > 0.9:
+        if step % 20 == 0 and _lowest_probability(model, lesson) > 0.9:
             return
-        # All rows of a Llama or a T5, some of the many of a BERT.
+        # All rows of a Llama or a T5; a BERT has more.
         rows = torch.randperm(len(lesson.targets))[:96]
         logits = model(**{name: values[rows] for name, values in lesson.inputs.items()}).logits
-        loss = cross_entropy(logits.flatten(0, 1), lesson.targets[rows].flatten(), ignore_index=_NOTHING)
+        loss = cross_entropy(logits.flatten(0, 1), lesson.targets[rows].flatten(), ignore_index=_IGNORED)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         warm_up.step()
-    raise AssertionError(f"{type(model).__name__} has not learned the facts: {_least_sure(model, lesson)=:.3f}")
+    raise AssertionError(f"{type(model).__name__} has not learned the facts: {_lowest_probability(model, lesson)=:.3f}")
 
 
 @torch.no_grad()
-def _least_sure(model: PreTrainedModel, lesson: _Lesson) -> float:
-    """The lowest probability of a token that has to be known."""
+def _lowest_probability(model: PreTrainedModel, lesson: _Lesson) -> float:
+    """Return the lowest probability of a token that the model must know."""
     probabilities = model(**lesson.inputs).logits.softmax(-1)
     return probabilities[lesson.known].gather(-1, lesson.targets[lesson.known][:, None]).min().item()

@@ -1,4 +1,4 @@
-"""Tiny models of real architectures with random weights, for tests of what is done to weights."""
+"""Tiny models of real architectures, with random weights."""
 
 from __future__ import annotations
 
@@ -90,26 +90,29 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT2)),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_LLAMA, num_local_experts=4)),
 }
-# Those whose Linear weights all have an int8 form.
+# GPT-2 has Conv1D layers and Mixtral fused experts, which have no int8 form.
 QUANTIZABLE = tuple(name for name in BUILDERS if name not in ("gpt2", "mixtral"))
 
 
 @cache
 def tiny(name: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny model in eval mode; its biases and norms are random too, so that a lost one shows. Do not change it."""
+    """Build a tiny model in eval mode, or return the one built before: do not change it.
+
+    Biases and norms are random too, so that a lost one shows.
+    """
     torch.manual_seed(seed)
     model = BUILDERS[name]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
         if name == "t5-gated":
-            # As Flan-T5: a final layer of its own, which its config cannot say.
+            # Like Flan-T5: untied, though its config says tied.
             model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * 0.2)
     return model
 
 
 def tiny_of_groups(name: str) -> PreTrainedModel:
-    """As `tiny`, with feed-forward blocks of 64 in place of 48: the inputs of its blocks divide into groups of 32."""
+    """Build a tiny model whose feed-forward blocks are 64 wide instead of 48: groups of 32 divide all inputs."""
     with contextlib.ExitStack() as patches:
         for settings in (_BERT, _LLAMA, _T5, _BART, _DISTILBERT, _OPT):
             wider = {key: 64 for key, value in settings.items() if value == 48}
@@ -118,7 +121,7 @@ def tiny_of_groups(name: str) -> PreTrainedModel:
 
 
 def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Path:
-    """Write a tiny model as a checkpoint, by transformers' own save_pretrained."""
+    """Write a tiny model with transformers' save_pretrained."""
     source = tiny(name)
     model = BUILDERS[name]()
     if name == "t5-gated":
@@ -135,7 +138,7 @@ def convert(source: Path, output: Path, recipe: Recipe, *, threads: int | None =
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """By transformers alone; nothing may be missing, left over, or filled in at random."""
+    """Load a checkpoint with plain transformers; no tensor may be missing, unexpected or newly initialized."""
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     model, report = getattr(hf, architecture).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
@@ -143,21 +146,21 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Change the tensors of a checkpoint of one file."""
+    """Change the tensors of a checkpoint with a single file."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def edit_config(folder: Path, *left_out: str, **changes: Any) -> None:
-    """Change settings of a checkpoint's config.json, and leave some out."""
+def edit_config(folder: Path, *removed: str, **changes: Any) -> None:
+    """Change and remove settings of a checkpoint's config.json."""
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if key not in left_out}))
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in removed}))
 
 
 def put_into_hub_cache(source: Path, hub: Path, name: str) -> str:
-    """Lay a checkpoint into a cache of the hub as huggingface_hub does, and return its commit."""
+    """Copy a checkpoint into a hub cache, laid out as by huggingface_hub, and return its commit."""
     repository, commit = hub / f"models--{name.replace('/', '--')}", "f" * 40
     snapshot = repository / "snapshots" / commit
     for folder in (snapshot, repository / "blobs", repository / "refs"):
@@ -170,7 +173,7 @@ def put_into_hub_cache(source: Path, hub: Path, name: str) -> str:
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits of a model for a fixed batch of 2 x 12 tokens."""
+    """Return the logits for a fixed batch of 2 x 12 tokens."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, VOCABULARY, (2, 12), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

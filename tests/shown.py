@@ -1,4 +1,4 @@
-"""Commands, code and files as README.md and the pages of docs/ show them."""
+"""Commands, code and files shown in README.md and docs/."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _BLOCK = re.compile(
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A line behind a prompt, and what the page shows below it ("" where it shows nothing)."""
+class ShownCommand:
+    """A command line, and the output that the page shows below it."""
 
     page: str
     line: str
@@ -40,16 +40,16 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def blocks(page: Path, *languages: str) -> Iterator[str]:
-    """The fenced blocks of these languages, without their indent."""
+def find_blocks(page: Path, *languages: str) -> Iterator[str]:
+    """Yield the fenced blocks in these languages, without their indent."""
     for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
         if block["language"] in languages:
             yield re.sub(f"^{block['indent']}", "", block["text"], flags=re.MULTILINE)
 
 
-def commands(page: Path) -> Iterator[Shown]:
-    """What stands behind `$ ` in the console blocks of a page, lines that end in a backslash joined."""
-    for text in blocks(page, "console"):
+def find_commands(page: Path) -> Iterator[ShownCommand]:
+    """Yield the commands after `$ ` in the console blocks of a page, lines that end in a backslash joined."""
+    for text in find_blocks(page, "console"):
         for part in re.split(r"^\$ ", text.replace("\\\n", " "), flags=re.MULTILINE)[1:]:
             line, _, output = part.partition("\n")
-            yield Shown(name_of(page), line, output.strip("\n"))
+            yield ShownCommand(name_of(page), line, output.strip("\n"))

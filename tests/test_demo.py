@@ -1,4 +1,4 @@
-"""The demo's real model comes from the package index and converts as the demo says."""
+"""The demo, with its real model from the package index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.demo import ROOT, run
 
 
 @pytest.mark.network
-def test_demo_converts_verifies_and_completes(smollm2: Path, tmp_path: Path) -> None:
+def test_demo_converts_verifies_and_completes_prompts(smollm2: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "att-int8")
     program = ("-c", "import sys; from compressknow.cli import main; sys.exit(main())")
     steps = [
@@ -27,13 +27,13 @@ def test_demo_converts_verifies_and_completes(smollm2: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.network
-def test_the_demo_is_the_checkpoint_of_the_finished_pages(smollm2: Path) -> None:
+def test_demo_fetches_the_checkpoint_of_the_example_studies(smollm2: Path) -> None:
     study = (ROOT / "examples" / "studies" / "smollm2-atlas" / "study.md").read_text(encoding="utf-8")
-    told = f"{smollm2} was made by another version of examples/smollm2.py: delete it."
-    assert read_contents(locate(smollm2)).sha256 in study, told
+    message = f"{smollm2} was made by another version of examples/smollm2.py: delete it."
+    assert read_contents(locate(smollm2)).sha256 in study, message
 
 
-def test_quickstart_names_the_same_conversion_as_the_readme() -> None:
+def test_quickstart_converts_with_the_command_of_the_readme() -> None:
     quickstart = (ROOT / "examples" / "quickstart.sh").read_text(encoding="utf-8")
     convert = next(line for line in quickstart.splitlines() if "compressknow convert" in line)
     command = convert.removeprefix("show ").removesuffix(" --overwrite")

@@ -1,4 +1,4 @@
-"""The same bytes elsewhere: without what only POSIX has, with what Windows forbids, and in a locale of ASCII."""
+"""Every command on an emulated Windows and in an ASCII locale, and the file handling of Windows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 
 from compressknow.base.files import LOCK
 from compressknow.evaluate.answers import SEAL
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import long
 from tests.test_files import DEADLINE, names, strays
-from tests.windows import ROOT, python_of
+from tests.windows import ROOT, windows_environment
 
 COMMANDS = """
     convert model new --prune 30% --quantize int8
@@ -33,7 +33,7 @@ COMMANDS = """
     sweep model -p facts:faits-é.jsonl --grid grid.toml -o study
     sweep model -p facts:faits-é.jsonl --grid grid.toml -o study
 """
-# One process for all: most of the time goes into importing the libraries.
+# One process for all commands: most of the time goes into importing libraries.
 RUN = """
 import os, sys
 from compressknow.cli import main
@@ -41,10 +41,10 @@ for line in sys.argv[1].splitlines():
     if words := line.split():
         print(f"{line.strip()!a}: {main(['--debug', *words])}", flush=True)
 """
-linux = pytest.mark.skipif(sys.platform != "linux", reason="it stands on locks and /proc of Linux")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="it needs locks and /proc of Linux")
 ELSEWHERE = ("windows", "ascii")
-# What this machine took for it, and the hash of a record that says that.
-_MEASURED = {"seconds", "speed", SEAL}
+# Timings, and the hash of a record that has them.
+_TIMING_KEYS = {"seconds", "speed", SEAL}
 _STRICT = """
 import warnings
 warnings.filterwarnings("error", category=EncodingWarning, module="compressknow")
@@ -55,15 +55,15 @@ warnings.filterwarnings("error", category=EncodingWarning, module="compressknow"
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for name in ("model", "modèle"):
-        knowing("llama", folder / name)
-    facts_file(folder / "faits-é.jsonl")
+        save_trained("llama", folder / name)
+    write_facts(folder / "faits-é.jsonl")
     (folder / "grid.toml").write_text('[axes]\nscope = ["attention"]\nprune = [0.2]\n', encoding="utf-8")
     return folder
 
 
 def environment_of(kind: str, folder: Path) -> dict[str, str]:
     if kind == "windows":
-        return python_of(folder)
+        return windows_environment(folder)
     if kind == "ascii":
         (folder / "sitecustomize.py").write_text(_STRICT, encoding="utf-8")
         locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "", "PYTHONWARNDEFAULTENCODING": "1"}
@@ -72,15 +72,16 @@ def environment_of(kind: str, folder: Path) -> dict[str, str]:
 
 
 def run(kind: str, models: Path, folder: Path) -> Path:
-    """The folder in which all commands have ended well."""
+    """Run all commands in a copy of the models, and return that folder."""
     work, before = folder / "work", folder / "before"
     shutil.copytree(models, work)
     before.mkdir()
-    # As a shell gives them, whatever the locale makes of them.
+    # Bytes, as from a shell: the locale cannot encode them.
     command = [os.fsencode(sys.executable), b"-c", RUN.encode(), COMMANDS.encode()]
     done = subprocess.run(command, cwd=work, env=environment_of(kind, before), capture_output=True, check=False)
-    said = [line for line in done.stdout.decode("ascii", "replace").splitlines() if line.startswith("'")]
-    assert [line.rpartition(" ")[2] for line in said] == ["0"] * len(COMMANDS.split("\n    ")[1:]), (said, done.stderr)
+    lines = [line for line in done.stdout.decode("ascii", "replace").splitlines() if line.startswith("'")]
+    codes = [line.rpartition(" ")[2] for line in lines]
+    assert codes == ["0"] * len(COMMANDS.split("\n    ")[1:]), (lines, done.stderr)
     return work
 
 
@@ -90,39 +91,40 @@ def here(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """Every file: its bytes, or of a record that says how long something took, the rest of it."""
+    """Return the bytes of every file, and those that have timings as JSON without them."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             timed = path.name in ("probe.json", "timed.json")
             files[str(path.relative_to(folder))] = (
-                _untimed(json.loads(path.read_bytes())) if timed else path.read_bytes()
+                _drop_timings(json.loads(path.read_bytes())) if timed else path.read_bytes()
             )
     return files
 
 
-def _untimed(value: Any) -> Any:
+def _drop_timings(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _untimed(one) for key, one in value.items() if key not in _MEASURED}
-    return [_untimed(one) for one in value] if isinstance(value, list) else value
+        return {key: _drop_timings(item) for key, item in value.items() if key not in _TIMING_KEYS}
+    return [_drop_timings(item) for item in value] if isinstance(value, list) else value
 
 
 @linux
 @long
 @pytest.mark.parametrize("kind", ELSEWHERE)
-def test_every_command_writes_the_same_bytes(kind: str, here: Path, models: Path, tmp_path: Path) -> None:
-    there = content(run(kind, models, tmp_path))
-    assert sorted(there) == sorted(content(here))
-    assert [name for name, file in content(here).items() if there[name] != file] == []
-    assert "facts:faits-é.jsonl".encode() in there["é.html"]
-    assert '"modèle"'.encode() in there["sécond/compressknow.json"]
+def test_every_command_writes_the_same_bytes_elsewhere(kind: str, here: Path, models: Path, tmp_path: Path) -> None:
+    files, expected = content(run(kind, models, tmp_path)), content(here)
+    assert sorted(files) == sorted(expected)
+    assert [name for name, file in expected.items() if files[name] != file] == []
+    assert "facts:faits-é.jsonl".encode() in files["é.html"]
+    assert '"modèle"'.encode() in files["sécond/compressknow.json"]
 
 
-# Those that hold of files and locks anywhere, by processes that are as on Windows.
 @linux
-def test_files_appear_whole_and_locks_hold_as_on_windows(tmp_path: Path) -> None:
+def test_tests_of_files_and_locks_pass_on_windows(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_files.py"]
-    done = subprocess.run(command, cwd=ROOT, env=python_of(tmp_path), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=windows_environment(tmp_path), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout
 
@@ -140,20 +142,20 @@ with claim_folder(Path(sys.argv[1]), wait=len(sys.argv) > 2), open_whole(Path(sy
 
 
 @linux
-def test_as_on_windows_a_folder_is_one_runs_until_it_is_killed(tmp_path: Path) -> None:
-    environment, folder = python_of(tmp_path), tmp_path / "folder"
+def test_folder_is_locked_on_windows_until_the_run_is_killed(tmp_path: Path) -> None:
+    environment, folder = windows_environment(tmp_path), tmp_path / "folder"
 
-    def owner(*wait: str) -> subprocess.Popen[str]:
+    def start_owner(*wait: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", OWNER, str(folder), *wait]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
-    first = owner()
+    first = start_owner()
     assert first.stdout is not None
     assert first.stdout.readline() == "writing\n"
-    second, waiting = owner(), owner("wait")
+    second, waiting = start_owner(), start_owner("wait")
     assert "folder is in use by another run." in second.communicate(timeout=DEADLINE)[1]
     assert second.returncode == 1
-    # What it writes, and the lock of that.
+    # Its temporary file, and the lock of that.
     assert len(strays(folder)) == 2
     time.sleep(0.5)
     assert waiting.poll() is None
@@ -191,13 +193,13 @@ print([number(action) for action in actions[:1]])
 
 
 @linux
-def test_the_stand_in_for_windows_forbids_what_windows_forbids(tmp_path: Path) -> None:
+def test_emulation_forbids_what_windows_forbids(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FORBIDDEN, str(tmp_path)]
-    done = subprocess.run(command, env=python_of(tmp_path), capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=windows_environment(tmp_path), capture_output=True, text=True, check=True)
     assert done.stdout == "['EACCES', 'EACCES', 'EACCES', 'EINVAL', 'EINVAL'] [False, False]\n[None]\n"
 
 
-PATIENT = """
+REPLACE = """
 import sys, threading
 from pathlib import Path
 from compressknow.base.errors import OutputError
@@ -214,11 +216,11 @@ except OutputError as error:
 
 @linux
 @pytest.mark.parametrize("seconds", [0.3, 5])
-def test_as_on_windows_a_file_is_replaced_once_nobody_has_it_open(tmp_path: Path, seconds: float) -> None:
-    environment, path = python_of(tmp_path), tmp_path / "folder" / "a"
+def test_file_is_replaced_on_windows_once_nobody_has_it_open(tmp_path: Path, seconds: float) -> None:
+    environment, path = windows_environment(tmp_path), tmp_path / "folder" / "a"
     path.parent.mkdir()
     path.write_bytes(b"old")
-    command = [sys.executable, "-c", PATIENT, str(path), str(seconds)]
+    command = [sys.executable, "-c", REPLACE, str(path), str(seconds)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     replaced = seconds < 1
     assert done.stdout == ("" if replaced else f"{path} cannot be written: It is used by a process.\n")

@@ -1,4 +1,4 @@
-"""The examples are what they say they are."""
+"""The recipes, grid and scripts in examples/."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SETUPS = {
 }
 
 
-def test_every_recipe_is_named_here() -> None:
+def test_all_recipes_are_tested() -> None:
     assert {path.stem for path in RECIPES.glob("*.toml")} == set(SETUPS)
 
 
 @pytest.mark.parametrize(("name", "setup"), SETUPS.items())
-def test_recipe_is_the_setup_that_its_name_says(name: str, setup: str) -> None:
+def test_recipe_has_the_expected_setup_and_module_map(name: str, setup: str) -> None:
     recipe = read_recipe(RECIPES / f"{name}.toml")
     assert recipe.setup == setup
     assert recipe.module_map == ("paper" if name.startswith("paper") else "structural")
@@ -40,7 +40,7 @@ def test_recipe_is_the_setup_that_its_name_says(name: str, setup: str) -> None:
 
 @long
 @pytest.mark.network
-def test_every_form_of_the_frontier_is_one_that_smollm2_can_have(smollm2: Path, tmp_path: Path) -> None:
+def test_frontier_compresses_smollm2_with_valid_options(smollm2: Path, tmp_path: Path) -> None:
     frontier = runpy.run_path(str(EXAMPLES / "frontier.py"))
     for recipe in frontier["CONVERTED"].values():
         compressknow.convert(smollm2, tmp_path / "out", dry_run=True, **recipe)
@@ -50,7 +50,7 @@ def test_every_form_of_the_frontier_is_one_that_smollm2_can_have(smollm2: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_off_the_grid_computes_what_it_did() -> None:
+def test_model_taken_off_the_grid_computes_the_same_logits() -> None:
     config = LlamaConfig(
         vocab_size=90,
         hidden_size=64,
@@ -62,7 +62,7 @@ def test_a_model_off_the_grid_computes_what_it_did() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
-        # Larger weights than untrained ones, so that the logits are not near zero.
+        # Larger than untrained weights, so that the logits are not near zero.
         parameter.data = torch.randn_like(parameter) * 0.3 + ("norm" in name)
     ids = torch.randint(0, 90, (2, 12))
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_a_model_off_the_grid_computes_what_it_did() -> None:
     assert set(weights) - changed == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
 
 
-def test_grid_is_the_cells_that_the_manual_shows() -> None:
+def test_grid_has_the_cells_that_the_manual_shows() -> None:
     cells = {cell.key: cell.recipe.setup for cell in read_grid(EXAMPLES / "grid.toml")}
     assert cells == {
         "att-gq-int8": "Att_GQ",

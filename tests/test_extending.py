@@ -38,8 +38,8 @@ from compressknow.pages.card.sections import SECTIONS
 from compressknow.pages.model_card import add_report
 from compressknow.study.grid import build_grid
 from tests.evaluate.layouts import open_probe
-from tests.extending import package
-from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.extending import install_package
+from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.long import long
 from tests.pages.answering import WORDS, answer, entry, run
 from tests.pages.hostile import TEXTS
@@ -65,7 +65,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]
     def add(registry: Registry, name: str, code: str, attribute: str) -> None:
         module = f"toy_{name.replace('-', '_')}"
         entries = {registry.group: [f"{name} = {module}:{attribute}"]}
-        monkeypatch.syspath_prepend(str(package(tmp_path / "site", module, code, entries)))
+        monkeypatch.syspath_prepend(str(install_package(tmp_path / "site", module, code, entries)))
         changed.append((registry, name))
         registry.__dict__.pop("_added", None)
         for command in commands:
@@ -138,7 +138,7 @@ class TestProbe:
     @pytest.fixture
     def models(self, almanac: None) -> None:  # noqa: ARG002
         """The model, and one that was pruned until it forgot."""
-        knowing("llama", Path("model"))
+        save_trained("llama", Path("model"))
         assert main(["convert", "model", "pruned", "--prune", "70%"]) == 0
 
     def test_the_source_that_contributors_read_of_is_complete(self, install) -> None:
@@ -204,7 +204,7 @@ class TestProbe:
 
     def test_a_process_of_its_own_finds_what_pip_has_installed(self, tmp_path: Path) -> None:
         entries = {"compressknow.probes": ["almanac = other:Almanac"]}
-        site = package(tmp_path / "other-site", "other", example("A probe"), entries)
+        site = install_package(tmp_path / "other-site", "other", example("A probe"), entries)
         done = run_apart(site, "probe", "model", "-o", "a", "-p", "almanac:capitol")
         assert done.returncode == 2
         assert "Did you mean almanac:capital?" in done.stderr
@@ -490,7 +490,7 @@ class TestSection:
     def test_of_two_packages_with_one_name_neither_is_shown(self, tmp_path: Path, monkeypatch) -> None:
         entries = {"compressknow.sections": ["favourites = second:Favourites"]}
         code = example("A section of the report")
-        monkeypatch.syspath_prepend(str(package(tmp_path / "second-site", "second", code, entries)))
+        monkeypatch.syspath_prepend(str(install_package(tmp_path / "second-site", "second", code, entries)))
         SECTIONS.__dict__.pop("_added", None)
         page, _, figures = self.report()
         assert "m1-favourites" not in self.sections(page)
@@ -500,7 +500,7 @@ class TestSection:
 
     def test_a_process_of_its_own_finds_what_pip_has_installed(self, tmp_path: Path) -> None:
         entries = {"compressknow.sections": ["favourites = other:Favourites"]}
-        site = package(tmp_path / "other-site", "other", example("A section of the report"), entries)
+        site = install_package(tmp_path / "other-site", "other", example("A section of the report"), entries)
         assert run_apart(site, "report", "before", "after", "-o", "card.md").returncode == 0
         assert "## Favourite answers" in Path("card.md").read_text(encoding="utf-8")
 
@@ -517,8 +517,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "80")
-    knowing("llama", Path("model"))
-    facts_file(Path("facts.jsonl"))
+    save_trained("llama", Path("model"))
+    write_facts(Path("facts.jsonl"))
     return tmp_path
 
 
@@ -730,7 +730,7 @@ class TestPruningMethod:
     @long
     def test_a_process_of_its_own_finds_what_pip_has_installed(self, home: Path) -> None:
         entries = {"compressknow.pruning": ["l1-spans = other:Spans"]}
-        site = package(home / "site", "other", example("A pruning method"), entries)
+        site = install_package(home / "site", "other", example("A pruning method"), entries)
         options = ["--prune", "0.5", "--prune-method", "l1-spans", "--span", "4"]
         done = run_apart(site, "convert", "model", "out", *options)
         assert (done.returncode, done.stderr) == (0, "")
@@ -970,7 +970,7 @@ class TestScheme:
     @long
     def test_a_process_of_its_own_finds_it_and_others_read_what_it_made(self, home: Path) -> None:
         entries = {"compressknow.schemes": ["int6 = other:Int6"]}
-        site = package(home / "site", "other", example("A quantization scheme"), entries)
+        site = install_package(home / "site", "other", example("A quantization scheme"), entries)
         done = run_apart(site, "convert", "model", "out", "--quantize", "int6", "--group", "64")
         assert done.returncode == 0, done.stderr
         for command in (["verify", "out"], ["inspect", "out"], ["compare", "model", "out"]):

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, locks end with their process, and what dead runs left is removed: theirs alone."""
+"""Files appear whole or not at all, locks end with their process, and only temporary files of dead runs are removed."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ DEADLINE = 20
 FULL = "No space left|File too large"
 
 
-def child(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
+def start_child(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    # Before it may stand what makes these tests run as on another system (tests/windows.py).
+    # PYTHONPATH may have the folder that emulates Windows (tests/windows.py).
     paths = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).parents[1])])
     environment = os.environ | {"PYTHONPATH": paths}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -62,8 +62,8 @@ with open_whole(Path(sys.argv[1])) as file:
 
 @contextmanager
 def writing(path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has written half of a file."""
-    with child(WRITER, path) as process:
+    """Run another process, which has written half of a file."""
+    with start_child(WRITER, path) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "writing\n", process.communicate()
@@ -80,7 +80,7 @@ def strays(folder: Path) -> list[str]:
     return [name for name in names(folder) if ".compressknow-" in name]
 
 
-def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     write_whole(tmp_path / "a", b"old")
     with pytest.raises(ZeroDivisionError), open_whole(tmp_path / "a") as file:
         file.write(b"new" * (1 // 0))
@@ -89,7 +89,7 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a" * 255, "x" + "ä" * 127, "b" * 200, "b" * 201])
-def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path, name: str) -> None:
+def test_file_names_may_be_as_long_as_the_system_allows(tmp_path: Path, name: str) -> None:
     with writing(tmp_path / name) as process:
         write_whole(tmp_path / name, b"old")
         process.kill()
@@ -99,14 +99,14 @@ def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path, name: str) ->
     assert names(tmp_path) == [name]
 
 
-def test_what_a_killed_process_left_goes_with_the_next_write_of_that_file(tmp_path: Path) -> None:
+def test_next_write_of_a_file_removes_temporary_files_of_a_killed_process(tmp_path: Path) -> None:
     with writing(tmp_path / "a") as process:
         process.send_signal(signal.SIGKILL)
         process.wait(DEADLINE)
-    left = strays(tmp_path)
-    assert left
+    before = strays(tmp_path)
+    assert before
     write_whole(tmp_path / "b", b"another file")
-    assert strays(tmp_path) == left
+    assert strays(tmp_path) == before
     write_whole(tmp_path / "a", b"whole")
     assert names(tmp_path) == ["a", "b"]
 
@@ -125,13 +125,13 @@ write_whole(Path(sys.argv[1]), b"whole")
 """
 
 
-def test_a_signal_while_a_temporary_file_goes_leaves_none(tmp_path: Path) -> None:
-    with child(INTERRUPTED, tmp_path / "a") as process:
+def test_signal_during_removal_leaves_no_temporary_file(tmp_path: Path) -> None:
+    with start_child(INTERRUPTED, tmp_path / "a") as process:
         assert process.wait(DEADLINE)
     assert names(tmp_path) == ["a"]
 
 
-def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+def test_temporary_files_of_a_running_process_are_kept(tmp_path: Path) -> None:
     with writing(tmp_path / "a"):
         theirs = strays(tmp_path)
         assert theirs
@@ -140,37 +140,41 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
         assert names(tmp_path) == [*theirs, "a"]
 
 
-def test_files_of_the_users_that_look_alike_are_left_alone(tmp_path: Path) -> None:
-    alike = [".a.compressknow-new", "a.compressknow-0123abcd", ".a.compressknow-", ".a.4711"]
-    for name in alike:
+def test_user_files_with_similar_names_are_kept(tmp_path: Path) -> None:
+    similar = [".a.compressknow-new", "a.compressknow-0123abcd", ".a.compressknow-", ".a.4711"]
+    for name in similar:
         (tmp_path / name).touch()
     write_whole(tmp_path / "a", b"whole")
     remove_strays(tmp_path)
-    assert names(tmp_path) == sorted(["a", *alike])
+    assert names(tmp_path) == sorted(["a", *similar])
 
 
-def test_an_error_names_the_file(tmp_path: Path) -> None:
+def test_error_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match=r"folder cannot be written: Is a directory"):
         write_whole(tmp_path / "folder", b"whole")
     assert names(tmp_path) == ["folder"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="it has a home of its own")
-def test_a_user_without_a_home_is_told_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="Windows finds the home folder differently")
+def test_error_without_a_home_folder_names_the_variables_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    # Nobody knows the user's number.
+    # The user is not in the password database either.
     monkeypatch.setitem(sys.modules, "pwd", None)
     with pytest.raises(OutputError, match=r"no home folder.*\nSet HOME, or XDG_CACHE_HOME"):
         find_cache_folder()
     (tmp_path / "file").write_bytes(b"")
-    # What else is wrong is said all the same.
+    # Other errors do not need a home folder.
     with pytest.raises(OutputError, match="cannot be written"):
         write_whole(tmp_path / "file" / "a", b"whole")
 
 
-def test_a_cache_that_cannot_be_written_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_an_unwritable_cache_names_the_variable_that_moves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written") as caught:
@@ -178,20 +182,20 @@ def test_a_cache_that_cannot_be_written_can_be_moved(tmp_path: Path, monkeypatch
     assert "set XDG_CACHE_HOME to another folder" in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["link", "link/deeper", "folder"])
-def test_a_folder_behind_a_link_that_leads_nowhere_is_one_message(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("name", ["link", "link/deeper", "folder"])
+def test_dangling_link_is_refused_without_waiting(tmp_path: Path, name: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / LOCK).symlink_to(tmp_path / "gone" / "lock")
     start = time.monotonic()
-    said = r"link that leads nowhere|lock file \S+folder/\.lock is a link"
-    with pytest.raises(OutputError, match=said), claim_folder(tmp_path / place, wait=True):
+    message = r"link that leads nowhere|lock file \S+folder/\.lock is a link"
+    with pytest.raises(OutputError, match=message), claim_folder(tmp_path / name, wait=True):
         pass
     assert time.monotonic() - start < DEADLINE
     assert not (tmp_path / "gone").exists()
 
 
-def test_a_folder_behind_a_link_is_as_good_as_any(tmp_path: Path) -> None:
+def test_folder_may_be_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with claim_folder(tmp_path / "link" / "deeper", wait=False):
@@ -199,7 +203,7 @@ def test_a_folder_behind_a_link_is_as_good_as_any(tmp_path: Path) -> None:
     assert names(tmp_path / "real" / "deeper") == [LOCK, "a"]
 
 
-def test_a_folder_is_one_runs_own_and_what_dead_runs_left_in_it_goes(tmp_path: Path) -> None:
+def test_claimed_folder_is_locked_and_rid_of_temporary_files(tmp_path: Path) -> None:
     (tmp_path / ".a.compressknow-0123abcd").touch()
     with claim_folder(tmp_path, wait=False):
         write_whole(tmp_path / "b", b"")
@@ -210,30 +214,30 @@ def test_a_folder_is_one_runs_own_and_what_dead_runs_left_in_it_goes(tmp_path: P
         pass
 
 
-def test_a_folder_without_anything_of_worth_goes_again(tmp_path: Path) -> None:
+def test_claimed_folder_with_only_worthless_files_is_removed(tmp_path: Path) -> None:
     with claim_folder(tmp_path / "a" / "b", wait=False, worthless=("record",)):
         write_whole(tmp_path / "a" / "b" / "record", b"")
     assert names(tmp_path) == []
 
 
-def test_threads_read_and_write_one_file_at_their_own_places(tmp_path: Path) -> None:
+def test_threads_read_and_write_one_file_at_different_offsets(tmp_path: Path) -> None:
     pieces = [bytes([number]) * 10_007 for number in range(200)]
-    places = [sum(map(len, pieces[:number])) for number in range(len(pieces))]
+    offsets = [sum(map(len, pieces[:number])) for number in range(len(pieces))]
     writing, buffers = create_file(tmp_path / "a", sum(map(len, pieces))), [bytearray(10_007) for _ in pieces]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda piece, place: write_at(writing, memoryview(piece), place), pieces, places))
+        list(pool.map(lambda piece, offset: write_at(writing, memoryview(piece), offset), pieces, offsets))
         os.close(writing)
         reading = open_to_read(tmp_path / "a")
-        counts = list(pool.map(lambda buffer, place: read_at(reading, memoryview(buffer), place), buffers, places))
+        counts = list(pool.map(lambda buffer, offset: read_at(reading, memoryview(buffer), offset), buffers, offsets))
     assert counts == [10_007] * 200
     assert buffers == pieces
     assert (tmp_path / "a").read_bytes() == b"".join(pieces)
-    # Beyond its end there is nothing.
-    assert read_at(reading, memoryview(buffers[0]), places[-1] + 10_000) == 7
+    # A read ends at the end of the file.
+    assert read_at(reading, memoryview(buffers[0]), offsets[-1] + 10_000) == 7
     os.close(reading)
 
 
-def test_a_new_file_has_its_size_or_says_at_once_that_there_is_no_room(tmp_path: Path) -> None:
+def test_new_file_has_its_size_or_fails_at_once_without_room(tmp_path: Path) -> None:
     os.close(create_file(tmp_path / "a", 12_345))
     assert (tmp_path / "a").read_bytes() == bytes(12_345)
     with pytest.raises(FileExistsError):
@@ -243,35 +247,35 @@ def test_a_new_file_has_its_size_or_says_at_once_that_there_is_no_room(tmp_path:
     assert is_full(error.value)
 
 
-def test_what_this_process_may_use_and_has_used() -> None:
+def test_available_cores_and_peak_memory_are_plausible() -> None:
     assert 1 <= count_cores() <= (os.cpu_count() or 1)
-    held = bytearray(64 << 20)
-    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
-    assert len(held) < measure_peak_memory() < 64 * len(held)
+    memory = bytearray(64 << 20)
+    memory[:: 1 << 12] = b"x" * len(memory[:: 1 << 12])
+    assert len(memory) < measure_peak_memory() < 64 * len(memory)
 
 
-def test_a_folder_that_another_run_removes_at_this_moment_is_no_file(tmp_path: Path) -> None:
+def test_folder_that_is_being_removed_is_not_taken_for_a_file(tmp_path: Path) -> None:
     folder, file = tmp_path / "folder", tmp_path / "file"
     file.touch()
     assert [is_no_folder(path) for path in (file, folder, tmp_path, file / "below")] == [True, False, False, False]
-    ended = threading.Event()
+    stop = threading.Event()
 
-    def come_and_go() -> None:
-        while not ended.is_set():
+    def create_and_remove() -> None:
+        while not stop.is_set():
             folder.mkdir()
             folder.rmdir()
 
-    other = threading.Thread(target=come_and_go)
+    other = threading.Thread(target=create_and_remove)
     other.start()
     try:
         assert not any(is_no_folder(folder) for _ in range(3000))
     finally:
-        ended.set()
+        stop.set()
         other.join()
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_a_file_system_that_reserves_no_room_is_no_reason_to_fail(
+def test_file_system_without_reservation_is_supported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def refuse(*arguments: int) -> None:
@@ -285,8 +289,7 @@ def test_a_file_system_that_reserves_no_room_is_no_reason_to_fail(
     assert is_full(error.value)
 
 
-def test_a_folder_in_the_place_of_a_lock_is_named(tmp_path: Path) -> None:
+def test_error_names_a_folder_in_the_place_of_the_lock(tmp_path: Path) -> None:
     (tmp_path / LOCK).mkdir()
-    said = r"/\.lock is a folder, not a file\."
-    with pytest.raises(OutputError, match=said), claim_folder(tmp_path, wait=False):
+    with pytest.raises(OutputError, match=r"/\.lock is a folder, not a file\."), claim_folder(tmp_path, wait=False):
         pass

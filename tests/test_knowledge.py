@@ -1,4 +1,4 @@
-"""From a converted checkpoint to its report card, by the command line, on tiny models that really know 64 facts."""
+"""Reports on conversions of tiny models that know 64 facts, made with the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from compressknow.cli import main
-from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.pages.pages import read
 
 FAMILIES = ("bert", "llama", "t5")
@@ -29,10 +29,10 @@ def run(*arguments: object) -> None:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the original, four conversions of it, the answers of all, and the report on them."""
+    """Write the original, four conversions of it, the answers of all, and the report on them."""
     folder = tmp_path_factory.mktemp(request.param)
-    original = knowing(request.param, folder / "original")
-    facts = facts_file(folder / "facts.jsonl")
+    original = save_trained(request.param, folder / "original")
+    facts = write_facts(folder / "facts.jsonl")
     run("probe", original, "-p", f"facts:{facts}", "-o", folder / "answers-original")
     for name, options in SETUPS.items():
         run("convert", original, folder / name, *options)
@@ -45,19 +45,19 @@ def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def figures(study: Path) -> dict[str, dict[str, object]]:
-    """What the report says of each conversion's probe."""
+    """Return the report's figures of each conversion."""
     compressed = json.loads((study / "report.json").read_text())["compressed"]
     return {name: next(iter(entry["probes"].values())) for name, entry in zip(SETUPS, compressed, strict=True)}
 
 
-def right(folder: Path) -> dict[str, bool]:
-    """Counted anew from the file of answers."""
+def read_correct(folder: Path) -> dict[str, bool]:
+    """Return which facts the stored answers have right."""
     table = pq.read_table(folder / "answers.parquet").to_pylist()
     return {row["fact_id"]: row["predicted"] == row["gold"] for row in table}
 
 
-def test_the_original_knows_all(study: Path) -> None:
-    assert sum(right(study / "answers-original").values()) == len(KNOWN_FACTS)
+def test_original_knows_all_facts(study: Path) -> None:
+    assert sum(read_correct(study / "answers-original").values()) == len(KNOWN_FACTS)
 
 
 def test_knowledge_falls_as_pruning_rises(study: Path) -> None:
@@ -69,7 +69,7 @@ def test_knowledge_falls_as_pruning_rises(study: Path) -> None:
     assert kept["int8"] >= 0.95
 
 
-def test_answers_move_the_further_the_more_is_pruned(study: Path) -> None:
+def test_divergence_grows_with_pruning(study: Path) -> None:
     moved = {name: figure["kl_mean"] for name, figure in figures(study).items()}
 
     assert 0 < moved["p20"] < moved["p50"] < moved["p80"]
@@ -77,8 +77,8 @@ def test_answers_move_the_further_the_more_is_pruned(study: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SETUPS)
-def test_the_report_counts_what_the_answers_say(study: Path, name: str) -> None:
-    before, after = right(study / "answers-original"), right(study / f"answers-{name}")
+def test_report_counts_match_the_stored_answers(study: Path, name: str) -> None:
+    before, after = read_correct(study / "answers-original"), read_correct(study / f"answers-{name}")
     cells = Counter((before[fact], after[fact]) for fact in before)
     figure = figures(study)[name]
 
@@ -89,7 +89,7 @@ def test_the_report_counts_what_the_answers_say(study: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETUPS)
-def test_the_report_counts_grades_as_the_answers_have_them(study: Path, name: str) -> None:
+def test_report_grades_match_the_stored_answers(study: Path, name: str) -> None:
     before, after = (pq.read_table(study / f"answers-{side}" / "answers.parquet") for side in ("original", name))
     grades = {row["fact_id"]: row["grade"] for row in before.to_pylist()}
     moved = Counter(f"{grades[row['fact_id']]}>{row['grade']}" for row in after.to_pylist())
@@ -108,7 +108,7 @@ def test_the_report_counts_grades_as_the_answers_have_them(study: Path, name: st
     assert knowing["with_example"]["n"] == figure["lost"]
 
 
-def test_the_page_has_the_grades_and_says_what_comes_back(study: Path, tmp_path: Path) -> None:
+def test_pages_show_grades_and_facts_that_an_example_brings_back(study: Path, tmp_path: Path) -> None:
     outputs = [word for suffix in ("html", "md") for word in ("-o", tmp_path / f"report.{suffix}")]
     run("report", study / "answers-original", study / "answers-p80", *outputs)
     back = figures(study)["p80"]["knowing"]["with_example"]
@@ -123,23 +123,23 @@ def test_the_page_has_the_grades_and_says_what_comes_back(study: Path, tmp_path:
 def test_known_may_mean_produced(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report.json"
     run("report", study / "answers-original", study / "answers-p50", "--known", "produced", "-o", path)
-    told = json.loads(path.read_text())
-    (figure,) = told["compressed"][0]["probes"].values()
+    report = json.loads(path.read_text())
+    (figure,) = report["compressed"][0]["probes"].values()
 
-    assert told["known"] == "produced"
+    assert report["known"] == "produced"
     assert figure["both"] == figures(study)["p50"]["knowing"]["moved"]["produced>produced"]
     assert figure["chance"] is None
     assert "Known means produced here" in capsys.readouterr().out
 
 
-def test_the_verdict_says_the_numbers(study: Path) -> None:
+def test_verdict_has_the_counts(study: Path) -> None:
     for entry in json.loads((study / "report.json").read_text())["compressed"]:
         figure = next(iter(entry["probes"].values()))
         known, kept = figure["both"] + figure["lost"], figure["both"]
         assert f"{kept} of {known} facts" in entry["verdict"]
 
 
-def test_the_page_and_its_markdown_say_the_same(study: Path) -> None:
+def test_html_and_markdown_have_the_same_verdict(study: Path) -> None:
     page, text = read((study / "report.html").read_text()).text, (study / "report.md").read_text()
 
     for entry in json.loads((study / "report.json").read_text())["compressed"]:
@@ -147,7 +147,7 @@ def test_the_page_and_its_markdown_say_the_same(study: Path) -> None:
         assert entry["verdict"].replace("_", r"\_").replace("<", "&lt;") in text
 
 
-def test_a_gate_fails_only_what_keeps_too_little(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gate_fails_only_models_that_keep_too_little(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     original, good, bad = (study / f"answers-{name}" for name in ("original", "p20", "p80"))
 
     assert main(["report", str(original), str(good), "--fail-under", "0.9"]) == 0
@@ -155,7 +155,7 @@ def test_a_gate_fails_only_what_keeps_too_little(study: Path, capsys: pytest.Cap
     assert "Less than 90 % of the knowledge is kept" in capsys.readouterr().err
 
 
-def test_no_fact_is_shown_where_none_may_be(study: Path, tmp_path: Path) -> None:
+def test_no_facts_leaves_facts_out_of_all_outputs(study: Path, tmp_path: Path) -> None:
     run("report", study / "answers-original", study / "answers-p80", "--no-facts", "-o", tmp_path / "report.html",
         "-o", tmp_path / "report.md", "-o", tmp_path / "report.json")  # fmt: skip
 

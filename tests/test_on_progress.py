@@ -14,15 +14,15 @@ import compressknow
 from compressknow import Progress, Stage
 from compressknow.base.progress import Bars, count_progress, relabel_progress, report_progress, resolve_progress
 from compressknow.cli.terminal import ProgressLine
-from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.models import save_tiny
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
-    knowing("llama", folder / "llama")
-    facts_file(folder / "facts.jsonl")
+    save_trained("llama", folder / "llama")
+    write_facts(folder / "facts.jsonl")
     (folder / "grid.toml").write_text('[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.3]\n')
     compressknow.convert(folder / "llama", folder / "pruned", prune=0.5)
     return folder

@@ -9,7 +9,7 @@ import pytest
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.packages import Registry
-from tests.extending import package
+from tests.extending import install_package
 
 BUILT_IN = {"ten": f"{__name__}:ten", "two": f"{__name__}:TWO"}
 TWO = 2
@@ -23,7 +23,7 @@ def ten() -> int:
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[int]:
     code = "NINE = 9\nFORTY = '40'\n"
     entries = ["nine = toy:NINE", "forty = toy:FORTY", "none = toy:NONE", "two = toy:NINE", "broken = toy.broken:X"]
-    monkeypatch.syspath_prepend(str(package(tmp_path, "toy", code, {"compressknow.numbers": entries})))
+    monkeypatch.syspath_prepend(str(install_package(tmp_path, "toy", code, {"compressknow.numbers": entries})))
     monkeypatch.delitem(sys.modules, "toy", raising=False)
     return Registry("compressknow.numbers", "number", int, BUILT_IN)
 
@@ -70,7 +70,7 @@ def test_of_two_packages_that_add_one_name_neither_is_taken(
     registry: Registry[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = {"compressknow.numbers": ["nine = other:NINE"]}
-    monkeypatch.syspath_prepend(str(package(tmp_path / "other", "other", "NINE = 99", entries)))
+    monkeypatch.syspath_prepend(str(install_package(tmp_path / "other", "other", "NINE = 99", entries)))
     with pytest.raises(CompressknowError, match=r"(?s)'nine' that other and toy add cannot be used.*Uninstall one of"):
         registry["nine"]
     assert "nine" not in registry.usable()[0]

@@ -1,7 +1,6 @@
-"""Every masked, causal and sequence-to-sequence class of transformers as a model of a few thousand weights.
+"""Every masked, causal and sequence-to-sequence class of transformers, as a model of a few thousand weights.
 
-A class' default configuration is made small by the names of its settings, which most architectures share; the few that
-need more have it said in MORE.
+The default configuration is shrunk by the names of its settings, which most architectures share. MORE has the rest.
 """
 
 from __future__ import annotations
@@ -113,9 +112,9 @@ _BLT = {
     **{"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": HEADS},
     **{"num_hidden_layers": LAYERS, "intermediate_size": HIDDEN},
 }
-# For types, or classes, whose settings do not follow from their names.
+# Further settings, by model type or class.
 MORE: dict[str, dict[str, Any]] = {
-    # Four models in one: what the others give the global one is twice as wide.
+    # Four models in one: the input of the global one is twice as wide as the others.
     "blt": {
         "encoder_hash_byte_group_vocab": 50,
         "global_config": _BLT | {"hidden_size": 2 * WIDTH, "head_dim": 2 * WIDTH // HEADS},
@@ -124,7 +123,7 @@ MORE: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v4": {"o_lora_rank": 16},
-    # Its lists count attention and feed-forward apart.
+    # Attention and feed-forward count as separate layers.
     "dory": {
         "num_hidden_layers": 6,
         "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
@@ -165,17 +164,17 @@ MORE: dict[str, dict[str, Any]] = {
         **_ZAMBA,
     },
 }
-# Their decoders begin with a token that another setting names.
+# Another setting names the first token of their decoders.
 NO_DECODER_START = ("t5gemma", "t5gemma2")
 
 
 def tiny_config(model_type: str, name: str) -> PreTrainedConfig:
-    """The configuration of a class, made small."""
+    """Shrink the default configuration of a class."""
     model_class = getattr(transformers, name)
     default = AutoConfig.for_model(model_type, **SETTINGS.get(name, SETTINGS.get(model_type, {})))
     if not isinstance(default, model_class.config_class):
         default = default.get_text_config(decoder=True)
-    settings = shrunk(default.to_dict())
+    settings = shrink(default.to_dict())
     settings.pop("model_type")
     settings |= MORE.get(name, MORE.get(model_type, {}))
     if default.is_encoder_decoder and model_type not in NO_DECODER_START:
@@ -186,8 +185,10 @@ def tiny_config(model_type: str, name: str) -> PreTrainedConfig:
 
 
 def tiny_model(model_type: str, name: str, noise: float = 0.02) -> PreTrainedModel:
-    """A tiny model of a class, in eval mode, with random weights from a fixed seed, to which `noise` is added: biases
-    and norms are random too, so that a lost one shows."""
+    """Build a tiny model of a class, in eval mode, from a fixed seed.
+
+    Noise makes biases and norms random too, so that a lost one shows.
+    """
     torch.manual_seed(0)
     model: PreTrainedModel = getattr(transformers, name)(tiny_config(model_type, name)).float().eval()
     with torch.no_grad():
@@ -196,7 +197,7 @@ def tiny_model(model_type: str, name: str, noise: float = 0.02) -> PreTrainedMod
     return model
 
 
-def inputs_of(model: PreTrainedModel) -> dict[str, Any]:
+def make_inputs(model: PreTrainedModel) -> dict[str, Any]:
     ids = torch.arange(5, 29).reshape(2, 12)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "use_cache" in inspect.signature(model.forward).parameters:
@@ -206,34 +207,33 @@ def inputs_of(model: PreTrainedModel) -> dict[str, Any]:
     return inputs
 
 
-def shrunk(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a configuration, made small; those of the models in it too."""
+def shrink(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Shrink the settings of a configuration, and of the configurations in it."""
     layers = next((value for name in _DEPTH if (value := settings.get(name))), 0)
-    kinds = _kinds(settings, layers)
-    small: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key in ("transformers_version", "architectures", "dtype"):
-            continue
-        small[key] = _small(key, value, settings, layers, kinds)
-    return small
+    kept_layers = _select_layers(settings, layers)
+    return {
+        key: _shrink_setting(key, value, settings, layers, kept_layers)
+        for key, value in settings.items()
+        if key not in ("transformers_version", "architectures", "dtype")
+    }
 
 
-def _kinds(settings: Mapping[str, Any], layers: int) -> list[int]:
-    """Which layers are kept: the first of each kind that the configuration tells, and two at least."""
+def _select_layers(settings: Mapping[str, Any], layers: int) -> list[int]:
+    """Return the indices of the first two layers and the first layer of each kind, eight at most."""
     lists = [v for v in settings.values() if isinstance(v, list) and len(v) == layers > LAYERS]
     kinds = list(zip(*lists, strict=True)) or [()] * layers
-    first = {str(kind): number for number, kind in reversed(list(enumerate(kinds)))}
+    first = {str(kind): index for index, kind in reversed(list(enumerate(kinds)))}
     return sorted({0, 1, *first.values()})[:8]
 
 
-def _small(key: str, value: Any, settings: Mapping[str, Any], layers: int, kinds: list[int]) -> Any:
+def _shrink_setting(key: str, value: Any, settings: Mapping[str, Any], layers: int, kept_layers: list[int]) -> Any:
     if key == "per_layer_config":
-        # By the number of the layer, as text.
-        return {str(place): shrunk(value[old]) for place, kind in enumerate(kinds) for old in value if int(old) == kind}
+        # Its keys are indices of layers, such as "05".
+        return {str(kept_layers.index(int(old))): shrink(v) for old, v in value.items() if int(old) in kept_layers}
     if isinstance(value, Mapping):
-        return shrunk(value)
+        return shrink(value)
     if isinstance(value, list) and len(value) == layers > LAYERS:
-        return [_small(key, value[number], settings, 0, []) for number in kinds]
+        return [_shrink_setting(key, value[index], settings, 0, []) for index in kept_layers]
     if key in _IDS and value is not None:
         return _IDS[key]
     if not isinstance(value, int) or isinstance(value, bool):
@@ -242,7 +242,7 @@ def _small(key: str, value: Any, settings: Mapping[str, Any], layers: int, kinds
         heads = settings.get("num_attention_heads") or settings.get("n_heads") or value
         return HEADS if value == heads else 1 if value == 1 else HEADS // 2
     if key in _DEPTH and layers:
-        return min(len(kinds), value)
+        return min(len(kept_layers), value)
     if key in _ONE:
         return 1
     small = _SMALL.get(key, value)

@@ -30,10 +30,10 @@ def make_checkpoints() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     sys.path.insert(0, str(ROOT))
-    from tests.knowing import knowing
+    from tests.knowing import save_trained
 
     with tempfile.TemporaryDirectory() as temporary:
-        original = knowing("llama", Path(temporary) / "knowing-llama")
+        original = save_trained("llama", Path(temporary) / "knowing-llama")
         for name, modifier in modifiers().items():
             model = AutoModelForCausalLM.from_pretrained(original)
             oneshot(model=model, recipe=modifier)

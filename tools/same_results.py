@@ -81,14 +81,14 @@ def checkout(commit: str) -> Iterator[Path]:
 def make_models(folder: Path) -> Path:
     """The tiny models of the tests: `knowing/` have a tokenizer and facts, `tiny/` weights alone."""
     sys.path.insert(0, str(ROOT))
-    from tests.knowing import facts_file, knowing
+    from tests.knowing import save_trained, write_facts
     from tests.models import BUILDERS, save_tiny
 
     for name in BUILDERS:
         save_tiny(name, folder / "tiny" / name)
     for family in ("bert", "t5", "llama"):
-        knowing(family, folder / "knowing" / family)
-    facts_file(folder / "facts.jsonl")
+        save_trained(family, folder / "knowing" / family)
+    write_facts(folder / "facts.jsonl")
     return folder
 
 

@@ -22,7 +22,7 @@ from compressknow.base.progress import Progress
 from compressknow.evaluate.answers import Answers, read_answers
 from tests.cli.conftest import Run, refused
 from tests.engine.gguf_files import F32, Q8_0, needs_gguf, write_gguf
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import one_in
 from tests.models import edit_config, edit_tensors, put_into_hub_cache, save_tiny
 from tests.pages.pages import read
@@ -34,9 +34,9 @@ FAMILIES = ("bert", "llama", "t5")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models that know `facts.jsonl`, each with two that were made from it; all their answers, in both directions."""
     folder = tmp_path_factory.mktemp("place")
-    facts_file(folder / "facts.jsonl")
+    write_facts(folder / "facts.jsonl")
     for family in FAMILIES:
-        knowing(family, folder / family)
+        save_trained(family, folder / family)
         compressknow.convert(folder / family, folder / f"{family}-b", prune=0.7)
     compressknow.convert(folder / "llama", folder / "llama-int8", scope="attention", prune=0.6, quantize="int8")
     return folder

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.packages import OPTIONAL
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import long, one_in
 from tests.models import save_tiny
 
@@ -69,9 +69,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from compressknow import convert
 
     folder = tmp_path_factory.mktemp("place")
-    knowing("llama", folder / "llama")
+    save_trained("llama", folder / "llama")
     convert(folder / "llama", folder / "pruned", prune=0.5)
-    facts_file(folder / "facts.jsonl")
+    write_facts(folder / "facts.jsonl")
     (folder / "rows.csv").write_text("question,answer\nWhat?,That\n", encoding="utf-8")
     return folder
 

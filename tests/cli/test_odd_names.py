@@ -11,14 +11,14 @@ import pytest
 
 from compressknow.api.verify import verify
 from compressknow.cli import main
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode on this system")
 ODD = os.fsdecode(b"odd\xff")
 
 
 def test_a_folder_whose_name_is_no_text_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    knowing("bert", tmp_path / "bert")
+    save_trained("bert", tmp_path / "bert")
     (tmp_path / "bert").rename(tmp_path / ODD)
     assert main(["convert", str(tmp_path / ODD), str(tmp_path / f"{ODD}-new"), "--prune", "20%"]) == 0
     assert verify(tmp_path / f"{ODD}-new").differences == ()
@@ -32,8 +32,8 @@ def test_facts_and_reports_whose_names_are_no_text_are_read_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    knowing("bert", tmp_path / "bert")
-    facts = facts_file(tmp_path / f"{ODD}.jsonl")
+    save_trained("bert", tmp_path / "bert")
+    facts = write_facts(tmp_path / f"{ODD}.jsonl")
     outputs = [f"{ODD}.{suffix}" for suffix in ("html", "md", "json")]
     options = [word for output in outputs for word in ("-o", output)]
     assert main(["report", "bert", "bert", "-p", f"facts:{facts}", "--answers", "kept", *options]) == 0

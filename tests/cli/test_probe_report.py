@@ -25,7 +25,7 @@ from compressknow.evaluate.answers import RECORD
 from compressknow.pages.records import Card
 from tests.cli.conftest import Run, refused
 from tests.evaluate.layouts import read_facts_file
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.pages.card.cards import card_of_one, card_of_several
 
 PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]
@@ -35,9 +35,9 @@ PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main;
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`bert`, `llama` and `t5`, two compressed Llamas, answers of all of these to `facts.jsonl`."""
     folder = tmp_path_factory.mktemp("place")
-    facts = facts_file(folder / "facts.jsonl")
+    facts = write_facts(folder / "facts.jsonl")
     for family in ("bert", "llama", "t5"):
-        knowing(family, folder / family)
+        save_trained(family, folder / family)
         assert main(["probe", str(folder / family), "-p", f"facts:{facts}", "-o", str(folder / f"on-{family}")]) == 0
     for amount in (5, 8):
         name = f"llama-{amount}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.api.verify import verify
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import long
 from tests.models import save_tiny
 
@@ -145,8 +145,8 @@ def test_what_is_printed_behind_pythons_back_is_no_result() -> None:
 
 
 def test_a_tokenizers_chatter_is_not_seen(tmp_path: Path) -> None:
-    knowing("bert", tmp_path / "bert")
-    facts = facts_file(tmp_path / "facts.jsonl")
+    save_trained("bert", tmp_path / "bert")
+    facts = write_facts(tmp_path / "facts.jsonl")
     config = tmp_path / "bert" / "tokenizer_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     token = {"content": "[PAD]", "special": True, "unknown_kwarg": True, "lstrip": False}

@@ -10,7 +10,7 @@ import pytest
 import compressknow
 from compressknow.comparison.intervals import run_mcnemar, tally
 from compressknow.evaluate.sources import Options
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import long
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -41,10 +41,10 @@ def test_sparsegpt_keeps_more_facts_of_tiny_models(tmp_path: Path) -> None:
     Wanda is not asked for: rows of 64 channels have little for it to choose from, and it keeps fewer than magnitude of
     the BERT and the Llama.
     """
-    facts = facts_file(tmp_path / "facts.jsonl")
+    facts = write_facts(tmp_path / "facts.jsonl")
     kept: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
     for family in ("bert", "llama", "t5"):
-        source = knowing(family, tmp_path / family)
+        source = save_trained(family, tmp_path / family)
         for method in METHODS:
             name = f"{family}-{method}"
             output = pruned(source, tmp_path / name, method, 0.5, parameters={"pattern": "2:4"})

@@ -15,7 +15,7 @@ from compressknow.compress.convert import VariantMaker
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, Where
 from compressknow.engine.load import load, load_variant
-from tests.knowing import knowing
+from tests.knowing import save_trained
 from tests.models import logits, save_tiny
 
 RECIPES = {
@@ -67,7 +67,7 @@ def test_a_variant_of_a_model_whose_config_has_an_infinity_loads(tmp_path: Path)
 
 @pytest.mark.parametrize("architecture", ["t5", "llama"])
 def test_norms_that_were_smoothed_are_nobody_elses(architecture: str, tmp_path: Path) -> None:
-    source = knowing(architecture, tmp_path / "model")
+    source = save_trained(architecture, tmp_path / "model")
     blocks = Where(("attention", "feed-forward"))
     plain = Recipe((Quantize("int8", blocks),))
     smooth = Recipe((Quantize("int8", blocks, smooth=0.5),), calibration=Calibration(tokens=256))

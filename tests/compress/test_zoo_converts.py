@@ -21,7 +21,7 @@ from compressknow.engine import layers
 from compressknow.engine.load import load
 from tests.long import one_in
 from tests.model.test_zoo import BEFORE_5_20, ZOO
-from tests.zoo import inputs_of, tiny_model
+from tests.zoo import make_inputs, tiny_model
 
 # No forward pass of token ids alone, or hundreds of millions of parameters whatever the config says.
 LEFT_OUT = {"BltForCausalLM", "PerceiverForMaskedLM", "VibeVoiceAsrForConditionalGeneration"}
@@ -45,7 +45,7 @@ ONE_SCALE = {"OPTForCausalLM"}
 def logits_of(model: transformers.PreTrainedModel) -> torch.Tensor:
     torch.manual_seed(0)  # Reformer hashes at random.
     with torch.no_grad():
-        logits: torch.Tensor = model(**inputs_of(model)).logits
+        logits: torch.Tensor = model(**make_inputs(model)).logits
         return logits
 
 

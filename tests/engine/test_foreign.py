@@ -23,7 +23,7 @@ from compressknow.engine.load import load, load_tokenizer
 from compressknow.pages.records import Comparison
 from tests.demo import fetch_wheel
 from tests.engine.gguf_files import needs_gguf, write_gguf
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import long
 
 LLM_COMPRESSOR = Path(__file__).parents[1] / "data" / "llm_compressor"
@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[2]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the original, `llama`, its facts, and what was answered so far."""
     folder = tmp_path_factory.mktemp("place")
-    knowing("llama", folder / "llama")
-    facts_file(folder / "facts.jsonl")
+    save_trained("llama", folder / "llama")
+    write_facts(folder / "facts.jsonl")
     return folder
 
 

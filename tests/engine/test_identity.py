@@ -14,14 +14,14 @@ import compressknow
 from compressknow.base.errors import CheckpointError
 from compressknow.engine.identity import describe, locate, read_contents
 from compressknow.model.manifest import MANIFEST_NAME
-from tests.knowing import knowing
+from tests.knowing import save_trained
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an original, `bert`, and a conversion of it, `converted`."""
     folder = tmp_path_factory.mktemp("place")
-    knowing("bert", folder / "bert")
+    save_trained("bert", folder / "bert")
     compressknow.convert(folder / "bert", folder / "converted", scope="attention", prune=0.3, quantize="int8")
     return folder
 

@@ -18,7 +18,7 @@ from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.layers import Int4Linear, disable_rounding, has_rounded_activations
 from compressknow.engine.load import load
 from compressknow.evaluate.runtimes import Settings
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.models import VOCABULARY, logits, tiny_of_groups
 
 pytestmark = pytest.mark.skipif(
@@ -194,8 +194,10 @@ def test_a_loaded_model_can_be_saved_and_loaded_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_batches_of_any_size_give_the_same_bits(family: str, tmp_path: Path) -> None:
-    facts, folder = f"facts:{facts_file(tmp_path / 'facts.jsonl')}", tmp_path / "int4"
-    compressknow.convert(knowing(family, tmp_path / "model"), folder, quantize="int4", parameters={"group_size": 32})
+    facts, folder = f"facts:{write_facts(tmp_path / 'facts.jsonl')}", tmp_path / "int4"
+    compressknow.convert(
+        save_trained(family, tmp_path / "model"), folder, quantize="int4", parameters={"group_size": 32}
+    )
     found = [
         compressknow.probe(folder, tmp_path / str(size), [facts], settings=Settings(batch_size=size))
         for size in (1, 128)
@@ -207,8 +209,10 @@ def test_batches_of_any_size_give_the_same_bits(family: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_facts_are_answered_as_in_floats(family: str, tmp_path: Path) -> None:
-    facts, folder = f"facts:{facts_file(tmp_path / 'facts.jsonl')}", tmp_path / "int4"
-    compressknow.convert(knowing(family, tmp_path / "model"), folder, quantize="int4", parameters={"group_size": 32})
+    facts, folder = f"facts:{write_facts(tmp_path / 'facts.jsonl')}", tmp_path / "int4"
+    compressknow.convert(
+        save_trained(family, tmp_path / "model"), folder, quantize="int4", parameters={"group_size": 32}
+    )
     ours = compressknow.probe(folder, tmp_path / "ours", [facts])
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(layers.Int4Kind, "runs_on", lambda *_: False)

@@ -20,7 +20,7 @@ from compressknow.engine.language_model import LanguageModel
 from compressknow.engine.layers import BatchInvariantLinear, Int8Linear, make_batch_invariant, undo_batch_invariant
 from compressknow.engine.load import load
 from compressknow.evaluate.runtimes import Settings
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import one_in
 from tests.models import QUANTIZABLE, logits, save_tiny
 
@@ -92,8 +92,8 @@ def test_logits_are_near_those_of_plain_transformers(checkpoint: Path) -> None:
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_facts_are_answered_as_in_plain_transformers(family: str, scheme: Any, tmp_path: Path) -> None:
-    facts, folder = f"facts:{facts_file(tmp_path / 'facts.jsonl')}", tmp_path / "int8"
-    compressknow.convert(knowing(family, tmp_path / "model"), folder, quantize=scheme)
+    facts, folder = f"facts:{write_facts(tmp_path / 'facts.jsonl')}", tmp_path / "int8"
+    compressknow.convert(save_trained(family, tmp_path / "model"), folder, quantize=scheme)
     ours = compressknow.probe(folder, tmp_path / "ours", probe=[facts])
     with without_vnni():
         plain = compressknow.probe(folder, tmp_path / "plain", probe=[facts])
@@ -106,8 +106,8 @@ def test_facts_are_answered_as_in_plain_transformers(family: str, scheme: Any, t
 @pytest.mark.parametrize("scope", one_in(2, ["blocks", "attention"]))
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_batches_of_any_size_give_the_same_bits(family: str, scope: str, tmp_path: Path) -> None:
-    facts, folder = f"facts:{facts_file(tmp_path / 'facts.jsonl')}", tmp_path / "int8"
-    compressknow.convert(knowing(family, tmp_path / "model"), folder, scope=scope, quantize="int8")
+    facts, folder = f"facts:{write_facts(tmp_path / 'facts.jsonl')}", tmp_path / "int8"
+    compressknow.convert(save_trained(family, tmp_path / "model"), folder, scope=scope, quantize="int8")
     answers = [
         compressknow.probe(folder, tmp_path / str(size), [facts], settings=Settings(batch_size=size)).answers
         for size in (1, 3, 128)

@@ -22,7 +22,7 @@ from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Quantize, Where
 from compressknow.engine import layers
 from compressknow.engine.load import load, load_tokenizer
-from tests.knowing import knowing
+from tests.knowing import save_trained
 from tests.models import convert, edit_config, edit_tensors
 
 IDS = torch.tensor([[5, 7, 11, 2]])
@@ -168,7 +168,7 @@ def test_a_pickle_that_would_run_code_is_refused_without_the_advice_to_run_it(tm
 
 
 def test_a_tokenizer_that_is_missing_is_said_in_one_sentence(tmp_path: Path) -> None:
-    folder = knowing("llama", tmp_path / "llama")
+    folder = save_trained("llama", tmp_path / "llama")
     for path in folder.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(CheckpointError, match="has no tokenizer that loads") as error:
@@ -191,7 +191,7 @@ def test_a_tokenizer_that_panics_is_an_error(tmp_path: Path, capfd: pytest.Captu
 
 @pytest.mark.parametrize("target", ["nowhere", "tokenizer_config.json"])
 def test_a_link_that_leads_nowhere_is_no_missing_file(target: str, tmp_path: Path) -> None:
-    folder = knowing("bert", tmp_path / "bert")
+    folder = save_trained("bert", tmp_path / "bert")
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer_config.json").symlink_to(target)
     for use in (load, load_tokenizer, lambda source: convert(source, tmp_path / "out", Recipe((Quantize("int8"),)))):
@@ -218,7 +218,7 @@ def test_what_is_no_checkpoint_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", ["64", [64]])
 def test_a_tokenizer_whose_length_is_no_number_is_an_error(length: object, tmp_path: Path) -> None:
-    path = knowing("bert", tmp_path / "bert") / "tokenizer_config.json"
+    path = save_trained("bert", tmp_path / "bert") / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
     with pytest.raises(CheckpointError, match=r"its model_max_length, .*64.*, is not a number"):
         load_tokenizer(path.parent)

@@ -30,7 +30,7 @@ from tests.evaluate.references import (
     word_facts,
     word_tokenizer,
 )
-from tests.knowing import knowing
+from tests.knowing import save_trained
 from tests.models import tiny
 
 _SMALL = {
@@ -64,7 +64,7 @@ KEEP_NO_CACHE = ("mamba",)
 
 @pytest.fixture(scope="module")
 def knows(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return load_language_model(knowing("llama", tmp_path_factory.mktemp("llama")))
+    return load_language_model(save_trained("llama", tmp_path_factory.mktemp("llama")))
 
 
 def next_token(knows: LanguageModel, fact: Fact) -> np.ndarray:

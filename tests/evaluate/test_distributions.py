@@ -24,7 +24,7 @@ from compressknow.evaluate.distributions import DistributionFile, Distributions,
 from compressknow.evaluate.runtimes import Settings
 from compressknow.pages.records import Card
 from tests.evaluate.test_run import telling
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 
 FAMILIES = {"bert": AutoModelForMaskedLM, "llama": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
 VOCABULARY = 600
@@ -37,13 +37,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of each family whose vocabulary is larger than the tokens that answers hold, each pruned twice."""
     folder = tmp_path_factory.mktemp("place")
     for family, loads in FAMILIES.items():
-        model = loads.from_pretrained(knowing(family, folder / family))
+        model = loads.from_pretrained(save_trained(family, folder / family))
         torch.manual_seed(1)
         model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
         model.save_pretrained(folder / family)
         for percent in (30, 60):
             compressknow.convert(folder / family, folder / f"{family}-{percent}", prune=percent / 100)
-    facts_file(folder / "facts.jsonl")
+    write_facts(folder / "facts.jsonl")
     return folder
 
 

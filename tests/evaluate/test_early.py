@@ -17,16 +17,16 @@ from compressknow.evaluate.early import FIRST, gather_early
 from compressknow.evaluate.gather import Evaluation, gather
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
-from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoints `llama` and `llama-6`, which is pruned, and their facts."""
     folder = tmp_path_factory.mktemp("place")
-    knowing("llama", folder / "llama")
+    save_trained("llama", folder / "llama")
     compressknow.convert(folder / "llama", folder / "llama-6", prune=0.6)
-    facts_file(folder / "facts.jsonl")
+    write_facts(folder / "facts.jsonl")
     return folder
 
 

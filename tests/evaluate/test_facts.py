@@ -18,7 +18,7 @@ from compressknow.base.errors import UsageError
 from compressknow.evaluate.facts import Fact, Probe, compute_chance, compute_majority, find_most_frequent
 from compressknow.evaluate.sources import Options, open_all
 from tests.evaluate.layouts import DATA, open_probe, real_data
-from tests.knowing import facts_file
+from tests.knowing import write_facts
 
 
 def fact(number: int = 0, relation: str = "capital", **fields: Any) -> Fact:
@@ -84,7 +84,7 @@ def test_the_fingerprint_is_that_of_the_facts_not_of_where_they_lie_or_how_well_
     probes = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        probes.append(open_probe(f"facts:{facts_file(tmp_path / folder / 'mine.jsonl')}"))
+        probes.append(open_probe(f"facts:{write_facts(tmp_path / folder / 'mine.jsonl')}"))
     assert probes[0].fingerprint() == probes[1].fingerprint()
     assert (
         open_probe(f"facts:{tmp_path / 'a' / 'mine.jsonl'}", Options(limit=9)).fingerprint() != probes[0].fingerprint()

@@ -24,7 +24,7 @@ from tests.evaluate.references import (
 from tests.evaluate.test_causal import next_token
 from tests.evaluate.test_masked import at_the_mask
 from tests.evaluate.test_seq2seq import after_the_sentinel
-from tests.knowing import knowing
+from tests.knowing import save_trained
 
 # By family: a model, the score of a text as an answer, the distribution where an answer begins, and a layer to break.
 FAMILIES = {
@@ -36,7 +36,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def knows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return load_language_model(knowing(FAMILIES[request.param][0], tmp_path_factory.mktemp(request.param)))
+    return load_language_model(save_trained(FAMILIES[request.param][0], tmp_path_factory.mktemp(request.param)))
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import Encoder
 from tests.evaluate.references import as_probe, causal, filled, known_facts, masked
 from tests.evaluate.trained import word_piece
-from tests.knowing import knowing
+from tests.knowing import save_trained
 from tests.pages.answering import answer, answers
 
 FAMILIES = {"bert": "masked", "llama": "causal", "t5": "seq2seq"}
@@ -92,7 +92,7 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp(request.param)
-    source = knowing(request.param, folder / "original")
+    source = save_trained(request.param, folder / "original")
     compressknow.convert(source, folder / "pruned", scope="overall", prune=PRUNED)
     original, pruned = (load_language_model(folder / name) for name in ("original", "pruned"))
     before, after = graded(original, ()), graded(pruned, ())
@@ -251,7 +251,7 @@ def test_what_opens_an_answer_is_told_from_the_answer() -> None:
 
 def test_a_greedy_text_goes_on_past_what_opens_it(tmp_path: Path) -> None:
     """Of one-token candidates, two tokens tell what a text says; an article before it takes one more."""
-    language = load_language_model(knowing("llama", tmp_path / "model"))
+    language = load_language_model(save_trained("llama", tmp_path / "model"))
     scorer = make_scorer(language.model, language.tokenizer, "causal", as_probe(known_facts()))
     assert isinstance(scorer, DecodingScorer)
     (query, *_) = (query for query in map(scorer.make_query, known_facts()) if not isinstance(query, str))
@@ -368,7 +368,7 @@ def test_an_unknown_reading_is_refused_with_what_there_is() -> None:
 
 def test_the_greedy_text_of_a_prompt_at_the_model_s_last_position_is_no_longer_than_that(tmp_path: Path) -> None:
     """A prompt and its candidates that just fit leave no room for a token more."""
-    folder = knowing("llama", tmp_path / "model")
+    folder = save_trained("llama", tmp_path / "model")
     language = load_language_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     facts = known_facts()[:2]

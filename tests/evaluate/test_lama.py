@@ -12,7 +12,7 @@ from compressknow.base.errors import UsageError
 from compressknow.cli import main
 from compressknow.evaluate.answers import read_answers
 from tests.evaluate.layouts import DATA, lama_folder, read_lama, real_data, trex, write_jsonl
-from tests.knowing import knowing
+from tests.knowing import save_trained
 
 MINILM = DATA.parent / "models" / "minilm-facts"
 
@@ -60,7 +60,7 @@ def test_the_settings_of_the_two_protocols(folder: Path) -> None:
 
 
 def test_answers_by_one_protocol_are_not_reported_as_those_by_the_other(folder: Path, tmp_path: Path) -> None:
-    model, settings = knowing("bert", tmp_path / "model"), Settings(noise_floor=False)
+    model, settings = save_trained("bert", tmp_path / "model"), Settings(noise_floor=False)
     # A word that the model has.
     with (folder / "common_vocab_cased.txt").open("a", encoding="utf-8") as words:
         words.write("Velin\n")

@@ -26,7 +26,7 @@ from compressknow.evaluate.sources import Options
 from tests.engine.gguf_files import F16, F32, Q8_0, needs_gguf, write_gguf
 from tests.evaluate.layouts import open_probe
 from tests.gguf.making import checkpoint, needs_converter
-from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.long import long, one_in
 
 pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
@@ -44,10 +44,10 @@ CLOSE = 1e-2
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoint `llama`, files of it in F32, F16 and Q8_0, and facts with and without candidates."""
     folder = tmp_path_factory.mktemp("place")
-    knowing("llama", folder / "llama")
+    save_trained("llama", folder / "llama")
     for kind in (F32, F16, Q8_0):
         write_gguf(folder / "llama", folder / f"{kind.name}.gguf", kind)
-    facts_file(folder / "facts.jsonl")
+    write_facts(folder / "facts.jsonl")
     facts = [json.loads(line) for line in (folder / "facts.jsonl").read_text().splitlines()]
     free = [{key: value for key, value in fact.items() if key != "candidates"} for fact in facts]
     (folder / "free.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in free))

@@ -32,7 +32,7 @@ from tests.evaluate.references import (
     word_facts,
     word_tokenizer,
 )
-from tests.knowing import knowing
+from tests.knowing import save_trained
 from tests.models import tiny
 
 _SMALL = {
@@ -59,7 +59,7 @@ MORE: dict[str, Callable[[], hf.PreTrainedModel]] = {
 
 @pytest.fixture(scope="module")
 def knows(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return load_language_model(knowing("bert", tmp_path_factory.mktemp("bert")))
+    return load_language_model(save_trained("bert", tmp_path_factory.mktemp("bert")))
 
 
 def at_the_mask(knows: LanguageModel, fact: Fact) -> np.ndarray:

@@ -23,7 +23,7 @@ from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.evaluate.sources import open_all
 from compressknow.pages.card.warnings import compare_with_rounding
-from tests.knowing import facts_file, in_wordings, knowing
+from tests.knowing import save_trained, write_bear, write_facts
 from tests.pages.answering import entry, sides
 
 BF16 = Settings(dtype="bfloat16", noise_floor=False)
@@ -39,7 +39,7 @@ def floor_of(answers: Answers) -> NoiseFloor:
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, Answers]:
     """Answers of a model with its noise floor, and those of a run of its own in the other precision."""
     folder = tmp_path_factory.mktemp(request.param)
-    model, facts = knowing(request.param, folder / "model"), f"facts:{facts_file(folder / 'facts.jsonl')}"
+    model, facts = save_trained(request.param, folder / "model"), f"facts:{write_facts(folder / 'facts.jsonl')}"
     found = probe(model, folder / "a", facts)
     return found, probe(model, folder / "b", facts, reference=folder / "a", settings=BF16)
 
@@ -62,7 +62,7 @@ def test_it_counts_what_differs_from_a_run_of_its_own_in_the_other_precision(bot
 
 
 def test_a_model_that_runs_in_its_own_precision_answers_in_another_one(tmp_path: Path) -> None:
-    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     floor = floor_of(probe(model, tmp_path / "a", facts, settings=Settings(dtype="auto")))
     assert floor.computed_in == "bfloat16"
 
@@ -80,7 +80,7 @@ def test_where_known_means_produced_it_counts_what_is_said(both: tuple[Answers, 
 
 
 def test_of_facts_in_several_wordings_it_counts_majorities(tmp_path: Path) -> None:
-    model, options = knowing("llama", tmp_path / "model"), Options(data=in_wordings(tmp_path / "data"), templates=3)
+    model, options = save_trained("llama", tmp_path / "model"), Options(data=write_bear(tmp_path / "data"), templates=3)
     found = probe(model, tmp_path / "a", "bear", options=options)
     other = probe(model, tmp_path / "b", "bear", options=options, reference=tmp_path / "a", settings=BF16)
     for known in ("recognized", "produced"):
@@ -100,7 +100,7 @@ def right_by_majority(answers: Answers) -> dict[str, bool]:
 
 
 def test_a_sample_has_all_wordings_of_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, options = knowing("llama", tmp_path / "model"), Options(data=in_wordings(tmp_path / "data"), templates=3)
+    model, options = save_trained("llama", tmp_path / "model"), Options(data=write_bear(tmp_path / "data"), templates=3)
     monkeypatch.setattr(noise, "LEAST_FACTS", 3)
     monkeypatch.setattr(noise, "PART", 0.0)
     found = probe(model, tmp_path / "a", "bear", options=options)
@@ -116,7 +116,7 @@ def kl(before: object, after: object) -> float:
 
 
 def test_it_is_kept_with_the_answers_and_not_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     first = floor_of(probe(model, tmp_path / "a", facts))
     assert floor_of(read_answers(tmp_path / "a")) == first
     monkeypatch.setattr(ModelHandle, "copy_in_other_precision", pytest.fail)
@@ -124,7 +124,7 @@ def test_it_is_kept_with_the_answers_and_not_found_again(tmp_path: Path, monkeyp
 
 
 def test_a_large_probe_is_sampled_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     monkeypatch.setattr(noise, "LEAST_FACTS", 3)
     monkeypatch.setattr(noise, "PART", 0.0)
     one, other = (floor_of(probe(model, tmp_path / name, facts)) for name in "ab")
@@ -133,7 +133,7 @@ def test_a_large_probe_is_sampled_by_seed(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_that_of_a_sample_is_not_kept_with_the_answers_of_another_run_to_another_one(tmp_path: Path) -> None:
-    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     samples = [Options(limit=limit) for limit in (10, 30)]
     # The second run has the folder before the first one measures.
     found = [
@@ -146,7 +146,7 @@ def test_that_of_a_sample_is_not_kept_with_the_answers_of_another_run_to_another
 
 
 def test_it_can_be_left_out_and_is_not_asked_of_what_stands_beside_an_original(tmp_path: Path) -> None:
-    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     probe(model, tmp_path / "a", facts, settings=Settings(noise_floor=False))
     beside = probe(model, tmp_path / "b", facts, reference=tmp_path / "a")
     for answers in (read_answers(tmp_path / "a"), beside):
@@ -154,7 +154,7 @@ def test_it_can_be_left_out_and_is_not_asked_of_what_stands_beside_an_original(t
 
 
 def test_the_card_says_it_in_every_form(tmp_path: Path) -> None:
-    model, facts = knowing("llama", tmp_path / "model"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     outputs = [tmp_path / f"card.{kind}" for kind in ("json", "md", "html")]
     card = report(model, model, facts, output=outputs, answers=tmp_path / "kept")
     (measured,) = json.loads(outputs[0].read_text(encoding="utf-8"))["compressed"][0]["probes"].values()

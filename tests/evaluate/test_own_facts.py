@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from compressknow.base.errors import UsageError
 from compressknow.evaluate.facts import BLANK, Fact
 from tests.evaluate.layouts import read_facts_file, write_jsonl
-from tests.knowing import KNOWN_FACTS, facts_file
+from tests.knowing import KNOWN_FACTS, write_facts
 
 PROMPT = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}
 TEMPLATE = {"template": "[X] was born in [Y].", "sub_label": "Ada Lovelace", "obj_label": "London"}
@@ -142,7 +142,7 @@ def test_facts_with_and_without_candidates_mix(tmp_path: Path) -> None:
 
 
 def test_the_facts_that_the_tiny_models_know(tmp_path: Path) -> None:
-    probe = read_facts_file(facts_file(tmp_path / "known.jsonl"))
+    probe = read_facts_file(write_facts(tmp_path / "known.jsonl"))
     expected = [(known.sentence(BLANK), known.obj_label) for known in KNOWN_FACTS]
     assert [(fact.prompt, fact.obj_label) for fact in probe.facts] == expected
     assert probe.vocabulary == "closed"

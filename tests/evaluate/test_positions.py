@@ -12,7 +12,7 @@ from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import TOO_LONG
 from tests.evaluate.layouts import read_facts_file
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.models import tiny
 
 
@@ -52,8 +52,8 @@ def test_a_tokenizer_may_allow_less(name: str) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_prompt_that_is_too_long_is_dropped_and_counted(family: str, tmp_path) -> None:
-    loaded = load_language_model(knowing(family, tmp_path / "model"))
-    probe = read_facts_file(facts_file(tmp_path / "facts.jsonl"))
+    loaded = load_language_model(save_trained(family, tmp_path / "model"))
+    probe = read_facts_file(write_facts(tmp_path / "facts.jsonl"))
     long = replace(probe.facts[0], id="long", prompt="The capital " * 60 + probe.facts[0].prompt)
     fits = replace(probe.facts[0], id="fits", prompt="The capital " * 20 + probe.facts[0].prompt)
     scorer = make_scorer(loaded.model, loaded.tokenizer, loaded.family, replace(probe, facts=(long, fits)))

@@ -30,7 +30,7 @@ from compressknow.evaluate.run import probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.scoring import families
 from compressknow.evaluate.sources import Options, open_all
-from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing
+from tests.knowing import KNOWN_FACTS, save_trained, write_bear, write_facts
 
 FEW = Settings(batch_size=8, noise_floor=False)
 
@@ -40,10 +40,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoints `bert`, `llama`, `t5`, two of them compressed, and their facts."""
     folder = tmp_path_factory.mktemp("place")
     for family in ("bert", "llama", "t5"):
-        knowing(family, folder / family)
+        save_trained(family, folder / family)
     for amount in (3, 6, 9):
         compressknow.convert(folder / "llama", folder / f"llama-{amount}", prune=amount / 10)
-    facts_file(folder / "facts.jsonl")
+    write_facts(folder / "facts.jsonl")
     return folder
 
 
@@ -240,7 +240,7 @@ def test_another_release_of_transformers_asks_anew(
 
 
 def test_code_that_is_trusted_now_asks_anew(tmp_path: Path) -> None:
-    model, facts = knowing("llama", tmp_path / "llama"), facts_file(tmp_path / "facts.jsonl")
+    model, facts = save_trained("llama", tmp_path / "llama"), write_facts(tmp_path / "facts.jsonl")
     own = "from transformers import LlamaForCausalLM\n\n\nclass OwnForCausalLM(LlamaForCausalLM):\n"
     own += "    def forward(self, *given, **named):\n        output = super().forward(*given, **named)\n"
     (model / "own.py").write_text(f"{own}        output.logits = -output.logits\n        return output\n")
@@ -593,7 +593,7 @@ def test_the_token_that_a_decoder_begins_with_decides_the_answers(
 def test_a_report_in_another_wording_leaves_the_answers_to_the_first(
     place: Path, tmp_path: Path, loads: list[Path]
 ) -> None:
-    bear = in_wordings(tmp_path / "bear")
+    bear = write_bear(tmp_path / "bear")
     first = Options(data=bear)
     for _ in range(2):
         for options in (first, replace(first, template=2), replace(first, templates=2)):

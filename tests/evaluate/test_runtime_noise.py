@@ -21,7 +21,7 @@ from compressknow.model.manifest import seal_manifest
 from compressknow.pages.parts import list_identity
 from tests.engine.gguf_files import Q8_0, write_gguf
 from tests.gguf.making import checkpoint, needs_converter, train_sentencepiece
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import long
 
 pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     files = [folder / f"{kind}.gguf" for kind in ("f32", "q8_0")]
     for file in files:
         compressknow.export(model, file, type=file.stem)
-    return Place(model, *files, f"facts:{facts_file(folder / 'facts.jsonl')}")
+    return Place(model, *files, f"facts:{write_facts(folder / 'facts.jsonl')}")
 
 
 def original_in(folder: Path) -> Answers:
@@ -186,9 +186,9 @@ def test_compare_says_it_too(place: Place, tmp_path: Path) -> None:
 @pytest.fixture
 def untaken(tmp_path: Path) -> Place:
     """A checkpoint whose tokenizer no converter knows, and a file of it with other tokens."""
-    model = knowing("llama", tmp_path / "llama")
+    model = save_trained("llama", tmp_path / "llama")
     file = write_gguf(model, tmp_path / "q8.gguf", Q8_0)
-    return Place(model, file, file, f"facts:{facts_file(tmp_path / 'facts.jsonl')}")
+    return Place(model, file, file, f"facts:{write_facts(tmp_path / 'facts.jsonl')}")
 
 
 @needs_converter

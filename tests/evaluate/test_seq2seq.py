@@ -32,13 +32,13 @@ from tests.evaluate.references import (
     word_facts,
     word_tokenizer,
 )
-from tests.knowing import knowing
+from tests.knowing import save_trained
 from tests.models import tiny
 
 
 @pytest.fixture(scope="module")
 def knows(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return load_language_model(knowing("t5", tmp_path_factory.mktemp("t5")))
+    return load_language_model(save_trained("t5", tmp_path_factory.mktemp("t5")))
 
 
 def decoded(knows: LanguageModel, fact: Fact, ids: list[int]) -> torch.Tensor:
@@ -55,7 +55,7 @@ def after_the_sentinel(knows: LanguageModel, fact: Fact) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["decoder_start_token_id", "bos_token_id"])
 def test_a_decoder_begins_as_generate_lets_it_whatever_config_json_says(name: str, tmp_path: Path) -> None:
-    folder = knowing("t5", tmp_path)
+    folder = save_trained("t5", tmp_path)
     (folder / "generation_config.json").write_text(json.dumps({name: 5}))
     model = load_language_model(folder).model
     assert find_decoder_start(model) == model.generate(torch.tensor([[7, 1]]), max_new_tokens=1)[0, 0] == 5

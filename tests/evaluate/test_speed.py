@@ -19,16 +19,16 @@ from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.speed import _measure_tokens, measure
 from tests.engine.gguf_files import needs_gguf, write_gguf
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import long
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
-    knowing("llama", folder / "llama")
+    save_trained("llama", folder / "llama")
     compressknow.convert(folder / "llama", folder / "converted", quantize="int8")
-    facts_file(folder / "facts.jsonl")
+    write_facts(folder / "facts.jsonl")
     return folder
 
 
@@ -86,7 +86,7 @@ def test_a_model_is_timed_in_the_precision_that_it_is_deployed_in(place: Path, t
 
 @long
 def test_a_model_that_does_not_go_on_with_texts_has_no_tokens_a_second(tmp_path: Path) -> None:
-    model = knowing("bert", tmp_path / "bert")
+    model = save_trained("bert", tmp_path / "bert")
     assert measure(locate(model), Settings()).tokens_per_second is None
 
 

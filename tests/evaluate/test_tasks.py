@@ -32,7 +32,7 @@ from compressknow.evaluate.sources import Options, open_all, tasks
 from compressknow.evaluate.sources.task_answers import NO_GOLD
 from compressknow.evaluate.sources.tasks import SHIPPED, LmEvalTask
 from tests.evaluate.layouts import DATA, open_task, real_data, write_jsonl
-from tests.knowing import KNOWN_FACTS, candidates, knowing
+from tests.knowing import KNOWN_FACTS, candidates, save_trained
 from tests.models import save_tiny
 
 LM_EVALS = Path(lm_eval.__file__).parent / "tasks"
@@ -70,12 +70,12 @@ WINOGRANDE = [
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return load_language_model(knowing("llama", tmp_path_factory.mktemp("llama")))
+    return load_language_model(save_trained("llama", tmp_path_factory.mktemp("llama")))
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return load_language_model(knowing("t5", tmp_path_factory.mktemp("t5")))
+    return load_language_model(save_trained("t5", tmp_path_factory.mktemp("t5")))
 
 
 @pytest.fixture(params=["llama", "t5"])
@@ -283,7 +283,7 @@ def test_written_answers_are_right_or_wrong(llama: LanguageModel, tmp_path: Path
 
 
 def test_answers_that_are_written_go_by_the_settings_of_generation(tmp_path: Path) -> None:
-    model, folder = knowing("llama", tmp_path / "model"), cloze(tmp_path / "tasks", WRITTEN)
+    model, folder = save_trained("llama", tmp_path / "model"), cloze(tmp_path / "tasks", WRITTEN)
 
     def write() -> list[str]:
         answers = compressknow.probe(model, tmp_path / "answers", "lm-eval:written", tasks=folder)
@@ -349,7 +349,7 @@ def test_items_without_a_right_choice_are_counted(llama: LanguageModel, tmp_path
 
 
 def test_model_that_computes_no_numbers_knows_nothing(tmp_path: Path) -> None:
-    broken = load_language_model(knowing("llama", tmp_path / "broken"))
+    broken = load_language_model(save_trained("llama", tmp_path / "broken"))
     torch.nn.init.constant_(broken.model.get_output_embeddings().weight, float("nan"))
     answers, _ = open_task("lm-eval:cloze", include=cloze(tmp_path / "tasks")).run(broken)
     assert {(answer.correct, answer.rank, answer.logp_gold) for answer in answers} == {(False, None, None)}
@@ -358,7 +358,7 @@ def test_model_that_computes_no_numbers_knows_nothing(tmp_path: Path) -> None:
 def test_nothing_is_printed_or_left_behind(
     llama: LanguageModel, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = type(llama.tokenizer).from_pretrained(knowing("llama", tmp_path / "model"))
+    tokenizer = type(llama.tokenizer).from_pretrained(save_trained("llama", tmp_path / "model"))
     tokenizer.pad_token = None
     monkeypatch.chdir(tmp_path)  # no repository: git would complain
     folder = cloze(tmp_path / "tasks")
@@ -474,7 +474,7 @@ def test_a_model_that_a_task_cannot_evaluate_is_refused_before_it_is_loaded(tmp_
 def test_a_task_without_data_is_refused_before_other_probes_are_evaluated(tmp_path: Path, loads: list[Path]) -> None:
     folder = cloze(tmp_path / "tasks")
     (folder / "cloze.jsonl").write_text("<html>404</html>")
-    model = knowing("llama", tmp_path / "llama")
+    model = save_trained("llama", tmp_path / "llama")
     with pytest.raises(CompressknowError, match="lm-eval:cloze cannot be loaded"):
         compressknow.probe(model, tmp_path / "answers", ["atlas", "lm-eval:cloze"], tasks=folder)
     assert not loads

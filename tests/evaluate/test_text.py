@@ -19,7 +19,7 @@ from compressknow.evaluate.distributions import DistributionFile
 from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, Chunk
 from compressknow.evaluate.sources import Options, open_all
 from compressknow.evaluate.text import GREEDY_TOKENS, RunningText, cut_chunks
-from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 
 CONTEXT = 24
 SCORED = CONTEXT - 1 - CONTEXT // 2
@@ -30,9 +30,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `llama`, which knows the facts, a pruned one, a BERT, a T5 and a text of the facts."""
     folder = tmp_path_factory.mktemp("place")
     for family in ("llama", "bert", "t5"):
-        knowing(family, folder / family)
+        save_trained(family, folder / family)
     compressknow.convert(folder / "llama", folder / "pruned", prune=0.4)
-    facts_file(folder / "facts.jsonl")
+    write_facts(folder / "facts.jsonl")
     sentences = [fact.sentence(fact.obj_label) for fact in KNOWN_FACTS]
     (folder / "facts.txt").write_text("\n".join(sentences[::3]) + "\n", encoding="utf-8")
     return folder
@@ -210,7 +210,7 @@ def test_a_token_beyond_the_embedding_is_refused(place: Path) -> None:
 
 def test_models_of_other_tokens_have_bits_per_byte_and_no_divergence(place: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    knowing("llama", other)
+    save_trained("llama", other)
     tokenizer = (other / "tokenizer.json").read_text(encoding="utf-8")
     assert '"reeds"' in tokenizer
     (other / "tokenizer.json").write_text(tokenizer.replace('"reeds"', '"rushes"'), encoding="utf-8")

@@ -19,7 +19,7 @@ from compressknow.evaluate.facts import Probe, strip_wording
 from compressknow.evaluate.grades import DEMOTED, GONE, PRODUCED, RECOGNIZED, merge_wordings
 from compressknow.evaluate.sources import open_all
 from tests.evaluate.layouts import open_probe
-from tests.knowing import in_wordings, knowing
+from tests.knowing import save_trained, write_bear
 from tests.pages.answering import answer, answers, entry
 
 N = 3
@@ -27,14 +27,14 @@ N = 3
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return in_wordings(tmp_path_factory.mktemp("bear"))
+    return write_bear(tmp_path_factory.mktemp("bear"))
 
 
 @pytest.fixture(scope="module")
 def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama that knows the first wording, and the same pruned, evaluated on three; and their report."""
     folder = tmp_path_factory.mktemp("wordings")
-    compressknow.convert(knowing("llama", folder / "original"), folder / "pruned", scope="overall", prune=0.5)
+    compressknow.convert(save_trained("llama", folder / "original"), folder / "pruned", scope="overall", prune=0.5)
     options = Options(data=data, templates=N)
     compressknow.probe(folder / "original", folder / "before", "bear", options=options)
     compressknow.probe(folder / "pruned", folder / "after", "bear", options=options, reference=folder / "before")

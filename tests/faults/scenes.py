@@ -10,7 +10,7 @@ from pathlib import Path
 
 from compressknow.evaluate.answers import SEAL
 from tests.faults.warm import Warm
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 
 FACTS, MORE = "facts.jsonl", "more.jsonl"
 GRID = """\
@@ -61,8 +61,8 @@ class Stage:
         self.seconds: dict[str, float] = {}
         self._props = folder / "props"
         self._props.mkdir(parents=True)
-        knowing("bert", self._props / "model")
-        lines = facts_file(self._props / "all.jsonl").read_text().splitlines(keepends=True)
+        save_trained("bert", self._props / "model")
+        lines = write_facts(self._props / "all.jsonl").read_text().splitlines(keepends=True)
         (self._props / FACTS).write_text("".join(lines[::3]))
         (self._props / MORE).write_text("".join(lines[1::6]))
         (self._props / "grid.toml").write_text(GRID)

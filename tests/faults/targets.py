@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.faults.mutants import as_json, mutate_bytes, mutate_file, mutate_header, mutate_lines, mutate_toml
 from tests.faults.scenes import COMPRESS, FACTS, differing
 from tests.faults.warm import Outcome, Warm
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 
 RECIPE = """\
 module_map = "structural"
@@ -136,7 +136,7 @@ class Bench:
         self.props = folder / "props"
         (self.props / "home" / "tmp").mkdir(parents=True)
         self._make_models()
-        lines = facts_file(self.props / "all.jsonl").read_text().splitlines(keepends=True)
+        lines = write_facts(self.props / "all.jsonl").read_text().splitlines(keepends=True)
         (self.props / FACTS).write_text("".join(lines[::5]))
         (self.props / "recipe.toml").write_text(RECIPE)
         (self.props / "grid.toml").write_text(GRID)
@@ -157,7 +157,7 @@ class Bench:
 
         from tests.engine.gguf_files import write_gguf
 
-        model = AutoModelForMaskedLM.from_pretrained(knowing("bert", self.props / "model"))
+        model = AutoModelForMaskedLM.from_pretrained(save_trained("bert", self.props / "model"))
         for name, options in {"sharded": {"max_shard_size": "150KB"}, "binary": {}}.items():
             shutil.copytree(self.props / "model", self.props / name)
             (self.props / name / "model.safetensors").unlink()
@@ -165,7 +165,7 @@ class Bench:
         state = load_file(self.props / "binary/model.safetensors")
         (self.props / "binary/model.safetensors").unlink()
         torch.save(state, self.props / "binary/pytorch_model.bin")
-        write_gguf(knowing("llama", self.folder / "llama"), self.props / "llama.gguf")
+        write_gguf(save_trained("llama", self.folder / "llama"), self.props / "llama.gguf")
 
     def run(self, kind: str, seed: int) -> list[str]:
         """Damage a file as this seed says, and run the commands; what was wrong."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from compressknow.base.packages import OPTIONAL  # noqa: F401  # the package is importable without the extra
 from tests.engine.gguf_files import interleaved, name_in_llama_cpp
-from tests.knowing import KNOWN_FACTS, knowing_as
+from tests.knowing import KNOWN_FACTS, train_llama
 
 VOCABULARY = 400
 needs_converter = pytest.mark.usefixtures("converter")
@@ -94,7 +94,7 @@ def knowing_llama(folder: Path) -> Path:
     (folder / "tokenizer.model").write_bytes(train_sentencepiece("bpe", byte_fallback=True))
     config = hf.LlamaConfig(**_LLAMA, initializer_range=0.05, dtype=torch.float32)
     config.save_pretrained(folder)
-    return knowing_as(folder, config)
+    return train_llama(folder, config)
 
 
 def values(path: Path) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from compressknow.model.gguf_file import check_gguf
 from tests.engine.gguf_bytes import LIST, TEXT, Parts, taken_apart
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.hostile.bounded import refused
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 
 U8, U32, F32, U64 = 0, 4, 6, 10
 
@@ -21,8 +21,8 @@ U8, U32, F32, U64 = 0, 4, 6, 10
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
-    facts_file(folder / "facts.jsonl")
-    return write_gguf(knowing("llama", folder / "llama"), folder / "sound.gguf")
+    write_facts(folder / "facts.jsonl")
+    return write_gguf(save_trained("llama", folder / "llama"), folder / "sound.gguf")
 
 
 def of(change: Callable[[Parts], Any]) -> Callable[[bytes], bytes]:

@@ -15,7 +15,7 @@ from compressknow.engine.identity import READ_BYTES, LocatedModel, locate, read_
 from compressknow.model.tensors import TORCH_NAMES, StoredTensor, find_not_finite, view_bytes
 from tests.engine.gguf_files import F32, write_gguf
 from tests.hostile.bounded import refused
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.models import edit_tensors, save_tiny
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -25,10 +25,10 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama, and the same with one NaN in a query weight; facts."""
     folder = tmp_path_factory.mktemp("place")
-    knowing("llama", folder / "sound")
+    save_trained("llama", folder / "sound")
     shutil.copytree(folder / "sound", folder / "broken")
     edit_tensors(folder / "broken", lambda weights: weights[QUERY][3, 5].fill_(float("nan")))
-    facts_file(folder / "facts.jsonl")
+    write_facts(folder / "facts.jsonl")
     return folder
 
 

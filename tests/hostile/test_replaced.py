@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError
 from compressknow.evaluate.answers import TABLE
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.models import edit_config, save_tiny
 
 _at_open: list[Callable[[Path], None]] = []
@@ -102,9 +102,9 @@ def test_convert_writes_the_one_model_or_the_other_or_nothing(tmp_path: Path, na
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
-    knowing("bert", folder / "first")
+    save_trained("bert", folder / "first")
     scaled(folder / "first", folder / "other")
-    facts_file(folder / "facts.jsonl")
+    write_facts(folder / "facts.jsonl")
     return folder
 
 

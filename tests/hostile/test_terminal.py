@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from compressknow.cli import main
 from compressknow.cli.terminal import show, show_json
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.models import edit_config, save_tiny
 
 # A terminal's title, a bell, C1, DEL, an override and an isolate of the direction of writing, and a carriage return.
@@ -127,8 +127,8 @@ def test_arguments_in_usage_errors(model: Path, tmp_path: Path, printed: Printed
 
 def test_facts_and_answers(tmp_path: Path, printed: Printed) -> None:
     """Texts of facts, relations, subjects and a model's name on every page and line that shows them."""
-    model = knowing("bert", tmp_path / f"m{HOSTILE}")
-    rows = [json.loads(line) for line in facts_file(tmp_path / "plain.jsonl").read_text().splitlines()]
+    model = save_trained("bert", tmp_path / f"m{HOSTILE}")
+    rows = [json.loads(line) for line in write_facts(tmp_path / "plain.jsonl").read_text().splitlines()]
     facts = tmp_path / f"f{HOSTILE}.jsonl"
     hostile = [
         row | {"relation": f"{HOSTILE}{number % 2}", "subject": f"{HOSTILE}{number % 3}", "id": f"{HOSTILE}{number}"}

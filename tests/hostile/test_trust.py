@@ -19,7 +19,7 @@ from compressknow.cli import main
 from compressknow.evaluate.answers import RECORD, TABLE, read_answers, write_record
 from compressknow.evaluate.records import Record
 from tests.hostile.bounded import bounded, refused
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.models import save_tiny
 
 JUNK = (None, True, -1, 1.5, 1e400, float("nan"), "", "x", [], [None], {}, {"x": {}}, 10**30)
@@ -29,7 +29,9 @@ JUNK = (None, True, -1, 1.5, 1e400, float("nan"), "", "x", [], [None], {}, {"x":
 def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An answers folder as probe writes it: of a model that knows, with tokenizer."""
     folder = tmp_path_factory.mktemp("answers")
-    compressknow.probe(knowing("bert", folder / "model"), folder / "a", [f"facts:{facts_file(folder / 'f.jsonl')}"])
+    compressknow.probe(
+        save_trained("bert", folder / "model"), folder / "a", [f"facts:{write_facts(folder / 'f.jsonl')}"]
+    )
     return folder / "a"
 
 

@@ -17,7 +17,7 @@ from compressknow.evaluate.runtimes import Settings
 from compressknow.study.cells import CellResult, claim
 from compressknow.study.running import RayOptions
 from tests.gguf.making import text_file
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import long
 
 GRID = '[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.2, 0.8]\nquantize = ["none", "int8"]\n'
@@ -32,7 +32,7 @@ def workers() -> list[psutil.Process]:
 @long
 def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    model, probe = knowing("llama", tmp_path / "llama"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    model, probe = save_trained("llama", tmp_path / "llama"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     grid = tmp_path / "grid.toml"
     grid.write_text(GRID, encoding="utf-8")
     killed: list[int] = []
@@ -64,7 +64,7 @@ def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
 
 @long
 def test_a_study_that_cannot_be_written_ends_with_its_first_cell(tmp_path: Path) -> None:
-    model, probe = knowing("llama", tmp_path / "llama"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    model, probe = save_trained("llama", tmp_path / "llama"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     (tmp_path / "grid.toml").write_text(GRID, encoding="utf-8")
     study, results = tmp_path / "study", []
     with claim(study, ModelHandle(locate(model), Settings())):
@@ -79,7 +79,7 @@ def test_a_study_that_cannot_be_written_ends_with_its_first_cell(tmp_path: Path)
 @long
 def test_a_task_that_this_machine_could_never_start_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    model, probe = knowing("llama", tmp_path / "llama"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    model, probe = save_trained("llama", tmp_path / "llama"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     with pytest.raises(UsageError, match="num_cpus=4096`: Ray finds"):
         compressknow.sweep(model, tmp_path / "study", probe=probe, ray="local", num_cpus=4096)
 
@@ -96,7 +96,7 @@ def test_where_memory_runs_out_for_a_calibration_text_the_workers_make_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray")
-    model, probe = knowing("llama", tmp_path / "llama"), f"facts:{facts_file(tmp_path / 'facts.jsonl')}"
+    model, probe = save_trained("llama", tmp_path / "llama"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     grid, text = tmp_path / "grid.toml", text_file(tmp_path / "text.txt")
     recipe = f"calibration = ['{text}']\ncalibration_tokens = [256]\n"
     grid.write_text(f'[axes]\nscope = ["attention"]\nmethod = ["wanda"]\nprune = [0.2]\n{recipe}', encoding="utf-8")

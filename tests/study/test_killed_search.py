@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.gguf.making import knowing_llama
-from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.long import long
 from tests.study.killed_search import ALONE
 from tests.study.test_search import results
@@ -27,8 +27,8 @@ SECONDS = 300
 def test_a_search_that_is_killed_again_and_again_ends_as_the_undisturbed_one(
     form: str, tmp_path: Path, converter: Path
 ) -> None:
-    model = knowing_llama(tmp_path / "llama") if form == "gguf" else knowing("llama", tmp_path / "llama")
-    facts = facts_file(tmp_path / "facts.jsonl")
+    model = knowing_llama(tmp_path / "llama") if form == "gguf" else save_trained("llama", tmp_path / "llama")
+    facts = write_facts(tmp_path / "facts.jsonl")
     facts.with_suffix(".txt").write_text("\n".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS))
     seeds = [str(seed) for seed in range(SEARCHES)]
     places = [str(place) for place in (model, facts, tmp_path / "out")]

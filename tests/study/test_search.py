@@ -40,7 +40,7 @@ from compressknow.study.guides import hash_facts, select_known_facts
 from compressknow.study.search import SEARCHED, split_facts
 from tests.evaluate.layouts import open_probe
 from tests.gguf.making import checkpoint, knowing_llama, needs_converter, text_file, types
-from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing, knowing_by_own_code
+from tests.knowing import KNOWN_FACTS, save_trained, save_trained_custom_code, write_bear, write_facts
 from tests.long import long, one_in
 from tests.models import edit_tensors, put_into_hub_cache, save_tiny
 
@@ -66,8 +66,8 @@ class Place:
 
     def __init__(self, family: str, folder: Path) -> None:
         self.folder, self.form = folder, "gguf" if family == "gguf" else "checkpoint"
-        self.model = knowing_llama(folder / family) if family == "gguf" else knowing(family, folder / family)
-        self.facts = facts_file(folder / "facts.jsonl")
+        self.model = knowing_llama(folder / family) if family == "gguf" else save_trained(family, folder / family)
+        self.facts = write_facts(folder / "facts.jsonl")
         self.probe = f"facts:{self.facts}"
         self.text = str(text_file(folder / "text.txt"))
         self.file = "model.gguf" if self.form == "gguf" else "model"
@@ -423,7 +423,7 @@ def test_a_search_by_what_is_said_counts_that_alone_and_is_resumed_by_it_alone(
 
 
 def test_a_search_in_several_wordings_holds_facts_out_and_judges_by_most_of_them(llama: Place, tmp_path: Path) -> None:
-    options = Options(data=in_wordings(tmp_path / "bear"), templates=3)
+    options = Options(data=write_bear(tmp_path / "bear"), templates=3)
     found = compressknow.search(
         llama.model,
         tmp_path / "found",
@@ -509,7 +509,7 @@ def test_a_checkpoint_that_runs_its_own_code_is_written(
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
-    own, trusted = knowing_by_own_code(tmp_path / "own"), Settings(trust_remote_code=True)
+    own, trusted = save_trained_custom_code(tmp_path / "own"), Settings(trust_remote_code=True)
     request = SearchRequest(None, 1, "checkpoint", "text", (), "nearest", Calibration(llama.text, 256))
     with open_format(StudyModel(own, trusted), request, tmp_path, ignore_progress) as form:
         form.make(form.choose(form.floor), tmp_path / "model", ignore_progress)

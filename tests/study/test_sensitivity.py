@@ -44,7 +44,7 @@ from compressknow.study.sensitivity import (
 )
 from tests.compress.test_zoo_converts import built
 from tests.evaluate.layouts import open_probe
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import long
 from tests.models import save_tiny, tiny
 from tests.zoo import tiny_model
@@ -76,9 +76,9 @@ def known_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Known]:
 
     def of(family: str, answers_are: str = "candidates") -> Known:
         if (family, answers_are) not in made:
-            path = knowing(family, folder / family)
+            path = save_trained(family, folder / family)
             loaded = load_language_model(path)
-            probe = open_probe(f"facts:{facts_file(folder / 'facts.jsonl')}")
+            probe = open_probe(f"facts:{write_facts(folder / 'facts.jsonl')}")
             if answers_are != "candidates":
                 facts = tuple(replace(fact, candidates=None) for fact in probe.facts)
                 words = tuple(sorted({fact.obj_label for fact in facts})) if answers_are == "words" else ()

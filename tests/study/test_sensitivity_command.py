@@ -11,7 +11,7 @@ import pytest
 
 import compressknow
 from compressknow.cli import main
-from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 
 pytest.importorskip("llama_cpp_py_sync")
 
@@ -20,8 +20,8 @@ pytest.importorskip("llama_cpp_py_sync")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     for family in ("llama", "bert"):
-        knowing(family, folder / family)
-    facts_file(folder / "facts.jsonl")
+        save_trained(family, folder / family)
+    write_facts(folder / "facts.jsonl")
     lines = (folder / "facts.jsonl").read_text().splitlines()
     (folder / "few.jsonl").write_text("\n".join(lines[:20]) + "\n")
     text = " ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS * 4)

@@ -29,7 +29,7 @@ from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.study.cells import RECORD, CellResult, build_study, claim
 from compressknow.study.grid import Cell
-from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing, knowing_by_own_code
+from tests.knowing import KNOWN_FACTS, save_trained, save_trained_custom_code, write_bear, write_facts
 from tests.models import put_into_hub_cache
 from tests.pages.answering import answer, run
 
@@ -49,8 +49,8 @@ class Place:
 
     def __init__(self, family: str, folder: Path) -> None:
         self.folder = folder
-        self.model = knowing(family, folder / family)
-        self.probe = f"facts:{facts_file(folder / 'facts.jsonl')}"
+        self.model = save_trained(family, folder / family)
+        self.probe = f"facts:{write_facts(folder / 'facts.jsonl')}"
         self.grid = folder / "grid.toml"
 
     def sweep(self, name: str, *options: str, grid: str = GRID) -> int:
@@ -202,7 +202,7 @@ def test_the_other_reading_of_known_asks_nothing_again_and_counts_what_is_said(
 @pytest.mark.parametrize("known", ["recognized", "produced"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_facts_in_several_wordings_are_known_by_most_of_them(family: str, known: str, tmp_path: Path) -> None:
-    data, model = in_wordings(tmp_path / "bear"), knowing(family, tmp_path / family)
+    data, model = write_bear(tmp_path / "bear"), save_trained(family, tmp_path / family)
     (tmp_path / "grid.toml").write_text('[axes]\nscope = ["overall"]\nprune = [0.5]\n', encoding="utf-8")
     options = compressknow.Options(data=data, templates=3)
     study = compressknow.sweep(
@@ -330,7 +330,7 @@ def test_a_checkpoint_that_runs_its_own_code_is_saved_too(
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
     (tmp_path / "one.toml").write_text(ONE, encoding="utf-8")
-    own, study = knowing_by_own_code(tmp_path / "own"), tmp_path / "study"
+    own, study = save_trained_custom_code(tmp_path / "own"), tmp_path / "study"
     words = ["sweep", str(own), "-o", str(study), "-p", llama.probe, "--grid", str(tmp_path / "one.toml"), "--save"]
     assert main([*words, "--trust-remote-code"]) == 0
     (saved,) = (study / "models").iterdir()
@@ -504,7 +504,7 @@ def test_a_cell_of_a_scope_that_the_model_lacks_is_refused(llama: Place, capsys:
 def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert llama.sweep("llama") == 1
     assert "is not a study" in capsys.readouterr().err
-    other = knowing("bert", llama.folder / "bert")
+    other = save_trained("bert", llama.folder / "bert")
     assert llama.sweep("study", grid=ONE) == 0
     assert main(["sweep", str(other), "-o", str(llama.folder / "study"), "-p", llama.probe]) == 1
     assert "study of another model" in capsys.readouterr().err

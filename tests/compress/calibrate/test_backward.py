@@ -18,7 +18,7 @@ from compressknow.model.tensors import OpenFiles
 from compressknow.study.measuring import SchemeRoundings, measure
 from tests.compress.test_zoo_converts import built
 from tests.models import save_tiny
-from tests.zoo import inputs_of
+from tests.zoo import make_inputs
 
 # Longformer divides its queries where they lie, blocks of Zamba share weights, and Moss hands no `use_cache` on. Blocks
 # read one bias per row and head (BLOOM), or per head: here there are as many heads as copies of rows (MPT). CTRL
@@ -45,7 +45,7 @@ def test_inputs_and_gradients_at_outputs_give_the_gradient_of_the_weight(name: s
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     model, _ = built(name)
     model.save_pretrained(tmp_path / "in")
-    inputs = {key: value for key, value in inputs_of(model).items() if isinstance(value, torch.Tensor)}
+    inputs = {key: value for key, value in make_inputs(model).items() if isinstance(value, torch.Tensor)}
     positions = torch.arange(inputs["input_ids"].shape[1]).expand(2, -1)
     found: dict[str, torch.Tensor] = {}
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperForConditionalGeneration
 
 from tests.compress.conftest import Refused
-from tests.knowing import KNOWN_FACTS, knowing
+from tests.knowing import KNOWN_FACTS, save_trained
 from tests.long import long
 from tests.models import save_tiny
 
@@ -24,7 +24,7 @@ SENTENCES = " ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS)
 
 @pytest.fixture
 def llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    folder = knowing("llama", tmp_path / "in")
+    folder = save_trained("llama", tmp_path / "in")
     capsys.readouterr()
     return folder
 
@@ -125,7 +125,7 @@ def test_a_model_that_reads_no_text_is_refused(llama: Path, tmp_path: Path, note
 def test_a_model_whose_norms_feed_more_than_layers_is_not_smoothed(
     tmp_path: Path, notes: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bert = knowing("bert", tmp_path / "in")
+    bert = save_trained("bert", tmp_path / "in")
     capsys.readouterr()
     said = refused(bert, "--quantize", "int8", "--smooth", "0.5", "--calibration", str(notes))
     assert "Nothing in bert.encoder.layer.0 can be smoothed" in said
@@ -134,7 +134,7 @@ def test_a_model_whose_norms_feed_more_than_layers_is_not_smoothed(
 def test_what_cannot_be_smoothed_is_told_before_the_model_writes_a_text(
     tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bert, albert = knowing("bert", tmp_path / "bert"), save_tiny("albert", tmp_path / "albert")
+    bert, albert = save_trained("bert", tmp_path / "bert"), save_tiny("albert", tmp_path / "albert")
     capsys.readouterr()
     monkeypatch.setattr("compressknow.compress.calibrate.text.read_calibration_text", pytest.fail)
     assert "Nothing in bert.encoder.layer.0 can be smoothed" in refused(bert, "--quantize", "int8", "--smooth", "0.5")

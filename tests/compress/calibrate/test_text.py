@@ -19,7 +19,7 @@ from compressknow.compress.steps import Calibration
 from compressknow.engine.language_model import load_language_model
 from compressknow.model.meta import build_meta_model
 from tests.gguf.making import train_sentencepiece
-from tests.knowing import KNOWN_FACTS, knowing, knowing_by_own_code
+from tests.knowing import KNOWN_FACTS, save_trained, save_trained_custom_code
 from tests.long import long
 from tests.models import edit_config, save_tiny
 
@@ -30,7 +30,7 @@ SENTENCES = [fact.sentence(fact.obj_label) for fact in KNOWN_FACTS]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: knowing(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+    return {family: save_trained(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_a_t5_reads_what_is_left_and_its_decoder_what_was_hidden(folders: dict[s
 def test_a_bart_reads_masks_and_its_decoder_the_whole_text(architecture: str, tmp_path: Path, notes: Path) -> None:
     folder = save_tiny("bart", tmp_path / "bart")
     edit_config(folder, architectures=[architecture])
-    tokens = tokenizer_of(knowing("bert", tmp_path / "bert"))
+    tokens = tokenizer_of(save_trained("bert", tmp_path / "bert"))
     tokens.save_pretrained(folder)
     # BERT's words that the tiny embedding has rows for.
     text = " ".join(word for word in " ".join(SENTENCES * 4).split() if tokens.get_vocab().get(word, 99) < 99)
@@ -274,7 +274,7 @@ def test_a_request_that_makes_no_sense_is_refused(
 
 def test_tokens_without_a_row_in_the_embedding_are_refused(tmp_path: Path, notes: Path) -> None:
     folder = save_tiny("llama", tmp_path / "tiny")
-    tokenizer = tokenizer_of(knowing("llama", tmp_path / "known"))
+    tokenizer = tokenizer_of(save_trained("llama", tmp_path / "known"))
     tokenizer.add_tokens(["quux"])
     tokenizer.save_pretrained(folder)
     notes.write_text("quux " * 800, encoding="utf-8")
@@ -313,7 +313,7 @@ def test_code_that_does_not_say_which_module_embeds_tokens_is_calibrated_and_loa
     tmp_path: Path, notes: Path
 ) -> None:
     """NeoBERT's is such code: transformers knows the names of usual embeddings alone."""
-    folder = knowing_by_own_code(tmp_path / "own")
+    folder = save_trained_custom_code(tmp_path / "own")
     edit_config(folder, tie_word_embeddings=False)
     with (folder / "own.py").open("a") as code:
         code.write("\n    def get_input_embeddings(self):\n        raise NotImplementedError\n")

@@ -25,7 +25,7 @@ from compressknow.model.loading import open_complete
 from compressknow.model.tensors import OpenFiles
 from tests.compress.test_zoo_converts import CLASSES, built
 from tests.long import one_in
-from tests.zoo import inputs_of
+from tests.zoo import make_inputs
 
 PARTS = 6
 # At least; all that is left runs as a whole.
@@ -46,7 +46,7 @@ def outcome_of(name: str, folder: Path) -> str:
     model, _ = made
     with silence_libraries():
         model.save_pretrained(folder)
-    batch = {key: value for key, value in inputs_of(model).items() if isinstance(value, torch.Tensor)}
+    batch = {key: value for key, value in make_inputs(model).items() if isinstance(value, torch.Tensor)}
     text = CalibrationText("file", "drawn.txt", "0" * 64, 0, 24, 24, (batch, batch), ())
     checkpoint, tree = open_complete(folder)
     try:

@@ -17,7 +17,7 @@ from compressknow.evaluate.runtimes import Settings
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.evaluate.references import answers_to, as_probe, known_facts
 from tests.evaluate.serving.test_servers import answers_from
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 
 xllamacpp = pytest.importorskip("xllamacpp")
 # Activations are rounded to 8 bits by llama.cpp's kernels for Q8_0, which transformers does not do.
@@ -27,7 +27,7 @@ CLOSE = 0.12
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
-    return write_gguf(knowing("llama", folder / "llama"), folder / "known.gguf")
+    return write_gguf(save_trained("llama", folder / "llama"), folder / "known.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_any_tokens_of_the_original_can_be_asked_for(url: str, gguf: Path) -> No
 
 
 def test_probe_and_report_with_a_server_on_either_side(url: str, tmp_path: Path) -> None:
-    facts, out = f"facts:{facts_file(tmp_path / 'f.jsonl')}", tmp_path / "answers"
+    facts, out = f"facts:{write_facts(tmp_path / 'f.jsonl')}", tmp_path / "answers"
     assert main(["probe", url, "-p", facts, "-o", str(out), "--parallel", "2"]) == 0
     record = json.loads((out / "probe.json").read_text())["model"]
     assert record["architecture"] == "llama-server"

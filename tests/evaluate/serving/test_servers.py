@@ -36,7 +36,7 @@ from compressknow.evaluate.sources import Options
 from tests.evaluate.layouts import open_probe
 from tests.evaluate.references import answers_to, as_probe, known_facts
 from tests.evaluate.serving.model_server import NAME, ModelServer, serving
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.long import long
 
 KEY = "sk-aKeyThatNobodyMaySee"
@@ -45,7 +45,7 @@ FAST = Settings(timeout=20.0)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return knowing("llama", tmp_path_factory.mktemp("known") / "llama")
+    return save_trained("llama", tmp_path_factory.mktemp("known") / "llama")
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def test_half_a_letter_that_a_server_writes_is_stored_as_none(
 ) -> None:
     server = served("writes")
     server.changed = lie(lambda choice: choice.update(text=" \ud83e"))
-    facts, few = f"facts:{facts_file(tmp_path / 'f.jsonl')}", Options(limit=2)
+    facts, few = f"facts:{write_facts(tmp_path / 'f.jsonl')}", Options(limit=2)
     given = compressknow.probe(server.url, tmp_path / "a", facts, options=few, settings=FAST)
     assert {answer.produced for answer in given.answers} == {"\ufffd"}
 
@@ -309,7 +309,7 @@ def test_what_does_not_pass_is_one_message(
 ) -> None:
     server = served("vllm")
     server.faults["/v1/models"] = [fault] * 50
-    words = ["probe", server.url, "-p", f"facts:{facts_file(tmp_path / 'f.jsonl')}", "-o", str(tmp_path / "out")]
+    words = ["probe", server.url, "-p", f"facts:{write_facts(tmp_path / 'f.jsonl')}", "-o", str(tmp_path / "out")]
     assert main([*words, "--timeout", "0.3"]) == 1
     printed = capsys.readouterr()
     assert re.match(f"Error: {server.url} {what}", printed.err)
@@ -330,7 +330,7 @@ def test_a_server_for_chats_alone_is_told_what_it_lacks(
 ) -> None:
     server = served("writes")
     server.faults["/v1/completions"] = [404] * 9
-    facts = f"facts:{facts_file(tmp_path / 'f.jsonl')}"
+    facts = f"facts:{write_facts(tmp_path / 'f.jsonl')}"
     assert main(["probe", server.url, "-p", facts, "-o", str(tmp_path / "out")]) == 1
     assert "It must have the model and /v1/completions" in " ".join(capsys.readouterr().err.split())
 
@@ -343,7 +343,7 @@ def test_who_interrupts_a_run_does_not_wait_for_a_server_that_hangs(
     server = served("vllm")
     # It is asked who it is, twice, and then the first facts, some of which it answers.
     server.faults["/v1/completions"] = [*["ok"] * 60, "hang"]
-    facts = f"facts:{facts_file(tmp_path / 'f.jsonl')}"
+    facts = f"facts:{write_facts(tmp_path / 'f.jsonl')}"
     program = "import sys; from compressknow.cli import main; sys.exit(main())"
     words = ["probe", server.url, "-p", facts, "-o", str(tmp_path / "out")]
     process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True)
@@ -371,7 +371,7 @@ def test_facts_are_counted_as_they_are_answered(
         if progress.state == "advances":
             counts.append(progress.done)
 
-    facts, out = f"facts:{facts_file(tmp_path / 'f.jsonl')}", tmp_path / "out"
+    facts, out = f"facts:{write_facts(tmp_path / 'f.jsonl')}", tmp_path / "out"
     given = compressknow.probe(served(kind).url, out, facts, settings=FAST, on_progress=listen)
     assert counts == list(range(65))
     # They came as they were answered, and lie in the order of the probe.
@@ -427,7 +427,7 @@ def test_the_key_is_sent_and_stored_nowhere(
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     out = tmp_path / "out"
-    words = ["probe", server.url, "-p", f"facts:{facts_file(tmp_path / 'f.jsonl')}", "-o", str(out), "--limit", "8"]
+    words = ["probe", server.url, "-p", f"facts:{write_facts(tmp_path / 'f.jsonl')}", "-o", str(out), "--limit", "8"]
     assert main([*words, "--json"]) == 0
     printed = capsys.readouterr()
     assert {headers["Authorization"] for _, headers in server.requests} == {f"Bearer {KEY}"}
@@ -439,7 +439,7 @@ def test_the_record_says_what_answered_and_the_same_server_is_not_asked_again(
     served: Callable[[str], ModelServer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server, out = served("vllm"), tmp_path / "out"
-    words = ["probe", server.url, "-p", f"facts:{facts_file(tmp_path / 'f.jsonl')}", "-o", str(out)]
+    words = ["probe", server.url, "-p", f"facts:{write_facts(tmp_path / 'f.jsonl')}", "-o", str(out)]
     assert main(words) == 0
     assert f"Computed on {server.url} in " in capsys.readouterr().out
     record = json.loads((out / "probe.json").read_text())["model"]
@@ -534,7 +534,7 @@ def test_a_report_of_a_checkpoint_and_the_same_model_on_a_server(
     served: Callable[[str], ModelServer], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = served("vllm")
-    facts, card = f"facts:{facts_file(tmp_path / 'f.jsonl')}", tmp_path / "card.json"
+    facts, card = f"facts:{write_facts(tmp_path / 'f.jsonl')}", tmp_path / "card.json"
     words = ["-p", facts, "--answers", str(tmp_path / "answers"), "-o", str(card), "-o", str(tmp_path / "card.html")]
     assert main(["report", str(checkpoint), server.url, *words]) == 0
     (probe,) = json.loads(card.read_text())["compressed"][0]["probes"].values()
@@ -558,7 +558,7 @@ def test_an_original_on_a_server_is_asked_once_for_an_early_end(
     compressknow.report(
         served("vllm").url,
         checkpoint,
-        [f"facts:{facts_file(tmp_path / 'f.jsonl')}"],
+        [f"facts:{write_facts(tmp_path / 'f.jsonl')}"],
         answers=tmp_path / "answers",
         fail_under=0.5,
         early=True,
@@ -581,7 +581,7 @@ def test_speed_on_a_server_is_refused_before_any_work(
 def test_what_is_written_and_what_is_chosen_are_not_compared(
     served: Callable[[str], ModelServer], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["-p", f"facts:{facts_file(tmp_path / 'f.jsonl')}", "--answers", str(tmp_path / "answers")]
+    words = ["-p", f"facts:{write_facts(tmp_path / 'f.jsonl')}", "--answers", str(tmp_path / "answers")]
     writes, other = served("writes"), served("writes")
     assert main(["report", str(checkpoint), writes.url, *words]) == 1
     assert "were not evaluated in the same way" in capsys.readouterr().err

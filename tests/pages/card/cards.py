@@ -155,7 +155,7 @@ def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bo
         seed=0,
         certainty=certainty(kept(counts), len(groups)),
         confidence=confidence(counts) if popular else None,
-        knowing=knowing(counts) if popular else None,
+        knowing=save_trained(counts) if popular else None,
         noise_floor=NoiseFloor(300, 14, 212, 3, 2, 0.00071, "float32"),
     )
 
@@ -190,7 +190,7 @@ def certainty(kept: Estimate, relations: int) -> Certainty:
     return Certainty(test, relations, Estimate(kept.value, 0.871, 0.956), difference, 0.0312, 1713)
 
 
-def knowing(counts: Counts) -> GradeCounts:
+def save_trained(counts: Counts) -> GradeCounts:
     """Most of what is known is said; of what is lost half stays near."""
     near = counts.lost // 2
     moved = dict.fromkeys(((before, after) for before in KNOWING for after in KNOWING), 0)

@@ -19,7 +19,7 @@ from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.records import Card
 from tests.compress.calibrate.test_compression import BLOCKS
 from tests.compress.calibrate.test_compression import compressed as calibrated_on_little
-from tests.knowing import KNOWN_FACTS, facts_file, knowing
+from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.models import save_tiny
 from tests.pages.card.cards import compressed, original
 from tests.pages.in_browser import overflow, unfold, violations
@@ -34,10 +34,10 @@ IN_TEXT = KNOWN_FACTS[:16]  # the capitals
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and what became of it when it was calibrated on a text of 16 of its 64 facts."""
     folder = tmp_path_factory.mktemp("calibrated")
-    facts_file(folder / "facts.jsonl")
+    write_facts(folder / "facts.jsonl")
     (folder / "text.txt").write_text(" ".join(fact.sentence(fact.obj_label) for fact in IN_TEXT) + "\n", "utf-8")
     (folder / "text.txt").write_text((folder / "text.txt").read_text("utf-8") * 30, "utf-8")
-    knowing("llama", folder / "original")
+    save_trained("llama", folder / "original")
     convert(folder, "compressed", folder / "text.txt")
     return folder
 

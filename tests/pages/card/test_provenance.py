@@ -19,7 +19,7 @@ from compressknow.cli import main
 from compressknow.engine.identity import locate, read_contents
 from compressknow.pages.card.make import make_card
 from tests.engine.gguf_files import F32, write_gguf
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.models import edit_tensors
 from tests.pages.answering import ORIGINAL_HASH, answers, model, run, sides
 
@@ -32,8 +32,8 @@ SETTINGS = compressknow.Settings(noise_floor=False)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two Llamas of one architecture, `first` and `second`, a conversion of the first, and its answers."""
     folder = tmp_path_factory.mktemp("place")
-    facts_file(folder / "facts.jsonl")
-    knowing("llama", folder / "first")
+    write_facts(folder / "facts.jsonl")
+    save_trained("llama", folder / "first")
     shutil.copytree(folder / "first", folder / "second")
     weights = load_file(folder / "second" / "model.safetensors")
     save_file({n: w * 1.01 for n, w in weights.items()}, folder / "second" / "model.safetensors", {"format": "pt"})

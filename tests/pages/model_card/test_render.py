@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 import compressknow
 from compressknow.pages.model_card import read_card_metadata, render_model_card
-from tests.knowing import knowing_by_own_code
+from tests.knowing import save_trained_custom_code
 from tests.pages.model_card.manifests import manifest
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -152,7 +152,7 @@ def test_a_model_with_its_own_code_is_loaded_and_made_again_as_its_card_says(
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
-    own, out = knowing_by_own_code(tmp_path / "own"), tmp_path / "out"
+    own, out = save_trained_custom_code(tmp_path / "own"), tmp_path / "out"
     for name in ("config.json", "own.py"):
         (own / name).write_text((own / name).read_text().replace("OwnForCausalLM", architecture))
     compressknow.convert(own, out, prune=0.3, trust_remote_code=True)

@@ -16,7 +16,7 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.model_card import BEGIN, END, check_model_cards, write_into_model_cards
 from compressknow.pages.pages import escape_markdown
 from compressknow.pages.records import Card
-from tests.knowing import facts_file, knowing
+from tests.knowing import save_trained, write_facts
 from tests.pages.answering import answers, entry, model, run, sides
 from tests.pages.hostile import TEXTS, numbered
 
@@ -62,8 +62,8 @@ def results(folder: Path) -> dict[tuple[str, str], float]:
 
 
 def test_a_converted_checkpoint_gets_its_report_from_the_command_line(tmp_path: Path) -> None:
-    original, converted = knowing("llama", tmp_path / "original"), tmp_path / "converted"
-    facts = facts_file(tmp_path / "facts.jsonl")
+    original, converted = save_trained("llama", tmp_path / "original"), tmp_path / "converted"
+    facts = write_facts(tmp_path / "facts.jsonl")
     assert main(["convert", str(original), str(converted), "--prune", "0.7", "--quantize", "int8"]) == 0
     card = converted / "README.md"
     before = card.read_text()
@@ -117,7 +117,7 @@ def test_verdict_grades_and_probes_are_in_the_text(card: Card, folder: Path) -> 
 
 
 def test_a_report_on_a_text_alone_has_neither_tables_nor_results(folder: Path, tmp_path: Path) -> None:
-    original, text = knowing("llama", tmp_path / "original"), tmp_path / "text.txt"
+    original, text = save_trained("llama", tmp_path / "original"), tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. " * 400, encoding="utf-8")
     shutil.copytree(original, folder, dirs_exist_ok=True)
     assert main(["report", str(original), str(folder), "-p", f"text:{text}", "--into-model-card"]) == 0
