@@ -15,7 +15,7 @@ from compressknow.base.errors import UnsupportedError
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.loading import LoadReport, list_headers, load_report
 from compressknow.model.meta import build_meta_model, find_direct_reads, parse_config
-from tests.compress.test_zoo_converts import loaded_whole, logits_of
+from tests.compress.test_zoo_converts import compute_logits, load_strictly
 from tests.models import save_tiny
 from tests.zoo import tiny_config, tiny_model
 
@@ -30,14 +30,14 @@ def save(model_type: str, name: str, folder: Path) -> transformers.PreTrainedMod
 def test_all_modules_that_share_a_weight_are_int8(tmp_path: Path, model_type: str, name: str) -> None:
     save(model_type, name, tmp_path / "in")
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", quantize="int8")
-    model = loaded_whole(name, tmp_path / "out")
+    model = load_strictly(name, tmp_path / "out")
     queries = [module.weight for path, module in model.named_modules() if path.endswith("self_attn.q_proj")]
     assert len(queries) == 2
     assert all(weight.dtype == torch.int8 for weight in queries)
     assert queries[0].data_ptr() == queries[1].data_ptr()
     assert not compressknow.verify(tmp_path / "out").differences
-    engine = logits_of(compressknow.load(tmp_path / "out"))
-    torch.testing.assert_close(engine, logits_of(model), rtol=1e-2, atol=1e-2)
+    engine = compute_logits(compressknow.load(tmp_path / "out"))
+    torch.testing.assert_close(engine, compute_logits(model), rtol=1e-2, atol=1e-2)
 
 
 def test_shared_blocks_do_not_come_apart_where_the_final_layer_is_untied(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_shared_blocks_do_not_come_apart_where_the_final_layer_is_untied(tmp_pat
             compressknow.convert(tmp_path / "in", tmp_path / "out", **how)  # type: ignore[arg-type]
     original = Zamba2ForCausalLM.from_pretrained(tmp_path / "in").state_dict()
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", prune=0.3)
-    pruned = loaded_whole("Zamba2ForCausalLM", tmp_path / "out").state_dict()
+    pruned = load_strictly("Zamba2ForCausalLM", tmp_path / "out").state_dict()
     assert {name for name, tensor in original.items() if not torch.equal(tensor, pruned[name])} == {"lm_head.weight"}
 
 
@@ -57,7 +57,7 @@ def test_a_tied_bias_that_is_stored_under_its_other_name_comes_along(tmp_path: P
     bias = torch.randn(stored.pop("cls.predictions.bias").shape)
     save_file({**stored, "cls.predictions.decoder.bias": bias}, file, metadata={"format": "pt"})
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", prune=0.3)
-    head = loaded_whole("BertForMaskedLM", tmp_path / "out").cls.predictions
+    head = load_strictly("BertForMaskedLM", tmp_path / "out").cls.predictions
     assert torch.equal(head.bias, bias)
     assert torch.equal(head.decoder.bias, bias)
 
@@ -70,7 +70,7 @@ def test_a_block_that_holds_the_weights_of_others_is_not_dropped(tmp_path: Path)
     with pytest.raises(UnsupportedError, match=r"no place for model\.layers\.3\.shared_transformer"):
         compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1")
     compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="4")
-    loaded_whole("Zamba2ForCausalLM", tmp_path / "out")
+    load_strictly("Zamba2ForCausalLM", tmp_path / "out")
 
 
 def test_floats_in_the_place_of_integers_do_not_pass_for_loaded(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_lack_of_memory_does_not_pass_for_a_checkpoint_that_does_not_load(tmp_
 def test_of_a_fused_tensor_only_the_part_in_scope_changes(tmp_path: Path, model_type: str, name: str) -> None:
     original = save(model_type, name, tmp_path / "in").state_dict()
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", include=["q_proj$"], prune=0.5)
-    pruned = loaded_whole(name, tmp_path / "out").state_dict()
+    pruned = load_strictly(name, tmp_path / "out").state_dict()
     changed = {key for key, tensor in original.items() if not torch.equal(tensor, pruned[key])}
     assert changed == {key for key in original if key.endswith("q_proj.weight")}
 
@@ -120,8 +120,8 @@ def test_a_fused_tensor_that_is_pruned_whole_stays_fused(tmp_path: Path) -> None
 def test_parts_of_a_fused_tensor_have_an_int8_form(tmp_path: Path) -> None:
     model = save("nomic_bert", "NomicBertForMaskedLM", tmp_path / "in")
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", quantize="int8")
-    plain = logits_of(loaded_whole("NomicBertForMaskedLM", tmp_path / "out"))
-    assert (plain - logits_of(model)).abs().max() < 0.01
+    plain = compute_logits(load_strictly("NomicBertForMaskedLM", tmp_path / "out"))
+    assert (plain - compute_logits(model)).abs().max() < 0.01
 
 
 def test_a_weight_that_is_read_past_its_layer_is_refused_by_name(tmp_path: Path) -> None:
@@ -131,8 +131,8 @@ def test_a_weight_that_is_read_past_its_layer_is_refused_by_name(tmp_path: Path)
     assert "reads the weight directly, bypassing the layer" in str(caught.value)
     assert r"`exclude` 'backbone\.layers\.\d+\.mixer\.dt_proj$'" in str(caught.value)
     compressknow.convert(tmp_path / "in", tmp_path / "out", exclude=[r"mixer\.dt_proj$"], quantize="int8")
-    plain = logits_of(loaded_whole("MambaForCausalLM", tmp_path / "out"))
-    torch.testing.assert_close(logits_of(compressknow.load(tmp_path / "out")), plain, rtol=1e-2, atol=1e-2)
+    plain = compute_logits(load_strictly("MambaForCausalLM", tmp_path / "out"))
+    torch.testing.assert_close(compute_logits(compressknow.load(tmp_path / "out")), plain, rtol=1e-2, atol=1e-2)
 
 
 def test_what_a_forward_pass_does_not_read_is_no_direct_read() -> None:
