@@ -27,7 +27,7 @@ from compressknow.pages.card.sections import Context
 from compressknow.pages.card.sections.figures import Layers
 from compressknow.pages.card.warnings import warn_of_recipe
 from compressknow.pages.parts import Note
-from tests.compress.deep import BUILDERS, DEPTH, STACKS, deep, save_deep, without_blocks
+from tests.compress.deep import BUILDERS, DEPTH, STACKS, deep_model, remove_blocks, save_deep
 from tests.long import one_in
 from tests.models import _LLAMA, edit_config, load, logits, save_tiny
 from tests.zoo import tiny_config, tiny_model
@@ -48,7 +48,7 @@ def stacks_of(name: str) -> tuple[str, ...]:
 
 
 def depth_of(name: str, stack: str) -> int:
-    return len(deep(name).get_submodule(stack))
+    return len(deep_model(name).get_submodule(stack))
 
 
 def cases() -> list[Any]:
@@ -65,9 +65,9 @@ def test_logits_are_those_of_the_model_cut_by_hand(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, dropped: Sequence[int]
 ) -> None:
     manifest = compressknow.convert(checkpoints[name], tmp_path / "out", drop_blocks=",".join(map(str, dropped)))
-    expected = logits(without_blocks(name, dict.fromkeys(stacks_of(name), dropped)))
+    expected = logits(remove_blocks(name, dict.fromkeys(stacks_of(name), dropped)))
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(expected, logits(deep(name)), atol=1e-3)
+    assert not torch.allclose(expected, logits(deep_model(name)), atol=1e-3)
     assert manifest.setup == f"Drop{len(dropped)}"
     assert not compare_to_manifest(tmp_path / "out").differences
 
@@ -76,7 +76,7 @@ def test_logits_are_those_of_the_model_cut_by_hand(
 def test_scope_narrows_to_a_side(checkpoints: dict[str, Path], tmp_path: Path, name: str, side: str) -> None:
     compressknow.convert(checkpoints[name], tmp_path / "out", drop_blocks="0-1", scope=side)
     stack = next(stack for stack in stacks_of(name) if side in stack)
-    expected = logits(without_blocks(name, {stack: [0, 1]}))
+    expected = logits(remove_blocks(name, {stack: [0, 1]}))
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -217,8 +217,8 @@ def test_checkpoints_of_other_forms(tmp_path: Path, form: str) -> None:
         masks = {f"transformer.h.{i}.attn.masked_bias": torch.tensor(float(i)) for i in range(DEPTH)}
         save_file(tensors | masks, source / "model.safetensors", metadata={"format": "pt"})
     compressknow.convert(source, tmp_path / "out", drop_blocks="1,2")
-    model = getattr(transformers, type(deep(name)).__name__).from_pretrained(tmp_path / "out").eval()
-    expected = logits(without_blocks(name, {stacks_of(name)[0]: [1, 2]}))
+    model = getattr(transformers, type(deep_model(name)).__name__).from_pretrained(tmp_path / "out").eval()
+    expected = logits(remove_blocks(name, {stacks_of(name)[0]: [1, 2]}))
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     assert not compare_to_manifest(tmp_path / "out").differences
     if form == "buffers":

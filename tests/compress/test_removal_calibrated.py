@@ -32,7 +32,7 @@ from compressknow.compress.steps import DropBlocks, DropNeurons, Where
 from compressknow.compress.verify import compare_to_manifest
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.manifest import read_manifest
-from tests.compress.deep import BUILDERS, deep, save_deep, without_blocks
+from tests.compress.deep import BUILDERS, deep_model, remove_blocks, save_deep
 from tests.long import one_in
 from tests.models import edit_tensors, load, logits, save_tiny, tiny
 
@@ -112,7 +112,7 @@ NETWORKS = {
 
 
 def original(name: str) -> PreTrainedModel:
-    return tiny(name) if name == "albert" else deep(name)
+    return tiny(name) if name == "albert" else deep_model(name)
 
 
 def save(name: str, folder: Path) -> Path:
@@ -214,7 +214,7 @@ def test_the_fit_brings_the_output_nearer_to_the_original(name: str) -> None:
 
 @pytest.mark.parametrize("name", one_in(2, [name for name in BUILDERS if name != "bart"]))
 def test_blocks_go_by_how_little_they_change(tmp_path: Path, name: str) -> None:
-    model, text = deep(name), text_for(deep(name))
+    model, text = deep_model(name), text_for(deep_model(name))
     manifest = convert(save_deep(name, tmp_path / "in"), tmp_path / "out", build_recipe(Where(), drop_blocks=2))
     dropped: dict[str, Sequence[int]] = {}
     for entry in manifest["removed"]["blocks"]:
@@ -225,7 +225,7 @@ def test_blocks_go_by_how_little_they_change(tmp_path: Path, name: str) -> None:
         assert entry["dropped"] == sorted(order[:2])
         dropped[stack] = entry["dropped"]
     found = logits(load(tmp_path / "out"))
-    torch.testing.assert_close(found, logits(without_blocks(name, dropped)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, logits(remove_blocks(name, dropped)), rtol=1e-5, atol=1e-5)
     assert manifest["calibration"]["blocks_apart"]
 
 
@@ -272,7 +272,7 @@ def test_the_same_bytes_with_any_number_of_threads(tmp_path: Path, name: str) ->
 
 def test_16_bit_weights_stay_in_their_dtype(tmp_path: Path) -> None:
     source = tmp_path / "in"
-    copy.deepcopy(deep("llama")).to(torch.bfloat16).save_pretrained(source, max_shard_size="30KB")
+    copy.deepcopy(deep_model("llama")).to(torch.bfloat16).save_pretrained(source, max_shard_size="30KB")
     convert(source, tmp_path / "out", build_recipe(Where(), drop_blocks=2, drop_neurons=0.25))
     assert {p.dtype for p in load(tmp_path / "out").parameters()} == {torch.bfloat16}
     assert not compare_to_manifest(tmp_path / "out").differences
@@ -287,7 +287,7 @@ def test_a_variant_in_memory_is_what_is_written(tmp_path: Path, monkeypatch: pyt
     maker = VariantMaker(source)
     assert recipe.calibration is not None
     # The text would need a tokenizer.
-    maker.use_text(recipe.calibration, text_for(deep("llama")))
+    maker.use_text(recipe.calibration, text_for(deep_model("llama")))
     variant = maker.make(maker.plan(recipe))
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == variant.tensors.keys()
