@@ -17,7 +17,8 @@ from tests.models import _BART, _BERT, _DISTILBERT, _GPT2, _LLAMA, _OPT, _T5
 DEPTH = 4
 _DEEP = {"num_hidden_layers": DEPTH}
 _TYPES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
-_WINDOW = {"layer_types": _TYPES, "sliding_window": 4, "head_dim": 8}
+_SLIDING = {"layer_types": _TYPES, "sliding_window": 4}
+_WINDOW = {**_SLIDING, "head_dim": 8}
 _NEOX = {key: value for key, value in _LLAMA.items() if "value" not in key}
 _T5_DEEP = {**_T5, "num_layers": DEPTH, "num_decoder_layers": DEPTH}
 _T5_UNEQUAL = {**_T5, "num_layers": 3, "num_decoder_layers": DEPTH, "feed_forward_proj": "gated-gelu"}
@@ -45,7 +46,7 @@ BUILDERS: dict[str, Builder] = {
     "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**_OPT | _DEEP)),
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA | _DEEP)),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_LLAMA | _DEEP, sliding_window=4)),
-    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_LLAMA | _DEEP, use_sliding_window=True, **_without_head())),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_LLAMA | _DEEP, use_sliding_window=True, **_SLIDING)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_LLAMA | _DEEP, head_dim=8)),
     "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**_LLAMA | _DEEP, head_dim=8)),
     "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_LLAMA | _DEEP | _WINDOW)),
@@ -71,12 +72,8 @@ STACKS = {
 }
 
 
-def _without_head() -> dict[str, object]:
-    return {key: value for key, value in _WINDOW.items() if key != "head_dim"}
-
-
 @cache
-def deep_model(name: str) -> PreTrainedModel:
+def build_deep(name: str) -> PreTrainedModel:
     """Build a model in eval mode; biases and norms are random too, so that a lost one shows. Do not change it."""
     torch.manual_seed(0)
     model = BUILDERS[name]().eval()
@@ -88,13 +85,13 @@ def deep_model(name: str) -> PreTrainedModel:
 
 def save_deep(name: str, folder: Path, **options: object) -> Path:
     """Write the model as a checkpoint with `save_pretrained`."""
-    deep_model(name).save_pretrained(folder, **options)
+    build_deep(name).save_pretrained(folder, **options)
     return folder
 
 
 def remove_blocks(name: str, dropped: dict[str, Sequence[int]]) -> PreTrainedModel:
     """Return a copy of a model without the numbered blocks of each module list."""
-    model = copy.deepcopy(deep_model(name))
+    model = copy.deepcopy(build_deep(name))
     for module in model.modules():
         if hasattr(module, "config"):
             # A cache is indexed by the numbers that the blocks had before.

@@ -76,7 +76,7 @@ def settle_columns(weight: Tensor, rows: list[Tensor], settle: Callable[[int, Te
     return weight
 
 
-def sparsegpt_by_formula(
+def prune_by_formula(
     weight: Tensor, inputs: Tensor, amount: float, pattern: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the mask and the new values of SparseGPT's algorithm 1."""
@@ -104,7 +104,7 @@ def sparsegpt_by_formula(
     return pruned, settle_columns(weight, rows, settle)
 
 
-def gptq_by_formula(
+def round_by_formula(
     weight: Tensor, inputs: Tensor, scales: Tensor, bounds: tuple[int, int], fixed: Tensor | None = None
 ) -> Tensor:
     """Round to integers [outputs, channels], columns of the largest inputs first; `scales` broadcast."""

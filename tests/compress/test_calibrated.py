@@ -29,10 +29,10 @@ from tests.compress.layers import (
     damp_products,
     error,
     gather_statistics,
-    gptq_by_formula,
     make_inputs,
     make_weights,
-    sparsegpt_by_formula,
+    prune_by_formula,
+    round_by_formula,
 )
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -54,7 +54,7 @@ def prune_weights(name: str, weight: Tensor, inputs: Tensor, amount: float, patt
     return (weight if values is None else values).masked_fill(mask, 0)
 
 
-def smallest_magnitudes(weight: Tensor, amount: float) -> Tensor:
+def prune_smallest(weight: Tensor, amount: float) -> Tensor:
     """Zero the smallest weights with torch."""
     module = torch.nn.Module()
     module.weight = torch.nn.Parameter(weight.clone())
@@ -164,7 +164,7 @@ class TestSparseGPT:
     def test_prunes_and_updates_by_the_papers_formulas(self, channels: int, amount: float) -> None:
         weight, inputs = make_weights(24, channels), make_inputs(500, channels)
         mask, values = get_method("sparsegpt").prune(weight, gather_statistics(inputs), amount)
-        expected_mask, expected = sparsegpt_by_formula(weight, inputs, amount)
+        expected_mask, expected = prune_by_formula(weight, inputs, amount)
         assert torch.equal(mask, expected_mask)
         assert values is not None
         assert values.dtype == torch.float32
@@ -175,7 +175,7 @@ class TestSparseGPT:
         keep, of = pattern
         weight, inputs = make_weights(24, 300 - 300 % of), make_inputs(500, 300 - 300 % of)
         mask, values = get_method("sparsegpt", f"{keep}:{of}").prune(weight, gather_statistics(inputs), 1 - keep / of)
-        expected_mask, expected = sparsegpt_by_formula(weight, inputs, 1 - keep / of, pattern)
+        expected_mask, expected = prune_by_formula(weight, inputs, 1 - keep / of, pattern)
         assert torch.equal(mask, expected_mask)
         assert bool((mask.view(24, -1, of).sum(2) == of - keep).all())
         assert values is not None
@@ -199,7 +199,7 @@ class TestSparseGPT:
             assert values is not None
             assert bool((values[zero] == 0).all())
             assert bool((zero[mask] if amount < 0.5 else values.masked_fill(mask, 0)[mask] == 0).all())
-            expected_mask, expected = sparsegpt_by_formula(weight, inputs, amount)
+            expected_mask, expected = prune_by_formula(weight, inputs, amount)
             assert torch.equal(mask, expected_mask)
             assert float((values.masked_fill(mask, 0) - expected).abs().max()) < 1e-5
 
@@ -239,7 +239,7 @@ class TestGPTQ:
         rounded = round_by_gptq(weight, scales, scheme, gather_statistics(inputs))
         bounds = (scheme.lowest, scheme.highest)
         assert rounded.dtype == torch.int8
-        assert torch.equal(rounded, gptq_by_formula(weight, inputs, repeat_scales(scales, channels), bounds, fixed))
+        assert torch.equal(rounded, round_by_formula(weight, inputs, repeat_scales(scales, channels), bounds, fixed))
         assert fixed is None or not bool(rounded[fixed].any())
 
     @every_scheme
@@ -265,7 +265,7 @@ class TestGPTQ:
         weight, inputs, scheme = make_weights(8, 96), make_inputs(300, 96), SCHEMES["int8-paper"]
         scales = scheme.scales(weight.abs().max().view(1))
         rounded = round_by_gptq(weight, scales, scheme, gather_statistics(inputs))
-        assert torch.equal(rounded, gptq_by_formula(weight, inputs, scales, (-128, 127)))
+        assert torch.equal(rounded, round_by_formula(weight, inputs, scales, (-128, 127)))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_does_not_change_weights_of_16_bits(self, dtype: torch.dtype) -> None:
@@ -330,7 +330,7 @@ class TestError:
 
 def measure_pruning_errors(weight: Tensor, inputs: Tensor, pattern: str | None) -> list[float]:
     """Return the errors of SparseGPT, wanda and magnitude at 50 %, relative to ||X W^T||."""
-    by_magnitude = smallest_magnitudes(weight, 0.5)
+    by_magnitude = prune_smallest(weight, 0.5)
     if pattern is not None:
         groups = weight.view(-1, 4)
         by_magnitude = groups.scatter(1, groups.abs().argsort(1)[:, :2], 0).view_as(weight)

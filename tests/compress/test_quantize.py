@@ -244,7 +244,7 @@ def quantize_dynamically(model: PreTrainedModel) -> PreTrainedModel:
     return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
 
 
-def relative_distance(ours: Tensor, theirs: Tensor) -> float:
+def measure_distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
@@ -261,14 +261,14 @@ def test_int8_paper_gives_the_logits_of_quantize_dynamic(name: str, tmp_path: Pa
     convert(tmp_path / "source", tmp_path / "int8", Recipe((Quantize("int8-paper", EVERYWHERE),)))
     with use_x86_engine():
         expected = logits(quantize_dynamically(model))
-    error = relative_distance(logits(load_as(model, tmp_path / "int8")), expected)
+    error = measure_distance(logits(load_as(model, tmp_path / "int8")), expected)
     assert error < 1e-3
     # quantize_dynamic gives activations 7 bits. With 8, logits are closer to the float model than to its own.
     path = tmp_path / "int8" / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"]["config_groups"]["group_0"]["input_activations"]["num_bits"] = 8
     path.write_text(json.dumps(config))
-    assert relative_distance(logits(load_as(model, tmp_path / "int8")), expected) > max(10 * error, 5e-3)
+    assert measure_distance(logits(load_as(model, tmp_path / "int8")), expected) > max(10 * error, 5e-3)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
