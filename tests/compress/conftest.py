@@ -1,4 +1,4 @@
-"""What tests of bad input share: convert must refuse, in one message, and change nothing."""
+"""A fixture for tests of bad input."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ import pytest
 
 from compressknow.cli import main
 
-Refused = Callable[..., str]
+Refusal = Callable[..., str]
 
 
-def state(folder: Path) -> dict[str, str]:
-    """Everything in a folder, hidden files and links included."""
-    found = {}
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the content of a folder by name, as hashes and link targets, hidden files included."""
+    hashes = {}
     for path in sorted(folder.rglob("*")):
-        key = str(path.relative_to(folder))
+        name = str(path.relative_to(folder))
         if path.is_symlink():
-            found[key] = f"-> {path.readlink()}"
+            hashes[name] = f"-> {path.readlink()}"
         else:
-            found[key] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-    return found
+            hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+    return hashes
 
 
 @pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run convert, and give its message: it must refuse, in one message, and change nothing."""
+def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A function that runs convert and returns its error: it must fail with one message and change no file."""
 
-    def run(model: Path | str, *options: str, output: Path | None = None, code: int = 1) -> str:
-        before = state(tmp_path)
+    def convert_and_fail(model: Path | str, *options: str, output: Path | None = None, code: int = 1) -> str:
+        before = hash_files(tmp_path)
         assert main(["convert", str(model), str(output or tmp_path / "out"), *options]) == code
         printed = capsys.readouterr()
         assert printed.out == ""
         assert printed.err.count("Error: ") == 1
-        # What is wrong, and what to try (or how the command is used).
+        # A second line says what to try; a usage error (code 2) may do without.
         assert len(printed.err.splitlines()) > 1 or code == 2
         assert "Traceback" not in printed.err
-        assert state(tmp_path) == before
+        assert hash_files(tmp_path) == before
         return printed.err
 
-    return run
+    return convert_and_fail

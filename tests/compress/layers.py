@@ -1,5 +1,6 @@
-"""Layers with correlated inputs, and what the papers' formulas make of them: float64, whole matrices, column by column,
-by elimination of the inverse, without blocks or decompositions."""
+"""Layers with correlated inputs, and references that follow the papers' formulas.
+
+The references compute in float64, column by column, without blocks or decompositions."""
 
 from __future__ import annotations
 
@@ -23,41 +24,41 @@ class Groups4(Int8Weights):
         return (absmax / 7.5).clamp(min=torch.finfo(absmax.dtype).eps)
 
 
-def correlated(tokens: int, channels: int, seed: int = 0) -> Tensor:
-    """Inputs [tokens, channels] that share what they say, of norms that differ by a factor of 30."""
+def make_inputs(tokens: int, channels: int, seed: int = 0) -> Tensor:
+    """Draw correlated inputs [tokens, channels], whose norms differ by a factor of 30."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(tokens, channels // 2, generator=generator) @ torch.randn(
+    shared = torch.randn(tokens, channels // 2, generator=generator) @ torch.randn(
         channels // 2, channels, generator=generator
     )
-    own = torch.randn(tokens, channels, generator=generator)
+    noise = torch.randn(tokens, channels, generator=generator)
     norms = torch.exp(torch.linspace(-1.7, 1.7, channels)[torch.randperm(channels, generator=generator)])
-    return (mixed / (channels // 2) ** 0.5 + 0.5 * own) * norms
+    return (shared / (channels // 2) ** 0.5 + 0.5 * noise) * norms
 
 
-def weights_of(outputs: int, channels: int, seed: int = 1) -> Tensor:
-    """Weights [outputs, channels]."""
+def make_weights(outputs: int, channels: int, seed: int = 1) -> Tensor:
+    """Draw weights [outputs, channels]."""
     return torch.randn(outputs, channels, generator=torch.Generator().manual_seed(seed))
 
 
-def statistics_of(inputs: Tensor, name: str = "model.layers.0.mlp.down_proj") -> InputStatistics:
-    """The record of inputs [tokens, channels]."""
+def gather_statistics(inputs: Tensor, name: str = "model.layers.0.mlp.down_proj") -> InputStatistics:
+    """Return the statistics of inputs [tokens, channels]."""
     inputs = inputs.to(torch.float32)
     return InputStatistics(name, len(inputs), inputs.square().sum(0), inputs.abs().amax(0), inputs.T @ inputs)
 
 
 def error(inputs: Tensor, before: Tensor, after: Tensor) -> float:
-    """||X (before - after)^T||."""
+    """Compute ||X (before - after)^T||."""
     return float((inputs.double() @ (before.double() - after.double()).T).norm())
 
 
-def damped(inputs: Tensor) -> Tensor:
-    """H = X^T X with 1 % of its mean diagonal added."""
+def damp_products(inputs: Tensor) -> Tensor:
+    """Compute H = X^T X with 1 % of its mean diagonal added."""
     products = inputs.double().T @ inputs.double()
     return products + 0.01 * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)
 
 
-def eliminated(products: Tensor) -> list[Tensor]:
-    """Of each column, its row of the inverse that is left when the columns before it are settled (GPTQ, equation 3)."""
+def eliminate_columns(products: Tensor) -> list[Tensor]:
+    """Return each column's row of the inverse after the columns before it are eliminated (GPTQ, equation 3)."""
     inverse, rows = torch.linalg.inv(products), []
     for _ in range(len(products)):
         rows.append(inverse[0])
@@ -65,8 +66,8 @@ def eliminated(products: Tensor) -> list[Tensor]:
     return rows
 
 
-def settled(weight: Tensor, rows: list[Tensor], settle: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Settle columns one by one; each error is carried to all that follow at once (GPTQ, equation 2)."""
+def settle_columns(weight: Tensor, rows: list[Tensor], settle: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Settle columns one by one, and carry each error to all columns that follow (GPTQ, equation 2)."""
     weight = weight.double().clone()
     for column, row in enumerate(rows):
         lost = weight[:, column] - settle(column, weight)
@@ -75,19 +76,19 @@ def settled(weight: Tensor, rows: list[Tensor], settle: Callable[[int, Tensor], 
     return weight
 
 
-def sparsegpt_by_formula(
+def prune_by_formula(
     weight: Tensor, inputs: Tensor, amount: float, pattern: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The pruned weights and new values, as SparseGPT's algorithm 1 says; scores are of the inverse that is left."""
-    rows = eliminated(damped(inputs))
-    left = torch.stack([row[0] for row in rows])
+    """Return the mask and the new values of SparseGPT's algorithm 1."""
+    rows = eliminate_columns(damp_products(inputs))
+    diagonals = torch.stack([row[0] for row in rows])
     pruned = torch.zeros(weight.shape, dtype=torch.bool)
     outputs, width = len(weight), 128 if pattern is None else pattern[1]
 
     def settle(column: int, current: Tensor) -> Tensor:
         if column % width == 0:
             block = slice(column, min(column + width, len(rows)))
-            scores = current[:, block].square() / left[block]
+            scores = current[:, block].square() / diagonals[block]
             scores[weight[:, block] == 0] = -1
             if pattern is None:
                 count = round(amount * outputs * block.stop) - round(amount * outputs * block.start)
@@ -100,21 +101,21 @@ def sparsegpt_by_formula(
                 pruned[:, block] = torch.zeros_like(scores, dtype=torch.bool).scatter(1, lowest, True)
         return current[:, column].masked_fill(pruned[:, column] | (weight[:, column] == 0), 0)
 
-    return pruned, settled(weight, rows, settle)
+    return pruned, settle_columns(weight, rows, settle)
 
 
-def gptq_by_formula(
+def round_by_formula(
     weight: Tensor, inputs: Tensor, scales: Tensor, bounds: tuple[int, int], fixed: Tensor | None = None
 ) -> Tensor:
-    """Whole numbers [outputs, channels] for scales that broadcast, columns of the largest inputs first."""
+    """Round to integers [outputs, channels], columns of the largest inputs first; `scales` broadcast."""
     order = inputs.double().square().sum(0).argsort(descending=True, stable=True)
-    rows = eliminated(damped(inputs)[order][:, order])
+    rows = eliminate_columns(damp_products(inputs)[order][:, order])
     scales = scales.double().expand(weight.shape)[:, order]
-    stays = torch.zeros(weight.shape, dtype=torch.bool) if fixed is None else fixed[:, order]
+    zeros = torch.zeros(weight.shape, dtype=torch.bool) if fixed is None else fixed[:, order]
 
     def settle(column: int, current: Tensor) -> Tensor:
         steps = (current[:, column] / scales[:, column]).round().clamp(*bounds)
-        return (steps * scales[:, column]).masked_fill(stays[:, column], 0)
+        return (steps * scales[:, column]).masked_fill(zeros[:, column], 0)
 
-    made = settled(weight[:, order], rows, settle) / scales
-    return torch.empty_like(made).index_copy(1, order, made).round().to(torch.int8)
+    rounded = settle_columns(weight[:, order], rows, settle) / scales
+    return torch.empty_like(rounded).index_copy(1, order, rounded).round().to(torch.int8)

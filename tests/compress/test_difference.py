@@ -1,4 +1,4 @@
-"""What two checkpoints differ in: every figure as a plain recount has it, whatever the files look like."""
+"""Figures of a diff of two checkpoints match a recount with NumPy, whatever the format of the files."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Arrays = dict[str, npt.NDArray[np.float64]]
 FAMILIES = ("bert", "llama", "t5-gated", "t5-tied", "gpt2", "mixtral")
 
 
-def compared(a: Path, b: Path, **options: Any) -> CheckpointDiff:
+def compare(a: Path, b: Path, **options: Any) -> CheckpointDiff:
     return diff_checkpoints(open_checkpoint(a), open_checkpoint(b), **options)
 
 
-def values(folder: Path) -> Arrays:
-    """Every tensor as the numbers that it stands for, integers times their scales."""
+def dequantize(folder: Path) -> Arrays:
+    """Read every tensor in float64, integers times their scales."""
     stored = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     floats = {}
     for name, tensor in stored.items():
@@ -41,15 +41,15 @@ def values(folder: Path) -> Arrays:
         if name.endswith("_packed"):
             name = name.removesuffix("_packed")
             columns = int(stored[f"{name}_shape"][1])
-            floats[name] = of_packed(tensor.numpy(), stored[f"{name}_scale"], columns)
+            floats[name] = unpack(tensor.numpy(), stored[f"{name}_scale"], columns)
             continue
         scale = stored.get(f"{name}_scale")
         floats[name] = (tensor.float() * scale.float() if scale is not None else tensor).double().numpy()
     return floats
 
 
-def of_packed(packed: npt.NDArray[np.int32], scales: torch.Tensor, columns: int) -> npt.NDArray[np.float64]:
-    """The first weight of a row in the lowest 4 or 8 bits, and so on; each is stored plus 8 or 128."""
+def unpack(packed: npt.NDArray[np.int32], scales: torch.Tensor, columns: int) -> npt.NDArray[np.float64]:
+    """Unpack a weight whose integers of 4 or 8 bits are stored plus 8 or 128, the first in the lowest bits."""
     bits = 4 if packed.shape[1] == -(-columns // 8) else 8
     offset = 1 << (bits - 1)
     parts = [(packed >> bits * place & 2 * offset - 1) - offset for place in range(32 // bits)]
@@ -58,7 +58,7 @@ def of_packed(packed: npt.NDArray[np.int32], scales: torch.Tensor, columns: int)
     return (torch.from_numpy(integers).float() * scales.float().repeat_interleave(size, 1)).double().numpy()
 
 
-def assert_recounted(sums: DiffSums, a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> None:
+def check_sums(sums: DiffSums, a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> None:
     a, b = a.ravel(), b.ravel()
     assert sums.numel == a.size
     assert (sums.zeros_a, sums.zeros_b) == (int((a == 0).sum()), int((b == 0).sum()))
@@ -72,22 +72,22 @@ def assert_recounted(sums: DiffSums, a: npt.NDArray[np.float64], b: npt.NDArray[
         assert sums.snr_db is None
 
 
-def by_name(found: CheckpointDiff) -> dict[str, TensorDiff]:
+def index_by_name(found: CheckpointDiff) -> dict[str, TensorDiff]:
     return {tensor.name: tensor for tensor in found.tensors}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_of_a_pruned_model_is_as_recounted(family: str, tmp_path: Path) -> None:
+def test_sums_of_a_pruned_model_match_a_recount(family: str, tmp_path: Path) -> None:
     a = save_tiny(family, tmp_path / "a")
     b = tmp_path / "b"
     compressknow.convert(a, b, prune=0.4)
-    found, before, after = compared(a, b), values(a), values(b)
+    found, before, after = compare(a, b), dequantize(a), dequantize(b)
     assert not found.structure
     assert len(found.tensors) == len(before)
     for tensor in found.tensors:
         # Mixtral's router is stored under its former name.
         name = tensor.name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if family == "mixtral" else tensor.name
-        assert_recounted(tensor.sums, before[name], after[name])
+        check_sums(tensor.sums, before[name], after[name])
         assert tensor.same_bytes == np.array_equal(before[name], after[name])
     assert any(not tensor.same_bytes for tensor in found.tensors)
     assert any(tensor.same_bytes for tensor in found.tensors)
@@ -96,136 +96,137 @@ def test_every_tensor_of_a_pruned_model_is_as_recounted(family: str, tmp_path: P
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("scheme", ["int8", "int8-paper", "int8-weights", "fp8"])
 @pytest.mark.parametrize("family", ["bert", "llama", "t5-gated", "gpt-neox"])
-def test_int8_weights_are_compared_as_what_they_stand_for(
+def test_8_bit_weights_are_dequantized_before_they_are_compared(
     family: str, scheme: Any, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     a = save_tiny(family, tmp_path / "a", dtype)
-    alone = family == "bert" or (family, scheme) == ("t5-gated", "fp8")
-    scopes = ["attention"] if alone else ["attention", "final"]
+    attention_only = family == "bert" or (family, scheme) == ("t5-gated", "fp8")
+    scopes = ["attention"] if attention_only else ["attention", "final"]
     manifest = compressknow.convert(a, tmp_path / "b", scope=scopes, prune=0.2, quantize=scheme)
-    difference = compared(a, tmp_path / "b")
+    difference = compare(a, tmp_path / "b")
     assert {change.kind for change in difference.structure} == {"retyped"}
-    found, before, after = by_name(difference), values(a), values(tmp_path / "b")
+    found, before, after = index_by_name(difference), dequantize(a), dequantize(tmp_path / "b")
     for row in manifest["tensors"]:
         # GPT-NeoX's final layer is stored under its former name.
         tensor = found[row["name"].replace("embed_out", "lm_head")]
-        assert_recounted(tensor.sums, before[row["name"]], after[row["name"]])
+        check_sums(tensor.sums, before[row["name"]], after[row["name"]])
         assert tensor.sums.relative_error == pytest.approx(row["relative_error"], rel=1e-4, abs=1e-7)
-        # Two integers of 64 bits say the shape of what is packed.
+        # The shape of a packed weight is stored as two integers of 64 bits.
         shape = 16 if row.get("stored") else 0
         assert (tensor.sums.zeros_b, tensor.bytes_b + shape) == (row["zeros"], row["bytes_after"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("family", ["bert", "llama", "t5-gated", "gpt-neox"])
-def test_int4_weights_are_compared_as_what_they_stand_for(
+def test_int4_weights_are_dequantized_before_they_are_compared(
     family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Blocks of a few rows.
+    # Each block has a few rows.
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 9)
     tiny_of_groups(family).to(dtype).save_pretrained(tmp_path / "a")
     scopes = ["attention"] if family == "bert" else ["attention", "final"]
-    made = {"quantize": "int4", "scope": scopes, "parameters": {"group_size": 32}}
-    manifest = compressknow.convert(tmp_path / "a", tmp_path / "b", **made)
-    compressknow.convert(tmp_path / "a", tmp_path / "c", prune=0.5, **made)
-    a, b, c = (values(tmp_path / name) for name in "abc")
-    difference = compared(tmp_path / "a", tmp_path / "b")
+    options = {"quantize": "int4", "scope": scopes, "parameters": {"group_size": 32}}
+    manifest = compressknow.convert(tmp_path / "a", tmp_path / "b", **options)
+    compressknow.convert(tmp_path / "a", tmp_path / "c", prune=0.5, **options)
+    a, b, c = (dequantize(tmp_path / name) for name in "abc")
+    difference = compare(tmp_path / "a", tmp_path / "b")
     assert {(change.kind, change.b.split()[0]) for change in difference.structure} == {("retyped", "I4")}
-    found, both = by_name(difference), by_name(compared(tmp_path / "b", tmp_path / "c"))
+    found, both = index_by_name(difference), index_by_name(compare(tmp_path / "b", tmp_path / "c"))
     for row in manifest["tensors"]:
         name = row["name"].replace("embed_out", "lm_head")
-        assert_recounted(found[name].sums, a[row["name"]], b[row["name"]])
+        check_sums(found[name].sums, a[row["name"]], b[row["name"]])
         assert found[name].sums.relative_error == pytest.approx(row["relative_error"], rel=1e-4, abs=1e-7)
-        assert_recounted(both[name].sums, b[row["name"]], c[row["name"]])
+        check_sums(both[name].sums, b[row["name"]], c[row["name"]])
         assert both[name].same_bytes == (not row["in_scope"])
-    back = compared(tmp_path / "b", tmp_path / "a")
+    back = compare(tmp_path / "b", tmp_path / "a")
     assert {change.kind for change in back.structure} == {"retyped"}
-    assert compared(tmp_path / "b", tmp_path / "b").same_weights
+    assert compare(tmp_path / "b", tmp_path / "b").same_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("options", [{"layers": "0", "prune": 0.4}, {"scope": "overall", "quantize": "int8"}], ids=str)
 @pytest.mark.parametrize("family", ["bert", "llama-tied", "t5-gated"])
-def test_a_relative_error_is_one_figure_in_manifest_report_and_comparison(
+def test_manifest_report_and_comparison_give_the_same_relative_error(
     family: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     a = save_tiny(family, tmp_path / "a", dtype)
     manifest = compressknow.convert(a, tmp_path / "b", **options)
-    difference, before, after = compared(a, tmp_path / "b"), values(a), values(tmp_path / "b")
+    difference, before, after = compare(a, tmp_path / "b"), dequantize(a), dequantize(tmp_path / "b")
     in_report = describe(locate(tmp_path / "b"))["groups"]
-    for group, those in group_tensors(difference.tensors, lambda tensor: tensor.group).items():
-        changes = [after[t.name].ravel() - before[t.name].ravel() for t in those if t.name in before]
-        found = sum((t.sums for t in those), DiffSums()).relative_error
+    for group, tensors in group_tensors(difference.tensors, lambda tensor: tensor.group).items():
+        changes = [after[t.name].ravel() - before[t.name].ravel() for t in tensors if t.name in before]
+        found = sum((t.sums for t in tensors), DiffSums()).relative_error
         assert manifest["groups"][group]["relative_error"] == pytest.approx(found, rel=1e-5, abs=1e-9)
         assert in_report[group]["relative_error"] == manifest["groups"][group]["relative_error"]
-        if len(changes) == len(those):
-            norm = np.linalg.norm(np.concatenate([before[t.name].ravel() for t in those]))
+        if len(changes) == len(tensors):
+            norm = np.linalg.norm(np.concatenate([before[t.name].ravel() for t in tensors]))
             assert found == pytest.approx(np.linalg.norm(np.concatenate(changes)) / norm, rel=1e-5, abs=1e-9)
     assert manifest["totals"]["relative_error"] == pytest.approx(difference.total.relative_error, rel=1e-5)
 
 
-def test_two_int8_models_are_compared_with_each_other(tmp_path: Path) -> None:
+def test_two_int8_models_can_be_compared(tmp_path: Path) -> None:
     a = save_tiny("llama", tmp_path / "in")
     for name, amount in (("a", 0.2), ("b", 0.5)):
         compressknow.convert(a, tmp_path / name, prune=amount, quantize="int8")
-    found, before, after = compared(tmp_path / "a", tmp_path / "b"), values(tmp_path / "a"), values(tmp_path / "b")
+    found = compare(tmp_path / "a", tmp_path / "b")
+    before, after = dequantize(tmp_path / "a"), dequantize(tmp_path / "b")
     assert not found.structure
     assert not found.config
     for tensor in found.tensors:
-        assert_recounted(tensor.sums, before[tensor.name], after[tensor.name])
+        check_sums(tensor.sums, before[tensor.name], after[tensor.name])
 
 
-def test_a_tensor_of_many_blocks_is_summed_over_all_of_them(tmp_path: Path) -> None:
-    """Its last block is of fewer rows, and all but one block are alike."""
+def test_sums_cover_all_blocks_of_a_large_tensor(tmp_path: Path) -> None:
+    """The last block has fewer rows, and it alone differs."""
     a, b = (save_tiny("bert", tmp_path / name) for name in "ab")
     large = torch.randn(300_000, 3)
     for folder in (a, b):
         edit_tensors(folder, lambda tensors: tensors.update(large=large.clone()))
     edit_tensors(b, lambda tensors: tensors["large"][-1].mul_(2))
-    tensor = by_name(compared(a, b))["large"]
-    assert_recounted(tensor.sums, values(a)["large"], values(b)["large"])
+    tensor = index_by_name(compare(a, b))["large"]
+    check_sums(tensor.sums, dequantize(a)["large"], dequantize(b)["large"])
     assert not tensor.same_bytes
     assert tensor.sums.largest_change == large[-1].double().abs().max()
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5-gated"])
-def test_groups_and_layers_add_up_to_what_the_tensors_say(family: str, tmp_path: Path) -> None:
+def test_sums_of_groups_and_layers_match_a_recount(family: str, tmp_path: Path) -> None:
     a = save_tiny(family, tmp_path / "a")
     manifest = compressknow.convert(a, tmp_path / "b", prune=0.4)
-    found, before, after = compared(a, tmp_path / "b"), values(a), values(tmp_path / "b")
+    found, before, after = compare(a, tmp_path / "b"), dequantize(a), dequantize(tmp_path / "b")
     groups = {row["name"]: row["group"] for row in manifest["tensors"]}
     assert {tensor.name: tensor.group for tensor in found.tensors} == groups
 
-    def joined(of: Arrays, tensors: tuple[TensorDiff, ...]) -> npt.NDArray[np.float64]:
-        return np.concatenate([of[tensor.name].ravel() for tensor in tensors])
+    def concatenate(arrays: Arrays, tensors: tuple[TensorDiff, ...]) -> npt.NDArray[np.float64]:
+        return np.concatenate([arrays[tensor.name].ravel() for tensor in tensors])
 
     by_layer = group_tensors(found.tensors, lambda t: (t.stack, t.layer) if t.layer is not None else None)
     stacks = ("encoder", "decoder") if family == "t5-gated" else (None,)
     assert list(by_layer) == [(stack, layer) for stack in stacks for layer in (0, 1)]
-    for those in [found.tensors, *by_layer.values(), *group_tensors(found.tensors, lambda t: t.group).values()]:
-        sums = sum((tensor.sums for tensor in those), DiffSums())
-        assert_recounted(sums, joined(before, those), joined(after, those))
+    for tensors in [found.tensors, *by_layer.values(), *group_tensors(found.tensors, lambda t: t.group).values()]:
+        sums = sum((tensor.sums for tensor in tensors), DiffSums())
+        check_sums(sums, concatenate(before, tensors), concatenate(after, tensors))
 
 
-def test_modules_are_named_alike_in_all_layers_and_stacks(tmp_path: Path) -> None:
+def test_a_module_has_one_name_in_all_layers_and_stacks(tmp_path: Path) -> None:
     a = save_tiny("t5-gated", tmp_path / "a")
-    found = compared(a, a)
+    found = compare(a, a)
     modules = group_tensors(found.tensors, lambda t: t.module)
     assert len(modules["layer.SelfAttention.q"]) == 4
     assert len(modules["layer.EncDecAttention.o"]) == 2
     assert {t.group for t in modules["layer.DenseReluDense.wi_1"]} == {"feed-forward"}
-    assert by_name(found)["lm_head.weight"].module is None
+    assert index_by_name(found)["lm_head.weight"].module is None
 
 
-def test_a_checkpoint_beside_itself_has_nothing_that_differs(tmp_path: Path) -> None:
+def test_a_checkpoint_does_not_differ_from_itself(tmp_path: Path) -> None:
     a = save_tiny("llama", tmp_path / "a")
-    found = compared(a, a)
+    found = compare(a, a)
     assert found.same_weights
     assert found.config == ()
     assert (found.total.relative_error, found.total.cosine, found.total.snr_db) == (0.0, 1.0, None)
 
 
-def test_shards_and_torch_files_make_no_difference(tmp_path: Path) -> None:
+def test_shards_and_torch_files_compare_equal(tmp_path: Path) -> None:
     one = save_tiny("llama", tmp_path / "one")
     many = save_tiny("llama", tmp_path / "many", max_shard_size="30KB")
     pickled = save_tiny("llama", tmp_path / "pickled")
@@ -233,63 +234,63 @@ def test_shards_and_torch_files_make_no_difference(tmp_path: Path) -> None:
     (pickled / "model.safetensors").unlink()
     assert len(list(many.glob("*.safetensors"))) > 2
     for other in (many, pickled):
-        found = compared(one, other)
+        found = compare(one, other)
         assert found.same_weights
-        assert len(found.tensors) == len(values(one))
+        assert len(found.tensors) == len(dequantize(one))
 
 
-def test_another_type_is_told_and_compared(tmp_path: Path) -> None:
+def test_a_retyped_tensor_is_named_and_compared(tmp_path: Path) -> None:
     a, b = save_tiny("bert", tmp_path / "a"), save_tiny("bert", tmp_path / "b", torch.bfloat16)
-    found, before, after = compared(a, b), values(a), values(b)
+    found, before, after = compare(a, b), dequantize(a), dequantize(b)
     assert {(c.kind, c.a[:3], c.b[:4]) for c in found.structure} == {("retyped", "F32", "BF16")}
     assert len(found.structure) == len(before)
     assert found.config == ()
     for tensor in found.tensors:
-        assert_recounted(tensor.sums, before[tensor.name], after[tensor.name])
+        check_sums(tensor.sums, before[tensor.name], after[tensor.name])
 
 
-def test_tensors_that_one_side_lacks_and_those_of_another_shape_are_named(tmp_path: Path) -> None:
+def test_missing_and_reshaped_tensors_are_named(tmp_path: Path) -> None:
     a, b = (save_tiny("bert", tmp_path / name) for name in "ab")
     bias, table = "bert.encoder.layer.1.output.dense.bias", "bert.embeddings.position_embeddings.weight"
     edit_tensors(a, lambda tensors: tensors.update(extra=torch.ones(3)))
     edit_tensors(b, lambda tensors: (tensors.pop(bias), tensors.update({table: torch.ones(20, 32)})))
-    found = compared(a, b)
+    found = compare(a, b)
     assert {(c.name, c.kind, c.a, c.b) for c in found.structure} == {
         ("extra", "missing", "F32 [3]", "-"),
         (bias, "missing", "F32 [32]", "-"),
         (table, "reshaped", "F32 [40, 32]", "F32 [20, 32]"),
     }
-    assert not {bias, table, "extra"} & set(by_name(found))
-    assert {c.kind for c in compared(b, a).structure} == {"added", "reshaped"}
+    assert not {bias, table, "extra"} & set(index_by_name(found))
+    assert {c.kind for c in compare(b, a).structure} == {"added", "reshaped"}
 
 
 @pytest.mark.parametrize("family", ["bert", "llama-tied", "t5-tied"])
-def test_an_untied_final_layer_is_compared_with_what_it_was_tied_to(family: str, tmp_path: Path) -> None:
+def test_an_untied_final_layer_is_compared_with_its_embedding(family: str, tmp_path: Path) -> None:
     a = save_tiny(family, tmp_path / "a")
     compressknow.convert(a, tmp_path / "b", scope="final", prune=0.5, quantize="int8")
-    found, before, after = compared(a, tmp_path / "b"), values(a), values(tmp_path / "b")
+    found, before, after = compare(a, tmp_path / "b"), dequantize(a), dequantize(tmp_path / "b")
     (final,) = [tensor for tensor in found.tensors if tensor.group == "final"]
     (untied,) = [change for change in found.structure if change.kind == "untied" and change.name == final.name]
     embedding = untied.a.removeprefix("tied to ")
-    assert_recounted(final.sums, before[embedding], after[final.name])
+    check_sums(final.sums, before[embedding], after[final.name])
     assert final.sums.relative_error > 0.1
-    # T5's class takes its own word for it, whatever its config says.
+    # T5's class ties its layers whatever the config says.
     assert ("tie_word_embeddings" in {change.key for change in found.config}) == (family != "t5-tied")
-    back = compared(tmp_path / "b", a)
+    back = compare(tmp_path / "b", a)
     assert ("tied", final.name) in {(change.kind, change.name) for change in back.structure}
     assert {change.kind for change in back.structure} <= {"tied", "retyped"}
 
 
-def test_the_other_name_of_a_tie_is_no_difference(tmp_path: Path) -> None:
-    """One side stores the embedding, the other the final layer that shares its values."""
+def test_the_name_that_stores_a_tied_weight_is_no_difference(tmp_path: Path) -> None:
+    """One checkpoint stores the embedding, the other the final layer that is tied to it."""
     a, b = (save_tiny("llama-tied", tmp_path / name) for name in "ab")
     edit_tensors(b, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
-    found = compared(a, b)
+    found = compare(a, b)
     assert found.same_weights
-    assert len(found.tensors) == len(values(a))
+    assert len(found.tensors) == len(dequantize(a))
 
 
-def test_settings_are_compared_as_they_hold_and_noise_is_left_out(tmp_path: Path) -> None:
+def test_settings_are_compared_by_effect_and_noise_is_left_out(tmp_path: Path) -> None:
     a, b = (save_tiny("llama", tmp_path / name) for name in "ab")
     edit_config(
         b,
@@ -302,28 +303,28 @@ def test_settings_are_compared_as_they_hold_and_noise_is_left_out(tmp_path: Path
         attention_bias=False,
         rope_parameters={"rope_type": "default", "rope_theta": 5.0},
     )
-    found = compared(a, b)
+    found = compare(a, b)
     assert [(c.key, c.b) for c in found.config] == [("rms_norm_eps", "0.5"), ("rope_parameters.rope_theta", "5.0")]
 
 
-def test_not_a_number_is_no_figure(tmp_path: Path) -> None:
+def test_sums_over_nan_give_no_figures(tmp_path: Path) -> None:
     a, b = (save_tiny("bert", tmp_path / name) for name in "ab")
     name = "bert.encoder.layer.0.attention.self.query.weight"
     edit_tensors(b, lambda tensors: tensors[name][0].fill_(float("nan")))
-    sums = by_name(compared(a, b))[name].sums
+    sums = index_by_name(compare(a, b))[name].sums
     assert not sums.finite
     assert (sums.relative_error, sums.cosine, sums.snr_db, sums.largest_change) == (None, None, None, None)
-    assert compared(a, b).total.relative_error is None
-    assert by_name(compared(b, b))[name].same_bytes
+    assert compare(a, b).total.relative_error is None
+    assert index_by_name(compare(b, b))[name].same_bytes
 
 
-def test_a_tensor_that_was_all_zero_has_no_relative_error() -> None:
+def test_a_change_of_an_all_zero_tensor_has_no_relative_error() -> None:
     assert DiffSums(4, 4, 0, 0.0, 4.0, 4.0, 1.0).relative_error is None
     assert DiffSums(4, 4, 4).relative_error == 0.0
     assert DiffSums(4, 4, 4).cosine is None
 
 
-def test_what_did_not_change_points_the_same_way() -> None:
+def test_the_cosine_of_an_unchanged_tensor_is_exactly_1() -> None:
     assert {DiffSums(9, energy_a=energy, energy_b=energy).cosine for energy in (3.0, 7.0, 10.7, 45.1, 1e300)} == {1.0}
 
 
@@ -361,37 +362,37 @@ PACKED: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {
 
 
 @pytest.mark.parametrize("form", PACKED)
-def test_packed_weights_are_told_and_left_out(form: str, tmp_path: Path) -> None:
+def test_unreadable_packed_weights_are_named_and_left_out(form: str, tmp_path: Path) -> None:
     a, b = (save_tiny("llama", tmp_path / name) for name in "ab")
     module = "model.layers.1.self_attn.q_proj"
     edit_config(b, quantization_config={"quant_method": form})
     edit_tensors(b, lambda tensors: (tensors.pop(f"{module}.weight"), PACKED[form](tensors, module)))
-    found = compared(a, b)
+    found = compare(a, b)
     (change,) = found.structure
     assert (change.kind, change.name, change.a) == ("packed", f"{module}.weight", "F32 [32, 32]")
-    assert change.b.split()[0] in (f"{name.removeprefix(module + '.')}" for name in values_of(b, module))
-    assert f"{module}.weight" not in by_name(found)
-    assert len(found.tensors) == len(values(a)) - 1
+    assert change.b.split()[0] in (f"{name.removeprefix(module + '.')}" for name in list_tensors(b, module))
+    assert f"{module}.weight" not in index_by_name(found)
+    assert len(found.tensors) == len(dequantize(a)) - 1
 
 
-def values_of(folder: Path, module: str) -> list[str]:
+def list_tensors(folder: Path, module: str) -> list[str]:
     return [name for name in load_file(folder / "model.safetensors") if name.startswith(module)]
 
 
-def test_figures_do_not_depend_on_threads_and_progress_ends_at_the_whole(tmp_path: Path) -> None:
+def test_figures_do_not_depend_on_threads_and_progress_ends_at_the_total(tmp_path: Path) -> None:
     a = save_tiny("llama", tmp_path / "a")
     compressknow.convert(a, tmp_path / "b", prune=0.5, quantize="int8")
-    told: list[tuple[int, int]] = []
-    one = compared(a, tmp_path / "b", threads=1, advance=lambda done, total: told.append((done, total)))
-    assert one == compared(a, tmp_path / "b", threads=3)
-    assert told[-1][0] == told[-1][1] > 0
-    assert sorted(told) == told
+    calls: list[tuple[int, int]] = []
+    found = compare(a, tmp_path / "b", threads=1, advance=lambda done, total: calls.append((done, total)))
+    assert found == compare(a, tmp_path / "b", threads=3)
+    assert calls[-1][0] == calls[-1][1] > 0
+    assert sorted(calls) == calls
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
     a, b = save_tiny("bert", tmp_path / "a"), save_tiny("roberta", tmp_path / "b")
     with pytest.raises(CompressknowError, match="a and b cannot be compared: their architectures differ") as e:
-        compared(a, b)
+        compare(a, b)
     assert "BertForMaskedLM" in str(e.value)
     assert "RobertaForMaskedLM" in str(e.value)
 
@@ -400,10 +401,10 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     a, b = (save_tiny("bert", tmp_path / name) for name in "ab")
     (b / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="b has no weights"):
-        compared(a, b)
+        compare(a, b)
 
 
-def test_dropped_blocks_are_named_and_the_rest_is_compared_by_its_place(tmp_path: Path) -> None:
+def test_dropped_blocks_are_named_and_the_others_matched_by_original_number(tmp_path: Path) -> None:
     source = save_deep("llama", tmp_path / "source")
     compressknow.convert(source, tmp_path / "a", drop_blocks="1")
     compressknow.convert(source, tmp_path / "b", drop_blocks="0,1", quantize="int8")
@@ -412,7 +413,7 @@ def test_dropped_blocks_are_named_and_the_rest_is_compared_by_its_place(tmp_path
     assert all(tensor.same_bytes for tensor in found.tensors)
     assert {change.kind for change in found.structure} == {"missing"}
     assert {change.name for change in found.structure} == {n for n in opened["source"].tensors if ".layers.1." in n}
-    # Two conversions of one original: both by its numbers.
+    # Two conversions of one original are both numbered as it is.
     found = diff_checkpoints(opened["a"], opened["b"])
     assert {change.name for change in found.structure if change.kind == "missing"} == {
         name for name in opened["source"].tensors if ".layers.0." in name
@@ -420,7 +421,7 @@ def test_dropped_blocks_are_named_and_the_rest_is_compared_by_its_place(tmp_path
     errors = [tensor.sums.relative_error for tensor in found.tensors]
     assert max(error for error in errors if error is not None) < 0.02
     assert {tensor.layer for tensor in found.tensors if tensor.layer is not None} == {2, 3}
-    # A conversion of a conversion: by the numbers of the first.
+    # A conversion of a conversion is numbered as the first.
     compressknow.convert(tmp_path / "a", tmp_path / "c", drop_blocks="0")
     found = diff_checkpoints(opened["a"], open_checkpoint(tmp_path / "c"))
     assert all(tensor.same_bytes for tensor in found.tensors)

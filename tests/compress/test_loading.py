@@ -1,4 +1,4 @@
-"""What convert writes, plain transformers loads, and it computes what the same weights compressed in memory do."""
+"""Transformers loads what convert writes, and computes the logits of the same model compressed in memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("scope", ["attention", "final"])
-def test_a_kernel_that_is_not_installed_is_not_needed_to_convert(scope: str, tmp_path: Path) -> None:
+def test_convert_does_not_need_the_attention_kernel_of_the_config(scope: str, tmp_path: Path) -> None:
     source = save_tiny("llama-tied", tmp_path / "in")
     edit_config(source, attn_implementation="flash_attention_2")
     compressknow.convert(source, tmp_path / "out", scope=scope, quantize="int8")
@@ -49,14 +49,14 @@ def test_a_kernel_that_is_not_installed_is_not_needed_to_convert(scope: str, tmp
     assert written["attn_implementation"] == "flash_attention_2"
 
 
-def compressed_in_memory(name: str, scope: str, scheme: str | None, pruned: bool) -> transformers.PreTrainedModel:
-    """The same compression by torch's and compressed-tensors' own functions on the model in memory."""
+def compress_in_memory(name: str, scope: str, scheme: str | None, pruned: bool) -> transformers.PreTrainedModel:
+    """Compress the model in memory with functions of torch and compressed-tensors."""
     model = BUILDERS[name]()
     separate_final_layer(model)
     model.load_state_dict(tiny(name).state_dict())
     structure = read_structure(model)
     if pruned:
-        weights = [holder(model, weight.parameter) for weight in select(structure, [scope], "prune")]
+        weights = [get_holder(model, weight.parameter) for weight in select(structure, [scope], "prune")]
         prune.global_unstructured(weights, prune.L1Unstructured, amount=AMOUNT)
         for module, parameter in weights:
             prune.remove(module, parameter)
@@ -71,33 +71,33 @@ def separate_final_layer(model: transformers.PreTrainedModel) -> None:
     final.weight = nn.Parameter(final.weight.detach().clone())
 
 
-def holder(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+def get_holder(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
     module, _, name = parameter.rpartition(".")
     return model.get_submodule(module), name
 
 
 def quantize_in_memory(model: nn.Module, modules: list[str], scheme: str) -> None:
     strategy, activations = SCHEMES[scheme]
-    kind = "float" if scheme == "fp8" else "int"
-    weights = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": False, "strategy": strategy}
-    inputs = {"type": kind, "dynamic": True, **activations} if activations else None
+    number_type = "float" if scheme == "fp8" else "int"
+    weights = {"num_bits": 8, "type": number_type, "symmetric": True, "dynamic": False, "strategy": strategy}
+    inputs = {"type": number_type, "dynamic": True, **activations} if activations else None
     group = {"targets": modules, "weights": weights, "input_activations": inputs}
     config = QuantizationConfig(config_groups={"group_0": group}, quantization_status="frozen")
     apply_quantization_config(model, config)
-    over = {"dim": 1, "keepdim": True} if strategy == "channel" else {}
+    dims = {"dim": 1, "keepdim": True} if strategy == "channel" else {}
     for name in modules:
         module = model.get_submodule(name)
-        low, high = module.weight.detach().amin(**over), module.weight.detach().amax(**over)
+        low, high = module.weight.detach().amin(**dims), module.weight.detach().amax(**dims)
         scale, _ = calculate_qparams(low, high, module.quantization_scheme.weights)
         module.weight_scale.data = scale.reshape(module.weight_scale.shape)
         if scheme == "int8-paper":
-            # Rounded as quantize_dynamic rounds, by the inverse of the scale; rounding that again changes nothing.
+            # Round as quantize_dynamic does, by the inverse of the scale; rounding that again changes nothing.
             rounded = torch.quantize_per_tensor(module.weight.detach(), float(scale), 0, torch.qint8)
             module.weight.data = rounded.dequantize()
         module.quantization_status = QuantizationStatus.FROZEN
 
 
-def setups() -> Iterator[Any]:
+def list_setups() -> Iterator[Any]:
     for name in BUILDERS:
         structure = read_structure(tiny(name))
         for scope in list_scopes(structure):
@@ -107,33 +107,35 @@ def setups() -> Iterator[Any]:
                 yield pytest.param(name, scope, scheme, id=f"{name}-{scope}-{scheme}")
 
 
-def test_a_final_layer_of_small_floats_that_is_compared_with_the_embedding_is_refused(tmp_path: Path) -> None:
+def test_fp8_is_refused_where_the_model_compares_final_layer_and_embedding(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"lm_head\.weight with .*, but torch cannot compare 8-bit floats"):
         compressknow.convert(save_tiny("t5-tied", tmp_path / "in"), tmp_path / "out", scope="final", quantize="fp8")
     assert not (tmp_path / "out").exists()
     compressknow.convert(save_tiny("llama-tied", tmp_path / "tied"), tmp_path / "out", scope="final", quantize="fp8")
 
 
-@pytest.mark.parametrize(("name", "scope", "scheme"), one_in(4, setups()))
-def test_logits_are_those_of_the_same_compression_in_memory(
+@pytest.mark.parametrize(("name", "scope", "scheme"), one_in(4, list_setups()))
+def test_logits_equal_those_of_the_model_compressed_in_memory(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, scope: str, scheme: Any
 ) -> None:
     compressknow.convert(checkpoints[name], tmp_path / "out", scope=scope, prune=AMOUNT, quantize=scheme)
-    expected = logits(compressed_in_memory(name, scope, scheme, pruned=True))
+    expected = logits(compress_in_memory(name, scope, scheme, pruned=True))
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(expected, logits(tiny(name)), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", QUANTIZABLE)
-def test_int8_alone_computes_what_it_does_in_memory(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_int8_without_pruning_equals_the_model_compressed_in_memory(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str
+) -> None:
     compressknow.convert(checkpoints[name], tmp_path / "out", scope="overall", quantize="int8")
-    expected = logits(compressed_in_memory(name, "overall", "int8", pruned=False))
+    expected = logits(compress_in_memory(name, "overall", "int8", pruned=False))
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["bert", "t5-tied", "llama-tied"])
-def test_half_precision_checkpoints_load_as_they_were_stored(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+def test_half_precision_checkpoints_keep_their_dtype(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     save_tiny(name, tmp_path / "in", dtype)
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="overall", prune=0.3, quantize="int8")
     model = load(tmp_path / "out")
@@ -143,7 +145,7 @@ def test_half_precision_checkpoints_load_as_they_were_stored(tmp_path: Path, nam
 
 @pytest.mark.parametrize("name", ["bert", "albert", "t5-tied", "bart", "opt", "llama-tied", "gpt2"])
 @pytest.mark.parametrize("how", [{"prune": 0.5}, {"quantize": "int8"}])
-def test_compressing_a_tied_final_layer_leaves_the_embedding_as_it_was(
+def test_compressing_a_tied_final_layer_does_not_change_the_embedding(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, how: Any
 ) -> None:
     manifest = compressknow.convert(checkpoints[name], tmp_path / "out", scope="final", **how)
@@ -167,7 +169,7 @@ def test_a_shared_layer_is_compressed_once_and_stays_shared(checkpoints: dict[st
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 @pytest.mark.parametrize("scope", ["overall", "attention", "feed-forward"])
-def test_int8_without_a_form_that_runs_right_is_refused(
+def test_layers_without_an_int8_form_are_refused(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, scope: str
 ) -> None:
     with pytest.raises(
@@ -182,33 +184,34 @@ def test_int8_without_a_form_that_runs_right_is_refused(
 def test_generate_and_the_encoder_alone_are_right_after_load(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, scheme: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        layers.Int8Kind, "runs_on", lambda *_: False
-    )  # tests/engine/test_int8.py judges the engine's own layers
+    # The engine's own layers are tested in tests/engine/test_int8.py.
+    monkeypatch.setattr(layers.Int8Kind, "runs_on", lambda *_: False)
     scope = "blocks" if scheme == "fp8" else "overall"
     compressknow.convert(checkpoints[name], tmp_path / "out", scope=scope, prune=AMOUNT, quantize=scheme)
-    model, expected = compressknow.load(tmp_path / "out"), compressed_in_memory(name, scope, scheme, pruned=True)
+    model, expected = compressknow.load(tmp_path / "out"), compress_in_memory(name, scope, scheme, pruned=True)
     ids = torch.arange(5, 15)[None]
-    # compressed-tensors keeps tensors that it made under inference mode, of which no gradient can be taken.
+    # compressed-tensors caches tensors; made in inference mode, they would allow no gradient later.
     with torch.no_grad():
-        hidden, wanted = (m.get_encoder()(input_ids=ids).last_hidden_state for m in (model, expected))
-    torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-5)
-    tokens, same = (m.generate(ids, max_new_tokens=6, do_sample=False) for m in (model, expected))
-    assert torch.equal(tokens, same)
+        hidden, expected_hidden = (m.get_encoder()(input_ids=ids).last_hidden_state for m in (model, expected))
+    torch.testing.assert_close(hidden, expected_hidden, rtol=1e-5, atol=1e-5)
+    tokens, expected_tokens = (m.generate(ids, max_new_tokens=6, do_sample=False) for m in (model, expected))
+    assert torch.equal(tokens, expected_tokens)
 
 
-def test_a_checkpoint_that_stores_the_tied_weight_under_the_heads_name_alone(
+def test_a_tied_weight_stored_under_the_name_of_the_head_is_untied(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    rewrite(checkpoints["llama-tied"], tmp_path / "in", {"model.embed_tokens.weight": "lm_head.weight"})
+    rename_tensors(checkpoints["llama-tied"], tmp_path / "in", {"model.embed_tokens.weight": "lm_head.weight"})
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", prune=0.5)
     model = load(tmp_path / "out")
     assert torch.equal(model.get_input_embeddings().weight, tiny("llama-tied").get_input_embeddings().weight)
     assert float((model.lm_head.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
-def test_a_checkpoint_that_stores_a_tied_weight_twice(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    rewrite(checkpoints["llama-tied"], tmp_path / "in", {}, copies={"lm_head.weight": "model.embed_tokens.weight"})
+def test_a_tied_weight_stored_twice_is_untied(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    rename_tensors(
+        checkpoints["llama-tied"], tmp_path / "in", {}, copies={"lm_head.weight": "model.embed_tokens.weight"}
+    )
     manifest = compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", quantize="int8")
     model = compressknow.load(tmp_path / "out")
     assert torch.equal(model.get_input_embeddings().weight, tiny("llama-tied").get_input_embeddings().weight)
@@ -216,30 +219,30 @@ def test_a_checkpoint_that_stores_a_tied_weight_twice(checkpoints: dict[str, Pat
 
 
 @pytest.mark.parametrize("name", ["bert", "albert", "bart", "t5-tied", "llama-tied"])
-def test_a_pickled_checkpoint_that_names_each_tied_weight_is_untied_as_any_other(
+def test_a_pickle_with_both_names_of_a_tied_weight_is_untied_as_any_other(
     checkpoints: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "in").mkdir()
     shutil.copy(checkpoints[name] / "config.json", tmp_path / "in")
     torch.save(tiny(name).state_dict(), tmp_path / "in" / "pytorch_model.bin")
-    made = [
+    manifests = [
         compressknow.convert(source, tmp_path / output, scope="final", prune=0.5)
         for source, output in ((tmp_path / "in", "pickled"), (checkpoints[name], "safe"))
     ]
-    assert made[0]["untied"] == made[1]["untied"]
+    assert manifests[0]["untied"] == manifests[1]["untied"]
     found, expected = (load_file(tmp_path / output / "model.safetensors") for output in ("pickled", "safe"))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_stored_names_of_before_a_refactoring_still_load(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    rewrite(checkpoints["gpt-neox"], tmp_path / "in", {"lm_head.weight": "embed_out.weight"})
+def test_former_names_of_tensors_still_load(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    rename_tensors(checkpoints["gpt-neox"], tmp_path / "in", {"lm_head.weight": "embed_out.weight"})
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="overall", prune=AMOUNT, quantize="int8")
-    expected = logits(compressed_in_memory("gpt-neox", "overall", "int8", pruned=True))
+    expected = logits(compress_in_memory("gpt-neox", "overall", "int8", pruned=True))
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
 
 
-def rewrite(source: Path, target: Path, names: dict[str, str], copies: dict[str, str] | None = None) -> None:
-    """Write a checkpoint anew with some tensors under other names, or under a second one."""
+def rename_tensors(source: Path, target: Path, names: dict[str, str], copies: dict[str, str] | None = None) -> None:
+    """Write a copy of a checkpoint with some tensors renamed, or stored under a second name too."""
     tensors = load_file(source / "model.safetensors")
     target.mkdir()
     (target / "config.json").write_text((source / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""N:M patterns: so many of each group of neighbouring input channels stay, however a layer is stored."""
+"""N:M patterns keep N of each M neighbouring input channels, however a layer is stored."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from compressknow.compress.recipe import Recipe, read_recipe
 from compressknow.compress.steps import Prune, Where, choose_masks
 from compressknow.engine.load import load
 from compressknow.model.tensors import OpenFiles, read_header
-from tests.compress.test_pruning import GPT_OSS, feed_forward
+from tests.compress.test_pruning import GPT_OSS, list_feed_forward_matrices
 from tests.models import convert, save_tiny
 
 
-def by_magnitude(weight: Tensor, keep: int, of: int) -> Tensor:
-    """What falls of a matrix [..., outputs, inputs]: in each group the smallest, the first of those that tie."""
+def mask_by_magnitude(weight: Tensor, keep: int, of: int) -> Tensor:
+    """Mask the smallest weights of each group in a matrix [..., outputs, inputs]; of ties, the first."""
     groups = weight.abs().unflatten(-1, (-1, of))
     lowest = groups.argsort(dim=-1, stable=True)[..., : of - keep]
     return torch.zeros(groups.shape, dtype=torch.bool).scatter(-1, lowest, True).flatten(-2)
 
 
-def pruned(weight: Tensor, pattern: str, amount: float, folder: Path, *, transposed: bool) -> Tensor:
-    """What l1-unstructured prunes of a stored tensor."""
+def prune_tensor(weight: Tensor, pattern: str, amount: float, folder: Path, *, transposed: bool) -> Tensor:
+    """Return the mask of l1-unstructured for a stored tensor."""
     save_file({"weight": weight.contiguous()}, folder / "model.safetensors")
     tensor = read_header(folder / "model.safetensors")["weight"]
     step = Prune(amount, parameters={"pattern": pattern})
@@ -47,8 +47,8 @@ def pruned(weight: Tensor, pattern: str, amount: float, folder: Path, *, transpo
         reader = Reader(pool, files, lambda _: None)
         (mask,) = choose_masks(reader, step, [Weights(tensor, transposed)])
         for _ in range(2):
-            of_block = mask.start()
-            rows = [torch.tensor(of_block(block)) for block in reader.blocks(tensor)]
+            mask_block = mask.start()
+            rows = [torch.tensor(mask_block(block)) for block in reader.blocks(tensor)]
     return torch.cat(rows).view(weight.shape)
 
 
@@ -57,7 +57,7 @@ def pruned(weight: Tensor, pattern: str, amount: float, folder: Path, *, transpo
 @pytest.mark.parametrize("pattern", ["2:4", "1:3", "5:12"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_smallest_of_each_group_of_input_channels_fall(
+def test_the_smallest_weights_of_each_group_of_input_channels_are_pruned(
     dtype: torch.dtype,
     transposed: bool,
     pattern: str,
@@ -70,15 +70,17 @@ def test_the_smallest_of_each_group_of_input_channels_fall(
     # Few values, so that many tie.
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(3).round().to(dtype)
     keep, of = map(int, pattern.split(":"))
-    found = pruned(weight, pattern, 1 - keep / of, tmp_path, transposed=transposed)
+    found = prune_tensor(weight, pattern, 1 - keep / of, tmp_path, transposed=transposed)
     if transposed:
         found, weight = found.mT, weight.mT
-    assert torch.equal(found, by_magnitude(weight, keep, of))
+    assert torch.equal(found, mask_by_magnitude(weight, keep, of))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 5), st.data())
-def test_smallest_of_rows_is_a_stable_sort(rows: int, columns: int, highest: int, data: st.DataObject) -> None:
+def test_the_smallest_of_a_row_are_those_of_a_stable_sort(
+    rows: int, columns: int, highest: int, data: st.DataObject
+) -> None:
     count = data.draw(st.integers(0, columns))
     values = st.lists(st.integers(-1, highest), min_size=rows * columns, max_size=rows * columns)
     keys = np.array(data.draw(values), dtype=np.int32).reshape(rows, columns)
@@ -89,20 +91,22 @@ def test_smallest_of_rows_is_a_stable_sort(rows: int, columns: int, highest: int
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(["wanda", "sparsegpt"]), st.integers(1, 9), st.integers(2, 40), st.integers(1, 12), st.data())
-def test_every_group_holds_as_many(name: str, outputs: int, of: int, groups: int, data: st.DataObject) -> None:
+def test_calibrated_methods_keep_the_same_number_in_every_group(
+    name: str, outputs: int, of: int, groups: int, data: st.DataObject
+) -> None:
     keep = data.draw(st.integers(1, of - 1))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     inputs = torch.randn(30, of * groups, generator=generator).mul(2).round()
     weight = torch.randn(outputs, of * groups, generator=generator).mul(2).round()
     products = inputs.T @ inputs + torch.eye(of * groups)
-    known = InputStatistics("layer", 30, products.diagonal().clone(), products=products)
+    statistics = InputStatistics("layer", 30, products.diagonal().clone(), products=products)
     method = METHODS[name].with_values({"pattern": f"{keep}:{of}"})
     assert isinstance(method, Calibrated)
-    mask, values = method.prune(weight, known, 1 - keep / of)
+    mask, values = method.prune(weight, statistics, 1 - keep / of)
     assert bool((mask.unflatten(1, (-1, of)).sum(2) == of - keep).all())
     if name == "wanda":
         assert values is None
-        assert torch.equal(mask, by_magnitude(weight * inputs.square().sum(0).add(1).sqrt(), keep, of))
+        assert torch.equal(mask, mask_by_magnitude(weight * inputs.square().sum(0).add(1).sqrt(), keep, of))
 
 
 @pytest.mark.parametrize(("name", "number"), [("llama", 6), ("gpt2", 4), ("mixtral", 24), ("gpt-oss", 6)])
@@ -114,27 +118,27 @@ def test_a_converted_model_has_the_pattern_in_every_group(name: str, number: int
         save_tiny(name, tmp_path / "source")
     step = Prune(0.75, where=Where(("feed-forward",)), parameters={"pattern": "1:4"})
     manifest = convert(tmp_path / "source", tmp_path / "pruned", Recipe((step,)))
-    before, after = (matrices_of(tmp_path / folder) for folder in ("source", "pruned"))
+    before, after = (load_matrices(tmp_path / folder) for folder in ("source", "pruned"))
     assert len(after) == number
     for original, matrix in zip(before, after, strict=True):
-        assert torch.equal(matrix, original.masked_fill(by_magnitude(original, 1, 4), 0))
+        assert torch.equal(matrix, original.masked_fill(mask_by_magnitude(original, 1, 4), 0))
     rows = [row for row in manifest["tensors"] if row["in_scope"]]
     assert [row["pruned"] for row in rows] == [row["numel"] // 4 * 3 for row in rows]
     assert read_recipe(tmp_path / "pruned").steps == (step,)
 
 
-def matrices_of(folder: Path) -> list[Tensor]:
+def load_matrices(folder: Path) -> list[Tensor]:
     model = load(folder)
     if isinstance(model, hf.LlamaForCausalLM):
         parts = [part for layer in model.model.layers for part in layer.mlp.children()]
         return [part.weight.detach() for part in parts if isinstance(part, torch.nn.Linear)]
-    return [matrix.detach() for matrix in feed_forward(model)]
+    return [matrix.detach() for matrix in list_feed_forward_matrices(model)]
 
 
-def test_the_command_line_takes_it(tmp_path: Path) -> None:
+def test_convert_takes_a_pattern(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "source")
-    given = ["--prune", "50%", "--pattern", "2:4", "--quantize", "int8"]
-    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out"), *given]) == 0
+    options = ["--prune", "50%", "--pattern", "2:4", "--quantize", "int8"]
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out"), *options]) == 0
     weights = load_file(tmp_path / "out" / "model.safetensors")
     quantized = {name: weight for name, weight in weights.items() if weight.dtype == torch.int8}
     assert len(quantized) == 14
@@ -142,41 +146,41 @@ def test_the_command_line_takes_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["l1-unstructured", "wanda", "sparsegpt"])
-def test_another_amount_is_refused_with_the_right_one(
+def test_an_amount_that_contradicts_the_pattern_is_refused_with_the_right_one(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tiny("llama", tmp_path / "source")
-    given = ["--prune", "0.3", "--prune-method", method, "--pattern", "2:8"]
-    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out"), *given]) == 2
-    said = capsys.readouterr().err
-    assert "The pattern 2:8 prunes 0.75 of the weights, not 0.3." in said
-    assert "Pass --prune 0.75" in said
+    options = ["--prune", "0.3", "--prune-method", method, "--pattern", "2:8"]
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out"), *options]) == 2
+    message = capsys.readouterr().err
+    assert "The pattern 2:8 prunes 0.75 of the weights, not 0.3." in message
+    assert "Pass --prune 0.75" in message
     assert not (tmp_path / "out").exists()
 
 
-def test_a_rounded_amount_will_do(tmp_path: Path) -> None:
+def test_a_rounded_amount_is_accepted(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "source")
     step = Prune(0.3333, parameters={"pattern": "2:3"}, where=Where(include=("down_proj",)))
     manifest = convert(tmp_path / "source", tmp_path / "out", Recipe((step,)))
     assert manifest["totals"]["pruned"] == 2 * 32 * 16
 
 
-def test_groups_that_do_not_fit_are_refused_with_the_layers_names(tmp_path: Path) -> None:
+def test_layers_that_a_pattern_does_not_fit_are_named(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "source")
     step = Prune(2 / 3, parameters={"pattern": "1:3"})
-    with pytest.raises(UnsupportedError) as refused:
+    with pytest.raises(UnsupportedError) as error:
         convert(tmp_path / "source", tmp_path / "out", Recipe((step,)))
     # 32 input channels are not a multiple of 3; the 48 of down_proj are.
     assert "L1-unstructured 1:3 does not fit model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj" in str(
-        refused.value
+        error.value
     )
-    assert "and 9 more" in str(refused.value)
-    assert "down_proj" not in str(refused.value)
-    assert "Its 32 input channels are not a multiple of 3." in str(refused.value)
+    assert "and 9 more" in str(error.value)
+    assert "down_proj" not in str(error.value)
+    assert "Its 32 input channels are not a multiple of 3." in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_input_channels_of_a_conv1d_are_its_rows(tmp_path: Path) -> None:
+def test_a_pattern_follows_the_rows_of_a_conv1d(tmp_path: Path) -> None:
     save_tiny("gpt2", tmp_path / "source")
     # c_fc has 32 inputs and 128 outputs, c_proj of the feed-forward block 128 and 32.
     step = Prune(63 / 64, parameters={"pattern": "1:64"}, where=Where(("feed-forward",)))
@@ -187,35 +191,33 @@ def test_input_channels_of_a_conv1d_are_its_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["4:2", "2:2", "0:4", "2", "2:4:8", "two:four", "", "2: 4", 2])
-def test_what_is_no_pattern_is_refused(pattern: object) -> None:
+def test_an_invalid_pattern_is_refused(pattern: object) -> None:
     with pytest.raises(UsageError, match="pattern must be N:M with N below M, such as 2:4"):
         Prune(0.5, parameters={"pattern": pattern})
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_with_a_pattern_no_choice_is_made_over_the_scope(per_layer: bool) -> None:
+def test_a_pattern_is_never_global(per_layer: bool) -> None:
     assert not Prune(0.5, per_layer=per_layer, parameters={"pattern": "2:4"}).is_global
     assert Prune(0.5).is_global
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
-def test_methods_that_look_at_activations_have_it_however_a_layer_is_stored(
-    name: str, method: str, tmp_path: Path
-) -> None:
+def test_calibrated_methods_apply_a_pattern_to_every_kind_of_layer(name: str, method: str, tmp_path: Path) -> None:
     save_tiny(name, tmp_path / "source")
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{word} " for word in range(3, 99)) * 20, encoding="utf-8")
-    words = {str(word): word for word in range(99)}
-    backend = Tokenizer(WordLevel(words, unk_token="0"))
+    vocabulary = {str(word): word for word in range(99)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="0"))
     backend.pre_tokenizer = Whitespace()
     hf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="1", unk_token="0").save_pretrained(
         tmp_path / "source"
     )
-    given = ["--scope", "feed-forward", "--prune", "0.75", "--prune-method", method, "--pattern", "1:4"]
+    options = ["--scope", "feed-forward", "--prune", "0.75", "--prune-method", method, "--pattern", "1:4"]
     calibration = ["--calibration", str(text), "--calibration-tokens", "1024"]
-    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out"), *given, *calibration]) == 0
-    before, after = (matrices_of(tmp_path / folder) for folder in ("source", "out"))
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out"), *options, *calibration]) == 0
+    before, after = (load_matrices(tmp_path / folder) for folder in ("source", "out"))
     assert len(after) == {"gpt2": 4, "mixtral": 24}[name]
     for original, matrix in zip(before, after, strict=True):
         assert bool((matrix.unflatten(-1, (-1, 4)) == 0).sum(-1).eq(3).all())

@@ -1,4 +1,4 @@
-"""Threads that work on tensors: an interrupted run ends, wherever the signal comes."""
+"""A pool runs tasks in order and passes on their errors; an interruption at any moment ends it."""
 
 from __future__ import annotations
 
@@ -66,31 +66,31 @@ except KeyboardInterrupt:
 """
 
 
-def test_results_come_in_the_order_of_the_items() -> None:
+def test_results_have_the_order_of_the_items() -> None:
     with Pool(3) as pool:
         assert pool.map(lambda item: item * item, range(50)) == [item * item for item in range(50)]
         assert pool.map(str, []) == []
 
 
 @pytest.mark.parametrize("threads", [0, -1])
-def test_fewer_threads_than_one_are_refused(threads: int) -> None:
+def test_less_than_one_thread_is_refused(threads: int) -> None:
     with pytest.raises(UsageError, match=f"threads must be at least 1: {threads}"):
         Pool(threads)
 
 
-def test_a_task_begins_after_those_before_it() -> None:
-    begun: list[int] = []
+def test_tasks_start_in_order() -> None:
+    started: list[int] = []
     both = threading.Barrier(2)
 
     def task(item: int) -> None:
-        begun.append(item)
+        started.append(item)
         if item < 2:
             both.wait(timeout=60)
 
     with Pool(2) as pool:
         pool.map(task, range(20))
-    assert sorted(begun[:2]) == [0, 1]
-    assert sorted(begun) == list(range(20))
+    assert sorted(started[:2]) == [0, 1]
+    assert sorted(started) == list(range(20))
 
 
 def test_tasks_compute_with_one_thread_each() -> None:
@@ -105,12 +105,12 @@ def test_the_error_of_a_task_is_raised() -> None:
         pool.map(lambda item: 1 // item, [1, 0, 1])
 
 
-def test_an_error_stops_the_tasks_under_way_and_those_to_come() -> None:
-    begun: list[int] = []
+def test_an_error_stops_running_and_waiting_tasks() -> None:
+    started: list[int] = []
     waiting = threading.Event()
 
     def task(item: int) -> None:
-        begun.append(item)
+        started.append(item)
         if item:
             waiting.set()
             while True:
@@ -124,10 +124,10 @@ def test_an_error_stops_the_tasks_under_way_and_those_to_come() -> None:
             pool.map(task, range(10))
         with pytest.raises(TaskStopped):
             pool.map(task, range(10))
-    assert len(begun) <= 3
+    assert len(started) <= 3
 
 
-def test_an_error_of_the_items_is_raised() -> None:
+def test_an_error_of_the_iterator_is_raised() -> None:
     with Pool(2) as pool, pytest.raises(ZeroDivisionError):
         pool.map(str, (1 // item for item in (1, 0)))
 
@@ -143,5 +143,5 @@ def test_an_interruption_at_any_moment_ends_the_run(rounds: int, step: float, it
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that send signals")
-def test_who_interrupts_twice_leaves_no_task_running() -> None:
+def test_interrupting_twice_leaves_no_task_running() -> None:
     assert script(INTERRUPTED_TWICE) == "True 2 2\n"

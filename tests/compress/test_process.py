@@ -1,4 +1,4 @@
-"""What the manifest says of each tensor is what a recount of the written weights finds."""
+"""Figures of each tensor in the manifest match a recount of the written weights."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def weights_of(folder: Path) -> dict[str, Tensor]:
+def load_weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def values_of(written: dict[str, Tensor], name: str) -> Tensor:
-    """A written weight in float64, codes times their scale."""
+def dequantize(written: dict[str, Tensor], name: str) -> Tensor:
+    """Return a written weight in float64, integers times their scale."""
     scale = written.get(f"{name}_scale")
     if (packed := written.get(f"{name}_packed")) is not None:
         stored = unpack_from_int32(packed, 8, torch.Size(written[f"{name}_shape"].tolist()))
@@ -76,23 +76,21 @@ def values_of(written: dict[str, Tensor], name: str) -> Tensor:
     return stored.double() * (1 if scale is None else scale.double())
 
 
-def zeros(weights: Iterable[Tensor]) -> int:
+def count_zeros(weights: Iterable[Tensor]) -> int:
     return sum(int((weight == 0).sum()) for weight in weights)
 
 
-def relative_error(written: Tensor, original: Tensor) -> float:
+def compute_relative_error(written: Tensor, original: Tensor) -> float:
     norm = original.double().norm()
     return float((written - original.double()).norm() / norm) if norm else 0.0
 
 
 @every_recipe
-def test_relative_errors_are_those_of_the_written_weights(
-    steps: tuple[Step, ...], source: Path, tmp_path: Path
-) -> None:
+def test_relative_errors_match_the_written_weights(steps: tuple[Step, ...], source: Path, tmp_path: Path) -> None:
     manifest = convert(source, tmp_path / "output", Recipe(steps))
-    before, written = weights_of(source), weights_of(tmp_path / "output")
+    before, written = load_weights(source), load_weights(tmp_path / "output")
     for row in manifest["tensors"]:
-        error = relative_error(values_of(written, row["name"]), before[row["name"]])
+        error = compute_relative_error(dequantize(written, row["name"]), before[row["name"]])
         assert row["relative_error"] == pytest.approx(error, rel=1e-4), row["name"]
     changed = [row for row in manifest["tensors"] if row["relative_error"]]
     assert changed
@@ -100,28 +98,26 @@ def test_relative_errors_are_those_of_the_written_weights(
 
 
 @every_recipe
-def test_zeros_are_those_of_the_source_and_of_the_written_weights(
-    steps: tuple[Step, ...], source: Path, tmp_path: Path
-) -> None:
+def test_zeros_match_the_source_and_the_written_weights(steps: tuple[Step, ...], source: Path, tmp_path: Path) -> None:
     manifest = convert(source, tmp_path / "output", Recipe(steps))
-    before, written = weights_of(source), weights_of(tmp_path / "output")
+    before, written = load_weights(source), load_weights(tmp_path / "output")
     assert {row["name"] for row in manifest["tensors"]} == before.keys()
     for row in manifest["tensors"]:
-        assert row["zeros_before"] == zeros([before[row["name"]]]) > 0, row["name"]
-        assert row["zeros"] == zeros([values_of(written, row["name"])]), row["name"]
-    assert manifest["totals"]["zeros_before"] == zeros(before.values())
-    assert manifest["totals"]["zeros_after"] == zeros(values_of(written, name) for name in before)
+        assert row["zeros_before"] == count_zeros([before[row["name"]]]) > 0, row["name"]
+        assert row["zeros"] == count_zeros([dequantize(written, row["name"])]), row["name"]
+    assert manifest["totals"]["zeros_before"] == count_zeros(before.values())
+    assert manifest["totals"]["zeros_after"] == count_zeros(dequantize(written, name) for name in before)
 
 
 @pytest.mark.parametrize("prune", PRUNES.values(), ids=PRUNES.keys())
-def test_pruned_counts_are_the_chosen_weights_those_that_were_zero_included(prune: Prune, tmp_path: Path) -> None:
+def test_pruned_counts_include_weights_that_were_zero(prune: Prune, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "source")
     once = convert(tmp_path / "source", tmp_path / "once", Recipe((prune,)))
-    written = weights_of(tmp_path / "once")
+    written = load_weights(tmp_path / "once")
     pruned = {row["name"]: row["pruned"] for row in once["tensors"]}
-    assert pruned == {row["name"]: zeros([written[row["name"]]]) for row in once["tensors"]}
+    assert pruned == {row["name"]: count_zeros([written[row["name"]]]) for row in once["tensors"]}
     assert once["totals"]["pruned"] == sum(pruned.values()) > 0
-    # The same weights again: all of them are zero by now.
+    # Pruning again selects the same weights, which are zero now.
     if "random" not in prune.method:
         again = convert(tmp_path / "once", tmp_path / "again", Recipe((prune,)))
         assert {row["name"]: row["pruned"] for row in again["tensors"]} == pruned
@@ -131,27 +127,25 @@ def test_pruned_counts_are_the_chosen_weights_those_that_were_zero_included(prun
 
 @pytest.mark.parametrize("prune", PRUNES.values(), ids=PRUNES.keys())
 @pytest.mark.parametrize("scheme", one_in(2, ["int8", "int8-paper"]))
-def test_pruning_then_quantizing_is_quantizing_what_was_pruned(
-    prune: Prune, scheme: Any, source: Path, tmp_path: Path
-) -> None:
+def test_pruning_and_quantizing_equals_two_conversions(prune: Prune, scheme: Any, source: Path, tmp_path: Path) -> None:
     pruned = convert(source, tmp_path / "pruned", Recipe((prune,)))
     convert(tmp_path / "pruned", tmp_path / "in two", Recipe((Quantize(scheme),)))
     both = convert(source, tmp_path / "in one", Recipe((prune, Quantize(scheme))))
     assert (tmp_path / "in one/model.safetensors").read_bytes() == (tmp_path / "in two/model.safetensors").read_bytes()
     assert [row["pruned"] for row in both["tensors"]] == [row["pruned"] for row in pruned["tensors"]]
-    before, after = weights_of(tmp_path / "pruned"), weights_of(tmp_path / "in one")
+    before, after = load_weights(tmp_path / "pruned"), load_weights(tmp_path / "in one")
     for row in both["tensors"]:
         assert not after[row["name"]][before[row["name"]] == 0].any(), row["name"]
 
 
-def test_hashes_of_scales_are_those_of_the_written_bytes(source: Path, tmp_path: Path) -> None:
+def test_hashes_of_scales_match_the_written_bytes(source: Path, tmp_path: Path) -> None:
     manifest = convert(source, tmp_path / "output", Recipe((Quantize("int8"),)))
     path = tmp_path / "output" / "model.safetensors"
     content, stored = path.read_bytes(), read_header(path)
     scales = {row["scale"]["name"]: row["scale"]["sha256"] for row in manifest["tensors"] if row["scheme"]}
     assert scales.keys() == {name for name in stored if name.endswith("_scale")}
-    for name, found in scales.items():
-        assert found == hashlib.sha256(content[stored[name].offset :][: stored[name].nbytes]).hexdigest()
+    for name, digest in scales.items():
+        assert digest == hashlib.sha256(content[stored[name].offset :][: stored[name].nbytes]).hexdigest()
 
 
 @every_recipe
@@ -166,22 +160,22 @@ def test_output_does_not_depend_on_the_number_of_threads(steps: tuple[Step, ...]
 
 @pytest.mark.parametrize("steps", [STEPS["40 %"], STEPS["int8"], STEPS["5 %, then int8"]], ids=str)
 @pytest.mark.parametrize("factor", [1e-25, 1e25])
-def test_errors_hold_where_the_squares_of_weights_leave_float32(
+def test_relative_errors_are_right_where_squares_leave_float32(
     steps: tuple[Step, ...], factor: float, tmp_path: Path
 ) -> None:
     shard = save_tiny("llama", tmp_path / "source") / "model.safetensors"
     scaled = {name: weight * factor for name, weight in load_file(shard).items()}
     save_file(scaled, shard, metadata={"format": "pt"})
     manifest = convert(tmp_path / "source", tmp_path / "output", Recipe(steps))
-    written = weights_of(tmp_path / "output")
+    written = load_weights(tmp_path / "output")
     for row in manifest["tensors"]:
-        error = relative_error(values_of(written, row["name"]), scaled[row["name"]])
+        error = compute_relative_error(dequantize(written, row["name"]), scaled[row["name"]])
         assert bool(row["relative_error"]) == row["in_scope"]
         assert row["relative_error"] == pytest.approx(error, rel=1e-4), row["name"]
 
 
-def compensated(block: Block) -> Pruned:
-    """As methods do that make up for what they zero: every second column falls, and the next one takes its weights."""
+def shift_columns(block: Block) -> Pruned:
+    """Prune every second column and add it to the next one, as methods do that compensate for pruning."""
     values = block.values.clone()
     values[:, 1::2] += values[:, ::2]
     mask = torch.zeros(values.shape, dtype=torch.bool)
@@ -189,30 +183,30 @@ def compensated(block: Block) -> Pruned:
     return Pruned(mask.numpy(), values)
 
 
-def written_by(
+def convert_weight(
     weight: Tensor,
     folder: Path,
     prune: Prune | None = None,
     quantize: Quantize | None = None,
     mask: EachBlock | None = None,
 ) -> tuple[dict[str, Tensor], TensorStats]:
-    """What the conversion writes of one weight, by what follows the layer's name, and what it says of it."""
+    """Convert one weight; return the written tensors, by name without the layer, and their statistics."""
     save_file({"layer.weight": weight}, folder / "source.safetensors")
     (stored,) = read_header(folder / "source.safetensors").values()
-    planned = PlannedTensor("layer.weight", stored, "other", "layer", prune, quantize)
-    outputs = OutputFiles(folder, lay_out([planned], ["source.safetensors"]))
+    plan = PlannedTensor("layer.weight", stored, "other", "layer", prune, quantize)
+    outputs = OutputFiles(folder, lay_out([plan], ["source.safetensors"]))
     with Pool(1) as pool, OpenFiles() as files:
         try:
-            measured = TensorConverter(pool, files, lambda _: None, outputs.writer).write(planned, mask)
+            stats = TensorConverter(pool, files, lambda _: None, outputs.writer).write(plan, mask)
         finally:
             outputs.close()
     written = load_file(folder / "model.safetensors")
-    return {name.removeprefix("layer."): tensor for name, tensor in written.items()}, measured
+    return {name.removeprefix("layer."): tensor for name, tensor in written.items()}, stats
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", [None, "int8", "int8-paper", "int8-weights"])
-def test_a_method_may_give_the_weights_that_stay_new_values(
+def test_a_method_may_change_the_weights_that_stay(
     scheme: str | None, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressknow.compress.blocks.BLOCK_ELEMENTS", 100)
@@ -220,26 +214,26 @@ def test_a_method_may_give_the_weights_that_stay_new_values(
     expected = weight.clone()
     expected[:, 1::2] += expected[:, ::2]
     expected[:, ::2] = 0
-    written, measured = written_by(
-        weight, tmp_path, Prune(0.5), Quantize(scheme) if scheme else None, EachBlock(compensated)
+    written, stats = convert_weight(
+        weight, tmp_path, Prune(0.5), Quantize(scheme) if scheme else None, EachBlock(shift_columns)
     )
     if scheme is None:
         assert torch.equal(written["weight"], expected)
     else:
         scales = written["weight_scale"].double()
-        off = (values_of(written, "weight") - expected.double()).abs()
-        # 16 bits round the quotient before it is rounded to a whole number.
-        assert (off <= scales * (0.5001 if dtype == torch.float32 else 1.01)).all()
-        assert (values_of(written, "weight")[:, ::2] == 0).all()
-    assert (measured.pruned, measured.zeros_before) == (300, 0)
-    assert measured.zeros == zeros([values_of(written, "weight")])
-    change = relative_error(values_of(written, "weight"), weight)
-    assert measured.relative_error == pytest.approx(change, rel=1e-5)
+        errors = (dequantize(written, "weight") - expected.double()).abs()
+        # In 16 bits the quotient itself is rounded before it is rounded to an integer.
+        assert (errors <= scales * (0.5001 if dtype == torch.float32 else 1.01)).all()
+        assert (dequantize(written, "weight")[:, ::2] == 0).all()
+    assert (stats.pruned, stats.zeros_before) == (300, 0)
+    assert stats.zeros == count_zeros([dequantize(written, "weight")])
+    change = compute_relative_error(dequantize(written, "weight"), weight)
+    assert stats.relative_error == pytest.approx(change, rel=1e-5)
 
 
-def test_new_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
-    def broken(block: Block) -> Pruned:
+def test_new_values_with_nan_or_infinity_are_refused(tmp_path: Path) -> None:
+    def divide_by_zero(block: Block) -> Pruned:
         return Pruned(torch.zeros(block.values.shape, dtype=torch.bool).numpy(), block.values / 0)
 
     with pytest.raises(CompressknowError, match=r"Pruning layer.weight gives NaN or infinity"):
-        written_by(torch.ones(4, 4), tmp_path, Prune(0.5), mask=EachBlock(broken))
+        convert_weight(torch.ones(4, 4), tmp_path, Prune(0.5), mask=EachBlock(divide_by_zero))

@@ -1,4 +1,4 @@
-"""Blocks left out: what transformers loads computes what the model does with its list of blocks cut by hand."""
+"""A model without its dropped blocks computes the logits of the model whose list of blocks is cut by hand."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from compressknow.pages.card.sections import Context
 from compressknow.pages.card.sections.figures import Layers
 from compressknow.pages.card.warnings import warn_of_recipe
 from compressknow.pages.parts import Note
-from tests.compress.deep import BUILDERS, DEPTH, STACKS, deep, save_deep, without_blocks
+from tests.compress.deep import BUILDERS, DEPTH, STACKS, build_deep, remove_blocks, save_deep
 from tests.long import one_in
 from tests.models import _LLAMA, edit_config, load, logits, save_tiny
 from tests.zoo import tiny_config, tiny_model
 
-# ModernBERT's first block has no norm before its attention: no other can take its place.
 CHOICES = ([0], [1, 2], [DEPTH - 1])
-UNLIKE = {("modernbert", 0)}
+# ModernBERT's first block has no norm before its attention, so no other can replace it.
+FIXED = {("modernbert", 0)}
 
 
 @pytest.fixture(scope="module")
@@ -43,71 +43,71 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_deep(name, root / name) for name in BUILDERS}
 
 
-def stacks_of(name: str) -> tuple[str, ...]:
+def get_stacks(name: str) -> tuple[str, ...]:
     return STACKS.get(name, ("model.layers",))
 
 
-def depth_of(name: str, stack: str) -> int:
-    return len(deep(name).get_submodule(stack))
+def get_depth(name: str, stack: str) -> int:
+    return len(build_deep(name).get_submodule(stack))
 
 
-def cases() -> list[Any]:
+def list_cases() -> list[Any]:
     return [
         pytest.param(name, dropped, id=f"{name}-{'-'.join(map(str, dropped))}")
         for name in BUILDERS
         for dropped in CHOICES
-        if (name, dropped[0]) not in UNLIKE and all(max(dropped) < depth_of(name, stack) for stack in stacks_of(name))
+        if (name, dropped[0]) not in FIXED and all(max(dropped) < get_depth(name, stack) for stack in get_stacks(name))
     ]
 
 
-@pytest.mark.parametrize(("name", "dropped"), one_in(3, cases()))
-def test_logits_are_those_of_the_model_cut_by_hand(
+@pytest.mark.parametrize(("name", "dropped"), one_in(3, list_cases()))
+def test_logits_equal_those_of_the_model_cut_by_hand(
     checkpoints: dict[str, Path], tmp_path: Path, name: str, dropped: Sequence[int]
 ) -> None:
     manifest = compressknow.convert(checkpoints[name], tmp_path / "out", drop_blocks=",".join(map(str, dropped)))
-    expected = logits(without_blocks(name, dict.fromkeys(stacks_of(name), dropped)))
+    expected = logits(remove_blocks(name, dict.fromkeys(get_stacks(name), dropped)))
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(expected, logits(deep(name)), atol=1e-3)
+    assert not torch.allclose(expected, logits(build_deep(name)), atol=1e-3)
     assert manifest.setup == f"Drop{len(dropped)}"
     assert not compare_to_manifest(tmp_path / "out").differences
 
 
 @pytest.mark.parametrize(("name", "side"), [(n, s) for n in ("t5", "mt5", "bart") for s in ("encoder", "decoder")])
-def test_scope_narrows_to_a_side(checkpoints: dict[str, Path], tmp_path: Path, name: str, side: str) -> None:
+def test_a_scope_limits_dropping_to_a_stack(checkpoints: dict[str, Path], tmp_path: Path, name: str, side: str) -> None:
     compressknow.convert(checkpoints[name], tmp_path / "out", drop_blocks="0-1", scope=side)
-    stack = next(stack for stack in stacks_of(name) if side in stack)
-    expected = logits(without_blocks(name, {stack: [0, 1]}))
+    stack = next(stack for stack in get_stacks(name) if side in stack)
+    expected = logits(remove_blocks(name, {stack: [0, 1]}))
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_repeated_settings_stay_true(tmp_path: Path) -> None:
-    """Configs of BART as its authors published them say the number of the encoder's blocks twice."""
+def test_every_copy_of_a_count_in_the_config_is_updated(tmp_path: Path) -> None:
+    """Published configs of BART give the number of the encoder's blocks twice."""
     edit_config(save_deep("bart", tmp_path / "in"), num_hidden_layers=3)
     compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1", scope="encoder")
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (after["encoder_layers"], after["num_hidden_layers"], after["decoder_layers"]) == (2, 2, DEPTH)
 
 
-def test_kinds_of_layers_stay_with_their_blocks(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_layer_types_stay_with_their_blocks(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     compressknow.convert(checkpoints["gemma3"], tmp_path / "out", drop_blocks="1")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
 
 
-def _zamba2() -> transformers.PreTrainedModel:
+def build_zamba2() -> transformers.PreTrainedModel:
     config = tiny_config("zamba2", "Zamba2ForCausalLM").to_dict()
     kinds = ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"]
     settings = {"num_hidden_layers": 5, "layers_block_type": kinds, "hybrid_layer_ids": [1, 3]}
     return transformers.Zamba2ForCausalLM(transformers.Zamba2Config(**config | settings))
 
 
-def _llama4() -> transformers.PreTrainedModel:
+def build_llama4() -> transformers.PreTrainedModel:
     settings = {"num_hidden_layers": DEPTH, "moe_layers": [0, 1, 2, 3], "no_rope_layers": [1, 0, 1, 1]}
     config = transformers.Llama4TextConfig(**_LLAMA | settings, intermediate_size_mlp=48, num_local_experts=2)
     return transformers.Llama4ForCausalLM(config)
 
 
-def _molmo2() -> transformers.PreTrainedModel:
+def build_molmo2() -> transformers.PreTrainedModel:
     if not hasattr(transformers, "Molmo2Config"):
         pytest.skip("this transformers has no Molmo2")
     rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
@@ -125,9 +125,11 @@ def _molmo2() -> transformers.PreTrainedModel:
 
 
 @pytest.mark.parametrize(("build", "key", "numbers"), [
-    (_zamba2, "hybrid_layer_ids", [0, 2]), (_llama4, "moe_layers", [0, 1, 2]), (_molmo2, "rope_scaling_layers", [0, 2])
+    (build_zamba2, "hybrid_layer_ids", [0, 2]),
+    (build_llama4, "moe_layers", [0, 1, 2]),
+    (build_molmo2, "rope_scaling_layers", [0, 2]),
 ], ids=["zamba2", "llama4", "molmo2"])  # fmt: skip
-def test_lists_of_the_numbers_of_blocks_name_the_same_blocks(
+def test_lists_of_block_numbers_still_name_the_same_blocks(
     tmp_path: Path, build: Callable[[], transformers.PreTrainedModel], key: str, numbers: list[int]
 ) -> None:
     torch.manual_seed(0)
@@ -136,7 +138,7 @@ def test_lists_of_the_numbers_of_blocks_name_the_same_blocks(
     compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="0")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("text_config", config)[key] == numbers
-    # As if the first block handed on what it reads.
+    # The reference is a model whose first block returns its input.
     block = next(module for name, module in model.named_modules() if name.endswith("layers.0") and "vision" not in name)
     ids = torch.arange(5, 29).reshape(2, 12)
     with torch.no_grad():
@@ -148,9 +150,7 @@ def test_lists_of_the_numbers_of_blocks_name_the_same_blocks(
     assert not torch.allclose(before, expected, atol=1e-3)
 
 
-def test_weights_on_the_way_are_dropped_and_the_rest_is_pruned_and_quantized(
-    checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
+def test_dropping_goes_with_pruning_and_quantizing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     steps = {"drop_blocks": "1-2", "prune": 0.3, "quantize": "int8", "scope": "feed-forward", "layers": "1"}
     manifest = compressknow.convert(checkpoints["llama"], tmp_path / "out", **steps)
     rows = {row["name"]: row for row in manifest.tensors}
@@ -160,7 +160,7 @@ def test_weights_on_the_way_are_dropped_and_the_rest_is_pruned_and_quantized(
     assert "name_before" not in rows["model.layers.0.mlp.up_proj.weight"]
     assert rows["model.layers.0.mlp.up_proj.weight"]["scheme"] is None
     assert manifest.setup == "Drop2 + FF[layers 1]_GPQ 30%"
-    # The whole of the original counts as before: its own tensors in all.
+    # Totals before the conversion count all tensors of the source.
     source = load_file(checkpoints["llama"] / "model.safetensors")
     assert manifest.totals["bytes_before"] == sum(t.numel() * t.element_size() for t in source.values())
     removed = manifest["removed"]
@@ -170,55 +170,55 @@ def test_weights_on_the_way_are_dropped_and_the_rest_is_pruned_and_quantized(
     assert not compare_to_manifest(tmp_path / "out").differences
 
 
-def test_a_manifest_whose_dropped_tensors_do_not_add_up_is_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_verify_reports_dropped_tensors_that_do_not_add_up(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     compressknow.convert(checkpoints["llama"], tmp_path / "out", drop_blocks="1")
     path = tmp_path / "out" / "compressknow.json"
     manifest = json.loads(path.read_text())
     manifest["removed"]["tensors"].pop()
     path.write_text(json.dumps(manifest))
-    found = {str(difference) for difference in compare_to_manifest(tmp_path / "out").differences}
-    assert any("totals.bytes_before" in difference for difference in found)
+    differences = {str(difference) for difference in compare_to_manifest(tmp_path / "out").differences}
+    assert any("totals.bytes_before" in difference for difference in differences)
 
 
-def test_a_recipe_repeats_it_with_the_same_bytes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_recipe_gives_the_same_bytes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     compressknow.convert(checkpoints["t5"], tmp_path / "a", drop_blocks="0,2", prune=0.2, threads=1)
     compressknow.convert(checkpoints["t5"], tmp_path / "b", recipe=tmp_path / "a", threads=2)
     for name in ("model.safetensors", "config.json", "compressknow.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_a_variant_in_memory_is_what_is_written(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_variant_in_memory_equals_what_convert_writes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     recipe = build_recipe(Where(), drop_blocks="1", quantize="int8")
     compressknow.convert(checkpoints["llama"], tmp_path / "out", recipe=recipe)
     maker = VariantMaker(checkpoints["llama"])
-    # A variant before and after, which must not be given tensors of other blocks under the same names.
-    plain = [maker.make(maker.plan(build_recipe(Where(), prune=0.2))) for _ in range(2)]
+    # Variants before and after must not get tensors of other blocks under the same names.
+    before = [maker.make(maker.plan(build_recipe(Where(), prune=0.2))) for _ in range(2)]
     variant = maker.make(maker.plan(recipe))
-    again = maker.make(maker.plan(build_recipe(Where(), prune=0.2)))
+    after = maker.make(maker.plan(build_recipe(Where(), prune=0.2)))
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == variant.tensors.keys()
     assert all(torch.equal(tensor, variant.tensors[name]) for name, tensor in written.items())
     assert variant.config["num_hidden_layers"] == DEPTH - 1
-    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in plain[0].tensors.items())
+    assert all(torch.equal(tensor, after.tensors[name]) for name, tensor in before[0].tensors.items())
 
 
 @pytest.mark.parametrize("form", ["sharded", "prefixless", "buffers"])
-def test_checkpoints_of_other_forms(tmp_path: Path, form: str) -> None:
+def test_blocks_of_sharded_prefixless_and_old_checkpoints_can_be_dropped(tmp_path: Path, form: str) -> None:
     name = "llama" if form == "sharded" else "bert" if form == "prefixless" else "gpt2"
     source = save_deep(name, tmp_path / "in", **({"max_shard_size": "20KB"} if form == "sharded" else {}))
     if form == "prefixless":
-        # The base model's names, as BertModel saves them, beside the head's.
+        # BertModel saves the base model's tensors without a prefix.
         tensors = load_file(source / "model.safetensors")
         renamed = {n.removeprefix("bert."): t for n, t in tensors.items()}
         save_file(renamed, source / "model.safetensors", metadata={"format": "pt"})
     if form == "buffers":
-        # Masks that old versions saved with each block; no parameter takes them.
+        # Old versions saved a mask with each block, which is no parameter.
         tensors = load_file(source / "model.safetensors")
         masks = {f"transformer.h.{i}.attn.masked_bias": torch.tensor(float(i)) for i in range(DEPTH)}
         save_file(tensors | masks, source / "model.safetensors", metadata={"format": "pt"})
     compressknow.convert(source, tmp_path / "out", drop_blocks="1,2")
-    model = getattr(transformers, type(deep(name)).__name__).from_pretrained(tmp_path / "out").eval()
-    expected = logits(without_blocks(name, {stacks_of(name)[0]: [1, 2]}))
+    model = getattr(transformers, type(build_deep(name)).__name__).from_pretrained(tmp_path / "out").eval()
+    expected = logits(remove_blocks(name, {get_stacks(name)[0]: [1, 2]}))
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     assert not compare_to_manifest(tmp_path / "out").differences
     if form == "buffers":
@@ -227,15 +227,15 @@ def test_checkpoints_of_other_forms(tmp_path: Path, form: str) -> None:
         assert "transformer.h.2.attn.masked_bias" not in written
 
 
-def test_a_shard_that_nothing_is_left_of_is_not_written(tmp_path: Path) -> None:
+def test_an_emptied_shard_is_not_written(tmp_path: Path) -> None:
     source = save_deep("llama", tmp_path / "in", max_shard_size="20KB")
     index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
     shards = set(index.values())
-    in_dropped = {name for name in index if ".layers.1." in name or ".layers.2." in name}
-    gone = shards - {index[name] for name in index.keys() - in_dropped}
-    assert gone
+    dropped = {name for name in index if ".layers.1." in name or ".layers.2." in name}
+    emptied = shards - {index[name] for name in index.keys() - dropped}
+    assert emptied
     manifest = compressknow.convert(source, tmp_path / "out", drop_blocks="1-2")
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(shards) - len(gone)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(shards) - len(emptied)
     assert shards <= manifest.source["files"].keys()
 
 
@@ -243,23 +243,23 @@ REFUSED = {
     "all": ("llama", "0-3", "would leave none"),
     "beyond": ("llama", "2-4", "no block 4"),
     "backwards": ("llama", "3-2", "not a range"),
-    "text": ("llama", "many", "not a range"),
+    "not a number": ("llama", "many", "not a range"),
     "zero": ("llama", 0, "not a number of blocks"),
     "shorter side": ("bart", "3", "no block 3"),
 }
 
 
-@pytest.mark.parametrize(("name", "blocks", "said"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_dropped_is_refused(
-    checkpoints: dict[str, Path], tmp_path: Path, name: str, blocks: Any, said: str
+@pytest.mark.parametrize(("name", "blocks", "message"), REFUSED.values(), ids=REFUSED)
+def test_an_invalid_choice_of_blocks_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str, blocks: Any, message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         compressknow.convert(checkpoints[name], tmp_path / "out", drop_blocks=blocks)
     assert not any(tmp_path.iterdir())
 
 
-def test_settings_of_an_encoder_stay_as_the_decoder_loses_a_block(tmp_path: Path) -> None:
-    """LED's config, once saved, has a window for each block of its encoder, and as many blocks in its decoder."""
+def test_settings_per_block_of_an_encoder_follow_its_blocks(tmp_path: Path) -> None:
+    """LED's config has an attention window per block of its encoder; here encoder and decoder have as many blocks."""
     model = tiny_model("led", "LEDForConditionalGeneration")
     model.save_pretrained(tmp_path / "in")
     compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1-1")
@@ -274,7 +274,7 @@ def test_settings_of_an_encoder_stay_as_the_decoder_loses_a_block(tmp_path: Path
     ("mamba2", "Mamba2ForCausalLM", {"time_step_limit"}),
     ("falcon_h1", "FalconH1ForCausalLM", {"time_step_limit", "mlp_multipliers"}),
 ])  # fmt: skip
-def test_a_pair_of_numbers_is_no_list_of_two_blocks(
+def test_a_pair_of_numbers_is_not_taken_for_a_list_of_two_blocks(
     tmp_path: Path, model_type: str, name: str, lists: set[str]
 ) -> None:
     model = tiny_model(model_type, name)
@@ -293,7 +293,7 @@ def test_shared_blocks_cannot_be_dropped(tmp_path: Path) -> None:
         compressknow.convert(source, tmp_path / "out", drop_blocks="0")
 
 
-def test_a_block_that_would_become_another_kind_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_block_that_no_other_can_replace_is_not_dropped(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="cannot be dropped"):
         compressknow.convert(checkpoints["modernbert"], tmp_path / "out", drop_blocks="0")
 
@@ -308,8 +308,8 @@ def test_the_only_block_of_attention_cannot_be_dropped(tmp_path: Path) -> None:
     compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="2")
 
 
-def test_a_mixture_after_dense_blocks_keeps_as_many_of_these(tmp_path: Path) -> None:
-    """DeepSeek's config says how many blocks are dense: none of them may go, unless all that follow would be alike."""
+def test_dense_blocks_before_a_mixture_are_not_dropped(tmp_path: Path) -> None:
+    """DeepSeek's config gives the number of dense blocks, so none is dropped unless all that follow it are alike."""
     config = transformers.DeepseekV3Config(
         hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=DEPTH, num_attention_heads=4,
         num_key_value_heads=4, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, vocab_size=99,
@@ -321,7 +321,7 @@ def test_a_mixture_after_dense_blocks_keeps_as_many_of_these(tmp_path: Path) -> 
     compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="3")
 
 
-def test_a_scale_that_depends_on_the_place_is_refused(tmp_path: Path) -> None:
+def test_blocks_scaled_by_their_number_are_not_dropped(tmp_path: Path) -> None:
     config = transformers.GPT2Config(
         n_embd=32, n_layer=DEPTH, n_head=4, vocab_size=99, n_positions=40, scale_attn_by_inverse_layer_idx=True
     )
@@ -330,7 +330,7 @@ def test_a_scale_that_depends_on_the_place_is_refused(tmp_path: Path) -> None:
         compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1")
 
 
-def test_steps_and_their_order(tmp_path: Path) -> None:
+def test_a_recipe_drops_blocks_then_neurons_then_prunes(tmp_path: Path) -> None:
     steps = (DropBlocks("2-3", Where(("decoder",))), DropNeurons(0.2, multiple=8), Prune(0.1))
     recipe = Recipe(steps)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
@@ -345,39 +345,39 @@ def test_steps_and_their_order(tmp_path: Path) -> None:
 
 
 BAD_STEPS = {
-    "both": ({"drop_blocks": 2, "prune": 0.1}, "a step has either(.|\n)*has drop_blocks, prune"),
+    "drop and prune": ({"drop_blocks": 2, "prune": 0.1}, "a step has either(.|\n)*has drop_blocks, prune"),
     "unknown key": ({"drop_blocks": 2, "amount": 0.1}, "unknown key 'amount'"),
     "multiple of blocks": ({"drop_blocks": 2, "multiple": 8}, "unknown key 'multiple'"),
-    "true": ({"drop_blocks": True}, "not a number of blocks"),
-    "half": ({"drop_blocks": 1.5}, "not a number of blocks"),
+    "boolean": ({"drop_blocks": True}, "not a number of blocks"),
+    "fraction": ({"drop_blocks": 1.5}, "not a number of blocks"),
     "scope": ({"drop_blocks": 2, "scope": ["attention"]}, "accepts only the scopes encoder and decoder"),
     "layers": ({"drop_neurons": 0.2, "layers": "0-1"}, "accepts only the scopes encoder and decoder"),
     "percent": ({"drop_neurons": 20}, "Did you mean 20%"),
-    "none": ({"drop_neurons": 0}, "greater than 0"),
-    "multiple": ({"drop_neurons": 0.2, "multiple": 0}, "whole number of at least 1"),
+    "zero": ({"drop_neurons": 0}, "greater than 0"),
+    "multiple of zero": ({"drop_neurons": 0.2, "multiple": 0}, "whole number of at least 1"),
 }
 
 
-@pytest.mark.parametrize(("step", "said"), BAD_STEPS.values(), ids=BAD_STEPS)
-def test_steps_that_make_no_sense(step: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+@pytest.mark.parametrize(("step", "message"), BAD_STEPS.values(), ids=BAD_STEPS)
+def test_invalid_steps_are_refused(step: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         Recipe.from_dict({"steps": [step]})
 
 
-def test_scope_of_options_narrows_only_as_a_side() -> None:
+def test_scope_options_restrict_dropping_only_to_encoder_or_decoder() -> None:
     assert build_recipe(Where(("attention",)), drop_blocks=2, prune=0.1).steps[0] == DropBlocks(2)
     assert build_recipe(Where(("encoder",)), drop_blocks=2).steps == (DropBlocks(2, Where(("encoder",))),)
 
 
-def test_pages_say_what_is_gone(
+def test_pages_name_the_dropped_blocks(
     checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, output = str(checkpoints["llama"]), tmp_path / "out"
     assert main(["convert", source, str(output), "--drop-blocks", "1-2"]) == 0
-    said = "2 of the 4 blocks of model.layers were dropped: 1-2."
-    assert said in " ".join(capsys.readouterr().out.split())
+    sentence = "2 of the 4 blocks of model.layers were dropped: 1-2."
+    assert sentence in " ".join(capsys.readouterr().out.split())
     card = (output / "README.md").read_text()
-    assert said in " ".join(card.split())
+    assert sentence in " ".join(card.split())
     assert "nothing changed" not in card
     described = describe(locate(output))
     assert described["removed"]["blocks"][0]["dropped"] == [1, 2]
@@ -385,5 +385,5 @@ def test_pages_say_what_is_gone(
     original = {"sha256": "0", "architecture": "LlamaForCausalLM", "family": "causal", "parameters": 1}
     model = read_model_facts(ModelRecord.from_dict({**original, **described}))
     section = Context(model, SimpleNamespace(model=model), {}, True)  # type: ignore[arg-type]
-    assert any(said in part.sentence for part in Layers().parts(section) if isinstance(part, Note))
+    assert any(sentence in part.sentence for part in Layers().parts(section) if isinstance(part, Note))
     assert not list(warn_of_recipe(model))

@@ -1,4 +1,4 @@
-"""What a manifest says of where a checkpoint runs, and of its size; and what scope that has which names none."""
+"""The manifest says where a checkpoint runs, and warns if it grows; the default scope leaves final layers alone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from compressknow.compress.schemes import VLLM_ARCHITECTURES, find_vllm_limit, f
 from compressknow.pages.model_card import describe_runtimes, list_warnings
 from tests.models import QUANTIZABLE, save_tiny
 
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-def planned(name: str, tmp_path: Path, **options: Any) -> dict[str, Any]:
+def dry_run(name: str, tmp_path: Path, **options: Any) -> dict[str, Any]:
     source = tmp_path / "in"
     if not source.exists():
         save_tiny(name, source)
@@ -29,16 +29,16 @@ def planned(name: str, tmp_path: Path, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "opt", "gpt-neox"])
 def test_int8_blocks_of_a_decoder_run_in_vllm_but_not_on_blackwell(name: str, tmp_path: Path) -> None:
-    manifest = planned(name, tmp_path, quantize="int8")
+    manifest = dry_run(name, tmp_path, quantize="int8")
     assert manifest["runtimes"] == ["transformers", "compressknow", "vLLM"]
     assert "not on Blackwell GPUs" in describe_runtimes(manifest)
-    assert find_vllm_limit(planned(name, tmp_path, prune=0.2)) is None
+    assert find_vllm_limit(dry_run(name, tmp_path, prune=0.2)) is None
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "albert", "t5-tied", "bart"])
 @pytest.mark.parametrize("options", [{"prune": 0.2}, {"quantize": "int8"}], ids=str)
 def test_encoders_and_encoder_decoders_do_not_run_in_vllm(name: str, options: Any, tmp_path: Path) -> None:
-    manifest = planned(name, tmp_path, **options)
+    manifest = dry_run(name, tmp_path, **options)
     assert manifest["runtimes"] == ["transformers", "compressknow"]
     assert "vLLM" not in describe_runtimes(manifest)
 
@@ -53,22 +53,22 @@ def test_encoders_and_encoder_decoders_do_not_run_in_vllm(name: str, options: An
         ({"quantize": "int8-paper"}, "no kernel for int8-paper"),
     ],
 )
-def test_what_keeps_a_decoder_from_vllm_is_named(options: dict[str, Any], why: str, tmp_path: Path) -> None:
-    manifest = planned("llama", tmp_path, **{"quantize": "int8", **options})
+def test_the_reason_a_decoder_does_not_run_in_vllm_is_named(options: dict[str, Any], why: str, tmp_path: Path) -> None:
+    manifest = dry_run("llama", tmp_path, **{"quantize": "int8", **options})
     assert manifest["runtimes"] == ["transformers", "compressknow"]
     assert why in str(find_vllm_obstacle(manifest))
     assert "It does not run in vLLM: " in describe_runtimes(manifest)
 
 
 @pytest.mark.parametrize("options", [{"include": ["o_proj", "down_proj"]}, {"layers": "1"}, {"scope": "attention"}])
-def test_whole_joined_layers_may_stay_floats(options: dict[str, Any], tmp_path: Path) -> None:
-    """As compressed-tensors resolves the layers that vLLM joins: all parts are targets, or all are ignored."""
-    assert find_vllm_obstacle(planned("llama", tmp_path, quantize="int8", **options)) is None
+def test_all_parts_of_a_joined_layer_may_stay_floats(options: dict[str, Any], tmp_path: Path) -> None:
+    """compressed-tensors needs the parts of a layer that vLLM joins to be all targets or all ignored."""
+    assert find_vllm_obstacle(dry_run("llama", tmp_path, quantize="int8", **options)) is None
     compressknow.convert(tmp_path / "in", tmp_path / "done", quantize="int8", **options)
     settings = json.loads((tmp_path / "done" / "config.json").read_text())["quantization_config"]
     (group,) = settings["config_groups"].values()
     linear = torch.nn.Linear(1, 1)
-    for joined, parts in FUSED.items():
+    for joined, parts in JOINED.items():
         for i in (0, 1):
             parent = f"model.layers.{i}.{'self_attn' if joined == 'qkv_proj' else 'mlp'}"
             quantized = {is_match(f"{parent}.{part}", linear, group["targets"]) for part in parts}
@@ -76,10 +76,10 @@ def test_whole_joined_layers_may_stay_floats(options: dict[str, Any], tmp_path: 
             assert (quantized, ignored) in (({True}, {False}), ({False}, {True}))
 
 
-def test_tensors_that_the_model_has_no_place_for_are_named_and_keep_it_from_vllm(tmp_path: Path) -> None:
+def test_unused_tensors_are_named_and_keep_a_model_from_vllm(tmp_path: Path) -> None:
     config = json.loads((save_tiny("llama", tmp_path / "in") / "config.json").read_text())
     (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    manifest = planned("llama", tmp_path, prune=0.2)
+    manifest = dry_run("llama", tmp_path, prune=0.2)
     assert len(manifest["unused"]) == 9
     assert "vLLM: LlamaForCausalLM has no place for model.layers.1." in describe_runtimes(manifest)
     page = " ".join(build_manifest_page(manifest, "in", tmp_path / "out", dry_run=True))
@@ -93,16 +93,16 @@ def test_the_architectures_of_vllm_are_decoders_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "llama-tied"])
-def test_an_output_that_grows_is_warned_of_with_the_reason(name: str, tmp_path: Path) -> None:
-    (warning,) = list_warnings(planned(name, tmp_path, scope="final", prune=0.2))
+def test_an_output_larger_than_the_input_is_warned_of(name: str, tmp_path: Path) -> None:
+    (warning,) = list_warnings(dry_run(name, tmp_path, scope="final", prune=0.2))
     assert "larger than the input" in warning
     assert "no longer shares its weight with the embedding" in warning
-    assert not list(list_warnings(planned(name, tmp_path, quantize="int8")))
+    assert not list(list_warnings(dry_run(name, tmp_path, quantize="int8")))
 
 
 @pytest.mark.parametrize("name", QUANTIZABLE)
-def test_the_default_leaves_final_layers_as_and_where_they_are(name: str, tmp_path: Path) -> None:
-    manifest = planned(name, tmp_path, prune=0.2, quantize="int8")
+def test_the_default_scope_leaves_final_layers_tied_and_unchanged(name: str, tmp_path: Path) -> None:
+    manifest = dry_run(name, tmp_path, prune=0.2, quantize="int8")
     assert not manifest["untied"]
     assert not any(row["in_scope"] for row in manifest["tensors"] if row["group"] == "final")
     assert manifest["recipe"]["steps"][0]["scope"] == ["blocks"]

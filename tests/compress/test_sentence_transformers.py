@@ -1,5 +1,6 @@
-"""Folders of sentence-transformers, which loads them by a config of its own, calls `forward` past all hooks, and runs
-modules of its own behind the model.
+"""sentence-transformers can load and run what convert writes.
+
+It loads a folder with its own config, calls `forward` past all hooks, and runs its own modules after the model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tests.models import save_tiny
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A BERT with a dense layer behind it, as sentence-transformers saves it."""
+    """A BERT followed by a dense layer, as sentence-transformers saves it."""
     folder = save_tiny("bert", tmp_path / "in")
     paths = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
     modules = [{"idx": i, "name": str(i), "path": p, "type": paths[p]} for i, p in enumerate(paths)]
@@ -35,8 +36,8 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def by_forward(folder: Path) -> torch.Tensor:
-    """What its model gives as sentence-transformers loads and calls it."""
+def compute_states(folder: Path) -> torch.Tensor:
+    """Load and call the model as sentence-transformers does; return its hidden states."""
     settings = json.loads((folder / "sentence_bert_config.json").read_text())
     with silence_libraries():
         config = transformers.AutoConfig.from_pretrained(folder, **settings["config_args"])
@@ -51,19 +52,19 @@ def by_forward(folder: Path) -> torch.Tensor:
     [{"quantize": "int8"}, {"quantize": "int4", "parameters": {"group_size": 32}, "scope": "attention"}],
     ids=["int8", "int4"],
 )
-def test_the_model_runs_where_forward_is_called_by_itself(
+def test_a_quantized_model_runs_where_forward_is_called_directly(
     source: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     manifest = compressknow.convert(source, tmp_path / "out", **options)
-    original, found = by_forward(source), by_forward(tmp_path / "out")
-    assert 0 < (found - original).norm() / original.norm() < 0.2
+    original, states = compute_states(source), compute_states(tmp_path / "out")
+    assert 0 < (states - original).norm() / original.norm() < 0.2
     assert not compressknow.verify(tmp_path / "out").differences
     name = "sentence_bert_config.json"
     assert manifest["files"][name] != manifest["source"]["files"][name]
     assert "dequantize" not in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
 
 
-def test_its_modules_go_along_with_their_weights(source: Path, tmp_path: Path) -> None:
+def test_modules_are_copied_with_their_weights(source: Path, tmp_path: Path) -> None:
     compressknow.convert(source, tmp_path / "out", prune=0.2)
     files = {p.relative_to(tmp_path / "out").as_posix(): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
     for name in ("2_Dense/model.safetensors", "1_Pooling/config.json", "sentence_bert_config.json"):
@@ -71,7 +72,7 @@ def test_its_modules_go_along_with_their_weights(source: Path, tmp_path: Path) -
     assert "onnx/model.safetensors" not in files
 
 
-def test_a_folder_without_settings_of_its_own_is_given_some(source: Path, tmp_path: Path) -> None:
+def test_settings_are_written_where_a_folder_has_none(source: Path, tmp_path: Path) -> None:
     (source / "sentence_bert_config.json").unlink()
     planned = compressknow.convert(source, tmp_path / "out", quantize="int8", dry_run=True)["planned_files"]
     compressknow.convert(source, tmp_path / "out", quantize="int8")

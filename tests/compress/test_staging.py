@@ -1,4 +1,4 @@
-"""An output appears whole or not at all, and nothing of the user's is lost, however a run ends."""
+"""An output appears whole or not at all, and no file of the user is lost, however a run ends."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ import compressknow
 from compressknow.base.errors import CompressknowError, OutputError
 from compressknow.base.files import make_prefix
 from compressknow.cli import main
-from compressknow.model.tensors import StoredTensor
 from tests.long import one_in
-from tests.models import save_tiny
+from tests.models import edit_tensors, save_tiny
 
 DEADLINE = 60
 
@@ -32,20 +31,20 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose conversion takes long enough to be interrupted: 270 MB, structured pruning by a slow norm."""
+def large_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 270 MB, whose conversion by a slow norm takes long enough to be interrupted."""
     folder = tmp_path_factory.mktemp("large") / "llama"
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 5, "num_attention_heads": 8}
     LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=500)).save_pretrained(folder)
     return folder
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def start(source: Path, output: Path, *more: str) -> subprocess.Popen[str]:
-    """A conversion in a process of its own, once it is writing weights."""
+    """Start a conversion in a subprocess, and return when it is writing weights."""
     options = ["--prune", "0.3", "--prune-method", "ln-structured", "--norm", "2.5", "--quantize", "int8"]
     command = [
         sys.executable,
@@ -69,13 +68,15 @@ def start(source: Path, output: Path, *more: str) -> subprocess.Popen[str]:
     return process
 
 
-def staging_folders(output: Path) -> list[Path]:
+def list_staging_folders(output: Path) -> list[Path]:
     return sorted(output.parent.glob(f".{output.name}.compressknow-new-*"))
 
 
 @pytest.mark.parametrize(("number", "code"), one_in(2, [(signal.SIGINT, 130), (signal.SIGTERM, 143)]))
-def test_an_interrupted_run_leaves_nothing(large: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
-    process = start(large, tmp_path / "out")
+def test_an_interrupted_run_leaves_nothing(
+    large_source: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    process = start(large_source, tmp_path / "out")
     process.send_signal(number)
     output, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == code
@@ -83,14 +84,14 @@ def test_an_interrupted_run_leaves_nothing(large: Path, tmp_path: Path, number: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_one_cleans_up(
-    large: Path, source: Path, tmp_path: Path
+def test_a_killed_run_leaves_no_output_and_the_next_run_cleans_up(
+    large_source: Path, source: Path, tmp_path: Path
 ) -> None:
-    process = start(large, tmp_path / "out")
+    process = start(large_source, tmp_path / "out")
     process.kill()
     process.communicate(timeout=DEADLINE)
     assert not (tmp_path / "out").exists()
-    assert len(staging_folders(tmp_path / "out")) == 1
+    assert len(list_staging_folders(tmp_path / "out")) == 1
     compressknow.convert(source, tmp_path / "out", prune=0.2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     compressknow.verify(tmp_path / "out")
@@ -98,34 +99,34 @@ def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_one_cleans_up(
 
 @pytest.mark.parametrize("number", one_in(2, [signal.SIGKILL, signal.SIGINT]))
 def test_an_overwrite_that_does_not_finish_leaves_the_old_output(
-    large: Path, source: Path, tmp_path: Path, number: signal.Signals
+    large_source: Path, source: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     compressknow.convert(source, tmp_path / "out", prune=0.2)
-    before = content(tmp_path / "out")
-    process = start(large, tmp_path / "out", "--overwrite")
+    before = read_files(tmp_path / "out")
+    process = start(large_source, tmp_path / "out", "--overwrite")
     process.send_signal(number)
     process.communicate(timeout=DEADLINE)
     assert process.returncode != 0
-    assert content(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
     compressknow.verify(tmp_path / "out")
 
 
-def test_of_two_runs_for_one_output_the_first_to_finish_writes_it(large: Path, source: Path, tmp_path: Path) -> None:
-    process = start(large, tmp_path / "out")
+def test_the_first_of_two_runs_to_finish_writes_the_output(large_source: Path, source: Path, tmp_path: Path) -> None:
+    process = start(large_source, tmp_path / "out")
     process.send_signal(signal.SIGSTOP)
     compressknow.convert(source, tmp_path / "out", prune=0.2)
-    before = content(tmp_path / "out")
-    # The second run has not taken the first for a dead one.
-    assert len(staging_folders(tmp_path / "out")) == 1
+    before = read_files(tmp_path / "out")
+    # The second run has not removed the folder of the first, which is alive.
+    assert len(list_staging_folders(tmp_path / "out")) == 1
     process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 1
     assert "exists already" in errors
-    assert content(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_staging_folder_of_a_run_still_alive_is_left_alone(source: Path, tmp_path: Path) -> None:
+def test_the_staging_folder_of_a_running_conversion_stays(source: Path, tmp_path: Path) -> None:
     alive = tmp_path / ".out.compressknow-new-alive"
     alive.mkdir()
     with (tmp_path / ".out.compressknow-lock-alive").open("w") as lock:
@@ -134,7 +135,7 @@ def test_the_staging_folder_of_a_run_still_alive_is_left_alone(source: Path, tmp
     assert alive.is_dir()
 
 
-def test_what_a_run_still_alive_has_moved_aside_is_its_own(source: Path, tmp_path: Path) -> None:
+def test_an_output_that_a_running_conversion_moved_aside_stays(source: Path, tmp_path: Path) -> None:
     compressknow.convert(source, tmp_path / ".out.compressknow-old-alive", prune=0.2)
     alive = tmp_path / ".out.compressknow-new-alive"
     alive.mkdir()
@@ -144,83 +145,79 @@ def test_what_a_run_still_alive_has_moved_aside_is_its_own(source: Path, tmp_pat
     compressknow.verify(tmp_path / ".out.compressknow-old-alive")
 
 
-def test_an_interrupted_overwrite_is_put_back(source: Path, tmp_path: Path) -> None:
+def test_the_old_output_of_an_interrupted_overwrite_is_put_back(source: Path, tmp_path: Path) -> None:
     compressknow.convert(source, tmp_path / "out", prune=0.2)
-    before = content(tmp_path / "out")
+    before = read_files(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / ".out.compressknow-old-abc")
     with pytest.raises(OutputError, match="exists already"):
         compressknow.convert(source, tmp_path / "out", prune=0.3)
-    assert content(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_name_may_be_as_long_as_the_system_takes(source: Path, tmp_path: Path) -> None:
+def test_a_name_may_be_as_long_as_the_system_allows(source: Path, tmp_path: Path) -> None:
     name, other = "x" * 200 + "a" * 55, "x" * 200 + "b" * 55
     compressknow.convert(source, tmp_path / name, prune=0.2)
-    before = content(tmp_path / name)
+    before = read_files(tmp_path / name)
     (tmp_path / name).rename(tmp_path / f"{make_prefix(tmp_path / name)}old-abc")
-    # What is left of a name that begins alike is another's.
+    # The leftover belongs to `name`, although `other` begins alike.
     compressknow.convert(source, tmp_path / other, prune=0.3)
     with pytest.raises(OutputError, match="exists already"):
         compressknow.convert(source, tmp_path / name, prune=0.3)
-    assert content(tmp_path / name) == before
+    assert read_files(tmp_path / name) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, other]
 
 
-def test_what_a_run_that_died_at_its_very_end_left_goes_with_the_next(source: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_run_that_died_at_its_end_are_removed_by_the_next(source: Path, tmp_path: Path) -> None:
     compressknow.convert(source, tmp_path / "out", prune=0.2)
-    before = content(tmp_path / "out")
-    # Its output was in place; the old one and the lock were still to be removed.
+    before = read_files(tmp_path / "out")
+    # The new output was in place, but the old one and the lock were not removed yet.
     compressknow.convert(source, tmp_path / ".out.compressknow-old-1", prune=0.3)
     (tmp_path / ".out.compressknow-lock-1").touch()
     with pytest.raises(OutputError, match="exists already"):
         compressknow.convert(source, tmp_path / "out", prune=0.3)
-    assert content(tmp_path) == {f"out/{name}": data for name, data in before.items()}
+    assert read_files(tmp_path) == {f"out/{name}": data for name, data in before.items()}
 
 
 def test_overwrite_replaces_what_convert_wrote(source: Path, tmp_path: Path) -> None:
     compressknow.convert(source, tmp_path / "out", prune=0.2)
     compressknow.convert(source, tmp_path / "out", prune=0.3, overwrite=True)
     compressknow.convert(source, tmp_path / "other", prune=0.3)
-    assert content(tmp_path / "out") == content(tmp_path / "other")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
-def test_a_failing_overwrite_leaves_the_old_output_as_it_was(source: Path, tmp_path: Path) -> None:
+def test_a_failing_overwrite_does_not_change_the_old_output(source: Path, tmp_path: Path) -> None:
     compressknow.convert(source, tmp_path / "out", prune=0.2)
-    before = content(tmp_path / "out")
-    damaged = save_tiny("bert", tmp_path / "damaged")
-    put_nan(damaged / "model.safetensors", "bert.encoder.layer.1.output.dense.weight")
+    before = read_files(tmp_path / "out")
+    damaged = save_damaged(tmp_path / "damaged")
     with pytest.raises(CompressknowError, match=r"bert\.encoder\.layer\.1\.output\.dense\.weight"):
         compressknow.convert(damaged, tmp_path / "out", prune=0.3, overwrite=True)
-    assert content(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "out"]
 
 
-def test_folders_above_the_output_are_made_and_a_failing_run_takes_its_own_away(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    damaged = save_tiny("bert", tmp_path / "damaged")
-    put_nan(damaged / "model.safetensors", "bert.encoder.layer.1.output.dense.weight")
-    for parent in (tmp_path / "a" / "b", tmp_path / "there", tmp_path / "there" / "c"):
+def test_parent_folders_are_made_and_removed_if_the_run_fails(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "existing").mkdir()
+    damaged = save_damaged(tmp_path / "damaged")
+    for parent in (tmp_path / "a" / "b", tmp_path / "existing", tmp_path / "existing" / "c"):
         with pytest.raises(CompressknowError, match="NaN"):
             compressknow.convert(damaged, parent / "out", prune=0.3)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "there"]
-        assert list((tmp_path / "there").iterdir()) == []
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "existing"]
+        assert list((tmp_path / "existing").iterdir()) == []
     compressknow.convert(source, tmp_path / "a" / "b" / "out", prune=0.2)
     compressknow.verify(tmp_path / "a" / "b" / "out")
 
 
-def put_nan(file: Path, name: str) -> None:
-    from compressknow.model.tensors import read_header
-
-    tensor: StoredTensor = read_header(file)[name]
-    with file.open("r+b") as weights:
-        weights.seek(tensor.offset + 40)
-        weights.write(torch.tensor([float("nan")]).numpy().tobytes())
+def save_damaged(folder: Path) -> Path:
+    """Write a tiny BERT with a NaN in one of its last weights."""
+    name = "bert.encoder.layer.1.output.dense.weight"
+    edit_tensors(save_tiny("bert", folder), lambda tensors: tensors[name][0, 10].fill_(torch.nan))
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["folder of the user's", "file", "link to a folder", "link to nowhere"])
-def test_overwrite_never_takes_what_convert_did_not_write(source: Path, tmp_path: Path, kind: str) -> None:
+def test_overwrite_never_replaces_what_convert_did_not_write(source: Path, tmp_path: Path, kind: str) -> None:
     output = tmp_path / "out"
     if kind == "file":
         output.write_text("precious")
@@ -229,10 +226,10 @@ def test_overwrite_never_takes_what_convert_did_not_write(source: Path, tmp_path
         (output / "precious").write_text("precious")
     else:
         output.symlink_to(source if kind == "link to a folder" else tmp_path / "nowhere")
-    before = content(tmp_path)
+    before = read_files(tmp_path)
     with pytest.raises(OutputError):
         compressknow.convert(source, output, prune=0.2, overwrite=True)
-    assert content(tmp_path) == before
+    assert read_files(tmp_path) == before
     assert output.is_symlink() == kind.startswith("link")
 
 
@@ -249,16 +246,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_one_message_and_nothing_is_left(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wide = save_tiny("mixtral", small_disk.parent / "mixtral")
-    assert (wide / "model.safetensors").stat().st_size > 200_000
+def test_a_full_disk_gives_one_message_and_leaves_nothing(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save_tiny("mixtral", small_disk.parent / "mixtral")
+    assert (source / "model.safetensors").stat().st_size > 200_000
     capsys.readouterr()
-    assert main(["convert", str(wide), str(small_disk / "out"), "--prune", "0.2"]) == 1
+    assert main(["convert", str(source), str(small_disk / "out"), "--prune", "0.2"]) == 1
     assert capsys.readouterr().err.startswith(f"Error: No space left for {small_disk / 'out'}.\n")
     assert list(small_disk.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_behind_the_weights_is_one_message_too(
+def test_a_disk_that_fills_up_after_the_weights_gives_one_message(
     small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_tiny("bert", small_disk.parent / "bert")
@@ -270,7 +267,7 @@ def test_a_disk_that_fills_up_behind_the_weights_is_one_message_too(
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_the_output_is_as_open_as_the_users_other_files(
+def test_the_output_has_the_permissions_of_the_users_umask(
     source: Path, tmp_path: Path, mask: int, request: pytest.FixtureRequest
 ) -> None:
     before = os.umask(mask)

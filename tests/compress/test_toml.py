@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from compressknow.compress.recipe import Recipe, read_recipe, to_toml
 from compressknow.compress.steps import Prune, Quantize, Where
 
-# Any text, as a pattern that matches it: what is not a pattern is refused before it could be written.
+# Escaped text, because an invalid pattern would be refused before it could be written.
 patterns = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=10).map(re.escape), max_size=2).map(
     tuple
 )
@@ -33,13 +33,13 @@ prunes = st.builds(
 
 
 @given(prune=prunes, quantize=st.builds(Quantize, where=wheres))
-def test_recipe_survives_the_way_through_toml(tmp_path_factory, prune: Prune, quantize: Quantize) -> None:
+def test_a_recipe_written_as_toml_is_read_back_the_same(tmp_path_factory, prune: Prune, quantize: Quantize) -> None:
     recipe = Recipe((prune, quantize), module_map="paper")
     path: Path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
     path.write_text(to_toml(recipe.to_dict()), encoding="utf-8", newline="")
     assert read_recipe(path) == recipe
 
 
-def test_a_mark_before_utf_8_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text("[[steps]]\nprune = 0.2\n", encoding="utf-8-sig")
     assert read_recipe(tmp_path / "recipe.toml") == Recipe((Prune(0.2),))

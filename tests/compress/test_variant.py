@@ -1,4 +1,4 @@
-"""A conversion in memory is the one that `convert` writes, bit for bit, and computes the same."""
+"""A conversion in memory equals what `convert` writes bit for bit, and computes the same logits."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("architecture", ["bert", "albert", "t5-gated", "bart", "llama", "qwen3"])
-def test_a_variant_is_what_convert_writes_and_computes_the_same(architecture: str, tmp_path: Path) -> None:
+def test_a_variant_equals_what_convert_writes_and_computes_the_same(architecture: str, tmp_path: Path) -> None:
     source = save_tiny(architecture, tmp_path / "model")
     maker = VariantMaker(source)
-    # One after the other of one maker, so that nothing of one may be left in the next.
+    # One maker makes all variants, and no change of one may remain in the next.
     for number, recipe in enumerate(RECIPES.values()):
-        written = tmp_path / str(number)
-        manifest = convert(source, written, recipe=recipe)
+        folder = tmp_path / str(number)
+        manifest = convert(source, folder, recipe=recipe)
         variant = maker.make(maker.plan(recipe))
         assert variant.manifest["tensors"] == manifest["tensors"]
         assert variant.manifest["totals"] == manifest["totals"]
-        assert variant.config == json.loads((written / "config.json").read_text())
-        assert variant.bytes == (written / "model.safetensors").stat().st_size
-        stored = load_file(written / "model.safetensors")
+        assert variant.config == json.loads((folder / "config.json").read_text())
+        assert variant.bytes == (folder / "model.safetensors").stat().st_size
+        stored = load_file(folder / "model.safetensors")
         assert variant.tensors.keys() == stored.keys()
         for name, tensor in stored.items():
             assert tensor.dtype == variant.tensors[name].dtype
             assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
-        expected = logits(load(written, dtype="float32", language_model=True))
+        expected = logits(load(folder, dtype="float32", language_model=True))
         assert torch.equal(logits(load_variant(variant, dtype="float32")), expected)
 
 
 def test_a_variant_of_a_model_whose_config_has_an_infinity_loads(tmp_path: Path) -> None:
-    """JSON has none: transformers writes the default `time_step_limit` of Mamba2 as objects of its own."""
+    """JSON has no infinity, so transformers writes the default `time_step_limit` of Mamba2 as an object."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "n_groups": 2, "vocab_size": 99}
     torch.manual_seed(0)
     hf.Mamba2ForCausalLM(hf.Mamba2Config(**sizes, tie_word_embeddings=True)).save_pretrained(tmp_path / "model")
@@ -66,13 +66,13 @@ def test_a_variant_of_a_model_whose_config_has_an_infinity_loads(tmp_path: Path)
 
 
 @pytest.mark.parametrize("architecture", ["t5", "llama"])
-def test_norms_that_were_smoothed_are_nobody_elses(architecture: str, tmp_path: Path) -> None:
+def test_smoothed_norms_do_not_reach_other_variants(architecture: str, tmp_path: Path) -> None:
     source = save_trained(architecture, tmp_path / "model")
     blocks = Where(("attention", "feed-forward"))
     plain = Recipe((Quantize("int8", blocks),))
     smooth = Recipe((Quantize("int8", blocks, smooth=0.5),), calibration=Calibration(tokens=256))
     maker = VariantMaker(source)
-    # Before the smoothed one, and after.
+    # The plain variant is made before and after the smoothed one.
     for number, recipe in enumerate((plain, smooth, plain)):
         convert(source, tmp_path / str(number), recipe=recipe)
         stored = load_file(tmp_path / str(number) / "model.safetensors")
@@ -82,7 +82,7 @@ def test_norms_that_were_smoothed_are_nobody_elses(architecture: str, tmp_path: 
             assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
 
 
-def test_tensors_that_a_recipe_leaves_alone_are_shared_and_stay_as_they_were(tmp_path: Path) -> None:
+def test_unchanged_tensors_are_shared_between_variants_and_never_modified(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "model")
     maker = VariantMaker(source)
     first = maker.make(maker.plan(RECIPES["attention pruned"]))

@@ -1,4 +1,4 @@
-"""verify says which file and which tensor is not as the manifest says, and nothing else."""
+"""verify names the files and tensors that differ from the manifest, and no others."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ WEIGHT = "bert.encoder.layer.0.attention.self.query.weight"
 
 
 @pytest.fixture
-def converted(tmp_path: Path) -> Path:
+def converted_folder(tmp_path: Path) -> Path:
     source = save_tiny("bert", tmp_path / "in")
     (source / "tokenizer.json").write_text("{}")
     compressknow.convert(source, tmp_path / "out", prune=0.3, quantize="int8")
     return tmp_path / "out"
 
 
-def flip(file: Path, position: int) -> None:
+def flip_bit(file: Path, position: int) -> None:
     with file.open("r+b") as content:
         content.seek(position)
         byte = content.read(1)[0]
@@ -41,8 +41,8 @@ def flip(file: Path, position: int) -> None:
         content.write(bytes([byte ^ 1]))
 
 
-def flip_in(folder: Path, tensor: str) -> None:
-    flip(folder / "model.safetensors", read_header(folder / "model.safetensors")[tensor].offset + 1)
+def flip_bit_of_tensor(folder: Path, tensor: str) -> None:
+    flip_bit(folder / "model.safetensors", read_header(folder / "model.safetensors")[tensor].offset + 1)
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -51,29 +51,29 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
     (folder / "compressknow.json").write_text(json.dumps(manifest))
 
 
-def say_stored(row: dict[str, Any], **more: object) -> None:
+def describe_storage(row: dict[str, Any], **settings: object) -> None:
     names = {"name": "name", "shape": "shape", "dtype": "dtype_after", "sha256": "sha256"}
-    row["stored"] = [{key: row[name] for key, name in names.items()} | more]
+    row["stored"] = [{key: row[name] for key, name in names.items()} | settings]
 
 
-def test_what_convert_wrote_is_as_its_manifest_says(converted: Path) -> None:
-    result = compressknow.verify(converted)
-    rows = json.loads((converted / "compressknow.json").read_text())["tensors"]
+def test_an_output_of_convert_matches_its_manifest(converted_folder: Path) -> None:
+    result = compressknow.verify(converted_folder)
+    rows = json.loads((converted_folder / "compressknow.json").read_text())["tensors"]
     assert result.tensors == len(rows) + sum("scale" in row for row in rows)
     assert not result.differences
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a byte of a weight": (lambda folder: flip_in(folder, WEIGHT), f"model.safetensors: {WEIGHT}: "),
+    "a byte of a weight": (lambda folder: flip_bit_of_tensor(folder, WEIGHT), f"model.safetensors: {WEIGHT}: "),
     "a byte of a scale": (
-        lambda folder: flip_in(folder, WEIGHT + "_scale"),
+        lambda folder: flip_bit_of_tensor(folder, WEIGHT + "_scale"),
         f"model.safetensors: {WEIGHT}_scale: its bytes differ",
     ),
     "a byte of a norm": (
-        lambda folder: flip_in(folder, "bert.embeddings.LayerNorm.weight"),
+        lambda folder: flip_bit_of_tensor(folder, "bert.embeddings.LayerNorm.weight"),
         "bert.embeddings.LayerNorm.weight: its bytes differ",
     ),
-    "zeros": (
+    "zeros in a weight": (
         lambda folder: edit_tensors(folder, lambda tensors: tensors[WEIGHT].zero_()),
         f"{WEIGHT}: 1,024 zeros, expected",
     ),
@@ -81,23 +81,23 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edit_tensors(folder, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].short()})),
         f"{WEIGHT}: I16 [32, 32], expected I8 [32, 32]",
     ),
-    "a tensor more": (
+    "an extra tensor": (
         lambda folder: edit_tensors(folder, lambda tensors: tensors.update(more=torch.ones(2))),
         "model.safetensors: more: not in the manifest",
     ),
-    "a tensor less": (lambda folder: edit_tensors(folder, lambda tensors: tensors.pop(WEIGHT)), f"{WEIGHT}: missing"),
-    "what the file says of itself": (
+    "a lost tensor": (lambda folder: edit_tensors(folder, lambda tensors: tensors.pop(WEIGHT)), f"{WEIGHT}: missing"),
+    "the metadata of a file": (
         lambda folder: save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors"),
         "model.safetensors: its metadata is {}, expected {'format': 'pt'}",
     ),
-    "the config": (lambda folder: flip(folder / "config.json", 10), "config.json: its bytes differ"),
+    "the config": (lambda folder: flip_bit(folder / "config.json", 10), "config.json: its bytes differ"),
     "the tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: missing"),
     "a count": (
         lambda folder: edit_manifest(folder, lambda manifest: manifest["totals"].update(pruned=1)),
         "compressknow.json: totals.pruned is 1, its tensors add up to",
     ),
-    "what is stored for a weight": (
-        lambda folder: edit_manifest(folder, lambda manifest: say_stored(manifest["tensors"][0], zeros="some")),
+    "the stored form of a weight": (
+        lambda folder: edit_manifest(folder, lambda manifest: describe_storage(manifest["tensors"][0], zeros="some")),
         "compressknow.json: it was edited",
     ),
 }
@@ -105,39 +105,37 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_named_with_its_file_and_tensor(
-    converted: Path, capsys: pytest.CaptureFixture[str], name: str
+    converted_folder: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     change, message = CHANGES[name]
-    change(converted)
+    change(converted_folder)
     capsys.readouterr()
-    assert main(["verify", str(converted)]) == 1
+    assert main(["verify", str(converted_folder)]) == 1
     errors = capsys.readouterr().err
     assert message in errors
     assert "differs from its manifest in" in errors
     with pytest.raises(VerificationError):
-        compressknow.verify(converted)
-    assert main(["verify", str(converted), "--json"]) == 1
+        compressknow.verify(converted_folder)
+    assert main(["verify", str(converted_folder), "--json"]) == 1
     differences = json.loads(capsys.readouterr().out)["differences"]
     assert {difference["file"] for difference in differences} <= {"model.safetensors", *message.split(":")}
 
 
-def test_it_does_not_wait_for_transformers() -> None:
+def test_verify_does_not_import_transformers() -> None:
     code = "import sys, compressknow.compress.verify; print('transformers' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 
-def test_the_model_card_may_be_edited(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (converted / "README.md").write_text("# Mine")
+def test_the_model_card_may_be_edited(converted_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (converted_folder / "README.md").write_text("# Mine")
     capsys.readouterr()
-    assert main(["verify", str(converted)]) == 0
+    assert main(["verify", str(converted_folder)]) == 0
     assert "match the manifest" in capsys.readouterr().out
 
 
-def test_what_lies_beside_a_sound_checkpoint_is_to_be_moved(
-    converted: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (converted / "report.html").write_text("mine")
-    assert main(["verify", str(converted)]) == 1
+def test_extra_files_in_a_folder_are_named(converted_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (converted_folder / "report.html").write_text("mine")
+    assert main(["verify", str(converted_folder)]) == 1
     errors = capsys.readouterr().err
     assert "report.html: not in the manifest" in errors
     assert "Move the files that convert did not write to another folder." in errors
@@ -151,12 +149,12 @@ def test_a_missing_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "out")]) == 1
     assert f"{shard.name}: missing" in capsys.readouterr().err
-    places = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    files = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert main(["verify", str(tmp_path / "out"), "--json"]) == 1
     differences = json.loads(capsys.readouterr().out)["differences"]
-    lost = {name for name, file in places.items() if file == shard.name}
+    missing = {name for name, file in files.items() if file == shard.name}
     assert {(found["file"], found["what"]) for found in differences} == {(shard.name, "missing")}
-    assert {found["tensor"] for found in differences} == lost | {None}
+    assert {found["tensor"] for found in differences} == missing | {None}
 
 
 def test_a_tensor_that_two_shards_hold_is_named(tmp_path: Path) -> None:
@@ -169,57 +167,57 @@ def test_a_tensor_that_two_shards_hold_is_named(tmp_path: Path) -> None:
         compressknow.verify(tmp_path / "out")
 
 
-def test_a_damaged_weight_file_is_named_and_the_rest_is_compared(converted: Path) -> None:
-    weights = converted / "model.safetensors"
+def test_a_damaged_weight_file_is_named_and_other_files_are_compared(converted_folder: Path) -> None:
+    weights = converted_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    flip(converted / "config.json", 10)
+    flip_bit(converted_folder / "config.json", 10)
     with pytest.raises(VerificationError) as caught:
-        compressknow.verify(converted)
+        compressknow.verify(converted_folder)
     assert f"{weights} is not a sound safetensors file" in str(caught.value)
     assert "config.json: its bytes differ" in str(caught.value)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_no_flipped_bit_of_what_a_model_is_made_of_goes_unseen(converted: Path, data: st.DataObject) -> None:
-    file = converted / data.draw(st.sampled_from(["model.safetensors", "config.json", "tokenizer.json"]))
+def test_every_flipped_bit_is_detected(converted_folder: Path, data: st.DataObject) -> None:
+    file = converted_folder / data.draw(st.sampled_from(["model.safetensors", "config.json", "tokenizer.json"]))
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little") if file.suffix == ".safetensors" else len(content)
-    # The header above all: no hash is over it.
+    # Most bits are of the header, which no hash covers.
     position = data.draw(st.integers(0, end - 1) | st.integers(0, len(content) - 1))
     changed = bytearray(content)
     changed[position] ^= 1 << data.draw(st.integers(0, 7))
     file.write_bytes(changed)
     try:
         with pytest.raises(VerificationError, match=re.escape(file.name)):
-            compressknow.verify(converted)
+            compressknow.verify(converted_folder)
     finally:
         file.write_bytes(content)
-    compressknow.verify(converted)
+    compressknow.verify(converted_folder)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_manifest_of_whatever_form_ends_in_a_verdict_or_a_message(converted: Path, data: st.DataObject) -> None:
-    sound = (converted / "compressknow.json").read_text()
+def test_a_changed_manifest_gives_a_verdict_or_a_message(converted_folder: Path, data: st.DataObject) -> None:
+    sound = (converted_folder / "compressknow.json").read_text()
     manifest = json.loads(sound)
     row = data.draw(st.sampled_from([row for row in manifest["tensors"] if row["scheme"]]))
-    place = data.draw(st.sampled_from([manifest, manifest["totals"], manifest["files"], row, row["scale"]]))
-    key = data.draw(st.sampled_from(sorted(place)))
-    place[key] = data.draw(st.sampled_from([None, 3, -1.5, "text", True, [], [[]], {}, {"name": 3}]))
+    parent = data.draw(st.sampled_from([manifest, manifest["totals"], manifest["files"], row, row["scale"]]))
+    key = data.draw(st.sampled_from(sorted(parent)))
+    parent[key] = data.draw(st.sampled_from([None, 3, -1.5, "text", True, [], [[]], {}, {"name": 3}]))
     if data.draw(st.booleans()):
-        del place[key]
-    (converted / "compressknow.json").write_text(json.dumps(manifest))
+        del parent[key]
+    (converted_folder / "compressknow.json").write_text(json.dumps(manifest))
     try:
-        compressknow.verify(converted)
+        compressknow.verify(converted_folder)
     except CompressknowError as error:
         assert "compressknow.json" in str(error) or "differs from its manifest" in str(error)  # noqa: PT017
     finally:
-        (converted / "compressknow.json").write_text(sound)
+        (converted_folder / "compressknow.json").write_text(sound)
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "message"),
     [
         (lambda manifest: manifest.update(schema=99), "has schema 99, this version reads 1"),
         (lambda manifest: manifest.pop("tensors"), "is damaged: tensors is missing"),
@@ -229,16 +227,16 @@ def test_a_manifest_of_whatever_form_ends_in_a_verdict_or_a_message(converted: P
         (lambda manifest: manifest["files"].update({"/etc/hostname": "0"}), "names '/etc/hostname', outside"),
     ],
 )
-def test_a_manifest_that_cannot_be_compared_with_says_why(
-    converted: Path, change: Callable[[dict[str, Any]], object], what: str
+def test_an_invalid_manifest_is_refused_with_the_reason(
+    converted_folder: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
-    edit_manifest(converted, change)
+    edit_manifest(converted_folder, change)
     with pytest.raises(CheckpointError) as caught:
-        compressknow.verify(converted)
-    assert what in str(caught.value)
+        compressknow.verify(converted_folder)
+    assert message in str(caught.value)
 
 
-def test_a_folder_that_convert_did_not_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_convert_did_not_write_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path / "nowhere")]) == 1
     assert main(["verify", str(tmp_path)]) == 1
     errors = capsys.readouterr().err

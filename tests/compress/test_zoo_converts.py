@@ -42,22 +42,22 @@ REASONS = {
 ONE_SCALE = {"OPTForCausalLM"}
 
 
-def logits_of(model: transformers.PreTrainedModel) -> torch.Tensor:
+def compute_logits(model: transformers.PreTrainedModel) -> torch.Tensor:
     torch.manual_seed(0)  # Reformer hashes at random.
     with torch.no_grad():
         logits: torch.Tensor = model(**make_inputs(model)).logits
         return logits
 
 
-def built(name: str) -> tuple[transformers.PreTrainedModel, torch.Tensor] | None:
+def try_build(name: str) -> tuple[transformers.PreTrainedModel, torch.Tensor] | None:
     try:
         model = tiny_model(CLASSES[name], name)
-        return model, logits_of(model)
+        return model, compute_logits(model)
     except Exception:  # Sizes that do not go together, or inputs beside ids: counted, and bounded below.
         return None
 
 
-def loaded_whole(name: str, folder: Path) -> transformers.PreTrainedModel:
+def load_strictly(name: str, folder: Path) -> transformers.PreTrainedModel:
     with silence_libraries():
         model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), (name, report)
@@ -66,7 +66,7 @@ def loaded_whole(name: str, folder: Path) -> transformers.PreTrainedModel:
 
 def check(name: str, folder: Path) -> str:
     """What became of one class, in a word or two."""
-    made = built(name)
+    made = try_build(name)
     if made is None:
         return "not built"
     model, original = made
@@ -79,12 +79,12 @@ def check(name: str, folder: Path) -> str:
         outcome = outcome if pruned == outcome else f"pruned only: {outcome}"
         if pruned != "pruned":
             return outcome
-    plain = logits_of(loaded_whole(name, folder / "out"))
+    plain = compute_logits(load_strictly(name, folder / "out"))
     changed = (plain - original).abs().mean()
     assert changed > 0, name
     if outcome == "int8" and layers.Int8Kind().runs_on("cpu") and name not in ONE_SCALE:
         with silence_libraries():
-            engine = logits_of(load(folder / "out"))
+            engine = compute_logits(load(folder / "out"))
         # A value beside a rounding step may go to its other side: that is little beside what int8 itself does.
         assert (engine - plain).abs().mean() < 0.5 * changed, (name, (engine - plain).abs().mean(), changed)
     return outcome

@@ -1,4 +1,4 @@
-"""The header of a GGUF file taken apart and put together again, whatever stands in it."""
+"""Parse the header of a GGUF file, and write it again with any content."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _ALIGNED = 32
 class Parts:
     """A file: `entries` are key, type and value, `tensors` name, shape, type and offset; a list is type and values.
 
-    `said` are the numbers of tensors and entries where they are to be others.
+    `counts`, if set, is the number of tensors and of entries that the header announces.
     """
 
     entries: list[list[Any]] = field(default_factory=list)
     tensors: list[list[Any]] = field(default_factory=list)
     body: bytes = b""
-    said: tuple[int, int] | None = None
+    counts: tuple[int, int] | None = None
 
     def set(self, key: str, kind: int, value: Any) -> Parts:
-        """Give a key of the metadata another value, or one."""
+        """Add a key to the metadata, or change its value."""
         self.entries = [entry for entry in self.entries if entry[0] != key.encode()]
         self.entries.append([key.encode(), kind, value])
         return self
 
     def join(self) -> bytes:
-        tensors, entries = self.said or (len(self.tensors), len(self.entries))
+        tensors, entries = self.counts or (len(self.tensors), len(self.entries))
         header = b"GGUF" + struct.pack("<IQQ", 3, tensors, entries)
         header += b"".join(
             _text(key) + struct.pack("<I", kind) + _value(kind, value) for key, kind, value in self.entries
@@ -40,8 +40,8 @@ class Parts:
         return header + b"\0" * (-len(header) % _ALIGNED) + self.body
 
 
-def taken_apart(content: bytes) -> Parts:
-    """The parts of a sound file whose tensors are aligned as is usual."""
+def parse_gguf(content: bytes) -> Parts:
+    """Return the parts of a sound file whose tensors have the default alignment."""
     reader = _Reader(content)
     _, tensors, entries = reader.numbers("4xIQQ")
     parts = Parts()

@@ -1,4 +1,4 @@
-"""The tiny Llama of `tests/knowing.py` as a GGUF file, with the names and the layout of llama.cpp."""
+"""Write the tiny Llama of `tests/knowing.py` as a GGUF file, with the names and the layout of llama.cpp."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ needs_gguf = pytest.mark.skipif(
 )
 
 Q8_0, F16, F32 = (getattr(gguf.GGMLQuantizationType, name) for name in ("Q8_0", "F16", "F32"))
-# Words that begin a sentence or follow without a space; all others carry theirs.
+# Tokens without a leading space; all others begin with one.
 _BARE = ("The", "People", ".")
 _SPACE = "Ġ"
 LLAMA_NAMES = {
@@ -38,8 +38,9 @@ _REST = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 def write_gguf(
     checkpoint: Path, file: Path, kind: gguf.GGMLQuantizationType = Q8_0, *, tensors_per_part: int = 0
 ) -> Path:
-    """Write a Llama checkpoint with a tokenizer of whole words as GGUF, its matrices of one type; in parts, if so
-    many tensors are to be in each.
+    """Write a Llama checkpoint with a tokenizer of whole words as GGUF, all matrices of one type.
+
+    With `tensors_per_part`, the file is split into parts of that many tensors.
     """
     config = AutoConfig.from_pretrained(checkpoint)
     writer = gguf.GGUFWriter(file, "llama", split_max_tensors=tensors_per_part)
@@ -55,11 +56,11 @@ def write_gguf(
     writer.add_vocab_size(size)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, weight in load_file(checkpoint / "model.safetensors").items():
-        stored = name_in_llama_cpp(name.removesuffix(".weight"))
+        stored = get_llama_cpp_name(name.removesuffix(".weight"))
         if (part := stored.split(".")[-2]) in heads:
-            weight = interleaved(weight, heads[part])
+            weight = interleave_rows(weight, heads[part])
         elif part in ("token_embd", "output"):
-            # A piece of a word is never read, nor likely to be said.
+            # Pieces of words never occur in a text, and are unlikely answers.
             weight = np.pad(weight, ((0, size - len(weight)), (0, 0)))
         if weight.ndim == 2:
             writer.add_tensor(stored, gguf.quantize(weight, kind), raw_dtype=kind)
@@ -73,12 +74,12 @@ def write_gguf(
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> int:
-    """Byte-pair encoding that puts each word together from its left end; returns the number of tokens."""
+    """Add a byte-pair encoding that builds each word from its left end; return the number of tokens."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     special = set(tokenizer.all_special_tokens)
     words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     tokens = [word if word in special or word in _BARE else _SPACE + word for word in words]
-    # What begins with a space first, so that it takes its letters before another word could.
+    # Words with a leading space come first, so that their merges win over those of other words.
     spelled = sorted(
         (token for token in tokens if token not in special), key=lambda token: not token.startswith(_SPACE)
     )
@@ -98,15 +99,15 @@ def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> int:
     return len(kinds)
 
 
-def name_in_llama_cpp(module: str) -> str:
-    """The name of a module's weight in a GGUF file of the tiny Llama."""
+def get_llama_cpp_name(module: str) -> str:
+    """Return the name of a module's weight in a GGUF file of the tiny Llama."""
     if module in _REST:
         return f"{_REST[module]}.weight"
     _, _, layer, part = module.split(".", 3)
     return f"blk.{layer}.{LLAMA_NAMES[part]}.weight"
 
 
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of Llama's query or key in llama.cpp's order: the pairs of a rotation side by side."""
+def interleave_rows(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Return the rows of Llama's query or key in llama.cpp's order, which puts the pairs of a rotation side by side."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)

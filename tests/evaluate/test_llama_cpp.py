@@ -25,7 +25,7 @@ from compressknow.evaluate.answers import Answer, read_answers
 from compressknow.evaluate.sources import Options
 from tests.engine.gguf_files import F16, F32, Q8_0, needs_gguf, write_gguf
 from tests.evaluate.layouts import open_probe
-from tests.gguf.making import checkpoint, needs_converter
+from tests.gguf.making import needs_converter, save_checkpoint
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.long import long, one_in
 
@@ -405,7 +405,7 @@ def made(name: str, folder: Path) -> Path:
     """A checkpoint whose tokenizer begins texts as llama.cpp does where nothing else is said."""
     words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True} | words
-    checkpoint(name, folder)
+    save_checkpoint(name, folder)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 

@@ -20,7 +20,7 @@ from compressknow.gguf.llama_cpp import GgufModel, load_native
 from compressknow.model.manifest import seal_manifest
 from compressknow.pages.parts import list_identity
 from tests.engine.gguf_files import Q8_0, write_gguf
-from tests.gguf.making import checkpoint, needs_converter, train_sentencepiece
+from tests.gguf.making import needs_converter, save_checkpoint, train_sentencepiece
 from tests.knowing import save_trained, write_facts
 from tests.long import long
 
@@ -42,7 +42,7 @@ class Place(NamedTuple):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("place")
-    model = checkpoint("llama", folder / "llama")
+    model = save_checkpoint("llama", folder / "llama")
     files = [folder / f"{kind}.gguf" for kind in ("f32", "q8_0")]
     for file in files:
         compressknow.export(model, file, type=file.stem)
@@ -95,7 +95,7 @@ def test_it_counts_what_differs_from_a_run_of_the_unquantized_file(place: Place,
 def test_a_vocabulary_that_llama_cpp_splits_prompts_otherwise_by_is_told(
     place: Place, tmp_path: Path, kind: str, is_told: bool
 ) -> None:
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     (source / "tokenizer.model").write_bytes(train_sentencepiece(kind, byte_fallback=True))
     # Nothing is put before a text, by either.
     (source / "tokenizer_config.json").write_text('{"add_bos_token": false}')

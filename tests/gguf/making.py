@@ -1,4 +1,4 @@
-"""Tiny checkpoints that llama.cpp's converter takes, with tokenizers that it knows, and what is in a GGUF file."""
+"""Tiny checkpoints with tokenizers that llama.cpp's converter accepts, and readers of GGUF files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from compressknow.base.packages import OPTIONAL  # noqa: F401  # the package is importable without the extra
-from tests.engine.gguf_files import interleaved, name_in_llama_cpp
+from tests.engine.gguf_files import get_llama_cpp_name, interleave_rows
 from tests.knowing import KNOWN_FACTS, train_llama
 
 VOCABULARY = 400
@@ -57,12 +57,12 @@ _MODELS = {
 
 @cache
 def train_sentencepiece(kind: str, *, byte_fallback: bool) -> bytes:
-    """A model of sentencepiece over the sentences of the facts that small models know: ``bpe`` or ``unigram``."""
-    trained = io.BytesIO()
+    """Train sentencepiece, ``bpe`` or ``unigram``, on the sentences of the facts of `tests.knowing`."""
+    buffer = io.BytesIO()
     sentences = [fact.sentence(fact.obj_label) for fact in KNOWN_FACTS]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
-        model_writer=trained,
+        model_writer=buffer,
         model_type=kind,
         vocab_size=VOCABULARY,
         byte_fallback=byte_fallback,
@@ -70,11 +70,11 @@ def train_sentencepiece(kind: str, *, byte_fallback: bool) -> bytes:
         num_threads=1,
         minloglevel=2,
     )
-    return trained.getvalue()
+    return buffer.getvalue()
 
 
-def checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Path:
-    """Write a tiny model of a family, with random weights, and its tokenizer."""
+def save_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Path:
+    """Write a tiny model with random weights, and its tokenizer."""
     torch.manual_seed(0)
     model = _MODELS[name]().eval()
     with torch.no_grad():
@@ -88,8 +88,8 @@ def checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.float32, **op
     return folder
 
 
-def knowing_llama(folder: Path) -> Path:
-    """Write a tiny Llama that knows the facts of `tests.knowing`, and that llama.cpp's converter takes."""
+def save_trained_llama(folder: Path) -> Path:
+    """Write a tiny Llama that knows the facts of `tests.knowing`, and that llama.cpp's converter accepts."""
     folder.mkdir(parents=True)
     (folder / "tokenizer.model").write_bytes(train_sentencepiece("bpe", byte_fallback=True))
     config = hf.LlamaConfig(**_LLAMA, initializer_range=0.05, dtype=torch.float32)
@@ -97,41 +97,41 @@ def knowing_llama(folder: Path) -> Path:
     return train_llama(folder, config)
 
 
-def values(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a GGUF file as float32, by name."""
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of a GGUF file as float32, by name."""
     return {
         tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         for tensor in gguf.GGUFReader(path).tensors
     }
 
 
-def types(path: Path) -> dict[str, str]:
-    """The type of each tensor of a GGUF file, by name."""
+def read_types(path: Path) -> dict[str, str]:
+    """Return the type of each tensor of a GGUF file, by name."""
     return {tensor.name: tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors}
 
 
-def metadata(path: Path) -> dict[str, object]:
-    """What a GGUF file says of itself."""
+def read_metadata(path: Path) -> dict[str, object]:
+    """Return the metadata of a GGUF file, by key."""
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
-def weights(folder: Path) -> dict[str, np.ndarray]:
-    """The float weights of a checkpoint in one file."""
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """Return the float weights of a single-file checkpoint, by name."""
     return {name: tensor.to(torch.float32).numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
-def text_file(path: Path) -> Path:
-    """A calibration text of some thousand tokens, in the words that the tokenizers know."""
+def write_sentences(path: Path) -> Path:
+    """Write a calibration text of some thousand tokens, in words that the tokenizers know."""
     path.write_text(" ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS * 8), encoding="utf-8")
     return path
 
 
-def as_llama_cpp(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights of the tiny Llama by the names, and in the order of rows, that llama.cpp has them in."""
+def convert_to_llama_cpp(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return weights of the tiny Llama with the names and the order of rows of llama.cpp."""
     heads = {"attn_q": _LLAMA["num_attention_heads"], "attn_k": _LLAMA["num_key_value_heads"]}
-    found = {}
+    converted = {}
     for name, weight in stored.items():
-        there = name_in_llama_cpp(name.removesuffix(".weight"))
-        leaf = there.split(".")[-2]
-        found[there] = interleaved(weight, heads[leaf]) if leaf in heads else weight
-    return found
+        name_in_gguf = get_llama_cpp_name(name.removesuffix(".weight"))
+        leaf = name_in_gguf.split(".")[-2]
+        converted[name_in_gguf] = interleave_rows(weight, heads[leaf]) if leaf in heads else weight
+    return converted

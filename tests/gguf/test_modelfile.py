@@ -15,7 +15,7 @@ import compressknow
 from compressknow.base.errors import CompressknowError, OutputError, UsageError
 from compressknow.cli import main
 from compressknow.gguf.modelfile import build_go_template
-from tests.gguf.making import checkpoint, needs_converter
+from tests.gguf.making import needs_converter, save_checkpoint
 
 pytest.importorskip("llama_cpp_py_sync")
 
@@ -81,7 +81,7 @@ def test_a_template_that_go_could_not_have_is_left_out(template: str | None) -> 
 
 @needs_converter
 def test_export_writes_it_and_says_the_next_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     # Folders of the file are made, and so may be that of the Modelfile.
     output, modelfile = tmp_path / "new" / "files" / "Out.gguf", tmp_path / "new" / "Modelfile"
     words = ["export", str(source), str(output), "--modelfile", str(modelfile)]
@@ -110,7 +110,7 @@ def test_export_writes_it_and_says_the_next_commands(tmp_path: Path, capsys: pyt
 
 @needs_converter
 def test_a_file_that_computes_no_numbers_is_not_written(tmp_path: Path) -> None:
-    source = checkpoint("llama", tmp_path / "model")
+    source = save_checkpoint("llama", tmp_path / "model")
     weights = load_file(source / "model.safetensors")
     for name, weight in weights.items():
         if "norm" in name:

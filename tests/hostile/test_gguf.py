@@ -10,7 +10,7 @@ import pytest
 
 from compressknow.base.reading import NotReadable
 from compressknow.model.gguf_file import check_gguf
-from tests.engine.gguf_bytes import LIST, TEXT, Parts, taken_apart
+from tests.engine.gguf_bytes import LIST, TEXT, Parts, parse_gguf
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.hostile.bounded import refused
 from tests.knowing import save_trained, write_facts
@@ -27,7 +27,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of(change: Callable[[Parts], Any]) -> Callable[[bytes], bytes]:
     def changed(content: bytes) -> bytes:
-        parts = taken_apart(content)
+        parts = parse_gguf(content)
         change(parts)
         return parts.join()
 
@@ -46,8 +46,8 @@ UNSOUND = {
     "tokens": (
         of(lambda p: p.set("tokenizer.ggml.tokens", LIST, (U8, [0] * 3_000_000))), "a list in it has 3,000,000 values"
     ),
-    "entries": (of(lambda p: setattr(p, "said", (1, 10**18))), "its header announces"),
-    "more entries": (of(lambda p: setattr(p, "said", (len(p.tensors), 60_000))), "a name in it has"),
+    "entries": (of(lambda p: setattr(p, "counts", (1, 10**18))), "its header announces"),
+    "more entries": (of(lambda p: setattr(p, "counts", (len(p.tensors), 60_000))), "a name in it has"),
     "alignment": (of(lambda p: p.set("general.alignment", U32, 7)), "aligned to 7"),
     "offset": (tensor(3, 32), "a tensor in it starts at 32"),
     "type": (tensor(2, 999), "of type 999"),
@@ -68,7 +68,7 @@ def test_an_unsound_header_is_told(name: str, sound: Path, tmp_path: Path) -> No
 
 def test_a_sound_header_passes(sound: Path, tmp_path: Path) -> None:
     check_gguf(sound)
-    again = taken_apart(sound.read_bytes()).set("general.name", TEXT, b"x").set("n", LIST, (LIST, [(U64, [1])]))
+    again = parse_gguf(sound.read_bytes()).set("general.name", TEXT, b"x").set("n", LIST, (LIST, [(U64, [1])]))
     (tmp_path / "x.gguf").write_bytes(again.join())
     check_gguf(tmp_path / "x.gguf")
 
@@ -113,7 +113,7 @@ def test_what_llama_cpp_would_crash_on_is_one_message(
     """Its assertions end the process: while it loads a file, and while it computes."""
     pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
     file = tmp_path / "x.gguf"
-    file.write_bytes(taken_apart(sound.read_bytes()).set(key, kind, value).join())
+    file.write_bytes(parse_gguf(sound.read_bytes()).set(key, kind, value).join())
     facts = f"facts:{sound.with_name('facts.jsonl')}"
     said = refused(capsys, "probe", file, "-p", facts, "-o", tmp_path / "a")
     assert f"{file} makes llama.cpp crash." in said

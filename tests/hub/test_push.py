@@ -17,7 +17,7 @@ import compressknow
 from compressknow.base import hub as uploads
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.cli import main
-from tests.gguf.making import checkpoint
+from tests.gguf.making import save_checkpoint
 from tests.hub.hub_server import TOKEN, Hub, serving
 from tests.models import save_tiny
 
@@ -230,7 +230,7 @@ def gguf(converter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file that export wrote."""
     pytest.importorskip("llama_cpp_py_sync")
     folder = tmp_path_factory.mktemp("gguf")
-    compressknow.export(checkpoint("llama", folder / "tiny"), folder / "tiny.gguf", type="q8_0")
+    compressknow.export(save_checkpoint("llama", folder / "tiny"), folder / "tiny.gguf", type="q8_0")
     return folder / "tiny.gguf"
 
 

@@ -16,7 +16,7 @@ from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.study.cells import CellResult, claim
 from compressknow.study.running import RayOptions
-from tests.gguf.making import text_file
+from tests.gguf.making import write_sentences
 from tests.knowing import save_trained, write_facts
 from tests.long import long
 
@@ -97,7 +97,7 @@ def test_where_memory_runs_out_for_a_calibration_text_the_workers_make_it(
 ) -> None:
     pytest.importorskip("ray")
     model, probe = save_trained("llama", tmp_path / "llama"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
-    grid, text = tmp_path / "grid.toml", text_file(tmp_path / "text.txt")
+    grid, text = tmp_path / "grid.toml", write_sentences(tmp_path / "text.txt")
     recipe = f"calibration = ['{text}']\ncalibration_tokens = [256]\n"
     grid.write_text(f'[axes]\nscope = ["attention"]\nmethod = ["wanda"]\nprune = [0.2]\n{recipe}', encoding="utf-8")
 

@@ -20,14 +20,14 @@ from compressknow.model.gguf_file import Tensor
 from compressknow.model.loading import open_complete
 from compressknow.study.allocation import SizeTarget, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
-from tests.gguf.making import checkpoint, name_in_llama_cpp
+from tests.gguf.making import get_llama_cpp_name, save_checkpoint
 
 OVERHEAD = 50_000
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint("llama-tied", tmp_path_factory.mktemp("fitting") / "model")
+    return save_checkpoint("llama-tied", tmp_path_factory.mktemp("fitting") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def tensors(model: Path) -> Tensors:
     """What the tiny model's file holds in 16 bits."""
     side = read_stored_weights(open_complete(model)[0])
     weights = {
-        "token_embd.weight" if weight.group == "final" else name_in_llama_cpp(weight.module): (weight,)
+        "token_embd.weight" if weight.group == "final" else get_llama_cpp_name(weight.module): (weight,)
         for weight in side.structure.linears
     }
     held = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gguf.making import knowing_llama
+from tests.gguf.making import save_trained_llama
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.long import long
 from tests.study.killed_search import ALONE
@@ -27,7 +27,7 @@ SECONDS = 300
 def test_a_search_that_is_killed_again_and_again_ends_as_the_undisturbed_one(
     form: str, tmp_path: Path, converter: Path
 ) -> None:
-    model = knowing_llama(tmp_path / "llama") if form == "gguf" else save_trained("llama", tmp_path / "llama")
+    model = save_trained_llama(tmp_path / "llama") if form == "gguf" else save_trained("llama", tmp_path / "llama")
     facts = write_facts(tmp_path / "facts.jsonl")
     facts.with_suffix(".txt").write_text("\n".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS))
     seeds = [str(seed) for seed in range(SEARCHES)]

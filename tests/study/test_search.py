@@ -39,7 +39,7 @@ from compressknow.study.formats import SearchRequest, open_format
 from compressknow.study.guides import hash_facts, select_known_facts
 from compressknow.study.search import SEARCHED, split_facts
 from tests.evaluate.layouts import open_probe
-from tests.gguf.making import checkpoint, knowing_llama, needs_converter, text_file, types
+from tests.gguf.making import needs_converter, read_types, save_checkpoint, save_trained_llama, write_sentences
 from tests.knowing import KNOWN_FACTS, save_trained, save_trained_custom_code, write_bear, write_facts
 from tests.long import long, one_in
 from tests.models import edit_tensors, put_into_hub_cache, save_tiny
@@ -66,10 +66,10 @@ class Place:
 
     def __init__(self, family: str, folder: Path) -> None:
         self.folder, self.form = folder, "gguf" if family == "gguf" else "checkpoint"
-        self.model = knowing_llama(folder / family) if family == "gguf" else save_trained(family, folder / family)
+        self.model = save_trained_llama(folder / family) if family == "gguf" else save_trained(family, folder / family)
         self.facts = write_facts(folder / "facts.jsonl")
         self.probe = f"facts:{self.facts}"
-        self.text = str(text_file(folder / "text.txt"))
+        self.text = str(write_sentences(folder / "text.txt"))
         self.file = "model.gguf" if self.form == "gguf" else "model"
 
     @property
@@ -167,7 +167,7 @@ def test_the_recipe_gives_the_winner_again(place: Place, tmp_path: Path) -> None
     folder = place.folder / "found"
     if place.form == "gguf":
         compressknow.export(place.model, tmp_path / "again.gguf", recipe=folder / "recipe.toml")
-        assert types(tmp_path / "again.gguf") == types(folder / "model.gguf")
+        assert read_types(tmp_path / "again.gguf") == read_types(folder / "model.gguf")
         return
     recipe = read_recipe(folder / "recipe.toml")
     assert len(recipe.steps) <= 4
@@ -615,7 +615,7 @@ def test_the_original_is_converted_once(gguf: Place, tmp_path: Path, dtype: torc
 
 @needs_converter
 def test_a_size_that_experts_pass_is_told_first(llama: Place, tmp_path: Path) -> None:
-    source = checkpoint("mixtral", tmp_path / "mixtral", torch.bfloat16)
+    source = save_checkpoint("mixtral", tmp_path / "mixtral", torch.bfloat16)
     with pytest.raises(UsageError, match=r"too small: the smallest file has(.|\n)*_exps.weight \(q8_0\)"):
         compressknow.search(source, tmp_path / "found", size="700kB", **llama.options | {"to": "gguf"})
     assert not (tmp_path / "found").exists()

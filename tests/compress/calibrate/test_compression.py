@@ -36,9 +36,9 @@ from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Calibration, DropNeurons, Prune, Quantize, Step, Where
 from compressknow.model.manifest import describe_calibration, list_dropped_neurons, summarize_calibration
 from compressknow.pages.model_card import list_warnings
-from tests.compress.calibrate.test_walk import batches_of
+from tests.compress.calibrate.test_walk import make_batches
 from tests.compress.deep import save_deep
-from tests.compress.test_zoo_converts import built
+from tests.compress.test_zoo_converts import try_build
 from tests.long import long
 from tests.models import convert, save_tiny, tiny
 
@@ -46,12 +46,12 @@ OVERALL, BLOCKS = Where(("overall",)), Where(("blocks",))
 
 
 def text_of(model: PreTrainedModel, count: int = 5) -> CalibrationText:
-    batches = batches_of(model, count)
+    batches = make_batches(model, count)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     return CalibrationText("file", "drawn.txt", "0" * 64, 0, tokens, tokens, tuple(batches), ())
 
 
-def compressed(folder: Path, output: Path, *steps: Step, count: int = 5, threads: int = 2) -> dict[str, Any]:
+def compress(folder: Path, output: Path, *steps: Step, count: int = 5, threads: int = 2) -> dict[str, Any]:
     plan = prepare_plan(folder, Recipe(steps))
     return execute(plan, NewFolder(output, plan.checkpoint), text_of(plan.tree, count), threads=threads)
 
@@ -97,8 +97,8 @@ def record_inputs(model: PreTrainedModel, name: str, batches: list[dict[str, tor
 
 def test_each_block_is_pruned_by_what_it_sees_once_all_before_it_are(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
-    compressed(folder, tmp_path / "out", Prune(0.5, "wanda", OVERALL))
-    by_hand, batches = copy.deepcopy(tiny("llama")), batches_of(tiny("llama"))
+    compress(folder, tmp_path / "out", Prune(0.5, "wanda", OVERALL))
+    by_hand, batches = copy.deepcopy(tiny("llama")), make_batches(tiny("llama"))
     for block in by_hand.model.layers:
         norms = norms_by_hook(by_hand, block, batches)
         for name, layer in linears(block):
@@ -113,9 +113,9 @@ def test_what_gptq_rounds_makes_up_for_what_the_blocks_before_lost(tmp_path: Pat
     folder = save_tiny("llama", tmp_path / "in")
     coarse = Quantize("int4", Where(layers="0", exclude=("down_proj",)), parameters={"group_size": 32})
     steps = coarse, Quantize("int8-weights", Where(layers="1"), rounding="gptq")
-    compressed(folder, tmp_path / "out", *steps, count=20)
+    compress(folder, tmp_path / "out", *steps, count=20)
     original, made, name = tiny("llama"), loaded(tmp_path / "out"), "model.layers.1.self_attn.q_proj"
-    batches = batches_of(original, 20)
+    batches = make_batches(original, 20)
     before, now = (record_inputs(model, name, batches) for model in (original, made))
     products = now.T @ now
     inputs = InputStatistics(name, len(now), products.diagonal(), None, products, (before - now).T @ now)
@@ -142,7 +142,7 @@ def test_the_same_bytes_with_one_thread_and_several(steps: tuple[Step, ...], tmp
     folder = save_tiny("llama", tmp_path / "in")
     hashes = []
     for threads in (1, 3):
-        compressed(folder, tmp_path / str(threads), *steps, threads=threads, count=9)
+        compress(folder, tmp_path / str(threads), *steps, threads=threads, count=9)
         content = (tmp_path / str(threads) / "model.safetensors").read_bytes()
         hashes.append(hashlib.sha256(content).hexdigest())
     assert hashes[0] == hashes[1]
@@ -151,8 +151,8 @@ def test_the_same_bytes_with_one_thread_and_several(steps: tuple[Step, ...], tmp
 @pytest.mark.parametrize("method", ["l1-unstructured", "wanda", "sparsegpt"])
 def test_gptq_keeps_the_zeros_of_the_prune_step(method: str, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
-    compressed(folder, tmp_path / "pruned", Prune(0.5, method, BLOCKS))
-    compressed(folder, tmp_path / "out", Prune(0.5, method, BLOCKS), Quantize("int8", BLOCKS, rounding="gptq"))
+    compress(folder, tmp_path / "pruned", Prune(0.5, method, BLOCKS))
+    compress(folder, tmp_path / "out", Prune(0.5, method, BLOCKS), Quantize("int8", BLOCKS, rounding="gptq"))
     pruned, both = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
     rounded = [name for name, tensor in both.items() if tensor.dtype == torch.int8]
     assert len(rounded) == 14
@@ -169,9 +169,9 @@ def test_gptq_makes_up_for_rounding_of_a_pruned_model_not_for_its_pruning(tmp_pa
     """So one conversion gives what two give, one after the other."""
     prune, quantize = Prune(0.5, "l1-unstructured", BLOCKS), Quantize("int8", BLOCKS, rounding="gptq")
     folder = save_tiny("llama", tmp_path / "in")
-    compressed(folder, tmp_path / "pruned", prune)
-    compressed(tmp_path / "pruned", tmp_path / "twice", quantize)
-    compressed(folder, tmp_path / "once", prune, quantize)
+    compress(folder, tmp_path / "pruned", prune)
+    compress(tmp_path / "pruned", tmp_path / "twice", quantize)
+    compress(folder, tmp_path / "once", prune, quantize)
     once, twice = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "twice"))
     assert once == twice
 
@@ -179,10 +179,8 @@ def test_gptq_makes_up_for_rounding_of_a_pruned_model_not_for_its_pruning(tmp_pa
 @pytest.mark.parametrize("smooth", [None, 0.5])
 def test_gptq_keeps_the_pattern_of_a_source_that_was_pruned_before(smooth: float | None, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
-    compressed(folder, tmp_path / "pruned", Prune(0.5, "sparsegpt", BLOCKS, parameters={"pattern": "2:4"}))
-    manifest = compressed(
-        tmp_path / "pruned", tmp_path / "out", Quantize("int8", BLOCKS, rounding="gptq", smooth=smooth)
-    )
+    compress(folder, tmp_path / "pruned", Prune(0.5, "sparsegpt", BLOCKS, parameters={"pattern": "2:4"}))
+    manifest = compress(tmp_path / "pruned", tmp_path / "out", Quantize("int8", BLOCKS, rounding="gptq", smooth=smooth))
     pruned, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
     names = [name for name, tensor in rounded.items() if tensor.dtype == torch.int8]
     assert len(names) == 14
@@ -195,8 +193,8 @@ def test_gptq_keeps_the_pattern_of_a_source_that_was_pruned_before(smooth: float
 
 def test_zeros_of_the_source_that_get_values_are_counted_and_told(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
-    compressed(folder, tmp_path / "pruned", Prune(0.5, "l1-unstructured", BLOCKS))
-    manifest = compressed(tmp_path / "pruned", tmp_path / "out", DropNeurons(0.25))
+    compress(folder, tmp_path / "pruned", Prune(0.5, "l1-unstructured", BLOCKS))
+    manifest = compress(tmp_path / "pruned", tmp_path / "out", DropNeurons(0.25))
     pruned, fitted = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
     (entry,) = manifest["removed"]["neurons"]
     refilled = {}
@@ -208,7 +206,7 @@ def test_zeros_of_the_source_that_get_values_are_counted_and_told(tmp_path: Path
     (warning,) = list_warnings(manifest)
     assert f"The source is pruned, and {sum(refilled.values()):,} of " in warning
     # A source without zeros has none to lose.
-    assert not list(list_warnings(compressed(folder, tmp_path / "first", DropNeurons(0.25))))
+    assert not list(list_warnings(compress(folder, tmp_path / "first", DropNeurons(0.25))))
 
 
 def outlying(folder: Path) -> Path:
@@ -229,10 +227,10 @@ def outlying(folder: Path) -> Path:
 
 def test_smoothing_moves_outliers_into_weights_and_brings_logits_nearer(tmp_path: Path) -> None:
     folder = outlying(tmp_path / "in")
-    original, inputs = loaded(folder), batches_of(tiny("llama"), 8)[-1]
+    original, inputs = loaded(folder), make_batches(tiny("llama"), 8)[-1]
     errors = {}
     for name, smooth in (("plain", None), ("smooth", 0.5)):
-        manifest = compressed(folder, tmp_path / name, Quantize("int8", BLOCKS, smooth=smooth)) if smooth else None
+        manifest = compress(folder, tmp_path / name, Quantize("int8", BLOCKS, smooth=smooth)) if smooth else None
         if manifest is None:
             convert(folder, tmp_path / name, Recipe((Quantize("int8", BLOCKS),)))
         else:
@@ -247,7 +245,7 @@ def test_smoothing_moves_outliers_into_weights_and_brings_logits_nearer(tmp_path
 def test_a_norm_that_feeds_the_residual_stream_too_takes_nothing(tmp_path: Path) -> None:
     folder = save_tiny("bert", tmp_path / "in")
     with pytest.raises(UnsupportedError, match="can be smoothed"):
-        compressed(folder, tmp_path / "out", Quantize("int8", BLOCKS, smooth=0.5))
+        compress(folder, tmp_path / "out", Quantize("int8", BLOCKS, smooth=0.5))
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -270,15 +268,15 @@ def test_one_norm_is_not_smoothed_in_two_ways(tmp_path: Path, layers: str, block
 def test_a_norm_whose_layers_read_something_else_too_takes_nothing(name: str, tmp_path: Path) -> None:
     """Keys and values of T5Gemma 2's decoder are of what the encoder gives too, by the same layers; PegasusX has two
     norms before one layer."""
-    model, _ = built(name)
+    model, _ = try_build(name)
     with torch.no_grad():
         for parameter, values in model.named_parameters():
             if "norm" in parameter:
                 values.mul_(torch.linspace(1, 4, len(values)))
     model.save_pretrained(tmp_path / "in")
-    manifest = compressed(tmp_path / "in", tmp_path / "out", Quantize("int8", BLOCKS, smooth=0.5))
+    manifest = compress(tmp_path / "in", tmp_path / "out", Quantize("int8", BLOCKS, smooth=0.5))
     assert manifest["calibration"]["smoothed"]
-    inputs = batches_of(model)[0]
+    inputs = make_batches(model)[0]
     with torch.no_grad():
         before, after = model(**inputs).logits, type(model).from_pretrained(tmp_path / "out")(**inputs).logits
     assert float((after - before).norm() / before.norm()) < 0.05
@@ -292,10 +290,10 @@ def test_gemmas_norms_are_divided_with_what_they_add(tmp_path: Path) -> None:
     config = Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=96, pad_token_id=0)
     model = Gemma2ForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "in")
-    compressed(tmp_path / "in", tmp_path / "out", Quantize("int8-weights", BLOCKS, rounding="gptq"))
-    manifest = compressed(tmp_path / "in", tmp_path / "smooth", Quantize("int8", BLOCKS, smooth=0.5))
+    compress(tmp_path / "in", tmp_path / "out", Quantize("int8-weights", BLOCKS, rounding="gptq"))
+    manifest = compress(tmp_path / "in", tmp_path / "smooth", Quantize("int8", BLOCKS, smooth=0.5))
     assert len(manifest["calibration"]["smoothed"]) == 4
-    inputs = batches_of(model)[0]
+    inputs = make_batches(model)[0]
     with torch.no_grad():
         before, after = model(**inputs).logits, loaded(tmp_path / "smooth")(**inputs).logits
     assert float((after - before).norm() / before.norm()) < 0.05
@@ -311,7 +309,7 @@ def test_a_killed_calibrated_conversion_leaves_nothing_that_the_next_does_not_cl
         "told = c._Compressor.act\n"
         "def slow(*a, **k):\n    told(*a, **k)\n    print('block', flush=True)\n    time.sleep(60)\n"
         "c._Compressor.act = slow\n"
-        "compressed(Path(sys.argv[1]), Path(sys.argv[2]), Prune(0.5, 'wanda', BLOCKS))\n"
+        "compress(Path(sys.argv[1]), Path(sys.argv[2]), Prune(0.5, 'wanda', BLOCKS))\n"
     )
     command = [sys.executable, "-c", code, str(folder), str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}) as run:
@@ -320,7 +318,7 @@ def test_a_killed_calibrated_conversion_leaves_nothing_that_the_next_does_not_cl
         run.send_signal(signal.SIGKILL)
     assert not (tmp_path / "out").exists()
     assert len(list(tmp_path.iterdir())) > 1
-    compressed(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
+    compress(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -342,7 +340,7 @@ def test_a_model_that_reads_a_block_from_outside_is_run_as_a_whole(
 ) -> None:
     """Each layer is then pruned by what the original gives it, and the manifest says so."""
     folder = save_tiny("llama", tmp_path / "in")
-    by_hand, batches = copy.deepcopy(tiny("llama")), batches_of(tiny("llama"))
+    by_hand, batches = copy.deepcopy(tiny("llama")), make_batches(tiny("llama"))
     norms = norms_by_hook(by_hand, by_hand.model, batches)
     for name, layer in linears(by_hand.model):
         scores = layer.weight.data.double().abs() * norms[name]
@@ -355,7 +353,7 @@ def test_a_model_that_reads_a_block_from_outside_is_run_as_a_whole(
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", outside)
-    manifest = compressed(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
+    manifest = compress(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
     assert not manifest["calibration"]["blocks_apart"]
     assert "cannot be run one by one" in " ".join(describe_calibration(summarize_calibration(manifest)))
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
@@ -388,5 +386,5 @@ def test_a_fault_in_compressing_is_not_taken_for_a_model_that_runs_otherwise(
     monkeypatch.setattr(type(METHODS["wanda"]), "prune", broken)
     folder = save_tiny("llama", tmp_path / "in")
     with pytest.raises(ValueError, match="a fault"):
-        compressed(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
+        compress(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
     assert list(tmp_path.iterdir()) == [folder]

@@ -1,4 +1,4 @@
-"""Bad input of a calibrated conversion: one clear message, exit code 1 or 2, nothing written."""
+"""Bad input of a calibrated conversion gives one clear message and exit code 1 or 2; nothing is written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperForConditionalGeneration
 
-from tests.compress.conftest import Refused
+from tests.compress.conftest import Refusal
 from tests.knowing import KNOWN_FACTS, save_trained
 from tests.long import long
 from tests.models import save_tiny
@@ -45,32 +45,32 @@ def notes(tmp_path: Path) -> Path:
         ("foreign.txt", b"quux " * 4000, "The tokenizer does not know 100% of the tokens"),
     ],
 )
-def test_a_text_that_tells_nothing(
-    name: str, content: bytes, message: str, llama: Path, tmp_path: Path, refused: Refused
+def test_an_unusable_text_is_refused(
+    name: str, content: bytes, message: str, llama: Path, tmp_path: Path, refusal: Refusal
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    said = refused(llama, *WANDA, "--calibration", str(tmp_path / name))
-    assert message in said
-    assert name in said
+    printed = refusal(llama, *WANDA, "--calibration", str(tmp_path / name))
+    assert message in printed
+    assert name in printed
 
 
-def test_tokens_that_the_model_has_no_row_for(llama: Path, notes: Path, refused: Refused) -> None:
+def test_tokens_without_a_row_in_the_embedding_are_refused(llama: Path, notes: Path, refusal: Refusal) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.add_tokens(["quux"])
     tokenizer.save_pretrained(llama)
     notes.write_text("quux " * 4000, encoding="utf-8")
-    said = refused(llama, *WANDA, "--calibration", str(notes))
-    assert "The tokenizer gives token" in said
-    assert "the model's embedding has" in said
+    message = refusal(llama, *WANDA, "--calibration", str(notes))
+    assert "The tokenizer gives token" in message
+    assert "the model's embedding has" in message
 
 
 @pytest.mark.parametrize(("text", "message"), [("none.txt", "no calibration text none.txt"), ("a.pdf", "'a.pdf'")])
-def test_a_text_that_is_not_there_is_refused_before_torch_is_imported(
-    text: str, message: str, llama: Path, refused: Refused
+def test_a_missing_text_is_refused_before_torch_is_imported(
+    text: str, message: str, llama: Path, refusal: Refusal
 ) -> None:
-    said = refused(llama, *WANDA, "--calibration", text, code=2)
-    assert message in said
-    assert "FILE.jsonl" in said
+    printed = refusal(llama, *WANDA, "--calibration", text, code=2)
+    assert message in printed
+    assert "FILE.jsonl" in printed
     code = (
         "import sys\nfrom compressknow.cli import main\ncode = main(sys.argv[1:])\nprint(code, 'torch' in sys.modules)"
     )
@@ -109,36 +109,36 @@ def test_a_text_that_is_not_there_is_refused_before_torch_is_imported(
         (["--drop-blocks", "2"], 2, "Dropping 2 blocks would leave none"),
     ],
 )
-def test_options_that_do_not_fit(options: list[str], code: int, message: str, llama: Path, refused: Refused) -> None:
-    assert message in refused(llama, *options, code=code)
+def test_bad_options_are_refused(options: list[str], code: int, message: str, llama: Path, refusal: Refusal) -> None:
+    assert message in refusal(llama, *options, code=code)
 
 
-def test_a_model_that_reads_no_text_is_refused(llama: Path, tmp_path: Path, notes: Path, refused: Refused) -> None:
+def test_a_model_that_reads_no_text_is_refused(llama: Path, tmp_path: Path, notes: Path, refusal: Refusal) -> None:
     sizes = {"d_model": 48, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
     special = {f"{name}_token_id": 1 for name in ("bos", "eos", "pad", "decoder_start")}
     WhisperForConditionalGeneration(WhisperConfig(vocab_size=99, **sizes, **special)).save_pretrained(tmp_path / "ear")
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "ear")
-    said = refused(tmp_path / "ear", *WANDA, "--calibration", str(notes))
-    assert "WhisperForConditionalGeneration fails on the calibration text." in said
+    printed = refusal(tmp_path / "ear", *WANDA, "--calibration", str(notes))
+    assert "WhisperForConditionalGeneration fails on the calibration text." in printed
 
 
 def test_a_model_whose_norms_feed_more_than_layers_is_not_smoothed(
-    tmp_path: Path, notes: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, notes: Path, refusal: Refusal, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bert = save_trained("bert", tmp_path / "in")
     capsys.readouterr()
-    said = refused(bert, "--quantize", "int8", "--smooth", "0.5", "--calibration", str(notes))
-    assert "Nothing in bert.encoder.layer.0 can be smoothed" in said
+    message = refusal(bert, "--quantize", "int8", "--smooth", "0.5", "--calibration", str(notes))
+    assert "Nothing in bert.encoder.layer.0 can be smoothed" in message
 
 
-def test_what_cannot_be_smoothed_is_told_before_the_model_writes_a_text(
-    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_unsmoothable_models_are_refused_before_they_write_a_text(
+    tmp_path: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bert, albert = save_trained("bert", tmp_path / "bert"), save_tiny("albert", tmp_path / "albert")
     capsys.readouterr()
     monkeypatch.setattr("compressknow.compress.calibrate.text.read_calibration_text", pytest.fail)
-    assert "Nothing in bert.encoder.layer.0 can be smoothed" in refused(bert, "--quantize", "int8", "--smooth", "0.5")
-    assert "share their weights" in refused(albert, "--quantize", "int8", "--smooth", "0.5")
+    assert "Nothing in bert.encoder.layer.0 can be smoothed" in refusal(bert, "--quantize", "int8", "--smooth", "0.5")
+    assert "share their weights" in refusal(albert, "--quantize", "int8", "--smooth", "0.5")
 
 
 @pytest.mark.parametrize(
@@ -149,44 +149,44 @@ def test_what_cannot_be_smoothed_is_told_before_the_model_writes_a_text(
         (["--scope", "final"], "lm_head"),
         (["--include", "down_proj", "--drop-neurons", "0.25"], "model.layers.0"),
     ],
-    ids=["first", "later", "no-block", "smaller"],
+    ids=["first-block", "second-block", "outside-blocks", "fewer-neurons"],
 )
 @pytest.mark.parametrize("dry_run", [True, False], ids=["dry", "real"])
-def test_a_block_that_cannot_be_smoothed_is_told_before_the_text(
+def test_an_unsmoothable_block_is_named_before_the_text_is_read(
     options: list[str],
     module: str,
     dry_run: bool,
     llama: Path,
     notes: Path,
-    refused: Refused,
+    refusal: Refusal,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("compressknow.compress.calibrate.text.read_calibration_text", pytest.fail)
     smooth = ["--quantize", "int8", "--smooth", "0.5", "--calibration", str(notes)]
-    said = refused(llama, *smooth, *options, *(["--dry-run"] if dry_run else []))
-    assert f"Nothing in {module} can be smoothed" in said
+    message = refusal(llama, *smooth, *options, *(["--dry-run"] if dry_run else []))
+    assert f"Nothing in {module} can be smoothed" in message
 
 
-def test_a_checkpoint_without_tokenizer(
-    tmp_path: Path, notes: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+def test_a_checkpoint_without_tokenizer_is_refused(
+    tmp_path: Path, notes: Path, refusal: Refusal, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tiny("llama", tmp_path / "in")
     capsys.readouterr()
     for text in ("self", str(notes)):
-        assert "has no tokenizer" in refused(tmp_path / "in", *WANDA, "--calibration", text)
+        assert "has no tokenizer" in refusal(tmp_path / "in", *WANDA, "--calibration", text)
 
 
-def test_a_block_that_gives_infinities_is_named(llama: Path, notes: Path, refused: Refused) -> None:
+def test_a_block_that_gives_infinities_is_named(llama: Path, notes: Path, refusal: Refusal) -> None:
     weights = load_file(llama / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 1e38
     weights["model.layers.1.mlp.up_proj.weight"] *= 1e20
     save_file(weights, llama / "model.safetensors", {"format": "pt"})
-    said = refused(llama, *WANDA, "--calibration", str(notes))
-    assert "model.layers.1 gives NaN or infinities on the calibration text" in said
+    message = refusal(llama, *WANDA, "--calibration", str(notes))
+    assert "model.layers.1 gives NaN or infinities on the calibration text" in message
 
 
-# With as much address space as is taken already, and so many bytes more.
-WITH_LITTLE_MEMORY = """
+# argv[1] is the address space, in bytes, that the run may take after its imports.
+WITH_LIMITED_MEMORY = """
 import resource, sys
 import compressknow.compress.calibrate.compression, compressknow.compress.calibrate.text
 import transformers.models.llama.modeling_llama
@@ -199,14 +199,14 @@ sys.exit(main(sys.argv[2:]))
 
 
 @long
-@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux alone")
-def test_no_memory_for_a_block_names_it(llama: Path, notes: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits address space")
+def test_a_block_that_does_not_fit_in_memory_is_named(llama: Path, notes: Path, tmp_path: Path) -> None:
     config = LlamaConfig.from_pretrained(llama, intermediate_size=20_000, num_hidden_layers=1)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(llama)
     out = tmp_path / "out"
     options = ["--prune", "0.5", "--prune-method", "sparsegpt", "--calibration", str(notes), "--threads", "1"]
     # X^T X of 20,000 channels takes 1.6 GB.
-    command = [sys.executable, "-c", WITH_LITTLE_MEMORY, str(10**9), "convert", str(llama), str(out), *options]
+    command = [sys.executable, "-c", WITH_LIMITED_MEMORY, str(10**9), "convert", str(llama), str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1
@@ -214,7 +214,7 @@ def test_no_memory_for_a_block_names_it(llama: Path, notes: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "notes.txt"]
 
 
-STOPPED = """
+WITH_FREQUENT_PROGRESS = """
 import sys
 import compressknow.cli.terminal as terminal
 terminal.SECONDS_ELSEWHERE = 0.01
@@ -230,12 +230,12 @@ def test_an_interrupted_run_leaves_nothing(stage: str, tokens: str, llama: Path,
     notes.write_text(SENTENCES * 200, encoding="utf-8")
     text = [] if stage.startswith("Writing") else ["--calibration", str(notes)]
     options = ["--prune", "0.5", "--prune-method", "sparsegpt", *text, "--calibration-tokens", tokens]
-    command = [sys.executable, "-c", STOPPED, "convert", str(llama), str(tmp_path / "out"), *options]
+    command = [sys.executable, "-c", WITH_FREQUENT_PROGRESS, "convert", str(llama), str(tmp_path / "out"), *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
         assert any(line.startswith(stage) for line in run.stderr)
         run.send_signal(signal.SIGINT)
-        said = run.stderr.read()
+        message = run.stderr.read()
     assert run.returncode == 130
-    assert said.endswith("Interrupted. Nothing was written.\n")
+    assert message.endswith("Interrupted. Nothing was written.\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "notes.txt"]

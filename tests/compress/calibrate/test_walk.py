@@ -26,7 +26,7 @@ from compressknow.compress.sources import Sources
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.tensors import OpenFiles
-from tests.compress.test_zoo_converts import built
+from tests.compress.test_zoo_converts import try_build
 from tests.models import save_tiny, tiny
 
 FAMILIES = ("bert", "albert", "t5-gated", "bart", "gpt2", "llama-tied", "opt", "gpt-neox")
@@ -56,7 +56,7 @@ class Seeing(Visitor):
         self.order.append(module)
 
 
-def batches_of(model: PreTrainedModel, count: int = 5) -> Batches:
+def make_batches(model: PreTrainedModel, count: int = 5) -> Batches:
     drawing = torch.Generator().manual_seed(3)
 
     def drawn(length: int) -> torch.Tensor:
@@ -114,7 +114,7 @@ def seen_by_hooks(model: PreTrainedModel, batches: Batches) -> dict[str, torch.T
 def test_what_is_seen_block_by_block_is_what_the_whole_model_shows(name: str, keeps: bool, tmp_path: Path) -> None:
     folder = save_tiny(name, tmp_path / "in")
     model = copy.deepcopy(tiny(name))
-    batches = batches_of(model)
+    batches = make_batches(model)
     seeing, found = walked(folder, batches, keeps=keeps)
     expected = seen_by_hooks(model, batches)
     assert len(set(seeing.order)) >= 2 or name == "albert"
@@ -147,10 +147,10 @@ def test_a_copy_is_of_what_was_read_though_another_lay_in_its_place() -> None:
 @pytest.mark.parametrize("name", ["ZambaForCausalLM", "Zamba2ForCausalLM"])
 def test_a_weight_that_blocks_share_is_seen_in_each_of_them(name: str, tmp_path: Path) -> None:
     """An adapter of Zamba2's shared block is used in one of them alone, where it reads what a shared weight does."""
-    model, _ = built(name)
+    model, _ = try_build(name)
     model.save_pretrained(tmp_path / "in")
     checkpoint, tree = open_complete(tmp_path / "in")
-    batches, found = batches_of(model, 2), {}
+    batches, found = make_batches(model, 2), {}
     observe(checkpoint, tree, [batches], lambda seen, *_: found.update(seen), products=True, threads=2)
     expected = seen_by_hooks(model, batches)
     shared = [weight for weight in read_structure(tree).linears if weight.sharing]
@@ -177,7 +177,7 @@ def test_a_layer_outside_the_blocks_is_still_in_memory_in_the_next_walk(tmp_path
             outputs.append({})
             visitor = Listening()
             visitor.lone_layers = lone_layers
-            walk(streamed, batches_of(tiny("albert"), 1), visitor, pool)
+            walk(streamed, make_batches(tiny("albert"), 1), visitor, pool)
     first, second = outputs
     assert first.keys() - second.keys() == set(Listening.lone_layers)
     assert all(torch.equal(first[module], second[module]) for module in second)
@@ -201,9 +201,9 @@ def test_a_weight_that_is_not_in_memory_multiplies_nothing(tmp_path: Path) -> No
 
 def test_an_embedding_is_read_before_a_model_moves_token_ids_to_its_device(tmp_path: Path) -> None:
     """As Llama 4 does: on no device ids have no values, and all that follows would be noise."""
-    model, _ = built("Llama4ForCausalLM")
+    model, _ = try_build("Llama4ForCausalLM")
     model.save_pretrained(tmp_path / "in")
-    batches, found = batches_of(model, 2), {}
+    batches, found = make_batches(model, 2), {}
     observe(*open_complete(tmp_path / "in"), [batches], lambda seen, *_: found.update(seen), products=True)
     read = read_by(model, "model.layers.0.self_attn.q_proj", batches)
     products = found[Key("model.layers.0.self_attn.q_proj.weight")].products
@@ -214,7 +214,7 @@ def test_an_embedding_is_read_before_a_model_moves_token_ids_to_its_device(tmp_p
 def test_a_block_whose_output_is_kept_runs_once_unless_it_overwrites_what_it_reads(
     keeps: bool, overwrites: bool, runs: int, tmp_path: Path
 ) -> None:
-    folder, batches = save_tiny("llama", tmp_path / "in"), batches_of(tiny("llama"))
+    folder, batches = save_tiny("llama", tmp_path / "in"), make_batches(tiny("llama"))
     ran: list[int] = []
 
     def change(tree: PreTrainedModel) -> None:
@@ -251,7 +251,7 @@ def test_a_pair_of_passes_shows_how_far_inputs_have_drifted_from_the_originals(
         for weight in weights.values():
             weight.mul_(0.9)
 
-    texts = [batches_of(model, 3), batches_of(model, 2)]
+    texts = [make_batches(model, 3), make_batches(model, 2)]
     observe(*open_complete(folder), texts, visit, products=True, pairs=True, threads=3)
     for number in range(len(model.model.layers)):
         changed = copy.deepcopy(model)
@@ -286,7 +286,7 @@ def read_by(model: PreTrainedModel, module: str, batches: Batches) -> torch.Tens
 
 def test_sums_are_the_same_bits_whatever_the_number_of_threads(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
-    batches = batches_of(tiny("llama"), 9)
+    batches = make_batches(tiny("llama"), 9)
     one, several = (walked(folder, batches, threads)[1] for threads in (1, 3))
     for parameter, statistics in one.items():
         assert torch.equal(statistics.products, several[parameter].products), parameter
@@ -334,14 +334,14 @@ def test_a_head_whose_inputs_alone_are_wanted_is_not_multiplied(
 
     monkeypatch.setattr(nn.Linear, "forward", noted)
     found: dict[Key, InputStatistics] = {}
-    observe(*open_complete(folder), [batches_of(model)], lambda seen, *_: found.update(seen), products=True)
+    observe(*open_complete(folder), [make_batches(model)], lambda seen, *_: found.update(seen), products=True)
     assert found[Key("lm_head.weight")].tokens == 5 * 2 * 11
     assert model.config.intermediate_size in widths
     assert model.config.vocab_size not in widths
 
 
 def test_layers_that_read_the_same_tensor_share_their_sums(tmp_path: Path) -> None:
-    _, found = walked(save_tiny("llama", tmp_path / "in"), batches_of(tiny("llama")))
+    _, found = walked(save_tiny("llama", tmp_path / "in"), make_batches(tiny("llama")))
     layer = "model.layers.0"
     q, k, v = (found[f"{layer}.self_attn.{name}_proj.weight"].products for name in "qkv")
     assert q is k is v
@@ -393,7 +393,7 @@ def test_a_block_that_gives_nan_is_named(tmp_path: Path) -> None:
         model.model.layers[1].post_attention_layernorm.weight.fill_(float("nan"))
     model.save_pretrained(tmp_path / "in")
     with pytest.raises(CompressknowError, match=r"model\.layers\.1 gives NaN"):
-        walked(tmp_path / "in", batches_of(model))
+        walked(tmp_path / "in", make_batches(model))
 
 
 def test_a_walk_that_fails_leaves_no_thread(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_a_walk_that_fails_leaves_no_thread(tmp_path: Path) -> None:
         model.model.layers[0].mlp.down_proj.weight.fill_(float("inf"))
     model.save_pretrained(tmp_path / "in")
     with pytest.raises(CompressknowError):
-        walked(tmp_path / "in", batches_of(model))
+        walked(tmp_path / "in", make_batches(model))
     assert threading.active_count() == before
 
 
@@ -421,6 +421,6 @@ def test_while_blocks_run_neither_embedding_nor_head_is_in_memory(name: str, tmp
                 held.append([str(each.shape) for each in outside if each.shape[0] == rows and not each.is_meta])
                 return ()
 
-        walk(streamed, batches_of(tiny(name)), Looking({}, pool.check), pool)
+        walk(streamed, make_batches(tiny(name)), Looking({}, pool.check), pool)
     assert held
     assert not any(held)

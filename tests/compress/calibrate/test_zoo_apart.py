@@ -23,7 +23,7 @@ from compressknow.compress.steps import Prune, Where
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.tensors import OpenFiles
-from tests.compress.test_zoo_converts import CLASSES, built
+from tests.compress.test_zoo_converts import CLASSES, try_build
 from tests.long import one_in
 from tests.zoo import make_inputs
 
@@ -40,7 +40,7 @@ class Nowhere:
 
 
 def outcome_of(name: str, folder: Path) -> str:
-    made = built(name)
+    made = try_build(name)
     if made is None:
         return "not built"
     model, _ = made

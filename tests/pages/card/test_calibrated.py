@@ -18,7 +18,7 @@ from compressknow.pages.card import warnings
 from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.records import Card
 from tests.compress.calibrate.test_compression import BLOCKS
-from tests.compress.calibrate.test_compression import compressed as calibrated_on_little
+from tests.compress.calibrate.test_compression import compress as compress_on_drawn_text
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.models import save_tiny
 from tests.pages.card.cards import compressed, original
@@ -161,7 +161,7 @@ def test_a_share_of_parameters_is_unseen_matrices_of_experts_apart() -> None:
 
 def test_experts_that_few_tokens_reach_are_a_warning(tmp_path: Path) -> None:
     folder = save_tiny("mixtral", tmp_path / "mixtral")
-    calibrated_on_little(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS), count=1)
+    compress_on_drawn_text(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS), count=1)
     said = describe(locate(tmp_path / "out"))["calibration"]
     assert said["unseen_share"] == pytest.approx(share_of_unseen(tmp_path / "out"))
     (told,) = warnings.warn_of_calibration(original(), replace(compressed(), calibration=said))
