@@ -30,7 +30,7 @@ from compressknow.evaluate.records import Speed
 from compressknow.pages.card.make import make_card
 from compressknow.pages.study.summary import Cliff, LossRanking
 from compressknow.study.grid import read_grid
-from tests.evaluate.layouts import WORDS, bear_folder, lama_folder
+from tests.evaluate.layouts import WORDS, write_bear, write_lama
 from tests.long import long
 from tests.pages.answering import run, sides
 from tests.shown import PAGES, ROOT, Shown, blocks, commands, name_of
@@ -69,8 +69,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the pages' commands find what they name."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "examples").symlink_to(ROOT / "examples")
-    lama_folder(folder / "data" / "lama")
-    bear_folder(folder / "data" / "bear")
+    write_lama(folder / "data" / "lama")
+    write_bear(folder / "data" / "bear")
     (folder / "wiki.test.raw").write_text("\n".join(fact.prompt for fact in _atlas()[:1500]), encoding="utf-8")
     _small_llama(folder / "build" / "smollm2")
     compressknow.convert(

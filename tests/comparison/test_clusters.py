@@ -32,15 +32,15 @@ SIMULATED = 500
 relations = st.lists(st.builds(Counts, *[st.integers(0, 30)] * 4), max_size=12)
 
 
-def shares(drawn: np.random.Generator, mean: float, icc: float, number: int) -> np.ndarray:
+def draw_chances(rng: np.random.Generator, mean: float, icc: float, number: int) -> np.ndarray:
     """A chance for each relation, of this mean, such that its facts have the correlation `icc` (beta distribution)."""
-    return drawn.beta(mean * (1 / icc - 1), (1 - mean) * (1 / icc - 1), number) if icc else np.full(number, mean)
+    return rng.beta(mean * (1 / icc - 1), (1 - mean) * (1 / icc - 1), number) if icc else np.full(number, mean)
 
 
-def without_net_change(drawn: np.random.Generator, number: int, facts: int, icc: float) -> list[Counts]:
+def draw_without_net_change(rng: np.random.Generator, number: int, facts: int, icc: float) -> list[Counts]:
     """Relations of which facts are lost or gained by a chance of their own, over all relations alike."""
-    changed = drawn.binomial(facts, 0.12, number)
-    lost = drawn.binomial(changed, shares(drawn, 0.5, icc, number))
+    changed = rng.binomial(facts, 0.12, number)
+    lost = rng.binomial(changed, draw_chances(rng, 0.5, icc, number))
     pairs = zip(lost.tolist(), (changed - lost).tolist(), strict=True)
     return [Counts(both=facts - less - more, lost=less, gained=more) for less, more in pairs]
 
@@ -48,8 +48,8 @@ def without_net_change(drawn: np.random.Generator, number: int, facts: int, icc:
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize(("number", "facts"), [(63, 64), (20, 20), (6, 40)])
 def test_where_nothing_changed_on_the_whole_few_tests_say_that_it_did(number: int, facts: int, icc: float) -> None:
-    drawn = np.random.default_rng(1)
-    made = [without_net_change(drawn, number, facts, icc) for _ in range(SIMULATED)]
+    rng = np.random.default_rng(1)
+    made = [draw_without_net_change(rng, number, facts, icc) for _ in range(SIMULATED)]
     alarms = sum(run_paired_test(each).p < 0.05 for each in made) / SIMULATED
     # What 6 % would give in all but one of twenty simulations.
     assert alarms <= 0.06 + 1.64 * (0.06 * 0.94 / SIMULATED) ** 0.5
@@ -62,10 +62,10 @@ def test_where_nothing_changed_on_the_whole_few_tests_say_that_it_did(number: in
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("number", [63, 25, 6])
 def test_the_interval_over_relations_holds_the_true_share(number: int, icc: float, kept: float) -> None:
-    drawn, held, simple = np.random.default_rng(14), 0, 0
+    rng, held, simple = np.random.default_rng(14), 0, 0
     for _ in range(SIMULATED):
-        known = drawn.integers(10, 60, number)
-        both = drawn.binomial(known, shares(drawn, kept, icc, number))
+        known = rng.integers(10, 60, number)
+        both = rng.binomial(known, draw_chances(rng, kept, icc, number))
         found, alone = (
             share_by_cluster(both.tolist(), known.tolist()),
             estimate_proportion(int(both.sum()), int(known.sum())),
@@ -123,10 +123,10 @@ def test_a_large_relation_beside_small_ones_hides_no_loss() -> None:
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("sizes", [(600, 300, 200, 150, 120, 100), (270, *[30] * 8)])
 def test_of_relations_of_unequal_sizes_few_tests_say_what_is_not_so(sizes: tuple[int, ...], icc: float) -> None:
-    drawn, alarms = np.random.default_rng(5), 0
+    rng, alarms = np.random.default_rng(5), 0
     for _ in range(SIMULATED):
-        changed = drawn.binomial(sizes, 0.12)
-        lost = drawn.binomial(changed, shares(drawn, 0.5, icc, len(sizes)))
+        changed = rng.binomial(sizes, 0.12)
+        lost = rng.binomial(changed, draw_chances(rng, 0.5, icc, len(sizes)))
         rows = zip(sizes, changed.tolist(), lost.tolist(), strict=True)
         made = [Counts(both=n - of, lost=less, gained=of - less) for n, of, less in rows]
         alarms += run_paired_test(made).p < 0.05
@@ -155,10 +155,10 @@ def test_facts_that_hang_together_tell_less() -> None:
 @pytest.mark.parametrize("icc", [0.0, 0.1])
 @pytest.mark.parametrize(("number", "loss"), [(60, 0.05), (20, 0.1), (8, 0.1)])
 def test_the_interval_of_a_difference_holds_the_true_one(number: int, loss: float, icc: float) -> None:
-    drawn, held = np.random.default_rng(14), 0
+    rng, held = np.random.default_rng(14), 0
     for _ in range(SIMULATED):
-        sizes = drawn.integers(10, 60, number)
-        lost = drawn.binomial(sizes, shares(drawn, loss, icc, number))
+        sizes = rng.integers(10, 60, number)
+        lost = rng.binomial(sizes, draw_chances(rng, loss, icc, number))
         made = [Counts(both=n - less, lost=less) for n, less in zip(sizes.tolist(), lost.tolist(), strict=True)]
         found = estimate_difference_by_cluster(made)
         held += found.low <= -loss <= found.high

@@ -25,7 +25,7 @@ from compressknow.comparison.power import (
     find_smallest_loss,
 )
 from compressknow.comparison.records import Counts
-from tests.comparison.test_clusters import shares
+from tests.comparison.test_clusters import draw_chances
 
 SIMULATED = 4000
 COUNTS = [Counts(169, 16, 19, 96), Counts(185), Counts(2311, 89, 41, 1580), Counts(60, 9, 3, 20)]
@@ -35,8 +35,8 @@ def shown(known: int, loss: float, gained: float, unknown: int) -> float:
     """How often the exact McNemar test shows a loss, of models that lose and gain facts with these chances."""
     facts = known + unknown
     up, down = gained * known / facts, (gained + loss) * known / facts
-    drawn = np.random.default_rng(7).multinomial(facts, [down, up, 1 - up - down], size=SIMULATED)
-    seen = [lost > won and run_mcnemar(Counts(lost=lost, gained=won)) < 0.05 for lost, won, _ in drawn.tolist()]
+    rng = np.random.default_rng(7).multinomial(facts, [down, up, 1 - up - down], size=SIMULATED)
+    seen = [lost > won and run_mcnemar(Counts(lost=lost, gained=won)) < 0.05 for lost, won, _ in rng.tolist()]
     return sum(seen) / SIMULATED
 
 
@@ -117,32 +117,32 @@ def test_a_share_that_is_the_gate_is_never_decided() -> None:
 @pytest.mark.parametrize("icc", [0.1, 0.3])
 def test_of_relations_that_differ_the_smallest_loss_is_seen_as_often(icc: float) -> None:
     """Facts are known with 60 %, those that change lost or gained by a chance that is the relation's."""
-    drawn = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
     told = [
-        find_smallest_loss(sum(c, Counts()), design_of_change(c)) for c in (relations(drawn, icc, 0) for _ in range(60))
+        find_smallest_loss(sum(c, Counts()), design_of_change(c)) for c in (relations(rng, icc, 0) for _ in range(60))
     ]
     loss = float(np.median([each for each in told if each is not None]))
-    tested = [relations(drawn, icc, loss) for _ in range(400)]
+    tested = [relations(rng, icc, loss) for _ in range(400)]
     seen = [run_paired_test(c).p < 0.05 and sum(each.lost - each.gained for each in c) > 0 for c in tested]
     assert abs(sum(seen) / len(seen) - POWER) < 0.1
 
 
 @pytest.mark.parametrize("icc", [0.1, 0.3])
 def test_of_relations_that_only_lose_the_smallest_loss_is_seen_as_often(icc: float) -> None:
-    drawn = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
 
     def lose(loss: float) -> list[Counts]:
-        return [Counts(20 - lost, lost) for lost in drawn.binomial(20, shares(drawn, loss, icc, 20)).tolist()]
+        return [Counts(20 - lost, lost) for lost in rng.binomial(20, draw_chances(rng, loss, icc, 20)).tolist()]
 
     told = [find_smallest_loss(sum(c, Counts()), design_of_change(c)) for c in (lose(0.03) for _ in range(60))]
     tested = [lose(float(np.median([each for each in told if each is not None]))) for _ in range(400)]
     assert sum(run_paired_test(c).p < 0.05 for c in tested) / len(tested) > POWER - 0.1
 
 
-def relations(drawn: np.random.Generator, icc: float, net: float, number: int = 40, facts: int = 40) -> list[Counts]:
+def relations(rng: np.random.Generator, icc: float, net: float, number: int = 40, facts: int = 40) -> list[Counts]:
     known, mean, concentration = round(0.6 * facts), (0.06 + net) / (0.12 + net), 1 / icc - 1
-    changed = drawn.binomial(known, 0.12 + net, number)
-    lost = drawn.binomial(changed, drawn.beta(mean * concentration, (1 - mean) * concentration, number))
+    changed = rng.binomial(known, 0.12 + net, number)
+    lost = rng.binomial(changed, rng.beta(mean * concentration, (1 - mean) * concentration, number))
     pairs = zip(lost.tolist(), (changed - lost).tolist(), strict=True)
     return [Counts(known - less, less, more, facts - known - more) for less, more in pairs]
 

@@ -16,7 +16,7 @@ RUNS = 2000
 WON = math.log(2 / LEVEL)
 
 
-def drawn(facts: int, known: int, kept: int, runs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_orders(facts: int, known: int, kept: int, runs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """So many runs through the same facts in random order: known, kept, [runs, facts]."""
     order = np.argsort(np.random.default_rng(seed).random((runs, facts)), axis=1)
     return order < known, order < kept
@@ -29,7 +29,7 @@ def drawn(facts: int, known: int, kept: int, runs: int, seed: int = 0) -> tuple[
 def test_at_the_gate_itself_hardly_any_run_decides(facts: int, known: int, kept: int) -> None:
     decided = 0
     for seed in range(4):
-        runs = drawn(facts, known, kept, RUNS // 4, seed)
+        runs = draw_orders(facts, known, kept, RUNS // 4, seed)
         above, below = compute_capitals(*runs, kept / known, facts)
         # That all facts are done decides too, and rightly.
         decided += int((np.maximum(above, below)[:, :-1] >= WON).any(axis=1).sum())
@@ -37,7 +37,7 @@ def test_at_the_gate_itself_hardly_any_run_decides(facts: int, known: int, kept:
 
 
 def test_near_the_gate_few_runs_are_wrong() -> None:
-    known, kept = drawn(400, 250, 220, RUNS)
+    known, kept = draw_orders(400, 250, 220, RUNS)
     for gate, wrong_side in ((0.87, 1), (0.89, 0)):
         capital = compute_capitals(known, kept, gate, 400)
         first = [np.where((side >= WON).any(axis=1), (side >= WON).argmax(axis=1), 400) for side in capital]
@@ -46,7 +46,7 @@ def test_near_the_gate_few_runs_are_wrong() -> None:
 
 @long
 def test_the_confidence_sequence_holds_the_share_of_all_facts() -> None:
-    known, kept = drawn(400, 250, 220, 400)
+    known, kept = draw_orders(400, 250, 220, 400)
     stops = [decide_gate(0.8, *run, 400) for run in zip(known, kept, strict=True)]
     held = sum(stop.kept.low <= 0.88 <= stop.kept.high for stop in stops)
     assert held / len(stops) >= 1 - LEVEL
@@ -100,7 +100,7 @@ def test_the_capital_is_that_of_a_plain_reference(seed: int, gate: float, number
 
 
 def test_the_capital_falls_and_rises_with_the_gate_so_that_what_is_left_is_an_interval() -> None:
-    known, kept = drawn(300, 200, 170, 1)
+    known, kept = draw_orders(300, 200, 170, 1)
     gates = np.linspace(0.05, 0.99, 60)
     found = [compute_capitals(known[0, :120], kept[0, :120], gate, 300) for gate in gates]
     above, below = (np.minimum([pair[side] for pair in found], 100.0) for side in (0, 1))
@@ -111,7 +111,7 @@ def test_the_capital_falls_and_rises_with_the_gate_so_that_what_is_left_is_an_in
 @pytest.mark.parametrize("gate", [0.8, 0.99])
 def test_it_takes_under_a_third_of_the_facts_where_the_share_is_not_near_the_gate(gate: float) -> None:
     # As many as atlas has, of which SmolLM2 knows as many and keeps as many without pruning.
-    known, kept = drawn(4021, 2480, 2270, 20)
+    known, kept = draw_orders(4021, 2480, 2270, 20)
     took = [decide_gate(gate, *run, 4021).facts for run in zip(known, kept, strict=True)]
     assert max(took) < 4021 / 3
 
@@ -135,7 +135,7 @@ def test_what_cannot_be_any_more_is_decided_at_once() -> None:
 
 def test_a_share_that_is_the_gate_seems_impossible_at_no_fact_before_the_last() -> None:
     # 3,333 of 3,999 is not a float: sums of floats leave a residue, which decided such runs one fact before the end.
-    known, kept = drawn(4000, 3999, 3333, 300)
+    known, kept = draw_orders(4000, 3999, 3333, 300)
     for rows in np.split(np.arange(300), 6):
         above, below = compute_capitals(known[rows], kept[rows], 3333 / 3999, 4000)
         assert np.isfinite(above[:, :-1]).all()
@@ -149,7 +149,7 @@ def test_facts_that_the_original_does_not_know_say_nothing() -> None:
 
 
 def test_the_interval_lies_on_the_side_of_the_answer() -> None:
-    known, kept = drawn(2000, 1200, 1100, 10)
+    known, kept = draw_orders(2000, 1200, 1100, 10)
     for gate in (0.8, 0.99):
         for run in zip(known, kept, strict=True):
             stop = decide_gate(gate, *run, 2000)

@@ -62,7 +62,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
-def trex(relation: str, sub_label: str, obj_label: str, uuid: str, evidence: str | None = None) -> dict[str, Any]:
+def make_trex(relation: str, sub_label: str, obj_label: str, uuid: str, evidence: str | None = None) -> dict[str, Any]:
     """A row of T-REx, with the sentence of its evidence or in the short form of some copies."""
     row: dict[str, Any] = {"uuid": uuid, "sub_label": sub_label, "obj_label": obj_label, "predicate_id": relation}
     if evidence:
@@ -70,7 +70,7 @@ def trex(relation: str, sub_label: str, obj_label: str, uuid: str, evidence: str
     return row
 
 
-def google_re(sub_label: str, obj_label: str, uuid: str, judgments: str = "yes yes yes") -> dict[str, Any]:
+def make_google_re(sub_label: str, obj_label: str, uuid: str, judgments: str = "yes yes yes") -> dict[str, Any]:
     return {
         "pred": "/people/person/place_of_birth",
         "sub_label": sub_label,
@@ -81,28 +81,28 @@ def google_re(sub_label: str, obj_label: str, uuid: str, judgments: str = "yes y
     }
 
 
-def lama_folder(folder: Path) -> Path:
+def write_lama(folder: Path) -> Path:
     """All four sets of LAMA, a few rows each."""
     write_jsonl(folder / "relations.jsonl", RELATIONS)
     (folder / "common_vocab_cased.txt").write_text("\n".join([*WORDS, "Paris", ""]), encoding="utf-8")
     capitals = [
-        trex("P36", "France", "Paris", "a"),
-        trex("P36", "Italy ", "Rome", "b"),
-        trex("P36", "Burkina Faso", "Ouagadougou", "c"),
-        trex("P36", "France", "Paris", "d"),
-        trex("P36", "France", "London", "e"),
+        make_trex("P36", "France", "Paris", "a"),
+        make_trex("P36", "Italy ", "Rome", "b"),
+        make_trex("P36", "Burkina Faso", "Ouagadougou", "c"),
+        make_trex("P36", "France", "Paris", "d"),
+        make_trex("P36", "France", "London", "e"),
     ]
-    births = [trex("P19", "Ada Lovelace", "London", "a", "Ada Lovelace came into the world in [MASK] in 1815.")]
+    births = [make_trex("P19", "Ada Lovelace", "London", "a", "Ada Lovelace came into the world in [MASK] in 1815.")]
     write_jsonl(folder / "TREx" / "P36.jsonl", capitals)
     write_jsonl(folder / "TREx" / "P19.jsonl", births)
     birthplaces = [
-        google_re("Ann", "Paris", "1"),
-        google_re("Bob", "New York", "2", "yes no yes no"),
-        google_re("Cid", "Rome", "3", "yes skip no"),
-        google_re("Dan", "Timbuktu", "4"),
+        make_google_re("Ann", "Paris", "1"),
+        make_google_re("Bob", "New York", "2", "yes no yes no"),
+        make_google_re("Cid", "Rome", "3", "yes skip no"),
+        make_google_re("Dan", "Timbuktu", "4"),
     ]
     write_jsonl(folder / "Google_RE" / "place_of_birth_test.jsonl", birthplaces)
-    dates = [google_re("Ann", "1941", "1")]
+    dates = [make_google_re("Ann", "1941", "1")]
     write_jsonl(folder / "Google_RE" / "date_of_birth_test.jsonl", dates)
     squad = [
         {"id": "s1", "sub_label": "Squad", "obj_label": "gold", "masked_sentences": ["The [MASK] color was used."]},
@@ -130,7 +130,7 @@ def lama_folder(folder: Path) -> Path:
     return folder
 
 
-def bear_folder(folder: Path) -> Path:
+def write_bear(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {
         "P403": {

@@ -25,14 +25,14 @@ from tests.knowing import KNOWN_FACTS, candidates
 from tests.models import VOCABULARY
 
 CLOSE = 1e-4
-Model, Words = PreTrainedModel, PreTrainedTokenizerFast
+Model, FastTokenizer = PreTrainedModel, PreTrainedTokenizerFast
 # Score of a text as the answer to a fact; whether what follows the blank is scored too.
-Score = Callable[[Model, Words, Fact, str, bool], float]
+Score = Callable[[Model, FastTokenizer, Fact, str, bool], float]
 
 
-def answers_to(
+def evaluate_model(
     model: Model,
-    tokenizer: Words,
+    tokenizer: FastTokenizer,
     family: str,
     probe: Probe,
     *,
@@ -44,12 +44,12 @@ def answers_to(
     return {answer.fact_id: answer for answers in evaluate(prompts, reference=reference) for answer in answers}
 
 
-def asked(knows: LanguageModel, probe: Probe, **options: Any) -> dict[str, Answer]:
+def evaluate_lm(lm: LanguageModel, probe: Probe, **options: Any) -> dict[str, Answer]:
     """Fact id -> answer, of a model with its tokenizer; options are those of `answers_to`."""
-    return answers_to(knows.model, knows.tokenizer, knows.family, probe, **options)
+    return evaluate_model(lm.model, lm.tokenizer, lm.family, probe, **options)
 
 
-def sentence(tokenizer: Words, before: str, text: str, after: str) -> tuple[list[int], list[int]]:
+def encode_sentence(tokenizer: FastTokenizer, before: str, text: str, after: str) -> tuple[list[int], list[int]]:
     """Ids of a sentence with the tokenizer's special tokens, and the places of those of `text` in it."""
     text = text if before else text[:1].upper() + text[1:]
     whole = tokenizer(before + text + after, return_offsets_mapping=True)
@@ -59,65 +59,65 @@ def sentence(tokenizer: Words, before: str, text: str, after: str) -> tuple[list
     return whole["input_ids"], [place for place, (left, right) in spans if left < end and start < right]
 
 
-def _find_end(tokenizer: Words, ids: Sequence[int]) -> int:
+def _find_end(tokenizer: FastTokenizer, ids: Sequence[int]) -> int:
     """Where the tokens that close a text begin, if any do."""
     closing = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     return next(end for end in range(len(ids), 0, -1) if ids[end - 1] not in closing)
 
 
-def around(fact: Fact) -> tuple[str, str]:
+def split_at_blank(fact: Fact) -> tuple[str, str]:
     before, _, after = fact.prompt.partition(BLANK)
     return before, after
 
 
-def log_probs(model: Model, ids: Sequence[int], **decoder: Any) -> torch.Tensor:
+def compute_log_probs(model: Model, ids: Sequence[int], **decoder: Any) -> torch.Tensor:
     """Log-probabilities at each position (of the decoder, if any), [tokens, vocabulary]."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), **decoder).logits[0].double().log_softmax(-1)
 
 
-def masked(model: Model, tokenizer: Words, fact: Fact, text: str, rest: bool = False) -> float:
+def score_masked(model: Model, tokenizer: FastTokenizer, fact: Fact, text: str, rest: bool = False) -> float:
     """The answer's tokens from left to right, each with itself and the later ones masked."""
-    ids, places = sentence(tokenizer, *_with(fact, text))
+    ids, places = encode_sentence(tokenizer, *_fill(fact, text))
     score = 0.0
     for number, place in enumerate(places):
         hidden = [tokenizer.mask_token_id if at in places[number:] else token for at, token in enumerate(ids)]
-        score += float(log_probs(model, hidden)[place, ids[place]])
+        score += float(compute_log_probs(model, hidden)[place, ids[place]])
     return score
 
 
-def causal(model: Model, tokenizer: Words, fact: Fact, text: str, rest: bool = False) -> float:
+def score_causal(model: Model, tokenizer: FastTokenizer, fact: Fact, text: str, rest: bool = False) -> float:
     """The answer's tokens (and those after it, if `rest`), each after all that stands before it."""
-    before, text, after = _with(fact, text)
-    ids, places = sentence(tokenizer, before, text, after if rest else "")
+    before, text, after = _fill(fact, text)
+    ids, places = encode_sentence(tokenizer, before, text, after if rest else "")
     ids = ids[: _find_end(tokenizer, ids)]
     if places[0] == 0:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids, places = [start, *ids], [place + 1 for place in places]
     scored = range(places[0], len(ids)) if rest else places
-    found = log_probs(model, ids)
+    found = compute_log_probs(model, ids)
     return sum(float(found[place - 1, ids[place]]) for place in scored)
 
 
-def filled(model: Model, tokenizer: Words, fact: Fact, text: str, rest: bool = False) -> float:
+def score_t5(model: Model, tokenizer: FastTokenizer, fact: Fact, text: str, rest: bool = False) -> float:
     """T5's way: the decoder fills the first sentinel, and closes with the next one, if `rest`."""
-    before, text, _ = _with(fact, text)
+    before, text, _ = _fill(fact, text)
     prompt = tokenizer(fact.prompt.replace(BLANK, "<extra_id_0>"))["input_ids"]
-    ids, places = sentence(tokenizer, before, text, "")
+    ids, places = encode_sentence(tokenizer, before, text, "")
     first, following = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"])
     answer = [ids[place] for place in places] + ([following] if rest else [])
     decoder = [model.config.decoder_start_token_id, first, *answer]
-    found = log_probs(model, prompt, decoder_input_ids=torch.tensor([decoder]))
+    found = compute_log_probs(model, prompt, decoder_input_ids=torch.tensor([decoder]))
     return sum(float(found[place + 1, token]) for place, token in enumerate(answer))
 
 
-def rewritten(model: Model, tokenizer: Words, fact: Fact, text: str, rest: bool = False) -> float:
+def score_bart(model: Model, tokenizer: FastTokenizer, fact: Fact, text: str, rest: bool = False) -> float:
     """BART's way: the decoder writes the whole sentence anew."""
-    before, text, after = _with(fact, text)
+    before, text, after = _fill(fact, text)
     prompt = tokenizer(fact.prompt.replace(BLANK, tokenizer.mask_token))["input_ids"]
-    ids, places = sentence(tokenizer, before, text, after if rest else "")
+    ids, places = encode_sentence(tokenizer, before, text, after if rest else "")
     decoder = [model.config.decoder_start_token_id, *ids]
-    found = log_probs(model, prompt, decoder_input_ids=torch.tensor([decoder]))
+    found = compute_log_probs(model, prompt, decoder_input_ids=torch.tensor([decoder]))
     scored = range(places[0], _find_end(tokenizer, ids)) if rest else places
     return sum(float(found[place, ids[place]]) for place in scored)
 
@@ -163,7 +163,7 @@ def check_same(left: Mapping[str, Answer], right: Mapping[str, Answer]) -> None:
             assert shared.get(int(token), value) == pytest.approx(float(value), abs=1e-5)
 
 
-def known_facts(*, closed: bool = True) -> tuple[Fact, ...]:
+def make_known_facts(*, closed: bool = True) -> tuple[Fact, ...]:
     """The facts that the models of tests.knowing know."""
     return tuple(
         Fact(
@@ -180,7 +180,7 @@ def known_facts(*, closed: bool = True) -> tuple[Fact, ...]:
     )
 
 
-def as_probe(facts: Iterable[Fact], **settings: Any) -> Probe:
+def make_probe(facts: Iterable[Fact], **settings: Any) -> Probe:
     return Probe("known", "test/1", tuple(facts), **settings)
 
 
@@ -188,7 +188,7 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<extra_id_0>", "<extra_id
 WORDS = [f"w{number}" for number in range(VOCABULARY - len(SPECIAL))]
 
 
-def word_tokenizer(frame: str = "<s> $A </s>", *, sentinels: bool = False) -> Words:
+def make_word_tokenizer(frame: str = "<s> $A </s>", *, sentinels: bool = False) -> FastTokenizer:
     """As many words as the models of tests.models have embeddings, a token each."""
     tokens = [*SPECIAL, *WORDS] if sentinels else [token.replace("extra_id", "other") for token in [*SPECIAL, *WORDS]]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -208,7 +208,7 @@ def word_tokenizer(frame: str = "<s> $A </s>", *, sentinels: bool = False) -> Wo
     )
 
 
-def word_facts(*, first: bool = True) -> tuple[Fact, ...]:
+def make_word_facts(*, first: bool = True) -> tuple[Fact, ...]:
     """Facts of these words: the blank last, in the middle and first, candidates of one to three words."""
     draw = random.Random(0)
     templates = ["w1 of {} is [MASK].", "w2 {} is [MASK] of w3.", "Who of {} of w4 is [MASK]."]
@@ -233,6 +233,6 @@ def word_facts(*, first: bool = True) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
-def _with(fact: Fact, text: str) -> tuple[str, str, str]:
-    before, after = around(fact)
+def _fill(fact: Fact, text: str) -> tuple[str, str, str]:
+    before, after = split_at_blank(fact)
     return before, text, after

@@ -23,8 +23,8 @@ from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import Query
 from compressknow.evaluate.sources.sets import METADATA
 from tests.evaluate.layouts import DATA, read_bear, real_data, write_jsonl
-from tests.evaluate.references import answers_to
-from tests.evaluate.trained import byte_level, metaspace, word_piece
+from tests.evaluate.references import evaluate_model
+from tests.evaluate.trained import train_byte_level, train_metaspace, train_word_piece
 from tests.models import tiny
 
 MINILM = DATA.parent / "models" / "minilm-facts"
@@ -87,27 +87,27 @@ def shaken(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
 
 
 def gpt2(texts: Iterable[str], size: int = 600) -> LanguageModel:
-    tokenizer = byte_level(texts, "<s> $A", size)
+    tokenizer = train_byte_level(texts, "<s> $A", size)
     config = hf.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128)
     return LanguageModel(shaken(hf.GPT2LMHeadModel(config)), tokenizer, "causal")
 
 
 def llama(texts: Iterable[str]) -> LanguageModel:
-    tokenizer = metaspace(texts)
+    tokenizer = train_metaspace(texts)
     config = copy.deepcopy(tiny("llama").config)
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
     return LanguageModel(shaken(hf.LlamaForCausalLM(config)), tokenizer, "causal")
 
 
 def bert(texts: Iterable[str]) -> LanguageModel:
-    tokenizer = word_piece(texts)
+    tokenizer = train_word_piece(texts)
     config = copy.deepcopy(tiny("bert").config)
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
     return LanguageModel(shaken(hf.BertForMaskedLM(config)), tokenizer, "masked")
 
 
 def roberta(texts: Iterable[str]) -> LanguageModel:
-    tokenizer = byte_level(texts, size=600)
+    tokenizer = train_byte_level(texts, size=600)
     config = copy.deepcopy(tiny("roberta").config)
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
     return LanguageModel(shaken(hf.RobertaForMaskedLM(config)), tokenizer, "masked")
@@ -155,7 +155,7 @@ def check_agreement(language: LanguageModel, folder: Path, relation: str, templa
     """The number of facts compared."""
     probe = read_bear(folder, template)
     probe = replace(probe, facts=tuple(fact for fact in probe.facts if fact.relation == relation)[:facts])
-    answers = answers_to(language.model, language.tokenizer, language.family, probe)
+    answers = evaluate_model(language.model, language.tokenizer, language.family, probe)
     expected = theirs(language, folder, relation, template, facts)
     for fact, scores in zip(probe.facts, expected, strict=True):
         assert ours(language, probe, fact) == pytest.approx(scores, abs=1e-3)

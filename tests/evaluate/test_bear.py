@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.errors import UsageError
-from tests.evaluate.layouts import DATA, bear_folder, read_bear, real_data, write_jsonl
+from tests.evaluate.layouts import DATA, read_bear, real_data, write_bear, write_jsonl
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return bear_folder(tmp_path)
+    return write_bear(tmp_path)
 
 
 def test_facts_choose_among_the_relations_labels_in_their_order(folder: Path) -> None:

@@ -23,7 +23,7 @@ from compressknow.evaluate.answers import TABLE, read_table
 from compressknow.evaluate.distributions import DistributionFile, Distributions, compute_divergence
 from compressknow.evaluate.runtimes import Settings
 from compressknow.pages.records import Card
-from tests.evaluate.test_run import telling
+from tests.evaluate.test_run import call_on_advance
 from tests.knowing import facts_file, knowing
 
 FAMILIES = {"bert": AutoModelForMaskedLM, "llama": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
@@ -142,7 +142,7 @@ def test_a_killed_run_resumes_with_the_same_figures(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        report(place, ["llama-60"], tmp_path / "killed", on_progress=telling(advance))
+        report(place, ["llama-60"], tmp_path / "killed", on_progress=call_on_advance(advance))
     resumed = report(place, ["llama-60"], tmp_path / "killed")
     assert movements(resumed) == movements(report(place, ["llama-60"], tmp_path / "whole"))
     assert tables(tmp_path / "killed") == tables(tmp_path / "whole")

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from compressknow.comparison.paired import compare_probe
 from compressknow.comparison.records import KlFigures
 from compressknow.evaluate.records import ProbeEntry
-from tests.evaluate.references import answers_to, as_probe, word_facts, word_tokenizer
+from tests.evaluate.references import evaluate_model, make_probe, make_word_facts, make_word_tokenizer
 from tests.models import tiny
 
 
@@ -34,10 +34,10 @@ def large_vocabulary() -> PreTrainedModel:
 
 def movement(before: PreTrainedModel, after: PreTrainedModel) -> tuple[KlFigures, float]:
     """That of the answers to two facts, and the mean divergence over the whole vocabulary by torch."""
-    tokenizer, facts = word_tokenizer("<s> $A"), word_facts()[:2]
-    originals = answers_to(before, tokenizer, "causal", as_probe(facts))
+    tokenizer, facts = make_word_tokenizer("<s> $A"), make_word_facts()[:2]
+    originals = evaluate_model(before, tokenizer, "causal", make_probe(facts))
     reference = {name: answer.first_ids for name, answer in originals.items()}
-    others = answers_to(after, tokenizer, "causal", as_probe(facts), reference=reference)
+    others = evaluate_model(after, tokenizer, "causal", make_probe(facts), reference=reference)
     whole = []
     for fact in facts:
         ids = torch.tensor([tokenizer(fact.before)["input_ids"]])

@@ -15,9 +15,18 @@ from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import NO_TOKENS, Encoder
-from tests.evaluate.references import answers_to, around, as_probe, causal, check_choices, filled, masked, sentence
-from tests.evaluate.references import rewritten as rewritten_by_bart
-from tests.evaluate.trained import byte_level, metaspace, word_piece
+from tests.evaluate.references import (
+    check_choices,
+    encode_sentence,
+    evaluate_model,
+    make_probe,
+    score_bart,
+    score_causal,
+    score_masked,
+    score_t5,
+    split_at_blank,
+)
+from tests.evaluate.trained import train_byte_level, train_metaspace, train_word_piece
 
 ANSWERS = (
     "Guinea",
@@ -40,14 +49,14 @@ PROMPTS = (
 )
 TEXTS = [prompt.replace(BLANK, answer) for prompt in PROMPTS if " [MASK]" in prompt for answer in ANSWERS] * 2
 KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "byte-level, framed": lambda: byte_level(TEXTS),
-    "byte-level, plain mask": lambda: byte_level(TEXTS, mask="<mask>"),
-    "byte-level, nothing added": lambda: byte_level(TEXTS, "$A"),
-    "byte-level, letters": lambda: byte_level(TEXTS, "<s> $A", size=263),
-    "metaspace, begun": lambda: metaspace(TEXTS),
-    "metaspace, closed": lambda: metaspace(TEXTS, "$A </s>", "always", unigram=True),
-    "word pieces": lambda: word_piece(TEXTS),
-    "word pieces, cased": lambda: word_piece(TEXTS, lowercase=False),
+    "byte-level, framed": lambda: train_byte_level(TEXTS),
+    "byte-level, plain mask": lambda: train_byte_level(TEXTS, mask="<mask>"),
+    "byte-level, nothing added": lambda: train_byte_level(TEXTS, "$A"),
+    "byte-level, letters": lambda: train_byte_level(TEXTS, "<s> $A", size=263),
+    "metaspace, begun": lambda: train_metaspace(TEXTS),
+    "metaspace, closed": lambda: train_metaspace(TEXTS, "$A </s>", "always", unigram=True),
+    "word pieces": lambda: train_word_piece(TEXTS),
+    "word pieces, cased": lambda: train_word_piece(TEXTS, lowercase=False),
 }
 
 
@@ -71,9 +80,9 @@ def test_an_answer_has_the_tokens_that_it_has_in_its_sentence(
     tokenizer = tokenizers[kind]
     encoder = Encoder(tokenizer)
     for fact in facts():
-        before, after = around(fact)
+        before, after = split_at_blank(fact)
         for text in ANSWERS:
-            ids, places = sentence(tokenizer, before, text, after)
+            ids, places = encode_sentence(tokenizer, before, text, after)
             found = encoder.answer(fact.before, text, fact.gap)
             assert list(found) == [ids[place] for place in places], (fact.prompt, text)
             assert encoder.decode(found).casefold().replace(" ", "") in ("".join(text.split()).casefold(), "saotome")
@@ -119,7 +128,7 @@ def test_words_of_one_token_in_running_text(tokenizers: dict[str, PreTrainedToke
     words = ("Guinea", "capital", "Guinea", "São Tomé", "xyzzyquux", "Dutch", "\u4e16")
     expected = {}
     for word in dict.fromkeys(words):
-        ids, places = sentence(tokenizer, "It is ", word, "")
+        ids, places = encode_sentence(tokenizer, "It is ", word, "")
         if len(places) == 1 and ids[places[0]] != tokenizer.unk_token_id:
             expected[ids[places[0]]] = word
     assert encoder.find_single(words) == expected
@@ -173,15 +182,15 @@ def _bart(vocabulary: int) -> PreTrainedModel:
 
 # Whether the rest of the sentence is scored does not change a masked model's scores.
 PAIRS = {
-    "gpt2": ("byte-level, nothing added", _gpt2, "causal", causal),
-    "gpt2, letters": ("byte-level, letters", _gpt2, "causal", causal),
-    "opt": ("byte-level, letters", _llama, "causal", causal),
-    "llama": ("metaspace, begun", _llama, "causal", causal),
-    "bert": ("word pieces", _bert, "masked", masked),
-    "roberta": ("byte-level, framed", _roberta, "masked", masked),
-    "roberta, plain mask": ("byte-level, plain mask", _roberta, "masked", masked),
-    "t5": ("metaspace, closed", _t5, "seq2seq", filled),
-    "bart": ("byte-level, framed", _bart, "seq2seq", rewritten_by_bart),
+    "gpt2": ("byte-level, nothing added", _gpt2, "causal", score_causal),
+    "gpt2, letters": ("byte-level, letters", _gpt2, "causal", score_causal),
+    "opt": ("byte-level, letters", _llama, "causal", score_causal),
+    "llama": ("metaspace, begun", _llama, "causal", score_causal),
+    "bert": ("word pieces", _bert, "masked", score_masked),
+    "roberta": ("byte-level, framed", _roberta, "masked", score_masked),
+    "roberta, plain mask": ("byte-level, plain mask", _roberta, "masked", score_masked),
+    "t5": ("metaspace, closed", _t5, "seq2seq", score_t5),
+    "bart": ("byte-level, framed", _bart, "seq2seq", score_bart),
 }
 
 
@@ -202,7 +211,7 @@ def test_models_with_real_tokenizers_agree_with_the_plain_reference(
         # No candidate begins another one, and no words follow.
         asked = [replace(fact, candidates=ANSWERS[1:]) for fact in asked if not any(map(str.isalpha, fact.after))]
         asked = [fact for fact in asked if fact.obj_label in ANSWERS[1:]]
-    answers = answers_to(model, tokenizer, family, as_probe(asked, score_rest=score_rest))
+    answers = evaluate_model(model, tokenizer, family, make_probe(asked, score_rest=score_rest))
     check_choices(answers, asked, lambda fact, text: score(model, tokenizer, fact, text, score_rest))
 
 
@@ -213,8 +222,8 @@ def test_a_larger_embedding_than_the_tokenizer_has_tokens_is_no_obstacle(
     model = _gpt2(len(tokenizer) + 7).eval()
     asked = [replace(fact, candidates=None) for fact in facts()]
     for vocabulary in ("full", "open"):
-        probe = as_probe(asked, vocabulary=vocabulary, fold_case=True, keep_unanswerable=True)
-        for answer in answers_to(model, tokenizer, "causal", probe).values():
+        probe = make_probe(asked, vocabulary=vocabulary, fold_case=True, keep_unanswerable=True)
+        for answer in evaluate_model(model, tokenizer, "causal", probe).values():
             assert len(answer.top5) == 5
             assert all(isinstance(text, str) for text in answer.top5)
 
@@ -225,5 +234,5 @@ def test_a_fact_with_a_candidate_that_has_no_tokens_is_not_asked(
 ) -> None:
     tokenizer = tokenizers["word pieces"]
     fact = replace(facts()[0], candidates=("Guinea", text))
-    prompts = make_prompts(make_scorer(_bert(len(tokenizer)), tokenizer, "masked", as_probe([fact])))
+    prompts = make_prompts(make_scorer(_bert(len(tokenizer)), tokenizer, "masked", make_probe([fact])))
     assert prompts.dropped == {NO_TOKENS: 1}

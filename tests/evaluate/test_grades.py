@@ -34,8 +34,8 @@ from compressknow.evaluate.grades import (
 from compressknow.evaluate.scoring.decoding import DecodingScorer
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import Encoder
-from tests.evaluate.references import as_probe, causal, filled, known_facts, masked
-from tests.evaluate.trained import word_piece
+from tests.evaluate.references import make_known_facts, make_probe, score_causal, score_masked, score_t5
+from tests.evaluate.trained import train_word_piece
 from tests.knowing import knowing
 from tests.pages.answering import answer, answers
 
@@ -76,7 +76,7 @@ def t5_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: 
 
 Text = Callable[[PreTrainedModel, PreTrainedTokenizerFast, str, str], str]
 TEXTS: dict[str, Text] = {"bert": bert_text, "llama": llama_text, "t5": t5_text}
-SCORES = {"bert": masked, "llama": causal, "t5": filled}
+SCORES = {"bert": score_masked, "llama": score_causal, "t5": score_t5}
 
 
 class Case(NamedTuple):
@@ -101,7 +101,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def graded(language: LanguageModel, original: tuple[Answer, ...], probe: Probe | None = None) -> dict[str, Answer]:
-    probe = probe or as_probe(known_facts())
+    probe = probe or make_probe(make_known_facts())
     scorer = make_scorer(language.model, language.tokenizer, language.family, probe)
     found = [answer for batch in evaluate(make_prompts(scorer, 24)) for answer in batch]
     return {answer.fact_id: answer for answer in add_examples(scorer, found, original)}
@@ -129,13 +129,13 @@ def plain_grade(case: Case, fact: Fact, *, lost: bool) -> str:
 
 def shown_prompt(fact: Fact) -> str:
     """The prompt after the first fact of its relation that has another subject and object, solved."""
-    others = [each for each in known_facts() if each.relation == fact.relation]
+    others = [each for each in make_known_facts() if each.relation == fact.relation]
     other = next(each for each in others if each.obj_label != fact.obj_label and each.sub_label != fact.sub_label)
     return f"{other.prompt.replace(BLANK, other.obj_label)} {fact.prompt}"
 
 
 def test_each_grade_is_that_of_a_plain_reference(case: Case) -> None:
-    expected = {fact.id: plain_grade(case, fact, lost=case.before[fact.id].correct) for fact in known_facts()}
+    expected = {fact.id: plain_grade(case, fact, lost=case.before[fact.id].correct) for fact in make_known_facts()}
     assert {name: answer.grade for name, answer in case.after.items()} == expected
     # Pruned so far, a model has facts of several grades, else the test shows nothing.
     assert len(Counter(expected.values())) >= 3, Counter(expected.values())
@@ -148,9 +148,9 @@ def test_an_original_that_knows_all_produces_all(case: Case) -> None:
 
 @torch.no_grad()
 def test_what_is_said_after_an_example_is_that_of_a_plain_reference(case: Case) -> None:
-    lost = [fact for fact in known_facts() if not case.after[fact.id].correct]
+    lost = [fact for fact in make_known_facts() if not case.after[fact.id].correct]
     assert lost
-    for fact in known_facts():
+    for fact in make_known_facts():
         told = case.after[fact.id].with_example
         if fact not in lost:
             assert told is None
@@ -162,17 +162,17 @@ def test_what_is_said_after_an_example_is_that_of_a_plain_reference(case: Case) 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_grades_do_not_depend_on_the_batch(case: Case, batch_size: int) -> None:
-    scorer = make_scorer(case.pruned.model, case.pruned.tokenizer, case.pruned.family, as_probe(known_facts()))
+    scorer = make_scorer(case.pruned.model, case.pruned.tokenizer, case.pruned.family, make_probe(make_known_facts()))
     for batch in evaluate(make_prompts(scorer, batch_size)):
         for found in batch:
             assert found.produced == case.after[found.fact_id].produced
 
 
 def test_without_candidates_the_object_itself_is_what_is_said(case: Case) -> None:
-    facts = known_facts(closed=False)
+    facts = make_known_facts(closed=False)
     if case.family == "bert":
         facts = tuple(fact for fact in facts if " " not in fact.obj_label)
-    for found in graded(case.pruned, (), as_probe(facts, vocabulary="open")).values():
+    for found in graded(case.pruned, (), make_probe(facts, vocabulary="open")).values():
         assert found.correct == (found.grade == PRODUCED) == (found.produced == found.gold)
         # Whoever writes freely and is right has written it.
         assert found.grade != RECOGNIZED
@@ -252,9 +252,9 @@ def test_what_opens_an_answer_is_told_from_the_answer() -> None:
 def test_a_greedy_text_goes_on_past_what_opens_it(tmp_path: Path) -> None:
     """Of one-token candidates, two tokens tell what a text says; an article before it takes one more."""
     language = load_language_model(knowing("llama", tmp_path / "model"))
-    scorer = make_scorer(language.model, language.tokenizer, "causal", as_probe(known_facts()))
+    scorer = make_scorer(language.model, language.tokenizer, "causal", make_probe(make_known_facts()))
     assert isinstance(scorer, DecodingScorer)
-    (query, *_) = (query for query in map(scorer.make_query, known_facts()) if not isinstance(query, str))
+    (query, *_) = (query for query in map(scorer.make_query, make_known_facts()) if not isinstance(query, str))
     room = max(map(len, query.options)) + 1
     article, other = (scorer.encoder.ids(text)[:1] for text in ("the", query.fact.sub_label))
     assert scorer.encoder.decode(article) == "the"
@@ -266,7 +266,7 @@ def test_a_greedy_text_goes_on_past_what_opens_it(tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_changes_a_text_says_it_all_the_same() -> None:
     """An uncased one without accents gives back another text than the label."""
-    encoder = Encoder(word_piece(["São Tomé", "Guinea-Bissau"]))
+    encoder = Encoder(train_word_piece(["São Tomé", "Guinea-Bissau"]))
     for label in ("São Tomé", "Guinea-Bissau"):
         text = encoder.decode(encoder.ids(label))
         assert find_choice(text, [label], encoder.spelled) == label
@@ -305,19 +305,19 @@ def fact(
 
 def test_an_example_is_another_fact_of_the_relation_with_another_answer() -> None:
     facts = [fact(0, "France", "Paris"), fact(1, "Gaul", "Paris"), fact(2, "Italy", "Rome")]
-    probe = as_probe(facts)
+    probe = make_probe(facts)
     shown = [put_after_example(each, probe) for each in facts]
     assert [each and each.prompt for each in shown] == [
         "The capital of Italy is Rome. The capital of France is [MASK].",
         "The capital of Italy is Rome. The capital of Gaul is [MASK].",
         "The capital of France is Paris. The capital of Italy is [MASK].",
     ]
-    assert put_after_example(facts[0], as_probe(facts[:2])) is None
+    assert put_after_example(facts[0], make_probe(facts[:2])) is None
 
 
 def test_an_example_is_of_all_facts_of_the_probe_not_of_its_sample() -> None:
     facts = [fact(n, f"Land {n}", ("Paris", "Rome")[n % 2], relation=f"r{n // 2}") for n in range(8)]
-    sample = as_probe(facts).sample(4)
+    sample = make_probe(facts).sample(4)
     assert len({each.relation for each in sample.facts}) == len(sample.facts) == 4
     assert all(put_after_example(each, sample) for each in sample.facts)
 
@@ -327,14 +327,14 @@ def test_an_example_that_ends_in_another_stop_gets_none() -> None:
         Fact(f"f{n}", "p", "r", "geography", country, city, f"{country}的首都是[MASK]。")
         for n, (country, city) in enumerate([("法国", "巴黎"), ("中国", "北京")])
     ]
-    shown = put_after_example(facts[1], as_probe(facts))
+    shown = put_after_example(facts[1], make_probe(facts))
     assert shown is not None
     assert shown.prompt == "法国的首都是巴黎。 中国的首都是[MASK]。"
 
 
 def test_an_example_whose_sentence_is_open_is_closed() -> None:
     facts = [fact(0, "France", "Paris", "{}'s capital: [MASK]"), fact(1, "Italy", "Rome", "{}'s capital: [MASK]")]
-    shown = put_after_example(facts[0], as_probe(facts))
+    shown = put_after_example(facts[0], make_probe(facts))
     assert shown is not None
     assert shown.prompt == "Italy's capital: Rome. France's capital: [MASK]"
 
@@ -371,8 +371,8 @@ def test_the_greedy_text_of_a_prompt_at_the_model_s_last_position_is_no_longer_t
     folder = knowing("llama", tmp_path / "model")
     language = load_language_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    facts = known_facts()[:2]
+    facts = make_known_facts()[:2]
     room = len(tokenizer(facts[0].before).input_ids) + 2
     language.tokenizer.model_max_length = language.model.config.max_position_embeddings = room
-    scorer = make_scorer(language.model, language.tokenizer, "causal", as_probe(facts))
+    scorer = make_scorer(language.model, language.tokenizer, "causal", make_probe(facts))
     assert {answer.grade for batch in evaluate(make_prompts(scorer)) for answer in batch} <= {PRODUCED, RECOGNIZED}

@@ -11,7 +11,7 @@ from compressknow import Options, Settings, probe, report
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
 from compressknow.evaluate.answers import read_answers
-from tests.evaluate.layouts import DATA, lama_folder, read_lama, real_data, trex, write_jsonl
+from tests.evaluate.layouts import DATA, make_trex, read_lama, real_data, write_jsonl, write_lama
 from tests.knowing import knowing
 
 MINILM = DATA.parent / "models" / "minilm-facts"
@@ -19,7 +19,7 @@ MINILM = DATA.parent / "models" / "minilm-facts"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return lama_folder(tmp_path)
+    return write_lama(tmp_path)
 
 
 def test_trex_asks_each_pair_once_by_the_relations_template(folder: Path) -> None:
@@ -64,7 +64,7 @@ def test_answers_by_one_protocol_are_not_reported_as_those_by_the_other(folder: 
     # A word that the model has.
     with (folder / "common_vocab_cased.txt").open("a", encoding="utf-8") as words:
         words.write("Velin\n")
-    write_jsonl(folder / "TREx" / "P36.jsonl", [trex("P36", "Avaland", "Velin", "a")])
+    write_jsonl(folder / "TREx" / "P36.jsonl", [make_trex("P36", "Avaland", "Velin", "a")])
     stored = {name: tmp_path / name for name in ("lama", "paper")}
     for name, place in stored.items():
         probe(model, place, "lama:trex", options=Options(data=folder, protocol=name), settings=settings)

@@ -11,7 +11,7 @@ import pytest
 
 from compressknow.base.errors import UsageError
 from compressknow.evaluate.sources import Options, list_usable, normalize_name, open_all
-from tests.evaluate.layouts import DATA, bear_folder, lama_folder, open_probe, real_data, write_jsonl
+from tests.evaluate.layouts import DATA, open_probe, real_data, write_bear, write_jsonl, write_lama
 from tests.shown import ROOT
 
 FACT = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}
@@ -25,21 +25,21 @@ def message(name: str, **settings: object) -> str:
 
 @pytest.mark.parametrize("inside", ["", "lama", "LAMA", "data"])
 def test_lama_lies_in_the_folder_or_in_one_of_its_name(tmp_path: Path, inside: str) -> None:
-    lama_folder(tmp_path / inside)
+    write_lama(tmp_path / inside)
     assert len(open_probe("lama:trex", Options(data=tmp_path)).facts) == 4
     assert open_probe("lama:trex", Options(data=tmp_path, protocol="paper")).protocol == "lama-paper/1"
 
 
 @pytest.mark.parametrize("inside", ["", "bear", "BEAR"])
 def test_bear_lies_in_the_folder_or_in_one_of_its_name(tmp_path: Path, inside: str) -> None:
-    bear_folder(tmp_path / inside)
+    write_bear(tmp_path / inside)
     assert open_probe("bear", Options(data=tmp_path, template=2)).facts[0].prompt == "Rhine ends in the [MASK]."
 
 
 @pytest.mark.parametrize("name", ["Atlas", "ATLAS", "LAMA:SQuAD", "lama:Google_RE", "Bear", "FACTS:{}"])
 def test_the_case_of_a_name_does_not_matter(tmp_path: Path, name: str) -> None:
-    lama_folder(tmp_path)
-    bear_folder(tmp_path)
+    write_lama(tmp_path)
+    write_bear(tmp_path)
     path = write_jsonl(tmp_path / "Mine.jsonl", [FACT])
     probe = open_probe(name.format(path), Options(data=tmp_path))
     assert probe.facts
@@ -92,7 +92,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_only_some_probes_have_several_templates(tmp_path: Path) -> None:
     facts = f"facts:{write_jsonl(tmp_path / 'mine.jsonl', [FACT])}"
-    lama_folder(tmp_path)
+    write_lama(tmp_path)
     _, *others = open_all(["atlas", facts, "lama:trex"], Options(data=tmp_path, template=2))
     assert others == [open_probe(facts), open_probe("lama:trex", Options(data=tmp_path))]
     assert "No probe here takes --template." in message("lama:trex", data=tmp_path, template=2)
@@ -104,7 +104,7 @@ def test_an_unknown_protocol() -> None:
 
 
 def test_a_probe_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:
-    lama_folder(tmp_path)
+    write_lama(tmp_path)
     rows = [{"sub_label": "x", "obj_label": "Timbuktu", "masked_sentences": ["To [MASK]."]}] * 3
     rows += [{"sub_label": "x", "obj_label": "gold", "masked_sentences": ["No blank."]}]
     write_jsonl(tmp_path / "Squad" / "test.jsonl", rows)
@@ -149,7 +149,7 @@ def test_a_name_in_answers_is_found_however_it_is_written(tmp_path: Path) -> Non
 
 
 def test_options_that_a_probe_does_not_take_are_for_the_others(tmp_path: Path) -> None:
-    lama_folder(tmp_path)
+    write_lama(tmp_path)
     atlas, trex = open_all(["atlas", "lama:trex"], Options(data=tmp_path, protocol="paper", template=2))
     assert atlas.source["template"] == 2
     assert trex.protocol == "lama-paper/1"

@@ -61,7 +61,7 @@ def ask(
     return probe_model(handle, probes, folder, Context(reference, known), on_progress=on_progress)
 
 
-def telling(advance: Callable[[int], None]) -> Listener:
+def call_on_advance(advance: Callable[[int], None]) -> Listener:
     """Tells how many facts are answered, each time that this changes."""
     return lambda progress: advance(progress.done) if progress.state == "advances" else None
 
@@ -73,7 +73,7 @@ def stopped_after(facts: int) -> Listener:
         if done >= facts:
             raise KeyboardInterrupt
 
-    return telling(advance)
+    return call_on_advance(advance)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -122,14 +122,14 @@ def test_what_a_killed_run_asked_otherwise_is_not_taken_up_and_waits_for_it(plac
         ask(place / "llama", tmp_path / "a", place / "facts.jsonl", on_progress=stopped_after(40))
     told: list[int] = []
     settings = Settings(batch_size=16)
-    ask(place / "llama", tmp_path / "a", place / "facts.jsonl", settings, on_progress=telling(told.append))
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl", settings, on_progress=call_on_advance(told.append))
     ask(place / "llama", tmp_path / "b", place / "facts.jsonl", settings)
     assert told[-1] == 64
     assert (tmp_path / "a" / TABLE).read_bytes() == (tmp_path / "b" / TABLE).read_bytes()
     # Who tries a few facts meanwhile loses nothing of a long run.
     ask(place / "llama", tmp_path / "a", place / "facts.jsonl", options=Options(limit=4))
     told.clear()
-    ask(place / "llama", tmp_path / "a", place / "facts.jsonl", on_progress=telling(told.append))
+    ask(place / "llama", tmp_path / "a", place / "facts.jsonl", on_progress=call_on_advance(told.append))
     assert min(done for done in told if done) >= 40
     assert not (tmp_path / "a" / PARTS).exists()
 

@@ -18,7 +18,16 @@ from transformers import PreTrainedModel
 from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import find_family
 from compressknow.evaluate.facts import BLANK, Fact
-from tests.evaluate.references import WORDS, Words, answers_to, as_probe, masked, sentence, word_facts, word_tokenizer
+from tests.evaluate.references import (
+    WORDS,
+    FastTokenizer,
+    encode_sentence,
+    evaluate_model,
+    make_probe,
+    make_word_facts,
+    make_word_tokenizer,
+    score_masked,
+)
 from tests.long import one_in
 from tests.model.test_zoo import BEFORE_5_20, BUILT_SINCE_5_20, NOT_BUILT, ZOO
 from tests.zoo import tiny_model
@@ -36,9 +45,9 @@ NOT_TINY = NOT_BUILT | {"Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantFor
 TINY_LATER = BUILT_SINCE_5_20 | {"BltForCausalLM", "CohereCompassForCausalLM", "DbrxForCausalLM"}
 
 
-def two_facts(*, closed: bool = True) -> tuple[Fact, Fact]:
+def make_two_facts(*, closed: bool = True) -> tuple[Fact, Fact]:
     """Of one length, so that they are one batch; candidates of one to three tokens, one of which begins another."""
-    first = word_facts()[0]
+    first = make_word_facts()[0]
     assert first.candidates is not None
     short, middle, long = first.candidates[:3]
     first = replace(first, candidates=(short, middle, long, f"{short} w9"), obj_label=long)
@@ -46,12 +55,12 @@ def two_facts(*, closed: bool = True) -> tuple[Fact, Fact]:
     return facts if closed else tuple(replace(fact, candidates=None) for fact in facts)  # type: ignore[return-value]
 
 
-def plain_score(model: PreTrainedModel, tokenizer: Words, family: str, fact: Fact, text: str) -> float:
+def plain_score(model: PreTrainedModel, tokenizer: FastTokenizer, family: str, fact: Fact, text: str) -> float:
     """Log-probability of the text and what follows it, a token at a time."""
     if family == "masked":
-        return masked(model, tokenizer, fact, text)
+        return score_masked(model, tokenizer, fact, text)
     before, _, after = fact.prompt.partition(BLANK)
-    ids, places = sentence(tokenizer, before, text, after)
+    ids, places = encode_sentence(tokenizer, before, text, after)
     # The end of the text is not scored.
     ids = ids[:-1]
     if family == "causal":
@@ -89,14 +98,14 @@ def test_a_class_scores_two_facts_as_a_plain_loop_does(name: str) -> None:
         pytest.skip(f"transformers {transformers.__version__} builds no tiny {name}")
     with silent():
         model = tiny_model(CLASSES[name], name, noise=0.1)
-        tokenizer, family = word_tokenizer(), find_family(model)
+        tokenizer, family = make_word_tokenizer(), find_family(model)
         assert family is not None
         if name in REFUSED:
             with pytest.raises(UnsupportedError, match=REFUSED[name]):
-                answers_to(model, tokenizer, family, as_probe(two_facts()))
+                evaluate_model(model, tokenizer, family, make_probe(make_two_facts()))
             return
-        answers = answers_to(model, tokenizer, family, as_probe(two_facts()))
-        for fact in two_facts():
+        answers = evaluate_model(model, tokenizer, family, make_probe(make_two_facts()))
+        for fact in make_two_facts():
             assert fact.candidates is not None
             scores = np.array([plain_score(model, tokenizer, family, fact, text) for text in fact.candidates])
             assert np.isfinite(scores).all()
@@ -104,7 +113,7 @@ def test_a_class_scores_two_facts_as_a_plain_loop_does(name: str) -> None:
             assert answer.top5_logp == pytest.approx(scores[order], abs=1e-3)
             assert answer.logp_gold == pytest.approx(scores[fact.candidates.index(fact.obj_label)], abs=1e-3)
         if family != "masked":
-            assert len(answers_to(model, tokenizer, family, as_probe(two_facts(closed=False)))) == 2
+            assert len(evaluate_model(model, tokenizer, family, make_probe(make_two_facts(closed=False)))) == 2
 
 
 @pytest.mark.skipif(BEFORE_5_20, reason="the classes are those of newer releases")
@@ -117,8 +126,9 @@ def test_a_masked_model_saved_as_a_causal_one_is_refused() -> None:
     config = transformers.BertConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
     )
+    probe = make_probe(make_two_facts())
     with silent(), pytest.raises(UnsupportedError, match="sees the tokens that it is to predict") as refused:
-        answers_to(transformers.BertLMHeadModel(config).eval(), word_tokenizer(), "causal", as_probe(two_facts()))
+        evaluate_model(transformers.BertLMHeadModel(config).eval(), make_word_tokenizer(), "causal", probe)
     assert "is_decoder" in str(refused.value)
 
 
@@ -127,4 +137,4 @@ def test_a_model_whose_decoder_has_no_beginning_is_refused() -> None:
     for config in (model.config, model.generation_config):
         config.decoder_start_token_id = config.bos_token_id = None
     with pytest.raises(UnsupportedError, match="names no token that its decoder begins with"):
-        answers_to(model, word_tokenizer(), "seq2seq", as_probe(two_facts()))
+        evaluate_model(model, make_word_tokenizer(), "seq2seq", make_probe(make_two_facts()))

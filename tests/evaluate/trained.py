@@ -14,7 +14,7 @@ _SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", _MASK]
 _SENTINELS = ["<extra_id_0>", "<extra_id_1>"]
 
 
-def byte_level(
+def train_byte_level(
     texts: Iterable[str], frame: str = "<s> $A </s>", size: int = 400, *, mask: AddedToken | str = _MASK
 ) -> PreTrainedTokenizerFast:
     """GPT-2's and RoBERTa's way: byte-level BPE, a word's token holds the space before it."""
@@ -28,10 +28,10 @@ def byte_level(
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return _framed(backend, frame, mask=mask)
+    return _add_frame(backend, frame, mask=mask)
 
 
-def metaspace(
+def train_metaspace(
     texts: Iterable[str], frame: str = "<s> $A", scheme: str = "first", *, unigram: bool = False
 ) -> PreTrainedTokenizerFast:
     """Llama's and T5's way: SentencePiece writes a space as a letter, and one before the first word.
@@ -51,10 +51,10 @@ def metaspace(
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
     # SentencePiece makes no piece of letters and punctuation together.
     backend.train_from_iterator((re.sub(r"\b(?=[^\w\s])|(?<=[^\w\s])\b", " ", text) for text in texts), trainer)
-    return _framed(backend, frame, extra_special_tokens=_SENTINELS)
+    return _add_frame(backend, frame, extra_special_tokens=_SENTINELS)
 
 
-def word_piece(texts: Iterable[str], *, lowercase: bool = True) -> PreTrainedTokenizerFast:
+def train_word_piece(texts: Iterable[str], *, lowercase: bool = True) -> PreTrainedTokenizerFast:
     """BERT's way: words and their pieces, spaces forgotten."""
     backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -62,10 +62,10 @@ def word_piece(texts: Iterable[str], *, lowercase: bool = True) -> PreTrainedTok
     backend.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=_SPECIAL, show_progress=False)
     backend.train_from_iterator(texts, trainer)
-    return _framed(backend, "<s> $A </s>")
+    return _add_frame(backend, "<s> $A </s>")
 
 
-def _framed(
+def _add_frame(
     backend: Tokenizer, frame: str, *, mask: AddedToken | str = _MASK, **more: object
 ) -> PreTrainedTokenizerFast:
     named = [(token, backend.token_to_id(token)) for token in frame.split() if token != "$A"]

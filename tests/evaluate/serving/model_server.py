@@ -68,7 +68,7 @@ class ModelServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str) -> Iterator[ModelServer]:
+def serve_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str) -> Iterator[ModelServer]:
     server = ModelServer(model, tokenizer, kind)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()

@@ -15,8 +15,8 @@ from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from tests.engine.gguf_files import needs_gguf, write_gguf
-from tests.evaluate.references import answers_to, as_probe, known_facts
-from tests.evaluate.serving.test_servers import answers_from
+from tests.evaluate.references import evaluate_model, make_known_facts, make_probe
+from tests.evaluate.serving.test_servers import evaluate_server
 from tests.knowing import facts_file, knowing
 
 xllamacpp = pytest.importorskip("xllamacpp")
@@ -44,10 +44,10 @@ def url(gguf: Path) -> Iterator[str]:
 @needs_gguf
 @pytest.mark.parametrize("closed", [True, False])
 def test_answers_are_those_of_the_file_unpacked_by_transformers(url: str, gguf: Path, closed: bool) -> None:
-    probe = as_probe(known_facts(closed=closed), vocabulary="closed" if closed else "open")
+    probe = make_probe(make_known_facts(closed=closed), vocabulary="closed" if closed else "open")
     here = load_language_model(gguf, device="cpu", dtype="float32")
-    expected = answers_to(here.model, here.tokenizer, "causal", probe)
-    found = answers_from(url, probe)
+    expected = evaluate_model(here.model, here.tokenizer, "causal", probe)
+    found = evaluate_server(url, probe)
     assert [found[fact].predicted for fact in expected] == [answer.predicted for answer in expected.values()]
     assert [found[fact].rank for fact in expected] == [answer.rank for answer in expected.values()]
     for fact, answer in expected.items():
@@ -57,9 +57,9 @@ def test_answers_are_those_of_the_file_unpacked_by_transformers(url: str, gguf: 
 
 @needs_gguf
 def test_any_tokens_of_the_original_can_be_asked_for(url: str, gguf: Path) -> None:
-    probe = as_probe(known_facts()[:2])
+    probe = make_probe(make_known_facts()[:2])
     here = load_language_model(gguf, device="cpu", dtype="float32")
-    expected = answers_to(here.model, here.tokenizer, "causal", probe)
+    expected = evaluate_model(here.model, here.tokenizer, "causal", probe)
     scorer = ModelHandle(locate(url), Settings()).loaded.make_scorer(probe)
     for fact, other in zip(probe.facts, expected.values(), strict=True):
         (answer,) = scorer.answer([scorer.make_query(fact)], [other.first_ids])

@@ -34,8 +34,8 @@ from compressknow.evaluate.runtimes.kinds import detect_server
 from compressknow.evaluate.scoring.ranking import TAIL
 from compressknow.evaluate.sources import Options
 from tests.evaluate.layouts import open_probe
-from tests.evaluate.references import answers_to, as_probe, known_facts
-from tests.evaluate.serving.model_server import NAME, ModelServer, serving
+from tests.evaluate.references import evaluate_model, make_known_facts, make_probe
+from tests.evaluate.serving.model_server import NAME, ModelServer, serve_model
 from tests.knowing import facts_file, knowing
 from tests.long import long
 
@@ -65,10 +65,10 @@ def served(known: LanguageModel) -> Iterator[Callable[[str], ModelServer]]:
     from contextlib import ExitStack
 
     with ExitStack() as stack:
-        yield lambda kind: stack.enter_context(serving(known.model, known.tokenizer, kind))
+        yield lambda kind: stack.enter_context(serve_model(known.model, known.tokenizer, kind))
 
 
-def answers_from(url: str, probe: Probe, settings: Settings = FAST) -> dict[str, Answer]:
+def evaluate_server(url: str, probe: Probe, settings: Settings = FAST) -> dict[str, Answer]:
     prompts = make_prompts(ModelHandle(locate(url), settings).loaded.make_scorer(probe), 32)
     assert prompts.total == len(probe.facts)
     return {answer.fact_id: answer for answers in evaluate(prompts) for answer in answers}
@@ -90,9 +90,9 @@ def check_like(found: dict[str, Answer], expected: dict[str, Answer], close: flo
 def test_answers_are_those_of_the_model_run_here(
     served: Callable[[str], ModelServer], known: LanguageModel, kind: str, closed: bool
 ) -> None:
-    probe = as_probe(known_facts(closed=closed), vocabulary="closed" if closed else "open")
-    expected = answers_to(known.model, known.tokenizer, "causal", probe)
-    found = answers_from(served(kind).url, probe)
+    probe = make_probe(make_known_facts(closed=closed), vocabulary="closed" if closed else "open")
+    expected = evaluate_model(known.model, known.tokenizer, "causal", probe)
+    found = evaluate_server(served(kind).url, probe)
     if closed:
         check_like(found, expected)
         sums = [(answer.total_logp, expected[fact].total_logp) for fact, answer in found.items()]
@@ -108,19 +108,20 @@ def test_answers_are_those_of_the_model_run_here(
 def test_vllm_tells_twenty_tokens_of_the_distribution_and_echo_none(
     served: Callable[[str], ModelServer], known: LanguageModel
 ) -> None:
-    probe = as_probe(known_facts()[:4])
-    expected = answers_to(known.model, known.tokenizer, "causal", probe)
-    for fact, answer in answers_from(served("vllm").url, probe).items():
+    probe = make_probe(make_known_facts()[:4])
+    expected = evaluate_model(known.model, known.tokenizer, "causal", probe)
+    for fact, answer in evaluate_server(served("vllm").url, probe).items():
         assert list(answer.first_ids) == list(expected[fact].first_ids[:20])
         assert list(answer.first_logp) == pytest.approx(list(expected[fact].first_logp[:20]), abs=1e-5)
-    assert all(len(answer.first_ids) == 0 for answer in answers_from(served("echo").url, probe).values())
+    assert all(len(answer.first_ids) == 0 for answer in evaluate_server(served("echo").url, probe).values())
 
 
 def test_a_server_without_log_probabilities_is_judged_by_what_it_writes(
     served: Callable[[str], ModelServer], known: LanguageModel
 ) -> None:
-    written = answers_to(known.model, known.tokenizer, "causal", as_probe(known_facts(closed=False), vocabulary="open"))
-    found = answers_from(served("writes").url, as_probe(known_facts()))
+    probe = make_probe(make_known_facts(closed=False), vocabulary="open")
+    written = evaluate_model(known.model, known.tokenizer, "causal", probe)
+    found = evaluate_server(served("writes").url, make_probe(make_known_facts()))
     assert {fact: answer.correct for fact, answer in found.items()} == {
         fact: answer.correct for fact, answer in written.items()
     }
@@ -129,14 +130,14 @@ def test_a_server_without_log_probabilities_is_judged_by_what_it_writes(
 
 def test_a_probe_of_single_words_is_refused(served: Callable[[str], ModelServer]) -> None:
     with pytest.raises(UnsupportedError, match="needs the probabilities of all words"):
-        answers_from(served("vllm").url, as_probe(known_facts(closed=False), vocabulary="full"))
+        evaluate_server(served("vllm").url, make_probe(make_known_facts(closed=False), vocabulary="full"))
 
 
 def test_as_many_requests_at_a_time_as_the_user_says(served: Callable[[str], ModelServer]) -> None:
-    probe = as_probe(known_facts()[:16])
+    probe = make_probe(make_known_facts()[:16])
     for parallel in (1, 3):
         server = served("vllm")
-        answers_from(server.url, probe, Settings(parallel=parallel, timeout=20.0))
+        evaluate_server(server.url, probe, Settings(parallel=parallel, timeout=20.0))
         assert server.most_at_a_time == parallel
 
 
@@ -147,12 +148,12 @@ def test_as_many_requests_at_a_time_as_the_user_says(served: Callable[[str], Mod
 )
 def test_what_passes_is_tried_again(served: Callable[[str], ModelServer], known: LanguageModel, faults: Any) -> None:
     server = served("vllm")
-    probe = as_probe(known_facts()[:4])
+    probe = make_probe(make_known_facts()[:4])
     loaded = ModelHandle(locate(server.url), FAST).loaded
     server.faults["/v1/completions"] = list(faults)
     found = {answer.fact_id: answer for each in evaluate(make_prompts(loaded.make_scorer(probe))) for answer in each}
     assert server.faults["/v1/completions"] == []
-    check_like(found, answers_to(known.model, known.tokenizer, "causal", probe))
+    check_like(found, evaluate_model(known.model, known.tokenizer, "causal", probe))
 
 
 def test_a_pause_that_a_server_asks_for_is_kept_up_to_a_minute(
@@ -243,7 +244,7 @@ def test_a_server_that_lies_is_not_believed(served: Callable[[str], ModelServer]
     loaded = ModelHandle(locate(server.url), FAST).loaded
     server.changed, said = LIES[name]
     with pytest.raises(CompressknowError, match=re.escape(said)) as raised:
-        list(evaluate(make_prompts(loaded.make_scorer(as_probe(known_facts()[:3])))))
+        list(evaluate(make_prompts(loaded.make_scorer(make_probe(make_known_facts()[:3])))))
     assert raised.value.hint is not None
 
 
@@ -262,8 +263,8 @@ def test_a_token_beyond_all_numbers_is_not_believed(served: Callable[[str], Mode
     server = served("vllm")
     server.faults["/tokenize"] = [b'{"tokens": [1e999]}']
     with pytest.raises(CompressknowError, match=r"tokens\[0\] is not a whole number"):
-        ModelHandle(locate(server.url), FAST).loaded.make_scorer(as_probe(known_facts()[:1])).make_query(
-            known_facts()[0]
+        ModelHandle(locate(server.url), FAST).loaded.make_scorer(make_probe(make_known_facts()[:1])).make_query(
+            make_known_facts()[0]
         )
 
 
