@@ -1,4 +1,4 @@
-"""Small sets of facts in the folders and files of LAMA and BEAR, and where the real ones lie."""
+"""Small sets of facts in the folders and files of LAMA and BEAR, and the folder of the real ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compressknow.evaluate.sources.sets import Bear, Lama
 from compressknow.evaluate.sources.tasks import LmEval, LmEvalTask
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-real_data = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of shared data is not here")
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason="there is no folder of shared data")
 
 RELATIONS = [
     {"relation": "P36", "template": "The capital of [X] is [Y] .", "type": "1-1"},
@@ -63,7 +63,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def make_trex(relation: str, sub_label: str, obj_label: str, uuid: str, evidence: str | None = None) -> dict[str, Any]:
-    """A row of T-REx, with the sentence of its evidence or in the short form of some copies."""
+    """Make a row of T-REx, with a sentence as evidence, or without as in some copies."""
     row: dict[str, Any] = {"uuid": uuid, "sub_label": sub_label, "obj_label": obj_label, "predicate_id": relation}
     if evidence:
         row["evidences"] = [{"sub_surface": sub_label, "obj_surface": obj_label, "masked_sentence": evidence}]
@@ -82,7 +82,7 @@ def make_google_re(sub_label: str, obj_label: str, uuid: str, judgments: str = "
 
 
 def write_lama(folder: Path) -> Path:
-    """All four sets of LAMA, a few rows each."""
+    """Write all four sets of LAMA, with a few rows each."""
     write_jsonl(folder / "relations.jsonl", RELATIONS)
     (folder / "common_vocab_cased.txt").write_text("\n".join([*WORDS, "Paris", ""]), encoding="utf-8")
     capitals = [

@@ -1,4 +1,4 @@
-"""Causal models: the answers equal those of a plain reference without cache, whatever the batch."""
+"""Causal models: the answers equal those of a plain reference without cache, in any batch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _SMALL = {
     "max_position_embeddings": 64,
     "pad_token_id": 1,
 }
-# Windows shorter than the prompts, so that a cache has to let go of their beginnings.
+# Windows shorter than the prompts, so that the cache drops their beginnings.
 _WINDOW = {"sliding_window": 3}
 _MAMBA = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 1}
 MORE: dict[str, Callable[[], hf.PreTrainedModel]] = {
@@ -59,7 +59,7 @@ MORE: dict[str, Callable[[], hf.PreTrainedModel]] = {
     ),
     "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(**_MAMBA, state_size=4)),
 }
-KEEP_NO_CACHE = ("mamba",)
+WITHOUT_CACHE = ("mamba",)
 
 
 @pytest.fixture(scope="module")
@@ -68,38 +68,38 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 
 def compute_next_log_probs(lm: LanguageModel, fact: Fact) -> np.ndarray:
-    """Log-probabilities of the whole vocabulary after the prompt, by the whole model."""
+    """Return log-probabilities of the whole vocabulary after the prompt, by the whole model."""
     return compute_log_probs(lm.model, lm.tokenizer(fact.before)["input_ids"])[-1].numpy()
 
 
-def test_the_rest_of_the_sentence_counts_where_the_probe_says_so(lm: LanguageModel) -> None:
+def test_the_rest_of_the_sentence_is_scored_if_the_probe_says_so(lm: LanguageModel) -> None:
     facts = make_known_facts()[::3]
     answers = evaluate_lm(lm, make_probe(facts, score_rest=True))
     check_choices(answers, facts, lambda fact, text: score_causal(lm.model, lm.tokenizer, fact, text, rest=True))
 
 
-def test_the_rest_of_the_sentence_counts_where_it_holds_words(lm: LanguageModel) -> None:
+def test_the_rest_of_the_sentence_is_scored_if_it_contains_words(lm: LanguageModel) -> None:
     facts = [replace(fact, prompt=fact.prompt.replace(".", " in the forest.")) for fact in make_known_facts()[::5]]
     answers = evaluate_lm(lm, make_probe(facts))
     check_choices(answers, facts, lambda fact, text: score_causal(lm.model, lm.tokenizer, fact, text, rest=True))
 
 
-def test_the_rest_of_the_sentence_counts_where_one_candidate_begins_another(lm: LanguageModel) -> None:
+def test_the_rest_of_the_sentence_is_scored_if_one_candidate_begins_another(lm: LanguageModel) -> None:
     facts = [replace(fact, candidates=(*fact.candidates, "New")) for fact in make_known_facts()[:16:3]]  # type: ignore[misc]
     answers = evaluate_lm(lm, make_probe(facts))
     check_choices(answers, facts, lambda fact, text: score_causal(lm.model, lm.tokenizer, fact, text, rest=True))
-    # Without the full stop, "New" would be as likely as all that begin with it together.
+    # Without the full stop, "New" would be as likely as all candidates that begin with it together.
     assert all(answer.correct for answer in answers.values())
 
 
-def test_a_candidate_that_begins_another_ends_in_a_full_stop_where_the_prompt_has_none(lm: LanguageModel) -> None:
+def test_a_candidate_that_begins_another_gets_a_full_stop_if_the_prompt_has_none(lm: LanguageModel) -> None:
     facts = [replace(fact, candidates=(*fact.candidates, "New")) for fact in make_known_facts()[:16:3]]  # type: ignore[misc]
     answers = evaluate_lm(lm, make_probe([replace(fact, prompt=fact.prompt.removesuffix(".")) for fact in facts]))
     check_choices(answers, facts, lambda fact, text: score_causal(lm.model, lm.tokenizer, fact, text, rest=True))
     assert all(answer.correct and answer.grade == "produced" for answer in answers.values())
 
 
-def test_one_token_of_the_whole_vocabulary_or_of_given_words(lm: LanguageModel) -> None:
+def test_answers_are_one_token_of_the_vocabulary_or_of_given_words(lm: LanguageModel) -> None:
     facts = make_known_facts(closed=False)
     one_word = [fact for fact in facts if " " not in fact.obj_label]
     full = make_probe(facts, vocabulary="full")
@@ -120,8 +120,8 @@ def test_one_token_of_the_whole_vocabulary_or_of_given_words(lm: LanguageModel) 
             check_answer(chosen[fact.id], fact, texts, expected[ids], texts.index(fact.obj_label))
 
 
-def greedy(lm: LanguageModel, fact: Fact, tokens: int) -> str:
-    """What the model writes after the prompt, token by token, up to the end of the sentence."""
+def write_greedily(lm: LanguageModel, fact: Fact, tokens: int) -> str:
+    """Return what the model writes after the prompt, token by token, up to the end of the sentence."""
     ids = list(lm.tokenizer(fact.before)["input_ids"])
     start = len(ids)
     while len(ids) < start + tokens:
@@ -138,14 +138,14 @@ def test_free_answers_are_decoded_greedily(lm: LanguageModel, batch_size: int) -
         answer, expected = answers[fact.id], compute_next_log_probs(lm, fact)
         gold = lm.tokenizer(fact.obj_label, add_special_tokens=False)["input_ids"]
         assert answer.correct
-        assert answer.predicted == answer.top5[0] == greedy(lm, fact, len(gold) + 4) == fact.obj_label
+        assert answer.predicted == answer.top5[0] == write_greedily(lm, fact, len(gold) + 4) == fact.obj_label
         assert answer.rank == 1 + (expected > expected[gold[0]]).sum()
         assert answer.logp_gold == pytest.approx(score_causal(lm.model, lm.tokenizer, fact, fact.obj_label), abs=CLOSE)
         assert answer.top5_logp == pytest.approx(np.sort(expected)[::-1][:5], abs=CLOSE)
         assert answer.choices is None
 
 
-def test_a_free_answer_is_only_asked_for_at_the_end_of_a_sentence(lm: LanguageModel) -> None:
+def test_a_free_answer_needs_the_blank_at_the_end_of_the_sentence(lm: LanguageModel) -> None:
     fact = replace(make_known_facts(closed=False)[0], prompt="The [MASK] lives in the forest.")
     probe = make_probe([fact], vocabulary="open")
     assert make_prompts(make_scorer(lm.model, lm.tokenizer, "causal", probe)).dropped == {BLANK_NOT_LAST: 1}
@@ -170,7 +170,7 @@ def test_every_architecture_agrees_with_the_plain_reference(name: str) -> None:
     assert isinstance(query, Query)
     with torch.inference_mode():
         _, prefix = scorer.read_first([query])
-    assert (prefix.cache is None) == (name in KEEP_NO_CACHE)
+    assert (prefix.cache is None) == (name in WITHOUT_CACHE)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "mamba"])
@@ -181,17 +181,17 @@ def test_free_answers_of_many_tokens_do_not_depend_on_the_cache(name: str) -> No
     facts = [replace(fact, candidates=None) for fact in make_word_facts(first=False) if not fact.after.strip(".")]
     for fact_id, answer in evaluate_lm(lm, make_probe(facts, vocabulary="open")).items():
         fact = next(fact for fact in facts if fact.id == fact_id)
-        assert answer.predicted == greedy(lm, fact, len(fact.obj_label.split()) + 4)
+        assert answer.predicted == write_greedily(lm, fact, len(fact.obj_label.split()) + 4)
 
 
 @pytest.mark.parametrize("frame", ["$A", "<s> $A", "<s> $A </s>", "$A </s>", "<s> $A <pad>", "$A </s> <pad>"])
-def test_texts_are_framed_as_the_tokenizer_frames_them_but_not_closed(frame: str) -> None:
+def test_texts_begin_as_the_tokenizer_begins_them_and_are_not_closed(frame: str) -> None:
     model, tokenizer, facts = tiny("llama"), make_word_tokenizer(frame), make_word_facts()
     answers = evaluate_model(model, tokenizer, "causal", make_probe(facts))
     check_choices(answers, facts, lambda fact, text: score_causal(model, tokenizer, fact, text, rest=True))
 
 
-def test_a_text_that_begins_with_the_blank_begins_with_the_end_of_another_where_there_is_no_beginning() -> None:
+def test_a_text_that_begins_with_the_blank_begins_with_eos_if_there_is_no_bos() -> None:
     model, tokenizer, fact = tiny("gpt2"), make_word_tokenizer("$A"), make_word_facts()[-1]
     tokenizer.bos_token = None
     answers = evaluate_model(model, tokenizer, "causal", make_probe([fact]))
