@@ -132,20 +132,23 @@ DIFFERENT = {"nationality", "official_language"}
 def test_no_two_relations_hold_the_same_fact() -> None:
     """Neither as a fact of both, nor as a candidate of one that is right by the other."""
     relations = [read_relation(path) for path in FILES]
-    objects = {each["relation"]: {simplify(label) for label in list_labels(each, "obj_label")} for each in relations}
+    objects = {
+        relation["relation"]: {simplify(label) for label in list_labels(relation, "obj_label")}
+        for relation in relations
+    }
     by_subject: dict[str, list[tuple[str, str]]] = {}
-    for each in relations:
-        for fact in each["facts"]:
-            pair = each["relation"], simplify(fact["obj_label"])
+    for relation in relations:
+        for fact in relation["facts"]:
+            pair = relation["relation"], simplify(fact["obj_label"])
             by_subject.setdefault(simplify(fact["sub_label"]), []).append(pair)
-    doubled = [
-        (subject, one, other)
+    duplicates = [
+        (subject, first, second)
         for subject, facts in by_subject.items()
-        for one, _ in facts
-        for other, right in facts
-        if one != other and {one, other} != DIFFERENT and right in objects[one]
+        for first, _ in facts
+        for second, answer in facts
+        if first != second and {first, second} != DIFFERENT and answer in objects[first]
     ]
-    assert doubled == []
+    assert duplicates == []
 
 
 def test_no_two_facts_give_the_same_sentence() -> None:

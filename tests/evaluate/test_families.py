@@ -1,4 +1,4 @@
-"""What holds of models of all families: the answers equal those of a plain reference, whatever the batch."""
+"""Models of all families: the answers equal those of a plain reference, in any batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.evaluate.test_masked import compute_mask_log_probs
 from tests.evaluate.test_seq2seq import compute_sentinel_log_probs
 from tests.knowing import knowing
 
-# By family: a model, the score of a text as an answer, the distribution where an answer begins, and a layer to break.
+# By family: a model, the score of a text as the answer, the distribution where the answer begins, a layer to break.
 FAMILIES = {
     "masked": ("bert", score_masked, compute_mask_log_probs, "bert.encoder.layer.0.intermediate.dense"),
     "causal": ("llama", score_causal, compute_next_log_probs, "model.layers.0.mlp.up_proj"),
@@ -40,41 +40,41 @@ def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def closed(lm: LanguageModel) -> dict:
+def answers(lm: LanguageModel) -> dict:
     return evaluate_lm(lm, make_probe(make_known_facts()))
 
 
-def test_candidates_are_ranked_as_a_plain_reference_ranks_them(lm: LanguageModel, closed: dict) -> None:
+def test_candidates_are_ranked_like_a_plain_reference(lm: LanguageModel, answers: dict) -> None:
     _, score, *_ = FAMILIES[lm.family]
-    check_choices(closed, make_known_facts(), lambda fact, text: score(lm.model, lm.tokenizer, fact, text))
-    assert all(answer.correct for answer in closed.values())
+    check_choices(answers, make_known_facts(), lambda fact, text: score(lm.model, lm.tokenizer, fact, text))
+    assert all(answer.correct for answer in answers.values())
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_answers_do_not_depend_on_batch_size_and_order(lm: LanguageModel, closed: dict, batch_size: int) -> None:
+def test_answers_do_not_depend_on_batch_size_and_order(lm: LanguageModel, answers: dict, batch_size: int) -> None:
     backwards = make_probe(reversed(make_known_facts()))
-    check_same(evaluate_lm(lm, backwards, batch_size=batch_size), closed)
+    check_same(evaluate_lm(lm, backwards, batch_size=batch_size), answers)
 
 
-def test_the_distribution_kept_is_the_reference_s(lm: LanguageModel, closed: dict) -> None:
+def test_the_stored_distribution_is_that_of_a_plain_reference(lm: LanguageModel, answers: dict) -> None:
     _, _, distribution, _ = FAMILIES[lm.family]
     for fact in make_known_facts():
-        expected, answer = distribution(lm, fact), closed[fact.id]
+        expected, answer = distribution(lm, fact), answers[fact.id]
         assert len(answer.first_ids) == min(256, len(expected) - 1)
         assert answer.first_logp == pytest.approx(expected[answer.first_ids], abs=CLOSE)
         assert np.exp(answer.first_logp.astype(float)).sum() <= 1 + 1e-6
         assert expected[answer.first_ids].min() >= np.delete(expected, answer.first_ids).max() - 1e-6
 
 
-def test_a_reference_s_tokens_are_asked_for_and_come_back(lm: LanguageModel, closed: dict) -> None:
-    wanted = {fact_id: answer.first_ids[::-1][:17] for fact_id, answer in closed.items()}
+def test_the_tokens_of_a_reference_are_returned(lm: LanguageModel, answers: dict) -> None:
+    wanted = {fact_id: answer.first_ids[::-1][:17] for fact_id, answer in answers.items()}
     for fact_id, answer in evaluate_lm(lm, make_probe(make_known_facts()), reference=wanted).items():
         assert list(answer.first_ids) == list(wanted[fact_id])
-        assert answer.first_logp == pytest.approx(closed[fact_id].first_logp[::-1][:17], abs=1e-6)
+        assert answer.first_logp == pytest.approx(answers[fact_id].first_logp[::-1][:17], abs=1e-6)
 
 
 @pytest.mark.parametrize("vocabulary", ["closed", "full", "open"])
-def test_a_model_that_computes_no_numbers_knows_nothing(lm: LanguageModel, vocabulary: str) -> None:
+def test_a_model_that_computes_nan_knows_nothing(lm: LanguageModel, vocabulary: str) -> None:
     broken = copy.deepcopy(lm.model)
     with torch.no_grad():
         broken.get_submodule(FAMILIES[lm.family][-1]).weight.fill_(float("nan"))
