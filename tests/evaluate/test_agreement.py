@@ -168,7 +168,7 @@ def check_agreement(lm: LanguageModel, folder: Path, relation: str, template: in
 
 @pytest.mark.parametrize("template", [1, 2, 3])
 @pytest.mark.parametrize("make", [make_gpt2, make_llama, make_bert, make_roberta])
-def test_a_small_bear_is_scored_and_ranked_alike(make: Any, template: int, small_bear: Path) -> None:
+def test_a_small_bear_is_scored_and_ranked_as_by_lm_pub_quiz(make: Any, template: int, small_bear: Path) -> None:
     lm = make(list_texts(small_bear))
     compared = sum(check_agreement(lm, small_bear, relation, template) for relation in RELATIONS)
     assert compared == 8
@@ -181,7 +181,7 @@ def real_gpt2() -> LanguageModel:
 
 @real_data
 @pytest.mark.parametrize(("relation", "template"), REAL)
-def test_a_causal_model_scores_and_ranks_the_real_bear_alike(
+def test_a_causal_model_scores_and_ranks_the_real_bear_as_lm_pub_quiz(
     relation: str, template: int, real_gpt2: LanguageModel
 ) -> None:
     assert check_agreement(real_gpt2, DATA / "bear", relation, template, facts=4) == 4
@@ -195,7 +195,7 @@ def minilm() -> LanguageModel:
 @pytest.mark.skipif(not MINILM.is_dir(), reason="there is no folder of shared models")
 @real_data
 @pytest.mark.parametrize(("relation", "template"), [("P30", 1), ("P413", 3), ("P162", 2), ("P364", 3)])
-def test_a_masked_model_that_knows_facts_scores_and_ranks_the_real_bear_alike(
+def test_a_masked_model_scores_and_ranks_the_real_bear_as_lm_pub_quiz(
     relation: str, template: int, minilm: LanguageModel
 ) -> None:
     assert check_agreement(minilm, DATA / "bear", relation, template, facts=2) == 2

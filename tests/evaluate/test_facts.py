@@ -143,7 +143,7 @@ def test_samples_of_a_single_relation_are_nested_and_differ_by_seed() -> None:
     assert (probe.sample(10, seed=2).limit, probe.sample(10, seed=2).seed) == (10, 2)
 
 
-def test_a_limit_that_is_not_exceeded_gives_the_probe_itself() -> None:
+def test_a_limit_is_positive_and_changes_no_smaller_probe() -> None:
     probe = make_probe({"capital": 5})
     assert probe.sample(5) is probe
     assert probe.sample(500) is probe
