@@ -46,8 +46,8 @@ from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.records import Study
 from compressknow.pages.study.summary import rank_cells
 from compressknow.study.search import CONFIRMED, HALVINGS
-from tests.comparison.test_clusters import shares, without_net_change
-from tests.comparison.test_sequential import drawn as in_random_order
+from tests.comparison.test_clusters import draw_chances, draw_without_net_change
+from tests.comparison.test_sequential import draw_orders
 from tests.pages.study.studies import Asked, gp, gq, study
 from tests.study.test_search_by_chance import searches, split
 
@@ -90,7 +90,7 @@ def false_alarms(draws: int) -> Iterator[tuple[str, ...]]:
         drawn = np.random.default_rng(1)
         alarms = dict.fromkeys(TESTS, 0)
         for _ in range(draws):
-            relations = without_net_change(drawn, number, facts, icc)
+            relations = draw_without_net_change(drawn, number, facts, icc)
             for name, test in TESTS.items():
                 alarms[name] += (p := test(relations)) is not None and p < SIGNIFICANT
         yield f"{number} x {facts}", f"{icc}", *(percent(number, draws) for number in alarms.values())
@@ -112,7 +112,7 @@ def coverage(draws: int) -> Iterator[tuple[str, ...]]:
         drawn, held = np.random.default_rng(14), np.zeros(3, dtype=int)
         for _ in range(draws):
             known = drawn.integers(10, 60, number)
-            both = drawn.binomial(known, shares(drawn, kept, icc, number))
+            both = drawn.binomial(known, draw_chances(drawn, kept, icc, number))
             intervals = (
                 share_by_cluster(both.tolist(), known.tolist()),
                 estimate_proportion(int(both.sum()), int(known.sum())),
@@ -139,7 +139,7 @@ def differences(draws: int) -> Iterator[tuple[str, ...]]:
         for _ in range(draws):
             sizes = drawn.integers(10, 60, number)
             known = drawn.binomial(sizes, 0.6)
-            lost = drawn.binomial(known, shares(drawn, loss, icc, number))
+            lost = drawn.binomial(known, draw_chances(drawn, loss, icc, number))
             rows = zip(sizes.tolist(), known.tolist(), lost.tolist(), strict=True)
             made = [Counts(both=of - less, lost=less, neither=n - of) for n, of, less in rows]
             intervals = (
@@ -191,7 +191,7 @@ def false_findings(draws: int) -> Iterator[tuple[str, ...]]:
 def _drawn_anew(made: Study, drawn: np.random.Generator, icc: float, relations: int, facts: int) -> Study:
     cells = []
     for cell in made.cells:
-        right = drawn.random(relations * facts) < np.tile(shares(drawn, 0.8, icc, relations), facts)
+        right = drawn.random(relations * facts) < np.tile(draw_chances(drawn, 0.8, icc, relations), facts)
         comparison = replace(cell.comparison, kept=Estimate(float(right.mean())))
         cells.append(replace(cell, comparison=comparison, correct={made.probes[0].name: tuple(right.tolist())}))
     return replace(made, cells=tuple(cells))
@@ -214,7 +214,7 @@ def early_stops(draws: int) -> Iterator[tuple[str, ...]]:
     for facts, known, kept in ((4000, 2500, 2250), (4000, 3999, 3333), (1000, 600, 570), (300, 185, 169)):
         decided = 0
         for start in range(0, draws, _AT_ONCE):
-            runs = in_random_order(facts, known, kept, min(_AT_ONCE, draws - start), seed=start)
+            runs = draw_orders(facts, known, kept, min(_AT_ONCE, draws - start), seed=start)
             capital = np.maximum(*compute_capitals(*runs, kept / known, facts))
             decided += int((capital[:, :-1] >= np.log(2 / LEVEL)).any(axis=1).sum())
         yield f"{facts:,}", f"{known:,}", f"{kept:,}", percent(decided, draws)

@@ -30,7 +30,7 @@ from compressknow.evaluate.records import Speed
 from compressknow.pages.card.make import make_card
 from compressknow.pages.study.summary import Cliff, LossRanking
 from compressknow.study.grid import read_grid
-from tests.evaluate.layouts import WORDS, bear_folder, lama_folder
+from tests.evaluate.layouts import WORDS, write_bear, write_lama
 from tests.long import long
 from tests.pages.answering import run, sides
 from tests.shown import PAGES, ROOT, ShownCommand, find_blocks, find_commands, name_of
@@ -69,8 +69,8 @@ def demo_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a folder with the files that the pages' commands name."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "examples").symlink_to(ROOT / "examples")
-    lama_folder(folder / "data" / "lama")
-    bear_folder(folder / "data" / "bear")
+    write_lama(folder / "data" / "lama")
+    write_bear(folder / "data" / "bear")
     (folder / "wiki.test.raw").write_text("\n".join(fact.prompt for fact in _read_facts()[:1500]), encoding="utf-8")
     _write_llama(folder / "build" / "smollm2")
     compressknow.convert(

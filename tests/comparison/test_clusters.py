@@ -1,4 +1,4 @@
-"""Inference by relation: false alarms and coverage by simulation under the null, against brute force and by hand."""
+"""Tests and intervals by relation: false alarms and coverage by simulation, against brute force and by hand."""
 
 from __future__ import annotations
 
@@ -32,53 +32,51 @@ SIMULATED = 500
 relations = st.lists(st.builds(Counts, *[st.integers(0, 30)] * 4), max_size=12)
 
 
-def shares(drawn: np.random.Generator, mean: float, icc: float, number: int) -> np.ndarray:
-    """A chance for each relation, of this mean, such that its facts have the correlation `icc` (beta distribution)."""
-    return drawn.beta(mean * (1 / icc - 1), (1 - mean) * (1 / icc - 1), number) if icc else np.full(number, mean)
+def draw_chances(rng: np.random.Generator, mean: float, icc: float, number: int) -> np.ndarray:
+    """Draw a chance per relation (beta distribution) of this mean, so that its facts have the correlation `icc`."""
+    return rng.beta(mean * (1 / icc - 1), (1 - mean) * (1 / icc - 1), number) if icc else np.full(number, mean)
 
 
-def without_net_change(drawn: np.random.Generator, number: int, facts: int, icc: float) -> list[Counts]:
-    """Relations of which facts are lost or gained by a chance of their own, over all relations alike."""
-    changed = drawn.binomial(facts, 0.12, number)
-    lost = drawn.binomial(changed, shares(drawn, 0.5, icc, number))
+def draw_without_net_change(rng: np.random.Generator, number: int, facts: int, icc: float) -> list[Counts]:
+    """Draw relations that lose or gain facts, each with its own chance, but on average as many of each."""
+    changed = rng.binomial(facts, 0.12, number)
+    lost = rng.binomial(changed, draw_chances(rng, 0.5, icc, number))
     pairs = zip(lost.tolist(), (changed - lost).tolist(), strict=True)
-    return [Counts(both=facts - less - more, lost=less, gained=more) for less, more in pairs]
+    return [Counts(both=facts - lost - gained, lost=lost, gained=gained) for lost, gained in pairs]
 
 
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize(("number", "facts"), [(63, 64), (20, 20), (6, 40)])
-def test_where_nothing_changed_on_the_whole_few_tests_say_that_it_did(number: int, facts: int, icc: float) -> None:
-    drawn = np.random.default_rng(1)
-    made = [without_net_change(drawn, number, facts, icc) for _ in range(SIMULATED)]
-    alarms = sum(run_paired_test(each).p < 0.05 for each in made) / SIMULATED
-    # What 6 % would give in all but one of twenty simulations.
+def test_false_alarms_stay_near_5_percent(number: int, facts: int, icc: float) -> None:
+    rng = np.random.default_rng(1)
+    samples = [draw_without_net_change(rng, number, facts, icc) for _ in range(SIMULATED)]
+    alarms = sum(run_paired_test(sample).p < 0.05 for sample in samples) / SIMULATED
+    # Of simulations with a true rate of 6 %, 95 % stay below this.
     assert alarms <= 0.06 + 1.64 * (0.06 * 0.94 / SIMULATED) ** 0.5
     if icc and number > 20:
-        independent = sum(run_mcnemar(sum(each, Counts())) < 0.05 for each in made) / SIMULATED
+        independent = sum(run_mcnemar(sum(sample, Counts())) < 0.05 for sample in samples) / SIMULATED
         assert independent > 0.1
 
 
 @pytest.mark.parametrize("kept", [0.85, 0.95])
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("number", [63, 25, 6])
-def test_the_interval_over_relations_holds_the_true_share(number: int, icc: float, kept: float) -> None:
-    drawn, held, simple = np.random.default_rng(14), 0, 0
+def test_kept_interval_by_relation_covers_the_true_share(number: int, icc: float, kept: float) -> None:
+    rng, covered, covered_by_simple = np.random.default_rng(14), 0, 0
     for _ in range(SIMULATED):
-        known = drawn.integers(10, 60, number)
-        both = drawn.binomial(known, shares(drawn, kept, icc, number))
-        found, alone = (
-            share_by_cluster(both.tolist(), known.tolist()),
-            estimate_proportion(int(both.sum()), int(known.sum())),
-        )
-        held += found.low <= kept <= found.high
-        simple += alone.low <= kept <= alone.high
-    # Shares near 1 of few relations that differ so much are too skewed for any interval (docs/statistics.md).
+        known = rng.integers(10, 60, number)
+        both = rng.binomial(known, draw_chances(rng, kept, icc, number))
+        clustered = share_by_cluster(both.tolist(), known.tolist())
+        simple = estimate_proportion(int(both.sum()), int(known.sum()))
+        covered += clustered.low <= kept <= clustered.high
+        covered_by_simple += simple.low <= kept <= simple.high
+    # Shares near 1 of a few very different relations are too skewed for any interval (docs/statistics.md).
     least = 0.92 if icc == 0 else 0.9 if number > 25 or (kept, icc) != (0.95, 0.3) else 0.78
-    assert least <= held / SIMULATED
-    assert not icc or simple / SIMULATED < 0.85
+    assert least <= covered / SIMULATED
+    assert not icc or covered_by_simple / SIMULATED < 0.85
 
 
-def test_sign_flips_are_those_of_all_assignments() -> None:
+def test_sign_flip_p_value_counts_all_assignments() -> None:
     changes = [3, -1, 2, 2, 0, 1, -4, 1, 1, 5, 2]
     clusters = [Counts(both=4, lost=max(0, -change), gained=max(0, change)) for change in changes]
     flipped = [abs(sum(s * c for s, c in zip(signs, changes, strict=True))) for signs in product((1, -1), repeat=11)]
@@ -87,14 +85,14 @@ def test_sign_flips_are_those_of_all_assignments() -> None:
     assert run_paired_test(clusters).unit == "relation"
 
 
-def test_of_one_fact_a_relation_the_test_is_mcnemars() -> None:
+def test_relations_of_one_fact_each_are_tested_by_mcnemar() -> None:
     clusters = [Counts(lost=1)] * 9 + [Counts(gained=1)] * 2 + [Counts(both=1)] * 5
     assert run_paired_test(clusters) == PairedTest(run_mcnemar(sum(clusters, Counts())), "fact")
-    # As sign flips would say.
+    # Sign flips give the same p-value.
     assert run_paired_test([*clusters, Counts(both=2)]).p == pytest.approx(run_mcnemar(sum(clusters, Counts())))
 
 
-def test_of_few_relations_it_is_a_t_test_and_never_surer_than_mcnemars() -> None:
+def test_few_relations_are_tested_by_t_with_p_at_least_mcnemars() -> None:
     changes = [7, 9, 4, -8, 5]
     clusters = [Counts(both=20 - abs(change), lost=max(0, change), gained=max(0, -change)) for change in changes]
     assert FEWEST <= len(clusters) < FEWEST_SIGNS
@@ -102,82 +100,82 @@ def test_of_few_relations_it_is_a_t_test_and_never_surer_than_mcnemars() -> None
     assert run_paired_test(clusters).unit == "relation"
     alike = [Counts(both=20, lost=1)] * 5
     assert run_paired_test(alike).p == run_mcnemar(sum(alike, Counts())) == 0.0625
-    # A relation of which nothing was asked is none.
+    # A relation without facts does not count.
     assert run_paired_test([*clusters, *[Counts()] * 5]) == run_paired_test(clusters)
-    # Of fewer nothing can be learned of how they differ.
+    # Fewer relations do not show how much relations differ.
     assert run_paired_test(clusters[:4]) == PairedTest(run_mcnemar(sum(clusters[:4], Counts())), "fact")
 
 
-def test_a_large_relation_beside_small_ones_hides_no_loss() -> None:
-    """Each lost about half of its facts, so that net changes differ as much as sizes do."""
+def test_one_large_relation_does_not_hide_a_loss() -> None:
+    """Each relation lost about half of its facts, so net changes vary as much as sizes."""
     sizes, lost = np.array([180, 30, 30, 30, 30, 30]), np.array([90, 14, 15, 16, 13, 17])
     assert ttest_1samp(lost, 0).pvalue > 0.05
     others = (lost.sum() - lost) / (sizes.sum() - sizes)
     error = (5 / 6 * ((others - 0.5) ** 2).sum()) ** 0.5
     expected = 2 * student_t.sf(0.5 / error, 330**2 / (sizes**2).sum() - 1)
-    found = run_paired_test([Counts(both=n - less, lost=less) for n, less in zip(sizes, lost, strict=True)])
-    assert found == PairedTest(pytest.approx(expected), "relation")
+    test = run_paired_test([Counts(both=n - less, lost=less) for n, less in zip(sizes, lost, strict=True)])
+    assert test == PairedTest(pytest.approx(expected), "relation")
     assert expected < 0.001
 
 
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("sizes", [(600, 300, 200, 150, 120, 100), (270, *[30] * 8)])
-def test_of_relations_of_unequal_sizes_few_tests_say_what_is_not_so(sizes: tuple[int, ...], icc: float) -> None:
-    drawn, alarms = np.random.default_rng(5), 0
+def test_false_alarms_stay_near_5_percent_for_unequal_relations(sizes: tuple[int, ...], icc: float) -> None:
+    rng, alarms = np.random.default_rng(5), 0
     for _ in range(SIMULATED):
-        changed = drawn.binomial(sizes, 0.12)
-        lost = drawn.binomial(changed, shares(drawn, 0.5, icc, len(sizes)))
+        changed = rng.binomial(sizes, 0.12)
+        lost = rng.binomial(changed, draw_chances(rng, 0.5, icc, len(sizes)))
         rows = zip(sizes, changed.tolist(), lost.tolist(), strict=True)
-        made = [Counts(both=n - of, lost=less, gained=of - less) for n, of, less in rows]
-        alarms += run_paired_test(made).p < 0.05
+        relations = [Counts(both=n - changed, lost=lost, gained=changed - lost) for n, changed, lost in rows]
+        alarms += run_paired_test(relations).p < 0.05
     assert alarms / SIMULATED <= 0.06 + 1.64 * (0.06 * 0.94 / SIMULATED) ** 0.5
 
 
-def test_a_probe_of_one_relation_is_of_single_facts() -> None:
-    one = Counts(both=90, lost=10, gained=2)
-    assert measure_certainty([[one]]).test == PairedTest(run_mcnemar(one), "fact")
-    assert list_clusters([one]).count(Counts(lost=1)) == 10
-    assert (measure_certainty([[one]]).relations, measure_certainty([[one]]).kept) == (1, Estimate(0.9))
-    # Beside a probe with relations, a task's items stay independent.
-    both = measure_certainty([[one], [Counts(both=18, lost=2)] * 12])
-    assert both.test.unit == "relation"
-    assert both.kept.low is not None
+def test_a_probe_of_one_relation_is_tested_fact_by_fact() -> None:
+    relation = Counts(both=90, lost=10, gained=2)
+    assert measure_certainty([[relation]]).test == PairedTest(run_mcnemar(relation), "fact")
+    assert list_clusters([relation]).count(Counts(lost=1)) == 10
+    assert (measure_certainty([[relation]]).relations, measure_certainty([[relation]]).kept) == (1, Estimate(0.9))
+    # Items of a task stay independent next to a probe with relations.
+    certainty = measure_certainty([[relation], [Counts(both=18, lost=2)] * 12])
+    assert certainty.test.unit == "relation"
+    assert certainty.kept.low is not None
 
 
-def test_facts_that_hang_together_tell_less() -> None:
+def test_correlated_facts_widen_the_interval() -> None:
     alike = [Counts(both=18, lost=2)] * 10 + [Counts(both=17, lost=3)] * 10
-    apart = [Counts(both=20)] * 10 + [Counts(both=15, lost=5)] * 10
-    near, far = (estimate_kept_by_cluster(each) for each in (alike, apart))
-    assert near.value == far.value == 0.875
-    assert far.high - far.low > 1.3 * (near.high - near.low)
+    different = [Counts(both=20)] * 10 + [Counts(both=15, lost=5)] * 10
+    narrow, wide = (estimate_kept_by_cluster(clusters) for clusters in (alike, different))
+    assert narrow.value == wide.value == 0.875
+    assert wide.high - wide.low > 1.3 * (narrow.high - narrow.low)
 
 
 @pytest.mark.parametrize("icc", [0.0, 0.1])
 @pytest.mark.parametrize(("number", "loss"), [(60, 0.05), (20, 0.1), (8, 0.1)])
-def test_the_interval_of_a_difference_holds_the_true_one(number: int, loss: float, icc: float) -> None:
-    drawn, held = np.random.default_rng(14), 0
+def test_difference_interval_covers_the_true_difference(number: int, loss: float, icc: float) -> None:
+    rng, covered = np.random.default_rng(14), 0
     for _ in range(SIMULATED):
-        sizes = drawn.integers(10, 60, number)
-        lost = drawn.binomial(sizes, shares(drawn, loss, icc, number))
-        made = [Counts(both=n - less, lost=less) for n, less in zip(sizes.tolist(), lost.tolist(), strict=True)]
-        found = estimate_difference_by_cluster(made)
-        held += found.low <= -loss <= found.high
-    assert held / SIMULATED >= 0.92
+        sizes = rng.integers(10, 60, number)
+        lost = rng.binomial(sizes, draw_chances(rng, loss, icc, number))
+        relations = [Counts(both=n - less, lost=less) for n, less in zip(sizes.tolist(), lost.tolist(), strict=True)]
+        difference = estimate_difference_by_cluster(relations)
+        covered += difference.low <= -loss <= difference.high
+    assert covered / SIMULATED >= 0.92
 
 
-def test_the_interval_of_a_difference_is_newcombes_of_as_many_facts_as_tell_as_much() -> None:
-    # All that changed in a relation was lost: 100 facts of 10 relations tell as much as 10.
+def test_difference_interval_is_newcombes_of_the_effective_number_of_facts() -> None:
+    # Each relation lost all of its facts or none, so that the 100 facts count as 9.
     clusters = [Counts(both=10)] * 8 + [Counts(lost=10)] * 2
-    found = estimate_difference_by_cluster(clusters)
+    difference = estimate_difference_by_cluster(clusters)
     effect = 10 / 9 * (8 * 2**2 + 2 * 8**2) / (20 - 4)
     assert effect == pytest.approx(100 / 9)
     z, number = student_t.ppf(0.975, 9), 100 / effect
     middle, half = (0.2 + z**2 / number / 2), z * (0.16 / number + z**2 / number**2 / 4) ** 0.5
     wilson = sorted((middle + side * half) / (1 + z**2 / number) for side in (-1, 1))
-    of_all = 1 / (1 + z**2 / number)  # The lower end of Wilson's interval of all.
+    low_of_one = 1 / (1 + z**2 / number)  # The lower limit of Wilson's interval for a share of 1.
     below = np.hypot(wilson[1] - 0.2, 0)
-    above = np.hypot(0.2 - wilson[0], 1 - of_all)
-    assert (found.value, found.low, found.high) == pytest.approx((-0.2, -0.2 - below, -0.2 + above))
+    above = np.hypot(0.2 - wilson[0], 1 - low_of_one)
+    assert (difference.value, difference.low, difference.high) == pytest.approx((-0.2, -0.2 - below, -0.2 + above))
 
 
 def test_few_relations_have_no_interval() -> None:
@@ -185,10 +183,10 @@ def test_few_relations_have_no_interval() -> None:
     assert estimate_kept_by_cluster(few[1:]).low is None
     assert estimate_kept_by_cluster([*few[1:], Counts(neither=50)]).low is None
     assert estimate_kept_by_cluster(few).low is not None
-    assert [estimate_difference_by_cluster(each).low is None for each in (few[1:], few)] == [True, False]
+    assert [estimate_difference_by_cluster(clusters).low is None for clusters in (few[1:], few)] == [True, False]
 
 
-def test_relations_of_which_nothing_was_known_say_nothing_of_what_was_kept() -> None:
+def test_relations_without_known_facts_do_not_change_what_was_kept() -> None:
     known = [Counts(both=9 + number, lost=number) for number in range(8)]
     assert estimate_kept_by_cluster([*known, Counts(neither=50)]) == estimate_kept_by_cluster(known)
     assert estimate_difference_by_cluster([*known, Counts(neither=50)]) != estimate_difference_by_cluster(known)
@@ -209,9 +207,7 @@ def test_facts_are_counted_by_cluster() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(relations, st.sampled_from([0.8, 0.95, 0.99]))
-def test_intervals_hold_their_figure_and_are_nowhere_narrower_than_the_simple_ones(
-    counts: list[Counts], level: float
-) -> None:
+def test_clustered_intervals_contain_their_value_and_the_simple_interval(counts: list[Counts], level: float) -> None:
     total = sum(counts, Counts())
     kept, difference = estimate_kept_by_cluster(counts, level), estimate_difference_by_cluster(counts, level)
     assert kept.value == total.kept

@@ -1,4 +1,4 @@
-"""Divergence, calibration, ranks and popularity, by hand and for all inputs."""
+"""Divergence, calibration, ranks and popularity, by hand and on random inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from compressknow.comparison.distributions import (
 )
 
 
-def softmax(scores: np.ndarray) -> np.ndarray:
+def log_softmax(scores: np.ndarray) -> np.ndarray:
     scores = scores - scores.max()
     return scores - np.log(np.exp(scores).sum())
 
@@ -43,33 +43,33 @@ class TestKL:
 
     @given(scores)
     def test_equal_inputs_give_exactly_zero(self, values: np.ndarray) -> None:
-        logp = softmax(values)[:8].astype(np.float32)
+        logp = log_softmax(values)[:8].astype(np.float32)
         assert float(compute_kl(logp, logp)) == 0.0
 
     @given(scores, scores)
     def test_never_negative_nor_infinite(self, first: np.ndarray, second: np.ndarray) -> None:
-        p, q = (softmax(values)[:8].astype(np.float32) for values in (first, second))
+        p, q = (log_softmax(values)[:8].astype(np.float32) for values in (first, second))
         assert 0 <= float(compute_kl(p, q)) < math.inf
 
     @given(scores, scores)
-    def test_never_above_that_of_the_whole_vocabulary(self, first: np.ndarray, second: np.ndarray) -> None:
-        p, q = softmax(first / 10), softmax(second / 10)
-        whole = float(np.sum(np.exp(p) * (p - q)))
-        assert float(compute_kl(p[:8], q[:8])) <= whole + 1e-6
+    def test_never_above_the_divergence_over_the_whole_vocabulary(self, first: np.ndarray, second: np.ndarray) -> None:
+        p, q = log_softmax(first / 10), log_softmax(second / 10)
+        over_all = float(np.sum(np.exp(p) * (p - q)))
+        assert float(compute_kl(p[:8], q[:8])) <= over_all + 1e-6
 
     def test_tiny_changes_do_not_cancel(self) -> None:
         # For q = p (1 + e) on one of two outcomes of 1/2 each, KL is e^2 / 2 to second order.
         change = 1e-7
         assert float(compute_kl([math.log(0.5)], [math.log(0.5) + change])) == pytest.approx(change**2 / 2, rel=1e-2)
 
-    def test_a_token_that_is_ruled_out_stays_finite(self) -> None:
+    def test_stays_finite_where_a_token_is_impossible(self) -> None:
         value = float(compute_kl([math.log(0.5), -math.inf], [-math.inf, math.log(0.5)]))
         assert value == pytest.approx(0.5 * (math.log(0.5) - LOGP_FLOOR), rel=1e-3)
 
-    def test_a_broken_model_is_not_hidden(self) -> None:
+    def test_nan_gives_nan(self) -> None:
         assert math.isnan(float(compute_kl([math.log(0.5)], [math.nan])))
 
-    def test_rows_at_once(self) -> None:
+    def test_computes_each_row(self) -> None:
         p = np.log([[0.5, 0.25], [0.1, 0.2]])
         q = np.log([[0.25, 0.25], [0.1, 0.2]])
         assert compute_kl(p, q) == pytest.approx([0.25 * math.log(2), 0])
@@ -83,7 +83,7 @@ class TestCalibration:
         correct = [True] * 8 + [False] * 2 + [True] * 6 + [False] * 4
         assert compute_ece(confidence, correct) == pytest.approx(0.125)
 
-    def test_bins_hold_their_upper_edge(self) -> None:
+    def test_bins_include_their_upper_edge(self) -> None:
         # 1/15 lies in the first bin, (0, 1/15], and cannot even out with what lies above it.
         assert compute_ece([1 / 15] * 10 + [1 / 15 + 1e-9] * 10, [True] * 10 + [False] * 10) == pytest.approx(0.5)
         assert compute_ece([0.0] * 20, [False] * 20) == 0
@@ -92,7 +92,7 @@ class TestCalibration:
         assert compute_brier([0.8] * 20, [True] * 15 + [False] * 5) == pytest.approx((15 * 0.04 + 5 * 0.64) / 20)
 
     @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=20, max_size=50))
-    def test_within_zero_and_one_whatever_the_order(self, rows: list[tuple[float, bool]]) -> None:
+    def test_ece_is_within_zero_and_one_in_any_order(self, rows: list[tuple[float, bool]]) -> None:
         value = compute_ece(*zip(*rows, strict=True))
         assert 0 <= value <= 1
         random.Random(0).shuffle(rows)
@@ -100,18 +100,18 @@ class TestCalibration:
 
 
 class TestRanks:
-    def test_a_gold_without_rank_counts_as_infinitely_far(self) -> None:
+    def test_a_missing_rank_counts_as_infinite(self) -> None:
         assert compute_mean_reciprocal_rank([1, None, 4]) == pytest.approx(1.25 / 3)
         assert compute_precision(5, [1, None, 6, 5]) == 0.5
 
-    def test_no_ranks_no_mean(self) -> None:
+    def test_no_ranks_have_no_mean(self) -> None:
         assert compute_mean_reciprocal_rank([None, None]) is None
         assert compute_mean_reciprocal_rank([]) is None
         assert compute_precision(5, []) is None
 
     def test_percentiles_by_hand(self) -> None:
-        found = compute_percentiles(range(101), PERCENTILES)
-        assert found == {"p1": 1, "p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99}
+        percentiles = compute_percentiles(range(101), PERCENTILES)
+        assert percentiles == {"p1": 1, "p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99}
 
 
 class TestPopularityBins:
@@ -123,7 +123,7 @@ class TestPopularityBins:
     def test_fewer_bins_for_fewer_facts(self) -> None:
         assert set(assign_popularity_bins([float(value) for value in range(45)])) == {"top 50 %", "bottom 50 %"}
 
-    def test_none_for_a_handful_or_a_single_popularity(self) -> None:
+    def test_no_bins_for_few_facts_or_a_single_popularity(self) -> None:
         assert set(assign_popularity_bins([float(value) for value in range(39)])) == {None}
         assert set(assign_popularity_bins([1.0] * 100)) == {None}
         assert assign_popularity_bins([]) == []
@@ -138,5 +138,5 @@ class TestPopularityBins:
     def test_ties_stay_together_and_no_bin_is_small(self, values: list[int]) -> None:
         names = assign_popularity_bins([float(value) for value in values])
         by_value = {value: {n for n, v in zip(names, values, strict=True) if v == value} for value in values}
-        assert all(len(found) == 1 for found in by_value.values())
+        assert all(len(bins) == 1 for bins in by_value.values())
         assert all(names.count(name) >= 20 for name in set(names) - {None})

@@ -1,9 +1,10 @@
-"""What could have been seen: power against simulated models, by hand, and what so many facts show."""
+"""Power: against simulated models and by hand, and how many facts show a loss or decide a gate."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -25,63 +26,63 @@ from compressknow.comparison.power import (
     find_smallest_loss,
 )
 from compressknow.comparison.records import Counts
-from tests.comparison.test_clusters import shares
+from tests.comparison.test_clusters import draw_chances
 
 SIMULATED = 4000
 COUNTS = [Counts(169, 16, 19, 96), Counts(185), Counts(2311, 89, 41, 1580), Counts(60, 9, 3, 20)]
 
 
-def shown(known: int, loss: float, gained: float, unknown: int) -> float:
-    """How often the exact McNemar test shows a loss, of models that lose and gain facts with these chances."""
+def simulate_power(known: int, loss: float, gained: float, unknown: int) -> float:
+    """Return how often the exact McNemar test shows a loss of models that lose and gain facts with these chances."""
     facts = known + unknown
     up, down = gained * known / facts, (gained + loss) * known / facts
-    drawn = np.random.default_rng(7).multinomial(facts, [down, up, 1 - up - down], size=SIMULATED)
-    seen = [lost > won and run_mcnemar(Counts(lost=lost, gained=won)) < 0.05 for lost, won, _ in drawn.tolist()]
+    rng = np.random.default_rng(7).multinomial(facts, [down, up, 1 - up - down], size=SIMULATED)
+    seen = [lost > won and run_mcnemar(Counts(lost=lost, gained=won)) < 0.05 for lost, won, _ in rng.tolist()]
     return sum(seen) / SIMULATED
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-def test_the_smallest_loss_is_seen_in_four_of_five_simulated_models(counts: Counts) -> None:
+def test_the_smallest_loss_is_shown_with_the_intended_power(counts: Counts) -> None:
     loss = find_smallest_loss(counts)
     assert loss is not None
     known = counts.known_before
-    seen = shown(known, loss, counts.gained / known, counts.n - known)
-    # Three standard errors of a simulated share.
-    assert abs(seen - POWER) < 3 * math.sqrt(POWER * (1 - POWER) / SIMULATED)
+    power = simulate_power(known, loss, counts.gained / known, counts.n - known)
+    # Three standard errors of the simulated power.
+    assert abs(power - POWER) < 3 * math.sqrt(POWER * (1 - POWER) / SIMULATED)
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-def test_as_many_facts_as_it_says_see_a_loss_of_two_points(counts: Counts) -> None:
+def test_the_counted_facts_show_a_loss_of_two_points(counts: Counts) -> None:
     known = count_facts_to_show(counts)
     assert known is not None
     unknown = round((counts.n - counts.known_before) / counts.known_before * known)
-    seen = shown(known, 0.02, counts.gained / counts.known_before, unknown)
-    assert abs(seen - POWER) < 3 * math.sqrt(POWER * (1 - POWER) / SIMULATED)
+    power = simulate_power(known, 0.02, counts.gained / counts.known_before, unknown)
+    assert abs(power - POWER) < 3 * math.sqrt(POWER * (1 - POWER) / SIMULATED)
 
 
-def test_by_hand_where_nothing_is_gained() -> None:
+def test_power_without_gains_by_hand() -> None:
     # The test shows a loss from six lost facts on: 2 / 2^6 is below 5 %, 2 / 2^5 is not.
     assert compute_power(100, 0.08, 0.0, 50) == pytest.approx(binom.sf(5, 150, 8 / 150))
     assert find_smallest_loss(Counts(both=5)) is None
     assert find_smallest_loss(Counts(both=6)) == pytest.approx(POWER ** (1 / 6), abs=1e-4)
 
 
-def test_facts_that_are_all_known_show_a_loss_where_they_count_as_fewer() -> None:
-    # The 200 known facts tell as much as 115.1 independent ones.
+def test_correlated_facts_show_a_loss_where_all_are_known() -> None:
+    # The 200 known facts count as 115.1 independent ones.
     counts, design = Counts(both=190, lost=10), Design(1.6, 10, 30)
     other = find_smallest_loss(counts + Counts(neither=5), design)
     assert find_smallest_loss(counts, design) == pytest.approx(other, abs=1e-3)
 
 
-def test_no_loss_is_shown_less_often_than_the_level() -> None:
+def test_power_without_a_loss_is_below_the_level() -> None:
     assert 0 < compute_power(1000, 0.0, 0.05, 400) < 0.025
 
 
 @pytest.mark.parametrize(("known", "unknown", "gained"), [(40, 20, 0.0), (185, 115, 0.1), (2400, 1600, 0.03)])
-def test_larger_losses_are_seen_more_often(known: int, unknown: int, gained: float) -> None:
-    seen = [compute_power(known, loss, gained, unknown) for loss in np.linspace(0, 0.9, 20)]
-    assert all(less <= more + 1e-9 for less, more in itertools.pairwise(seen))
-    assert seen[-1] > 0.99
+def test_power_grows_with_the_loss(known: int, unknown: int, gained: float) -> None:
+    powers = [compute_power(known, loss, gained, unknown) for loss in np.linspace(0, 0.9, 20)]
+    assert all(less <= more + 1e-9 for less, more in itertools.pairwise(powers))
+    assert powers[-1] > 0.99
 
 
 def test_gained_facts_hide_a_loss() -> None:
@@ -90,7 +91,7 @@ def test_gained_facts_hide_a_loss() -> None:
     )
 
 
-def test_nothing_known_shows_nothing() -> None:
+def test_without_known_facts_no_loss_is_shown() -> None:
     assert (find_smallest_loss(Counts(gained=3, neither=9)), count_facts_to_show(Counts(gained=3, neither=9))) == (
         None,
         None,
@@ -99,65 +100,67 @@ def test_nothing_known_shows_nothing() -> None:
 
 
 @pytest.mark.parametrize(("both", "lost", "gate"), [(914, 86, 0.9), (914, 86, 0.95), (50, 50, 0.8), (97, 3, 0.99)])
-def test_as_many_facts_as_it_says_decide_in_four_of_five_samples(both: int, lost: int, gate: float) -> None:
+def test_the_counted_facts_decide_a_gate_with_the_intended_power(both: int, lost: int, gate: float) -> None:
     counts = Counts(both, lost)
     number = count_facts_to_decide(counts, gate)
     assert number is not None
     kept = np.random.default_rng(3).binomial(number, counts.kept, SIMULATED)
     intervals = [estimate_proportion(int(each), number) for each in kept]
     decided = sum(not each.low < gate <= each.high for each in intervals) / SIMULATED
-    # Whole numbers of facts: one more or less lost moves the share of samples by some points.
+    # Numbers of facts are whole: one more lost moves the share of decided samples by some points.
     assert abs(decided - POWER) < 0.06
 
 
-def test_a_share_that_is_the_gate_is_never_decided() -> None:
+def test_a_share_equal_to_the_gate_is_never_decided() -> None:
     assert count_facts_to_decide(Counts(90, 10), 0.9) is None
 
 
 @pytest.mark.parametrize("icc", [0.1, 0.3])
-def test_of_relations_that_differ_the_smallest_loss_is_seen_as_often(icc: float) -> None:
-    """Facts are known with 60 %, those that change lost or gained by a chance that is the relation's."""
-    drawn = np.random.default_rng(5)
-    told = [
-        find_smallest_loss(sum(c, Counts()), design_of_change(c)) for c in (relations(drawn, icc, 0) for _ in range(60))
-    ]
-    loss = float(np.median([each for each in told if each is not None]))
-    tested = [relations(drawn, icc, loss) for _ in range(400)]
-    seen = [run_paired_test(c).p < 0.05 and sum(each.lost - each.gained for each in c) > 0 for c in tested]
-    assert abs(sum(seen) / len(seen) - POWER) < 0.1
+def test_the_smallest_loss_of_different_relations_is_shown_with_the_intended_power(icc: float) -> None:
+    rng = np.random.default_rng(5)
+    loss = find_median_smallest_loss(draw_relations(rng, icc, 0) for _ in range(60))
+    samples = [draw_relations(rng, icc, loss) for _ in range(400)]
+    shown = [run_paired_test(c).p < 0.05 and sum(each.lost - each.gained for each in c) > 0 for c in samples]
+    assert abs(sum(shown) / len(shown) - POWER) < 0.1
 
 
 @pytest.mark.parametrize("icc", [0.1, 0.3])
-def test_of_relations_that_only_lose_the_smallest_loss_is_seen_as_often(icc: float) -> None:
-    drawn = np.random.default_rng(5)
+def test_the_smallest_loss_of_relations_without_gains_is_shown_with_the_intended_power(icc: float) -> None:
+    rng = np.random.default_rng(5)
 
     def lose(loss: float) -> list[Counts]:
-        return [Counts(20 - lost, lost) for lost in drawn.binomial(20, shares(drawn, loss, icc, 20)).tolist()]
+        return [Counts(20 - lost, lost) for lost in rng.binomial(20, draw_chances(rng, loss, icc, 20)).tolist()]
 
-    told = [find_smallest_loss(sum(c, Counts()), design_of_change(c)) for c in (lose(0.03) for _ in range(60))]
-    tested = [lose(float(np.median([each for each in told if each is not None]))) for _ in range(400)]
-    assert sum(run_paired_test(c).p < 0.05 for c in tested) / len(tested) > POWER - 0.1
+    loss = find_median_smallest_loss(lose(0.03) for _ in range(60))
+    samples = [lose(loss) for _ in range(400)]
+    assert sum(run_paired_test(c).p < 0.05 for c in samples) / len(samples) > POWER - 0.1
 
 
-def relations(drawn: np.random.Generator, icc: float, net: float, number: int = 40, facts: int = 40) -> list[Counts]:
+def find_median_smallest_loss(samples: Iterable[list[Counts]]) -> float:
+    losses = [find_smallest_loss(sum(sample, Counts()), design_of_change(sample)) for sample in samples]
+    return float(np.median([loss for loss in losses if loss is not None]))
+
+
+def draw_relations(rng: np.random.Generator, icc: float, net: float, number: int = 40, facts: int = 40) -> list[Counts]:
+    """Draw relations that know 60 % of their facts; each loses or gains those that change by its own chance."""
     known, mean, concentration = round(0.6 * facts), (0.06 + net) / (0.12 + net), 1 / icc - 1
-    changed = drawn.binomial(known, 0.12 + net, number)
-    lost = drawn.binomial(changed, drawn.beta(mean * concentration, (1 - mean) * concentration, number))
+    changed = rng.binomial(known, 0.12 + net, number)
+    lost = rng.binomial(changed, rng.beta(mean * concentration, (1 - mean) * concentration, number))
     pairs = zip(lost.tolist(), (changed - lost).tolist(), strict=True)
-    return [Counts(known - less, less, more, facts - known - more) for less, more in pairs]
+    return [Counts(known - lost, lost, gained, facts - known - gained) for lost, gained in pairs]
 
 
-def test_more_facts_of_the_same_relations_may_never_show_a_small_loss() -> None:
+def test_more_facts_of_very_different_relations_may_never_show_a_small_loss() -> None:
     alike = [Counts(both=36, lost=2, gained=2, neither=20)] * 20
-    apart = [Counts(both=36, lost=4, neither=20), Counts(both=36, gained=4, neither=20)] * 10
-    needed = [count_facts_to_show(sum(c, Counts()), design=design_of_change(c)) for c in (alike, apart)]
+    different = [Counts(both=36, lost=4, neither=20), Counts(both=36, gained=4, neither=20)] * 10
+    needed = [count_facts_to_show(sum(c, Counts()), design=design_of_change(c)) for c in (alike, different)]
     assert needed[0] is not None
     assert needed[1] is None
 
 
 @pytest.mark.parametrize("gate", [None, 0.9])
-def test_of_relations_that_hang_together_it_takes_more_facts_by_what_they_tell_less(gate: float | None) -> None:
-    """The effect grows with the facts of a relation, and Student's t takes the place of the normal quantile."""
+def test_correlated_relations_need_more_facts_by_their_design_effect(gate: float | None) -> None:
+    """The design effect grows with the facts per relation, and Student's t replaces the normal quantile."""
     counts, correlation, size, degrees = Counts(both=220, lost=10, gained=5, neither=165), 0.001, 20, 19
 
     def count(design: Design) -> int:
@@ -167,6 +170,6 @@ def test_of_relations_that_hang_together_it_takes_more_facts_by_what_they_tell_l
 
     needed = count(Design(1 + (size - 1) * correlation, size, degrees))
     effect = 1 + (size * needed / counts.known_before - 1) * correlation
-    tells = needed / effect / (t.ppf(0.975, degrees) / norm.ppf(0.975)) ** 2
-    assert tells == pytest.approx(count(INDEPENDENT), abs=1)
-    assert needed > 1.1 * tells
+    effective = needed / effect / (t.ppf(0.975, degrees) / norm.ppf(0.975)) ** 2
+    assert effective == pytest.approx(count(INDEPENDENT), abs=1)
+    assert needed > 1.1 * effective

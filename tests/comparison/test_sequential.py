@@ -1,4 +1,4 @@
-"""The gate that stops early: its rate of errors by simulation, against a plain reference, and how soon it stops."""
+"""Gates that stop early: their error rate by simulation, a plain reference, and how soon they stop."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from compressknow.comparison.power import FRACTIONS, LEVEL, compute_capitals, de
 from tests.long import long
 
 RUNS = 2000
-WON = math.log(2 / LEVEL)
+THRESHOLD = math.log(2 / LEVEL)
 
 
-def drawn(facts: int, known: int, kept: int, runs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """So many runs through the same facts in random order: known, kept, [runs, facts]."""
+def draw_orders(facts: int, known: int, kept: int, runs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Draw random orders of the same facts; return which are known and which are kept, [runs, facts]."""
     order = np.argsort(np.random.default_rng(seed).random((runs, facts)), axis=1)
     return order < known, order < kept
 
@@ -26,34 +26,34 @@ def drawn(facts: int, known: int, kept: int, runs: int, seed: int = 0) -> tuple[
     ("facts", "known", "kept"),
     [(1000, 600, 540), (1000, 600, 300), (500, 500, 475), (400, 80, 64), (300, 200, 198), (60, 40, 30)],
 )
-def test_at_the_gate_itself_hardly_any_run_decides(facts: int, known: int, kept: int) -> None:
+def test_at_the_gate_few_runs_decide_early(facts: int, known: int, kept: int) -> None:
     decided = 0
     for seed in range(4):
-        runs = drawn(facts, known, kept, RUNS // 4, seed)
+        runs = draw_orders(facts, known, kept, RUNS // 4, seed)
         above, below = compute_capitals(*runs, kept / known, facts)
-        # That all facts are done decides too, and rightly.
-        decided += int((np.maximum(above, below)[:, :-1] >= WON).any(axis=1).sum())
+        # After the last fact every run decides, and correctly.
+        decided += int((np.maximum(above, below)[:, :-1] >= THRESHOLD).any(axis=1).sum())
     assert decided / RUNS <= LEVEL
 
 
 def test_near_the_gate_few_runs_are_wrong() -> None:
-    known, kept = drawn(400, 250, 220, RUNS)
+    known, kept = draw_orders(400, 250, 220, RUNS)
     for gate, wrong_side in ((0.87, 1), (0.89, 0)):
         capital = compute_capitals(known, kept, gate, 400)
-        first = [np.where((side >= WON).any(axis=1), (side >= WON).argmax(axis=1), 400) for side in capital]
+        first = [np.where((side >= THRESHOLD).any(axis=1), (side >= THRESHOLD).argmax(axis=1), 400) for side in capital]
         assert (first[wrong_side] < first[1 - wrong_side]).mean() <= LEVEL / 2
 
 
 @long
-def test_the_confidence_sequence_holds_the_share_of_all_facts() -> None:
-    known, kept = drawn(400, 250, 220, 400)
+def test_the_confidence_sequence_covers_the_share_of_all_facts() -> None:
+    known, kept = draw_orders(400, 250, 220, 400)
     stops = [decide_gate(0.8, *run, 400) for run in zip(known, kept, strict=True)]
-    held = sum(stop.kept.low <= 0.88 <= stop.kept.high for stop in stops)
-    assert held / len(stops) >= 1 - LEVEL
+    covered = sum(stop.kept.low <= 0.88 <= stop.kept.high for stop in stops)
+    assert covered / len(stops) >= 1 - LEVEL
 
 
 # SmolLM2-135M-Instruct and the demo's conversion of it, on the first of atlas's 4,021 facts in the order of seed 0:
-# 3 where both know the fact, 2 where it is lost, 1 where it is gained, else 0.
+# 3 where both models know the fact, 2 where it is lost, 1 where it is gained, else 0.
 SMOLLM2 = (
     "0033330303320330230000220301332230333333333033003233333333033330333000002313100100330330333323033030"
     "3330033300323300300003000302133003330303323230330032330333330030323033303300330322300230333203030330"
@@ -74,8 +74,8 @@ def test_a_gate_on_real_answers_takes_less_than_a_third_of_the_facts(gate: float
     assert stop.facts < stop.of / 3
 
 
-def by_hand(known: np.ndarray, kept: np.ndarray, gate: float, of: int) -> list[tuple[float, float]]:
-    """The capital of both players, player by player and fact by fact."""
+def compute_capitals_plainly(known: np.ndarray, kept: np.ndarray, gate: float, of: int) -> list[tuple[float, float]]:
+    """Compute the capital of both players, fact by fact."""
     purses, seen, after = [[1.0, 1.0] for _ in FRACTIONS], 0.0, []
     for number, (knows, keeps) in enumerate(zip(known, kept, strict=True)):
         value, mean = (float(keeps) - gate if knows else 0.0), -seen / (of - number)
@@ -89,31 +89,31 @@ def by_hand(known: np.ndarray, kept: np.ndarray, gate: float, of: int) -> list[t
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.2, 0.8), st.integers(1, 30))
-def test_the_capital_is_that_of_a_plain_reference(seed: int, gate: float, number: int) -> None:
+def test_capitals_match_a_plain_reference(seed: int, gate: float, number: int) -> None:
     random = np.random.default_rng(seed)
     known = random.random(number) < 0.7
     kept = known & (random.random(number) < 0.6)
     above, below = compute_capitals(known, kept, gate, 200)
-    for one, other, (up, down) in zip(above, below, by_hand(known, kept, gate, 200), strict=True):
-        assert one == pytest.approx(math.log(up), abs=1e-8)
-        assert other == pytest.approx(math.log(down), abs=1e-8)
+    expected = np.log(compute_capitals_plainly(known, kept, gate, 200))
+    assert np.stack([above, below], axis=1) == pytest.approx(expected, abs=1e-8)
 
 
-def test_the_capital_falls_and_rises_with_the_gate_so_that_what_is_left_is_an_interval() -> None:
-    known, kept = drawn(300, 200, 170, 1)
+def test_capitals_are_monotonic_in_the_gate() -> None:
+    """The gates that remain possible are an interval."""
+    known, kept = draw_orders(300, 200, 170, 1)
     gates = np.linspace(0.05, 0.99, 60)
-    found = [compute_capitals(known[0, :120], kept[0, :120], gate, 300) for gate in gates]
-    above, below = (np.minimum([pair[side] for pair in found], 100.0) for side in (0, 1))
+    capitals = [compute_capitals(known[0, :120], kept[0, :120], gate, 300) for gate in gates]
+    above, below = (np.minimum([pair[side] for pair in capitals], 100.0) for side in (0, 1))
     assert (np.diff(above, axis=0) <= 1e-9).all()
     assert (np.diff(below, axis=0) >= -1e-9).all()
 
 
 @pytest.mark.parametrize("gate", [0.8, 0.99])
-def test_it_takes_under_a_third_of_the_facts_where_the_share_is_not_near_the_gate(gate: float) -> None:
-    # As many as atlas has, of which SmolLM2 knows as many and keeps as many without pruning.
-    known, kept = drawn(4021, 2480, 2270, 20)
-    took = [decide_gate(gate, *run, 4021).facts for run in zip(known, kept, strict=True)]
-    assert max(took) < 4021 / 3
+def test_a_gate_far_from_the_share_takes_less_than_a_third_of_the_facts(gate: float) -> None:
+    # The numbers of atlas, and of what SmolLM2 knows and keeps without pruning.
+    known, kept = draw_orders(4021, 2480, 2270, 20)
+    numbers = [decide_gate(gate, *run, 4021).facts for run in zip(known, kept, strict=True)]
+    assert max(numbers) < 4021 / 3
 
 
 def test_after_all_facts_the_share_itself_decides() -> None:
@@ -124,32 +124,32 @@ def test_after_all_facts_the_share_itself_decides() -> None:
         assert (stop.facts, stop.of, stop.known, stop.kept.value, stop.met) == (10, 10, 10, 0.9, met)
 
 
-def test_what_cannot_be_any_more_is_decided_at_once() -> None:
+def test_a_gate_that_is_certain_is_decided_at_once() -> None:
     everything = np.ones(40, dtype=bool)
     # One lost fact is enough for 100 %, and one that is kept for 0 %.
     assert decide_gate(1.0, everything, np.arange(40) != 7, 1000).facts == 8
     assert decide_gate(0.0, everything, np.arange(40) == 7, 1000).facts == 8
-    # 40 of 42 facts are kept: at least half is.
+    # 40 of 42 facts are kept, which is at least half.
     assert decide_gate(0.5, everything, everything, 42).met
 
 
-def test_a_share_that_is_the_gate_seems_impossible_at_no_fact_before_the_last() -> None:
+def test_a_share_equal_to_the_gate_is_possible_until_the_last_fact() -> None:
     # 3,333 of 3,999 is not a float: sums of floats leave a residue, which decided such runs one fact before the end.
-    known, kept = drawn(4000, 3999, 3333, 300)
+    known, kept = draw_orders(4000, 3999, 3333, 300)
     for rows in np.split(np.arange(300), 6):
         above, below = compute_capitals(known[rows], kept[rows], 3333 / 3999, 4000)
         assert np.isfinite(above[:, :-1]).all()
         assert np.isfinite(below[:, :-1]).all()
 
 
-def test_facts_that_the_original_does_not_know_say_nothing() -> None:
+def test_facts_that_the_original_does_not_know_decide_nothing() -> None:
     nothing = np.zeros(50, dtype=bool)
     assert decide_gate(0.9, nothing, nothing, 100) is None
     assert decide_gate(0.9, nothing, nothing, 50) is None
 
 
-def test_the_interval_lies_on_the_side_of_the_answer() -> None:
-    known, kept = drawn(2000, 1200, 1100, 10)
+def test_the_interval_lies_on_the_side_of_the_decision() -> None:
+    known, kept = draw_orders(2000, 1200, 1100, 10)
     for gate in (0.8, 0.99):
         for run in zip(known, kept, strict=True):
             stop = decide_gate(gate, *run, 2000)

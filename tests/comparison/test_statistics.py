@@ -1,4 +1,4 @@
-"""Intervals and tests of proportions: published examples, and what must hold for all counts."""
+"""Intervals and tests of proportions: published examples, and properties of all counts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from compressknow.comparison.records import Counts, Estimate
 cells = st.builds(Counts, *[st.integers(0, 200)] * 4)
 
 
-def rounded(estimate: Estimate, digits: int = 4) -> list[float]:
+def round_interval(estimate: Estimate, digits: int = 4) -> list[float]:
     return [round(number, digits) for number in (estimate.low, estimate.high)]
 
 
@@ -38,13 +38,13 @@ class TestProportion:
         ],
     )
     def test_wilson_as_published(self, part: int, whole: int, interval: list[float]) -> None:
-        assert rounded(estimate_proportion(part, whole)) == interval
+        assert round_interval(estimate_proportion(part, whole)) == interval
 
-    def test_nothing_of_nothing_has_no_value(self) -> None:
+    def test_no_facts_have_no_value(self) -> None:
         assert estimate_proportion(0, 0) == Estimate(None)
 
     @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-    def test_interval_holds_the_share_and_stays_in_bounds(self, counts: tuple[int, int]) -> None:
+    def test_interval_contains_the_share_and_stays_in_bounds(self, counts: tuple[int, int]) -> None:
         estimate = estimate_proportion(*counts)
         assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
         assert estimate.low < estimate.high
@@ -63,24 +63,24 @@ class TestPairedDifference:
     )
     def test_newcombe_as_published(self, counts: Counts, value: float, interval: list[float]) -> None:
         estimate = estimate_difference(counts)
-        assert (round(estimate.value, 4), rounded(estimate)) == (value, interval)
+        assert (round(estimate.value, 4), round_interval(estimate)) == (value, interval)
 
-    def test_by_hand_where_the_correction_takes_phi_away(self) -> None:
+    def test_by_hand_where_the_correction_makes_phi_zero(self) -> None:
         # Bentur et al. (2009): 1 * 12 - 7 * 1 = 5 < 21 / 2, so phi is 0 and the distances add as squares.
         before, after = estimate_proportion(8, 21), estimate_proportion(2, 21)
         low = -6 / 21 - np.hypot(after.value - after.low, before.high - before.value)
         high = -6 / 21 + np.hypot(after.high - after.value, before.value - before.low)
-        assert rounded(estimate_difference(Counts(1, 7, 1, 12))) == [round(low, 4), round(high, 4)]
+        assert round_interval(estimate_difference(Counts(1, 7, 1, 12))) == [round(low, 4), round(high, 4)]
 
     def test_no_change_is_zero_and_still_uncertain(self) -> None:
         estimate = estimate_difference(Counts(both=10))
         assert estimate.low < estimate.value == 0 < estimate.high
 
-    def test_no_facts(self) -> None:
+    def test_no_facts_have_no_difference(self) -> None:
         assert estimate_difference(Counts()) == Estimate(None)
 
     @given(cells)
-    def test_interval_holds_the_difference(self, counts: Counts) -> None:
+    def test_interval_contains_the_difference(self, counts: Counts) -> None:
         estimate = estimate_difference(counts)
         if counts.n:
             assert -1 <= estimate.low <= estimate.value <= estimate.high <= 1
@@ -88,9 +88,9 @@ class TestPairedDifference:
     @given(cells)
     def test_swapping_the_models_turns_the_sign(self, counts: Counts) -> None:
         swapped = Counts(counts.both, counts.gained, counts.lost, counts.neither)
-        one, other = estimate_difference(counts), estimate_difference(swapped)
+        first, second = estimate_difference(counts), estimate_difference(swapped)
         if counts.n:
-            assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low))
+            assert (first.value, first.low, first.high) == pytest.approx((-second.value, -second.high, -second.low))
 
 
 class TestMcNemar:
@@ -102,7 +102,7 @@ class TestMcNemar:
     def test_as_published(self, lost: int, gained: int, p: float) -> None:
         assert run_mcnemar(Counts(both=5, lost=lost, gained=gained, neither=9)) == pytest.approx(p, abs=1e-6)
 
-    def test_all_change_one_way(self) -> None:
+    def test_all_changes_are_losses(self) -> None:
         assert run_mcnemar(Counts(lost=10)) == pytest.approx(2 / 2**10)
 
     def test_no_change_is_no_evidence(self) -> None:
@@ -123,7 +123,7 @@ class TestHolm:
         # 4 * 0.005; 3 * 0.01; 2 * 0.03; then 1 * 0.04, which may not be below its predecessor.
         assert adjust_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
-    def test_missing_ones_are_not_counted(self) -> None:
+    def test_missing_p_values_are_not_counted(self) -> None:
         assert adjust_holm([None, 0.5, None]) == [None, 0.5, None]
         assert adjust_holm([]) == []
 
@@ -136,7 +136,7 @@ class TestHolm:
 
 
 class TestAboveChance:
-    def test_all_of_it_by_guessing(self) -> None:
+    def test_what_guessing_keeps_is_zero(self) -> None:
         assert correct_for_chance(Estimate(0.5, 0.4, 0.6), 0.5).value == 0
 
     def test_all_kept_stays_all_kept(self) -> None:
@@ -147,7 +147,7 @@ class TestAboveChance:
         assert correct_for_chance(Estimate(0.9, 0.8, 1.0), chance) == Estimate(None)
 
     @given(st.integers(0, 50), st.integers(1, 50), st.floats(0, 0.99))
-    def test_stays_ordered_and_never_above_what_is_seen(self, both: int, lost: int, chance: float) -> None:
+    def test_stays_ordered_and_never_above_the_raw_share(self, both: int, lost: int, chance: float) -> None:
         kept = estimate_proportion(both, both + lost)
         adjusted = correct_for_chance(kept, chance)
         assert 0 <= adjusted.low <= adjusted.value <= adjusted.high <= 1
@@ -163,7 +163,7 @@ class TestMacro:
         assert after.value == pytest.approx((0.55 + 0.6 + 0) / 3)
         assert difference.value == pytest.approx((-0.05 - 0.2 + 0) / 3)
 
-    def test_one_seed_one_result(self) -> None:
+    def test_result_is_deterministic(self) -> None:
         assert average_relations(self.relations) == average_relations(self.relations)
 
     def test_memory_does_not_grow_with_relations(self) -> None:
@@ -175,21 +175,21 @@ class TestMacro:
         finally:
             tracemalloc.stop()
 
-    def test_interval_is_that_of_resampled_facts(self) -> None:
-        # The plain way, fact by fact: draw each relation's facts with replacement, both answers together.
+    def test_interval_matches_resampled_facts(self) -> None:
+        # Draw the facts of each relation with replacement, both answers together.
         generator = np.random.default_rng(0)
         means = []
         for _ in range(2000):
-            drawn = []
+            relation_means = []
             for c in self.relations:
                 change = np.repeat([0, -1, 1, 0], [c.both, c.lost, c.gained, c.neither])
-                drawn.append(generator.choice(change, size=c.n).mean())
-            means.append(np.mean(drawn))
+                relation_means.append(generator.choice(change, size=c.n).mean())
+            means.append(np.mean(relation_means))
         difference = average_relations(self.relations)[2]
         assert [difference.low, difference.high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.015)
 
-    def test_pairs_are_kept(self) -> None:
-        # The same answers on both sides: accuracies vary from sample to sample, their difference never does.
+    def test_answers_stay_paired(self) -> None:
+        # Both models answer alike: their accuracies vary from sample to sample, but never their difference.
         before, _, difference = average_relations([Counts(both=10, neither=10)])
         assert before.low < before.value < before.high
         assert difference == Estimate(0.0)
@@ -199,7 +199,7 @@ class TestMacro:
         relations = [Counts(5, gained=1, neither=4), Counts(5, gained=2, neither=3), Counts(5, lost=3, neither=2)]
         assert average_relations(relations)[2].value == 0
 
-    def test_no_facts_and_no_spread(self) -> None:
+    def test_relations_without_facts_do_not_count(self) -> None:
         assert average_relations([]) == average_relations([Counts()]) == (Estimate(None),) * 3
         assert average_relations([Counts(both=1), Counts(neither=1)])[0] == Estimate(0.5)
 

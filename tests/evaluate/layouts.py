@@ -1,4 +1,4 @@
-"""Small sets of facts in the folders and files of LAMA and BEAR, and where the real ones lie."""
+"""Small sets of facts in the folders and files of LAMA and BEAR, and the folder of the real ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compressknow.evaluate.sources.sets import Bear, Lama
 from compressknow.evaluate.sources.tasks import LmEval, LmEvalTask
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-real_data = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of shared data is not here")
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason="there is no folder of shared data")
 
 RELATIONS = [
     {"relation": "P36", "template": "The capital of [X] is [Y] .", "type": "1-1"},
@@ -62,15 +62,15 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
-def trex(relation: str, sub_label: str, obj_label: str, uuid: str, evidence: str | None = None) -> dict[str, Any]:
-    """A row of T-REx, with the sentence of its evidence or in the short form of some copies."""
+def make_trex(relation: str, sub_label: str, obj_label: str, uuid: str, evidence: str | None = None) -> dict[str, Any]:
+    """Make a row of T-REx, with a sentence as evidence, or without as in some copies."""
     row: dict[str, Any] = {"uuid": uuid, "sub_label": sub_label, "obj_label": obj_label, "predicate_id": relation}
     if evidence:
         row["evidences"] = [{"sub_surface": sub_label, "obj_surface": obj_label, "masked_sentence": evidence}]
     return row
 
 
-def google_re(sub_label: str, obj_label: str, uuid: str, judgments: str = "yes yes yes") -> dict[str, Any]:
+def make_google_re(sub_label: str, obj_label: str, uuid: str, judgments: str = "yes yes yes") -> dict[str, Any]:
     return {
         "pred": "/people/person/place_of_birth",
         "sub_label": sub_label,
@@ -81,28 +81,28 @@ def google_re(sub_label: str, obj_label: str, uuid: str, judgments: str = "yes y
     }
 
 
-def lama_folder(folder: Path) -> Path:
-    """All four sets of LAMA, a few rows each."""
+def write_lama(folder: Path) -> Path:
+    """Write all four sets of LAMA, with a few rows each."""
     write_jsonl(folder / "relations.jsonl", RELATIONS)
     (folder / "common_vocab_cased.txt").write_text("\n".join([*WORDS, "Paris", ""]), encoding="utf-8")
     capitals = [
-        trex("P36", "France", "Paris", "a"),
-        trex("P36", "Italy ", "Rome", "b"),
-        trex("P36", "Burkina Faso", "Ouagadougou", "c"),
-        trex("P36", "France", "Paris", "d"),
-        trex("P36", "France", "London", "e"),
+        make_trex("P36", "France", "Paris", "a"),
+        make_trex("P36", "Italy ", "Rome", "b"),
+        make_trex("P36", "Burkina Faso", "Ouagadougou", "c"),
+        make_trex("P36", "France", "Paris", "d"),
+        make_trex("P36", "France", "London", "e"),
     ]
-    births = [trex("P19", "Ada Lovelace", "London", "a", "Ada Lovelace came into the world in [MASK] in 1815.")]
+    births = [make_trex("P19", "Ada Lovelace", "London", "a", "Ada Lovelace came into the world in [MASK] in 1815.")]
     write_jsonl(folder / "TREx" / "P36.jsonl", capitals)
     write_jsonl(folder / "TREx" / "P19.jsonl", births)
     birthplaces = [
-        google_re("Ann", "Paris", "1"),
-        google_re("Bob", "New York", "2", "yes no yes no"),
-        google_re("Cid", "Rome", "3", "yes skip no"),
-        google_re("Dan", "Timbuktu", "4"),
+        make_google_re("Ann", "Paris", "1"),
+        make_google_re("Bob", "New York", "2", "yes no yes no"),
+        make_google_re("Cid", "Rome", "3", "yes skip no"),
+        make_google_re("Dan", "Timbuktu", "4"),
     ]
     write_jsonl(folder / "Google_RE" / "place_of_birth_test.jsonl", birthplaces)
-    dates = [google_re("Ann", "1941", "1")]
+    dates = [make_google_re("Ann", "1941", "1")]
     write_jsonl(folder / "Google_RE" / "date_of_birth_test.jsonl", dates)
     squad = [
         {"id": "s1", "sub_label": "Squad", "obj_label": "gold", "masked_sentences": ["The [MASK] color was used."]},
@@ -130,7 +130,7 @@ def lama_folder(folder: Path) -> Path:
     return folder
 
 
-def bear_folder(folder: Path) -> Path:
+def write_bear(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {
         "P403": {

@@ -1,4 +1,4 @@
-"""What the scorers must find, computed plainly: one sentence at a time, by the whole model, without cache or hooks."""
+"""Plain references for the scorers: one sentence at a time, by the whole model, without cache or hooks."""
 
 from __future__ import annotations
 
@@ -25,101 +25,99 @@ from tests.knowing import KNOWN_FACTS, candidates
 from tests.models import VOCABULARY
 
 CLOSE = 1e-4
-Model, Words = PreTrainedModel, PreTrainedTokenizerFast
-# Score of a text as the answer to a fact; whether what follows the blank is scored too.
-Score = Callable[[Model, Words, Fact, str, bool], float]
+Model, FastTokenizer = PreTrainedModel, PreTrainedTokenizerFast
 
 
-def answers_to(
+def evaluate_model(
     model: Model,
-    tokenizer: Words,
+    tokenizer: FastTokenizer,
     family: str,
     probe: Probe,
     *,
     batch_size: int = 32,
     reference: Mapping[str, Any] | None = None,
 ) -> dict[str, Answer]:
-    """Fact id -> answer, as the scorers give it."""
+    """Return the answers of the scorers by fact id."""
     prompts = make_prompts(make_scorer(model, tokenizer, family, probe), batch_size)
     return {answer.fact_id: answer for answers in evaluate(prompts, reference=reference) for answer in answers}
 
 
-def asked(knows: LanguageModel, probe: Probe, **options: Any) -> dict[str, Answer]:
-    """Fact id -> answer, of a model with its tokenizer; options are those of `answers_to`."""
-    return answers_to(knows.model, knows.tokenizer, knows.family, probe, **options)
+def evaluate_lm(lm: LanguageModel, probe: Probe, **options: Any) -> dict[str, Answer]:
+    """Return the answers of a model with its tokenizer by fact id; options are those of `evaluate_model`."""
+    return evaluate_model(lm.model, lm.tokenizer, lm.family, probe, **options)
 
 
-def sentence(tokenizer: Words, before: str, text: str, after: str) -> tuple[list[int], list[int]]:
-    """Ids of a sentence with the tokenizer's special tokens, and the places of those of `text` in it."""
+def encode_sentence(tokenizer: FastTokenizer, before: str, text: str, after: str) -> tuple[list[int], list[int]]:
+    """Return the ids of a sentence with special tokens, and the positions of those of `text`."""
     text = text if before else text[:1].upper() + text[1:]
     whole = tokenizer(before + text + after, return_offsets_mapping=True)
     # A space before the text may be a token of its own.
     start, end = len(before.rstrip()), len(before) + len(text)
     spans = enumerate(whole["offset_mapping"])
-    return whole["input_ids"], [place for place, (left, right) in spans if left < end and start < right]
+    return whole["input_ids"], [position for position, (left, right) in spans if left < end and start < right]
 
 
-def _find_end(tokenizer: Words, ids: Sequence[int]) -> int:
-    """Where the tokens that close a text begin, if any do."""
+def _find_end(tokenizer: FastTokenizer, ids: Sequence[int]) -> int:
+    """Return where the tokens that close a text begin, if there are any."""
     closing = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     return next(end for end in range(len(ids), 0, -1) if ids[end - 1] not in closing)
 
 
-def around(fact: Fact) -> tuple[str, str]:
+def split_at_blank(fact: Fact) -> tuple[str, str]:
     before, _, after = fact.prompt.partition(BLANK)
     return before, after
 
 
-def log_probs(model: Model, ids: Sequence[int], **decoder: Any) -> torch.Tensor:
-    """Log-probabilities at each position (of the decoder, if any), [tokens, vocabulary]."""
+def compute_log_probs(model: Model, ids: Sequence[int], **decoder: Any) -> torch.Tensor:
+    """Return log-probabilities at each position (of the decoder, if any), [tokens, vocabulary]."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), **decoder).logits[0].double().log_softmax(-1)
 
 
-def masked(model: Model, tokenizer: Words, fact: Fact, text: str, rest: bool = False) -> float:
-    """The answer's tokens from left to right, each with itself and the later ones masked."""
-    ids, places = sentence(tokenizer, *_with(fact, text))
+def score_masked(model: Model, tokenizer: FastTokenizer, fact: Fact, text: str, rest: bool = False) -> float:
+    """Score the answer's tokens from left to right, each with itself and the later ones masked."""
+    before, after = split_at_blank(fact)
+    ids, positions = encode_sentence(tokenizer, before, text, after)
     score = 0.0
-    for number, place in enumerate(places):
-        hidden = [tokenizer.mask_token_id if at in places[number:] else token for at, token in enumerate(ids)]
-        score += float(log_probs(model, hidden)[place, ids[place]])
+    for number, position in enumerate(positions):
+        hidden = [tokenizer.mask_token_id if at in positions[number:] else token for at, token in enumerate(ids)]
+        score += float(compute_log_probs(model, hidden)[position, ids[position]])
     return score
 
 
-def causal(model: Model, tokenizer: Words, fact: Fact, text: str, rest: bool = False) -> float:
-    """The answer's tokens (and those after it, if `rest`), each after all that stands before it."""
-    before, text, after = _with(fact, text)
-    ids, places = sentence(tokenizer, before, text, after if rest else "")
+def score_causal(model: Model, tokenizer: FastTokenizer, fact: Fact, text: str, rest: bool = False) -> float:
+    """Score the answer's tokens (and those after it, if `rest`), each after all tokens before it."""
+    before, after = split_at_blank(fact)
+    ids, positions = encode_sentence(tokenizer, before, text, after if rest else "")
     ids = ids[: _find_end(tokenizer, ids)]
-    if places[0] == 0:
+    if positions[0] == 0:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ids, places = [start, *ids], [place + 1 for place in places]
-    scored = range(places[0], len(ids)) if rest else places
-    found = log_probs(model, ids)
-    return sum(float(found[place - 1, ids[place]]) for place in scored)
+        ids, positions = [start, *ids], [position + 1 for position in positions]
+    scored = range(positions[0], len(ids)) if rest else positions
+    log_probs = compute_log_probs(model, ids)
+    return sum(float(log_probs[position - 1, ids[position]]) for position in scored)
 
 
-def filled(model: Model, tokenizer: Words, fact: Fact, text: str, rest: bool = False) -> float:
-    """T5's way: the decoder fills the first sentinel, and closes with the next one, if `rest`."""
-    before, text, _ = _with(fact, text)
+def score_t5(model: Model, tokenizer: FastTokenizer, fact: Fact, text: str, rest: bool = False) -> float:
+    """Score the answer as T5's decoder fills the first sentinel (and closes with the next one, if `rest`)."""
     prompt = tokenizer(fact.prompt.replace(BLANK, "<extra_id_0>"))["input_ids"]
-    ids, places = sentence(tokenizer, before, text, "")
+    ids, positions = encode_sentence(tokenizer, split_at_blank(fact)[0], text, "")
     first, following = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"])
-    answer = [ids[place] for place in places] + ([following] if rest else [])
+    answer = [ids[position] for position in positions] + ([following] if rest else [])
     decoder = [model.config.decoder_start_token_id, first, *answer]
-    found = log_probs(model, prompt, decoder_input_ids=torch.tensor([decoder]))
-    return sum(float(found[place + 1, token]) for place, token in enumerate(answer))
+    log_probs = compute_log_probs(model, prompt, decoder_input_ids=torch.tensor([decoder]))
+    return sum(float(log_probs[position + 1, token]) for position, token in enumerate(answer))
 
 
-def rewritten(model: Model, tokenizer: Words, fact: Fact, text: str, rest: bool = False) -> float:
-    """BART's way: the decoder writes the whole sentence anew."""
-    before, text, after = _with(fact, text)
+def score_bart(model: Model, tokenizer: FastTokenizer, fact: Fact, text: str, rest: bool = False) -> float:
+    """Score the answer (and the tokens after it, if `rest`) as BART's decoder writes the whole sentence."""
+    before, after = split_at_blank(fact)
     prompt = tokenizer(fact.prompt.replace(BLANK, tokenizer.mask_token))["input_ids"]
-    ids, places = sentence(tokenizer, before, text, after if rest else "")
+    ids, positions = encode_sentence(tokenizer, before, text, after if rest else "")
     decoder = [model.config.decoder_start_token_id, *ids]
-    found = log_probs(model, prompt, decoder_input_ids=torch.tensor([decoder]))
-    scored = range(places[0], _find_end(tokenizer, ids)) if rest else places
-    return sum(float(found[place, ids[place]]) for place in scored)
+    log_probs = compute_log_probs(model, prompt, decoder_input_ids=torch.tensor([decoder]))
+    scored = range(positions[0], _find_end(tokenizer, ids)) if rest else positions
+    return sum(float(log_probs[position, ids[position]]) for position in scored)
 
 
 def check_choices(
@@ -127,7 +125,7 @@ def check_choices(
     facts: Iterable[Fact],
     score: Callable[[Fact, str], float],
 ) -> None:
-    """Each answer is what these scores of all the fact's candidates make it."""
+    """Check that each answer follows from these scores of all candidates of its fact."""
     for fact in facts:
         assert fact.candidates is not None
         scores = np.array([score(fact, text) for text in fact.candidates])
@@ -135,7 +133,7 @@ def check_choices(
 
 
 def check_answer(answer: Answer, fact: Fact, texts: Sequence[str], scores: Any, gold: int) -> None:
-    """The answer is what the scores of all possible texts make it; equal ones are ranked in their own order."""
+    """Check that an answer follows from the scores of all possible texts; equal scores keep their order."""
     order = np.argsort(-scores, kind="stable")
     assert answer.top5 == tuple(texts[index] for index in order[:5]), fact.id
     assert answer.top5_logp == pytest.approx(scores[order[:5]], abs=CLOSE), fact.id
@@ -148,7 +146,7 @@ def check_answer(answer: Answer, fact: Fact, texts: Sequence[str], scores: Any, 
 
 
 def check_same(left: Mapping[str, Answer], right: Mapping[str, Answer]) -> None:
-    """Two sets of answers are alike, but for the last digits of their numbers."""
+    """Check that two sets of answers are equal up to rounding."""
     assert left.keys() == right.keys()
     for fact_id, answer in left.items():
         other = right[fact_id]
@@ -157,14 +155,14 @@ def check_same(left: Mapping[str, Answer], right: Mapping[str, Answer]) -> None:
         assert answer.logp_gold == pytest.approx(other.logp_gold, abs=1e-5)
         assert answer.total_logp == pytest.approx(other.total_logp, abs=1e-5)
         assert answer.top5_logp == pytest.approx(other.top5_logp, abs=1e-5)
-        # Near the edge of what is kept, the last digits decide which token comes first.
+        # Rounding decides which of the least likely tokens are stored.
         shared = {int(token): float(value) for token, value in zip(answer.first_ids, answer.first_logp, strict=True)}
         for token, value in zip(other.first_ids, other.first_logp, strict=True):
             assert shared.get(int(token), value) == pytest.approx(float(value), abs=1e-5)
 
 
-def known_facts(*, closed: bool = True) -> tuple[Fact, ...]:
-    """The facts that the models of tests.knowing know."""
+def make_known_facts(*, closed: bool = True) -> tuple[Fact, ...]:
+    """Make the facts that the models of tests.knowing know."""
     return tuple(
         Fact(
             id=f"{fact.relation}-{number}",
@@ -180,7 +178,7 @@ def known_facts(*, closed: bool = True) -> tuple[Fact, ...]:
     )
 
 
-def as_probe(facts: Iterable[Fact], **settings: Any) -> Probe:
+def make_probe(facts: Iterable[Fact], **settings: Any) -> Probe:
     return Probe("known", "test/1", tuple(facts), **settings)
 
 
@@ -188,8 +186,8 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<extra_id_0>", "<extra_id
 WORDS = [f"w{number}" for number in range(VOCABULARY - len(SPECIAL))]
 
 
-def word_tokenizer(frame: str = "<s> $A </s>", *, sentinels: bool = False) -> Words:
-    """As many words as the models of tests.models have embeddings, a token each."""
+def make_word_tokenizer(frame: str = "<s> $A </s>", *, sentinels: bool = False) -> FastTokenizer:
+    """Make a tokenizer with one token per word, as many as the models of tests.models have embeddings."""
     tokens = [*SPECIAL, *WORDS] if sentinels else [token.replace("extra_id", "other") for token in [*SPECIAL, *WORDS]]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -208,15 +206,15 @@ def word_tokenizer(frame: str = "<s> $A </s>", *, sentinels: bool = False) -> Wo
     )
 
 
-def word_facts(*, first: bool = True) -> tuple[Fact, ...]:
-    """Facts of these words: the blank last, in the middle and first, candidates of one to three words."""
+def make_word_facts(*, first: bool = True) -> tuple[Fact, ...]:
+    """Make facts of these words: the blank last, in the middle or first, and candidates of one to three words."""
     draw = random.Random(0)
     templates = ["w1 of {} is [MASK].", "w2 {} is [MASK] of w3.", "Who of {} of w4 is [MASK]."]
     templates += ["w5 w6 w7 {} is [MASK].", *["[MASK] is w8 of {}."] * first]
     facts = []
     for number, template in enumerate(templates):
         texts = [" ".join(draw.choices(WORDS[20:], k=number % 3 + 1)) for number in range(9)]
-        # One that another begins with, and two of the same beginning.
+        # Two more candidates that begin with the first one.
         texts = list(dict.fromkeys([*texts, f"{texts[0]} w9", f"{texts[0]} w10"]))
         facts.append(
             Fact(
@@ -231,8 +229,3 @@ def word_facts(*, first: bool = True) -> tuple[Fact, ...]:
             )
         )
     return tuple(facts)
-
-
-def _with(fact: Fact, text: str) -> tuple[str, str, str]:
-    before, after = around(fact)
-    return before, text, after

@@ -1,5 +1,5 @@
-"""Scores and ranks are those of lm-pub-quiz, BEAR's own library, by the same scoring rule: causal models by the
-probability of the answer and what follows it, masked models by the answer's tokens from left to right.
+"""Scores and ranks are those of lm-pub-quiz, BEAR's own library: causal models score the answer and what follows it,
+masked models the answer's tokens from left to right.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import Query
 from compressknow.evaluate.sources.sets import METADATA
 from tests.evaluate.layouts import DATA, read_bear, real_data, write_jsonl
-from tests.evaluate.references import answers_to
-from tests.evaluate.trained import byte_level, metaspace, word_piece
+from tests.evaluate.references import evaluate_model
+from tests.evaluate.trained import train_byte_level, train_metaspace, train_word_piece
 from tests.models import tiny
 
 MINILM = DATA.parent / "models" / "minilm-facts"
-# Of three templates each, with the object last, first and in the middle; labels that begin others, in lower case, in
-# quotation marks, of several words.
+# Three templates each, with the object last, first or in the middle; labels that begin others, in lower case, quoted or
+# of several words.
 RELATIONS: dict[str, dict[str, Any]] = {
     "P36": {
         "templates": ["[Y] is the capital of [X].", "[X] has [Y] as its capital.", "The capital of [X] is [Y]."],
@@ -47,7 +47,7 @@ RELATIONS: dict[str, dict[str, Any]] = {
         "objects": {"Rhine": 0, "Conakry": 2, "Bissau": 3},
     },
 }
-# Relations of the real set, and a template: the object last, in the middle, first, without a full stop, in quotes.
+# Relations of the real set and a template: the object last, in the middle, first, without a full stop, or quoted.
 REAL = [("P30", 1), ("P36", 3), ("P37", 3), ("P37", 1), ("P413", 3), ("P162", 2), ("P1303", 3), ("P413", 1)]
 
 
@@ -55,30 +55,30 @@ REAL = [("P30", 1), ("P36", 3), ("P37", 3), ("P37", 1), ("P413", 3), ("P162", 2)
 def small_bear(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bear")
     metadata = {}
-    for relation, about in RELATIONS.items():
-        labels = about["answer_space_labels"]
+    for relation, entry in RELATIONS.items():
+        labels = entry["answer_space_labels"]
         ids = [f"Q{number}" for number in range(len(labels))]
-        metadata[relation] = {"templates": about["templates"], "answer_space_labels": labels, "answer_space_ids": ids}
+        metadata[relation] = {"templates": entry["templates"], "answer_space_labels": labels, "answer_space_ids": ids}
         rows = [
             {"sub_id": f"S{index}", "sub_label": subject, "obj_id": ids[index], "obj_label": labels[index]}
             | {"answer_idx": index}
-            for subject, index in about["objects"].items()
+            for subject, index in entry["objects"].items()
         ]
         write_jsonl(folder / f"{relation}.jsonl", rows)
     (folder / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
     return folder
 
 
-def texts_of(folder: Path) -> list[str]:
+def list_texts(folder: Path) -> list[str]:
     relations = json.loads((folder / METADATA).read_text(encoding="utf-8")).values()
-    texts = [text for about in relations for text in (*about["answer_space_labels"], *about["templates"])]
-    # As in real vocabularies, there are tokens of a space and any letter. Where the space before an answer is a token
-    # of its own, its probability counts here, and does not in lm-pub-quiz.
+    texts = [text for entry in relations for text in (*entry["answer_space_labels"], *entry["templates"])]
+    # As in real vocabularies, each letter with a space before it is a token. If that space were a separate token, its
+    # probability would count here but not in lm-pub-quiz.
     return [f" {text}" for text in texts] * 2 + [f" {letter}" for letter in set("".join(texts)) - {" "}] * 300
 
 
-def shaken(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
-    """Weights large enough that no two answers are nearly as likely."""
+def perturb(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
+    """Add noise to the weights, so large that no two answers are about as likely."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -86,51 +86,51 @@ def shaken(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
     return model.eval()
 
 
-def gpt2(texts: Iterable[str], size: int = 600) -> LanguageModel:
-    tokenizer = byte_level(texts, "<s> $A", size)
+def make_gpt2(texts: Iterable[str], size: int = 600) -> LanguageModel:
+    tokenizer = train_byte_level(texts, "<s> $A", size)
     config = hf.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128)
-    return LanguageModel(shaken(hf.GPT2LMHeadModel(config)), tokenizer, "causal")
+    return LanguageModel(perturb(hf.GPT2LMHeadModel(config)), tokenizer, "causal")
 
 
-def llama(texts: Iterable[str]) -> LanguageModel:
-    tokenizer = metaspace(texts)
+def make_llama(texts: Iterable[str]) -> LanguageModel:
+    tokenizer = train_metaspace(texts)
     config = copy.deepcopy(tiny("llama").config)
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
-    return LanguageModel(shaken(hf.LlamaForCausalLM(config)), tokenizer, "causal")
+    return LanguageModel(perturb(hf.LlamaForCausalLM(config)), tokenizer, "causal")
 
 
-def bert(texts: Iterable[str]) -> LanguageModel:
-    tokenizer = word_piece(texts)
+def make_bert(texts: Iterable[str]) -> LanguageModel:
+    tokenizer = train_word_piece(texts)
     config = copy.deepcopy(tiny("bert").config)
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
-    return LanguageModel(shaken(hf.BertForMaskedLM(config)), tokenizer, "masked")
+    return LanguageModel(perturb(hf.BertForMaskedLM(config)), tokenizer, "masked")
 
 
-def roberta(texts: Iterable[str]) -> LanguageModel:
-    tokenizer = byte_level(texts, size=600)
+def make_roberta(texts: Iterable[str]) -> LanguageModel:
+    tokenizer = train_byte_level(texts, size=600)
     config = copy.deepcopy(tiny("roberta").config)
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
-    return LanguageModel(shaken(hf.RobertaForMaskedLM(config)), tokenizer, "masked")
+    return LanguageModel(perturb(hf.RobertaForMaskedLM(config)), tokenizer, "masked")
 
 
-def theirs(language: LanguageModel, folder: Path, relation: str, template: int, facts: int) -> list[np.ndarray]:
-    """lm-pub-quiz's scores of a relation's labels for each of its first facts."""
-    masked = {"pll_metric": "answer_l2r+word_l2r"} if language.family == "masked" else {}
+def score_by_lm_pub_quiz(lm: LanguageModel, folder: Path, relation: str, template: int, facts: int) -> list[np.ndarray]:
+    """Return the scores of a relation's labels for each of its first facts."""
+    settings = {"pll_metric": "answer_l2r+word_l2r"} if lm.family == "masked" else {}
     evaluator = Evaluator.from_model(
-        language.model,
-        model_type="MLM" if masked else "CLM",
-        # Its own: it changes whether the tokenizer adds a beginning.
-        tokenizer=copy.deepcopy(language.tokenizer),
+        lm.model,
+        model_type="MLM" if settings else "CLM",
+        # A copy, because lm-pub-quiz changes whether the tokenizer adds a first token.
+        tokenizer=copy.deepcopy(lm.tokenizer),
         conditional_score=True,
-        **masked,
+        **settings,
     )
-    chosen = Dataset.from_path(folder)[relation]
-    rows = chosen.instance_table.iloc[:facts]
+    dataset = Dataset.from_path(folder)[relation]
+    rows = dataset.instance_table.iloc[:facts]
     return [
         np.array(
             evaluator.evaluate_instance(
-                template=chosen.templates[template - 1],
-                answers=chosen.answer_space.tolist(),
+                template=dataset.templates[template - 1],
+                answers=dataset.answer_space.tolist(),
                 subject=row["sub_label"],
                 reduction="sum",
                 batch_size=64,
@@ -140,9 +140,9 @@ def theirs(language: LanguageModel, folder: Path, relation: str, template: int, 
     ]
 
 
-def ours(language: LanguageModel, probe: Probe, fact: Fact) -> np.ndarray:
-    """The scores of all candidates, those included that an answer can do without."""
-    scorer = make_scorer(language.model, language.tokenizer, language.family, probe)
+def score_all_candidates(lm: LanguageModel, probe: Probe, fact: Fact) -> np.ndarray:
+    """Return the scores of all candidates, even of those that an answer does not need."""
+    scorer = make_scorer(lm.model, lm.tokenizer, lm.family, probe)
     query = scorer.make_query(fact)
     assert isinstance(query, Query)
     with torch.inference_mode():
@@ -151,37 +151,37 @@ def ours(language: LanguageModel, probe: Probe, fact: Fact) -> np.ndarray:
         return scorer.finish(state, [(0, ids) for ids in query.options], firsts, np.full(len(firsts), -np.inf))
 
 
-def check_agreement(language: LanguageModel, folder: Path, relation: str, template: int, facts: int = 9) -> int:
-    """The number of facts compared."""
+def check_agreement(lm: LanguageModel, folder: Path, relation: str, template: int, facts: int = 9) -> int:
+    """Return the number of facts compared."""
     probe = read_bear(folder, template)
     probe = replace(probe, facts=tuple(fact for fact in probe.facts if fact.relation == relation)[:facts])
-    answers = answers_to(language.model, language.tokenizer, language.family, probe)
-    expected = theirs(language, folder, relation, template, facts)
-    for fact, scores in zip(probe.facts, expected, strict=True):
-        assert ours(language, probe, fact) == pytest.approx(scores, abs=1e-3)
+    answers = evaluate_model(lm.model, lm.tokenizer, lm.family, probe)
+    all_scores = score_by_lm_pub_quiz(lm, folder, relation, template, facts)
+    for fact, scores in zip(probe.facts, all_scores, strict=True):
+        assert score_all_candidates(lm, probe, fact) == pytest.approx(scores, abs=1e-3)
         answer, order = answers[fact.id], np.argsort(-scores, kind="stable")
         assert fact.candidates is not None
         assert answer.top5 == tuple(fact.candidates[index] for index in order[:5])
         assert answer.rank == list(order).index(fact.candidates.index(fact.obj_label)) + 1
-    return len(expected)
+    return len(all_scores)
 
 
 @pytest.mark.parametrize("template", [1, 2, 3])
-@pytest.mark.parametrize("make", [gpt2, llama, bert, roberta])
-def test_all_labels_of_a_small_bear_are_scored_and_ranked_alike(make: Any, template: int, small_bear: Path) -> None:
-    language = make(texts_of(small_bear))
-    compared = sum(check_agreement(language, small_bear, relation, template) for relation in RELATIONS)
+@pytest.mark.parametrize("make", [make_gpt2, make_llama, make_bert, make_roberta])
+def test_a_small_bear_is_scored_and_ranked_as_by_lm_pub_quiz(make: Any, template: int, small_bear: Path) -> None:
+    lm = make(list_texts(small_bear))
+    compared = sum(check_agreement(lm, small_bear, relation, template) for relation in RELATIONS)
     assert compared == 8
 
 
 @pytest.fixture(scope="module")
 def real_gpt2() -> LanguageModel:
-    return gpt2(texts_of(DATA / "bear"), size=2000)
+    return make_gpt2(list_texts(DATA / "bear"), size=2000)
 
 
 @real_data
 @pytest.mark.parametrize(("relation", "template"), REAL)
-def test_a_causal_model_scores_and_ranks_the_real_bear_alike(
+def test_a_causal_model_scores_and_ranks_the_real_bear_as_lm_pub_quiz(
     relation: str, template: int, real_gpt2: LanguageModel
 ) -> None:
     assert check_agreement(real_gpt2, DATA / "bear", relation, template, facts=4) == 4
@@ -192,10 +192,10 @@ def minilm() -> LanguageModel:
     return load_language_model(MINILM, dtype="float32")
 
 
-@pytest.mark.skipif(not MINILM.is_dir(), reason="the folder of shared models is not here")
+@pytest.mark.skipif(not MINILM.is_dir(), reason="there is no folder of shared models")
 @real_data
 @pytest.mark.parametrize(("relation", "template"), [("P30", 1), ("P413", 3), ("P162", 2), ("P364", 3)])
-def test_a_masked_model_that_knows_facts_scores_and_ranks_the_real_bear_alike(
+def test_a_masked_model_scores_and_ranks_the_real_bear_as_lm_pub_quiz(
     relation: str, template: int, minilm: LanguageModel
 ) -> None:
     assert check_agreement(minilm, DATA / "bear", relation, template, facts=2) == 2

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.errors import UsageError
-from tests.evaluate.layouts import DATA, bear_folder, read_bear, real_data, write_jsonl
+from tests.evaluate.layouts import DATA, read_bear, real_data, write_bear, write_jsonl
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return bear_folder(tmp_path)
+    return write_bear(tmp_path)
 
 
-def test_facts_choose_among_the_relations_labels_in_their_order(folder: Path) -> None:
+def test_candidates_are_the_labels_of_the_relation_in_their_order(folder: Path) -> None:
     probe = read_bear(folder)
     assert [(fact.id, fact.prompt, fact.obj_label) for fact in probe.facts] == [
         ("P403/0", "The Rhine flows into the [MASK].", "north Sea"),
@@ -27,13 +27,13 @@ def test_facts_choose_among_the_relations_labels_in_their_order(folder: Path) ->
     assert (probe.protocol, probe.vocabulary, probe.average) == ("bear/1", "closed", "micro")
 
 
-def test_an_answer_that_starts_the_sentence_starts_with_a_capital(folder: Path) -> None:
+def test_an_answer_that_begins_the_sentence_begins_with_a_capital(folder: Path) -> None:
     fact = read_bear(folder, template=3).facts[0]
     assert (fact.prompt, fact.obj_label) == ("[MASK] is where the Rhine ends.", "North Sea")
     assert fact.candidates == ("North Sea", "Black Sea")
 
 
-def test_a_template_that_is_not_there_is_an_error_that_says_how_many_are(folder: Path) -> None:
+def test_a_missing_template_is_an_error_that_says_how_many_there_are(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"P403 of bear has no template 4(.|\n)*There are 3 templates"):
         read_bear(folder, template=4)
 
@@ -52,7 +52,7 @@ def test_a_fact_without_subject_or_answer_is_an_error(folder: Path, row: dict[st
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"P1": {"templates": []}}', '{"P1": {"templates": ["[X] [Y]"]}}'])
-def test_metadata_of_another_form_is_an_error(folder: Path, text: str) -> None:
+def test_invalid_metadata_is_an_error(folder: Path, text: str) -> None:
     (folder / "metadata_relations.json").write_text(text)
     with pytest.raises(UsageError, match=r"metadata_relations\.json cannot be read as BEAR's"):
         read_bear(folder)
@@ -60,7 +60,7 @@ def test_metadata_of_another_form_is_an_error(folder: Path, text: str) -> None:
 
 @real_data
 @pytest.mark.parametrize("template", [1, 2, 3])
-def test_the_real_set(template: int) -> None:
+def test_the_real_set_has_all_its_facts(template: int) -> None:
     probe = read_bear(DATA / "bear", template)
     assert (len(probe.facts), len({fact.relation for fact in probe.facts})) == (7731, 60)
     assert {len(fact.candidates or ()) for fact in probe.facts} <= set(range(5, 61))

@@ -1,4 +1,4 @@
-"""`atlas`, as its reader gives it; what its data must hold is tested beside the data."""
+"""`atlas` as it is read; test_atlas_data.py tests its files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.sources.sets import read_atlas
 
 
-def by_relation(facts: tuple[Fact, ...]) -> dict[str, list[Fact]]:
+def group_by_relation(facts: tuple[Fact, ...]) -> dict[str, list[Fact]]:
     relations: dict[str, list[Fact]] = {}
     for fact in facts:
         relations.setdefault(fact.relation, []).append(fact)
@@ -17,9 +17,9 @@ def by_relation(facts: tuple[Fact, ...]) -> dict[str, list[Fact]]:
 
 
 def test_candidates_are_the_distinct_objects_of_the_relation_in_order() -> None:
-    for relation, facts in by_relation(read_atlas().facts).items():
+    for relation, facts in group_by_relation(read_atlas().facts).items():
         assert facts[0].candidates == tuple(sorted({fact.obj_label for fact in facts})), relation
-        assert len({id(fact.candidates) for fact in facts}) == 1, "one tuple in memory for a relation"
+        assert len({id(fact.candidates) for fact in facts}) == 1, "the facts of a relation share one tuple"
 
 
 def test_ids_are_unique_and_prompts_start_with_a_capital() -> None:
@@ -29,7 +29,7 @@ def test_ids_are_unique_and_prompts_start_with_a_capital() -> None:
     assert (probe.protocol, probe.vocabulary, probe.average) == ("atlas/1", "closed", "micro")
 
 
-def test_a_template_asks_the_same_facts_in_other_words() -> None:
+def test_another_template_gives_the_same_facts_other_prompts() -> None:
     first, second = read_atlas(), read_atlas(template=2)
     assert [fact.id for fact in first.facts] == [fact.id for fact in second.facts]
     assert not {fact.prompt for fact in first.facts} & {fact.prompt for fact in second.facts}
@@ -38,7 +38,7 @@ def test_a_template_asks_the_same_facts_in_other_words() -> None:
     assert first.source["sha256"] == second.source["sha256"]
 
 
-def test_a_capital_as_it_is_asked() -> None:
+def test_the_fact_of_a_capital() -> None:
     fact = next(fact for fact in read_atlas().facts if fact.id == "capital/france")
     assert fact.prompt == f"The capital of France is {BLANK}."
     assert (fact.obj_label, fact.subject) == ("Paris", "geography")
@@ -47,6 +47,6 @@ def test_a_capital_as_it_is_asked() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 4, -1])
-def test_a_template_that_is_not_there_is_an_error_that_says_how_many_are(number: int) -> None:
+def test_a_missing_template_is_an_error_that_says_how_many_there_are(number: int) -> None:
     with pytest.raises(UsageError, match=rf"no template {number}(.|\n)*There are 3 templates"):
         read_atlas(template=number)

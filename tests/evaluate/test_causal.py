@@ -1,4 +1,4 @@
-"""Causal models: the answers equal those of a plain reference without cache, whatever the batch."""
+"""Causal models: the answers equal those of a plain reference without cache, in any batch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST, NO_BEGINNING, SEVERAL_TOKENS, Query
 from tests.evaluate.references import (
     CLOSE,
-    answers_to,
-    as_probe,
-    asked,
-    causal,
     check_answer,
     check_choices,
     check_same,
-    known_facts,
-    log_probs,
-    word_facts,
-    word_tokenizer,
+    compute_log_probs,
+    evaluate_lm,
+    evaluate_model,
+    make_known_facts,
+    make_probe,
+    make_word_facts,
+    make_word_tokenizer,
+    score_causal,
 )
 from tests.knowing import save_trained
 from tests.models import tiny
@@ -43,7 +43,7 @@ _SMALL = {
     "max_position_embeddings": 64,
     "pad_token_id": 1,
 }
-# Windows shorter than the prompts, so that a cache has to let go of their beginnings.
+# Windows shorter than the prompts, so that the cache drops their beginnings.
 _WINDOW = {"sliding_window": 3}
 _MAMBA = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 1}
 MORE: dict[str, Callable[[], hf.PreTrainedModel]] = {
@@ -59,96 +59,96 @@ MORE: dict[str, Callable[[], hf.PreTrainedModel]] = {
     ),
     "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(**_MAMBA, state_size=4)),
 }
-KEEP_NO_CACHE = ("mamba",)
+WITHOUT_CACHE = ("mamba",)
 
 
 @pytest.fixture(scope="module")
-def knows(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load_language_model(save_trained("llama", tmp_path_factory.mktemp("llama")))
 
 
-def next_token(knows: LanguageModel, fact: Fact) -> np.ndarray:
-    """Log-probabilities of the whole vocabulary after the prompt, by the whole model."""
-    return log_probs(knows.model, knows.tokenizer(fact.before)["input_ids"])[-1].numpy()
+def compute_next_log_probs(lm: LanguageModel, fact: Fact) -> np.ndarray:
+    """Return log-probabilities of the whole vocabulary after the prompt, by the whole model."""
+    return compute_log_probs(lm.model, lm.tokenizer(fact.before)["input_ids"])[-1].numpy()
 
 
-def test_the_rest_of_the_sentence_counts_where_the_probe_says_so(knows: LanguageModel) -> None:
-    facts = known_facts()[::3]
-    answers = asked(knows, as_probe(facts, score_rest=True))
-    check_choices(answers, facts, lambda fact, text: causal(knows.model, knows.tokenizer, fact, text, rest=True))
+def test_the_rest_of_the_sentence_is_scored_if_the_probe_says_so(lm: LanguageModel) -> None:
+    facts = make_known_facts()[::3]
+    answers = evaluate_lm(lm, make_probe(facts, score_rest=True))
+    check_choices(answers, facts, lambda fact, text: score_causal(lm.model, lm.tokenizer, fact, text, rest=True))
 
 
-def test_the_rest_of_the_sentence_counts_where_it_holds_words(knows: LanguageModel) -> None:
-    facts = [replace(fact, prompt=fact.prompt.replace(".", " in the forest.")) for fact in known_facts()[::5]]
-    answers = asked(knows, as_probe(facts))
-    check_choices(answers, facts, lambda fact, text: causal(knows.model, knows.tokenizer, fact, text, rest=True))
+def test_the_rest_of_the_sentence_is_scored_if_it_contains_words(lm: LanguageModel) -> None:
+    facts = [replace(fact, prompt=fact.prompt.replace(".", " in the forest.")) for fact in make_known_facts()[::5]]
+    answers = evaluate_lm(lm, make_probe(facts))
+    check_choices(answers, facts, lambda fact, text: score_causal(lm.model, lm.tokenizer, fact, text, rest=True))
 
 
-def test_the_rest_of_the_sentence_counts_where_one_candidate_begins_another(knows: LanguageModel) -> None:
-    facts = [replace(fact, candidates=(*fact.candidates, "New")) for fact in known_facts()[:16:3]]  # type: ignore[misc]
-    answers = asked(knows, as_probe(facts))
-    check_choices(answers, facts, lambda fact, text: causal(knows.model, knows.tokenizer, fact, text, rest=True))
-    # Without the full stop, "New" would be as likely as all that begin with it together.
+def test_the_rest_of_the_sentence_is_scored_if_one_candidate_begins_another(lm: LanguageModel) -> None:
+    facts = [replace(fact, candidates=(*fact.candidates, "New")) for fact in make_known_facts()[:16:3]]  # type: ignore[misc]
+    answers = evaluate_lm(lm, make_probe(facts))
+    check_choices(answers, facts, lambda fact, text: score_causal(lm.model, lm.tokenizer, fact, text, rest=True))
+    # Without the full stop, "New" would be as likely as all candidates that begin with it together.
     assert all(answer.correct for answer in answers.values())
 
 
-def test_a_candidate_that_begins_another_ends_in_a_full_stop_where_the_prompt_has_none(knows: LanguageModel) -> None:
-    facts = [replace(fact, candidates=(*fact.candidates, "New")) for fact in known_facts()[:16:3]]  # type: ignore[misc]
-    answers = asked(knows, as_probe([replace(fact, prompt=fact.prompt.removesuffix(".")) for fact in facts]))
-    check_choices(answers, facts, lambda fact, text: causal(knows.model, knows.tokenizer, fact, text, rest=True))
+def test_a_candidate_that_begins_another_gets_a_full_stop_if_the_prompt_has_none(lm: LanguageModel) -> None:
+    facts = [replace(fact, candidates=(*fact.candidates, "New")) for fact in make_known_facts()[:16:3]]  # type: ignore[misc]
+    answers = evaluate_lm(lm, make_probe([replace(fact, prompt=fact.prompt.removesuffix(".")) for fact in facts]))
+    check_choices(answers, facts, lambda fact, text: score_causal(lm.model, lm.tokenizer, fact, text, rest=True))
     assert all(answer.correct and answer.grade == "produced" for answer in answers.values())
 
 
-def test_one_token_of_the_whole_vocabulary_or_of_given_words(knows: LanguageModel) -> None:
-    facts = known_facts(closed=False)
+def test_answers_are_one_token_of_the_vocabulary_or_of_given_words(lm: LanguageModel) -> None:
+    facts = make_known_facts(closed=False)
     one_word = [fact for fact in facts if " " not in fact.obj_label]
-    full = as_probe(facts, vocabulary="full")
-    answers = asked(knows, full)
+    full = make_probe(facts, vocabulary="full")
+    answers = evaluate_lm(lm, full)
     assert answers.keys() == {fact.id for fact in one_word}
-    dropped = make_prompts(make_scorer(knows.model, knows.tokenizer, "causal", full)).dropped
+    dropped = make_prompts(make_scorer(lm.model, lm.tokenizer, "causal", full)).dropped
     assert dropped == {SEVERAL_TOKENS: len(facts) - len(one_word)}
-    tokens = [knows.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(knows.tokenizer))]
+    tokens = [lm.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(lm.tokenizer))]
     words = ("forest", "marsh", "Velin", "Avish", "honey", "clay")
-    ids = sorted(knows.tokenizer.convert_tokens_to_ids(list(words)))
-    texts = knows.tokenizer.convert_ids_to_tokens(ids)
-    chosen = asked(knows, as_probe(facts, vocabulary="words", words=words))
+    ids = sorted(lm.tokenizer.convert_tokens_to_ids(list(words)))
+    texts = lm.tokenizer.convert_ids_to_tokens(ids)
+    chosen = evaluate_lm(lm, make_probe(facts, vocabulary="words", words=words))
     assert chosen.keys() == {fact.id for fact in one_word if fact.obj_label in words}
     for fact in one_word:
-        expected = next_token(knows, fact)
-        check_answer(answers[fact.id], fact, tokens, expected, knows.tokenizer.convert_tokens_to_ids(fact.obj_label))
+        expected = compute_next_log_probs(lm, fact)
+        check_answer(answers[fact.id], fact, tokens, expected, lm.tokenizer.convert_tokens_to_ids(fact.obj_label))
         if fact.id in chosen:
             check_answer(chosen[fact.id], fact, texts, expected[ids], texts.index(fact.obj_label))
 
 
-def greedy(knows: LanguageModel, fact: Fact, tokens: int) -> str:
-    """What the model writes after the prompt, token by token, up to the end of the sentence."""
-    ids = list(knows.tokenizer(fact.before)["input_ids"])
+def write_greedily(lm: LanguageModel, fact: Fact, tokens: int) -> str:
+    """Return what the model writes after the prompt, token by token, up to the end of the sentence."""
+    ids = list(lm.tokenizer(fact.before)["input_ids"])
     start = len(ids)
     while len(ids) < start + tokens:
-        ids.append(int(log_probs(knows.model, ids)[-1].argmax()))
-    return knows.tokenizer.decode(ids[start:], skip_special_tokens=True).partition(".")[0].strip()
+        ids.append(int(compute_log_probs(lm.model, ids)[-1].argmax()))
+    return lm.tokenizer.decode(ids[start:], skip_special_tokens=True).partition(".")[0].strip()
 
 
 @pytest.mark.parametrize("batch_size", [1, 32])
-def test_free_answers_are_decoded_greedily(knows: LanguageModel, batch_size: int) -> None:
-    facts = known_facts(closed=False)
-    answers = asked(knows, as_probe(facts, vocabulary="open"), batch_size=batch_size)
+def test_free_answers_are_decoded_greedily(lm: LanguageModel, batch_size: int) -> None:
+    facts = make_known_facts(closed=False)
+    answers = evaluate_lm(lm, make_probe(facts, vocabulary="open"), batch_size=batch_size)
     assert len(answers) == len(facts)
     for fact in facts[:: 1 if batch_size > 1 else 9]:
-        answer, expected = answers[fact.id], next_token(knows, fact)
-        gold = knows.tokenizer(fact.obj_label, add_special_tokens=False)["input_ids"]
+        answer, expected = answers[fact.id], compute_next_log_probs(lm, fact)
+        gold = lm.tokenizer(fact.obj_label, add_special_tokens=False)["input_ids"]
         assert answer.correct
-        assert answer.predicted == answer.top5[0] == greedy(knows, fact, len(gold) + 4) == fact.obj_label
+        assert answer.predicted == answer.top5[0] == write_greedily(lm, fact, len(gold) + 4) == fact.obj_label
         assert answer.rank == 1 + (expected > expected[gold[0]]).sum()
-        assert answer.logp_gold == pytest.approx(causal(knows.model, knows.tokenizer, fact, fact.obj_label), abs=CLOSE)
+        assert answer.logp_gold == pytest.approx(score_causal(lm.model, lm.tokenizer, fact, fact.obj_label), abs=CLOSE)
         assert answer.top5_logp == pytest.approx(np.sort(expected)[::-1][:5], abs=CLOSE)
         assert answer.choices is None
 
 
-def test_a_free_answer_is_only_asked_for_at_the_end_of_a_sentence(knows: LanguageModel) -> None:
-    fact = replace(known_facts(closed=False)[0], prompt="The [MASK] lives in the forest.")
-    probe = as_probe([fact], vocabulary="open")
-    assert make_prompts(make_scorer(knows.model, knows.tokenizer, "causal", probe)).dropped == {BLANK_NOT_LAST: 1}
+def test_a_free_answer_needs_the_blank_at_the_end_of_the_sentence(lm: LanguageModel) -> None:
+    fact = replace(make_known_facts(closed=False)[0], prompt="The [MASK] lives in the forest.")
+    probe = make_probe([fact], vocabulary="open")
+    assert make_prompts(make_scorer(lm.model, lm.tokenizer, "causal", probe)).dropped == {BLANK_NOT_LAST: 1}
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "llama-tied", "qwen3", "gpt-neox", "gpt2", "mixtral", *MORE])
@@ -158,46 +158,46 @@ def test_every_architecture_agrees_with_the_plain_reference(name: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters() if name in MORE else ():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    tokenizer = word_tokenizer("$A" if name in ("gpt2", "gpt-neox", "bloom") else "<s> $A")
-    facts = word_facts()
-    answers = answers_to(model, tokenizer, "causal", as_probe(facts), batch_size=2)
-    check_choices(answers, facts, lambda fact, text: causal(model, tokenizer, fact, text, rest=True))
-    backwards = answers_to(model, tokenizer, "causal", as_probe(reversed(facts)), batch_size=64)
+    tokenizer = make_word_tokenizer("$A" if name in ("gpt2", "gpt-neox", "bloom") else "<s> $A")
+    facts = make_word_facts()
+    answers = evaluate_model(model, tokenizer, "causal", make_probe(facts), batch_size=2)
+    check_choices(answers, facts, lambda fact, text: score_causal(model, tokenizer, fact, text, rest=True))
+    backwards = evaluate_model(model, tokenizer, "causal", make_probe(reversed(facts)), batch_size=64)
     check_same(backwards, answers)
-    scorer = make_scorer(model, tokenizer, "causal", as_probe(facts))
+    scorer = make_scorer(model, tokenizer, "causal", make_probe(facts))
     assert isinstance(scorer, DecodingScorer)
     query = scorer.make_query(facts[0])
     assert isinstance(query, Query)
     with torch.inference_mode():
         _, prefix = scorer.read_first([query])
-    assert (prefix.cache is None) == (name in KEEP_NO_CACHE)
+    assert (prefix.cache is None) == (name in WITHOUT_CACHE)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "mamba"])
 def test_free_answers_of_many_tokens_do_not_depend_on_the_cache(name: str) -> None:
     torch.manual_seed(1)
     model = MORE[name]().eval() if name in MORE else tiny(name)
-    knows = LanguageModel(model, word_tokenizer("<s> $A"), "causal")
-    facts = [replace(fact, candidates=None) for fact in word_facts(first=False) if not fact.after.strip(".")]
-    for fact_id, answer in asked(knows, as_probe(facts, vocabulary="open")).items():
+    lm = LanguageModel(model, make_word_tokenizer("<s> $A"), "causal")
+    facts = [replace(fact, candidates=None) for fact in make_word_facts(first=False) if not fact.after.strip(".")]
+    for fact_id, answer in evaluate_lm(lm, make_probe(facts, vocabulary="open")).items():
         fact = next(fact for fact in facts if fact.id == fact_id)
-        assert answer.predicted == greedy(knows, fact, len(fact.obj_label.split()) + 4)
+        assert answer.predicted == write_greedily(lm, fact, len(fact.obj_label.split()) + 4)
 
 
 @pytest.mark.parametrize("frame", ["$A", "<s> $A", "<s> $A </s>", "$A </s>", "<s> $A <pad>", "$A </s> <pad>"])
-def test_texts_are_framed_as_the_tokenizer_frames_them_but_not_closed(frame: str) -> None:
-    model, tokenizer, facts = tiny("llama"), word_tokenizer(frame), word_facts()
-    answers = answers_to(model, tokenizer, "causal", as_probe(facts))
-    check_choices(answers, facts, lambda fact, text: causal(model, tokenizer, fact, text, rest=True))
+def test_texts_begin_as_the_tokenizer_begins_them_and_are_not_closed(frame: str) -> None:
+    model, tokenizer, facts = tiny("llama"), make_word_tokenizer(frame), make_word_facts()
+    answers = evaluate_model(model, tokenizer, "causal", make_probe(facts))
+    check_choices(answers, facts, lambda fact, text: score_causal(model, tokenizer, fact, text, rest=True))
 
 
-def test_a_text_that_begins_with_the_blank_begins_with_the_end_of_another_where_there_is_no_beginning() -> None:
-    model, tokenizer, fact = tiny("gpt2"), word_tokenizer("$A"), word_facts()[-1]
+def test_a_text_that_begins_with_the_blank_begins_with_eos_if_there_is_no_bos() -> None:
+    model, tokenizer, fact = tiny("gpt2"), make_word_tokenizer("$A"), make_word_facts()[-1]
     tokenizer.bos_token = None
-    answers = answers_to(model, tokenizer, "causal", as_probe([fact]))
-    check_choices(answers, [fact], lambda fact, text: causal(model, tokenizer, fact, text, rest=True))
+    answers = evaluate_model(model, tokenizer, "causal", make_probe([fact]))
+    check_choices(answers, [fact], lambda fact, text: score_causal(model, tokenizer, fact, text, rest=True))
     tokenizer.eos_token = None
-    others = word_facts()[:-1]
-    prompts = make_prompts(make_scorer(model, tokenizer, "causal", as_probe([*others, fact])))
+    others = make_word_facts()[:-1]
+    prompts = make_prompts(make_scorer(model, tokenizer, "causal", make_probe([*others, fact])))
     assert prompts.dropped == {NO_BEGINNING: 1}
     assert prompts.total == len(others)

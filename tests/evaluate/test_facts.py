@@ -1,4 +1,4 @@
-"""Probes: their fingerprints, the samples drawn from them, and what guessing gets."""
+"""Probes: their fingerprints, samples and baselines."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from compressknow.evaluate.sources import Options, open_all
 from tests.evaluate.layouts import DATA, open_probe, real_data
 from tests.knowing import write_facts
 
+CITIES = ("Paris", "Rome", "Oslo", "Bern")
 
-def fact(number: int = 0, relation: str = "capital", **fields: Any) -> Fact:
+
+def make_fact(number: int = 0, relation: str = "capital", **fields: Any) -> Fact:
     values: dict[str, Any] = {
         "id": f"{relation}/{number}",
         "probe": "p",
@@ -35,12 +37,14 @@ def fact(number: int = 0, relation: str = "capital", **fields: Any) -> Fact:
     return Fact(**values | fields)
 
 
-def probe_of(sizes: dict[str, int]) -> Probe:
-    facts = tuple(fact(number, relation) for relation, size in sizes.items() for number in range(size))
+def make_probe(sizes: dict[str, int]) -> Probe:
+    facts = tuple(make_fact(number, relation) for relation, size in sizes.items() for number in range(size))
     return Probe("p", "test/1", facts, dropped={"too long": 3})
 
 
-PROBE = Probe("p", "test/1", (fact(0), fact(1, candidates=None), fact(2, candidates=("Rome", "Paris", "Oslo"))))
+PROBE = Probe(
+    "p", "test/1", (make_fact(0), make_fact(1, candidates=None), make_fact(2, candidates=("Rome", "Paris", "Oslo")))
+)
 FIRST, *OTHERS = PROBE.facts
 CHANGES: dict[str, Callable[[], Probe]] = {
     "name": lambda: replace(PROBE, name="q"),
@@ -67,16 +71,16 @@ CHANGES: dict[str, Callable[[], Probe]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_fingerprint_changes_with_what_is_asked(change: str) -> None:
+def test_the_fingerprint_changes_with_what_is_evaluated(change: str) -> None:
     assert CHANGES[change]().fingerprint() != PROBE.fingerprint()
 
 
-def test_no_two_changes_give_one_fingerprint() -> None:
+def test_no_two_changes_give_the_same_fingerprint() -> None:
     fingerprints = [make().fingerprint() for make in CHANGES.values()]
     assert len(set(fingerprints)) == len(fingerprints)
 
 
-def test_the_fingerprint_is_that_of_the_facts_not_of_where_they_lie_or_how_well_known_they_are(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_neither_on_the_folder_nor_on_popularity(tmp_path: Path) -> None:
     other = replace(PROBE, source={"from": "elsewhere"}, dropped={"why": 1}, read=99, average="macro")
     assert other.fingerprint() == PROBE.fingerprint()
     known = replace(PROBE, facts=(replace(FIRST, popularity=5.0), *OTHERS))
@@ -96,42 +100,42 @@ SIZES = st.dictionaries(st.text("abcdef", min_size=1, max_size=2), st.integers(1
 
 @settings(deadline=None)
 @given(SIZES, st.integers(1, 200), st.integers(0, 5))
-def test_a_sample_has_the_size_asked_for_and_the_relations_in_proportion(
+def test_a_sample_has_the_requested_size_and_proportional_relations(
     sizes: dict[str, int], limit: int, seed: int
 ) -> None:
-    probe = probe_of(sizes)
+    probe = make_probe(sizes)
     sample = probe.sample(limit, seed)
     total = len(probe.facts)
     assert len(sample.facts) == min(limit, total)
-    drawn = Counter(fact.relation for fact in sample.facts)
+    counts = Counter(fact.relation for fact in sample.facts)
     for relation, size in sizes.items():
         exact = Fraction(limit * size, total)
         if limit >= total:
-            assert drawn[relation] == size
+            assert counts[relation] == size
         elif limit >= len(sizes):
-            assert drawn[relation] >= 1
-            # Those that must keep one take it from the others, the largest first.
-            assert drawn[relation] <= max(exact + 1, 1)
+            assert counts[relation] >= 1
+            # Relations that must keep one fact take it from the others, the largest first.
+            assert counts[relation] <= max(exact + 1, 1)
             if all(limit * other >= total for other in sizes.values()):
-                assert abs(drawn[relation] - exact) < 1
-    # The order of the facts is that of the probe, and what was read and left out before stays known.
-    places = {fact.id: place for place, fact in enumerate(probe.facts)}
-    assert [places[fact.id] for fact in sample.facts] == sorted(places[fact.id] for fact in sample.facts)
+                assert abs(counts[relation] - exact) < 1
+    # Facts keep their order, and the numbers of those read and dropped are kept.
+    positions = {fact.id: position for position, fact in enumerate(probe.facts)}
+    assert [positions[fact.id] for fact in sample.facts] == sorted(positions[fact.id] for fact in sample.facts)
     assert (sample.read, sample.dropped) == (total + 3, {"too long": 3})
     assert sample.sample(limit, seed).facts == sample.facts
 
 
 @settings(deadline=None)
 @given(SIZES, st.integers(1, 60), st.integers(1, 60))
-def test_within_a_relation_a_larger_sample_holds_a_smaller_one(sizes: dict[str, int], one: int, other: int) -> None:
-    small, large = (probe_of(sizes).sample(limit) for limit in sorted((one, other)))
+def test_within_a_relation_a_larger_sample_contains_a_smaller_one(sizes: dict[str, int], one: int, other: int) -> None:
+    small, large = (make_probe(sizes).sample(limit) for limit in sorted((one, other)))
     for relation in sizes:
         few, many = ({fact.id for fact in sample.facts if fact.relation == relation} for sample in (small, large))
         assert few <= many or many <= few
 
 
-def test_of_a_single_relation_samples_are_nested_and_differ_by_seed() -> None:
-    probe = probe_of({"capital": 100})
+def test_samples_of_a_single_relation_are_nested_and_differ_by_seed() -> None:
+    probe = make_probe({"capital": 100})
     samples = [{fact.id for fact in probe.sample(limit, seed=1).facts} for limit in (1, 10, 50, 99)]
     assert all(few < many for few, many in pairwise(samples))
     assert samples[1] == {fact.id for fact in probe.sample(10, seed=1).facts}
@@ -139,8 +143,8 @@ def test_of_a_single_relation_samples_are_nested_and_differ_by_seed() -> None:
     assert (probe.sample(10, seed=2).limit, probe.sample(10, seed=2).seed) == (10, 2)
 
 
-def test_a_sample_says_so_and_a_limit_that_limits_nothing_does_not() -> None:
-    probe = probe_of({"capital": 5})
+def test_a_limit_is_positive_and_changes_no_smaller_probe() -> None:
+    probe = make_probe({"capital": 5})
     assert probe.sample(5) is probe
     assert probe.sample(500) is probe
     assert probe.sample(None) is probe
@@ -150,24 +154,24 @@ def test_a_sample_says_so_and_a_limit_that_limits_nothing_does_not() -> None:
 
 
 def test_a_fact_is_split_at_its_blank() -> None:
-    middle, first = fact(prompt="In [MASK] , France."), fact(prompt="[MASK] is France's.")
+    middle, first = make_fact(prompt="In [MASK] , France."), make_fact(prompt="[MASK] is France's.")
     assert (middle.before, middle.after) == ("In", " , France.")
     assert (first.before, first.after) == ("", " is France's.")
     for prompt in ("No blank.", "[MASK] and [MASK]."):
         with pytest.raises(UsageError, match="exactly once"):
-            fact(prompt=prompt)
+            make_fact(prompt=prompt)
 
 
-def test_chance_is_of_the_possible_answers_and_unknown_where_any_text_may_be_given() -> None:
+def test_chance_is_the_mean_over_facts_and_missing_for_free_answers() -> None:
     assert compute_chance([2, 4, 2]) == pytest.approx((1 / 2 + 1 / 4 + 1 / 2) / 3)
     assert compute_chance([2, None]) is None
     assert compute_chance([]) is None
 
 
-def test_the_majority_is_of_each_relation() -> None:
-    facts = [fact(0), fact(1, candidates=("Paris", "Rome", "Oslo", "Bern")), fact(2, "language", obj_label="Rome")]
+def test_the_majority_is_the_most_frequent_object_of_each_relation() -> None:
+    facts = [make_fact(0), make_fact(1, candidates=CITIES), make_fact(2, "language", obj_label="Rome")]
     assert compute_majority(facts, find_most_frequent(facts), "micro") == 1
-    more = [*facts, fact(3, obj_label="Rome")]
+    more = [*facts, make_fact(3, obj_label="Rome")]
     assert compute_majority(more, find_most_frequent(more), "micro") == 3 / 4
     # Of two relations, the majority is right in 2 of 3 and in 1 of 1.
     assert compute_majority(more, find_most_frequent(more), "macro") == pytest.approx((2 / 3 + 1) / 2)
@@ -184,8 +188,7 @@ def test_the_majority_of_lama_is_a_mean_over_relations_as_its_score_is() -> None
 
 
 def test_the_majority_of_a_sample_is_that_of_all_facts() -> None:
-    places = ("Paris", "Rome", "Oslo", "Bern")
-    probe = Probe("p", "p", tuple(fact(i, obj_label=places[i % 4], candidates=places) for i in range(40)))
+    probe = Probe("p", "p", tuple(make_fact(i, obj_label=CITIES[i % 4], candidates=CITIES) for i in range(40)))
     for sample in (probe.sample(1, seed) for seed in range(8)):
         (only,) = sample.facts
         assert compute_majority(sample.facts, sample.most_frequent, sample.average) == (only.obj_label == "Paris")

@@ -1,4 +1,4 @@
-"""Tables of facts on disk, through the real `datasets` library; the hub itself is never reached."""
+"""Tables of facts on disk, read by the real `datasets` library; the Hub itself is never reached."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from compressknow.evaluate.sources import Options
 from compressknow.evaluate.sources.columns import KEYS, choose_columns, parse_columns
 from tests.evaluate.layouts import open_probe, read_hub_facts, write_jsonl
 
-MINE = [
+PEOPLE = [
     {"person": "Ada Lovelace", "city": "London", "about": "birthplace"},
     {"person": "Galileo", "city": "Pisa", "about": "birthplace"},
 ]
-BORN = {"subject": "person", "object": "city", "template": "[X] was born in [Y]."}
+MAPPING = {"subject": "person", "object": "city", "template": "[X] was born in [Y]."}
 
 
 @pytest.fixture(autouse=True)
@@ -29,14 +29,14 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def parquet(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+def write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows)), path)
     return path
 
 
-def popqa(prop: str, obj: str, number: int, popularity: int | None = 10) -> dict[str, Any]:
-    """A row of akariasai/PopQA, without the columns that no reader needs."""
+def make_popqa(prop: str, obj: str, number: int, popularity: int | None = 10) -> dict[str, Any]:
+    """Make a row of akariasai/PopQA, without the columns that are not read."""
     return {
         "id": number,
         "subj": "George Rankin",
@@ -49,9 +49,9 @@ def popqa(prop: str, obj: str, number: int, popularity: int | None = 10) -> dict
     }
 
 
-def test_popqa_is_known_and_its_questions_become_sentences(tmp_path: Path) -> None:
-    rows = [popqa("occupation", "politician", 1), popqa("place of birth", "Sydney", 2, None), popqa("spouse", "Ann", 3)]
-    parquet(tmp_path / "set" / "test.parquet", rows)
+def test_popqa_is_recognized_and_its_questions_become_sentences(tmp_path: Path) -> None:
+    values = [("occupation", "politician", 1), ("place of birth", "Sydney", 2, None), ("spouse", "Ann", 3)]
+    write_parquet(tmp_path / "set" / "test.parquet", [make_popqa(*row) for row in values])
     probe = read_hub_facts(str(tmp_path / "set"))
     assert [(fact.id, fact.prompt, fact.obj_label, fact.popularity) for fact in probe.facts] == [
         ("occupation/1", "The occupation of George Rankin is [MASK].", "politician", 10),
@@ -62,7 +62,7 @@ def test_popqa_is_known_and_its_questions_become_sentences(tmp_path: Path) -> No
     assert (probe.protocol, probe.vocabulary, probe.source["known as"]) == ("hf/1", "open", "PopQA")
 
 
-def test_lamas_copies_are_asked_by_template_once_a_fact(tmp_path: Path) -> None:
+def test_copies_of_lama_have_one_prompt_per_fact_by_its_template(tmp_path: Path) -> None:
     row = {
         "uuid": "u",
         "predicate_id": "P19",
@@ -71,15 +71,15 @@ def test_lamas_copies_are_asked_by_template_once_a_fact(tmp_path: Path) -> None:
         "template": "[X] was born in [Y] .",
     }
     sentences = ["Ada came from [MASK].", "Ada saw the light of day in [MASK]."]
-    path = parquet(tmp_path / "trex.parquet", [{**row, "masked_sentence": sentence} for sentence in sentences])
+    path = write_parquet(tmp_path / "trex.parquet", [{**row, "masked_sentence": sentence} for sentence in sentences])
     probe = read_hub_facts(str(path))
     assert [(fact.id, fact.prompt) for fact in probe.facts] == [("P19/u", "Ada was born in [MASK] .")]
     assert probe.dropped == {"same sentence and object": 1}
 
 
-def test_lamas_copies_without_templates_are_asked_by_their_sentences(tmp_path: Path) -> None:
+def test_copies_of_lama_without_templates_use_their_sentences(tmp_path: Path) -> None:
     row = {"uuid": "u", "pred": "CapableOf", "sub": "bird", "obj_label": "fly", "negated": "N/A"}
-    path = parquet(
+    path = write_parquet(
         tmp_path / "c.parquet", [{**row, "masked_sentence": s} for s in ("Birds can [MASK].", "Birds can fly.")]
     )
     probe = read_hub_facts(str(path))
@@ -89,8 +89,8 @@ def test_lamas_copies_without_templates_are_asked_by_their_sentences(tmp_path: P
     assert probe.dropped == {"no blank in the sentence": 1}
 
 
-def test_any_table_by_a_mapping_with_a_template_of_ones_own(tmp_path: Path) -> None:
-    probe = read_hub_facts(str(write_jsonl(tmp_path / "people.jsonl", MINE)), {**BORN, "relation": "about"})
+def test_a_mapping_with_a_template_reads_any_table(tmp_path: Path) -> None:
+    probe = read_hub_facts(str(write_jsonl(tmp_path / "people.jsonl", PEOPLE)), {**MAPPING, "relation": "about"})
     assert [(fact.id, fact.relation, fact.prompt, fact.obj_label) for fact in probe.facts] == [
         ("birthplace/0", "birthplace", "Ada Lovelace was born in [MASK].", "London"),
         ("birthplace/1", "birthplace", "Galileo was born in [MASK].", "Pisa"),
@@ -98,7 +98,7 @@ def test_any_table_by_a_mapping_with_a_template_of_ones_own(tmp_path: Path) -> N
 
 
 def test_prompts_that_end_before_the_object_need_no_blank(tmp_path: Path) -> None:
-    """Like those of CounterFact and of ROME's known facts."""
+    """As in CounterFact and in the known facts of ROME."""
     rows = [
         {"prompt": "Danielle Darrieux's mother tongue is", "attribute": " French"},
         {"prompt": "Is Danielle Darrieux French?", "attribute": "yes"},
@@ -112,7 +112,7 @@ def test_prompts_that_end_before_the_object_need_no_blank(tmp_path: Path) -> Non
     assert probe.dropped == {"no blank in the sentence": 1}
 
 
-def test_the_columns_of_a_facts_file_are_known_in_every_format(tmp_path: Path) -> None:
+def test_the_columns_of_a_facts_file_are_recognized_in_every_format(tmp_path: Path) -> None:
     row = {
         "prompt": "The capital of France is [MASK].",
         "obj_label": "Paris",
@@ -132,7 +132,7 @@ def test_the_columns_of_a_facts_file_are_known_in_every_format(tmp_path: Path) -
     (tmp_path / "f.json").write_text(json.dumps([row]))
     paths = [
         write_jsonl(tmp_path / "f.jsonl", [flat]),
-        parquet(tmp_path / "f.parquet", [row]),
+        write_parquet(tmp_path / "f.parquet", [row]),
         tmp_path / "f.csv",
         tmp_path / "bars.csv",
         tmp_path / "f.json",
@@ -144,7 +144,7 @@ def test_the_columns_of_a_facts_file_are_known_in_every_format(tmp_path: Path) -
         assert probe.vocabulary == "closed"
 
 
-def test_rows_that_cannot_be_asked_are_counted(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_evaluated_are_counted(tmp_path: Path) -> None:
     good = {"prompt": "A [MASK].", "obj_label": "b", "candidates": ["a", "b"]}
     rows = [
         good,
@@ -154,7 +154,7 @@ def test_rows_that_cannot_be_asked_are_counted(tmp_path: Path) -> None:
         {**good, "prompt": "[MASK] [MASK]."},
         {**good, "prompt": None},
     ]
-    probe = read_hub_facts(str(parquet(tmp_path / "f.parquet", rows)))
+    probe = read_hub_facts(str(write_parquet(tmp_path / "f.parquet", rows)))
     assert [fact.prompt for fact in probe.facts] == ["A [MASK]."]
     assert probe.dropped == {
         "no object": 1,
@@ -166,14 +166,14 @@ def test_rows_that_cannot_be_asked_are_counted(tmp_path: Path) -> None:
 
 def test_the_object_may_be_a_number_or_the_first_of_a_list(tmp_path: Path) -> None:
     rows = [{"prompt": "A [MASK].", "year": 1941, "answers": ["b", "c"]}]
-    path = str(parquet(tmp_path / "f.parquet", rows))
-    asked = [
+    path = str(write_parquet(tmp_path / "f.parquet", rows))
+    objects = [
         read_hub_facts(path, {"object": name, "prompt": "prompt"}).facts[0].obj_label for name in ("year", "answers")
     ]
-    assert asked == ["1941", "b"]
+    assert objects == ["1941", "b"]
 
 
-def test_a_year_is_one_also_where_another_cell_of_its_column_is_empty(tmp_path: Path) -> None:
+def test_a_year_stays_whole_if_another_cell_of_its_column_is_empty(tmp_path: Path) -> None:
     rows = "year,text\n1815,Ada was born in [MASK].\n,Hypatia was born in [MASK].\n1564,Galileo was born in [MASK].\n"
     (tmp_path / "born.csv").write_text(rows)
     probe = read_hub_facts(str(tmp_path / "born.csv"), {"object": "year", "prompt": "text"})
@@ -181,7 +181,7 @@ def test_a_year_is_one_also_where_another_cell_of_its_column_is_empty(tmp_path: 
     assert probe.dropped == {"no object": 1}
 
 
-def test_a_cell_of_a_csv_is_what_it_holds(tmp_path: Path) -> None:
+def test_cells_of_a_csv_file_are_read_as_they_are_written(tmp_path: Path) -> None:
     rows = "agent,text,popularity\n007,Bond is [MASK].,12\nNA,Namibia has the code [MASK].,\n1.50,It is [MASK].,1e3\n"
     (tmp_path / "codes.csv").write_text(rows)
     columns = {"object": "agent", "prompt": "text", "popularity": "popularity"}
@@ -189,7 +189,7 @@ def test_a_cell_of_a_csv_is_what_it_holds(tmp_path: Path) -> None:
     assert [(fact.obj_label, fact.popularity) for fact in probe.facts] == [("007", 12), ("NA", None), ("1.50", 1000)]
 
 
-def test_the_split_for_evaluation_is_taken_unless_another_is_named(tmp_path: Path) -> None:
+def test_the_split_for_evaluation_is_read_unless_another_is_named(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         rows = [{"prompt": f"In {split}: [MASK].", "obj_label": "a"}]
         write_jsonl(tmp_path / "set" / f"{split}.jsonl", rows)
@@ -204,20 +204,20 @@ def test_the_split_for_evaluation_is_taken_unless_another_is_named(tmp_path: Pat
 
 
 @pytest.mark.parametrize("splits", [True, False])
-def test_what_save_to_disk_wrote_is_read(tmp_path: Path, splits: bool) -> None:
+def test_a_dataset_of_save_to_disk_is_read(tmp_path: Path, splits: bool) -> None:
     table = datasets.Dataset.from_list([{"prompt": "A [MASK].", "obj_label": "b"}])
     (datasets.DatasetDict({"only": table}) if splits else table).save_to_disk(str(tmp_path / "saved"))
     assert read_hub_facts(str(tmp_path / "saved")).facts[0].obj_label == "b"
 
 
 def test_open_probe_passes_columns_and_split(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "Set" / "dev.jsonl", MINE)
-    probe = open_probe(f"HF:{path.parent}", Options(columns=BORN, split="validation", limit=1))
+    path = write_jsonl(tmp_path / "Set" / "dev.jsonl", PEOPLE)
+    probe = open_probe(f"HF:{path.parent}", Options(columns=MAPPING, split="validation", limit=1))
     assert (probe.name, len(probe.facts)) == (f"hf:{path.parent}", 1)
 
 
-def test_a_table_that_is_not_known_lists_its_columns(tmp_path: Path) -> None:
-    path = str(write_jsonl(tmp_path / "people.jsonl", MINE))
+def test_the_error_on_an_unknown_table_lists_its_columns(tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "people.jsonl", PEOPLE))
     with pytest.raises(
         UsageError, match=r"which column is the object(.|\n)*about, city, person(.|\n)*--map object=COLUMN"
     ):
@@ -227,10 +227,10 @@ def test_a_table_that_is_not_known_lists_its_columns(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="which column is the subject"):
         read_hub_facts(path, {"object": "city", "template": "[X] was born in [Y]."})
     with pytest.raises(UsageError, match=r"no column 'town'(.|\n)*about, city, person"):
-        read_hub_facts(path, {**BORN, "object": "town"})
+        read_hub_facts(path, {**MAPPING, "object": "town"})
 
 
-def test_without_the_hub_the_error_says_what_to_download(tmp_path: Path) -> None:
+def test_without_the_hub_the_error_says_what_to_download() -> None:
     with pytest.raises(CompressknowError) as caught:
         read_hub_facts("akariasai/PopQA")
     assert "not on this machine, and the Hub cannot be reached" in str(caught.value)
@@ -239,24 +239,24 @@ def test_without_the_hub_the_error_says_what_to_download(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["./no/such", "/no/such", "no/such/folder", "facts.parquet", "~/no-such-folder"])
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name: str) -> None:
+def test_a_missing_path_is_not_looked_up_on_the_hub(name: str) -> None:
     with pytest.raises(UsageError, match=r"There is no folder or file .*(no|facts)"):
         read_hub_facts(name)
 
 
-def test_a_configuration_follows_the_name(tmp_path: Path) -> None:
+def test_a_configuration_follows_the_name() -> None:
     with pytest.raises(CompressknowError, match=r"huggingface\.co/datasets/some/set where"):
         read_hub_facts("some/set:config")
 
 
-def test_a_loading_script_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_loading_script_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lama").mkdir()
     (tmp_path / "lama" / "lama.py").write_text("raise SystemExit('never run')")
     with pytest.raises(UsageError, match=r"its own loading script, which the datasets library has not run since"):
         read_hub_facts(str(tmp_path / "lama"))
 
 
-def test_a_folder_without_data_and_files_of_no_known_kind(tmp_path: Path) -> None:
+def test_folders_without_data_and_files_of_unknown_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="doesn't contain any data files"):
         read_hub_facts(str(tmp_path / "empty"))
@@ -269,10 +269,10 @@ def test_damaged_files_are_an_error_with_the_reason(tmp_path: Path, capfd: pytes
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(CompressknowError, match=r"bad\.parquet cannot be read\.\n.*Parquet"):
         read_hub_facts(str(tmp_path / "bad.parquet"))
-    assert capfd.readouterr().err == "", "one message, without the library's own beside it"
+    assert capfd.readouterr().err == "", "the library's own message is not printed"
 
 
-def test_options_as_a_mapping() -> None:
+def test_map_options_are_parsed() -> None:
     assert parse_columns(["object=obj", "template=[X] = [Y]."]) == {"object": "obj", "template": "[X] = [Y]."}
     with pytest.raises(UsageError, match="KEY=COLUMN: 'object'"):
         parse_columns(["object"])
@@ -282,11 +282,11 @@ def test_options_as_a_mapping() -> None:
         parse_columns(["object=a", "object=b"])
 
 
-def test_what_is_given_comes_before_what_is_known() -> None:
-    there = ["prompt", "obj_label", "sub_label", "other"]
-    assert choose_columns(there, {}, "t").of == {"prompt": "prompt", "object": "obj_label", "subject": "sub_label"}
-    assert choose_columns(there, {"object": "other"}, "t").of["object"] == "other"
-    by_template = choose_columns(there, {"template": "[X] is [Y]."}, "t")
+def test_mapped_columns_come_before_recognized_ones() -> None:
+    columns = ["prompt", "obj_label", "sub_label", "other"]
+    assert choose_columns(columns, {}, "t").of == {"prompt": "prompt", "object": "obj_label", "subject": "sub_label"}
+    assert choose_columns(columns, {"object": "other"}, "t").of["object"] == "other"
+    by_template = choose_columns(columns, {"template": "[X] is [Y]."}, "t")
     assert "prompt" not in by_template.of
     assert by_template.names == ["sub_label", "obj_label"]
     assert set(by_template.of) <= set(KEYS)

@@ -1,4 +1,4 @@
-"""LAMA by its official protocol and by the paper's, on rows in the official layout and on the real files."""
+"""LAMA by its official protocol and by the paper's, on small files in the official layout and on the real ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compressknow import Options, Settings, probe, report
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
 from compressknow.evaluate.answers import read_answers
-from tests.evaluate.layouts import DATA, lama_folder, read_lama, real_data, trex, write_jsonl
+from tests.evaluate.layouts import DATA, make_trex, read_lama, real_data, write_jsonl, write_lama
 from tests.knowing import save_trained
 
 MINILM = DATA.parent / "models" / "minilm-facts"
@@ -19,10 +19,10 @@ MINILM = DATA.parent / "models" / "minilm-facts"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return lama_folder(tmp_path)
+    return write_lama(tmp_path)
 
 
-def test_trex_asks_each_pair_once_by_the_relations_template(folder: Path) -> None:
+def test_trex_has_one_prompt_per_pair_by_the_template_of_its_relation(folder: Path) -> None:
     probe = read_lama(folder, "trex")
     assert [(fact.id, fact.prompt, fact.obj_label) for fact in probe.facts] == [
         ("P36/a", "The capital of France is [MASK] .", "Paris"),
@@ -34,14 +34,14 @@ def test_trex_asks_each_pair_once_by_the_relations_template(folder: Path) -> Non
     assert [fact.subject for fact in probe.facts] == ["geography"] * 3 + ["history and people"]
 
 
-def test_the_paper_asks_each_sentence_once_and_keeps_every_object(folder: Path) -> None:
+def test_the_paper_has_each_sentence_once_and_keeps_every_object(folder: Path) -> None:
     probe = read_lama(folder, "trex", "paper")
     assert [fact.obj_label for fact in probe.facts] == ["Paris", "Rome", "Ouagadougou", "London"]
     assert probe.facts[0].prompt == "The capital of France is [MASK] ."
     assert probe.dropped == {"same sentence": 2}
 
 
-def test_sentences_are_the_same_across_relations_too(folder: Path) -> None:
+def test_the_paper_drops_equal_sentences_of_different_relations(folder: Path) -> None:
     write_jsonl(folder / "relations.jsonl", [{"relation": r, "template": "[X] lies in [Y] ."} for r in ("P17", "P30")])
     for relation, obj_label in (("P17", "France"), ("P30", "Europe")):
         write_jsonl(folder / "TREx" / f"{relation}.jsonl", [{"sub_label": "Lyon", "obj_label": obj_label, "uuid": "x"}])
@@ -61,17 +61,17 @@ def test_the_settings_of_the_two_protocols(folder: Path) -> None:
 
 def test_answers_by_one_protocol_are_not_reported_as_those_by_the_other(folder: Path, tmp_path: Path) -> None:
     model, settings = save_trained("bert", tmp_path / "model"), Settings(noise_floor=False)
-    # A word that the model has.
+    # One object that the model has as a token.
     with (folder / "common_vocab_cased.txt").open("a", encoding="utf-8") as words:
         words.write("Velin\n")
-    write_jsonl(folder / "TREx" / "P36.jsonl", [trex("P36", "Avaland", "Velin", "a")])
+    write_jsonl(folder / "TREx" / "P36.jsonl", [make_trex("P36", "Avaland", "Velin", "a")])
     stored = {name: tmp_path / name for name in ("lama", "paper")}
-    for name, place in stored.items():
-        probe(model, place, "lama:trex", options=Options(data=folder, protocol=name), settings=settings)
-    asked = Options(protocol="paper")
-    assert report(stored["paper"], stored["paper"], options=asked).comparisons
+    for name, output in stored.items():
+        probe(model, output, "lama:trex", options=Options(data=folder, protocol=name), settings=settings)
+    options = Options(protocol="paper")
+    assert report(stored["paper"], stored["paper"], options=options).comparisons
     with pytest.raises(UsageError, match="`protocol` paper decides what is evaluated"):
-        report(stored["lama"], stored["lama"], options=asked)
+        report(stored["lama"], stored["lama"], options=options)
 
 
 def test_google_re_drops_what_more_raters_reject_than_accept(folder: Path) -> None:
@@ -109,7 +109,7 @@ def test_conceptnet_has_relations_and_is_common_sense(folder: Path) -> None:
     assert probe.dropped == {"no label of subject or object": 1}
 
 
-def test_facts_of_a_relation_without_a_template_are_counted(folder: Path) -> None:
+def test_facts_of_a_relation_without_a_template_are_dropped_and_counted(folder: Path) -> None:
     write_jsonl(folder / "TREx" / "P50.jsonl", [{"sub_label": "Emma", "obj_label": "London", "uuid": "x"}])
     for protocol in ("lama", "paper"):
         probe = read_lama(folder, "trex", protocol)
@@ -123,7 +123,7 @@ def test_the_source_names_every_file_that_was_read(folder: Path) -> None:
     assert sorted(read_lama(folder, "squad", "paper").source["files"]) == ["Squad/test.jsonl"]
 
 
-def test_repeated_ids_are_told_apart(folder: Path) -> None:
+def test_repeated_ids_are_numbered(folder: Path) -> None:
     rows = [{"sub_label": name, "obj_label": "Paris", "uuid": "same"} for name in ("A", "B", "C")]
     write_jsonl(folder / "TREx" / "P36.jsonl", rows)
     ids = [fact.id for fact in read_lama(folder, "trex").facts if fact.relation == "P36"]
@@ -144,7 +144,7 @@ def test_a_damaged_line_is_an_error_with_file_line_and_column(folder: Path) -> N
         read_lama(folder, "trex")
 
 
-def test_an_empty_folder_of_a_set_says_where_to_get_it(tmp_path: Path) -> None:
+def test_the_error_on_an_empty_folder_says_where_to_get_the_set(tmp_path: Path) -> None:
     (tmp_path / "Squad").mkdir()
     with pytest.raises(
         UsageError, match=r"no facts of lama:squad(.|\n)*https://dl\.fbaipublicfiles\.com/LAMA/data\.zip"
@@ -152,7 +152,7 @@ def test_an_empty_folder_of_a_set_says_where_to_get_it(tmp_path: Path) -> None:
         read_lama(tmp_path, "squad", "paper")
 
 
-# Counted by T-REx's files, of which 19 pairs are there twice; published are 41 relations.
+# Counted in T-REx's files, which contain 19 pairs twice; 41 relations are published.
 TREX = {
     "P19": 944,
     "P20": 953,
@@ -186,8 +186,8 @@ def test_real_google_re_has_the_numbers_of_facts_that_its_authors_publish() -> N
 
 
 @real_data
-def test_real_google_re_has_the_number_of_facts_of_which_the_papers_scores_are_fractions() -> None:
-    # BERT-base in table 3, a percentage for each setup: all are whole numbers of facts out of 5,510.
+def test_real_google_re_has_as_many_facts_as_the_scores_of_the_paper_imply() -> None:
+    # BERT-base's percentages in table 3, by setup: each is a whole number of 5,510 facts.
     percentages = (10.29, 4.374, 10.109, 5.662, 2.377, 1.96, 9.873, 9.673, 4.628, 5.753)
     count = len(read_lama(DATA / "lama", "google-re", "paper").facts)
     assert count == 5510
@@ -196,24 +196,22 @@ def test_real_google_re_has_the_number_of_facts_of_which_the_papers_scores_are_f
 
 @real_data
 @pytest.mark.parametrize("protocol", ["lama", "paper"])
-def test_real_squad_loses_its_three_sentences_of_two_blanks(protocol: str) -> None:
+def test_real_squad_drops_its_three_sentences_with_two_blanks(protocol: str) -> None:
     probe = read_lama(DATA / "lama", "squad", protocol)
     assert (len(probe.facts), probe.dropped) == (302, {"several blanks in the sentence": 3})
 
 
 @real_data
-def test_real_trex_by_the_paper() -> None:
+def test_real_trex_by_the_paper_drops_equal_sentences() -> None:
     probe = read_lama(DATA / "lama", "trex", "paper")
     assert (len(probe.facts), probe.dropped) == (30_298, {"same sentence": 2_123})
 
 
 @real_data
-@pytest.mark.skipif(not MINILM.is_dir(), reason="the folder of shared models is not here")
-def test_probe_prints_the_mean_over_relations_beside_the_share_of_all_facts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["-p", "lama:google-re", "--data", str(DATA), "--limit", "60", "--no-noise-floor"]
-    assert main(["probe", str(MINILM), *words, "-o", str(tmp_path / "out")]) == 0
+@pytest.mark.skipif(not MINILM.is_dir(), reason="there is no folder of shared models")
+def test_probe_prints_the_mean_over_relations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["-p", "lama:google-re", "--data", str(DATA), "--limit", "60", "--no-noise-floor"]
+    assert main(["probe", str(MINILM), *options, "-o", str(tmp_path / "out")]) == 0
     relations: dict[str, list[bool]] = {}
     for answer in read_answers(tmp_path / "out").answers:
         relations.setdefault(answer.relation, []).append(answer.correct)

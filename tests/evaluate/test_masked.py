@@ -1,11 +1,10 @@
-"""Masked models: the answers equal those of a plain reference, whatever the batch, for many architectures."""
+"""Masked models: the answers equal those of a plain reference, in any batch, for many architectures."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,17 +19,17 @@ from compressknow.evaluate.scoring.families import MaskedScorer, make_scorer
 from compressknow.evaluate.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
 from tests.evaluate.references import (
     CLOSE,
-    answers_to,
-    as_probe,
-    asked,
     check_answer,
     check_choices,
     check_same,
-    known_facts,
-    log_probs,
-    masked,
-    word_facts,
-    word_tokenizer,
+    compute_log_probs,
+    evaluate_lm,
+    evaluate_model,
+    make_known_facts,
+    make_probe,
+    make_word_facts,
+    make_word_tokenizer,
+    score_masked,
 )
 from tests.knowing import save_trained
 from tests.models import tiny
@@ -58,68 +57,68 @@ MORE: dict[str, Callable[[], hf.PreTrainedModel]] = {
 
 
 @pytest.fixture(scope="module")
-def knows(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return load_language_model(save_trained("bert", tmp_path_factory.mktemp("bert")))
 
 
-def at_the_mask(knows: LanguageModel, fact: Fact) -> np.ndarray:
-    """Log-probabilities of the whole vocabulary where the blank is, by the whole model."""
-    ids = knows.tokenizer(fact.prompt.replace(BLANK, knows.tokenizer.mask_token))["input_ids"]
-    return log_probs(knows.model, ids)[ids.index(knows.tokenizer.mask_token_id)].numpy()
+def compute_mask_log_probs(lm: LanguageModel, fact: Fact) -> np.ndarray:
+    """Return log-probabilities of the whole vocabulary at the blank, by the whole model."""
+    ids = lm.tokenizer(fact.prompt.replace(BLANK, lm.tokenizer.mask_token))["input_ids"]
+    return compute_log_probs(lm.model, ids)[ids.index(lm.tokenizer.mask_token_id)].numpy()
 
 
 @pytest.mark.parametrize("vocabulary", ["full", "open"])
-def test_without_candidates_the_answer_is_one_token_of_the_vocabulary(knows: LanguageModel, vocabulary: str) -> None:
-    facts = known_facts(closed=False)
-    probe = as_probe(facts, vocabulary=vocabulary)
-    answers = asked(knows, probe)
+def test_without_candidates_the_answer_is_one_token_of_the_vocabulary(lm: LanguageModel, vocabulary: str) -> None:
+    facts = make_known_facts(closed=False)
+    probe = make_probe(facts, vocabulary=vocabulary)
+    answers = evaluate_lm(lm, probe)
     one_word = [fact for fact in facts if " " not in fact.obj_label]
     assert answers.keys() == {fact.id for fact in one_word}
-    assert make_prompts(make_scorer(knows.model, knows.tokenizer, "masked", probe)).dropped == {
+    assert make_prompts(make_scorer(lm.model, lm.tokenizer, "masked", probe)).dropped == {
         SEVERAL_TOKENS: len(facts) - len(one_word)
     }
-    tokens = [knows.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(knows.tokenizer))]
+    tokens = [lm.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(lm.tokenizer))]
     for fact in one_word:
-        gold = knows.tokenizer.convert_tokens_to_ids(fact.obj_label)
-        check_answer(answers[fact.id], fact, tokens, at_the_mask(knows, fact), gold)
+        gold = lm.tokenizer.convert_tokens_to_ids(fact.obj_label)
+        check_answer(answers[fact.id], fact, tokens, compute_mask_log_probs(lm, fact), gold)
 
 
-def test_objects_of_several_tokens_that_stay_are_wrong_and_have_no_rank(knows: LanguageModel) -> None:
-    facts = known_facts(closed=False)
-    answers = asked(knows, as_probe(facts, vocabulary="full", keep_unanswerable=True))
+def test_unanswerable_objects_that_are_kept_are_wrong_and_have_no_rank(lm: LanguageModel) -> None:
+    facts = make_known_facts(closed=False)
+    answers = evaluate_lm(lm, make_probe(facts, vocabulary="full", keep_unanswerable=True))
     assert len(answers) == len(facts)
     for fact in facts:
         if " " in fact.obj_label:
             answer = answers[fact.id]
             assert (answer.correct, answer.rank, answer.logp_gold) == (False, None, None)
-            assert answer.top5_logp == pytest.approx(np.sort(at_the_mask(knows, fact))[::-1][:5], abs=CLOSE)
+            assert answer.top5_logp == pytest.approx(np.sort(compute_mask_log_probs(lm, fact))[::-1][:5], abs=CLOSE)
 
 
-def test_only_words_of_the_given_vocabulary_are_answered(knows: LanguageModel) -> None:
-    facts = known_facts(closed=False)
-    # Not all objects are among them; one word is none of the model's, one is two tokens, one is there twice.
+def test_only_words_of_the_given_vocabulary_are_answered(lm: LanguageModel) -> None:
+    facts = make_known_facts(closed=False)
+    # Only some objects; one word is unknown to the model, one has two tokens, one is there twice.
     words = ("Velin", "forest", "marsh", "river", "desert", "Avish", "honey", "snails", "forest", "New Alba", "Zorro")
-    probe = as_probe(facts, vocabulary="words", words=words)
-    answers = asked(knows, probe)
-    kept = [fact for fact in facts if fact.obj_label in words and " " not in fact.obj_label]
-    assert answers.keys() == {fact.id for fact in kept}
-    dropped = make_prompts(make_scorer(knows.model, knows.tokenizer, "masked", probe)).dropped
-    assert dropped == {NOT_IN_VOCABULARY: len(facts) - len(kept)}
-    ids = sorted(knows.tokenizer.convert_tokens_to_ids(list(words[:8])))
-    texts = knows.tokenizer.convert_ids_to_tokens(ids)
-    for fact in kept:
-        check_answer(answers[fact.id], fact, texts, at_the_mask(knows, fact)[ids], texts.index(fact.obj_label))
+    probe = make_probe(facts, vocabulary="words", words=words)
+    answers = evaluate_lm(lm, probe)
+    answerable = [fact for fact in facts if fact.obj_label in words and " " not in fact.obj_label]
+    assert answers.keys() == {fact.id for fact in answerable}
+    dropped = make_prompts(make_scorer(lm.model, lm.tokenizer, "masked", probe)).dropped
+    assert dropped == {NOT_IN_VOCABULARY: len(facts) - len(answerable)}
+    ids = sorted(lm.tokenizer.convert_tokens_to_ids(list(words[:8])))
+    texts = lm.tokenizer.convert_ids_to_tokens(ids)
+    for fact in answerable:
+        check_answer(answers[fact.id], fact, texts, compute_mask_log_probs(lm, fact)[ids], texts.index(fact.obj_label))
 
 
 @pytest.mark.parametrize("vocabulary", ["full", "words"])
-def test_case_folded_an_answer_counts_whatever_its_case(knows: LanguageModel, vocabulary: str) -> None:
-    plain = [fact for fact in known_facts(closed=False) if " " not in fact.obj_label]
-    words = tuple(fact.obj_label for fact in plain[::2])
-    loud = [replace(fact, obj_label=fact.obj_label.upper()) for fact in plain]
+def test_with_fold_case_the_case_of_an_object_does_not_matter(lm: LanguageModel, vocabulary: str) -> None:
+    lower = [fact for fact in make_known_facts(closed=False) if " " not in fact.obj_label]
+    words = tuple(fact.obj_label for fact in lower[::2])
+    upper = [replace(fact, obj_label=fact.obj_label.upper()) for fact in lower]
     settings = {"vocabulary": vocabulary, "words": words if vocabulary == "words" else ()}
-    folded = asked(knows, as_probe(loud, **settings, fold_case=True))
-    strict = asked(knows, as_probe(plain, **settings))
-    assert asked(knows, as_probe(loud, **settings)) == {}
+    folded = evaluate_lm(lm, make_probe(upper, **settings, fold_case=True))
+    strict = evaluate_lm(lm, make_probe(lower, **settings))
+    assert evaluate_lm(lm, make_probe(upper, **settings)) == {}
     assert folded.keys() == strict.keys()
     for fact_id, answer in folded.items():
         other = strict[fact_id]
@@ -134,15 +133,15 @@ def test_every_architecture_agrees_with_the_plain_reference(name: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters() if name in MORE else ():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    tokenizer, facts = word_tokenizer(), word_facts()
-    answers = answers_to(model, tokenizer, "masked", as_probe(facts), batch_size=2)
-    check_choices(answers, facts, lambda fact, text: masked(model, tokenizer, fact, text))
-    backwards = answers_to(model, tokenizer, "masked", as_probe(reversed(facts)), batch_size=64)
+    tokenizer, facts = make_word_tokenizer(), make_word_facts()
+    answers = evaluate_model(model, tokenizer, "masked", make_probe(facts), batch_size=2)
+    check_choices(answers, facts, lambda fact, text: score_masked(model, tokenizer, fact, text))
+    backwards = evaluate_model(model, tokenizer, "masked", make_probe(reversed(facts)), batch_size=64)
     check_same(backwards, answers)
 
 
-class _LooksAround(torch.nn.Module):
-    """A head that sees all positions at once."""
+class _MixingHead(torch.nn.Module):
+    """A head that mixes all positions."""
 
     def __init__(self, head: torch.nn.Module) -> None:
         super().__init__()
@@ -152,36 +151,36 @@ class _LooksAround(torch.nn.Module):
         return self.head(hidden + hidden.mean(1, keepdim=True))
 
 
-def test_a_head_that_looks_at_its_neighbours_sees_them_all() -> None:
+def test_a_head_that_mixes_positions_sees_them_all() -> None:
     model = copy.deepcopy(tiny("bert"))
-    model.cls = _LooksAround(model.cls)
-    tokenizer, facts = word_tokenizer(), word_facts()
-    scorer = make_scorer(model, tokenizer, "masked", as_probe(facts))
+    model.cls = _MixingHead(model.cls)
+    tokenizer, facts = make_word_tokenizer(), make_word_facts()
+    scorer = make_scorer(model, tokenizer, "masked", make_probe(facts))
     assert isinstance(scorer, MaskedScorer)
-    ids, places = torch.tensor([[5, 6, tokenizer.mask_token_id, 7]]), torch.tensor([2])
-    assert not scorer._test_head(ids, places)
-    answers = answers_to(model, tokenizer, "masked", as_probe(facts))
-    check_choices(answers, facts, lambda fact, text: masked(model, tokenizer, fact, text))
+    ids, positions = torch.tensor([[5, 6, tokenizer.mask_token_id, 7]]), torch.tensor([2])
+    assert not scorer._test_head(ids, positions)
+    answers = evaluate_model(model, tokenizer, "masked", make_probe(facts))
+    check_choices(answers, facts, lambda fact, text: score_masked(model, tokenizer, fact, text))
 
 
-def test_a_tokenizer_that_frames_nothing_is_asked_as_well() -> None:
-    model, tokenizer, facts = tiny("bert"), word_tokenizer("$A"), word_facts()
-    answers = answers_to(model, tokenizer, "masked", as_probe(facts))
-    check_choices(answers, facts, lambda fact, text: masked(model, tokenizer, fact, text))
+def test_a_tokenizer_without_special_tokens_works_too() -> None:
+    model, tokenizer, facts = tiny("bert"), make_word_tokenizer("$A"), make_word_facts()
+    answers = evaluate_model(model, tokenizer, "masked", make_probe(facts))
+    check_choices(answers, facts, lambda fact, text: score_masked(model, tokenizer, fact, text))
 
 
 def test_a_tokenizer_without_a_mask_or_of_another_model_is_refused() -> None:
-    tokenizer = word_tokenizer()
+    tokenizer = make_word_tokenizer()
     tokenizer.mask_token = None
     with pytest.raises(UnsupportedError, match="mask"):
-        make_scorer(tiny("bert"), tokenizer, "masked", as_probe(word_facts()))
-    larger = word_tokenizer()
+        make_scorer(tiny("bert"), tokenizer, "masked", make_probe(make_word_facts()))
+    larger = make_word_tokenizer()
     larger.add_tokens(["more"])
     with pytest.raises(CheckpointError, match="100 tokens"):
-        make_scorer(tiny("bert"), larger, "masked", as_probe(word_facts()))
+        make_scorer(tiny("bert"), larger, "masked", make_probe(make_word_facts()))
 
 
-def test_a_prompt_that_holds_the_model_s_own_mask_is_an_error(tmp_path: Path) -> None:
-    fact = replace(word_facts()[0], prompt=f"w1 <mask> is {BLANK}.")
+def test_a_prompt_that_contains_the_mask_token_is_an_error() -> None:
+    fact = replace(make_word_facts()[0], prompt=f"w1 <mask> is {BLANK}.")
     with pytest.raises(CheckpointError, match="2 mask tokens"):
-        answers_to(tiny("bert"), word_tokenizer(), "masked", as_probe([fact]))
+        evaluate_model(tiny("bert"), make_word_tokenizer(), "masked", make_probe([fact]))

@@ -1,4 +1,4 @@
-"""The noise floor: a model against itself in another precision, found once and kept with its answers."""
+"""The noise floor: a model against itself in another precision, measured once and stored with its answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from compressknow import Options, Settings, probe, report
@@ -29,63 +28,60 @@ from tests.pages.answering import entry, sides
 BF16 = Settings(dtype="bfloat16", noise_floor=False)
 
 
-def floor_of(answers: Answers) -> NoiseFloor:
+def get_floor(answers: Answers) -> NoiseFloor:
     (entry,) = answers.record.probes.values()
     assert entry.noise_floor is not None
     return entry.noise_floor
 
 
 @pytest.fixture(scope="module", params=["bert", "llama", "t5"])
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, Answers]:
-    """Answers of a model with its noise floor, and those of a run of its own in the other precision."""
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, Answers]:
+    """Answers of a model with its noise floor, and those of a separate run in the other precision."""
     folder = tmp_path_factory.mktemp(request.param)
     model, facts = save_trained(request.param, folder / "model"), f"facts:{write_facts(folder / 'facts.jsonl')}"
-    found = probe(model, folder / "a", facts)
-    return found, probe(model, folder / "b", facts, reference=folder / "a", settings=BF16)
+    original = probe(model, folder / "a", facts)
+    return original, probe(model, folder / "b", facts, reference=folder / "a", settings=BF16)
 
 
-def test_it_counts_what_differs_from_a_run_of_its_own_in_the_other_precision(both: tuple[Answers, Answers]) -> None:
-    found, other = both
-    before, after = ({a.fact_id: a for a in answers.answers} for answers in (found, other))
-    floor = floor_of(found)
+def test_noise_floor_is_that_of_a_separate_run_in_the_other_precision(runs: tuple[Answers, Answers]) -> None:
+    before, after = ({answer.fact_id: answer for answer in answers.answers} for answers in runs)
+    floor = get_floor(runs[0])
     assert floor.computed_in == "bfloat16"
     assert floor.n == len(before)
     assert floor.changed == sum(before[fact].predicted != after[fact].predicted for fact in before)
     assert floor.known == sum(answer.correct for answer in before.values())
     assert floor.lost == sum(before[fact].correct and not after[fact].correct for fact in before)
     assert floor.kl_mean is not None
-    # Of so small a vocabulary the answers hold the whole distribution.
-    pairs = [(before[fact], after[fact]) for fact in before]
-    plain = sum(kl(one.first_logp, two.first_logp) for one, two in pairs) / len(pairs)
-    assert floor.kl_mean == pytest.approx(plain, rel=1e-2, abs=1e-6)
+    # The vocabulary is so small that answers store the whole distribution.
+    divergences = [float(compute_kl(before[fact].first_logp, after[fact].first_logp)) for fact in before]
+    assert floor.kl_mean == pytest.approx(sum(divergences) / len(divergences), rel=1e-2, abs=1e-6)
     assert floor.kl_mean > 0
 
 
-def test_a_model_that_runs_in_its_own_precision_answers_in_another_one(tmp_path: Path) -> None:
+def test_noise_floor_of_a_model_in_its_stored_precision_is_in_another_one(tmp_path: Path) -> None:
     model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
-    floor = floor_of(probe(model, tmp_path / "a", facts, settings=Settings(dtype="auto")))
+    floor = get_floor(probe(model, tmp_path / "a", facts, settings=Settings(dtype="auto")))
     assert floor.computed_in == "bfloat16"
 
 
-def test_where_known_means_produced_it_counts_what_is_said(both: tuple[Answers, Answers]) -> None:
-    found, other = both
-    before, after = ({a.fact_id: a for a in answers.answers} for answers in (found, other))
-    floor = floor_of(apply_reading(found, "produced"))
+def test_noise_floor_of_known_as_produced_counts_generated_answers(runs: tuple[Answers, Answers]) -> None:
+    before, after = ({answer.fact_id: answer for answer in answers.answers} for answers in runs)
+    floor = get_floor(apply_reading(runs[0], "produced"))
     assert floor.n == len(before)
     assert floor.changed == sum(before[fact].produced != after[fact].produced for fact in before)
     assert floor.known == sum(answer.grade == "produced" for answer in before.values()) > 0
     assert floor.lost == sum(before[id].grade == "produced" != after[id].grade for id in before)
     assert floor.gained == sum(after[id].grade == "produced" != before[id].grade for id in before)
-    assert floor.kl_mean == floor_of(found).kl_mean
+    assert floor.kl_mean == get_floor(runs[0]).kl_mean
 
 
-def test_of_facts_in_several_wordings_it_counts_majorities(tmp_path: Path) -> None:
+def test_noise_floor_of_several_wordings_counts_majorities(tmp_path: Path) -> None:
     model, options = save_trained("llama", tmp_path / "model"), Options(data=write_bear(tmp_path / "data"), templates=3)
-    found = probe(model, tmp_path / "a", "bear", options=options)
-    other = probe(model, tmp_path / "b", "bear", options=options, reference=tmp_path / "a", settings=BF16)
+    first = probe(model, tmp_path / "a", "bear", options=options)
+    second = probe(model, tmp_path / "b", "bear", options=options, reference=tmp_path / "a", settings=BF16)
     for known in ("recognized", "produced"):
-        before, after = (right_by_majority(apply_reading(answers, known)) for answers in (found, other))
-        floor = floor_of(merge_wordings(apply_reading(found, known)))
+        before, after = (find_known_by_majority(apply_reading(answers, known)) for answers in (first, second))
+        floor = get_floor(merge_wordings(apply_reading(first, known)))
         assert (floor.n, floor.known) == (32, sum(before.values()))
         assert 0 < floor.known < 32
         assert floor.lost == sum(before[fact] > after[fact] for fact in before)
@@ -94,66 +90,62 @@ def test_of_facts_in_several_wordings_it_counts_majorities(tmp_path: Path) -> No
         assert card.comparisons[0].probes[0].noise_floor == floor
 
 
-def right_by_majority(answers: Answers) -> dict[str, bool]:
+def find_known_by_majority(answers: Answers) -> dict[str, bool]:
     right = Counter(strip_wording(answer.fact_id) for answer in answers.answers if answer.correct)
     return {strip_wording(answer.fact_id): right[strip_wording(answer.fact_id)] >= 2 for answer in answers.answers}
 
 
-def test_a_sample_has_all_wordings_of_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_floor_of_a_sample_has_all_wordings_of_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, options = save_trained("llama", tmp_path / "model"), Options(data=write_bear(tmp_path / "data"), templates=3)
     monkeypatch.setattr(noise, "LEAST_FACTS", 3)
     monkeypatch.setattr(noise, "PART", 0.0)
-    found = probe(model, tmp_path / "a", "bear", options=options)
+    answers = probe(model, tmp_path / "a", "bear", options=options)
     (bear,) = open_all(["bear"], options)
-    _, sample = noise._draw_sample(bear, found)
-    asked = Counter(strip_wording(answer.fact_id) for answer in sample.answers)
-    assert list(asked.values()) == [3, 3, 3]
-    assert floor_of(found).n == 3
+    _, sample = noise._draw_sample(bear, answers)
+    wordings = Counter(strip_wording(answer.fact_id) for answer in sample.answers)
+    assert list(wordings.values()) == [3, 3, 3]
+    assert get_floor(answers).n == 3
 
 
-def kl(before: object, after: object) -> float:
-    return float(compute_kl(np.array([before]), np.array([after]))[0])
-
-
-def test_it_is_kept_with_the_answers_and_not_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_floor_is_stored_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
-    first = floor_of(probe(model, tmp_path / "a", facts))
-    assert floor_of(read_answers(tmp_path / "a")) == first
+    first = get_floor(probe(model, tmp_path / "a", facts))
+    assert get_floor(read_answers(tmp_path / "a")) == first
     monkeypatch.setattr(ModelHandle, "copy_in_other_precision", pytest.fail)
-    assert floor_of(probe(model, tmp_path / "a", facts)) == first
+    assert get_floor(probe(model, tmp_path / "a", facts)) == first
 
 
-def test_a_large_probe_is_sampled_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_floor_of_a_large_probe_is_of_a_fixed_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     monkeypatch.setattr(noise, "LEAST_FACTS", 3)
     monkeypatch.setattr(noise, "PART", 0.0)
-    one, other = (floor_of(probe(model, tmp_path / name, facts)) for name in "ab")
-    assert one.n == 3
-    assert one == other
+    first, second = (get_floor(probe(model, tmp_path / name, facts)) for name in "ab")
+    assert first.n == 3
+    assert first == second
 
 
-def test_that_of_a_sample_is_not_kept_with_the_answers_of_another_run_to_another_one(tmp_path: Path) -> None:
+def test_noise_floor_of_a_sample_is_not_stored_with_answers_to_another_one(tmp_path: Path) -> None:
     model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     samples = [Options(limit=limit) for limit in (10, 30)]
-    # The second run has the folder before the first one measures.
-    found = [
+    # The second run replaces the answers before the first one measures.
+    runs = [
         probe(model, tmp_path / "a", facts, options=options, settings=Settings(noise_floor=False))
         for options in samples
     ]
     floors = noise.NoiseFloors(ModelHandle(locate(model), Settings()), tmp_path / "a")
-    assert floor_of(floors.add_precision(open_all([facts], samples[0]), found[0])).n == 10
-    assert read_answers(tmp_path / "a").record.probes == found[1].record.probes
+    assert get_floor(floors.add_precision(open_all([facts], samples[0]), runs[0])).n == 10
+    assert read_answers(tmp_path / "a").record.probes == runs[1].record.probes
 
 
-def test_it_can_be_left_out_and_is_not_asked_of_what_stands_beside_an_original(tmp_path: Path) -> None:
+def test_noise_floor_is_optional_and_not_measured_for_compressed_models(tmp_path: Path) -> None:
     model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     probe(model, tmp_path / "a", facts, settings=Settings(noise_floor=False))
-    beside = probe(model, tmp_path / "b", facts, reference=tmp_path / "a")
-    for answers in (read_answers(tmp_path / "a"), beside):
+    compressed = probe(model, tmp_path / "b", facts, reference=tmp_path / "a")
+    for answers in (read_answers(tmp_path / "a"), compressed):
         assert [entry.noise_floor for entry in answers.record.probes.values()] == [None]
 
 
-def test_the_card_says_it_in_every_form(tmp_path: Path) -> None:
+def test_every_format_of_the_card_shows_the_noise_floor(tmp_path: Path) -> None:
     model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     outputs = [tmp_path / f"card.{kind}" for kind in ("json", "md", "html")]
     card = report(model, model, facts, output=outputs, answers=tmp_path / "kept")
@@ -164,23 +156,23 @@ def test_the_card_says_it_in_every_form(tmp_path: Path) -> None:
         assert "Top answer changed by rounding alone" in page.read_text(encoding="utf-8")
 
 
-def test_the_verdict_sets_what_changed_beside_it() -> None:
+def test_the_verdict_compares_changes_with_the_noise_floor() -> None:
     figures = replace(compare_probe(*sides(80, 20), entry(), entry(), probe="atlas", ran_in=""), answer_changed=0.25)
     few, many = (NoiseFloor(200, changed, 100, 1, 0, 0.001, "bfloat16") for changed in (4, 60))
     assert compare_with_rounding([replace(figures, noise_floor=None)]) == ""
-    said = compare_with_rounding([replace(figures, noise_floor=few)])
-    assert said == " Of its answers, 25.0 % differ; rounding alone changes 2.0 % (0.8 to 5.0 %)."
-    said = compare_with_rounding([replace(figures, noise_floor=many)])
-    assert said.endswith("; rounding alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
-    said = compare_with_rounding([replace(figures, noise_floor=few, runtime_noise_floor=replace(few, changed=7))])
-    assert said.endswith("changes 2.0 % (0.8 to 5.0 %), the runtime alone changes 3.5 % (1.7 to 7.0 %).")
-    said = compare_with_rounding([replace(figures, noise_floor=few, runtime_noise_floor=many)])
-    assert said.endswith("the runtime alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
-    said = compare_with_rounding([replace(figures, answer_changed=0.0, noise_floor=few)])
-    assert said == " Of its answers, 0 % differ; rounding alone changes 2.0 % (0.8 to 5.0 %)."
-    said = compare_with_rounding([replace(figures, noise_floor=None, runtime_noise_floor=few)])
-    assert said.endswith("; the runtime alone changes 2.0 % (0.8 to 5.0 %).")
+    text = compare_with_rounding([replace(figures, noise_floor=few)])
+    assert text == " Of its answers, 25.0 % differ; rounding alone changes 2.0 % (0.8 to 5.0 %)."
+    text = compare_with_rounding([replace(figures, noise_floor=many)])
+    assert text.endswith("; rounding alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
+    text = compare_with_rounding([replace(figures, noise_floor=few, runtime_noise_floor=replace(few, changed=7))])
+    assert text.endswith("changes 2.0 % (0.8 to 5.0 %), the runtime alone changes 3.5 % (1.7 to 7.0 %).")
+    text = compare_with_rounding([replace(figures, noise_floor=few, runtime_noise_floor=many)])
+    assert text.endswith("the runtime alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
+    text = compare_with_rounding([replace(figures, answer_changed=0.0, noise_floor=few)])
+    assert text == " Of its answers, 0 % differ; rounding alone changes 2.0 % (0.8 to 5.0 %)."
+    text = compare_with_rounding([replace(figures, noise_floor=None, runtime_noise_floor=few)])
+    assert text.endswith("; the runtime alone changes 2.0 % (0.8 to 5.0 %).")
     # A probe of 4,000 facts, of which rounding changes none of 200, outweighs one of 100.
     large = replace(figures, counts=Counts(3500, 500), answer_changed=0.05, noise_floor=replace(few, changed=0))
-    said = compare_with_rounding([large, replace(figures, noise_floor=many)])
-    assert said == " Of its answers, 5.5 % differ; rounding alone changes 0.7 % (0.6 to 2.6 %)."
+    text = compare_with_rounding([large, replace(figures, noise_floor=many)])
+    assert text == " Of its answers, 5.5 % differ; rounding alone changes 0.7 % (0.6 to 2.6 %)."

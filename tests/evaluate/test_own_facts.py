@@ -1,4 +1,4 @@
-"""A user's own facts: what the file may hold, and what the errors say."""
+"""Custom facts: what the file may contain, and what errors say."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ PROMPT = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris"}
 TEMPLATE = {"template": "[X] was born in [Y].", "sub_label": "Ada Lovelace", "obj_label": "London"}
 
 
-def message(path: Path) -> str:
+def get_message(path: Path) -> str:
     with pytest.raises(UsageError) as caught:
         read_facts_file(path)
     assert "--help" in (caught.value.hint or "")
     return "\n".join(part for part in (caught.value.what, caught.value.why) if part)
 
 
-def written(folder: Path, *rows: dict[str, Any]) -> Path:
+def write_facts(folder: Path, *rows: dict[str, Any]) -> Path:
     return write_jsonl(folder / "mine.jsonl", rows)
 
 
 def test_a_prompt_or_a_template_is_enough(tmp_path: Path) -> None:
-    probe = read_facts_file(written(tmp_path, PROMPT, TEMPLATE))
+    probe = read_facts_file(write_facts(tmp_path, PROMPT, TEMPLATE))
     assert probe.facts == (
         Fact("mine/1", "facts:mine.jsonl", "mine", "general", "", "Paris", "The capital of France is [MASK]."),
         Fact(
@@ -52,7 +52,7 @@ def test_a_prompt_or_a_template_is_enough(tmp_path: Path) -> None:
     assert list(probe.source["files"]) == ["mine.jsonl"]
 
 
-def test_a_csv_holds_what_json_lines_hold(tmp_path: Path) -> None:
+def test_a_csv_file_is_read_like_json_lines(tmp_path: Path) -> None:
     rows = [
         {**PROMPT, "id": "fr", "candidates": ["Paris", "Rome"], "popularity": 68000000, "subject": "geography"},
         {**TEMPLATE, "relation": "birth, place", "popularity": 0.5},
@@ -63,22 +63,22 @@ def test_a_csv_holds_what_json_lines_hold(tmp_path: Path) -> None:
         table.writeheader()
         for row in rows:
             table.writerow({**row, "candidates": "|".join(row.get("candidates", []))})
-    found, same = read_facts_file(tmp_path / "mine.csv"), read_facts_file(written(tmp_path, *rows))
+    csv_probe, jsonl_probe = read_facts_file(tmp_path / "mine.csv"), read_facts_file(write_facts(tmp_path, *rows))
     # The header is the first line.
-    expected = [replace(each, probe="facts:mine.csv", id=one_on(each.id)) for each in same.facts]
-    assert list(found.facts) == expected
-    assert (found.name, found.vocabulary) == ("facts:mine.csv", same.vocabulary)
+    expected = [replace(fact, probe="facts:mine.csv", id=add_one(fact.id)) for fact in jsonl_probe.facts]
+    assert list(csv_probe.facts) == expected
+    assert (csv_probe.name, csv_probe.vocabulary) == ("facts:mine.csv", jsonl_probe.vocabulary)
 
 
-def test_spaces_around_labels_are_no_part_of_them(tmp_path: Path) -> None:
-    """With these, what a model says would never be the object."""
-    sound = {**PROMPT, "sub_label": "France", "relation": "capital", "candidates": ["Paris", "Rome"]}
+def test_spaces_around_labels_are_removed(tmp_path: Path) -> None:
+    """Otherwise no answer of a model would equal the object."""
+    clean = {**PROMPT, "sub_label": "France", "relation": "capital", "candidates": ["Paris", "Rome"]}
     spaced = {
         key: value if key == "prompt" else [f" {each}" for each in value] if key == "candidates" else f" {value} "
-        for key, value in sound.items()
+        for key, value in clean.items()
     }
-    expected = read_facts_file(written(tmp_path, sound)).facts
-    assert read_facts_file(written(tmp_path, spaced)).facts == expected
+    expected = read_facts_file(write_facts(tmp_path, clean)).facts
+    assert read_facts_file(write_facts(tmp_path, spaced)).facts == expected
     (tmp_path / "mine.csv").write_text(
         "prompt, obj_label, sub_label, relation, candidates\n"
         '"The capital of France is [MASK].", "Paris ", France , capital, Paris | Rome\n'
@@ -90,13 +90,13 @@ def test_spaces_around_labels_are_no_part_of_them(tmp_path: Path) -> None:
 OTHERS = ("relation", "subject", "candidates", "popularity")
 
 
-def one_on(name: str) -> str:
+def add_one(name: str) -> str:
     relation, slash, number = name.partition("/")
     return f"{relation}/{int(number) + 1}" if slash else name
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"prompt,obj_label\nParis lies in [MASK].,France,what\n", "line 2, more cells than the header"),
         (b"prompt,obj_label\nParis lies in [MASK].,\n", "line 2, obj_label: missing"),
@@ -109,13 +109,13 @@ def one_on(name: str) -> str:
         (b"", "has no facts"),
     ],
 )
-def test_what_is_wrong_with_a_csv_is_told_with_its_line(content: bytes, said: str, tmp_path: Path) -> None:
+def test_an_error_in_a_csv_file_names_its_line(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_bytes(content)
-    with pytest.raises(UsageError, match=re.escape(said)):
+    with pytest.raises(UsageError, match=re.escape(message)):
         read_facts_file(tmp_path / "mine.csv")
 
 
-def test_every_key(tmp_path: Path) -> None:
+def test_every_key_is_read(tmp_path: Path) -> None:
     row = {
         **PROMPT,
         "id": "fr",
@@ -126,29 +126,29 @@ def test_every_key(tmp_path: Path) -> None:
         "popularity": 67.5,
         "note": "ignored",
     }
-    probe = read_facts_file(written(tmp_path, row))
+    probe = read_facts_file(write_facts(tmp_path, row))
     assert probe.facts[0] == Fact(
         "fr", probe.name, "capital", "geography", "France", "Paris", PROMPT["prompt"], ("Paris", "Rome"), 67.5
     )
     assert probe.vocabulary == "closed"
 
 
-def test_facts_with_and_without_candidates_mix(tmp_path: Path) -> None:
+def test_some_facts_may_have_candidates_and_others_none(tmp_path: Path) -> None:
     closed = {**PROMPT, "candidates": ["Paris", "Rome"]}
-    probe = read_facts_file(written(tmp_path, closed, PROMPT, {**closed, "obj_label": "Rome"}))
+    probe = read_facts_file(write_facts(tmp_path, closed, PROMPT, {**closed, "obj_label": "Rome"}))
     assert probe.vocabulary == "open"
     assert [fact.candidates is None for fact in probe.facts] == [False, True, False]
     assert probe.facts[0].candidates is probe.facts[2].candidates
 
 
-def test_the_facts_that_the_tiny_models_know(tmp_path: Path) -> None:
+def test_the_facts_of_the_tiny_models_are_read(tmp_path: Path) -> None:
     probe = read_facts_file(write_facts(tmp_path / "known.jsonl"))
     expected = [(known.sentence(BLANK), known.obj_label) for known in KNOWN_FACTS]
     assert [(fact.prompt, fact.obj_label) for fact in probe.facts] == expected
     assert probe.vocabulary == "closed"
 
 
-def test_a_byte_order_mark_windows_line_ends_and_blank_lines_are_no_matter(tmp_path: Path) -> None:
+def test_a_byte_order_mark_windows_line_ends_and_blank_lines_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_bytes(
         b"\xef\xbb\xbf" + b"\r\n".join([json.dumps(PROMPT).encode(), b"  ", json.dumps(TEMPLATE).encode(), b""])
@@ -156,8 +156,8 @@ def test_a_byte_order_mark_windows_line_ends_and_blank_lines_are_no_matter(tmp_p
     assert [fact.id for fact in read_facts_file(path).facts] == ["mine/1", "mine/3"]
 
 
-def test_a_line_may_hold_unicode_line_separators(tmp_path: Path) -> None:
-    path = written(tmp_path, {**PROMPT, "sub_label": "a\u2028b\x85c"})
+def test_a_line_may_contain_unicode_line_separators(tmp_path: Path) -> None:
+    path = write_facts(tmp_path, {**PROMPT, "sub_label": "a\u2028b\x85c"})
     assert read_facts_file(path).facts[0].sub_label == "a\u2028b\x85c"
 
 
@@ -191,14 +191,14 @@ def test_a_line_may_hold_unicode_line_separators(tmp_path: Path) -> None:
     ],
 )
 def test_an_error_names_the_line_and_the_key(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
-    path = written(tmp_path, PROMPT, row)
-    assert message(path) == f"{path} cannot be read as facts:\n  line 2, {problem}"
+    path = write_facts(tmp_path, PROMPT, row)
+    assert get_message(path) == f"{path} cannot be read as facts:\n  line 2, {problem}"
 
 
-def test_broken_lines_are_named_by_column(tmp_path: Path) -> None:
+def test_an_error_in_json_names_the_line_and_the_column(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_bytes(b'{"prompt": }\n[1]\n{"prompt": "\xff"}\n' + b"[" * 100_000 + b"\n")
-    lines = message(path).split("\n")[1:]
+    lines = get_message(path).split("\n")[1:]
     assert lines[:3] == [
         "  line 1, column 12: not JSON: Expecting value",
         "  line 2, column 1: not a JSON object {...}",
@@ -207,13 +207,13 @@ def test_broken_lines_are_named_by_column(tmp_path: Path) -> None:
     assert lines[3].startswith("  line 4, column 1: JSON that is nested too deeply")
 
 
-def test_two_facts_of_one_id_are_an_error_that_names_both_lines(tmp_path: Path) -> None:
-    path = written(tmp_path, {**PROMPT, "id": "x"}, TEMPLATE, {**PROMPT, "id": "x"})
-    assert "line 3, id: 'x' is also the id of line 1" in message(path)
+def test_two_facts_with_the_same_id_are_an_error_that_names_both_lines(tmp_path: Path) -> None:
+    path = write_facts(tmp_path, {**PROMPT, "id": "x"}, TEMPLATE, {**PROMPT, "id": "x"})
+    assert "line 3, id: 'x' is also the id of line 1" in get_message(path)
 
 
 def test_the_first_five_errors_are_shown_and_the_others_counted(tmp_path: Path) -> None:
-    text = message(written(tmp_path, *[{"obj_label": "a"}] * 8))
+    text = get_message(write_facts(tmp_path, *[{"obj_label": "a"}] * 8))
     assert text.count("prompt: missing") == 5
     assert "and 3 more" in text
 
@@ -222,7 +222,7 @@ def test_the_first_five_errors_are_shown_and_the_others_counted(tmp_path: Path) 
 def test_an_empty_file_is_an_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(content)
-    assert "has no facts" in message(path)
+    assert "has no facts" in get_message(path)
 
 
 words = st.text(st.characters(codec="utf-8")).map(str.strip).filter(lambda text: bool(text) and BLANK not in text)
@@ -238,14 +238,14 @@ rows = st.fixed_dictionaries(
 
 
 @given(st.lists(st.tuples(rows, st.lists(words, unique=True, max_size=3)), min_size=1, max_size=5))
-def test_what_a_line_says_is_what_is_asked(drawn: list[tuple[dict[str, Any], list[str]]]) -> None:
+def test_any_line_is_read_as_it_is_written(examples: list[tuple[dict[str, Any], list[str]]]) -> None:
     lines = []
-    for number, (row, others) in enumerate(drawn):
+    for number, (row, others) in enumerate(examples):
         extra = [other for other in others if other != row["obj_label"]]
         candidates = {"candidates": [*extra, row["obj_label"]]} if extra else {}
         lines.append({**row, "id": f"f{number}", **candidates})
     with tempfile.TemporaryDirectory() as folder:
-        facts = read_facts_file(written(Path(folder), *lines)).facts
+        facts = read_facts_file(write_facts(Path(folder), *lines)).facts
     for line, fact in zip(lines, facts, strict=True):
         assert (fact.id, fact.prompt, fact.obj_label) == (line["id"], line["prompt"], line["obj_label"])
         assert fact.relation == line.get("relation", "mine")
@@ -255,7 +255,7 @@ def test_what_a_line_says_is_what_is_asked(drawn: list[tuple[dict[str, Any], lis
 
 
 @pytest.mark.parametrize(
-    ("prompt", "asked"),
+    ("prompt", "expected"),
     [
         ("The capital of France is", "The capital of France is [MASK]"),
         ("The capital of France is ", "The capital of France is [MASK]"),
@@ -263,25 +263,21 @@ def test_what_a_line_says_is_what_is_asked(drawn: list[tuple[dict[str, Any], lis
         ("Question: Where is Paris?\nAnswer:", "Question: Where is Paris?\nAnswer: [MASK]"),
     ],
 )
-def test_a_prompt_that_is_the_beginning_of_a_sentence_gets_its_blank_at_the_end(
-    prompt: str, asked: str, tmp_path: Path
-) -> None:
+def test_a_prompt_without_a_blank_gets_one_at_its_end(prompt: str, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "facts.jsonl"
     file.write_text(json.dumps({"prompt": prompt, "obj_label": "Paris"}) + "\n", encoding="utf-8")
-    assert read_facts_file(file).facts[0].prompt == asked
+    assert read_facts_file(file).facts[0].prompt == expected
 
 
 @pytest.mark.parametrize("prompt", ["It is [Y] in France", "It is <mask> here", "It is ___ of all", "It is {} of all"])
-def test_a_blank_written_in_another_way_is_not_taken_for_the_beginning_of_a_sentence(
-    prompt: str, tmp_path: Path
-) -> None:
+def test_a_prompt_with_another_form_of_blank_is_refused(prompt: str, tmp_path: Path) -> None:
     file = tmp_path / "facts.jsonl"
     file.write_text(json.dumps({"prompt": prompt, "obj_label": "Paris"}) + "\n", encoding="utf-8")
     with pytest.raises(UsageError, match="0 times"):
         read_facts_file(file)
 
 
-def test_half_of_a_character_is_an_error_that_says_where(tmp_path: Path) -> None:
+def test_half_of_a_character_is_an_error_that_names_its_column(tmp_path: Path) -> None:
     file = tmp_path / "facts.jsonl"
     for half in ("uD83D", "ude00"):
         line = f'{{"prompt": "\\ud83d\\ude00 is [MASK].", "obj_label": "a \\{half}"}}'

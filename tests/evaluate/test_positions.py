@@ -1,8 +1,9 @@
-"""How long a prompt may be, by architecture; longer facts are dropped and counted, never cut and never a crash."""
+"""How long a prompt may be, by architecture; longer facts are dropped and counted, not cut."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from transformers import LEDConfig, LEDForConditionalGeneration
@@ -32,7 +33,7 @@ def test_a_model_reads_as_many_tokens_as_it_has_positions(name: str, tokens: int
     assert count_positions(tiny(name), Unlimited()) == tokens
 
 
-def test_the_side_of_fewer_positions_bounds_both() -> None:
+def test_the_side_with_fewer_positions_limits_both() -> None:
     config = LEDConfig(
         vocab_size=99,
         d_model=32,
@@ -46,19 +47,16 @@ def test_the_side_of_fewer_positions_bounds_both() -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "t5-gated"])
-def test_a_tokenizer_may_allow_less(name: str) -> None:
+def test_a_tokenizer_may_allow_fewer_tokens(name: str) -> None:
     assert count_positions(tiny(name), Short()) == 12
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_a_prompt_that_is_too_long_is_dropped_and_counted(family: str, tmp_path) -> None:
-    loaded = load_language_model(save_trained(family, tmp_path / "model"))
+def test_a_prompt_that_is_too_long_is_dropped_and_counted(family: str, tmp_path: Path) -> None:
+    lm = load_language_model(save_trained(family, tmp_path / "model"))
     probe = read_facts_file(write_facts(tmp_path / "facts.jsonl"))
     long = replace(probe.facts[0], id="long", prompt="The capital " * 60 + probe.facts[0].prompt)
     fits = replace(probe.facts[0], id="fits", prompt="The capital " * 20 + probe.facts[0].prompt)
-    scorer = make_scorer(loaded.model, loaded.tokenizer, loaded.family, replace(probe, facts=(long, fits)))
-
-    prompts = make_prompts(scorer)
-
+    prompts = make_prompts(make_scorer(lm.model, lm.tokenizer, lm.family, replace(probe, facts=(long, fits))))
     assert prompts.dropped == {TOO_LONG: 1}
     assert [answer.fact_id for batch in evaluate(prompts) for answer in batch] == ["fits"]

@@ -1,4 +1,4 @@
-"""The best five, the rank and the score of the object are exact, the sum nearly; not all candidates are finished."""
+"""Rankings: the best five, rank and score of the object are exact, the sum nearly; few candidates are finished."""
 
 from __future__ import annotations
 
@@ -11,55 +11,55 @@ from hypothesis import strategies as st
 
 from compressknow.evaluate.scoring.ranking import TAIL, TOP, Ranking, find_rank, rank_candidates, sum_logs
 
-# Few values, so that many scores are equal; exact in binary, so that sums are.
+# Few values, so that many scores are equal; exact in binary, so that their sums are exact.
 LOG_PROBS = st.sampled_from([0.0, -0.25, -0.5, -1.0, -1.0, -2.0, -4.0, -8.0])
 CANDIDATE = st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple)
 TREE = st.fixed_dictionaries({path: LOG_PROBS for size in (1, 2, 3, 4) for path in product(range(3), repeat=size)})
 
 
-def beginnings(tree: dict, ids: tuple[int, ...]) -> list[float]:
-    """The score of each beginning of a candidate."""
+def score_beginnings(tree: dict, ids: tuple[int, ...]) -> list[float]:
+    """Return the score of each beginning of a candidate."""
     return list(accumulate(tree[ids[: size + 1]] for size in range(len(ids))))
 
 
-def ranking_of(tree: dict, candidates: list, gold: int) -> tuple[Ranking, np.ndarray]:
-    """A contest of candidates whose tokens have these log-probabilities, and the scores of the whole candidates."""
-    whole = np.array([beginnings(tree, ids)[-1] for ids in candidates])
+def make_ranking(tree: dict, candidates: list, gold: int) -> tuple[Ranking, np.ndarray]:
+    """Make a ranking of candidates by the log-probabilities of their tokens; return it and the scores of all."""
+    scores = np.array([score_beginnings(tree, ids)[-1] for ids in candidates])
     bounds = np.array([tree[ids[:1]] for ids in candidates])
-    return Ranking(bounds, np.array([len(ids) == 1 for ids in candidates]), gold % len(candidates)), whole
+    return Ranking(bounds, np.array([len(ids) == 1 for ids in candidates]), gold % len(candidates)), scores
 
 
 @given(st.data(), st.lists(TREE, min_size=1, max_size=3))
-def test_the_best_five_the_rank_and_the_score_are_those_of_brute_force(data: st.DataObject, trees: list) -> None:
-    rankings, wholes, parts = [], [], []
+def test_a_ranking_equals_brute_force(data: st.DataObject, trees: list) -> None:
+    rankings, all_scores, beginnings = [], [], []
     for tree in trees:
         candidates = data.draw(st.lists(CANDIDATE, min_size=1, max_size=20))
-        ranking, whole = ranking_of(tree, candidates, data.draw(st.integers(0, 19)))
+        ranking, scores = make_ranking(tree, candidates, data.draw(st.integers(0, 19)))
         rankings.append(ranking)
-        wholes.append(whole)
-        parts.append([beginnings(tree, ids) for ids in candidates])
+        all_scores.append(scores)
+        beginnings.append([score_beginnings(tree, ids) for ids in candidates])
     seen = set()
 
     def finish(pairs: list[tuple[int, int]], bars: np.ndarray) -> np.ndarray:
         assert not seen & set(pairs), "a candidate is scored twice"
         assert all(not rankings[index].finished[candidate] for index, candidate in pairs)
         seen.update(pairs)
-        found = [parts[index][candidate] for index, candidate in pairs]
-        # As far as the first token that shows that it falls below its bar.
-        below = [[score for score in part if score < bar] for part, bar in zip(found, bars, strict=True)]
-        return np.array([fallen[0] if fallen else part[-1] for part, fallen in zip(found, below, strict=True)])
+        paths = [beginnings[index][candidate] for index, candidate in pairs]
+        # A candidate is scored up to the first token at which it falls below its bar.
+        below_bar = [[score for score in path if score < bar] for path, bar in zip(paths, bars, strict=True)]
+        return np.array([below[0] if below else path[-1] for path, below in zip(paths, below_bar, strict=True)])
 
     rank_candidates(rankings, finish)
-    for ranking, whole in zip(rankings, wholes, strict=True):
-        best = np.argsort(-whole, kind="stable")
+    for ranking, scores in zip(rankings, all_scores, strict=True):
+        best = np.argsort(-scores, kind="stable")
         assert list(ranking.sort()[:TOP]) == list(best[:TOP])
-        assert list(ranking.scores[best[:TOP]]) == list(whole[best[:TOP]])
-        assert ranking.scores[ranking.gold] == whole[ranking.gold]
+        assert list(ranking.scores[best[:TOP]]) == list(scores[best[:TOP]])
+        assert ranking.scores[ranking.gold] == scores[ranking.gold]
         assert find_rank(ranking.gold, ranking.scores) == list(best).index(ranking.gold) + 1
-        assert sum_logs(whole) - 1.01 * TAIL <= ranking.compute_total() <= sum_logs(whole) + 1e-12
+        assert sum_logs(scores) - 1.01 * TAIL <= ranking.compute_total() <= sum_logs(scores) + 1e-12
 
 
-def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_left_alone() -> None:
+def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_not_finished() -> None:
     bounds = np.array([-1.0, -1.5, -2.0, -2.5, -3.0, *(-10.0 - np.arange(95))])
     ranking = Ranking(bounds, np.zeros(100, dtype=bool), 1, summed=False)
     finished = []
@@ -73,7 +73,7 @@ def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_left_alone
     assert ranking.compute_total() is None
 
 
-def test_for_the_sum_those_finish_that_may_be_more_than_their_part_of_the_tail() -> None:
+def test_the_sum_finishes_candidates_that_may_exceed_their_part_of_the_tail() -> None:
     bounds = -np.arange(1.0, 101.0)
     ranking = Ranking(bounds, np.zeros(100, dtype=bool), 0)
     rank_candidates([ranking], lambda pairs, _: np.array([bounds[candidate] for _, candidate in pairs]))
@@ -82,7 +82,7 @@ def test_for_the_sum_those_finish_that_may_be_more_than_their_part_of_the_tail()
     assert np.exp(ranking.compute_total()) == pytest.approx(1 / (np.e - 1), rel=TAIL)
 
 
-def test_an_unlikely_object_makes_those_finish_that_may_outrank_it() -> None:
+def test_candidates_that_may_outrank_the_object_are_finished() -> None:
     bounds = -np.arange(1.0, 101.0)
     ranking = Ranking(bounds, np.zeros(100, dtype=bool), 49)
     finished = set()
@@ -96,7 +96,7 @@ def test_an_unlikely_object_makes_those_finish_that_may_outrank_it() -> None:
     assert find_rank(49, ranking.scores) == 50
 
 
-def test_nothing_is_finished_where_all_candidates_are_one_token() -> None:
+def test_candidates_of_one_token_are_not_finished() -> None:
     def finish(pairs: list[tuple[int, int]], bars: np.ndarray) -> np.ndarray:
         raise AssertionError(pairs)
 
@@ -104,12 +104,12 @@ def test_nothing_is_finished_where_all_candidates_are_one_token() -> None:
 
 
 @pytest.mark.parametrize("gold", [0, 2])
-def test_numbers_that_are_none_end_and_give_no_rank(gold: int) -> None:
+def test_nan_scores_give_no_rank(gold: int) -> None:
     ranking = Ranking(np.full(9, np.nan), np.zeros(9, dtype=bool), gold)
     rank_candidates([ranking], lambda _, bars: np.full(len(bars), np.nan))
     assert find_rank(gold, ranking.scores) is None
 
 
-def test_among_equal_scores_the_earlier_candidate_comes_first_whichever_is_the_object() -> None:
+def test_among_equal_scores_the_earlier_candidate_comes_first() -> None:
     scores = np.array([-1.0, -1.0, -0.5, -1.0])
     assert [find_rank(index, scores) for index in range(4)] == [2, 3, 1, 4]

@@ -1,4 +1,4 @@
-"""Speed and memory before and after, measured in a process of their own."""
+"""Speed and memory before and after, measured in separate processes."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from tests.long import long
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("root")
     save_trained("llama", folder / "llama")
     compressknow.convert(folder / "llama", folder / "converted", quantize="int8")
     write_facts(folder / "facts.jsonl")
     return folder
 
 
-def test_a_report_tells_the_speed_and_the_memory_of_both(place: Path, tmp_path: Path) -> None:
-    # What this process holds is not the model's.
+def test_a_report_has_speed_and_memory_of_both_models(root: Path, tmp_path: Path) -> None:
+    # Memory of this process is not counted.
     held = torch.ones(64_000_000)
     stages: list[Stage] = []
     card = compressknow.report(
-        place / "llama",
-        place / "converted",
-        [f"facts:{place / 'facts.jsonl'}"],
+        root / "llama",
+        root / "converted",
+        [f"facts:{root / 'facts.jsonl'}"],
         output=[tmp_path / "report.html"],
         answers=tmp_path / "answers",
         time=True,
@@ -59,44 +59,44 @@ def test_a_report_tells_the_speed_and_the_memory_of_both(place: Path, tmp_path: 
 
 
 @needs_gguf
-def test_libraries_are_no_memory_of_a_gguf_file(place: Path, tmp_path: Path) -> None:
+def test_memory_of_a_gguf_file_does_not_include_libraries(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp_py_sync")
-    file = write_gguf(place / "llama", tmp_path / "llama.gguf")
+    file = write_gguf(root / "llama", tmp_path / "llama.gguf")
     assert 0 < int(measure(locate(file), Settings(device="cpu")).peak_bytes or 0) < 100_000_000
 
 
-def test_tokens_are_written_without_what_makes_answers_steady(place: Path) -> None:
-    handle = ModelHandle(locate(place / "converted"), Settings())
+def test_tokens_are_timed_without_batch_invariant_layers(root: Path) -> None:
+    handle = ModelHandle(locate(root / "converted"), Settings())
     language_model = handle.loaded.language_model
     assert language_model is not None
     if not any(isinstance(module, BatchInvariantLinear) for module in language_model.model.modules()):
-        pytest.skip("this CPU multiplies no integers")
+        pytest.skip("this CPU does not multiply integers")
     assert _measure_tokens(handle)
     assert not any(isinstance(module, BatchInvariantLinear) for module in language_model.model.modules())
 
 
 @long
-def test_a_model_is_timed_in_the_precision_that_it_is_deployed_in(place: Path, tmp_path: Path) -> None:
-    stored = transformers.AutoModelForCausalLM.from_pretrained(place / "llama", dtype=torch.bfloat16)
+def test_a_model_is_timed_in_the_precision_that_it_is_deployed_in(root: Path, tmp_path: Path) -> None:
+    stored = transformers.AutoModelForCausalLM.from_pretrained(root / "llama", dtype=torch.bfloat16)
     stored.save_pretrained(tmp_path / "half")
-    transformers.AutoTokenizer.from_pretrained(place / "llama").save_pretrained(tmp_path / "half")
-    found = {dtype: measure(locate(tmp_path / "half"), Settings(dtype=dtype)) for dtype in (None, "float32")}
-    assert {dtype: speed.computed_in for dtype, speed in found.items()} == {None: "bfloat16", "float32": "float32"}
+    transformers.AutoTokenizer.from_pretrained(root / "llama").save_pretrained(tmp_path / "half")
+    speeds = {dtype: measure(locate(tmp_path / "half"), Settings(dtype=dtype)) for dtype in (None, "float32")}
+    assert {dtype: speed.computed_in for dtype, speed in speeds.items()} == {None: "bfloat16", "float32": "float32"}
 
 
 @long
-def test_a_model_that_does_not_go_on_with_texts_has_no_tokens_a_second(tmp_path: Path) -> None:
+def test_a_model_that_does_not_continue_text_has_no_tokens_per_second(tmp_path: Path) -> None:
     model = save_trained("bert", tmp_path / "bert")
     assert measure(locate(model), Settings()).tokens_per_second is None
 
 
 @pytest.mark.usefixtures("scripts")
-def test_measuring_runs_no_script_of_the_working_directory(place: Path) -> None:
-    assert measure(locate(place / "llama"), Settings()).facts_per_second > 0
+def test_measuring_runs_no_script_of_the_working_directory(root: Path) -> None:
+    assert measure(locate(root / "llama"), Settings()).facts_per_second > 0
 
 
-def test_a_model_that_cannot_be_measured_is_one_message(place: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(place / "llama", tmp_path / "model")
+def test_a_model_that_cannot_be_measured_is_one_error(root: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(root / "llama", tmp_path / "model")
     (model / "tokenizer.json").unlink()
     with pytest.raises(CompressknowError, match="The speed of model could not be measured") as error:
         measure(locate(model), Settings())

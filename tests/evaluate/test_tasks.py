@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on tiny models, against sums of log-probabilities that a plain loop computes."""
+"""Tasks of lm-eval on tiny models, against log-probabilities that a plain loop adds up."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.evaluate.layouts import DATA, open_task, real_data, write_jsonl
 from tests.knowing import KNOWN_FACTS, candidates, save_trained
 from tests.models import save_tiny
 
-LM_EVALS = Path(lm_eval.__file__).parent / "tasks"
+LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
 CAPITALS = [fact for fact in KNOWN_FACTS if fact.relation == "capital"]
 CLOZE: dict[str, Any] = {
     "task": "cloze",
@@ -49,8 +49,8 @@ CLOZE: dict[str, Any] = {
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     "metadata": {"version": 3.0},
 }
-WRITTEN = CLOZE | {
-    "task": "written",
+GENERATED = CLOZE | {
+    "task": "generated",
     "output_type": "generate_until",
     "doc_to_target": "{{choices[label]}}",
     "doc_to_choice": None,
@@ -79,19 +79,19 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 
 @pytest.fixture(params=["llama", "t5"])
-def loaded(request: pytest.FixtureRequest) -> LanguageModel:
+def lm(request: pytest.FixtureRequest) -> LanguageModel:
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 
 
-def task_folder(folder: Path, *configs: Mapping[str, Any]) -> Path:
-    """A task folder; each config is a file of its own."""
+def write_tasks(folder: Path, *configs: Mapping[str, Any]) -> Path:
+    """Write a task folder with one file per config."""
     folder.mkdir(exist_ok=True)
     for number, config in enumerate(configs):
         (folder / f"{number}.yaml").write_text(json.dumps(config))
     return folder
 
 
-def cloze_rows(count: int = 5) -> list[dict[str, Any]]:
+def make_cloze_rows(count: int = 5) -> list[dict[str, Any]]:
     choices = candidates("capital")[:6]
     facts = CAPITALS[:count]
     return [
@@ -100,36 +100,37 @@ def cloze_rows(count: int = 5) -> list[dict[str, Any]]:
     ]
 
 
-def cloze(folder: Path, *configs: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -> Path:
-    """A task folder with its data beside it."""
-    write_jsonl(folder / "cloze.jsonl", rows or cloze_rows())
-    return task_folder(folder, *(configs or [CLOZE]))
+def write_cloze(folder: Path, *configs: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -> Path:
+    """Write a task folder that contains its data."""
+    write_jsonl(folder / "cloze.jsonl", rows or make_cloze_rows())
+    return write_tasks(folder, *(configs or [CLOZE]))
 
 
 @torch.inference_mode()
-def log_likelihood(loaded: LanguageModel, context: str, continuation: str) -> float:
-    """The sum of the continuation's log-probabilities, one forward pass for each of its tokens."""
-    model, tokenizer = loaded.model, loaded.tokenizer
+def compute_log_likelihood(lm: LanguageModel, context: str, continuation: str) -> float:
+    """Return the log-probability of the continuation, by one forward pass for each of its tokens."""
+    model, tokenizer = lm.model, lm.tokenizer
     longest = tokenizer.model_max_length
-    asked = tokenizer(context).input_ids
+    context_ids = tokenizer(context).input_ids
     total = 0.0
-    if loaded.family == "seq2seq":
-        written = [model.config.decoder_start_token_id]
+    if lm.family == "seq2seq":
+        decoder = [model.config.decoder_start_token_id]
         for token in tokenizer(continuation, add_special_tokens=False).input_ids:
-            logits = model(input_ids=torch.tensor([asked[-longest:]]), decoder_input_ids=torch.tensor([written])).logits
+            encoder_input = torch.tensor([context_ids[-longest:]])
+            logits = model(input_ids=encoder_input, decoder_input_ids=torch.tensor([decoder])).logits
             total += logits[0, -1].log_softmax(-1)[token].item()
-            written.append(token)
+            decoder.append(token)
         return total
-    whole = tokenizer(context + continuation).input_ids
-    begin = max(len(whole) - 1 - longest, 0)
-    for place in range(len(asked), len(whole)):
-        logits = model(input_ids=torch.tensor([whole[begin:place]])).logits
-        total += logits[0, -1].log_softmax(-1)[whole[place]].item()
+    ids = tokenizer(context + continuation).input_ids
+    start = max(len(ids) - 1 - longest, 0)
+    for position in range(len(context_ids), len(ids)):
+        logits = model(input_ids=torch.tensor([ids[start:position]])).logits
+        total += logits[0, -1].log_softmax(-1)[ids[position]].item()
     return total
 
 
-def check(answer: Answer, scores: Mapping[str, float], gold: str) -> None:
-    """What an answer says agrees with the scores of all choices."""
+def check_answer(answer: Answer, scores: Mapping[str, float], gold: str) -> None:
+    """Check that an answer follows from the scores of all choices."""
     ranked = sorted(scores, key=lambda choice: -scores[choice])
     assert answer.gold == gold
     assert answer.choices == len(scores)
@@ -137,21 +138,21 @@ def check(answer: Answer, scores: Mapping[str, float], gold: str) -> None:
     assert answer.top5_logp == pytest.approx([scores[choice] for choice in ranked[:5]], abs=1e-4)
     assert answer.correct == (answer.rank == 1) == (answer.predicted == gold)
     assert answer.predicted == answer.top5[0]
-    # Choices that differ in words that the model does not know score alike.
+    # Choices that differ only in words unknown to the model have equal scores.
     assert scores[answer.predicted] == pytest.approx(scores[ranked[0]], abs=1e-4)
 
 
-def test_answers_are_those_of_a_plain_loop(loaded: LanguageModel, tmp_path: Path) -> None:
-    answers, entry = open_task("lm-eval:cloze", include=cloze(tmp_path)).run(loaded)
-    for row, answer in zip(cloze_rows(), answers, strict=True):
-        scores = {choice: log_likelihood(loaded, row["before"], f" {choice}") for choice in row["choices"]}
-        check(answer, scores, row["choices"][row["label"]])
+def test_answers_are_those_of_a_plain_loop(lm: LanguageModel, tmp_path: Path) -> None:
+    answers, entry = open_task("lm-eval:cloze", include=write_cloze(tmp_path)).run(lm)
+    for row, answer in zip(make_cloze_rows(), answers, strict=True):
+        scores = {choice: compute_log_likelihood(lm, row["before"], f" {choice}") for choice in row["choices"]}
+        check_answer(answer, scores, row["choices"][row["label"]])
         assert answer.prompt == row["before"]
     assert [answer.fact_id for answer in answers] == [f"lm-eval:cloze:{number}" for number in range(5)]
     assert {(answer.probe, answer.relation, answer.subject) for answer in answers} == {
         ("lm-eval:cloze", "cloze", GENERAL)
     }
-    if loaded.family == "causal":
+    if lm.family == "causal":
         assert all(answer.correct for answer in answers)
     write_table(tmp_path / "answers.parquet", answers)
     assert len(read_table(tmp_path / "answers.parquet")) == 5
@@ -162,12 +163,12 @@ def test_answers_are_those_of_a_plain_loop(loaded: LanguageModel, tmp_path: Path
 
 
 def test_accuracy_is_what_simple_evaluate_reports(t5: LanguageModel, tmp_path: Path) -> None:
-    rows = cloze_rows(6)
+    rows = make_cloze_rows(6)
     for number, row in enumerate(rows):
-        row["label"] = number // 3  # some right, some wrong, whatever the model says
+        row["label"] = number // 3  # some right and some wrong, whatever the model answers
     write_jsonl(tmp_path / "cloze.jsonl", rows)
-    there = CLOZE | {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
-    manager = TaskManager(include_path=str(task_folder(tmp_path, there)), include_defaults=False)
+    config = CLOZE | {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
+    manager = TaskManager(include_path=str(write_tasks(tmp_path, config)), include_defaults=False)
     lm = HFLM(pretrained=t5.model, tokenizer=t5.tokenizer, backend="seq2seq", batch_size=4)
     results = lm_eval.simple_evaluate(lm, tasks=["cloze"], task_manager=manager, limit=5, bootstrap_iters=0)
     answers, entry = open_task("lm-eval:cloze", include=tmp_path, limit=5).run(t5)
@@ -179,54 +180,56 @@ def test_accuracy_is_what_simple_evaluate_reports(t5: LanguageModel, tmp_path: P
         assert max(answer.top5_logp) == pytest.approx(max(score for score, _ in choices), abs=1e-4)
 
 
-def test_shipped_tasks_are_lm_evals_own() -> None:
-    for name, where in {"boolq": "super_glue/boolq", "piqa": "piqa", "winogrande": "winogrande"}.items():
-        own, shipped = tasks.find_entry(LM_EVALS / where, name).cfg, tasks.find_entry(SHIPPED, name).cfg
+def test_shipped_tasks_equal_those_of_lm_eval() -> None:
+    for name, folder in {"boolq": "super_glue/boolq", "piqa": "piqa", "winogrande": "winogrande"}.items():
+        original, shipped = tasks.find_entry(LM_EVAL_TASKS / folder, name).cfg, tasks.find_entry(SHIPPED, name).cfg
         if name != "winogrande":
-            assert shipped["doc_to_text"] == own["doc_to_text"]
-            assert shipped["doc_to_choice"] == own["doc_to_choice"]
-        assert shipped["output_type"] == own["output_type"]
-        assert [one["metric"] for one in shipped["metric_list"]] == [one["metric"] for one in own["metric_list"]]
-        assert shipped["metadata"] == own["metadata"]
+            assert shipped["doc_to_text"] == original["doc_to_text"]
+            assert shipped["doc_to_choice"] == original["doc_to_choice"]
+        assert shipped["output_type"] == original["output_type"]
+        metrics = [[metric["metric"] for metric in config["metric_list"]] for config in (original, shipped)]
+        assert metrics[0] == metrics[1]
+        assert shipped["metadata"] == original["metadata"]
 
 
 def test_winogrande_scores_what_follows_the_blank(llama: LanguageModel, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("own", LM_EVALS / "winogrande" / "preprocess_winogrande.py")
+    spec = importlib.util.spec_from_file_location("module", LM_EVAL_TASKS / "winogrande" / "preprocess_winogrande.py")
     assert spec is not None
     assert spec.loader is not None
-    own = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(own)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     rows = [row | {"answer": str(number + 1)} for number, row in enumerate(WINOGRANDE)]
-    cut = [
+    split = [
         {
-            "context_options": own.doc_to_choice(row),
-            "continuation": own.doc_to_target(row),
-            "gold": own.doc_to_text(row),
+            "context_options": module.doc_to_choice(row),
+            "continuation": module.doc_to_target(row),
+            "gold": module.doc_to_text(row),
         }
         for row in rows
     ]
-    asked = {}
-    for name, content in {"own": rows, "cut": cut}.items():
+    answers = {}
+    for name, content in {"whole": rows, "split": split}.items():
         write_jsonl(tmp_path / name / "winogrande.jsonl", content)
-        asked[name], _ = open_task("lm-eval:winogrande", data=tmp_path / name).run(llama)
-    assert asked["own"] == asked["cut"]
-    for row, answer in zip(rows, asked["own"], strict=True):
-        contexts = zip([row["option1"], row["option2"]], own.doc_to_choice(row), strict=True)
-        scores = {option: log_likelihood(llama, context, f" {own.doc_to_target(row)}") for option, context in contexts}
-        check(answer, scores, row[f"option{row['answer']}"])
+        answers[name], _ = open_task("lm-eval:winogrande", data=tmp_path / name).run(llama)
+    assert answers["whole"] == answers["split"]
+    for row, answer in zip(rows, answers["whole"], strict=True):
+        contexts = zip([row["option1"], row["option2"]], module.doc_to_choice(row), strict=True)
+        ending = f" {module.doc_to_target(row)}"
+        scores = {option: compute_log_likelihood(llama, context, ending) for option, context in contexts}
+        check_answer(answer, scores, row[f"option{row['answer']}"])
         assert answer.subject == "common sense"
-    assert asked["own"][0].prompt == "Ann saw the arlo and the pim but the … lives in the forest."
+    assert answers["whole"][0].prompt == "Ann saw the arlo and the pim but the … lives in the forest."
 
 
 def test_boolq_reads_labels_and_answers(llama: LanguageModel, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "glue" / "tasks" / "boolq.jsonl", BOOLQ)
     answers = [{"title": "x", "answer": bool(row["label"])} | row for row in BOOLQ]
     write_jsonl(tmp_path / "own" / "boolq.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in answers])
-    glue, entry = open_task("lm-eval:boolq", data=tmp_path / "glue").run(llama)
-    own, _ = open_task("lm-eval:boolq", data=tmp_path / "own").run(llama)
-    assert glue == own
-    assert [answer.gold for answer in glue] == ["yes", "no"]
-    assert glue[0].prompt == "The marsh is in Corvia . Question: is the marsh in Corvia? Answer:"
+    with_labels, entry = open_task("lm-eval:boolq", data=tmp_path / "glue").run(llama)
+    with_answers, _ = open_task("lm-eval:boolq", data=tmp_path / "own").run(llama)
+    assert with_labels == with_answers
+    assert [answer.gold for answer in with_labels] == ["yes", "no"]
+    assert with_labels[0].prompt == "The marsh is in Corvia . Question: is the marsh in Corvia? Answer:"
     assert list(entry.source["data"]) == ["boolq.jsonl"]
     assert (entry.chance, entry.majority) == (0.5, 0.5)
 
@@ -234,7 +237,7 @@ def test_boolq_reads_labels_and_answers(llama: LanguageModel, tmp_path: Path) ->
 def test_items_of_the_same_tokens_are_scored_where_their_continuation_begins(
     llama: LanguageModel, tmp_path: Path
 ) -> None:
-    """To this model all words here are unknown, but for the first and the full stop: both items are the same tokens."""
+    """The model knows only the first word and the full stop, so that both items have the same tokens."""
     rows = [
         {"context_options": ["People a", "People b"], "continuation": "c d e .", "gold": 0},
         {"context_options": ["People a b c", "People b b c"], "continuation": "d .", "gold": 0},
@@ -242,7 +245,7 @@ def test_items_of_the_same_tokens_are_scored_where_their_continuation_begins(
     write_jsonl(tmp_path / "winogrande.jsonl", rows)
     answers, _ = open_task("lm-eval:winogrande", data=tmp_path).run(llama)
     for row, answer in zip(rows, answers, strict=True):
-        score = log_likelihood(llama, row["context_options"][0], f" {row['continuation']}")
+        score = compute_log_likelihood(llama, row["context_options"][0], f" {row['continuation']}")
         assert answer.top5_logp == pytest.approx([score, score], abs=1e-4)
 
 
@@ -250,22 +253,22 @@ PROMPTS = {
     "boolq": lambda row: [
         (f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", f" {choice}") for choice in ("no", "yes")
     ],
-    "piqa": lambda row: [(f"Question: {row['goal']}\nAnswer:", f" {row[one]}") for one in ("sol1", "sol2")],
+    "piqa": lambda row: [(f"Question: {row['goal']}\nAnswer:", f" {row[key]}") for key in ("sol1", "sol2")],
     "winogrande": lambda row: [(context, f" {row['continuation']}") for context in row["context_options"]],
 }
 
 
 @real_data
 @pytest.mark.parametrize("name", PROMPTS)
-def test_real_sets_run_offline_and_score_as_a_plain_loop(loaded: LanguageModel, name: str) -> None:
-    answers, entry = open_task(f"lm-eval:{name}", data=DATA, limit=20).run(loaded)
+def test_real_sets_run_offline_and_score_as_a_plain_loop(lm: LanguageModel, name: str) -> None:
+    answers, entry = open_task(f"lm-eval:{name}", data=DATA, limit=20).run(lm)
     lines = (DATA / "tasks" / f"{name}.jsonl").read_text().splitlines()
     assert (entry.facts, entry.asked, entry.chance) == (len(lines), 20, 0.5)
     # Passages are longer than the 64 tokens of these models.
     assert (entry.truncated > 10) == (name == "boolq")
     for line, answer in zip(lines[:4], answers, strict=False):
         row = json.loads(line)
-        scores = [log_likelihood(loaded, *pair) for pair in PROMPTS[name](row)]
+        scores = [compute_log_likelihood(lm, *pair) for pair in PROMPTS[name](row)]
         gold = row["gold"] if name == "winogrande" else row["label"]
         assert answer.logp_gold == pytest.approx(scores[gold], abs=1e-3)
         assert sorted(answer.top5_logp) == pytest.approx(sorted(scores), abs=1e-3)
@@ -273,20 +276,20 @@ def test_real_sets_run_offline_and_score_as_a_plain_loop(loaded: LanguageModel, 
             assert answer.correct == (scores.index(max(scores)) == gold)
 
 
-def test_written_answers_are_right_or_wrong(llama: LanguageModel, tmp_path: Path) -> None:
-    answers, entry = open_task("lm-eval:written", include=cloze(tmp_path, WRITTEN)).run(llama)
+def test_generated_answers_are_right_or_wrong(llama: LanguageModel, tmp_path: Path) -> None:
+    answers, entry = open_task("lm-eval:generated", include=write_cloze(tmp_path, GENERATED)).run(llama)
     assert [answer.predicted for answer in answers] == [fact.obj_label for fact in CAPITALS[:5]]
     assert all(answer.correct for answer in answers)
     assert {(a.rank, a.logp_gold, a.choices, a.top5) for a in answers} == {(None, None, None, ())}
     assert entry.chance is entry.majority is None
-    assert entry.source["metrics"] == {"written": "exact_match,trimmed"}
+    assert entry.source["metrics"] == {"generated": "exact_match,trimmed"}
 
 
-def test_answers_that_are_written_go_by_the_settings_of_generation(tmp_path: Path) -> None:
-    model, folder = save_trained("llama", tmp_path / "model"), cloze(tmp_path / "tasks", WRITTEN)
+def test_generated_answers_follow_the_generation_config(tmp_path: Path) -> None:
+    model, folder = save_trained("llama", tmp_path / "model"), write_cloze(tmp_path / "tasks", GENERATED)
 
     def write() -> list[str]:
-        answers = compressknow.probe(model, tmp_path / "answers", "lm-eval:written", tasks=folder)
+        answers = compressknow.probe(model, tmp_path / "answers", "lm-eval:generated", tasks=folder)
         return [answer.predicted for answer in answers.answers]
 
     first = write()
@@ -297,35 +300,35 @@ def test_answers_that_are_written_go_by_the_settings_of_generation(tmp_path: Pat
 
 
 @pytest.mark.parametrize("metric", ["acc_norm", "acc_bytes"])
-def test_an_answer_is_what_the_metric_compares(llama: LanguageModel, tmp_path: Path, metric: str) -> None:
+def test_the_metric_decides_the_answer(llama: LanguageModel, tmp_path: Path, metric: str) -> None:
     choices = ["Tarsk", "Port Corin", "New Alba", "Ж Ж Ж"]
-    rows = [row | {"choices": choices, "label": number % 4} for number, row in enumerate(cloze_rows())]
+    rows = [row | {"choices": choices, "label": number % 4} for number, row in enumerate(make_cloze_rows())]
     config = CLOZE | {"metric_list": [{"metric": metric}]}
-    answers, entry = open_task("lm-eval:cloze", include=cloze(tmp_path, config, rows=rows)).run(llama)
+    answers, entry = open_task("lm-eval:cloze", include=write_cloze(tmp_path, config, rows=rows)).run(llama)
     assert entry.source["metrics"] == {"cloze": f"{metric},none"}
-    # Longer ones are chosen although they are less likely.
+    # Longer choices are chosen although they are less likely.
     assert any(answer.top5_logp[0] < max(answer.top5_logp) for answer in answers)
     for answer in answers:
         assert answer.correct == (answer.rank == 1) == (answer.predicted == answer.gold)
 
 
-def test_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path) -> None:
-    there = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
-    both = {"group": "both", "task": ["cloze", "written"]}
-    folder = cloze(tmp_path, CLOZE | there, WRITTEN | there, both)
+def test_a_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path) -> None:
+    data = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
+    group = {"group": "both", "task": ["cloze", "generated"]}
+    folder = write_cloze(tmp_path, CLOZE | data, GENERATED | data, group)
     answers, entry = open_task("lm-eval:both", include=folder, limit=2).run(llama)
     assert [(answer.fact_id, answer.relation) for answer in answers] == [
         ("lm-eval:both:cloze/0", "cloze"),
         ("lm-eval:both:cloze/1", "cloze"),
-        ("lm-eval:both:written/0", "written"),
-        ("lm-eval:both:written/1", "written"),
+        ("lm-eval:both:generated/0", "generated"),
+        ("lm-eval:both:generated/1", "generated"),
     ]
     assert (entry.facts, entry.chance) == (10, None)
 
 
-def test_a_gate_of_no_name_of_a_task_is_refused_before_it_is_run(tmp_path: Path) -> None:
-    there = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
-    folder = cloze(tmp_path, CLOZE | there, {"group": "all", "task": ["cloze"]})
+def test_a_gate_on_an_unknown_task_is_refused_before_the_run(tmp_path: Path) -> None:
+    data = {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "cloze.jsonl")}}}
+    folder = write_cloze(tmp_path, CLOZE | data, {"group": "all", "task": ["cloze"]})
     atlas, single, group = open_all(["atlas", "lm-eval:cloze", "lm-eval:all"], Options(tasks=folder))
     for name in (None, "cloze", "general", "science", "animal_class"):
         check_gated([atlas, single], [name])
@@ -333,25 +336,25 @@ def test_a_gate_of_no_name_of_a_task_is_refused_before_it_is_run(tmp_path: Path)
         check_gated([atlas, single], ["clozes"])
     with pytest.raises(UsageError, match=r"relation boolqs\.\nDid you mean boolq\?"):
         check_gated([open_task("lm-eval:boolq")], ["boolqs"])
-    # The names of its tasks are lm-eval's to tell.
+    # Only lm-eval knows the tasks of a group.
     check_gated([atlas, group], ["clozes"])
 
 
-def test_items_without_a_right_choice_are_counted(llama: LanguageModel, tmp_path: Path) -> None:
-    rows = cloze_rows(3)
+def test_items_without_a_right_choice_are_dropped_and_counted(llama: LanguageModel, tmp_path: Path) -> None:
+    rows = make_cloze_rows(3)
     rows[1]["label"] = -1
-    answers, entry = open_task("lm-eval:cloze", include=cloze(tmp_path, rows=rows)).run(llama)
+    answers, entry = open_task("lm-eval:cloze", include=write_cloze(tmp_path, rows=rows)).run(llama)
     assert [answer.fact_id for answer in answers] == ["lm-eval:cloze:0", "lm-eval:cloze:2"]
     assert entry.dropped == {NO_GOLD: 1}
-    hidden = cloze(tmp_path, rows=[row | {"label": -1} for row in rows])
+    hidden = write_cloze(tmp_path, rows=[row | {"label": -1} for row in rows])
     with pytest.raises(CompressknowError, match="marks no answers as right"):
         open_task("lm-eval:cloze", include=hidden).run(llama)
 
 
-def test_model_that_computes_no_numbers_knows_nothing(tmp_path: Path) -> None:
+def test_a_model_that_computes_nan_knows_nothing(tmp_path: Path) -> None:
     broken = load_language_model(save_trained("llama", tmp_path / "broken"))
     torch.nn.init.constant_(broken.model.get_output_embeddings().weight, float("nan"))
-    answers, _ = open_task("lm-eval:cloze", include=cloze(tmp_path / "tasks")).run(broken)
+    answers, _ = open_task("lm-eval:cloze", include=write_cloze(tmp_path / "tasks")).run(broken)
     assert {(answer.correct, answer.rank, answer.logp_gold) for answer in answers} == {(False, None, None)}
 
 
@@ -360,8 +363,8 @@ def test_nothing_is_printed_or_left_behind(
 ) -> None:
     tokenizer = type(llama.tokenizer).from_pretrained(save_trained("llama", tmp_path / "model"))
     tokenizer.pad_token = None
-    monkeypatch.chdir(tmp_path)  # no repository: git would complain
-    folder = cloze(tmp_path / "tasks")
+    monkeypatch.chdir(tmp_path)  # outside a repository, git would complain
+    folder = write_cloze(tmp_path / "tasks")
     pointers = [parameter.data_ptr() for parameter in llama.model.parameters()]
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()
     levels = [logging.getLogger(name).level for name in ("lm_eval", "datasets", "transformers")]
@@ -378,23 +381,23 @@ def test_nothing_is_printed_or_left_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tasks"]
 
 
-def test_fingerprint_is_of_all_that_is_asked(tmp_path: Path) -> None:
-    first = open_task("lm-eval:cloze", include=cloze(tmp_path / "a")).fingerprint()
-    assert open_task("lm-eval:cloze", include=cloze(tmp_path / "b")).fingerprint() == first
+def test_the_fingerprint_changes_with_what_is_evaluated(tmp_path: Path) -> None:
+    first = open_task("lm-eval:cloze", include=write_cloze(tmp_path / "a")).fingerprint()
+    assert open_task("lm-eval:cloze", include=write_cloze(tmp_path / "b")).fingerprint() == first
     assert open_task("lm-eval:cloze", include=tmp_path / "b", limit=3).fingerprint() != first
     assert open_task("lm-eval:cloze", include=tmp_path / "b", seed=1).fingerprint() != first
-    cloze(tmp_path / "b", CLOZE | {"doc_to_text": "{{before}} the"})
+    write_cloze(tmp_path / "b", CLOZE | {"doc_to_text": "{{before}} the"})
     assert open_task("lm-eval:cloze", include=tmp_path / "b").fingerprint() != first
-    cloze(tmp_path / "b", rows=cloze_rows(4))
+    write_cloze(tmp_path / "b", rows=make_cloze_rows(4))
     assert open_task("lm-eval:cloze", include=tmp_path / "b").fingerprint() != first
 
 
 @pytest.mark.parametrize("where", ["a path", "a list", "a pattern", "a folder", "a group", "a member's settings"])
-def test_a_change_of_data_that_a_task_finds_by_itself_is_another_task(tmp_path: Path, where: str) -> None:
+def test_the_fingerprint_changes_with_data_that_the_task_finds_by_itself(tmp_path: Path, where: str) -> None:
     data = tmp_path / "data" / "cloze.jsonl"
-    write_jsonl(data, cloze_rows())
-    named = CLOZE | {"dataset_kwargs": {"data_files": {"test": str(data)}}}
-    configs: list[dict[str, Any]] = [named]
+    write_jsonl(data, make_cloze_rows())
+    config = CLOZE | {"dataset_kwargs": {"data_files": {"test": str(data)}}}
+    configs: list[dict[str, Any]] = [config]
     if where == "a list":
         configs = [CLOZE | {"dataset_kwargs": {"data_files": {"test": [str(data)]}}}]
     elif where == "a pattern":
@@ -402,40 +405,40 @@ def test_a_change_of_data_that_a_task_finds_by_itself_is_another_task(tmp_path: 
     elif where == "a folder":
         configs = [CLOZE | {"dataset_path": str(data.parent), "dataset_kwargs": None}]
     elif where == "a group":
-        configs = [named | {"task": "member"}, {"group": "cloze", "task": ["member"]}]
+        configs = [config | {"task": "member"}, {"group": "cloze", "task": ["member"]}]
     elif where == "a member's settings":
-        configs = [{"group": "cloze", "task": [named | {"task": "member"}]}]
-    folder = task_folder(tmp_path / "tasks", *configs)
+        configs = [{"group": "cloze", "task": [config | {"task": "member"}]}]
+    folder = write_tasks(tmp_path / "tasks", *configs)
     first = open_task("lm-eval:cloze", include=folder).fingerprint()
     assert open_task("lm-eval:cloze", include=folder).fingerprint() == first
-    write_jsonl(data, cloze_rows(4))
+    write_jsonl(data, make_cloze_rows(4))
     assert open_task("lm-eval:cloze", include=folder).fingerprint() != first
 
 
-def test_what_git_and_desktops_keep_beside_a_task_is_no_part_of_it(tmp_path: Path) -> None:
-    folder = cloze(tmp_path / "tasks")
+def test_the_fingerprint_ignores_files_of_git_and_desktops(tmp_path: Path) -> None:
+    folder = write_cloze(tmp_path / "tasks")
     first = open_task("lm-eval:cloze", include=folder).fingerprint()
     (folder / ".git").mkdir()
     for name in (".git/HEAD", ".DS_Store"):
         (folder / name).write_text("changed")
     assert open_task("lm-eval:cloze", include=folder).fingerprint() == first
-    # lm-eval reads these.
+    # lm-eval reads YAML files in any folder.
     (folder / ".git" / "other.yaml").write_text("task: other")
     assert open_task("lm-eval:cloze", include=folder).fingerprint() != first
 
 
-def test_data_is_looked_for_in_the_folder_of_data_first(tmp_path: Path) -> None:
-    folder = cloze(tmp_path / "tasks")
+def test_the_data_folder_comes_before_the_task_folder(tmp_path: Path) -> None:
+    folder = write_cloze(tmp_path / "tasks")
     assert open_task("lm-eval:cloze", include=folder).data == folder
-    write_jsonl(tmp_path / "data" / "tasks" / "cloze.jsonl", cloze_rows(1))
+    write_jsonl(tmp_path / "data" / "tasks" / "cloze.jsonl", make_cloze_rows(1))
     opened = open_task("lm-eval:cloze", include=folder, data=tmp_path / "data")
     assert opened == LmEvalTask("lm-eval:cloze", "cloze", folder, tmp_path / "data" / "tasks")
     assert open_task("lm-eval:piqa", data=tmp_path / "data") == LmEvalTask("lm-eval:piqa", "piqa")
 
 
-def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_tasks_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "read_own_tasks", lambda: SimpleNamespace(all_tasks=["hellaswag", "mmlu"]))
-    folder = task_folder(tmp_path, CLOZE)
+    folder = write_tasks(tmp_path, CLOZE)
     for name, why in {
         "lm-eval:helaswag": "no task 'helaswag'.\nDid you mean hellaswag",
         "lm-eval:clozes": "Did you mean cloze",
@@ -455,8 +458,8 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         open_all(["lm-eval:"], Options())
 
 
-def test_a_name_that_no_task_file_holds_is_refused_without_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes most of a minute to read."""
+def test_an_unknown_name_is_refused_without_reading_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it takes most of a minute."""
     monkeypatch.setattr(tasks, "read_own_tasks", lambda: pytest.fail("the index was read"))
     with pytest.raises(UsageError, match=r"lm-eval has no task 'hellaswg'.\nDid you mean hellaswag"):
         open_task("lm-eval:hellaswg")
@@ -467,12 +470,12 @@ def test_a_name_that_no_task_file_holds_is_refused_without_the_index(monkeypatch
 def test_a_model_that_a_task_cannot_evaluate_is_refused_before_it_is_loaded(tmp_path: Path, loads: list[Path]) -> None:
     bert = save_tiny("bert", tmp_path / "bert")
     with pytest.raises(UnsupportedError, match="lm-eval:cloze cannot evaluate a masked model"):
-        compressknow.probe(bert, tmp_path / "answers", ["atlas", "lm-eval:cloze"], tasks=cloze(tmp_path / "tasks"))
+        compressknow.probe(bert, tmp_path / "out", ["atlas", "lm-eval:cloze"], tasks=write_cloze(tmp_path / "tasks"))
     assert not loads
 
 
 def test_a_task_without_data_is_refused_before_other_probes_are_evaluated(tmp_path: Path, loads: list[Path]) -> None:
-    folder = cloze(tmp_path / "tasks")
+    folder = write_cloze(tmp_path / "tasks")
     (folder / "cloze.jsonl").write_text("<html>404</html>")
     model = save_trained("llama", tmp_path / "llama")
     with pytest.raises(CompressknowError, match="lm-eval:cloze cannot be loaded"):
@@ -481,12 +484,12 @@ def test_a_task_without_data_is_refused_before_other_probes_are_evaluated(tmp_pa
     assert not (tmp_path / "answers").exists()
 
 
-def test_what_cannot_be_run_is_refused(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_tasks_that_cannot_run(llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match=r"cannot evaluate a masked model.*\n.*atlas"):
         open_task("lm-eval:boolq").run(replace(llama, family="masked"))
 
-    own = TaskManager(include_path=str(LM_EVALS / "super_glue" / "boolq"), include_defaults=False)
-    monkeypatch.setattr(tasks, "read_own_tasks", lambda: own)
+    manager = TaskManager(include_path=str(LM_EVAL_TASKS / "super_glue" / "boolq"), include_defaults=False)
+    monkeypatch.setattr(tasks, "read_own_tasks", lambda: manager)
     with pytest.raises(
         CompressknowError, match=r"the Hub cannot be reached[\s\S]*passage, .*boolq.jsonl and pass --data"
     ):
@@ -496,16 +499,16 @@ def test_what_cannot_be_run_is_refused(llama: LanguageModel, tmp_path: Path, mon
     with pytest.raises(CompressknowError, match=r"cannot be loaded[\s\S]*Its rows must have passage"):
         open_task("lm-eval:boolq", data=tmp_path / "data").run(llama)
 
-    long = cloze(tmp_path / "long", rows=[cloze_rows(1)[0] | {"choices": ["red " * 65, "clay"]}])
+    long = write_cloze(tmp_path / "long", rows=[make_cloze_rows(1)[0] | {"choices": ["red " * 65, "clay"]}])
     with pytest.raises(CompressknowError, match="longer than the 64 tokens that the model can read"):
         open_task("lm-eval:cloze", include=long).run(llama)
 
     perplexity = {"output_type": "loglikelihood_rolling", "doc_to_target": "{{before}}", "doc_to_choice": None}
     rolling = CLOZE | perplexity | {"metric_list": [{"metric": "word_perplexity"}]}
     with pytest.raises(UnsupportedError, match="measures perplexity"):
-        open_task("lm-eval:cloze", include=cloze(tmp_path / "rolling", rolling)).run(llama)
+        open_task("lm-eval:cloze", include=write_cloze(tmp_path / "rolling", rolling)).run(llama)
     f1 = CLOZE | {"metric_list": [{"metric": "f1"}]}
     with pytest.raises(CompressknowError, match=r"cannot finish lm-eval:cloze.\nValueError: Target is multiclass"):
-        open_task("lm-eval:cloze", include=cloze(tmp_path / "f1", f1)).run(llama)
+        open_task("lm-eval:cloze", include=write_cloze(tmp_path / "f1", f1)).run(llama)
     with pytest.raises(UnsupportedError, match="not mark each item as right or wrong"):
-        open_task("lm-eval:cloze", include=cloze(tmp_path / "f1", f1), limit=2).run(llama)
+        open_task("lm-eval:cloze", include=write_cloze(tmp_path / "f1", f1), limit=2).run(llama)

@@ -1,4 +1,4 @@
-"""Running text: against a plain reference in float64, a token at a time; what is kept, and what is refused."""
+"""Running text: against a plain reference in float64, one token at a time; what is stored, and what is refused."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SCORED = CONTEXT - 1 - CONTEXT // 2
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `llama`, which knows the facts, a pruned one, a BERT, a T5 and a text of the facts."""
-    folder = tmp_path_factory.mktemp("place")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `llama`, which knows the facts, `pruned`, a BERT, a T5, and a text of the facts."""
+    folder = tmp_path_factory.mktemp("root")
     for family in ("llama", "bert", "t5"):
         save_trained(family, folder / family)
     compressknow.convert(folder / "llama", folder / "pruned", prune=0.4)
@@ -38,19 +38,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def chunks(model: Path, answers: Path, text: Path, **options: int) -> tuple[Chunk, ...]:
-    found = compressknow.probe(model, answers, f"text:{text}", options=Options(context=CONTEXT, **options))
-    return found.texts[f"text:{text.name}"]
+def read_chunks(model: Path, answers: Path, text: Path, **options: int) -> tuple[Chunk, ...]:
+    probed = compressknow.probe(model, answers, f"text:{text}", options=Options(context=CONTEXT, **options))
+    return probed.texts[f"text:{text.name}"]
 
 
-def reference(model: Path, text: Path) -> tuple[list[list[int]], list[list[torch.Tensor]]]:
-    """By chunk the tokens scored, and the log-probabilities of all tokens before each: float64, each by a pass of its
-    own over what stands before it.
-    """
+def compute_reference(model: Path, text: Path) -> tuple[list[list[int]], list[list[torch.Tensor]]]:
+    """Return, by chunk, the scored tokens and the log-probabilities at each, by separate passes in float64."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
     ids = tokenizer(text.read_text(encoding="utf-8").removesuffix("\n"))["input_ids"]
-    scored, found = [], []
+    scored, log_probs = [], []
     for start in range(0, len(ids) - CONTEXT + 1, CONTEXT):
         chunk = [tokenizer.bos_token_id, *ids[start + 1 : start + CONTEXT]]
         scored.append(chunk[CONTEXT // 2 + 1 :])
@@ -59,31 +57,31 @@ def reference(model: Path, text: Path) -> tuple[list[list[int]], list[list[torch
                 loaded(input_ids=torch.tensor([chunk[:end]])).logits[0, -1].log_softmax(-1)
                 for end in range(CONTEXT // 2 + 1, CONTEXT)
             ]
-        found.append(rows)
-    return scored, found
+        log_probs.append(rows)
+    return scored, log_probs
 
 
-def test_log_likelihoods_tops_and_divergences_are_those_of_a_plain_reference(place: Path, tmp_path: Path) -> None:
-    text = place / "facts.txt"
+def test_log_likelihoods_top_tokens_and_divergences_match_a_plain_reference(root: Path, tmp_path: Path) -> None:
+    text = root / "facts.txt"
     card = compressknow.report(
-        place / "llama", place / "pruned", f"text:{text}", options=Options(context=CONTEXT), answers=tmp_path
+        root / "llama", root / "pruned", f"text:{text}", options=Options(context=CONTEXT), answers=tmp_path
     )
-    tokens, before = reference(place / "llama", text)
-    _, after = reference(place / "pruned", text)
+    tokens, before = compute_reference(root / "llama", text)
+    _, after = compute_reference(root / "pruned", text)
     folders = sorted(tmp_path.iterdir(), key=lambda folder: len(folder.name))
     original, compressed = (read_answers(folder).texts["text:facts.txt"] for folder in folders)
     assert len(original) == len(tokens) > 4
-    for one, other, ids, p, q in zip(original, compressed, tokens, before, after, strict=True):
-        assert one.ids.tolist() == other.ids.tolist() == ids
+    for first, second, ids, p, q in zip(original, compressed, tokens, before, after, strict=True):
+        assert first.ids.tolist() == second.ids.tolist() == ids
         assert len(ids) == SCORED
-        for side, rows in ((one, p), (other, q)):
+        for side, rows in ((first, p), (second, q)):
             assert side.logp == pytest.approx(
                 [float(row[token]) for row, token in zip(rows, ids, strict=True)], abs=2e-4
             )
             assert side.top.tolist() == [int(row.argmax()) for row in rows]
         kl = [float((a.exp() * (a - b)).sum()) for a, b in zip(p, q, strict=True)]
-        assert other.kl == pytest.approx(kl, rel=1e-3, abs=2e-5)
-        assert one.kl is None
+        assert second.kl == pytest.approx(kl, rel=1e-3, abs=2e-5)
+        assert first.kl is None
     nll = [
         -float(row[token])
         for ids, rows in zip(tokens, before, strict=True)
@@ -94,81 +92,79 @@ def test_log_likelihoods_tops_and_divergences_are_those_of_a_plain_reference(pla
     assert figures.divergence == MEASURED
 
 
-def test_continuations_are_those_of_generate(place: Path, tmp_path: Path) -> None:
-    file = place / "facts.txt"
-    found = chunks(place / "llama", tmp_path / "answers", file)
-    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
-    model = AutoModelForCausalLM.from_pretrained(place / "llama").eval()
+def test_continuations_are_those_of_generate(root: Path, tmp_path: Path) -> None:
+    file = root / "facts.txt"
+    chunks = read_chunks(root / "llama", tmp_path / "answers", file)
+    tokenizer = AutoTokenizer.from_pretrained(root / "llama")
+    model = AutoModelForCausalLM.from_pretrained(root / "llama").eval()
     ids = tokenizer(file.read_text(encoding="utf-8").removesuffix("\n"))["input_ids"]
-    for chunk in found[: text.CONTINUED]:
+    for chunk in chunks[: text.CONTINUED]:
         start = chunk.number * CONTEXT
         prompt = [tokenizer.bos_token_id, *ids[start + 1 : start + CONTEXT // 2]]
-        written = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=GREEDY_TOKENS, eos_token_id=-1)
-        expected = written[0, len(prompt) :].tolist()
+        output = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=GREEDY_TOKENS, eos_token_id=-1)
+        expected = output[0, len(prompt) :].tolist()
         if tokenizer.eos_token_id in expected:
             end = expected.index(tokenizer.eos_token_id)
             expected[end:] = [tokenizer.eos_token_id] * (len(expected) - end)
         assert chunk.greedy.tolist() == expected
 
 
-def test_bytes_are_those_of_the_text_that_is_scored(place: Path, tmp_path: Path) -> None:
+def test_bytes_are_those_of_the_scored_text(root: Path, tmp_path: Path) -> None:
     text = tmp_path / "wide.txt"
     text.write_text("The arlo lives in the forest . Drenn é 你 𝄞 speak Avish . " * 4, encoding="utf-8")
-    found = chunks(place / "llama", tmp_path / "answers", text)
-    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
+    chunks = read_chunks(root / "llama", tmp_path / "answers", text)
+    tokenizer = AutoTokenizer.from_pretrained(root / "llama")
     spans = tokenizer(text.read_text(encoding="utf-8"), return_offsets_mapping=True)["offset_mapping"]
-    whole = text.read_text(encoding="utf-8")
-    for chunk in found:
+    content = text.read_text(encoding="utf-8")
+    for chunk in chunks:
         first, last = chunk.number * CONTEXT + CONTEXT // 2, (chunk.number + 1) * CONTEXT - 1
-        assert chunk.bytes == len(whole[spans[first][1] : spans[last][1]].encode())
+        assert chunk.bytes == len(content[spans[first][1] : spans[last][1]].encode())
 
 
-def test_nothing_is_read_twice(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
+def test_a_text_is_not_evaluated_twice(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = read_chunks(root / "llama", tmp_path / "answers", root / "facts.txt")
     monkeypatch.setattr("compressknow.evaluate.run.read_text", None)
-    again = chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
+    again = read_chunks(root / "llama", tmp_path / "answers", root / "facts.txt")
     assert [chunk.logp.tolist() for chunk in first] == [chunk.logp.tolist() for chunk in again]
 
 
-def test_a_stopped_run_resumes_at_the_chunk_where_it_was(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_resumes_at_its_last_chunk(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressknow.evaluate.run.SECONDS_BETWEEN_PARTS", -1.0)
     read, numbers = text.read_chunk, []
 
-    def failing(reader: object, cut: object, number: int, whole: object) -> Chunk:
+    def read_and_fail(reader: object, cut: object, number: int, whole: object) -> Chunk:
         numbers.append(number)
         if len(numbers) == 3:
             raise KeyboardInterrupt
         return read(reader, cut, number, whole)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(text, "read_chunk", failing)
+    monkeypatch.setattr(text, "read_chunk", read_and_fail)
     with pytest.raises(KeyboardInterrupt):
-        chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
-    found = chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
+        read_chunks(root / "llama", tmp_path / "answers", root / "facts.txt")
+    resumed = read_chunks(root / "llama", tmp_path / "answers", root / "facts.txt")
     assert numbers[:4] == [0, 1, 2, 2]
-    assert len(numbers) == len(found) + 1
-    whole = chunks(place / "llama", tmp_path / "others", place / "facts.txt")
-    assert [(c.logp.tolist(), c.greedy.tolist()) for c in found] == [
+    assert len(numbers) == len(resumed) + 1
+    whole = read_chunks(root / "llama", tmp_path / "others", root / "facts.txt")
+    assert [(c.logp.tolist(), c.greedy.tolist()) for c in resumed] == [
         (c.logp.tolist(), c.greedy.tolist()) for c in whole
     ]
 
 
-def test_limit_counts_chunks_and_longer_contexts_are_refused(place: Path, tmp_path: Path) -> None:
-    assert len(chunks(place / "llama", tmp_path / "two", place / "facts.txt", limit=2)) == 2
+def test_limit_counts_chunks_and_longer_contexts_are_refused(root: Path, tmp_path: Path) -> None:
+    assert len(read_chunks(root / "llama", tmp_path / "two", root / "facts.txt", limit=2)) == 2
     with pytest.raises(UsageError, match="64 tokens at once"):
-        compressknow.probe(place / "llama", tmp_path / "no", f"text:{place / 'facts.txt'}", options=Options(context=65))
-    found = compressknow.probe(place / "llama", tmp_path / "most", f"text:{place / 'facts.txt'}")
-    # 512 by default, bounded by the model's positions.
-    assert (found.record.probes["text:facts.txt"].text or {})["context"] == 64
+        compressknow.probe(root / "llama", tmp_path / "no", f"text:{root / 'facts.txt'}", options=Options(context=65))
+    answers = compressknow.probe(root / "llama", tmp_path / "most", f"text:{root / 'facts.txt'}")
+    # The default of 512 is limited by the model's positions.
+    assert (answers.record.probes["text:facts.txt"].text or {})["context"] == 64
 
 
 @pytest.mark.parametrize(("family", "why"), [("bert", "pseudo-perplexity"), ("t5", "encoder")])
 def test_models_that_do_not_continue_text_are_refused_before_any_fact(
-    place: Path, tmp_path: Path, family: str, why: str
+    root: Path, tmp_path: Path, family: str, why: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=why):
-        compressknow.probe(place / family, tmp_path / "answers", ["atlas", f"text:{place / 'facts.txt'}"])
+        compressknow.probe(root / family, tmp_path / "answers", ["atlas", f"text:{root / 'facts.txt'}"])
     assert not (tmp_path / "answers" / RECORD).exists()
 
 
@@ -182,40 +178,40 @@ def test_models_that_do_not_continue_text_are_refused_before_any_fact(
         (b"The arlo lives in the forest .", "too short: 8 tokens, and a chunk takes 24"),
     ],
 )
-def test_a_text_that_cannot_be_read_is_refused(place: Path, tmp_path: Path, content: bytes | None, error: str) -> None:
+def test_a_text_that_cannot_be_read_is_refused(root: Path, tmp_path: Path, content: bytes | None, error: str) -> None:
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UsageError, match=error):
-        chunks(place / "llama", tmp_path / "answers", path)
+        read_chunks(root / "llama", tmp_path / "answers", path)
 
 
-def test_no_more_room_is_taken_than_the_file_has_bytes(place: Path) -> None:
-    path = place / "facts.txt"
+def test_a_large_limit_reads_only_the_file(root: Path) -> None:
+    path = root / "facts.txt"
     text = RunningText("text:facts.txt", path, "0", path.stat().st_size, limit=10**15)
     assert text.read(CONTEXT) == path.read_text(encoding="utf-8").removesuffix("\n")
 
 
-def test_a_token_beyond_the_embedding_is_refused(place: Path) -> None:
+def test_a_token_beyond_the_embedding_is_refused(root: Path) -> None:
     class Reader:
         bos, most, rows = None, None, 10
 
         def encode(self, text: str) -> tuple[list[int], None]:
             return [ord(character) % 16 for character in text], None
 
-    text = RunningText("text:facts.txt", place / "facts.txt", "0", 1000)
+    text = RunningText("text:facts.txt", root / "facts.txt", "0", 1000)
     with pytest.raises(CheckpointError, match="the model's embedding has 10 rows"):
         cut_chunks(Reader(), text, CONTEXT)  # type: ignore[arg-type]
 
 
-def test_models_of_other_tokens_have_bits_per_byte_and_no_divergence(place: Path, tmp_path: Path) -> None:
+def test_models_with_other_tokens_have_bits_per_byte_but_no_divergence(root: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     save_trained("llama", other)
     tokenizer = (other / "tokenizer.json").read_text(encoding="utf-8")
     assert '"reeds"' in tokenizer
     (other / "tokenizer.json").write_text(tokenizer.replace('"reeds"', '"rushes"'), encoding="utf-8")
-    text, options = f"text:{place / 'facts.txt'}", Options(context=CONTEXT)
-    card = compressknow.report(place / "llama", other, text, options=options, answers=tmp_path / "kept")
+    text, options = f"text:{root / 'facts.txt'}", Options(context=CONTEXT)
+    card = compressknow.report(root / "llama", other, text, options=options, answers=tmp_path / "kept")
     (figures,) = card.comparisons[0].texts
     assert figures.divergence == "other tokens"
     assert figures.original.bits_per_byte is not None
@@ -223,14 +219,14 @@ def test_models_of_other_tokens_have_bits_per_byte_and_no_divergence(place: Path
     assert any("other tokens" in warning or "different tokens" in warning for warning in card.comparisons[0].warnings)
     with pytest.raises(CompressknowError, match="differ in vocabulary"):
         compressknow.report(
-            place / "llama", other, ["facts:" + str(place / "facts.jsonl"), text], answers=tmp_path / "kept"
+            root / "llama", other, ["facts:" + str(root / "facts.jsonl"), text], answers=tmp_path / "kept"
         )
 
 
-def test_answers_of_two_runs_have_all_but_the_divergence(place: Path, tmp_path: Path) -> None:
-    text = place / "facts.txt"
+def test_answers_of_separate_runs_have_all_but_the_divergence(root: Path, tmp_path: Path) -> None:
+    text = root / "facts.txt"
     for name in ("llama", "pruned"):
-        chunks(place / name, tmp_path / name, text)
+        read_chunks(root / name, tmp_path / name, text)
     with pytest.raises(UsageError, match="`context=32` decides what is evaluated"):
         compressknow.report(tmp_path / "llama", tmp_path / "pruned", options=Options(context=32))
     (figures,) = compressknow.report(tmp_path / "llama", tmp_path / "pruned").comparisons[0].texts
@@ -241,36 +237,36 @@ def test_answers_of_two_runs_have_all_but_the_divergence(place: Path, tmp_path: 
 
 
 def test_a_disk_without_room_leaves_the_divergence_out(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressknow.evaluate.distributions.RESERVE", 1 << 62)
-    text, options = f"text:{place / 'facts.txt'}", Options(context=CONTEXT)
-    card = compressknow.report(place / "llama", place / "pruned", text, options=options, answers=tmp_path)
+    text, options = f"text:{root / 'facts.txt'}", Options(context=CONTEXT)
+    card = compressknow.report(root / "llama", root / "pruned", text, options=options, answers=tmp_path)
     assert card.comparisons[0].texts[0].divergence == NO_ROOM
     monkeypatch.undo()
-    card = compressknow.report(place / "llama", place / "pruned", text, options=options, answers=tmp_path)
+    card = compressknow.report(root / "llama", root / "pruned", text, options=options, answers=tmp_path)
     assert card.comparisons[0].texts[0].divergence == MEASURED
 
 
-def test_sixteen_bits_change_a_mean_divergence_by_less_than_a_millionth(tmp_path: Path) -> None:
+def test_sixteen_bits_change_the_mean_divergence_by_less_than_a_millionth(tmp_path: Path) -> None:
     torch.manual_seed(0)
     before = (torch.randn(20, 5000) * 3).log_softmax(-1)
     after = (before + torch.randn_like(before) * 0.03).log_softmax(-1)
     names = [str(number) for number in range(20)]
-    found = []
+    divergences = []
     for short in (False, True):
         rows = DistributionFile(tmp_path, 20, short=short)
         rows.keep(names, before)
-        found.append(np.array(rows.measure(names, after), dtype=float))
+        divergences.append(np.array(rows.measure(names, after), dtype=float))
         rows.give_up()
-    assert found[0].mean() > 1e-4
-    assert found[1] == pytest.approx(found[0], abs=5e-6)
-    assert found[1].mean() == pytest.approx(found[0].mean(), abs=1e-6)
-    assert found[1].mean() != found[0].mean()
+    assert divergences[0].mean() > 1e-4
+    assert divergences[1] == pytest.approx(divergences[0], abs=5e-6)
+    assert divergences[1].mean() == pytest.approx(divergences[0].mean(), abs=1e-6)
+    assert divergences[1].mean() != divergences[0].mean()
 
 
-def test_a_damaged_file_of_tokens_is_told(place: Path, tmp_path: Path) -> None:
-    chunks(place / "llama", tmp_path / "answers", place / "facts.txt")
+def test_a_damaged_file_of_tokens_is_an_error(root: Path, tmp_path: Path) -> None:
+    read_chunks(root / "llama", tmp_path / "answers", root / "facts.txt")
     (file,) = (tmp_path / "answers").glob("text-*.parquet")
     file.write_bytes(file.read_bytes()[:-10] + b"0123456789")
     with pytest.raises(CompressknowError, match="it is missing, or its hash differs"):
@@ -280,8 +276,8 @@ def test_a_damaged_file_of_tokens_is_told(place: Path, tmp_path: Path) -> None:
         read_answers(tmp_path / "answers")
 
 
-def test_a_record_of_before_the_seal_that_holds_no_hash_of_a_text_is_refused(place: Path, tmp_path: Path) -> None:
-    chunks(place / "llama", tmp_path, place / "facts.txt")
+def test_a_record_without_a_seal_and_without_the_hash_of_a_text_is_refused(root: Path, tmp_path: Path) -> None:
+    read_chunks(root / "llama", tmp_path, root / "facts.txt")
     record = json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))
     del record["sha256"], record["probes"]["text:facts.txt"]["text"]["sha256"]
     (tmp_path / RECORD).write_text(json.dumps(record), encoding="utf-8")
@@ -289,10 +285,10 @@ def test_a_record_of_before_the_seal_that_holds_no_hash_of_a_text_is_refused(pla
         read_answers(tmp_path)
 
 
-def test_texts_stand_beside_facts(place: Path, tmp_path: Path) -> None:
-    probes = [f"facts:{place / 'facts.jsonl'}", f"text:{place / 'facts.txt'}"]
+def test_texts_and_facts_can_be_evaluated_together(root: Path, tmp_path: Path) -> None:
+    probes = [f"facts:{root / 'facts.jsonl'}", f"text:{root / 'facts.txt'}"]
     options = Options(context=CONTEXT, limit=6)
-    card = compressknow.report(place / "llama", place / "pruned", probes, options=options, answers=tmp_path)
+    card = compressknow.report(root / "llama", root / "pruned", probes, options=options, answers=tmp_path)
     (comparison,) = card.comparisons
     assert [probe.probe for probe in comparison.probes] == ["facts:facts.jsonl"]
     assert [figures.text for figures in comparison.texts] == ["text:facts.txt"]
@@ -300,9 +296,9 @@ def test_texts_stand_beside_facts(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["sweep", "search"])
-def test_studies_take_no_texts(place: Path, tmp_path: Path, verb: str) -> None:
+def test_studies_refuse_texts(root: Path, tmp_path: Path, verb: str) -> None:
     keep = {"keep": 0.9} if verb == "search" else {}
-    text = f"text:{place / 'facts.txt'}"
+    text = f"text:{root / 'facts.txt'}"
     with pytest.raises(UsageError, match=r"text:facts\.txt"):
-        getattr(compressknow, verb)(place / "llama", tmp_path / "study", probe=text, **keep)
+        getattr(compressknow, verb)(root / "llama", tmp_path / "study", probe=text, **keep)
     assert not (tmp_path / "study" / "study.json").exists()

@@ -1,4 +1,4 @@
-"""Facts in several wordings: each is evaluated as if it were the only one, and a fact is known by most of them."""
+"""Facts in several wordings: each is evaluated separately, and a fact is known if most of its wordings are right."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama that knows the first wording, and the same pruned, evaluated on three; and their report."""
+    """A Llama that knows the first wording and the same model pruned, evaluated on three wordings, and their report."""
     folder = tmp_path_factory.mktemp("wordings")
     compressknow.convert(save_trained("llama", folder / "original"), folder / "pruned", scope="overall", prune=0.5)
     options = Options(data=data, templates=N)
@@ -43,14 +43,14 @@ def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows(study: Path, side: str) -> list[dict]:
+def read_rows(study: Path, side: str) -> list[dict]:
     return pq.read_table(study / side / "answers.parquet").to_pylist()
 
 
-def majority(study: Path, side: str) -> dict[str, bool]:
-    """Counted anew: fact -> whether more than half of its wordings are right."""
+def find_known_by_majority(study: Path, side: str) -> dict[str, bool]:
+    """Return, by fact, whether more than half of its wordings are right."""
     right: dict[str, int] = {}
-    for row in rows(study, side):
+    for row in read_rows(study, side):
         right[strip_wording(row["fact_id"])] = right.get(strip_wording(row["fact_id"]), 0) + row["correct"]
     return {fact: 2 * number > N for fact, number in right.items()}
 
@@ -60,46 +60,46 @@ def test_each_wording_is_answered_as_if_it_were_the_only_one(study: Path, data: 
         single = compressknow.probe(
             study / "original", tmp_path / str(number), "bear", options=Options(data=data, template=number)
         )
-        own = {row["fact_id"]: row for row in rows(study, "before") if row["template"] == number}
-        assert len(own) == len(single.answers) == 32
-        for found in single.answers:
-            row = own[f"{found.fact_id}@{number}"]
+        by_id = {row["fact_id"]: row for row in read_rows(study, "before") if row["template"] == number}
+        assert len(by_id) == len(single.answers) == 32
+        for expected in single.answers:
+            row = by_id[f"{expected.fact_id}@{number}"]
             assert [row[key] for key in ("prompt", "gold", "predicted", "correct", "rank", "grade")] == [
-                getattr(found, key) for key in ("prompt", "gold", "predicted", "correct", "rank", "grade")
+                getattr(expected, key) for key in ("prompt", "gold", "predicted", "correct", "rank", "grade")
             ]
 
 
-def test_the_report_counts_facts_by_majority_and_each_wording_by_itself(study: Path) -> None:
+def test_the_report_counts_facts_by_majority_and_each_wording_separately(study: Path) -> None:
     (probe,) = json.loads((study / "report.json").read_text())["compressed"][0]["probes"].values()
-    before, after = majority(study, "before"), majority(study, "after")
+    before, after = find_known_by_majority(study, "before"), find_known_by_majority(study, "after")
     assert probe["n"] == probe["facts_read"] == 32
     assert probe["both"] == sum(before[fact] and after[fact] for fact in before)
     assert probe["lost"] == sum(before[fact] and not after[fact] for fact in before)
-    # The wordings do not agree, else the test shows nothing.
+    # The wordings do not agree; otherwise the test would show nothing.
     assert probe["both"] + probe["lost"] < 32
 
     assert list(probe["by_template"]) == ["1", "2", "3"]
-    pairs = list(zip(rows(study, "before"), rows(study, "after"), strict=True))
-    for number, told in probe["by_template"].items():
-        own = [(one["correct"], other["correct"]) for one, other in pairs if one["template"] == int(number)]
-        assert told["n"] == len(own) == 32
-        assert told["both"] == own.count((True, True))
-        assert told["lost"] == own.count((True, False))
-        assert told["kept"] == told["both"] / (told["both"] + told["lost"])
+    pairs = list(zip(read_rows(study, "before"), read_rows(study, "after"), strict=True))
+    for number, figures in probe["by_template"].items():
+        results = [(one["correct"], other["correct"]) for one, other in pairs if one["template"] == int(number)]
+        assert figures["n"] == len(results) == 32
+        assert figures["both"] == results.count((True, True))
+        assert figures["lost"] == results.count((True, False))
+        assert figures["kept"] == figures["both"] / (figures["both"] + figures["lost"])
     assert probe["by_template"]["1"]["both"] + probe["by_template"]["1"]["lost"] == 32
 
 
 @pytest.mark.parametrize(("side", "name"), [("before", "original"), ("after", "compressed")])
 def test_consistency_is_the_share_of_pairs_of_wordings_answered_alike(study: Path, side: str, name: str) -> None:
     (probe,) = json.loads((study / "report.json").read_text())["compressed"][0]["probes"].values()
-    said: dict[str, list[str]] = {}
-    for row in rows(study, side):
-        said.setdefault(strip_wording(row["fact_id"]), []).append(row["predicted"])
-    shares = [sum(a == b for a, b in combinations(each, 2)) / 3 for each in said.values()]
+    answers: dict[str, list[str]] = {}
+    for row in read_rows(study, side):
+        answers.setdefault(strip_wording(row["fact_id"]), []).append(row["predicted"])
+    shares = [sum(a == b for a, b in combinations(texts, 2)) / 3 for texts in answers.values()]
     assert probe[f"consistency_{name}"] == pytest.approx(sum(shares) / len(shares))
 
 
-def test_page_and_markdown_have_a_row_a_wording(study: Path) -> None:
+def test_page_and_markdown_have_a_row_per_wording(study: Path) -> None:
     for suffix in ("html", "md"):
         text = (study / f"report.{suffix}").read_text()
         assert "By wording" in text
@@ -111,15 +111,15 @@ def test_a_sample_has_all_wordings_of_its_facts() -> None:
     probe = open_probe("atlas", Options(templates=3, limit=70))
     single = [open_probe("atlas", Options(template=number, limit=70)) for number in (1, 2, 3)]
     assert len(probe.facts) == 3 * len(single[0].facts)
-    for number, own in enumerate(single, 1):
+    for number, wording in enumerate(single, 1):
         prompts = [fact.prompt for fact in probe.facts if fact.template == number]
-        assert prompts == [fact.prompt for fact in own.facts]
+        assert prompts == [fact.prompt for fact in wording.facts]
     assert len({fact.id for fact in probe.facts}) == len(probe.facts)
     assert probe.read == 3 * single[0].read
     assert probe.limit == 70
 
 
-def test_an_example_is_in_the_fact_s_own_wording() -> None:
+def test_an_example_has_the_wording_of_the_fact() -> None:
     probe = open_probe("atlas", Options(templates=2, limit=70))
     second = next(fact for fact in probe.facts if fact.relation == "capital" and fact.template == 2)
     shown = put_after_example(second, probe)
@@ -138,7 +138,7 @@ def test_a_probe_of_one_wording_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "out").exists()
 
 
-def test_more_wordings_than_there_are_and_both_options_are_refused() -> None:
+def test_too_many_wordings_and_both_options_are_refused() -> None:
     with pytest.raises(UsageError, match="no template 4"):
         open_probe("atlas", Options(templates=4))
     with pytest.raises(UsageError, match="cannot be combined"):
@@ -146,9 +146,9 @@ def test_more_wordings_than_there_are_and_both_options_are_refused() -> None:
 
 
 def test_one_wording_is_the_probe_itself() -> None:
-    one = open_probe("atlas", Options(templates=1))
-    assert isinstance(one, Probe)
-    assert one.fingerprint() == open_probe("atlas").fingerprint()
+    probe = open_probe("atlas", Options(templates=1))
+    assert isinstance(probe, Probe)
+    assert probe.fingerprint() == open_probe("atlas").fingerprint()
     assert merge_wordings(answers([answer(0, True)])) == answers([answer(0, True)])
     assert compare_wordings([answer(0, True)], [answer(0, True)]) is None
 
@@ -164,47 +164,47 @@ def test_one_wording_is_the_probe_itself() -> None:
         ((False, False, False), (2, None, None), False, None),
     ],
 )
-def test_a_fact_is_known_by_most_of_its_wordings(
+def test_a_fact_is_known_if_most_of_its_wordings_are_right(
     right: tuple[bool, ...], ranks: tuple[int | None, ...], known: bool, rank: int | None
 ) -> None:
-    own = [
-        answer(0, each, fact_id=f"fact@{number}", template=number, rank=place)
-        for number, (each, place) in enumerate(zip(right, ranks, strict=True), 1)
+    wordings = [
+        answer(0, each, fact_id=f"fact@{number}", template=number, rank=position)
+        for number, (each, position) in enumerate(zip(right, ranks, strict=True), 1)
     ]
-    probes = {"atlas": entry(facts=len(own), asked=len(own), templates=len(own))}
-    (merged,) = merge_wordings(answers(own, probes=probes)).answers
+    probes = {"atlas": entry(facts=len(wordings), asked=len(wordings), templates=len(wordings))}
+    (merged,) = merge_wordings(answers(wordings, probes=probes)).answers
     assert (merged.fact_id, merged.correct, merged.rank, merged.template) == ("fact", known, rank, None)
-    # Else a fact might be lost and its answer unchanged.
+    # Otherwise a fact could be lost although its answer is unchanged.
     assert (merged.predicted == merged.gold) is known
 
 
 @pytest.mark.parametrize(
-    ("grades", "shown", "grade", "comes_back"),
+    ("grades", "shown", "grade", "recovers"),
     [
-        # What most of the wordings say that were put after an example; of as many, what is not the object.
+        # The majority of the wordings after an example; in a tie, the wrong answer.
         ((GONE, DEMOTED, DEMOTED), ("Paris", "Oslo", "Paris"), DEMOTED, True),
         ((GONE, GONE, DEMOTED), ("Paris", "Oslo", "Oslo"), GONE, False),
         ((DEMOTED, GONE), ("Paris", "Oslo"), GONE, False),
-        # The middle grade; those that were known are not put after one.
+        # The middle grade; known wordings get no example.
         ((RECOGNIZED, PRODUCED, GONE), (None, None, "Paris"), RECOGNIZED, True),
         ((PRODUCED, PRODUCED, RECOGNIZED), (None, None, None), PRODUCED, None),
         ((PRODUCED, None, RECOGNIZED), (None, None, None), None, None),
     ],
 )
-def test_a_fact_has_the_middle_grade_and_what_most_say_after_an_example(
-    grades: tuple[str | None, ...], shown: tuple[str | None, ...], grade: str | None, comes_back: bool | None
+def test_a_fact_has_the_middle_grade_and_the_majority_after_an_example(
+    grades: tuple[str | None, ...], shown: tuple[str | None, ...], grade: str | None, recovers: bool | None
 ) -> None:
-    own = [
+    wordings = [
         answer(0, False, fact_id=f"fact@{number}", template=number, grade=each, with_example=text)
         for number, (each, text) in enumerate(zip(grades, shown, strict=True), 1)
     ]
-    probes = {"atlas": entry(facts=len(own), asked=len(own), templates=len(own))}
-    (merged,) = merge_wordings(answers(own, probes=probes)).answers
+    probes = {"atlas": entry(facts=len(wordings), asked=len(wordings), templates=len(wordings))}
+    (merged,) = merge_wordings(answers(wordings, probes=probes)).answers
     assert merged.grade == grade
-    assert (None if merged.with_example is None else merged.with_example == merged.gold) is comes_back
+    assert (None if merged.with_example is None else merged.with_example == merged.gold) is recovers
 
 
-def test_wordings_all_alike_are_wholly_consistent_and_single_ones_have_no_consistency() -> None:
+def test_consistency_of_equal_different_and_single_wordings() -> None:
     assert measure_consistency([answer(0, True, fact_id=f"fact@{n}") for n in (1, 2)]) == 1
     assert measure_consistency([answer(0, n == 1, fact_id=f"fact@{n}") for n in (1, 2)]) == 0
     assert measure_consistency([answer(0, True)]) is None

@@ -8,16 +8,16 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-# The mask takes in the space before it, as RoBERTa's and ALBERT's do.
+# The mask includes the space before it, as in RoBERTa and ALBERT.
 _MASK = AddedToken("<mask>", lstrip=True, special=True)
 _SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", _MASK]
 _SENTINELS = ["<extra_id_0>", "<extra_id_1>"]
 
 
-def byte_level(
+def train_byte_level(
     texts: Iterable[str], frame: str = "<s> $A </s>", size: int = 400, *, mask: AddedToken | str = _MASK
 ) -> PreTrainedTokenizerFast:
-    """GPT-2's and RoBERTa's way: byte-level BPE, a word's token holds the space before it."""
+    """Train one like GPT-2's and RoBERTa's: byte-level BPE, in which a word's token includes the space before it."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -28,16 +28,13 @@ def byte_level(
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return _framed(backend, frame, mask=mask)
+    return _add_frame(backend, frame, mask=mask)
 
 
-def metaspace(
+def train_metaspace(
     texts: Iterable[str], frame: str = "<s> $A", scheme: str = "first", *, unigram: bool = False
 ) -> PreTrainedTokenizerFast:
-    """Llama's and T5's way: SentencePiece writes a space as a letter, and one before the first word.
-
-    T5's pieces come from a unigram model.
-    """
+    """Train one like Llama's, or T5's if `unigram`: SentencePiece, which turns spaces into letters and adds a first."""
     special = [*_SPECIAL, *_SENTINELS]
     if unigram:
         backend = Tokenizer(models.Unigram())
@@ -49,23 +46,23 @@ def metaspace(
         trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    # SentencePiece makes no piece of letters and punctuation together.
+    # A piece of SentencePiece does not mix letters and punctuation.
     backend.train_from_iterator((re.sub(r"\b(?=[^\w\s])|(?<=[^\w\s])\b", " ", text) for text in texts), trainer)
-    return _framed(backend, frame, extra_special_tokens=_SENTINELS)
+    return _add_frame(backend, frame, extra_special_tokens=_SENTINELS)
 
 
-def word_piece(texts: Iterable[str], *, lowercase: bool = True) -> PreTrainedTokenizerFast:
-    """BERT's way: words and their pieces, spaces forgotten."""
+def train_word_piece(texts: Iterable[str], *, lowercase: bool = True) -> PreTrainedTokenizerFast:
+    """Train one like BERT's: words and word pieces, without spaces."""
     backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=_SPECIAL, show_progress=False)
     backend.train_from_iterator(texts, trainer)
-    return _framed(backend, "<s> $A </s>")
+    return _add_frame(backend, "<s> $A </s>")
 
 
-def _framed(
+def _add_frame(
     backend: Tokenizer, frame: str, *, mask: AddedToken | str = _MASK, **more: object
 ) -> PreTrainedTokenizerFast:
     named = [(token, backend.token_to_id(token)) for token in frame.split() if token != "$A"]

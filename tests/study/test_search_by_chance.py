@@ -14,7 +14,7 @@ from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.pages.search import Trial
 from compressknow.study.allocation import Allocation
 from compressknow.study.search import APART, CONFIRMED, LEVEL, SEARCHED, Candidate, SizeSearch, split_facts
-from tests.comparison.test_clusters import shares
+from tests.comparison.test_clusters import draw_chances
 
 
 class Split(NamedTuple):
@@ -93,7 +93,7 @@ def searches(
     """Make so many searches of files that keep this share of all facts that there could be."""
     drawn = np.random.default_rng(23)
     for _ in range(number):
-        chances = np.stack([shares(drawn, share, icc, len(parts.searched)) for _ in range(files)])
+        chances = np.stack([draw_chances(drawn, share, icc, len(parts.searched)) for _ in range(files)])
         yield Searched(drawn, parts, chances, keep, found=found)
 
 

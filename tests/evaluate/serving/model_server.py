@@ -1,9 +1,9 @@
-"""A server on this machine that completes texts with a real model in OpenAI's protocol, as several kinds of servers do,
-and misbehaves where it is told to.
+"""A local server that completes texts with a real model in OpenAI's protocol, like several kinds of servers, and
+misbehaves on request.
 
-- ``vllm``: token ids, ``/tokenize``, ``/version``, echo, as vLLM documents them.
-- ``echo``: texts and ``text_offset``; a token that begins every text counts in the offsets, as vLLM has it.
-- ``writes``: text alone.
+- ``vllm``: token ids, ``/tokenize``, ``/version`` and echo, as vLLM documents them.
+- ``echo``: texts and ``text_offset``; the first token of every text counts in the offsets, as in vLLM.
+- ``writes``: only text.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ NAME = "known-facts"
 
 
 class ModelServer(ThreadingHTTPServer):
-    """`faults` : by path a list of what comes first, one a request, before the model answers: a status, (status,
-    headers), ``hang``, ``cut``, ``break`` (in the middle of an answer), ``trickle``, ``ok``, or bytes: the
-    answer.
+    """`faults` : by path, what the first requests get instead of an answer of the model: a status, (status, headers),
+    ``hang``, ``cut``, ``break`` (in the middle of an answer), ``trickle``, ``ok`` (the model's answer), or bytes.
 
-    `changed` : what becomes of each completion before it is sent.
+    `change` : changes each completion before it is sent.
     """
 
     daemon_threads = True
@@ -37,11 +36,11 @@ class ModelServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model, self.tokenizer, self.kind = model, tokenizer, kind
         self.faults: dict[str, list[Any]] = {}
-        self.changed: Callable[[dict[str, Any]], Any] = lambda answer: answer
+        self.change: Callable[[dict[str, Any]], Any] = lambda answer: answer
         self.models = [NAME]
         self.key: str | None = None
         self.requests: list[tuple[str, dict[str, str]]] = []
-        self.most_at_a_time = self._now = 0
+        self.most_parallel = self._now = 0
         self.lock = threading.Lock()
         self.closing = threading.Event()
 
@@ -50,13 +49,13 @@ class ModelServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def count(self, path: str) -> int:
-        return sum(asked == path for asked, _ in self.requests)
+        return sum(requested == path for requested, _ in self.requests)
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
+    def count_parallel(self) -> Iterator[None]:
         with self.lock:
             self._now += 1
-            self.most_at_a_time = max(self.most_at_a_time, self._now)
+            self.most_parallel = max(self.most_parallel, self._now)
         try:
             yield
         finally:
@@ -64,11 +63,11 @@ class ModelServer(ThreadingHTTPServer):
                 self._now -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go are not an error."""
+        """Ignore clients that disconnect."""
 
 
 @contextmanager
-def serving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str) -> Iterator[ModelServer]:
+def serve_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str) -> Iterator[ModelServer]:
     server = ModelServer(model, tokenizer, kind)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -87,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
     def do_GET(self) -> None:
         if self._misbehaves():
@@ -104,55 +103,55 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({"error": "Not Found"}, 404)
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers.get("content-length") or 0)))
+        request = json.loads(self.rfile.read(int(self.headers.get("content-length") or 0)))
         if self._misbehaves():
             return
-        with self.server.counted():
+        with self.server.count_parallel():
             if self.path == "/tokenize" and self.server.kind == "vllm":
-                ids = self.server.tokenizer(asked["prompt"], add_special_tokens=asked["add_special_tokens"])
+                ids = self.server.tokenizer(request["prompt"], add_special_tokens=request["add_special_tokens"])
                 self._answer({"count": len(ids.input_ids), "tokens": ids.input_ids})
             elif self.path == "/v1/completions":
-                self._complete(asked)
+                self._complete(request)
             else:
                 self._answer({"error": "Not Found"}, 404)
 
-    def _complete(self, asked: dict[str, Any]) -> None:
-        if asked.get("echo") and self.server.kind == "writes":
+    def _complete(self, request: dict[str, Any]) -> None:
+        if request.get("echo") and self.server.kind == "writes":
             self._answer({"error": {"message": "echo is not supported"}}, 400)
             return
-        if asked.get("logprobs", 0) > 20:
+        if request.get("logprobs", 0) > 20:
             self._answer({"error": {"message": "logprobs must be at most 20"}}, 400)
             return
-        answer = {"model": asked["model"], "object": "text_completion", "choices": [self._choice(asked)]}
-        changed = self.server.changed(answer)
+        answer = {"model": request["model"], "object": "text_completion", "choices": [self._choice(request)]}
+        changed = self.server.change(answer)
         self._send(changed if isinstance(changed, bytes) else json.dumps(changed).encode())
 
-    def _choice(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def _choice(self, request: dict[str, Any]) -> dict[str, Any]:
         tokenizer = self.server.tokenizer
-        prompt = asked["prompt"]
+        prompt = request["prompt"]
         ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
         with torch.no_grad():
             written = list(ids)
-            for _ in range(asked["max_tokens"]):
+            for _ in range(request["max_tokens"]):
                 logits = self.server.model(torch.tensor([written])).logits[0].double()
                 written.append(int(logits[-1].argmax()))
             log_probs = self.server.model(torch.tensor([written])).logits[0].double().log_softmax(-1)
-        shown = tokenizer.decode(written[len(ids) :], skip_special_tokens=True)
-        choice: dict[str, Any] = {"index": 0, "text": f" {shown}", "finish_reason": "length"}
-        if "logprobs" in asked and self.server.kind != "writes":
-            first = 0 if asked.get("echo") else len(ids)
-            choice["logprobs"] = self._logprobs(written, log_probs, first, asked)
+        text = tokenizer.decode(written[len(ids) :], skip_special_tokens=True)
+        choice: dict[str, Any] = {"index": 0, "text": f" {text}", "finish_reason": "length"}
+        if "logprobs" in request and self.server.kind != "writes":
+            first = 0 if request.get("echo") else len(ids)
+            choice["logprobs"] = self._logprobs(written, log_probs, first, request)
         return choice
 
-    def _logprobs(self, ids: list[int], log_probs: torch.Tensor, first: int, asked: dict[str, Any]) -> dict[str, Any]:
-        named = asked.get("return_tokens_as_token_ids")
-        words = [self._word(place, number) for place, number in enumerate(ids)]
-        starts = [sum(map(len, words[:place])) for place in range(len(words))]
-        values = [None, *(float(log_probs[place - 1, ids[place]]) for place in range(1, len(ids)))]
+    def _logprobs(self, ids: list[int], log_probs: torch.Tensor, first: int, request: dict[str, Any]) -> dict[str, Any]:
+        as_ids = request.get("return_tokens_as_token_ids")
+        words = [self._word(position, number) for position, number in enumerate(ids)]
+        starts = [sum(map(len, words[:position])) for position in range(len(words))]
+        values = [None, *(float(log_probs[position - 1, ids[position]]) for position in range(1, len(ids)))]
         tops: list[Any] = [None]
-        for place in range(1, len(ids)):
-            best = log_probs[place - 1].topk(asked["logprobs"])
-            names = (f"token_id:{number}" if named else self._word(9, number) for number in best.indices.tolist())
+        for position in range(1, len(ids)):
+            best = log_probs[position - 1].topk(request["logprobs"])
+            names = (f"token_id:{number}" if as_ids else self._word(9, number) for number in best.indices.tolist())
             tops.append(dict(zip(names, best.values.tolist(), strict=True)))
         return {
             "tokens": words[first:],
@@ -161,20 +160,20 @@ class _Handler(BaseHTTPRequestHandler):
             "text_offset": starts[first:],
         }
 
-    def _word(self, place: int, number: int) -> str:
+    def _word(self, position: int, number: int) -> str:
         word = str(self.server.tokenizer.convert_ids_to_tokens(number))
-        return word if place < 2 or word == "." else f" {word}"
+        return word if position < 2 or word == "." else f" {word}"
 
     def _misbehaves(self) -> bool:
         self.server.requests.append((self.path, dict(self.headers)))
         if self.server.key and self.headers["authorization"] != f"Bearer {self.server.key}":
-            # As a careless server might: what it was sent, in its message.
+            # Like a careless server, repeat the key in the message.
             self._answer({"error": {"message": f"Wrong key: {self.headers['authorization']}"}}, 401)
             return True
-        left = self.server.faults.get(self.path)
-        if not left:
+        faults = self.server.faults.get(self.path)
+        if not faults:
             return False
-        fault = left[0] if len(left) == 1 and left[0] in ("hang", "trickle") else left.pop(0)
+        fault = faults[0] if len(faults) == 1 and faults[0] in ("hang", "trickle") else faults.pop(0)
         if fault == "ok":
             return False
         if fault == "hang":

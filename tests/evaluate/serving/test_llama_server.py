@@ -1,4 +1,4 @@
-"""A real llama-server, of the wheel xllamacpp, with the tiny Llama that knows 64 facts."""
+"""A real llama-server, from the package xllamacpp, with the tiny Llama that knows 64 facts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from tests.engine.gguf_files import needs_gguf, write_gguf
-from tests.evaluate.references import answers_to, as_probe, known_facts
-from tests.evaluate.serving.test_servers import answers_from
+from tests.evaluate.references import evaluate_model, make_known_facts, make_probe
+from tests.evaluate.serving.test_servers import evaluate_server
 from tests.knowing import save_trained, write_facts
 
 xllamacpp = pytest.importorskip("xllamacpp")
-# Activations are rounded to 8 bits by llama.cpp's kernels for Q8_0, which transformers does not do.
+# Unlike transformers, the kernels of llama.cpp for Q8_0 round activations to 8 bits.
 CLOSE = 0.12
 
 
@@ -43,35 +43,35 @@ def url(gguf: Path) -> Iterator[str]:
 
 @needs_gguf
 @pytest.mark.parametrize("closed", [True, False])
-def test_answers_are_those_of_the_file_unpacked_by_transformers(url: str, gguf: Path, closed: bool) -> None:
-    probe = as_probe(known_facts(closed=closed), vocabulary="closed" if closed else "open")
-    here = load_language_model(gguf, device="cpu", dtype="float32")
-    expected = answers_to(here.model, here.tokenizer, "causal", probe)
-    found = answers_from(url, probe)
-    assert [found[fact].predicted for fact in expected] == [answer.predicted for answer in expected.values()]
-    assert [found[fact].rank for fact in expected] == [answer.rank for answer in expected.values()]
+def test_answers_are_those_of_the_unpacked_file(url: str, gguf: Path, closed: bool) -> None:
+    probe = make_probe(make_known_facts(closed=closed), vocabulary="closed" if closed else "open")
+    lm = load_language_model(gguf, device="cpu", dtype="float32")
+    expected = evaluate_model(lm.model, lm.tokenizer, "causal", probe)
+    answers = evaluate_server(url, probe)
+    assert [answers[fact].predicted for fact in expected] == [answer.predicted for answer in expected.values()]
+    assert [answers[fact].rank for fact in expected] == [answer.rank for answer in expected.values()]
     for fact, answer in expected.items():
-        assert found[fact].logp_gold == pytest.approx(answer.logp_gold, abs=CLOSE)
-        assert found[fact].top5_logp[0] == pytest.approx(answer.top5_logp[0], abs=CLOSE)
+        assert answers[fact].logp_gold == pytest.approx(answer.logp_gold, abs=CLOSE)
+        assert answers[fact].top5_logp[0] == pytest.approx(answer.top5_logp[0], abs=CLOSE)
 
 
 @needs_gguf
-def test_any_tokens_of_the_original_can_be_asked_for(url: str, gguf: Path) -> None:
-    probe = as_probe(known_facts()[:2])
-    here = load_language_model(gguf, device="cpu", dtype="float32")
-    expected = answers_to(here.model, here.tokenizer, "causal", probe)
+def test_any_tokens_of_the_original_can_be_requested(url: str, gguf: Path) -> None:
+    probe = make_probe(make_known_facts()[:2])
+    lm = load_language_model(gguf, device="cpu", dtype="float32")
+    expected = evaluate_model(lm.model, lm.tokenizer, "causal", probe)
     scorer = ModelHandle(locate(url), Settings()).loaded.make_scorer(probe)
     for fact, other in zip(probe.facts, expected.values(), strict=True):
         (answer,) = scorer.answer([scorer.make_query(fact)], [other.first_ids])
         assert list(answer.first_ids) == list(other.first_ids)
-        shares = (
+        probabilities = (
             np.exp(np.array(answer.first_logp, dtype=np.float64)),
             np.exp(np.array(other.first_logp, dtype=np.float64)),
         )
-        assert shares[0] == pytest.approx(shares[1], abs=0.02)
+        assert probabilities[0] == pytest.approx(probabilities[1], abs=0.02)
 
 
-def test_probe_and_report_with_a_server_on_either_side(url: str, tmp_path: Path) -> None:
+def test_probe_and_report_with_a_server(url: str, tmp_path: Path) -> None:
     facts, out = f"facts:{write_facts(tmp_path / 'f.jsonl')}", tmp_path / "answers"
     assert main(["probe", url, "-p", facts, "-o", str(out), "--parallel", "2"]) == 0
     record = json.loads((out / "probe.json").read_text())["model"]

@@ -13,7 +13,7 @@ from compressknow.comparison.intervals import average_estimates, compare_rates
 from compressknow.pages.study.claims import answer_claim, compare_cells, measure_decline, measure_remaining
 from compressknow.pages.study.findings import Finding, evaluate_findings
 from compressknow.pages.study.summary import find_cliffs, rank_cells, write_verdict
-from tests.comparison.test_clusters import shares
+from tests.comparison.test_clusters import draw_chances
 from tests.pages.study.studies import Asked, Cell, gp, gpq, gq, study, whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"
@@ -246,7 +246,7 @@ def test_forms_that_lose_as_much_by_million_are_hardly_ever_told_apart(icc: floa
     drawn, cluster, told = np.random.default_rng(2), np.tile(np.arange(20), 10), []
     for _ in range(400):
         # 1 % of all facts, and 5 %.
-        lost = [drawn.random(200) < np.tile(shares(drawn, loss, icc, 20), 10) for loss in (0.01, 0.05)]
+        lost = [drawn.random(200) < np.tile(draw_chances(drawn, loss, icc, 20), 10) for loss in (0.01, 0.05)]
         told.append(compare_rates(*(side.astype(int) for side in lost), cluster, (10, 50))[1] or 1.0)
     assert np.mean(np.array(told) < 0.05) < 0.05
     # As Holm's method needs it of the smallest of many.
