@@ -32,7 +32,7 @@ from compressknow.pages.study.summary import Cliff, LossRanking
 from compressknow.study.grid import read_grid
 from tests.evaluate.layouts import WORDS, bear_folder, lama_folder
 from tests.long import long
-from tests.pages.answering import run, sides
+from tests.pages.answering import make_rows, make_runs
 from tests.shown import PAGES, ROOT, Shown, blocks, commands, name_of
 
 REPOSITORY = "https://github.com/compressknow/compressknow"
@@ -246,7 +246,7 @@ TRACKERS = ("mlflow", "wandb")
 def test_a_card_goes_to_a_tracker_as_the_page_says(tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = MagicMock()
     monkeypatch.setitem(sys.modules, tracker, recorder)
-    original, compressed = run(sides(95, 5))
+    original, compressed = make_runs(make_rows(95, 5))
     (code,) = (block for block in blocks(ROOT / "docs" / "api.md", "python") if f"import {tracker}" in block)
     exec(compile(code, tracker, "exec"), {"card": make_card(original, [compressed])})
     given = str(recorder.mock_calls)

@@ -17,12 +17,12 @@ from compressknow.comparison.distributions import (
 )
 from compressknow.comparison.intervals import estimate_proportion
 from compressknow.comparison.paired import compare_probe
-from tests.pages.answering import answer, entry, sides
+from tests.pages.answering import make_answer, make_entry, make_rows
 
 
 def sure(number: int, probability: float, correct: bool, **changes: object) -> object:
     logp = (math.log(probability), *(math.log((1 - probability) / 7),) * 4)
-    return answer(number, correct, top5_logp=logp, **changes)
+    return make_answer(number, correct, top5_logp=logp, **changes)
 
 
 def pairs(facts: int = 90) -> list[tuple[object, object]]:
@@ -89,7 +89,7 @@ def test_too_few_facts_have_no_thirds() -> None:
 
 def test_without_probabilities_of_answers_nothing_is_told() -> None:
     free = [(sure(n, 0.5, True, choices=None), sure(n, 0.5, True, choices=None)) for n in range(50)]
-    broken = [(sure(n, 0.5, True), answer(n, True, top5_logp=(math.nan,) * 5)) for n in range(50)]
+    broken = [(sure(n, 0.5, True), make_answer(n, True, top5_logp=(math.nan,) * 5)) for n in range(50)]
     assert (
         compare_confidence(free)
         is compare_confidence(broken)
@@ -100,6 +100,6 @@ def test_without_probabilities_of_answers_nothing_is_told() -> None:
 
 
 def test_it_is_among_the_figures_of_a_probe() -> None:
-    rows = sides(60, 10, 5, 25)
-    figures = compare_probe(*rows, entry(), entry(), probe="atlas", ran_in="")
+    rows = make_rows(60, 10, 5, 25)
+    figures = compare_probe(*rows, make_entry(), make_entry(), probe="atlas", ran_in="")
     assert figures.confidence == compare_confidence(list(zip(*rows, strict=True)))

@@ -37,7 +37,7 @@ from compressknow.evaluate.scoring.scorer import Encoder
 from tests.evaluate.references import as_probe, causal, filled, known_facts, masked
 from tests.evaluate.trained import word_piece
 from tests.knowing import knowing
-from tests.pages.answering import answer, answers
+from tests.pages.answering import make_answer, make_answers
 
 FAMILIES = {"bert": "masked", "llama": "causal", "t5": "seq2seq"}
 PRUNED = 0.6
@@ -294,7 +294,7 @@ def test_a_tokenizer_that_changes_a_text_says_it_all_the_same() -> None:
     ],
 )
 def test_a_grade_follows_from_what_an_answer_holds(changes: dict[str, Any], grade: str) -> None:
-    assert grade_answer(replace(answer(0, True), **changes)) == grade
+    assert grade_answer(replace(make_answer(0, True), **changes)) == grade
 
 
 def fact(
@@ -341,23 +341,23 @@ def test_an_example_whose_sentence_is_open_is_closed() -> None:
 
 def test_known_as_produced_counts_what_is_said_alone() -> None:
     rows = [
-        answer(0, True, produced="Paris", grade=PRODUCED),
-        answer(1, True, produced="a city", grade=RECOGNIZED),
-        answer(2, False, produced="Paris", grade=DEMOTED),
-        answer(3, False, produced="Rome", grade=DEMOTED),
+        make_answer(0, True, produced="Paris", grade=PRODUCED),
+        make_answer(1, True, produced="a city", grade=RECOGNIZED),
+        make_answer(2, False, produced="Paris", grade=DEMOTED),
+        make_answer(3, False, produced="Rome", grade=DEMOTED),
     ]
-    told = apply_reading(answers(rows), "produced")
+    told = apply_reading(make_answers(rows), "produced")
     assert [each.correct for each in told.answers] == [True, False, False, False]
     assert [each.predicted for each in told.answers] == ["Paris", "a city", "Rome", "Rome"]
     # What is said freely is not right by chance.
     assert {each.choices for each in told.answers} == {None}
     assert all(each.chance is None for each in told.record.probes.values())
-    assert apply_reading(answers(rows), "recognized") == answers(rows)
+    assert apply_reading(make_answers(rows), "recognized") == make_answers(rows)
 
 
 def test_answers_that_do_not_tell_what_is_said_are_refused_in_one_message() -> None:
     with pytest.raises(CompressknowError, match="have no generated text") as caught:
-        apply_reading(answers([answer(0, True)]), "produced")
+        apply_reading(make_answers([make_answer(0, True)]), "produced")
     assert "--known produced" in str(caught.value.hint)
 
 

@@ -24,7 +24,7 @@ from compressknow.evaluate.records import NoiseFloor
 from compressknow.evaluate.sources import open_all
 from compressknow.pages.card.warnings import compare_with_rounding
 from tests.knowing import facts_file, in_wordings, knowing
-from tests.pages.answering import entry, sides
+from tests.pages.answering import make_entry, make_rows
 
 BF16 = Settings(dtype="bfloat16", noise_floor=False)
 
@@ -165,7 +165,9 @@ def test_the_card_says_it_in_every_form(tmp_path: Path) -> None:
 
 
 def test_the_verdict_sets_what_changed_beside_it() -> None:
-    figures = replace(compare_probe(*sides(80, 20), entry(), entry(), probe="atlas", ran_in=""), answer_changed=0.25)
+    figures = replace(
+        compare_probe(*make_rows(80, 20), make_entry(), make_entry(), probe="atlas", ran_in=""), answer_changed=0.25
+    )
     few, many = (NoiseFloor(200, changed, 100, 1, 0, 0.001, "bfloat16") for changed in (4, 60))
     assert compare_with_rounding([replace(figures, noise_floor=None)]) == ""
     said = compare_with_rounding([replace(figures, noise_floor=few)])

@@ -20,7 +20,7 @@ from compressknow.evaluate.grades import DEMOTED, GONE, PRODUCED, RECOGNIZED, me
 from compressknow.evaluate.sources import open_all
 from tests.evaluate.layouts import open_probe
 from tests.knowing import in_wordings, knowing
-from tests.pages.answering import answer, answers, entry
+from tests.pages.answering import make_answer, make_answers, make_entry
 
 N = 3
 
@@ -149,8 +149,8 @@ def test_one_wording_is_the_probe_itself() -> None:
     one = open_probe("atlas", Options(templates=1))
     assert isinstance(one, Probe)
     assert one.fingerprint() == open_probe("atlas").fingerprint()
-    assert merge_wordings(answers([answer(0, True)])) == answers([answer(0, True)])
-    assert compare_wordings([answer(0, True)], [answer(0, True)]) is None
+    assert merge_wordings(make_answers([make_answer(0, True)])) == make_answers([make_answer(0, True)])
+    assert compare_wordings([make_answer(0, True)], [make_answer(0, True)]) is None
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,11 @@ def test_a_fact_is_known_by_most_of_its_wordings(
     right: tuple[bool, ...], ranks: tuple[int | None, ...], known: bool, rank: int | None
 ) -> None:
     own = [
-        answer(0, each, fact_id=f"fact@{number}", template=number, rank=place)
+        make_answer(0, each, fact_id=f"fact@{number}", template=number, rank=place)
         for number, (each, place) in enumerate(zip(right, ranks, strict=True), 1)
     ]
-    probes = {"atlas": entry(facts=len(own), asked=len(own), templates=len(own))}
-    (merged,) = merge_wordings(answers(own, probes=probes)).answers
+    probes = {"atlas": make_entry(facts=len(own), asked=len(own), templates=len(own))}
+    (merged,) = merge_wordings(make_answers(own, probes=probes)).answers
     assert (merged.fact_id, merged.correct, merged.rank, merged.template) == ("fact", known, rank, None)
     # Else a fact might be lost and its answer unchanged.
     assert (merged.predicted == merged.gold) is known
@@ -195,16 +195,16 @@ def test_a_fact_has_the_middle_grade_and_what_most_say_after_an_example(
     grades: tuple[str | None, ...], shown: tuple[str | None, ...], grade: str | None, comes_back: bool | None
 ) -> None:
     own = [
-        answer(0, False, fact_id=f"fact@{number}", template=number, grade=each, with_example=text)
+        make_answer(0, False, fact_id=f"fact@{number}", template=number, grade=each, with_example=text)
         for number, (each, text) in enumerate(zip(grades, shown, strict=True), 1)
     ]
-    probes = {"atlas": entry(facts=len(own), asked=len(own), templates=len(own))}
-    (merged,) = merge_wordings(answers(own, probes=probes)).answers
+    probes = {"atlas": make_entry(facts=len(own), asked=len(own), templates=len(own))}
+    (merged,) = merge_wordings(make_answers(own, probes=probes)).answers
     assert merged.grade == grade
     assert (None if merged.with_example is None else merged.with_example == merged.gold) is comes_back
 
 
 def test_wordings_all_alike_are_wholly_consistent_and_single_ones_have_no_consistency() -> None:
-    assert measure_consistency([answer(0, True, fact_id=f"fact@{n}") for n in (1, 2)]) == 1
-    assert measure_consistency([answer(0, n == 1, fact_id=f"fact@{n}") for n in (1, 2)]) == 0
-    assert measure_consistency([answer(0, True)]) is None
+    assert measure_consistency([make_answer(0, True, fact_id=f"fact@{n}") for n in (1, 2)]) == 1
+    assert measure_consistency([make_answer(0, n == 1, fact_id=f"fact@{n}") for n in (1, 2)]) == 0
+    assert measure_consistency([make_answer(0, True)]) is None

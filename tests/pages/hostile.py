@@ -8,7 +8,7 @@ from typing import Any
 
 from compressknow.pages.records import Card
 
-TEXTS = (
+HOSTILE_TEXTS = (
     "<script>alert(1)</script><img src=x onerror=alert(1)>",
     "</svg></style></script></title><b>",
     "\" onmouseover=\"alert(1)' x='",
@@ -22,12 +22,12 @@ TEXTS = (
 _KEPT = {"show_facts", "sha256"}
 
 
-def hostile(card: Card, text: str) -> Card:
+def replace_texts(card: Card, text: str) -> Card:
     """The card with each of its texts replaced by `text`."""
     return _walk(card, lambda _: text)
 
 
-def numbered(card: Card, text: str) -> Card:
+def number_texts(card: Card, text: str) -> Card:
     """The same with a number before each, so that names that have to differ do."""
     count = iter(range(1_000_000))
     return _walk(card, lambda _: f"{next(count)} {text}")

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 _AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 
 
-def violations(page: Page) -> list[tuple[str, str]]:
+def find_violations(page: Page) -> list[tuple[str, str]]:
     """Rules of accessibility that the page breaks, each with the first element that does."""
     page.evaluate(_AXE)
     found = page.evaluate("axe.run(document, {resultTypes: ['violations']}).then((found) => found.violations)")
     return [(each["id"], each["nodes"][0]["html"]) for each in found]
 
 
-def overflow(page: Page) -> int:
+def measure_overflow(page: Page) -> int:
     """Pixels by which the page is wider than the screen."""
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
@@ -42,7 +42,7 @@ _OVERLAPPING = """
 """
 
 
-def overlapping(page: Page) -> list[str]:
+def find_overlaps(page: Page) -> list[str]:
     """Texts of a chart that lie over one another by more than a pixel, or side by side without two between them, of
     what is unfolded.
     """
@@ -60,12 +60,12 @@ _CUT = """
 """
 
 
-def cut(page: Page) -> list[str]:
+def find_cut_texts(page: Page) -> list[str]:
     """Texts that reach over their chart's edge by more than a wider font explains."""
     return page.evaluate(_CUT)
 
 
-def sizes(page: Page) -> set[int]:
+def measure_chart_widths(page: Page) -> set[int]:
     """The widths of the charts, in pixels, of those that are seen."""
     charts = "[...document.querySelectorAll('svg.chart')]"
     return set(page.evaluate(f"{charts}.map((each) => Math.round(each.getBoundingClientRect().width))")) - {0}
@@ -79,7 +79,7 @@ _OUTSIDE = """
 """
 
 
-def outside(page: Page) -> list[str]:
+def find_outside(page: Page) -> list[str]:
     """Tables, and answers in tables of facts, that reach over the edge of their column, of what is unfolded."""
     return page.evaluate(_OUTSIDE)
 
@@ -90,7 +90,7 @@ _SCROLLED = """
 """
 
 
-def scrolled(page: Page) -> list[str]:
+def find_scrolled(page: Page) -> list[str]:
     """Tables of which a part is in sight alone, of what is unfolded."""
     return page.evaluate(_SCROLLED)
 
@@ -100,10 +100,10 @@ def check_fits(page: Page, *, labelled: bool = True, whole: bool = True) -> None
     `labelled` by the project's own words, and none is cut, where they are to be `whole`."""
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 900})
-        assert overflow(page) <= 0, width
-        assert outside(page) == [], width
-        assert not labelled or overlapping(page) == [], width
-        assert not whole or cut(page) == [], width
+        assert measure_overflow(page) <= 0, width
+        assert find_outside(page) == [], width
+        assert not labelled or find_overlaps(page) == [], width
+        assert not whole or find_cut_texts(page) == [], width
 
 
 def check_accessible(page: Page, file: Path, scheme: Any) -> None:
@@ -112,4 +112,4 @@ def check_accessible(page: Page, file: Path, scheme: Any) -> None:
     page.set_viewport_size({"width": 360, "height": 900})
     page.goto(file.as_uri())
     unfold(page, 100)
-    assert violations(page) == []
+    assert find_violations(page) == []

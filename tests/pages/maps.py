@@ -14,7 +14,7 @@ BITS = {"q8_0": 8.5, "q6_k": 6.5625, "q4_k": 4.5, "q4_0": 4.5, "q3_k": 3.4375}
 DOMAINS = {"geography": 40, "science": 25}
 
 
-def weight(
+def make_row(
     name: str, *, layer: int | None, base: float, stack: str | None = None, group: str = "attention"
 ) -> TensorSensitivity:
     """One that loses `base` at eight bits, and `TYPES` times as much at others."""
@@ -28,12 +28,12 @@ def weight(
     )
 
 
-def sensitivity_of(layers: int = 6, **changes: Any) -> Sensitivity:
+def make_sensitivity(layers: int = 6, **changes: Any) -> Sensitivity:
     """As it is measured: from the last layer to the first. The value of layer 2 matters most."""
     modules = {"self_attn.q_proj": 1, "self_attn.v_proj": 8, "mlp.down_proj": 3}
-    rows = [weight("lm_head", layer=None, base=2e-5, group="final")]
+    rows = [make_row("lm_head", layer=None, base=2e-5, group="final")]
     rows += [
-        weight(name, layer=layer, base=1e-5 * base * (20 if (layer, base) == (2, 8) else 1 + layer))
+        make_row(name, layer=layer, base=1e-5 * base * (20 if (layer, base) == (2, 8) else 1 + layer))
         for layer in reversed(range(layers))
         for name, base in modules.items()
     ]

@@ -67,7 +67,7 @@ class _Reader(HTMLParser):
         self.current.children.append(data)
 
 
-def read(page: str) -> Element:
+def parse_html(page: str) -> Element:
     """The root of the page's elements; raises AssertionError where tags are not closed as they were opened."""
     reader = _Reader()
     reader.feed(page)

@@ -19,21 +19,21 @@ from compressknow.study.allocation import TypeOption
 from compressknow.study.map import FORMATS, Map, compute_kl_per_mb, compute_risk, write_map, write_verdict
 from compressknow.study.sensitivity import Sensitivity
 from tests.long import one_in
-from tests.pages.hostile import TEXTS
-from tests.pages.in_browser import cut, overflow, overlapping, unfold, violations
-from tests.pages.maps import TYPES, render_map_html, render_map_markdown, sensitivity_of, weight
-from tests.pages.pages import read
+from tests.pages.hostile import HOSTILE_TEXTS
+from tests.pages.in_browser import find_cut_texts, find_overlaps, find_violations, measure_overflow, unfold
+from tests.pages.maps import TYPES, make_row, make_sensitivity, render_map_html, render_map_markdown
+from tests.pages.pages import parse_html
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 
 def map_of(**changes: Any) -> Map:
-    return Map("tiny", sensitivity_of(**changes), "both")
+    return Map("tiny", make_sensitivity(**changes), "both")
 
 
 def test_the_page_has_a_map_for_all_facts_for_text_and_for_each_domain_on_one_scale() -> None:
-    page = read(render_map_html(map_of()))
+    page = parse_html(render_map_html(map_of()))
     maps = [svg for svg in page.all("svg") if "heat" in svg.attributes["class"]]
     assert [svg.attributes["id"] for svg in maps] == ["map-0", "map-1", "map-2", "map-3", "risk-map"]
     # Of 6 layers three figures each, and one of the head; the legend has seven shades.
@@ -49,7 +49,7 @@ def test_the_page_has_a_map_for_all_facts_for_text_and_for_each_domain_on_one_sc
 
 
 def test_the_most_and_the_least_sensitive_are_those_of_the_record() -> None:
-    page, map = read(render_map_html(map_of())), map_of()
+    page, map = parse_html(render_map_html(map_of())), map_of()
     tables = {table.one("caption").text: table for table in page.all("table")}
     most, least = (
         [row.one("th").text for row in table.one("tbody").all("tr")]
@@ -86,7 +86,7 @@ def test_the_line_is_the_least_loss_and_single_types_lie_on_it_or_above() -> Non
 
 
 def test_a_type_that_some_rows_do_not_fit_is_llama_cpps_fallback_or_left_out() -> None:
-    rows = sensitivity_of().rows
+    rows = make_sensitivity().rows
     narrow = {kind: each for kind, each in rows[1].by_type.items() if kind in ("q8_0", "q4_0")}
     map = map_of(rows=(rows[0], replace(rows[1], by_type=narrow)))
     uniform = map.uniform
@@ -96,7 +96,7 @@ def test_a_type_that_some_rows_do_not_fit_is_llama_cpps_fallback_or_left_out() -
 
 
 def test_figures_of_several_weights_are_those_of_all_of_them() -> None:
-    one, other = sensitivity_of().rows[1:3]
+    one, other = make_sensitivity().rows[1:3]
     assert compute_kl_per_mb([one], "both") == pytest.approx(one.per_mb())
     both = compute_kl_per_mb([one, other], "both")
     assert both == pytest.approx((one.per_mb() + other.per_mb()) / 2)
@@ -111,11 +111,11 @@ def test_without_facts_there_is_a_map_of_text_alone() -> None:
             by_domain={},
             by_type={kind: replace(each, facts=None, at_risk=None) for kind, each in row.by_type.items()},
         )
-        for row in sensitivity_of().rows
+        for row in make_sensitivity().rows
     )
-    guidance = replace(sensitivity_of().guidance, facts=0, fingerprint=None)
-    map = Map("tiny", sensitivity_of(rows=rows, domains={}, guidance=guidance), "text")
-    page = read(render_map_html(map))
+    guidance = replace(make_sensitivity().guidance, facts=0, fingerprint=None)
+    map = Map("tiny", make_sensitivity(rows=rows, domains={}, guidance=guidance), "text")
+    page = parse_html(render_map_html(map))
     assert [svg.attributes["id"] for svg in page.all("svg") if "heat" in svg.attributes["class"]] == ["map-0"]
     assert "Facts at risk" not in [each.text for each in page.all("h2")]
     assert "None" not in render_map_markdown(map)
@@ -123,7 +123,7 @@ def test_without_facts_there_is_a_map_of_text_alone() -> None:
 
 def test_layers_of_two_stacks_are_told_apart() -> None:
     rows = tuple(
-        weight(name, layer=layer, base=1e-5, stack=stack)
+        make_row(name, layer=layer, base=1e-5, stack=stack)
         for stack in ("decoder", "encoder")
         for layer in (1, 0)
         for name in ("layer.SelfAttention.q", "layer.EncDecAttention.q")
@@ -141,20 +141,22 @@ def test_all_formats_are_written_and_known_again(tmp_path: Path) -> None:
     write_map(map_of(), files, overwrite=False)
     check_outputs(files, overwrite=True, formats=FORMATS)
     found = json.loads((tmp_path / "map.json").read_text())
-    assert Sensitivity.from_json(found) == sensitivity_of()
+    assert Sensitivity.from_json(found) == make_sensitivity()
     assert found["verdict"] == write_verdict(map_of())
     assert len(found["uniform"]) == 5
     rows = list(csv.DictReader(io.StringIO((tmp_path / "map.csv").read_text())))
-    assert len(rows) == len(sensitivity_of().rows) * len(TYPES)
+    assert len(rows) == len(make_sensitivity().rows) * len(TYPES)
     assert rows[0]["module"] == "lm_head"
     assert float(rows[0]["at_risk"]) == pytest.approx(6e-5)
     assert "| layer 2 |" in (tmp_path / "map.md").read_text()
 
 
-@pytest.mark.parametrize("text", one_in(8, TEXTS))
+@pytest.mark.parametrize("text", one_in(8, HOSTILE_TEXTS))
 def test_no_name_is_markup(text: str) -> None:
     hostile = map_of(domains={text: 40})
-    plain, named = (read(render_map_html(each)) for each in (map_of(domains={"x": 40}), replace(hostile, model=text)))
+    plain, named = (
+        parse_html(render_map_html(each)) for each in (map_of(domains={"x": 40}), replace(hostile, model=text))
+    )
     assert named.shape == plain.shape
 
 
@@ -170,10 +172,10 @@ def test_axe_finds_nothing_to_mend_and_the_page_fits_the_screen(page: Page, addr
     page.emulate_media(color_scheme=scheme)
     page.goto(address)
     unfold(page, 9)
-    assert violations(page) == []
+    assert find_violations(page) == []
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 900})
-        assert (overflow(page) <= 0, overlapping(page), cut(page)) == (True, [], []), width
+        assert (measure_overflow(page) <= 0, find_overlaps(page), find_cut_texts(page)) == (True, [], []), width
 
 
 def test_a_file_that_came_to_be_there_meanwhile_stays(tmp_path: Path) -> None:

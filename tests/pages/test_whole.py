@@ -18,25 +18,25 @@ from compressknow.study.map import Map
 from tests.long import long
 from tests.pages.card.test_html import CARDS
 from tests.pages.diff.test_pages import MADE
-from tests.pages.maps import render_map_html, sensitivity_of
-from tests.pages.pages import Element, read
-from tests.pages.search.searches import found, sized
+from tests.pages.maps import make_sensitivity, render_map_html
+from tests.pages.pages import Element, parse_html
+from tests.pages.search.searches import make_search, make_size_search
 from tests.pages.study.studies import STUDIES, render_study_html
 
 PAGES: dict[str, Callable[[], str]] = {
     **{f"card, {name}": lambda make=make: render_html(make()) for name, make in CARDS.items()},
     **{f"diff, {name}": lambda make=make: render_comparison_html(make()) for name, make in MADE.items()},
     **{f"study, {name}": lambda make=make: render_study_html(make()) for name, make in STUDIES.items()},
-    "search, found": lambda: render_search_html(found()),
-    "search, sized": lambda: render_search_html(sized()),
-    "map": lambda: render_map_html(Map("tiny", sensitivity_of(), "both")),
+    "search, found": lambda: render_search_html(make_search()),
+    "search, sized": lambda: render_search_html(make_size_search()),
+    "map": lambda: render_map_html(Map("tiny", make_sensitivity(), "both")),
 }
 
 
 # Drawing a study's charts takes seconds.
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=[long] * name.startswith("study")) for name in PAGES])
 def page(request: pytest.FixtureRequest) -> Element:
-    return read(PAGES[request.param]())
+    return parse_html(PAGES[request.param]())
 
 
 def test_every_link_leads_to_an_id_and_ids_are_unique(page: Element) -> None:

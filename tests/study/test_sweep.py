@@ -31,7 +31,7 @@ from compressknow.study.cells import RECORD, CellResult, build_study, claim
 from compressknow.study.grid import Cell
 from tests.knowing import KNOWN_FACTS, facts_file, in_wordings, knowing, knowing_by_own_code
 from tests.models import put_into_hub_cache
-from tests.pages.answering import answer, run
+from tests.pages.answering import make_answer, make_runs
 
 FAMILIES = ("bert", "llama", "t5")
 GRID = """
@@ -125,11 +125,11 @@ def test_knowledge_falls_as_more_is_pruned(swept: Place) -> None:
 def test_a_cell_is_shown_with_the_interval_by_relation_that_its_page_has() -> None:
     # Of ten relations, two are lost as a whole.
     rows = [
-        [answer(number, correct=side == 0 or number >= 40, relation=f"r{number // 20}") for number in range(200)]
+        [make_answer(number, correct=side == 0 or number >= 40, relation=f"r{number // 20}") for number in range(200)]
         for side in (0, 1)
     ]
     counts = dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "sparse_bytes"), 0)
-    original, after = run(rows, totals=counts)
+    original, after = make_runs(rows, totals=counts)
     result = CellResult(Cell("overall", Recipe((Prune(0.3),))), original, after)
     (cell,) = build_study(original, [result]).cells
     assert result.kept == cell.comparison.kept
@@ -138,7 +138,9 @@ def test_a_cell_is_shown_with_the_interval_by_relation_that_its_page_has() -> No
 
 def test_of_several_module_maps_figures_and_findings_go_by_the_first() -> None:
     counts = dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "sparse_bytes"), 0)
-    original, after = run([[answer(number, correct=True) for number in range(20)] for _ in range(2)], totals=counts)
+    original, after = make_runs(
+        [[make_answer(number, correct=True) for number in range(20)] for _ in range(2)], totals=counts
+    )
     maps = ("structural", "paper", "structural")
     results = [
         CellResult(Cell(f"cell-{amount}", Recipe((Prune(amount),), module_map=of)), original, after)

@@ -19,7 +19,7 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_markdown
 from compressknow.pages.card.verdict import ENOUGH, find_milder, write_advice
 from compressknow.pages.records import Comparison
-from tests.pages.answering import answer, answers, entry, model, run, sides
+from tests.pages.answering import make_answer, make_answers, make_entry, make_model, make_rows, make_runs
 
 ATTENTION, BOTH = Where(("attention",)), Where(("attention", "feed-forward"))
 GROUPS = {
@@ -30,14 +30,14 @@ GROUPS = {
 
 
 def of(*cells: int, recipe: Recipe | None = None, **changes: Any) -> Comparison:
-    rows = sides(*cells, **changes)
+    rows = make_rows(*cells, **changes)
     source = {"name": "org/tiny-bert"}
-    original, compressed = run(rows, recipe=recipe.to_dict() if recipe else None, source=source)
+    original, compressed = make_runs(rows, recipe=recipe.to_dict() if recipe else None, source=source)
     return make_card(original, [compressed]).comparisons[0]
 
 
 def run_pair(before: list[Answer], after: list[Answer]) -> tuple[Answers, list[Answers]]:
-    original, compressed = run((before, after))
+    original, compressed = make_runs((before, after))
     return original, [compressed]
 
 
@@ -58,10 +58,12 @@ class TestBranches:
         assert "it knew 100 of these." in comparison.next
 
     def test_more_facts_says_which_limit_gives_them(self) -> None:
-        rows = sides(92, 8, 0, 100)
+        rows = make_rows(92, 8, 0, 100)
         for read, said in ((10_000, "(--limit "), (300, "(without --limit, and with more probes)")):
-            probes = {"atlas": entry(limit=200, facts=read)}
-            card = make_card(answers(rows[0], probes=probes), [answers(rows[1], model(sha256="b" * 64), probes)])
+            probes = {"atlas": make_entry(limit=200, facts=read)}
+            card = make_card(
+                make_answers(rows[0], probes=probes), [make_answers(rows[1], make_model(sha256="b" * 64), probes)]
+            )
             assert said in card.comparisons[0].next
 
     def test_no_number_of_facts_where_the_share_is_the_threshold(self) -> None:
@@ -69,7 +71,7 @@ class TestBranches:
 
     def test_more_facts_where_the_interval_over_relations_alone_spans_it(self) -> None:
         # Of each relation 49 of 50 facts, or of four of them 45 and of the others all.
-        alike = [answer(n, True, relation=f"r{n % 20}") for n in range(1000)]
+        alike = [make_answer(n, True, relation=f"r{n % 20}") for n in range(1000)]
         spread, gathered = (
             [replace(each, correct=n not in lost) for n, each in enumerate(alike)]
             for lost in (range(20), [n for n in range(1000) if n % 20 < 2][:20])
@@ -103,14 +105,14 @@ class TestBranches:
         assert of().next == ""
 
     def test_an_interval_that_ends_just_below_the_threshold_is_not_written_as_it(self) -> None:
-        original, compressed = run(sides(100, 10))
+        original, compressed = make_runs(make_rows(100, 10))
         card = make_card(original, [compressed])
         assert "less than 95 % is kept" in card.comparisons[0].next
         assert "(90.9 %, interval 84.1 to 94.99 %)" in card.verdict
         assert "| 90.9 % (84.1 to 94.99 %) |" in render_markdown(card)
 
     def test_a_gate_of_all_facts_is_the_threshold(self) -> None:
-        original, compressed = run(sides(960, 40))
+        original, compressed = make_runs(make_rows(960, 40))
 
         def advise(*gates: float | str) -> str:
             return make_card(original, [compressed], gates=parse_gates(gates)).comparisons[0].next

@@ -11,8 +11,8 @@ import pytest
 
 from compressknow.base.errors import CompressknowError
 from compressknow.pages.card.make import make_card
-from tests.pages.answering import answers, entry, model, run, sides
-from tests.pages.card.cards import card_of_several
+from tests.pages.answering import make_answers, make_entry, make_model, make_rows, make_runs
+from tests.pages.card.cards import make_card_of_several
 
 # Section 8 of the design: others rely on these.
 PROBE_KEYS = {
@@ -22,7 +22,7 @@ PROBE_KEYS = {
 
 
 def report(*cells: int, show_facts: bool = True, **changes: Any) -> dict[str, Any]:
-    original, compressed = run(sides(*cells, **changes))
+    original, compressed = make_runs(make_rows(*cells, **changes))
     return make_card(original, [compressed], show_facts=show_facts).to_dict()
 
 
@@ -54,17 +54,17 @@ def test_is_strict_json_that_reads_back_whatever_was_known(cells: tuple[int, ...
 
 
 def test_is_strict_json_for_a_model_that_broke() -> None:
-    before, after = sides(30, 5)
+    before, after = make_rows(30, 5)
     broken = {"logp_gold": math.nan, "top5_logp": (math.nan,) * 5, "first_logp": (math.nan,) * 2}
-    original, compressed = run((before, [replace(row, **broken) for row in after]))
+    original, compressed = make_runs((before, [replace(row, **broken) for row in after]))
     found = make_card(original, [compressed]).to_dict()
     json.dumps(found, allow_nan=False)
     assert found["compressed"][0]["probes"]["atlas"]["kl_mean"] is None
 
 
 def test_the_same_answers_give_the_same_bytes() -> None:
-    original, compressed = run(sides(50, 10, 5, 20))
-    turned = [answers(reversed(side.answers), side.record.model) for side in (original, compressed)]
+    original, compressed = make_runs(make_rows(50, 10, 5, 20))
+    turned = [make_answers(reversed(side.answers), side.record.model) for side in (original, compressed)]
     texts = [
         json.dumps(make_card(one, [other]).to_dict()) for one, other in ((original, compressed), (turned[0], turned[1]))
     ]
@@ -87,8 +87,10 @@ def test_without_facts_no_text_of_a_fact_is_in_it() -> None:
         "top5": ("SECRET answer",) * 5,
         "fact_id": "SECRET",
     }
-    rows = [[replace(row, **secret | {"fact_id": f"SECRET {row.fact_id}"}) for row in side] for side in sides(5, 3, 2)]
-    original, compressed = run(rows)
+    rows = [
+        [replace(row, **secret | {"fact_id": f"SECRET {row.fact_id}"}) for row in side] for side in make_rows(5, 3, 2)
+    ]
+    original, compressed = make_runs(rows)
     text = json.dumps(make_card(original, [compressed], show_facts=False).to_dict())
     assert "SECRET" not in text
     assert '"by_relation": {"relation":' in text
@@ -96,23 +98,25 @@ def test_without_facts_no_text_of_a_fact_is_in_it() -> None:
 
 
 def test_what_was_done_to_the_model_is_said() -> None:
-    rows = sides(5)
-    made = model(sha256="b" * 64, setup="Att_GQ", source={"name": "tiny-bert", "revision": None}, zeros=7)
-    found = make_card(answers(rows[0]), [answers(rows[1], made)], command="compressknow report a b").to_dict()
+    rows = make_rows(5)
+    made = make_model(sha256="b" * 64, setup="Att_GQ", source={"name": "tiny-bert", "revision": None}, zeros=7)
+    found = make_card(make_answers(rows[0]), [make_answers(rows[1], made)], command="compressknow report a b").to_dict()
     assert found["compressed"][0]["source"] == {"name": "tiny-bert", "revision": None}
     assert found["compressed"][0]["model"]["zeros"] == 7
     assert found["command"] == "compressknow report a b"
 
 
 def test_left_out_facts_are_counted_by_reason() -> None:
-    rows = sides(5)
-    probes = {"atlas": entry(facts=8, dropped={"several tokens": 2, "ambiguous": 1})}
-    found = make_card(answers(rows[0], probes=probes), [answers(rows[1], model(sha256="b" * 64), probes)]).to_dict()
+    rows = make_rows(5)
+    probes = {"atlas": make_entry(facts=8, dropped={"several tokens": 2, "ambiguous": 1})}
+    found = make_card(
+        make_answers(rows[0], probes=probes), [make_answers(rows[1], make_model(sha256="b" * 64), probes)]
+    ).to_dict()
     assert found["compressed"][0]["probes"]["atlas"]["dropped"] == {"ambiguous": 1, "several tokens": 2}
 
 
 def test_a_card_gives_its_json_and_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = card_of_several()
+    card = make_card_of_several()
     assert [each["setup"] for each in card.to_dict()["compressed"]] == [each.model.setup for each in card.comparisons]
     frame = card.to_frame()
     assert list(zip(frame["model"], frame["probe"], frame["kept"], frame["lost"], strict=True)) == [

@@ -21,8 +21,8 @@ from tests.compress.calibrate.test_compression import BLOCKS
 from tests.compress.calibrate.test_compression import compressed as calibrated_on_little
 from tests.knowing import KNOWN_FACTS, facts_file, knowing
 from tests.models import save_tiny
-from tests.pages.card.cards import compressed, original
-from tests.pages.in_browser import overflow, unfold, violations
+from tests.pages.card.cards import make_compressed, make_original
+from tests.pages.in_browser import find_violations, measure_overflow, unfold
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -133,17 +133,17 @@ SAID = {
 
 
 def test_weights_that_the_text_did_not_reach_are_a_warning_where_they_are_many() -> None:
-    (told,) = warnings.warn_of_calibration(original(), replace(compressed(), calibration=SAID))
+    (told,) = warnings.warn_of_calibration(make_original(), replace(make_compressed(), calibration=SAID))
     assert "did not reach 60.0 % of the parameters" in told
-    few = replace(compressed(), calibration=SAID | {"unseen_share": 0.05})
-    assert list(warnings.warn_of_calibration(original(), few)) == []
+    few = replace(make_compressed(), calibration=SAID | {"unseen_share": 0.05})
+    assert list(warnings.warn_of_calibration(make_original(), few)) == []
 
 
 @pytest.mark.parametrize(("known_found", "warned"), [(1, 0), (2, 1)])
 def test_one_fact_in_a_hundred_is_no_warning(known_found: int, warned: int) -> None:
     found = FactsInText(200, 3, 100, known_found)
-    model = replace(compressed(), calibration=SAID | {"unseen_share": 0.0}, in_calibration=found)
-    assert len(list(warnings.warn_of_calibration(original(), model))) == warned
+    model = replace(make_compressed(), calibration=SAID | {"unseen_share": 0.0}, in_calibration=found)
+    assert len(list(warnings.warn_of_calibration(make_original(), model))) == warned
 
 
 def test_a_share_of_parameters_is_unseen_matrices_of_experts_apart() -> None:
@@ -164,7 +164,7 @@ def test_experts_that_few_tokens_reach_are_a_warning(tmp_path: Path) -> None:
     calibrated_on_little(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS), count=1)
     said = describe(locate(tmp_path / "out"))["calibration"]
     assert said["unseen_share"] == pytest.approx(share_of_unseen(tmp_path / "out"))
-    (told,) = warnings.warn_of_calibration(original(), replace(compressed(), calibration=said))
+    (told,) = warnings.warn_of_calibration(make_original(), replace(make_compressed(), calibration=said))
     assert "did not reach" in told
 
 
@@ -186,5 +186,5 @@ def test_the_page_of_a_calibrated_model_is_sound(page: Page, place: Path, card: 
     page.set_viewport_size({"width": width, "height": 900})
     page.goto((place / "card.html").as_uri())
     unfold(page, 9)
-    assert overflow(page) <= 0
-    assert violations(page) == []
+    assert measure_overflow(page) <= 0
+    assert find_violations(page) == []

@@ -18,14 +18,16 @@ from compressknow.comparison.records import Counts, EarlyStop, Estimate, PairedT
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_markdown
 from compressknow.pages.records import Card
-from tests.pages.answering import answer, run
+from tests.pages.answering import make_answer, make_runs
 
 
 def card_of(relations: int, early: EarlyStop | None = None) -> Card:
     """200 facts, of which the first 160 are known; every seventh is lost."""
     cells = [(n < 160, n < 160 and n % 7 > 0) for n in range(200)]
-    sides = [[answer(n, cell[side], relation=f"r{n % relations}") for n, cell in enumerate(cells)] for side in (0, 1)]
-    original, compressed = run(sides)
+    sides = [
+        [make_answer(n, cell[side], relation=f"r{n % relations}") for n, cell in enumerate(cells)] for side in (0, 1)
+    ]
+    original, compressed = make_runs(sides)
     return make_card(original, [compressed], early=early)
 
 
@@ -63,8 +65,8 @@ def test_the_verdict_has_the_wider_interval_and_a_section_both() -> None:
 def test_the_verdict_names_the_relations_where_few_of_them_lost_everything() -> None:
     """Of 12 relations of 10 facts two were lost whole: chance among facts does not explain that."""
     lost = [n % 12 < 2 for n in range(120)]
-    rows = [[answer(n, not (side and lost[n]), relation=f"r{n % 12}") for n in range(120)] for side in (0, 1)]
-    original, compressed = run(rows)
+    rows = [[make_answer(n, not (side and lost[n]), relation=f"r{n % 12}") for n in range(120)] for side in (0, 1)]
+    original, compressed = make_runs(rows)
     card = make_card(original, [compressed])
     assert run_mcnemar(card.comparisons[0].counts) < 0.001
     assert "forgot 20 and gained none, a net loss that the choice of relations could explain (p = 0.5)." in card.verdict
@@ -86,8 +88,8 @@ def test_without_clusters_the_page_says_so(relations: int, said: str) -> None:
 
 def test_a_warning_says_that_too_few_relations_have_known_facts() -> None:
     cells = [(n % 8 < 3, n % 8 in (1, 2)) for n in range(400)]
-    sides = [[answer(n, cell[side], relation=f"r{n % 8}") for n, cell in enumerate(cells)] for side in (0, 1)]
-    original, compressed = run(sides)
+    sides = [[make_answer(n, cell[side], relation=f"r{n % 8}") for n, cell in enumerate(cells)] for side in (0, 1)]
+    original, compressed = make_runs(sides)
     (comparison,) = make_card(original, [compressed]).comparisons
     assert comparison.certainty.test.unit == "relation"
     (said,) = comparison.warnings

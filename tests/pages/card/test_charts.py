@@ -17,12 +17,12 @@ from compressknow.pages.card.pages import chart_costs, chart_setups, render_html
 from compressknow.pages.card.sections.facts import chart_popularity
 from compressknow.pages.card.warnings import estimate_rounding_kept
 from compressknow.pages.records import Comparison, name_models
-from tests.pages.card.cards import POPULARITY, card_of_several, group
-from tests.pages.hostile import TEXTS
+from tests.pages.card.cards import POPULARITY, make_card_of_several, make_group
+from tests.pages.hostile import HOSTILE_TEXTS
 
 
 def bins(name: str = "{}") -> tuple[Group, ...]:
-    return tuple(group(name.replace("{}", bin), counts) for bin, counts in POPULARITY)
+    return tuple(make_group(name.replace("{}", bin), counts) for bin, counts in POPULARITY)
 
 
 def texts(chart: str) -> list[str]:
@@ -36,7 +36,7 @@ def popularity(groups: tuple[Group, ...], id: str, name: str) -> str:
 
 
 def drawn(name: str | None = None) -> tuple[str, ...]:
-    comparisons = card_of_several((20, 40)).comparisons
+    comparisons = make_card_of_several((20, 40)).comparisons
     if name is not None:
         comparisons = tuple(replace(c, model=replace(c.model, setup=name)) for c in comparisons)
     names = [clean(c.model.setup, 80) for c in comparisons]
@@ -59,7 +59,7 @@ def test_fewer_than_two_bins_are_no_chart() -> None:
 
 
 def test_amounts_by_scope_are_lines_and_the_rest_bars() -> None:
-    comparisons = card_of_several((20, 40)).comparisons
+    comparisons = make_card_of_several((20, 40)).comparisons
     lines, others = split_setups(comparisons)
     assert [line.scope for line in lines] == ["Att_GP", "Att_GPQ", "FF_GP", "FF_GPQ", "All_GP", "All_GPQ"]
     assert [[amount for amount, _ in line.points] for line in lines] == [[20, 40]] * 6
@@ -70,15 +70,15 @@ def test_amounts_by_scope_are_lines_and_the_rest_bars() -> None:
 
 
 def test_every_comparison_is_in_one_chart_at_most() -> None:
-    comparisons = card_of_several((20, 40)).comparisons
+    comparisons = make_card_of_several((20, 40)).comparisons
     twice = (*comparisons, *comparisons)
     lines, others = split_setups(twice)
     assert sum(len(line.points) for line in lines) + len(others) == len(twice)
-    assert len(name_models(replace(card_of_several((20, 40)), comparisons=twice))) == len(twice)
+    assert len(name_models(replace(make_card_of_several((20, 40)), comparisons=twice))) == len(twice)
 
 
 def test_many_bars_are_left_to_the_table() -> None:
-    comparisons = card_of_several((20, 40)).comparisons[:1] * 20
+    comparisons = make_card_of_several((20, 40)).comparisons[:1] * 20
     comparisons = tuple(replace(c, model=replace(c.model, setup=None)) for c in comparisons)
     assert chart_setups(comparisons, ["x"] * 20, "overview") == ()
     assert len(chart_setups(comparisons[:5], ["x"] * 5, "overview")) == 1
@@ -86,7 +86,7 @@ def test_many_bars_are_left_to_the_table() -> None:
 
 def floors(*found: NoiseFloor | None) -> tuple[Comparison, ...]:
     """Several compressed models, of two probes that have these noise floors."""
-    comparisons = card_of_several((20, 40)).comparisons
+    comparisons = make_card_of_several((20, 40)).comparisons
     return tuple(
         replace(c, probes=tuple(replace(p, noise_floor=floor) for p, floor in zip(c.probes, found, strict=True)))
         for c in comparisons
@@ -94,7 +94,7 @@ def floors(*found: NoiseFloor | None) -> tuple[Comparison, ...]:
 
 
 def test_speeds_say_in_what_they_were_measured() -> None:
-    card = card_of_several()
+    card = make_card_of_several()
     sized, timed = chart_costs(card, name_models(card))
     assert list(timed.looks) == ["in transformers, bfloat16", "in llama.cpp b1"]
     assert list(sized.looks) == ["in transformers", "in llama.cpp", "the original, in transformers"]
@@ -106,7 +106,7 @@ def test_speeds_say_in_what_they_were_measured() -> None:
 
 
 def test_every_runtime_has_its_models_on_the_chart_however_many_there_are() -> None:
-    card = card_of_several()
+    card = make_card_of_several()
     ran = [{"name": f"runtime {i % 6}", "build": None} for i in range(len(card.comparisons))]
     pairs = zip(card.comparisons, ran, strict=True)
     card = replace(card, comparisons=tuple(replace(c, model=replace(c.model, runtime=each)) for c, each in pairs))
@@ -119,17 +119,17 @@ def test_what_rounding_alone_keeps_is_a_line_across_where_it_was_found_for_all()
     comparisons = floors(few, many)
     known = [probe.counts.known_before for probe in comparisons[0].probes]
     kept = sum(each * share for each, share in zip(known, (0.975, 0.9), strict=True)) / sum(known)
-    for chart in chart_setups(comparisons, name_models(card_of_several((20, 40))), "overview"):
+    for chart in chart_setups(comparisons, name_models(make_card_of_several((20, 40))), "overview"):
         assert "rounding alone" in texts(chart)
         assert f"rounding alone: {100 * kept:.1f} %." in "".join(ElementTree.fromstring(chart).itertext())
     nothing_known = replace(few, known=0, lost=0)
     for lacking in ((few, None), (None, many), (None, None), (few, nothing_known)):
         made = floors(*lacking)
         assert estimate_rounding_kept(made[0].probes).value is None
-        assert "rounding" not in "".join(chart_setups(made, name_models(card_of_several((20, 40))), "overview"))
+        assert "rounding" not in "".join(chart_setups(made, name_models(make_card_of_several((20, 40))), "overview"))
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
 def test_hostile_names_stay_text(text: str) -> None:
     shown = popularity(bins(text + "{}"), "p1", text)
     harmless = popularity(bins("harmless {}"), "p1", "atlas")
@@ -185,7 +185,7 @@ def test_matplotlib_is_not_imported_until_a_chart_is_drawn() -> None:
 
 
 def test_what_rounding_alone_keeps_is_a_line_of_kept_against_costs() -> None:
-    card = card_of_several()
+    card = make_card_of_several()
     names = name_models(card)
     assert [chart.rounding for chart in chart_costs(card, names)] == [
         estimate_rounding_kept(card.comparisons[0].probes).value

@@ -24,7 +24,7 @@ from compressknow.pages.card.gate import (
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.records import Card
-from tests.pages.answering import answers, entry, model, run, sides
+from tests.pages.answering import make_answers, make_entry, make_model, make_rows, make_runs
 from tests.pages.card.test_make import card_of
 
 
@@ -46,8 +46,8 @@ class TestGate:
             held(card_of(18_999, 1001), 0.95)
 
     def test_every_model_is_held_to_it(self) -> None:
-        original, good = run(sides(95, 5))
-        bad = answers(sides(20, 80)[1], model(sha256="c" * 64, setup="Att_GP 60%"))
+        original, good = make_runs(make_rows(95, 5))
+        bad = make_answers(make_rows(20, 80)[1], make_model(sha256="c" * 64, setup="Att_GP 60%"))
         with pytest.raises(GateNotMet, match=r"is kept: Att_GP 60% keeps 20 of 100"):
             held(make_card(original, [good, bad]), 0.9)
 
@@ -75,7 +75,7 @@ class TestGate:
         assert re.search("about [0-9,]+ that the original knows would decide it", str(caught.value))
 
     def test_where_more_facts_would_not_tell_neither_page_nor_error_asks_for_them(self) -> None:
-        original, compressed = run(sides(95, 5))
+        original, compressed = make_runs(make_rows(95, 5))
         card = make_card(original, [compressed], gates=parse_gates(0.95, strict=True))
         assert "for more facts of these probes to decide soon" in card.comparisons[0].next
         with pytest.raises(GateUndecided, match="More of these facts would not soon decide it: choose other probes"):
@@ -91,14 +91,14 @@ class TestGate:
         assert "(95.1 to 97.4 %) | met |" in render_job_summary(gated(card, 0.95, strict=True))
 
     def test_a_strict_gate_within_the_interval_over_relations_cannot_be_told_either(self) -> None:
-        before, after = sides(950, 50)
+        before, after = make_rows(950, 50)
         # All lost facts are of two relations of twelve.
         relations = [f"relation-{number % 10 if number < 950 else 10 + number % 2}" for number in range(1000)]
         rows = [
             [replace(row, relation=relation) for row, relation in zip(side, relations, strict=True)]
             for side in (before, after)
         ]
-        original, compressed = run(rows)
+        original, compressed = make_runs(rows)
         card = make_card(original, [compressed])
         assert estimate_proportion(950, 1000).low > 0.93 > card.comparisons[0].kept.low
         held(card, 0.93)
@@ -106,8 +106,8 @@ class TestGate:
             held(card, 0.93, strict=True)
 
     def test_one_that_misses_a_strict_gate_counts_more_than_one_that_is_unsure(self) -> None:
-        original, unsure = run(sides(95, 5))
-        bad = answers(sides(20, 80)[1], model(sha256="c" * 64, setup="Att_GP 60%"))
+        original, unsure = make_runs(make_rows(95, 5))
+        bad = make_answers(make_rows(20, 80)[1], make_model(sha256="c" * 64, setup="Att_GP 60%"))
         with pytest.raises(GateNotMet):
             held(make_card(original, [unsure, bad]), 0.93, strict=True)
 
@@ -124,8 +124,8 @@ class TestGate:
             held(card_of(5), 95)
 
     def test_a_gate_of_a_domain(self) -> None:
-        rows = [[*one, *other] for one, other in zip(sides(95, 5, subject="arts"), of_science(6, 4), strict=True)]
-        original, compressed = run(rows)
+        rows = [[*one, *other] for one, other in zip(make_rows(95, 5, subject="arts"), of_science(6, 4), strict=True)]
+        original, compressed = make_runs(rows)
         card = make_card(original, [compressed])
         held(card, 0.9, "arts=95%")
         with pytest.raises(GateNotMet, match=r"Less than 85 % of science is kept: Overall_GQ keeps 6 of 10 of science"):
@@ -158,13 +158,13 @@ class TestGate:
 
 
 def of_science(both: int, lost: int) -> tuple[list[Any], ...]:
-    rows = sides(both, lost, subject="science", relation="boils")
+    rows = make_rows(both, lost, subject="science", relation="boils")
     return tuple([replace(row, fact_id=f"science-{row.fact_id}") for row in side] for side in rows)
 
 
 class TestOnPages:
     def test_a_page_says_whether_each_gate_is_met(self) -> None:
-        original, compressed = run([[*a, *b] for a, b in zip(sides(95, 5), of_science(6, 4), strict=True)])
+        original, compressed = make_runs([[*a, *b] for a, b in zip(make_rows(95, 5), of_science(6, 4), strict=True)])
         card = make_card(original, [compressed], gates=parse_gates([0.8, "science=0.85"]))
         text = render_markdown(card)
         assert "| at least 80 % | 101 of 110, 91.8 % (85.2 to 95.6 %) | met |" in text
@@ -185,7 +185,7 @@ class TestOnPages:
         assert [row[place] for row in rows[:2]] == ["met", "not met"]
 
     def test_who_misses_a_gate_of_a_domain_is_not_told_to_deploy(self) -> None:
-        original, compressed = run([[*a, *b] for a, b in zip(sides(995, 5), of_science(6, 4), strict=True)])
+        original, compressed = make_runs([[*a, *b] for a, b in zip(make_rows(995, 5), of_science(6, 4), strict=True)])
         assert "deploy" in make_card(original, [compressed]).comparisons[0].next
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.85"])).comparisons
         assert comparison.next == "Next: compress less, or in another way: less than 85 % of science is kept."
@@ -201,7 +201,7 @@ class TestOnPages:
 
 class TestForMachines:
     def test_junit_has_a_case_a_gate(self) -> None:
-        original, compressed = run([[*a, *b] for a, b in zip(sides(95, 5), of_science(6, 4), strict=True)])
+        original, compressed = make_runs([[*a, *b] for a, b in zip(make_rows(95, 5), of_science(6, 4), strict=True)])
         card = gated(make_card(original, [compressed]), 0.8, "science=0.65", strict=True)
         suites = ElementTree.fromstring(render_junit(card).encode())
         (suite,) = suites
@@ -214,7 +214,7 @@ class TestForMachines:
         assert str(failure.get("message")).startswith("6 of 10, 60.0 %")
 
     def test_a_summary_of_a_job_is_short_and_escapes_what_it_quotes(self) -> None:
-        original, compressed = run(sides(60, 40, prompt="<b>[x](http://y)|"))
+        original, compressed = make_runs(make_rows(60, 40, prompt="<b>[x](http://y)|"))
         card = replace(make_card(original, [compressed]), versions={"compressknow": "<b>[x](http://y)|"})
         summary = render_job_summary(gated(card, 0.9))
         assert len(summary.splitlines()) <= 22
@@ -246,13 +246,13 @@ class TestForMachines:
 def several(*kept: int, sizes: tuple[int | None, ...], facts: int = 200, **asked: Any) -> Card:
     """A card of models that keep so many of the facts, of so many bytes."""
     compressed = [
-        answers(
-            sides(number, facts - number)[1],
-            model(name=f"m{number}", sha256=f"{place:064d}", setup=f"keeps {number}", bytes=size),
+        make_answers(
+            make_rows(number, facts - number)[1],
+            make_model(name=f"m{number}", sha256=f"{place:064d}", setup=f"keeps {number}", bytes=size),
         )
         for place, (number, size) in enumerate(zip(kept, sizes, strict=True))
     ]
-    return make_card(answers(sides(facts)[0]), compressed, **asked)
+    return make_card(make_answers(make_rows(facts)[0]), compressed, **asked)
 
 
 def beside_rounding(*, known: int, lost: int) -> tuple[Answers, list[Answers]]:
@@ -260,10 +260,12 @@ def beside_rounding(*, known: int, lost: int) -> tuple[Answers, list[Answers]]:
     floor = {"n": known, "changed": lost, "known": known, "lost": lost, "gained": 0}
     floor |= {"kl_mean": None, "computed_in": "bf16"}
     models = [
-        answers(sides(kept, 200 - kept)[1], model(sha256=f"{kept:064d}", setup=f"keeps {kept}", bytes=1000 * kept))
+        make_answers(
+            make_rows(kept, 200 - kept)[1], make_model(sha256=f"{kept:064d}", setup=f"keeps {kept}", bytes=1000 * kept)
+        )
         for kept in (199, 197, 150)
     ]
-    return answers(sides(200)[0], probes={"atlas": entry(noise_floor=floor)}), models
+    return make_answers(make_rows(200)[0], probes={"atlas": make_entry(noise_floor=floor)}), models
 
 
 class TestDecision:
@@ -332,19 +334,19 @@ class TestDecision:
         assert (near.beaten_by, near.is_surely_beaten) == (1, False)
 
     def test_a_model_that_computes_no_numbers_is_not_recommended(self) -> None:
-        known = answers(sides(200)[0])
-        nan = [replace(each, logp_gold=math.nan) for each in sides(200)[1]]
-        broken = answers(nan, model(sha256="1" * 64, setup="broken", bytes=1000))
-        sound = answers(sides(199, 1)[1], model(sha256="2" * 64, setup="sound", bytes=2000))
+        known = make_answers(make_rows(200)[0])
+        nan = [replace(each, logp_gold=math.nan) for each in make_rows(200)[1]]
+        broken = make_answers(nan, make_model(sha256="1" * 64, setup="broken", bytes=1000))
+        sound = make_answers(make_rows(199, 1)[1], make_model(sha256="2" * 64, setup="sound", bytes=2000))
         decision = make_card(known, [broken, sound]).decision
         assert decision is not None
         assert decision.place == 1
 
     def test_a_model_that_computes_no_numbers_is_not_the_smallest_either(self) -> None:
-        nan = [replace(each, logp_gold=math.nan) for each in sides(200)[1]]
-        broken = answers(nan, model(sha256="1" * 64, setup="broken", bytes=1000))
-        sound = answers(sides(199, 1)[1], model(sha256="2" * 64, setup="sound", bytes=5000))
-        decision = make_card(answers(sides(200)[0]), [broken, sound], within=2000).decision
+        nan = [replace(each, logp_gold=math.nan) for each in make_rows(200)[1]]
+        broken = make_answers(nan, make_model(sha256="1" * 64, setup="broken", bytes=1000))
+        sound = make_answers(make_rows(199, 1)[1], make_model(sha256="2" * 64, setup="sound", bytes=5000))
+        decision = make_card(make_answers(make_rows(200)[0]), [broken, sound], within=2000).decision
         assert decision is not None
         assert decision.reason == (
             "No model without NaN has at most 2.0 kB: none is recommended. The smallest, sound, has 5.0 kB."

@@ -21,7 +21,7 @@ from compressknow.pages.card.make import make_card
 from tests.engine.gguf_files import F32, write_gguf
 from tests.knowing import facts_file, knowing
 from tests.models import edit_tensors
-from tests.pages.answering import ORIGINAL_HASH, answers, model, run, sides
+from tests.pages.answering import ORIGINAL_HASH, make_answers, make_model, make_rows, make_runs
 
 CHANGED = "changed since it was converted: run `compressknow verify`"
 NOT_MADE_FROM = "was not made from"
@@ -158,7 +158,7 @@ def test_a_gguf_file_is_held_to_the_record_beside_it(place: Path, tmp_path: Path
 
 
 def test_an_export_of_a_conversion_was_made_from_the_original_too() -> None:
-    original, compressed = run(sides(20))
+    original, compressed = make_runs(make_rows(20))
     for source, matches in (
         ({"sha256": ORIGINAL_HASH}, True),
         ({"sha256": "c" * 64, "original_sha256": ORIGINAL_HASH}, True),
@@ -167,22 +167,22 @@ def test_an_export_of_a_conversion_was_made_from_the_original_too() -> None:
         ({"name": "tiny-bert"}, None),
         (None, None),
     ):
-        made = answers(compressed.answers, model(sha256="e" * 64, source=source))
+        made = make_answers(compressed.answers, make_model(sha256="e" * 64, source=source))
         assert make_card(original, [made]).comparisons[0].source_matches is matches
 
 
 def test_two_exports_of_one_checkpoint_are_of_one_original() -> None:
-    original, compressed = run(sides(20))
+    original, compressed = make_runs(make_rows(20))
     source = {"name": "m", "sha256": "c" * 64}
     pair = [
-        answers(s.answers, model(sha256=n * 64, source=source))
+        make_answers(s.answers, make_model(sha256=n * 64, source=source))
         for n, s in zip("de", (original, compressed), strict=True)
     ]
     assert make_card(pair[0], pair[1:]).comparisons[0].source_matches is True
 
 
 def test_a_model_that_computes_no_numbers_is_not_to_be_deployed() -> None:
-    original, compressed = run(sides(240))
+    original, compressed = make_runs(make_rows(240))
     assert "deploy it" in make_card(original, [compressed]).comparisons[0].next
     first, *others = compressed.answers
     broken = replace(compressed, answers=(replace(first, logp_gold=math.nan), *others))

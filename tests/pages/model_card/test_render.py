@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 import compressknow
 from compressknow.pages.model_card import read_card_metadata, render_model_card
 from tests.knowing import knowing_by_own_code
-from tests.pages.model_card.manifests import manifest
+from tests.pages.model_card.manifests import make_manifest
 
 GOLDEN = Path(__file__).parent / "golden"
 SOURCE_CARD = {
@@ -35,19 +35,19 @@ def code_blocks(card: str, language: str) -> list[str]:
 
 
 def with_architecture(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:
-    plain = manifest(**changes)
+    plain = make_manifest(**changes)
     return plain | {"source": plain["source"] | {"architecture": architecture, "model_type": model_type}}
 
 
 @pytest.mark.parametrize("scheme", ["int8", None])
 def test_card_is_as_in_the_golden_file(scheme: str | None) -> None:
-    card = render_model_card(manifest(scheme=scheme), source_card_metadata=SOURCE_CARD)
+    card = render_model_card(make_manifest(scheme=scheme), source_card_metadata=SOURCE_CARD)
     golden = GOLDEN / f"model_card_{scheme or 'pruned'}.md"
     assert card == golden.read_text(encoding="utf-8"), "run tools/golden.py where the change is meant"
 
 
 def test_hub_reads_the_front_matter() -> None:
-    card = render_model_card(manifest(), source_card_metadata=SOURCE_CARD)
+    card = render_model_card(make_manifest(), source_card_metadata=SOURCE_CARD)
     assert hub_metadata(card) == {
         "license": "apache-2.0",
         "language": ["en"],
@@ -60,7 +60,7 @@ def test_hub_reads_the_front_matter() -> None:
 
 
 def test_local_source_has_the_base_model_that_its_card_names() -> None:
-    local = manifest(scheme=None)
+    local = make_manifest(scheme=None)
     local["source"] |= {"name": "my-folder", "revision": None}
     assert "base_model" not in hub_metadata(render_model_card(local, source_card_metadata={}))
     named = render_model_card(local, source_card_metadata={"base_model": ["someone/else"]})
@@ -69,7 +69,7 @@ def test_local_source_has_the_base_model_that_its_card_names() -> None:
 
 
 def test_hostile_names_stay_text() -> None:
-    hostile = manifest(setup=HOSTILE, untied=[{"name": HOSTILE, "tied_to": HOSTILE, "bytes": 5}])
+    hostile = make_manifest(setup=HOSTILE, untied=[{"name": HOSTILE, "tied_to": HOSTILE, "bytes": 5}])
     hostile["source"] |= {"name": HOSTILE, "architecture": HOSTILE, "model_type": HOSTILE}
     card = render_model_card(hostile, source_card_metadata={"license": HOSTILE, "language": {"a": object()}})
     metadata, text = hub_metadata(card), ModelCard(card).text
@@ -90,7 +90,7 @@ def test_hostile_names_stay_text() -> None:
 
 def test_untied_head_is_named_with_its_cost() -> None:
     card = render_model_card(
-        manifest(untied=[{"name": "lm_head.weight", "tied_to": "model.embed_tokens.weight", "bytes": 28_311_552}]),
+        make_manifest(untied=[{"name": "lm_head.weight", "tied_to": "model.embed_tokens.weight", "bytes": 28_311_552}]),
         source_card_metadata={},
     )
     assert "28.3 MB" in card

@@ -17,14 +17,14 @@ from compressknow.pages.model_card import BEGIN, END, check_model_cards, write_i
 from compressknow.pages.pages import escape_markdown
 from compressknow.pages.records import Card
 from tests.knowing import facts_file, knowing
-from tests.pages.answering import answers, entry, model, run, sides
-from tests.pages.hostile import TEXTS, numbered
+from tests.pages.answering import make_answers, make_entry, make_model, make_rows, make_runs
+from tests.pages.hostile import HOSTILE_TEXTS, number_texts
 
 NOT_MEASURED = "has not been measured here"
 
 
 def card_of(**counts: int) -> Card:
-    original, compressed = run(sides(**counts))
+    original, compressed = make_runs(make_rows(**counts))
     return make_card(original, [compressed])
 
 
@@ -97,12 +97,12 @@ def test_the_hub_reads_the_figures_back(card: Card, folder: Path) -> None:
 
 def test_the_hub_reads_the_accuracy_that_the_protocol_of_a_probe_asks_for(folder: Path) -> None:
     """LAMA's is the mean over relations: 40 of 40 and 0 of 10 are right."""
-    rows = sides(both=40, neither=10)
+    rows = make_rows(both=40, neither=10)
     by_relation = tuple([replace(row, relation="a" if row.correct else "b") for row in side] for side in rows)
-    probes = {"atlas": entry(average="macro")}
+    probes = {"atlas": make_entry(average="macro")}
     original, compressed = (
-        answers(by_relation[0], probes=probes),
-        answers(by_relation[1], model(sha256="b" * 64), probes),
+        make_answers(by_relation[0], probes=probes),
+        make_answers(by_relation[1], make_model(sha256="b" * 64), probes),
     )
     written(make_card(original, [compressed]), folder)
     assert results(folder)["atlas", "accuracy"] == 0.5
@@ -234,9 +234,9 @@ def test_a_mark_that_the_author_left_alone_costs_no_text(card: Card, worse: Card
     assert "The author's own." in written(card, folder)
 
 
-@pytest.mark.parametrize("hostile", [*TEXTS[:-2], END, f"{END} {BEGIN}", "a: b\n---\n# x"])
+@pytest.mark.parametrize("hostile", [*HOSTILE_TEXTS[:-2], END, f"{END} {BEGIN}", "a: b\n---\n# x"])
 def test_hostile_names_break_out_of_nothing(card: Card, folder: Path, hostile: str) -> None:
-    bad = numbered(card, hostile)
+    bad = number_texts(card, hostile)
     once = written(bad, folder, "---\nlicense: mit\n---\n\n# A model\n\nText.\n")
     assert written(bad, folder) == once
     body = once.split("\n---\n", 1)[1]

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from compressknow.pages.search import render_search_html
-from tests.pages.hostile import TEXTS
+from tests.pages.hostile import HOSTILE_TEXTS
 from tests.pages.in_browser import check_accessible, check_fits
-from tests.pages.search.searches import found, sized
+from tests.pages.search.searches import make_search, make_size_search
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 
 PAGES = {
-    "found": found(),
-    "none": replace(found(), winner=None, recipe=None, closest=found().tried[2]),
-    "sized": sized(),
-    "hostile 6": found(TEXTS[6]),
-    "hostile 7": found(TEXTS[7]),
+    "found": make_search(),
+    "none": replace(make_search(), winner=None, recipe=None, closest=make_search().tried[2]),
+    "sized": make_size_search(),
+    "hostile 6": make_search(HOSTILE_TEXTS[6]),
+    "hostile 7": make_search(HOSTILE_TEXTS[7]),
 }
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from compressknow.pages.drawing import WIDTH
-from tests.pages.hostile import TEXTS
-from tests.pages.in_browser import check_accessible, check_fits, sizes, unfold
-from tests.pages.study.studies import STUDIES, hostile, render_study_html, whole_grid
+from tests.pages.hostile import HOSTILE_TEXTS
+from tests.pages.in_browser import check_accessible, check_fits, measure_chart_widths, unfold
+from tests.pages.study.studies import STUDIES, make_whole_grid, render_study_html, replace_texts
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("studies")
     pages = {name: make() for name, make in STUDIES.items()}
-    pages |= {f"hostile {i}": hostile(whole_grid(), TEXTS[i]) for i in (6, 7)}
+    pages |= {f"hostile {i}": replace_texts(make_whole_grid(), HOSTILE_TEXTS[i]) for i in (6, 7)}
     for name, made in pages.items():
         (folder / f"{name}.html").write_text(render_study_html(made), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in pages}
@@ -39,7 +39,7 @@ def test_all_charts_are_of_one_size(page: Page, files: dict[str, Path], name: st
     page.set_viewport_size({"width": width, "height": 900})
     page.goto(files[name].as_uri())
     unfold(page, 100)
-    (drawn,) = sizes(page)
+    (drawn,) = measure_chart_widths(page)
     assert 0.95 <= drawn / WIDTH <= 1.1  # its letters are as large as they were drawn
 
 
