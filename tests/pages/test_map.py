@@ -32,7 +32,7 @@ def map_of(**changes: Any) -> Map:
     return Map("tiny", make_sensitivity(**changes), "both")
 
 
-def test_the_page_has_a_map_for_all_facts_for_text_and_for_each_domain_on_one_scale() -> None:
+def test_page_has_maps_for_all_facts_text_and_each_domain_on_one_scale() -> None:
     page = parse_html(render_map_html(map_of()))
     maps = [svg for svg in page.all("svg") if "heat" in svg.attributes["class"]]
     assert [svg.attributes["id"] for svg in maps] == ["map-0", "map-1", "map-2", "map-3", "risk-map"]
@@ -48,7 +48,7 @@ def test_the_page_has_a_map_for_all_facts_for_text_and_for_each_domain_on_one_sc
     assert page.one("h1").text == "Layer 2 self_attn.v_proj matters most for its size"
 
 
-def test_the_most_and_the_least_sensitive_are_those_of_the_record() -> None:
+def test_page_lists_the_most_and_least_sensitive_weights() -> None:
     page, map = parse_html(render_map_html(map_of())), map_of()
     tables = {table.one("caption").text: table for table in page.all("table")}
     most, least = (
@@ -67,7 +67,7 @@ def test_the_most_and_the_least_sensitive_are_those_of_the_record() -> None:
     assert [row.one("th").text for row in layers] == [*(f"layer {n}" for n in range(6)), "final"]
 
 
-def test_the_line_is_the_least_loss_and_single_types_lie_on_it_or_above() -> None:
+def test_frontier_has_the_least_loss_and_uniform_types_are_no_better() -> None:
     map = map_of()
     sizes, losses = zip(*map.frontier, strict=True)
     assert list(sizes) == sorted(sizes)
@@ -85,7 +85,7 @@ def test_the_line_is_the_least_loss_and_single_types_lie_on_it_or_above() -> Non
     assert map.frontier[-1].nbytes == uniform["q8_0"].nbytes
 
 
-def test_a_type_that_some_rows_do_not_fit_is_llama_cpps_fallback_or_left_out() -> None:
+def test_type_that_does_not_fit_every_row_uses_llama_cpps_fallback_or_is_left_out() -> None:
     rows = make_sensitivity().rows
     narrow = {kind: each for kind, each in rows[1].by_type.items() if kind in ("q8_0", "q4_0")}
     map = map_of(rows=(rows[0], replace(rows[1], by_type=narrow)))
@@ -95,7 +95,7 @@ def test_a_type_that_some_rows_do_not_fit_is_llama_cpps_fallback_or_left_out() -
     assert uniform["q6_k"].loss == pytest.approx(rows[0].by_type["q6_k"].kl() + narrow["q8_0"].kl())
 
 
-def test_figures_of_several_weights_are_those_of_all_of_them() -> None:
+def test_kl_per_mb_and_risk_of_several_weights_count_all_of_them() -> None:
     one, other = make_sensitivity().rows[1:3]
     assert compute_kl_per_mb([one], "both") == pytest.approx(one.per_mb())
     both = compute_kl_per_mb([one, other], "both")
@@ -104,7 +104,7 @@ def test_figures_of_several_weights_are_those_of_all_of_them() -> None:
     assert compute_risk([one, other]) == pytest.approx(one.by_type["q4_0"].at_risk + other.by_type["q4_0"].at_risk)  # type: ignore[operator]
 
 
-def test_without_facts_there_is_a_map_of_text_alone() -> None:
+def test_map_without_facts_shows_only_text() -> None:
     rows = tuple(
         replace(
             row,
@@ -121,7 +121,7 @@ def test_without_facts_there_is_a_map_of_text_alone() -> None:
     assert "None" not in render_map_markdown(map)
 
 
-def test_layers_of_two_stacks_are_told_apart() -> None:
+def test_grid_separates_encoder_and_decoder_layers() -> None:
     rows = tuple(
         make_row(name, layer=layer, base=1e-5, stack=stack)
         for stack in ("decoder", "encoder")
@@ -136,7 +136,7 @@ def test_layers_of_two_stacks_are_told_apart() -> None:
     assert [cell is None for cell in grid.cells[0]] == [False, True]
 
 
-def test_all_formats_are_written_and_known_again(tmp_path: Path) -> None:
+def test_files_of_all_formats_are_written_and_recognized(tmp_path: Path) -> None:
     files = [tmp_path / f"map{suffix}" for suffix in FORMATS]
     write_map(map_of(), files, overwrite=False)
     check_outputs(files, overwrite=True, formats=FORMATS)
@@ -152,7 +152,7 @@ def test_all_formats_are_written_and_known_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", one_in(8, HOSTILE_TEXTS))
-def test_no_name_is_markup(text: str) -> None:
+def test_hostile_names_stay_text(text: str) -> None:
     hostile = map_of(domains={text: 40})
     plain, named = (
         parse_html(render_map_html(each)) for each in (map_of(domains={"x": 40}), replace(hostile, model=text))
@@ -168,7 +168,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_to_mend_and_the_page_fits_the_screen(page: Page, address: str, scheme: Any) -> None:
+def test_page_is_accessible_and_fits_the_screen(page: Page, address: str, scheme: Any) -> None:
     page.emulate_media(color_scheme=scheme)
     page.goto(address)
     unfold(page, 9)
@@ -178,7 +178,7 @@ def test_axe_finds_nothing_to_mend_and_the_page_fits_the_screen(page: Page, addr
         assert (measure_overflow(page) <= 0, find_overlaps(page), find_cut_texts(page)) == (True, [], []), width
 
 
-def test_a_file_that_came_to_be_there_meanwhile_stays(tmp_path: Path) -> None:
+def test_existing_file_is_kept_and_no_other_is_written(tmp_path: Path) -> None:
     files = [tmp_path / "map.html", tmp_path / "map.json"]
     files[1].write_text("the user's own")
     with pytest.raises(OutputError, match=r"map\.json exists already"):
@@ -187,9 +187,7 @@ def test_a_file_that_came_to_be_there_meanwhile_stays(tmp_path: Path) -> None:
     assert files[1].read_text() == "the user's own"
 
 
-def test_a_disk_that_is_full_only_when_a_file_is_sent_to_it_gets_none_of_several(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_file_is_left_if_the_disk_is_full_at_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
 
     def send(descriptor: int) -> None:

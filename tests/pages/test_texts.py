@@ -85,7 +85,7 @@ def sums_of_llama_cpp(
     }
 
 
-def test_every_figure_and_error_is_that_of_llama_cpp() -> None:
+def test_figures_and_errors_match_llama_cpp() -> None:
     original, compressed = chunks(1, kl=False), chunks(2, shift=0.05)
     before, after = (np.concatenate([c.logp for c in side]).astype(np.float64) for side in (original, compressed))
     same = np.concatenate([a.top == b.top for a, b in zip(original, compressed, strict=True)])
@@ -109,7 +109,7 @@ def test_every_figure_and_error_is_that_of_llama_cpp() -> None:
     assert found.correlation == pytest.approx(expected["correlation"][0])
 
 
-def test_percentiles_are_interpolated_as_llama_cpp_does() -> None:
+def test_percentiles_are_interpolated_like_those_of_llama_cpp() -> None:
     found = compare_tokens(chunks(1), chunks(2)).kl_percentiles
     values = np.sort(np.concatenate([c.kl for c in chunks(2) if c.kl is not None]))
 
@@ -125,13 +125,13 @@ def test_percentiles_are_interpolated_as_llama_cpp_does() -> None:
     assert (found["min"], found["max"]) == (values[0], values[-1])
 
 
-def test_a_model_against_itself_has_not_moved() -> None:
+def test_model_compared_with_itself_shows_no_change() -> None:
     found = compare_tokens(chunks(1), chunks(1))
     assert (found.ratio, found.difference, found.same_top) == (Measurement(1, 0), Measurement(0, 0), Measurement(1, 0))
     assert found.correlation == pytest.approx(1)
 
 
-def test_bits_per_byte_are_those_of_all_tokens() -> None:
+def test_bits_per_byte_count_all_tokens() -> None:
     found = compute_perplexity(chunks(1))
     nll = -np.concatenate([c.logp for c in chunks(1)]).astype(np.float64)
     assert found.bits_per_byte is not None
@@ -143,7 +143,9 @@ def test_bits_per_byte_are_those_of_all_tokens() -> None:
     ("differs", "same", "first", "median"),
     [([], 4, (), None), ([2], 3, (3,), None), ([0, 1, 2], 1, (1, 2, 3), 2.5), ([0, 1, 2, 5], 0, (1, 2, 3, 6), 2.5)],
 )
-def test_the_first_different_token(differs: list[int], same: int, first: tuple[int, ...], median: float | None) -> None:
+def test_first_divergent_tokens_are_counted(
+    differs: list[int], same: int, first: tuple[int, ...], median: float | None
+) -> None:
     def other(number: int) -> list[int]:
         place = differs[number] if number < len(differs) else None
         return [1 if token == place else 0 for token in range(8)]
@@ -154,7 +156,7 @@ def test_the_first_different_token(differs: list[int], same: int, first: tuple[i
     assert found.middle == median
 
 
-def test_other_tokens_have_bits_per_byte_alone() -> None:
+def test_different_tokens_are_compared_only_in_bits_per_byte() -> None:
     others = tuple(replace(c, ids=c.ids + 1) for c in chunks(2))
     for divergence, compressed in ((MEASURED, others), (OTHER_TOKENS, chunks(2))):
         found = compare_text("text:a.txt", 32, divergence, chunks(1), compressed)
@@ -193,7 +195,7 @@ def test_all_formats_show_the_same_figures_and_no_facts() -> None:
     assert json.dumps(told, allow_nan=False)
 
 
-def test_a_card_of_texts_alone_explains_no_figures_of_facts() -> None:
+def test_card_of_texts_does_not_explain_figures_of_facts() -> None:
     card = make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")])
     for page in (render_html(card), render_markdown(card)):
         assert "What the figures mean" not in page
@@ -207,7 +209,7 @@ def test_several_models_have_a_column_per_text() -> None:
     assert "| Perplexity, text:" in render_markdown(card)
 
 
-def test_where_one_model_has_the_text_or_all_are_alike_none_has_the_lowest() -> None:
+def test_no_model_has_the_lowest_perplexity_if_there_is_one_or_all_are_equal() -> None:
     perplexity = compute_perplexity(chunks(1))
     said = [write_joint_sentence("a.txt", perplexity, [("b", perplexity), ("c", perplexity)][:n]) for n in (1, 2)]
     assert "perplexity is " in said[0]
@@ -215,7 +217,7 @@ def test_where_one_model_has_the_text_or_all_are_alike_none_has_the_lowest() -> 
     assert said[1].endswith(f", and that of each compressed model is {perplexity.value.value:.2f}.")
 
 
-def test_a_model_that_computes_no_numbers_has_neither_the_lowest_nor_the_highest() -> None:
+def test_model_with_nan_has_neither_the_lowest_nor_the_highest_perplexity() -> None:
     perplexity = compute_perplexity(chunks(1))
     broken, larger = (replace(perplexity, value=Measurement(value, 0.0)) for value in (math.nan, 99.0))
     said = write_joint_sentence("a.txt", perplexity, [("b", broken), ("c", perplexity), ("d", larger)])
@@ -225,7 +227,7 @@ def test_a_model_that_computes_no_numbers_has_neither_the_lowest_nor_the_highest
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_a_token_that_is_ruled_out_leaves_no_number_to_write() -> None:
+def test_token_of_probability_zero_makes_the_perplexity_infinite() -> None:
     first, *others = chunks(2, kl=False)
     side = (replace(first, logp=np.where(np.arange(SCORED) == 3, -np.inf, first.logp)), *others)
     figures = compare_text("text:a.txt", 32, MEASURED, chunks(1), side)
@@ -235,14 +237,14 @@ def test_a_token_that_is_ruled_out_leaves_no_number_to_write() -> None:
     assert len(max(summarize_text(figures, ("a", "b")), key=len)) < 200
 
 
-def test_a_perplexity_of_a_hundred_digits_is_written_as_a_power_of_ten() -> None:
+def test_huge_perplexity_is_written_as_a_power_of_ten() -> None:
     far = tuple(replace(c, logp=c.logp - 230) for c in chunks(2))
     figures = compare_text("text:a.txt", 32, MEASURED, chunks(1), far)
     assert re.search(r"its perplexity is \d\.\d\de\+10\d \(\+\d\.\de\+10\d %, from ", write_sentence(figures))
     assert len(max(summarize_text(figures, ("a", "b")), key=len)) < 120
 
 
-def test_a_broken_model_is_told_and_the_report_is_written() -> None:
+def test_model_with_nan_gets_a_warning_and_a_report() -> None:
     broken = tuple(replace(c, logp=c.logp * np.nan) for c in chunks(2, kl=False))
     card = make_card(answers(chunks(1), "a"), [answers(broken, "b", ALONE)])
     assert any("its perplexity is NaN or infinite" in warning for warning in card.comparisons[0].warnings)
@@ -250,7 +252,7 @@ def test_a_broken_model_is_told_and_the_report_is_written() -> None:
     assert render_html(card)
 
 
-def test_other_texts_and_gates_are_refused(tmp_path: Path) -> None:
+def test_different_texts_and_gates_without_facts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CompressknowError, match="different texts, or different chunks"):
         make_card(answers(chunks(1), "a"), [answers(chunks(2), "b", fingerprint="g")])
     card = make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")])

@@ -19,18 +19,18 @@ def marks(points: Iterable[tuple[str, float, float]]) -> list[Mark]:
 
 
 @pytest.mark.parametrize(("more_is_better", "best"), [(False, ["b", "a", "e"]), (True, ["e"])])
-def test_the_edge_holds_what_nothing_beats(more_is_better: bool, best: list[str]) -> None:
+def test_frontier_has_the_marks_that_nothing_beats(more_is_better: bool, best: list[str]) -> None:
     found = find_unbeaten(marks(POINTS), more_is_better=more_is_better)
     assert [mark.label for mark in found] == best
 
 
-def test_of_speeds_the_fastest_that_keeps_as_much_is_unbeaten() -> None:
+def test_fastest_model_of_those_that_keep_as_much_is_unbeaten() -> None:
     points = [("slow", 10.0, 1.0), ("slower", 8.0, 1.0), ("fast", 40.0, 0.8), ("lossy", 30.0, 0.7)]
     assert [mark.label for mark in find_unbeaten(marks(points), more_is_better=True)] == ["fast", "slow"]
 
 
 @pytest.mark.parametrize("broad", [False, True])
-def test_each_mark_has_its_label_or_no_room_and_tells_a_pointer(broad: bool) -> None:
+def test_marks_have_tooltips_and_labels_if_there_is_room(broad: bool) -> None:
     apart = [Mark(100.0 + 10 * i, Estimate(0.5 + 0.04 * i), "made", f"model {i}", str(i)) for i in range(10)]
     # Forty models in one place: a label for each would hide them all.
     heap = [Mark(150.0, Estimate(0.99), "made", f"twin {i}", f"t{i}") for i in range(40)]
@@ -56,14 +56,14 @@ def heights(drawn: ElementTree.Element, width: str) -> list[float]:
     return [abs(y1 - y0) for _, y0, _, y1 in strokes]
 
 
-def test_a_mark_has_the_interval_of_what_is_kept() -> None:
+def test_mark_shows_its_interval() -> None:
     wide, narrow = Estimate(0.9, 0.8, 1.0), Estimate(0.9, 0.85, 0.95)
     drawn = drawn_with(wide, narrow, Estimate(0.9), costs=(100, 200, 300))
     first, second = heights(drawn, "1.1")
     assert first == pytest.approx(2 * second, rel=0.02)
 
 
-def test_models_that_are_alike_are_drawn_near_each_other_and_a_cut_axis_says_so() -> None:
+def test_axis_that_does_not_start_at_zero_says_so() -> None:
     texts = [text.text for text in drawn_with(Estimate(0.99), Estimate(0.97), costs=(242.6, 243.1)).iter("text")]
     assert "80 %" in texts
     assert "(not from zero: across from 122, up from 80 %)" in texts
@@ -71,11 +71,11 @@ def test_models_that_are_alike_are_drawn_near_each_other_and_a_cut_axis_says_so(
     assert not [text for text in far if "from zero" in str(text)]
 
 
-def test_an_interval_below_all_marks_is_not_cut() -> None:
+def test_axis_includes_intervals_below_all_marks() -> None:
     texts = [text.text for text in drawn_with(Estimate(0.9, 0.62, 0.98), costs=(200,)).iter("text")]
     assert any("up from 60 %" in str(text) for text in texts)
 
 
-def test_the_share_to_keep_is_not_cut() -> None:
+def test_axis_includes_the_share_to_keep() -> None:
     texts = [text.text for text in drawn_with(Estimate(0.93, 0.9, 0.95), costs=(200,), keep=0.6).iter("text")]
     assert any("up from 60 %" in str(text) for text in texts)

@@ -75,7 +75,7 @@ def test_headings_go_down_in_order_from_one_h1(page: Element) -> None:
     assert all(below <= above + 1 for above, below in pairwise(levels))
 
 
-def test_tables_have_captions_and_headers_and_whole_rows(page: Element) -> None:
+def test_tables_have_captions_headers_and_rows_of_equal_width(page: Element) -> None:
     for table in page.all("table"):
         assert table.one("caption").text
         rows = [[cell for cell in row.children if isinstance(cell, Element)] for row in table.all("tr")]
@@ -88,7 +88,7 @@ def test_tables_have_captions_and_headers_and_whole_rows(page: Element) -> None:
     assert set(Counter(region["aria-label"] for region in regions).values()) <= {1}
 
 
-def test_no_line_ends_between_a_number_and_its_unit(page: Element) -> None:
+def test_no_line_breaks_between_a_number_and_its_unit(page: Element) -> None:
     # What is drawn has no lines that end, and what is to be copied stays as it is.
     others = ("script", "pre", "title", "desc", "text")
     elements = [element for element in page.one("body").all() if element.tag not in others]

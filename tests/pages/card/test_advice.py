@@ -46,18 +46,18 @@ def change_of(recipe: Recipe, groups: Any = GROUPS) -> str | None:
     return found and found[0]
 
 
-class TestBranches:
-    def test_deploy_where_the_whole_interval_is_above(self) -> None:
+class TestAdvice:
+    def test_deploy_if_the_whole_interval_is_above_the_threshold(self) -> None:
         assert of(990, 10).next == "Next: deploy it, if 95 % is enough: the interval lies above."
 
-    def test_more_facts_where_the_interval_spans_it(self) -> None:
+    def test_more_facts_if_the_interval_spans_the_threshold(self) -> None:
         comparison = of(92, 8)
         needed = count_facts_to_decide(comparison.counts, ENOUGH)
         assert needed > 100
         assert f"evaluate more facts: about {needed // 10 * 10 + 10} that the original knows" in comparison.next
         assert "it knew 100 of these." in comparison.next
 
-    def test_more_facts_says_which_limit_gives_them(self) -> None:
+    def test_more_facts_names_the_limit_or_asks_for_more_probes(self) -> None:
         rows = make_rows(92, 8, 0, 100)
         for read, said in ((10_000, "(--limit "), (300, "(without --limit, and with more probes)")):
             probes = {"atlas": make_entry(limit=200, facts=read)}
@@ -66,10 +66,10 @@ class TestBranches:
             )
             assert said in card.comparisons[0].next
 
-    def test_no_number_of_facts_where_the_share_is_the_threshold(self) -> None:
+    def test_no_number_of_facts_if_the_share_is_at_the_threshold(self) -> None:
         assert "too close to 95 % for more facts of these probes to decide soon" in of(95, 5).next
 
-    def test_more_facts_where_the_interval_over_relations_alone_spans_it(self) -> None:
+    def test_more_relations_if_only_the_interval_over_relations_spans_the_threshold(self) -> None:
         # Of each relation 49 of 50 facts, or of four of them 45 and of the others all.
         alike = [make_answer(n, True, relation=f"r{n % 20}") for n in range(1000)]
         spread, gathered = (
@@ -83,35 +83,35 @@ class TestBranches:
         assert gone.next.startswith("Next: evaluate facts of more relations")
         assert "near 95 %" not in gone.next
 
-    def test_less_where_the_whole_interval_is_below(self) -> None:
+    def test_compress_less_if_the_whole_interval_is_below_the_threshold(self) -> None:
         recipe = Recipe((Prune(0.4, where=ATTENTION), Quantize("int8", ATTENTION)))
         assert of(500, 500, recipe=recipe).next == (
             "Next: less than 95 % is kept; prune 20 % of the weights instead of 40 %: compressknow convert "
             "org/tiny-bert OUTPUT --scope attention --prune 0.2 --quantize int8"
         )
 
-    def test_less_without_a_recipe_names_none(self) -> None:
+    def test_compress_less_without_a_recipe_suggests_no_command(self) -> None:
         assert of(500, 500).next == "Next: compress less, or in another way: less than 95 % is kept."
 
-    def test_a_recipe_that_cannot_be_read_names_none(self) -> None:
+    def test_unreadable_recipe_suggests_no_command(self) -> None:
         comparison = of(500, 500)
         strange = replace(comparison.model, recipe={"steps": [{"quantize": "int3-of-tomorrow"}]})
         assert write_advice(replace(comparison, model=strange)).startswith("Next: compress less, or in another way")
 
-    def test_an_original_that_knew_nothing(self) -> None:
+    def test_other_facts_if_the_original_knew_none(self) -> None:
         assert "choose facts that the original knows" in of(0, 0, 0, 50).next
 
-    def test_nothing_where_there_are_no_facts(self) -> None:
+    def test_no_advice_without_facts(self) -> None:
         assert of().next == ""
 
-    def test_an_interval_that_ends_just_below_the_threshold_is_not_written_as_it(self) -> None:
+    def test_interval_just_below_the_threshold_is_not_rounded_to_it(self) -> None:
         original, compressed = make_runs(make_rows(100, 10))
         card = make_card(original, [compressed])
         assert "less than 95 % is kept" in card.comparisons[0].next
         assert "(90.9 %, interval 84.1 to 94.99 %)" in card.verdict
         assert "| 90.9 % (84.1 to 94.99 %) |" in render_markdown(card)
 
-    def test_a_gate_of_all_facts_is_the_threshold(self) -> None:
+    def test_gate_on_all_facts_is_the_threshold(self) -> None:
         original, compressed = make_runs(make_rows(960, 40))
 
         def advise(*gates: float | str) -> str:
@@ -123,7 +123,7 @@ class TestBranches:
         assert advise(0.99) == "Next: compress less, or in another way: less than 99 % is kept."
         assert advise("science=0.9", 0.9) == "Next: deploy it, if 90 % is enough: the interval lies above."
 
-    def test_a_gate_that_was_decided_early_is_the_threshold(self) -> None:
+    def test_gate_that_was_decided_early_is_the_threshold(self) -> None:
         comparison = of(29, 3)
         stop = EarlyStop(0.8, 0.05, 32, 32, 4000, Estimate(0.91, 0.81, 0.99), met=True)
         # Whatever the interval: it is of other facts too, the gate of these.
@@ -133,17 +133,17 @@ class TestBranches:
         assert "less than 99 % is kept" in write_advice(replace(comparison, early=missed))
 
 
-class TestMilder:
-    def test_less_pruning_then_none(self) -> None:
+class TestMilderRecipe:
+    def test_pruning_is_halved_and_then_dropped(self) -> None:
         recipe = Recipe((Prune(0.2, where=ATTENTION), Quantize("int8-weights", ATTENTION)))
         assert change_of(recipe) == "prune 10 % of the weights instead of 20 %"
         assert change_of(Recipe((Prune(0.08, where=ATTENTION), Quantize("int8-weights", ATTENTION)))) == "do not prune"
 
-    def test_a_pattern_has_no_half(self) -> None:
+    def test_pattern_is_dropped_instead_of_halved(self) -> None:
         pruned = Prune(0.5, "wanda", ATTENTION, parameters={"pattern": "2:4"})
         assert change_of(Recipe((pruned, Quantize("int8-weights", ATTENTION)))) == "do not prune"
 
-    def test_what_calibrated_goes_with_its_step(self) -> None:
+    def test_calibration_is_dropped_with_its_step(self) -> None:
         recipe = Recipe((Prune(0.08, "wanda", ATTENTION), Quantize("int8", ATTENTION)))
         assert recipe.calibration == Calibration()
         found = find_milder(recipe, {})
@@ -156,7 +156,7 @@ class TestMilder:
         assert change_of(gptq) == "quantize to int8-weights instead of int4"
 
     @pytest.mark.parametrize("scheme", ["int8", "int8-paper"])
-    def test_weights_alone_in_place_of_activations_too(self, scheme: str) -> None:
+    def test_only_weights_are_quantized_instead_of_activations_too(self, scheme: str) -> None:
         assert change_of(Recipe((Quantize(scheme, ATTENTION),))) == f"quantize to int8-weights instead of {scheme}"
 
     def test_the_group_that_changed_most_is_left_out(self) -> None:
@@ -167,10 +167,10 @@ class TestMilder:
         )
 
     @pytest.mark.parametrize("groups", [{}, {"attention": {"relative_error": 0.1}}, {"attention": {}, "other": {}}])
-    def test_no_group_is_named_where_no_number_names_it(self, groups: dict[str, Any]) -> None:
+    def test_no_group_is_left_out_without_its_relative_error(self, groups: dict[str, Any]) -> None:
         assert change_of(Recipe((Quantize("int8-weights", BOTH),)), groups) is None
 
-    def test_fewer_blocks_and_neurons(self) -> None:
+    def test_fewer_blocks_and_neurons_are_dropped(self) -> None:
         assert change_of(Recipe((DropBlocks(5),))) == "drop 2 blocks instead of 5"
         assert change_of(Recipe((DropBlocks("3-5"), Quantize("int8-weights", ATTENTION)))) == "drop no blocks"
         assert change_of(Recipe((DropNeurons(0.3),))) == "drop 15 % of the neurons instead of 30 %"
@@ -189,7 +189,7 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.setup)
-def test_the_options_of_convert_give_the_recipe(recipe: Recipe) -> None:
+def test_options_of_convert_make_the_same_recipe(recipe: Recipe) -> None:
     words = format_options(recipe)
     assert words is not None
     given = convert.make_context("convert", ["MODEL", "OUTPUT", *words], resilient_parsing=False).params
@@ -209,7 +209,7 @@ def test_the_options_of_convert_give_the_recipe(recipe: Recipe) -> None:
     assert made == recipe
 
 
-def test_steps_in_two_places_are_no_options() -> None:
+def test_steps_of_different_scopes_have_no_options() -> None:
     assert format_options(Recipe((Prune(0.2, where=ATTENTION), Quantize("int8", BOTH)))) is None
     found = of(500, 500, recipe=Recipe((Prune(0.2, where=ATTENTION), Quantize("int8", BOTH)))).next
     assert found.endswith("prune 10 % of the weights instead of 20 %")

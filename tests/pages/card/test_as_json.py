@@ -26,7 +26,7 @@ def report(*cells: int, show_facts: bool = True, **changes: Any) -> dict[str, An
     return make_card(original, [compressed], show_facts=show_facts).to_dict()
 
 
-def test_names_that_others_rely_on() -> None:
+def test_json_has_the_documented_keys() -> None:
     found = report(80, 10, 5, 5)
     assert {"schema", "verdict", "original", "compressed"} <= set(found)
     (compressed,) = found["compressed"]
@@ -37,7 +37,7 @@ def test_names_that_others_rely_on() -> None:
     assert found["schema"] == 1
 
 
-def test_figures_are_those_of_the_counts() -> None:
+def test_figures_follow_from_the_counts() -> None:
     probe = report(80, 10, 5, 5)["compressed"][0]["probes"]["atlas"]
     assert [probe[key] for key in ("n", "both", "lost", "gained", "neither")] == [100, 80, 10, 5, 5]
     assert (probe["accuracy_original"], probe["accuracy_compressed"]) == (0.9, 0.85)
@@ -48,12 +48,12 @@ def test_figures_are_those_of_the_counts() -> None:
 
 
 @pytest.mark.parametrize("cells", [(0, 0, 0, 0), (0, 0, 0, 5), (5, 0, 0, 0), (0, 5, 0, 0), (80, 10, 5, 5)])
-def test_is_strict_json_that_reads_back_whatever_was_known(cells: tuple[int, ...]) -> None:
+def test_json_is_strict_for_any_counts(cells: tuple[int, ...]) -> None:
     found = report(*cells)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_is_strict_json_for_a_model_that_broke() -> None:
+def test_json_is_strict_for_a_model_with_nan() -> None:
     before, after = make_rows(30, 5)
     broken = {"logp_gold": math.nan, "top5_logp": (math.nan,) * 5, "first_logp": (math.nan,) * 2}
     original, compressed = make_runs((before, [replace(row, **broken) for row in after]))
@@ -62,7 +62,7 @@ def test_is_strict_json_for_a_model_that_broke() -> None:
     assert found["compressed"][0]["probes"]["atlas"]["kl_mean"] is None
 
 
-def test_the_same_answers_give_the_same_bytes() -> None:
+def test_order_of_answers_does_not_change_the_json() -> None:
     original, compressed = make_runs(make_rows(50, 10, 5, 20))
     turned = [make_answers(reversed(side.answers), side.record.model) for side in (original, compressed)]
     texts = [
@@ -71,14 +71,14 @@ def test_the_same_answers_give_the_same_bytes() -> None:
     assert texts[0] == texts[1]
 
 
-def test_changed_facts_are_all_there() -> None:
+def test_json_lists_all_changed_facts() -> None:
     (compressed,) = report(5, 3, 2)["compressed"]
     assert len(compressed["lost_facts"]) == 3
     assert len(compressed["gained_facts"]) == 2
     assert compressed["lost_facts"][0]["gold"] == "Paris"
 
 
-def test_without_facts_no_text_of_a_fact_is_in_it() -> None:
+def test_hidden_facts_leave_no_text_in_the_json() -> None:
     secret = {
         "sub_label": "SECRET subject",
         "prompt": "SECRET prompt [MASK].",
@@ -97,7 +97,7 @@ def test_without_facts_no_text_of_a_fact_is_in_it() -> None:
     assert "SECRET" in json.dumps(make_card(original, [compressed]).to_dict())
 
 
-def test_what_was_done_to_the_model_is_said() -> None:
+def test_json_has_the_source_and_the_command() -> None:
     rows = make_rows(5)
     made = make_model(sha256="b" * 64, setup="Att_GQ", source={"name": "tiny-bert", "revision": None}, zeros=7)
     found = make_card(make_answers(rows[0]), [make_answers(rows[1], made)], command="compressknow report a b").to_dict()
@@ -106,7 +106,7 @@ def test_what_was_done_to_the_model_is_said() -> None:
     assert found["command"] == "compressknow report a b"
 
 
-def test_left_out_facts_are_counted_by_reason() -> None:
+def test_dropped_facts_are_counted_by_reason() -> None:
     rows = make_rows(5)
     probes = {"atlas": make_entry(facts=8, dropped={"several tokens": 2, "ambiguous": 1})}
     found = make_card(
@@ -115,7 +115,7 @@ def test_left_out_facts_are_counted_by_reason() -> None:
     assert found["compressed"][0]["probes"]["atlas"]["dropped"] == {"ambiguous": 1, "several tokens": 2}
 
 
-def test_a_card_gives_its_json_and_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_frame_has_the_figures_of_the_json(monkeypatch: pytest.MonkeyPatch) -> None:
     card = make_card_of_several()
     assert [each["setup"] for each in card.to_dict()["compressed"]] == [each.model.setup for each in card.comparisons]
     frame = card.to_frame()

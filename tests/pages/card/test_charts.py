@@ -43,7 +43,7 @@ def drawn(name: str | None = None) -> tuple[str, ...]:
     return chart_setups(comparisons, names, "overview")
 
 
-def test_chart_has_the_bins_and_their_figures() -> None:
+def test_popularity_chart_has_the_bins_and_their_figures() -> None:
     chart = popularity(bins(), "p1", "atlas")
     assert {"top 20 %", "bottom 20 %", "79.4 %", "97.9 %"} <= set(texts(chart))
     described = ElementTree.fromstring(chart).find("desc")
@@ -52,13 +52,13 @@ def test_chart_has_the_bins_and_their_figures() -> None:
     assert described.text.startswith("From left to right: top 20 % 97.9 %, 20 to 40 % 95.5 %")
 
 
-def test_fewer_than_two_bins_are_no_chart() -> None:
+def test_no_popularity_chart_for_fewer_than_two_bins() -> None:
     unknown = Group("x", Counts(neither=3), (), Estimate(None), None, None, None)
     assert chart_popularity((bins()[0], unknown), "atlas") is None
     assert chart_popularity((), "atlas") is None
 
 
-def test_amounts_by_scope_are_lines_and_the_rest_bars() -> None:
+def test_pruned_amounts_are_lines_and_other_setups_are_bars() -> None:
     comparisons = make_card_of_several((20, 40)).comparisons
     lines, others = split_setups(comparisons)
     assert [line.scope for line in lines] == ["Att_GP", "Att_GPQ", "FF_GP", "FF_GPQ", "All_GP", "All_GPQ"]
@@ -69,7 +69,7 @@ def test_amounts_by_scope_are_lines_and_the_rest_bars() -> None:
     assert {"Att_GQ", "97.8 %"} <= set(texts(bars))
 
 
-def test_every_comparison_is_in_one_chart_at_most() -> None:
+def test_each_comparison_is_drawn_once() -> None:
     comparisons = make_card_of_several((20, 40)).comparisons
     twice = (*comparisons, *comparisons)
     lines, others = split_setups(twice)
@@ -77,7 +77,7 @@ def test_every_comparison_is_in_one_chart_at_most() -> None:
     assert len(name_models(replace(make_card_of_several((20, 40)), comparisons=twice))) == len(twice)
 
 
-def test_many_bars_are_left_to_the_table() -> None:
+def test_too_many_bars_are_not_drawn() -> None:
     comparisons = make_card_of_several((20, 40)).comparisons[:1] * 20
     comparisons = tuple(replace(c, model=replace(c.model, setup=None)) for c in comparisons)
     assert chart_setups(comparisons, ["x"] * 20, "overview") == ()
@@ -93,7 +93,7 @@ def floors(*found: NoiseFloor | None) -> tuple[Comparison, ...]:
     )
 
 
-def test_speeds_say_in_what_they_were_measured() -> None:
+def test_chart_of_speeds_names_the_runtimes() -> None:
     card = make_card_of_several()
     sized, timed = chart_costs(card, name_models(card))
     assert list(timed.looks) == ["in transformers, bfloat16", "in llama.cpp b1"]
@@ -105,7 +105,7 @@ def test_speeds_say_in_what_they_were_measured() -> None:
     assert '<th scope="col">Timed in</th>' in render_html(card)
 
 
-def test_every_runtime_has_its_models_on_the_chart_however_many_there_are() -> None:
+def test_chart_of_sizes_has_the_models_of_every_runtime() -> None:
     card = make_card_of_several()
     ran = [{"name": f"runtime {i % 6}", "build": None} for i in range(len(card.comparisons))]
     pairs = zip(card.comparisons, ran, strict=True)
@@ -114,7 +114,7 @@ def test_every_runtime_has_its_models_on_the_chart_however_many_there_are() -> N
     assert {mark.kind for mark in sized.marks} == set(sized.looks)
 
 
-def test_what_rounding_alone_keeps_is_a_line_across_where_it_was_found_for_all() -> None:
+def test_rounding_line_needs_a_noise_floor_of_every_probe() -> None:
     few, many = (NoiseFloor(100, 9, 40, lost, 0, None, "float32") for lost in (1, 4))
     comparisons = floors(few, many)
     known = [probe.counts.known_before for probe in comparisons[0].probes]
@@ -141,7 +141,7 @@ def test_hostile_names_stay_text(text: str) -> None:
         assert len(drawn(text)) == 1
 
 
-def test_dollar_signs_are_no_formula() -> None:
+def test_dollar_signs_are_not_read_as_a_formula() -> None:
     chart = popularity(bins("$x^2$ \\$ {}"), "p1", "atlas")
     assert clean("$x^2$ \\$ top 20 %", 16) in texts(chart)
 
@@ -184,7 +184,7 @@ def test_matplotlib_is_not_imported_until_a_chart_is_drawn() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-def test_what_rounding_alone_keeps_is_a_line_of_kept_against_costs() -> None:
+def test_charts_of_costs_have_a_rounding_line() -> None:
     card = make_card_of_several()
     names = name_models(card)
     assert [chart.rounding for chart in chart_costs(card, names)] == [

@@ -39,7 +39,7 @@ def test_thresholds_are_exact(kept: int, known: int, grade: str) -> None:
     assert find_grade(kept, known) == grade
 
 
-def test_a_subject_is_graded_over_all_probes() -> None:
+def test_domain_is_graded_over_all_probes() -> None:
     probes = [
         compare_probe(*make_rows(both=8, lost=2), make_entry(), make_entry(), probe="atlas", ran_in="")
         for _ in range(2)
@@ -48,7 +48,7 @@ def test_a_subject_is_graded_over_all_probes() -> None:
     assert (grade.subject, grade.counts, grade.grade) == ("geography", Counts(16, 4), "D")
 
 
-def test_facts_of_a_probe_of_one_relation_are_as_unrelated_in_their_domain_as_in_all_facts() -> None:
+def test_task_of_one_relation_weighs_in_its_domain_as_in_all_facts() -> None:
     """Else the items of a task, beside the relations of a set, would weigh in a domain as one relation alone."""
     atlas = [make_rows(both=18, lost=2, relation=f"r{number}", probe="atlas") for number in range(12)]
     task = make_rows(both=900, lost=100, relation="piqa", probe="lm-eval:piqa")
@@ -63,27 +63,27 @@ def test_facts_of_a_probe_of_one_relation_are_as_unrelated_in_their_domain_as_in
     assert grade.kept == compared.kept
 
 
-def test_subjects_in_the_order_of_the_report_card_and_tasks_after_them() -> None:
+def test_domains_come_in_the_order_of_the_report_card_and_tasks_last() -> None:
     rows = [make_answer(n, True, subject=s) for n, s in enumerate(["boolq", "common sense", "geography"])]
     graded = grade_domains([compare_probe(rows, rows, make_entry(), make_entry(), probe="atlas", ran_in="")])
     assert [grade.subject for grade in graded] == ["geography", "common sense", "boolq"]
 
 
-def test_few_facts_leave_the_grade_unsure() -> None:
+def test_few_facts_give_a_range_of_grades() -> None:
     (grade,) = grade_domains(
         [compare_probe(*make_rows(both=19, lost=1), make_entry(), make_entry(), probe="atlas", ran_in="")]
     )
     assert (grade.grade, grade.range) == ("B", "A+ to D")
 
 
-def test_many_facts_make_it_sure() -> None:
+def test_many_facts_give_a_single_grade() -> None:
     (grade,) = grade_domains(
         [compare_probe(*make_rows(both=1000), make_entry(), make_entry(), probe="atlas", ran_in="")]
     )
     assert (grade.grade, grade.range) == ("A+", None)
 
 
-def test_nothing_known_is_not_graded() -> None:
+def test_domain_without_known_facts_is_not_graded() -> None:
     (grade,) = grade_domains(
         [compare_probe(*make_rows(neither=5), make_entry(), make_entry(), probe="atlas", ran_in="")]
     )
@@ -91,7 +91,7 @@ def test_nothing_known_is_not_graded() -> None:
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
-def test_the_grade_lies_within_its_range(both: int, lost: int) -> None:
+def test_grade_lies_within_its_range(both: int, lost: int) -> None:
     order = ["A+", "A", "B", "C", "D", "F"]
     for grade in grade_domains(
         [compare_probe(*make_rows(both, lost), make_entry(), make_entry(), probe="atlas", ran_in="")]
@@ -100,7 +100,7 @@ def test_the_grade_lies_within_its_range(both: int, lost: int) -> None:
         assert order.index(best) <= order.index(grade.grade) <= order.index(worst)
 
 
-def test_a_share_reads_as_one_of_its_grade() -> None:
+def test_share_is_not_rounded_to_another_grade() -> None:
     (grade,) = grade_domains(
         [compare_probe(*make_rows(9296, 704), make_entry(), make_entry(), probe="atlas", ran_in="")]
     )

@@ -38,23 +38,23 @@ def warnings_of(card: Card) -> str:
 
 
 class TestVerdict:
-    def test_a_loss_that_is_real(self) -> None:
+    def test_loss_that_chance_does_not_explain(self) -> None:
         assert card_of(1523, 78, 12, 400).verdict == (
             "Keeps 1,523 of 1,601 facts that tiny-bert knew (95.1 %, interval 94.0 to 96.1 %): it forgot 78 and gained "
             "12, a net loss that chance does not explain (p < 0.001). A net loss under 1.2 % of these 1,601 may "
             "go unseen."
         )
 
-    def test_a_loss_that_may_be_chance(self) -> None:
+    def test_loss_that_chance_could_explain(self) -> None:
         assert card_of(195, 5, 3, 100).verdict.endswith(
             "it forgot 5 and gained 3, a net loss that chance could explain (p = 0.73). A net loss under 6.1 % of "
             "these 200 may go unseen; 1,100 known facts would show 2 %."
         )
 
-    def test_a_gain(self) -> None:
+    def test_gain(self) -> None:
         assert "it forgot 1 and gained 12, a net gain that chance does not explain" in card_of(100, 1, 12, 100).verdict
 
-    def test_as_much_gained_as_lost(self) -> None:
+    def test_equal_gain_and_loss(self) -> None:
         assert (
             "it forgot 50 and gained 50, which evens out. A net loss under 22 % of" in card_of(100, 50, 50, 100).verdict
         )
@@ -72,10 +72,10 @@ class TestVerdict:
             "known facts would show 2 %."
         )
 
-    def test_almost_everything_is_not_all(self) -> None:
+    def test_almost_everything_is_not_rounded_to_100_percent(self) -> None:
         assert "(> 99.9 %, interval 99.7 to > 99.9 %)" in card_of(1999, 1).verdict
 
-    def test_an_original_that_knew_nothing(self) -> None:
+    def test_original_that_knew_nothing(self) -> None:
         assert card_of(0, 0, 3, 97).verdict == (
             "tiny-bert knew none of 100 facts, so there is nothing to keep; the compressed model answers 3 right."
         )
@@ -83,12 +83,12 @@ class TestVerdict:
     def test_no_facts(self) -> None:
         assert card_of().verdict.startswith("The models were not evaluated on any common fact")
 
-    def test_so_few_facts_that_no_loss_would_show(self) -> None:
+    def test_too_few_facts_to_show_a_loss(self) -> None:
         assert card_of(3, 1).verdict.endswith(
             "(p = 1). So few facts cannot show a net loss; 400 known ones would show 2 %."
         )
 
-    def test_one_fact(self) -> None:
+    def test_one_fact_is_singular(self) -> None:
         assert card_of(1).verdict.startswith("Keeps 1 of 1 fact that tiny-bert knew (100 %")
         assert card_of(0, 0, 0, 1).verdict == "tiny-bert knew none of 1 fact, so there is nothing to keep."
         probes = {"atlas": make_entry(facts=1, asked=1)}
@@ -98,7 +98,7 @@ class TestVerdict:
         )
         assert "; 1 fact read, " in " ".join(card.method)
 
-    def test_several_models_are_judged_by_the_best_and_the_worst(self) -> None:
+    def test_two_models_whose_difference_chance_does_not_explain(self) -> None:
         original, good = make_runs(make_rows(95, 5))
         _, bad = make_runs(make_rows(20, 80))
         bad = make_answers(bad.answers, make_model(sha256="c" * 64, setup="FLP L1-unstructured 40%"))
@@ -107,7 +107,7 @@ class TestVerdict:
             "20.0 %), a difference that chance does not explain."
         )
 
-    def test_two_models_that_chance_could_tell_apart(self) -> None:
+    def test_two_models_whose_difference_chance_could_explain(self) -> None:
         original, good = make_runs(make_rows(95, 5))
         near = make_answers(make_rows(94, 6)[1], make_model(sha256="c" * 64, setup="Att_GP 94%"))
         assert make_card(original, [near, good]).verdict == (
@@ -115,7 +115,7 @@ class TestVerdict:
             "difference that chance could explain."
         )
 
-    def test_the_best_of_several_is_tested_against_all_others(self) -> None:
+    def test_best_of_several_models_is_tested_against_all_others(self) -> None:
         original, good = make_runs(make_rows(95, 5))
         near, bad = (
             make_answers(make_rows(kept, 100 - kept)[1], make_model(sha256=hash * 64, setup=f"Att_GP {kept}%"))
@@ -125,7 +125,7 @@ class TestVerdict:
         assert "Of 3 compressed models, Overall_GQ keeps most" in verdict
         assert verdict.endswith("1 cannot be told apart from the best: Att_GP 94%.")
 
-    def test_the_best_of_forms_that_keep_the_same_by_chance_is_called_better_in_one_of_twenty_cards(self) -> None:
+    def test_equally_good_models_are_told_apart_in_one_of_twenty_cards(self) -> None:
         drawn, wrong, relations = np.random.default_rng(4), 0, [f"r{n % 20}" for n in range(300)]
         known = [make_answer(n, True, relation=relation) for n, relation in enumerate(relations)]
         for _ in range(DRAWN):
@@ -136,7 +136,7 @@ class TestVerdict:
             wrong += len(max(found, key=lambda each: each.keeps).alike) < 4
         assert wrong / DRAWN <= 0.06
 
-    def test_none_of_models_that_answered_different_facts_is_the_best(self) -> None:
+    def test_models_evaluated_on_different_facts_are_not_ranked(self) -> None:
         more, probes = make_rows(50, 50, probe="bear"), {"atlas": make_entry(), "bear": make_entry()}
         (known, kept), of_both = make_rows(95, 5), make_model(sha256="c" * 64, setup="Att_GQ")
         _, of_one = make_runs((known, kept))
@@ -170,13 +170,13 @@ class TestCard:
         assert len(comparison.lost) == 4
         assert comparison.grades[0].counts == comparison.counts
 
-    def test_without_facts_no_changed_fact_is_in_it(self) -> None:
+    def test_hidden_facts_are_not_in_the_card(self) -> None:
         original, compressed = make_runs(make_rows(5, 3, 2))
         (comparison,) = make_card(original, [compressed], show_facts=False).comparisons
         assert comparison.lost == comparison.gained == ()
         assert comparison.counts == Counts(5, 3, 2)
 
-    def test_the_same_answers_make_the_same_card(self) -> None:
+    def test_order_of_answers_does_not_change_the_card(self) -> None:
         original, compressed = make_runs(make_rows(50, 10, 5, 20))
         shuffled = (
             make_answers(reversed(original.answers)),
@@ -184,7 +184,7 @@ class TestCard:
         )
         assert make_card(original, [compressed]) == make_card(shuffled[0], [shuffled[1]])
 
-    def test_method_says_how_and_how_much_was_asked(self) -> None:
+    def test_method_describes_probes_and_sampling(self) -> None:
         rows = make_rows(50, 10)
         probes = {"atlas": make_entry(facts=70, dropped={"no single word": 10}, limit=60, seed=3)}
         card = make_card(
@@ -201,7 +201,7 @@ class TestCard:
         ):
             assert part in text
 
-    def test_harness_tasks_are_judged_by_the_harness(self) -> None:
+    def test_tasks_are_scored_by_the_harness(self) -> None:
         rows = make_rows(
             5, probe="lm-eval:boolq", relation="boolq", subject="boolq", choices=2, first_ids=(), first_logp=()
         )
@@ -215,26 +215,26 @@ class TestCard:
 
 
 class TestWarnings:
-    def test_none_where_all_is_well(self) -> None:
+    def test_no_warning_if_all_is_well(self) -> None:
         assert warnings_of(card_of(500, 20, 10, 100)) == ""
 
     def test_few_facts(self) -> None:
         assert "knew only 60 facts" in warnings_of(card_of(50, 10))
 
-    def test_subjects_of_few_facts(self) -> None:
+    def test_domains_of_few_facts(self) -> None:
         rows = make_rows(200)
         rows = tuple([*side, make_answer(999, True, subject="language")] for side in rows)
         original, compressed = make_runs(rows)
         assert "fewer than 20 known facts say little: language (1)." in warnings_of(make_card(original, [compressed]))
 
-    def test_an_original_no_better_than_guessing(self) -> None:
+    def test_original_no_better_than_guessing(self) -> None:
         may = r"may know little of atlas: its accuracy \(15.0 %\) is not clearly above that of guessing \(12.5 %\)"
         assert re.search(may, warnings_of(card_of(15, 0, 0, 85)))
 
-    def test_an_original_no_better_than_the_most_frequent_answer(self) -> None:
+    def test_original_no_better_than_the_most_frequent_answer(self) -> None:
         assert "always giving the most frequent answer (20.0 %)" in warnings_of(card_of(200, 0, 0, 800))
 
-    def test_a_mean_over_relations_is_held_to_the_baseline_so_averaged(self) -> None:
+    def test_macro_average_is_compared_with_the_baseline(self) -> None:
         known = make_rows(80, 0, 0, 10)
         unknown = ([make_answer(number, False, relation="other") for number in range(90, 100)],) * 2
         before, after = (own + more for own, more in zip(known, unknown, strict=True))
@@ -249,7 +249,7 @@ class TestWarnings:
         original, _ = make_runs(make_rows(200))
         assert "same checkpoint" in warnings_of(make_card(original, [original]))
 
-    def test_an_original_that_lies_on_a_grid_flatters_types_of_that_grid(self) -> None:
+    def test_original_whose_weights_lie_on_a_grid(self) -> None:
         rows = make_rows(500, 20, 10, 100)
         grid = {"weights": 210, "of": 211, "values": 16}
         rounded = make_model(sha256="b" * 64, quantization="q4_1")
@@ -262,7 +262,7 @@ class TestWarnings:
         swapped = warnings_of(make_card(compressed, [original]))
         assert "look swapped: tiny-bert-int8, given as the original, was made from tiny-bert" in swapped
 
-    def test_models_in_the_wrong_order_one_of_them_renamed(self) -> None:
+    def test_models_in_the_wrong_order_are_recognized_by_hash(self) -> None:
         made_from = {"name": "before", "revision": None, "sha256": ORIGINAL_HASH}
         original, compressed = make_runs(make_rows(60, 20, 10, 20), source=made_from)
         assert "swapped" not in warnings_of(make_card(original, [compressed]))
@@ -274,16 +274,16 @@ class TestWarnings:
         groups["attention"]["quantized"] = 5
         assert warnings_of(card_of(200, compressed_model={"groups": groups})) == ""
 
-    def test_batches_matter_to_the_papers_quantization(self) -> None:
+    def test_int8_paper_depends_on_batches(self) -> None:
         recipe = {"module_map": "structural", "steps": [{"quantize": "int8-paper"}]}
         assert "int8-paper" in warnings_of(card_of(200, compressed_model={"recipe": recipe}))
 
-    def test_types_that_differ_without_quantization(self) -> None:
+    def test_different_dtypes_without_quantization(self) -> None:
         assert "float32 and bfloat16" in warnings_of(card_of(200, compressed_model={"dtype": "bfloat16"}))
         quantized = {"dtype": "I8", "quantization": "compressed-tensors"}
         assert warnings_of(card_of(200, compressed_model=quantized)) == ""
 
-    def test_devices_and_versions_that_differ(self) -> None:
+    def test_different_devices_and_versions(self) -> None:
         rows = make_rows(200)
         speed = Speed("cpu", facts_per_second=10.0, peak_bytes=None)
         original = make_answers(rows[0], make_model(speed=speed))
@@ -293,19 +293,19 @@ class TestWarnings:
         assert "different devices (cpu and cuda)" in text
         assert "torch 2.9.0 and 2.8.0" in text
 
-    def test_distributions_over_other_tokens(self) -> None:
+    def test_distributions_over_different_tokens(self) -> None:
         rows = make_rows(200)
         compressed = make_answers(rows[1], make_model(sha256="b" * 64), {"atlas": make_entry(reference="b" * 64)})
         card = make_card(make_answers(rows[0]), [compressed])
         assert "How far distributions moved on atlas was not measured" in warnings_of(card)
 
-    def test_a_probe_that_only_one_side_was_asked(self) -> None:
+    def test_probe_that_only_the_original_has(self) -> None:
         rows = make_rows(200)
         original = make_answers(rows[0], probes={"atlas": make_entry(), "bear": make_entry()})
         card = make_card(original, [make_answers(rows[1], make_model(sha256="b" * 64))])
         assert "only the original was evaluated on them: bear" in warnings_of(card)
 
-    def test_most_facts_left_out(self) -> None:
+    def test_most_facts_dropped(self) -> None:
         rows = make_rows(200)
         probes = {"atlas": make_entry(facts=1000, dropped={"several tokens": 700, "no template": 100})}
         card = make_card(
@@ -313,13 +313,13 @@ class TestWarnings:
         )
         assert "80.0 % of the facts of atlas were dropped, mostly for this reason: several tokens." in warnings_of(card)
 
-    def test_a_model_that_computes_no_numbers(self) -> None:
+    def test_model_with_nan(self) -> None:
         before, after = make_rows(200)
         after[:3] = [replace(row, logp_gold=math.nan) for row in after[:3]]
         card = make_card(*(lambda pair: (pair[0], [pair[1]]))(make_runs((before, after))))
         assert "The compressed model produces NaN for 3 facts of atlas" in warnings_of(card)
 
-    def test_what_holds_for_all_of_several_models_is_said_once(self) -> None:
+    def test_warning_common_to_all_models_is_shown_once(self) -> None:
         original, first = make_runs(make_rows(50, 5))
         second = make_answers(first.answers, make_model(sha256="c" * 64, dtype="bfloat16"))
         card = make_card(original, [first, second])
@@ -329,7 +329,7 @@ class TestWarnings:
 
 
 class TestRefused:
-    def test_other_families_and_vocabularies(self) -> None:
+    def test_different_families_and_vocabularies(self) -> None:
         rows = make_rows(5)
         for key, value in (("family", "causal"), ("vocabulary", 50257)):
             original = make_answers(rows[0], make_model(vocabulary=30522))
@@ -344,11 +344,11 @@ class TestRefused:
         with pytest.raises(CompressknowError, match="not evaluated on any common probe"):
             make_card(make_answers(rows[0]), [make_answers(rows[1], probes={"bear": make_entry()})])
 
-    def test_nothing_to_compare(self) -> None:
+    def test_no_compressed_model(self) -> None:
         with pytest.raises(UsageError, match="no compressed model"):
             make_card(make_answers([]), [])
 
-    def test_a_record_that_says_too_little(self) -> None:
+    def test_record_without_required_keys(self) -> None:
         with pytest.raises(CompressknowError, match=r"sha256, bytes"):
             read_model_facts(make_model(sha256=None, bytes=None))
 

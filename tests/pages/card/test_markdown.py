@@ -54,13 +54,13 @@ def test_same_card_gives_the_same_text(name: str) -> None:
     assert "\n\n\n" not in text
 
 
-def test_text_is_as_in_the_golden_file() -> None:
+def test_text_equals_the_golden_file() -> None:
     golden = GOLDEN.read_text(encoding="utf-8")
     assert render_markdown(make_card_of_one()) == golden, "run tools/golden.py where the change is meant"
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_every_row_has_the_cells_of_its_header(name: str) -> None:
+def test_rows_have_as_many_cells_as_their_header(name: str) -> None:
     text = render_markdown(CARDS[name]())
     for line, after in zip(text.splitlines(), text.splitlines()[1:], strict=False):
         if line.startswith("|") and after.startswith("|"):
@@ -69,7 +69,7 @@ def test_every_row_has_the_cells_of_its_header(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["one", "nothing"])
-def test_tables_are_those_of_the_page(name: str) -> None:
+def test_tables_equal_those_of_the_page(name: str) -> None:
     card = CARDS[name]()
     page = parse_html(render_html(card))
     in_page = {table.one("caption").text: table for table in page.all("table")}
@@ -83,13 +83,13 @@ def test_tables_are_those_of_the_page(name: str) -> None:
         assert [[cell for cell in row if cell] for row in rows] == told
 
 
-def test_facts_are_limited_and_the_rest_counted() -> None:
+def test_changed_facts_are_counted_after_50() -> None:
     text = render_markdown(make_card_of_one(lost=60, gained=3))
     assert [len(table) - 1 for table in tables(rendered(text)) if table[0][0] == "Prompt"] == [50, 3]
     assert "10 more are in the JSON, which" in text
 
 
-def test_method_and_glossary_are_two_lists() -> None:
+def test_method_and_glossary_are_separate_lists() -> None:
     text = rendered(render_markdown(make_card_of_one()))
     lists = [[item.text.strip() for item in each.all("li")] for each in text.all("ul")]
     assert "What the figures mean:" in [paragraph.text for paragraph in text.all("p")]
@@ -97,7 +97,7 @@ def test_method_and_glossary_are_two_lists() -> None:
     assert not any(item.startswith("Majority baseline") for item in method)
 
 
-def test_a_fold_of_nothing_leaves_nothing() -> None:
+def test_empty_fold_is_left_out() -> None:
     assert pages.render_markdown(Page("Title", (PageSection("a", "A", (Folded("Fold", ()),)),))) == "# Title\n\n## A\n"
 
 
@@ -107,7 +107,7 @@ def test_one_fact_is_singular() -> None:
     assert "of 1 fact evaluated" in render_html(card)
 
 
-def test_sizes_that_servers_do_not_tell_are_not_compared() -> None:
+def test_unknown_sizes_are_not_compared() -> None:
     def write(before: int | None, after: int | None) -> str:
         card = make_card_of_one()
         (comparison,) = card.comparisons
@@ -120,7 +120,7 @@ def test_sizes_that_servers_do_not_tell_are_not_compared() -> None:
     assert " before, " not in write(None, None)
 
 
-def test_one_lost_fact_that_an_example_was_put_before_is_singular() -> None:
+def test_one_lost_fact_evaluated_with_an_example_is_singular() -> None:
     card = make_card_of_one()
     (comparison,) = card.comparisons
     first, *others = comparison.probes
@@ -158,6 +158,6 @@ def test_nobody_is_mentioned_and_no_issue_is_linked(text: str) -> None:
     assert not re.search(r"@\w|#\d|GH-\d", shown, re.IGNORECASE)
 
 
-def test_right_to_left_names_do_not_turn_their_sentence_round() -> None:
+def test_right_to_left_names_do_not_reorder_their_sentence() -> None:
     text = render_markdown(replace(make_card_of_one(), verdict="שלום עולם 20% still knows 5 of the 9 facts."))
     assert "\u2068שלום עולם\u2069 20% still knows" in text

@@ -43,7 +43,7 @@ def rows_of(page: Element, caption: str) -> list[list[str]]:
     return [[cell.text for cell in row.children if isinstance(cell, Element)] for row in table.all("tr")]
 
 
-def test_groups_layers_and_cells_say_their_figures() -> None:
+def test_tables_have_figures_by_group_layer_and_module() -> None:
     page = parse_html(render_comparison_html(make_comparison()))
     assert rows_of(page, "What differs by group of layers")[1] == [
         *("attention", "18,000", "0 %", "20.0 %", "0.1232", "0.99339", "18.2 dB", "0.3200"),
@@ -55,7 +55,7 @@ def test_groups_layers_and_cells_say_their_figures() -> None:
     assert len(rows_of(page, "Linear weights by layer")) == 1 + 6
 
 
-def test_tensors_that_differ_come_first_that_differ_most() -> None:
+def test_changed_tensors_are_sorted_by_error() -> None:
     rows = rows_of(parse_html(render_comparison_html(make_comparison())), "Tensors that differ")
     assert len(rows) == 1 + 12
     errors = [float(row[5]) for row in rows[1:]]
@@ -63,7 +63,7 @@ def test_tensors_that_differ_come_first_that_differ_most() -> None:
     assert rows[1][1] == "F32 → I8"
 
 
-def test_structure_and_settings_are_told() -> None:
+def test_differences_in_structure_and_settings_are_listed() -> None:
     page = parse_html(render_comparison_html(make_comparison(facts=False)))
     assert rows_of(page, "Tensors that are stored differently")[1:] == [
         ["another type", "2", "F32", "I8", "a.weight, b.weight"],
@@ -77,13 +77,13 @@ def test_structure_and_settings_are_told() -> None:
     ]
 
 
-def test_a_checkpoint_says_of_which_revision_it_was_made() -> None:
+def test_source_is_shown_with_its_revision() -> None:
     made = make_comparison(facts=False)
     b = replace(made.b, source={"name": "me/tiny-t5", "revision": "v2"})
     assert "Made fromme/tiny-t5@v2" in parse_html(render_comparison_html(replace(made, b=b))).text.replace("\n", "")
 
 
-def test_both_directions_are_told() -> None:
+def test_knowledge_is_compared_in_both_directions() -> None:
     page = parse_html(render_comparison_html(make_comparison()))
     figures = dict(rows_of(page, "What each model knows, and how much their answers differ"))
     assert figures["Of what A knows, B keeps"].startswith("82.4 %")
@@ -93,7 +93,7 @@ def test_both_directions_are_told() -> None:
     assert "A answers" in [header.text for header in page.all("th")]
 
 
-def test_a_fact_that_both_know_in_other_words_is_known_by_both() -> None:
+def test_fact_answered_in_different_words_is_known_by_both() -> None:
     """A task takes what is written for an answer: more than one text may be right."""
     of_a, of_b = make_runs(make_rows(20, 3, 2, 5))
     first = next(each for each in of_b.answers if each.correct)
@@ -108,7 +108,7 @@ def test_a_fact_that_both_know_in_other_words_is_known_by_both() -> None:
 
 
 @pytest.mark.parametrize("columns", [3, 12])
-def test_the_heat_map_has_a_mark_a_cell_that_is_darker_the_larger_the_error(columns: int) -> None:
+def test_heat_map_has_a_mark_per_cell_that_darkens_with_the_error(columns: int) -> None:
     cells = tuple(tuple(0.001 * 1.3 ** (i + j) for j in range(columns)) for i in range(4))
     drawn = parse_html(
         draw_heat_map(Grid(("a", "b", "c", "d"), tuple(f"m{j}" for j in range(columns)), cells), "Errors", "map") or ""
@@ -122,20 +122,20 @@ def test_the_heat_map_has_a_mark_a_cell_that_is_darker_the_larger_the_error(colu
     assert "0.0010" in drawn.one("desc").text
 
 
-def test_what_did_not_change_and_what_is_not_there_is_no_shade_of_the_map() -> None:
+def test_heat_map_marks_unchanged_cells_and_omits_missing_ones() -> None:
     drawn = parse_html(draw_heat_map(Grid(("a", "b"), ("m", "n"), ((0.0, 0.5), (None, 0.5))), "Errors", "map") or "")
     marks = [mark for mark in drawn.all("rect") if mark.attributes["height"] == "18"]
     assert [mark.attributes["class"] for mark in marks] == ["f-rule", "f-c1", "f-c1"]
     assert draw_heat_map(Grid(("a",), ("m",), ((0.0,),)), "Errors", "map") is None
 
 
-def test_errors_far_below_the_largest_are_all_faint() -> None:
+def test_heat_map_shows_tiny_errors_alike() -> None:
     drawn = parse_html(draw_heat_map(Grid(("a",), ("m", "n", "o"), ((1e-12, 1e-9, 0.5),)), "Errors", "map") or "")
     marks = [mark.attributes["opacity"] for mark in drawn.all("rect") if mark.attributes["height"] == "18"]
     assert marks[0] == marks[1] != marks[2]
 
 
-def test_a_layer_without_a_module_has_no_figure_there() -> None:
+def test_grid_has_no_figure_for_a_missing_module() -> None:
     difference = make_diff()
     found = make_grid(replace(difference, tensors=difference.tensors[1:]))
     assert found is not None
@@ -200,7 +200,7 @@ def test_hostile_text_stays_text_in_markdown(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_markdown_and_json_say_the_verdict_and_json_holds_no_nan(name: str) -> None:
+def test_markdown_and_json_have_the_verdict_and_json_has_no_nan(name: str) -> None:
     made = MADE[name]()
     told: dict[str, Any] = diff_json(made)
     assert json.loads(json.dumps(told, allow_nan=False)).keys() == told.keys()
@@ -225,7 +225,7 @@ def test_verdicts() -> None:
     assert write_verdict(names, False, None, one_fact).startswith("two knows 1 of the 1 fact (100 %) that one knows")
 
 
-def test_a_smoothed_side_is_told_where_the_other_is_not() -> None:
+def test_warning_if_only_one_side_was_smoothed() -> None:
     plain = make_comparison().a
     smoothed, rounded = (replace(plain, calibration={"smoothed": norms}) for norms in (4, 0))
 
@@ -237,7 +237,7 @@ def test_a_smoothed_side_is_told_where_the_other_is_not() -> None:
     assert not any("was smoothed" in warning for warning in told(plain, rounded))
 
 
-def test_many_tensors_are_cut_and_counted() -> None:
+def test_long_list_of_tensors_is_cut_and_counted() -> None:
     page = parse_html(render_comparison_html(make_comparison(facts=False, layers=200)))
     assert len(rows_of(page, "Tensors that differ")) == 1 + 500
     assert "300 more are in the JSON, which" in page.text

@@ -40,7 +40,7 @@ def with_architecture(architecture: str, model_type: str, **changes: Any) -> dic
 
 
 @pytest.mark.parametrize("scheme", ["int8", None])
-def test_card_is_as_in_the_golden_file(scheme: str | None) -> None:
+def test_card_equals_the_golden_file(scheme: str | None) -> None:
     card = render_model_card(make_manifest(scheme=scheme), source_card_metadata=SOURCE_CARD)
     golden = GOLDEN / f"model_card_{scheme or 'pruned'}.md"
     assert card == golden.read_text(encoding="utf-8"), "run tools/golden.py where the change is meant"
@@ -116,7 +116,7 @@ def test_vllm_is_named_only_where_it_would_run(
     assert ("vllm serve" in card) is expected
 
 
-def test_int8_encoder_decoder_is_sent_to_load_for_generate() -> None:
+def test_card_of_an_int8_encoder_decoder_recommends_compressknow_load() -> None:
     card = render_model_card(with_architecture("T5ForConditionalGeneration", "t5"), source_card_metadata={})
     assert "compressknow.load(" in card
     assert "AutoModelForSeq2SeqLM.from_pretrained" in card
@@ -135,19 +135,19 @@ def test_int8_encoder_decoder_is_sent_to_load_for_generate() -> None:
         "---\n" + "[" * 3000 + "\n---\n",
     ],
 )
-def test_broken_source_card_counts_as_none(tmp_path: Path, card: str) -> None:
+def test_broken_source_card_has_no_metadata(tmp_path: Path, card: str) -> None:
     (tmp_path / "README.md").write_text(card)
     assert read_card_metadata(tmp_path / "README.md") == {}
     assert read_card_metadata(tmp_path / "missing.md") == {}
 
 
-def test_source_card_is_read(tmp_path: Path) -> None:
+def test_metadata_of_the_source_card_is_read(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\r\nlicense: mit\r\n---\r\n# Title\r\n---\r\n", newline="")
     assert read_card_metadata(tmp_path / "README.md") == {"license": "mit"}
 
 
 @pytest.mark.parametrize("architecture", ["OwnForCausalLM", "OwnWriter"])
-def test_a_model_with_its_own_code_is_loaded_and_made_again_as_its_card_says(
+def test_card_of_a_model_with_custom_code_loads_and_reproduces_it(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))

@@ -41,7 +41,7 @@ def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path],
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("found", "light"), ("found", "dark"), ("none", "light")])
-def test_axe_finds_nothing_to_mend(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
+def test_page_is_accessible(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
     check_accessible(page, files[name], scheme)
 
 
@@ -50,7 +50,7 @@ def text(page: Page, selector: str) -> str:
     return page.locator(selector).inner_text().replace("\N{NO-BREAK SPACE}", " ")
 
 
-def test_the_page_says_what_was_found(page: Page, files: dict[str, Path]) -> None:
+def test_page_shows_the_result(page: Page, files: dict[str, Path]) -> None:
     page.goto(files["found"].as_uri())
     assert text(page, "h1") == "40.0 % smaller, and 94.0 % kept"
     verdict = text(page, "header .verdict")

@@ -22,7 +22,7 @@ def test_hostile_text_stays_text(text: str) -> None:
     assert clean(text, 60)[:30] in page.one("main").text
 
 
-def test_a_pointer_over_a_file_is_told_which_it_is_in_both_sizes_of_the_chart() -> None:
+def test_marks_have_tooltips_in_both_sizes_of_the_chart() -> None:
     search = make_search()
     page = parse_html(render_search_html(search))
     for look in ("narrow", "broad"):
@@ -32,7 +32,7 @@ def test_a_pointer_over_a_file_is_told_which_it_is_in_both_sizes_of_the_chart() 
         assert any(text.startswith("the winner, ") for text in told)
 
 
-def test_what_rounding_alone_keeps_is_a_line_of_the_chart() -> None:
+def test_chart_has_a_rounding_line() -> None:
     with_line, without = (render_search_html(replace(make_search(), rounding=share)) for share in (0.985, None))
     assert "The dotted line is what rounding alone keeps, 98.5 %" in parse_html(with_line).text
     assert "ounding alone" not in without
@@ -41,14 +41,14 @@ def test_what_rounding_alone_keeps_is_a_line_of_the_chart() -> None:
 
 
 @pytest.mark.parametrize(("keep", "told"), [(0.9, False), (0.99, True)])
-def test_to_keep_more_than_rounding_keeps_is_told(keep: float, told: bool) -> None:
+def test_warning_if_the_target_exceeds_what_rounding_keeps(keep: float, told: bool) -> None:
     warnings = " ".join(list_warnings(replace(make_search(), keep=keep)))
     assert ("Rounding alone keeps 98.5 % of what the original knows" in warnings) == told
     assert ("even unchanged weights do not keep 99 % there" in warnings) == told
 
 
 @pytest.mark.parametrize(("keep", "told"), [(0.9, False), (0.95, True), (0.99, False)])
-def test_a_smaller_file_that_too_few_facts_tell_is_named(keep: float, told: bool) -> None:
+def test_warning_names_a_smaller_file_that_more_facts_might_confirm(keep: float, told: bool) -> None:
     search = make_search()
     largest = max(search.tried, key=lambda each: each.bytes)
     for winner in (largest, None):
@@ -57,7 +57,7 @@ def test_a_smaller_file_that_too_few_facts_tell_is_named(keep: float, told: bool
     assert "With more facts" not in " ".join(list_warnings(replace(search, keep=0.9)))
 
 
-def test_the_best_file_of_a_size_has_no_chart_and_no_split_to_select_by() -> None:
+def test_search_for_a_size_has_no_chart_and_no_held_out_facts() -> None:
     page = parse_html(render_search_html(make_size_search()))
     assert "Knowledge kept against size" not in page.one("main").text
     text = page.one("main").text
@@ -66,20 +66,20 @@ def test_the_best_file_of_a_size_has_no_chart_and_no_split_to_select_by() -> Non
     assert write_headline(make_size_search()) == "60.0 MB, and 94.0 % kept"
 
 
-def test_facts_do_not_guide_where_a_text_does_alone() -> None:
+def test_search_guided_by_text_does_not_mention_guiding_facts() -> None:
     text = parse_html(render_search_html(replace(make_size_search(), by="text, rounded by GPTQ"))).one("main").text
     assert "decided by text, rounded by GPTQ" in text
     assert "guided" not in text
     assert "are the search split (the original knew 93)" in text
 
 
-def test_the_headline_tells_the_share_of_facts_that_had_no_part_in_the_choice() -> None:
+def test_headline_has_the_share_of_the_grading_facts() -> None:
     search = make_search()
     lucky = replace(search.winner, graded=Estimate(0.85, 0.81, 0.89))
     assert write_headline(replace(search, keep=0.9, winner=lucky)) == "40.0 % smaller, and 85.0 % kept"
 
 
-def test_a_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
+def test_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
     page = parse_html(render_search_html(make_size_search()))
     *_, broad = page.all("figure")
     drawn = [text.text for text in broad.all("text")]
@@ -96,7 +96,7 @@ def test_a_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
     ]
 
 
-def test_the_layers_of_an_encoder_stand_before_those_of_a_decoder_whatever_both_lie_in() -> None:
+def test_encoder_layers_come_before_decoder_layers() -> None:
     search = make_size_search()
     assert search.winner is not None
     types = {f"model.{stack}.layers.{n}.fc1": "int4/64" for stack in ("encoder", "decoder") for n in (0, 10, 2)}
@@ -105,7 +105,7 @@ def test_the_layers_of_an_encoder_stand_before_those_of_a_decoder_whatever_both_
     assert names == ["Layer", *(f"{stack} {n}" for stack in ("encoder", "decoder") for n in (0, 2, 10))]
 
 
-def test_files_are_listed_the_smallest_first_with_what_they_were_predicted_to_lose() -> None:
+def test_evaluated_files_are_listed_by_size_with_their_predicted_kl() -> None:
     text = parse_html(render_search_html(make_search())).one("main").text
     table = text[text.index("Evaluated files, smallest first") :]
     places = [table.index(f"{size}.0 MB") for size in (30, 60, 65, 80)]
@@ -114,7 +114,7 @@ def test_files_are_listed_the_smallest_first_with_what_they_were_predicted_to_lo
     assert "0.0167" in table
 
 
-def test_a_bar_beside_each_file_shows_its_share_and_the_note_its_level() -> None:
+def test_each_file_has_a_bar_of_its_share_and_the_note_names_the_level() -> None:
     page = parse_html(render_search_html(make_search()))
     section = next(each for each in page.all("section") if each.attributes["aria-labelledby"] == "tried")
     bars = [each for each in section.all("svg") if each.attributes.get("class") == "bar"]

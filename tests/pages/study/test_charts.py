@@ -65,7 +65,7 @@ def test_charts_without_cells_are_left_out() -> None:
     assert [chart.name for chart in draw_charts(make_study([gq("attention", range(100))]))] == ["quantization"]
 
 
-def test_lines_are_told_in_words_too() -> None:
+def test_lines_are_described_in_words() -> None:
     made = make_study(
         [gp("attention", a, range(k)) for a, k in ((0.2, 150), (0.4, 100))], spec=ProbeSpec(n=200, known=200)
     )
@@ -84,7 +84,7 @@ def test_figures_are_means_over_the_probes() -> None:
     assert widths[0] == pytest.approx(widths[1] / 2**0.5)
 
 
-def test_the_interval_of_a_fall_in_accuracy_is_over_relations() -> None:
+def test_interval_of_the_accuracy_drop_is_over_relations() -> None:
     # Of ten relations three are lost whole.
     cells = [(True, n % 10 > 2) for n in range(300)]
     sides = [[make_answer(n, cell[side], relation=f"r{n % 10}") for n, cell in enumerate(cells)] for side in (0, 1)]
@@ -95,7 +95,7 @@ def test_the_interval_of_a_fall_in_accuracy_is_over_relations() -> None:
     assert over.high - over.low > 2 * (probe.difference.high - probe.difference.low)
 
 
-def test_baselines_are_where_every_probe_has_them() -> None:
+def test_baselines_are_drawn_if_every_probe_has_them() -> None:
     tasks = make_study([], spec=ProbeSpec(n=100, known=80, probes=("a", "b"), entry=TASK))
     assert find_baselines(tasks) == pytest.approx({"majority baseline": 0.2, "guessing": 0.3})
     assert find_marks(tasks) == {"guessing": 0.5}
@@ -108,7 +108,7 @@ def test_baselines_are_where_every_probe_has_them() -> None:
     assert {"majority baseline", "guessing"} <= set(texts(svg_of(drawn[0])))
 
 
-def test_what_rounding_alone_keeps_is_a_line_of_kept_knowledge() -> None:
+def test_chart_of_knowledge_kept_has_a_rounding_line() -> None:
     cells = [gp("attention", a, range(k)) for a, k in ((0.2, 90), (0.4, 80))]
     made = make_study(cells, spec=ProbeSpec(n=200, known=100, entry=ENTRY))
     drop, kept = draw_charts(made)
@@ -126,7 +126,7 @@ def test_what_rounding_alone_keeps_is_a_line_of_kept_knowledge() -> None:
     assert find_marks(together(first, without)) == find_marks(without) == {}
 
 
-def test_a_level_that_lines_begin_at_is_named_at_their_ends() -> None:
+def test_level_near_the_start_of_the_lines_is_labelled_at_their_ends() -> None:
     falling = [Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))]
     levels = {"near": 0.97, "far": 0.3}
     root = ElementTree.fromstring(draw_lines(falling, "a", "t", start=1, levels=levels))
@@ -136,26 +136,26 @@ def test_a_level_that_lines_begin_at_is_named_at_their_ends() -> None:
     assert places["near"] > places["far"]
 
 
-def test_lines_differ_in_marker_and_dashes() -> None:
+def test_lines_differ_in_color_and_dashes() -> None:
     svg = svg_of(draw_charts(make_whole_grid())[0])
     dashed = {match.group() for match in re.finditer(r'stroke-dasharray="[^"]+"', svg)}
     assert len(dashed) >= 3  # of three lines one is whole; the baseline is dashed too
     assert len(set(re.findall(r'class="[^"]*s-(c\d)', svg))) == 3
 
 
-def test_lines_begin_at_the_original_however_little_is_kept() -> None:
+def test_lines_begin_at_the_original() -> None:
     svg = draw_lines([Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))], "a", "t", start=1)
     assert "100 %" in texts(svg)
 
 
-def test_bars_stand_in_groups_under_their_names() -> None:
+def test_bars_are_grouped_and_labelled() -> None:
     chart = next(chart for chart in draw_charts(make_whole_grid()) if chart.name == "pruning-quantization")
     shown = texts(svg_of(chart))
     assert [text for text in shown if text.endswith("int8-paper")] == ["20 % and int8-paper", "40 % and int8-paper"]
     assert shown.count("attention") == 2
 
 
-def test_gains_are_drawn_left_of_zero() -> None:
+def test_gains_are_drawn_as_negative_losses() -> None:
     svg = draw_bars([Bar("x", Estimate(-0.1, -0.2, 0.0))], "b", "t", high=10, unit="")
     assert {"\N{MINUS SIGN}10.0", "\N{MINUS SIGN}20"} <= set(texts(svg))
 
@@ -196,14 +196,14 @@ def ticks(svg: str) -> list[str]:
     return [text for text in texts(svg) if re.fullmatch("\N{MINUS SIGN}?[0-9]+", text)]
 
 
-def test_plots_of_a_figure_by_probe_have_one_scale() -> None:
+def test_plots_by_probe_share_one_scale() -> None:
     both = of_two_probes()
     without_levels = replace(both, probes=tuple(replace(probe, majority=None) for probe in both.probes))
     (_, much), (_, little) = draw_charts(without_levels)[-1].panels
     assert ticks(much) == ticks(little) == ["0", "10", "20", "30", "40", "50"]
 
 
-def test_charts_of_one_quantity_have_one_scale() -> None:
+def test_charts_of_the_same_quantity_share_one_scale() -> None:
     most_is_lost = [gp("final", 0.2, range(20))]
     cells = [gq("attention", range(195)), gq("overall", range(190)), *most_is_lost]
     charts = draw_charts(make_study(cells, spec=ProbeSpec(entry={"chance": None, "majority": None})))
@@ -213,7 +213,7 @@ def test_charts_of_one_quantity_have_one_scale() -> None:
     assert first[-1] == "60"
 
 
-def test_amounts_that_lie_close_leave_room_for_one_another() -> None:
+def test_close_amounts_have_fewer_tick_labels() -> None:
     close = tuple((amount, Estimate(0.5)) for amount in (1.0, 2.0, 4.0, 50.0))
     shown = [text for text in texts(draw_lines([Line("x", close)], "a", "t", start=0, unit="")) if text.endswith(" %")]
     assert shown == ["0 %", "50 %"]
@@ -236,14 +236,14 @@ def test_charts_by_probe_are_those_of_the_papers_appendix(family: str, figures: 
         assert title.endswith(numbered.get(name, "by probe"))
 
 
-def test_kinds_of_attention_that_are_pruned_alone_are_no_figure_of_the_paper() -> None:
+def test_pruning_kinds_of_attention_is_not_a_figure_of_the_paper() -> None:
     cells = [gp(kind, a, range(60)) for kind in ("self-attention", "cross-attention") for a in (0.2, 0.4)]
     titles = [chart.title for chart in draw_charts(make_study(cells, "seq2seq", TASKS))]
     assert "Accuracy lost by kind of attention pruned, in points, by probe" in titles
     assert not any("of the paper" in title for title in titles)
 
 
-def test_file_by_probe_has_its_plots_side_by_side_under_their_names() -> None:
+def test_standalone_file_has_plots_by_probe_side_by_side() -> None:
     chart = draw_charts(of_two_probes())[-1]
     root = ElementTree.fromstring(
         make_standalone([*chart.panels, *chart.panels], chart.title, read_source("style.css"))

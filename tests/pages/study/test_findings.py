@@ -90,7 +90,7 @@ def of(found: tuple[Finding, ...], id: str) -> Finding:
 
 
 @pytest.mark.parametrize(("id", "family", "cells", "asked", "answer"), CASES)
-def test_finding_is_what_the_data_make_evident(
+def test_finding_has_the_evident_answer(
     id: str, family: str, cells: list[Cell], asked: ProbeSpec | None, answer: str
 ) -> None:
     finding = of(evaluate_findings(make_study(cells, family, asked))[0], id)
@@ -98,7 +98,7 @@ def test_finding_is_what_the_data_make_evident(
     assert finding.why
 
 
-def test_the_figures_of_a_finding_that_does_not_hold_are_of_what_contradicts_it() -> None:
+def test_finding_that_does_not_hold_quotes_the_contradiction() -> None:
     most = [*at(ATT, GOOD, 0.4, 0.42, 0.44), *at(FF, WORSE, 0.4, 0.42, 0.44)]
     finding = of(evaluate_findings(make_study([*most, *at(ATT, BAD, 0.5), *at(FF, GOOD, 0.5)]))[0], "F2")
     assert finding.answer == FAILS
@@ -111,7 +111,7 @@ def test_the_figures_of_a_finding_that_does_not_hold_are_of_what_contradicts_it(
 @pytest.mark.parametrize(
     ("amounts", "of"), [((0.9,), "overall pruned by 90 %"), ((0.6, 0.9), "overall pruned by 60 to 90 %, on average")]
 )
-def test_what_is_left_of_one_amount_is_no_average(amounts: Sequence[float], of: str) -> None:
+def test_single_amount_is_not_described_as_an_average(amounts: Sequence[float], of: str) -> None:
     (f5,) = (each for each in evaluate_findings(make_study(at(ALL, DEAD, *amounts)))[0] if each.id == "F5")
     assert f5.bounds[0].of == of
 
@@ -120,20 +120,20 @@ def test_what_is_left_of_one_amount_is_no_average(amounts: Sequence[float], of: 
     ("family", "ids"),
     [("masked", {"F3", "F10"}), ("causal", {"F2", "F9"}), ("seq2seq", {"F2", "F9"})],
 )
-def test_findings_are_asked_of_the_families_that_the_paper_names(family: str, ids: set[str]) -> None:
+def test_findings_apply_to_the_families_that_the_paper_names(family: str, ids: set[str]) -> None:
     cells = [*at(ATT, GOOD, 0.4), *at(FF, BAD, 0.4), *by_method(GOOD, BAD, 0.2)]
     found = evaluate_findings(make_study(cells, family))[0]
     assert [finding.id for finding in found] == [f"F{i}" for i in range(1, 11)]
     assert {finding.id for finding in found if finding.answer == "not asked of this family"} == ids
 
 
-def test_a_study_without_cells_can_tell_nothing() -> None:
+def test_study_without_cells_answers_no_finding() -> None:
     found = evaluate_findings(make_study([], "masked"))[0]
     assert {finding.answer for finding in found} == {"cannot tell", "not asked of this family"}
     assert of(found, "F4").why == "The study has no cells for it."
 
 
-def test_cells_that_are_not_plain_are_left_out() -> None:
+def test_cells_that_are_not_plain_are_ignored() -> None:
     cells = [Cell(ATT, GOOD, None, "int8", None, plain=False), gq(FF, BAD, "int8")]
     assert of(evaluate_findings(make_study(cells))[0], "F6").comparisons == ()
 
@@ -148,7 +148,7 @@ def test_comparison_is_mcnemar_on_the_same_facts() -> None:
     assert "7 only the first, 1 only the second (p = 0.07)" in of(evaluate_findings(made)[0], "F2").statistic
 
 
-def test_p_is_adjusted_over_all_that_the_findings_claim() -> None:
+def test_p_values_are_adjusted_over_all_findings() -> None:
     # Alone each would be significant: 2 / 2^6 = 0.03; two of them are not, be they of one finding or of two.
     cells = [cell for a in (0.4, 0.5) for cell in (gp(ATT, a, range(186)), gp(FF, a, range(180)))]
     finding = of(evaluate_findings(make_study(cells))[0], "F2")
@@ -160,7 +160,7 @@ def test_p_is_adjusted_over_all_that_the_findings_claim() -> None:
     assert [of(both, name).answer for name in ("F2", "F6")] == ["cannot tell", "cannot tell"]
 
 
-def test_a_finding_goes_by_relations() -> None:
+def test_finding_is_tested_over_relations() -> None:
     # 30 facts that only one of the cells answers right: two of each of 15 relations, or all of three.
     for lost, answer in ((range(30), "holds"), ([i for i in range(200) if i % 20 < 3], "cannot tell")):
         cells = [gp(ATT, 0.4, range(200)), gp(FF, 0.4, {*range(200)} - {*lost})]
@@ -169,7 +169,7 @@ def test_a_finding_goes_by_relations() -> None:
 
 
 @pytest.mark.parametrize("icc", [0.001, 0.1, 0.3])
-def test_a_study_of_cells_that_differ_by_chance_alone_says_nothing_false(icc: float) -> None:
+def test_study_of_equally_good_cells_rarely_makes_a_claim(icc: float) -> None:
     """Every module is as good as every other, their answers drawn by relation: hardly any study says anything."""
     drawn = np.random.default_rng(11)
     cells = [gp(scope, amount, range(1)) for amount in (0.4, 0.5, 0.6) for scope in (ATT, FF, ALL)]
@@ -191,7 +191,7 @@ def answers(drawn: np.random.Generator, icc: float) -> tuple[bool, ...]:
     return tuple((drawn.random(300) < np.tile(share, 15)).tolist())
 
 
-def test_what_is_no_better_than_the_baseline_decides_nothing() -> None:
+def test_cells_no_better_than_the_baseline_decide_nothing() -> None:
     # Of a task with two answers, always "yes" beats tossing a coin: both know nothing.
     cells = [*at(ATT, range(190), 0.2), *at(FF, range(190), 0.2), *at(ALL, range(150, 400), 0.2)]
     finding = of(evaluate_findings(make_study(cells, "causal", CAUSAL_TASK))[0], "F4")
@@ -205,7 +205,7 @@ def test_what_is_no_better_than_the_baseline_decides_nothing() -> None:
     )
 
 
-def test_modules_of_other_sizes_are_compared_per_million_parameters_too() -> None:
+def test_modules_of_different_sizes_are_compared_per_million_parameters() -> None:
     # 40 % of 21 M lose 20 facts of 300, 40 % of 64 M lose 60: less in all, more by million.
     finding = of(evaluate_findings(make_study([gp(ATT, 0.4, range(180)), gp(FF, 0.4, range(160))]))[0], "F2")
     assert finding.answer == "holds"
@@ -215,7 +215,7 @@ def test_modules_of_other_sizes_are_compared_per_million_parameters_too() -> Non
     assert "FF_GP 40% loses 0.273 fewer points of accuracy per million than Att_GP 40%" in finding.per_million
 
 
-def test_rate_difference_by_hand() -> None:
+def test_rate_difference_matches_a_t_test() -> None:
     # By fact, the second's loss a million less the first's: -1, 0, 0.5, 1.5; each fact a cluster of its own.
     alone = np.arange(4)
     estimate, p = compare_rates(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), alone, (1, 2))
@@ -231,13 +231,13 @@ def test_rate_difference_by_hand() -> None:
     assert compare_rates(same, same, alone[:2], (0, 2))[0].value is None
 
 
-def test_mean_of_one_figure_is_itself_and_none_makes_none() -> None:
+def test_average_of_one_estimate_is_itself_and_none_if_any_is_none() -> None:
     made = make_study([gp(ATT, 0.4, GOOD)]).cells[0].comparison.probes[0]
     assert average_estimates([made.kept]).value == pytest.approx(0.9)
     assert average_estimates([made.kept, made.kept_above_chance]).value is None
 
 
-def test_claim_of_several_parts_needs_each() -> None:
+def test_claim_holds_only_if_each_part_does() -> None:
     assert answer_claim([("a", 1), ("b", 0)], ["a", "b"]) == "cannot tell"
     assert answer_claim([("a", 1), ("b", 1), ("b", 0)], ["a", "b"]) == "holds"
     assert answer_claim([("a", 1), ("b", -1)], ["a", "b"]) == "does not hold"
@@ -245,7 +245,7 @@ def test_claim_of_several_parts_needs_each() -> None:
 
 
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
-def test_forms_that_lose_as_much_by_million_are_hardly_ever_told_apart(icc: float) -> None:
+def test_equal_rates_are_rarely_told_apart(icc: float) -> None:
     drawn, cluster, told = np.random.default_rng(2), np.tile(np.arange(20), 10), []
     for _ in range(400):
         # 1 % of all facts, and 5 %.
@@ -256,7 +256,7 @@ def test_forms_that_lose_as_much_by_million_are_hardly_ever_told_apart(icc: floa
     assert np.mean(np.array(told) < 0.005) < 0.01
 
 
-def test_contrast_leaves_out_probes_that_one_cell_lacks() -> None:
+def test_comparison_skips_probes_that_one_cell_lacks() -> None:
     made = make_study([gp(ATT, 0.4, GOOD), gp(FF, 0.4, BAD)], spec=ProbeSpec(probes=("a", "b")))
     less, more = made.cells
     only = {"a": more.correct["a"]}
@@ -272,14 +272,14 @@ def fields_of(cell: object) -> dict[str, object]:
     ("chance", "majority", "expected"),
     [(None, 0.4, 0.0), (0.01, 0.3, 0.01), (0.5, 0.621, 0.621), (0.5, None, 0.5), (0.5, 0.46, 0.5), (0.2, 0.3, 0.3)],
 )
-def test_floor_is_zero_or_guessing_or_the_majority_of_few(
+def test_floor_is_zero_guessing_or_the_majority_baseline(
     chance: float | None, majority: float | None, expected: float
 ) -> None:
     made = make_study([], spec=ProbeSpec(entry={"chance": chance, "majority": majority}))
     assert made.probes[0].floor == expected
 
 
-def test_what_is_left_is_counted_from_the_baseline() -> None:
+def test_remaining_accuracy_is_measured_from_the_baseline() -> None:
     made = make_study(at(ALL, range(299), 0.2), "causal", CAUSAL_TASK)
     # 299 less 0.62 x 400 of 350 less that: exactly half.
     assert measure_remaining(made, made.cells[0])(0.95).value == pytest.approx(0.5, abs=0.001)
@@ -288,7 +288,7 @@ def test_what_is_left_is_counted_from_the_baseline() -> None:
     assert measure_remaining(unknowing, unknowing.cells[0])(0.95).value is None
 
 
-def test_module_that_hurts_least_is_told_by_level() -> None:
+def test_modules_are_ranked_by_level() -> None:
     cells = [*at(ATT, INTACT, 0.1, 0.3), *at(FF, GOOD, 0.1, 0.3), *at(ALL, BAD, 0.1, 0.3)]
     cells += [*at(ATT, BAD, 0.4, 0.5), *at(FF, range(141), 0.4, 0.5)]
     cells += [*at(ATT, DEAD, 0.7), *at(FF, BAD, 0.7, 0.8)]
@@ -299,11 +299,11 @@ def test_module_that_hurts_least_is_told_by_level() -> None:
     assert (high.best, high.clear, high.amounts) == (FF, True, (70,))
 
 
-def test_level_of_one_module_compares_nothing() -> None:
+def test_level_with_one_module_has_no_ranking() -> None:
     assert rank_cells(make_study([*at(ATT, GOOD, 0.2), *at(FF, GOOD, 0.3)]))["modules"] == ()
 
 
-def test_cliff_is_the_first_amount_below_nine_tenths() -> None:
+def test_cliff_is_the_first_amount_that_keeps_less_than_90_percent() -> None:
     cells = [*at(ATT, INTACT, 0.1), *at(ATT, GOOD, 0.3), *at(ATT, BAD, 0.5), *at(ATT, WORSE, 0.6), *at(FF, INTACT, 0.2)]
     (cliff,) = find_cliffs(make_study(cells))
     assert (cliff.module, cliff.below, cliff.kept, cliff.before) == (ATT, 50, 0.7, 30)
@@ -313,7 +313,7 @@ def test_cliff_is_the_first_amount_below_nine_tenths() -> None:
     assert (level.below, level.kept, level.before) == (None, None, 20)
 
 
-def test_verdict_says_what_the_figures_say() -> None:
+def test_verdict_names_the_best_modules_and_the_cliffs() -> None:
     made = make_whole_grid()
     said = write_verdict(made)
     assert said.startswith(
@@ -323,7 +323,7 @@ def test_verdict_says_what_the_figures_say() -> None:
     assert said.endswith("less than 90 % is kept from 30 % (overall), 50 % (attention) and 40 % (feed-forward) on.")
 
 
-def test_verdict_says_that_a_larger_amount_keeps_more_where_one_does() -> None:
+def test_verdict_mentions_a_larger_amount_that_keeps_more() -> None:
     back = make_study([*at(ATT, BAD, 0.4), *at(ATT, INTACT, 0.5), *at(FF, BAD, 0.4, 0.5)])
     assert write_verdict(back).endswith(
         "less than 90 % is kept from 40 % (feed-forward) on; "
@@ -332,7 +332,7 @@ def test_verdict_says_that_a_larger_amount_keeps_more_where_one_does() -> None:
     assert [cliff.lasts for cliff in find_cliffs(back)] == [False, True]
 
 
-def test_verdict_of_a_study_that_prunes_no_module_names_the_best_and_the_worst() -> None:
+def test_verdict_without_pruning_names_the_best_and_worst_cells() -> None:
     made = make_study([gq(ATT, GOOD), gq(FF, BAD)])
     assert write_verdict(made) == (
         "Of 2 compressed forms of tiny-bert, Att_GQ keeps most (90.0 %) and FF_GQ least (70.0 %)."

@@ -26,7 +26,7 @@ def found(made: Study) -> dict[str, Conclusion]:
     return {each.id or each.claim: each for each in draw_conclusions(made, evaluate_findings(made)[0])}
 
 
-def test_lines_say_what_the_figures_say() -> None:
+def test_conclusions_quote_the_figures_of_the_cells() -> None:
     said = found(make_whole_grid())
     level = said["Pruned by 30 to 50 %, attention hurts least"]
     assert (level.answer, level.chart) == ("holds", "pruning-kept")
@@ -40,7 +40,7 @@ def test_lines_say_what_the_figures_say() -> None:
     assert said["F4"].numbers.startswith("12 of 18 comparisons as claimed, 0 against it; ")
 
 
-def test_where_all_modules_keep_the_same_none_is_named() -> None:
+def test_no_module_is_named_if_all_keep_the_same() -> None:
     made = make_study(
         [gp("attention", 0.1, range(200)), gp("feed-forward", 0.1, range(200)), gp("overall", 0.1, range(200))]
     )
@@ -49,7 +49,7 @@ def test_where_all_modules_keep_the_same_none_is_named() -> None:
 
 
 @pytest.mark.parametrize(("right", "answer"), [(150, "holds"), (178, "cannot tell")])
-def test_a_cliff_holds_where_the_whole_interval_is_below(right: int, answer: str) -> None:
+def test_cliff_holds_if_the_whole_interval_is_below(right: int, answer: str) -> None:
     made = make_study([gp("attention", 0.1, range(200)), gp("attention", 0.3, range(right))])
     line = found(made)["Pruned by 30 %, attention keeps less than 90 %"]
     assert line.answer == answer
@@ -57,18 +57,18 @@ def test_a_cliff_holds_where_the_whole_interval_is_below(right: int, answer: str
 
 
 @pytest.mark.parametrize(("right", "answer"), [(199, "holds"), (182, "cannot tell")])
-def test_no_cliff_holds_where_every_interval_is_above(right: int, answer: str) -> None:
+def test_absence_of_a_cliff_holds_if_every_interval_is_above(right: int, answer: str) -> None:
     made = make_study([gp("attention", 0.1, range(right)), gp("attention", 0.3, range(200))])
     assert found(made)["Pruned by up to 30 %, attention keeps at least 90 %"].answer == answer
 
 
-def test_modules_that_keep_the_same_leave_it_open() -> None:
+def test_quantized_modules_that_keep_the_same_leave_the_conclusion_open() -> None:
     made = make_study([gq("attention", range(190)), gq("overall", range(190))])
     (line,) = (each for each in found(made).values() if not each.id)
     assert (line.answer, line.numbers) == ("cannot tell", "kept: overall 95.0 % and attention 95.0 %")
 
 
-def test_what_the_study_has_no_cells_for_is_not_among_them() -> None:
+def test_claims_without_cells_are_left_out() -> None:
     made = make_study([gp("attention", 0.2, range(150))])
     assert list(found(made)) == ["F1"]
     assert found(make_study([])) == {}
@@ -76,7 +76,7 @@ def test_what_the_study_has_no_cells_for_is_not_among_them() -> None:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_line_stands_beside_the_chart_that_shows_it(name: str) -> None:
+def test_each_conclusion_is_next_to_its_chart(name: str) -> None:
     made = STUDIES[name]()
     page = parse_html(render_study_html(made))
     drawn = {chart.name for chart in draw_charts(made)}
@@ -91,7 +91,7 @@ def test_every_line_stands_beside_the_chart_that_shows_it(name: str) -> None:
         assert text.endswith(line.numbers)
 
 
-def test_markdown_and_terminal_have_the_same_lines() -> None:
+def test_markdown_and_terminal_have_the_same_conclusions() -> None:
     made = make_whole_grid(spec=ProbeSpec(n=200, known=100))
     markdown = render_study_markdown(made)
     for line in draw_conclusions(made, evaluate_findings(made)[0]):

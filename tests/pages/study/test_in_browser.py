@@ -35,7 +35,7 @@ def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path],
 
 @pytest.mark.parametrize("name", ["masked", "seq2seq"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_all_charts_are_of_one_size(page: Page, files: dict[str, Path], name: str, width: int) -> None:
+def test_all_charts_have_the_same_width(page: Page, files: dict[str, Path], name: str, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 900})
     page.goto(files[name].as_uri())
     unfold(page, 100)
@@ -44,11 +44,11 @@ def test_all_charts_are_of_one_size(page: Page, files: dict[str, Path], name: st
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("masked", "light"), ("seq2seq", "dark"), ("empty", "light")])
-def test_axe_finds_nothing_to_mend(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
+def test_page_is_accessible(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
     check_accessible(page, files[name], scheme)
 
 
-def test_on_paper_no_chart_is_cut_and_nothing_is_dark(page: Page, files: dict[str, Path]) -> None:
+def test_printed_charts_are_whole_and_light(page: Page, files: dict[str, Path]) -> None:
     page.emulate_media(media="print", color_scheme="dark")
     page.goto(files["seq2seq"].as_uri())
     style = "[...document.querySelectorAll('{}')].map((each) => getComputedStyle(each).{})"
@@ -57,7 +57,7 @@ def test_on_paper_no_chart_is_cut_and_nothing_is_dark(page: Page, files: dict[st
     assert page.evaluate(style.format("h1, .chart .f-paper", "color"))[0] == "rgb(28, 27, 25)"
 
 
-def test_cells_sort_by_a_click(page: Page, files: dict[str, Path]) -> None:
+def test_cells_are_sorted_by_a_key_press(page: Page, files: dict[str, Path]) -> None:
     page.goto(files["masked"].as_uri())
     table = page.locator("section[aria-labelledby=cells] table.sortable")
     header = table.get_by_role("columnheader", name="Kept")
@@ -69,7 +69,7 @@ def test_cells_sort_by_a_click(page: Page, files: dict[str, Path]) -> None:
     assert table.locator("tbody th").first.inner_text() == "original"
 
 
-def test_page_is_whole_without_javascript(browser: Browser, files: dict[str, Path]) -> None:
+def test_page_is_complete_without_javascript(browser: Browser, files: dict[str, Path]) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(files["masked"].as_uri())

@@ -27,7 +27,7 @@ GOOD, BAD = range(190), range(100)
 L1, WANDA = "l1-unstructured", "wanda"
 
 
-def test_each_method_is_tested_by_its_own_cells() -> None:
+def test_findings_of_each_method_use_its_own_cells() -> None:
     made = make_study(make_cells_of_two_methods())
     found = evaluate_findings(made)[1]
     assert list(found) == [("pruning", L1), ("pruning", WANDA)]
@@ -41,7 +41,7 @@ def test_each_method_is_tested_by_its_own_cells() -> None:
     assert {pair.less for f in of_wanda for pair in f.comparisons} <= {c.key for c in made.cells}
 
 
-def test_what_changes_is_said_and_what_does_not_is_not() -> None:
+def test_findings_that_change_with_the_method_are_named() -> None:
     assert describe_changes(evaluate_findings(make_study(make_cells_of_two_methods()))[1]) == [
         "F2 changes with the method that prunes: it holds with l1-unstructured, and does not hold with wanda.",
     ]
@@ -51,7 +51,7 @@ def test_what_changes_is_said_and_what_does_not_is_not() -> None:
     ]
 
 
-def test_schemes_are_told_apart_too() -> None:
+def test_findings_that_change_with_the_scheme_are_named() -> None:
     cells = [gq(ATT, GOOD, "int8"), gq(FF, BAD, "int8"), gq(ATT, BAD, "int4"), gq(FF, GOOD, "int4")]
     found = evaluate_findings(make_study(cells))[1]
     assert {of: findings["F6"].answer for of, findings in found.items()} == {
@@ -61,7 +61,7 @@ def test_schemes_are_told_apart_too() -> None:
     assert "F6 changes with the scheme" in describe_changes(found)[0]
 
 
-def test_a_study_of_one_method_has_no_such_section() -> None:
+def test_study_of_one_method_has_no_findings_by_method() -> None:
     made = make_whole_grid()
     assert evaluate_findings(made)[1] == {}
     assert describe_changes({}) == []
@@ -69,7 +69,7 @@ def test_a_study_of_one_method_has_no_such_section() -> None:
     assert dump_study(made)["findings_by_method"] == {}
 
 
-def test_all_formats_say_it() -> None:
+def test_all_formats_have_the_findings_by_method() -> None:
     made = make_study(make_cells_of_two_methods())
     html, text, values = render_study_html(made), render_study_markdown(made), dump_study(made)
     for page in (html, text):
@@ -94,7 +94,7 @@ def test_each_scope_has_a_chart_with_a_line_for_each_method() -> None:
     assert not any(chart.name.startswith("methods") for chart in draw_charts(make_whole_grid()))
 
 
-def test_of_methods_that_prune_the_best_is_named_for_each_module() -> None:
+def test_best_pruning_method_is_named_for_each_module() -> None:
     made = make_study([*make_cells_of_two_methods(), gp(FF, 0.3, BAD, L1), gp(FF, 0.6, GOOD, WANDA)])
     said = {each.claim: each for each in draw_conclusions(made, evaluate_findings(made)[0]) if "With" in each.claim}
     # Ten facts of 200 are kept by Wanda alone of everything pruned, and none by L1 alone.
@@ -120,7 +120,7 @@ def test_of_methods_that_prune_the_best_is_named_for_each_module() -> None:
     assert write_verdict(alike) == "tiny-bert: of the methods that prune, none clearly hurts least."
 
 
-def test_where_two_methods_are_alike_the_worst_is_named() -> None:
+def test_worst_method_is_named_if_the_best_two_are_alike() -> None:
     right = {L1: range(50), WANDA: range(150), "sparsegpt": range(2, 152)}
     made = make_study([gp(ALL, 0.5, of, method) for method, of in right.items()])
     (least,) = rank_cells(made)["methods"]
@@ -130,7 +130,7 @@ def test_where_two_methods_are_alike_the_worst_is_named() -> None:
     assert "of the methods that prune, L1-unstructured hurts most (everything)" in write_verdict(made)
 
 
-def test_methods_that_prune_by_other_amounts_are_not_compared() -> None:
+def test_methods_that_prune_by_different_amounts_are_not_compared() -> None:
     made = make_study([gp(ATT, 0.4, GOOD, L1), gp(ATT, 0.5, BAD, WANDA)])
     assert rank_cells(made)["methods"] == ()
     assert "methods" not in write_verdict(made)
@@ -153,7 +153,7 @@ def test_pruned_and_quantized_cells_have_a_bar_for_each_method() -> None:
     assert "attention 50 %, int4" in chart.panels[0][1]
 
 
-def test_refused_cells_are_told_apart_from_those_that_failed() -> None:
+def test_refused_cells_are_listed_apart_from_failed_ones() -> None:
     from dataclasses import replace
 
     made = replace(
@@ -166,7 +166,7 @@ def test_refused_cells_are_told_apart_from_those_that_failed() -> None:
         assert "Cells that failed" not in page
 
 
-def test_what_is_drawn_by_several_seeds_is_as_many_methods(tmp_path: Path) -> None:
+def test_each_seed_counts_as_a_method(tmp_path: Path) -> None:
     axes = 'scope = ["attention"]\nmethod = ["random-unstructured"]\nprune = [0.2, 0.4]\nseed = [0, 1]'
     made = make_grid_study(f"[axes]\n{axes}\n", tmp_path / "grid.toml", [190, 180, 120, 100])
     lines = {line.scope: [round(y.value, 2) for _, y in line.points] for line in draw_by_method(made, ATT)}

@@ -46,19 +46,19 @@ def test_same_study_gives_the_same_bytes(name: str) -> None:
     assert json.dumps(dump_study(made)) == json.dumps(dump_study(STUDIES[name]()))
 
 
-def test_a_study_at_a_prompt_counts_its_cells() -> None:
+def test_str_of_a_study_counts_its_cells() -> None:
     assert "1 cell; evaluated on lama:trex." in str(STUDIES["one"]())
     assert "40 cells, 1 failed; evaluated on lama:trex." in str(make_whole_grid())
 
 
-def test_page_opens_with_what_is_kept_and_the_verdict() -> None:
+def test_page_starts_with_the_knowledge_kept_and_the_verdict() -> None:
     page = parse_html(render_study_html(make_whole_grid()))
     assert page.one("h1").text == "40 compressed forms keep 0 to 100 % of the knowledge"
     (verdict,) = with_class(page, "verdict")
     assert verdict.text.startswith("tiny-bert: pruned by 10 to 30 %, no module clearly hurts least; ")
 
 
-def test_findings_table_has_the_ten_with_their_answers() -> None:
+def test_findings_table_has_ten_findings_with_their_answers() -> None:
     made = make_whole_grid()
     (table,) = with_class(parse_html(render_study_html(made)), "findings")
     rows = [body.all("tr") for body in table.all("tbody")]
@@ -68,7 +68,7 @@ def test_findings_table_has_the_ten_with_their_answers() -> None:
     assert compared in rows[1][1].text
 
 
-def test_no_address_is_on_the_page() -> None:
+def test_page_has_no_urls() -> None:
     html = re.sub(r'xmlns[^"]*"[^"]+"', "", render_study_html(make_whole_grid()))
     assert re.findall(r"https?://[^\"'< ]+", html) == []
 
@@ -94,14 +94,14 @@ def test_hostile_text_stays_text(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", one_in(4, HOSTILE_TEXTS))
-def test_hostile_text_is_text_in_markdown_and_json_too(text: str, tmp_path: Path) -> None:
+def test_hostile_text_stays_text_in_markdown_and_json(text: str, tmp_path: Path) -> None:
     made = replace_texts(make_whole_grid(), text)
     assert kinds_of(render_study_markdown(made)) == harmless()[1]
     write_study(made, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))["original"]["name"] == text
 
 
-def test_markdown_says_what_the_page_says() -> None:
+def test_markdown_has_the_content_of_the_page() -> None:
     made = make_whole_grid("causal", TASKS)
     root = parse_html(MarkdownIt("gfm-like", {"linkify": False, "xhtmlOut": False}).render(render_study_markdown(made)))
     page = parse_html(render_study_html(made))
@@ -113,7 +113,7 @@ def test_markdown_says_what_the_page_says() -> None:
     assert with_class(page, "verdict")[0].text in root.text
 
 
-def test_json_has_every_figure_and_no_facts() -> None:
+def test_json_has_findings_cells_probes_and_cliffs() -> None:
     made = make_whole_grid("seq2seq", TASKS)
     found = json.loads(json.dumps(dump_study(made), allow_nan=False))
     assert found["schema"] == 1
@@ -137,7 +137,7 @@ def test_json_has_every_figure_and_no_facts() -> None:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_no_text_of_a_fact_is_anywhere(name: str, tmp_path: Path) -> None:
+def test_no_file_has_the_text_of_a_fact(name: str, tmp_path: Path) -> None:
     write_study(STUDIES[name](), tmp_path)
     for path in tmp_path.rglob("*.*"):
         content = path.read_bytes()
@@ -153,7 +153,7 @@ def test_folder_has_every_file_and_no_other(tmp_path: Path) -> None:
     assert (tmp_path / "study.html").stat().st_size < 300_000
 
 
-def test_charts_of_each_probe_are_folded_under_those_of_all() -> None:
+def test_charts_by_probe_are_folded() -> None:
     page = parse_html(render_study_html(make_whole_grid("seq2seq", TASKS)))
     (section,) = [each for each in page.all("section") if each.attributes.get("aria-labelledby") == "charts"]
     figures = with_class(section.one("details"), "panels")
@@ -165,7 +165,7 @@ def test_charts_of_each_probe_are_folded_under_those_of_all() -> None:
     assert not [each for each in parse_html(render_study_html(make_whole_grid())).all("details") if each.all("svg")]
 
 
-def test_writing_again_replaces_what_was_there(tmp_path: Path) -> None:
+def test_writing_again_replaces_the_files(tmp_path: Path) -> None:
     write_study(make_whole_grid(spec=TASKS), tmp_path)
     (tmp_path / "figures" / "mine.svg").write_text("mine", encoding="utf-8")
     smaller = make_study([gp("attention", 0.2, range(150))])
@@ -175,7 +175,7 @@ def test_writing_again_replaces_what_was_there(tmp_path: Path) -> None:
     assert (tmp_path / "study.html").read_text(encoding="utf-8") == render_study_html(smaller)
 
 
-def test_what_holds_for_every_cell_is_said_once_and_failures_first() -> None:
+def test_common_warnings_are_shown_once_and_failures_first() -> None:
     page = parse_html(render_study_html(make_whole_grid(spec=ProbeSpec(n=60, known=20))))
     (note,) = with_class(page, "warnings")
     said = [item.text for item in note.all("li")]
@@ -184,7 +184,7 @@ def test_what_holds_for_every_cell_is_said_once_and_failures_first() -> None:
     assert "RuntimeError: out of memory" in page.one("main").text
 
 
-def test_warnings_of_single_cells_stand_with_their_names() -> None:
+def test_warnings_of_single_cells_name_the_cells() -> None:
     made = make_whole_grid()
     cells = list(made.cells)
     for i in (1, 3):
@@ -195,7 +195,7 @@ def test_warnings_of_single_cells_stand_with_their_names() -> None:
     assert "It broke." not in "".join(note.text for note in with_class(page, "warnings"))
 
 
-def test_a_study_does_not_warn_of_grades_which_it_does_not_show() -> None:
+def test_study_does_not_warn_of_grades() -> None:
     made = make_study([gp("attention", 0.2, range(10))], spec=ProbeSpec(n=30, known=15))
     assert any("Grades that rest" in warning for warning in made.cells[0].comparison.warnings)
     text = render_study_markdown(made)
@@ -203,13 +203,13 @@ def test_a_study_does_not_warn_of_grades_which_it_does_not_show() -> None:
     assert "Grades that rest" not in text
 
 
-def test_a_study_of_several_probes_says_that_its_charts_count_otherwise_than_its_findings() -> None:
+def test_study_of_several_probes_explains_how_charts_and_findings_count() -> None:
     says = "They count the facts of all probes together; charts show means over the probes."
     assert says in render_study_markdown(STUDIES["seq2seq"]())
     assert says not in render_study_markdown(STUDIES["one"]())
 
 
-def test_a_study_of_nothing_is_a_page_too() -> None:
+def test_empty_study_is_rendered() -> None:
     page = parse_html(render_study_html(make_empty_study()))
     assert page.one("h1").text == "No cell could be evaluated"
     forgot = make_study([gp("attention", 0.2, ())], spec=ProbeSpec(known=0))

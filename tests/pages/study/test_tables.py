@@ -34,7 +34,7 @@ from tests.pages.study.studies import (
 TASKS = ProbeSpec(n=100, known=80, probes=("lm-eval:boolq", "lm-eval:piqa"), entry={"chance": 0.5, "majority": 0.621})
 
 
-def test_columns_are_those_of_the_paper_in_its_order() -> None:
+def test_paper_table_has_the_columns_of_the_paper() -> None:
     (table,) = build_paper_tables(make_whole_grid())
     assert table.columns == (
         "Model",
@@ -52,7 +52,7 @@ def test_columns_are_those_of_the_paper_in_its_order() -> None:
     )
 
 
-def test_encoder_only_models_are_given_in_percent_as_in_table_3() -> None:
+def test_table_3_gives_encoder_only_models_in_percent() -> None:
     made = make_study([gq("attention", range(60)), gpq("feed-forward", 0.4, range(31))], spec=ProbeSpec(n=90, known=70))
     (table,) = build_paper_tables(made)
     assert table.caption == "Table 3 (encoder-only), int8-paper, accuracy in %"
@@ -62,7 +62,7 @@ def test_encoder_only_models_are_given_in_percent_as_in_table_3() -> None:
 
 
 @pytest.mark.parametrize(("family", "place"), [("causal", 4), ("seq2seq", 5)])
-def test_other_models_are_given_as_shares_a_row_a_dataset(family: str, place: int) -> None:
+def test_tables_of_other_models_give_shares_per_data_set(family: str, place: int) -> None:
     made = make_study([gq("overall", range(53)), gpq("attention", 0.2, range(75))], family, TASKS)
     (table,) = build_paper_tables(made)
     assert f"Table {place} " in table.caption
@@ -74,7 +74,7 @@ def test_other_models_are_given_as_shares_a_row_a_dataset(family: str, place: in
     assert "Majority baselines: lm-eval:boolq 0.6210, lm-eval:piqa 0.6210." in render_study_markdown(made)
 
 
-def test_each_scheme_has_a_table_of_its_own() -> None:
+def test_each_scheme_has_its_own_table() -> None:
     made = make_study([gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")])
     assert [table.rows[0][4] for table in build_paper_tables(made)] == ["50.000", "40.000"]
     assert build_paper_tables(make_study([gp("attention", 0.2, range(9))])) == ()
@@ -93,13 +93,13 @@ def test_cells_table_has_the_original_on_top_and_every_cell() -> None:
     assert [row[4] for row in build_cells_table(make_study(few)).rows[1:]] == ["0.042", "0.059"]
 
 
-def test_cells_of_one_setup_are_told_apart() -> None:
+def test_cells_of_the_same_setup_have_different_names() -> None:
     cells = [gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")]
     assert list(make_study(cells).name_cells().values()) == ["Att_GQ (int8)", "Att_GQ (int8-paper)"]
     assert list(make_study(cells[:1]).name_cells().values()) == ["Att_GQ"]
 
 
-def test_a_cell_is_shown_with_the_name_that_the_grid_gives_it(tmp_path: Path) -> None:
+def test_cell_is_shown_with_its_name_in_the_grid(tmp_path: Path) -> None:
     cells = """
         [[cells]]
         name = "My favourite"
@@ -113,7 +113,7 @@ def test_a_cell_is_shown_with_the_name_that_the_grid_gives_it(tmp_path: Path) ->
     assert [row[0] for row in rows] == ["original", "Att_GP 50% [my-favourite]", "FF_GP 50%"]
 
 
-def test_tables_behind_the_findings_have_each_comparison_and_figure() -> None:
+def test_tables_have_every_comparison_and_bound_of_the_findings() -> None:
     made = make_whole_grid()
     found = evaluate_findings(made)[0]
     behind, figures = build_comparisons_table(made, found), build_bounds_table(made, found)
@@ -126,14 +126,14 @@ def test_tables_behind_the_findings_have_each_comparison_and_figure() -> None:
     assert build_comparisons_table(nothing, evaluate_findings(nothing)[0]) is None
 
 
-def test_failed_cells_have_their_reasons() -> None:
+def test_failed_cells_are_listed_with_their_errors() -> None:
     made = make_study([], failed=[FailedCell("att-95", "Att_GP 95%", "RuntimeError:\nout of memory")])
     page = render_study_markdown(made)
     assert all(part in page for part in ("Att\\_GP 95%", "att-95", "RuntimeError: out of memory"))
     assert "Cells that failed" not in render_study_markdown(make_study([]))
 
 
-def test_tidy_table_is_one_row_a_cell_and_probe() -> None:
+def test_tidy_table_has_one_row_per_cell_and_probe() -> None:
     made = make_study([gp("attention", 0.4, {*range(70), 90}), gq("overall", range(40))], "causal", TASKS)
     rows = tidy_rows(made)
     assert [(row["key"], row["probe"]) for row in rows] == [
@@ -156,7 +156,7 @@ def test_tidy_table_is_one_row_a_cell_and_probe() -> None:
     assert first["mcnemar_p"] == pytest.approx(24 / 2**11)
 
 
-def test_failed_cells_are_in_the_tidy_table_with_nothing_known() -> None:
+def test_failed_cells_have_rows_without_figures() -> None:
     made = make_study([gq("overall", range(40))], "causal", TASKS, [FailedCell("x", "Att_GP 95%", "no\nmemory")])
     rows = tidy_rows(made)[-2:]
     assert [row["probe"] for row in rows] == ["lm-eval:boolq", "lm-eval:piqa"]
@@ -165,13 +165,13 @@ def test_failed_cells_are_in_the_tidy_table_with_nothing_known() -> None:
         assert known == {"key": "x", "setup": "Att_GP 95%", "status": "failed", "error": "no memory"}
 
 
-def test_a_parameter_that_is_called_like_a_figure_is_not_taken_for_it() -> None:
+def test_parameter_named_like_a_figure_does_not_set_it() -> None:
     failed = FailedCell("x", "Att ours 50%", "no memory", settings={"n": 8, "p": 2.0, "width": 3})
     (row,) = tidy_rows(make_study([], failed=[failed]))
     assert (row["n"], row["p"], row["width"]) == (None, None, 3)
 
 
-def test_csv_and_parquet_hold_the_same_rows_and_are_the_same_bytes_each_time() -> None:
+def test_csv_and_parquet_have_the_same_rows_and_are_reproducible() -> None:
     rows = tidy_rows(make_whole_grid())
     as_csv, as_parquet = to_csv(rows), to_parquet(rows)
     assert (as_csv, as_parquet) == (to_csv(tidy_rows(make_whole_grid())), to_parquet(tidy_rows(make_whole_grid())))
@@ -186,7 +186,7 @@ def test_csv_and_parquet_hold_the_same_rows_and_are_the_same_bytes_each_time() -
 
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
-def test_hostile_reasons_are_one_field_of_one_row(text: str) -> None:
+def test_hostile_errors_stay_in_one_field(text: str) -> None:
     rows = tidy_rows(make_study([], failed=[FailedCell("x", text, text)]))
     read = list(csv.DictReader(io.StringIO(to_csv(rows).decode())))
     assert [row["key"] for row in read] == ["x"]
@@ -194,7 +194,7 @@ def test_hostile_reasons_are_one_field_of_one_row(text: str) -> None:
     assert len(to_parquet(rows)) > 0
 
 
-def test_a_study_of_nothing_has_a_header() -> None:
+def test_empty_tidy_table_has_a_header() -> None:
     assert to_csv([]).decode() == ",".join(COLUMNS) + "\n"
     with pq.ParquetFile(io.BytesIO(to_parquet([]))) as file:
         assert file.metadata.num_rows == 0
