@@ -1,4 +1,4 @@
-"""Answers to write in tests: rows of a table, and the record beside it."""
+"""Answers made by hand: rows of answers and their records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORDS = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Quito", "Bern", "Riga")
 
 
 def make_answer(number: int, correct: bool, **changes: Any) -> Answer:
-    """An answer to the fact of this number: one of eight words, the first of which is right."""
+    """Return an answer to a numbered fact: one of eight words, of which the first is right."""
     logp = (-0.5, -1.5, -2.5, -3.5, -4.5)
     values: dict[str, Any] = {
         "probe": "atlas",
@@ -42,13 +42,13 @@ def make_answer(number: int, correct: bool, **changes: Any) -> Answer:
 def make_rows(
     both: int = 0, lost: int = 0, gained: int = 0, neither: int = 0, **changes: Any
 ) -> tuple[list[Answer], ...]:
-    """The answers of the original and of the compressed model with so many facts of each kind."""
+    """Return answers of the original and of the compressed model with these numbers of facts."""
     cells = [(True, True)] * both + [(True, False)] * lost + [(False, True)] * gained + [(False, False)] * neither
     return tuple([make_answer(number, cell[side], **changes) for number, cell in enumerate(cells)] for side in (0, 1))
 
 
 def make_entry(**changes: Any) -> ProbeEntry:
-    """A probe's entry in probe.json."""
+    """Return the entry of a probe in probe.json."""
     values = {
         "protocol": "closed/1",
         "fingerprint": "f" * 64,
@@ -68,7 +68,7 @@ def make_entry(**changes: Any) -> ProbeEntry:
 
 
 def make_model(**changes: Any) -> ModelRecord:
-    """The model's entry in probe.json."""
+    """Return the entry of the model in probe.json."""
     values = {
         "name": "tiny-bert",
         "revision": "main",
@@ -98,7 +98,7 @@ def make_answers(
 
 
 def make_runs(rows: Sequence[Sequence[Answer]], **changes: Any) -> tuple[Answers, Answers]:
-    """An original's and a compressed model's answers folder for two sides of rows."""
+    """Return the stored answers of an original and of a compressed model."""
     compressed = make_model(
         name="tiny-bert-int8", sha256=COMPRESSED_HASH, bytes=1_100_000, setup="Overall_GQ", **changes
     )

@@ -1,4 +1,4 @@
-"""The map of a sensitivity: what its page, its Markdown, its JSON and its CSV say."""
+"""The map of a sensitivity as a page, Markdown, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 
-def map_of(**changes: Any) -> Map:
+def make_map(**changes: Any) -> Map:
     return Map("tiny", make_sensitivity(**changes), "both")
 
 
 def test_page_has_maps_for_all_facts_text_and_each_domain_on_one_scale() -> None:
-    page = parse_html(render_map_html(map_of()))
+    page = parse_html(render_map_html(make_map()))
     maps = [svg for svg in page.all("svg") if "heat" in svg.attributes["class"]]
     assert [svg.attributes["id"] for svg in maps] == ["map-0", "map-1", "map-2", "map-3", "risk-map"]
-    # Of 6 layers three figures each, and one of the head; the legend has seven shades.
+    # Six layers have three cells each, and the head has one; the legend has seven shades.
     assert all(len(svg.all("rect")) == 6 * 3 + 1 + 7 for svg in maps)
     legends = [[text.text for text in svg.all("text")][-6:] for svg in maps]
     assert legends[0] == legends[1] == legends[2] == legends[3] != legends[4]
-    # What loses more is darker, in other maps too.
+    # Larger losses are darker, on the same scale in all maps.
     darkest = [max(float(rect.attributes["opacity"]) for rect in svg.all("rect")[:-7]) for svg in maps[:4]]
     assert darkest[2] >= darkest[0] > darkest[3]
     titles = [each.text for each in page.all("figcaption")]
@@ -49,7 +49,7 @@ def test_page_has_maps_for_all_facts_text_and_each_domain_on_one_scale() -> None
 
 
 def test_page_lists_the_most_and_least_sensitive_weights() -> None:
-    page, map = parse_html(render_map_html(map_of())), map_of()
+    page, map = parse_html(render_map_html(make_map())), make_map()
     tables = {table.one("caption").text: table for table in page.all("table")}
     most, least = (
         [row.one("th").text for row in table.one("tbody").all("tr")]
@@ -68,7 +68,7 @@ def test_page_lists_the_most_and_least_sensitive_weights() -> None:
 
 
 def test_frontier_has_the_least_loss_and_uniform_types_are_no_better() -> None:
-    map = map_of()
+    map = make_map()
     sizes, losses = zip(*map.frontier, strict=True)
     assert list(sizes) == sorted(sizes)
     assert list(losses) == sorted(losses, reverse=True)
@@ -88,9 +88,9 @@ def test_frontier_has_the_least_loss_and_uniform_types_are_no_better() -> None:
 def test_type_that_does_not_fit_every_row_uses_llama_cpps_fallback_or_is_left_out() -> None:
     rows = make_sensitivity().rows
     narrow = {kind: each for kind, each in rows[1].by_type.items() if kind in ("q8_0", "q4_0")}
-    map = map_of(rows=(rows[0], replace(rows[1], by_type=narrow)))
+    map = make_map(rows=(rows[0], replace(rows[1], by_type=narrow)))
     uniform = map.uniform
-    # q6_k is q8_0 there; q5_0, which q4_k would be, and iq4_nl were not tried.
+    # q6_k falls back to q8_0; the fallbacks of q4_k and q3_k, q5_0 and iq4_nl, were not measured.
     assert list(uniform) == ["q8_0", "q6_k", "q4_0"]
     assert uniform["q6_k"].loss == pytest.approx(rows[0].by_type["q6_k"].kl() + narrow["q8_0"].kl())
 
@@ -129,8 +129,8 @@ def test_grid_separates_encoder_and_decoder_layers() -> None:
         for name in ("layer.SelfAttention.q", "layer.EncDecAttention.q")
         if stack == "decoder" or "Self" in name
     )
-    map = map_of(rows=rows)
-    grid = map.grid(lambda own: compute_kl_per_mb(own, "both"))
+    map = make_map(rows=rows)
+    grid = map.grid(lambda rows: compute_kl_per_mb(rows, "both"))
     assert grid.rows == ("encoder 0", "encoder 1", "decoder 0", "decoder 1")
     assert grid.columns == ("SelfAttention.q", "EncDecAttention.q")
     assert [cell is None for cell in grid.cells[0]] == [False, True]
@@ -138,12 +138,12 @@ def test_grid_separates_encoder_and_decoder_layers() -> None:
 
 def test_files_of_all_formats_are_written_and_recognized(tmp_path: Path) -> None:
     files = [tmp_path / f"map{suffix}" for suffix in FORMATS]
-    write_map(map_of(), files, overwrite=False)
+    write_map(make_map(), files, overwrite=False)
     check_outputs(files, overwrite=True, formats=FORMATS)
-    found = json.loads((tmp_path / "map.json").read_text())
-    assert Sensitivity.from_json(found) == make_sensitivity()
-    assert found["verdict"] == write_verdict(map_of())
-    assert len(found["uniform"]) == 5
+    values = json.loads((tmp_path / "map.json").read_text())
+    assert Sensitivity.from_json(values) == make_sensitivity()
+    assert values["verdict"] == write_verdict(make_map())
+    assert len(values["uniform"]) == 5
     rows = list(csv.DictReader(io.StringIO((tmp_path / "map.csv").read_text())))
     assert len(rows) == len(make_sensitivity().rows) * len(TYPES)
     assert rows[0]["module"] == "lm_head"
@@ -153,9 +153,9 @@ def test_files_of_all_formats_are_written_and_recognized(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("text", one_in(8, HOSTILE_TEXTS))
 def test_hostile_names_stay_text(text: str) -> None:
-    hostile = map_of(domains={text: 40})
+    hostile = make_map(domains={text: 40})
     plain, named = (
-        parse_html(render_map_html(each)) for each in (map_of(domains={"x": 40}), replace(hostile, model=text))
+        parse_html(render_map_html(each)) for each in (make_map(domains={"x": 40}), replace(hostile, model=text))
     )
     assert named.shape == plain.shape
 
@@ -163,7 +163,7 @@ def test_hostile_names_stay_text(text: str) -> None:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     file: Path = tmp_path_factory.mktemp("pages") / "map.html"
-    file.write_text(render_map_html(map_of()), encoding="utf-8")
+    file.write_text(render_map_html(make_map()), encoding="utf-8")
     return file.as_uri()
 
 
@@ -180,22 +180,22 @@ def test_page_is_accessible_and_fits_the_screen(page: Page, address: str, scheme
 
 def test_existing_file_is_kept_and_no_other_is_written(tmp_path: Path) -> None:
     files = [tmp_path / "map.html", tmp_path / "map.json"]
-    files[1].write_text("the user's own")
+    files[1].write_text("the user's file")
     with pytest.raises(OutputError, match=r"map\.json exists already"):
-        write_map(map_of(), files, overwrite=False)
+        write_map(make_map(), files, overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["map.json"]
-    assert files[1].read_text() == "the user's own"
+    assert files[1].read_text() == "the user's file"
 
 
 def test_no_file_is_left_if_the_disk_is_full_at_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[int] = []
+    descriptors: list[int] = []
 
-    def send(descriptor: int) -> None:
-        sent.append(descriptor)
-        if len(sent) == 2:
+    def fail_second(descriptor: int) -> None:
+        descriptors.append(descriptor)
+        if len(descriptors) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", send)
+    monkeypatch.setattr(os, "fsync", fail_second)
     with pytest.raises(OutputError, match="no space left"):
-        write_map(map_of(), [tmp_path / "map.html", tmp_path / "map.json"], overwrite=False)
+        write_map(make_map(), [tmp_path / "map.html", tmp_path / "map.json"], overwrite=False)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Values as JSON, whatever text is in them."""
+"""JSON of values with unusual text or numbers."""
 
 from __future__ import annotations
 

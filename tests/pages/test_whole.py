@@ -1,4 +1,4 @@
-"""Every page is whole: its links lead somewhere, its headings and tables are in order, and it needs no server."""
+"""Every page is valid: its links resolve, its headings and tables are in order, and it needs no server."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def test_tables_have_captions_headers_and_rows_of_equal_width(page: Element) -> 
 
 
 def test_no_line_breaks_between_a_number_and_its_unit(page: Element) -> None:
-    # What is drawn has no lines that end, and what is to be copied stays as it is.
-    others = ("script", "pre", "title", "desc", "text")
-    elements = [element for element in page.one("body").all() if element.tag not in others]
+    # Charts have no line breaks, and code to copy stays as it is.
+    excluded = ("script", "pre", "title", "desc", "text")
+    elements = [element for element in page.one("body").all() if element.tag not in excluded]
     texts = [child for element in elements for child in element.children if isinstance(child, str)]
     assert [text for text in texts if re.search(r"\d (%|([kMG]B|dB|points)\b)", text)] == []

@@ -1,4 +1,4 @@
-"""Report cards made by hand: one compressed model, several, and one of which little could be measured."""
+"""Report cards made by hand: of one compressed model, of several, and of one with hardly any figures."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from compressknow.comparison.records import (
     ReliabilityBin,
     Tertile,
 )
-from compressknow.evaluate.answers import GRADES as KNOWING
+from compressknow.evaluate.answers import GRADES
 from compressknow.evaluate.records import ModelRecord, NoiseFloor, Speed
 from compressknow.pages.records import Card, Comparison, Grade
 
-# Relation, school subject, and its facts by what both models knew.
+# Relation, domain, and the counts of its facts.
 ATLAS = (
     ("capital", "geography", Counts(118, 14, 3, 40)),
     ("continent", "geography", Counts(131, 3, 1, 18)),
@@ -161,7 +161,7 @@ def make_probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popula
 
 
 def make_confidence(counts: Counts) -> Confidence:
-    """A compressed model that is too sure; two bins are empty, and one has few answers."""
+    """Return the figures of an overconfident model; two bins are empty, and one has few answers."""
     known, lost = counts.known_before // 3, counts.lost
     parts = [Counts(max(0, known - each), min(known, each)) for each in (lost // 6, lost // 3, lost // 2)]
     names = ("most confident third", "middle third", "least confident third")
@@ -193,9 +193,9 @@ def make_certainty(kept: Estimate, relations: int) -> Certainty:
 
 
 def make_grade_counts(counts: Counts) -> GradeCounts:
-    """Most of what is known is said; of what is lost half stays near."""
+    """Return counts in which most known facts are produced, and half of the lost ones are demoted."""
     near = counts.lost // 2
-    moved = dict.fromkeys(((before, after) for before in KNOWING for after in KNOWING), 0)
+    moved = dict.fromkeys(((before, after) for before in GRADES for after in GRADES), 0)
     moved |= {
         ("produced", "produced"): counts.both * 3 // 4,
         ("produced", "recognized"): counts.both // 8,
@@ -206,7 +206,7 @@ def make_grade_counts(counts: Counts) -> GradeCounts:
         ("gone", "gone"): counts.neither,
     }
     original, compressed = (
-        {grade: sum(facts for move, facts in moved.items() if move[side] == grade) for grade in KNOWING}
+        {grade: sum(facts for move, facts in moved.items() if move[side] == grade) for grade in GRADES}
         for side in (0, 1)
     )
     return GradeCounts(original, compressed, moved, (True, True), counts.lost, near // 2)
@@ -215,17 +215,17 @@ def make_grade_counts(counts: Counts) -> GradeCounts:
 def make_changed_facts(
     rows: tuple[tuple[str, str, str, str, int, int], ...], number: int, *, lost: bool
 ) -> tuple[ChangedFact, ...]:
-    """`number` changed facts; beyond those at hand, numbered variants of them."""
+    """Return `number` changed facts: the rows, and then numbered variants of them."""
     changed = []
     for i in range(number):
         relation, prompt, gold, other, before, after = rows[i % len(rows)]
         if i >= len(rows):
             prompt = prompt.replace("The ", f"{i}. The ", 1)
-        said = (gold, other) if lost else (other, gold)
-        fact = ChangedFact("atlas", relation, "geography", prompt, gold, *said, before, after)
+        predicted = (gold, other) if lost else (other, gold)
+        fact = ChangedFact("atlas", relation, "geography", prompt, gold, *predicted, before, after)
         grades = ("produced", "demoted" if after <= 5 else "gone") if lost else ("demoted", "recognized")
-        back = i % 4 == 0 and after <= 5 if lost else None
-        changed.append(replace(fact, grade_before=grades[0], grade_after=grades[1], with_example=back))
+        with_example = i % 4 == 0 and after <= 5 if lost else None
+        changed.append(replace(fact, grade_before=grades[0], grade_after=grades[1], with_example=with_example))
     return tuple(changed)
 
 
@@ -284,7 +284,7 @@ def make_compressed(setup: str = "Att_GPQ 20%", size: int = 242_600_000) -> Mode
 
 
 def lose_share(groups: tuple[tuple[str, str, Counts], ...], loss: float) -> tuple[tuple[str, str, Counts], ...]:
-    """The same facts with a share `loss` of what was known lost."""
+    """Return the same facts, of which a share `loss` of the known ones is lost."""
     changed = []
     for relation, subject, counts in groups:
         lost = round(counts.known_before * loss)
@@ -298,18 +298,18 @@ def make_comparison(
     counts = sum((sum_counts(groups) for groups in probes.values()), Counts())
     estimate = estimate_kept(counts)
     assert estimate.value is not None
-    every = tuple(row for groups in probes.values() for row in groups)
+    groups_of_all = tuple(row for groups in probes.values() for row in groups)
     return Comparison(
         model=model,
         verdict=f"{model.setup} still knows {counts.both:,} of the {counts.known_before:,} facts that the original "
         f"knows ({100 * estimate.value:.1f} %), in {model.bytes / 1e6:.1f} MB instead of 269.0 MB.",
         kept=estimate,
         counts=counts,
-        grades=tuple(make_grade(subject, counts) for subject, counts in sum_by_domain(every).items()),
+        grades=tuple(make_grade(subject, counts) for subject, counts in sum_by_domain(groups_of_all).items()),
         probes=tuple(make_probe(name, groups, popular=name == "atlas") for name, groups in probes.items()),
         lost=make_changed_facts(LOST, lost, lost=True),
         gained=make_changed_facts(GAINED, gained, lost=False),
-        certainty=make_certainty(estimate, len(every)),
+        certainty=make_certainty(estimate, len(groups_of_all)),
         next="Next: evaluate more facts: about 900 that the original knows would tell whether 95 % is kept.",
         warnings=("Common sense: the original knows too little of it for a grade that means much.",),
     )
@@ -330,14 +330,14 @@ def make_card(*comparisons: Comparison, verdict: str | None = None) -> Card:
 
 
 def make_card_of_one(*, lost: int = 100, gained: int = 35) -> Card:
-    """One compressed model, two probes."""
+    """Return a card of one compressed model and two probes."""
     return make_card(
         make_comparison(make_compressed(), {"atlas": ATLAS, "lama:conceptnet": CONCEPTNET}, lost=lost, gained=gained)
     )
 
 
 def make_card_of_several(amounts: tuple[int, ...] = (10, 20, 40, 60)) -> Card:
-    """A grid: three scopes pruned by each of the amounts, each also quantized, and three models only quantized."""
+    """Return a card of three scopes pruned by each amount, the same quantized too, and each only quantized."""
     harm = {"Att": 1.0, "FF": 1.4, "All": 2.2}
     models = []
     for scope, factor in harm.items():
@@ -360,18 +360,18 @@ def make_card_of_several(amounts: tuple[int, ...] = (10, 20, 40, 60)) -> Card:
 
 
 def _vary_deployment(model: ModelRecord) -> ModelRecord:
-    """Those that were only quantized are of sizes of their own, were measured, and one ran in llama.cpp."""
+    """Give the models that were only quantized different sizes and speeds, and run one in llama.cpp."""
     if model.setup not in ("Att_GQ", "FF_GQ", "All_GQ"):
         return model
-    place = ("Att_GQ", "FF_GQ", "All_GQ").index(model.setup)
-    ran = {"name": "llama.cpp", "build": "b1", "types": {}} if model.setup == "FF_GQ" else None
-    computed_in = "llama.cpp b1" if ran else "bfloat16"
-    speed = Speed("cpu, 2 threads", 10.0 + place, 400_000_000, 25.0 + 15 * place, computed_in)
-    return replace(model, bytes=int(model.bytes or 0) - 20_000_000 * place, runtime=ran, speed=speed)
+    index = ("Att_GQ", "FF_GQ", "All_GQ").index(model.setup)
+    runtime = {"name": "llama.cpp", "build": "b1", "types": {}} if model.setup == "FF_GQ" else None
+    computed_in = "llama.cpp b1" if runtime else "bfloat16"
+    speed = Speed("cpu, 2 threads", 10.0 + index, 400_000_000, 25.0 + 15 * index, computed_in)
+    return replace(model, bytes=int(model.bytes or 0) - 20_000_000 * index, runtime=runtime, speed=speed)
 
 
 def make_card_of_nothing() -> Card:
-    """Nothing was known and hardly anything measured: every figure that may be None is None."""
+    """Return a card of an original that knew nothing: every figure that may be None is None."""
     none = Estimate(None)
     whole = make_card_of_one(lost=0, gained=0)
     figures = replace(
