@@ -48,8 +48,8 @@ from compressknow.pages.study.summary import rank_cells
 from compressknow.study.search import CONFIRMED, HALVINGS
 from tests.comparison.test_clusters import draw_chances, draw_without_net_change
 from tests.comparison.test_sequential import draw_orders
-from tests.pages.study.studies import Asked, gp, gq, study
-from tests.study.test_search_by_chance import searches, split
+from tests.pages.study.studies import ProbeSpec, gp, gq, make_study
+from tests.study.test_search_by_chance import count_facts_by_part, simulate_searches
 
 ICC = (0.0, 0.1, 0.3)
 RESAMPLES = 2000
@@ -157,13 +157,15 @@ def selections(draws: int) -> Iterator[tuple[str, ...]]:
     """
     yield "relations x facts", "kept", "ICC", "one", "three", "eight tried", "share told"
     many, few = (63, 64), (20, 60)
-    parts = {shape: split(*shape, seed=0) for shape in (many, few)}
+    parts = {shape: count_facts_by_part(*shape, seed=0) for shape in (many, few)}
     for (shape, kept), icc in product(((many, 0.9), (many, 0.95), (many, 0.98), (few, 0.95)), ICC):
         wrong = []
         for files, found in ((1, True), (CONFIRMED, True), (HALVINGS + 1, False)):
-            made = searches(draws, parts[shape], icc, share=kept, keep=kept, files=files, found=found)
+            made = simulate_searches(draws, parts[shape], icc, share=kept, keep=kept, files=files, found=found)
             wrong.append(percent(sum(search.winner is not None for search in made), draws))
-        better = searches(draws, parts[shape], icc, share=kept, keep=kept - 0.1, files=HALVINGS + 1, found=False)
+        better = simulate_searches(
+            draws, parts[shape], icc, share=kept, keep=kept - 0.1, files=HALVINGS + 1, found=False
+        )
         graded = [told for search in better if (told := search.graded())]
         told = percent(sum(holds(each, kept) for each in graded), len(graded)) if graded else "-"
         yield f"{shape[0]} x {shape[1]}", f"{kept}", f"{icc}", *wrong, told
@@ -174,7 +176,9 @@ def alike(relations: int, facts: int) -> Study:
     scopes, methods = ("attention", "feed-forward", "overall"), ("l1-unstructured", "wanda")
     pruned = [gp(s, a, range(1), method) for a, s, method in product((0.4, 0.5), scopes, methods)]
     quantized = [gq(scope, range(1), scheme) for scope, scheme in product(scopes, ("int8", "int8-paper"))]
-    return study([*pruned, *quantized], asked=Asked(n=relations * facts, known=relations * facts, relations=relations))
+    return make_study(
+        [*pruned, *quantized], spec=ProbeSpec(n=relations * facts, known=relations * facts, relations=relations)
+    )
 
 
 def false_findings(draws: int) -> Iterator[tuple[str, ...]]:

@@ -32,7 +32,7 @@ from compressknow.pages.study.summary import Cliff, LossRanking
 from compressknow.study.grid import read_grid
 from tests.evaluate.layouts import WORDS, write_bear, write_lama
 from tests.long import long
-from tests.pages.answering import run, sides
+from tests.pages.answering import make_rows, make_runs
 from tests.shown import PAGES, ROOT, ShownCommand, find_blocks, find_commands, name_of
 
 REPOSITORY = "https://github.com/compressknow/compressknow"
@@ -246,7 +246,7 @@ TRACKERS = ("mlflow", "wandb")
 def test_python_of_a_page_logs_a_card_to_a_tracker(tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = MagicMock()
     monkeypatch.setitem(sys.modules, tracker, recorder)
-    original, compressed = run(sides(95, 5))
+    original, compressed = make_runs(make_rows(95, 5))
     (code,) = (block for block in find_blocks(ROOT / "docs" / "api.md", "python") if f"import {tracker}" in block)
     exec(compile(code, tracker, "exec"), {"card": make_card(original, [compressed])})
     calls = str(recorder.mock_calls)

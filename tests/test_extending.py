@@ -41,9 +41,9 @@ from tests.evaluate.layouts import open_probe
 from tests.extending import install_package
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.long import long
-from tests.pages.answering import WORDS, answer, entry, run
-from tests.pages.hostile import TEXTS
-from tests.pages.pages import Element, read
+from tests.pages.answering import WORDS, make_answer, make_entry, make_runs
+from tests.pages.hostile import HOSTILE_TEXTS
+from tests.pages.pages import Element, parse_html
 from tests.shown import ROOT
 
 MANUAL = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -263,17 +263,17 @@ class TestSection:
     """The manual's section, on cards made from stored answers: of a model, and of one that says Rome of most facts."""
 
     ANSWERS = (
-        [answer(number, number < 40, predicted=WORDS[number % 8]) for number in range(50)],
-        [answer(number, number < 10) for number in range(50)],
+        [make_answer(number, number < 40, predicted=WORDS[number % 8]) for number in range(50)],
+        [make_answer(number, number < 10) for number in range(50)],
     )
 
     @pytest.fixture(autouse=True)
     def place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        for name, answers in zip(("before", "after"), run(self.ANSWERS), strict=True):
+        for name, answers in zip(("before", "after"), make_runs(self.ANSWERS), strict=True):
             Path(name).mkdir()
             write_table(Path(name, TABLE), answers.answers)
-            sha256, probes = compute_sha256(Path(name, TABLE)), {"atlas": entry(facts=50, asked=50)}
+            sha256, probes = compute_sha256(Path(name, TABLE)), {"atlas": make_entry(facts=50, asked=50)}
             write_record(Path(name), replace(answers.record, probes=probes, answers_sha256=sha256))
 
     @pytest.fixture
@@ -286,7 +286,7 @@ class TestSection:
         files = [Path("card.html"), Path("card.md"), Path("card.json")]
         assert main(["report", "before", "after", *given, "--overwrite", *(f"-o{file}" for file in files)]) == 0
         html, markdown, figures = (file.read_text(encoding="utf-8") for file in files)
-        return read(html), markdown, json.loads(figures)
+        return parse_html(html), markdown, json.loads(figures)
 
     @staticmethod
     def sections(page: Element) -> dict[str, Element]:
@@ -354,7 +354,7 @@ class TestSection:
             assert "capital of country" not in text
         assert "left out on request" in self.sections(page)["m1-prompts"].text
 
-    @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+    @pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
     def test_no_text_of_it_breaks_out(self, text: str, install) -> None:
         code = """
             from markupsafe import Markup
@@ -461,7 +461,7 @@ class TestSection:
 
     def test_one_that_fails_is_no_matter_of_the_model_card(self, install) -> None:
         install(SECTIONS, "broken", "import nothing_like_it\n", "Broken")
-        original, compressed = run(self.ANSWERS)
+        original, compressed = make_runs(self.ANSWERS)
         card = make_card(original, [compressed])
         assert any("toy_broken" in warning for warning in card.warnings)
         assert "toy_broken" not in add_report("", card.original, card.comparisons[0])

@@ -12,7 +12,7 @@ import pytest
 
 from compressknow.cli import main
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
-from tests.pages.pages import read
+from tests.pages.pages import parse_html
 
 FAMILIES = ("bert", "llama", "t5")
 SETUPS = {
@@ -140,7 +140,7 @@ def test_verdict_has_the_counts(study: Path) -> None:
 
 
 def test_html_and_markdown_have_the_same_verdict(study: Path) -> None:
-    page, text = read((study / "report.html").read_text()).text, (study / "report.md").read_text()
+    page, text = parse_html((study / "report.html").read_text()).text, (study / "report.md").read_text()
 
     for entry in json.loads((study / "report.json").read_text())["compressed"]:
         assert entry["verdict"] in page

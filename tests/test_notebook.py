@@ -14,27 +14,27 @@ import compressknow
 from compressknow.base.notebook import SummaryRepr
 from compressknow.compress.manifest import Manifest
 from tests.models import save_tiny
-from tests.pages.answering import run, sides
-from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
-from tests.pages.diff.contrasts import comparison_of, identical
-from tests.pages.hostile import TEXTS, hostile
-from tests.pages.maps import sensitivity_of
-from tests.pages.search.searches import found
-from tests.pages.study.studies import empty, failed_only, whole_grid
+from tests.pages.answering import make_rows, make_runs
+from tests.pages.card.cards import make_card_of_nothing, make_card_of_one, make_card_of_several
+from tests.pages.diff.contrasts import make_comparison, make_identical_comparison
+from tests.pages.hostile import HOSTILE_TEXTS, replace_texts
+from tests.pages.maps import make_sensitivity
+from tests.pages.search.searches import make_search
+from tests.pages.study.studies import make_empty_study, make_failed_study, make_whole_grid
 
 MADE = {
-    "answers": run(sides(both=3, lost=1))[0],
-    "card": card_of_one(),
-    "comparison": card_of_one().comparisons[0],
-    "cards": card_of_several(),
-    "card of nothing": card_of_nothing(),
-    "contrast": comparison_of(),
-    "identical": identical(),
-    "search": found(),
-    "sensitivity": sensitivity_of(),
-    "study": whole_grid(),
-    "failed": failed_only(),
-    "empty": empty(),
+    "answers": make_runs(make_rows(both=3, lost=1))[0],
+    "card": make_card_of_one(),
+    "comparison": make_card_of_one().comparisons[0],
+    "cards": make_card_of_several(),
+    "card of nothing": make_card_of_nothing(),
+    "contrast": make_comparison(),
+    "identical": make_identical_comparison(),
+    "search": make_search(),
+    "sensitivity": make_sensitivity(),
+    "study": make_whole_grid(),
+    "failed": make_failed_study(),
+    "empty": make_empty_study(),
 }
 TAGS = {"div", "p", "strong", "br", "table", "thead", "tbody", "tr", "th", "td"}
 
@@ -79,21 +79,21 @@ def test_a_result_is_a_few_lines(made: SummaryRepr) -> None:
     assert page.text
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
 @pytest.mark.parametrize("made", MADE.values(), ids=MADE)
 def test_names_and_facts_are_no_markup_and_no_controls(made: SummaryRepr, text: str) -> None:
-    looked_at(hostile(made, text) if not isinstance(made, compressknow.Search) else found(text))
+    looked_at(replace_texts(made, text) if not isinstance(made, compressknow.Search) else make_search(text))
 
 
 def test_the_verdict_and_the_figures_are_in_both_forms() -> None:
-    card = card_of_one()
+    card = make_card_of_one()
     text, page = looked_at(card)
     for said in ("geography", "language", "B"):
         assert said in text
         assert said in page.text
     assert card.verdict in page.text
     assert " ".join(card.verdict.split()[:5]) in " ".join(text.split())
-    assert "Att_GPQ 20%" in looked_at(card_of_several())[1].text
+    assert "Att_GPQ 20%" in looked_at(make_card_of_several())[1].text
 
 
 @pytest.fixture(scope="module")

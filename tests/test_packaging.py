@@ -22,7 +22,7 @@ from packaging.version import Version
 import compressknow
 from compressknow.base.packages import GGUF_TRANSFORMERS, OPTIONAL
 from tests.long import long
-from tests.pages.model_card.manifests import manifest
+from tests.pages.model_card.manifests import make_manifest
 
 ROOT = Path(__file__).parent.parent
 RENDER = """
@@ -58,7 +58,7 @@ def test_installed_wheel_renders_templates_outside_the_repository(wheel: Path, t
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
-    code = RENDER.format(site=str(site), manifest=manifest())
+    code = RENDER.format(site=str(site), manifest=make_manifest())
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("---\nlicense: mit\n")

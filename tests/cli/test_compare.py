@@ -25,7 +25,7 @@ from tests.engine.gguf_files import F32, Q8_0, needs_gguf, write_gguf
 from tests.knowing import save_trained, write_facts
 from tests.long import one_in
 from tests.models import edit_config, edit_tensors, put_into_hub_cache, save_tiny
-from tests.pages.pages import read
+from tests.pages.pages import parse_html
 
 FAMILIES = ("bert", "llama", "t5")
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_and_itself_or_its_copy_are_identical(
         assert (ended.code, printed["identical"], printed["weights"]) == (0, True, None)
         assert "identical" in printed["verdict"]
         assert "identical" in run("{place}/llama", other, *facts).out
-        assert read((tmp_path / "c.html").read_text()).one("h1").text == "Identical"
+        assert parse_html((tmp_path / "c.html").read_text()).one("h1").text == "Identical"
         if facts:
             assert printed["behaviour"]["b_against_a"]["kept"] == 1
             assert printed["behaviour"]["answers"] == []
@@ -294,7 +294,7 @@ def test_models_of_another_size_have_nothing_to_compare_and_are_told(run: Run, t
     assert ended.code == 0, ended.err
     assert ended.out.startswith("No tensor of small and large can be compared: ")
     assert "hidden_size: 32 -> 64" in ended.out
-    assert read((tmp_path / "c.html").read_text()).one("h1").text == "Weights that cannot be compared"
+    assert parse_html((tmp_path / "c.html").read_text()).one("h1").text == "Weights that cannot be compared"
 
 
 def test_the_same_values_in_another_type_are_told(run: Run, place: Path, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_the_same_values_in_another_type_are_told(run: Run, place: Path, tmp_pat
     hf.BertForMaskedLM.from_pretrained(tmp_path / "half", dtype=torch.float32).save_pretrained(tmp_path / "whole")
     ended = run("half", "whole", "-o", "c.html")
     assert "whole stores 42 of 42 tensors differently from half, but with the same" in ended.out
-    assert read((tmp_path / "c.html").read_text()).one("h1").text == "The same values"
+    assert parse_html((tmp_path / "c.html").read_text()).one("h1").text == "The same values"
 
 
 @needs_gguf
@@ -426,7 +426,7 @@ def test_hostile_names_are_shown_harmless(run: Run, tmp_path: Path) -> None:
     for text in (ended.out, (tmp_path / "c.html").read_text(), (tmp_path / "c.md").read_text()):
         assert "\x1b" not in text
         assert "\u202e" not in text
-    page = read((tmp_path / "c.html").read_text())
+    page = parse_html((tmp_path / "c.html").read_text())
     assert len(page.all("script")) == 1
     assert "⟨U+202E⟩<script>" in page.one("main").text
     tokens = MarkdownIt("gfm-like", {"linkify": False}).parse((tmp_path / "c.md").read_text())

@@ -43,9 +43,9 @@ def test_facts_and_reports_whose_names_are_no_text_are_read_and_written(
         assert "udcff" in (tmp_path / output).read_text(encoding="utf-8")
 
 
-def test_answers_are_kept_in_a_folder_whose_name_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_kept_in_a_folder_whose_name_is_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    knowing("bert", tmp_path / "bert")
-    facts = facts_file(tmp_path / "facts.jsonl")
+    save_trained("bert", tmp_path / "bert")
+    facts = write_facts(tmp_path / "facts.jsonl")
     assert main(["probe", "bert", "-p", f"facts:{facts}", "-o", ODD]) == 0
     assert main(["report", ODD, "bert", "--answers", f"{ODD}-kept"]) == 0

@@ -26,7 +26,7 @@ from compressknow.pages.records import Card
 from tests.cli.conftest import Run, refused
 from tests.evaluate.layouts import read_facts_file
 from tests.knowing import save_trained, write_facts
-from tests.pages.card.cards import card_of_one, card_of_several
+from tests.pages.card.cards import make_card_of_one, make_card_of_several
 
 PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]
 
@@ -400,7 +400,7 @@ def test_models_of_one_name_and_setup_have_their_numbers_in_the_table_too(run: R
     assert not names[2].startswith("3.")
 
 
-@pytest.mark.parametrize("card", [card_of_one(), card_of_several((20,))], ids=["one", "several"])
+@pytest.mark.parametrize("card", [make_card_of_one(), make_card_of_several((20,))], ids=["one", "several"])
 def test_what_was_timed_is_printed_within_80_columns(card: Card) -> None:
     lines = list(report_page(card))
     assert "HuggingFaceTB/SmolLM2-135M (bfloat16)              31.6          -       1.10 GB" in lines
@@ -411,7 +411,7 @@ def test_what_was_timed_is_printed_within_80_columns(card: Card) -> None:
 
 
 def test_a_small_divergence_is_not_printed_as_none() -> None:
-    card = card_of_one()
+    card = make_card_of_one()
     (first, *others) = card.comparisons[0].probes
     assert first.movement is not None
     moved = replace(first, movement=replace(first.movement, kl_mean=0.000005, kl_p99=0.0))

@@ -17,12 +17,12 @@ from compressknow.comparison.distributions import (
 )
 from compressknow.comparison.intervals import estimate_proportion
 from compressknow.comparison.paired import compare_probe
-from tests.pages.answering import answer, entry, sides
+from tests.pages.answering import make_answer, make_entry, make_rows
 
 
-def make_answer(number: int, probability: float, correct: bool, **changes: object) -> object:
+def make_confident_answer(number: int, probability: float, correct: bool, **changes: object) -> object:
     logp = (math.log(probability), *(math.log((1 - probability) / 7),) * 4)
-    return answer(number, correct, top5_logp=logp, **changes)
+    return make_answer(number, correct, top5_logp=logp, **changes)
 
 
 def make_pairs(facts: int = 90) -> list[tuple[object, object]]:
@@ -30,8 +30,8 @@ def make_pairs(facts: int = 90) -> list[tuple[object, object]]:
     pairs = []
     for number in range(facts):
         knows = number % 3 > 0
-        before = make_answer(number, (number + 1) / (facts + 1), knows)
-        pairs.append((before, make_answer(number, 0.9 if number % 2 else 0.2, knows and number >= facts / 3)))
+        before = make_confident_answer(number, (number + 1) / (facts + 1), knows)
+        pairs.append((before, make_confident_answer(number, 0.9 if number % 2 else 0.2, knows and number >= facts / 3)))
     return pairs
 
 
@@ -88,7 +88,7 @@ def test_too_few_facts_have_no_thirds() -> None:
 
 def test_needs_probabilities_and_twenty_facts() -> None:
     free = [(make_answer(n, 0.5, True, choices=None), make_answer(n, 0.5, True, choices=None)) for n in range(50)]
-    broken = [(make_answer(n, 0.5, True), answer(n, True, top5_logp=(math.nan,) * 5)) for n in range(50)]
+    broken = [(make_answer(n, 0.5, True), make_answer(n, True, top5_logp=(math.nan,) * 5)) for n in range(50)]
     assert (
         compare_confidence(free)
         is compare_confidence(broken)
@@ -99,6 +99,6 @@ def test_needs_probabilities_and_twenty_facts() -> None:
 
 
 def test_figures_of_a_probe_include_confidence() -> None:
-    rows = sides(60, 10, 5, 25)
-    figures = compare_probe(*rows, entry(), entry(), probe="atlas", ran_in="")
+    rows = make_rows(60, 10, 5, 25)
+    figures = compare_probe(*rows, make_entry(), make_entry(), probe="atlas", ran_in="")
     assert figures.confidence == compare_confidence(list(zip(*rows, strict=True)))

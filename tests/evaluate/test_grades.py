@@ -37,7 +37,7 @@ from compressknow.evaluate.scoring.scorer import Encoder
 from tests.evaluate.references import make_known_facts, make_probe, score_causal, score_masked, score_t5
 from tests.evaluate.trained import train_word_piece
 from tests.knowing import save_trained
-from tests.pages.answering import answer, answers
+from tests.pages.answering import make_answer, make_answers
 
 FAMILIES = {"bert": "masked", "llama": "causal", "t5": "seq2seq"}
 PRUNED = 0.6
@@ -294,7 +294,7 @@ def test_labels_are_found_in_texts_that_the_tokenizer_changes() -> None:
     ],
 )
 def test_grade_of_an_answer(changes: dict[str, Any], grade: str) -> None:
-    assert grade_answer(replace(answer(0, True), **changes)) == grade
+    assert grade_answer(replace(make_answer(0, True), **changes)) == grade
 
 
 def make_fact(
@@ -342,23 +342,23 @@ def test_an_example_without_a_full_stop_gets_one() -> None:
 
 def test_known_as_produced_counts_only_generated_answers() -> None:
     rows = [
-        answer(0, True, produced="Paris", grade=PRODUCED),
-        answer(1, True, produced="a city", grade=RECOGNIZED),
-        answer(2, False, produced="Paris", grade=DEMOTED),
-        answer(3, False, produced="Rome", grade=DEMOTED),
+        make_answer(0, True, produced="Paris", grade=PRODUCED),
+        make_answer(1, True, produced="a city", grade=RECOGNIZED),
+        make_answer(2, False, produced="Paris", grade=DEMOTED),
+        make_answer(3, False, produced="Rome", grade=DEMOTED),
     ]
-    reading = apply_reading(answers(rows), "produced")
+    reading = apply_reading(make_answers(rows), "produced")
     assert [each.correct for each in reading.answers] == [True, False, False, False]
     assert [each.predicted for each in reading.answers] == ["Paris", "a city", "Rome", "Rome"]
     # A generated answer is not right by chance.
     assert {each.choices for each in reading.answers} == {None}
     assert all(each.chance is None for each in reading.record.probes.values())
-    assert apply_reading(answers(rows), "recognized") == answers(rows)
+    assert apply_reading(make_answers(rows), "recognized") == make_answers(rows)
 
 
 def test_answers_without_generated_text_are_refused() -> None:
     with pytest.raises(CompressknowError, match="have no generated text") as caught:
-        apply_reading(answers([answer(0, True)]), "produced")
+        apply_reading(make_answers([make_answer(0, True)]), "produced")
     assert "--known produced" in str(caught.value.hint)
 
 

@@ -23,7 +23,7 @@ from compressknow.evaluate.records import NoiseFloor
 from compressknow.evaluate.sources import open_all
 from compressknow.pages.card.warnings import compare_with_rounding
 from tests.knowing import save_trained, write_bear, write_facts
-from tests.pages.answering import entry, sides
+from tests.pages.answering import make_entry, make_rows
 
 BF16 = Settings(dtype="bfloat16", noise_floor=False)
 
@@ -157,7 +157,9 @@ def test_every_format_of_the_card_shows_the_noise_floor(tmp_path: Path) -> None:
 
 
 def test_the_verdict_compares_changes_with_the_noise_floor() -> None:
-    figures = replace(compare_probe(*sides(80, 20), entry(), entry(), probe="atlas", ran_in=""), answer_changed=0.25)
+    figures = replace(
+        compare_probe(*make_rows(80, 20), make_entry(), make_entry(), probe="atlas", ran_in=""), answer_changed=0.25
+    )
     few, many = (NoiseFloor(200, changed, 100, 1, 0, 0.001, "bfloat16") for changed in (4, 60))
     assert compare_with_rounding([replace(figures, noise_floor=None)]) == ""
     text = compare_with_rounding([replace(figures, noise_floor=few)])

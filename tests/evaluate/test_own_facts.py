@@ -30,12 +30,12 @@ def get_message(path: Path) -> str:
     return "\n".join(part for part in (caught.value.what, caught.value.why) if part)
 
 
-def write_facts(folder: Path, *rows: dict[str, Any]) -> Path:
+def write_rows(folder: Path, *rows: dict[str, Any]) -> Path:
     return write_jsonl(folder / "mine.jsonl", rows)
 
 
 def test_a_prompt_or_a_template_is_enough(tmp_path: Path) -> None:
-    probe = read_facts_file(write_facts(tmp_path, PROMPT, TEMPLATE))
+    probe = read_facts_file(write_rows(tmp_path, PROMPT, TEMPLATE))
     assert probe.facts == (
         Fact("mine/1", "facts:mine.jsonl", "mine", "general", "", "Paris", "The capital of France is [MASK]."),
         Fact(
@@ -63,7 +63,7 @@ def test_a_csv_file_is_read_like_json_lines(tmp_path: Path) -> None:
         table.writeheader()
         for row in rows:
             table.writerow({**row, "candidates": "|".join(row.get("candidates", []))})
-    csv_probe, jsonl_probe = read_facts_file(tmp_path / "mine.csv"), read_facts_file(write_facts(tmp_path, *rows))
+    csv_probe, jsonl_probe = read_facts_file(tmp_path / "mine.csv"), read_facts_file(write_rows(tmp_path, *rows))
     # The header is the first line.
     expected = [replace(fact, probe="facts:mine.csv", id=add_one(fact.id)) for fact in jsonl_probe.facts]
     assert list(csv_probe.facts) == expected
@@ -77,8 +77,8 @@ def test_spaces_around_labels_are_removed(tmp_path: Path) -> None:
         key: value if key == "prompt" else [f" {each}" for each in value] if key == "candidates" else f" {value} "
         for key, value in clean.items()
     }
-    expected = read_facts_file(write_facts(tmp_path, clean)).facts
-    assert read_facts_file(write_facts(tmp_path, spaced)).facts == expected
+    expected = read_facts_file(write_rows(tmp_path, clean)).facts
+    assert read_facts_file(write_rows(tmp_path, spaced)).facts == expected
     (tmp_path / "mine.csv").write_text(
         "prompt, obj_label, sub_label, relation, candidates\n"
         '"The capital of France is [MASK].", "Paris ", France , capital, Paris | Rome\n'
@@ -126,7 +126,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         "popularity": 67.5,
         "note": "ignored",
     }
-    probe = read_facts_file(write_facts(tmp_path, row))
+    probe = read_facts_file(write_rows(tmp_path, row))
     assert probe.facts[0] == Fact(
         "fr", probe.name, "capital", "geography", "France", "Paris", PROMPT["prompt"], ("Paris", "Rome"), 67.5
     )
@@ -135,7 +135,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
 
 def test_some_facts_may_have_candidates_and_others_none(tmp_path: Path) -> None:
     closed = {**PROMPT, "candidates": ["Paris", "Rome"]}
-    probe = read_facts_file(write_facts(tmp_path, closed, PROMPT, {**closed, "obj_label": "Rome"}))
+    probe = read_facts_file(write_rows(tmp_path, closed, PROMPT, {**closed, "obj_label": "Rome"}))
     assert probe.vocabulary == "open"
     assert [fact.candidates is None for fact in probe.facts] == [False, True, False]
     assert probe.facts[0].candidates is probe.facts[2].candidates
@@ -157,7 +157,7 @@ def test_a_byte_order_mark_windows_line_ends_and_blank_lines_are_accepted(tmp_pa
 
 
 def test_a_line_may_contain_unicode_line_separators(tmp_path: Path) -> None:
-    path = write_facts(tmp_path, {**PROMPT, "sub_label": "a\u2028b\x85c"})
+    path = write_rows(tmp_path, {**PROMPT, "sub_label": "a\u2028b\x85c"})
     assert read_facts_file(path).facts[0].sub_label == "a\u2028b\x85c"
 
 
@@ -191,7 +191,7 @@ def test_a_line_may_contain_unicode_line_separators(tmp_path: Path) -> None:
     ],
 )
 def test_an_error_names_the_line_and_the_key(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
-    path = write_facts(tmp_path, PROMPT, row)
+    path = write_rows(tmp_path, PROMPT, row)
     assert get_message(path) == f"{path} cannot be read as facts:\n  line 2, {problem}"
 
 
@@ -208,12 +208,12 @@ def test_an_error_in_json_names_the_line_and_the_column(tmp_path: Path) -> None:
 
 
 def test_two_facts_with_the_same_id_are_an_error_that_names_both_lines(tmp_path: Path) -> None:
-    path = write_facts(tmp_path, {**PROMPT, "id": "x"}, TEMPLATE, {**PROMPT, "id": "x"})
+    path = write_rows(tmp_path, {**PROMPT, "id": "x"}, TEMPLATE, {**PROMPT, "id": "x"})
     assert "line 3, id: 'x' is also the id of line 1" in get_message(path)
 
 
 def test_the_first_five_errors_are_shown_and_the_others_counted(tmp_path: Path) -> None:
-    text = get_message(write_facts(tmp_path, *[{"obj_label": "a"}] * 8))
+    text = get_message(write_rows(tmp_path, *[{"obj_label": "a"}] * 8))
     assert text.count("prompt: missing") == 5
     assert "and 3 more" in text
 
@@ -245,7 +245,7 @@ def test_any_line_is_read_as_it_is_written(examples: list[tuple[dict[str, Any], 
         candidates = {"candidates": [*extra, row["obj_label"]]} if extra else {}
         lines.append({**row, "id": f"f{number}", **candidates})
     with tempfile.TemporaryDirectory() as folder:
-        facts = read_facts_file(write_facts(Path(folder), *lines)).facts
+        facts = read_facts_file(write_rows(Path(folder), *lines)).facts
     for line, fact in zip(lines, facts, strict=True):
         assert (fact.id, fact.prompt, fact.obj_label) == (line["id"], line["prompt"], line["obj_label"])
         assert fact.relation == line.get("relation", "mine")

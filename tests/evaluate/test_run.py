@@ -178,7 +178,7 @@ def test_a_model_that_has_not_changed_is_not_loaded_again(root: Path, tmp_path: 
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
-    """Makes a folder one that cannot be written, by root neither."""
+    """Return a function that makes a folder read-only, for root too."""
     mounted: list[Path] = []
 
     def make(folder: Path) -> None:
@@ -197,15 +197,15 @@ def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
 
 
 def test_answers_in_a_folder_that_cannot_be_written_are_read(
-    place: Path, tmp_path: Path, read_only: Callable[[Path], None], loads: list[Path]
+    root: Path, tmp_path: Path, read_only: Callable[[Path], None], loads: list[Path]
 ) -> None:
-    first = ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
+    first = evaluate(root / "llama", tmp_path / "a", root / "facts.jsonl")
     read_only(tmp_path / "a")
-    again = ask(place / "llama", tmp_path / "a", place / "facts.jsonl")
-    assert loads == [place / "llama"]
+    again = evaluate(root / "llama", tmp_path / "a", root / "facts.jsonl")
+    assert loads == [root / "llama"]
     assert [answer.predicted for answer in again.answers] == [answer.predicted for answer in first.answers]
     with pytest.raises(OutputError, match="cannot be written"):
-        ask(place / "llama", tmp_path / "a", place / "facts.jsonl", Settings(batch_size=16))
+        evaluate(root / "llama", tmp_path / "a", root / "facts.jsonl", Settings(batch_size=16))
 
 
 def test_changed_weights_are_refused_in_the_folder_of_the_old_ones(root: Path, tmp_path: Path) -> None:

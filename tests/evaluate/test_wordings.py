@@ -20,7 +20,7 @@ from compressknow.evaluate.grades import DEMOTED, GONE, PRODUCED, RECOGNIZED, me
 from compressknow.evaluate.sources import open_all
 from tests.evaluate.layouts import open_probe
 from tests.knowing import save_trained, write_bear
-from tests.pages.answering import answer, answers, entry
+from tests.pages.answering import make_answer, make_answers, make_entry
 
 N = 3
 
@@ -149,8 +149,8 @@ def test_one_wording_is_the_probe_itself() -> None:
     probe = open_probe("atlas", Options(templates=1))
     assert isinstance(probe, Probe)
     assert probe.fingerprint() == open_probe("atlas").fingerprint()
-    assert merge_wordings(answers([answer(0, True)])) == answers([answer(0, True)])
-    assert compare_wordings([answer(0, True)], [answer(0, True)]) is None
+    assert merge_wordings(make_answers([make_answer(0, True)])) == make_answers([make_answer(0, True)])
+    assert compare_wordings([make_answer(0, True)], [make_answer(0, True)]) is None
 
 
 @pytest.mark.parametrize(
@@ -168,11 +168,11 @@ def test_a_fact_is_known_if_most_of_its_wordings_are_right(
     right: tuple[bool, ...], ranks: tuple[int | None, ...], known: bool, rank: int | None
 ) -> None:
     wordings = [
-        answer(0, each, fact_id=f"fact@{number}", template=number, rank=position)
+        make_answer(0, each, fact_id=f"fact@{number}", template=number, rank=position)
         for number, (each, position) in enumerate(zip(right, ranks, strict=True), 1)
     ]
-    probes = {"atlas": entry(facts=len(wordings), asked=len(wordings), templates=len(wordings))}
-    (merged,) = merge_wordings(answers(wordings, probes=probes)).answers
+    probes = {"atlas": make_entry(facts=len(wordings), asked=len(wordings), templates=len(wordings))}
+    (merged,) = merge_wordings(make_answers(wordings, probes=probes)).answers
     assert (merged.fact_id, merged.correct, merged.rank, merged.template) == ("fact", known, rank, None)
     # Otherwise a fact could be lost although its answer is unchanged.
     assert (merged.predicted == merged.gold) is known
@@ -195,16 +195,16 @@ def test_a_fact_has_the_middle_grade_and_the_majority_after_an_example(
     grades: tuple[str | None, ...], shown: tuple[str | None, ...], grade: str | None, recovers: bool | None
 ) -> None:
     wordings = [
-        answer(0, False, fact_id=f"fact@{number}", template=number, grade=each, with_example=text)
+        make_answer(0, False, fact_id=f"fact@{number}", template=number, grade=each, with_example=text)
         for number, (each, text) in enumerate(zip(grades, shown, strict=True), 1)
     ]
-    probes = {"atlas": entry(facts=len(wordings), asked=len(wordings), templates=len(wordings))}
-    (merged,) = merge_wordings(answers(wordings, probes=probes)).answers
+    probes = {"atlas": make_entry(facts=len(wordings), asked=len(wordings), templates=len(wordings))}
+    (merged,) = merge_wordings(make_answers(wordings, probes=probes)).answers
     assert merged.grade == grade
     assert (None if merged.with_example is None else merged.with_example == merged.gold) is recovers
 
 
 def test_consistency_of_equal_different_and_single_wordings() -> None:
-    assert measure_consistency([answer(0, True, fact_id=f"fact@{n}") for n in (1, 2)]) == 1
-    assert measure_consistency([answer(0, n == 1, fact_id=f"fact@{n}") for n in (1, 2)]) == 0
-    assert measure_consistency([answer(0, True)]) is None
+    assert measure_consistency([make_answer(0, True, fact_id=f"fact@{n}") for n in (1, 2)]) == 1
+    assert measure_consistency([make_answer(0, n == 1, fact_id=f"fact@{n}") for n in (1, 2)]) == 0
+    assert measure_consistency([make_answer(0, True)]) is None

@@ -1,4 +1,4 @@
-"""Answers to write in tests: rows of a table, and the record beside it."""
+"""Answers made by hand: rows of answers and their records."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ ORIGINAL_HASH, COMPRESSED_HASH = "a" * 64, "b" * 64
 WORDS = ("Paris", "Rome", "Oslo", "Lima", "Cairo", "Quito", "Bern", "Riga")
 
 
-def answer(number: int, correct: bool, **changes: Any) -> Answer:
-    """An answer to the fact of this number: one of eight words, the first of which is right."""
+def make_answer(number: int, correct: bool, **changes: Any) -> Answer:
+    """Return an answer to a numbered fact: one of eight words, of which the first is right."""
     logp = (-0.5, -1.5, -2.5, -3.5, -4.5)
     values: dict[str, Any] = {
         "probe": "atlas",
@@ -39,14 +39,16 @@ def answer(number: int, correct: bool, **changes: Any) -> Answer:
     return Answer(**values | changes)
 
 
-def sides(both: int = 0, lost: int = 0, gained: int = 0, neither: int = 0, **changes: Any) -> tuple[list[Answer], ...]:
-    """The answers of the original and of the compressed model with so many facts of each kind."""
+def make_rows(
+    both: int = 0, lost: int = 0, gained: int = 0, neither: int = 0, **changes: Any
+) -> tuple[list[Answer], ...]:
+    """Return answers of the original and of the compressed model with these numbers of facts."""
     cells = [(True, True)] * both + [(True, False)] * lost + [(False, True)] * gained + [(False, False)] * neither
-    return tuple([answer(number, cell[side], **changes) for number, cell in enumerate(cells)] for side in (0, 1))
+    return tuple([make_answer(number, cell[side], **changes) for number, cell in enumerate(cells)] for side in (0, 1))
 
 
-def entry(**changes: Any) -> ProbeEntry:
-    """A probe's entry in probe.json."""
+def make_entry(**changes: Any) -> ProbeEntry:
+    """Return the entry of a probe in probe.json."""
     values = {
         "protocol": "closed/1",
         "fingerprint": "f" * 64,
@@ -65,8 +67,8 @@ def entry(**changes: Any) -> ProbeEntry:
     return ProbeEntry.from_dict(values | changes)
 
 
-def model(**changes: Any) -> ModelRecord:
-    """The model's entry in probe.json."""
+def make_model(**changes: Any) -> ModelRecord:
+    """Return the entry of the model in probe.json."""
     values = {
         "name": "tiny-bert",
         "revision": "main",
@@ -80,7 +82,7 @@ def model(**changes: Any) -> ModelRecord:
     return ModelRecord.from_dict(values | changes)
 
 
-def answers(
+def make_answers(
     rows: Iterable[Answer],
     model_entry: ModelRecord | None = None,
     probes: Mapping[str, ProbeEntry] | None = None,
@@ -88,14 +90,16 @@ def answers(
 ) -> Answers:
     record = Record(
         schema=SCHEMA_VERSION,
-        model=model_entry or model(),
-        probes=dict(probes or {"atlas": entry()}),
+        model=model_entry or make_model(),
+        probes=dict(probes or {"atlas": make_entry()}),
         versions=dict(versions or {"compressknow": "0.1.0", "torch": "2.9.0"}),
     )
     return Answers(record, tuple(rows))
 
 
-def run(rows: Sequence[Sequence[Answer]], **changes: Any) -> tuple[Answers, Answers]:
-    """An original's and a compressed model's answers folder for two sides of rows."""
-    compressed = model(name="tiny-bert-int8", sha256=COMPRESSED_HASH, bytes=1_100_000, setup="Overall_GQ", **changes)
-    return answers(rows[0]), answers(rows[1], compressed)
+def make_runs(rows: Sequence[Sequence[Answer]], **changes: Any) -> tuple[Answers, Answers]:
+    """Return the stored answers of an original and of a compressed model."""
+    compressed = make_model(
+        name="tiny-bert-int8", sha256=COMPRESSED_HASH, bytes=1_100_000, setup="Overall_GQ", **changes
+    )
+    return make_answers(rows[0]), make_answers(rows[1], compressed)

@@ -1,4 +1,4 @@
-"""A real browser for the pages, which fails the test where a page says or asks for anything."""
+"""A real browser; a page that logs anything or makes a request fails its test."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome-stable", "google-chro
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+        executable = next(filter(None, map(shutil.which, CHROMIUM)), None)
         try:
-            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+            browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         except Error as error:
             pytest.skip(
                 "no Chromium that starts: apt-get install chromium, or python -m playwright install chromium "
@@ -32,16 +32,16 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A page that fails the test where it says or asks for anything."""
+    """A page that fails the test if it logs anything or makes a request."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    heard: list[str] = []
-    page.on("console", lambda message: heard.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: heard.append(f"error: {error}"))
-    page.on("request", lambda asked: heard.append(asked.url) if not _is_the_page(asked) else None)
+    events: list[str] = []
+    page.on("console", lambda message: events.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: events.append(f"error: {error}"))
+    page.on("request", lambda request: events.append(request.url) if not _is_the_page(request) else None)
     yield page
     page.close()
-    assert heard == []
+    assert events == []
 
 
-def _is_the_page(asked: Any) -> bool:
-    return asked.is_navigation_request() and asked.url.startswith("file:")
+def _is_the_page(request: Any) -> bool:
+    return request.is_navigation_request() and request.url.startswith("file:")

@@ -1,4 +1,4 @@
-"""What the tests of all pages ask a browser: what axe finds to mend, and how much wider than the screen a page is."""
+"""Measurements and checks of a page in a browser: accessibility, overflow, overlapping texts."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 _AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 
 
-def violations(page: Page) -> list[tuple[str, str]]:
-    """Rules of accessibility that the page breaks, each with the first element that does."""
+def find_violations(page: Page) -> list[tuple[str, str]]:
+    """Return the accessibility rules that the page breaks, each with the first element that breaks it."""
     page.evaluate(_AXE)
-    found = page.evaluate("axe.run(document, {resultTypes: ['violations']}).then((found) => found.violations)")
-    return [(each["id"], each["nodes"][0]["html"]) for each in found]
+    broken = page.evaluate("axe.run(document, {resultTypes: ['violations']}).then((found) => found.violations)")
+    return [(each["id"], each["nodes"][0]["html"]) for each in broken]
 
 
-def overflow(page: Page) -> int:
-    """Pixels by which the page is wider than the screen."""
+def measure_overflow(page: Page) -> int:
+    """Return by how many pixels the page is wider than the screen."""
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
 def unfold(page: Page, first: int) -> None:
-    """Open the first so many of what is folded."""
+    """Open the first folded parts, and close the others."""
     page.evaluate(f"document.querySelectorAll('details').forEach((each, i) => {{ each.open = i < {first}; }})")
 
 
@@ -42,10 +42,8 @@ _OVERLAPPING = """
 """
 
 
-def overlapping(page: Page) -> list[str]:
-    """Texts of a chart that lie over one another by more than a pixel, or side by side without two between them, of
-    what is unfolded.
-    """
+def find_overlaps(page: Page) -> list[str]:
+    """Return visible texts of a chart that overlap by more than a pixel or have less than two pixels between them."""
     return page.evaluate(_OVERLAPPING)
 
 
@@ -60,13 +58,13 @@ _CUT = """
 """
 
 
-def cut(page: Page) -> list[str]:
-    """Texts that reach over their chart's edge by more than a wider font explains."""
+def find_cut_texts(page: Page) -> list[str]:
+    """Return texts that cross the edge of their chart by more than a wider font explains."""
     return page.evaluate(_CUT)
 
 
-def sizes(page: Page) -> set[int]:
-    """The widths of the charts, in pixels, of those that are seen."""
+def measure_chart_widths(page: Page) -> set[int]:
+    """Return the widths of the visible charts, in pixels."""
     charts = "[...document.querySelectorAll('svg.chart')]"
     return set(page.evaluate(f"{charts}.map((each) => Math.round(each.getBoundingClientRect().width))")) - {0}
 
@@ -79,8 +77,8 @@ _OUTSIDE = """
 """
 
 
-def outside(page: Page) -> list[str]:
-    """Tables, and answers in tables of facts, that reach over the edge of their column, of what is unfolded."""
+def find_outside(page: Page) -> list[str]:
+    """Return visible tables and cells of tables of facts that cross the edge of their column."""
     return page.evaluate(_OUTSIDE)
 
 
@@ -90,26 +88,26 @@ _SCROLLED = """
 """
 
 
-def scrolled(page: Page) -> list[str]:
-    """Tables of which a part is in sight alone, of what is unfolded."""
+def find_scrolled(page: Page) -> list[str]:
+    """Return the visible tables that need scrolling."""
     return page.evaluate(_SCROLLED)
 
 
 def check_fits(page: Page, *, labelled: bool = True, whole: bool = True) -> None:
-    """Nothing is wider than a telephone or a broad screen; in charts no texts lie over one another, where they are
-    `labelled` by the project's own words, and none is cut, where they are to be `whole`."""
+    """Check that nothing is wider than a phone or a wide screen, that texts of charts do not overlap (if `labelled`),
+    and that none is cut (if `whole`)."""
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 900})
-        assert overflow(page) <= 0, width
-        assert outside(page) == [], width
-        assert not labelled or overlapping(page) == [], width
-        assert not whole or cut(page) == [], width
+        assert measure_overflow(page) <= 0, width
+        assert find_outside(page) == [], width
+        assert not labelled or find_overlaps(page) == [], width
+        assert not whole or find_cut_texts(page) == [], width
 
 
 def check_accessible(page: Page, file: Path, scheme: Any) -> None:
-    """axe finds nothing to mend on a telephone, with all that is folded open."""
+    """Check the accessibility of the page on a phone, with everything unfolded."""
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": 360, "height": 900})
     page.goto(file.as_uri())
     unfold(page, 100)
-    assert violations(page) == []
+    assert find_violations(page) == []

@@ -1,4 +1,4 @@
-"""A sensitivity made up: what pages and prompts show of one."""
+"""A sensitivity made by hand, and its pages."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BITS = {"q8_0": 8.5, "q6_k": 6.5625, "q4_k": 4.5, "q4_0": 4.5, "q3_k": 3.4375}
 DOMAINS = {"geography": 40, "science": 25}
 
 
-def weight(
+def make_row(
     name: str, *, layer: int | None, base: float, stack: str | None = None, group: str = "attention"
 ) -> TensorSensitivity:
-    """One that loses `base` at eight bits, and `TYPES` times as much at others."""
+    """Return a weight that loses `base` in q8_0, and the multiples of `TYPES` in other types."""
     shape = (256, 1024)
     types = {
         kind: Rounding(round(256 * 1024 * BITS[kind] / 8), base * times, base * times / 2, min(1.0, base * times * 3))
@@ -28,12 +28,12 @@ def weight(
     )
 
 
-def sensitivity_of(layers: int = 6, **changes: Any) -> Sensitivity:
-    """As it is measured: from the last layer to the first. The value of layer 2 matters most."""
+def make_sensitivity(layers: int = 6, **changes: Any) -> Sensitivity:
+    """Return rows from the last layer to the first, as they are measured; v_proj of layer 2 matters most."""
     modules = {"self_attn.q_proj": 1, "self_attn.v_proj": 8, "mlp.down_proj": 3}
-    rows = [weight("lm_head", layer=None, base=2e-5, group="final")]
+    rows = [make_row("lm_head", layer=None, base=2e-5, group="final")]
     rows += [
-        weight(name, layer=layer, base=1e-5 * base * (20 if (layer, base) == (2, 8) else 1 + layer))
+        make_row(name, layer=layer, base=1e-5 * base * (20 if (layer, base) == (2, 8) else 1 + layer))
         for layer in reversed(range(layers))
         for name, base in modules.items()
     ]

@@ -1,4 +1,4 @@
-"""A page read as a browser would: its elements, their attributes, their text."""
+"""A parser of HTML pages: elements, their attributes and their text."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Element:
 
     @property
     def text(self) -> str:
-        """As it is read: whether a space may end a line is not told apart."""
+        """The text of the element, with no-break spaces as spaces."""
         text = "".join(child if isinstance(child, str) else child.text for child in self.children)
         return text.replace("\N{NO-BREAK SPACE}", " ")
 
     def all(self, tag: str | None = None) -> list[Element]:
-        """The element's descendants, in order, of the tag where one is named."""
-        found = []
+        """Return the descendants in order, or only those with this tag."""
+        elements = []
         for child in self.children:
             if isinstance(child, Element):
-                found += [child] if tag in (None, child.tag) else []
-                found += child.all(tag)
-        return found
+                elements += [child] if tag in (None, child.tag) else []
+                elements += child.all(tag)
+        return elements
 
     def one(self, tag: str) -> Element:
         (only,) = self.all(tag)
@@ -36,8 +36,8 @@ class Element:
 
     @property
     def shape(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Tags and names of attributes: all that hostile text must not change."""
-        # A run of right-to-left letters is isolated by a <bdi>: that one element may be more.
+        """The tags and attribute names, which hostile text must not change."""
+        # Right-to-left letters are isolated by an additional <bdi>.
         return [(element.tag, tuple(element.attributes)) for element in self.all() if element.tag != "bdi"]
 
 
@@ -47,7 +47,7 @@ class _Reader(HTMLParser):
         self.root = self.current = Element("", {})
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len({name for name, _ in attrs}) == len(attrs), f"an attribute twice: {tag} {attrs}"
+        assert len({name for name, _ in attrs}) == len(attrs), f"duplicate attribute: {tag} {attrs}"
         element = Element(tag, {name: value or "" for name, value in attrs}, self.current)
         self.current.children.append(element)
         if tag not in VOID:
@@ -67,8 +67,8 @@ class _Reader(HTMLParser):
         self.current.children.append(data)
 
 
-def read(page: str) -> Element:
-    """The root of the page's elements; raises AssertionError where tags are not closed as they were opened."""
+def parse_html(page: str) -> Element:
+    """Return the root element of a page; raise AssertionError if tags are not closed in order."""
     reader = _Reader()
     reader.feed(page)
     reader.close()

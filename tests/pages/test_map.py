@@ -1,4 +1,4 @@
-"""The map of a sensitivity: what its page, its Markdown, its JSON and its CSV say."""
+"""The map of a sensitivity as a page, Markdown, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from compressknow.study.allocation import TypeOption
 from compressknow.study.map import FORMATS, Map, compute_kl_per_mb, compute_risk, write_map, write_verdict
 from compressknow.study.sensitivity import Sensitivity
 from tests.long import one_in
-from tests.pages.hostile import TEXTS
-from tests.pages.in_browser import cut, overflow, overlapping, unfold, violations
-from tests.pages.maps import TYPES, render_map_html, render_map_markdown, sensitivity_of, weight
-from tests.pages.pages import read
+from tests.pages.hostile import HOSTILE_TEXTS
+from tests.pages.in_browser import find_cut_texts, find_overlaps, find_violations, measure_overflow, unfold
+from tests.pages.maps import TYPES, make_row, make_sensitivity, render_map_html, render_map_markdown
+from tests.pages.pages import parse_html
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 
-def map_of(**changes: Any) -> Map:
-    return Map("tiny", sensitivity_of(**changes), "both")
+def make_map(**changes: Any) -> Map:
+    return Map("tiny", make_sensitivity(**changes), "both")
 
 
-def test_the_page_has_a_map_for_all_facts_for_text_and_for_each_domain_on_one_scale() -> None:
-    page = read(render_map_html(map_of()))
+def test_page_has_maps_for_all_facts_text_and_each_domain_on_one_scale() -> None:
+    page = parse_html(render_map_html(make_map()))
     maps = [svg for svg in page.all("svg") if "heat" in svg.attributes["class"]]
     assert [svg.attributes["id"] for svg in maps] == ["map-0", "map-1", "map-2", "map-3", "risk-map"]
-    # Of 6 layers three figures each, and one of the head; the legend has seven shades.
+    # Six layers have three cells each, and the head has one; the legend has seven shades.
     assert all(len(svg.all("rect")) == 6 * 3 + 1 + 7 for svg in maps)
     legends = [[text.text for text in svg.all("text")][-6:] for svg in maps]
     assert legends[0] == legends[1] == legends[2] == legends[3] != legends[4]
-    # What loses more is darker, in other maps too.
+    # Larger losses are darker, on the same scale in all maps.
     darkest = [max(float(rect.attributes["opacity"]) for rect in svg.all("rect")[:-7]) for svg in maps[:4]]
     assert darkest[2] >= darkest[0] > darkest[3]
     titles = [each.text for each in page.all("figcaption")]
@@ -48,8 +48,8 @@ def test_the_page_has_a_map_for_all_facts_for_text_and_for_each_domain_on_one_sc
     assert page.one("h1").text == "Layer 2 self_attn.v_proj matters most for its size"
 
 
-def test_the_most_and_the_least_sensitive_are_those_of_the_record() -> None:
-    page, map = read(render_map_html(map_of())), map_of()
+def test_page_lists_the_most_and_least_sensitive_weights() -> None:
+    page, map = parse_html(render_map_html(make_map())), make_map()
     tables = {table.one("caption").text: table for table in page.all("table")}
     most, least = (
         [row.one("th").text for row in table.one("tbody").all("tr")]
@@ -67,8 +67,8 @@ def test_the_most_and_the_least_sensitive_are_those_of_the_record() -> None:
     assert [row.one("th").text for row in layers] == [*(f"layer {n}" for n in range(6)), "final"]
 
 
-def test_the_line_is_the_least_loss_and_single_types_lie_on_it_or_above() -> None:
-    map = map_of()
+def test_frontier_has_the_least_loss_and_uniform_types_are_no_better() -> None:
+    map = make_map()
     sizes, losses = zip(*map.frontier, strict=True)
     assert list(sizes) == sorted(sizes)
     assert list(losses) == sorted(losses, reverse=True)
@@ -85,18 +85,18 @@ def test_the_line_is_the_least_loss_and_single_types_lie_on_it_or_above() -> Non
     assert map.frontier[-1].nbytes == uniform["q8_0"].nbytes
 
 
-def test_a_type_that_some_rows_do_not_fit_is_llama_cpps_fallback_or_left_out() -> None:
-    rows = sensitivity_of().rows
+def test_type_that_does_not_fit_every_row_uses_llama_cpps_fallback_or_is_left_out() -> None:
+    rows = make_sensitivity().rows
     narrow = {kind: each for kind, each in rows[1].by_type.items() if kind in ("q8_0", "q4_0")}
-    map = map_of(rows=(rows[0], replace(rows[1], by_type=narrow)))
+    map = make_map(rows=(rows[0], replace(rows[1], by_type=narrow)))
     uniform = map.uniform
-    # q6_k is q8_0 there; q5_0, which q4_k would be, and iq4_nl were not tried.
+    # q6_k falls back to q8_0; the fallbacks of q4_k and q3_k, q5_0 and iq4_nl, were not measured.
     assert list(uniform) == ["q8_0", "q6_k", "q4_0"]
     assert uniform["q6_k"].loss == pytest.approx(rows[0].by_type["q6_k"].kl() + narrow["q8_0"].kl())
 
 
-def test_figures_of_several_weights_are_those_of_all_of_them() -> None:
-    one, other = sensitivity_of().rows[1:3]
+def test_kl_per_mb_and_risk_of_several_weights_count_all_of_them() -> None:
+    one, other = make_sensitivity().rows[1:3]
     assert compute_kl_per_mb([one], "both") == pytest.approx(one.per_mb())
     both = compute_kl_per_mb([one, other], "both")
     assert both == pytest.approx((one.per_mb() + other.per_mb()) / 2)
@@ -104,98 +104,98 @@ def test_figures_of_several_weights_are_those_of_all_of_them() -> None:
     assert compute_risk([one, other]) == pytest.approx(one.by_type["q4_0"].at_risk + other.by_type["q4_0"].at_risk)  # type: ignore[operator]
 
 
-def test_without_facts_there_is_a_map_of_text_alone() -> None:
+def test_map_without_facts_shows_only_text() -> None:
     rows = tuple(
         replace(
             row,
             by_domain={},
             by_type={kind: replace(each, facts=None, at_risk=None) for kind, each in row.by_type.items()},
         )
-        for row in sensitivity_of().rows
+        for row in make_sensitivity().rows
     )
-    guidance = replace(sensitivity_of().guidance, facts=0, fingerprint=None)
-    map = Map("tiny", sensitivity_of(rows=rows, domains={}, guidance=guidance), "text")
-    page = read(render_map_html(map))
+    guidance = replace(make_sensitivity().guidance, facts=0, fingerprint=None)
+    map = Map("tiny", make_sensitivity(rows=rows, domains={}, guidance=guidance), "text")
+    page = parse_html(render_map_html(map))
     assert [svg.attributes["id"] for svg in page.all("svg") if "heat" in svg.attributes["class"]] == ["map-0"]
     assert "Facts at risk" not in [each.text for each in page.all("h2")]
     assert "None" not in render_map_markdown(map)
 
 
-def test_layers_of_two_stacks_are_told_apart() -> None:
+def test_grid_separates_encoder_and_decoder_layers() -> None:
     rows = tuple(
-        weight(name, layer=layer, base=1e-5, stack=stack)
+        make_row(name, layer=layer, base=1e-5, stack=stack)
         for stack in ("decoder", "encoder")
         for layer in (1, 0)
         for name in ("layer.SelfAttention.q", "layer.EncDecAttention.q")
         if stack == "decoder" or "Self" in name
     )
-    map = map_of(rows=rows)
-    grid = map.grid(lambda own: compute_kl_per_mb(own, "both"))
+    map = make_map(rows=rows)
+    grid = map.grid(lambda rows: compute_kl_per_mb(rows, "both"))
     assert grid.rows == ("encoder 0", "encoder 1", "decoder 0", "decoder 1")
     assert grid.columns == ("SelfAttention.q", "EncDecAttention.q")
     assert [cell is None for cell in grid.cells[0]] == [False, True]
 
 
-def test_all_formats_are_written_and_known_again(tmp_path: Path) -> None:
+def test_files_of_all_formats_are_written_and_recognized(tmp_path: Path) -> None:
     files = [tmp_path / f"map{suffix}" for suffix in FORMATS]
-    write_map(map_of(), files, overwrite=False)
+    write_map(make_map(), files, overwrite=False)
     check_outputs(files, overwrite=True, formats=FORMATS)
-    found = json.loads((tmp_path / "map.json").read_text())
-    assert Sensitivity.from_json(found) == sensitivity_of()
-    assert found["verdict"] == write_verdict(map_of())
-    assert len(found["uniform"]) == 5
+    values = json.loads((tmp_path / "map.json").read_text())
+    assert Sensitivity.from_json(values) == make_sensitivity()
+    assert values["verdict"] == write_verdict(make_map())
+    assert len(values["uniform"]) == 5
     rows = list(csv.DictReader(io.StringIO((tmp_path / "map.csv").read_text())))
-    assert len(rows) == len(sensitivity_of().rows) * len(TYPES)
+    assert len(rows) == len(make_sensitivity().rows) * len(TYPES)
     assert rows[0]["module"] == "lm_head"
     assert float(rows[0]["at_risk"]) == pytest.approx(6e-5)
     assert "| layer 2 |" in (tmp_path / "map.md").read_text()
 
 
-@pytest.mark.parametrize("text", one_in(8, TEXTS))
-def test_no_name_is_markup(text: str) -> None:
-    hostile = map_of(domains={text: 40})
-    plain, named = (read(render_map_html(each)) for each in (map_of(domains={"x": 40}), replace(hostile, model=text)))
+@pytest.mark.parametrize("text", one_in(8, HOSTILE_TEXTS))
+def test_hostile_names_stay_text(text: str) -> None:
+    hostile = make_map(domains={text: 40})
+    plain, named = (
+        parse_html(render_map_html(each)) for each in (make_map(domains={"x": 40}), replace(hostile, model=text))
+    )
     assert named.shape == plain.shape
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     file: Path = tmp_path_factory.mktemp("pages") / "map.html"
-    file.write_text(render_map_html(map_of()), encoding="utf-8")
+    file.write_text(render_map_html(make_map()), encoding="utf-8")
     return file.as_uri()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_to_mend_and_the_page_fits_the_screen(page: Page, address: str, scheme: Any) -> None:
+def test_page_is_accessible_and_fits_the_screen(page: Page, address: str, scheme: Any) -> None:
     page.emulate_media(color_scheme=scheme)
     page.goto(address)
     unfold(page, 9)
-    assert violations(page) == []
+    assert find_violations(page) == []
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 900})
-        assert (overflow(page) <= 0, overlapping(page), cut(page)) == (True, [], []), width
+        assert (measure_overflow(page) <= 0, find_overlaps(page), find_cut_texts(page)) == (True, [], []), width
 
 
-def test_a_file_that_came_to_be_there_meanwhile_stays(tmp_path: Path) -> None:
+def test_existing_file_is_kept_and_no_other_is_written(tmp_path: Path) -> None:
     files = [tmp_path / "map.html", tmp_path / "map.json"]
-    files[1].write_text("the user's own")
+    files[1].write_text("the user's file")
     with pytest.raises(OutputError, match=r"map\.json exists already"):
-        write_map(map_of(), files, overwrite=False)
+        write_map(make_map(), files, overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["map.json"]
-    assert files[1].read_text() == "the user's own"
+    assert files[1].read_text() == "the user's file"
 
 
-def test_a_disk_that_is_full_only_when_a_file_is_sent_to_it_gets_none_of_several(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[int] = []
+def test_no_file_is_left_if_the_disk_is_full_at_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    descriptors: list[int] = []
 
-    def send(descriptor: int) -> None:
-        sent.append(descriptor)
-        if len(sent) == 2:
+    def fail_second(descriptor: int) -> None:
+        descriptors.append(descriptor)
+        if len(descriptors) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", send)
+    monkeypatch.setattr(os, "fsync", fail_second)
     with pytest.raises(OutputError, match="no space left"):
-        write_map(map_of(), [tmp_path / "map.html", tmp_path / "map.json"], overwrite=False)
+        write_map(make_map(), [tmp_path / "map.html", tmp_path / "map.json"], overwrite=False)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Values as JSON, whatever text is in them."""
+"""JSON of values with unusual text or numbers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from compressknow.base.format import dump_json
 
 
-def test_a_name_that_is_no_utf_8_is_written_as_an_escape() -> None:
+def test_name_that_is_not_utf_8_is_escaped() -> None:
     values = {"name": "folder-\udcff é"}
     assert json.loads(dump_json(values).encode()) == values
 
 
-def test_what_is_no_number_is_no_json() -> None:
+def test_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         dump_json({"kept": float("nan")})

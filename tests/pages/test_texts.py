@@ -1,4 +1,4 @@
-"""Figures of running text: against llama.cpp's own sums, and as the pages show them."""
+"""Figures of running text, compared with llama.cpp's formulas, and how pages show them."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from compressknow.pages.texts import summarize_text, write_joint_sentence, write
 SCORED, CHUNKS = 15, 20
 
 
-def chunks(
+def make_chunks(
     seed: int, *, shift: float = 0.0, kl: bool = True, greedy: Callable[[int], list[int]] | None = None
 ) -> tuple[Chunk, ...]:
-    """The same tokens whatever the seed, with log-likelihoods that are much alike."""
-    common, own = np.random.default_rng(0), np.random.default_rng(seed)
-    found = []
+    """Return chunks of the same tokens for every seed, with similar log-likelihoods."""
+    common, individual = np.random.default_rng(0), np.random.default_rng(seed)
+    chunks = []
     for number in range(CHUNKS):
-        logp = -common.gamma(2.0, 1.5, SCORED) - 0.2 * np.abs(own.normal(size=SCORED)) - shift
-        top = np.where(own.random(SCORED) < 0.1, 7, 3)
-        found.append(
+        logp = -common.gamma(2.0, 1.5, SCORED) - 0.2 * np.abs(individual.normal(size=SCORED)) - shift
+        top = np.where(individual.random(SCORED) < 0.1, 7, 3)
+        chunks.append(
             Chunk(
                 number=number,
                 ids=np.arange(SCORED, dtype=np.int32),
                 logp=logp.astype(np.float32),
                 top=top.astype(np.int32),
-                kl=own.gamma(0.5, 0.02, SCORED) if kl else None,
+                kl=individual.gamma(0.5, 0.02, SCORED) if kl else None,
                 bytes=4 * SCORED,
                 greedy=np.array(greedy(number) if greedy and number < 4 else [], dtype=np.int32),
             )
         )
-    return tuple(found)
+    return tuple(chunks)
 
 
-def sums_of_llama_cpp(
+def compute_like_llama_cpp(
     before: np.ndarray, after: np.ndarray, kl: np.ndarray, same: np.ndarray
 ) -> dict[str, tuple[float, float]]:
-    """What `kl_divergence` of tools/perplexity/perplexity.cpp prints, term by term."""
+    """Return the figures and errors that `kl_divergence` of tools/perplexity/perplexity.cpp prints."""
     n = len(after)
 
     def mean_and_uncertainty(total: float, squares: float) -> tuple[float, float]:
@@ -85,84 +85,87 @@ def sums_of_llama_cpp(
     }
 
 
-def test_every_figure_and_error_is_that_of_llama_cpp() -> None:
-    original, compressed = chunks(1, kl=False), chunks(2, shift=0.05)
+def test_figures_and_errors_match_llama_cpp() -> None:
+    original, compressed = make_chunks(1, kl=False), make_chunks(2, shift=0.05)
     before, after = (np.concatenate([c.logp for c in side]).astype(np.float64) for side in (original, compressed))
     same = np.concatenate([a.top == b.top for a, b in zip(original, compressed, strict=True)])
     kl = np.concatenate([c.kl for c in compressed if c.kl is not None])
-    expected = sums_of_llama_cpp(before, after, kl, same)
-    found = compare_tokens(original, compressed)
+    expected = compute_like_llama_cpp(before, after, kl, same)
+    change = compare_tokens(original, compressed)
     figures = {
         "ppl": compute_perplexity(compressed).value,
         "base": compute_perplexity(original).value,
-        "log_ratio": found.log_ratio,
-        "ratio": found.ratio,
-        "difference": found.difference,
-        "kl": found.kl,
-        "change": found.change,
-        "change_rms": found.change_rms,
-        "same_top": found.same_top,
+        "log_ratio": change.log_ratio,
+        "ratio": change.ratio,
+        "difference": change.difference,
+        "kl": change.kl,
+        "change": change.change,
+        "change_rms": change.change_rms,
+        "same_top": change.same_top,
     }
     for name, figure in figures.items():
         assert figure is not None
         assert (figure.value, figure.error) == pytest.approx(expected[name], rel=1e-6), name
-    assert found.correlation == pytest.approx(expected["correlation"][0])
+    assert change.correlation == pytest.approx(expected["correlation"][0])
 
 
-def test_percentiles_are_interpolated_as_llama_cpp_does() -> None:
-    found = compare_tokens(chunks(1), chunks(2)).kl_percentiles
-    values = np.sort(np.concatenate([c.kl for c in chunks(2) if c.kl is not None]))
+def test_percentiles_are_interpolated_like_those_of_llama_cpp() -> None:
+    percentiles = compare_tokens(make_chunks(1), make_chunks(2)).kl_percentiles
+    values = np.sort(np.concatenate([c.kl for c in make_chunks(2) if c.kl is not None]))
 
     def percentile(fraction: float) -> float:
-        place = fraction * (len(values) - 1)
-        below = int(place)
-        part = place - below
+        position = fraction * (len(values) - 1)
+        below = int(position)
+        part = position - below
         return float((1 - part) * values[below] + part * values[min(below + 1, len(values) - 1)])
 
-    assert found is not None
+    assert percentiles is not None
     for name, fraction in (("p0_1", 0.001), ("p1", 0.01), ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99_9", 0.999)):
-        assert found[name] == pytest.approx(percentile(fraction)), name
-    assert (found["min"], found["max"]) == (values[0], values[-1])
+        assert percentiles[name] == pytest.approx(percentile(fraction)), name
+    assert (percentiles["min"], percentiles["max"]) == (values[0], values[-1])
 
 
-def test_a_model_against_itself_has_not_moved() -> None:
-    found = compare_tokens(chunks(1), chunks(1))
-    assert (found.ratio, found.difference, found.same_top) == (Measurement(1, 0), Measurement(0, 0), Measurement(1, 0))
-    assert found.correlation == pytest.approx(1)
+def test_model_compared_with_itself_shows_no_change() -> None:
+    change = compare_tokens(make_chunks(1), make_chunks(1))
+    one, zero = Measurement(1, 0), Measurement(0, 0)
+    assert (change.ratio, change.difference, change.same_top) == (one, zero, one)
+    assert change.correlation == pytest.approx(1)
 
 
-def test_bits_per_byte_are_those_of_all_tokens() -> None:
-    found = compute_perplexity(chunks(1))
-    nll = -np.concatenate([c.logp for c in chunks(1)]).astype(np.float64)
-    assert found.bits_per_byte is not None
-    assert found.bits_per_byte.value == pytest.approx(nll.sum() / math.log(2) / (4 * SCORED * CHUNKS))
-    assert compute_perplexity([replace(c, bytes=None) for c in chunks(1)]).bits_per_byte is None
+def test_bits_per_byte_count_all_tokens() -> None:
+    perplexity = compute_perplexity(make_chunks(1))
+    nll = -np.concatenate([c.logp for c in make_chunks(1)]).astype(np.float64)
+    assert perplexity.bits_per_byte is not None
+    assert perplexity.bits_per_byte.value == pytest.approx(nll.sum() / math.log(2) / (4 * SCORED * CHUNKS))
+    assert compute_perplexity([replace(c, bytes=None) for c in make_chunks(1)]).bits_per_byte is None
 
 
 @pytest.mark.parametrize(
     ("differs", "same", "first", "median"),
     [([], 4, (), None), ([2], 3, (3,), None), ([0, 1, 2], 1, (1, 2, 3), 2.5), ([0, 1, 2, 5], 0, (1, 2, 3, 6), 2.5)],
 )
-def test_the_first_different_token(differs: list[int], same: int, first: tuple[int, ...], median: float | None) -> None:
-    def other(number: int) -> list[int]:
-        place = differs[number] if number < len(differs) else None
-        return [1 if token == place else 0 for token in range(8)]
+def test_first_divergent_tokens_are_counted(
+    differs: list[int], same: int, first: tuple[int, ...], median: float | None
+) -> None:
+    def differ(number: int) -> list[int]:
+        position = differs[number] if number < len(differs) else None
+        return [1 if token == position else 0 for token in range(8)]
 
-    found = compare_tokens(chunks(1, greedy=lambda _: [0] * 8), chunks(2, greedy=other)).divergent
-    assert found is not None
-    assert (found.n, found.tokens, found.same, found.first) == (4, 8, same, first)
-    assert found.middle == median
-
-
-def test_other_tokens_have_bits_per_byte_alone() -> None:
-    others = tuple(replace(c, ids=c.ids + 1) for c in chunks(2))
-    for divergence, compressed in ((MEASURED, others), (OTHER_TOKENS, chunks(2))):
-        found = compare_text("text:a.txt", 32, divergence, chunks(1), compressed)
-        assert (found.moved, found.divergence) == (None, OTHER_TOKENS)
-        assert any("bits per byte" in line for line in summarize_text(found, ("before", "after")))
+    divergent = compare_tokens(make_chunks(1, greedy=lambda _: [0] * 8), make_chunks(2, greedy=differ)).divergent
+    assert divergent is not None
+    assert (divergent.n, divergent.tokens, divergent.same, divergent.first) == (4, 8, same, first)
+    assert divergent.middle == median
 
 
-def answers(side: tuple[Chunk, ...], name: str, divergence: str = MEASURED, fingerprint: str = "f") -> Answers:
+def test_different_tokens_are_compared_only_in_bits_per_byte() -> None:
+    shifted = tuple(replace(c, ids=c.ids + 1) for c in make_chunks(2))
+    for divergence, compressed in ((MEASURED, shifted), (OTHER_TOKENS, make_chunks(2))):
+        figures = compare_text("text:a.txt", 32, divergence, make_chunks(1), compressed)
+        assert (figures.moved, figures.divergence) == (None, OTHER_TOKENS)
+        assert any("bits per byte" in line for line in summarize_text(figures, ("before", "after")))
+
+
+def make_answers(side: tuple[Chunk, ...], name: str, divergence: str = MEASURED, fingerprint: str = "f") -> Answers:
     text = {"context": 32, "chunks": CHUNKS, "tokens": SCORED * CHUNKS, "bytes": 1, "divergence": divergence}
     entry = ProbeEntry(protocol="text/1", fingerprint=fingerprint, facts=0, asked=0, text=text)
     model = ModelRecord(
@@ -173,16 +176,16 @@ def answers(side: tuple[Chunk, ...], name: str, divergence: str = MEASURED, fing
 
 
 def test_all_formats_show_the_same_figures_and_no_facts() -> None:
-    card = make_card(answers(chunks(1, kl=False), "a"), [answers(chunks(2), "b")])
+    card = make_card(make_answers(make_chunks(1, kl=False), "a"), [make_answers(make_chunks(2), "b")])
     figures = card.comparisons[0].texts[0]
-    html, markdown, told = render_html(card), render_markdown(card), card.to_dict()["compressed"][0]["texts"]
+    html, markdown, values = render_html(card), render_markdown(card), card.to_dict()["compressed"][0]["texts"]
     assert figures.moved is not None
     assert figures.moved.kl is not None
     mean = f"{figures.moved.kl.value:.4f} ± {figures.moved.kl.error:.4f}"
     assert mean in html
     assert mean in markdown
-    assert told["text:<b>.txt"]["kl_mean"] == figures.moved.kl.value
-    assert told["text:<b>.txt"]["kl_percentiles"]["p99"] == figures.moved.kl_percentiles["p99"]  # type: ignore[index]
+    assert values["text:<b>.txt"]["kl_mean"] == figures.moved.kl.value
+    assert values["text:<b>.txt"]["kl_percentiles"]["p99"] == figures.moved.kl_percentiles["p99"]  # type: ignore[index]
     assert "<b>.txt" not in html
     assert "99.9th" in html  # the chart
     assert "<h1" in html
@@ -190,69 +193,70 @@ def test_all_formats_show_the_same_figures_and_no_facts() -> None:
     for absent in ("Facts lost", "Known before", "McNemar"):
         assert absent not in html
         assert absent not in markdown
-    assert json.dumps(told, allow_nan=False)
+    assert json.dumps(values, allow_nan=False)
 
 
-def test_a_card_of_texts_alone_explains_no_figures_of_facts() -> None:
-    card = make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")])
+def test_card_of_texts_does_not_explain_figures_of_facts() -> None:
+    card = make_card(make_answers(make_chunks(1), "a"), [make_answers(make_chunks(2), "b")])
     for page in (render_html(card), render_markdown(card)):
         assert "What the figures mean" not in page
 
 
 def test_several_models_have_a_column_per_text() -> None:
-    others = [answers(chunks(2), "b"), answers(chunks(3, shift=0.5), "c")]
-    card = make_card(answers(chunks(1, kl=False), "a"), others)
+    compressed = [make_answers(make_chunks(2), "b"), make_answers(make_chunks(3, shift=0.5), "c")]
+    card = make_card(make_answers(make_chunks(1, kl=False), "a"), compressed)
     assert "b has the lowest" in card.verdict
     assert "c the highest" in card.verdict
     assert "| Perplexity, text:" in render_markdown(card)
 
 
-def test_where_one_model_has_the_text_or_all_are_alike_none_has_the_lowest() -> None:
-    perplexity = compute_perplexity(chunks(1))
-    said = [write_joint_sentence("a.txt", perplexity, [("b", perplexity), ("c", perplexity)][:n]) for n in (1, 2)]
-    assert "perplexity is " in said[0]
-    assert said[0].endswith(f", and that of b is {perplexity.value.value:.2f}.")
-    assert said[1].endswith(f", and that of each compressed model is {perplexity.value.value:.2f}.")
+def test_no_model_has_the_lowest_perplexity_if_there_is_one_or_all_are_equal() -> None:
+    perplexity = compute_perplexity(make_chunks(1))
+    sentences = [write_joint_sentence("a.txt", perplexity, [("b", perplexity), ("c", perplexity)][:n]) for n in (1, 2)]
+    assert "perplexity is " in sentences[0]
+    assert sentences[0].endswith(f", and that of b is {perplexity.value.value:.2f}.")
+    assert sentences[1].endswith(f", and that of each compressed model is {perplexity.value.value:.2f}.")
 
 
-def test_a_model_that_computes_no_numbers_has_neither_the_lowest_nor_the_highest() -> None:
-    perplexity = compute_perplexity(chunks(1))
+def test_model_with_nan_has_neither_the_lowest_nor_the_highest_perplexity() -> None:
+    perplexity = compute_perplexity(make_chunks(1))
     broken, larger = (replace(perplexity, value=Measurement(value, 0.0)) for value in (math.nan, 99.0))
-    said = write_joint_sentence("a.txt", perplexity, [("b", broken), ("c", perplexity), ("d", larger)])
-    assert said.endswith(f"; of the others, c has the lowest ({perplexity.value.value:.2f}) and d the highest (99.00).")
-    said = write_joint_sentence("a.txt", perplexity, [("b", broken)] * 2)
-    assert said.endswith(", and that of each compressed model is NaN or infinite.")
+    sentence = write_joint_sentence("a.txt", perplexity, [("b", broken), ("c", perplexity), ("d", larger)])
+    lowest = f"{perplexity.value.value:.2f}"
+    assert sentence.endswith(f"; of the others, c has the lowest ({lowest}) and d the highest (99.00).")
+    sentence = write_joint_sentence("a.txt", perplexity, [("b", broken)] * 2)
+    assert sentence.endswith(", and that of each compressed model is NaN or infinite.")
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_a_token_that_is_ruled_out_leaves_no_number_to_write() -> None:
-    first, *others = chunks(2, kl=False)
-    side = (replace(first, logp=np.where(np.arange(SCORED) == 3, -np.inf, first.logp)), *others)
-    figures = compare_text("text:a.txt", 32, MEASURED, chunks(1), side)
+def test_token_of_probability_zero_makes_the_perplexity_infinite() -> None:
+    first, *others = make_chunks(2, kl=False)
+    compressed = (replace(first, logp=np.where(np.arange(SCORED) == 3, -np.inf, first.logp)), *others)
+    figures = compare_text("text:a.txt", 32, MEASURED, make_chunks(1), compressed)
     assert figures.moved is not None
     assert figures.moved.ratio.value == math.inf
     assert re.search(r"its perplexity is NaN or infinite \(from \d+\.\d\d\), and", write_sentence(figures))
     assert len(max(summarize_text(figures, ("a", "b")), key=len)) < 200
 
 
-def test_a_perplexity_of_a_hundred_digits_is_written_as_a_power_of_ten() -> None:
-    far = tuple(replace(c, logp=c.logp - 230) for c in chunks(2))
-    figures = compare_text("text:a.txt", 32, MEASURED, chunks(1), far)
+def test_huge_perplexity_is_written_as_a_power_of_ten() -> None:
+    unlikely = tuple(replace(c, logp=c.logp - 230) for c in make_chunks(2))
+    figures = compare_text("text:a.txt", 32, MEASURED, make_chunks(1), unlikely)
     assert re.search(r"its perplexity is \d\.\d\de\+10\d \(\+\d\.\de\+10\d %, from ", write_sentence(figures))
     assert len(max(summarize_text(figures, ("a", "b")), key=len)) < 120
 
 
-def test_a_broken_model_is_told_and_the_report_is_written() -> None:
-    broken = tuple(replace(c, logp=c.logp * np.nan) for c in chunks(2, kl=False))
-    card = make_card(answers(chunks(1), "a"), [answers(broken, "b", ALONE)])
+def test_model_with_nan_gets_a_warning_and_a_report() -> None:
+    broken = tuple(replace(c, logp=c.logp * np.nan) for c in make_chunks(2, kl=False))
+    card = make_card(make_answers(make_chunks(1), "a"), [make_answers(broken, "b", ALONE)])
     assert any("its perplexity is NaN or infinite" in warning for warning in card.comparisons[0].warnings)
     assert json.dumps(card.to_dict(), allow_nan=False)
     assert render_html(card)
 
 
-def test_other_texts_and_gates_are_refused(tmp_path: Path) -> None:
+def test_different_texts_and_gates_without_facts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CompressknowError, match="different texts, or different chunks"):
-        make_card(answers(chunks(1), "a"), [answers(chunks(2), "b", fingerprint="g")])
-    card = make_card(answers(chunks(1), "a"), [answers(chunks(2), "b")])
+        make_card(make_answers(make_chunks(1), "a"), [make_answers(make_chunks(2), "b", fingerprint="g")])
+    card = make_card(make_answers(make_chunks(1), "a"), [make_answers(make_chunks(2), "b")])
     with pytest.raises(UsageError, match="needs facts"):
         hold_to_gates(card, replace(card, gates=parse_gates(0.9)))

@@ -1,4 +1,4 @@
-"""The chart of what is kept against what it costs: the edge that nothing beats, and labels beside their marks."""
+"""The chart of knowledge kept against cost: its frontier, its labels and its axes."""
 
 from __future__ import annotations
 
@@ -14,68 +14,68 @@ from compressknow.pages.drawing import SERIES, Mark, Tradeoff, draw_tradeoff, fi
 POINTS = [("a", 3, 0.9), ("b", 1, 0.5), ("c", 2, 0.4), ("d", 4, 0.9), ("e", 5, 1.0)]
 
 
-def marks(points: Iterable[tuple[str, float, float]]) -> list[Mark]:
-    return [Mark(cost, Estimate(kept), "made", "told", label) for label, cost, kept in points]
+def make_marks(points: Iterable[tuple[str, float, float]]) -> list[Mark]:
+    return [Mark(cost, Estimate(kept), "made", "tooltip", label) for label, cost, kept in points]
 
 
 @pytest.mark.parametrize(("more_is_better", "best"), [(False, ["b", "a", "e"]), (True, ["e"])])
-def test_the_edge_holds_what_nothing_beats(more_is_better: bool, best: list[str]) -> None:
-    found = find_unbeaten(marks(POINTS), more_is_better=more_is_better)
-    assert [mark.label for mark in found] == best
+def test_frontier_has_the_marks_that_nothing_beats(more_is_better: bool, best: list[str]) -> None:
+    unbeaten = find_unbeaten(make_marks(POINTS), more_is_better=more_is_better)
+    assert [mark.label for mark in unbeaten] == best
 
 
-def test_of_speeds_the_fastest_that_keeps_as_much_is_unbeaten() -> None:
+def test_fastest_model_of_those_that_keep_as_much_is_unbeaten() -> None:
     points = [("slow", 10.0, 1.0), ("slower", 8.0, 1.0), ("fast", 40.0, 0.8), ("lossy", 30.0, 0.7)]
-    assert [mark.label for mark in find_unbeaten(marks(points), more_is_better=True)] == ["fast", "slow"]
+    assert [mark.label for mark in find_unbeaten(make_marks(points), more_is_better=True)] == ["fast", "slow"]
 
 
 @pytest.mark.parametrize("broad", [False, True])
-def test_each_mark_has_its_label_or_no_room_and_tells_a_pointer(broad: bool) -> None:
-    apart = [Mark(100.0 + 10 * i, Estimate(0.5 + 0.04 * i), "made", f"model {i}", str(i)) for i in range(10)]
-    # Forty models in one place: a label for each would hide them all.
-    heap = [Mark(150.0, Estimate(0.99), "made", f"twin {i}", f"t{i}") for i in range(40)]
-    chart = Tradeoff("Kept", "MB", [*apart, *heap], {"made": ("o", SERIES[0], 5.0)}, ("made",))
+def test_marks_have_tooltips_and_labels_if_there_is_room(broad: bool) -> None:
+    distant = [Mark(100.0 + 10 * i, Estimate(0.5 + 0.04 * i), "made", f"model {i}", str(i)) for i in range(10)]
+    # Forty models at one point: labels for all would hide them.
+    close = [Mark(150.0, Estimate(0.99), "made", f"twin {i}", f"t{i}") for i in range(40)]
+    chart = Tradeoff("Kept", "MB", [*distant, *close], {"made": ("o", SERIES[0], 5.0)}, ("made",))
     drawn = ElementTree.fromstring(draw_tradeoff(chart, "x", broad=broad))
-    written = [text.text for text in drawn.iter("text")]
-    assert {str(i) for i in range(10)} <= set(written)
-    assert 0 < sum(str(text).startswith("t") for text in written) < 40
-    told = {title.text for title in drawn.iter("title")}
-    assert {mark.tooltip for mark in (*apart, *heap)} <= told
+    labels = [text.text for text in drawn.iter("text")]
+    assert {str(i) for i in range(10)} <= set(labels)
+    assert 0 < sum(str(label).startswith("t") for label in labels) < 40
+    tooltips = {title.text for title in drawn.iter("title")}
+    assert {mark.tooltip for mark in (*distant, *close)} <= tooltips
 
 
-def drawn_with(*kept: Estimate, costs: tuple[float, ...], keep: float | None = None) -> ElementTree.Element:
+def draw(*kept: Estimate, costs: tuple[float, ...], keep: float | None = None) -> ElementTree.Element:
     marks = [Mark(cost, each, "made", str(each)) for cost, each in zip(costs, kept, strict=True)]
     chart = Tradeoff("Kept", "MB", marks, {"made": ("o", SERIES[0], 5.0)}, (), keep=keep)
     return ElementTree.fromstring(draw_tradeoff(chart, "x"))
 
 
-def heights(drawn: ElementTree.Element, width: str) -> list[float]:
-    """Of the strokes of the path of that width."""
+def measure_strokes(drawn: ElementTree.Element, width: str) -> list[float]:
+    """Return the heights of the strokes of the path of this width."""
     (path,) = [path.get("d", "") for path in drawn.iter("path") if path.get("stroke-width") == width]
     strokes = [[float(number) for number in re.findall(r"[\d.]+", stroke)] for stroke in path.split("M")[1:]]
     return [abs(y1 - y0) for _, y0, _, y1 in strokes]
 
 
-def test_a_mark_has_the_interval_of_what_is_kept() -> None:
+def test_mark_shows_its_interval() -> None:
     wide, narrow = Estimate(0.9, 0.8, 1.0), Estimate(0.9, 0.85, 0.95)
-    drawn = drawn_with(wide, narrow, Estimate(0.9), costs=(100, 200, 300))
-    first, second = heights(drawn, "1.1")
+    drawn = draw(wide, narrow, Estimate(0.9), costs=(100, 200, 300))
+    first, second = measure_strokes(drawn, "1.1")
     assert first == pytest.approx(2 * second, rel=0.02)
 
 
-def test_models_that_are_alike_are_drawn_near_each_other_and_a_cut_axis_says_so() -> None:
-    texts = [text.text for text in drawn_with(Estimate(0.99), Estimate(0.97), costs=(242.6, 243.1)).iter("text")]
+def test_axis_that_does_not_start_at_zero_says_so() -> None:
+    texts = [text.text for text in draw(Estimate(0.99), Estimate(0.97), costs=(242.6, 243.1)).iter("text")]
     assert "80 %" in texts
     assert "(not from zero: across from 122, up from 80 %)" in texts
-    far = [text.text for text in drawn_with(Estimate(0.99), Estimate(0.02), costs=(20, 200)).iter("text")]
+    far = [text.text for text in draw(Estimate(0.99), Estimate(0.02), costs=(20, 200)).iter("text")]
     assert not [text for text in far if "from zero" in str(text)]
 
 
-def test_an_interval_below_all_marks_is_not_cut() -> None:
-    texts = [text.text for text in drawn_with(Estimate(0.9, 0.62, 0.98), costs=(200,)).iter("text")]
+def test_axis_includes_intervals_below_all_marks() -> None:
+    texts = [text.text for text in draw(Estimate(0.9, 0.62, 0.98), costs=(200,)).iter("text")]
     assert any("up from 60 %" in str(text) for text in texts)
 
 
-def test_the_share_to_keep_is_not_cut() -> None:
-    texts = [text.text for text in drawn_with(Estimate(0.93, 0.9, 0.95), costs=(200,), keep=0.6).iter("text")]
+def test_axis_includes_the_share_to_keep() -> None:
+    texts = [text.text for text in draw(Estimate(0.93, 0.9, 0.95), costs=(200,), keep=0.6).iter("text")]
     assert any("up from 60 %" in str(text) for text in texts)

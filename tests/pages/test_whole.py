@@ -1,4 +1,4 @@
-"""Every page is whole: its links lead somewhere, its headings and tables are in order, and it needs no server."""
+"""Every page is valid: its links resolve, its headings and tables are in order, and it needs no server."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from compressknow.study.map import Map
 from tests.long import long
 from tests.pages.card.test_html import CARDS
 from tests.pages.diff.test_pages import MADE
-from tests.pages.maps import render_map_html, sensitivity_of
-from tests.pages.pages import Element, read
-from tests.pages.search.searches import found, sized
+from tests.pages.maps import make_sensitivity, render_map_html
+from tests.pages.pages import Element, parse_html
+from tests.pages.search.searches import make_search, make_size_search
 from tests.pages.study.studies import STUDIES, render_study_html
 
 PAGES: dict[str, Callable[[], str]] = {
     **{f"card, {name}": lambda make=make: render_html(make()) for name, make in CARDS.items()},
     **{f"diff, {name}": lambda make=make: render_comparison_html(make()) for name, make in MADE.items()},
     **{f"study, {name}": lambda make=make: render_study_html(make()) for name, make in STUDIES.items()},
-    "search, found": lambda: render_search_html(found()),
-    "search, sized": lambda: render_search_html(sized()),
-    "map": lambda: render_map_html(Map("tiny", sensitivity_of(), "both")),
+    "search, found": lambda: render_search_html(make_search()),
+    "search, sized": lambda: render_search_html(make_size_search()),
+    "map": lambda: render_map_html(Map("tiny", make_sensitivity(), "both")),
 }
 
 
 # Drawing a study's charts takes seconds.
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=[long] * name.startswith("study")) for name in PAGES])
 def page(request: pytest.FixtureRequest) -> Element:
-    return read(PAGES[request.param]())
+    return parse_html(PAGES[request.param]())
 
 
 def test_every_link_leads_to_an_id_and_ids_are_unique(page: Element) -> None:
@@ -75,7 +75,7 @@ def test_headings_go_down_in_order_from_one_h1(page: Element) -> None:
     assert all(below <= above + 1 for above, below in pairwise(levels))
 
 
-def test_tables_have_captions_and_headers_and_whole_rows(page: Element) -> None:
+def test_tables_have_captions_headers_and_rows_of_equal_width(page: Element) -> None:
     for table in page.all("table"):
         assert table.one("caption").text
         rows = [[cell for cell in row.children if isinstance(cell, Element)] for row in table.all("tr")]
@@ -88,9 +88,9 @@ def test_tables_have_captions_and_headers_and_whole_rows(page: Element) -> None:
     assert set(Counter(region["aria-label"] for region in regions).values()) <= {1}
 
 
-def test_no_line_ends_between_a_number_and_its_unit(page: Element) -> None:
-    # What is drawn has no lines that end, and what is to be copied stays as it is.
-    others = ("script", "pre", "title", "desc", "text")
-    elements = [element for element in page.one("body").all() if element.tag not in others]
+def test_no_line_breaks_between_a_number_and_its_unit(page: Element) -> None:
+    # Charts have no line breaks, and code to copy stays as it is.
+    excluded = ("script", "pre", "title", "desc", "text")
+    elements = [element for element in page.one("body").all() if element.tag not in excluded]
     texts = [child for element in elements for child in element.children if isinstance(child, str)]
     assert [text for text in texts if re.search(r"\d (%|([kMG]B|dB|points)\b)", text)] == []

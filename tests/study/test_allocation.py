@@ -65,7 +65,7 @@ def real(count, seed=0):
 
 
 @pytest.mark.parametrize("bits", [3, 4.5, 6])
-def test_what_is_left_of_a_large_budget_is_spent(bits):
+def test_large_budget_is_almost_fully_used(bits):
     table = real(300)
     numel = sum(options["16.0"].nbytes / 2 for options in table.values())
     budget = int(numel * bits / 8)
@@ -80,7 +80,7 @@ def test_what_is_left_of_a_large_budget_is_spent(bits):
     assert bound <= found.loss <= bound * 1.02
 
 
-def test_parts_of_what_is_joined_are_of_one_type():
+def test_joined_tensors_share_one_type():
     table = real(12)
     parts = {"three": ("t1", "t2", "t3"), "two": ("t5", "t6")}
     alone = {name: (name,) for name in table if not any(name in part for part in parts.values())}
@@ -92,7 +92,7 @@ def test_parts_of_what_is_joined_are_of_one_type():
     assert apart.loss < found.loss
 
 
-def test_an_error_says_what_makes_the_smallest_file():
+def test_error_lists_the_parts_of_the_smallest_file():
     table = {
         "head": {"q4": TypeOption(9_000_000, 1), "q8": TypeOption(17_000_000, 0)},
         "one": {"q2": TypeOption(1_000_000, 1)},
@@ -109,7 +109,7 @@ def test_an_error_says_what_makes_the_smallest_file():
         allocate(table | others, 5_000_000, overhead=500_000)
 
 
-def test_what_is_joined_and_has_no_type_in_common_is_named():
+def test_joined_tensors_without_a_common_type_are_refused():
     table = {"q": {"q4": TypeOption(4, 1)}, "k": {"q8": TypeOption(8, 0)}}
     with pytest.raises(UsageError, match="qk must share a type, but have none in common"):
         join_options(table, {"qk": ("q", "k")})

@@ -30,7 +30,7 @@ def workers() -> list[psutil.Process]:
 
 
 @long
-def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
+def test_killed_worker_does_not_change_the_study(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     model, probe = save_trained("llama", tmp_path / "llama"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     grid = tmp_path / "grid.toml"
@@ -63,7 +63,7 @@ def test_a_lost_worker_changes_nothing(tmp_path: Path) -> None:
 
 
 @long
-def test_a_study_that_cannot_be_written_ends_with_its_first_cell(tmp_path: Path) -> None:
+def test_study_that_cannot_be_written_stops_at_the_first_cell(tmp_path: Path) -> None:
     model, probe = save_trained("llama", tmp_path / "llama"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     (tmp_path / "grid.toml").write_text(GRID, encoding="utf-8")
     study, results = tmp_path / "study", []
@@ -77,14 +77,14 @@ def test_a_study_that_cannot_be_written_ends_with_its_first_cell(tmp_path: Path)
 
 
 @long
-def test_a_task_that_this_machine_could_never_start_is_refused(tmp_path: Path) -> None:
+def test_task_that_the_machine_cannot_start_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     model, probe = save_trained("llama", tmp_path / "llama"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     with pytest.raises(UsageError, match="num_cpus=4096`: Ray finds"):
         compressknow.sweep(model, tmp_path / "study", probe=probe, ray="local", num_cpus=4096)
 
 
-def test_what_a_task_takes_is_said_once(tmp_path: Path) -> None:
+def test_resources_of_a_task_need_a_cluster_and_are_set_in_one_place(tmp_path: Path) -> None:
     with pytest.raises(UnusedOptions, match=r"are for tasks on a Ray cluster\.\nAdd `ray=ADDRESS`"):
         compressknow.sweep("model", tmp_path / "study", num_cpus=2)
     with pytest.raises(UnusedOptions, match=r"Set them in the RayOptions\."):
@@ -92,9 +92,7 @@ def test_what_a_task_takes_is_said_once(tmp_path: Path) -> None:
 
 
 @long
-def test_where_memory_runs_out_for_a_calibration_text_the_workers_make_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_make_the_calibration_text_if_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     model, probe = save_trained("llama", tmp_path / "llama"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     grid, text = tmp_path / "grid.toml", write_sentences(tmp_path / "text.txt")

@@ -67,7 +67,7 @@ def bits(types: Mapping[str, str], tensors: Tensors, group: str) -> float:
     return sum(8 * get_nbytes(types[each.name], each.shape[::-1]) for each in own) / sum(e.numel for e in own)
 
 
-def test_the_guide_decides_where_bits_go(sensitivity: Sensitivity, tensors: Tensors) -> None:
+def test_guide_decides_where_bits_go(sensitivity: Sensitivity, tensors: Tensors) -> None:
     by = {g: fit_types(sensitivity, tensors, OVERHEAD, SizeTarget(700_000, guide=g)) for g in ("facts", "text", "both")}
     attention = {guide: bits(types, tensors, "attention") for guide, (types, _) in by.items()}
     assert attention["facts"] > attention["both"] > attention["text"]
@@ -76,7 +76,7 @@ def test_the_guide_decides_where_bits_go(sensitivity: Sensitivity, tensors: Tens
     assert record["facts"] == 40
 
 
-def test_what_must_be_is(sensitivity: Sensitivity, tensors: Tensors) -> None:
+def test_must_sets_the_types(sensitivity: Sensitivity, tensors: Tensors) -> None:
     rules = (("attention", "q8_0"), ("blk.0.attn_v", "Q6_K"))
     types, record = fit_types(sensitivity, tensors, OVERHEAD, SizeTarget(800_000, guide="text", must=rules))
     chosen = {name: kind for name, kind in types.items() if "attn" in name}
@@ -105,7 +105,7 @@ def test_bits_count_the_whole_file(sensitivity: Sensitivity, tensors: Tensors) -
         (SizeTarget(900_000, must=(("nowhere", "q8_0"),)), "'nowhere' is not a scope, and matches no tensor"),
     ],
 )
-def test_what_cannot_be_is_one_message(
+def test_impossible_target_is_refused(
     target: SizeTarget, said: str, sensitivity: Sensitivity, tensors: Tensors
 ) -> None:
     with pytest.raises(UsageError, match=said):
@@ -113,7 +113,7 @@ def test_what_cannot_be_is_one_message(
 
 
 @pytest.mark.parametrize("text", ["", "MB", "90 MX", "-5MB", "0", "1e9", "five"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_malformed_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="that is not a size"):
         parse_size(text)
 
@@ -141,7 +141,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ({"size": "90MB", "facts": "text:README.md"}, "it has no facts to guide by"),
     ],
 )
-def test_arguments_are_refused_before_any_work(options: dict, said: str, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused_before_any_work(options: dict, said: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=said):
         compressknow.export(tmp_path / "not looked at", tmp_path / "out.gguf", **options)
     assert not list(tmp_path.iterdir())

@@ -27,20 +27,20 @@ def setups(architecture: str) -> list[str]:
     return [cell.recipe.setup for cell in build_paper_grid(read_structure(tiny(architecture), "paper"))]
 
 
-def test_the_papers_grid_has_every_setup_of_sections_2_3_to_2_6() -> None:
+def test_paper_grid_has_every_setup_of_sections_2_3_to_2_6() -> None:
     module = [f"{name}_GP {amount}%" for name in ("Att", "FF", "Overall") for amount in range(10, 100, 10)]
     both = [f"{name}_{kind}" for name in ("Att", "FF", "Overall") for kind in ("GQ", "GPQ 20%", "GPQ 40%")]
     final = [f"FLP {method} {amount}%" for method in ("L1-structured", "L1-unstructured") for amount in (20, 40)]
     assert setups("llama") == setups("bert") == [*module, *both, *final]
 
 
-def test_encoder_decoder_models_also_get_the_attentions_of_figure_8() -> None:
+def test_paper_grid_of_encoder_decoders_also_has_the_attentions_of_figure_8() -> None:
     more = Counter(setups("t5-gated")) - Counter(setups("llama"))
     kinds = ("SelfAtt", "CrossAtt", "EncoderAtt", "DecoderAtt")
     assert set(more) == {f"{name}_{kind}" for name in kinds for kind in ("GQ", "GPQ 20%", "GPQ 40%")}
 
 
-def test_the_papers_grid_is_that_of_its_authors_unless_told_otherwise() -> None:
+def test_paper_grid_has_the_authors_scheme_and_module_map_by_default() -> None:
     structure = read_structure(tiny("bert"), "paper")
     schemes = {
         step.scheme for cell in build_paper_grid(structure) for step in cell.recipe.steps if isinstance(step, Quantize)
@@ -67,7 +67,7 @@ class Opened:
             raise UnsupportedError("not this model")
 
 
-def test_the_grid_of_methods_asks_the_same_of_each() -> None:
+def test_methods_grid_has_the_same_cells_for_each_method() -> None:
     cells = list_cells("methods", lambda: Opened("llama"), calibration_tokens=512)
     pruned = {(c.pruning, step.amount) for c in cells if c.quantization is None for step in c.recipe.steps}
     assert pruned == {(m, a / 10) for m in ("l1-unstructured", "wanda", "sparsegpt") for a in range(2, 7)}
@@ -80,7 +80,7 @@ def test_the_grid_of_methods_asks_the_same_of_each() -> None:
     assert {cell.recipe.calibration for cell in cells} == {None, Calibration(tokens=512)}
 
 
-def test_the_papers_grid_in_int4_has_the_largest_groups_that_divide_all_layers() -> None:
+def test_paper_grid_in_int4_has_the_largest_groups_that_divide_all_layers() -> None:
     cells = list_cells("paper", lambda: Opened("llama"), quantize="int4")
     assert {cell.quantization for cell in cells} == {None, "int4 group_size 32"}
     # One that has none is refused cell by cell.
@@ -88,7 +88,7 @@ def test_the_papers_grid_in_int4_has_the_largest_groups_that_divide_all_layers()
     assert {cell.quantization for cell in narrow} == {None, "int4"}
 
 
-def test_the_grid_of_methods_leaves_out_what_the_model_cannot_have() -> None:
+def test_methods_grid_omits_unsupported_schemes() -> None:
     cells = list_cells("methods", lambda: Opened("llama", without="int4"))
     assert len(cells) == 3 * (15 + 2)
     assert not any("int4" in cell.key for cell in cells)
@@ -113,7 +113,7 @@ def test_amounts_are_what_they_are_called() -> None:
     assert AMOUNTS == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def test_a_grid_file_is_the_product_of_its_axes_and_the_cells_it_names(tmp_path: Path) -> None:
+def test_grid_file_is_the_product_of_its_axes_and_its_named_cells(tmp_path: Path) -> None:
     cells = grid(
         tmp_path / "grid.toml",
         """
@@ -147,7 +147,7 @@ def test_a_grid_file_is_the_product_of_its_axes_and_the_cells_it_names(tmp_path:
     assert [cell.plain for cell in cells] == [True] * 6 + [False] * 2
 
 
-def test_a_grid_may_be_a_dict_of_what_a_file_holds(tmp_path: Path) -> None:
+def test_grid_may_be_a_dict(tmp_path: Path) -> None:
     values = {"axes": {"prune": [0.2, 0.5]}, "cells": [{"name": "first", "layers": "0", "quantize": "int8"}]}
     text = '[axes]\nprune = [0.2, 0.5]\n[[cells]]\nname = "first"\nlayers = "0"\nquantize = "int8"\n'
     assert list_cells(values, lambda: Opened("llama")) == grid(tmp_path / "grid.toml", text)
@@ -155,7 +155,7 @@ def test_a_grid_may_be_a_dict_of_what_a_file_holds(tmp_path: Path) -> None:
         list_cells({"axes": {"prun": [0.2]}}, lambda: Opened("llama"))
 
 
-def test_the_first_layer_is_a_layer_and_the_seed_of_a_calibrated_cell_is_its_own(tmp_path: Path) -> None:
+def test_settings_have_layer_0_and_the_seed_of_a_calibrated_cell(tmp_path: Path) -> None:
     axes = grid(tmp_path / "axes.toml", "[axes]\nprune = [0.5]\nlayers = [0, 1, 2]")
     assert [cell.settings["layers"] for cell in axes] == ["0", "1", "2"]
     text = "[[cells]]\nprune = 0.5\nlayers = 0\n[[cells]]\nquantize = 'int8'\nrounding = 'gptq'\nseed = 3"
@@ -164,7 +164,7 @@ def test_the_first_layer_is_a_layer_and_the_seed_of_a_calibrated_cell_is_its_own
     assert calibrated.settings["seed"] == 3
 
 
-def test_a_recipe_is_run_once_and_keys_are_unique(tmp_path: Path) -> None:
+def test_duplicate_recipes_are_dropped_and_keys_are_unique(tmp_path: Path) -> None:
     axes = '[axes]\nprune = [0, 0.5, 0.5]\nseed = [1, 2]\nmethod = ["random-unstructured", "l1-unstructured"]\n'
     named = '[[cells]]\nname = "a"\nprune = 0.1\n[[cells]]\nname = "A"\nprune = 0.2\n'
     cells = grid(tmp_path / "grid.toml", axes + named)
@@ -184,14 +184,14 @@ def test_a_recipe_of_the_axes_that_is_named_too_has_its_name(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["最初の層", "первый-слой", "schicht-ü"])
-def test_a_cell_keeps_the_name_that_it_is_given_in_any_script(tmp_path: Path, name: str) -> None:
+def test_cell_names_may_be_in_any_script(tmp_path: Path, name: str) -> None:
     (cell,) = grid(tmp_path / "grid.toml", f'[[cells]]\nname = "{name}"\nprune = 0.1\n')
     assert cell.key == name
     (long,) = grid(tmp_path / "grid.toml", f'[[cells]]\nname = "{name * 80}"\nprune = 0.1\n')
     (tmp_path / f"{long.key}-{'0' * 8}").mkdir()
 
 
-def test_what_a_cells_method_and_scheme_do_not_have_is_left_out_of_it(tmp_path: Path) -> None:
+def test_cells_omit_settings_that_their_method_or_scheme_lacks(tmp_path: Path) -> None:
     cells = grid(
         tmp_path / "grid.toml",
         """
@@ -224,7 +224,7 @@ def test_what_a_cells_method_and_scheme_do_not_have_is_left_out_of_it(tmp_path: 
         assert ("facts.txt-4096-tokens" in cell.key) is looks
 
 
-def test_setups_and_keys_tell_methods_schemes_and_texts_apart(tmp_path: Path) -> None:
+def test_setups_and_keys_distinguish_methods_schemes_and_texts(tmp_path: Path) -> None:
     cells = grid(
         tmp_path / "grid.toml",
         """
@@ -265,7 +265,7 @@ def test_setups_and_keys_tell_methods_schemes_and_texts_apart(tmp_path: Path) ->
     assert cells[4].pruning == "l1-unstructured per_layer"
 
 
-def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Path) -> None:
+def test_folders_of_cells_and_probes_have_valid_names(tmp_path: Path) -> None:
     long = "".join(f'[[cells]]\nname = "{"long:" * 80}{number}"\nprune = 0.{number}\n' for number in range(1, 4))
     folders = [f"{cell.key}-{'0' * 8}" for cell in grid(tmp_path / "grid.toml", long)]
     folders += [name_folder(f"facts:{'é' * 120}.jsonl"), name_folder(f"facts:{'x' * 249}.jsonl")]
@@ -318,13 +318,13 @@ def test_folders_of_cells_and_probes_have_names_that_a_system_takes(tmp_path: Pa
         ),
     ],
 )
-def test_a_grid_that_makes_no_sense_is_refused_with_its_name(tmp_path: Path, text: str, says: str) -> None:
+def test_invalid_grid_is_refused_with_its_name(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says) as error:
         grid(tmp_path / "mine.toml", text)
     assert "mine.toml" in error.value.what
 
 
-def test_of_a_key_that_is_none_it_is_said_what_has_it_and_what_else_may_stand_there(tmp_path: Path) -> None:
+def test_error_for_a_key_suggests_alternatives(tmp_path: Path) -> None:
     for text, hint in (
         ('[axes]\nquantize = ["int8"]\npattern = ["2:4"]', "It needs l1-unstructured or wanda or sparsegpt."),
         ("[[cells]]\nprune = 0.1\nnam = 'first'", "Did you mean name?"),
@@ -335,6 +335,6 @@ def test_of_a_key_that_is_none_it_is_said_what_has_it_and_what_else_may_stand_th
         assert hint in str(error.value)
 
 
-def test_a_grid_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_grid_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such grid"):
         read_grid(tmp_path / "none.toml")

@@ -24,9 +24,7 @@ SECONDS = 300
 @long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forks of one")
 @pytest.mark.parametrize("form", ["checkpoint", "gguf"])
-def test_a_search_that_is_killed_again_and_again_ends_as_the_undisturbed_one(
-    form: str, tmp_path: Path, converter: Path
-) -> None:
+def test_repeatedly_killed_search_ends_like_an_undisturbed_one(form: str, tmp_path: Path, converter: Path) -> None:
     model = save_trained_llama(tmp_path / "llama") if form == "gguf" else save_trained("llama", tmp_path / "llama")
     facts = write_facts(tmp_path / "facts.jsonl")
     facts.with_suffix(".txt").write_text("\n".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS))

@@ -129,7 +129,7 @@ def wilson_low(part: int, whole: int, z: float) -> float:
     return (middle - spread) / (1 + z * z / whole)
 
 
-def test_the_winner_keeps_what_was_asked_on_facts_that_the_search_did_not_see(place: Place) -> None:
+def test_winner_keeps_the_target_share_of_the_held_out_facts(place: Place) -> None:
     found, folder = place.found("found"), place.folder / "found"
     parts = [read_answers(f).answers for part in PARTS for f in (folder / part / "original").iterdir()]
     assert [len(part) for part in parts] == [found[part] for part in ("searched", "held_out", "graded")] == [22, 21, 21]
@@ -149,7 +149,7 @@ def test_the_winner_keeps_what_was_asked_on_facts_that_the_search_did_not_see(pl
     assert card.comparisons[0].model.bytes == found["winner"]["bytes"] < found["bytes"]
 
 
-def test_smaller_files_fell_short_and_no_more_than_eight_were_made(place: Place) -> None:
+def test_smaller_files_keep_too_little_and_at_most_eight_are_tried(place: Place) -> None:
     found = place.found("found")
     tried = sorted(found["tried"], key=lambda each: each["bytes"])
     assert 1 < len(tried) <= 8
@@ -163,7 +163,7 @@ def test_smaller_files_fell_short_and_no_more_than_eight_were_made(place: Place)
     assert not list((place.folder / "found" / ".parts").rglob("model*"))
 
 
-def test_the_recipe_gives_the_winner_again(place: Place, tmp_path: Path) -> None:
+def test_recipe_reproduces_the_winner(place: Place, tmp_path: Path) -> None:
     folder = place.folder / "found"
     if place.form == "gguf":
         compressknow.export(place.model, tmp_path / "again.gguf", recipe=folder / "recipe.toml")
@@ -177,7 +177,7 @@ def test_the_recipe_gives_the_winner_again(place: Place, tmp_path: Path) -> None
     assert weights == (folder / "model" / "model.safetensors").read_bytes()
 
 
-def test_a_checkpoint_is_rounded_by_gptq_or_to_nearest(llama: Place, tmp_path: Path) -> None:
+def test_checkpoint_is_rounded_by_gptq_or_to_nearest(llama: Place, tmp_path: Path) -> None:
     weights = {}
     for rounding in ("nearest", "gptq"):
         assert llama.search(rounding, "--size", "120kB", "--rounding", rounding) == 0
@@ -192,7 +192,7 @@ def test_a_checkpoint_is_rounded_by_gptq_or_to_nearest(llama: Place, tmp_path: P
     assert weights["nearest"] != weights["gptq"]
 
 
-def test_facts_that_were_not_held_out_alone_guide(gguf: Place) -> None:
+def test_only_facts_of_the_search_split_guide(gguf: Place) -> None:
     folder, record = gguf.folder / "found", json.loads((gguf.folder / "found" / "model.gguf.json").read_text())
     (searched,) = (read_answers(f) for f in (folder / "searched" / "original").iterdir())
     part = split_facts(open_probe(gguf.probe), 0).search
@@ -204,7 +204,7 @@ def test_facts_that_were_not_held_out_alone_guide(gguf: Place) -> None:
     }
 
 
-def test_what_vllm_joins_has_one_type(llama: Place, undisturbed: dict[str, bytes]) -> None:
+def test_weights_that_vllm_joins_share_one_type(llama: Place, undisturbed: dict[str, bytes]) -> None:
     found = json.loads(undisturbed["search.json"])
     assert len({kind for trial in found["tried"] for kind in trial["types"].values()}) > 2
     for trial in found["tried"]:
@@ -214,20 +214,20 @@ def test_what_vllm_joins_has_one_type(llama: Place, undisturbed: dict[str, bytes
                 assert len({trial["types"][f"{layer}.{part}"] for part in parts}) == 1
 
 
-def test_the_page_has_the_chart_and_asks_nothing_of_any_server(place: Place) -> None:
+def test_page_has_the_chart_and_no_external_links(place: Place) -> None:
     page = (place.folder / "found" / "search.html").read_text(encoding="utf-8")
     assert "Knowledge kept against size" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert all((place.folder / "found" / f"report.{suffix}").is_file() for suffix in ("html", "md", "json"))
 
 
-def test_the_report_card_of_a_winner_advises_by_the_share_to_keep(place: Place) -> None:
+def test_report_card_of_the_winner_advises_by_the_share_to_keep(place: Place) -> None:
     keep = place.found("found")["keep"]
     report = json.loads((place.folder / "found" / "report.json").read_text(encoding="utf-8"))
     assert f" {100 * keep:g} % is" in report["compressed"][0]["next"]
 
 
-def test_the_search_tells_what_rounding_alone_keeps_of_the_facts_that_grade(place: Place) -> None:
+def test_search_reports_what_rounding_keeps_of_the_grading_facts(place: Place) -> None:
     *chose, graded = (read_answers(f) for part in PARTS for f in (place.folder / "found" / part / "original").iterdir())
     (entry,) = graded.record.probes.values()
     assert entry.noise_floor is not None
@@ -240,7 +240,7 @@ def test_the_search_tells_what_rounding_alone_keeps_of_the_facts_that_grade(plac
     assert all(each.noise_floor is None for seen in chose for each in seen.record.probes.values())
 
 
-def test_the_search_says_that_facts_which_grade_stand_in_its_text(place: Place) -> None:
+def test_search_reports_grading_facts_in_its_calibration_text(place: Place) -> None:
     found, text = place.found("found"), Path(place.text).read_text(encoding="utf-8")
     counts, folder = found["in_calibration"], place.folder / "found"
     (graded,) = (read_answers(each) for each in (folder / "grading" / "original").iterdir())
@@ -253,7 +253,7 @@ def test_the_search_says_that_facts_which_grade_stand_in_its_text(place: Place) 
 
 
 @long
-def test_the_best_file_of_a_size_is_judged_by_all_that_did_not_guide(
+def test_file_of_a_size_is_graded_on_all_facts_that_did_not_guide(
     gguf: Place, llama: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for place, budget in ((gguf, 700_000), (llama, 120_000)):
@@ -272,7 +272,7 @@ def test_the_best_file_of_a_size_is_judged_by_all_that_did_not_guide(
 
 
 @pytest.mark.parametrize("after", one_in(3, [2, 1, None]))
-def test_a_search_resumes_and_ends_as_one_that_was_not_stopped(
+def test_stopped_search_resumes_and_ends_like_an_undisturbed_one(
     llama: Place, after: int | None, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     class Stop(BaseException):
@@ -295,7 +295,7 @@ def test_a_search_resumes_and_ends_as_one_that_was_not_stopped(
     assert results(folder) == undisturbed
 
 
-def test_a_finished_search_asks_nothing_again_and_finds_the_same(place: Place) -> None:
+def test_finished_search_evaluates_nothing_again_and_finds_the_same(place: Place) -> None:
     folder = place.folder / "found"
     kept = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name in ("answers.parquet", "model.gguf", "model")}
     before = (folder / "search.json").read_bytes()
@@ -305,9 +305,7 @@ def test_a_finished_search_asks_nothing_again_and_finds_the_same(place: Place) -
 
 
 @long
-def test_what_an_earlier_search_found_does_not_stay_beside_a_later_one(
-    gguf: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_search_removes_the_winner_of_an_earlier_search(gguf: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert gguf.search("twice", "--size", "700kB") == 0
     assert (gguf.folder / "twice" / "model.gguf").is_file()
     capsys.readouterr()
@@ -325,7 +323,7 @@ def test_what_an_earlier_search_found_does_not_stay_beside_a_later_one(
 
 
 @long
-def test_a_winner_of_another_form_does_not_stay_beside_a_later_one(gguf: Place, tmp_path: Path) -> None:
+def test_search_removes_an_earlier_winner_of_another_format(gguf: Place, tmp_path: Path) -> None:
     folder = tmp_path / "found"
     for size, form, own, other in (
         ("700kB", "gguf", "model.gguf", "model"),
@@ -337,7 +335,7 @@ def test_a_winner_of_another_form_does_not_stay_beside_a_later_one(gguf: Place, 
         assert not left & {other, f"{other}.json"}
 
 
-def test_the_winners_record_says_what_guided_it(gguf: Place) -> None:
+def test_record_of_the_winner_names_its_guide(gguf: Place) -> None:
     """Also where a search of the same folder by another guide has found the same types before: all of the smallest."""
     for guide in ("text", "facts"):
         assert gguf.search("guided", "--size", "475.5kB", "--guide", guide) == 0
@@ -345,7 +343,7 @@ def test_the_winners_record_says_what_guided_it(gguf: Place) -> None:
         assert record["fit"]["guide"] == guide
 
 
-def test_what_no_outcome_could_show_is_told_before_anything_is_measured(
+def test_unreachable_share_is_refused_before_anything_is_measured(
     llama: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert llama.search("much", "--keep", "0.999") == 3
@@ -355,7 +353,7 @@ def test_what_no_outcome_could_show_is_told_before_anything_is_measured(
     assert not (llama.folder / "much" / ".parts").exists()
 
 
-def test_too_few_relations_are_told_too_where_facts_alone_would_be_enough(llama: Place) -> None:
+def test_too_few_relations_are_refused_even_if_there_are_enough_facts(llama: Place) -> None:
     lines = llama.facts.read_text(encoding="utf-8").splitlines()
     facts = llama.folder / "of-six-relations.jsonl"
     rows = [json.dumps(json.loads(line) | {"relation": f"r{number % 6}"}) for number, line in enumerate(lines)]
@@ -369,7 +367,7 @@ def test_too_few_relations_are_told_too_where_facts_alone_would_be_enough(llama:
     assert "only 42.4 % would be certain" in str(told.value)
 
 
-def test_what_is_no_winner_of_a_search_is_left_alone_and_told_before_any_work(
+def test_folder_that_is_not_a_winner_is_kept_and_refused_before_any_work(
     llama: Place, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (llama.folder / "mine" / "model").mkdir(parents=True)
@@ -379,7 +377,7 @@ def test_what_is_no_winner_of_a_search_is_left_alone_and_told_before_any_work(
     assert {path.name for path in (llama.folder / "mine").iterdir()} <= {"model", RECORD, LOCK}
 
 
-def test_a_folder_of_an_older_search_is_told_and_left_as_it_is(
+def test_folder_of_an_older_search_is_refused_and_unchanged(
     llama: Place, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = json.loads(undisturbed[RECORD])
@@ -398,7 +396,7 @@ def test_a_folder_of_an_older_search_is_told_and_left_as_it_is(
         compressknow.sweep(llama.model, llama.folder / "undisturbed", probe=llama.probe, grid="paper")
 
 
-def test_a_search_by_what_is_said_counts_that_alone_and_is_resumed_by_it_alone(
+def test_search_by_produced_counts_and_resumes_only_by_produced(
     llama: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert llama.search("said", "--keep", "0.3", "--known", "produced") == 0
@@ -422,7 +420,7 @@ def test_a_search_by_what_is_said_counts_that_alone_and_is_resumed_by_it_alone(
     assert results(folder) == whole
 
 
-def test_a_search_in_several_wordings_holds_facts_out_and_judges_by_most_of_them(llama: Place, tmp_path: Path) -> None:
+def test_search_in_several_wordings_counts_facts_known_in_most_of_them(llama: Place, tmp_path: Path) -> None:
     options = Options(data=write_bear(tmp_path / "bear"), templates=3)
     found = compressknow.search(
         llama.model,
@@ -448,14 +446,14 @@ def test_a_search_in_several_wordings_holds_facts_out_and_judges_by_most_of_them
     assert "Known means produced here" in report
 
 
-def test_all_wordings_of_a_fact_are_in_one_part() -> None:
+def test_all_wordings_of_a_fact_are_in_the_same_part() -> None:
     single, several = (split_facts(open_probe("atlas", Options(templates=number)), 0) for number in (1, 3))
     for one, other in zip(single, several, strict=True):
         wordings = [(strip_wording(fact.id), fact.template) for fact in other.facts]
         assert sorted(wordings) == sorted((fact.id, number) for fact in one.facts for number in (1, 2, 3))
 
 
-def test_the_winner_reads_a_text_that_guides_nothing(llama: Place, undisturbed: dict[str, bytes]) -> None:
+def test_text_probe_is_evaluated_on_the_winner_but_does_not_guide(llama: Place, undisturbed: dict[str, bytes]) -> None:
     text = llama.folder / "facts.txt"
     text.write_text("\n".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS) + "\n", encoding="utf-8")
     beside, keep = ("-p", f"text:{text}", "--context", "24"), ("--keep", str(KEEP))
@@ -477,7 +475,7 @@ def test_the_winner_reads_a_text_that_guides_nothing(llama: Place, undisturbed: 
     assert before == {path: path.stat().st_mtime_ns for path in ours.rglob("answers.parquet")}
 
 
-def test_a_text_that_the_model_cannot_read_or_that_is_alone_is_refused_first(
+def test_text_that_is_alone_or_that_the_model_cannot_read_is_refused_first(
     tmp_path: Path, llama: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "some.txt"
@@ -490,7 +488,7 @@ def test_a_text_that_the_model_cannot_read_or_that_is_alone_is_refused_first(
     assert not (tmp_path / "bad").exists()
 
 
-def test_too_few_known_facts_are_told_and_a_text_guides_alone(
+def test_too_few_known_facts_are_refused_unless_a_text_guides(
     llama: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressknow.study.sensitivity.FEWEST", 30)
@@ -504,9 +502,7 @@ def test_too_few_known_facts_are_told_and_a_text_guides_alone(
     assert llama.found("guided-by-text")["by"] == "text, rounded by GPTQ"
 
 
-def test_a_checkpoint_that_runs_its_own_code_is_written(
-    llama: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoint_with_custom_code_is_written(llama: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
     own, trusted = save_trained_custom_code(tmp_path / "own"), Settings(trust_remote_code=True)
@@ -517,7 +513,7 @@ def test_a_checkpoint_that_runs_its_own_code_is_written(
 
 
 @pytest.mark.parametrize(("form", "size"), [("gguf", "600kB"), ("checkpoint", "250kB")])
-def test_a_file_names_the_hub_id_that_it_was_made_from(
+def test_winner_names_its_hub_id_and_commit(
     form: str, size: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = request.getfixturevalue("gguf" if form == "gguf" else "llama")
@@ -529,7 +525,7 @@ def test_a_file_names_the_hub_id_that_it_was_made_from(
     assert (source["name"], source["revision"]) == ("org/tiny", commit)
 
 
-def test_what_must_be_is(llama: Place) -> None:
+def test_must_sets_the_types(llama: Place) -> None:
     rules = ("--must", "attention=none", "--must", r"layers\.0\.mlp=int4/64")
     assert llama.search("must", "--size", "250kB", *rules) == 0
     chosen = llama.found("must")["winner"]["types"]
@@ -538,7 +534,7 @@ def test_what_must_be_is(llama: Place) -> None:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt2"])
-def test_a_checkpoint_that_cannot_be_quantized_is_told_what_else_there_is(
+def test_error_for_a_model_that_cannot_be_quantized_suggests_gguf(
     name: str, tmp_path: Path, llama: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["search", str(save_tiny(name, tmp_path / name)), "-o", str(tmp_path / "found"), "--to", "checkpoint"]
@@ -548,7 +544,7 @@ def test_a_checkpoint_that_cannot_be_quantized_is_told_what_else_there_is(
     assert "Prune" not in said
 
 
-def test_where_every_type_must_be_a_size_above_that_of_the_file_is_enough(llama: Place) -> None:
+def test_size_above_the_file_is_accepted_if_must_sets_every_type(llama: Place) -> None:
     assert llama.search("pinned", "--size", "200kB", "--must", "blocks=int8-weights") == 0
     winner = llama.found("pinned")["winner"]
     assert set(winner["types"].values()) == {"int8-weights"}
@@ -573,7 +569,7 @@ def test_where_every_type_must_be_a_size_above_that_of_the_file_is_enough(llama:
         (["--size", "some"], "that is not a size", 2),
     ],
 )
-def test_bad_input_gets_one_message_and_leaves_nothing(
+def test_invalid_options_are_refused_and_leave_nothing(
     llama: Place, capsys: pytest.CaptureFixture[str], options: list[str], says: str, code: int
 ) -> None:
     assert llama.search("bad", *options) == code
@@ -582,9 +578,7 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
 
 
 @needs_converter
-def test_a_size_below_that_of_the_smallest_gguf_file_is_told_first(
-    gguf: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_size_below_the_smallest_gguf_file_is_refused_first(gguf: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert gguf.search("bad", "--size", "300kB") == 2
     said = capsys.readouterr().err
     assert "300.0 kB is too small: the smallest file has 4" in said
@@ -593,14 +587,14 @@ def test_a_size_below_that_of_the_smallest_gguf_file_is_told_first(
 
 
 @needs_converter
-def test_a_search_in_which_nothing_may_be_rounded_is_refused(gguf: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_without_weights_to_round_is_refused(gguf: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert gguf.search("bad", "--keep", "0.5", "--must", ".=f32") == 2
     assert "No weight may be rounded" in capsys.readouterr().err
 
 
 @long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_original_is_converted_once(gguf: Place, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_original_is_converted_once(gguf: Place, tmp_path: Path, dtype: torch.dtype) -> None:
     told: list[Progress] = []
     model = shutil.copytree(gguf.model, tmp_path / "model")
     edit_tensors(model, lambda tensors: tensors.update({name: each.to(dtype) for name, each in tensors.items()}))
@@ -614,14 +608,14 @@ def test_the_original_is_converted_once(gguf: Place, tmp_path: Path, dtype: torc
 
 
 @needs_converter
-def test_a_size_that_experts_pass_is_told_first(llama: Place, tmp_path: Path) -> None:
+def test_size_too_small_for_the_experts_is_refused_first(llama: Place, tmp_path: Path) -> None:
     source = save_checkpoint("mixtral", tmp_path / "mixtral", torch.bfloat16)
     with pytest.raises(UsageError, match=r"too small: the smallest file has(.|\n)*_exps.weight \(q8_0\)"):
         compressknow.search(source, tmp_path / "found", size="700kB", **llama.options | {"to": "gguf"})
     assert not (tmp_path / "found").exists()
 
 
-def test_python_names_forms_and_minimizes_bytes(llama: Place, undisturbed: dict[str, bytes]) -> None:
+def test_python_refuses_unknown_names_and_finds_the_same(llama: Place, undisturbed: dict[str, bytes]) -> None:
     with pytest.raises(UsageError, match="Choose from gguf, checkpoint"):
         compressknow.search(llama.model, llama.folder / "bad", keep=KEEP, to="onnx")
     with pytest.raises(UsageError, match="is not a definition of known"):
@@ -632,7 +626,7 @@ def test_python_names_forms_and_minimizes_bytes(llama: Place, undisturbed: dict[
     assert results(llama.folder / "facts") == undisturbed
 
 
-def test_parts_share_no_fact_and_no_relation_where_there_are_many() -> None:
+def test_parts_share_no_fact_and_no_relation_if_there_are_many() -> None:
     probe = open_probe("atlas")
     parts = split_facts(probe, 0)
     ids = [{fact.id for fact in part.facts} for part in parts]
@@ -650,7 +644,7 @@ def test_parts_share_no_fact_and_no_relation_where_there_are_many() -> None:
     assert {fact.id for fact in parts.held_out.facts} == ids[1] | ids[2]
 
 
-def test_a_relation_of_several_domains_is_in_one_part() -> None:
+def test_relation_of_several_domains_is_in_one_part() -> None:
     fact = open_probe("atlas").facts[0]
     facts = [
         replace(fact, id=f"{number}/{domain}", relation=f"r{number}", subject=domain)
@@ -661,7 +655,7 @@ def test_a_relation_of_several_domains_is_in_one_part() -> None:
     assert sum(map(len, thirds)) == len(set().union(*thirds))
 
 
-def test_parts_split_each_relation_where_there_are_few(llama: Place) -> None:
+def test_parts_split_each_relation_if_there_are_few(llama: Place) -> None:
     parts = split_facts(open_probe(llama.probe), 0)
     for relation in {fact.relation for fact in KNOWN_FACTS}:
         numbers = [sum(fact.relation == relation for fact in part.facts) for part in parts]

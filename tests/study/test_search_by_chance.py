@@ -25,7 +25,7 @@ class Split(NamedTuple):
     grading: np.ndarray
 
 
-def split(relations: int, facts: int, seed: int) -> Split:
+def count_facts_by_part(relations: int, facts: int, seed: int) -> Split:
     made = (
         Fact(f"{relation}-{fact}", "drawn", f"relation {relation:02}", "language", "X", "Y", f"X is {BLANK}.")
         for relation in range(relations)
@@ -87,7 +87,7 @@ def _trial(kept: Estimate) -> Trial:
     return Trial("", {}, 0, 0.0, kept)
 
 
-def searches(
+def simulate_searches(
     number: int, parts: Split, icc: float, *, share: float, keep: float, files: int, found: bool = True
 ) -> Iterator[Searched]:
     """Make so many searches of files that keep this share of all facts that there could be."""
@@ -98,30 +98,28 @@ def searches(
 
 
 SIMULATED = 400
-PARTS = split(63, 64, seed=0)
+PARTS = count_facts_by_part(63, 64, seed=0)
 
 
-def test_the_thirds_have_whole_relations_where_there_are_enough() -> None:
+def test_thirds_have_whole_relations_if_there_are_enough() -> None:
     assert all(set(part.tolist()) == {0, 64} and part.sum() == 21 * 64 for part in PARTS[1:])
     assert (PARTS.searched > 0).sum() == 21
     assert PARTS.searched.sum() == SEARCHED
-    assert all((part > 0).all() for part in split(20, 20, seed=0))
+    assert all((part > 0).all() for part in count_facts_by_part(20, 20, seed=0))
 
 
 @pytest.mark.parametrize(("share", "files"), [(0.95, 1), (0.9, 1), (0.9, CONFIRMED)])
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
-def test_a_file_that_keeps_exactly_what_is_asked_for_is_hardly_ever_selected(
-    icc: float, share: float, files: int
-) -> None:
-    made = searches(SIMULATED, PARTS, icc, share=share, keep=share, files=files)
+def test_file_that_keeps_exactly_the_share_to_keep_is_rarely_selected(icc: float, share: float, files: int) -> None:
+    made = simulate_searches(SIMULATED, PARTS, icc, share=share, keep=share, files=files)
     # Of several files that keep more, of relations that differ as much, it is more often (docs/statistics.md).
     assert sum(search.winner is not None for search in made) / SIMULATED <= 0.06
 
 
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
-def test_the_share_that_a_search_tells_is_what_the_winner_keeps(icc: float) -> None:
+def test_reported_interval_covers_what_the_winner_keeps(icc: float) -> None:
     """Of eight files that keep more than is asked for, the one that was luckiest is told no better than it is."""
-    made = searches(SIMULATED, PARTS, icc, share=0.9, keep=0.8, files=8, found=False)
+    made = simulate_searches(SIMULATED, PARTS, icc, share=0.9, keep=0.8, files=8, found=False)
     graded = [kept for search in made if (kept := search.graded())]
     assert len(graded) > SIMULATED / 4
     assert sum(kept.low <= 0.9 <= kept.high for kept in graded) / len(graded) >= 0.9

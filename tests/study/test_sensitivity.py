@@ -129,7 +129,7 @@ def rounded(known: Known, measured: ScoreChanges, roundings: Roundings, name: st
 
 @pytest.mark.parametrize(("dtype", "stored"), [(torch.float32, "F32"), (torch.bfloat16, "BF16")])
 @pytest.mark.parametrize(("scheme", "type"), [("int8-weights", "int8-weights"), ("int4", "int4/32")])
-def test_bytes_of_a_type_are_those_of_the_converted_weight(
+def test_bytes_of_a_type_equal_those_of_the_converted_weight(
     scheme: str, type: str, dtype: torch.dtype, stored: str, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"group_size": 32} if scheme == "int4" else {}
@@ -155,7 +155,7 @@ def test_bytes_of_a_type_are_those_of_the_converted_weight(
         ("t5", "open"),
     ],
 )
-def test_scores_are_those_of_the_evaluation(family: str, answers_are: str, known_by: Callable[..., Known]) -> None:
+def test_scores_equal_those_of_the_evaluation(family: str, answers_are: str, known_by: Callable[..., Known]) -> None:
     known = known_by(family, answers_are)
     measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
     torch.testing.assert_close(measured.scores, known.logp, atol=1e-4, rtol=1e-4)
@@ -171,7 +171,7 @@ def test_scores_are_those_of_the_evaluation(family: str, answers_are: str, known
     ],
     ids=["older", "AMD's", "Intel's without AMX", "Intel's"],
 )
-def test_factors_are_rounded_where_the_processor_multiplies_them_faster(
+def test_factors_are_bfloat16_if_the_processor_multiplies_it_faster(
     features: set[str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict.fromkeys(features, True))
@@ -190,7 +190,7 @@ def test_factors_are_rounded_where_the_processor_multiplies_them_faster(
         ("t5", "open", torch.float32),
     ],
 )
-def test_changes_are_those_of_a_rounded_weight(
+def test_estimated_changes_match_a_rounded_weight(
     family: str,
     answers_are: str,
     factors: torch.dtype,
@@ -213,7 +213,7 @@ def test_changes_are_those_of_a_rounded_weight(
     assert median(cosines) > 0.95, sorted(cosines)
 
 
-def test_the_predicted_divergence_of_mixes_ranks_them_as_the_measured_one(known_by: Callable[..., Known]) -> None:
+def test_predicted_divergence_ranks_mixes_like_the_measured_one(known_by: Callable[..., Known]) -> None:
     known, generator = known_by("llama"), torch.Generator().manual_seed(0)
     measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
     parameters, before = dict(known.model.named_parameters()), scores_of(known)
@@ -245,7 +245,7 @@ def exact_divergence(before: torch.Tensor, after: torch.Tensor, owners: torch.Te
     return torch.stack(values)
 
 
-def test_facts_at_risk_are_those_whose_answer_changes(known_by: Callable[..., Known]) -> None:
+def test_facts_at_risk_match_changed_answers(known_by: Callable[..., Known]) -> None:
     known = known_by("llama")
     measured = measure(*open_complete(known.folder), GGUF, known.questions)
     # The model is sure of what it knows: with margins as small as these, rounding one weight changes answers.
@@ -270,7 +270,7 @@ def test_facts_at_risk_are_those_whose_answer_changes(known_by: Callable[..., Kn
     assert all(row.by_type["q8_0"].at_risk < row.by_type["q4_0"].at_risk for row in rows.values())  # type: ignore[operator]
 
 
-def test_domains_are_sensitive_as_their_facts_are(known_by: Callable[..., Known]) -> None:
+def test_sensitivity_of_a_domain_matches_its_facts(known_by: Callable[..., Known]) -> None:
     known = known_by("llama")
     measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
     rows = {row.name: row for row in measured.build_rows(SCHEMES, known.domains)}
@@ -291,7 +291,7 @@ def test_domains_are_sensitive_as_their_facts_are(known_by: Callable[..., Known]
     assert set(measured.build_rows(SCHEMES, few)[0].by_domain) == {"b"}
 
 
-def test_a_divergence_to_second_order_is_the_exact_one_of_small_changes() -> None:
+def test_second_order_divergence_matches_the_exact_one_of_small_changes() -> None:
     torch.manual_seed(0)
     owners = torch.tensor([0, 0, 0, 1, 1])
     scores, changes = torch.randn(5), torch.randn(5) * 1e-3
@@ -300,7 +300,7 @@ def test_a_divergence_to_second_order_is_the_exact_one_of_small_changes() -> Non
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_changes_of_text_give_the_divergence_of_the_next_token(family: str, known_by: Callable[..., Known]) -> None:
+def test_changes_of_text_estimate_the_divergence_of_the_next_token(family: str, known_by: Callable[..., Known]) -> None:
     known = known_by(family)
     texts = text_of(known, family)
     measured = measure(*open_complete(known.folder), SCHEMES, None, texts)
@@ -316,7 +316,7 @@ def test_changes_of_text_give_the_divergence_of_the_next_token(family: str, know
     assert 0.5 < float(estimate.mean() / real.mean()) < 2
 
 
-def test_experts_that_are_stored_one_by_one_are_left_out_too(tmp_path: Path) -> None:
+def test_experts_stored_one_by_one_are_left_out(tmp_path: Path) -> None:
     """They get some tokens of some rows."""
     model, _ = try_build("SwitchTransformersForConditionalGeneration")
     model.save_pretrained(tmp_path / "in")
@@ -336,7 +336,7 @@ def text_of(known: Known, family: str) -> list[ScoredBatch]:
     return batch_text(picked, kind, mask, seed=0)
 
 
-def test_a_block_that_does_not_run_apart_is_refused(tmp_path: Path) -> None:
+def test_block_that_cannot_run_alone_is_refused(tmp_path: Path) -> None:
     """Those of X-MOD read the languages of all copies of the rows, in a tensor of one dimension."""
     tiny_model("xmod", "XmodForMaskedLM").save_pretrained(tmp_path)
     ids = torch.full((2, 40), 9)
@@ -356,7 +356,7 @@ def test_a_block_that_does_not_run_apart_is_refused(tmp_path: Path) -> None:
         ("musicgen_melody_decoder", "MusicgenMelodyForCausalLM", "is invalid for input"),
     ],
 )
-def test_a_model_without_gradients_block_by_block_is_refused(of: str, name: str, said: str, tmp_path: Path) -> None:
+def test_model_without_blockwise_gradients_is_refused(of: str, name: str, said: str, tmp_path: Path) -> None:
     """XLNet and FSMT hand states of [tokens, rows] from block to block; Reformer goes back in a way of its own; the
     embedding of I-BERT is none of torch's, and MusicGen Melody has a list of them."""
     tiny_model(of, name).save_pretrained(tmp_path)
@@ -402,7 +402,7 @@ def test_four_times_the_blocks_need_no_more_memory(tmp_path: Path) -> None:
     assert peaks[1] <= 1.1 * peaks[0], peaks
 
 
-def test_a_sensitivity_is_read_as_it_was_written_and_that_of_another_guidance_is_not(tmp_path: Path) -> None:
+def test_stored_sensitivity_is_read_only_for_the_same_guidance(tmp_path: Path) -> None:
     types = {"q8_0": Rounding(68, 0.1, None, 0.02)}
     rows = (TensorSensitivity("a", (2, 32), "attention", 0, types, "encoder", "q", {"science": 1.5}),)
     guidance = Guidance("gguf", ("q8_0",), 64, "facts")
@@ -417,7 +417,7 @@ def test_a_sensitivity_is_read_as_it_was_written_and_that_of_another_guidance_is
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff", b'{"sensitivity": {}, "sha256": ""}', None])
-def test_a_damaged_sensitivity_is_none(tmp_path: Path, content: bytes | None) -> None:
+def test_damaged_sensitivity_is_ignored(tmp_path: Path, content: bytes | None) -> None:
     file, guidance = tmp_path / "found.json", Guidance("gguf", ("q8_0",))
     rows = (TensorSensitivity("w", (2, 32), "other", None, {"q8_0": Rounding(68, text=0.25)}),)
     write_sensitivity(Sensitivity("model", guidance, rows), file)

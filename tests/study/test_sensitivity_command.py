@@ -45,9 +45,7 @@ def at_home(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 WORDS = ("--facts", "facts:facts.jsonl", "--calibration", "text.txt", "--calibration-tokens", "512")
 
 
-def test_the_answers_of_a_report_stay_where_some_of_its_facts_guide(
-    at_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sensitivity_keeps_the_stored_answers_of_a_report(at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressknow.study.guides.EVALUATED", 40)
     compressknow.convert("llama", at_home / "pruned", prune=0.3)
 
@@ -66,9 +64,7 @@ def test_the_answers_of_a_report_stay_where_some_of_its_facts_guide(
     assert "evaluate" not in report()
 
 
-def test_the_command_prints_and_writes_the_map_and_measures_once(
-    at_home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_prints_and_writes_the_map_and_measures_once(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [at_home / f"map.{suffix}" for suffix in ("html", "md", "json", "csv")]
     assert main(["sensitivity", "llama", *WORDS, *(word for file in files for word in ("-o", str(file)))]) == 0
     printed = capsys.readouterr().out
@@ -110,7 +106,9 @@ def test_the_command_prints_and_writes_the_map_and_measures_once(
     assert main(["sensitivity", "llama", *WORDS, "-o", str(files[3]), "--overwrite"]) == 0
 
 
-def test_a_masked_model_has_the_schemes_of_checkpoints(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_masked_model_is_measured_with_the_schemes_of_checkpoints(
+    at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["sensitivity", "bert", *WORDS, "--guide", "facts", "-o", str(at_home / "map.json")]) == 0
     printed = capsys.readouterr().out
     proposed = "compressknow search bert -o found --keep 0.95 --to checkpoint --guide facts --facts facts:facts.jsonl"
@@ -120,7 +118,9 @@ def test_a_masked_model_has_the_schemes_of_checkpoints(at_home: Path, capsys: py
     assert next(iter(found["rows"][0]["by_type"])) == "int8-weights"
 
 
-def test_text_alone_guides_where_too_few_facts_are_known(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_known_facts_are_refused_unless_a_text_guides(
+    at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["sensitivity", "llama", "--facts", "facts:few.jsonl", *WORDS[2:]]
     assert main(words) == 2
     assert "llama knows 20 of 20 facts, and 30 are needed to guide." in capsys.readouterr().err
@@ -150,9 +150,7 @@ def test_text_alone_guides_where_too_few_facts_are_known(at_home: Path, capsys: 
         ("llama -o text.csv --overwrite", "was not written by compressknow"),
     ],
 )
-def test_what_cannot_be_is_one_clear_message(
-    words: str, says: str, at_home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_options_are_refused(words: str, says: str, at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.csv").write_text("a,b\n", encoding="utf-8")
     before = sorted(at_home.parent.rglob("*"))
     assert main(["sensitivity", *words.split()]) in (1, 2)

@@ -49,7 +49,7 @@ def test_a_few_files_find_the_smallest_that_keeps_enough(enough: int) -> None:
     assert len({each.nbytes for each in evaluated.given}) == len(evaluated.given) == len(search.tried)
 
 
-def test_the_ends_are_tried_where_all_or_none_keeps_enough() -> None:
+def test_ends_are_tried_if_all_or_no_files_keep_enough() -> None:
     assert explored(0)[1].given[-1] == choose(FLOOR)
     assert explored(2 * CEILING)[1].given[-1] == choose(CEILING)
 
@@ -68,7 +68,7 @@ def confirm_with(search: SizeSearch, low: float, last: float) -> list[Allocation
 
 
 @pytest.mark.parametrize("enough", [1_050_000, 1_800_000])
-def test_the_smallest_is_put_to_the_held_out_facts_first_and_others_that_lose_less_then(enough: int) -> None:
+def test_smallest_file_is_confirmed_first_and_then_those_that_lose_less(enough: int) -> None:
     search, evaluated = explored(enough)
     before = len(evaluated.given)
     put = confirm_with(search, 0.8, 0.95)
@@ -82,7 +82,7 @@ def test_the_smallest_is_put_to_the_held_out_facts_first_and_others_that_lose_le
     assert search.winner.allocation == put[-1]
 
 
-def test_of_the_tried_files_that_may_lose_enough_less_the_smallest_is_put_to_the_held_out_facts() -> None:
+def test_smallest_tried_file_that_loses_enough_less_is_confirmed_next() -> None:
     search, evaluated = explored(1_800_000)
     first = min(each.nbytes for each in evaluated.given if each.nbytes >= 1_800_000)
     # From here on files lose half as much.
@@ -92,7 +92,7 @@ def test_of_the_tried_files_that_may_lose_enough_less_the_smallest_is_put_to_the
     assert confirm_with(search, 0.8, 0.95)[1] == near[1]
 
 
-def test_the_largest_file_is_the_last_that_is_put_to_the_held_out_facts() -> None:
+def test_largest_file_is_confirmed_last() -> None:
     search, _ = explored(2_900_000)
     put = confirm_with(search, 0.8, 0.8)
     assert put[-1] == choose(CEILING)
@@ -100,7 +100,7 @@ def test_the_largest_file_is_the_last_that_is_put_to_the_held_out_facts() -> Non
     assert search.winner is None
 
 
-def test_where_nothing_keeps_enough_the_one_that_keeps_most_is_told() -> None:
+def test_file_that_keeps_most_is_confirmed_if_none_keeps_enough() -> None:
     search, _ = explored(2 * CEILING)
     search.confirm(lambda _: Estimate(0.9, 0.8, 1.0))
     (closest,) = search.confirmed
@@ -108,7 +108,7 @@ def test_where_nothing_keeps_enough_the_one_that_keeps_most_is_told() -> None:
     assert search.winner is None
 
 
-def test_files_of_one_choice_are_evaluated_once() -> None:
+def test_equal_files_are_evaluated_once() -> None:
     evaluated = Evaluated(0)
     search = SizeSearch(0.9, (FLOOR, FLOOR), lambda _: choose(FLOOR), evaluated)
     search.explore()

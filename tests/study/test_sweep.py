@@ -31,7 +31,7 @@ from compressknow.study.cells import RECORD, CellResult, build_study, claim
 from compressknow.study.grid import Cell
 from tests.knowing import KNOWN_FACTS, save_trained, save_trained_custom_code, write_bear, write_facts
 from tests.models import put_into_hub_cache
-from tests.pages.answering import answer, run
+from tests.pages.answering import make_answer, make_runs
 
 FAMILIES = ("bert", "llama", "t5")
 GRID = """
@@ -75,7 +75,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place("llama", tmp_path_factory.mktemp("llama"))
 
 
-def test_cells_are_answered_as_the_converted_checkpoints_are(swept: Place, tmp_path: Path) -> None:
+def test_cells_answer_like_converted_checkpoints(swept: Place, tmp_path: Path) -> None:
     rows = swept.rows("study")
     assert len(rows) == CELLS
     scopes = (("attention", "att"), ("overall", "overall"))
@@ -100,7 +100,7 @@ def test_cells_are_answered_as_the_converted_checkpoints_are(swept: Place, tmp_p
             assert (mine.fact_id, mine.predicted, mine.top5_logp) == (other.fact_id, other.predicted, other.top5_logp)
 
 
-def test_the_table_counts_what_the_answers_say(swept: Place) -> None:
+def test_table_counts_match_the_stored_answers(swept: Place) -> None:
     original = {
         a.fact_id: a.correct for f in (swept.folder / "study" / "original").iterdir() for a in read_answers(f).answers
     }
@@ -122,23 +122,25 @@ def test_knowledge_falls_as_more_is_pruned(swept: Place) -> None:
     assert int(rows["overall-gp-90"]["sparse_bytes"]) < int(rows["overall-gp-30"]["sparse_bytes"])
 
 
-def test_a_cell_is_shown_with_the_interval_by_relation_that_its_page_has() -> None:
+def test_cell_result_has_the_interval_over_relations_of_its_page() -> None:
     # Of ten relations, two are lost as a whole.
     rows = [
-        [answer(number, correct=side == 0 or number >= 40, relation=f"r{number // 20}") for number in range(200)]
+        [make_answer(number, correct=side == 0 or number >= 40, relation=f"r{number // 20}") for number in range(200)]
         for side in (0, 1)
     ]
     counts = dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "sparse_bytes"), 0)
-    original, after = run(rows, totals=counts)
+    original, after = make_runs(rows, totals=counts)
     result = CellResult(Cell("overall", Recipe((Prune(0.3),))), original, after)
     (cell,) = build_study(original, [result]).cells
     assert result.kept == cell.comparison.kept
     assert result.kept.low < estimate_proportion(160, 200).low - 0.1
 
 
-def test_of_several_module_maps_figures_and_findings_go_by_the_first() -> None:
+def test_only_cells_of_the_first_module_map_are_plain() -> None:
     counts = dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "sparse_bytes"), 0)
-    original, after = run([[answer(number, correct=True) for number in range(20)] for _ in range(2)], totals=counts)
+    original, after = make_runs(
+        [[make_answer(number, correct=True) for number in range(20)] for _ in range(2)], totals=counts
+    )
     maps = ("structural", "paper", "structural")
     results = [
         CellResult(Cell(f"cell-{amount}", Recipe((Prune(amount),), module_map=of)), original, after)
@@ -147,7 +149,7 @@ def test_of_several_module_maps_figures_and_findings_go_by_the_first() -> None:
     assert [cell.plain for cell in build_study(original, results).cells] == [True, False, True]
 
 
-def test_a_second_run_asks_nothing_and_writes_the_same(swept: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_run_evaluates_nothing_and_writes_the_same(swept: Place, capsys: pytest.CaptureFixture[str]) -> None:
     study = swept.folder / "study"
     before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
     asked = {path: path.stat().st_mtime_ns for path in study.rglob("answers.parquet")}
@@ -167,7 +169,7 @@ def stored_in(study: Path, key: str) -> list[Answer]:
     return [answer for each in folder.iterdir() for answer in read_answers(each).answers]
 
 
-def test_the_other_reading_of_known_asks_nothing_again_and_counts_what_is_said(
+def test_known_produced_evaluates_nothing_again_and_counts_produced_facts(
     swept: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = swept.folder / "said"
@@ -201,7 +203,7 @@ def test_the_other_reading_of_known_asks_nothing_again_and_counts_what_is_said(
 
 @pytest.mark.parametrize("known", ["recognized", "produced"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_facts_in_several_wordings_are_known_by_most_of_them(family: str, known: str, tmp_path: Path) -> None:
+def test_fact_is_known_if_most_of_its_wordings_are_right(family: str, known: str, tmp_path: Path) -> None:
     data, model = write_bear(tmp_path / "bear"), save_trained(family, tmp_path / family)
     (tmp_path / "grid.toml").write_text('[axes]\nscope = ["overall"]\nprune = [0.5]\n', encoding="utf-8")
     options = compressknow.Options(data=data, templates=3)
@@ -228,7 +230,7 @@ def test_facts_in_several_wordings_are_known_by_most_of_them(family: str, known:
     assert [told[key] for key in ("templates", "protocol", "limit", "seed")] == [3, "bear/1", None, 0]
 
 
-def test_a_study_that_was_killed_before_its_record_was_whole_is_begun_anew(llama: Place) -> None:
+def test_study_killed_before_its_record_was_complete_starts_again(llama: Place) -> None:
     study = llama.folder / "begun"
     study.mkdir()
     (study / LOCK).touch()
@@ -243,7 +245,7 @@ def test_a_study_that_was_killed_before_its_record_was_whole_is_begun_anew(llama
         pass
 
 
-def test_a_study_that_was_stopped_goes_on_where_it_was(llama: Place) -> None:
+def test_stopped_study_resumes(llama: Place) -> None:
     class Stop(BaseException):
         pass
 
@@ -265,7 +267,7 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(llama: Place) -> None:
     assert len(llama.rows("stopped")) == CELLS
 
 
-def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_cell_is_recorded_and_the_others_are_evaluated(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
     text = llama.folder / "short.txt"
     text.write_text("Too few words.", encoding="utf-8")
     calibrated = f'method = "wanda"\nprune = 0.3\ncalibration = {json.dumps(str(text))}'
@@ -288,7 +290,7 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(llama: Place, capsys: p
     assert {path: path.stat().st_mtime_ns for path in answered} == answered
 
 
-def test_a_long_setup_is_printed_whole_on_a_line_of_its_own(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_setup_is_printed_on_its_own_line(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
     grid = '[axes]\nscope = ["attention"]\nprune = [0.3]\nper_layer = [true]\nquantize = ["int8", "fp8"]\n'
     grid += '[[cells]]\nname = "Late layers"\nlayers = "1"\nprune = 0.3\n'
     assert llama.sweep("long", grid=grid) == 0
@@ -300,9 +302,7 @@ def test_a_long_setup_is_printed_whole_on_a_line_of_its_own(llama: Place, capsys
     assert "Blocks[layers 1]_GP 30% [late-layers]" in lines
 
 
-def test_a_study_that_cannot_be_written_ends_with_its_first_cell(
-    llama: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_study_that_cannot_be_written_stops_at_the_first_cell(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
     study = llama.folder / "unwritten"
     with claim(study, ModelHandle(locate(llama.model), Settings())):
         (study / "cells").symlink_to(llama.folder / "gone")
@@ -312,7 +312,7 @@ def test_a_study_that_cannot_be_written_ends_with_its_first_cell(
     assert llama.sweep("unwritten", grid=ONE) == 0
 
 
-def test_saved_checkpoints_are_those_of_convert_and_are_evaluated(llama: Place) -> None:
+def test_saved_checkpoints_equal_those_of_convert(llama: Place) -> None:
     assert llama.sweep("unsaved", grid=ONE) == 0
     assert llama.sweep("saving", "--save", grid=ONE) == 0
     assert llama.rows("saving") == llama.rows("unsaved")
@@ -324,9 +324,7 @@ def test_saved_checkpoints_are_those_of_convert_and_are_evaluated(llama: Place) 
     assert (saved / "model.safetensors").read_bytes() == (llama.folder / "same" / "model.safetensors").read_bytes()
 
 
-def test_a_checkpoint_that_runs_its_own_code_is_saved_too(
-    llama: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoint_with_custom_code_is_saved(llama: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
     (tmp_path / "one.toml").write_text(ONE, encoding="utf-8")
@@ -339,7 +337,7 @@ def test_a_checkpoint_that_runs_its_own_code_is_saved_too(
     assert (saved / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
 
 
-def test_a_saved_checkpoint_names_the_hub_id_that_it_was_made_from(
+def test_saved_checkpoint_names_its_hub_id_and_commit(
     llama: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = put_into_hub_cache(llama.model, tmp_path / "hub", "org/tiny")
@@ -362,7 +360,7 @@ calibration_tokens = [512]
 """
 
 
-def test_calibrated_cells_share_one_text_and_are_those_of_convert(
+def test_calibrated_cells_share_one_text_and_equal_those_of_convert(
     llama: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     made = []
@@ -414,7 +412,7 @@ def test_calibrated_cells_share_one_text_and_are_those_of_convert(
     assert (saved / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
 
 
-def test_a_study_says_that_the_facts_stand_in_a_calibration_text(llama: Place) -> None:
+def test_study_reports_facts_in_its_calibration_text(llama: Place) -> None:
     text = llama.folder / "facts.txt"
     told = KNOWN_FACTS[:16]
     text.write_text("\n".join(fact.sentence(fact.obj_label) for fact in told * 64), encoding="utf-8")
@@ -433,7 +431,7 @@ def test_a_study_says_that_the_facts_stand_in_a_calibration_text(llama: Place) -
         assert "was calibrated on" not in page
 
 
-def test_a_text_file_that_has_changed_calibrates_anew(llama: Place) -> None:
+def test_changed_calibration_text_is_read_again(llama: Place) -> None:
     grid = CALIBRATED.replace("[512]", f"[512]\ncalibration = ['{(file := text_of(llama))}']")
     grid = grid.replace('"wanda", "sparsegpt"', '"wanda"').replace('"none", "int8"', '"none"').replace("rounding", "#")
     kept = []
@@ -447,7 +445,7 @@ def test_a_text_file_that_has_changed_calibrates_anew(llama: Place) -> None:
     assert kept[0] != kept[1]
 
 
-def test_a_kept_text_that_is_damaged_is_made_anew(tmp_path: Path) -> None:
+def test_damaged_calibration_text_is_made_again(tmp_path: Path) -> None:
     batches = ({"input_ids": torch.arange(12).view(3, 4)},)
     whole = CalibrationText("self", "self", text.hash_batches(batches), 0, 12, 12, batches, ("a", "b", "c"))
     made: list[int] = []
@@ -470,9 +468,7 @@ def test_a_kept_text_that_is_damaged_is_made_anew(tmp_path: Path) -> None:
         assert len(made) == before + 1
 
 
-def test_a_cell_that_the_model_cannot_have_is_refused_and_the_study_does_not_fail(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unsupported_cell_is_refused_and_the_study_succeeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = Place("bert", tmp_path)
     grid = '[axes]\nscope = ["attention"]\nquantize = ["int8"]\nsmooth = [0, 0.5]\ncalibration_tokens = [512]\n'
     assert place.sweep("study", grid=grid) == 0
@@ -489,7 +485,7 @@ def test_a_cell_that_the_model_cannot_have_is_refused_and_the_study_does_not_fai
     assert "\n\n\n" not in printed
 
 
-def test_a_cell_of_a_scope_that_the_model_lacks_is_refused(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cell_of_a_scope_that_the_model_lacks_is_refused(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert llama.sweep("lacking", grid='[axes]\nscope = ["cross-attention", "attention"]\nprune = [0.3]\n') == 0
     rows = llama.rows("lacking")
     assert rows["att-gp-30"]["status"] == "ok"
@@ -501,7 +497,7 @@ def test_a_cell_of_a_scope_that_the_model_lacks_is_refused(llama: Place, capsys:
     assert "Repeat the command" not in out
 
 
-def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_of_another_study_is_refused(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert llama.sweep("llama") == 1
     assert "is not a study" in capsys.readouterr().err
     other = save_trained("bert", llama.folder / "bert")
@@ -527,7 +523,7 @@ def test_a_folder_of_something_else_is_refused(llama: Place, capsys: pytest.Capt
         (["--ray", "auto", "--num-gpus", "1", "--device", "cpu"], "--num-gpus 1: the original runs on", 2),
     ],
 )
-def test_bad_input_gets_one_message_and_leaves_nothing(
+def test_invalid_options_are_refused_and_leave_nothing(
     llama: Place, capsys: pytest.CaptureFixture[str], options: list[str], says: str, code: int
 ) -> None:
     assert llama.sweep("bad", *options) == code
@@ -537,9 +533,7 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
     assert not (llama.folder / "bad").exists()
 
 
-def test_a_task_that_does_not_tell_what_is_said_is_refused_before_any_work(
-    llama: Place, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_task_without_generated_text_is_refused_for_produced(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval")
     assert llama.sweep("bad", "-p", "lm-eval:piqa", "--known", "produced") == 2
     assert "The answers to lm-eval:piqa have no generated text" in capsys.readouterr().err
@@ -550,7 +544,7 @@ def test_a_task_that_does_not_tell_what_is_said_is_refused_before_any_work(
         assert "The answers to lm-eval:piqa have no generated text" in capsys.readouterr().err
 
 
-def test_a_reading_of_known_that_there_is_not_is_refused(llama: Place) -> None:
+def test_unknown_definition_of_known_is_refused(llama: Place) -> None:
     with pytest.raises(UsageError, match="is not a definition of known"):
         compressknow.sweep(llama.model, llama.folder / "bad", probe=llama.probe, known="said")
     assert not (llama.folder / "bad").exists()
@@ -562,7 +556,7 @@ def text_of(place: Place) -> Path:
     return text
 
 
-def test_a_text_beside_the_facts_gives_each_cell_its_perplexity(llama: Place, tmp_path: Path) -> None:
+def test_text_probe_gives_each_cell_its_perplexity(llama: Place, tmp_path: Path) -> None:
     text = text_of(llama)
     words = ("-p", f"text:{text}", "--context", "24", "--known", "produced")
     for _ in range(2):
@@ -599,16 +593,14 @@ def test_a_text_beside_the_facts_gives_each_cell_its_perplexity(llama: Place, tm
     ]
 
 
-def test_a_text_alone_is_no_study(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_without_facts_is_refused(llama: Place, capsys: pytest.CaptureFixture[str]) -> None:
     text = text_of(llama)
     assert main(["sweep", str(llama.model), "-o", str(llama.folder / "bad"), "-p", f"text:{text}"]) == 2
     assert "A sweep needs facts, and text:facts.txt is a text." in capsys.readouterr().err
     assert not (llama.folder / "bad").exists()
 
 
-def test_a_model_that_reads_no_text_is_refused_before_any_fact(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_is_refused_first_if_the_model_cannot_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = Place("bert", tmp_path)
     assert place.sweep("study", "-p", f"text:{text_of(place)}") != 0
     assert "Traceback" not in capsys.readouterr().err

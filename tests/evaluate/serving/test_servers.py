@@ -258,17 +258,17 @@ def test_a_server_that_echoes_invalid_numbers_is_an_error(
 
 
 def test_a_server_that_echoes_without_positions_is_judged_by_what_it_writes(
-    served: Callable[[str], ModelServer],
+    serve: Callable[[str], ModelServer],
 ) -> None:
     def leave_out_positions(choice: dict[str, Any]) -> None:
-        if told := choice.get("logprobs"):
-            told["text_offset"] = [-1] * len(told["tokens"])
+        if logprobs := choice.get("logprobs"):
+            logprobs["text_offset"] = [-1] * len(logprobs["tokens"])
 
-    server, probe = served("echo"), as_probe(known_facts()[:4])
-    server.changed = lie(leave_out_positions)
-    found, written = answers_from(server.url, probe), answers_from(served("writes").url, probe)
-    assert [(answer.predicted, answer.logp_gold) for answer in found.values()] == [
-        (answer.predicted, None) for answer in written.values()
+    server, probe = serve("echo"), make_probe(make_known_facts()[:4])
+    server.change = change_choice(leave_out_positions)
+    answers, expected = evaluate_server(server.url, probe), evaluate_server(serve("writes").url, probe)
+    assert [(answer.predicted, answer.logp_gold) for answer in answers.values()] == [
+        (answer.predicted, None) for answer in expected.values()
     ]
 
 
@@ -423,8 +423,8 @@ def test_the_key_is_sent_and_stored_nowhere(
     # The user's .netrc is for other programs.
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    out = tmp_path / "out"
-    arguments = ["probe", server.url, "-p", f"facts:{write_facts(tmp_path / 'f.jsonl')}", "-o", str(out), "--limit", "8"]
+    facts, out = write_facts(tmp_path / "f.jsonl"), tmp_path / "out"
+    arguments = ["probe", server.url, "-p", f"facts:{facts}", "-o", str(out), "--limit", "8"]
     assert main([*arguments, "--json"]) == 0
     printed = capsys.readouterr()
     assert {headers["Authorization"] for _, headers in server.requests} == {f"Bearer {KEY}"}

@@ -1,4 +1,4 @@
-"""Report cards made by hand: one compressed model, several, and one of which little could be measured."""
+"""Report cards made by hand: of one compressed model, of several, and of one with hardly any figures."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from compressknow.comparison.records import (
     ReliabilityBin,
     Tertile,
 )
-from compressknow.evaluate.answers import GRADES as KNOWING
+from compressknow.evaluate.answers import GRADES
 from compressknow.evaluate.records import ModelRecord, NoiseFloor, Speed
 from compressknow.pages.records import Card, Comparison, Grade
 
-# Relation, school subject, and its facts by what both models knew.
+# Relation, domain, and the counts of its facts.
 ATLAS = (
     ("capital", "geography", Counts(118, 14, 3, 40)),
     ("continent", "geography", Counts(131, 3, 1, 18)),
@@ -67,7 +67,7 @@ GAINED = (
     ("translation", "The Hebrew word for peace is [MASK].", "שלום", "salaam", 3, 1),
     ("continent", "On a map of the world, Guyana is in [MASK].", "South America", "Africa", 2, 1),
 )
-GRADES = ((0.99, "A+"), (0.97, "A"), (0.93, "B"), (0.85, "C"), (0.70, "D"))
+THRESHOLDS = ((0.99, "A+"), (0.97, "A"), (0.93, "B"), (0.85, "C"), (0.70, "D"))
 METHOD = (
     "Each fact was asked as a sentence with a blank; the answer is the candidate that the model finds most likely.",
     "Knowledge kept counts only facts that the original answered right; the intervals are Wilson's, at 95 %.",
@@ -75,7 +75,7 @@ METHOD = (
 )
 
 
-def wilson(part: int, whole: int) -> Estimate:
+def compute_wilson(part: int, whole: int) -> Estimate:
     if not whole:
         return Estimate(None)
     z, share = 1.959964, part / whole
@@ -84,40 +84,40 @@ def wilson(part: int, whole: int) -> Estimate:
     return Estimate(share, max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share)))
 
 
-def total(groups: tuple[tuple[str, str, Counts], ...]) -> Counts:
+def sum_counts(groups: tuple[tuple[str, str, Counts], ...]) -> Counts:
     return sum((counts for _, _, counts in groups), Counts())
 
 
-def kept(counts: Counts) -> Estimate:
-    return wilson(counts.both, counts.known_before)
+def estimate_kept(counts: Counts) -> Estimate:
+    return compute_wilson(counts.both, counts.known_before)
 
 
-def group(name: str, counts: Counts) -> Group:
+def make_group(name: str, counts: Counts) -> Group:
     changed = (counts.lost + counts.gained + counts.neither // 5) / counts.n if counts.n else None
     p = min(1.0, 2.0 ** -(counts.lost - counts.gained)) if counts.lost > counts.gained else 1.0
-    return Group(name, counts, (counts,), kept(counts), p, min(1.0, 3 * p), changed, chance=0.01)
+    return Group(name, counts, (counts,), estimate_kept(counts), p, min(1.0, 3 * p), changed, chance=0.01)
 
 
-def letter(share: float | None) -> str:
-    return "-" if share is None else next((name for least, name in GRADES if share >= least), "F")
+def find_grade(share: float | None) -> str:
+    return "-" if share is None else next((name for least, name in THRESHOLDS if share >= least), "F")
 
 
-def grade(subject: str, counts: Counts) -> Grade:
-    estimate = kept(counts)
-    low, high = letter(estimate.low), letter(estimate.high)
-    return Grade(subject, (counts,), estimate, letter(estimate.value), f"{high} to {low}" if low != high else None)
+def make_grade(subject: str, counts: Counts) -> Grade:
+    estimate = estimate_kept(counts)
+    low, high = find_grade(estimate.low), find_grade(estimate.high)
+    return Grade(subject, (counts,), estimate, find_grade(estimate.value), f"{high} to {low}" if low != high else None)
 
 
-def by_subject(groups: tuple[tuple[str, str, Counts], ...]) -> dict[str, Counts]:
+def sum_by_domain(groups: tuple[tuple[str, str, Counts], ...]) -> dict[str, Counts]:
     subjects: dict[str, Counts] = {}
     for _, subject, counts in groups:
         subjects[subject] = subjects.get(subject, Counts()) + counts
     return subjects
 
 
-def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bool) -> ProbeFigures:
-    counts = total(groups)
-    before, after = wilson(counts.known_before, counts.n), wilson(counts.known_after, counts.n)
+def make_probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bool) -> ProbeFigures:
+    counts = sum_counts(groups)
+    before, after = compute_wilson(counts.known_before, counts.n), compute_wilson(counts.known_after, counts.n)
     assert before.value is not None
     assert after.value is not None
     change = after.value - before.value
@@ -129,7 +129,7 @@ def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bo
         accuracy_original=before,
         accuracy_compressed=after,
         difference=Estimate(change, change - 0.011, change + 0.012),
-        kept=kept(counts),
+        kept=estimate_kept(counts),
         kept_above_chance=Estimate(0.934, 0.917, 0.949) if popular else Estimate(None),
         macro_original=Estimate(0.587, 0.561, 0.613),
         macro_compressed=Estimate(0.544, 0.518, 0.571),
@@ -144,24 +144,24 @@ def probe(name: str, groups: tuple[tuple[str, str, Counts], ...], *, popular: bo
         majority=0.0817,
         drop_absolute=-change,
         drop_relative=-change / before.value,
-        by_relation=tuple(group(relation, counts) for relation, _, counts in groups),
-        by_subject=tuple(group(subject, counts) for subject, counts in by_subject(groups).items()),
-        by_popularity=tuple(group(name, counts) for name, counts in POPULARITY) if popular else (),
+        by_relation=tuple(make_group(relation, counts) for relation, _, counts in groups),
+        by_subject=tuple(make_group(subject, counts) for subject, counts in sum_by_domain(groups).items()),
+        by_popularity=tuple(make_group(name, counts) for name, counts in POPULARITY) if popular else (),
         facts_read=counts.n + (14 if popular else 103),
         dropped={"the object is not one token of the model": 95, "the object stands in the prompt": 8}
         if not popular
         else {"the object stands in the prompt": 14},
         limit=None,
         seed=0,
-        certainty=certainty(kept(counts), len(groups)),
-        confidence=confidence(counts) if popular else None,
-        knowing=save_trained(counts) if popular else None,
+        certainty=make_certainty(estimate_kept(counts), len(groups)),
+        confidence=make_confidence(counts) if popular else None,
+        knowing=make_grade_counts(counts) if popular else None,
         noise_floor=NoiseFloor(300, 14, 212, 3, 2, 0.00071, "float32"),
     )
 
 
-def confidence(counts: Counts) -> Confidence:
-    """A compressed model that is too sure; two bins are empty, and one has few answers."""
+def make_confidence(counts: Counts) -> Confidence:
+    """Return the figures of an overconfident model; two bins are empty, and one has few answers."""
     known, lost = counts.known_before // 3, counts.lost
     parts = [Counts(max(0, known - each), min(known, each)) for each in (lost // 6, lost // 3, lost // 2)]
     names = ("most confident third", "middle third", "least confident third")
@@ -178,22 +178,24 @@ def confidence(counts: Counts) -> Confidence:
     sides = [
         tuple(ReliabilityBin(facts, round(facts * less * (at or 0)), at) for facts, at in bins) for less in (0.97, 0.8)
     ]
-    thirds = (Tertile(name, *end, part, kept(part)) for name, end, part in zip(names, ends, parts, strict=True))
+    thirds = (
+        Tertile(name, *end, part, estimate_kept(part)) for name, end, part in zip(names, ends, parts, strict=True)
+    )
     wrong = counts.n - counts.known_before, counts.n - counts.known_after
     return Confidence(tuple(thirds), 0.44, *wrong, 61, 97, *sides, ece=(0.0413, 0.0677), brier=(0.1522, 0.1689))
 
 
-def certainty(kept: Estimate, relations: int) -> Certainty:
+def make_certainty(kept: Estimate, relations: int) -> Certainty:
     if kept.value is None or relations < 5:
         return Certainty(PairedTest(0.0031, "relation"), relations, kept, Estimate(-0.04), 0.0421, 1844)
     test, difference = PairedTest(2.3e-7, "relation"), Estimate(-0.04, -0.071, -0.012)
     return Certainty(test, relations, Estimate(kept.value, 0.871, 0.956), difference, 0.0312, 1713)
 
 
-def save_trained(counts: Counts) -> GradeCounts:
-    """Most of what is known is said; of what is lost half stays near."""
+def make_grade_counts(counts: Counts) -> GradeCounts:
+    """Return counts in which most known facts are produced, and half of the lost ones are demoted."""
     near = counts.lost // 2
-    moved = dict.fromkeys(((before, after) for before in KNOWING for after in KNOWING), 0)
+    moved = dict.fromkeys(((before, after) for before in GRADES for after in GRADES), 0)
     moved |= {
         ("produced", "produced"): counts.both * 3 // 4,
         ("produced", "recognized"): counts.both // 8,
@@ -204,28 +206,30 @@ def save_trained(counts: Counts) -> GradeCounts:
         ("gone", "gone"): counts.neither,
     }
     original, compressed = (
-        {grade: sum(facts for move, facts in moved.items() if move[side] == grade) for grade in KNOWING}
+        {grade: sum(facts for move, facts in moved.items() if move[side] == grade) for grade in GRADES}
         for side in (0, 1)
     )
     return GradeCounts(original, compressed, moved, (True, True), counts.lost, near // 2)
 
 
-def facts(rows: tuple[tuple[str, str, str, str, int, int], ...], number: int, *, lost: bool) -> tuple[ChangedFact, ...]:
-    """`number` changed facts; beyond those at hand, numbered variants of them."""
+def make_changed_facts(
+    rows: tuple[tuple[str, str, str, str, int, int], ...], number: int, *, lost: bool
+) -> tuple[ChangedFact, ...]:
+    """Return `number` changed facts: the rows, and then numbered variants of them."""
     changed = []
     for i in range(number):
         relation, prompt, gold, other, before, after = rows[i % len(rows)]
         if i >= len(rows):
             prompt = prompt.replace("The ", f"{i}. The ", 1)
-        said = (gold, other) if lost else (other, gold)
-        fact = ChangedFact("atlas", relation, "geography", prompt, gold, *said, before, after)
+        predicted = (gold, other) if lost else (other, gold)
+        fact = ChangedFact("atlas", relation, "geography", prompt, gold, *predicted, before, after)
         grades = ("produced", "demoted" if after <= 5 else "gone") if lost else ("demoted", "recognized")
-        back = i % 4 == 0 and after <= 5 if lost else None
-        changed.append(replace(fact, grade_before=grades[0], grade_after=grades[1], with_example=back))
+        with_example = i % 4 == 0 and after <= 5 if lost else None
+        changed.append(replace(fact, grade_before=grades[0], grade_after=grades[1], with_example=with_example))
     return tuple(changed)
 
 
-def group_of_layers(parameters: int, pruned: int = 0, quantized: int = 0, error: float = 0.0) -> dict[str, float]:
+def make_layer_group(parameters: int, pruned: int = 0, quantized: int = 0, error: float = 0.0) -> dict[str, float]:
     return {
         "parameters": parameters,
         "zeros_after": pruned,
@@ -235,7 +239,7 @@ def group_of_layers(parameters: int, pruned: int = 0, quantized: int = 0, error:
     }
 
 
-def original() -> ModelRecord:
+def make_original() -> ModelRecord:
     return ModelRecord(
         name="HuggingFaceTB/SmolLM2-135M",
         revision="93efa2f097d58c2a74874c7e644dbc9b0cee75a2",
@@ -251,9 +255,9 @@ def original() -> ModelRecord:
     )
 
 
-def compressed(setup: str = "Att_GPQ 20%", size: int = 242_600_000) -> ModelRecord:
+def make_compressed(setup: str = "Att_GPQ 20%", size: int = 242_600_000) -> ModelRecord:
     return replace(
-        original(),
+        make_original(),
         name="smollm2-" + setup.lower().replace(" ", "-").replace("%", ""),
         revision=None,
         sha256="c3ab8ff13720e8ad9047dd39466b3c8974e592c2fa383d4a3960714caef0c4f2",
@@ -271,16 +275,16 @@ def compressed(setup: str = "Att_GPQ 20%", size: int = 242_600_000) -> ModelReco
         source={"name": "HuggingFaceTB/SmolLM2-135M", "revision": "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"},
         zeros=5_649_000,
         groups={
-            "attention": group_of_layers(26_542_080, 5_308_416, 26_542_080, 0.0912),
-            "feed-forward": group_of_layers(79_626_240),
-            "not-linear": group_of_layers(28_346_688),
+            "attention": make_layer_group(26_542_080, 5_308_416, 26_542_080, 0.0912),
+            "feed-forward": make_layer_group(79_626_240),
+            "not-linear": make_layer_group(28_346_688),
         },
         speed=Speed("cpu, 2 threads", 33.07, 1_061_000_000, computed_in="bfloat16"),
     )
 
 
-def scaled(groups: tuple[tuple[str, str, Counts], ...], loss: float) -> tuple[tuple[str, str, Counts], ...]:
-    """The same facts with a share `loss` of what was known lost."""
+def lose_share(groups: tuple[tuple[str, str, Counts], ...], loss: float) -> tuple[tuple[str, str, Counts], ...]:
+    """Return the same facts, of which a share `loss` of the known ones is lost."""
     changed = []
     for relation, subject, counts in groups:
         lost = round(counts.known_before * loss)
@@ -288,33 +292,33 @@ def scaled(groups: tuple[tuple[str, str, Counts], ...], loss: float) -> tuple[tu
     return tuple(changed)
 
 
-def comparison(
+def make_comparison(
     model: ModelRecord, probes: dict[str, tuple[tuple[str, str, Counts], ...]], *, lost: int, gained: int
 ) -> Comparison:
-    counts = sum((total(groups) for groups in probes.values()), Counts())
-    estimate = kept(counts)
+    counts = sum((sum_counts(groups) for groups in probes.values()), Counts())
+    estimate = estimate_kept(counts)
     assert estimate.value is not None
-    every = tuple(row for groups in probes.values() for row in groups)
+    groups_of_all = tuple(row for groups in probes.values() for row in groups)
     return Comparison(
         model=model,
         verdict=f"{model.setup} still knows {counts.both:,} of the {counts.known_before:,} facts that the original "
         f"knows ({100 * estimate.value:.1f} %), in {model.bytes / 1e6:.1f} MB instead of 269.0 MB.",
         kept=estimate,
         counts=counts,
-        grades=tuple(grade(subject, counts) for subject, counts in by_subject(every).items()),
-        probes=tuple(probe(name, groups, popular=name == "atlas") for name, groups in probes.items()),
-        lost=facts(LOST, lost, lost=True),
-        gained=facts(GAINED, gained, lost=False),
-        certainty=certainty(estimate, len(every)),
+        grades=tuple(make_grade(subject, counts) for subject, counts in sum_by_domain(groups_of_all).items()),
+        probes=tuple(make_probe(name, groups, popular=name == "atlas") for name, groups in probes.items()),
+        lost=make_changed_facts(LOST, lost, lost=True),
+        gained=make_changed_facts(GAINED, gained, lost=False),
+        certainty=make_certainty(estimate, len(groups_of_all)),
         next="Next: evaluate more facts: about 900 that the original knows would tell whether 95 % is kept.",
         warnings=("Common sense: the original knows too little of it for a grade that means much.",),
     )
 
 
-def card(*comparisons: Comparison, verdict: str | None = None) -> Card:
+def make_card(*comparisons: Comparison, verdict: str | None = None) -> Card:
     return Card(
         verdict=verdict or comparisons[0].verdict,
-        original=original(),
+        original=make_original(),
         comparisons=comparisons,
         warnings=(),
         show_facts=True,
@@ -325,13 +329,15 @@ def card(*comparisons: Comparison, verdict: str | None = None) -> Card:
     )
 
 
-def card_of_one(*, lost: int = 100, gained: int = 35) -> Card:
-    """One compressed model, two probes."""
-    return card(comparison(compressed(), {"atlas": ATLAS, "lama:conceptnet": CONCEPTNET}, lost=lost, gained=gained))
+def make_card_of_one(*, lost: int = 100, gained: int = 35) -> Card:
+    """Return a card of one compressed model and two probes."""
+    return make_card(
+        make_comparison(make_compressed(), {"atlas": ATLAS, "lama:conceptnet": CONCEPTNET}, lost=lost, gained=gained)
+    )
 
 
-def card_of_several(amounts: tuple[int, ...] = (10, 20, 40, 60)) -> Card:
-    """A grid: three scopes pruned by each of the amounts, each also quantized, and three models only quantized."""
+def make_card_of_several(amounts: tuple[int, ...] = (10, 20, 40, 60)) -> Card:
+    """Return a card of three scopes pruned by each amount, the same quantized too, and each only quantized."""
     harm = {"Att": 1.0, "FF": 1.4, "All": 2.2}
     models = []
     for scope, factor in harm.items():
@@ -341,33 +347,33 @@ def card_of_several(amounts: tuple[int, ...] = (10, 20, 40, 60)) -> Card:
                 models.append((f"{scope}_{kind} {amount}%", loss, 269_030_016 - (kind == "GPQ") * 40_000_000))
         models.append((f"{scope}_GQ", 0.02 * factor, 229_030_016))
     comparisons = [
-        comparison(
-            _deployed(compressed(setup, size)),
-            {"atlas": scaled(ATLAS, loss), "lama:conceptnet": scaled(CONCEPTNET, loss)},
+        make_comparison(
+            _vary_deployment(make_compressed(setup, size)),
+            {"atlas": lose_share(ATLAS, loss), "lama:conceptnet": lose_share(CONCEPTNET, loss)},
             lost=100,
             gained=35,
         )
         for setup, loss, size in models
     ]
     verdict = "Pruning attention by 10 % costs least (0.6 % of the facts are lost), pruning everything by 60 % most."
-    return card(*comparisons, verdict=verdict)
+    return make_card(*comparisons, verdict=verdict)
 
 
-def _deployed(model: ModelRecord) -> ModelRecord:
-    """Those that were only quantized are of sizes of their own, were measured, and one ran in llama.cpp."""
+def _vary_deployment(model: ModelRecord) -> ModelRecord:
+    """Give the models that were only quantized different sizes and speeds, and run one in llama.cpp."""
     if model.setup not in ("Att_GQ", "FF_GQ", "All_GQ"):
         return model
-    place = ("Att_GQ", "FF_GQ", "All_GQ").index(model.setup)
-    ran = {"name": "llama.cpp", "build": "b1", "types": {}} if model.setup == "FF_GQ" else None
-    computed_in = "llama.cpp b1" if ran else "bfloat16"
-    speed = Speed("cpu, 2 threads", 10.0 + place, 400_000_000, 25.0 + 15 * place, computed_in)
-    return replace(model, bytes=int(model.bytes or 0) - 20_000_000 * place, runtime=ran, speed=speed)
+    index = ("Att_GQ", "FF_GQ", "All_GQ").index(model.setup)
+    runtime = {"name": "llama.cpp", "build": "b1", "types": {}} if model.setup == "FF_GQ" else None
+    computed_in = "llama.cpp b1" if runtime else "bfloat16"
+    speed = Speed("cpu, 2 threads", 10.0 + index, 400_000_000, 25.0 + 15 * index, computed_in)
+    return replace(model, bytes=int(model.bytes or 0) - 20_000_000 * index, runtime=runtime, speed=speed)
 
 
-def card_of_nothing() -> Card:
-    """Nothing was known and hardly anything measured: every figure that may be None is None."""
+def make_card_of_nothing() -> Card:
+    """Return a card of an original that knew nothing: every figure that may be None is None."""
     none = Estimate(None)
-    whole = card_of_one(lost=0, gained=0)
+    whole = make_card_of_one(lost=0, gained=0)
     figures = replace(
         whole.comparisons[0].probes[0],
         counts=Counts(neither=3),
@@ -395,7 +401,9 @@ def card_of_nothing() -> Card:
         by_popularity=(),
         dropped={},
     )
-    bare = replace(compressed(), revision=None, setup=None, quantization=None, recipe=None, source=None, zeros=None)
+    bare = replace(
+        make_compressed(), revision=None, setup=None, quantization=None, recipe=None, source=None, zeros=None
+    )
     empty = replace(
         whole.comparisons[0],
         model=replace(bare, groups={}, speed=None),
@@ -406,5 +414,5 @@ def card_of_nothing() -> Card:
         probes=(figures,),
         warnings=(),
     )
-    source = replace(original(), revision=None, speed=None, zeros=None)
+    source = replace(make_original(), revision=None, speed=None, zeros=None)
     return replace(whole, verdict=empty.verdict, original=source, comparisons=(empty,), command=None, versions={})

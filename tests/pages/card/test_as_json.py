@@ -1,4 +1,4 @@
-"""The JSON of a card: stable names, whole numbers behind every ratio, and no fact's text where none may be shown."""
+"""The JSON of a card: stable keys, counts behind every ratio, and no text of hidden facts."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import pytest
 
 from compressknow.base.errors import CompressknowError
 from compressknow.pages.card.make import make_card
-from tests.pages.answering import answers, entry, model, run, sides
-from tests.pages.card.cards import card_of_several
+from tests.pages.answering import make_answers, make_entry, make_model, make_rows, make_runs
+from tests.pages.card.cards import make_card_of_several
 
-# Section 8 of the design: others rely on these.
+# Programs rely on these keys.
 PROBE_KEYS = {
     *("n", "both", "lost", "gained", "neither", "accuracy_original", "accuracy_compressed", "kept", "kept_interval"),
     *("mcnemar_p", "flips", "answer_changed", "kl_mean", "by_relation", "by_subject"),
 }
 
 
-def report(*cells: int, show_facts: bool = True, **changes: Any) -> dict[str, Any]:
-    original, compressed = run(sides(*cells, **changes))
+def make_report(*cells: int, show_facts: bool = True, **changes: Any) -> dict[str, Any]:
+    original, compressed = make_runs(make_rows(*cells, **changes))
     return make_card(original, [compressed], show_facts=show_facts).to_dict()
 
 
-def test_names_that_others_rely_on() -> None:
-    found = report(80, 10, 5, 5)
-    assert {"schema", "verdict", "original", "compressed"} <= set(found)
-    (compressed,) = found["compressed"]
+def test_json_has_the_documented_keys() -> None:
+    report = make_report(80, 10, 5, 5)
+    assert {"schema", "verdict", "original", "compressed"} <= set(report)
+    (compressed,) = report["compressed"]
     assert {"setup", "source", "probes", "grades"} <= set(compressed)
     assert set(compressed["probes"]) == {"atlas"}
     assert set(compressed["probes"]["atlas"]) >= PROBE_KEYS
     assert compressed["grades"] == {"geography": "C"}
-    assert found["schema"] == 1
+    assert report["schema"] == 1
 
 
-def test_figures_are_those_of_the_counts() -> None:
-    probe = report(80, 10, 5, 5)["compressed"][0]["probes"]["atlas"]
+def test_figures_follow_from_the_counts() -> None:
+    probe = make_report(80, 10, 5, 5)["compressed"][0]["probes"]["atlas"]
     assert [probe[key] for key in ("n", "both", "lost", "gained", "neither")] == [100, 80, 10, 5, 5]
     assert (probe["accuracy_original"], probe["accuracy_compressed"]) == (0.9, 0.85)
     assert probe["kept"] == pytest.approx(80 / 90)
@@ -48,37 +48,36 @@ def test_figures_are_those_of_the_counts() -> None:
 
 
 @pytest.mark.parametrize("cells", [(0, 0, 0, 0), (0, 0, 0, 5), (5, 0, 0, 0), (0, 5, 0, 0), (80, 10, 5, 5)])
-def test_is_strict_json_that_reads_back_whatever_was_known(cells: tuple[int, ...]) -> None:
-    found = report(*cells)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+def test_json_is_strict_for_any_counts(cells: tuple[int, ...]) -> None:
+    report = make_report(*cells)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
-def test_is_strict_json_for_a_model_that_broke() -> None:
-    before, after = sides(30, 5)
+def test_json_is_strict_for_a_model_with_nan() -> None:
+    before, after = make_rows(30, 5)
     broken = {"logp_gold": math.nan, "top5_logp": (math.nan,) * 5, "first_logp": (math.nan,) * 2}
-    original, compressed = run((before, [replace(row, **broken) for row in after]))
-    found = make_card(original, [compressed]).to_dict()
-    json.dumps(found, allow_nan=False)
-    assert found["compressed"][0]["probes"]["atlas"]["kl_mean"] is None
+    original, compressed = make_runs((before, [replace(row, **broken) for row in after]))
+    report = make_card(original, [compressed]).to_dict()
+    json.dumps(report, allow_nan=False)
+    assert report["compressed"][0]["probes"]["atlas"]["kl_mean"] is None
 
 
-def test_the_same_answers_give_the_same_bytes() -> None:
-    original, compressed = run(sides(50, 10, 5, 20))
-    turned = [answers(reversed(side.answers), side.record.model) for side in (original, compressed)]
-    texts = [
-        json.dumps(make_card(one, [other]).to_dict()) for one, other in ((original, compressed), (turned[0], turned[1]))
-    ]
+def test_order_of_answers_does_not_change_the_json() -> None:
+    original, compressed = make_runs(make_rows(50, 10, 5, 20))
+    reordered = [make_answers(reversed(side.answers), side.record.model) for side in (original, compressed)]
+    pairs = ((original, compressed), reordered)
+    texts = [json.dumps(make_card(before, [after]).to_dict()) for before, after in pairs]
     assert texts[0] == texts[1]
 
 
-def test_changed_facts_are_all_there() -> None:
-    (compressed,) = report(5, 3, 2)["compressed"]
+def test_json_lists_all_changed_facts() -> None:
+    (compressed,) = make_report(5, 3, 2)["compressed"]
     assert len(compressed["lost_facts"]) == 3
     assert len(compressed["gained_facts"]) == 2
     assert compressed["lost_facts"][0]["gold"] == "Paris"
 
 
-def test_without_facts_no_text_of_a_fact_is_in_it() -> None:
+def test_hidden_facts_leave_no_text_in_the_json() -> None:
     secret = {
         "sub_label": "SECRET subject",
         "prompt": "SECRET prompt [MASK].",
@@ -87,32 +86,37 @@ def test_without_facts_no_text_of_a_fact_is_in_it() -> None:
         "top5": ("SECRET answer",) * 5,
         "fact_id": "SECRET",
     }
-    rows = [[replace(row, **secret | {"fact_id": f"SECRET {row.fact_id}"}) for row in side] for side in sides(5, 3, 2)]
-    original, compressed = run(rows)
+    rows = [
+        [replace(row, **secret | {"fact_id": f"SECRET {row.fact_id}"}) for row in side] for side in make_rows(5, 3, 2)
+    ]
+    original, compressed = make_runs(rows)
     text = json.dumps(make_card(original, [compressed], show_facts=False).to_dict())
     assert "SECRET" not in text
     assert '"by_relation": {"relation":' in text
     assert "SECRET" in json.dumps(make_card(original, [compressed]).to_dict())
 
 
-def test_what_was_done_to_the_model_is_said() -> None:
-    rows = sides(5)
-    made = model(sha256="b" * 64, setup="Att_GQ", source={"name": "tiny-bert", "revision": None}, zeros=7)
-    found = make_card(answers(rows[0]), [answers(rows[1], made)], command="compressknow report a b").to_dict()
-    assert found["compressed"][0]["source"] == {"name": "tiny-bert", "revision": None}
-    assert found["compressed"][0]["model"]["zeros"] == 7
-    assert found["command"] == "compressknow report a b"
+def test_json_has_the_source_and_the_command() -> None:
+    rows = make_rows(5)
+    converted = make_model(sha256="b" * 64, setup="Att_GQ", source={"name": "tiny-bert", "revision": None}, zeros=7)
+    answers = make_answers(rows[0]), [make_answers(rows[1], converted)]
+    report = make_card(*answers, command="compressknow report a b").to_dict()
+    assert report["compressed"][0]["source"] == {"name": "tiny-bert", "revision": None}
+    assert report["compressed"][0]["model"]["zeros"] == 7
+    assert report["command"] == "compressknow report a b"
 
 
-def test_left_out_facts_are_counted_by_reason() -> None:
-    rows = sides(5)
-    probes = {"atlas": entry(facts=8, dropped={"several tokens": 2, "ambiguous": 1})}
-    found = make_card(answers(rows[0], probes=probes), [answers(rows[1], model(sha256="b" * 64), probes)]).to_dict()
-    assert found["compressed"][0]["probes"]["atlas"]["dropped"] == {"ambiguous": 1, "several tokens": 2}
+def test_dropped_facts_are_counted_by_reason() -> None:
+    rows = make_rows(5)
+    probes = {"atlas": make_entry(facts=8, dropped={"several tokens": 2, "ambiguous": 1})}
+    report = make_card(
+        make_answers(rows[0], probes=probes), [make_answers(rows[1], make_model(sha256="b" * 64), probes)]
+    ).to_dict()
+    assert report["compressed"][0]["probes"]["atlas"]["dropped"] == {"ambiguous": 1, "several tokens": 2}
 
 
-def test_a_card_gives_its_json_and_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = card_of_several()
+def test_data_frame_has_the_figures_of_the_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = make_card_of_several()
     assert [each["setup"] for each in card.to_dict()["compressed"]] == [each.model.setup for each in card.comparisons]
     frame = card.to_frame()
     assert list(zip(frame["model"], frame["probe"], frame["kept"], frame["lost"], strict=True)) == [

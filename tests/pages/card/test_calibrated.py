@@ -21,8 +21,8 @@ from tests.compress.calibrate.test_compression import BLOCKS
 from tests.compress.calibrate.test_compression import compress as compress_on_drawn_text
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.models import save_tiny
-from tests.pages.card.cards import compressed, original
-from tests.pages.in_browser import overflow, unfold, violations
+from tests.pages.card.cards import make_compressed, make_original
+from tests.pages.in_browser import find_violations, measure_overflow, unfold
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -58,7 +58,7 @@ def card(place: Path) -> Card:
     return report(place, output=[place / f"card.{suffix}" for suffix in ("html", "md", "json")])
 
 
-def test_the_card_counts_the_facts_that_stand_in_the_text(card: Card, place: Path) -> None:
+def test_card_counts_facts_that_appear_in_the_calibration_text(card: Card, place: Path) -> None:
     told = json.loads((place / "card.json").read_text("utf-8"))["compressed"][0]
     assert told["model"]["in_calibration"] == {"facts": 64, "found": 16, "known": 64, "known_found": 16}
     said = told["model"]["calibration"]
@@ -72,7 +72,7 @@ def test_the_card_counts_the_facts_that_stand_in_the_text(card: Card, place: Pat
         assert "16 of 64 facts appear in this text" in text
 
 
-def test_the_very_tokens_count_not_the_rest_of_the_file(place: Path) -> None:
+def test_only_the_calibration_tokens_count_and_not_the_rest_of_the_file(place: Path) -> None:
     beyond = " ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS)
     (place / "longer.txt").write_text((place / "text.txt").read_text("utf-8") + beyond, "utf-8")
     convert(place, "longer", place / "longer.txt")
@@ -82,7 +82,7 @@ def test_the_very_tokens_count_not_the_rest_of_the_file(place: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["self", "changed", "gone"])
-def test_nothing_is_counted_where_the_text_is_not_at_hand(place: Path, text: str) -> None:
+def test_no_facts_are_counted_if_the_text_is_not_available(place: Path, text: str) -> None:
     file = place / f"{text}.txt"
     file.write_text((place / "text.txt").read_text("utf-8"), "utf-8")
     convert(place, text, "self" if text == "self" else file)
@@ -99,14 +99,14 @@ def test_nothing_is_counted_where_the_text_is_not_at_hand(place: Path, text: str
     assert (f"{text}.txt" in said) == (text != "self")
 
 
-def test_an_uncalibrated_model_says_nothing_of_it(place: Path) -> None:
+def test_page_of_an_uncalibrated_model_does_not_mention_calibration(place: Path) -> None:
     compressknow.convert(place / "original", place / "plain", prune=0.3)
     card = report(place, "plain")
     assert card.comparisons[0].model.calibration is None
     assert "alibrated" not in render_html(card)
 
 
-def test_stored_answers_tell_the_text(place: Path, card: Card) -> None:
+def test_stored_answers_keep_the_calibration_record(place: Path, card: Card) -> None:
     probes = [f"facts:{place / 'facts.jsonl'}"]
     for name in ("original", "compressed"):
         compressknow.probe(place / name, place / f"of-{name}", probes)
@@ -114,7 +114,7 @@ def test_stored_answers_tell_the_text(place: Path, card: Card) -> None:
     assert (stored.calibration, stored.in_calibration) == (card.comparisons[0].model.calibration, None)
 
 
-def test_compare_tells_the_text_and_counts_too(place: Path) -> None:
+def test_compare_shows_the_calibration_text_and_counts_facts(place: Path) -> None:
     probes = [f"facts:{place / 'facts.jsonl'}"]
     outputs = [place / f"compare.{suffix}" for suffix in ("html", "md", "json")]
     compared = compressknow.compare(
@@ -132,21 +132,21 @@ SAID = {
 }
 
 
-def test_weights_that_the_text_did_not_reach_are_a_warning_where_they_are_many() -> None:
-    (told,) = warnings.warn_of_calibration(original(), replace(compressed(), calibration=SAID))
+def test_warning_if_the_text_does_not_reach_many_weights() -> None:
+    (told,) = warnings.warn_of_calibration(make_original(), replace(make_compressed(), calibration=SAID))
     assert "did not reach 60.0 % of the parameters" in told
-    few = replace(compressed(), calibration=SAID | {"unseen_share": 0.05})
-    assert list(warnings.warn_of_calibration(original(), few)) == []
+    few = replace(make_compressed(), calibration=SAID | {"unseen_share": 0.05})
+    assert list(warnings.warn_of_calibration(make_original(), few)) == []
 
 
 @pytest.mark.parametrize(("known_found", "warned"), [(1, 0), (2, 1)])
-def test_one_fact_in_a_hundred_is_no_warning(known_found: int, warned: int) -> None:
+def test_no_warning_for_one_fact_in_a_hundred(known_found: int, warned: int) -> None:
     found = FactsInText(200, 3, 100, known_found)
-    model = replace(compressed(), calibration=SAID | {"unseen_share": 0.0}, in_calibration=found)
-    assert len(list(warnings.warn_of_calibration(original(), model))) == warned
+    model = replace(make_compressed(), calibration=SAID | {"unseen_share": 0.0}, in_calibration=found)
+    assert len(list(warnings.warn_of_calibration(make_original(), model))) == warned
 
 
-def test_a_share_of_parameters_is_unseen_matrices_of_experts_apart() -> None:
+def test_unseen_share_counts_each_expert_matrix() -> None:
     rows = [{"name": "experts", "numel": 80, "shape": [4, 4, 5]}, {"name": "query", "numel": 20, "shape": [4, 5]}]
     done = {key: SAID[key] for key in ("kind", "source", "sha256", "tokens", "seed", "blocks_apart")}
     manifest = {
@@ -159,12 +159,12 @@ def test_a_share_of_parameters_is_unseen_matrices_of_experts_apart() -> None:
     assert (said["unseen"], said["unseen_share"], said["examples"]) == (2, 0.4, ["experts[3]", "query"])
 
 
-def test_experts_that_few_tokens_reach_are_a_warning(tmp_path: Path) -> None:
+def test_warning_if_few_tokens_reach_the_experts(tmp_path: Path) -> None:
     folder = save_tiny("mixtral", tmp_path / "mixtral")
     compress_on_drawn_text(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS), count=1)
     said = describe(locate(tmp_path / "out"))["calibration"]
     assert said["unseen_share"] == pytest.approx(share_of_unseen(tmp_path / "out"))
-    (told,) = warnings.warn_of_calibration(original(), replace(compressed(), calibration=said))
+    (told,) = warnings.warn_of_calibration(make_original(), replace(make_compressed(), calibration=said))
     assert "did not reach" in told
 
 
@@ -181,10 +181,12 @@ def share_of_unseen(folder: Path) -> float:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_the_page_of_a_calibrated_model_is_sound(page: Page, place: Path, card: Card, scheme: Any, width: int) -> None:
+def test_page_of_a_calibrated_model_is_accessible_and_fits_the_screen(
+    page: Page, place: Path, card: Card, scheme: Any, width: int
+) -> None:
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 900})
     page.goto((place / "card.html").as_uri())
     unfold(page, 9)
-    assert overflow(page) <= 0
-    assert violations(page) == []
+    assert measure_overflow(page) <= 0
+    assert find_violations(page) == []

@@ -18,14 +18,16 @@ from compressknow.comparison.records import Counts, EarlyStop, Estimate, PairedT
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_markdown
 from compressknow.pages.records import Card
-from tests.pages.answering import answer, run
+from tests.pages.answering import make_answer, make_runs
 
 
 def card_of(relations: int, early: EarlyStop | None = None) -> Card:
     """200 facts, of which the first 160 are known; every seventh is lost."""
     cells = [(n < 160, n < 160 and n % 7 > 0) for n in range(200)]
-    sides = [[answer(n, cell[side], relation=f"r{n % relations}") for n, cell in enumerate(cells)] for side in (0, 1)]
-    original, compressed = run(sides)
+    sides = [
+        [make_answer(n, cell[side], relation=f"r{n % relations}") for n, cell in enumerate(cells)] for side in (0, 1)
+    ]
+    original, compressed = make_runs(sides)
     return make_card(original, [compressed], early=early)
 
 
@@ -33,7 +35,7 @@ def values(card: Card) -> dict[str, Any]:
     return card.to_dict()["compressed"][0]
 
 
-def test_the_figures_of_the_json_are_those_of_the_statistics() -> None:
+def test_json_has_the_figures_of_the_statistics() -> None:
     told = values(card_of(10))
     probe = told["probes"]["atlas"]
     relations = [group.counts for group in card_of(10).comparisons[0].probes[0].by_relation]
@@ -49,7 +51,7 @@ def test_the_figures_of_the_json_are_those_of_the_statistics() -> None:
         assert where["mcnemar_p"] == run_mcnemar(total)
 
 
-def test_the_verdict_has_the_wider_interval_and_a_section_both() -> None:
+def test_verdict_has_the_interval_over_relations_and_the_page_has_both() -> None:
     card = card_of(10)
     text = render_markdown(card)
     kept = card.comparisons[0].kept
@@ -60,11 +62,11 @@ def test_the_verdict_has_the_wider_interval_and_a_section_both() -> None:
     assert "no clusters" not in text
 
 
-def test_the_verdict_names_the_relations_where_few_of_them_lost_everything() -> None:
+def test_verdict_names_the_choice_of_relations_if_a_few_lost_everything() -> None:
     """Of 12 relations of 10 facts two were lost whole: chance among facts does not explain that."""
     lost = [n % 12 < 2 for n in range(120)]
-    rows = [[answer(n, not (side and lost[n]), relation=f"r{n % 12}") for n in range(120)] for side in (0, 1)]
-    original, compressed = run(rows)
+    rows = [[make_answer(n, not (side and lost[n]), relation=f"r{n % 12}") for n in range(120)] for side in (0, 1)]
+    original, compressed = make_runs(rows)
     card = make_card(original, [compressed])
     assert run_mcnemar(card.comparisons[0].counts) < 0.001
     assert "forgot 20 and gained none, a net loss that the choice of relations could explain (p = 0.5)." in card.verdict
@@ -77,17 +79,17 @@ def test_the_verdict_names_the_relations_where_few_of_them_lost_everything() -> 
         (3, "The known facts belong to 3 relations: too few for an interval over these."),
     ],
 )
-def test_without_clusters_the_page_says_so(relations: int, said: str) -> None:
+def test_page_says_why_there_is_no_interval_over_relations(relations: int, said: str) -> None:
     card = card_of(relations)
     assert said in render_markdown(card)
     assert "over relations" not in card.verdict
     assert values(card)["kept_cluster_interval"] is None
 
 
-def test_a_warning_says_that_too_few_relations_have_known_facts() -> None:
+def test_warning_if_too_few_relations_have_known_facts() -> None:
     cells = [(n % 8 < 3, n % 8 in (1, 2)) for n in range(400)]
-    sides = [[answer(n, cell[side], relation=f"r{n % 8}") for n, cell in enumerate(cells)] for side in (0, 1)]
-    original, compressed = run(sides)
+    sides = [[make_answer(n, cell[side], relation=f"r{n % 8}") for n, cell in enumerate(cells)] for side in (0, 1)]
+    original, compressed = make_runs(sides)
     (comparison,) = make_card(original, [compressed]).comparisons
     assert comparison.certainty.test.unit == "relation"
     (said,) = comparison.warnings
@@ -98,7 +100,7 @@ def test_a_warning_says_that_too_few_relations_have_known_facts() -> None:
     assert not card_of(5).comparisons[0].warnings
 
 
-def test_a_gate_that_stopped_early_is_told_in_all_forms() -> None:
+def test_all_formats_show_a_gate_that_stopped_early() -> None:
     stop = EarlyStop(0.8, 0.05, facts=180, known=150, of=4021, kept=Estimate(0.86, 0.81, 0.9), met=True)
     card = card_of(10, stop)
     said = "It took 180 of 4,021 facts in random order to know that at least 80 % of the knowledge is kept"

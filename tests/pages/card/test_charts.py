@@ -17,12 +17,12 @@ from compressknow.pages.card.pages import chart_costs, chart_setups, render_html
 from compressknow.pages.card.sections.facts import chart_popularity
 from compressknow.pages.card.warnings import estimate_rounding_kept
 from compressknow.pages.records import Comparison, name_models
-from tests.pages.card.cards import POPULARITY, card_of_several, group
-from tests.pages.hostile import TEXTS
+from tests.pages.card.cards import POPULARITY, make_card_of_several, make_group
+from tests.pages.hostile import HOSTILE_TEXTS
 
 
 def bins(name: str = "{}") -> tuple[Group, ...]:
-    return tuple(group(name.replace("{}", bin), counts) for bin, counts in POPULARITY)
+    return tuple(make_group(name.replace("{}", bin), counts) for bin, counts in POPULARITY)
 
 
 def texts(chart: str) -> list[str]:
@@ -36,14 +36,14 @@ def popularity(groups: tuple[Group, ...], id: str, name: str) -> str:
 
 
 def drawn(name: str | None = None) -> tuple[str, ...]:
-    comparisons = card_of_several((20, 40)).comparisons
+    comparisons = make_card_of_several((20, 40)).comparisons
     if name is not None:
         comparisons = tuple(replace(c, model=replace(c.model, setup=name)) for c in comparisons)
     names = [clean(c.model.setup, 80) for c in comparisons]
     return chart_setups(comparisons, names, "overview")
 
 
-def test_chart_has_the_bins_and_their_figures() -> None:
+def test_popularity_chart_has_the_bins_and_their_figures() -> None:
     chart = popularity(bins(), "p1", "atlas")
     assert {"top 20 %", "bottom 20 %", "79.4 %", "97.9 %"} <= set(texts(chart))
     described = ElementTree.fromstring(chart).find("desc")
@@ -52,14 +52,14 @@ def test_chart_has_the_bins_and_their_figures() -> None:
     assert described.text.startswith("From left to right: top 20 % 97.9 %, 20 to 40 % 95.5 %")
 
 
-def test_fewer_than_two_bins_are_no_chart() -> None:
+def test_no_popularity_chart_for_fewer_than_two_bins() -> None:
     unknown = Group("x", Counts(neither=3), (), Estimate(None), None, None, None)
     assert chart_popularity((bins()[0], unknown), "atlas") is None
     assert chart_popularity((), "atlas") is None
 
 
-def test_amounts_by_scope_are_lines_and_the_rest_bars() -> None:
-    comparisons = card_of_several((20, 40)).comparisons
+def test_pruned_amounts_are_lines_and_other_setups_are_bars() -> None:
+    comparisons = make_card_of_several((20, 40)).comparisons
     lines, others = split_setups(comparisons)
     assert [line.scope for line in lines] == ["Att_GP", "Att_GPQ", "FF_GP", "FF_GPQ", "All_GP", "All_GPQ"]
     assert [[amount for amount, _ in line.points] for line in lines] == [[20, 40]] * 6
@@ -69,16 +69,16 @@ def test_amounts_by_scope_are_lines_and_the_rest_bars() -> None:
     assert {"Att_GQ", "97.8 %"} <= set(texts(bars))
 
 
-def test_every_comparison_is_in_one_chart_at_most() -> None:
-    comparisons = card_of_several((20, 40)).comparisons
+def test_each_comparison_is_drawn_once() -> None:
+    comparisons = make_card_of_several((20, 40)).comparisons
     twice = (*comparisons, *comparisons)
     lines, others = split_setups(twice)
     assert sum(len(line.points) for line in lines) + len(others) == len(twice)
-    assert len(name_models(replace(card_of_several((20, 40)), comparisons=twice))) == len(twice)
+    assert len(name_models(replace(make_card_of_several((20, 40)), comparisons=twice))) == len(twice)
 
 
-def test_many_bars_are_left_to_the_table() -> None:
-    comparisons = card_of_several((20, 40)).comparisons[:1] * 20
+def test_too_many_bars_are_not_drawn() -> None:
+    comparisons = make_card_of_several((20, 40)).comparisons[:1] * 20
     comparisons = tuple(replace(c, model=replace(c.model, setup=None)) for c in comparisons)
     assert chart_setups(comparisons, ["x"] * 20, "overview") == ()
     assert len(chart_setups(comparisons[:5], ["x"] * 5, "overview")) == 1
@@ -86,15 +86,15 @@ def test_many_bars_are_left_to_the_table() -> None:
 
 def floors(*found: NoiseFloor | None) -> tuple[Comparison, ...]:
     """Several compressed models, of two probes that have these noise floors."""
-    comparisons = card_of_several((20, 40)).comparisons
+    comparisons = make_card_of_several((20, 40)).comparisons
     return tuple(
         replace(c, probes=tuple(replace(p, noise_floor=floor) for p, floor in zip(c.probes, found, strict=True)))
         for c in comparisons
     )
 
 
-def test_speeds_say_in_what_they_were_measured() -> None:
-    card = card_of_several()
+def test_chart_of_speeds_names_the_runtimes() -> None:
+    card = make_card_of_several()
     sized, timed = chart_costs(card, name_models(card))
     assert list(timed.looks) == ["in transformers, bfloat16", "in llama.cpp b1"]
     assert list(sized.looks) == ["in transformers", "in llama.cpp", "the original, in transformers"]
@@ -105,8 +105,8 @@ def test_speeds_say_in_what_they_were_measured() -> None:
     assert '<th scope="col">Timed in</th>' in render_html(card)
 
 
-def test_every_runtime_has_its_models_on_the_chart_however_many_there_are() -> None:
-    card = card_of_several()
+def test_chart_of_sizes_has_the_models_of_every_runtime() -> None:
+    card = make_card_of_several()
     ran = [{"name": f"runtime {i % 6}", "build": None} for i in range(len(card.comparisons))]
     pairs = zip(card.comparisons, ran, strict=True)
     card = replace(card, comparisons=tuple(replace(c, model=replace(c.model, runtime=each)) for c, each in pairs))
@@ -114,22 +114,22 @@ def test_every_runtime_has_its_models_on_the_chart_however_many_there_are() -> N
     assert {mark.kind for mark in sized.marks} == set(sized.looks)
 
 
-def test_what_rounding_alone_keeps_is_a_line_across_where_it_was_found_for_all() -> None:
+def test_rounding_line_needs_a_noise_floor_of_every_probe() -> None:
     few, many = (NoiseFloor(100, 9, 40, lost, 0, None, "float32") for lost in (1, 4))
     comparisons = floors(few, many)
     known = [probe.counts.known_before for probe in comparisons[0].probes]
     kept = sum(each * share for each, share in zip(known, (0.975, 0.9), strict=True)) / sum(known)
-    for chart in chart_setups(comparisons, name_models(card_of_several((20, 40))), "overview"):
+    for chart in chart_setups(comparisons, name_models(make_card_of_several((20, 40))), "overview"):
         assert "rounding alone" in texts(chart)
         assert f"rounding alone: {100 * kept:.1f} %." in "".join(ElementTree.fromstring(chart).itertext())
     nothing_known = replace(few, known=0, lost=0)
     for lacking in ((few, None), (None, many), (None, None), (few, nothing_known)):
         made = floors(*lacking)
         assert estimate_rounding_kept(made[0].probes).value is None
-        assert "rounding" not in "".join(chart_setups(made, name_models(card_of_several((20, 40))), "overview"))
+        assert "rounding" not in "".join(chart_setups(made, name_models(make_card_of_several((20, 40))), "overview"))
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
 def test_hostile_names_stay_text(text: str) -> None:
     shown = popularity(bins(text + "{}"), "p1", text)
     harmless = popularity(bins("harmless {}"), "p1", "atlas")
@@ -141,7 +141,7 @@ def test_hostile_names_stay_text(text: str) -> None:
         assert len(drawn(text)) == 1
 
 
-def test_dollar_signs_are_no_formula() -> None:
+def test_dollar_signs_are_not_read_as_a_formula() -> None:
     chart = popularity(bins("$x^2$ \\$ {}"), "p1", "atlas")
     assert clean("$x^2$ \\$ top 20 %", 16) in texts(chart)
 
@@ -184,8 +184,8 @@ def test_matplotlib_is_not_imported_until_a_chart_is_drawn() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-def test_what_rounding_alone_keeps_is_a_line_of_kept_against_costs() -> None:
-    card = card_of_several()
+def test_charts_of_costs_have_a_rounding_line() -> None:
+    card = make_card_of_several()
     names = name_models(card)
     assert [chart.rounding for chart in chart_costs(card, names)] == [
         estimate_rounding_kept(card.comparisons[0].probes).value

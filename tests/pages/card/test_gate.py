@@ -24,7 +24,7 @@ from compressknow.pages.card.gate import (
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.records import Card
-from tests.pages.answering import answers, entry, model, run, sides
+from tests.pages.answering import make_answers, make_entry, make_model, make_rows, make_runs
 from tests.pages.card.test_make import card_of
 
 
@@ -37,51 +37,51 @@ def held(card: Card, *given: Any, strict: bool = False) -> None:
 
 
 class TestGate:
-    def test_met_exactly(self) -> None:
+    def test_share_equal_to_the_gate_meets_it(self) -> None:
         held(card_of(95, 5), 0.95)
         held(card_of(949, 51), "94.9%")
 
-    def test_not_met_by_a_hair(self) -> None:
+    def test_share_just_below_the_gate_misses_it(self) -> None:
         with pytest.raises(GateNotMet, match=r"Less than 95 % .* Overall_GQ keeps 18,999 of 20,000 \(94\.99 %\)"):
             held(card_of(18_999, 1001), 0.95)
 
-    def test_every_model_is_held_to_it(self) -> None:
-        original, good = run(sides(95, 5))
-        bad = answers(sides(20, 80)[1], model(sha256="c" * 64, setup="Att_GP 60%"))
+    def test_every_model_must_meet_the_gate(self) -> None:
+        original, good = make_runs(make_rows(95, 5))
+        bad = make_answers(make_rows(20, 80)[1], make_model(sha256="c" * 64, setup="Att_GP 60%"))
         with pytest.raises(GateNotMet, match=r"is kept: Att_GP 60% keeps 20 of 100"):
             held(make_card(original, [good, bad]), 0.9)
 
-    def test_nothing_known_does_not_pass(self) -> None:
+    def test_original_that_knows_nothing_misses_the_gate(self) -> None:
         with pytest.raises(GateNotMet, match=r"knew none of 10 facts\.\nChoose facts") as caught:
             held(card_of(0, 0, 0, 10), 0)
         assert caught.value.exit_code == 3
         with pytest.raises(GateNotMet, match=r"knew none of 1 fact\.\nChoose facts"):
             held(card_of(0, 0, 0, 1), 0)
 
-    def test_a_strict_gate_is_met_or_missed_by_the_whole_interval(self) -> None:
+    def test_strict_gate_is_decided_by_the_whole_interval(self) -> None:
         held(card_of(950, 50), 0.9, strict=True)
         with pytest.raises(GateNotMet, match="Less than 99 %"):
             held(card_of(950, 50), 0.99, strict=True)
 
-    def test_a_strict_gate_is_met_where_the_interval_begins_at_it(self) -> None:
+    def test_strict_gate_is_met_if_the_interval_begins_at_it(self) -> None:
         card = card_of(950, 50)
         held(card, card.comparisons[0].kept.low, strict=True)
 
     @pytest.mark.parametrize("fail_under", [0.9, 0.95])
-    def test_a_strict_gate_within_the_interval_cannot_be_told_yet(self, fail_under: float) -> None:
+    def test_strict_gate_within_the_interval_is_undecided(self, fail_under: float) -> None:
         with pytest.raises(GateUndecided, match=r"is undecided whether 9.* keeps 92 of 100") as caught:
             held(card_of(92, 8), fail_under, strict=True)
         assert caught.value.exit_code == 4
         assert re.search("about [0-9,]+ that the original knows would decide it", str(caught.value))
 
-    def test_where_more_facts_would_not_tell_neither_page_nor_error_asks_for_them(self) -> None:
-        original, compressed = run(sides(95, 5))
+    def test_more_facts_are_not_suggested_if_they_would_not_decide(self) -> None:
+        original, compressed = make_runs(make_rows(95, 5))
         card = make_card(original, [compressed], gates=parse_gates(0.95, strict=True))
         assert "for more facts of these probes to decide soon" in card.comparisons[0].next
         with pytest.raises(GateUndecided, match="More of these facts would not soon decide it: choose other probes"):
             hold_to_gates(card, card)
 
-    def test_an_interval_that_begins_just_below_a_strict_gate_is_written_so(self) -> None:
+    def test_interval_just_below_a_strict_gate_is_not_rounded_to_it(self) -> None:
         # It begins at 95.056 %.
         card = card_of(964, 36)
         with pytest.raises(GateUndecided, match=r"\(95\.06 to 97\.4 %\)"):
@@ -90,28 +90,28 @@ class TestGate:
         assert "| 964 of 1,000, 96.4 % (95.06 to 97.4 %) | undecided |" in summary
         assert "(95.1 to 97.4 %) | met |" in render_job_summary(gated(card, 0.95, strict=True))
 
-    def test_a_strict_gate_within_the_interval_over_relations_cannot_be_told_either(self) -> None:
-        before, after = sides(950, 50)
+    def test_strict_gate_within_the_interval_over_relations_is_undecided(self) -> None:
+        before, after = make_rows(950, 50)
         # All lost facts are of two relations of twelve.
         relations = [f"relation-{number % 10 if number < 950 else 10 + number % 2}" for number in range(1000)]
         rows = [
             [replace(row, relation=relation) for row, relation in zip(side, relations, strict=True)]
             for side in (before, after)
         ]
-        original, compressed = run(rows)
+        original, compressed = make_runs(rows)
         card = make_card(original, [compressed])
         assert estimate_proportion(950, 1000).low > 0.93 > card.comparisons[0].kept.low
         held(card, 0.93)
         with pytest.raises(GateUndecided, match="keeps 950 of 1,000"):
             held(card, 0.93, strict=True)
 
-    def test_one_that_misses_a_strict_gate_counts_more_than_one_that_is_unsure(self) -> None:
-        original, unsure = run(sides(95, 5))
-        bad = answers(sides(20, 80)[1], model(sha256="c" * 64, setup="Att_GP 60%"))
+    def test_missed_strict_gate_takes_precedence_over_an_undecided_one(self) -> None:
+        original, unsure = make_runs(make_rows(95, 5))
+        bad = make_answers(make_rows(20, 80)[1], make_model(sha256="c" * 64, setup="Att_GP 60%"))
         with pytest.raises(GateNotMet):
             held(make_card(original, [unsure, bad]), 0.93, strict=True)
 
-    def test_a_strict_gate_needs_a_gate(self) -> None:
+    def test_strict_needs_a_gate_below_100_percent(self) -> None:
         with pytest.raises(UsageError, match="--strict needs a gate"):
             check_gates((), strict=True)
         # No interval lies at 100 % as a whole, even of a model that is the same.
@@ -119,13 +119,13 @@ class TestGate:
             check_gates(parse_gates(["0.9", "science=100%"]), strict=True)
         check_gates(parse_gates(1))
 
-    def test_percent_given_for_a_share(self) -> None:
+    def test_percent_instead_of_a_share_is_refused(self) -> None:
         with pytest.raises(UsageError, match="between 0 and 1: 95"):
             held(card_of(5), 95)
 
-    def test_a_gate_of_a_domain(self) -> None:
-        rows = [[*one, *other] for one, other in zip(sides(95, 5, subject="arts"), of_science(6, 4), strict=True)]
-        original, compressed = run(rows)
+    def test_gate_on_a_domain(self) -> None:
+        rows = [[*one, *other] for one, other in zip(make_rows(95, 5, subject="arts"), of_science(6, 4), strict=True)]
+        original, compressed = make_runs(rows)
         card = make_card(original, [compressed])
         held(card, 0.9, "arts=95%")
         with pytest.raises(GateNotMet, match=r"Less than 85 % of science is kept: Overall_GQ keeps 6 of 10 of science"):
@@ -143,28 +143,28 @@ class TestGate:
         check_names(original.answers, [None, "science", original.answers[0].relation])
 
     @pytest.mark.parametrize("given", ["science=", "95", "many", "science=often", -0.1])
-    def test_what_is_no_gate(self, given: Any) -> None:
+    def test_malformed_gate_is_refused(self, given: Any) -> None:
         with pytest.raises(UsageError, match="must be between 0 and 1"):
             parse_gates(given)
 
-    def test_the_same_gate_twice(self) -> None:
+    def test_duplicate_gate_is_refused(self) -> None:
         with pytest.raises(UsageError, match="given twice for science"):
             parse_gates(["science=0.9", "science=0.8"])
 
     @pytest.mark.parametrize("given", [["science=0.9"], [0.9, "science=0.9"]])
-    def test_one_gate_of_all_facts_is_decided_early(self, given: list[Any]) -> None:
+    def test_early_needs_a_single_gate_on_all_facts(self, given: list[Any]) -> None:
         with pytest.raises(UsageError, match="--early decides a single gate, on all facts"):
             check_gates(parse_gates(given), early=True)
 
 
 def of_science(both: int, lost: int) -> tuple[list[Any], ...]:
-    rows = sides(both, lost, subject="science", relation="boils")
+    rows = make_rows(both, lost, subject="science", relation="boils")
     return tuple([replace(row, fact_id=f"science-{row.fact_id}") for row in side] for side in rows)
 
 
-class TestOnPages:
-    def test_a_page_says_whether_each_gate_is_met(self) -> None:
-        original, compressed = run([[*a, *b] for a, b in zip(sides(95, 5), of_science(6, 4), strict=True)])
+class TestPages:
+    def test_page_shows_whether_each_gate_is_met(self) -> None:
+        original, compressed = make_runs([[*a, *b] for a, b in zip(make_rows(95, 5), of_science(6, 4), strict=True)])
         card = make_card(original, [compressed], gates=parse_gates([0.8, "science=0.85"]))
         text = render_markdown(card)
         assert "| at least 80 % | 101 of 110, 91.8 % (85.2 to 95.6 %) | met |" in text
@@ -178,14 +178,14 @@ class TestOnPages:
             {"of": "science", "least": 0.85, "strict": False, "met": [False]},
         ]
 
-    def test_of_several_models_each_has_a_column(self) -> None:
+    def test_gate_is_a_column_of_the_table_of_models(self) -> None:
         text = render_markdown(several(195, 170, sizes=(2, 1), gates=parse_gates(0.9)))
         header, _, _, *rows = (line.split(" | ") for line in text.splitlines() if line.startswith("| "))
         place = header.index("Keeps at least 90 %")
         assert [row[place] for row in rows[:2]] == ["met", "not met"]
 
-    def test_who_misses_a_gate_of_a_domain_is_not_told_to_deploy(self) -> None:
-        original, compressed = run([[*a, *b] for a, b in zip(sides(995, 5), of_science(6, 4), strict=True)])
+    def test_advice_follows_gates_on_domains(self) -> None:
+        original, compressed = make_runs([[*a, *b] for a, b in zip(make_rows(995, 5), of_science(6, 4), strict=True)])
         assert "deploy" in make_card(original, [compressed]).comparisons[0].next
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.85"])).comparisons
         assert comparison.next == "Next: compress less, or in another way: less than 85 % of science is kept."
@@ -199,9 +199,9 @@ class TestOnPages:
         assert "deploy" in comparison.next
 
 
-class TestForMachines:
-    def test_junit_has_a_case_a_gate(self) -> None:
-        original, compressed = run([[*a, *b] for a, b in zip(sides(95, 5), of_science(6, 4), strict=True)])
+class TestMachineReadableOutput:
+    def test_junit_has_a_test_case_per_gate(self) -> None:
+        original, compressed = make_runs([[*a, *b] for a, b in zip(make_rows(95, 5), of_science(6, 4), strict=True)])
         card = gated(make_card(original, [compressed]), 0.8, "science=0.65", strict=True)
         suites = ElementTree.fromstring(render_junit(card).encode())
         (suite,) = suites
@@ -213,8 +213,8 @@ class TestForMachines:
         assert failure.get("type") == "GateUndecided"
         assert str(failure.get("message")).startswith("6 of 10, 60.0 %")
 
-    def test_a_summary_of_a_job_is_short_and_escapes_what_it_quotes(self) -> None:
-        original, compressed = run(sides(60, 40, prompt="<b>[x](http://y)|"))
+    def test_job_summary_is_short_and_escapes_quoted_text(self) -> None:
+        original, compressed = make_runs(make_rows(60, 40, prompt="<b>[x](http://y)|"))
         card = replace(make_card(original, [compressed]), versions={"compressknow": "<b>[x](http://y)|"})
         summary = render_job_summary(gated(card, 0.9))
         assert len(summary.splitlines()) <= 22
@@ -232,7 +232,7 @@ class TestForMachines:
         hidden = render_job_summary(make_card(original, [compressed], show_facts=False))
         assert "Forgotten" not in hidden
 
-    def test_a_summary_of_many_models_fits_into_a_comment_and_leaves_out_what_is_met(self) -> None:
+    def test_job_summary_of_many_models_fits_into_a_comment(self) -> None:
         card = several(*range(200, 50, -1), sizes=(1,) * 150, gates=parse_gates(0.5))
         summary = render_job_summary(card)
         rows = [line for line in summary.splitlines() if line.endswith("met |")]
@@ -246,13 +246,13 @@ class TestForMachines:
 def several(*kept: int, sizes: tuple[int | None, ...], facts: int = 200, **asked: Any) -> Card:
     """A card of models that keep so many of the facts, of so many bytes."""
     compressed = [
-        answers(
-            sides(number, facts - number)[1],
-            model(name=f"m{number}", sha256=f"{place:064d}", setup=f"keeps {number}", bytes=size),
+        make_answers(
+            make_rows(number, facts - number)[1],
+            make_model(name=f"m{number}", sha256=f"{place:064d}", setup=f"keeps {number}", bytes=size),
         )
         for place, (number, size) in enumerate(zip(kept, sizes, strict=True))
     ]
-    return make_card(answers(sides(facts)[0]), compressed, **asked)
+    return make_card(make_answers(make_rows(facts)[0]), compressed, **asked)
 
 
 def beside_rounding(*, known: int, lost: int) -> tuple[Answers, list[Answers]]:
@@ -260,14 +260,16 @@ def beside_rounding(*, known: int, lost: int) -> tuple[Answers, list[Answers]]:
     floor = {"n": known, "changed": lost, "known": known, "lost": lost, "gained": 0}
     floor |= {"kl_mean": None, "computed_in": "bf16"}
     models = [
-        answers(sides(kept, 200 - kept)[1], model(sha256=f"{kept:064d}", setup=f"keeps {kept}", bytes=1000 * kept))
+        make_answers(
+            make_rows(kept, 200 - kept)[1], make_model(sha256=f"{kept:064d}", setup=f"keeps {kept}", bytes=1000 * kept)
+        )
         for kept in (199, 197, 150)
     ]
-    return answers(sides(200)[0], probes={"atlas": entry(noise_floor=floor)}), models
+    return make_answers(make_rows(200)[0], probes={"atlas": make_entry(noise_floor=floor)}), models
 
 
 class TestDecision:
-    def test_the_smallest_that_meets_the_gate(self) -> None:
+    def test_smallest_model_that_meets_the_gate_is_recommended(self) -> None:
         card = several(199, 195, 180, sizes=(300_000, 200_000, 100_000), gates=parse_gates(0.95))
         assert card.decision is not None
         assert card.decision.place == 1
@@ -279,7 +281,7 @@ class TestDecision:
         assert (told["model"], told["place"]) == ("2. keeps 195", 1)
         assert [each["beaten_by"] for each in told["standings"]] == [None, None, None]
 
-    def test_a_strict_gate_asks_for_the_interval(self) -> None:
+    def test_strict_gate_must_be_met_by_the_interval(self) -> None:
         card = several(199, 195, sizes=(300_000, 200_000), gates=parse_gates(0.95, strict=True))
         assert card.decision is not None
         only = "Take keeps 199 (300.0 kB): it is the only model that surely keeps at least 95 %"
@@ -288,13 +290,13 @@ class TestDecision:
         assert none is not None
         assert none.reason.startswith("No model surely keeps at least 95 %: none is recommended. keeps 195 keeps")
 
-    def test_nothing_that_misses_the_gate_is_recommended(self) -> None:
+    def test_no_model_is_recommended_if_all_miss_the_gate(self) -> None:
         card = several(150, 140, sizes=(300_000, 200_000), gates=parse_gates(0.95))
         assert card.decision is not None
         assert card.decision.place is None
         assert card.decision.reason.startswith("No model keeps at least 95 %: none is recommended. keeps 150 keeps")
 
-    def test_within_so_many_bytes(self) -> None:
+    def test_recommended_model_fits_the_size_limit(self) -> None:
         card = several(199, 192, sizes=(300_000, 200_000), within=250_000)
         assert card.decision is not None
         assert (card.decision.place, "of at most 250.0 kB" in card.decision.reason) == (1, True)
@@ -302,12 +304,12 @@ class TestDecision:
         assert none is not None
         assert none.reason.startswith("No model has at most 1.0 kB: none is recommended. The smallest, keeps 192, has")
 
-    def test_one_model_larger_than_it_may_be_is_warned_of(self) -> None:
+    def test_warning_if_the_only_model_exceeds_the_size_limit(self) -> None:
         assert several(199, sizes=(300_000,), within=300_000).warnings == ()
         (warning,) = several(199, sizes=(300_000,), within=250_000).warnings
         assert warning == "m199 has 300.0 kB, more than the 250.0 kB that it may have."
 
-    def test_without_a_gate_rounding_alone_says_what_is_enough(self) -> None:
+    def test_without_a_gate_rounding_is_the_threshold(self) -> None:
         before, models = beside_rounding(known=200, lost=2)
         decision = make_card(before, models).decision
         assert decision is not None
@@ -317,13 +319,13 @@ class TestDecision:
         assert worse is not None
         assert f"none keeps as much as {floor}; it is the" in worse.reason
 
-    def test_a_sample_of_which_rounding_lost_nothing_is_no_limit_that_a_single_lost_fact_misses(self) -> None:
+    def test_one_lost_fact_is_accepted_if_rounding_lost_none(self) -> None:
         decision = make_card(*beside_rounding(known=60, lost=0)).decision
         assert decision is not None
         assert decision.place == 1
         assert "do not distinguish from rounding alone, which keeps 100 % (94.0 to 100 %)" in decision.reason
 
-    def test_what_a_smaller_model_beats_and_how_surely(self) -> None:
+    def test_standings_say_which_model_beats_which_and_how_surely(self) -> None:
         decision = several(150, 199, 198, sizes=(300_000, 200_000, 250_000)).decision
         assert decision is not None
         sure, best, near = decision.standings
@@ -331,20 +333,20 @@ class TestDecision:
         assert (best.beaten_by, best.alike) == (None, (2,))
         assert (near.beaten_by, near.is_surely_beaten) == (1, False)
 
-    def test_a_model_that_computes_no_numbers_is_not_recommended(self) -> None:
-        known = answers(sides(200)[0])
-        nan = [replace(each, logp_gold=math.nan) for each in sides(200)[1]]
-        broken = answers(nan, model(sha256="1" * 64, setup="broken", bytes=1000))
-        sound = answers(sides(199, 1)[1], model(sha256="2" * 64, setup="sound", bytes=2000))
+    def test_model_with_nan_is_not_recommended(self) -> None:
+        known = make_answers(make_rows(200)[0])
+        nan = [replace(each, logp_gold=math.nan) for each in make_rows(200)[1]]
+        broken = make_answers(nan, make_model(sha256="1" * 64, setup="broken", bytes=1000))
+        sound = make_answers(make_rows(199, 1)[1], make_model(sha256="2" * 64, setup="sound", bytes=2000))
         decision = make_card(known, [broken, sound]).decision
         assert decision is not None
         assert decision.place == 1
 
-    def test_a_model_that_computes_no_numbers_is_not_the_smallest_either(self) -> None:
-        nan = [replace(each, logp_gold=math.nan) for each in sides(200)[1]]
-        broken = answers(nan, model(sha256="1" * 64, setup="broken", bytes=1000))
-        sound = answers(sides(199, 1)[1], model(sha256="2" * 64, setup="sound", bytes=5000))
-        decision = make_card(answers(sides(200)[0]), [broken, sound], within=2000).decision
+    def test_model_with_nan_is_not_named_as_the_smallest(self) -> None:
+        nan = [replace(each, logp_gold=math.nan) for each in make_rows(200)[1]]
+        broken = make_answers(nan, make_model(sha256="1" * 64, setup="broken", bytes=1000))
+        sound = make_answers(make_rows(199, 1)[1], make_model(sha256="2" * 64, setup="sound", bytes=5000))
+        decision = make_card(make_answers(make_rows(200)[0]), [broken, sound], within=2000).decision
         assert decision is not None
         assert decision.reason == (
             "No model without NaN has at most 2.0 kB: none is recommended. The smallest, sound, has 5.0 kB."

@@ -14,16 +14,16 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.pages import isolate
 from compressknow.pages.records import Card, label_models, name_models
-from tests.pages.answering import run, sides
-from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
-from tests.pages.hostile import TEXTS, hostile, numbered
-from tests.pages.pages import Element, read
+from tests.pages.answering import make_rows, make_runs
+from tests.pages.card.cards import make_card_of_nothing, make_card_of_one, make_card_of_several
+from tests.pages.hostile import HOSTILE_TEXTS, number_texts, replace_texts
+from tests.pages.pages import Element, parse_html
 
 GOLDEN = Path(__file__).parent / "golden" / "report.html"
 CARDS: dict[str, Callable[[], Card]] = {
-    "one": card_of_one,
-    "several": lambda: card_of_several((20, 40)),
-    "nothing": card_of_nothing,
+    "one": make_card_of_one,
+    "several": lambda: make_card_of_several((20, 40)),
+    "nothing": make_card_of_nothing,
 }
 
 
@@ -34,7 +34,7 @@ def html(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def page(html: str) -> Element:
-    return read(html)
+    return parse_html(html)
 
 
 def without_charts(html: str) -> str:
@@ -46,9 +46,9 @@ def with_class(page: Element, tag: str, name: str) -> list[Element]:
     return [element for element in page.all(tag) if name in element.attributes.get("class", "").split()]
 
 
-def test_page_is_as_in_the_golden_file() -> None:
+def test_page_equals_the_golden_file() -> None:
     golden = GOLDEN.read_text(encoding="utf-8")
-    assert without_charts(render_html(card_of_one())) == without_charts(golden), (
+    assert without_charts(render_html(make_card_of_one())) == without_charts(golden), (
         "run tools/golden.py where the change is meant"
     )
 
@@ -59,7 +59,7 @@ def test_same_card_gives_the_same_bytes(name: str) -> None:
 
 
 def test_first_screen_says_what_was_kept() -> None:
-    page = read(render_html(card_of_one()))
+    page = parse_html(render_html(make_card_of_one()))
     assert page.one("h1").text == "89.4 % of its knowledge kept"
     grades = with_class(page, "table", "grades")[0]
     rows = [[cell.text for cell in row.children if isinstance(cell, Element)] for row in grades.all("tr")]
@@ -68,9 +68,9 @@ def test_first_screen_says_what_was_kept() -> None:
     assert rows[-1] == ["All domains", "947 of 1,895", "89.4 % (87.3 to 91.2 %)", ""]
 
 
-def test_the_bar_of_all_subjects_has_a_mark_for_what_rounding_alone_keeps() -> None:
-    made = card_of_one()
-    page = read(render_html(made))
+def test_bar_of_all_domains_marks_what_rounding_keeps() -> None:
+    made = make_card_of_one()
+    page = parse_html(render_html(made))
     (mark,) = with_class(page, "path", "rounding")
     assert mark in with_class(page, "table", "grades")[0].one("tfoot").all("path")
     assert mark.attributes["d"] == "M98.6 -4V12"
@@ -82,30 +82,30 @@ def test_the_bar_of_all_subjects_has_a_mark_for_what_rounding_alone_keeps() -> N
     assert "what rounding alone keeps" not in without
 
 
-def test_card_made_from_answers_is_a_page() -> None:
-    original, compressed = run(sides(140, 15, 2, 60))
-    page = read(render_html(make_card(original, [compressed], command="compressknow report a b")))
+def test_card_made_from_answers_is_rendered() -> None:
+    original, compressed = make_runs(make_rows(140, 15, 2, 60))
+    page = parse_html(render_html(make_card(original, [compressed], command="compressknow report a b")))
     assert page.one("h1").text == "90.3 % of its knowledge kept"
     assert [len(table.all("tr")) - 1 for table in with_class(page, "table", "facts")] == [15, 2]
 
 
-def test_the_command_is_whole_however_long_it_is() -> None:
+def test_long_command_is_shown_in_full() -> None:
     models = " ".join(f"models/smollm2-attention-and-feed-forward-{number}" for number in range(60))
     command = f"compressknow report original {models} -p 'facts:two  spaces.jsonl' --limit 300"
-    made = replace(card_of_one(), command=command)
-    assert command in [code.text for code in read(render_html(made)).all("code")]
+    made = replace(make_card_of_one(), command=command)
+    assert command in [code.text for code in parse_html(render_html(made)).all("code")]
     assert f"\n{command}\n" in render_markdown(made)
 
 
 def test_overview_has_the_accuracy_that_each_probe_reports() -> None:
-    page = read(render_html(card_of_several((20,))))
+    page = parse_html(render_html(make_card_of_several((20,))))
     original = page.all("table")[0].all("tbody")[0].all("td")
     # Over facts for atlas; the mean over relations for ConceptNet.
     assert [cell.text for cell in original][7:9] == ["65.5 %", "58.7 %"]
 
 
-def test_several_models_are_told_by_their_range_and_a_table_that_leads_to_each() -> None:
-    page = read(render_html(card_of_several()))
+def test_several_models_are_summarized_by_their_range_and_a_table() -> None:
+    page = parse_html(render_html(make_card_of_several()))
     assert re.fullmatch(r"27 compressed models keep [\d.]+ to [\d.]+ % of the knowledge", page.one("h1").text)
     overview = next(table for table in page.all("table") if table.one("caption").text.startswith("Every"))
     rows = [[cell.text for cell in row.children if isinstance(cell, Element)] for row in overview.all("tr")]
@@ -115,8 +115,8 @@ def test_several_models_are_told_by_their_range_and_a_table_that_leads_to_each()
     assert [len(row) for row in rows] == [len(rows[0])] * len(rows)
 
 
-def test_models_of_one_name_are_numbered_once_and_named_once() -> None:
-    card = card_of_several((20, 40))
+def test_models_of_the_same_name_are_numbered_once() -> None:
+    card = make_card_of_several((20, 40))
     unset = tuple(replace(c, model=replace(c.model, name="model.gguf", setup=None)) for c in card.comparisons[:2])
     assert name_models(replace(card, comparisons=unset)) == ("1. model.gguf", "2. model.gguf")
     assert label_models(unset) == ["1. model.gguf", "2. model.gguf"]
@@ -136,24 +136,24 @@ def test_charts_have_a_name_and_a_description(page: Element) -> None:
     assert all(svg.attributes.get("aria-hidden") == "true" for svg in others)
 
 
-def test_page_is_whole_without_javascript(page: Element) -> None:
+def test_page_hides_nothing_without_javascript(page: Element) -> None:
     assert not page.all("noscript")
     assert not page.all("button")
     assert not [element for element in page.all() if "hidden" in element.attributes]
     assert with_class(page, "table", "grades")
 
 
-def test_facts_beyond_the_first_are_folded_and_beyond_the_limit_counted() -> None:
-    page = read(render_html(card_of_one(lost=612, gained=3)))
+def test_changed_facts_are_folded_after_20_and_counted_after_500() -> None:
+    page = parse_html(render_html(make_card_of_one(lost=612, gained=3)))
     lost = with_class(page, "table", "facts")
     assert [len(table.all("tr")) - 1 for table in lost] == [20, 480, 3]
     assert "480 more" in [summary.text for summary in page.all("summary")]
     assert "112 more are in the JSON, which" in page.text
-    assert "1 more is in the JSON, which" in read(render_html(card_of_one(lost=501, gained=0))).text
+    assert "1 more is in the JSON, which" in parse_html(render_html(make_card_of_one(lost=501, gained=0))).text
 
 
 def test_facts_are_left_out_on_request() -> None:
-    card = card_of_one()
+    card = make_card_of_one()
     html = render_html(replace(card, show_facts=False))
     assert html.count("The text of the facts was left out on request.") == 2
     for fact in (*card.comparisons[0].lost, *card.comparisons[0].gained):
@@ -162,24 +162,24 @@ def test_facts_are_left_out_on_request() -> None:
         assert text not in html
 
 
-def test_missing_figures_are_dashes_with_a_reason() -> None:
-    page = read(render_html(card_of_nothing()))
+def test_missing_figures_have_a_reason() -> None:
+    page = parse_html(render_html(make_card_of_nothing()))
     assert page.one("h1").text == "There was no knowledge to keep"
     assert "Knowledge kept: the original knew none of the facts." in page.text
     assert "None" not in re.sub(r"None\.", "", page.one("main").text)
     assert "nan" not in page.one("main").text
 
 
-def test_what_three_candidates_of_few_facts_cannot_tell_has_its_own_reason() -> None:
-    before, after = run(sides(1, 1, choices=3))
-    text = read(render_html(make_card(before, [after]))).text
+def test_figures_that_three_candidates_cannot_give_have_a_reason() -> None:
+    before, after = make_runs(make_rows(1, 1, choices=3))
+    text = parse_html(render_html(make_card(before, [after]))).text
     assert "Right answer among the top 5: there are at most five answers to choose from, or" in text
     assert "Calibration error (ECE): it needs the probability of each answer among all candidates, for 20 facts" in text
 
 
-def test_sizes_are_below_their_limits() -> None:
-    assert len(render_html(card_of_one(lost=100)).encode()) < 300_000
-    forty = card_of_several(amounts=(10, 20, 30, 40, 50, 60))
+def test_pages_are_smaller_than_their_limits() -> None:
+    assert len(render_html(make_card_of_one(lost=100)).encode()) < 300_000
+    forty = make_card_of_several(amounts=(10, 20, 30, 40, 50, 60))
     assert len(forty.comparisons) == 39
     assert len(render_html(forty).encode()) < 1_000_000
     twenty = [replace(each, probes=each.probes[:1]) for each in forty.comparisons[:20]]
@@ -187,30 +187,30 @@ def test_sizes_are_below_their_limits() -> None:
 
 
 def of_three() -> Card:
-    several = card_of_several((20, 40))
+    several = make_card_of_several((20, 40))
     return replace(several, comparisons=several.comparisons[:3])
 
 
-@pytest.mark.parametrize("make", [card_of_one, of_three], ids=["one", "several"])
+@pytest.mark.parametrize("make", [make_card_of_one, of_three], ids=["one", "several"])
 def test_hostile_text_stays_text(make: Callable[[], Card]) -> None:
-    harmless = read(render_html(numbered(make(), "harmless"))).shape
-    for text in TEXTS:
-        html = render_html(numbered(make(), text))
-        page = read(html)
+    harmless = parse_html(render_html(number_texts(make(), "harmless"))).shape
+    for text in HOSTILE_TEXTS:
+        html = render_html(number_texts(make(), text))
+        page = parse_html(html)
         assert page.shape == harmless, text
         assert clean(text, 60)[:30] in page.one("main").text
         assert clean(text, 60)[:30] in page.one("head").one("title").text
         html.encode("utf-8")
 
 
-def test_nothing_unseen_reaches_the_page() -> None:
-    html = render_html(hostile(card_of_one(), TEXTS[6]))
+def test_invisible_characters_are_shown_as_code_points() -> None:
+    html = render_html(replace_texts(make_card_of_one(), HOSTILE_TEXTS[6]))
     assert [c for c in html if not c.isprintable() and c not in "\n\N{NO-BREAK SPACE}"] == []
     assert "⟨U+202E⟩gnikcattA⟨U+2066⟩" in html
 
 
-def test_right_to_left_names_do_not_turn_their_sentence_round() -> None:
-    card = replace(card_of_one(), verdict="שלום עולם 20% still knows 5 of the 9 facts.")
-    verdict = with_class(read(render_html(card)), "p", "verdict")[0]
+def test_right_to_left_names_do_not_reorder_their_sentence() -> None:
+    card = replace(make_card_of_one(), verdict="שלום עולם 20% still knows 5 of the 9 facts.")
+    verdict = with_class(parse_html(render_html(card)), "p", "verdict")[0]
     assert verdict.one("bdi").text == "שלום עולם"
     assert str(isolate("a & b")) == "a &amp; b"

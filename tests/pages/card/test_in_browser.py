@@ -11,19 +11,19 @@ from playwright.sync_api import expect
 
 from compressknow.base.format import number
 from compressknow.pages.card.pages import render_html
-from tests.pages.card.cards import card_of_nothing, card_of_one, card_of_several
-from tests.pages.hostile import TEXTS, hostile
-from tests.pages.in_browser import check_accessible, check_fits, overflow, overlapping, scrolled, unfold
+from tests.pages.card.cards import make_card_of_nothing, make_card_of_one, make_card_of_several
+from tests.pages.hostile import HOSTILE_TEXTS, replace_texts
+from tests.pages.in_browser import check_accessible, check_fits, find_overlaps, find_scrolled, measure_overflow, unfold
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 PAGES = {
-    "one": lambda: card_of_one(),
-    "several": lambda: card_of_several((20,)),
-    "nothing": lambda: card_of_nothing(),
-    "hostile": lambda: hostile(card_of_one(lost=3, gained=1), TEXTS[6]),
-    "long": lambda: hostile(card_of_several((20,)), TEXTS[7]),
+    "one": lambda: make_card_of_one(),
+    "several": lambda: make_card_of_several((20,)),
+    "nothing": lambda: make_card_of_nothing(),
+    "hostile": lambda: replace_texts(make_card_of_one(lost=3, gained=1), HOSTILE_TEXTS[6]),
+    "long": lambda: replace_texts(make_card_of_several((20,)), HOSTILE_TEXTS[7]),
 }
 
 
@@ -44,7 +44,7 @@ def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path],
     check_fits(page, labelled=is_own, whole=is_own)
     page.set_viewport_size({"width": 794, "height": 1123})  # A4
     page.emulate_media(media="print")
-    assert overflow(page) <= 0
+    assert measure_overflow(page) <= 0
 
 
 _CUT_CAPTIONS = """
@@ -55,29 +55,29 @@ _CUT_CAPTIONS = """
 """
 
 
-def test_on_a_telephone_a_caption_is_whole_where_its_table_is_scrolled(page: Page, files: dict[str, Path]) -> None:
+def test_captions_of_scrolled_tables_are_whole_on_a_phone(page: Page, files: dict[str, Path]) -> None:
     page.set_viewport_size({"width": 360, "height": 900})
     page.goto(files["one"].as_uri())
     unfold(page, 100)
-    assert scrolled(page)
+    assert find_scrolled(page)
     assert page.evaluate(_CUT_CAPTIONS) == []
 
 
-def test_on_a_broad_screen_only_the_overview_of_many_columns_is_scrolled(page: Page, files: dict[str, Path]) -> None:
+def test_only_the_overview_is_scrolled_on_a_wide_screen(page: Page, files: dict[str, Path]) -> None:
     for name in ("one", "several"):
         page.goto(files[name].as_uri())
         unfold(page, 100)
-        assert set(scrolled(page)) <= {"Every compressed model at a glance"}
+        assert set(find_scrolled(page)) <= {"Every compressed model at a glance"}
 
 
 @pytest.mark.parametrize(
     ("name", "scheme"), [("one", "light"), ("one", "dark"), ("several", "light"), ("nothing", "dark")]
 )
-def test_axe_finds_nothing_to_mend(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
+def test_page_is_accessible(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
     check_accessible(page, files[name], scheme)
 
 
-def test_page_follows_the_scheme_of_the_reader_and_prints_on_white(page: Page, files: dict[str, Path]) -> None:
+def test_page_follows_the_color_scheme_and_prints_on_white(page: Page, files: dict[str, Path]) -> None:
     page.goto(files["one"].as_uri())
     grounds = {}
     for scheme in ("light", "dark"):
@@ -92,7 +92,7 @@ def test_page_follows_the_scheme_of_the_reader_and_prints_on_white(page: Page, f
     assert grounds["dark", "print"][0] == "rgba(0, 0, 0, 0)"
 
 
-def test_what_is_folded_is_printed(page: Page, files: dict[str, Path]) -> None:
+def test_folded_parts_are_printed(page: Page, files: dict[str, Path]) -> None:
     page.goto(files["one"].as_uri())
     page.emulate_media(media="print")
     hidden = page.evaluate(
@@ -101,7 +101,7 @@ def test_what_is_folded_is_printed(page: Page, files: dict[str, Path]) -> None:
     assert hidden == 0
 
 
-def test_table_sorts_by_a_click_and_says_so(page: Page, files: dict[str, Path]) -> None:
+def test_table_is_sorted_by_a_key_press_and_announces_it(page: Page, files: dict[str, Path]) -> None:
     page.goto(files["several"].as_uri())
     table = page.locator("table.sortable").first
     header = table.get_by_role("columnheader", name="Kept")
@@ -114,8 +114,8 @@ def test_table_sorts_by_a_click_and_says_so(page: Page, files: dict[str, Path]) 
         assert table.locator("tbody th").first.inner_text() == "original"
 
 
-def test_sizes_sort_by_their_bytes(page: Page, tmp_path: Path) -> None:
-    card = card_of_several((20,))
+def test_sizes_are_sorted_by_bytes(page: Page, tmp_path: Path) -> None:
+    card = make_card_of_several((20,))
     sizes = (2_000_000, 999_000, 1_500_000_000)
     comparisons = tuple(
         replace(each, model=replace(each.model, bytes=size))
@@ -130,15 +130,15 @@ def test_sizes_sort_by_their_bytes(page: Page, tmp_path: Path) -> None:
     assert [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in cells] == ["1.50 GB", "2.0 MB", "999.0 kB"]
 
 
-def test_powers_of_ten_sort_by_what_they_are(page: Page, files: dict[str, Path]) -> None:
+def test_powers_of_ten_are_sorted_by_value(page: Page, files: dict[str, Path]) -> None:
     page.goto(files["several"].as_uri())
     texts = [number(value, 2) for value in (457.57, 3.6e102, -3e-9, 9e9)]
     keys = page.evaluate("(texts) => texts.map((text) => sortKey({ textContent: text }))", texts)
     assert keys == [457.57, 3.6e102, -3e-9, 9e9]
 
 
-def test_percents_below_bars_of_long_names_stand_apart(page: Page, tmp_path: Path) -> None:
-    card = card_of_several((20,))
+def test_labels_of_bars_with_long_names_do_not_overlap(page: Page, tmp_path: Path) -> None:
+    card = make_card_of_several((20,))
     named = tuple(
         replace(each, model=replace(each.model, setup=f"Blocks_GQ int4 group_size {size}"))
         for each, size in zip(card.comparisons[:3], (32, 64, 128), strict=True)
@@ -147,10 +147,10 @@ def test_percents_below_bars_of_long_names_stand_apart(page: Page, tmp_path: Pat
     file.write_text(render_html(replace(card, comparisons=named, decision=None)), encoding="utf-8")
     page.goto(file.as_uri())
     assert page.locator("svg[id$=bars]").count() == 1
-    assert overlapping(page) == []
+    assert find_overlaps(page) == []
 
 
-def test_a_link_opens_what_it_leads_to(page: Page, files: dict[str, Path]) -> None:
+def test_link_opens_the_folded_section_it_leads_to(page: Page, files: dict[str, Path]) -> None:
     page.goto(files["several"].as_uri())
     assert not page.locator("details.model").nth(2).evaluate("(each) => each.open")
     page.locator("a[href='#m3-top']").click()
@@ -158,8 +158,8 @@ def test_a_link_opens_what_it_leads_to(page: Page, files: dict[str, Path]) -> No
     expect(page.locator("details.model").nth(2)).to_have_attribute("open", "")
 
 
-def test_figures_of_domains_of_one_long_word_are_in_sight(page: Page, tmp_path: Path) -> None:
-    card = card_of_one()
+def test_table_of_domains_with_long_names_is_not_scrolled(page: Page, tmp_path: Path) -> None:
+    card = make_card_of_one()
     names = ("high_school_european_history", "Wirtschaftswissenschaften", "x" * 80)
     named = tuple(replace(each, subject=name) for each, name in zip(card.comparisons[0].grades, names, strict=False))
     file = tmp_path / "named.html"
@@ -168,10 +168,10 @@ def test_figures_of_domains_of_one_long_word_are_in_sight(page: Page, tmp_path: 
     page.goto(file.as_uri())
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 900})
-        assert "Knowledge kept by domain" not in scrolled(page), width
+        assert "Knowledge kept by domain" not in find_scrolled(page), width
 
 
-def test_page_is_whole_without_javascript(browser: Browser, files: dict[str, Path]) -> None:
+def test_page_is_complete_without_javascript(browser: Browser, files: dict[str, Path]) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(files["one"].as_uri())

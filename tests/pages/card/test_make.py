@@ -16,11 +16,20 @@ from compressknow.comparison.records import Counts
 from compressknow.evaluate.records import Speed
 from compressknow.pages.card.make import make_card, read_model_facts
 from compressknow.pages.records import Card
-from tests.pages.answering import COMPRESSED_HASH, ORIGINAL_HASH, answer, answers, entry, model, run, sides
+from tests.pages.answering import (
+    COMPRESSED_HASH,
+    ORIGINAL_HASH,
+    make_answer,
+    make_answers,
+    make_entry,
+    make_model,
+    make_rows,
+    make_runs,
+)
 
 
 def card_of(*cells: int, compressed_model: dict[str, Any] | None = None, **changes: Any) -> Card:
-    original, compressed = run(sides(*cells, **changes), **(compressed_model or {}))
+    original, compressed = make_runs(make_rows(*cells, **changes), **(compressed_model or {}))
     return make_card(original, [compressed])
 
 
@@ -29,23 +38,23 @@ def warnings_of(card: Card) -> str:
 
 
 class TestVerdict:
-    def test_a_loss_that_is_real(self) -> None:
+    def test_loss_that_chance_does_not_explain(self) -> None:
         assert card_of(1523, 78, 12, 400).verdict == (
             "Keeps 1,523 of 1,601 facts that tiny-bert knew (95.1 %, interval 94.0 to 96.1 %): it forgot 78 and gained "
             "12, a net loss that chance does not explain (p < 0.001). A net loss under 1.2 % of these 1,601 may "
             "go unseen."
         )
 
-    def test_a_loss_that_may_be_chance(self) -> None:
+    def test_loss_that_chance_could_explain(self) -> None:
         assert card_of(195, 5, 3, 100).verdict.endswith(
             "it forgot 5 and gained 3, a net loss that chance could explain (p = 0.73). A net loss under 6.1 % of "
             "these 200 may go unseen; 1,100 known facts would show 2 %."
         )
 
-    def test_a_gain(self) -> None:
+    def test_gain(self) -> None:
         assert "it forgot 1 and gained 12, a net gain that chance does not explain" in card_of(100, 1, 12, 100).verdict
 
-    def test_as_much_gained_as_lost(self) -> None:
+    def test_equal_gain_and_loss(self) -> None:
         assert (
             "it forgot 50 and gained 50, which evens out. A net loss under 22 % of" in card_of(100, 50, 50, 100).verdict
         )
@@ -63,10 +72,10 @@ class TestVerdict:
             "known facts would show 2 %."
         )
 
-    def test_almost_everything_is_not_all(self) -> None:
+    def test_almost_everything_is_not_rounded_to_100_percent(self) -> None:
         assert "(> 99.9 %, interval 99.7 to > 99.9 %)" in card_of(1999, 1).verdict
 
-    def test_an_original_that_knew_nothing(self) -> None:
+    def test_original_that_knew_nothing(self) -> None:
         assert card_of(0, 0, 3, 97).verdict == (
             "tiny-bert knew none of 100 facts, so there is nothing to keep; the compressed model answers 3 right."
         )
@@ -74,49 +83,51 @@ class TestVerdict:
     def test_no_facts(self) -> None:
         assert card_of().verdict.startswith("The models were not evaluated on any common fact")
 
-    def test_so_few_facts_that_no_loss_would_show(self) -> None:
+    def test_too_few_facts_to_show_a_loss(self) -> None:
         assert card_of(3, 1).verdict.endswith(
             "(p = 1). So few facts cannot show a net loss; 400 known ones would show 2 %."
         )
 
-    def test_one_fact(self) -> None:
+    def test_one_fact_is_singular(self) -> None:
         assert card_of(1).verdict.startswith("Keeps 1 of 1 fact that tiny-bert knew (100 %")
         assert card_of(0, 0, 0, 1).verdict == "tiny-bert knew none of 1 fact, so there is nothing to keep."
-        probes = {"atlas": entry(facts=1, asked=1)}
-        before, after = sides(1)
-        card = make_card(answers(before, probes=probes), [answers(after, model(sha256="b" * 64), probes)])
+        probes = {"atlas": make_entry(facts=1, asked=1)}
+        before, after = make_rows(1)
+        card = make_card(
+            make_answers(before, probes=probes), [make_answers(after, make_model(sha256="b" * 64), probes)]
+        )
         assert "; 1 fact read, " in " ".join(card.method)
 
-    def test_several_models_are_judged_by_the_best_and_the_worst(self) -> None:
-        original, good = run(sides(95, 5))
-        _, bad = run(sides(20, 80))
-        bad = answers(bad.answers, model(sha256="c" * 64, setup="FLP L1-unstructured 40%"))
+    def test_two_models_whose_difference_chance_does_not_explain(self) -> None:
+        original, good = make_runs(make_rows(95, 5))
+        _, bad = make_runs(make_rows(20, 80))
+        bad = make_answers(bad.answers, make_model(sha256="c" * 64, setup="FLP L1-unstructured 40%"))
         assert make_card(original, [bad, good]).verdict == (
             "Overall_GQ keeps more of what tiny-bert knew (95 of 100, 95.0 %) than FLP L1-unstructured 40% (20 of 100, "
             "20.0 %), a difference that chance does not explain."
         )
 
-    def test_two_models_that_chance_could_tell_apart(self) -> None:
-        original, good = run(sides(95, 5))
-        near = answers(sides(94, 6)[1], model(sha256="c" * 64, setup="Att_GP 94%"))
+    def test_two_models_whose_difference_chance_could_explain(self) -> None:
+        original, good = make_runs(make_rows(95, 5))
+        near = make_answers(make_rows(94, 6)[1], make_model(sha256="c" * 64, setup="Att_GP 94%"))
         assert make_card(original, [near, good]).verdict == (
             "Overall_GQ keeps more of what tiny-bert knew (95 of 100, 95.0 %) than Att_GP 94% (94 of 100, 94.0 %), a "
             "difference that chance could explain."
         )
 
-    def test_the_best_of_several_is_tested_against_all_others(self) -> None:
-        original, good = run(sides(95, 5))
+    def test_best_of_several_models_is_tested_against_all_others(self) -> None:
+        original, good = make_runs(make_rows(95, 5))
         near, bad = (
-            answers(sides(kept, 100 - kept)[1], model(sha256=hash * 64, setup=f"Att_GP {kept}%"))
+            make_answers(make_rows(kept, 100 - kept)[1], make_model(sha256=hash * 64, setup=f"Att_GP {kept}%"))
             for kept, hash in ((94, "c"), (20, "d"))
         )
         verdict = make_card(original, [near, bad, good]).verdict
         assert "Of 3 compressed models, Overall_GQ keeps most" in verdict
         assert verdict.endswith("1 cannot be told apart from the best: Att_GP 94%.")
 
-    def test_the_best_of_forms_that_keep_the_same_by_chance_is_called_better_in_one_of_twenty_cards(self) -> None:
+    def test_equally_good_models_are_told_apart_in_one_of_twenty_cards(self) -> None:
         drawn, wrong, relations = np.random.default_rng(4), 0, [f"r{n % 20}" for n in range(300)]
-        known = [answer(n, True, relation=relation) for n, relation in enumerate(relations)]
+        known = [make_answer(n, True, relation=relation) for n, relation in enumerate(relations)]
         for _ in range(DRAWN):
             shares = drawn.beta(0.9 * 4, 0.1 * 4, (5, 20))
             right = drawn.random((5, 300)) < np.tile(shares, (1, 15))
@@ -125,22 +136,22 @@ class TestVerdict:
             wrong += len(max(found, key=lambda each: each.keeps).alike) < 4
         assert wrong / DRAWN <= 0.06
 
-    def test_none_of_models_that_answered_different_facts_is_the_best(self) -> None:
-        more, probes = sides(50, 50, probe="bear"), {"atlas": entry(), "bear": entry()}
-        (known, kept), of_both = sides(95, 5), model(sha256="c" * 64, setup="Att_GQ")
-        _, of_one = run((known, kept))
+    def test_models_evaluated_on_different_facts_are_not_ranked(self) -> None:
+        more, probes = make_rows(50, 50, probe="bear"), {"atlas": make_entry(), "bear": make_entry()}
+        (known, kept), of_both = make_rows(95, 5), make_model(sha256="c" * 64, setup="Att_GQ")
+        _, of_one = make_runs((known, kept))
         card = make_card(
-            answers([*known, *more[0]], probes=probes), [of_one, answers([*kept, *more[1]], of_both, probes)]
+            make_answers([*known, *more[0]], probes=probes), [of_one, make_answers([*kept, *more[1]], of_both, probes)]
         )
         assert card.verdict == "The 2 compressed models answered different facts: what each keeps cannot be compared."
         assert card.decision is None
 
     def test_several_models_that_keep_the_same(self) -> None:
-        original, same = run(sides(95, 5))
+        original, same = make_runs(make_rows(95, 5))
         assert make_card(original, [same, same]).verdict == (
             "Both compressed models keep 95.0 % of what tiny-bert knew."
         )
-        original, same = run(sides(neither=5))
+        original, same = make_runs(make_rows(neither=5))
         assert make_card(original, [same, same, same]).verdict.startswith("tiny-bert knew none of the facts")
 
 
@@ -149,34 +160,36 @@ DRAWN = 200
 
 class TestCard:
     def test_counts_of_all_probes_add_up(self) -> None:
-        rows = [[*side, *(replace(row, probe="bear") for row in side)] for side in sides(8, 2, 1, 9)]
-        probes = {"atlas": entry(), "bear": entry()}
-        original = answers(rows[0], probes=probes)
-        compressed = answers(rows[1], model(sha256=COMPRESSED_HASH), probes)
+        rows = [[*side, *(replace(row, probe="bear") for row in side)] for side in make_rows(8, 2, 1, 9)]
+        probes = {"atlas": make_entry(), "bear": make_entry()}
+        original = make_answers(rows[0], probes=probes)
+        compressed = make_answers(rows[1], make_model(sha256=COMPRESSED_HASH), probes)
         (comparison,) = make_card(original, [compressed]).comparisons
         assert comparison.counts == Counts(16, 4, 2, 18)
         assert [probe.probe for probe in comparison.probes] == ["atlas", "bear"]
         assert len(comparison.lost) == 4
         assert comparison.grades[0].counts == comparison.counts
 
-    def test_without_facts_no_changed_fact_is_in_it(self) -> None:
-        original, compressed = run(sides(5, 3, 2))
+    def test_hidden_facts_are_not_in_the_card(self) -> None:
+        original, compressed = make_runs(make_rows(5, 3, 2))
         (comparison,) = make_card(original, [compressed], show_facts=False).comparisons
         assert comparison.lost == comparison.gained == ()
         assert comparison.counts == Counts(5, 3, 2)
 
-    def test_the_same_answers_make_the_same_card(self) -> None:
-        original, compressed = run(sides(50, 10, 5, 20))
+    def test_order_of_answers_does_not_change_the_card(self) -> None:
+        original, compressed = make_runs(make_rows(50, 10, 5, 20))
         shuffled = (
-            answers(reversed(original.answers)),
-            answers(reversed(compressed.answers), compressed.record.model),
+            make_answers(reversed(original.answers)),
+            make_answers(reversed(compressed.answers), compressed.record.model),
         )
         assert make_card(original, [compressed]) == make_card(shuffled[0], [shuffled[1]])
 
-    def test_method_says_how_and_how_much_was_asked(self) -> None:
-        rows = sides(50, 10)
-        probes = {"atlas": entry(facts=70, dropped={"no single word": 10}, limit=60, seed=3)}
-        card = make_card(answers(rows[0], probes=probes), [answers(rows[1], model(sha256="b" * 64), probes)])
+    def test_method_describes_probes_and_sampling(self) -> None:
+        rows = make_rows(50, 10)
+        probes = {"atlas": make_entry(facts=70, dropped={"no single word": 10}, limit=60, seed=3)}
+        card = make_card(
+            make_answers(rows[0], probes=probes), [make_answers(rows[1], make_model(sha256="b" * 64), probes)]
+        )
         text = "\n".join(card.method)
         for part in (
             "mask",
@@ -188,66 +201,70 @@ class TestCard:
         ):
             assert part in text
 
-    def test_harness_tasks_are_judged_by_the_harness(self) -> None:
-        rows = sides(
+    def test_tasks_are_scored_by_the_harness(self) -> None:
+        rows = make_rows(
             5, probe="lm-eval:boolq", relation="boolq", subject="boolq", choices=2, first_ids=(), first_logp=()
         )
-        probes = {"lm-eval:boolq": entry(reference=None, chance=0.5, majority=0.621)}
-        card = make_card(answers(rows[0], probes=probes), [answers(rows[1], model(sha256="b" * 64), probes)])
+        probes = {"lm-eval:boolq": make_entry(reference=None, chance=0.5, majority=0.621)}
+        card = make_card(
+            make_answers(rows[0], probes=probes), [make_answers(rows[1], make_model(sha256="b" * 64), probes)]
+        )
         assert card.comparisons[0].grades[0].subject == "boolq"
         assert card.comparisons[0].probes[0].movement is None
         assert "run by lm-eval" in card.method[0]
 
 
 class TestWarnings:
-    def test_none_where_all_is_well(self) -> None:
+    def test_no_warning_if_all_is_well(self) -> None:
         assert warnings_of(card_of(500, 20, 10, 100)) == ""
 
     def test_few_facts(self) -> None:
         assert "knew only 60 facts" in warnings_of(card_of(50, 10))
 
-    def test_subjects_of_few_facts(self) -> None:
-        rows = sides(200)
-        rows = tuple([*side, answer(999, True, subject="language")] for side in rows)
-        original, compressed = run(rows)
+    def test_domains_of_few_facts(self) -> None:
+        rows = make_rows(200)
+        rows = tuple([*side, make_answer(999, True, subject="language")] for side in rows)
+        original, compressed = make_runs(rows)
         assert "fewer than 20 known facts say little: language (1)." in warnings_of(make_card(original, [compressed]))
 
-    def test_an_original_no_better_than_guessing(self) -> None:
+    def test_original_no_better_than_guessing(self) -> None:
         may = r"may know little of atlas: its accuracy \(15.0 %\) is not clearly above that of guessing \(12.5 %\)"
         assert re.search(may, warnings_of(card_of(15, 0, 0, 85)))
 
-    def test_an_original_no_better_than_the_most_frequent_answer(self) -> None:
+    def test_original_no_better_than_the_most_frequent_answer(self) -> None:
         assert "always giving the most frequent answer (20.0 %)" in warnings_of(card_of(200, 0, 0, 800))
 
-    def test_a_mean_over_relations_is_held_to_the_baseline_so_averaged(self) -> None:
-        known = sides(80, 0, 0, 10)
-        unknown = ([answer(number, False, relation="other") for number in range(90, 100)],) * 2
+    def test_macro_average_is_compared_with_the_baseline(self) -> None:
+        known = make_rows(80, 0, 0, 10)
+        unknown = ([make_answer(number, False, relation="other") for number in range(90, 100)],) * 2
         before, after = (own + more for own, more in zip(known, unknown, strict=True))
-        probes = {"atlas": entry(average="macro", majority=0.5)}
-        card = make_card(answers(before, probes=probes), [answers(after, model(sha256="b" * 64), probes)])
+        probes = {"atlas": make_entry(average="macro", majority=0.5)}
+        card = make_card(
+            make_answers(before, probes=probes), [make_answers(after, make_model(sha256="b" * 64), probes)]
+        )
         may = r"its accuracy \(44.4 %\) is not clearly above that of always giving the most frequent answer \(50.0 %\)"
         assert re.search(may, warnings_of(card))
 
     def test_the_same_model_twice(self) -> None:
-        original, _ = run(sides(200))
+        original, _ = make_runs(make_rows(200))
         assert "same checkpoint" in warnings_of(make_card(original, [original]))
 
-    def test_an_original_that_lies_on_a_grid_flatters_types_of_that_grid(self) -> None:
-        rows = sides(500, 20, 10, 100)
+    def test_original_whose_weights_lie_on_a_grid(self) -> None:
+        rows = make_rows(500, 20, 10, 100)
         grid = {"weights": 210, "of": 211, "values": 16}
-        rounded = model(sha256="b" * 64, quantization="q4_1")
-        card = make_card(answers(rows[0], model(grid=grid)), [answers(rows[1], rounded)])
+        rounded = make_model(sha256="b" * 64, quantization="q4_1")
+        card = make_card(make_answers(rows[0], make_model(grid=grid)), [make_answers(rows[1], rounded)])
         assert "in 210 of 211 matrices, 32 neighbours have at most 16 different values" in warnings_of(card)
 
     def test_models_in_the_wrong_order(self) -> None:
-        original, compressed = run(sides(60, 20, 10, 20), source={"name": "tiny-bert", "revision": None})
+        original, compressed = make_runs(make_rows(60, 20, 10, 20), source={"name": "tiny-bert", "revision": None})
         assert "swapped" not in warnings_of(make_card(original, [compressed]))
         swapped = warnings_of(make_card(compressed, [original]))
         assert "look swapped: tiny-bert-int8, given as the original, was made from tiny-bert" in swapped
 
-    def test_models_in_the_wrong_order_one_of_them_renamed(self) -> None:
+    def test_models_in_the_wrong_order_are_recognized_by_hash(self) -> None:
         made_from = {"name": "before", "revision": None, "sha256": ORIGINAL_HASH}
-        original, compressed = run(sides(60, 20, 10, 20), source=made_from)
+        original, compressed = make_runs(make_rows(60, 20, 10, 20), source=made_from)
         assert "swapped" not in warnings_of(make_card(original, [compressed]))
         assert "look swapped: tiny-bert-int8" in warnings_of(make_card(compressed, [original]))
 
@@ -257,52 +274,54 @@ class TestWarnings:
         groups["attention"]["quantized"] = 5
         assert warnings_of(card_of(200, compressed_model={"groups": groups})) == ""
 
-    def test_batches_matter_to_the_papers_quantization(self) -> None:
+    def test_int8_paper_depends_on_batches(self) -> None:
         recipe = {"module_map": "structural", "steps": [{"quantize": "int8-paper"}]}
         assert "int8-paper" in warnings_of(card_of(200, compressed_model={"recipe": recipe}))
 
-    def test_types_that_differ_without_quantization(self) -> None:
+    def test_different_dtypes_without_quantization(self) -> None:
         assert "float32 and bfloat16" in warnings_of(card_of(200, compressed_model={"dtype": "bfloat16"}))
         quantized = {"dtype": "I8", "quantization": "compressed-tensors"}
         assert warnings_of(card_of(200, compressed_model=quantized)) == ""
 
-    def test_devices_and_versions_that_differ(self) -> None:
-        rows = sides(200)
+    def test_different_devices_and_versions(self) -> None:
+        rows = make_rows(200)
         speed = Speed("cpu", facts_per_second=10.0, peak_bytes=None)
-        original = answers(rows[0], model(speed=speed))
-        faster = model(sha256="b" * 64, speed=replace(speed, device="cuda"))
-        compressed = answers(rows[1], faster, versions={"compressknow": "0.1.0", "torch": "2.8.0"})
+        original = make_answers(rows[0], make_model(speed=speed))
+        faster = make_model(sha256="b" * 64, speed=replace(speed, device="cuda"))
+        compressed = make_answers(rows[1], faster, versions={"compressknow": "0.1.0", "torch": "2.8.0"})
         text = warnings_of(make_card(original, [compressed]))
         assert "different devices (cpu and cuda)" in text
         assert "torch 2.9.0 and 2.8.0" in text
 
-    def test_distributions_over_other_tokens(self) -> None:
-        rows = sides(200)
-        compressed = answers(rows[1], model(sha256="b" * 64), {"atlas": entry(reference="b" * 64)})
-        card = make_card(answers(rows[0]), [compressed])
+    def test_distributions_over_different_tokens(self) -> None:
+        rows = make_rows(200)
+        compressed = make_answers(rows[1], make_model(sha256="b" * 64), {"atlas": make_entry(reference="b" * 64)})
+        card = make_card(make_answers(rows[0]), [compressed])
         assert "How far distributions moved on atlas was not measured" in warnings_of(card)
 
-    def test_a_probe_that_only_one_side_was_asked(self) -> None:
-        rows = sides(200)
-        original = answers(rows[0], probes={"atlas": entry(), "bear": entry()})
-        card = make_card(original, [answers(rows[1], model(sha256="b" * 64))])
+    def test_probe_that_only_the_original_has(self) -> None:
+        rows = make_rows(200)
+        original = make_answers(rows[0], probes={"atlas": make_entry(), "bear": make_entry()})
+        card = make_card(original, [make_answers(rows[1], make_model(sha256="b" * 64))])
         assert "only the original was evaluated on them: bear" in warnings_of(card)
 
-    def test_most_facts_left_out(self) -> None:
-        rows = sides(200)
-        probes = {"atlas": entry(facts=1000, dropped={"several tokens": 700, "no template": 100})}
-        card = make_card(answers(rows[0], probes=probes), [answers(rows[1], model(sha256="b" * 64), probes)])
+    def test_most_facts_dropped(self) -> None:
+        rows = make_rows(200)
+        probes = {"atlas": make_entry(facts=1000, dropped={"several tokens": 700, "no template": 100})}
+        card = make_card(
+            make_answers(rows[0], probes=probes), [make_answers(rows[1], make_model(sha256="b" * 64), probes)]
+        )
         assert "80.0 % of the facts of atlas were dropped, mostly for this reason: several tokens." in warnings_of(card)
 
-    def test_a_model_that_computes_no_numbers(self) -> None:
-        before, after = sides(200)
+    def test_model_with_nan(self) -> None:
+        before, after = make_rows(200)
         after[:3] = [replace(row, logp_gold=math.nan) for row in after[:3]]
-        card = make_card(*(lambda pair: (pair[0], [pair[1]]))(run((before, after))))
+        card = make_card(*(lambda pair: (pair[0], [pair[1]]))(make_runs((before, after))))
         assert "The compressed model produces NaN for 3 facts of atlas" in warnings_of(card)
 
-    def test_what_holds_for_all_of_several_models_is_said_once(self) -> None:
-        original, first = run(sides(50, 5))
-        second = answers(first.answers, model(sha256="c" * 64, dtype="bfloat16"))
+    def test_warning_common_to_all_models_is_shown_once(self) -> None:
+        original, first = make_runs(make_rows(50, 5))
+        second = make_answers(first.answers, make_model(sha256="c" * 64, dtype="bfloat16"))
         card = make_card(original, [first, second])
         assert len(card.warnings) == 1
         assert card.comparisons[0].warnings == ()
@@ -310,26 +329,29 @@ class TestWarnings:
 
 
 class TestRefused:
-    def test_other_families_and_vocabularies(self) -> None:
-        rows = sides(5)
+    def test_different_families_and_vocabularies(self) -> None:
+        rows = make_rows(5)
         for key, value in (("family", "causal"), ("vocabulary", 50257)):
-            original = answers(rows[0], model(vocabulary=30522))
+            original = make_answers(rows[0], make_model(vocabulary=30522))
             with pytest.raises(CompressknowError, match=f"they differ in {key}"):
-                make_card(original, [answers(rows[1], model(**{"sha256": "b" * 64, "vocabulary": 30522, key: value}))])
+                make_card(
+                    original,
+                    [make_answers(rows[1], make_model(**{"sha256": "b" * 64, "vocabulary": 30522, key: value}))],
+                )
 
     def test_no_probe_in_common(self) -> None:
-        rows = sides(5)
+        rows = make_rows(5)
         with pytest.raises(CompressknowError, match="not evaluated on any common probe"):
-            make_card(answers(rows[0]), [answers(rows[1], probes={"bear": entry()})])
+            make_card(make_answers(rows[0]), [make_answers(rows[1], probes={"bear": make_entry()})])
 
-    def test_nothing_to_compare(self) -> None:
+    def test_no_compressed_model(self) -> None:
         with pytest.raises(UsageError, match="no compressed model"):
-            make_card(answers([]), [])
+            make_card(make_answers([]), [])
 
-    def test_a_record_that_says_too_little(self) -> None:
+    def test_record_without_required_keys(self) -> None:
         with pytest.raises(CompressknowError, match=r"sha256, bytes"):
-            read_model_facts(model(sha256=None, bytes=None))
+            read_model_facts(make_model(sha256=None, bytes=None))
 
     def test_optional_keys_may_be_missing(self) -> None:
-        facts = read_model_facts(model())
+        facts = read_model_facts(make_model())
         assert (facts.groups, facts.speed, facts.recipe) == ({}, None, None)

@@ -15,11 +15,11 @@ from compressknow.pages import pages
 from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.pages import escape_markdown
 from compressknow.pages.parts import Folded, Page, PageSection
-from tests.pages.card.cards import card_of_one
+from tests.pages.card.cards import make_card_of_one
 from tests.pages.card.test_html import CARDS
 from tests.pages.card.test_make import card_of
-from tests.pages.hostile import TEXTS, numbered
-from tests.pages.pages import Element, read
+from tests.pages.hostile import HOSTILE_TEXTS, number_texts
+from tests.pages.pages import Element, parse_html
 
 GOLDEN = Path(__file__).parent / "golden" / "report.md"
 
@@ -30,7 +30,7 @@ def parse(text: str) -> list[Token]:
 
 
 def rendered(text: str) -> Element:
-    return read(MarkdownIt("gfm-like", {"linkify": False, "xhtmlOut": False}).render(text))
+    return parse_html(MarkdownIt("gfm-like", {"linkify": False, "xhtmlOut": False}).render(text))
 
 
 def tables(root: Element) -> list[list[list[str]]]:
@@ -54,13 +54,13 @@ def test_same_card_gives_the_same_text(name: str) -> None:
     assert "\n\n\n" not in text
 
 
-def test_text_is_as_in_the_golden_file() -> None:
+def test_text_equals_the_golden_file() -> None:
     golden = GOLDEN.read_text(encoding="utf-8")
-    assert render_markdown(card_of_one()) == golden, "run tools/golden.py where the change is meant"
+    assert render_markdown(make_card_of_one()) == golden, "run tools/golden.py where the change is meant"
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_every_row_has_the_cells_of_its_header(name: str) -> None:
+def test_rows_have_as_many_cells_as_their_header(name: str) -> None:
     text = render_markdown(CARDS[name]())
     for line, after in zip(text.splitlines(), text.splitlines()[1:], strict=False):
         if line.startswith("|") and after.startswith("|"):
@@ -69,9 +69,9 @@ def test_every_row_has_the_cells_of_its_header(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["one", "nothing"])
-def test_tables_are_those_of_the_page(name: str) -> None:
+def test_tables_equal_those_of_the_page(name: str) -> None:
     card = CARDS[name]()
-    page = read(render_html(card))
+    page = parse_html(render_html(card))
     in_page = {table.one("caption").text: table for table in page.all("table")}
     in_text = tables(rendered(render_markdown(card)))
     for caption, first_column in (("All figures of each probe", "Figure"), ("atlas by relation", "Relation")):
@@ -83,21 +83,21 @@ def test_tables_are_those_of_the_page(name: str) -> None:
         assert [[cell for cell in row if cell] for row in rows] == told
 
 
-def test_facts_are_limited_and_the_rest_counted() -> None:
-    text = render_markdown(card_of_one(lost=60, gained=3))
+def test_changed_facts_are_counted_after_50() -> None:
+    text = render_markdown(make_card_of_one(lost=60, gained=3))
     assert [len(table) - 1 for table in tables(rendered(text)) if table[0][0] == "Prompt"] == [50, 3]
     assert "10 more are in the JSON, which" in text
 
 
-def test_method_and_glossary_are_two_lists() -> None:
-    text = rendered(render_markdown(card_of_one()))
+def test_method_and_glossary_are_separate_lists() -> None:
+    text = rendered(render_markdown(make_card_of_one()))
     lists = [[item.text.strip() for item in each.all("li")] for each in text.all("ul")]
     assert "What the figures mean:" in [paragraph.text for paragraph in text.all("p")]
     (method,) = (each for each in lists if any("the intervals are Wilson's" in item for item in each))
     assert not any(item.startswith("Majority baseline") for item in method)
 
 
-def test_a_fold_of_nothing_leaves_nothing() -> None:
+def test_empty_fold_is_left_out() -> None:
     assert pages.render_markdown(Page("Title", (PageSection("a", "A", (Folded("Fold", ()),)),))) == "# Title\n\n## A\n"
 
 
@@ -107,9 +107,9 @@ def test_one_fact_is_singular() -> None:
     assert "of 1 fact evaluated" in render_html(card)
 
 
-def test_sizes_that_servers_do_not_tell_are_not_compared() -> None:
+def test_unknown_sizes_are_not_compared() -> None:
     def write(before: int | None, after: int | None) -> str:
-        card = card_of_one()
+        card = make_card_of_one()
         (comparison,) = card.comparisons
         compared = replace(comparison, model=replace(comparison.model, bytes=after))
         card = replace(card, original=replace(card.original, bytes=before), comparisons=(compared,))
@@ -120,8 +120,8 @@ def test_sizes_that_servers_do_not_tell_are_not_compared() -> None:
     assert " before, " not in write(None, None)
 
 
-def test_one_lost_fact_that_an_example_was_put_before_is_singular() -> None:
-    card = card_of_one()
+def test_one_lost_fact_evaluated_with_an_example_is_singular() -> None:
+    card = make_card_of_one()
     (comparison,) = card.comparisons
     first, *others = comparison.probes
     assert first.knowing is not None
@@ -131,7 +131,7 @@ def test_one_lost_fact_that_an_example_was_put_before_is_singular() -> None:
 
 
 def test_facts_are_left_out_on_request() -> None:
-    text = render_markdown(replace(card_of_one(), show_facts=False))
+    text = render_markdown(replace(make_card_of_one(), show_facts=False))
     assert text.count("The text of the facts was left out on request.") == 2
     for fact in ("Ljubljana", "Zagreb", "Naypyidaw", "The capital of"):
         assert fact not in text
@@ -141,9 +141,9 @@ def test_facts_are_left_out_on_request() -> None:
 def test_hostile_text_stays_text(name: str) -> None:
     card = CARDS[name]()
     card = replace(card, comparisons=card.comparisons[:3])
-    harmless = shape(render_markdown(numbered(card, "harmless")))
-    for text in TEXTS:
-        shown = render_markdown(numbered(card, text))
+    harmless = shape(render_markdown(number_texts(card, "harmless")))
+    for text in HOSTILE_TEXTS:
+        shown = render_markdown(number_texts(card, text))
         assert shape(shown) == harmless, text
         assert not {token.type for token in parse(shown)} & {"link_open", "image", "html_inline", "html_block", "hr"}
         assert clean(text, 60)[:30].strip() in re.sub("[\u2068\u2069]", "", rendered(shown).text)
@@ -158,6 +158,6 @@ def test_nobody_is_mentioned_and_no_issue_is_linked(text: str) -> None:
     assert not re.search(r"@\w|#\d|GH-\d", shown, re.IGNORECASE)
 
 
-def test_right_to_left_names_do_not_turn_their_sentence_round() -> None:
-    text = render_markdown(replace(card_of_one(), verdict="שלום עולם 20% still knows 5 of the 9 facts."))
+def test_right_to_left_names_do_not_reorder_their_sentence() -> None:
+    text = render_markdown(replace(make_card_of_one(), verdict="שלום עולם 20% still knows 5 of the 9 facts."))
     assert "\u2068שלום עולם\u2069 20% still knows" in text

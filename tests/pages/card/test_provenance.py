@@ -21,7 +21,7 @@ from compressknow.pages.card.make import make_card
 from tests.engine.gguf_files import F32, write_gguf
 from tests.knowing import save_trained, write_facts
 from tests.models import edit_tensors
-from tests.pages.answering import ORIGINAL_HASH, answers, model, run, sides
+from tests.pages.answering import ORIGINAL_HASH, make_answers, make_model, make_rows, make_runs
 
 CHANGED = "changed since it was converted: run `compressknow verify`"
 NOT_MADE_FROM = "was not made from"
@@ -60,14 +60,16 @@ def reported(place: Path, tmp_path: Path) -> Callable[[Path, Path], dict[str, An
     return reported
 
 
-def test_the_original_that_it_was_made_from(place: Path, reported: Callable[[Path, Path], dict[str, Any]]) -> None:
+def test_no_warning_if_the_model_was_made_from_the_original(
+    place: Path, reported: Callable[[Path, Path], dict[str, Any]]
+) -> None:
     (compared,) = reported(place / "first", place / "converted")["compressed"]
     assert compared["source_matches"] is True
     assert compared["model"]["changed"] is None
     assert not [warning for warning in compared["warnings"] if NOT_MADE_FROM in warning or CHANGED in warning]
 
 
-def test_another_original_of_the_same_architecture(
+def test_warning_if_the_model_was_made_from_another_original(
     place: Path, tmp_path: Path, reported: Callable[[Path, Path], dict[str, Any]]
 ) -> None:
     (compared,) = reported(place / "second", place / "converted")["compressed"]
@@ -79,7 +81,7 @@ def test_another_original_of_the_same_architecture(
     assert compared["source_matches"] is False
 
 
-def test_a_manifest_that_names_another_source_is_believed_over_what_was_kept(
+def test_changed_manifest_overrides_stored_answers(
     place: Path, converted: Path, reported: Callable[[Path, Path], dict[str, Any]]
 ) -> None:
     reported(place / "first", converted)
@@ -120,15 +122,13 @@ SCALE = "model.layers.0.self_attn.q_proj.weight_scale"
     ],
     ids=["quantization", "bits", "scale", "a tensor more", "a dtype", "a file less", "a file more"],
 )
-def test_what_differs_from_the_manifest_is_seen_without_a_further_look(
-    converted: Path, change: Callable[[Path], object]
-) -> None:
+def test_change_since_the_conversion_is_detected_on_reading(converted: Path, change: Callable[[Path], object]) -> None:
     assert not read_contents(locate(converted)).changed
     change(converted)
     assert read_contents(locate(converted)).changed
 
 
-def test_probe_and_report_say_first_that_a_folder_changed(
+def test_probe_and_report_warn_first_of_a_changed_folder(
     place: Path,
     converted: Path,
     tmp_path: Path,
@@ -146,7 +146,7 @@ def test_probe_and_report_say_first_that_a_folder_changed(
     assert stored["model"]["changed"] is True
 
 
-def test_a_gguf_file_is_held_to_the_record_beside_it(place: Path, tmp_path: Path) -> None:
+def test_gguf_file_is_compared_with_its_record(place: Path, tmp_path: Path) -> None:
     file = write_gguf(place / "first", tmp_path / "model.gguf", F32)
     record = tmp_path / "model.gguf.json"
     source = {"name": "first", "sha256": "1" * 64}
@@ -157,8 +157,8 @@ def test_a_gguf_file_is_held_to_the_record_beside_it(place: Path, tmp_path: Path
     assert not read_contents(locate(file)).changed
 
 
-def test_an_export_of_a_conversion_was_made_from_the_original_too() -> None:
-    original, compressed = run(sides(20))
+def test_export_of_a_conversion_matches_the_original() -> None:
+    original, compressed = make_runs(make_rows(20))
     for source, matches in (
         ({"sha256": ORIGINAL_HASH}, True),
         ({"sha256": "c" * 64, "original_sha256": ORIGINAL_HASH}, True),
@@ -167,22 +167,22 @@ def test_an_export_of_a_conversion_was_made_from_the_original_too() -> None:
         ({"name": "tiny-bert"}, None),
         (None, None),
     ):
-        made = answers(compressed.answers, model(sha256="e" * 64, source=source))
+        made = make_answers(compressed.answers, make_model(sha256="e" * 64, source=source))
         assert make_card(original, [made]).comparisons[0].source_matches is matches
 
 
-def test_two_exports_of_one_checkpoint_are_of_one_original() -> None:
-    original, compressed = run(sides(20))
+def test_two_exports_of_one_checkpoint_match() -> None:
+    original, compressed = make_runs(make_rows(20))
     source = {"name": "m", "sha256": "c" * 64}
     pair = [
-        answers(s.answers, model(sha256=n * 64, source=source))
+        make_answers(s.answers, make_model(sha256=n * 64, source=source))
         for n, s in zip("de", (original, compressed), strict=True)
     ]
     assert make_card(pair[0], pair[1:]).comparisons[0].source_matches is True
 
 
-def test_a_model_that_computes_no_numbers_is_not_to_be_deployed() -> None:
-    original, compressed = run(sides(240))
+def test_model_with_nan_is_not_to_be_deployed() -> None:
+    original, compressed = make_runs(make_rows(240))
     assert "deploy it" in make_card(original, [compressed]).comparisons[0].next
     first, *others = compressed.answers
     broken = replace(compressed, answers=(replace(first, logp_gold=math.nan), *others))

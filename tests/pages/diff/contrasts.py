@@ -7,12 +7,14 @@ from dataclasses import replace
 from compressknow.comparison.diff import CheckpointDiff, ConfigChange, DiffSums, StructureChange, TensorDiff
 from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.diff.make import CheckpointComparison, make_behaviour, write_verdict
-from tests.pages.answering import COMPRESSED_HASH, ORIGINAL_HASH, run, sides
+from tests.pages.answering import COMPRESSED_HASH, ORIGINAL_HASH, make_rows, make_runs
 
 MODULES = ("SelfAttention.q", "SelfAttention.v", "DenseReluDense.wi")
 
 
-def tensor(stack: str | None, layer: int | None, module: str, error: float, group: str = "attention") -> TensorDiff:
+def make_tensor(
+    stack: str | None, layer: int | None, module: str, error: float, group: str = "attention"
+) -> TensorDiff:
     """1,000 weights of energy 100, whose change has this relative error."""
     return TensorDiff(
         name=f"{stack}.block.{layer}.{module}.weight",
@@ -32,12 +34,12 @@ def tensor(stack: str | None, layer: int | None, module: str, error: float, grou
 
 def make_diff(layers: int = 3) -> CheckpointDiff:
     tensors = [
-        tensor(stack, layer, module, 0.0 if module == MODULES[2] else 0.01 * 2 ** (layer + len(stack) // 2 * i))
+        make_tensor(stack, layer, module, 0.0 if module == MODULES[2] else 0.01 * 2 ** (layer + len(stack) // 2 * i))
         for stack in ("encoder", "decoder")
         for layer in range(layers)
         for i, module in enumerate(MODULES)
     ]
-    tensors.append(tensor(None, None, "shared", 0.0, "not-linear"))
+    tensors.append(make_tensor(None, None, "shared", 0.0, "not-linear"))
     return CheckpointDiff(
         "T5ForConditionalGeneration",
         (ConfigChange("d_ff", "48", None), ConfigChange("rope.theta", '"x"', "5")),
@@ -51,7 +53,7 @@ def make_diff(layers: int = 3) -> CheckpointDiff:
     )
 
 
-def comparison_of(*, facts: bool = True, show_facts: bool = True, layers: int = 3) -> CheckpointComparison:
+def make_comparison(*, facts: bool = True, show_facts: bool = True, layers: int = 3) -> CheckpointComparison:
     a = ModelRecord(name="tiny-t5", revision="main", sha256=ORIGINAL_HASH, bytes=4_000_000, dtype="F32")
     b = ModelRecord(
         name="tiny-t5-int8",
@@ -62,7 +64,7 @@ def comparison_of(*, facts: bool = True, show_facts: bool = True, layers: int = 
         setup="Overall_GQ",
         source={"name": "tiny-t5"},
     )
-    of_a, of_b = run(sides(140, 30, 2, 60))
+    of_a, of_b = make_runs(make_rows(140, 30, 2, 60))
     behaviour = make_behaviour((of_a, of_b), (of_b, of_a), show_facts=show_facts) if facts else None
     difference = make_diff(layers)
     return CheckpointComparison(
@@ -80,8 +82,8 @@ def comparison_of(*, facts: bool = True, show_facts: bool = True, layers: int = 
     )
 
 
-def identical() -> CheckpointComparison:
+def make_identical_comparison() -> CheckpointComparison:
     """One checkpoint beside itself."""
-    found = comparison_of(facts=False)
+    found = make_comparison(facts=False)
     verdict = write_verdict((found.a.name, found.b.name), True, None, None)
     return replace(found, identical=True, difference=None, files=(), warnings=(), verdict=verdict)

@@ -10,8 +10,8 @@ import pytest
 
 from compressknow.comparison.diff import StructureChange
 from compressknow.pages.diff.pages import render_comparison_html
-from tests.pages.diff.contrasts import comparison_of
-from tests.pages.in_browser import check_fits, overflow, scrolled, unfold, violations
+from tests.pages.diff.contrasts import make_comparison
+from tests.pages.in_browser import check_fits, find_scrolled, find_violations, measure_overflow, unfold
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -20,41 +20,41 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     file: Path = tmp_path_factory.mktemp("pages") / "compare.html"
-    file.write_text(render_comparison_html(comparison_of()), encoding="utf-8")
+    file.write_text(render_comparison_html(make_comparison()), encoding="utf-8")
     return file.as_uri()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_to_mend(page: Page, address: str, scheme: Any) -> None:
+def test_page_is_accessible(page: Page, address: str, scheme: Any) -> None:
     page.emulate_media(color_scheme=scheme)
     page.goto(address)
     unfold(page, 4)
-    assert violations(page) == []
+    assert find_violations(page) == []
 
 
-def test_the_page_is_never_wider_than_the_screen(page: Page, address: str) -> None:
+def test_page_is_never_wider_than_the_screen(page: Page, address: str) -> None:
     page.goto(address)
     unfold(page, 4)
     check_fits(page, whole=False)
     page.set_viewport_size({"width": 794, "height": 1123})  # A4
     page.emulate_media(media="print")
-    assert overflow(page) <= 0
+    assert measure_overflow(page) <= 0
 
 
-def test_names_of_tensors_that_are_not_stored_alike_are_in_sight(page: Page, tmp_path: Path) -> None:
+def test_table_of_differently_stored_tensors_is_not_scrolled(page: Page, tmp_path: Path) -> None:
     names = [f"bert.encoder.layer.{number}.attention.self.query.weight" for number in range(3)]
     changes = tuple(StructureChange(name, "retyped", "BF16 [384, 384]", "I8 [384, 384]") for name in names)
-    compared = comparison_of()
+    compared = make_comparison()
     file = tmp_path / "structure.html"
     file.write_text(
         render_comparison_html(replace(compared, difference=replace(compared.difference, structure=changes))),
         encoding="utf-8",
     )
     page.goto(file.as_uri())
-    assert "Tensors that are stored differently" not in scrolled(page)
+    assert "Tensors that are stored differently" not in find_scrolled(page)
 
 
-def test_what_stands_on_the_map_can_be_read_on_a_telephone(page: Page, address: str) -> None:
+def test_map_is_legible_on_a_phone(page: Page, address: str) -> None:
     page.set_viewport_size({"width": 360, "height": 900})
     page.goto(address)
     (scale,) = page.evaluate(
@@ -64,7 +64,7 @@ def test_what_stands_on_the_map_can_be_read_on_a_telephone(page: Page, address: 
     assert 10 * scale > 8  # pixels of a letter
 
 
-def test_the_map_follows_the_scheme_of_the_reader(page: Page, address: str) -> None:
+def test_map_follows_the_color_scheme(page: Page, address: str) -> None:
     page.goto(address)
     colours = []
     for scheme in ("light", "dark"):
@@ -73,9 +73,9 @@ def test_the_map_follows_the_scheme_of_the_reader(page: Page, address: str) -> N
     assert colours[0] != colours[1]
 
 
-def test_layers_sort_by_their_numbers(page: Page, tmp_path: Path) -> None:
+def test_layers_are_sorted_by_number(page: Page, tmp_path: Path) -> None:
     file = tmp_path / "deep.html"
-    file.write_text(render_comparison_html(comparison_of(facts=False, layers=12)), encoding="utf-8")
+    file.write_text(render_comparison_html(make_comparison(facts=False, layers=12)), encoding="utf-8")
     page.goto(file.as_uri())
     table = page.locator("section[aria-labelledby=compare-layers] table")
     table.get_by_role("button", name="Layer").press("Enter")

@@ -24,17 +24,17 @@ from compressknow.pages.diff.make import (
 from compressknow.pages.diff.pages import diff_json, make_grid, render_comparison_html, render_comparison_markdown
 from compressknow.pages.svg import Grid, draw_heat_map
 from tests.long import one_in
-from tests.pages.answering import run, sides
-from tests.pages.diff.contrasts import comparison_of, identical, make_diff
-from tests.pages.hostile import TEXTS
-from tests.pages.pages import Element, read
+from tests.pages.answering import make_rows, make_runs
+from tests.pages.diff.contrasts import make_comparison, make_diff, make_identical_comparison
+from tests.pages.hostile import HOSTILE_TEXTS
+from tests.pages.pages import Element, parse_html
 
 MADE: dict[str, Callable[[], CheckpointComparison]] = {
-    "weights": lambda: comparison_of(facts=False),
-    "facts": comparison_of,
-    "no facts shown": lambda: comparison_of(show_facts=False),
-    "identical": identical,
-    "unread": lambda: replace(comparison_of(facts=False), difference=None),
+    "weights": lambda: make_comparison(facts=False),
+    "facts": make_comparison,
+    "no facts shown": lambda: make_comparison(show_facts=False),
+    "identical": make_identical_comparison,
+    "unread": lambda: replace(make_comparison(facts=False), difference=None),
 }
 
 
@@ -43,8 +43,8 @@ def rows_of(page: Element, caption: str) -> list[list[str]]:
     return [[cell.text for cell in row.children if isinstance(cell, Element)] for row in table.all("tr")]
 
 
-def test_groups_layers_and_cells_say_their_figures() -> None:
-    page = read(render_comparison_html(comparison_of()))
+def test_tables_have_figures_by_group_layer_and_module() -> None:
+    page = parse_html(render_comparison_html(make_comparison()))
     assert rows_of(page, "What differs by group of layers")[1] == [
         *("attention", "18,000", "0 %", "20.0 %", "0.1232", "0.99339", "18.2 dB", "0.3200"),
     ]
@@ -55,16 +55,16 @@ def test_groups_layers_and_cells_say_their_figures() -> None:
     assert len(rows_of(page, "Linear weights by layer")) == 1 + 6
 
 
-def test_tensors_that_differ_come_first_that_differ_most() -> None:
-    rows = rows_of(read(render_comparison_html(comparison_of())), "Tensors that differ")
+def test_changed_tensors_are_sorted_by_error() -> None:
+    rows = rows_of(parse_html(render_comparison_html(make_comparison())), "Tensors that differ")
     assert len(rows) == 1 + 12
     errors = [float(row[5]) for row in rows[1:]]
     assert errors == sorted(errors, reverse=True)
     assert rows[1][1] == "F32 → I8"
 
 
-def test_structure_and_settings_are_told() -> None:
-    page = read(render_comparison_html(comparison_of(facts=False)))
+def test_differences_in_structure_and_settings_are_listed() -> None:
+    page = parse_html(render_comparison_html(make_comparison(facts=False)))
     assert rows_of(page, "Tensors that are stored differently")[1:] == [
         ["another type", "2", "F32", "I8", "a.weight, b.weight"],
         ["only in B", "1", "-", "F32 [7]", "c.weight"],
@@ -77,14 +77,14 @@ def test_structure_and_settings_are_told() -> None:
     ]
 
 
-def test_a_checkpoint_says_of_which_revision_it_was_made() -> None:
-    made = comparison_of(facts=False)
+def test_source_is_shown_with_its_revision() -> None:
+    made = make_comparison(facts=False)
     b = replace(made.b, source={"name": "me/tiny-t5", "revision": "v2"})
-    assert "Made fromme/tiny-t5@v2" in read(render_comparison_html(replace(made, b=b))).text.replace("\n", "")
+    assert "Made fromme/tiny-t5@v2" in parse_html(render_comparison_html(replace(made, b=b))).text.replace("\n", "")
 
 
-def test_both_directions_are_told() -> None:
-    page = read(render_comparison_html(comparison_of()))
+def test_knowledge_is_compared_in_both_directions() -> None:
+    page = parse_html(render_comparison_html(make_comparison()))
     figures = dict(rows_of(page, "What each model knows, and how much their answers differ"))
     assert figures["Of what A knows, B keeps"].startswith("82.4 %")
     assert figures["Of what B knows, A keeps"].startswith("98.6 %")
@@ -93,9 +93,9 @@ def test_both_directions_are_told() -> None:
     assert "A answers" in [header.text for header in page.all("th")]
 
 
-def test_a_fact_that_both_know_in_other_words_is_known_by_both() -> None:
+def test_fact_answered_in_different_words_is_known_by_both() -> None:
     """A task takes what is written for an answer: more than one text may be right."""
-    of_a, of_b = run(sides(20, 3, 2, 5))
+    of_a, of_b = make_runs(make_rows(20, 3, 2, 5))
     first = next(each for each in of_b.answers if each.correct)
     of_b = replace(
         of_b, answers=tuple(replace(each, predicted="Lutetia") if each is first else each for each in of_b.answers)
@@ -108,9 +108,9 @@ def test_a_fact_that_both_know_in_other_words_is_known_by_both() -> None:
 
 
 @pytest.mark.parametrize("columns", [3, 12])
-def test_the_heat_map_has_a_mark_a_cell_that_is_darker_the_larger_the_error(columns: int) -> None:
+def test_heat_map_has_a_mark_per_cell_that_darkens_with_the_error(columns: int) -> None:
     cells = tuple(tuple(0.001 * 1.3 ** (i + j) for j in range(columns)) for i in range(4))
-    drawn = read(
+    drawn = parse_html(
         draw_heat_map(Grid(("a", "b", "c", "d"), tuple(f"m{j}" for j in range(columns)), cells), "Errors", "map") or ""
     )
     marks = [mark for mark in drawn.all("rect") if mark.attributes["height"] == "18"]
@@ -122,20 +122,20 @@ def test_the_heat_map_has_a_mark_a_cell_that_is_darker_the_larger_the_error(colu
     assert "0.0010" in drawn.one("desc").text
 
 
-def test_what_did_not_change_and_what_is_not_there_is_no_shade_of_the_map() -> None:
-    drawn = read(draw_heat_map(Grid(("a", "b"), ("m", "n"), ((0.0, 0.5), (None, 0.5))), "Errors", "map") or "")
+def test_heat_map_marks_unchanged_cells_and_omits_missing_ones() -> None:
+    drawn = parse_html(draw_heat_map(Grid(("a", "b"), ("m", "n"), ((0.0, 0.5), (None, 0.5))), "Errors", "map") or "")
     marks = [mark for mark in drawn.all("rect") if mark.attributes["height"] == "18"]
     assert [mark.attributes["class"] for mark in marks] == ["f-rule", "f-c1", "f-c1"]
     assert draw_heat_map(Grid(("a",), ("m",), ((0.0,),)), "Errors", "map") is None
 
 
-def test_errors_far_below_the_largest_are_all_faint() -> None:
-    drawn = read(draw_heat_map(Grid(("a",), ("m", "n", "o"), ((1e-12, 1e-9, 0.5),)), "Errors", "map") or "")
+def test_heat_map_shows_tiny_errors_alike() -> None:
+    drawn = parse_html(draw_heat_map(Grid(("a",), ("m", "n", "o"), ((1e-12, 1e-9, 0.5),)), "Errors", "map") or "")
     marks = [mark.attributes["opacity"] for mark in drawn.all("rect") if mark.attributes["height"] == "18"]
     assert marks[0] == marks[1] != marks[2]
 
 
-def test_a_layer_without_a_module_has_no_figure_there() -> None:
+def test_grid_has_no_figure_for_a_missing_module() -> None:
     difference = make_diff()
     found = make_grid(replace(difference, tensors=difference.tensors[1:]))
     assert found is not None
@@ -144,7 +144,7 @@ def test_a_layer_without_a_module_has_no_figure_there() -> None:
 
 def hostile(text: str) -> CheckpointComparison:
     """A comparison with `text` for every name, setting and fact that comes from others."""
-    made = comparison_of()
+    made = make_comparison()
     assert made.difference is not None
     assert made.behaviour is not None
     difference, behaviour = made.difference, made.behaviour
@@ -180,17 +180,17 @@ def hostile(text: str) -> CheckpointComparison:
     )
 
 
-@pytest.mark.parametrize("text", one_in(8, TEXTS), ids=range(len(TEXTS)))
+@pytest.mark.parametrize("text", one_in(8, HOSTILE_TEXTS), ids=range(len(HOSTILE_TEXTS)))
 def test_hostile_text_stays_text(text: str) -> None:
-    harmless = read(render_comparison_html(hostile("harmless"))).shape
+    harmless = parse_html(render_comparison_html(hostile("harmless"))).shape
     html = render_comparison_html(hostile(text))
-    page = read(html)
+    page = parse_html(html)
     assert page.shape == harmless
     assert clean(text, 60)[:30] in page.one("main").text
     assert [c for c in html if not c.isprintable() and c not in "\n\N{NO-BREAK SPACE}"] == []
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
 def test_hostile_text_stays_text_in_markdown(text: str) -> None:
     tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(render_comparison_markdown(hostile(text)))
     inner = [child for token in tokens for child in (token.children or ())]
@@ -200,7 +200,7 @@ def test_hostile_text_stays_text_in_markdown(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_markdown_and_json_say_the_verdict_and_json_holds_no_nan(name: str) -> None:
+def test_markdown_and_json_have_the_verdict_and_json_has_no_nan(name: str) -> None:
     made = MADE[name]()
     told: dict[str, Any] = diff_json(made)
     assert json.loads(json.dumps(told, allow_nan=False)).keys() == told.keys()
@@ -221,12 +221,12 @@ def test_verdicts() -> None:
         "(0.1232); 1 tensor only in B, 1 tensor packed in a form that cannot be compared."
     )
     assert write_verdict(names, False, None, None) == "The weights of one and two could not be compared."
-    one_fact = make_behaviour(*[run(sides(1))] * 2, show_facts=False)
+    one_fact = make_behaviour(*[make_runs(make_rows(1))] * 2, show_facts=False)
     assert write_verdict(names, False, None, one_fact).startswith("two knows 1 of the 1 fact (100 %) that one knows")
 
 
-def test_a_smoothed_side_is_told_where_the_other_is_not() -> None:
-    plain = comparison_of().a
+def test_warning_if_only_one_side_was_smoothed() -> None:
+    plain = make_comparison().a
     smoothed, rounded = (replace(plain, calibration={"smoothed": norms}) for norms in (4, 0))
 
     def told(a: ModelRecord, b: ModelRecord) -> list[str]:
@@ -237,16 +237,16 @@ def test_a_smoothed_side_is_told_where_the_other_is_not() -> None:
     assert not any("was smoothed" in warning for warning in told(plain, rounded))
 
 
-def test_many_tensors_are_cut_and_counted() -> None:
-    page = read(render_comparison_html(comparison_of(facts=False, layers=200)))
+def test_long_list_of_tensors_is_cut_and_counted() -> None:
+    page = parse_html(render_comparison_html(make_comparison(facts=False, layers=200)))
     assert len(rows_of(page, "Tensors that differ")) == 1 + 500
     assert "300 more are in the JSON, which" in page.text
 
 
 def test_one_tensor_that_differs_is_singular() -> None:
-    made = comparison_of(facts=False)
+    made = make_comparison(facts=False)
     assert made.difference is not None
     first, *others = sorted(made.difference.tensors, key=lambda tensor: tensor.same_bytes)
     tensors = (first, *(replace(tensor, same_bytes=True) for tensor in others))
-    page = read(render_comparison_html(replace(made, difference=replace(made.difference, tensors=tensors))))
+    page = parse_html(render_comparison_html(replace(made, difference=replace(made.difference, tensors=tensors))))
     assert "1 tensor that differs" in [summary.text for summary in page.all("summary")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def figures(parameters: int, *, pruned: int = 0, quantized: int = 0, in_scope: int = 0) -> dict[str, int]:
+def make_figures(parameters: int, *, pruned: int = 0, quantized: int = 0, in_scope: int = 0) -> dict[str, int]:
     return {
         "parameters": parameters,
         "in_scope": in_scope,
@@ -18,7 +18,7 @@ def figures(parameters: int, *, pruned: int = 0, quantized: int = 0, in_scope: i
     }
 
 
-def row(name: str, group: str | None, scheme: str | None = None) -> dict[str, Any]:
+def make_row(name: str, group: str | None, scheme: str | None = None) -> dict[str, Any]:
     return {
         "name": name,
         "group": group,
@@ -34,7 +34,7 @@ def row(name: str, group: str | None, scheme: str | None = None) -> dict[str, An
     }
 
 
-def manifest(*, scheme: str | None = "int8", **changes: Any) -> dict[str, Any]:
+def make_manifest(*, scheme: str | None = "int8", **changes: Any) -> dict[str, Any]:
     """A decoder-only model whose attention was pruned by 20 % and, unless `scheme` is None, quantized."""
     quantized = 2_000_000 if scheme else 0
     steps: list[dict[str, Any]] = [{"prune": 0.2, "method": "l1-unstructured", "scope": ["attention"], "include": []}]
@@ -52,17 +52,17 @@ def manifest(*, scheme: str | None = "int8", **changes: Any) -> dict[str, Any]:
         },
         "setup": "Att_GPQ 20%",
         "recipe": {"module_map": "structural", "steps": steps},
-        "totals": figures(5_000_000, pruned=400_000, quantized=quantized, in_scope=2_000_000),
+        "totals": make_figures(5_000_000, pruned=400_000, quantized=quantized, in_scope=2_000_000),
         "groups": {
-            "attention": figures(2_000_000, pruned=400_000, quantized=quantized, in_scope=2_000_000),
-            "feed-forward": figures(3_000_000),
-            "final": figures(0),
-            "other": figures(0),
+            "attention": make_figures(2_000_000, pruned=400_000, quantized=quantized, in_scope=2_000_000),
+            "feed-forward": make_figures(3_000_000),
+            "final": make_figures(0),
+            "other": make_figures(0),
         },
         "tensors": [
-            row("model.layers.0.self_attn.q_proj.weight", "attention", scheme),
-            row("model.layers.0.self_attn.k_proj.weight", "attention", scheme),
-            row("model.layers.0.mlp.up_proj.weight", "feed-forward"),
+            make_row("model.layers.0.self_attn.q_proj.weight", "attention", scheme),
+            make_row("model.layers.0.self_attn.k_proj.weight", "attention", scheme),
+            make_row("model.layers.0.mlp.up_proj.weight", "feed-forward"),
         ],
         "untied": [],
         "runtimes": ["transformers", "compressknow", "vLLM"],

@@ -15,7 +15,7 @@ MAPPINGS = {
 ARCHITECTURES = sorted({(name, kind) for mapping in MAPPINGS.values() for kind, name in mapping.items()})
 
 
-def test_every_language_model_of_transformers_gets_a_class_that_gives_it_back() -> None:
+def test_class_loads_every_language_model_of_transformers() -> None:
     wrong = []
     for architecture, model_type in ARCHITECTURES:
         named = find_auto_class(architecture, model_type)

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 import compressknow
 from compressknow.pages.model_card import read_card_metadata, render_model_card
 from tests.knowing import save_trained_custom_code
-from tests.pages.model_card.manifests import manifest
+from tests.pages.model_card.manifests import make_manifest
 
 GOLDEN = Path(__file__).parent / "golden"
 SOURCE_CARD = {
@@ -35,19 +35,19 @@ def code_blocks(card: str, language: str) -> list[str]:
 
 
 def with_architecture(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:
-    plain = manifest(**changes)
+    plain = make_manifest(**changes)
     return plain | {"source": plain["source"] | {"architecture": architecture, "model_type": model_type}}
 
 
 @pytest.mark.parametrize("scheme", ["int8", None])
-def test_card_is_as_in_the_golden_file(scheme: str | None) -> None:
-    card = render_model_card(manifest(scheme=scheme), source_card_metadata=SOURCE_CARD)
+def test_card_equals_the_golden_file(scheme: str | None) -> None:
+    card = render_model_card(make_manifest(scheme=scheme), source_card_metadata=SOURCE_CARD)
     golden = GOLDEN / f"model_card_{scheme or 'pruned'}.md"
     assert card == golden.read_text(encoding="utf-8"), "run tools/golden.py where the change is meant"
 
 
 def test_hub_reads_the_front_matter() -> None:
-    card = render_model_card(manifest(), source_card_metadata=SOURCE_CARD)
+    card = render_model_card(make_manifest(), source_card_metadata=SOURCE_CARD)
     assert hub_metadata(card) == {
         "license": "apache-2.0",
         "language": ["en"],
@@ -60,7 +60,7 @@ def test_hub_reads_the_front_matter() -> None:
 
 
 def test_local_source_has_the_base_model_that_its_card_names() -> None:
-    local = manifest(scheme=None)
+    local = make_manifest(scheme=None)
     local["source"] |= {"name": "my-folder", "revision": None}
     assert "base_model" not in hub_metadata(render_model_card(local, source_card_metadata={}))
     named = render_model_card(local, source_card_metadata={"base_model": ["someone/else"]})
@@ -69,7 +69,7 @@ def test_local_source_has_the_base_model_that_its_card_names() -> None:
 
 
 def test_hostile_names_stay_text() -> None:
-    hostile = manifest(setup=HOSTILE, untied=[{"name": HOSTILE, "tied_to": HOSTILE, "bytes": 5}])
+    hostile = make_manifest(setup=HOSTILE, untied=[{"name": HOSTILE, "tied_to": HOSTILE, "bytes": 5}])
     hostile["source"] |= {"name": HOSTILE, "architecture": HOSTILE, "model_type": HOSTILE}
     card = render_model_card(hostile, source_card_metadata={"license": HOSTILE, "language": {"a": object()}})
     metadata, text = hub_metadata(card), ModelCard(card).text
@@ -90,7 +90,7 @@ def test_hostile_names_stay_text() -> None:
 
 def test_untied_head_is_named_with_its_cost() -> None:
     card = render_model_card(
-        manifest(untied=[{"name": "lm_head.weight", "tied_to": "model.embed_tokens.weight", "bytes": 28_311_552}]),
+        make_manifest(untied=[{"name": "lm_head.weight", "tied_to": "model.embed_tokens.weight", "bytes": 28_311_552}]),
         source_card_metadata={},
     )
     assert "28.3 MB" in card
@@ -116,7 +116,7 @@ def test_vllm_is_named_only_where_it_would_run(
     assert ("vllm serve" in card) is expected
 
 
-def test_int8_encoder_decoder_is_sent_to_load_for_generate() -> None:
+def test_card_of_an_int8_encoder_decoder_recommends_compressknow_load() -> None:
     card = render_model_card(with_architecture("T5ForConditionalGeneration", "t5"), source_card_metadata={})
     assert "compressknow.load(" in card
     assert "AutoModelForSeq2SeqLM.from_pretrained" in card
@@ -135,19 +135,19 @@ def test_int8_encoder_decoder_is_sent_to_load_for_generate() -> None:
         "---\n" + "[" * 3000 + "\n---\n",
     ],
 )
-def test_broken_source_card_counts_as_none(tmp_path: Path, card: str) -> None:
+def test_broken_source_card_has_no_metadata(tmp_path: Path, card: str) -> None:
     (tmp_path / "README.md").write_text(card)
     assert read_card_metadata(tmp_path / "README.md") == {}
     assert read_card_metadata(tmp_path / "missing.md") == {}
 
 
-def test_source_card_is_read(tmp_path: Path) -> None:
+def test_metadata_of_the_source_card_is_read(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\r\nlicense: mit\r\n---\r\n# Title\r\n---\r\n", newline="")
     assert read_card_metadata(tmp_path / "README.md") == {"license": "mit"}
 
 
 @pytest.mark.parametrize("architecture", ["OwnForCausalLM", "OwnWriter"])
-def test_a_model_with_its_own_code_is_loaded_and_made_again_as_its_card_says(
+def test_card_of_a_model_with_custom_code_loads_and_reproduces_it(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))

@@ -17,14 +17,14 @@ from compressknow.pages.model_card import BEGIN, END, check_model_cards, write_i
 from compressknow.pages.pages import escape_markdown
 from compressknow.pages.records import Card
 from tests.knowing import save_trained, write_facts
-from tests.pages.answering import answers, entry, model, run, sides
-from tests.pages.hostile import TEXTS, numbered
+from tests.pages.answering import make_answers, make_entry, make_model, make_rows, make_runs
+from tests.pages.hostile import HOSTILE_TEXTS, number_texts
 
 NOT_MEASURED = "has not been measured here"
 
 
 def card_of(**counts: int) -> Card:
-    original, compressed = run(sides(**counts))
+    original, compressed = make_runs(make_rows(**counts))
     return make_card(original, [compressed])
 
 
@@ -61,7 +61,7 @@ def results(folder: Path) -> dict[tuple[str, str], float]:
     return {(result.dataset_name, result.metric_type): result.metric_value for result in evaluated}
 
 
-def test_a_converted_checkpoint_gets_its_report_from_the_command_line(tmp_path: Path) -> None:
+def test_report_is_written_into_the_card_of_a_converted_checkpoint(tmp_path: Path) -> None:
     original, converted = save_trained("llama", tmp_path / "original"), tmp_path / "converted"
     facts = write_facts(tmp_path / "facts.jsonl")
     assert main(["convert", str(original), str(converted), "--prune", "0.7", "--quantize", "int8"]) == 0
@@ -88,21 +88,21 @@ def test_a_converted_checkpoint_gets_its_report_from_the_command_line(tmp_path: 
     assert main(["verify", str(converted)]) == 0
 
 
-def test_the_hub_reads_the_figures_back(card: Card, folder: Path) -> None:
+def test_hub_reads_the_figures(card: Card, folder: Path) -> None:
     written(card, folder, "# A model\n")
     assert results(folder) == {("atlas", "accuracy"): 94 / 120, ("atlas", "knowledge-kept"): 0.9}
     first: EvalResult = ModelCard.load(folder / "README.md").data.eval_results[0]
     assert (first.task_type, first.dataset_type) == ("fill-mask", "atlas")
 
 
-def test_the_hub_reads_the_accuracy_that_the_protocol_of_a_probe_asks_for(folder: Path) -> None:
+def test_hub_reads_the_macro_average_if_the_protocol_uses_it(folder: Path) -> None:
     """LAMA's is the mean over relations: 40 of 40 and 0 of 10 are right."""
-    rows = sides(both=40, neither=10)
+    rows = make_rows(both=40, neither=10)
     by_relation = tuple([replace(row, relation="a" if row.correct else "b") for row in side] for side in rows)
-    probes = {"atlas": entry(average="macro")}
+    probes = {"atlas": make_entry(average="macro")}
     original, compressed = (
-        answers(by_relation[0], probes=probes),
-        answers(by_relation[1], model(sha256="b" * 64), probes),
+        make_answers(by_relation[0], probes=probes),
+        make_answers(by_relation[1], make_model(sha256="b" * 64), probes),
     )
     written(make_card(original, [compressed]), folder)
     assert results(folder)["atlas", "accuracy"] == 0.5
@@ -116,7 +116,7 @@ def test_verdict_grades_and_probes_are_in_the_text(card: Card, folder: Path) -> 
     assert MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1]).count("<table>") == 2
 
 
-def test_a_report_on_a_text_alone_has_neither_tables_nor_results(folder: Path, tmp_path: Path) -> None:
+def test_report_on_a_text_has_neither_tables_nor_results(folder: Path, tmp_path: Path) -> None:
     original, text = save_trained("llama", tmp_path / "original"), tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. " * 400, encoding="utf-8")
     shutil.copytree(original, folder, dirs_exist_ok=True)
@@ -127,7 +127,7 @@ def test_a_report_on_a_text_alone_has_neither_tables_nor_results(folder: Path, t
     assert "model-index" not in card
 
 
-def test_a_later_report_takes_the_place_of_the_earlier_one(card: Card, worse: Card, folder: Path) -> None:
+def test_later_report_replaces_the_earlier_one(card: Card, worse: Card, folder: Path) -> None:
     text = "---\nlicense: mit\n---\n\n# A model\n\nBefore.\n"
     first = written(card, folder, text)
     (folder / "README.md").write_text(f"{first}\nAfter.\n")
@@ -141,7 +141,7 @@ def test_a_later_report_takes_the_place_of_the_earlier_one(card: Card, worse: Ca
     assert second.replace("\nAfter.\n", "") == written(worse, folder, text)
 
 
-def test_of_an_original_that_knew_nothing_no_result_is_left_behind(card: Card, folder: Path) -> None:
+def test_report_without_known_facts_has_no_results(card: Card, folder: Path) -> None:
     nothing = card_of(gained=2, neither=20)
     text = "---\nlicense: mit\n---\n\n# A model\n"
     assert written(nothing, folder, text) == written(nothing, folder)
@@ -149,7 +149,7 @@ def test_of_an_original_that_knew_nothing_no_result_is_left_behind(card: Card, f
     assert results(folder) == {("atlas", "accuracy"): 94 / 120, ("atlas", "knowledge-kept"): 0.9}
 
 
-def test_what_the_author_wrote_stays_as_it_is_written(card: Card, folder: Path) -> None:
+def test_text_of_the_author_is_unchanged(card: Card, folder: Path) -> None:
     head = (
         "# Comments too\nlanguage:\n- no  # Norwegian, not false\nlicense:   'mit'\nwidget:\n- text: \"a: b\"\n"
         "date: 2024-02-30x\ntags: [x,   y]\n"
@@ -161,7 +161,7 @@ def test_what_the_author_wrote_stays_as_it_is_written(card: Card, folder: Path) 
     assert written(card, folder) == text
 
 
-def test_results_of_the_authors_own_stay(card: Card, worse: Card, folder: Path) -> None:
+def test_results_of_the_author_are_kept(card: Card, worse: Card, folder: Path) -> None:
     own = (
         "---\nmodel-index:\n- name: Mine\n  results:\n  - task:\n      type: text-generation\n    dataset:\n"
         "      name: MMLU\n      type: mmlu\n    metrics:\n    - type: accuracy\n      value: 0.5\n"
@@ -179,7 +179,7 @@ def test_results_of_the_authors_own_stay(card: Card, worse: Card, folder: Path) 
 
 
 @pytest.mark.parametrize("text", [None, "", "# A model\n\nText.\n", "---\n---\n\nText.\n", "---\nNo front matter.\n"])
-def test_a_card_without_front_matter_gets_one(card: Card, folder: Path, text: str | None) -> None:
+def test_card_without_front_matter_gets_one(card: Card, folder: Path, text: str | None) -> None:
     after = written(card, folder, text)
     assert results(folder)["atlas", "knowledge-kept"] == 0.9
     assert (text or "").strip("-\n ") in after
@@ -203,7 +203,7 @@ def test_front_matter_in_braces_keeps_its_values(card: Card, folder: Path) -> No
         (b"Caf\xe9\n", "not UTF-8"),
     ],
 )
-def test_a_card_that_cannot_be_read_is_left_as_it_is(card: Card, folder: Path, content: bytes, what: str) -> None:
+def test_unreadable_card_is_unchanged(card: Card, folder: Path, content: bytes, what: str) -> None:
     (folder / "README.md").write_bytes(content)
     for attempt in (lambda: check_model_cards([folder]), lambda: write_into_model_cards(card, [folder])):
         with pytest.raises(OutputError, match=what) as error:
@@ -212,7 +212,7 @@ def test_a_card_that_cannot_be_read_is_left_as_it_is(card: Card, folder: Path, c
     assert (folder / "README.md").read_bytes() == content
 
 
-def test_a_card_that_cannot_be_read_is_told_before_any_model_is(
+def test_unreadable_card_is_refused_before_any_model_is_loaded(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "README.md").write_text("---\nlicense: [mit\n---\n")
@@ -220,13 +220,13 @@ def test_a_card_that_cannot_be_read_is_told_before_any_model_is(
     assert "not valid YAML" in capsys.readouterr().err
 
 
-def test_what_is_no_checkpoint_folder_has_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_that_is_not_a_checkpoint_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("answers", "someone/model"):
         assert main(["report", "original", str(tmp_path / name), "--into-model-card"]) == 1
         assert "it has no model card to write into" in capsys.readouterr().err
 
 
-def test_a_mark_that_the_author_left_alone_costs_no_text(card: Card, worse: Card, folder: Path) -> None:
+def test_missing_end_mark_loses_no_text(card: Card, worse: Card, folder: Path) -> None:
     first = written(card, folder, "# A model\n")
     broken = first.replace(END, "") + "\nThe author's own.\n"
     written(card, folder, broken)
@@ -234,9 +234,9 @@ def test_a_mark_that_the_author_left_alone_costs_no_text(card: Card, worse: Card
     assert "The author's own." in written(card, folder)
 
 
-@pytest.mark.parametrize("hostile", [*TEXTS[:-2], END, f"{END} {BEGIN}", "a: b\n---\n# x"])
-def test_hostile_names_break_out_of_nothing(card: Card, folder: Path, hostile: str) -> None:
-    bad = numbered(card, hostile)
+@pytest.mark.parametrize("hostile", [*HOSTILE_TEXTS[:-2], END, f"{END} {BEGIN}", "a: b\n---\n# x"])
+def test_hostile_names_stay_text(card: Card, folder: Path, hostile: str) -> None:
+    bad = number_texts(card, hostile)
     once = written(bad, folder, "---\nlicense: mit\n---\n\n# A model\n\nText.\n")
     assert written(bad, folder) == once
     body = once.split("\n---\n", 1)[1]

@@ -7,16 +7,16 @@ from dataclasses import replace
 from compressknow.comparison.records import Estimate
 from compressknow.pages.card.make import read_model_facts
 from compressknow.pages.search import Search, Trial
-from tests.pages.answering import model as model_entry
+from tests.pages.answering import make_model as model_entry
 
 
-def estimate(value: float) -> Estimate:
+def make_estimate(value: float) -> Estimate:
     return Estimate(value, max(0.0, value - 0.04), min(1.0, value + 0.04))
 
 
-def tried(setup: str, size: int, kept: float, held_out: float | None = None) -> Trial:
-    known = None if held_out is None else estimate(held_out)
-    return Trial(setup, {"blk.0.attn_q.weight": "q4_k"}, size, 1e6 / size, estimate(kept), known)
+def make_trial(setup: str, size: int, kept: float, held_out: float | None = None) -> Trial:
+    known = None if held_out is None else make_estimate(held_out)
+    return Trial(setup, {"blk.0.attn_q.weight": "q4_k"}, size, 1e6 / size, make_estimate(kept), known)
 
 
 def make_types(text: str) -> dict[str, str]:
@@ -30,12 +30,12 @@ def make_types(text: str) -> dict[str, str]:
     }
 
 
-def found(text: str = "a-model") -> Search:
+def make_search(text: str = "a-model") -> Search:
     all_tried = (
-        tried("100 % q8_0", 80_000_000, 0.97),
-        tried(f"60.0 % q5_k, 40.0 % q4_k {text}", 65_000_000, 0.965),
-        tried("60.0 % q4_k, 30.0 % q3_k, 10.0 % q6_k", 60_000_000, 0.96, 0.95),
-        tried("100 % q2_k", 30_000_000, 0.1),
+        make_trial("100 % q8_0", 80_000_000, 0.97),
+        make_trial(f"60.0 % q5_k, 40.0 % q4_k {text}", 65_000_000, 0.965),
+        make_trial("60.0 % q4_k, 30.0 % q3_k, 10.0 % q6_k", 60_000_000, 0.96, 0.95),
+        make_trial("100 % q2_k", 30_000_000, 0.1),
     )
     facts = {"sha256": "0" * 64, "architecture": "LlamaForCausalLM", "family": "causal", "parameters": 50_000_000}
     model = model_entry(name=text, revision=None, bytes=100_000_000, dtype="BF16", **facts)
@@ -56,7 +56,7 @@ def found(text: str = "a-model") -> Search:
         bytes=100_000_000,
         tried=all_tried,
         confirmed=(all_tried[2],),
-        winner=replace(all_tried[2], types=make_types(text), graded=estimate(0.94)),
+        winner=replace(all_tried[2], types=make_types(text), graded=make_estimate(0.94)),
         closest=None,
         recipe='[export]\ntype = "q4_k_s"',
         rounding=0.985,
@@ -66,9 +66,9 @@ def found(text: str = "a-model") -> Search:
     )
 
 
-def sized() -> Search:
+def make_size_search() -> Search:
     """A search for a size, which has no trials."""
-    search = found()
+    search = make_search()
     assert search.winner is not None
     winner = replace(search.winner, kept=Estimate(None), held_out=None)
     return replace(

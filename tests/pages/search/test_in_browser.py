@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from compressknow.pages.search import render_search_html
-from tests.pages.hostile import TEXTS
+from tests.pages.hostile import HOSTILE_TEXTS
 from tests.pages.in_browser import check_accessible, check_fits
-from tests.pages.search.searches import found, sized
+from tests.pages.search.searches import make_search, make_size_search
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 
 PAGES = {
-    "found": found(),
-    "none": replace(found(), winner=None, recipe=None, closest=found().tried[2]),
-    "sized": sized(),
-    "hostile 6": found(TEXTS[6]),
-    "hostile 7": found(TEXTS[7]),
+    "found": make_search(),
+    "none": replace(make_search(), winner=None, recipe=None, closest=make_search().tried[2]),
+    "sized": make_size_search(),
+    "hostile 6": make_search(HOSTILE_TEXTS[6]),
+    "hostile 7": make_search(HOSTILE_TEXTS[7]),
 }
 
 
@@ -41,7 +41,7 @@ def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path],
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("found", "light"), ("found", "dark"), ("none", "light")])
-def test_axe_finds_nothing_to_mend(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
+def test_page_is_accessible(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
     check_accessible(page, files[name], scheme)
 
 
@@ -50,7 +50,7 @@ def text(page: Page, selector: str) -> str:
     return page.locator(selector).inner_text().replace("\N{NO-BREAK SPACE}", " ")
 
 
-def test_the_page_says_what_was_found(page: Page, files: dict[str, Path]) -> None:
+def test_page_shows_the_result(page: Page, files: dict[str, Path]) -> None:
     page.goto(files["found"].as_uri())
     assert text(page, "h1") == "40.0 % smaller, and 94.0 % kept"
     verdict = text(page, "header .verdict")

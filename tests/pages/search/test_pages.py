@@ -10,21 +10,21 @@ from compressknow.base.format import clean
 from compressknow.comparison.records import Estimate
 from compressknow.pages.search import list_warnings, render_search_html, write_headline, write_verdict
 from tests.long import one_in
-from tests.pages.hostile import TEXTS
-from tests.pages.pages import read
-from tests.pages.search.searches import found, sized
+from tests.pages.hostile import HOSTILE_TEXTS
+from tests.pages.pages import parse_html
+from tests.pages.search.searches import make_search, make_size_search
 
 
-@pytest.mark.parametrize("text", one_in(8, TEXTS), ids=range(len(TEXTS)))
+@pytest.mark.parametrize("text", one_in(8, HOSTILE_TEXTS), ids=range(len(HOSTILE_TEXTS)))
 def test_hostile_text_stays_text(text: str) -> None:
-    page = read(render_search_html(found(text)))
-    assert page.shape == read(render_search_html(found("harmless"))).shape
+    page = parse_html(render_search_html(make_search(text)))
+    assert page.shape == parse_html(render_search_html(make_search("harmless"))).shape
     assert clean(text, 60)[:30] in page.one("main").text
 
 
-def test_a_pointer_over_a_file_is_told_which_it_is_in_both_sizes_of_the_chart() -> None:
-    search = found()
-    page = read(render_search_html(search))
+def test_marks_have_tooltips_in_both_sizes_of_the_chart() -> None:
+    search = make_search()
+    page = parse_html(render_search_html(search))
     for look in ("narrow", "broad"):
         figure = next(each for each in page.all("figure") if each.attributes.get("class") == look)
         told = [title.text for title in figure.all("title")]
@@ -32,24 +32,24 @@ def test_a_pointer_over_a_file_is_told_which_it_is_in_both_sizes_of_the_chart() 
         assert any(text.startswith("the winner, ") for text in told)
 
 
-def test_what_rounding_alone_keeps_is_a_line_of_the_chart() -> None:
-    with_line, without = (render_search_html(replace(found(), rounding=share)) for share in (0.985, None))
-    assert "The dotted line is what rounding alone keeps, 98.5 %" in read(with_line).text
+def test_chart_has_a_rounding_line() -> None:
+    with_line, without = (render_search_html(replace(make_search(), rounding=share)) for share in (0.985, None))
+    assert "The dotted line is what rounding alone keeps, 98.5 %" in parse_html(with_line).text
     assert "ounding alone" not in without
     dotted, plain_chart = (html.count("stroke-dasharray") for html in (with_line, without))
     assert dotted == plain_chart + 2  # in each size of the chart
 
 
 @pytest.mark.parametrize(("keep", "told"), [(0.9, False), (0.99, True)])
-def test_to_keep_more_than_rounding_keeps_is_told(keep: float, told: bool) -> None:
-    warnings = " ".join(list_warnings(replace(found(), keep=keep)))
+def test_warning_if_the_target_exceeds_what_rounding_keeps(keep: float, told: bool) -> None:
+    warnings = " ".join(list_warnings(replace(make_search(), keep=keep)))
     assert ("Rounding alone keeps 98.5 % of what the original knows" in warnings) == told
     assert ("even unchanged weights do not keep 99 % there" in warnings) == told
 
 
 @pytest.mark.parametrize(("keep", "told"), [(0.9, False), (0.95, True), (0.99, False)])
-def test_a_smaller_file_that_too_few_facts_tell_is_named(keep: float, told: bool) -> None:
-    search = found()
+def test_warning_names_a_smaller_file_that_more_facts_might_confirm(keep: float, told: bool) -> None:
+    search = make_search()
     largest = max(search.tried, key=lambda each: each.bytes)
     for winner in (largest, None):
         warnings = " ".join(list_warnings(replace(search, keep=keep, winner=winner)))
@@ -57,30 +57,30 @@ def test_a_smaller_file_that_too_few_facts_tell_is_named(keep: float, told: bool
     assert "With more facts" not in " ".join(list_warnings(replace(search, keep=0.9)))
 
 
-def test_the_best_file_of_a_size_has_no_chart_and_no_split_to_select_by() -> None:
-    page = read(render_search_html(sized()))
+def test_search_for_a_size_has_no_chart_and_no_held_out_facts() -> None:
+    page = parse_html(render_search_html(make_size_search()))
     assert "Knowledge kept against size" not in page.one("main").text
     text = page.one("main").text
-    assert "of what a-model knew of 150 facts that had no part in the choice" in write_verdict(sized())
+    assert "of what a-model knew of 150 facts that had no part in the choice" in write_verdict(make_size_search())
     assert "On the held-out facts" not in text
-    assert write_headline(sized()) == "60.0 MB, and 94.0 % kept"
+    assert write_headline(make_size_search()) == "60.0 MB, and 94.0 % kept"
 
 
-def test_facts_do_not_guide_where_a_text_does_alone() -> None:
-    text = read(render_search_html(replace(sized(), by="text, rounded by GPTQ"))).one("main").text
+def test_search_guided_by_text_does_not_mention_guiding_facts() -> None:
+    text = parse_html(render_search_html(replace(make_size_search(), by="text, rounded by GPTQ"))).one("main").text
     assert "decided by text, rounded by GPTQ" in text
     assert "guided" not in text
     assert "are the search split (the original knew 93)" in text
 
 
-def test_the_headline_tells_the_share_of_facts_that_had_no_part_in_the_choice() -> None:
-    search = found()
+def test_headline_has_the_share_of_the_grading_facts() -> None:
+    search = make_search()
     lucky = replace(search.winner, graded=Estimate(0.85, 0.81, 0.89))
     assert write_headline(replace(search, keep=0.9, winner=lucky)) == "40.0 % smaller, and 85.0 % kept"
 
 
-def test_a_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
-    page = read(render_search_html(sized()))
+def test_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
+    page = parse_html(render_search_html(make_size_search()))
     *_, broad = page.all("figure")
     drawn = [text.text for text in broad.all("text")]
     # Attention first, though the file has it last; what lies in no layer has a row of its own.
@@ -96,17 +96,17 @@ def test_a_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
     ]
 
 
-def test_the_layers_of_an_encoder_stand_before_those_of_a_decoder_whatever_both_lie_in() -> None:
-    search = sized()
+def test_encoder_layers_come_before_decoder_layers() -> None:
+    search = make_size_search()
     assert search.winner is not None
     types = {f"model.{stack}.layers.{n}.fc1": "int4/64" for stack in ("encoder", "decoder") for n in (0, 10, 2)}
-    page = read(render_search_html(replace(search, winner=replace(search.winner, types=types))))
+    page = parse_html(render_search_html(replace(search, winner=replace(search.winner, types=types))))
     names = [row.children[0].text for row in page.one("table").all("tr") if not isinstance(row.children[0], str)]
     assert names == ["Layer", *(f"{stack} {n}" for stack in ("encoder", "decoder") for n in (0, 2, 10))]
 
 
-def test_files_are_listed_the_smallest_first_with_what_they_were_predicted_to_lose() -> None:
-    text = read(render_search_html(found())).one("main").text
+def test_evaluated_files_are_listed_by_size_with_their_predicted_kl() -> None:
+    text = parse_html(render_search_html(make_search())).one("main").text
     table = text[text.index("Evaluated files, smallest first") :]
     places = [table.index(f"{size}.0 MB") for size in (30, 60, 65, 80)]
     assert places == sorted(places)
@@ -114,8 +114,8 @@ def test_files_are_listed_the_smallest_first_with_what_they_were_predicted_to_lo
     assert "0.0167" in table
 
 
-def test_a_bar_beside_each_file_shows_its_share_and_the_note_its_level() -> None:
-    page = read(render_search_html(found()))
+def test_each_file_has_a_bar_of_its_share_and_the_note_names_the_level() -> None:
+    page = parse_html(render_search_html(make_search()))
     section = next(each for each in page.all("section") if each.attributes["aria-labelledby"] == "tried")
     bars = [each for each in section.all("svg") if each.attributes.get("class") == "bar"]
     assert [bar.one("rect").attributes["width"] for bar in bars] == ["10.0", "96.0", "96.5", "97.0"]

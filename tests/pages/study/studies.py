@@ -15,7 +15,7 @@ from compressknow.pages.study.charts import draw_charts
 from compressknow.pages.study.pages import make_study_page
 from compressknow.pages.study.records import FailedCell, Study, StudyCell, StudyProbe
 from compressknow.study import grid
-from tests.pages.answering import COMPRESSED_HASH, answer, answers, entry, model
+from tests.pages.answering import COMPRESSED_HASH, make_answer, make_answers, make_entry, make_model
 
 # Parameters of BERT-base's modules, in millions (the paper's table 2).
 MILLIONS = {"attention": 21, "feed-forward": 64, "overall": 86, "final": 23}
@@ -39,7 +39,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProbeSpec:
     """The probes: each of `n` facts, of which the original knows the first `known`, in turn of so many relations."""
 
     n: int = 300
@@ -49,20 +49,20 @@ class Asked:
     entry: Mapping[str, object] = field(default_factory=lambda: ENTRY)
 
 
-TASKS = Asked(
+TASKS = ProbeSpec(
     n=100, known=80, probes=("lm-eval:boolq", "lm-eval:piqa"), entry={**ENTRY, "chance": 0.5, "majority": 0.621}
 )
 
 
-def study(
-    cells: Sequence[Cell], family: str = "masked", asked: Asked | None = None, failed: Sequence[FailedCell] = ()
+def make_study(
+    cells: Sequence[Cell], family: str = "masked", spec: ProbeSpec | None = None, failed: Sequence[FailedCell] = ()
 ) -> Study:
-    asked = asked or Asked()
-    original = _answers(asked, range(asked.known), model(family=family))
-    made = tuple(_cell(cell, asked, original, family) for cell in cells)
+    spec = spec or ProbeSpec()
+    original = _make_answers(spec, range(spec.known), make_model(family=family))
+    made = tuple(_make_cell(cell, spec, original, family) for cell in cells)
     return Study(
         original=read_model_facts(original.record.model),
-        probes=tuple(_probe(name, asked) for name in asked.probes),
+        probes=tuple(_make_probe(name, spec) for name in spec.probes),
         cells=made,
         failed=tuple(failed),
         versions=dict(original.record.versions),
@@ -86,7 +86,7 @@ def gpq(scope: str, amount: float, right: Collection[int], scheme: str = "int8-p
     return Cell(scope, right, amount, scheme, "l1-unstructured")
 
 
-def two_methods() -> list[Cell]:
+def make_cells_of_two_methods() -> list[Cell]:
     """Pruned by L1 attention bears more than feed-forward, by Wanda less."""
     right = {
         "l1-unstructured": {"attention": 190, "feed-forward": 100, "overall": 50},
@@ -95,13 +95,13 @@ def two_methods() -> list[Cell]:
     return [gp(s, a, range(k), method) for method, of in right.items() for a in (0.4, 0.5) for s, k in of.items()]
 
 
-def whole_grid(family: str = "masked", asked: Asked | None = None) -> Study:
+def make_whole_grid(family: str = "masked", spec: ProbeSpec | None = None) -> Study:
     """The paper's grid, in which feed-forward loses twice as fast as attention, and overall four times."""
-    asked = asked or Asked()
+    spec = spec or ProbeSpec()
     kinds = {"attention": 1, "feed-forward": 2, "overall": 4}
 
     def right(harm: float) -> range:
-        return range(max(0, round(asked.known * (1 - harm))))
+        return range(max(0, round(spec.known * (1 - harm))))
 
     cells = [gp(s, a / 10, right(k * (a / 10) ** 3)) for s, k in kinds.items() for a in range(1, 10)]
     cells += [gq(s, right(0.05 * k)) for s, k in kinds.items()]
@@ -111,23 +111,23 @@ def whole_grid(family: str = "masked", asked: Asked | None = None) -> Study:
         cells += [gpq(s, a / 10, right(0.1 * a * k / 4)) for k, s in enumerate(four, 1) for a in (2, 4)]
     for method, k in (("l1-unstructured", 1), ("ln-structured", 3)):
         cells += [gp("final", a / 10, right(k * a / 20), method) for a in (2, 4)]
-    return study(cells, family, asked, [FailedCell("att-95", "Att_GP 95%", "RuntimeError: out of memory")])
+    return make_study(cells, family, spec, [FailedCell("att-95", "Att_GP 95%", "RuntimeError: out of memory")])
 
 
-def _answers(asked: Asked, right: Collection[int], record: Mapping[str, object]) -> Answers:
-    choices = None if asked.entry["chance"] is None else round(1 / float(str(asked.entry["chance"])))
-    rows = [answer(i, i in right, probe=probe, choices=choices) for probe in asked.probes for i in range(asked.n)]
-    return answers(rows, record, {probe: entry(facts=asked.n, **asked.entry) for probe in asked.probes})
+def _make_answers(spec: ProbeSpec, right: Collection[int], record: Mapping[str, object]) -> Answers:
+    choices = None if spec.entry["chance"] is None else round(1 / float(str(spec.entry["chance"])))
+    rows = [make_answer(i, i in right, probe=probe, choices=choices) for probe in spec.probes for i in range(spec.n)]
+    return make_answers(rows, record, {probe: make_entry(facts=spec.n, **spec.entry) for probe in spec.probes})
 
 
-def _probe(name: str, asked: Asked) -> StudyProbe:
-    known = tuple(i < asked.known for i in range(asked.n))
-    majority, chance = (asked.entry[key] for key in ("majority", "chance"))
-    relations = tuple(f"relation-{i % asked.relations}" for i in range(asked.n))
-    return StudyProbe(name, asked.n, "micro", asked.known / asked.n, majority, chance, known, relations)  # type: ignore[arg-type]
+def _make_probe(name: str, spec: ProbeSpec) -> StudyProbe:
+    known = tuple(i < spec.known for i in range(spec.n))
+    majority, chance = (spec.entry[key] for key in ("majority", "chance"))
+    relations = tuple(f"relation-{i % spec.relations}" for i in range(spec.n))
+    return StudyProbe(name, spec.n, "micro", spec.known / spec.n, majority, chance, known, relations)  # type: ignore[arg-type]
 
 
-def _cell(cell: Cell, asked: Asked, original: Answers, family: str) -> StudyCell:
+def _make_cell(cell: Cell, spec: ProbeSpec, original: Answers, family: str) -> StudyCell:
     recipe = cell.recipe or build_recipe(
         Where((cell.scope,)),
         prune=cell.amount,
@@ -143,7 +143,7 @@ def _cell(cell: Cell, asked: Asked, original: Answers, family: str) -> StudyCell
         "sparse_bytes": 4 * (WHOLE - pruned) + WHOLE // 8,
     }
     nbytes = 4 * WHOLE - 3 * quantized
-    record = model(name=key, family=family, sha256=COMPRESSED_HASH, bytes=nbytes, setup=setup, totals=totals)
+    record = make_model(name=key, family=family, sha256=COMPRESSED_HASH, bytes=nbytes, setup=setup, totals=totals)
     return StudyCell(
         key=key,
         setup=setup,
@@ -155,12 +155,12 @@ def _cell(cell: Cell, asked: Asked, original: Answers, family: str) -> StudyCell
         quantization=of_grid.quantization,
         settings=of_grid.settings,
         plain=cell.plain and of_grid.plain,
-        comparison=compare(original, _answers(asked, cell.right, record), show_facts=False),
-        correct={probe: tuple(i in cell.right for i in range(asked.n)) for probe in asked.probes},
+        comparison=compare(original, _make_answers(spec, cell.right, record), show_facts=False),
+        correct={probe: tuple(i in cell.right for i in range(spec.n)) for probe in spec.probes},
     )
 
 
-def own_grid(text: str, path: Path, right: Sequence[int]) -> Study:
+def make_grid_study(text: str, path: Path, right: Sequence[int]) -> Study:
     """The cells of a grid file, written to `path`; each answers so many facts right."""
     path.write_text(text, encoding="utf-8")
     cells = []
@@ -171,30 +171,30 @@ def own_grid(text: str, path: Path, right: Sequence[int]) -> Study:
         scheme = quantizes[0].scheme if quantizes else None
         scope = "+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope))
         cells.append(Cell(scope, range(known), amount, scheme, method, recipe=cell.recipe))
-    made = study(cells)
+    made = make_study(cells)
     keys = [cell.key for cell in grid.read_grid(path)]
     return replace(made, cells=tuple(replace(c, key=key) for c, key in zip(made.cells, keys, strict=True)))
 
 
-def empty() -> Study:
-    return replace(study([]), command=None, versions={}, method=())
+def make_empty_study() -> Study:
+    return replace(make_study([]), command=None, versions={}, method=())
 
 
-def failed_only() -> Study:
-    return study([], "seq2seq", failed=[FailedCell("x", "Att_GP 95%", "no memory")])
+def make_failed_study() -> Study:
+    return make_study([], "seq2seq", failed=[FailedCell("x", "Att_GP 95%", "no memory")])
 
 
 STUDIES = {
-    "masked": whole_grid,
-    "seq2seq": lambda: whole_grid("seq2seq", TASKS),
-    "one": lambda: study([gp("attention", 0.2, range(150))]),
-    "methods": lambda: study(two_methods()),
-    "empty": empty,
-    "failed": failed_only,
+    "masked": make_whole_grid,
+    "seq2seq": lambda: make_whole_grid("seq2seq", TASKS),
+    "one": lambda: make_study([gp("attention", 0.2, range(150))]),
+    "methods": lambda: make_study(make_cells_of_two_methods()),
+    "empty": make_empty_study,
+    "failed": make_failed_study,
 }
 
 
-def hostile(made: Study, text: str) -> Study:
+def replace_texts(made: Study, text: str) -> Study:
     """The study with each of its texts replaced by `text`, numbered where they have to differ."""
     names = {probe.name: f"{i} {text}" for i, probe in enumerate(made.probes)}
     return replace(

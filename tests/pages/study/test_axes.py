@@ -16,8 +16,15 @@ from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.pages import build_cells_table, dump_study, to_csv, to_parquet, write_study
 from compressknow.pages.study.records import Study, tidy_rows
 from compressknow.pages.study.summary import draw_conclusions
-from tests.pages.pages import read
-from tests.pages.study.studies import own_grid, render_study_html, render_study_markdown, study, two_methods, whole_grid
+from tests.pages.pages import parse_html
+from tests.pages.study.studies import (
+    make_cells_of_two_methods,
+    make_grid_study,
+    make_study,
+    make_whole_grid,
+    render_study_html,
+    render_study_markdown,
+)
 from tests.shown import ROOT
 
 LAYERS = '[axes]\nprune = [0.2, 0.5]\nlayers = ["0-5", "6-11"]\n'
@@ -75,11 +82,11 @@ GRIDS = {
 
 def made_of(name: str, folder: Path) -> Study:
     text, right, _ = GRIDS[name]
-    return own_grid(text, folder / "grid.toml", right)
+    return make_grid_study(text, folder / "grid.toml", right)
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_what_varies_is_a_column_a_chart_and_a_comparison(name: str, tmp_path: Path) -> None:
+def test_each_axis_has_a_column_a_chart_and_a_conclusion(name: str, tmp_path: Path) -> None:
     made, values = made_of(name, tmp_path), GRIDS[name][2]
     axis = next(each for each in made.find_axes() if each.name == name)
     assert [list(cells) for _, cells in axis.groups] == [values] * len(axis.groups)
@@ -96,7 +103,7 @@ def test_what_varies_is_a_column_a_chart_and_a_comparison(name: str, tmp_path: P
     assert name in ("scope", "method", "quantize") or name.replace("_", " ").capitalize() in columns
 
 
-def test_groups_are_of_cells_that_differ_in_nothing_else(tmp_path: Path) -> None:
+def test_groups_have_cells_that_differ_only_on_the_axis(tmp_path: Path) -> None:
     made = made_of("layers", tmp_path)
     by_layers, by_amount = {axis.name: axis for axis in made.find_axes()}["layers"], made.find_axes()[-1]
     assert [name for name, _ in by_layers.groups] == ["20 %", "50 %"]
@@ -107,36 +114,36 @@ def test_groups_are_of_cells_that_differ_in_nothing_else(tmp_path: Path) -> None
     assert found["Pruned by 20 %, layers 6-11 keeps less than 90 %"].answer == "holds"
 
 
-def test_groups_are_not_named_by_what_only_some_methods_have(tmp_path: Path) -> None:
+def test_group_names_omit_settings_that_only_some_methods_have(tmp_path: Path) -> None:
     grid = '[axes]\nmethod = ["l1-unstructured", "ln-structured"]\nprune = [0, 0.5]\nquantize = ["int8", "fp8"]\n'
-    axes = own_grid(grid, tmp_path / "grid.toml", [190, 180, 150, 140, 130, 120]).find_axes()
+    axes = make_grid_study(grid, tmp_path / "grid.toml", [190, 180, 150, 140, 130, 120]).find_axes()
     (of_schemes,) = (axis for axis in axes if axis.name == "quantize")
     assert [name for name, _ in of_schemes.groups] == ["not pruned", "l1-unstructured, 50 %", "ln-structured, 50 %"]
 
 
-def test_a_group_that_lacks_what_the_others_have_has_a_name(tmp_path: Path) -> None:
+def test_group_without_a_setting_of_the_others_has_a_name(tmp_path: Path) -> None:
     grid = '[axes]\nlayers = ["0-5"]\nprune = [0.2, 0.5]\nquantize = ["none", "int8"]\n'
-    made = own_grid(grid, tmp_path / "grid.toml", [190, 180, 100, 90])
+    made = make_grid_study(grid, tmp_path / "grid.toml", [190, 180, 100, 90])
     found = [each.claim for each in draw_conclusions(made, evaluate_findings(made)[0])]
     assert found == [f"Pruned by 50 %, {name} keeps less than 90 %" for name in ("not quantized", "int8")]
 
 
-def test_what_is_not_calibrated_stands_beside_each_text(tmp_path: Path) -> None:
+def test_uncalibrated_cells_are_compared_with_those_of_each_text(tmp_path: Path) -> None:
     grid = '[axes]\nquantize = ["int4"]\nrounding = ["nearest", "gptq"]\ncalibration = ["self", "hf:some/set"]\n'
-    made = own_grid(grid, tmp_path / "grid.toml", [120, 190, 180])
+    made = make_grid_study(grid, tmp_path / "grid.toml", [120, 190, 180])
     axis = next(each for each in made.find_axes() if each.name == "rounding")
     assert [name for name, _ in axis.groups] == ["calibration self", "calibration hf:some/set"]
     assert [list(cells) for _, cells in axis.groups] == [["nearest", "gptq"]] * 2
 
 
-def test_what_is_pruned_too_is_no_neighbour_of_what_is_not(tmp_path: Path) -> None:
+def test_cells_with_different_steps_are_not_compared(tmp_path: Path) -> None:
     grid = (ROOT / "examples" / "grid.toml").read_text(encoding="utf-8")
-    assert own_grid(grid, tmp_path / "grid.toml", [190, 150, 180, 140, 130, 100]).find_axes() == ()
+    assert make_grid_study(grid, tmp_path / "grid.toml", [190, 150, 180, 140, 130, 100]).find_axes() == ()
 
 
-def test_what_the_papers_figures_show_is_not_drawn_twice() -> None:
-    assert whole_grid().find_axes() == ()
-    assert study(two_methods()).find_axes() == ()
+def test_axes_of_the_papers_figures_are_not_drawn_again() -> None:
+    assert make_whole_grid().find_axes() == ()
+    assert make_study(make_cells_of_two_methods()).find_axes() == ()
 
 
 @pytest.mark.parametrize(
@@ -147,16 +154,16 @@ def test_what_the_papers_figures_show_is_not_drawn_twice() -> None:
         ('quantize = ["int8"]', ["50 %"]),
     ],
 )
-def test_what_the_papers_figures_do_not_show_is_drawn(form: str, amounts: list[str], tmp_path: Path) -> None:
+def test_axes_outside_the_papers_figures_are_drawn(form: str, amounts: list[str], tmp_path: Path) -> None:
     grid = f'[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.2, 0.5]\n{form}\n'
-    axes = own_grid(grid, tmp_path / "grid.toml", [190, 150, 150, 60]).find_axes()
+    axes = make_grid_study(grid, tmp_path / "grid.toml", [190, 150, 150, 60]).find_axes()
     groups = {axis.name: [name for name, _ in axis.groups] for axis in axes}
     assert groups == {"scope": amounts, "prune": ["attention", "feed-forward"]}
 
 
-def test_a_group_is_not_called_what_one_in_the_papers_figures_is(tmp_path: Path) -> None:
+def test_group_names_differ_from_those_of_the_papers_figures(tmp_path: Path) -> None:
     grid = '[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.5, 0.9]\nquantize = ["none", "int8"]\n'
-    made = own_grid(grid, tmp_path / "grid.toml", [190, 188, 60, 55, 150, 148, 30, 28])
+    made = make_grid_study(grid, tmp_path / "grid.toml", [190, 188, 60, 55, 150, 148, 30, 28])
     groups = {axis.name: [name for name, _ in axis.groups] for axis in made.find_axes()}
     assert groups["prune"] == ["attention, int8", "feed-forward, int8"]
     claims = [conclusion.claim for conclusion in draw_conclusions(made, [])]
@@ -165,7 +172,7 @@ def test_a_group_is_not_called_what_one_in_the_papers_figures_is(tmp_path: Path)
 
 def test_columns_of_settings_have_one_type(tmp_path: Path) -> None:
     grid = "".join(f"[[cells]]\n[[cells.steps]]\ndrop_blocks = {blocks}\n" for blocks in (2, '"20-23"'))
-    rows = tidy_rows(own_grid(grid, tmp_path / "grid.toml", [190, 60]))
+    rows = tidy_rows(make_grid_study(grid, tmp_path / "grid.toml", [190, 60]))
     assert [row["drop_blocks"] for row in rows] == ["2", "20-23"]
     numbers = tidy_rows(made_of("calibration_tokens", tmp_path))
     for each in (rows, numbers):
@@ -174,26 +181,26 @@ def test_columns_of_settings_have_one_type(tmp_path: Path) -> None:
     assert [row["calibration_tokens"] for row in numbers] == [8192, 512]
 
 
-def test_an_infinite_norm_is_a_text(tmp_path: Path) -> None:
+def test_infinite_norm_is_written_as_text(tmp_path: Path) -> None:
     grid = '[axes]\nprune = [0.5]\nmethod = ["ln-structured"]\nnorm = [1, "inf"]\n'
-    told = json.dumps(dump_study(own_grid(grid, tmp_path / "grid.toml", [190, 60])), allow_nan=False)
+    told = json.dumps(dump_study(make_grid_study(grid, tmp_path / "grid.toml", [190, 60])), allow_nan=False)
     assert [cell["norm"] for cell in json.loads(told)["cells"]] == ["1", "inf"]
 
 
-def test_findings_without_cells_are_one_line(tmp_path: Path) -> None:
+def test_findings_without_cells_are_listed_on_one_line(tmp_path: Path) -> None:
     made = made_of("layers", tmp_path)
-    page, text = read(render_study_html(made)), render_study_markdown(made)
+    page, text = parse_html(render_study_html(made)), render_study_markdown(made)
     (section,) = [each for each in page.all("section") if each.attributes.get("aria-labelledby") == "findings"]
     assert [line.text for line in section.all("p")] == ["The study has no cells for the paper's findings."]
     assert not section.all("table")
     assert text.count("no cells for") == 1
-    some = read(render_study_html(study(two_methods())))
+    some = parse_html(render_study_html(make_study(make_cells_of_two_methods())))
     (section,) = [each for each in some.all("section") if each.attributes.get("aria-labelledby") == "findings"]
     assert [part.attributes.get("id") for part in section.all("table")[0].all("tbody")] == ["F2", "F3", "F4", "F10"]
     assert [line.text for line in section.all("p")] == ["The study has no cells for F1, F5, F6, F7, F8 and F9."]
 
 
-def test_charts_of_an_axis_that_is_gone_are_removed(tmp_path: Path) -> None:
+def test_charts_of_a_removed_axis_are_deleted(tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     write_study(made_of("layers", tmp_path), tmp_path / "study")
     assert drawn(tmp_path) == ["axis-layers.svg", "axis-prune.svg"]

@@ -26,9 +26,9 @@ from compressknow.pages.study.charts import (
 )
 from compressknow.pages.study.records import Study
 from compressknow.pages.svg import COLOURS, make_standalone
-from tests.pages.answering import answer, run
-from tests.pages.hostile import TEXTS
-from tests.pages.study.studies import ENTRY, ROUNDING, TASKS, Asked, gp, gq, study, whole_grid
+from tests.pages.answering import make_answer, make_runs
+from tests.pages.hostile import HOSTILE_TEXTS
+from tests.pages.study.studies import ENTRY, ROUNDING, TASKS, ProbeSpec, gp, gq, make_study, make_whole_grid
 
 TASK = {"chance": 0.5, "majority": 0.6}
 
@@ -43,7 +43,7 @@ def texts(svg: str) -> list[str]:
 
 
 def test_whole_grid_has_the_figures_of_its_family() -> None:
-    names = {family: [chart.name for chart in draw_charts(whole_grid(family))] for family in ("masked", "seq2seq")}
+    names = {family: [chart.name for chart in draw_charts(make_whole_grid(family))] for family in ("masked", "seq2seq")}
     common = ["pruning-drop", "pruning-kept", "quantization", "pruning-quantization", "final-layer"]
     assert names["masked"] == common
     assert names["seq2seq"] == [*common[:4], "attention-kinds", "final-layer"]
@@ -55,26 +55,28 @@ def test_whole_grid_has_the_figures_of_its_family() -> None:
     [("masked", "figures 2 and 19"), ("causal", "figure 5"), ("seq2seq", "figures 6 and 12")],
 )
 def test_title_names_the_figure_of_the_paper(family: str, figure: str) -> None:
-    chart = draw_charts(study([gp("attention", a, range(100)) for a in (0.2, 0.4)], family))[0]
+    chart = draw_charts(make_study([gp("attention", a, range(100)) for a in (0.2, 0.4)], family))[0]
     assert chart.title.endswith(f"({figure} of the paper)")
 
 
 def test_charts_without_cells_are_left_out() -> None:
-    assert draw_charts(study([])) == ()
-    assert draw_charts(study([gp("attention", 0.2, range(100))])) == ()  # one amount is not a line
-    assert [chart.name for chart in draw_charts(study([gq("attention", range(100))]))] == ["quantization"]
+    assert draw_charts(make_study([])) == ()
+    assert draw_charts(make_study([gp("attention", 0.2, range(100))])) == ()  # one amount is not a line
+    assert [chart.name for chart in draw_charts(make_study([gq("attention", range(100))]))] == ["quantization"]
 
 
-def test_lines_are_told_in_words_too() -> None:
-    made = study([gp("attention", a, range(k)) for a, k in ((0.2, 150), (0.4, 100))], asked=Asked(n=200, known=200))
+def test_lines_are_described_in_words() -> None:
+    made = make_study(
+        [gp("attention", a, range(k)) for a, k in ((0.2, 150), (0.4, 100))], spec=ProbeSpec(n=200, known=200)
+    )
     drop, kept = draw_charts(made)
     assert "attention: 25.0 at 20 %, 50.0 at 40 %." in svg_of(drop)
     assert "attention: 75.0 % at 20 %, 50.0 % at 40 %." in svg_of(kept)
 
 
 def test_figures_are_means_over_the_probes() -> None:
-    both = study([gp("attention", 0.2, range(150))], asked=Asked(n=200, known=200, probes=("a", "b")))
-    one = study([gp("attention", 0.2, range(150))], asked=Asked(n=200, known=200))
+    both = make_study([gp("attention", 0.2, range(150))], spec=ProbeSpec(n=200, known=200, probes=("a", "b")))
+    one = make_study([gp("attention", 0.2, range(150))], spec=ProbeSpec(n=200, known=200))
     first, second = (made.cells[0].comparison for made in (both, one))
     assert compute_mean_drop(first).value == compute_mean_drop(second).value == pytest.approx(0.25)
     assert compute_mean_kept(first).value == pytest.approx(0.75)
@@ -82,47 +84,49 @@ def test_figures_are_means_over_the_probes() -> None:
     assert widths[0] == pytest.approx(widths[1] / 2**0.5)
 
 
-def test_the_interval_of_a_fall_in_accuracy_is_over_relations() -> None:
+def test_interval_of_the_accuracy_drop_is_over_relations() -> None:
     # Of ten relations three are lost whole.
     cells = [(True, n % 10 > 2) for n in range(300)]
-    sides = [[answer(n, cell[side], relation=f"r{n % 10}") for n, cell in enumerate(cells)] for side in (0, 1)]
-    comparison = compare(*run(sides))
+    sides = [[make_answer(n, cell[side], relation=f"r{n % 10}") for n, cell in enumerate(cells)] for side in (0, 1)]
+    comparison = compare(*make_runs(sides))
     fall, (probe,) = compute_mean_drop(comparison), comparison.probes
     over = probe.certainty.difference
     assert (fall.value, fall.low, fall.high) == pytest.approx((0.3, -over.high, -over.low))
     assert over.high - over.low > 2 * (probe.difference.high - probe.difference.low)
 
 
-def test_baselines_are_where_every_probe_has_them() -> None:
-    tasks = study([], asked=Asked(n=100, known=80, probes=("a", "b"), entry=TASK))
+def test_baselines_are_drawn_if_every_probe_has_them() -> None:
+    tasks = make_study([], spec=ProbeSpec(n=100, known=80, probes=("a", "b"), entry=TASK))
     assert find_baselines(tasks) == pytest.approx({"majority baseline": 0.2, "guessing": 0.3})
     assert find_marks(tasks) == {"guessing": 0.5}
-    free = study([], asked=Asked(n=100, known=80, entry={"chance": None, "majority": 0.1}))
+    free = make_study([], spec=ProbeSpec(n=100, known=80, entry={"chance": None, "majority": 0.1}))
     assert list(find_baselines(free)) == ["majority baseline"]
     assert find_marks(free) == {}
-    drawn = draw_charts(study([gp("overall", a, range(50)) for a in (0.2, 0.4)], asked=Asked(100, 80, entry=TASK)))
+    drawn = draw_charts(
+        make_study([gp("overall", a, range(50)) for a in (0.2, 0.4)], spec=ProbeSpec(100, 80, entry=TASK))
+    )
     assert {"majority baseline", "guessing"} <= set(texts(svg_of(drawn[0])))
 
 
-def test_what_rounding_alone_keeps_is_a_line_of_kept_knowledge() -> None:
+def test_chart_of_knowledge_kept_has_a_rounding_line() -> None:
     cells = [gp("attention", a, range(k)) for a, k in ((0.2, 90), (0.4, 80))]
-    made = study(cells, asked=Asked(n=200, known=100, entry=ENTRY))
+    made = make_study(cells, spec=ProbeSpec(n=200, known=100, entry=ENTRY))
     drop, kept = draw_charts(made)
     assert find_marks(made) == {"rounding alone": 0.98}
     assert "rounding alone: 98.0 %." in svg_of(kept)
     assert "rounding alone" in texts(svg_of(kept))
     assert "rounding" not in svg_of(drop)
-    probes = [(lost, Asked(n=200, known=100, probes=(name,))) for name, lost in (("a", 5), ("b", 0))]
+    probes = [(lost, ProbeSpec(n=200, known=100, probes=(name,))) for name, lost in (("a", 5), ("b", 0))]
     first, second = (
-        study(cells, asked=replace(asked, entry=ENTRY | {"noise_floor": ROUNDING | {"lost": lost}}))
-        for lost, asked in probes
+        make_study(cells, spec=replace(spec, entry=ENTRY | {"noise_floor": ROUNDING | {"lost": lost}}))
+        for lost, spec in probes
     )
     assert find_marks(together(first, second)) == {"rounding alone": 0.95}
-    without = study(cells, asked=Asked(n=200, known=100, probes=("c",), entry=ENTRY | {"noise_floor": None}))
+    without = make_study(cells, spec=ProbeSpec(n=200, known=100, probes=("c",), entry=ENTRY | {"noise_floor": None}))
     assert find_marks(together(first, without)) == find_marks(without) == {}
 
 
-def test_a_level_that_lines_begin_at_is_named_at_their_ends() -> None:
+def test_level_near_the_start_of_the_lines_is_labelled_at_their_ends() -> None:
     falling = [Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))]
     levels = {"near": 0.97, "far": 0.3}
     root = ElementTree.fromstring(draw_lines(falling, "a", "t", start=1, levels=levels))
@@ -132,32 +136,32 @@ def test_a_level_that_lines_begin_at_is_named_at_their_ends() -> None:
     assert places["near"] > places["far"]
 
 
-def test_lines_differ_in_marker_and_dashes() -> None:
-    svg = svg_of(draw_charts(whole_grid())[0])
+def test_lines_differ_in_color_and_dashes() -> None:
+    svg = svg_of(draw_charts(make_whole_grid())[0])
     dashed = {match.group() for match in re.finditer(r'stroke-dasharray="[^"]+"', svg)}
     assert len(dashed) >= 3  # of three lines one is whole; the baseline is dashed too
     assert len(set(re.findall(r'class="[^"]*s-(c\d)', svg))) == 3
 
 
-def test_lines_begin_at_the_original_however_little_is_kept() -> None:
+def test_lines_begin_at_the_original() -> None:
     svg = draw_lines([Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))], "a", "t", start=1)
     assert "100 %" in texts(svg)
 
 
-def test_bars_stand_in_groups_under_their_names() -> None:
-    chart = next(chart for chart in draw_charts(whole_grid()) if chart.name == "pruning-quantization")
+def test_bars_are_grouped_and_labelled() -> None:
+    chart = next(chart for chart in draw_charts(make_whole_grid()) if chart.name == "pruning-quantization")
     shown = texts(svg_of(chart))
     assert [text for text in shown if text.endswith("int8-paper")] == ["20 % and int8-paper", "40 % and int8-paper"]
     assert shown.count("attention") == 2
 
 
-def test_gains_are_drawn_left_of_zero() -> None:
+def test_gains_are_drawn_as_negative_losses() -> None:
     svg = draw_bars([Bar("x", Estimate(-0.1, -0.2, 0.0))], "b", "t", high=10, unit="")
     assert {"\N{MINUS SIGN}10.0", "\N{MINUS SIGN}20"} <= set(texts(svg))
 
 
 def together(first: Study, second: Study) -> Study:
-    """The cells of both, asked the probes of both."""
+    """The cells of both, with the probes of both."""
     cells = (
         replace(a, comparison=replace(a.comparison, probes=a.comparison.probes + b.comparison.probes))
         for a, b in zip(first.cells, second.cells, strict=True)
@@ -166,10 +170,10 @@ def together(first: Study, second: Study) -> Study:
 
 
 def of_two_probes() -> Study:
-    asked = [Asked(n=200, known=200, probes=(name,)) for name in ("lama:trex", "lama:squad")]
+    specs = [ProbeSpec(n=200, known=200, probes=(name,)) for name in ("lama:trex", "lama:squad")]
     amounts = ((0.2, 150, 180), (0.4, 100, 160))
     first, second = (
-        study([gp("attention", amount, range(right[place])) for amount, *right in amounts], asked=asked[place])
+        make_study([gp("attention", amount, range(right[place])) for amount, *right in amounts], spec=specs[place])
         for place in (0, 1)
     )
     return together(first, second)
@@ -192,24 +196,24 @@ def ticks(svg: str) -> list[str]:
     return [text for text in texts(svg) if re.fullmatch("\N{MINUS SIGN}?[0-9]+", text)]
 
 
-def test_plots_of_a_figure_by_probe_have_one_scale() -> None:
+def test_plots_by_probe_share_one_scale() -> None:
     both = of_two_probes()
     without_levels = replace(both, probes=tuple(replace(probe, majority=None) for probe in both.probes))
     (_, much), (_, little) = draw_charts(without_levels)[-1].panels
     assert ticks(much) == ticks(little) == ["0", "10", "20", "30", "40", "50"]
 
 
-def test_charts_of_one_quantity_have_one_scale() -> None:
+def test_charts_of_the_same_quantity_share_one_scale() -> None:
     most_is_lost = [gp("final", 0.2, range(20))]
     cells = [gq("attention", range(195)), gq("overall", range(190)), *most_is_lost]
-    charts = draw_charts(study(cells, asked=Asked(entry={"chance": None, "majority": None})))
+    charts = draw_charts(make_study(cells, spec=ProbeSpec(entry={"chance": None, "majority": None})))
     assert [chart.name for chart in charts] == ["quantization", "final-layer"]
     first, second = (ticks(svg_of(chart)) for chart in charts)
     assert first == second
     assert first[-1] == "60"
 
 
-def test_amounts_that_lie_close_leave_room_for_one_another() -> None:
+def test_close_amounts_have_fewer_tick_labels() -> None:
     close = tuple((amount, Estimate(0.5)) for amount in (1.0, 2.0, 4.0, 50.0))
     shown = [text for text in texts(draw_lines([Line("x", close)], "a", "t", start=0, unit="")) if text.endswith(" %")]
     assert shown == ["0 %", "50 %"]
@@ -224,7 +228,7 @@ def test_amounts_that_lie_close_leave_room_for_one_another() -> None:
     ],
 )
 def test_charts_by_probe_are_those_of_the_papers_appendix(family: str, figures: dict[str, str]) -> None:
-    drawn = {chart.name: chart.title for chart in draw_charts(whole_grid(family, TASKS)) if chart.by_probe}
+    drawn = {chart.name: chart.title for chart in draw_charts(make_whole_grid(family, TASKS)) if chart.by_probe}
     numbered = {f"{name}-by-probe": f"({number} of the paper)" for name, number in figures.items()}
     assert set(drawn) == {*numbered, "quantization-by-probe", "pruning-quantization-by-probe"}
     assert all(map(is_chart, drawn))
@@ -232,14 +236,14 @@ def test_charts_by_probe_are_those_of_the_papers_appendix(family: str, figures: 
         assert title.endswith(numbered.get(name, "by probe"))
 
 
-def test_kinds_of_attention_that_are_pruned_alone_are_no_figure_of_the_paper() -> None:
+def test_pruning_kinds_of_attention_is_not_a_figure_of_the_paper() -> None:
     cells = [gp(kind, a, range(60)) for kind in ("self-attention", "cross-attention") for a in (0.2, 0.4)]
-    titles = [chart.title for chart in draw_charts(study(cells, "seq2seq", TASKS))]
+    titles = [chart.title for chart in draw_charts(make_study(cells, "seq2seq", TASKS))]
     assert "Accuracy lost by kind of attention pruned, in points, by probe" in titles
     assert not any("of the paper" in title for title in titles)
 
 
-def test_file_by_probe_has_its_plots_side_by_side_under_their_names() -> None:
+def test_standalone_file_has_plots_by_probe_side_by_side() -> None:
     chart = draw_charts(of_two_probes())[-1]
     root = ElementTree.fromstring(
         make_standalone([*chart.panels, *chart.panels], chart.title, read_source("style.css"))
@@ -254,7 +258,7 @@ def test_file_by_probe_has_its_plots_side_by_side_under_their_names() -> None:
     assert all(float(plot.get("y", "")) + float(plot.get("height", "")) <= height - top for plot in plots)
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
 def test_hostile_names_stay_text(text: str) -> None:
     def drawn(name: str) -> list[str]:
         title, points = clean(name, 60), ((20.0, Estimate(0.5)), (40.0, Estimate(0.2)))
@@ -269,7 +273,7 @@ def test_hostile_names_stay_text(text: str) -> None:
 
 
 def test_standalone_figure_has_its_title_and_colours_of_both_schemes() -> None:
-    chart = draw_charts(whole_grid())[0]
+    chart = draw_charts(make_whole_grid())[0]
     file = make_standalone([("", svg_of(chart))], chart.title, read_source("style.css"))
     root = ElementTree.fromstring(file.encode())
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -287,7 +291,7 @@ def test_standalone_figure_has_its_title_and_colours_of_both_schemes() -> None:
 
 
 def test_same_study_gives_the_same_bytes_in_another_process() -> None:
-    code = "from tests.pages.study.test_charts import *; print(draw_charts(whole_grid()))"
+    code = "from tests.pages.study.test_charts import *; print(draw_charts(make_whole_grid()))"
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         for _ in range(2)

@@ -14,14 +14,14 @@ from compressknow.pages.study.claims import answer_claim, compare_cells, measure
 from compressknow.pages.study.findings import Finding, evaluate_findings
 from compressknow.pages.study.summary import find_cliffs, rank_cells, write_verdict
 from tests.comparison.test_clusters import draw_chances
-from tests.pages.study.studies import Asked, Cell, gp, gpq, gq, study, whole_grid
+from tests.pages.study.studies import Cell, ProbeSpec, gp, gpq, gq, make_study, make_whole_grid
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"
 STRUCTURED = "ln-structured"
 # Of 300 facts the original knows 200: what a cell answers right by how much it hurts.
 INTACT, GOOD, BAD, WORSE, DEAD = range(200), range(180), range(140), range(90), range(3)
-MANY = Asked(n=1000, known=800)
-CAUSAL_TASK = Asked(probes=("lm-eval:boolq",), n=400, known=350, entry={"chance": 0.5, "majority": 0.62})
+MANY = ProbeSpec(n=1000, known=800)
+CAUSAL_TASK = ProbeSpec(probes=("lm-eval:boolq",), n=400, known=350, entry={"chance": 0.5, "majority": 0.62})
 
 
 def at(scope: str, right: range, *amounts: float) -> list[Cell]:
@@ -90,17 +90,17 @@ def of(found: tuple[Finding, ...], id: str) -> Finding:
 
 
 @pytest.mark.parametrize(("id", "family", "cells", "asked", "answer"), CASES)
-def test_finding_is_what_the_data_make_evident(
-    id: str, family: str, cells: list[Cell], asked: Asked | None, answer: str
+def test_finding_has_the_evident_answer(
+    id: str, family: str, cells: list[Cell], asked: ProbeSpec | None, answer: str
 ) -> None:
-    finding = of(evaluate_findings(study(cells, family, asked))[0], id)
+    finding = of(evaluate_findings(make_study(cells, family, asked))[0], id)
     assert finding.answer == answer, (finding.why, finding.statistic)
     assert finding.why
 
 
-def test_the_figures_of_a_finding_that_does_not_hold_are_of_what_contradicts_it() -> None:
+def test_finding_that_does_not_hold_quotes_the_contradiction() -> None:
     most = [*at(ATT, GOOD, 0.4, 0.42, 0.44), *at(FF, WORSE, 0.4, 0.42, 0.44)]
-    finding = of(evaluate_findings(study([*most, *at(ATT, BAD, 0.5), *at(FF, GOOD, 0.5)]))[0], "F2")
+    finding = of(evaluate_findings(make_study([*most, *at(ATT, BAD, 0.5), *at(FF, GOOD, 0.5)]))[0], "F2")
     assert finding.answer == FAILS
     assert "3 of 4 comparisons as claimed, 1 against it; Att_GP 50% 46.7 % right, FF_GP 50% 60.0 %" in finding.numbers
     assert "The clearest of those against it: Att_GP 50% answers 140 of 300 right" in finding.statistic
@@ -111,8 +111,8 @@ def test_the_figures_of_a_finding_that_does_not_hold_are_of_what_contradicts_it(
 @pytest.mark.parametrize(
     ("amounts", "of"), [((0.9,), "overall pruned by 90 %"), ((0.6, 0.9), "overall pruned by 60 to 90 %, on average")]
 )
-def test_what_is_left_of_one_amount_is_no_average(amounts: Sequence[float], of: str) -> None:
-    (f5,) = (each for each in evaluate_findings(study(at(ALL, DEAD, *amounts)))[0] if each.id == "F5")
+def test_single_amount_is_not_described_as_an_average(amounts: Sequence[float], of: str) -> None:
+    (f5,) = (each for each in evaluate_findings(make_study(at(ALL, DEAD, *amounts)))[0] if each.id == "F5")
     assert f5.bounds[0].of == of
 
 
@@ -120,27 +120,27 @@ def test_what_is_left_of_one_amount_is_no_average(amounts: Sequence[float], of: 
     ("family", "ids"),
     [("masked", {"F3", "F10"}), ("causal", {"F2", "F9"}), ("seq2seq", {"F2", "F9"})],
 )
-def test_findings_are_asked_of_the_families_that_the_paper_names(family: str, ids: set[str]) -> None:
+def test_findings_apply_to_the_families_that_the_paper_names(family: str, ids: set[str]) -> None:
     cells = [*at(ATT, GOOD, 0.4), *at(FF, BAD, 0.4), *by_method(GOOD, BAD, 0.2)]
-    found = evaluate_findings(study(cells, family))[0]
+    found = evaluate_findings(make_study(cells, family))[0]
     assert [finding.id for finding in found] == [f"F{i}" for i in range(1, 11)]
     assert {finding.id for finding in found if finding.answer == "not asked of this family"} == ids
 
 
-def test_a_study_without_cells_can_tell_nothing() -> None:
-    found = evaluate_findings(study([], "masked"))[0]
+def test_study_without_cells_answers_no_finding() -> None:
+    found = evaluate_findings(make_study([], "masked"))[0]
     assert {finding.answer for finding in found} == {"cannot tell", "not asked of this family"}
     assert of(found, "F4").why == "The study has no cells for it."
 
 
-def test_cells_that_are_not_plain_are_left_out() -> None:
+def test_cells_that_are_not_plain_are_ignored() -> None:
     cells = [Cell(ATT, GOOD, None, "int8", None, plain=False), gq(FF, BAD, "int8")]
-    assert of(evaluate_findings(study(cells))[0], "F6").comparisons == ()
+    assert of(evaluate_findings(make_study(cells))[0], "F6").comparisons == ()
 
 
 def test_comparison_is_mcnemar_on_the_same_facts() -> None:
     # Facts 0 to 6 only the first answers right, fact 7 only the second: 2 (1 + 8) / 2^8.
-    made = study([gp(ATT, 0.4, {*range(8, 100), *range(7)}), gp(FF, 0.4, {*range(8, 100), 7})])
+    made = make_study([gp(ATT, 0.4, {*range(8, 100), *range(7)}), gp(FF, 0.4, {*range(8, 100), 7})])
     (pair,) = of(evaluate_findings(made)[0], "F2").comparisons
     assert (pair.counts.both, pair.counts.lost, pair.counts.gained, pair.counts.neither) == (92, 7, 1, 200)
     assert pair.p == pytest.approx(18 / 256)
@@ -148,32 +148,32 @@ def test_comparison_is_mcnemar_on_the_same_facts() -> None:
     assert "7 only the first, 1 only the second (p = 0.07)" in of(evaluate_findings(made)[0], "F2").statistic
 
 
-def test_p_is_adjusted_over_all_that_the_findings_claim() -> None:
+def test_p_values_are_adjusted_over_all_findings() -> None:
     # Alone each would be significant: 2 / 2^6 = 0.03; two of them are not, be they of one finding or of two.
     cells = [cell for a in (0.4, 0.5) for cell in (gp(ATT, a, range(186)), gp(FF, a, range(180)))]
-    finding = of(evaluate_findings(study(cells))[0], "F2")
+    finding = of(evaluate_findings(make_study(cells))[0], "F2")
     assert [pair.p for pair in finding.comparisons] == [pytest.approx(2 / 64)] * 2
     assert [pair.p_holm for pair in finding.comparisons] == [pytest.approx(4 / 64)] * 2
     assert finding.answer == "cannot tell"
-    assert of(evaluate_findings(study(cells[:2]))[0], "F2").answer == "holds"
-    both = evaluate_findings(study([*cells[:2], gq(ATT, range(186)), gq(FF, range(180))]))[0]
+    assert of(evaluate_findings(make_study(cells[:2]))[0], "F2").answer == "holds"
+    both = evaluate_findings(make_study([*cells[:2], gq(ATT, range(186)), gq(FF, range(180))]))[0]
     assert [of(both, name).answer for name in ("F2", "F6")] == ["cannot tell", "cannot tell"]
 
 
-def test_a_finding_goes_by_relations() -> None:
+def test_finding_is_tested_over_relations() -> None:
     # 30 facts that only one of the cells answers right: two of each of 15 relations, or all of three.
     for lost, answer in ((range(30), "holds"), ([i for i in range(200) if i % 20 < 3], "cannot tell")):
         cells = [gp(ATT, 0.4, range(200)), gp(FF, 0.4, {*range(200)} - {*lost})]
-        finding = of(evaluate_findings(study(cells, asked=Asked(relations=20)))[0], "F2")
+        finding = of(evaluate_findings(make_study(cells, spec=ProbeSpec(relations=20)))[0], "F2")
         assert (finding.comparisons[0].counts.lost, finding.answer) == (30, answer)
 
 
 @pytest.mark.parametrize("icc", [0.001, 0.1, 0.3])
-def test_a_study_of_cells_that_differ_by_chance_alone_says_nothing_false(icc: float) -> None:
+def test_study_of_equally_good_cells_rarely_makes_a_claim(icc: float) -> None:
     """Every module is as good as every other, their answers drawn by relation: hardly any study says anything."""
     drawn = np.random.default_rng(11)
     cells = [gp(scope, amount, range(1)) for amount in (0.4, 0.5, 0.6) for scope in (ATT, FF, ALL)]
-    made = study([*cells, *(gq(scope, range(1)) for scope in (ATT, FF, ALL))], asked=Asked(relations=20))
+    made = make_study([*cells, *(gq(scope, range(1)) for scope in (ATT, FF, ALL))], spec=ProbeSpec(relations=20))
     wrong = 0
     for _ in range(DRAWN):
         by_chance = (replace(cell, correct={"lama:trex": answers(drawn, icc)}) for cell in made.cells)
@@ -191,20 +191,23 @@ def answers(drawn: np.random.Generator, icc: float) -> tuple[bool, ...]:
     return tuple((drawn.random(300) < np.tile(share, 15)).tolist())
 
 
-def test_what_is_no_better_than_the_baseline_decides_nothing() -> None:
+def test_cells_no_better_than_the_baseline_decide_nothing() -> None:
     # Of a task with two answers, always "yes" beats tossing a coin: both know nothing.
     cells = [*at(ATT, range(190), 0.2), *at(FF, range(190), 0.2), *at(ALL, range(150, 400), 0.2)]
-    finding = of(evaluate_findings(study(cells, "causal", CAUSAL_TASK))[0], "F4")
+    finding = of(evaluate_findings(make_study(cells, "causal", CAUSAL_TASK))[0], "F4")
     assert all(pair.p is not None and pair.p < 0.01 and pair.at_floor for pair in finding.comparisons)
     assert finding.answer == "cannot tell"
     assert finding.why == "No cell knows clearly more than the baseline: there is nothing left to compare."
     # Where any text may be answered, as little is knowledge.
-    assert of(evaluate_findings(study(cells, "causal", Asked(n=400, known=350)))[0], "F4").answer == "does not hold"
+    assert (
+        of(evaluate_findings(make_study(cells, "causal", ProbeSpec(n=400, known=350)))[0], "F4").answer
+        == "does not hold"
+    )
 
 
-def test_modules_of_other_sizes_are_compared_per_million_parameters_too() -> None:
+def test_modules_of_different_sizes_are_compared_per_million_parameters() -> None:
     # 40 % of 21 M lose 20 facts of 300, 40 % of 64 M lose 60: less in all, more by million.
-    finding = of(evaluate_findings(study([gp(ATT, 0.4, range(180)), gp(FF, 0.4, range(160))]))[0], "F2")
+    finding = of(evaluate_findings(make_study([gp(ATT, 0.4, range(180)), gp(FF, 0.4, range(160))]))[0], "F2")
     assert finding.answer == "holds"
     (pair,) = finding.comparisons
     assert pair.rate.value == pytest.approx(40 / 300 / (0.4 * 64) - 20 / 300 / (0.4 * 21))
@@ -212,7 +215,7 @@ def test_modules_of_other_sizes_are_compared_per_million_parameters_too() -> Non
     assert "FF_GP 40% loses 0.273 fewer points of accuracy per million than Att_GP 40%" in finding.per_million
 
 
-def test_rate_difference_by_hand() -> None:
+def test_rate_difference_matches_a_t_test() -> None:
     # By fact, the second's loss a million less the first's: -1, 0, 0.5, 1.5; each fact a cluster of its own.
     alone = np.arange(4)
     estimate, p = compare_rates(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), alone, (1, 2))
@@ -228,13 +231,13 @@ def test_rate_difference_by_hand() -> None:
     assert compare_rates(same, same, alone[:2], (0, 2))[0].value is None
 
 
-def test_mean_of_one_figure_is_itself_and_none_makes_none() -> None:
-    made = study([gp(ATT, 0.4, GOOD)]).cells[0].comparison.probes[0]
+def test_average_of_one_estimate_is_itself_and_none_if_any_is_none() -> None:
+    made = make_study([gp(ATT, 0.4, GOOD)]).cells[0].comparison.probes[0]
     assert average_estimates([made.kept]).value == pytest.approx(0.9)
     assert average_estimates([made.kept, made.kept_above_chance]).value is None
 
 
-def test_claim_of_several_parts_needs_each() -> None:
+def test_claim_holds_only_if_each_part_does() -> None:
     assert answer_claim([("a", 1), ("b", 0)], ["a", "b"]) == "cannot tell"
     assert answer_claim([("a", 1), ("b", 1), ("b", 0)], ["a", "b"]) == "holds"
     assert answer_claim([("a", 1), ("b", -1)], ["a", "b"]) == "does not hold"
@@ -242,7 +245,7 @@ def test_claim_of_several_parts_needs_each() -> None:
 
 
 @pytest.mark.parametrize("icc", [0.0, 0.1, 0.3])
-def test_forms_that_lose_as_much_by_million_are_hardly_ever_told_apart(icc: float) -> None:
+def test_equal_rates_are_rarely_told_apart(icc: float) -> None:
     drawn, cluster, told = np.random.default_rng(2), np.tile(np.arange(20), 10), []
     for _ in range(400):
         # 1 % of all facts, and 5 %.
@@ -253,8 +256,8 @@ def test_forms_that_lose_as_much_by_million_are_hardly_ever_told_apart(icc: floa
     assert np.mean(np.array(told) < 0.005) < 0.01
 
 
-def test_contrast_leaves_out_probes_that_one_cell_lacks() -> None:
-    made = study([gp(ATT, 0.4, GOOD), gp(FF, 0.4, BAD)], asked=Asked(probes=("a", "b")))
+def test_comparison_skips_probes_that_one_cell_lacks() -> None:
+    made = make_study([gp(ATT, 0.4, GOOD), gp(FF, 0.4, BAD)], spec=ProbeSpec(probes=("a", "b")))
     less, more = made.cells
     only = {"a": more.correct["a"]}
     pair = compare_cells(made, less, type(more)(**{**fields_of(more), "correct": only}))
@@ -269,49 +272,49 @@ def fields_of(cell: object) -> dict[str, object]:
     ("chance", "majority", "expected"),
     [(None, 0.4, 0.0), (0.01, 0.3, 0.01), (0.5, 0.621, 0.621), (0.5, None, 0.5), (0.5, 0.46, 0.5), (0.2, 0.3, 0.3)],
 )
-def test_floor_is_zero_or_guessing_or_the_majority_of_few(
+def test_floor_is_zero_guessing_or_the_majority_baseline(
     chance: float | None, majority: float | None, expected: float
 ) -> None:
-    made = study([], asked=Asked(entry={"chance": chance, "majority": majority}))
+    made = make_study([], spec=ProbeSpec(entry={"chance": chance, "majority": majority}))
     assert made.probes[0].floor == expected
 
 
-def test_what_is_left_is_counted_from_the_baseline() -> None:
-    made = study(at(ALL, range(299), 0.2), "causal", CAUSAL_TASK)
+def test_remaining_accuracy_is_measured_from_the_baseline() -> None:
+    made = make_study(at(ALL, range(299), 0.2), "causal", CAUSAL_TASK)
     # 299 less 0.62 x 400 of 350 less that: exactly half.
     assert measure_remaining(made, made.cells[0])(0.95).value == pytest.approx(0.5, abs=0.001)
     assert measure_decline(made, made.cells[0])(0.95).value == pytest.approx(51 / 350)
-    unknowing = study(at(ALL, range(100), 0.2), "causal", Asked(n=400, known=250, entry=CAUSAL_TASK.entry))
+    unknowing = make_study(at(ALL, range(100), 0.2), "causal", ProbeSpec(n=400, known=250, entry=CAUSAL_TASK.entry))
     assert measure_remaining(unknowing, unknowing.cells[0])(0.95).value is None
 
 
-def test_module_that_hurts_least_is_told_by_level() -> None:
+def test_modules_are_ranked_by_level() -> None:
     cells = [*at(ATT, INTACT, 0.1, 0.3), *at(FF, GOOD, 0.1, 0.3), *at(ALL, BAD, 0.1, 0.3)]
     cells += [*at(ATT, BAD, 0.4, 0.5), *at(FF, range(141), 0.4, 0.5)]
     cells += [*at(ATT, DEAD, 0.7), *at(FF, BAD, 0.7, 0.8)]
-    low, medium, high = rank_cells(study(cells))["modules"]
+    low, medium, high = rank_cells(make_study(cells))["modules"]
     assert (low.level, low.best, low.clear, low.amounts) == ("10 to 30 %", ATT, True, (10, 30))
     assert low.kept == {ATT: 1.0, FF: 0.9, ALL: 0.7}
     assert (medium.best, medium.clear, list(medium.kept)) == (FF, False, [FF, ATT])
     assert (high.best, high.clear, high.amounts) == (FF, True, (70,))
 
 
-def test_level_of_one_module_compares_nothing() -> None:
-    assert rank_cells(study([*at(ATT, GOOD, 0.2), *at(FF, GOOD, 0.3)]))["modules"] == ()
+def test_level_with_one_module_has_no_ranking() -> None:
+    assert rank_cells(make_study([*at(ATT, GOOD, 0.2), *at(FF, GOOD, 0.3)]))["modules"] == ()
 
 
-def test_cliff_is_the_first_amount_below_nine_tenths() -> None:
+def test_cliff_is_the_first_amount_that_keeps_less_than_90_percent() -> None:
     cells = [*at(ATT, INTACT, 0.1), *at(ATT, GOOD, 0.3), *at(ATT, BAD, 0.5), *at(ATT, WORSE, 0.6), *at(FF, INTACT, 0.2)]
-    (cliff,) = find_cliffs(study(cells))
+    (cliff,) = find_cliffs(make_study(cells))
     assert (cliff.module, cliff.below, cliff.kept, cliff.before) == (ATT, 50, 0.7, 30)
     assert cliff.steepest == (50, 60)
     assert cliff.fall == pytest.approx(0.25)
-    (level,) = find_cliffs(study([*at(FF, INTACT, 0.1, 0.2)]))
+    (level,) = find_cliffs(make_study([*at(FF, INTACT, 0.1, 0.2)]))
     assert (level.below, level.kept, level.before) == (None, None, 20)
 
 
-def test_verdict_says_what_the_figures_say() -> None:
-    made = whole_grid()
+def test_verdict_names_the_best_modules_and_the_cliffs() -> None:
+    made = make_whole_grid()
     said = write_verdict(made)
     assert said.startswith(
         "tiny-bert: pruned by 10 to 30 %, no module clearly hurts least; "
@@ -320,8 +323,8 @@ def test_verdict_says_what_the_figures_say() -> None:
     assert said.endswith("less than 90 % is kept from 30 % (overall), 50 % (attention) and 40 % (feed-forward) on.")
 
 
-def test_verdict_says_that_a_larger_amount_keeps_more_where_one_does() -> None:
-    back = study([*at(ATT, BAD, 0.4), *at(ATT, INTACT, 0.5), *at(FF, BAD, 0.4, 0.5)])
+def test_verdict_mentions_a_larger_amount_that_keeps_more() -> None:
+    back = make_study([*at(ATT, BAD, 0.4), *at(ATT, INTACT, 0.5), *at(FF, BAD, 0.4, 0.5)])
     assert write_verdict(back).endswith(
         "less than 90 % is kept from 40 % (feed-forward) on; "
         "less than 90 % is kept at 40 % (attention), but more at a larger amount."
@@ -329,12 +332,12 @@ def test_verdict_says_that_a_larger_amount_keeps_more_where_one_does() -> None:
     assert [cliff.lasts for cliff in find_cliffs(back)] == [False, True]
 
 
-def test_verdict_of_a_study_that_prunes_no_module_names_the_best_and_the_worst() -> None:
-    made = study([gq(ATT, GOOD), gq(FF, BAD)])
+def test_verdict_without_pruning_names_the_best_and_worst_cells() -> None:
+    made = make_study([gq(ATT, GOOD), gq(FF, BAD)])
     assert write_verdict(made) == (
         "Of 2 compressed forms of tiny-bert, Att_GQ keeps most (90.0 %) and FF_GQ least (70.0 %)."
     )
-    assert write_verdict(study([gq(ATT, GOOD), gq(FF, GOOD)])) == (
+    assert write_verdict(make_study([gq(ATT, GOOD), gq(FF, GOOD)])) == (
         "Each of the 2 compressed forms of tiny-bert keeps 90.0 % of what it knew."
     )
-    assert write_verdict(study([])).startswith("Nothing can be said about what tiny-bert keeps")
+    assert write_verdict(make_study([])).startswith("Nothing can be said about what tiny-bert keeps")

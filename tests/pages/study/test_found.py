@@ -8,17 +8,17 @@ from compressknow.pages.study.charts import draw_charts
 from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.records import Study
 from compressknow.pages.study.summary import Conclusion, draw_conclusions
-from tests.pages.pages import read
+from tests.pages.pages import parse_html
 from tests.pages.study.studies import (
     STUDIES,
     TASKS,
-    Asked,
+    ProbeSpec,
     gp,
     gq,
+    make_study,
+    make_whole_grid,
     render_study_html,
     render_study_markdown,
-    study,
-    whole_grid,
 )
 
 
@@ -26,8 +26,8 @@ def found(made: Study) -> dict[str, Conclusion]:
     return {each.id or each.claim: each for each in draw_conclusions(made, evaluate_findings(made)[0])}
 
 
-def test_lines_say_what_the_figures_say() -> None:
-    said = found(whole_grid())
+def test_conclusions_quote_the_figures_of_the_cells() -> None:
+    said = found(make_whole_grid())
     level = said["Pruned by 30 to 50 %, attention hurts least"]
     assert (level.answer, level.chart) == ("holds", "pruning-kept")
     # Of 200: 187 and 175 at 40 and 50 % of attention, 174 and 150 of feed-forward, 149 and 100 of both.
@@ -40,8 +40,8 @@ def test_lines_say_what_the_figures_say() -> None:
     assert said["F4"].numbers.startswith("12 of 18 comparisons as claimed, 0 against it; ")
 
 
-def test_where_all_modules_keep_the_same_none_is_named() -> None:
-    made = study(
+def test_no_module_is_named_if_all_keep_the_same() -> None:
+    made = make_study(
         [gp("attention", 0.1, range(200)), gp("feed-forward", 0.1, range(200)), gp("overall", 0.1, range(200))]
     )
     line = found(made)["Pruned by 10 to 30 %, one module hurts least"]
@@ -49,36 +49,36 @@ def test_where_all_modules_keep_the_same_none_is_named() -> None:
 
 
 @pytest.mark.parametrize(("right", "answer"), [(150, "holds"), (178, "cannot tell")])
-def test_a_cliff_holds_where_the_whole_interval_is_below(right: int, answer: str) -> None:
-    made = study([gp("attention", 0.1, range(200)), gp("attention", 0.3, range(right))])
+def test_cliff_holds_if_the_whole_interval_is_below(right: int, answer: str) -> None:
+    made = make_study([gp("attention", 0.1, range(200)), gp("attention", 0.3, range(right))])
     line = found(made)["Pruned by 30 %, attention keeps less than 90 %"]
     assert line.answer == answer
     assert line.numbers.startswith(f"{right / 2:.1f} % kept; falls fastest from 10 to 30 %, by ")
 
 
 @pytest.mark.parametrize(("right", "answer"), [(199, "holds"), (182, "cannot tell")])
-def test_no_cliff_holds_where_every_interval_is_above(right: int, answer: str) -> None:
-    made = study([gp("attention", 0.1, range(right)), gp("attention", 0.3, range(200))])
+def test_absence_of_a_cliff_holds_if_every_interval_is_above(right: int, answer: str) -> None:
+    made = make_study([gp("attention", 0.1, range(right)), gp("attention", 0.3, range(200))])
     assert found(made)["Pruned by up to 30 %, attention keeps at least 90 %"].answer == answer
 
 
-def test_modules_that_keep_the_same_leave_it_open() -> None:
-    made = study([gq("attention", range(190)), gq("overall", range(190))])
+def test_quantized_modules_that_keep_the_same_leave_the_conclusion_open() -> None:
+    made = make_study([gq("attention", range(190)), gq("overall", range(190))])
     (line,) = (each for each in found(made).values() if not each.id)
     assert (line.answer, line.numbers) == ("cannot tell", "kept: overall 95.0 % and attention 95.0 %")
 
 
-def test_what_the_study_has_no_cells_for_is_not_among_them() -> None:
-    made = study([gp("attention", 0.2, range(150))])
+def test_claims_without_cells_are_left_out() -> None:
+    made = make_study([gp("attention", 0.2, range(150))])
     assert list(found(made)) == ["F1"]
-    assert found(study([])) == {}
-    assert "F2" not in found(whole_grid("causal", TASKS))  # the paper says it of another family
+    assert found(make_study([])) == {}
+    assert "F2" not in found(make_whole_grid("causal", TASKS))  # the paper says it of another family
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_line_stands_beside_the_chart_that_shows_it(name: str) -> None:
+def test_each_conclusion_is_next_to_its_chart(name: str) -> None:
     made = STUDIES[name]()
-    page = read(render_study_html(made))
+    page = parse_html(render_study_html(made))
     drawn = {chart.name for chart in draw_charts(made)}
     blocks = [each for each in page.all("div") if each.attributes.get("class") == "found"]
     charts = [svg.attributes["id"] for block in blocks for svg in block.all("svg")]
@@ -91,8 +91,8 @@ def test_every_line_stands_beside_the_chart_that_shows_it(name: str) -> None:
         assert text.endswith(line.numbers)
 
 
-def test_markdown_and_terminal_have_the_same_lines() -> None:
-    made = whole_grid(asked=Asked(n=200, known=100))
+def test_markdown_and_terminal_have_the_same_conclusions() -> None:
+    made = make_whole_grid(spec=ProbeSpec(n=200, known=100))
     markdown = render_study_markdown(made)
     for line in draw_conclusions(made, evaluate_findings(made)[0]):
         assert f"- **{line.answer}**: {f'{line.id} '.lstrip()}{line.claim} (" in markdown

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from compressknow.pages.drawing import WIDTH
-from tests.pages.hostile import TEXTS
-from tests.pages.in_browser import check_accessible, check_fits, sizes, unfold
-from tests.pages.study.studies import STUDIES, hostile, render_study_html, whole_grid
+from tests.pages.hostile import HOSTILE_TEXTS
+from tests.pages.in_browser import check_accessible, check_fits, measure_chart_widths, unfold
+from tests.pages.study.studies import STUDIES, make_whole_grid, render_study_html, replace_texts
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("studies")
     pages = {name: make() for name, make in STUDIES.items()}
-    pages |= {f"hostile {i}": hostile(whole_grid(), TEXTS[i]) for i in (6, 7)}
+    pages |= {f"hostile {i}": replace_texts(make_whole_grid(), HOSTILE_TEXTS[i]) for i in (6, 7)}
     for name, made in pages.items():
         (folder / f"{name}.html").write_text(render_study_html(made), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in pages}
@@ -35,20 +35,20 @@ def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path],
 
 @pytest.mark.parametrize("name", ["masked", "seq2seq"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_all_charts_are_of_one_size(page: Page, files: dict[str, Path], name: str, width: int) -> None:
+def test_all_charts_have_the_same_width(page: Page, files: dict[str, Path], name: str, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 900})
     page.goto(files[name].as_uri())
     unfold(page, 100)
-    (drawn,) = sizes(page)
+    (drawn,) = measure_chart_widths(page)
     assert 0.95 <= drawn / WIDTH <= 1.1  # its letters are as large as they were drawn
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("masked", "light"), ("seq2seq", "dark"), ("empty", "light")])
-def test_axe_finds_nothing_to_mend(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
+def test_page_is_accessible(page: Page, files: dict[str, Path], name: str, scheme: Any) -> None:
     check_accessible(page, files[name], scheme)
 
 
-def test_on_paper_no_chart_is_cut_and_nothing_is_dark(page: Page, files: dict[str, Path]) -> None:
+def test_printed_charts_are_whole_and_light(page: Page, files: dict[str, Path]) -> None:
     page.emulate_media(media="print", color_scheme="dark")
     page.goto(files["seq2seq"].as_uri())
     style = "[...document.querySelectorAll('{}')].map((each) => getComputedStyle(each).{})"
@@ -57,7 +57,7 @@ def test_on_paper_no_chart_is_cut_and_nothing_is_dark(page: Page, files: dict[st
     assert page.evaluate(style.format("h1, .chart .f-paper", "color"))[0] == "rgb(28, 27, 25)"
 
 
-def test_cells_sort_by_a_click(page: Page, files: dict[str, Path]) -> None:
+def test_cells_are_sorted_by_a_key_press(page: Page, files: dict[str, Path]) -> None:
     page.goto(files["masked"].as_uri())
     table = page.locator("section[aria-labelledby=cells] table.sortable")
     header = table.get_by_role("columnheader", name="Kept")
@@ -69,7 +69,7 @@ def test_cells_sort_by_a_click(page: Page, files: dict[str, Path]) -> None:
     assert table.locator("tbody th").first.inner_text() == "original"
 
 
-def test_page_is_whole_without_javascript(browser: Browser, files: dict[str, Path]) -> None:
+def test_page_is_complete_without_javascript(browser: Browser, files: dict[str, Path]) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(files["masked"].as_uri())

@@ -14,12 +14,12 @@ from tests.pages.study.studies import (
     Cell,
     gp,
     gq,
-    own_grid,
+    make_cells_of_two_methods,
+    make_grid_study,
+    make_study,
+    make_whole_grid,
     render_study_html,
     render_study_markdown,
-    study,
-    two_methods,
-    whole_grid,
 )
 
 ATT, FF, ALL = "attention", "feed-forward", "overall"
@@ -27,8 +27,8 @@ GOOD, BAD = range(190), range(100)
 L1, WANDA = "l1-unstructured", "wanda"
 
 
-def test_each_method_is_tested_by_its_own_cells() -> None:
-    made = study(two_methods())
+def test_findings_of_each_method_use_its_own_cells() -> None:
+    made = make_study(make_cells_of_two_methods())
     found = evaluate_findings(made)[1]
     assert list(found) == [("pruning", L1), ("pruning", WANDA)]
     assert list_ids(found.values()) == ["F2", "F4"]
@@ -41,19 +41,19 @@ def test_each_method_is_tested_by_its_own_cells() -> None:
     assert {pair.less for f in of_wanda for pair in f.comparisons} <= {c.key for c in made.cells}
 
 
-def test_what_changes_is_said_and_what_does_not_is_not() -> None:
-    assert describe_changes(evaluate_findings(study(two_methods()))[1]) == [
+def test_findings_that_change_with_the_method_are_named() -> None:
+    assert describe_changes(evaluate_findings(make_study(make_cells_of_two_methods()))[1]) == [
         "F2 changes with the method that prunes: it holds with l1-unstructured, and does not hold with wanda.",
     ]
     alike = [gp(s, 0.5, right, m) for m in (L1, WANDA) for s, right in ((ATT, GOOD), (FF, BAD))]
-    assert describe_changes(evaluate_findings(study(alike))[1]) == [
+    assert describe_changes(evaluate_findings(make_study(alike))[1]) == [
         "No finding holds with one method and fails with another.",
     ]
 
 
-def test_schemes_are_told_apart_too() -> None:
+def test_findings_that_change_with_the_scheme_are_named() -> None:
     cells = [gq(ATT, GOOD, "int8"), gq(FF, BAD, "int8"), gq(ATT, BAD, "int4"), gq(FF, GOOD, "int4")]
-    found = evaluate_findings(study(cells))[1]
+    found = evaluate_findings(make_study(cells))[1]
     assert {of: findings["F6"].answer for of, findings in found.items()} == {
         ("quantization", "int8"): "holds",
         ("quantization", "int4"): "does not hold",
@@ -61,16 +61,16 @@ def test_schemes_are_told_apart_too() -> None:
     assert "F6 changes with the scheme" in describe_changes(found)[0]
 
 
-def test_a_study_of_one_method_has_no_such_section() -> None:
-    made = whole_grid()
+def test_study_of_one_method_has_no_findings_by_method() -> None:
+    made = make_whole_grid()
     assert evaluate_findings(made)[1] == {}
     assert describe_changes({}) == []
     assert "The findings by method" not in render_study_html(made)
     assert dump_study(made)["findings_by_method"] == {}
 
 
-def test_all_formats_say_it() -> None:
-    made = study(two_methods())
+def test_all_formats_have_the_findings_by_method() -> None:
+    made = make_study(make_cells_of_two_methods())
     html, text, values = render_study_html(made), render_study_markdown(made), dump_study(made)
     for page in (html, text):
         assert "F2 changes with the method that prunes" in page
@@ -86,16 +86,16 @@ def test_all_formats_say_it() -> None:
 
 
 def test_each_scope_has_a_chart_with_a_line_for_each_method() -> None:
-    charts = {chart.name: chart for chart in draw_charts(study(two_methods()))}
+    charts = {chart.name: chart for chart in draw_charts(make_study(make_cells_of_two_methods()))}
     for scope in (ATT, FF, ALL):
         ((_, svg),) = charts[f"methods-{scope}"].panels
         assert "L1-unstructured" in svg
         assert "wanda" in svg
-    assert not any(chart.name.startswith("methods") for chart in draw_charts(whole_grid()))
+    assert not any(chart.name.startswith("methods") for chart in draw_charts(make_whole_grid()))
 
 
-def test_of_methods_that_prune_the_best_is_named_for_each_module() -> None:
-    made = study([*two_methods(), gp(FF, 0.3, BAD, L1), gp(FF, 0.6, GOOD, WANDA)])
+def test_best_pruning_method_is_named_for_each_module() -> None:
+    made = make_study([*make_cells_of_two_methods(), gp(FF, 0.3, BAD, L1), gp(FF, 0.6, GOOD, WANDA)])
     said = {each.claim: each for each in draw_conclusions(made, evaluate_findings(made)[0]) if "With" in each.claim}
     # Ten facts of 200 are kept by Wanda alone of everything pruned, and none by L1 alone.
     everything = said["With everything pruned by 40 to 50 %, wanda hurts least"]
@@ -113,16 +113,16 @@ def test_of_methods_that_prune_the_best_is_named_for_each_module() -> None:
     claims = [each.claim for each in draw_conclusions(made, evaluate_findings(made)[0])]
     assert "Pruned by 30 to 50 % (L1-unstructured), attention hurts least" in claims
     assert "Pruned by 40 % (L1-unstructured), overall keeps less than 90 %" in claims
-    alike = study([gp(ALL, 0.5, GOOD, method) for method in (L1, WANDA)])
+    alike = make_study([gp(ALL, 0.5, GOOD, method) for method in (L1, WANDA)])
     (line,) = draw_conclusions(alike, evaluate_findings(alike)[0])[:1]
     assert line.claim == "With everything pruned by 50 %, one method hurts least"
     assert line.answer == "cannot tell"
     assert write_verdict(alike) == "tiny-bert: of the methods that prune, none clearly hurts least."
 
 
-def test_where_two_methods_are_alike_the_worst_is_named() -> None:
+def test_worst_method_is_named_if_the_best_two_are_alike() -> None:
     right = {L1: range(50), WANDA: range(150), "sparsegpt": range(2, 152)}
-    made = study([gp(ALL, 0.5, of, method) for method, of in right.items()])
+    made = make_study([gp(ALL, 0.5, of, method) for method, of in right.items()])
     (least,) = rank_cells(made)["methods"]
     assert (least.clear, least.clear_worst, list(least.kept)[-1]) == (False, True, "L1-unstructured")
     line = next(each for each in draw_conclusions(made, evaluate_findings(made)[0]) if "With" in each.claim)
@@ -130,14 +130,14 @@ def test_where_two_methods_are_alike_the_worst_is_named() -> None:
     assert "of the methods that prune, L1-unstructured hurts most (everything)" in write_verdict(made)
 
 
-def test_methods_that_prune_by_other_amounts_are_not_compared() -> None:
-    made = study([gp(ATT, 0.4, GOOD, L1), gp(ATT, 0.5, BAD, WANDA)])
+def test_methods_that_prune_by_different_amounts_are_not_compared() -> None:
+    made = make_study([gp(ATT, 0.4, GOOD, L1), gp(ATT, 0.5, BAD, WANDA)])
     assert rank_cells(made)["methods"] == ()
     assert "methods" not in write_verdict(made)
 
 
 def test_one_amount_has_a_bar_for_each_method() -> None:
-    made = study([gp(scope, 0.5, right, m) for scope in (ATT, ALL) for m, right in ((L1, BAD), (WANDA, GOOD))])
+    made = make_study([gp(scope, 0.5, right, m) for scope in (ATT, ALL) for m, right in ((L1, BAD), (WANDA, GOOD))])
     (chart,) = (chart for chart in draw_charts(made) if chart.name.startswith("methods"))
     assert chart.name == "methods-pruned"
     for text in ("overall 50 %", "attention 50 %", "L1-unstructured", "wanda"):
@@ -149,23 +149,26 @@ def test_one_amount_has_a_bar_for_each_method() -> None:
 
 def test_pruned_and_quantized_cells_have_a_bar_for_each_method() -> None:
     cells = [Cell(ATT, right, 0.5, "int4", method) for method, right in ((L1, BAD), (WANDA, GOOD))]
-    (chart,) = (chart for chart in draw_charts(study(cells)) if chart.name == "methods-quantized")
+    (chart,) = (chart for chart in draw_charts(make_study(cells)) if chart.name == "methods-quantized")
     assert "attention 50 %, int4" in chart.panels[0][1]
 
 
-def test_refused_cells_are_told_apart_from_those_that_failed() -> None:
+def test_refused_cells_are_listed_apart_from_failed_ones() -> None:
     from dataclasses import replace
 
-    made = replace(study(two_methods()), refused=(FailedCell("att-gq", "Att_GQ smooth 0.5", "no norm can take it"),))
+    made = replace(
+        make_study(make_cells_of_two_methods()),
+        refused=(FailedCell("att-gq", "Att_GQ smooth 0.5", "no norm can take it"),),
+    )
     assert [row["error"] for row in tidy_rows(made) if row["status"] == "refused"] == ["no norm can take it"]
     for page in (render_study_html(made), render_study_markdown(made)):
         assert "Cells that this model cannot have" in page
         assert "Cells that failed" not in page
 
 
-def test_what_is_drawn_by_several_seeds_is_as_many_methods(tmp_path: Path) -> None:
+def test_each_seed_counts_as_a_method(tmp_path: Path) -> None:
     axes = 'scope = ["attention"]\nmethod = ["random-unstructured"]\nprune = [0.2, 0.4]\nseed = [0, 1]'
-    made = own_grid(f"[axes]\n{axes}\n", tmp_path / "grid.toml", [190, 180, 120, 100])
+    made = make_grid_study(f"[axes]\n{axes}\n", tmp_path / "grid.toml", [190, 180, 120, 100])
     lines = {line.scope: [round(y.value, 2) for _, y in line.points] for line in draw_by_method(made, ATT)}
     assert lines == {"random-unstructured": [0.95, 0.6], "random-unstructured seed 1": [0.9, 0.5]}
     assert [row["pruning"] for row in tidy_rows(made)] == [*lines, *lines]

@@ -16,19 +16,19 @@ from compressknow.pages.study.charts import is_chart
 from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.pages import dump_study, write_study
 from tests.long import one_in
-from tests.pages.hostile import TEXTS
-from tests.pages.pages import Element, read
+from tests.pages.hostile import HOSTILE_TEXTS
+from tests.pages.pages import Element, parse_html
 from tests.pages.study.studies import (
     STUDIES,
     TASKS,
-    Asked,
-    empty,
+    ProbeSpec,
     gp,
-    hostile,
+    make_empty_study,
+    make_study,
+    make_whole_grid,
     render_study_html,
     render_study_markdown,
-    study,
-    whole_grid,
+    replace_texts,
 )
 
 FILES = {"study.html", "study.md", "study.json", "cells.csv", "cells.parquet"}
@@ -46,21 +46,21 @@ def test_same_study_gives_the_same_bytes(name: str) -> None:
     assert json.dumps(dump_study(made)) == json.dumps(dump_study(STUDIES[name]()))
 
 
-def test_a_study_at_a_prompt_counts_its_cells() -> None:
+def test_str_of_a_study_counts_its_cells() -> None:
     assert "1 cell; evaluated on lama:trex." in str(STUDIES["one"]())
-    assert "40 cells, 1 failed; evaluated on lama:trex." in str(whole_grid())
+    assert "40 cells, 1 failed; evaluated on lama:trex." in str(make_whole_grid())
 
 
-def test_page_opens_with_what_is_kept_and_the_verdict() -> None:
-    page = read(render_study_html(whole_grid()))
+def test_page_starts_with_the_knowledge_kept_and_the_verdict() -> None:
+    page = parse_html(render_study_html(make_whole_grid()))
     assert page.one("h1").text == "40 compressed forms keep 0 to 100 % of the knowledge"
     (verdict,) = with_class(page, "verdict")
     assert verdict.text.startswith("tiny-bert: pruned by 10 to 30 %, no module clearly hurts least; ")
 
 
-def test_findings_table_has_the_ten_with_their_answers() -> None:
-    made = whole_grid()
-    (table,) = with_class(read(render_study_html(made)), "findings")
+def test_findings_table_has_ten_findings_with_their_answers() -> None:
+    made = make_whole_grid()
+    (table,) = with_class(parse_html(render_study_html(made)), "findings")
     rows = [body.all("tr") for body in table.all("tbody")]
     assert [first.one("td").text for first, _ in rows] == [finding.answer for finding in evaluate_findings(made)[0]]
     assert rows[1][0].one("th").text.startswith("F2 Pruned by 30 to 50 %, attention hurts less than feed-forward")
@@ -68,8 +68,8 @@ def test_findings_table_has_the_ten_with_their_answers() -> None:
     assert compared in rows[1][1].text
 
 
-def test_no_address_is_on_the_page() -> None:
-    html = re.sub(r'xmlns[^"]*"[^"]+"', "", render_study_html(whole_grid()))
+def test_page_has_no_urls() -> None:
+    html = re.sub(r'xmlns[^"]*"[^"]+"', "", render_study_html(make_whole_grid()))
     assert re.findall(r"https?://[^\"'< ]+", html) == []
 
 
@@ -80,31 +80,31 @@ def kinds_of(markdown: str) -> list[tuple[str, str]]:
 @cache
 def harmless() -> tuple[list[tuple[str, tuple[str, ...]]], list[tuple[str, str]]]:
     """The shapes of page and Markdown where no text is hostile."""
-    page = read(render_study_html(hostile(whole_grid(asked=TASKS), "harmless")))
-    return page.shape, kinds_of(render_study_markdown(hostile(whole_grid(), "harmless")))
+    page = parse_html(render_study_html(replace_texts(make_whole_grid(spec=TASKS), "harmless")))
+    return page.shape, kinds_of(render_study_markdown(replace_texts(make_whole_grid(), "harmless")))
 
 
-@pytest.mark.parametrize("text", one_in(4, TEXTS))
+@pytest.mark.parametrize("text", one_in(4, HOSTILE_TEXTS))
 def test_hostile_text_stays_text(text: str) -> None:
-    html = render_study_html(hostile(whole_grid(asked=TASKS), text))
-    page = read(html)
+    html = render_study_html(replace_texts(make_whole_grid(spec=TASKS), text))
+    page = parse_html(html)
     assert page.shape == harmless()[0]
     assert clean(text, 60)[:30] in page.one("main").text
     html.encode("utf-8")
 
 
-@pytest.mark.parametrize("text", one_in(4, TEXTS))
-def test_hostile_text_is_text_in_markdown_and_json_too(text: str, tmp_path: Path) -> None:
-    made = hostile(whole_grid(), text)
+@pytest.mark.parametrize("text", one_in(4, HOSTILE_TEXTS))
+def test_hostile_text_stays_text_in_markdown_and_json(text: str, tmp_path: Path) -> None:
+    made = replace_texts(make_whole_grid(), text)
     assert kinds_of(render_study_markdown(made)) == harmless()[1]
     write_study(made, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))["original"]["name"] == text
 
 
-def test_markdown_says_what_the_page_says() -> None:
-    made = whole_grid("causal", TASKS)
-    root = read(MarkdownIt("gfm-like", {"linkify": False, "xhtmlOut": False}).render(render_study_markdown(made)))
-    page = read(render_study_html(made))
+def test_markdown_has_the_content_of_the_page() -> None:
+    made = make_whole_grid("causal", TASKS)
+    root = parse_html(MarkdownIt("gfm-like", {"linkify": False, "xhtmlOut": False}).render(render_study_markdown(made)))
+    page = parse_html(render_study_html(made))
     assert root.one("h1").text == page.one("h1").text
     answers = [[cell.text for cell in row.all("td")][2] for row in root.all("table")[0].all("tr")[1:]]
     assert answers == [finding.answer for finding in evaluate_findings(made)[0]]
@@ -113,8 +113,8 @@ def test_markdown_says_what_the_page_says() -> None:
     assert with_class(page, "verdict")[0].text in root.text
 
 
-def test_json_has_every_figure_and_no_facts() -> None:
-    made = whole_grid("seq2seq", TASKS)
+def test_json_has_findings_cells_probes_and_cliffs() -> None:
+    made = make_whole_grid("seq2seq", TASKS)
     found = json.loads(json.dumps(dump_study(made), allow_nan=False))
     assert found["schema"] == 1
     assert list(found["findings"]) == [f"F{i}" for i in range(1, 11)]
@@ -137,7 +137,7 @@ def test_json_has_every_figure_and_no_facts() -> None:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_no_text_of_a_fact_is_anywhere(name: str, tmp_path: Path) -> None:
+def test_no_file_has_the_text_of_a_fact(name: str, tmp_path: Path) -> None:
     write_study(STUDIES[name](), tmp_path)
     for path in tmp_path.rglob("*.*"):
         content = path.read_bytes()
@@ -146,15 +146,15 @@ def test_no_text_of_a_fact_is_anywhere(name: str, tmp_path: Path) -> None:
 
 
 def test_folder_has_every_file_and_no_other(tmp_path: Path) -> None:
-    write_study(whole_grid(), tmp_path)
+    write_study(make_whole_grid(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == FILES | {"figures"}
     drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert drawn == {"pruning-drop", "pruning-kept", "quantization", "pruning-quantization", "final-layer"}
     assert (tmp_path / "study.html").stat().st_size < 300_000
 
 
-def test_charts_of_each_probe_are_folded_under_those_of_all() -> None:
-    page = read(render_study_html(whole_grid("seq2seq", TASKS)))
+def test_charts_by_probe_are_folded() -> None:
+    page = parse_html(render_study_html(make_whole_grid("seq2seq", TASKS)))
     (section,) = [each for each in page.all("section") if each.attributes.get("aria-labelledby") == "charts"]
     figures = with_class(section.one("details"), "panels")
     assert len(figures) == 5
@@ -162,21 +162,21 @@ def test_charts_of_each_probe_are_folded_under_those_of_all() -> None:
         first, *names = [caption.text for caption in figure.all("figcaption")]
         assert first.split(" (")[0].endswith(", by probe")
         assert names == ["lm-eval:boolq", "lm-eval:piqa"]
-    assert not [each for each in read(render_study_html(whole_grid())).all("details") if each.all("svg")]
+    assert not [each for each in parse_html(render_study_html(make_whole_grid())).all("details") if each.all("svg")]
 
 
-def test_writing_again_replaces_what_was_there(tmp_path: Path) -> None:
-    write_study(whole_grid(asked=TASKS), tmp_path)
+def test_writing_again_replaces_the_files(tmp_path: Path) -> None:
+    write_study(make_whole_grid(spec=TASKS), tmp_path)
     (tmp_path / "figures" / "mine.svg").write_text("mine", encoding="utf-8")
-    smaller = study([gp("attention", 0.2, range(150))])
+    smaller = make_study([gp("attention", 0.2, range(150))])
     write_study(smaller, tmp_path)
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.svg"]
     assert not is_chart("mine")
     assert (tmp_path / "study.html").read_text(encoding="utf-8") == render_study_html(smaller)
 
 
-def test_what_holds_for_every_cell_is_said_once_and_failures_first() -> None:
-    page = read(render_study_html(whole_grid(asked=Asked(n=60, known=20))))
+def test_common_warnings_are_shown_once_and_failures_first() -> None:
+    page = parse_html(render_study_html(make_whole_grid(spec=ProbeSpec(n=60, known=20))))
     (note,) = with_class(page, "warnings")
     said = [item.text for item in note.all("li")]
     assert said[0] == "1 of 41 cells failed; the reasons are below."
@@ -184,36 +184,36 @@ def test_what_holds_for_every_cell_is_said_once_and_failures_first() -> None:
     assert "RuntimeError: out of memory" in page.one("main").text
 
 
-def test_warnings_of_single_cells_stand_with_their_names() -> None:
-    made = whole_grid()
+def test_warnings_of_single_cells_name_the_cells() -> None:
+    made = make_whole_grid()
     cells = list(made.cells)
     for i in (1, 3):
         cells[i] = replace(cells[i], comparison=replace(cells[i].comparison, warnings=("It broke.",)))
-    page = read(render_study_html(replace(made, cells=tuple(cells))))
+    page = parse_html(render_study_html(replace(made, cells=tuple(cells))))
     (entry,) = [each for each in page.all("div") if "It broke." in each.text and not each.all("div")]
     assert (entry.one("dt").text, entry.one("dd").text) == ("Att_GP 20%, Att_GP 40%", "It broke.")
     assert "It broke." not in "".join(note.text for note in with_class(page, "warnings"))
 
 
-def test_a_study_does_not_warn_of_grades_which_it_does_not_show() -> None:
-    made = study([gp("attention", 0.2, range(10))], asked=Asked(n=30, known=15))
+def test_study_does_not_warn_of_grades() -> None:
+    made = make_study([gp("attention", 0.2, range(10))], spec=ProbeSpec(n=30, known=15))
     assert any("Grades that rest" in warning for warning in made.cells[0].comparison.warnings)
     text = render_study_markdown(made)
     assert "The original knew only 15 facts" in text
     assert "Grades that rest" not in text
 
 
-def test_a_study_of_several_probes_says_that_its_charts_count_otherwise_than_its_findings() -> None:
+def test_study_of_several_probes_explains_how_charts_and_findings_count() -> None:
     says = "They count the facts of all probes together; charts show means over the probes."
     assert says in render_study_markdown(STUDIES["seq2seq"]())
     assert says not in render_study_markdown(STUDIES["one"]())
 
 
-def test_a_study_of_nothing_is_a_page_too() -> None:
-    page = read(render_study_html(empty()))
+def test_empty_study_is_rendered() -> None:
+    page = parse_html(render_study_html(make_empty_study()))
     assert page.one("h1").text == "No cell could be evaluated"
-    forgot = study([gp("attention", 0.2, ())], asked=Asked(known=0))
-    assert read(render_study_html(forgot)).one("h1").text == "There was no knowledge to keep"
+    forgot = make_study([gp("attention", 0.2, ())], spec=ProbeSpec(known=0))
+    assert parse_html(render_study_html(forgot)).one("h1").text == "There was no knowledge to keep"
     assert "None" not in page.one("main").text
     assert "nan" not in page.one("main").text
     assert not with_class(page, "chart")

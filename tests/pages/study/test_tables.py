@@ -19,14 +19,23 @@ from compressknow.pages.study.pages import (
     to_parquet,
 )
 from compressknow.pages.study.records import COLUMNS, FailedCell, tidy_rows
-from tests.pages.hostile import TEXTS
-from tests.pages.study.studies import Asked, gp, gpq, gq, own_grid, render_study_markdown, study, whole_grid
+from tests.pages.hostile import HOSTILE_TEXTS
+from tests.pages.study.studies import (
+    ProbeSpec,
+    gp,
+    gpq,
+    gq,
+    make_grid_study,
+    make_study,
+    make_whole_grid,
+    render_study_markdown,
+)
 
-TASKS = Asked(n=100, known=80, probes=("lm-eval:boolq", "lm-eval:piqa"), entry={"chance": 0.5, "majority": 0.621})
+TASKS = ProbeSpec(n=100, known=80, probes=("lm-eval:boolq", "lm-eval:piqa"), entry={"chance": 0.5, "majority": 0.621})
 
 
-def test_columns_are_those_of_the_paper_in_its_order() -> None:
-    (table,) = build_paper_tables(whole_grid())
+def test_paper_table_has_the_columns_of_the_paper() -> None:
+    (table,) = build_paper_tables(make_whole_grid())
     assert table.columns == (
         "Model",
         "Dataset",
@@ -43,8 +52,8 @@ def test_columns_are_those_of_the_paper_in_its_order() -> None:
     )
 
 
-def test_encoder_only_models_are_given_in_percent_as_in_table_3() -> None:
-    made = study([gq("attention", range(60)), gpq("feed-forward", 0.4, range(31))], asked=Asked(n=90, known=70))
+def test_table_3_gives_encoder_only_models_in_percent() -> None:
+    made = make_study([gq("attention", range(60)), gpq("feed-forward", 0.4, range(31))], spec=ProbeSpec(n=90, known=70))
     (table,) = build_paper_tables(made)
     assert table.caption == "Table 3 (encoder-only), int8-paper, accuracy in %"
     dashes = ("-",) * 5
@@ -53,8 +62,8 @@ def test_encoder_only_models_are_given_in_percent_as_in_table_3() -> None:
 
 
 @pytest.mark.parametrize(("family", "place"), [("causal", 4), ("seq2seq", 5)])
-def test_other_models_are_given_as_shares_a_row_a_dataset(family: str, place: int) -> None:
-    made = study([gq("overall", range(53)), gpq("attention", 0.2, range(75))], family, TASKS)
+def test_tables_of_other_models_give_shares_per_data_set(family: str, place: int) -> None:
+    made = make_study([gq("overall", range(53)), gpq("attention", 0.2, range(75))], family, TASKS)
     (table,) = build_paper_tables(made)
     assert f"Table {place} " in table.caption
     assert [row[:4] for row in table.rows] == [
@@ -65,14 +74,14 @@ def test_other_models_are_given_as_shares_a_row_a_dataset(family: str, place: in
     assert "Majority baselines: lm-eval:boolq 0.6210, lm-eval:piqa 0.6210." in render_study_markdown(made)
 
 
-def test_each_scheme_has_a_table_of_its_own() -> None:
-    made = study([gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")])
+def test_each_scheme_has_its_own_table() -> None:
+    made = make_study([gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")])
     assert [table.rows[0][4] for table in build_paper_tables(made)] == ["50.000", "40.000"]
-    assert build_paper_tables(study([gp("attention", 0.2, range(9))])) == ()
+    assert build_paper_tables(make_study([gp("attention", 0.2, range(9))])) == ()
 
 
 def test_cells_table_has_the_original_on_top_and_every_cell() -> None:
-    made = whole_grid()
+    made = make_whole_grid()
     table = build_cells_table(made)
     assert table.rows[0][:3] == ("original", "", "66.7 %")
     assert [row[0] for row in table.rows[1:]] == [cell.setup for cell in made.cells]
@@ -81,16 +90,16 @@ def test_cells_table_has_the_original_on_top_and_every_cell() -> None:
     assert att_40[1].startswith("93.5 % (")
     assert att_40[4:] == ("8.4", "-", "436.0 MB", "416.0 MB")
     few = [gp("attention", amount, range(150)) for amount in (0.002, 0.0028)]
-    assert [row[4] for row in build_cells_table(study(few)).rows[1:]] == ["0.042", "0.059"]
+    assert [row[4] for row in build_cells_table(make_study(few)).rows[1:]] == ["0.042", "0.059"]
 
 
-def test_cells_of_one_setup_are_told_apart() -> None:
+def test_cells_of_the_same_setup_have_different_names() -> None:
     cells = [gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")]
-    assert list(study(cells).name_cells().values()) == ["Att_GQ (int8)", "Att_GQ (int8-paper)"]
-    assert list(study(cells[:1]).name_cells().values()) == ["Att_GQ"]
+    assert list(make_study(cells).name_cells().values()) == ["Att_GQ (int8)", "Att_GQ (int8-paper)"]
+    assert list(make_study(cells[:1]).name_cells().values()) == ["Att_GQ"]
 
 
-def test_a_cell_is_shown_with_the_name_that_the_grid_gives_it(tmp_path: Path) -> None:
+def test_cell_is_shown_with_its_name_in_the_grid(tmp_path: Path) -> None:
     cells = """
         [[cells]]
         name = "My favourite"
@@ -100,12 +109,12 @@ def test_a_cell_is_shown_with_the_name_that_the_grid_gives_it(tmp_path: Path) ->
         scope = "feed-forward"
         prune = 0.5
     """
-    rows = build_cells_table(own_grid(cells, tmp_path / "grid.toml", [150, 120])).rows
+    rows = build_cells_table(make_grid_study(cells, tmp_path / "grid.toml", [150, 120])).rows
     assert [row[0] for row in rows] == ["original", "Att_GP 50% [my-favourite]", "FF_GP 50%"]
 
 
-def test_tables_behind_the_findings_have_each_comparison_and_figure() -> None:
-    made = whole_grid()
+def test_tables_have_every_comparison_and_bound_of_the_findings() -> None:
+    made = make_whole_grid()
     found = evaluate_findings(made)[0]
     behind, figures = build_comparisons_table(made, found), build_bounds_table(made, found)
     assert behind is not None
@@ -113,19 +122,19 @@ def test_tables_behind_the_findings_have_each_comparison_and_figure() -> None:
     assert len(behind.rows) == sum(len(finding.comparisons) for finding in found)
     assert behind.rows[0][0] == "F2 Att_GP 40% / FF_GP 40%"
     assert len(figures.rows) == sum(len(finding.bounds) for finding in found)
-    nothing = study([])
+    nothing = make_study([])
     assert build_comparisons_table(nothing, evaluate_findings(nothing)[0]) is None
 
 
-def test_failed_cells_have_their_reasons() -> None:
-    made = study([], failed=[FailedCell("att-95", "Att_GP 95%", "RuntimeError:\nout of memory")])
+def test_failed_cells_are_listed_with_their_errors() -> None:
+    made = make_study([], failed=[FailedCell("att-95", "Att_GP 95%", "RuntimeError:\nout of memory")])
     page = render_study_markdown(made)
     assert all(part in page for part in ("Att\\_GP 95%", "att-95", "RuntimeError: out of memory"))
-    assert "Cells that failed" not in render_study_markdown(study([]))
+    assert "Cells that failed" not in render_study_markdown(make_study([]))
 
 
-def test_tidy_table_is_one_row_a_cell_and_probe() -> None:
-    made = study([gp("attention", 0.4, {*range(70), 90}), gq("overall", range(40))], "causal", TASKS)
+def test_tidy_table_has_one_row_per_cell_and_probe() -> None:
+    made = make_study([gp("attention", 0.4, {*range(70), 90}), gq("overall", range(40))], "causal", TASKS)
     rows = tidy_rows(made)
     assert [(row["key"], row["probe"]) for row in rows] == [
         ("att-gp-40", "lm-eval:boolq"),
@@ -147,8 +156,8 @@ def test_tidy_table_is_one_row_a_cell_and_probe() -> None:
     assert first["mcnemar_p"] == pytest.approx(24 / 2**11)
 
 
-def test_failed_cells_are_in_the_tidy_table_with_nothing_known() -> None:
-    made = study([gq("overall", range(40))], "causal", TASKS, [FailedCell("x", "Att_GP 95%", "no\nmemory")])
+def test_failed_cells_have_rows_without_figures() -> None:
+    made = make_study([gq("overall", range(40))], "causal", TASKS, [FailedCell("x", "Att_GP 95%", "no\nmemory")])
     rows = tidy_rows(made)[-2:]
     assert [row["probe"] for row in rows] == ["lm-eval:boolq", "lm-eval:piqa"]
     for row in rows:
@@ -156,16 +165,16 @@ def test_failed_cells_are_in_the_tidy_table_with_nothing_known() -> None:
         assert known == {"key": "x", "setup": "Att_GP 95%", "status": "failed", "error": "no memory"}
 
 
-def test_a_parameter_that_is_called_like_a_figure_is_not_taken_for_it() -> None:
+def test_parameter_named_like_a_figure_does_not_set_it() -> None:
     failed = FailedCell("x", "Att ours 50%", "no memory", settings={"n": 8, "p": 2.0, "width": 3})
-    (row,) = tidy_rows(study([], failed=[failed]))
+    (row,) = tidy_rows(make_study([], failed=[failed]))
     assert (row["n"], row["p"], row["width"]) == (None, None, 3)
 
 
-def test_csv_and_parquet_hold_the_same_rows_and_are_the_same_bytes_each_time() -> None:
-    rows = tidy_rows(whole_grid())
+def test_csv_and_parquet_have_the_same_rows_and_are_reproducible() -> None:
+    rows = tidy_rows(make_whole_grid())
     as_csv, as_parquet = to_csv(rows), to_parquet(rows)
-    assert (as_csv, as_parquet) == (to_csv(tidy_rows(whole_grid())), to_parquet(tidy_rows(whole_grid())))
+    assert (as_csv, as_parquet) == (to_csv(tidy_rows(make_whole_grid())), to_parquet(tidy_rows(make_whole_grid())))
     with pq.ParquetFile(io.BytesIO(as_parquet)) as file:
         table = file.read()
     assert {name: str(table.schema.field(name).type) for name in COLUMNS} == dict(COLUMNS)
@@ -176,16 +185,16 @@ def test_csv_and_parquet_hold_the_same_rows_and_are_the_same_bytes_each_time() -
     assert b"\r" not in as_csv
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_hostile_reasons_are_one_field_of_one_row(text: str) -> None:
-    rows = tidy_rows(study([], failed=[FailedCell("x", text, text)]))
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
+def test_hostile_errors_stay_in_one_field(text: str) -> None:
+    rows = tidy_rows(make_study([], failed=[FailedCell("x", text, text)]))
     read = list(csv.DictReader(io.StringIO(to_csv(rows).decode())))
     assert [row["key"] for row in read] == ["x"]
     assert read[0]["error"] == rows[0]["error"]
     assert len(to_parquet(rows)) > 0
 
 
-def test_a_study_of_nothing_has_a_header() -> None:
+def test_empty_tidy_table_has_a_header() -> None:
     assert to_csv([]).decode() == ",".join(COLUMNS) + "\n"
     with pq.ParquetFile(io.BytesIO(to_parquet([]))) as file:
         assert file.metadata.num_rows == 0
