@@ -53,7 +53,9 @@ def test_counts_confidently_wrong_answers() -> None:
     # The compressed model is wrong on all below 30 and on every third from 30, and confident on odd numbers.
     assert (confidence.wrong_compressed, confidence.confidently_wrong_compressed) == (50, 25)
     # Where all have the same confidence, none is above the median.
-    alike = compare_confidence([(make_answer(n, 0.5, n % 3 > 0), make_answer(n, 0.5, n % 2 > 0)) for n in range(30)])
+    alike = compare_confidence(
+        [(make_confident_answer(n, 0.5, n % 3 > 0), make_confident_answer(n, 0.5, n % 2 > 0)) for n in range(30)]
+    )
     assert (alike.confidently_wrong_original, alike.confidently_wrong_compressed) == (0, 0)
 
 
@@ -87,8 +89,11 @@ def test_too_few_facts_have_no_thirds() -> None:
 
 
 def test_needs_probabilities_and_twenty_facts() -> None:
-    free = [(make_answer(n, 0.5, True, choices=None), make_answer(n, 0.5, True, choices=None)) for n in range(50)]
-    broken = [(make_answer(n, 0.5, True), make_answer(n, True, top5_logp=(math.nan,) * 5)) for n in range(50)]
+    free = [
+        (make_confident_answer(n, 0.5, True, choices=None), make_confident_answer(n, 0.5, True, choices=None))
+        for n in range(50)
+    ]
+    broken = [(make_confident_answer(n, 0.5, True), make_answer(n, True, top5_logp=(math.nan,) * 5)) for n in range(50)]
     assert (
         compare_confidence(free)
         is compare_confidence(broken)
