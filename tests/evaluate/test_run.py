@@ -196,6 +196,7 @@ def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
         folder.chmod(0o755)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no read-only folders")
 def test_answers_in_a_folder_that_cannot_be_written_are_read(
     root: Path, tmp_path: Path, read_only: Callable[[Path], None], loads: list[Path]
 ) -> None:
