@@ -80,7 +80,7 @@ class LazyGroup(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None and not ctx.resilient_parsing:
             open_command = partial(self.get_command, ctx)
-            # Who corrects a project's file may need the help.
+            # Someone who corrects a project's file may need the help.
             needs_help = not {"-h", "--help"}.isdisjoint(rest)
             with suppress(UsageError) if needs_help else nullcontext():
                 ctx.default_map = {name: read_project_defaults(name, command, COMMANDS, open_command)}

@@ -42,13 +42,13 @@ NAMES = 22
 
 
 class WholeNumber(click.IntRange):
-    """Range of whole numbers, named as in a message about a value that is none."""
+    """Range of integers, which messages call whole numbers."""
 
     name = "whole number"
 
 
 class Number(click.FloatRange):
-    """Range of numbers, named likewise."""
+    """Range of floats, which messages call numbers."""
 
     name = "number"
 
