@@ -34,6 +34,8 @@ _FOLDERS = (_PACKAGE / "templates", _PACKAGE.parent / "templates")
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]#|~$]|^[-+])")
 _BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:[kMG]B|dB|points)\b)")
+# An option in a sentence.
+_OPTION = re.compile(r"(?<![\w-])--[a-z-]{1,24}(?![\w-])")
 # A p-value, as HTML has it: p &lt; 0.001.
 _P_VALUE = re.compile(r"\bp (=|&[lg]t;) (?=\d)")
 # A person, an address, an issue.
@@ -102,14 +104,15 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def isolate(sentence: object) -> Markup:
-    """Return a sentence as HTML in which right-to-left names do not reorder the text around them, and a number stays
-    on one line with its unit, or with the p before it.
+    """Return a sentence as HTML in which right-to-left names do not reorder the text around them, and lines break
+    neither between a number and its unit, or the p before it, nor inside an option such as ``--quantize``.
 
     >>> print(isolate("<\u05d0\u05d1> 5 % of 2 MB"), isolate("p < 0.001"))
     &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5\xa0% of 2\xa0MB p\xa0&lt;\xa00.001
     """
     isolated = RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(clean_lines(str(sentence)))))
     isolated = _P_VALUE.sub("p\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", isolated)
+    isolated = _OPTION.sub(r'<span class="option">\g<0></span>', isolated)
     return Markup(_BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", isolated))
 
 
