@@ -234,11 +234,11 @@ def test_no_temporary_file_is_left(root: Path, tmp_path: Path) -> None:
     report(root, ["llama-60"], tmp_path / "kept")
     names = {path.name for path in (tmp_path / "kept").rglob("*")}
     assert not [name for name in names if name not in (".lock", TABLE, "probe.json") and "." in name]
-    with Distributions(None, tmp_path) as kept:  # type: ignore[arg-type]
+    with Distributions(None, tmp_path) as store:  # type: ignore[arg-type]
         probe = open_probe(f"facts:{root / 'facts.jsonl'}")
-        kept.find_rows(probe).keep([probe.facts[0].id], torch.zeros(1, 5))
-        held = kept.find_rows(probe)._file
-    assert held.closed
+        store.find_rows(probe).keep([probe.facts[0].id], torch.zeros(1, 5))
+        file = store.find_rows(probe)._file
+    assert file.closed
     assert not list(tmp_path.glob("tmp*"))
 
 

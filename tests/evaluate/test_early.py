@@ -90,9 +90,9 @@ def test_the_decision_is_made_on_the_answers(root: Path, tmp_path: Path) -> None
 
 def test_the_record_is_that_of_a_sample(root: Path, tmp_path: Path) -> None:
     result = run_early(root, tmp_path, seed=3)
-    (entry,), (compressed,) = (side.record.probes.values() for side in (result.original, result.compressed))
-    assert (entry.asked, entry.limit, entry.seed, entry.facts) == (FIRST, FIRST, 3, len(KNOWN_FACTS))
-    assert (entry.fingerprint, entry.reference) == (compressed.fingerprint, compressed.reference)
+    (original,), (compressed,) = (side.record.probes.values() for side in (result.original, result.compressed))
+    assert (original.asked, original.limit, original.seed, original.facts) == (FIRST, FIRST, 3, len(KNOWN_FACTS))
+    assert (original.fingerprint, original.reference) == (compressed.fingerprint, compressed.reference)
 
 
 def test_the_seed_gives_a_random_order(root: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_csv_file_is_read_like_json_lines(tmp_path: Path) -> None:
             table.writerow({**row, "candidates": "|".join(row.get("candidates", []))})
     csv_probe, jsonl_probe = read_facts_file(tmp_path / "mine.csv"), read_facts_file(write_rows(tmp_path, *rows))
     # The header is the first line.
-    expected = [replace(fact, probe="facts:mine.csv", id=add_one(fact.id)) for fact in jsonl_probe.facts]
+    expected = [replace(fact, probe="facts:mine.csv", id=increment_id(fact.id)) for fact in jsonl_probe.facts]
     assert list(csv_probe.facts) == expected
     assert (csv_probe.name, csv_probe.vocabulary) == ("facts:mine.csv", jsonl_probe.vocabulary)
 
@@ -90,7 +90,7 @@ def test_spaces_around_labels_are_removed(tmp_path: Path) -> None:
 OTHERS = ("relation", "subject", "candidates", "popularity")
 
 
-def add_one(name: str) -> str:
+def increment_id(name: str) -> str:
     relation, slash, number = name.partition("/")
     return f"{relation}/{int(number) + 1}" if slash else name
 

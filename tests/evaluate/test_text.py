@@ -38,9 +38,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read_chunks(model: Path, answers: Path, text: Path, **options: int) -> tuple[Chunk, ...]:
-    probed = compressknow.probe(model, answers, f"text:{text}", options=Options(context=CONTEXT, **options))
-    return probed.texts[f"text:{text.name}"]
+def read_chunks(model: Path, folder: Path, text: Path, **options: int) -> tuple[Chunk, ...]:
+    answers = compressknow.probe(model, folder, f"text:{text}", options=Options(context=CONTEXT, **options))
+    return answers.texts[f"text:{text.name}"]
 
 
 def compute_reference(model: Path, text: Path) -> tuple[list[list[int]], list[list[torch.Tensor]]]:

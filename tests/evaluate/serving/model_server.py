@@ -122,36 +122,38 @@ class _Handler(BaseHTTPRequestHandler):
         if request.get("logprobs", 0) > 20:
             self._answer({"error": {"message": "logprobs must be at most 20"}}, 400)
             return
-        answer = {"model": request["model"], "object": "text_completion", "choices": [self._choice(request)]}
+        answer = {"model": request["model"], "object": "text_completion", "choices": [self._make_choice(request)]}
         changed = self.server.change(answer)
         self._send(changed if isinstance(changed, bytes) else json.dumps(changed).encode())
 
-    def _choice(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _make_choice(self, request: dict[str, Any]) -> dict[str, Any]:
         tokenizer = self.server.tokenizer
         prompt = request["prompt"]
         ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
         with torch.no_grad():
-            written = list(ids)
+            tokens = list(ids)
             for _ in range(request["max_tokens"]):
-                logits = self.server.model(torch.tensor([written])).logits[0].double()
-                written.append(int(logits[-1].argmax()))
-            log_probs = self.server.model(torch.tensor([written])).logits[0].double().log_softmax(-1)
-        text = tokenizer.decode(written[len(ids) :], skip_special_tokens=True)
+                logits = self.server.model(torch.tensor([tokens])).logits[0].double()
+                tokens.append(int(logits[-1].argmax()))
+            log_probs = self.server.model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+        text = tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True)
         choice: dict[str, Any] = {"index": 0, "text": f" {text}", "finish_reason": "length"}
         if "logprobs" in request and self.server.kind != "writes":
             first = 0 if request.get("echo") else len(ids)
-            choice["logprobs"] = self._logprobs(written, log_probs, first, request)
+            choice["logprobs"] = self._make_logprobs(tokens, log_probs, first, request)
         return choice
 
-    def _logprobs(self, ids: list[int], log_probs: torch.Tensor, first: int, request: dict[str, Any]) -> dict[str, Any]:
+    def _make_logprobs(
+        self, ids: list[int], log_probs: torch.Tensor, first: int, request: dict[str, Any]
+    ) -> dict[str, Any]:
         as_ids = request.get("return_tokens_as_token_ids")
-        words = [self._word(position, number) for position, number in enumerate(ids)]
+        words = [self._get_word(position, number) for position, number in enumerate(ids)]
         starts = [sum(map(len, words[:position])) for position in range(len(words))]
         values = [None, *(float(log_probs[position - 1, ids[position]]) for position in range(1, len(ids)))]
         tops: list[Any] = [None]
         for position in range(1, len(ids)):
             best = log_probs[position - 1].topk(request["logprobs"])
-            names = (f"token_id:{number}" if as_ids else self._word(9, number) for number in best.indices.tolist())
+            names = (f"token_id:{number}" if as_ids else self._get_word(9, number) for number in best.indices.tolist())
             tops.append(dict(zip(names, best.values.tolist(), strict=True)))
         return {
             "tokens": words[first:],
@@ -160,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
             "text_offset": starts[first:],
         }
 
-    def _word(self, position: int, number: int) -> str:
+    def _get_word(self, position: int, number: int) -> str:
         word = str(self.server.tokenizer.convert_ids_to_tokens(number))
         return word if position < 2 or word == "." else f" {word}"
 
@@ -183,11 +185,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
         elif fault == "break":
-            self._head(200, 1000)
+            self._send_head(200, 1000)
             self.wfile.write(b'{"choices"')
             self.close_connection = True
         elif fault == "trickle":
-            self._head(200, 1000)
+            self._send_head(200, 1000)
             while not self.server.closing.wait(0.05):
                 self.wfile.write(b" ")
         elif isinstance(fault, bytes):
@@ -201,10 +203,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(json.dumps(content).encode(), status, headers)
 
     def _send(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self._head(status, len(body), headers)
+        self._send_head(status, len(body), headers)
         self.wfile.write(body)
 
-    def _head(self, status: int, length: int, headers: dict[str, str] | None = None) -> None:
+    def _send_head(self, status: int, length: int, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(length))
