@@ -182,7 +182,7 @@ def test_interrupted_command_explains_the_state_of_its_output(
     [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "passive"}, 0)],
     ids=["default", "count of the user", "policy of the user"],
 )
-def test_waiting_threads_of_openmp_spin_only_shortly(settings: dict[str, str], count: int) -> None:
+def test_waiting_threads_of_openmp_spin_only_briefly(settings: dict[str, str], count: int) -> None:
     """OpenMP prints its settings when torch loads it."""
     unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     script = "from compressknow.cli import main; main(['--version']); import torch"
