@@ -226,7 +226,7 @@ _IGNORED = -100
 
 
 def _make_bert_lesson(tokenizer: PreTrainedTokenizerFast) -> _Lesson:
-    """Mask the whole object, or one of its two words while any candidate's word stands in the other place.
+    """Put as many masks as a candidate has words, or one mask and one of the candidate's two words.
 
     The target of a mask is always the right object's word, or the full stop if that object is shorter. So wrong objects
     of any length score low, whether the words after a mask are masked too or not.

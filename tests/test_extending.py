@@ -1,4 +1,4 @@
-"""What another package adds works by the command line as what is built in, and what is wrong with it is one message."""
+"""Third-party probes, sections, methods, schemes and layers work like built-in ones; their errors are one message."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ MANUAL = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
 def example(section: str, level: int = 2) -> str:
-    """The code that the manual shows for it: what users copy is what is tested."""
+    """Return the code that the manual shows in a section."""
     text = MANUAL.partition(f"\n{'#' * level} {section}\n")[2]
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
 
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """Installs a package of one module that adds one entry, for this test."""
+    """Return a function that installs a package of one module with one entry point, for this test."""
     changed: list[tuple[Registry, str]] = []
-    # Their options depend on what is installed when they are imported.
+    # The options of these depend on what is installed when they are imported.
     commands = [f"compressknow.cli.{name}" for name in ("convert", "sweep", "search")]
 
     def add(registry: Registry, name: str, code: str, attribute: str) -> None:
@@ -80,8 +80,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]
         sys.modules.pop(command, None)
 
 
-def run_apart(site: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, which finds what is installed in `site`."""
+def run_subprocess(site: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in another process, with the packages in `site`."""
     path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", str(ROOT))])
     return subprocess.run(
         [sys.executable, "-m", "compressknow", *args],
@@ -92,18 +92,18 @@ def run_apart(site: Path, *args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def refused(args: list[str], capsys: pytest.CaptureFixture[str], says: str) -> str:
-    """What a command says that ends with one message, these words in it, and leaves nothing behind."""
-    there = sorted(Path.cwd().iterdir())
+def run_refused(args: list[str], capsys: pytest.CaptureFixture[str], expected: str) -> str:
+    """Run a command that fails with one message and leaves nothing behind, and return what it prints."""
+    before = sorted(Path.cwd().iterdir())
     exit_code = main(args)
-    said = capsys.readouterr().err
+    errors = capsys.readouterr().err
     assert exit_code in (1, 2)
-    assert [line for line in said.splitlines() if line.startswith("Error: ")] == said.splitlines()[:1]
-    assert says in " ".join(said.split())
-    assert "Traceback" not in said
-    assert "bug in compressknow" not in said
-    assert sorted(Path.cwd().iterdir()) == there
-    return said
+    assert [line for line in errors.splitlines() if line.startswith("Error: ")] == errors.splitlines()[:1]
+    assert expected in " ".join(errors.split())
+    assert "Traceback" not in errors
+    assert "bug in compressknow" not in errors
+    assert sorted(Path.cwd().iterdir()) == before
+    return errors
 
 
 @pytest.mark.parametrize(
@@ -113,20 +113,20 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], says: str) -> s
         ("A layer of the engine", 3),
     ],
 )
-def test_the_example_is_short(section: str, level: int) -> None:
+def test_manuals_example_is_short(section: str, level: int) -> None:
     assert len(example(section, level).splitlines()) < 40
 
 
 class TestProbe:
-    """The manual's almanac, of facts that a tiny model knows."""
+    """The manual's almanac, with facts that a tiny model knows."""
 
     @pytest.fixture(autouse=True)
-    def place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_up_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         for part in ("capital", "language"):
-            known = [fact for fact in KNOWN_FACTS if fact.relation == part]
-            rows = [f"{fact.sub_label}\t{fact.obj_label}\t{fact.sentence('[MASK]')}" for fact in known]
+            facts = [fact for fact in KNOWN_FACTS if fact.relation == part]
+            rows = [f"{fact.sub_label}\t{fact.obj_label}\t{fact.sentence('[MASK]')}" for fact in facts]
             path = Path("data", "almanac", f"{part}.tsv")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -137,11 +137,11 @@ class TestProbe:
 
     @pytest.fixture
     def models(self, almanac: None) -> None:  # noqa: ARG002
-        """The model, and one that was pruned until it forgot."""
+        """Write a model, and a copy pruned so that it forgets."""
         save_trained("llama", Path("model"))
         assert main(["convert", "model", "pruned", "--prune", "70%"]) == 0
 
-    def test_the_source_that_contributors_read_of_is_complete(self, install) -> None:
+    def test_example_for_contributors_is_complete(self, install) -> None:
         text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n### A probe\n")[2]
         install(PROBES, "rivers", re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "Rivers")
         probe = open_probe("Rivers", Options(limit=2, seed=1))
@@ -149,9 +149,9 @@ class TestProbe:
         assert probe.read == 3
 
     @pytest.mark.usefixtures("models")
-    def test_report_puts_it_on_the_card(self) -> None:
-        given = ["-p", "almanac:capital", "-p", "Almanac:Language", "--data", "data"]
-        assert main(["report", "model", "pruned", *given, "-o", "card.html", "-o", "card.json", "-o", "card.md"]) == 0
+    def test_report_shows_it_on_the_card(self) -> None:
+        options = ["-p", "almanac:capital", "-p", "Almanac:Language", "--data", "data"]
+        assert main(["report", "model", "pruned", *options, "-o", "card.html", "-o", "card.json", "-o", "card.md"]) == 0
         probes = json.loads(Path("card.json").read_text(encoding="utf-8"))["compressed"][0]["probes"]
         assert {name: probe["n"] for name, probe in probes.items()} == {"almanac:capital": 16, "almanac:language": 16}
         assert all(probe["accuracy_original"] == 1 for probe in probes.values())
@@ -163,9 +163,7 @@ class TestProbe:
             assert "The capital of " in text
 
     @pytest.mark.usefixtures("models")
-    def test_probe_keeps_its_answers_and_report_reads_them_by_any_case(
-        self, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_stored_answers_are_found_by_a_name_in_any_case(self, capsys: pytest.CaptureFixture[str]) -> None:
         reference: list[str] = []
         for model in ("model", "pruned"):
             output = ["-o", f"answers/{model}", *reference]
@@ -178,23 +176,23 @@ class TestProbe:
 
     @pytest.mark.usefixtures("models")
     def test_compare_evaluates_both_on_it(self) -> None:
-        given = ["-p", "almanac:language", "--data", "data", "-o", "compare.json"]
-        assert main(["compare", "model", "pruned", *given]) == 0
+        options = ["-p", "almanac:language", "--data", "data", "-o", "compare.json"]
+        assert main(["compare", "model", "pruned", *options]) == 0
         assert "almanac:language" in Path("compare.json").read_text(encoding="utf-8")
 
     @pytest.mark.usefixtures("models")
     def test_sweep_and_search_run_on_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         Path("grid.toml").write_text("[axes]\nscope = ['overall']\nprune = [0.1, 0.7]\n", encoding="utf-8")
-        given = ["-p", "almanac:capital", "-p", "almanac:language", "--data", "data"]
-        assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml", *given]) == 0
+        options = ["-p", "almanac:capital", "-p", "almanac:language", "--data", "data"]
+        assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml", *options]) == 0
         study = json.loads(Path("study", "study.json").read_text(encoding="utf-8"))
         assert list(study["probes"]) == ["almanac:capital", "almanac:language"]
         monkeypatch.setattr("compressknow.study.sensitivity.FEWEST", 8)
         text = ["--calibration", "text.txt", "--calibration-tokens", "128", "--to", "checkpoint"]
         Path("text.txt").write_text("The capital of Avaland is New Alba. " * 40, encoding="utf-8")
-        assert main(["search", "model", "-o", "found", "--keep", "0.3", *text, *given]) == 0
-        found = json.loads(Path("found", "search.json").read_text(encoding="utf-8"))
-        assert (found["probes"], found["held_out"]) == (["almanac:capital", "almanac:language"], 10)
+        assert main(["search", "model", "-o", "found", "--keep", "0.3", *text, *options]) == 0
+        search = json.loads(Path("found", "search.json").read_text(encoding="utf-8"))
+        assert (search["probes"], search["held_out"]) == (["almanac:capital", "almanac:language"], 10)
 
     @pytest.mark.usefixtures("almanac")
     @pytest.mark.parametrize("command", ["probe", "report", "compare", "sweep", "search"])
@@ -202,25 +200,25 @@ class TestProbe:
         assert main([command, "--help"]) == 0
         assert "almanac:TABLE       lands that are on no map: capital, language" in capsys.readouterr().out
 
-    def test_a_process_of_its_own_finds_what_pip_has_installed(self, tmp_path: Path) -> None:
+    def test_new_process_finds_the_installed_package(self, tmp_path: Path) -> None:
         entries = {"compressknow.probes": ["almanac = other:Almanac"]}
         site = install_package(tmp_path / "other-site", "other", example("A probe"), entries)
-        done = run_apart(site, "probe", "model", "-o", "a", "-p", "almanac:capitol")
+        done = run_subprocess(site, "probe", "model", "-o", "a", "-p", "almanac:capitol")
         assert done.returncode == 2
         assert "Did you mean almanac:capital?" in done.stderr
         assert "almanac:capital, almanac:language" in done.stderr
 
     @pytest.mark.usefixtures("almanac")
-    def test_missing_data_says_where_to_get_and_to_put_it(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_error_of_missing_data_says_where_to_get_and_put_it(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("empty").mkdir()
         assert main(["probe", "model", "-o", "a", "-p", "almanac:capital", "--data", "empty"]) == 2
-        said = capsys.readouterr().err
-        assert "empty does not contain almanac:capital." in said
-        assert "example.org/almanac.zip" in said
-        assert "Put it into DIR/almanac and pass --data DIR." in said
+        errors = capsys.readouterr().err
+        assert "empty does not contain almanac:capital." in errors
+        assert "example.org/almanac.zip" in errors
+        assert "Put it into DIR/almanac and pass --data DIR." in errors
 
     @pytest.mark.parametrize(
-        ("change", "says"),
+        ("change", "message"),
         [
             (("holds(self, folder, part):", "holds(self):"), "TypeError"),
             (("path.read_text", "path.read_txt"), "AttributeError"),
@@ -240,18 +238,16 @@ class TestProbe:
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )
-    def test_what_is_wrong_with_it_is_one_message(
-        self, change: tuple[str, str], says: str, install, capsys: pytest.CaptureFixture[str]
+    def test_faulty_code_is_one_message(
+        self, change: tuple[str, str], message: str, install, capsys: pytest.CaptureFixture[str]
     ) -> None:
         code = example("A probe")
         assert change[0] in code
         install(PROBES, "almanac", code.replace(*change), "Almanac")
-        said = refused(["probe", "model", "-o", "a", "-p", "almanac:capital", "--data", "data"], capsys, says)
-        assert "toy_almanac" in said or says == "has no facts to evaluate"
+        errors = run_refused(["probe", "model", "-o", "a", "-p", "almanac:capital", "--data", "data"], capsys, message)
+        assert "toy_almanac" in errors or message == "has no facts to evaluate"
 
-    def test_one_that_cannot_be_used_does_not_keep_others_from_working(
-        self, install, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_broken_package_does_not_affect_others(self, install, capsys: pytest.CaptureFixture[str]) -> None:
         install(PROBES, "broken", "import nothing_like_it\n", "Broken")
         assert main(["probe", "--help"]) == 0
         assert "atlas  " in capsys.readouterr().out
@@ -260,7 +256,7 @@ class TestProbe:
 
 
 class TestSection:
-    """The manual's section, on cards made from stored answers: of a model, and of one that says Rome of most facts."""
+    """The manual's section, on cards made from stored answers. The compressed model gives most facts one answer."""
 
     ANSWERS = (
         [make_answer(number, number < 40, predicted=WORDS[number % 8]) for number in range(50)],
@@ -268,7 +264,7 @@ class TestSection:
     )
 
     @pytest.fixture(autouse=True)
-    def place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_up_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         for name, answers in zip(("before", "after"), make_runs(self.ANSWERS), strict=True):
             Path(name).mkdir()
@@ -281,46 +277,45 @@ class TestSection:
         install(SECTIONS, "favourites", example("A section of the report"), "Favourites")
 
     @staticmethod
-    def report(*given: str) -> tuple[Element, str, dict[str, Any]]:
-        """The card by the command line: HTML, Markdown, JSON."""
+    def report(*options: str) -> tuple[Element, str, dict[str, Any]]:
+        """Write a card with the command line, and return its HTML, Markdown and JSON."""
         files = [Path("card.html"), Path("card.md"), Path("card.json")]
-        assert main(["report", "before", "after", *given, "--overwrite", *(f"-o{file}" for file in files)]) == 0
+        assert main(["report", "before", "after", *options, "--overwrite", *(f"-o{file}" for file in files)]) == 0
         html, markdown, figures = (file.read_text(encoding="utf-8") for file in files)
         return parse_html(html), markdown, json.loads(figures)
 
     @staticmethod
-    def sections(page: Element) -> dict[str, Element]:
-        """By id."""
+    def sections_by_id(page: Element) -> dict[str, Element]:
         return {each.attributes.get("aria-labelledby", ""): each for each in page.all("section")}
 
     @pytest.mark.usefixtures("favourites")
     def test_report_shows_it_in_every_format(self, capsys: pytest.CaptureFixture[str]) -> None:
         page, markdown, figures = self.report()
-        section = self.sections(page)["m1-favourites"]
+        section = self.sections_by_id(page)["m1-favourites"]
         cells = [[cell.text for cell in row.children if isinstance(cell, Element)] for row in section.all("tr")]
         assert cells == [["Probe", "Original", "Compressed"], ["atlas", "14.0 %", "80.0 %"]]
         assert section.one("figure").one("desc").text == "atlas 80 %"
         titles = [each.text for each in page.one("nav").all("a")]
         assert titles[titles.index("By relation") + 1] == "Favourite answers"
         assert "## Favourite answers\n\nShare of facts that get the favourite answer:\n\n| Probe |" in markdown
-        warned = "The compressed model gives one answer to 80.0 % of the facts of atlas."
+        warning = "The compressed model gives one answer to 80.0 % of the facts of atlas."
         for text in (page.text, markdown):
             assert "A model that has forgotten a lot" in text
             assert "one that it gives to most of its facts" in text
-            assert warned in text
-        assert warned in capsys.readouterr().out
+            assert warning in text
+        assert warning in capsys.readouterr().out
         assert figures["compressed"][0]["probes"]["atlas"]["favourites"] == [0.14, 0.8]
 
-    def test_the_example_for_contributors_works(self, install) -> None:
+    def test_example_for_contributors_works(self, install) -> None:
         text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("### A section of the report")[2]
         install(SECTIONS, "sureness", re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "Sureness")
         page, markdown, figures = self.report()
         assert figures["compressed"][0]["probes"]["atlas"]["sureness"] == [-0.5, -1.25]
-        assert [cell.text for cell in self.sections(page)["m1-sureness"].all("td")] == ["−0.500", "−1.250"]
+        assert [cell.text for cell in self.sections_by_id(page)["m1-sureness"].all("td")] == ["−0.500", "−1.250"]
         assert "| atlas | −0.500 | −1.250 |" in markdown
 
     @pytest.mark.usefixtures("favourites")
-    def test_each_of_several_models_has_it_without_its_chart(self) -> None:
+    def test_section_of_each_of_several_models_has_no_chart(self) -> None:
         page, markdown, figures = self.report("after")
         headings = {each.attributes.get("id"): each for each in page.all("h4")}
         for model in ("m1", "m2"):
@@ -331,7 +326,7 @@ class TestSection:
         assert markdown.count("### Favourite answers") == 2
         assert [each["probes"]["atlas"]["favourites"] for each in figures["compressed"]] == [[0.14, 0.8]] * 2
 
-    def test_no_facts_leaves_out_what_shows_them(self, install) -> None:
+    def test_no_facts_leaves_out_a_section_that_shows_facts(self, install) -> None:
         code = """
             from compressknow.pages.card.sections import Section
             from compressknow.pages.parts import Text
@@ -348,20 +343,20 @@ class TestSection:
         """
         install(SECTIONS, "prompts", textwrap.dedent(code), "Prompts")
         page, markdown, figures = self.report()
-        assert "capital of country 7" in self.sections(page)["m1-prompts"].text
+        assert "capital of country 7" in self.sections_by_id(page)["m1-prompts"].text
         page, markdown, figures = self.report("--no-facts")
         for text in (page.text, markdown, json.dumps(figures)):
             assert "capital of country" not in text
-        assert "left out on request" in self.sections(page)["m1-prompts"].text
+        assert "left out on request" in self.sections_by_id(page)["m1-prompts"].text
 
     @pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
-    def test_no_text_of_it_breaks_out(self, text: str, install) -> None:
+    def test_texts_cannot_inject_markup(self, text: str, install) -> None:
         code = """
             from markupsafe import Markup
             from compressknow.pages.card.sections import Section
             from compressknow.pages.parts import *
 
-            class Said(Section):
+            class AllParts(Section):
                 def __init__(self):
                     self.title, self.method, self.glossary = self.text, (self.text,), ((self.text, self.text),)
 
@@ -376,10 +371,10 @@ class TestSection:
                 def warnings(self, context):
                     yield self.text
 
-            class Harmless(Said):
+            class Harmless(AllParts):
                 order, text = 101, "harmless"
 
-            class Hostile(Said):
+            class Hostile(AllParts):
                 order, text = 102, Markup(TEXT)
         """
         code = textwrap.dedent(code).replace("TEXT", repr(text))
@@ -387,17 +382,17 @@ class TestSection:
         install(SECTIONS, "hostile", code, "Hostile")
         page, markdown, figures = self.report()
         assert not [each for each in figures["warnings"] if "is left out" in each]
-        sections = self.sections(page)
+        sections = self.sections_by_id(page)
         assert sections["m1-hostile"].shape == sections["m1-harmless"].shape
         assert clean(text, 60)[:30] in sections["m1-hostile"].text
         tokens = [token.type for token in MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)]
-        headings = [place for place, kind in enumerate(tokens) if kind == "heading_open"][-4:]
+        headings = [index for index, kind in enumerate(tokens) if kind == "heading_open"][-4:]
         harmless, hostile = (tokens[start:end] for start, end in pairwise(headings[:3]))
         assert hostile == harmless
         assert not {"html_block", "link_open"} & set(tokens)
 
     @pytest.mark.parametrize(
-        ("change", "says"),
+        ("change", "message"),
         [
             (("most_common(1)[0][1] / len", "most_common(1)[0][9] / len"), "IndexError: tuple index out of range."),
             (("sides]", "sides], {0}"), "TypeError: Object of type set is not JSON serializable."),
@@ -406,33 +401,33 @@ class TestSection:
             (("order = 46", "order = 'first'"), "its order is not a number."),
             (('most of its facts.",)', 'most of its facts.")'), "its method is not a tuple of sentences."),
             (("order = 46", "glossary = ('favourite', 'what is liked')"), "its glossary is not a tuple of pairs"),
-            (("def warnings(", "warnings = lambda *_: 'Beware.'\n\n    def told("), "`warnings` returns one string"),
+            (("def warnings(", "warnings = lambda *_: 'Beware.'\n\n    def unused("), "`warnings` returns one string"),
             (("class Favourites(Section)", "class Favourites"), "not Section"),
             (("from collections import Counter", "import nothing_like_it"), "ModuleNotFoundError"),
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )
-    def test_one_that_fails_is_left_out_with_a_warning(
-        self, change: tuple[str, str], says: str, install, capsys: pytest.CaptureFixture[str]
+    def test_section_that_fails_is_left_out_with_a_warning(
+        self, change: tuple[str, str], message: str, install, capsys: pytest.CaptureFixture[str]
     ) -> None:
         code = example("A section of the report")
         assert change[0] in code
         install(SECTIONS, "favourites", code.replace(*change), "Favourites")
         page, markdown, figures = self.report()
-        assert "m1-favourites" not in self.sections(page)
-        assert "m1-figures" in self.sections(page)
+        assert "m1-favourites" not in self.sections_by_id(page)
+        assert "m1-figures" in self.sections_by_id(page)
         assert "## Favourite answers" not in markdown
         assert "favourites" not in figures["compressed"][0]["probes"]["atlas"]
         (warning,) = [each for each in figures["warnings"] if "toy_favourites" in each]
-        assert says in warning
+        assert message in warning
         assert "Update or uninstall toy_favourites." in warning
         assert warning in page.text
-        said = capsys.readouterr()
-        assert "The section 'favourites' that toy_favourites adds" in said.out
-        assert "Traceback" not in said.err
+        printed = capsys.readouterr()
+        assert "The section 'favourites' that toy_favourites adds" in printed.out
+        assert "Traceback" not in printed.err
 
     @pytest.mark.parametrize(
-        ("change", "says"),
+        ("change", "message"),
         [
             (("yield Note(", "yield str("), "TypeError: `parts` gives str, which is not part of a section."),
             (("yield Note(", "yield (lambda text: Drawn('<b>'))("), "TypeError: `parts` gives Drawn"),
@@ -448,18 +443,18 @@ class TestSection:
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )
-    def test_one_that_fails_to_show_itself_is_left_out_of_the_page(self, change: tuple[str, str], says: str, install):
+    def test_section_with_faulty_parts_is_left_out_of_the_page(self, change: tuple[str, str], message: str, install):
         imported = "Beside, Chart, Drawn, Facts, Folded, Note, Remarks"
         code = example("A section of the report").replace("Chart, Note", imported)
         install(SECTIONS, "favourites", code.replace(*change), "Favourites")
         page, _, figures = self.report()
-        assert "m1-favourites" not in self.sections(page)
-        assert "m1-figures" in self.sections(page)
+        assert "m1-favourites" not in self.sections_by_id(page)
+        assert "m1-figures" in self.sections_by_id(page)
         assert figures["compressed"][0]["probes"]["atlas"]["favourites"] == [0.14, 0.8]
         (warning,) = [each.text for each in page.all("li") if "that toy_favourites adds is left out" in each.text]
-        assert says in warning
+        assert message in warning
 
-    def test_one_that_fails_is_no_matter_of_the_model_card(self, install) -> None:
+    def test_model_card_does_not_mention_a_section_that_fails(self, install) -> None:
         install(SECTIONS, "broken", "import nothing_like_it\n", "Broken")
         original, compressed = make_runs(self.ANSWERS)
         card = make_card(original, [compressed])
@@ -467,7 +462,7 @@ class TestSection:
         assert "toy_broken" not in add_report("", card.original, card.comparisons[0])
 
     @pytest.mark.parametrize("name", ["Favourites", "5favourites", "top"])
-    def test_a_name_that_is_no_id_is_refused(self, name: str, install) -> None:
+    def test_name_that_is_not_a_valid_id_is_refused(self, name: str, install) -> None:
         install(SECTIONS, name, example("A section of the report"), "Favourites")
         _, markdown, figures = self.report()
         assert "## Favourite answers" not in markdown
@@ -477,43 +472,43 @@ class TestSection:
         ("name", "why"),
         [("figures", "A built-in section has that name."), ("kept", "ValueError: report.json has that name")],
     )
-    def test_a_name_that_is_taken_takes_nothing_away(self, name: str, why: str, install) -> None:
+    def test_built_in_names_and_keys_cannot_be_replaced(self, name: str, why: str, install) -> None:
         install(SECTIONS, name, example("A section of the report"), "Favourites")
         SECTIONS._loaded.pop(name, None)
         page, _, figures = self.report()
-        assert "Knowledge kept" in self.sections(page)["m1-figures"].text
+        assert "Knowledge kept" in self.sections_by_id(page)["m1-figures"].text
         assert figures["compressed"][0]["probes"]["atlas"]["kept"] == 0.25
         (warning,) = [each for each in figures["warnings"] if f"toy_{name}" in each]
         assert why in warning
 
     @pytest.mark.usefixtures("favourites")
-    def test_of_two_packages_with_one_name_neither_is_shown(self, tmp_path: Path, monkeypatch) -> None:
+    def test_two_sections_of_one_name_are_both_left_out(self, tmp_path: Path, monkeypatch) -> None:
         entries = {"compressknow.sections": ["favourites = second:Favourites"]}
         code = example("A section of the report")
         monkeypatch.syspath_prepend(str(install_package(tmp_path / "second-site", "second", code, entries)))
         SECTIONS.__dict__.pop("_added", None)
         page, _, figures = self.report()
-        assert "m1-favourites" not in self.sections(page)
+        assert "m1-favourites" not in self.sections_by_id(page)
         (warning,) = [each for each in figures["warnings"] if "second" in each]
         assert "The section 'favourites' that second and toy_favourites add cannot be used." in warning
         assert "Uninstall one of them." in warning
 
-    def test_a_process_of_its_own_finds_what_pip_has_installed(self, tmp_path: Path) -> None:
+    def test_new_process_finds_the_installed_package(self, tmp_path: Path) -> None:
         entries = {"compressknow.sections": ["favourites = other:Favourites"]}
         site = install_package(tmp_path / "other-site", "other", example("A section of the report"), entries)
-        assert run_apart(site, "report", "before", "after", "-o", "card.md").returncode == 0
+        assert run_subprocess(site, "report", "before", "after", "-o", "card.md").returncode == 0
         assert "## Favourite answers" in Path("card.md").read_text(encoding="utf-8")
 
 
-def rows(folder: str) -> list[dict[str, object]]:
-    """What the manifest of a folder says of each weight in scope."""
+def read_rows(folder: str) -> list[dict[str, object]]:
+    """Return the manifest's rows of the weights in scope."""
     manifest = json.loads(Path(folder, "compressknow.json").read_text(encoding="utf-8"))
     return [row for row in manifest["tensors"] if row["in_scope"]]
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place with a model that knows the facts of facts.jsonl."""
+    """Change into a folder with a model that knows the facts of facts.jsonl."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "80")
@@ -522,7 +517,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-LOOKING = """
+ACTIVATION_METHOD = """
 import torch
 from compressknow.compress.pruning import Calibrated
 
@@ -539,14 +534,14 @@ class Loud(Calibrated):
 """
 
 
-class TestMethodThatLooksAtActivations:
-    """It is handed what was seen of the inputs; what it does wrong is said of it, not of us."""
-
+class TestMethodWithActivations:
     OPTIONS = ("--prune", "50%", "--prune-method", "loud", "--calibration-tokens", "2048")
 
     @pytest.mark.usefixtures("home")
-    def test_it_prunes_and_the_terminal_says_on_what_text(self, install, capsys: pytest.CaptureFixture[str]) -> None:
-        install(METHODS, "loud", LOOKING, "Loud")
+    def test_method_prunes_and_the_calibration_text_is_printed(
+        self, install, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        install(METHODS, "loud", ACTIVATION_METHOD, "Loud")
         assert main(["convert", "model", "pruned", *self.OPTIONS]) == 0
         shown = capsys.readouterr().out
         assert "Blocks loud 50%" in shown
@@ -554,7 +549,7 @@ class TestMethodThatLooksAtActivations:
 
     @pytest.mark.usefixtures("home")
     @pytest.mark.parametrize(
-        ("wrong", "message"),
+        ("change", "message"),
         [
             (("return mask", "return 1 / 0, mask"), "ZeroDivisionError: division by zero. "),
             (("return mask.gather(1, order.argsort(dim=1))", "return mask[:1]"), "it gives [1, "),
@@ -565,10 +560,10 @@ class TestMethodThatLooksAtActivations:
             ),
         ],
     )
-    def test_what_it_does_wrong_is_said_of_it(
-        self, install, capsys: pytest.CaptureFixture[str], wrong: tuple[str, str], message: str
+    def test_error_names_the_package(
+        self, install, capsys: pytest.CaptureFixture[str], change: tuple[str, str], message: str
     ) -> None:
-        install(METHODS, "loud", LOOKING.replace(*wrong), "Loud")
+        install(METHODS, "loud", ACTIVATION_METHOD.replace(*change), "Loud")
         assert main(["convert", "model", "pruned", *self.OPTIONS]) == 1
         shown = " ".join(capsys.readouterr().err.split())
         assert message in shown
@@ -588,35 +583,35 @@ class TestPruningMethod:
         install(METHODS, "l1-spans", example("A pruning method"), "Spans")
 
     @pytest.mark.usefixtures("spans")
-    def test_it_zeroes_the_smallest_among_neighbours(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_method_zeroes_the_smallest_weights_of_each_span(self, capsys: pytest.CaptureFixture[str]) -> None:
         options = ["--prune", "50%", "--prune-method", "l1-spans", "--span", "4"]
         assert main(["convert", "model", "planned", *options, "--dry-run", "--json"]) == 0
         planned = json.loads(capsys.readouterr().out)
         assert main(["convert", "model", "pruned", *options]) == 0
         assert "Blocks l1-spans span 4 50%" in capsys.readouterr().out
         before, after = (load_file(f"{name}/model.safetensors") for name in ("model", "pruned"))
-        for row in rows("pruned"):
+        for row in read_rows("pruned"):
             spans, kept = (weights[row["name"]].view(-1, 4) for weights in (before, after))
             order = spans.abs().argsort(dim=1, stable=True)
             assert torch.equal(kept.gather(1, order[:, 2:]), spans.gather(1, order[:, 2:]))
             assert not kept.gather(1, order[:, :2]).any()
-        # Two of four by two of four weights fall: known from the shapes.
-        assert sum(row["pruned"] for row in rows("pruned")) == planned["totals"]["pruned"] == 36_864
+        # Half of each span: known from the shapes.
+        assert sum(row["pruned"] for row in read_rows("pruned")) == planned["totals"]["pruned"] == 36_864
         assert main(["verify", "pruned"]) == 0
 
     @pytest.mark.usefixtures("spans")
-    def test_its_bytes_do_not_depend_on_threads_and_come_again_from_the_manifest(self) -> None:
+    def test_bytes_are_the_same_with_any_threads_and_from_the_manifest(self) -> None:
         options = ["--prune", "0.3", "--prune-method", "l1-spans", "--span", "16", "--scope", "overall"]
         assert main(["convert", "model", "one", *options, "--threads", "1"]) == 0
         assert main(["convert", "model", "two", *options, "--threads", "2"]) == 0
         assert main(["convert", "model", "three", "--recipe", "one"]) == 0
-        one, *others = (Path(name, "model.safetensors").read_bytes() for name in ("one", "two", "three"))
-        assert all(other == one for other in others)
+        one, two, three = (Path(name, "model.safetensors").read_bytes() for name in ("one", "two", "three"))
+        assert one == two == three
         (step,) = json.loads(Path("three", "compressknow.json").read_text(encoding="utf-8"))["recipe"]["steps"]
         assert (step["method"], step["span"]) == ("l1-spans", 16)
 
     @pytest.mark.usefixtures("spans")
-    def test_a_recipe_python_and_a_grid_take_its_parameter(self) -> None:
+    def test_recipe_python_and_grid_take_its_parameter(self) -> None:
         assert Prune(0.5, "l1-spans").parameters == {"span": 8}
         assert Prune(0.5, "l1-spans") != Prune(0.5, "l1-spans", parameters={"span": 4})
         recipe = Recipe((Prune(0.5, "l1-spans", parameters={"span": 4}),))
@@ -630,25 +625,25 @@ class TestPruningMethod:
         Path("grid.toml").write_text(axes, encoding="utf-8")
         assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml", "-p", "facts:facts.jsonl"]) == 0
         study = json.loads(Path("study", "study.json").read_text(encoding="utf-8"))
-        # What has no span is not run once for each.
+        # A method without a span is run once, not once per span.
         setups = [cell["setup"] for cell in study["cells"]]
         assert setups == ["Blocks l1-spans span 4 50%", "Blocks l1-spans 50%", "Blocks_GP 50%"]
         assert [cell["method"] for cell in study["cells"]] == ["l1-spans", "l1-spans", "l1-unstructured"]
 
     @pytest.mark.usefixtures("spans")
-    def test_help_shows_it_and_report_tells_what_it_cost(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_help_and_report_show_it(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["convert", "--help"]) == 0
         shown = capsys.readouterr().out
         assert re.search(r"--span INTEGER +Neighbours that compete in l1-spans\.  \[default: 8\]", shown)
         assert "l1-spans             the smallest among neighbours in a row (--span)" in shown
         assert main(["convert", "model", "pruned", "--prune", "75%", "--prune-method", "l1-spans"]) == 0
         assert main(["report", "model", "pruned", "-p", "facts:facts.jsonl", "-o", "card.json", "-o", "card.html"]) == 0
-        (found,) = json.loads(Path("card.json").read_text(encoding="utf-8"))["compressed"]
-        assert found["probes"]["facts:facts.jsonl"]["lost"] > 10
+        (entry,) = json.loads(Path("card.json").read_text(encoding="utf-8"))["compressed"]
+        assert entry["probes"]["facts:facts.jsonl"]["lost"] > 10
         assert "l1-spans 75%" in Path("card.html").read_text(encoding="utf-8")
 
     @pytest.mark.parametrize(
-        ("options", "says"),
+        ("options", "message"),
         [
             (["--prune-method", "l1-span"], "Did you mean l1-spans?"),
             (["--prune-method", "l1-spans", "--span", "1"], "span must be at least 2: 1"),
@@ -657,12 +652,14 @@ class TestPruningMethod:
         ],
     )
     @pytest.mark.usefixtures("spans")
-    def test_wrong_use_is_one_message(self, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_wrong_options_are_one_message(
+        self, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert main(["convert", "model", "out", "--prune", "0.5", *options]) == 2
-        assert says in " ".join(capsys.readouterr().err.split())
+        assert message in " ".join(capsys.readouterr().err.split())
 
     @pytest.mark.parametrize(
-        ("text", "says"),
+        ("text", "message"),
         [
             ("[[steps]]\nprune = 0.5\nmethod = 'l1-spans'\nspam = 4\n", "Did you mean span?"),
             ("[[steps]]\nprune = 0.5\nmethod = 'l1-spans'\nspan = 4.5\n", "span must be at least 2: 4.5"),
@@ -670,19 +667,19 @@ class TestPruningMethod:
         ],
     )
     @pytest.mark.usefixtures("spans")
-    def test_a_wrong_recipe_is_one_message(self, text: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_wrong_recipe_is_one_message(self, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
         Path("recipe.toml").write_text(text, encoding="utf-8")
         assert main(["convert", "model", "out", "--recipe", "recipe.toml"]) == 2
-        assert says in " ".join(capsys.readouterr().err.split())
+        assert message in " ".join(capsys.readouterr().err.split())
 
     @pytest.mark.usefixtures("spans")
-    def test_a_grid_whose_cells_lack_a_parameter_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_grid_with_a_parameter_of_no_method_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("grid.toml").write_text("[axes]\nprune = [0.5]\nspan = [4]\n", encoding="utf-8")
         assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml"]) == 2
         assert "'span' is not a key here" in " ".join(capsys.readouterr().err.split())
 
     @pytest.mark.parametrize(
-        ("change", "says"),
+        ("change", "message"),
         [
             (("scatter_(2", "scatter_(7"), "IndexError"),
             (("[EachBlock(pruned)] * len(weights)", "[]"), "gives 0 masks for 14 tensors"),
@@ -702,10 +699,10 @@ class TestPruningMethod:
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )
-    def test_what_is_wrong_with_it_is_one_message(
+    def test_faulty_code_is_one_message(
         self,
         change: tuple[str, str],
-        says: str,
+        message: str,
         install,
         home: Path,  # noqa: ARG002
         capsys: pytest.CaptureFixture[str],
@@ -714,9 +711,9 @@ class TestPruningMethod:
         assert change[0] in code
         install(METHODS, "l1-spans", code.replace(*change), "Spans")
         options = ["--prune", "0.5", "--prune-method", "l1-spans"]
-        assert "toy_l1_spans" in refused(["convert", "model", "out", *options], capsys, says)
+        assert "toy_l1_spans" in run_refused(["convert", "model", "out", *options], capsys, message)
 
-    def test_one_that_cannot_be_used_does_not_keep_others_from_working(
+    def test_broken_package_does_not_affect_others(
         self,
         install,
         home: Path,  # noqa: ARG002
@@ -728,20 +725,20 @@ class TestPruningMethod:
         assert main(["convert", "model", "out", "--prune", "0.5"]) == 0
 
     @long
-    def test_a_process_of_its_own_finds_what_pip_has_installed(self, home: Path) -> None:
+    def test_new_process_finds_the_installed_package(self, home: Path) -> None:
         entries = {"compressknow.pruning": ["l1-spans = other:Spans"]}
         site = install_package(home / "site", "other", example("A pruning method"), entries)
         options = ["--prune", "0.5", "--prune-method", "l1-spans", "--span", "4"]
-        done = run_apart(site, "convert", "model", "out", *options)
+        done = run_subprocess(site, "convert", "model", "out", *options)
         assert (done.returncode, done.stderr) == (0, "")
         assert "Blocks l1-spans span 4 50%: model -> out" in done.stdout
-        # Where it is not installed, what was made by it is still read.
+        # Its output can be read without the package.
         assert main(["verify", "out"]) == 0
         assert main(["compare", "model", "out"]) == 0
         assert main(["report", "model", "out", "-p", "facts:facts.jsonl", "-o", "card.md"]) == 0
 
 
-# What pack-quantized of compressed-tensors is: eight integers in 32 bits, and the shape beside them.
+# The pack-quantized format of compressed-tensors: eight integers in 32 bits, and the shape as a tensor.
 INT4 = """
 from compressknow.compress.schemes import SCALE, Scheme, Stored
 
@@ -776,21 +773,21 @@ class Int4(Scheme):
 """
 
 
-def weights_by_transformers(folder: str) -> dict[str, torch.Tensor]:
-    """The weights with which plain transformers computes."""
+def load_weights_with_transformers(folder: str) -> dict[str, torch.Tensor]:
+    """Return the weights that plain transformers computes with."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model(torch.tensor([[1, 2, 3]]))  # it unpacks them before it computes for the first time
+    model(torch.tensor([[1, 2, 3]]))  # the first call unpacks them
     return {name: weight.float() for name, weight in model.state_dict().items() if name.endswith("proj.weight")}
 
 
-def test_the_manual_has_a_row_for_each_method_and_scheme() -> None:
+def test_manual_has_a_row_for_each_method_and_scheme() -> None:
     page = (ROOT / "docs" / "commands" / "convert.md").read_text(encoding="utf-8")
     named = {name for line in page.splitlines() if line.startswith("| `") for name in re.findall("`([^`]+)`", line)}
     assert {*METHODS, *SCHEMES} <= named
 
 
 class TestScheme:
-    """The manual's int6, and one that packs its weights."""
+    """The manual's int6, and a scheme that packs its weights."""
 
     @pytest.fixture
     def int6(self, install, home: Path) -> None:  # noqa: ARG002
@@ -801,10 +798,10 @@ class TestScheme:
         install(SCHEMES, "toy-int4", INT4, "Int4")
 
     @pytest.mark.usefixtures("int6")
-    def test_plain_transformers_loads_the_values_that_are_meant(self) -> None:
+    def test_plain_transformers_loads_the_quantized_values(self) -> None:
         assert main(["convert", "model", "six", "--quantize", "int6", "--group", "32"]) == 0
-        before, loaded = load_file("model/model.safetensors"), weights_by_transformers("six")
-        for row in rows("six"):
+        before, loaded = load_file("model/model.safetensors"), load_weights_with_transformers("six")
+        for row in read_rows("six"):
             groups = before[row["name"]].view(-1, 32)
             scales = groups.abs().amax(1, keepdim=True) / 31.5
             expected = (groups / scales).round().clamp(-32, 31) * scales
@@ -812,15 +809,15 @@ class TestScheme:
             assert row["relative_error"] == pytest.approx(float((expected - groups).norm() / groups.norm()), rel=1e-4)
 
     @pytest.mark.usefixtures("int4")
-    def test_what_is_packed_is_loaded_verified_and_counted(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_packed_weights_are_loaded_verified_and_counted(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["convert", "model", "four", "--prune", "0.5", "--quantize", "toy-int4"]) == 0
-        said = capsys.readouterr().out
-        assert "Int4    Before" in said
-        assert "It does not run in vLLM: it has no kernel for toy-int4." in " ".join(said.split())
-        written, loaded = load_file("four/model.safetensors"), weights_by_transformers("four")
-        for row in rows("four"):
-            values, packed, scales = (written[row["name"] + end] for end in ("_shape", "_packed", "_scale"))
-            assert values.tolist() == row["shape"]
+        printed = capsys.readouterr().out
+        assert "Int4    Before" in printed
+        assert "It does not run in vLLM: it has no kernel for toy-int4." in " ".join(printed.split())
+        written, loaded = load_file("four/model.safetensors"), load_weights_with_transformers("four")
+        for row in read_rows("four"):
+            shape, packed, scales = (written[row["name"] + end] for end in ("_shape", "_packed", "_scale"))
+            assert shape.tolist() == row["shape"]
             integers = unpack_from_int32(packed, 4, torch.Size(row["shape"]))
             assert row["zeros"] == int((integers == 0).sum()) >= row["pruned"] > 0
             assert torch.equal(loaded[row["name"]], integers * scales.repeat_interleave(32, dim=1))
@@ -834,7 +831,7 @@ class TestScheme:
         assert f"{name}: its bytes differ" in capsys.readouterr().err
 
     @pytest.mark.usefixtures("int6")
-    def test_pages_call_it_by_its_words(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_pages_show_its_word_and_noun(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["convert", "model", "six", "--quantize", "int6", "--group", "64"]) == 0
         assert main(["inspect", "six"]) == 0
         assert main(["compare", "model", "six", "--json"]) == 0
@@ -845,24 +842,23 @@ class TestScheme:
         assert "- int6" in card
         assert main(["probe", "six", "-p", "facts:facts.jsonl", "-o", "answers"]) == 0
         assert main(["report", "model", "six", "-p", "facts:facts.jsonl", "-o", "card.json", "-o", "card.md"]) == 0
-        (found,) = json.loads(Path("card.json").read_text(encoding="utf-8"))["compressed"]
-        # Six bits cost such a model little, and something.
-        assert found["probes"]["facts:facts.jsonl"]["n"] == 64
-        assert found["probes"]["facts:facts.jsonl"]["kept"] > 0.8
+        (entry,) = json.loads(Path("card.json").read_text(encoding="utf-8"))["compressed"]
+        assert entry["probes"]["facts:facts.jsonl"]["n"] == 64
+        assert entry["probes"]["facts:facts.jsonl"]["kept"] > 0.8
         text = Path("card.md").read_text(encoding="utf-8")
         assert "| int6 |" in text
         assert r"Blocks\_GQ int6 group 64" in text
 
     @pytest.mark.usefixtures("int6")
-    def test_compare_reads_the_values_of_its_groups(self) -> None:
+    def test_compare_dequantizes_its_groups(self) -> None:
         assert main(["convert", "model", "six", "--quantize", "int6"]) == 0
-        found = compressknow.compare("model", "six").difference.tensors
-        errors = {row["name"]: row["relative_error"] for row in rows("six")}
-        compared = {each.name: each.sums.relative_error for each in found if each.name in errors}
+        tensors = compressknow.compare("model", "six").difference.tensors
+        errors = {row["name"]: row["relative_error"] for row in read_rows("six")}
+        compared = {each.name: each.sums.relative_error for each in tensors if each.name in errors}
         assert compared == pytest.approx(errors, rel=1e-4)
 
     @pytest.mark.usefixtures("int6")
-    def test_a_grid_takes_it(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_sweep_runs_a_grid_of_its_parameter(self, capsys: pytest.CaptureFixture[str]) -> None:
         axes = "[axes]\nquantize = ['int6', 'int8']\ngroup = [8, 64]\n"
         Path("grid.toml").write_text(axes, encoding="utf-8")
         assert main(["sweep", "model", "-o", "study", "--grid", "grid.toml", "-p", "facts:facts.jsonl"]) == 0
@@ -875,7 +871,7 @@ class TestScheme:
         assert "Did you mean int6?" in " ".join(capsys.readouterr().err.split())
 
     @pytest.mark.usefixtures("home")
-    def test_it_may_have_a_seed_as_methods_do(self, install) -> None:
+    def test_scheme_may_have_a_seed(self, install) -> None:
         seeded = "    seed: int = parameter(default=0, help='Of its scales.')\n\n    @property\n    def scale_per"
         code = example("A quantization scheme").replace("    @property\n    def scale_per", seeded)
         install(SCHEMES, "int6", code.replace("absmax / 31.5", "absmax / (31.5 + self.seed)"), "Int6")
@@ -883,7 +879,7 @@ class TestScheme:
         assert main(["convert", "model", "seeded", "--quantize", "int6", "--seed", "3"]) == 0
         assert main(["convert", "model", "again", "--recipe", "seeded"]) == 0
         plain, seeded, again = (
-            load_file(f"{name}/model.safetensors")[f"{rows('plain')[0]['name']}_scale"]
+            load_file(f"{name}/model.safetensors")[f"{read_rows('plain')[0]['name']}_scale"]
             for name in ("plain", "seeded", "again")
         )
         torch.testing.assert_close(seeded, plain * 31.5 / 34.5)
@@ -895,14 +891,16 @@ class TestScheme:
         assert steps == [{"group": 16, "seed": 0}, {"group": 16, "seed": 3}]
 
     @pytest.mark.usefixtures("int6")
-    def test_group_that_does_not_divide_is_refused_before_any_work(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_group_that_does_not_divide_the_inputs_is_refused_before_any_work(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         options = ["--quantize", "int6", "--group", "48"]
-        assert refused(
+        assert run_refused(
             ["convert", "model", "out", *options], capsys, "64 input channels are not a multiple of the group"
         )
 
     @pytest.mark.parametrize(
-        ("change", "says"),
+        ("change", "message"),
         [
             (("torch.finfo", "torch.info"), "AttributeError"),
             (("(absmax / 31.5)", "(absmax.double() / 31.5)"), "toy_int6 adds failed. ValueError: it stores"),
@@ -914,10 +912,10 @@ class TestScheme:
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )
-    def test_what_is_wrong_with_it_is_one_message(
+    def test_faulty_code_is_one_message(
         self,
         change: tuple[str, str],
-        says: str,
+        message: str,
         install,
         home: Path,  # noqa: ARG002
         capsys: pytest.CaptureFixture[str],
@@ -925,15 +923,13 @@ class TestScheme:
         code = example("A quantization scheme")
         assert change[0] in code
         install(SCHEMES, "int6", code.replace(*change), "Int6")
-        assert refused(["convert", "model", "out", "--quantize", "int6"], capsys, says)
+        assert run_refused(["convert", "model", "out", "--quantize", "int6"], capsys, message)
 
     @pytest.mark.usefixtures("int6")
-    def test_a_layer_of_the_engine_computes_with_its_integers(
-        self, install, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_layer_of_the_engine_computes_with_its_integers(self, install, capsys: pytest.CaptureFixture[str]) -> None:
         layer = example("A layer of the engine", level=3)
         install(LAYERS, "int6-layer", layer, "Kind")
-        # What no layer is for runs as floats.
+        # The layer takes only groups of 16; others run as floats.
         for group, computed in {
             "16": "Computed on cpu in float32 + int6.",
             "32": "Computed on cpu in float32.",
@@ -948,7 +944,7 @@ class TestScheme:
 
     @pytest.mark.usefixtures("int6")
     @pytest.mark.parametrize(
-        ("change", "says"),
+        ("change", "message"),
         [
             (("torch.device(device)", "torch.devise(device)"), "AttributeError: module 'torch'"),
             (("weights.num_bits", "weights.bits"), "AttributeError: 'QuantizationArgs' object has no attribute 'bits'"),
@@ -957,21 +953,21 @@ class TestScheme:
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )
-    def test_what_is_wrong_with_a_layer_is_one_message(
-        self, change: tuple[str, str], says: str, install, capsys: pytest.CaptureFixture[str]
+    def test_faulty_layer_is_one_message(
+        self, change: tuple[str, str], message: str, install, capsys: pytest.CaptureFixture[str]
     ) -> None:
         code = example("A layer of the engine", level=3)
         assert change[0] in code
         install(LAYERS, "int6-layer", code.replace(*change), "Kind")
         assert main(["convert", "model", "six", "--quantize", "int6"]) == 0
-        said = refused(["probe", "six", "-p", "facts:facts.jsonl", "-o", "answers"], capsys, says)
-        assert "toy_int6_layer" in said
+        errors = run_refused(["probe", "six", "-p", "facts:facts.jsonl", "-o", "answers"], capsys, message)
+        assert "toy_int6_layer" in errors
 
     @long
-    def test_a_process_of_its_own_finds_it_and_others_read_what_it_made(self, home: Path) -> None:
+    def test_new_process_finds_it_and_its_output_needs_no_package(self, home: Path) -> None:
         entries = {"compressknow.schemes": ["int6 = other:Int6"]}
         site = install_package(home / "site", "other", example("A quantization scheme"), entries)
-        done = run_apart(site, "convert", "model", "out", "--quantize", "int6", "--group", "64")
+        done = run_subprocess(site, "convert", "model", "out", "--quantize", "int6", "--group", "64")
         assert done.returncode == 0, done.stderr
         for command in (["verify", "out"], ["inspect", "out"], ["compare", "model", "out"]):
             assert main(command) == 0

@@ -1,4 +1,4 @@
-"""Results at a prompt and in a notebook: a few lines, a small table, and nothing that comes from a model as markup."""
+"""Results at a prompt and in a notebook: a few lines or a small table, and no markup from a model's names or facts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.pages.maps import make_sensitivity
 from tests.pages.search.searches import make_search
 from tests.pages.study.studies import make_empty_study, make_failed_study, make_whole_grid
 
-MADE = {
+RESULTS = {
     "answers": make_runs(make_rows(both=3, lost=1))[0],
     "card": make_card_of_one(),
     "comparison": make_card_of_one().comparisons[0],
@@ -39,8 +39,8 @@ MADE = {
 TAGS = {"div", "p", "strong", "br", "table", "thead", "tbody", "tr", "th", "td"}
 
 
-class Tags(HTMLParser):
-    """What a browser makes of a page: its tags, their attributes, and its text."""
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -57,12 +57,11 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def looked_at(result: Any) -> tuple[str, Tags]:
-    """Both forms, held to what holds of every result."""
+def check_result(result: Any) -> tuple[str, Page]:
+    """Check that a result is short and has no markup or control characters, and return its text and its HTML."""
     html = result._repr_html_()
     assert html is not None
-    page, text = Tags(html), str(result)
-    # A line at a prompt, whatever a record holds.
+    page, text = Page(html), str(result)
     assert len(repr(result)) < 200
     assert all(character.isprintable() for character in repr(result))
     assert page.tags <= TAGS
@@ -72,53 +71,52 @@ def looked_at(result: Any) -> tuple[str, Tags]:
     return text, page
 
 
-@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
-def test_a_result_is_a_few_lines(made: SummaryRepr) -> None:
-    text, page = looked_at(made)
-    assert text.startswith(f"<{type(made).__name__}")
+@pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS)
+def test_result_is_a_few_lines(result: SummaryRepr) -> None:
+    text, page = check_result(result)
+    assert text.startswith(f"<{type(result).__name__}")
     assert page.text
 
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS)
-@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
-def test_names_and_facts_are_no_markup_and_no_controls(made: SummaryRepr, text: str) -> None:
-    looked_at(replace_texts(made, text) if not isinstance(made, compressknow.Search) else make_search(text))
+@pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS)
+def test_names_and_facts_add_no_markup_or_control_characters(result: SummaryRepr, text: str) -> None:
+    check_result(replace_texts(result, text) if not isinstance(result, compressknow.Search) else make_search(text))
 
 
-def test_the_verdict_and_the_figures_are_in_both_forms() -> None:
+def test_verdict_and_figures_are_in_text_and_html() -> None:
     card = make_card_of_one()
-    text, page = looked_at(card)
-    for said in ("geography", "language", "B"):
-        assert said in text
-        assert said in page.text
+    text, page = check_result(card)
+    for word in ("geography", "language", "B"):
+        assert word in text
+        assert word in page.text
     assert card.verdict in page.text
     assert " ".join(card.verdict.split()[:5]) in " ".join(text.split())
-    assert "Att_GPQ 20%" in looked_at(make_card_of_several())[1].text
+    assert "Att_GPQ 20%" in check_result(make_card_of_several())[1].text
 
 
 @pytest.fixture(scope="module")
 def hostile_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("models")
     save_tiny("llama", folder / "plain")
     return Path(shutil.move(folder / "plain", folder / "<script>alert(1)<b>\x1b[31m"))
 
 
-def test_what_the_verbs_return_of_a_hostile_folder(hostile_model: Path, tmp_path: Path) -> None:
+def test_results_for_a_folder_with_a_hostile_name(hostile_model: Path, tmp_path: Path) -> None:
     inspection = compressknow.inspect(hostile_model)
     manifest = compressknow.convert(hostile_model, tmp_path / "out", prune=0.5, quantize="int8")
     planned = compressknow.convert(hostile_model, tmp_path / "none", prune=0.5, dry_run=True)
     for result in (inspection, manifest, planned, compressknow.verify(tmp_path / "out")):
-        looked_at(result)
+        check_result(result)
     assert "<script>alert(1)<b>⟨U+001B⟩[31m" in str(manifest)
     assert "&lt;script&gt;" in manifest._repr_html_()
-    weights = tmp_path / "out" / "tokenizer<i>.json"
-    weights.write_text("{}")
-    text, page = looked_at(compressknow.verify(tmp_path / "out", check=False))
+    (tmp_path / "out" / "tokenizer<i>.json").write_text("{}")
+    text, page = check_result(compressknow.verify(tmp_path / "out", check=False))
     assert "not in the manifest" in text
     assert "tokenizer<i>.json" in page.text
 
 
-def test_a_manifest_is_the_dict_that_its_file_holds(hostile_model: Path, tmp_path: Path) -> None:
+def test_manifest_is_the_dict_in_its_file(hostile_model: Path, tmp_path: Path) -> None:
     manifest = compressknow.convert(hostile_model, tmp_path / "out", prune=0.5)
     assert manifest == json.loads((tmp_path / "out" / "compressknow.json").read_text(encoding="utf-8"))
     assert manifest.recipe == compressknow.Recipe.from_dict(manifest["recipe"])
@@ -126,6 +124,6 @@ def test_a_manifest_is_the_dict_that_its_file_holds(hostile_model: Path, tmp_pat
     assert [getattr(manifest, name) for name in names] == [manifest[name] for name in names]
 
 
-def test_a_dict_that_is_no_longer_whole_is_shown_as_it_is() -> None:
+def test_incomplete_manifest_is_shown_as_a_dict() -> None:
     assert repr(Manifest({"setup": "x"})) == "{'setup': 'x'}"
     assert Manifest({"setup": "x"})._repr_html_() is None

@@ -1,4 +1,4 @@
-"""What is built works where the repository is not."""
+"""The wheel, the dependencies and the image."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_wheel_carries_what_it_needs_and_no_more(wheel: Path) -> None:
+def test_wheel_has_only_the_package_and_its_templates(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.name.startswith(f"compressknow-{compressknow.__version__}-")
     assert {f"compressknow/templates/{path.name}" for path in (ROOT / "templates").iterdir()} <= set(names)
@@ -66,9 +66,9 @@ def test_installed_wheel_renders_templates_outside_the_repository(wheel: Path, t
 
 @long
 @pytest.mark.network
-def test_the_extra_for_gguf_files_is_all_that_export_needs(wheel: Path, smollm2: Path, tmp_path: Path) -> None:
-    """In an environment that has what the extra asks for, and pip, and nothing else."""
-    python = _environment(wheel, "gguf", tmp_path / "venv")
+def test_export_needs_only_the_gguf_extra(wheel: Path, smollm2: Path, tmp_path: Path) -> None:
+    """Run in an environment with only the extra's requirements and pip."""
+    python = _create_environment(wheel, "gguf", tmp_path / "venv")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("COMPRESSKNOW", "PYTHON"))}
     environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": str(python.parent)}
 
@@ -86,8 +86,8 @@ def test_the_extra_for_gguf_files_is_all_that_export_needs(wheel: Path, smollm2:
     assert (tmp_path / "out.gguf").read_bytes()[:4] == b"GGUF"
 
 
-def _environment(wheel: Path, extra: str, folder: Path) -> Path:
-    """The Python of a new environment, which holds the wheel and links to what it asks for, as installed here."""
+def _create_environment(wheel: Path, extra: str, folder: Path) -> Path:
+    """Create an environment with the wheel and links to its requirements as installed here; return its Python."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     site = next(folder.glob("lib/python*/site-packages"))
@@ -96,33 +96,34 @@ def _environment(wheel: Path, extra: str, folder: Path) -> Path:
         check=True,
         capture_output=True,
     )
-    (own,) = distributions(path=[str(site)])
-    for each in (distribution("pip"), *_needed(own, extra)):
+    (package,) = distributions(path=[str(site)])
+    for each in (distribution("pip"), *_find_requirements(package, extra)):
         for file in each.files or ():
-            # Not the programs, which lie elsewhere.
+            # Skip programs, which are in another folder.
             if ".." not in file.parts:
                 (site / file).parent.mkdir(parents=True, exist_ok=True)
                 (site / file).symlink_to(file.locate())
     return python
 
 
-def _needed(own: Distribution, extra: str) -> Iterator[Distribution]:
-    """All that a package and one of its extras ask for, and what that asks for."""
-    found = {own.name: own}
-    waiting, seen = [(own.name, extra)], set()
+def _find_requirements(package: Distribution, extra: str) -> Iterator[Distribution]:
+    """Yield the requirements of a package with an extra, and their requirements."""
+    found = {package.name: package}
+    waiting, seen = [(package.name, extra)], set()
     while waiting:
         name, of = waiting.pop()
-        for need in map(Requirement, found[name].requires or ()):
-            if need.marker and not need.marker.evaluate({"extra": of}):
+        for requirement in map(Requirement, found[name].requires or ()):
+            if requirement.marker and not requirement.marker.evaluate({"extra": of}):
                 continue
-            asked = [(_normalized(need.name), each) for each in ("", *need.extras)]
-            waiting += [each for each in asked if each not in seen]
-            seen.update(asked)
-            if asked[0][0] not in found:
-                found[asked[0][0]] = distribution(need.name)
-                yield found[asked[0][0]]
-            if not need.specifier.contains(found[asked[0][0]].version, prereleases=True):
-                pytest.skip(f"{name} asks for {need}, which is not installed here")
+            required = _normalize(requirement.name)
+            with_extras = [(required, each) for each in ("", *requirement.extras)]
+            waiting += [each for each in with_extras if each not in seen]
+            seen.update(with_extras)
+            if required not in found:
+                found[required] = distribution(requirement.name)
+                yield found[required]
+            if not requirement.specifier.contains(found[required].version, prereleases=True):
+                pytest.skip(f"{name} requires {requirement}, which is not installed here")
 
 
 def test_dependencies_are_free_of_indexes_and_local_versions(wheel: Path) -> None:
@@ -133,66 +134,64 @@ def test_dependencies_are_free_of_indexes_and_local_versions(wheel: Path) -> Non
     assert not [line for line in required if "://" in line or "+" in line]
 
 
-def _normalized(requirement: str) -> str:
-    """The name of the package that a requirement is for, as indexes spell it."""
+def _normalize(requirement: str) -> str:
+    """Return the name of the required package, as package indexes spell it."""
     return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
-def _declared() -> tuple[set[str], set[str]]:
-    """The packages that pyproject.toml asks for, and those of the extras for users."""
+def _read_declared() -> tuple[set[str], set[str]]:
+    """Return the packages that pyproject.toml requires, and those of the extras for users."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {name: needs for name, needs in project["optional-dependencies"].items() if name not in ("dev", "docs")}
-    # What another system needs is looked up by name there.
+    # compressknow does not import the packages for other systems.
     needed = [need for need in project["dependencies"] if "sys_platform" not in need]
-    return set(map(_normalized, needed)), {_normalized(n) for needs in extras.values() for n in needs} - {
-        "compressknow"
-    }
+    return set(map(_normalize, needed)), {_normalize(n) for needs in extras.values() for n in needs} - {"compressknow"}
 
 
-def _imported() -> set[str]:
-    """The packages of which the code imports something, wherever in a file it does."""
+def _find_imported() -> set[str]:
+    """Return the packages that the code imports, inside functions too."""
     nodes = [node for path in ROOT.glob("compressknow/**/*.py") for node in ast.walk(ast.parse(path.read_bytes()))]
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     modules += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
     tops = {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"compressknow"}
-    of = packages_distributions()
-    return {_normalized(of[top][0]) for top in tops}
+    packages = packages_distributions()
+    return {_normalize(packages[top][0]) for top in tops}
 
 
-def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
-    declared, extras = _declared()
-    # pyproject.toml says why it is there.
-    by_others = {"protobuf", "sentencepiece"}
-    assert _imported() == (declared | extras) - by_others
+def test_imported_and_declared_packages_are_the_same() -> None:
+    declared, extras = _read_declared()
+    # llama.cpp's converter imports these.
+    imported_by_others = {"protobuf", "sentencepiece"}
+    assert _find_imported() == (declared | extras) - imported_by_others
 
 
-def test_the_extra_for_gguf_files_asks_for_a_transformers_that_reads_them() -> None:
+def test_gguf_extra_requires_a_transformers_that_reads_gguf_files() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert f"transformers>={GGUF_TRANSFORMERS}" in extras["gguf"]
 
 
-def test_the_list_for_a_small_image_is_what_is_declared_without_the_optional_libraries() -> None:
+def test_install_page_lists_the_required_packages_for_a_small_image() -> None:
     page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     listed = re.search(r"^\$ pip install --no-deps compressknow\n\$ pip install (.+(?:\n    .+)*)$", page, re.MULTILINE)
     assert listed
     names = listed.group(1).replace("\\\n", " ").split()
-    assert set(names) == _declared()[0] - set(OPTIONAL.values())
+    assert set(names) == _read_declared()[0] - set(OPTIONAL.values())
     assert names == sorted(names)
 
 
-def test_the_lowest_versions_that_are_tested_are_those_that_are_asked_for() -> None:
+def test_lowest_versions_tested_are_the_lowest_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (ROOT / "tests" / "lowest.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    asked = {need.name: need.specifier for need in map(Requirement, project["dependencies"])}
+    required = {need.name: need.specifier for need in map(Requirement, project["dependencies"])}
     assert len(pins) == 3
     for pin in pins:
-        (exact,), (lowest,) = pin.specifier, asked[pin.name]
+        (exact,), (lowest,) = pin.specifier, required[pin.name]
         assert (exact.operator, lowest.operator) == ("==", ">=")
         assert Version(exact.version) == Version(lowest.version), pin.name
 
 
-def test_the_install_page_names_every_extra_and_what_only_some_commands_need() -> None:
+def test_install_page_names_every_extra_and_optional_library() -> None:
     page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = set(project["optional-dependencies"]) - {"dev", "docs"}
@@ -204,8 +203,8 @@ def test_the_install_page_names_every_extra_and_what_only_some_commands_need() -
 
 @pytest.mark.long
 @pytest.mark.network
-def test_the_image_is_what_its_steps_make(tmp_path: Path) -> None:
-    """With Docker, by Docker; without, each RUN of the Dockerfile by hand, with its folders here."""
+def test_image_runs_compressknow(tmp_path: Path) -> None:
+    """Build it with Docker if it is installed; otherwise run each RUN of the Dockerfile in a folder."""
     if shutil.which("docker"):
         subprocess.run(["docker", "build", "-q", "-t", "compressknow-test", ROOT], check=True)
         run = ["docker", "run", "--rm", "compressknow-test"]
@@ -216,11 +215,10 @@ def test_the_image_is_what_its_steps_make(tmp_path: Path) -> None:
         assert lines[-2:] == ['ENTRYPOINT ["compressknow"]', 'CMD ["--help"]']
         folder = tmp_path / "opt"
         for step in steps:
-            # From wherever this machine has packages, torch for CPUs too.
-            here = (
-                step.replace("/opt/compressknow", str(folder)).replace("/src", str(ROOT)).partition(" --index-url ")[0]
-            )
-            subprocess.run(["bash", "-euc", here], check=True)
+            # Use this machine's package index, for torch too.
+            step = step.partition(" --index-url ")[0]
+            command = step.replace("/opt/compressknow", str(folder)).replace("/src", str(ROOT))
+            subprocess.run(["bash", "-euc", command], check=True)
         run = [str(folder / "bin" / "compressknow")]
-    said = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "Compress a language model, and know what it forgot." in said
+    printed = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "Compress a language model, and know what it forgot." in printed

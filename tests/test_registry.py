@@ -1,4 +1,4 @@
-"""Names to things: those built in, those that other packages add, and those that cannot be used."""
+"""Registries of built-in and third-party entries, and entries that cannot be used."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry[int]:
     return Registry("compressknow.numbers", "number", int, BUILT_IN)
 
 
-def test_built_in_names_come_first_and_nothing_is_imported_for_them(registry: Registry[int]) -> None:
+def test_names_are_listed_without_imports_built_in_ones_first(registry: Registry[int]) -> None:
     assert list(registry) == ["ten", "two", "broken", "forty", "nine", "none"]
     assert "nine" in registry
     assert "eleven" not in registry
     assert "toy" not in sys.modules
 
 
-def test_an_entry_is_an_instance_or_gives_one(registry: Registry[int]) -> None:
+def test_entry_may_be_an_instance_or_a_function_that_returns_one(registry: Registry[int]) -> None:
     assert (registry["ten"], registry["nine"]) == (10, 9)
 
 
-def test_an_unknown_name_is_told_what_it_may_have_meant(registry: Registry[int]) -> None:
+def test_error_of_an_unknown_name_suggests_a_similar_one(registry: Registry[int]) -> None:
     with pytest.raises(UsageError, match=r"'nien' is not known. Did you mean nine\? The numbers are ten, two, broken"):
         registry["nien"]
 
 
 @pytest.mark.parametrize(
-    ("name", "why"),
+    ("name", "reason"),
     [
         ("forty", "It is of the type str, not int"),
         ("none", "AttributeError"),
@@ -53,20 +53,20 @@ def test_an_unknown_name_is_told_what_it_may_have_meant(registry: Registry[int])
         ("two", "A built-in number has that name"),
     ],
 )
-def test_what_cannot_be_used_names_the_package_that_adds_it(registry: Registry[int], name: str, why: str) -> None:
-    with pytest.raises(CompressknowError, match=f"(?s)The number '{name}' that toy adds cannot be used.*{why}"):
+def test_error_of_an_unusable_entry_names_its_package(registry: Registry[int], name: str, reason: str) -> None:
+    with pytest.raises(CompressknowError, match=f"(?s)The number '{name}' that toy adds cannot be used.*{reason}"):
         registry[name]
 
 
-def test_where_one_must_not_stop_the_others_all_that_can_be_used_are_given(registry: Registry[int]) -> None:
-    found, unusable = registry.usable()
-    assert found == {"ten": 10, "two": 2, "nine": 9}
+def test_usable_entries_are_found_despite_unusable_ones(registry: Registry[int]) -> None:
+    usable, unusable = registry.usable()
+    assert usable == {"ten": 10, "two": 2, "nine": 9}
     assert list(unusable) == ["two", "broken", "forty", "none"]
     assert registry.is_built_in("two")
     assert (registry.added_by("two"), registry.added_by("ten")) == ("toy", "")
 
 
-def test_of_two_packages_that_add_one_name_neither_is_taken(
+def test_name_added_by_two_packages_is_unusable(
     registry: Registry[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = {"compressknow.numbers": ["nine = other:NINE"]}

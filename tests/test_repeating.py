@@ -1,4 +1,4 @@
-"""A thread beside the main one: it does its task again and again, and ends wherever a signal comes."""
+"""A thread that repeats a task, and can be ended whenever a signal interrupts the main thread."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 from compressknow.base.progress import RepeatingThread
 
-# Raises where a signal would leave a lock taken.
-IN_LOCKS = """
+# Interrupts the main thread where a signal would leave a lock taken.
+INTERRUPT_LOCKS = """
 from threading import Condition, get_ident, main_thread
 
 enter = Condition.__enter__
@@ -26,7 +26,7 @@ def interrupted(self):
 
 Condition.__enter__ = interrupted
 """
-# What is imported before, and the use.
+# Imports before the interruption, and code that uses threads.
 USES = {
     "weight files": (
         """
@@ -74,7 +74,7 @@ def ring(*_):
     raise Alarm
 
 signal.signal(signal.SIGALRM, ring)
-cut = 0
+interrupted = 0
 for number in range(600):
     repeating = None
     try:
@@ -85,22 +85,22 @@ for number in range(600):
         repeating.wait()
         signal.setitimer(signal.ITIMER_REAL, 0)
     except Alarm:
-        cut += 1
+        interrupted += 1
         if repeating:
             repeating.end()
             repeating.wait()
-print(cut)
+print(interrupted)
 """
 
 
-def script(code: str, *arguments: object) -> str:
+def run_script(code: str, *arguments: object) -> str:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_task_is_done_again_and_again_and_not_after_the_end() -> None:
+def test_task_is_repeated_until_the_end() -> None:
     done: list[int] = []
     repeating = RepeatingThread(lambda: done.append(1), repeat(0.001))
     while len(done) < 3:
@@ -113,25 +113,25 @@ def test_the_task_is_done_again_and_again_and_not_after_the_end() -> None:
     repeating.wait()
 
 
-def test_it_ends_by_itself_where_nothing_is_to_be_waited_for() -> None:
+def test_thread_ends_after_the_last_interval() -> None:
     done: list[int] = []
     RepeatingThread(lambda: done.append(1), [0.001, 0.001]).wait()
     assert len(done) == 2
 
 
-def test_an_error_of_the_task_ends_it_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: SimpleQueue[type[BaseException]] = SimpleQueue()
-    monkeypatch.setattr(sys, "unraisablehook", lambda error: told.put(error.exc_type))
+def test_error_of_the_task_ends_the_thread_and_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: SimpleQueue[type[BaseException]] = SimpleQueue()
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: errors.put(error.exc_type))
     RepeatingThread(lambda: 1 // 0, repeat(0.001)).wait()
-    assert told.get(timeout=60) is ZeroDivisionError
+    assert errors.get(timeout=60) is ZeroDivisionError
 
 
 @pytest.mark.parametrize("use", USES)
-def test_no_lock_is_held_that_a_signal_could_leave_taken(use: str, tmp_path: object) -> None:
-    imported, used = USES[use]
-    assert script(imported + IN_LOCKS + used, tmp_path) == "header\n"
+def test_main_thread_takes_no_lock_that_a_signal_could_leave_taken(use: str, tmp_path: object) -> None:
+    imports, code = USES[use]
+    assert run_script(imports + INTERRUPT_LOCKS + code, tmp_path) == "header\n"
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that send signals")
-def test_an_interruption_at_any_moment_ends_it() -> None:
-    assert int(script(INTERRUPTED_OFTEN)) > 100
+def test_thread_can_be_ended_after_an_interruption_at_any_moment() -> None:
+    assert int(run_script(INTERRUPTED_OFTEN)) > 100

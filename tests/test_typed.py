@@ -1,4 +1,4 @@
-"""What a type checker knows of `import compressknow`, found by running mypy on what a user writes."""
+"""The types of `import compressknow`, as mypy checks them in a user's script."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 import compressknow
 
 ROOT = Path(__file__).parents[1]
-# The types of these are their own affair, and take minutes to read.
+# Reading the types of these libraries takes minutes.
 SETTINGS = """[mypy]
 strict = true
 [mypy-torch.*,transformers.*,numpy.*,pyarrow.*,matplotlib.*,click.*,jinja2.*,huggingface_hub.*]
 follow_imports = skip
 """
-# A line, and what mypy says of it.
+# Lines of code, and mypy's errors.
 WRONG = {
     'compressknow.convert("a", "b", quantise="int8")': 'Unexpected keyword argument "quantise"',
     'compressknow.convert("a", "b", prune="0.2")': 'incompatible type "str"; expected "float | None"',
@@ -40,7 +40,7 @@ WRONG = {
     'compressknow.Settings(devise="cpu")': 'Unexpected keyword argument "devise"',
     "compressknow.forget": 'Module has no attribute "forget"',
 }
-RIGHT = '''"""What a user writes: every verb, every record."""
+RIGHT = '''"""A user's script with every function and every record."""
 
 from pathlib import Path
 
@@ -134,31 +134,30 @@ except CompressknowError as error:
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The folder of a user's two scripts, and what mypy says of them; the package is one that is installed."""
+def mypy_output(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Run mypy on two scripts outside the repository, and return its output."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "mypy.ini").write_text(SETTINGS)
     (folder / "right.py").write_text(RIGHT)
     (folder / "wrong.py").write_text("\n".join(["import compressknow", "", *WRONG, ""]))
     command = [sys.executable, "-m", "mypy", "right.py", "wrong.py"]
-    ended = subprocess.run(
+    done = subprocess.run(
         command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
-    assert ended.returncode == 1, ended.stderr
-    return folder, ended.stdout.splitlines()
+    assert done.returncode == 1, done.stderr
+    return done.stdout.splitlines()
 
 
-def test_what_is_right_has_no_error(checked: tuple[Path, list[str]]) -> None:
-    assert [line for line in checked[1] if line.startswith("right.py")] == []
+def test_correct_script_has_no_error(mypy_output: list[str]) -> None:
+    assert [line for line in mypy_output if line.startswith("right.py")] == []
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_a_wrong_keyword_or_attribute_is_found(checked: tuple[Path, list[str]], line: str) -> None:
+def test_wrong_keyword_or_attribute_is_an_error(mypy_output: list[str], line: str) -> None:
     number = 3 + list(WRONG).index(line)
-    said = [found for found in checked[1] if found.startswith(f"wrong.py:{number}: error:")]
-    assert any(WRONG[line] in found for found in said), said
+    errors = [error for error in mypy_output if error.startswith(f"wrong.py:{number}: error:")]
+    assert any(WRONG[line] in error for error in errors), errors
 
 
-def test_the_script_names_everything_that_there_is() -> None:
-    left = [name for name in compressknow.__all__ if name not in RIGHT and not name.startswith("_")]
-    assert left == []
+def test_correct_script_uses_every_public_name() -> None:
+    assert [name for name in compressknow.__all__ if name not in RIGHT and not name.startswith("_")] == []

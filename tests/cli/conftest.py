@@ -1,4 +1,4 @@
-"""What tests of the command line share: how it is run, and what a refusal is."""
+"""Helpers that run the command line in the test's process."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 from compressknow.cli import main
 
 
-class Ended(NamedTuple):
+class Result(NamedTuple):
     code: int
     out: str
     err: str
 
 
-Run = Callable[..., Ended]
+Run = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
+def _restore_signal_handlers() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
@@ -31,25 +31,25 @@ def _signals_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line in an empty folder; ``{place}`` stands for the folder of models."""
+def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs the command line in an empty folder; ``{models}`` is the folder of models."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def run(*arguments: object) -> Ended:
+    def run(*arguments: object) -> Result:
         capsys.readouterr()
-        code = main([str(argument).replace("{place}", str(place)) for argument in arguments])
-        return Ended(code, *capsys.readouterr())
+        code = main([str(argument).replace("{models}", str(models)) for argument in arguments])
+        return Result(code, *capsys.readouterr())
 
     return run
 
 
-def refused(ended: Ended, code: int, *words: str) -> None:
-    """One message on stderr, without a traceback, that says these words; nothing on stdout."""
-    assert ended.code == code, ended.err
-    assert ended.out == ""
-    assert len(re.findall(r"^Error: ", ended.err, re.MULTILINE)) == 1
-    assert "Traceback" not in ended.err
-    assert "bug in compressknow" not in ended.err
+def check_refused(result: Result, code: int, *words: str) -> None:
+    """Check that a command printed nothing but one message with these words on stderr."""
+    assert result.code == code, result.err
+    assert result.out == ""
+    assert len(re.findall(r"^Error: ", result.err, re.MULTILINE)) == 1
+    assert "Traceback" not in result.err
+    assert "bug in compressknow" not in result.err
     for word in words:
-        assert word in ended.err
+        assert word in result.err

@@ -1,4 +1,4 @@
-"""A project's defaults: which file counts, which value does, and what a file may not say."""
+"""A project's defaults: which file and which value is used, and what a file may not contain."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ from tests.models import save_tiny
 @click.option("--limit", type=int)
 @click.option("--answers", type=click.Path(path_type=Path))
 @click.option("--trust-remote-code", is_flag=True)
-def ask(**given: Any) -> tuple[dict[str, Any], str]:
-    return given, get_command()
+def first(**values: Any) -> tuple[dict[str, Any], str]:
+    return values, get_command()
 
 
 @click.command()
 @click.option("--seed", type=int)
 @click.option("-p", "--probe")
-def tell(seed: int | None, probe: str | None) -> None: ...
+def second(seed: int | None, probe: str | None) -> None: ...
 
 
-def called(*words: str) -> tuple[dict[str, Any], str]:
-    found: tuple[dict[str, Any], str] = ask.main(
+def run_first(*words: str) -> tuple[dict[str, Any], str]:
+    """Return the values of the options, and the command that is printed."""
+    result: tuple[dict[str, Any], str] = first.main(
         ["M", *words],
-        prog_name="ask",
+        prog_name="first",
         standalone_mode=False,
-        default_map=read_project_defaults("ask", ask, ["ask", "tell"], {"ask": ask, "tell": tell}.get),
+        default_map=read_project_defaults("first", first, ["first", "second"], {"first": first, "second": second}.get),
     )
-    return found
+    return result
 
 
 @pytest.fixture
@@ -54,31 +55,31 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_nearest_file_the_commands_own_table_and_the_command_line_win(project: Path) -> None:
-    assert called()[0] == {"model": "M", "probe": (), "limit": None, "answers": None, "trust_remote_code": False}
+def test_nearest_file_then_command_table_then_command_line_win(project: Path) -> None:
+    assert run_first()[0] == {"model": "M", "probe": (), "limit": None, "answers": None, "trust_remote_code": False}
     (project / "pyproject.toml").write_text("[tool.compressknow]\nlimit = 1\n[tool.other]\nx = 1\n")
-    assert called()[0]["limit"] == 1
+    assert run_first()[0]["limit"] == 1
     (project / "inner" / "pyproject.toml").write_text("[project]\nname = 'mine'\n")
-    assert called()[0]["limit"] == 1
+    assert run_first()[0]["limit"] == 1
     file = project / "compressknow.toml"
     file.write_text(
-        'limit = 2\nanswers = "kept"\nseed = 3\n[ask]\nlimit = 4\nprobe = ["a", "b"]\n[tell]\nprobe = "c"\n'
+        'limit = 2\nanswers = "kept"\nseed = 3\n[first]\nlimit = 4\nprobe = ["a", "b"]\n[second]\nprobe = "c"\n'
     )
-    given, command = called()
-    assert given["limit"] == 4
-    assert given["probe"] == ("a", "b")
-    assert given["answers"] == project / "kept"
-    # What is printed to be repeated holds elsewhere too.
-    assert command.startswith("compressknow ask M -p a -p b --limit 4 --answers ")
-    assert called("--limit", "5", "-p", "z")[0] | {"answers": 0} == {**given, "limit": 5, "probe": ("z",), "answers": 0}
+    values, command = run_first()
+    assert values["limit"] == 4
+    assert values["probe"] == ("a", "b")
+    assert values["answers"] == project / "kept"
+    # The printed command does not depend on the file.
+    assert command.startswith("compressknow first M -p a -p b --limit 4 --answers ")
+    assert run_first("--limit", "5", "-p", "z")[0] == {**values, "limit": 5, "probe": ("z",)}
 
 
-def test_a_file_of_facts_is_sought_beside_the_projects_file(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_in_the_file_are_relative_to_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "mine.jsonl").write_text('{"prompt": "Paris lies on the [MASK]."}\n')
     (project / "atlas").write_text("no probe\n")
     probes = ["facts:mine.jsonl", "facts:other.jsonl", "text:C:/x.txt", "atlas", "hf:a/b", "hf:"]
     (project / "compressknow.toml").write_text(f"probe = {probes}\n")
-    assert called()[0]["probe"] == (f"facts:{project / 'mine.jsonl'}", *probes[1:])
+    assert run_first()[0]["probe"] == (f"facts:{project / 'mine.jsonl'}", *probes[1:])
     assert main(["report", "./a", "./b", "-p", "facts:mine.jsonl"]) == 2
     assert capsys.readouterr().err.startswith("Error: There is no file mine.jsonl.")
     (project / "compressknow.toml").write_text('probe = ["facts:mine.jsonl"]\n')
@@ -90,15 +91,15 @@ def test_a_file_of_facts_is_sought_beside_the_projects_file(project: Path, capsy
     assert f"Error: {project / 'own.toml'}" in capsys.readouterr().err
 
 
-def test_a_path_of_the_home_is_that_of_the_user(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_in_the_file_is_the_home_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(project / "home"))
     (project / "home").mkdir()
     (project / "home" / "mine.jsonl").write_text("{}\n")
     (project / "compressknow.toml").write_text('answers = "~/kept"\nprobe = ["facts:~/mine.jsonl"]\n')
-    given, _ = called()
-    assert given["answers"] == project / "home" / "kept"
-    assert given["probe"] == (f"facts:{project / 'home' / 'mine.jsonl'}",)
+    values, _ = run_first()
+    assert values["answers"] == project / "home" / "kept"
+    assert values["probe"] == (f"facts:{project / 'home' / 'mine.jsonl'}",)
 
 
 @click.command()
@@ -108,14 +109,14 @@ def fit(must: tuple[tuple[str, str], ...]) -> tuple[Any, str]:
     return must, get_command()
 
 
-def test_a_command_is_printed_as_it_may_be_repeated() -> None:
+def test_printed_command_can_be_repeated() -> None:
     words = ["--must", "attention=q8_0", "--must", "a=b=q4_k", "--no-facts"]
-    given, command = fit.main(words, prog_name="fit", standalone_mode=False)
-    assert given == (("attention", "q8_0"), ("a=b", "q4_k"))
+    values, command = fit.main(words, prog_name="fit", standalone_mode=False)
+    assert values == (("attention", "q8_0"), ("a=b", "q4_k"))
     assert command == "compressknow fit --must attention=q8_0 --must a=b=q4_k"
 
 
-def test_a_flag_that_only_some_commands_heed_may_stand_above_the_tables_of_a_file(project: Path) -> None:
+def test_flag_of_some_commands_may_be_above_the_tables(project: Path) -> None:
     (project / "compressknow.toml").write_text("no_facts = true\n")
     values = read_project_defaults("fit", fit, ["fit"], {"fit": fit}.get)
     assert fit.main([], prog_name="fit", standalone_mode=False, default_map=values) == ((), "compressknow fit")
@@ -125,21 +126,21 @@ def test_a_flag_that_only_some_commands_heed_may_stand_above_the_tables_of_a_fil
     ("text", "message"),
     [
         ("limit = ", "cannot be read"),
-        ("[asks]\nlimit = 1", "there is no command asks.*Did you mean ask"),
-        ("[ask]\nlimits = 1", "ask has no option limits.*Did you mean limit"),
+        ("[firsts]\nlimit = 1", "there is no command firsts.*Did you mean first"),
+        ("[first]\nlimits = 1", "first has no option limits.*Did you mean limit"),
         ("limits = 1", "no command has an option limits"),
         ("limit = [300]", "limit takes one value"),
         ('answers = ["x"]', "answers takes one value"),
-        ("[ask]\nlimit = {least = 3}", "limit takes one value"),
+        ("[first]\nlimit = {least = 3}", "limit takes one value"),
         ('converter = "theirs.py"', "converter can only be given on the command line"),
         ("trust-remote-code = true", "trust_remote_code can only be given on the command line"),
-        ("[ask]\ntrust_remote_code = true", "trust_remote_code can only be given on the command line"),
+        ("[first]\ntrust_remote_code = true", "trust_remote_code can only be given on the command line"),
     ],
 )
-def test_what_a_file_may_not_say(project: Path, text: str, message: str) -> None:
+def test_invalid_file_is_one_message(project: Path, text: str, message: str) -> None:
     (project / "compressknow.toml").write_text(text)
     with pytest.raises(UsageError, match=f"(?s){message}"):
-        called()
+        run_first()
 
 
 @click.command(cls=Command)
@@ -151,7 +152,7 @@ def pick(limit: int | None, seed: int) -> tuple[int, str]:
     return seed, get_command()
 
 
-def test_what_the_file_says_is_left_out_where_it_changes_nothing(project: Path) -> None:
+def test_unused_options_of_the_file_are_ignored(project: Path) -> None:
     def run(text: str, *words: str) -> object:
         (project / "compressknow.toml").write_text(text)
         values = read_project_defaults("pick", pick, ["pick"], {"pick": pick}.get)
@@ -159,14 +160,14 @@ def test_what_the_file_says_is_left_out_where_it_changes_nothing(project: Path) 
 
     for text in ("limit = 1\nseed = 2\n", "seed = 2\n[pick]\nlimit = 1"):
         assert run(text) == (2, "compressknow pick --seed 2")
-        # Whoever says it on the command line is told.
+        # On the command line it is an error.
         with pytest.raises(UnusedOptions) as caught:
             run(text, "--limit", "3")
-        # As a worker's error reaches its caller.
+        # Errors of workers are pickled.
         assert pickle.loads(pickle.dumps(caught.value)).names == ("limit",)
 
 
-def test_a_calibration_text_for_all_commands_is_for_those_that_calibrate(
+def test_calibration_text_for_all_commands_is_ignored_without_calibration(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (project / "compressknow.toml").write_text('calibration = "self"\ncalibration-tokens = 64\nrounding = "gptq"\n')
@@ -180,7 +181,7 @@ def test_a_calibration_text_for_all_commands_is_for_those_that_calibrate(
     assert "There is nothing to calibrate" in capsys.readouterr().err
 
 
-def test_what_is_for_facts_or_a_cluster_is_for_commands_that_have_them(
+def test_options_for_facts_or_a_cluster_are_ignored_without_them(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (project / "compressknow.toml").write_text("fail-under = 0.9\nstrict = true\nlimit = 9\nnum-gpus = 1\n")
@@ -196,26 +197,26 @@ def test_what_is_for_facts_or_a_cluster_is_for_commands_that_have_them(
         assert f"{words[0]} needs a probe." in capsys.readouterr().err
     assert main(["sweep", str(model), "-o", "study", "--grid", "none.toml"]) == 2
     assert "none.toml: no such grid." in capsys.readouterr().err
-    # An option and a command are called `probe`.
+    # `probe` is the name of both an option and a command.
     (project / "compressknow.toml").write_text('probe = ["facts:none.jsonl"]\ncontext = 64\n')
     assert main(["probe", str(model), "-o", "out"]) == 2
     assert "There is no file none.jsonl." in capsys.readouterr().err
 
 
 SHARED_OPTIONS = (Path(__file__).parents[2] / "docs" / "commands" / "shared.md").read_text(encoding="utf-8")
-_, _, FROM_THERE = " ".join(SHARED_OPTIONS.split()).partition("can only be given on the command line: ")
-ALONE = re.findall("`--(.+?)`", FROM_THERE.partition(". ")[0])
-assert ALONE
+_, _, LIST_OF_OPTIONS = " ".join(SHARED_OPTIONS.split()).partition("can only be given on the command line: ")
+ONLY_ON_THE_COMMAND_LINE = re.findall("`--(.+?)`", LIST_OF_OPTIONS.partition(". ")[0])
+assert ONLY_ON_THE_COMMAND_LINE
 
 
-@pytest.mark.parametrize("option", ALONE)
-def test_what_the_manual_leaves_to_the_command_line_no_file_may_say(project: Path, option: str) -> None:
+@pytest.mark.parametrize("option", ONLY_ON_THE_COMMAND_LINE)
+def test_file_may_not_have_options_that_the_manual_restricts_to_the_command_line(project: Path, option: str) -> None:
     commands = {name: cli.get_command(click.Context(cli), name) for name in COMMANDS}
-    having = {
+    with_option = {
         name: each for name, each in commands.items() if each and any(f"--{option}" in p.opts for p in each.params)
     }
-    assert having
-    for name, command in having.items():
+    assert with_option
+    for name, command in with_option.items():
         (project / "compressknow.toml").write_text(f"[{name}]\n{option} = true\n")
         with pytest.raises(UsageError, match=f"{option.replace('-', '_')} can only be given on the command line"):
             read_project_defaults(name, command, COMMANDS, commands.get)
@@ -240,15 +241,15 @@ def test_a_file_that_is_wrong_does_not_keep_the_help_from_saying_what_is_right(
 
 
 @pytest.mark.parametrize("text", ["tool = 1", "[tool]\ncompressknow = 1", "limit = ", f"a = {'[' * 10_000}"])
-def test_what_is_wrong_with_a_pyproject_is_other_tools_to_say(project: Path, text: str) -> None:
+def test_errors_in_a_pyproject_without_our_table_are_ignored(project: Path, text: str) -> None:
     (project / "pyproject.toml").write_text(text)
-    assert called()[0]["limit"] is None
+    assert run_first()[0]["limit"] is None
 
 
-def test_a_broken_pyproject_that_has_our_table_is_not_passed_over(project: Path) -> None:
+def test_broken_pyproject_with_our_table_is_an_error(project: Path) -> None:
     (project / "pyproject.toml").write_text("<<<<<<< HEAD\n[tool.compressknow.report]\nfail-under = 0.9\n")
     with pytest.raises(UsageError, match=r"pyproject\.toml cannot be read"):
-        called()
+        run_first()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="files are locked to others, not by their mode")
@@ -269,24 +270,22 @@ def test_a_pyproject_that_may_not_be_read_is_not_passed_over(monkeypatch: pytest
             monkeypatch.undo()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="folders are locked to others, not by their mode")
-def test_a_folder_above_that_may_not_be_searched_has_no_defaults(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no file modes")
+def test_parent_folder_without_permission_has_no_defaults(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project / "inner")
     project.chmod(0)
     user = os.geteuid()
     if not user:
-        os.seteuid(65534)  # Root may search every folder, nobody may not.
+        os.seteuid(65534)  # Root may search any folder, the user "nobody" may not.
     try:
-        assert called()[0]["limit"] is None
+        assert run_first()[0]["limit"] is None
     finally:
         os.seteuid(user)
         project.chmod(0o700)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the working directory cannot be removed")
-def test_a_working_directory_that_is_gone_is_one_message(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not remove a working directory")
+def test_removed_working_directory_is_one_message(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "inner").rmdir()
     assert main(["inspect", "a"]) == 2
     assert capsys.readouterr().err == "Error: The working directory no longer exists.\n  Change to another one.\n"
@@ -295,20 +294,20 @@ def test_a_working_directory_that_is_gone_is_one_message(project: Path, capsys: 
 @click.command()
 @click.option("--model", "model_name")
 @click.option("--json", "as_json", is_flag=True)
-def serve(**given: Any) -> dict[str, Any]:
-    return given
+def serve(**values: Any) -> dict[str, Any]:
+    return values
 
 
 @pytest.mark.parametrize(
     "text", ['model = "x"\njson = true', '[serve]\nmodel = "x"\njson = true', 'model-name = "x"\nas_json = true']
 )
-def test_an_option_is_known_by_what_the_command_line_calls_it(project: Path, text: str) -> None:
+def test_file_uses_the_option_names_of_the_command_line(project: Path, text: str) -> None:
     (project / "compressknow.toml").write_text(text)
     values = read_project_defaults("serve", serve, ["serve"], {"serve": serve}.get)
     assert serve.main([], standalone_mode=False, default_map=values) == {"model_name": "x", "as_json": True}
 
 
-def test_a_value_of_the_wrong_kind_is_one_message(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_value_of_the_wrong_type_is_one_message(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for value in ('"many"', "1.5", "true", "2026-01-01"):
         (project / "compressknow.toml").write_text(f"[report]\nlimit = {value}\n")
         assert main(["report", "a", "b"]) == 2
@@ -320,7 +319,7 @@ def test_a_value_of_the_wrong_kind_is_one_message(project: Path, capsys: pytest.
     assert "--fail-under must be between 0 and 1: 95" in capsys.readouterr().err
 
 
-def test_wrong_usage_is_told_with_what_the_file_gives(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_lists_the_options_of_the_file(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "compressknow.toml").write_text("strict = true\nlimit = 9\n")
     for words in (["report", "a", "b"], ["--debug", "report", "a", "b"]):
         assert main(words) == 2
@@ -334,7 +333,7 @@ def test_wrong_usage_is_told_with_what_the_file_gives(project: Path, capsys: pyt
     assert "Options of" not in capsys.readouterr().err
 
 
-def test_a_folder_of_data_above_the_tables_is_for_all_commands_that_may_need_it(
+def test_data_folder_above_the_tables_is_ignored_if_not_needed(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("llama_cpp_py_sync")
@@ -345,9 +344,7 @@ def test_a_folder_of_data_above_the_tables_is_for_all_commands_that_may_need_it(
     assert capsys.readouterr().err.startswith("Error: --data needs --size or --bits")
 
 
-def test_a_recipe_comes_before_what_the_file_says_of_its_steps(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_recipe_overrides_step_options_of_the_file(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "compressknow.toml").write_text("seed = 1\n[convert]\nprune = 0.5\nscope = 'attention'\n")
     recipe, types = project / "recipe.toml", project / "types.toml"
     recipe.write_text("[[steps]]\nprune = 0.25\n")
@@ -361,6 +358,6 @@ def test_a_recipe_comes_before_what_the_file_says_of_its_steps(
     if is_installed("llama_cpp_py_sync"):
         assert main(["export", "./nowhere", "out.gguf", "--recipe", str(types)]) == 1
         assert capsys.readouterr().err.startswith("Error: ./nowhere: no such folder.")
-        # What is given as it is when left out is given, too.
+        # A default value counts if it is given.
         assert main(["export", "./nowhere", "out.gguf", "--recipe", str(types), "--type", "q8_0"]) == 2
         assert capsys.readouterr().err.startswith("Error: --recipe cannot be combined with --type.\n")

@@ -1,4 +1,4 @@
-"""`compressknow inspect`, as a user meets it."""
+"""`compressknow inspect` on the command line."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from tests.models import tiny_of_groups
 ALBERT = BERT | {"embedding_size": 8, "num_hidden_layers": 6}
 
 
-def config_only(folder: Path, architecture: str, **config: Any) -> Path:
+def save_config(folder: Path, architecture: str, **config: Any) -> Path:
     model_class = getattr(transformers, architecture)
-    described = model_class.config_class(**config).to_dict() | {"architectures": [architecture]} | config
+    settings = model_class.config_class(**config).to_dict() | {"architectures": [architecture]} | config
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 
-def with_weights(folder: Path, architecture: str, **config: Any) -> Path:
+def save_model(folder: Path, architecture: str, **config: Any) -> Path:
     model_class = getattr(transformers, architecture)
     model = model_class(model_class.config_class(**config))
     if not config.get("tie_word_embeddings", True):
-        # T5's class shares the weight at first; the two are told apart by their values alone.
+        # T5's class ties the weights anyway.
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
-def printed(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+def inspect(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     assert main(["inspect", *map(str, arguments)]) == 0
     return capsys.readouterr().out
 
 
-def record(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(printed(capsys, *arguments, "--json"))
+def inspect_json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(inspect(capsys, *arguments, "--json"))
     return result
 
 
-def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
+def fail_to_inspect(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
     code = main(["inspect", *map(str, arguments)])
     output = capsys.readouterr()
     assert output.out == ""
@@ -54,8 +54,8 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple
     return code, output.err
 
 
-def test_json_has_the_keys_that_others_rely_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = record(capsys, with_weights(tmp_path / "bert", "BertForMaskedLM", **BERT))
+def test_json_has_the_documented_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = inspect_json(capsys, save_model(tmp_path / "bert", "BertForMaskedLM", **BERT))
     assert (summary["model"], summary["model_type"], summary["module_map"]) == ("bert", "bert", "structural")
     assert list(summary["groups"]) == ["attention", "feed-forward", "final", "other"]
     assert {"modules": 8, "stored": 2048, "used": 2048}.items() <= summary["groups"]["attention"].items()
@@ -66,137 +66,139 @@ def test_json_has_the_keys_that_others_rely_on(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_json_lists_every_weight_with_shape_and_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = record(capsys, with_weights(tmp_path, "BertForMaskedLM", **BERT))
+    summary = inspect_json(capsys, save_model(tmp_path, "BertForMaskedLM", **BERT))
     first = summary["groups"]["feed-forward"]["weights"][0]
     assert first["name"] == "bert.encoder.layer.0.intermediate.dense.weight"
     assert (first["shape"], first["dtype"], first["layer"]) == ([24, 16], "BF16", 0)
     assert summary["groups"]["final"]["weights"][0]["dtype"] == "BF16"
 
 
-def test_weights_of_four_bits_are_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_int4_weights_are_listed_as_int4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_of_groups("llama-tied").save_pretrained(tmp_path / "llama")
     options = {"quantize": "int4", "scope": ["attention", "final"], "parameters": {"group_size": 32}}
     compressknow.convert(tmp_path / "llama", tmp_path / "int4", **options)
-    assert record(capsys, tmp_path / "int4")["tied"] == []
-    groups = record(capsys, tmp_path / "int4")["groups"]
+    assert inspect_json(capsys, tmp_path / "int4")["tied"] == []
+    groups = inspect_json(capsys, tmp_path / "int4")["groups"]
     assert {weight["dtype"] for weight in groups["attention"]["weights"]} == {"I4"}
     assert {weight["dtype"] for weight in groups["feed-forward"]["weights"]} == {"F32"}
-    assert "4 x [32, 32] int4\n" in printed(capsys, tmp_path / "int4")
+    assert "4 x [32, 32] int4\n" in inspect(capsys, tmp_path / "int4")
 
 
 def test_counts_agree_with_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = with_weights(tmp_path, "BertForMaskedLM", **BERT)
+    folder = save_model(tmp_path, "BertForMaskedLM", **BERT)
     expected = transformers.BertForMaskedLM.from_pretrained(folder).num_parameters()
-    assert record(capsys, folder)["parameters"] == {"stored": expected, "used": expected}
+    assert inspect_json(capsys, folder)["parameters"] == {"stored": expected, "used": expected}
 
 
-def test_a_config_alone_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    described = record(capsys, config_only(tmp_path / "bert", "BertForMaskedLM", **BERT))
-    stored = record(capsys, with_weights(tmp_path / "bert", "BertForMaskedLM", **BERT))
-    assert described["scopes"] == stored["scopes"]
-    assert described["parameters"] == stored["parameters"]
-    assert described["groups"]["attention"]["weights"][0]["dtype"] is None
+def test_config_without_weights_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from_config = inspect_json(capsys, save_config(tmp_path / "bert", "BertForMaskedLM", **BERT))
+    from_weights = inspect_json(capsys, save_model(tmp_path / "bert", "BertForMaskedLM", **BERT))
+    assert from_config["scopes"] == from_weights["scopes"]
+    assert from_config["parameters"] == from_weights["parameters"]
+    assert from_config["groups"]["attention"]["weights"][0]["dtype"] is None
 
 
-def test_the_papers_map_moves_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = config_only(tmp_path, "BertForMaskedLM", **BERT)
-    structural = record(capsys, folder)["scopes"]
-    paper = record(capsys, folder, "--module-map", "paper")["scopes"]
+def test_paper_map_moves_parameters_between_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_config(tmp_path, "BertForMaskedLM", **BERT)
+    structural = inspect_json(capsys, folder)["scopes"]
+    paper = inspect_json(capsys, folder, "--module-map", "paper")["scopes"]
     assert structural["attention"]["prune"] - paper["attention"]["prune"] == 2 * 16 * 16
     assert structural["overall"] == paper["overall"]
 
 
-def test_a_map_that_there_is_not_is_no_other_one(tmp_path: Path) -> None:
+def test_unknown_module_map_is_refused_in_python(tmp_path: Path) -> None:
     with pytest.raises(compressknow.UsageError, match="Unknown module map 'papr'"):
-        compressknow.inspect(config_only(tmp_path, "BertForMaskedLM", **BERT), module_map="papr")  # type: ignore[arg-type]
+        compressknow.inspect(save_config(tmp_path, "BertForMaskedLM", **BERT), module_map="papr")  # type: ignore[arg-type]
 
 
-def test_the_page_fits_eighty_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_fits_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for architecture, config in (("BertForMaskedLM", BERT), ("T5ForConditionalGeneration", T5)):
-        page = printed(capsys, config_only(tmp_path, architecture, **config))
+        page = inspect(capsys, save_config(tmp_path, architecture, **config))
         assert max(map(len, page.splitlines())) <= 80
 
 
-def test_the_page_shows_shapes_scopes_and_ties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = printed(capsys, with_weights(tmp_path, "BertForMaskedLM", **BERT))
+def test_output_shows_shapes_and_ties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = inspect(capsys, save_model(tmp_path, "BertForMaskedLM", **BERT))
     assert "8 x [16, 16] bf16" in page
     assert "2 x [24, 16] bf16" in page
     assert "cls.predictions.decoder.weight = bert.embeddings.word_embeddings.weight" in page
     assert "Unplaced" not in page
 
 
-def test_albert_shows_both_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = with_weights(tmp_path, "AlbertForMaskedLM", **ALBERT)
-    attention = record(capsys, folder)["groups"]["attention"]
+def test_shared_layers_of_albert_are_counted_as_stored_and_as_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_model(tmp_path, "AlbertForMaskedLM", **ALBERT)
+    attention = inspect_json(capsys, folder)["groups"]["attention"]
     assert (attention["stored"], attention["used"]) == (4 * 256, 6 * 4 * 256)
-    assert "4 x [16, 16] bf16, each used 6 times" in printed(capsys, folder)
+    assert "4 x [16, 16] bf16, each used 6 times" in inspect(capsys, folder)
 
 
-def test_both_stacks_have_their_scopes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scopes = record(capsys, config_only(tmp_path, "T5ForConditionalGeneration", **T5))["scopes"]
+def test_encoder_and_decoder_have_their_scopes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scopes = inspect_json(capsys, save_config(tmp_path, "T5ForConditionalGeneration", **T5))["scopes"]
     assert {"cross-attention", "encoder-attention", "decoder-attention", "encoder", "decoder"} <= scopes.keys()
     both = scopes["encoder-attention"]["prune"] + scopes["decoder-attention"]["prune"]
     assert both == scopes["attention"]["prune"]
 
 
-def test_weights_that_differ_are_not_tied_whatever_the_class_says(
+def test_weights_that_differ_are_not_tied_even_if_the_class_ties_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tied = record(capsys, with_weights(tmp_path / "tied", "T5ForConditionalGeneration", **T5))
-    folder = with_weights(tmp_path / "untied", "T5ForConditionalGeneration", **T5 | {"tie_word_embeddings": False})
-    untied = record(capsys, folder)
+    tied = inspect_json(capsys, save_model(tmp_path / "tied", "T5ForConditionalGeneration", **T5))
+    folder = save_model(tmp_path / "untied", "T5ForConditionalGeneration", **T5 | {"tie_word_embeddings": False})
+    untied = inspect_json(capsys, folder)
     assert ["lm_head.weight", "shared.weight"] in tied["tied"]
     assert "lm_head.weight" not in [name for name, _ in untied["tied"]]
     assert untied["parameters"]["stored"] - tied["parameters"]["stored"] == 90 * 16
     assert untied["scopes"] == tied["scopes"]
 
 
-def test_a_config_that_says_untied_is_believed_without_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = config_only(tmp_path, "T5ForConditionalGeneration", **T5 | {"tie_word_embeddings": False})
-    assert "lm_head.weight" not in [name for name, _ in record(capsys, folder)["tied"]]
+def test_config_decides_about_ties_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_config(tmp_path, "T5ForConditionalGeneration", **T5 | {"tie_word_embeddings": False})
+    assert "lm_head.weight" not in [name for name, _ in inspect_json(capsys, folder)["tied"]]
 
 
-def test_matrices_that_are_no_linear_layers_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = config_only(tmp_path, "XLNetLMHeadModel", vocab_size=90, d_model=16, n_layer=2, n_head=2, d_inner=24)
-    assert record(capsys, folder)["opaque"]["transformer.layer.1.rel_attn.k"] == "attention"
-    assert "2 x transformer.layer.N.rel_attn.k" in printed(capsys, folder)
+def test_matrices_outside_linear_layers_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_config(tmp_path, "XLNetLMHeadModel", vocab_size=90, d_model=16, n_layer=2, n_head=2, d_inner=24)
+    assert inspect_json(capsys, folder)["opaque"]["transformer.layer.1.rel_attn.k"] == "attention"
+    assert "2 x transformer.layer.N.rel_attn.k" in inspect(capsys, folder)
 
 
-def test_a_missing_folder_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, message = failure(capsys, tmp_path / "nowhere")
+def test_missing_folder_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = fail_to_inspect(capsys, tmp_path / "nowhere")
     assert code == 1
     assert "nowhere" in message
 
 
-def test_a_config_without_an_architecture_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_without_an_architecture_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    code, message = failure(capsys, tmp_path)
+    code, message = fail_to_inspect(capsys, tmp_path)
     assert code == 1
     assert "names no architecture" in message
 
 
-def test_an_unknown_module_map_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, message = failure(capsys, tmp_path, "--module-map", "martian")
+def test_unknown_module_map_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = fail_to_inspect(capsys, tmp_path, "--module-map", "martian")
     assert code == 2
     assert "structural" in message
 
 
-def test_weights_that_lie_on_a_grid_already_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_already_on_a_quantization_grid_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     llama = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
-    folder = with_weights(tmp_path / "llama", "LlamaForCausalLM", vocab_size=90, num_key_value_heads=2, **llama)
-    assert "grid" not in printed(capsys, folder)
+    folder = save_model(tmp_path / "llama", "LlamaForCausalLM", vocab_size=90, num_key_value_heads=2, **llama)
+    assert "grid" not in inspect(capsys, folder)
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     for layer in model.model.layers:
         for linear in (layer.mlp.up_proj, layer.self_attn.q_proj):
-            # 16 values of a group, as Q4_1 has them: a scale and a smallest.
+            # 16 values per group of 32, from a scale and a minimum, as in Q4_1.
             groups = linear.weight.data.float().reshape(-1, 32)
             low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
             steps = ((groups - low) / (high - low) * 15).round()
             linear.weight.data = (low + steps * (high - low) / 15).reshape_as(linear.weight).bfloat16()
-        # Zeros are not values of a grid.
+        # A pruned matrix is not on a grid.
         layer.mlp.down_proj.weight.data[torch.rand_like(layer.mlp.down_proj.weight) < 0.7] = 0
     model.save_pretrained(folder)
-    assert record(capsys, folder)["grid"]["weights"] == 2
-    assert "On a grid already: 2 of 9 matrices" in printed(capsys, folder)
+    assert inspect_json(capsys, folder)["grid"]["weights"] == 2
+    assert "On a grid already: 2 of 9 matrices" in inspect(capsys, folder)

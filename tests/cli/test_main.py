@@ -1,4 +1,4 @@
-"""How the command line starts, lists its commands and ends, whatever happens."""
+"""Start, help, errors, signals and exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAM = [sys.executable, "-c", "import sys; from compressknow.cli import main; sys.exit(main())"]
 
 
-def group_with(callback: object) -> click.Group:
-    """The real group's manners where `verify` does what `callback` does."""
+def build_group(callback: object) -> click.Group:
+    """Return the real group of commands, but with this callback for `verify`."""
     group = LazyGroup(params=cli.params, callback=cli.callback)
     command = click.Command("verify", callback=callback)  # type: ignore[arg-type]
     group.get_command = lambda *_: command  # type: ignore[method-assign]
     return group
 
 
-def raiser(error: BaseException) -> object:
+def build_failing_group(error: BaseException) -> click.Group:
     def callback() -> None:
         raise error
 
-    return callback
+    return build_group(callback)
 
 
 def test_help_lists_every_command_without_importing_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +58,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_and_option_has_help_and_stands_in_the_readme(name: str) -> None:
+def test_every_command_and_option_has_help_and_is_in_the_readme(name: str) -> None:
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     assert command.name == name
@@ -70,14 +70,14 @@ def test_every_command_and_option_has_help_and_stands_in_the_readme(name: str) -
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_prints_a_table_and_json_instead(name: str) -> None:
+def test_every_command_has_a_json_option(name: str) -> None:
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     assert any("--json" in parameter.opts for parameter in command.params)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_fits_80_columns_in_groups_that_have_names(
+def test_help_fits_80_columns_and_groups_all_options(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -90,7 +90,7 @@ def test_help_fits_80_columns_in_groups_that_have_names(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_does_not_wait_for_torch(name: str) -> None:
+def test_help_of_a_command_does_not_import_torch(name: str) -> None:
     code = f"import sys; from compressknow.cli import main; main(['{name}', '--help']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"Usage: compressknow {name} ")
@@ -103,7 +103,7 @@ def test_wrong_usage_ends_with_2(args: list[str], capsys: pytest.CaptureFixture[
     assert "Error: " in capsys.readouterr().err
 
 
-def test_unknown_command_lists_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_of_an_unknown_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     main(["prune"])
     assert "inspect, convert, export, verify" in capsys.readouterr().err
 
@@ -120,41 +120,41 @@ def test_unknown_command_lists_those_there_are(capsys: pytest.CaptureFixture[str
 def test_error_is_one_message_on_stderr(
     error: CompressknowError, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(group_with(raiser(error)), ["verify"]) == code
+    assert run(build_failing_group(error), ["verify"]) == code
     assert capsys.readouterr() == ("", "Error: It broke.\n  Because.\n  Mend it.\n")
 
 
-def test_traceback_comes_with_debug_only(capsys: pytest.CaptureFixture[str]) -> None:
-    group = group_with(raiser(ZeroDivisionError("by zero")))
+def test_traceback_is_printed_only_with_debug(capsys: pytest.CaptureFixture[str]) -> None:
+    group = build_failing_group(ZeroDivisionError("by zero"))
     assert run(group, ["verify"]) == 1
-    assert "Traceback" not in (plain := capsys.readouterr().err)
-    assert "unexpected ZeroDivisionError: by zero" in plain
+    assert "Traceback" not in (message := capsys.readouterr().err)
+    assert "unexpected ZeroDivisionError: by zero" in message
     assert run(group, ["--debug", "verify"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_error_of_the_system_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(group_with(lambda: open("/no/such/file", encoding="utf-8").close()), ["verify"]) == 1  # noqa: PTH123
+    assert run(build_group(lambda: open("/no/such/file", encoding="utf-8").close()), ["verify"]) == 1  # noqa: PTH123
     assert capsys.readouterr().err == "Error: No such file or directory: /no/such/file\n"
 
 
-def test_where_no_temporary_file_can_be_made_it_says_what_to_set(
+def test_error_without_a_temporary_folder_names_tmpdir(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/no/such/folder"])
-    assert run(group_with(tempfile.gettempdir), ["verify"]) == 1
+    assert run(build_group(tempfile.gettempdir), ["verify"]) == 1
     assert capsys.readouterr().err.endswith("\n  Set TMPDIR to a folder that can be written to.\n")
 
 
 def test_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(group_with(raiser(KeyboardInterrupt())), ["verify"]) == 130
+    assert run(build_failing_group(KeyboardInterrupt()), ["verify"]) == 130
     assert capsys.readouterr().err.split() == ["Interrupted"]
 
 
 @pytest.fixture
 def default_handlers() -> Iterator[None]:
-    """As in a process of its own: a test that ran here before may have brought libraries that take signals (Ray)."""
+    """Restore Python's signal handlers: an earlier test may have loaded a library that has its own (Ray)."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -165,7 +165,7 @@ def default_handlers() -> Iterator[None]:
 
 @pytest.mark.usefixtures("default_handlers")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_command_says_what_became_of_its_work(
+def test_interrupted_command_explains_the_state_of_its_output(
     number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def work() -> None:
@@ -173,22 +173,22 @@ def test_an_interrupted_command_says_what_became_of_its_work(
             os.kill(os.getpid(), number)
             time.sleep(60)
 
-    assert run(group_with(work), ["verify"]) == code
+    assert run(build_group(work), ["verify"]) == code
     assert capsys.readouterr().err.strip() == "Interrupted. Nothing was written."
 
 
 @pytest.mark.parametrize(
-    ("given", "count"),
+    ("settings", "count"),
     [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "passive"}, 0)],
-    ids=["by default", "a count of the user's", "a policy of the user's"],
+    ids=["default", "count of the user", "policy of the user"],
 )
-def test_threads_that_wait_do_not_hold_a_core_for_long(given: dict[str, str], count: int) -> None:
-    """OpenMP says it itself, when torch loads it."""
-    others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+def test_waiting_threads_of_openmp_spin_only_briefly(settings: dict[str, str], count: int) -> None:
+    """OpenMP prints its settings when torch loads it."""
+    unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     script = "from compressknow.cli import main; main(['--version']); import torch"
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={**others, **given, "OMP_DISPLAY_ENV": "verbose"},
+        env={**unset, **settings, "OMP_DISPLAY_ENV": "verbose"},
         capture_output=True,
         text=True,
         check=True,
@@ -218,7 +218,7 @@ def test_request_to_end_lets_temporary_folders_be_removed(number: signal.Signals
     assert not list(tmp_path.iterdir())
 
 
-def test_reader_that_has_gone_is_no_error() -> None:
+def test_closed_pipe_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([*PROGRAM, "--help"], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
@@ -230,15 +230,15 @@ def test_help_lists_every_exit_code_of_the_manual(capsys: pytest.CaptureFixture[
     manual = (Path(__file__).parents[2] / "docs" / "commands" / "shared.md").read_text(encoding="utf-8")
     codes = re.findall(r"^\| (\d+) \|", manual.partition("## Exit codes")[2], re.MULTILINE)
     assert main(["--help"]) == 0
-    said = " ".join(capsys.readouterr().out.split()).partition("Exit codes: ")[2].partition(" Options:")[0]
-    assert re.findall(r"\d+", said) == codes
+    listed = " ".join(capsys.readouterr().out.split()).partition("Exit codes: ")[2].partition(" Options:")[0]
+    assert re.findall(r"\d+", listed) == codes
 
 
 @pytest.mark.parametrize(
     ("words", "completion"),
     [("conv", "convert"), ("convert a b --prun", "--prune"), ("convert a b --quantize int4", "int4")],
 )
-def test_a_shell_completes_commands_options_and_values(
+def test_shell_completes_commands_options_and_values(
     words: str, completion: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("_COMPRESSKNOW_COMPLETE", "bash_complete")
@@ -250,7 +250,7 @@ def test_a_shell_completes_commands_options_and_values(
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_a_shell_gets_the_script_that_completes(
+def test_completion_script_is_printed(
     shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("_COMPRESSKNOW_COMPLETE", f"{shell}_source")
@@ -261,16 +261,16 @@ def test_a_shell_gets_the_script_that_completes(
 
 @pytest.mark.usefixtures("default_handlers")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_that_comes_while_an_object_is_removed_is_not_lost(
+def test_signal_during_the_deletion_of_an_object_is_not_lost(
     number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Removed:
+    class SignalsWhenDeleted:
         def __del__(self) -> None:
             signal.raise_signal(number)
 
     @click.command()
     def command() -> None:
-        Removed()
+        SignalsWhenDeleted()
         for _ in range(1000):
             time.sleep(0.01)
 

@@ -1,4 +1,4 @@
-"""Where libraries are not installed: some commands do without, the others say so in one line before any work."""
+"""Commands without optional libraries: some run, the others fail with one line before any work."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.long import long, one_in
 from tests.models import save_tiny
 
 ROOT = Path(__file__).parents[2]
-# Hides libraries from this process as if they were not installed: other libraries may look for them too, and find none.
+# Hides libraries from this process as if they were not installed, from other libraries too.
 HIDE = """
 import sys
 
-class Without:
+class HidingFinder:
     def __init__(self, finder):
         self.finder = finder
 
@@ -32,7 +32,7 @@ class Without:
         return None if name.partition(".")[0] in HIDDEN else self.finder.find_spec(name, path, target)
 
 HIDDEN = set(sys.argv.pop(1).split(","))
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+sys.meta_path[:] = [HidingFinder(finder) for finder in sys.meta_path]
 """
 COMMAND = HIDE + "from compressknow.cli import main; sys.exit(main())"
 VERBS = (
@@ -58,17 +58,17 @@ print(json.dumps({"codes": codes, "tensors": tensors, "imported": sorted(named)}
 )
 
 
-def started(code: str, *words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model `llama` that knows `facts.jsonl`, its conversion `pruned`, and a table `rows.csv`."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a model `llama` that knows `facts.jsonl`, its conversion `pruned`, and a table `rows.csv`."""
     from compressknow import convert
 
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("models")
     save_trained("llama", folder / "llama")
     convert(folder / "llama", folder / "pruned", prune=0.5)
     write_facts(folder / "facts.jsonl")
@@ -79,14 +79,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", one_in(3, ["llama", "bert", "t5-tied"]))
 def test_inspect_convert_and_verify_work_without_the_optional_libraries(family: str, tmp_path: Path) -> None:
     save_tiny(family, tmp_path / "model")
-    # scikit-learn, which older releases of transformers import where it is installed, needs scipy.
-    done = started(VERBS, ",".join([*OPTIONAL, "sklearn"]), tmp_path / "model", tmp_path, cwd=tmp_path)
+    # Older releases of transformers import scikit-learn if it is installed, which needs scipy.
+    done = run_python(VERBS, ",".join([*OPTIONAL, "sklearn"]), tmp_path / "model", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["codes"] == [0, 0, 0, 0], done.stderr
-    assert told["tensors"] > 20
-    assert {"torch", "transformers", "compressed_tensors"} <= set(told["imported"])
-    assert not {*OPTIONAL, "pandas", "sklearn"} & set(told["imported"])
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed["codes"] == [0, 0, 0, 0], done.stderr
+    assert printed["tensors"] > 20
+    assert {"torch", "transformers", "compressed_tensors"} <= set(printed["imported"])
+    assert not {*OPTIONAL, "pandas", "sklearn"} & set(printed["imported"])
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "c" / "model.safetensors").read_bytes()
 
 
@@ -119,18 +119,17 @@ NEEDS = {
     ("words", "library"),
     [pytest.param(words, name, id=f"{id}-{name}") for id, (words, names) in NEEDS.items() for name in names],
 )
-def test_a_missing_library_is_one_line_before_any_work(words: list[str], library: str, place: Path) -> None:
-    before = sorted(place.rglob("*"))
-    done = started(COMMAND, library, *words, cwd=place)
+def test_missing_library_is_one_line_before_any_work(words: list[str], library: str, models: Path) -> None:
+    before = sorted(models.rglob("*"))
+    done = run_python(COMMAND, library, *words, cwd=models)
     assert done.returncode == 1
     assert done.stdout == ""
-    line = f"Error: {library} is not installed. Install it with: pip install {OPTIONAL[library]}\n"
-    assert done.stderr == line
-    assert sorted(place.rglob("*")) == before
+    assert done.stderr == f"Error: {library} is not installed. Install it with: pip install {OPTIONAL[library]}\n"
+    assert sorted(models.rglob("*")) == before
 
 
-def test_several_are_told_at_once(place: Path) -> None:
-    done = started(COMMAND, "scipy,pyarrow,matplotlib", *NEEDS["sweep"][0], cwd=place)
+def test_several_missing_libraries_are_one_message(models: Path) -> None:
+    done = run_python(COMMAND, "scipy,pyarrow,matplotlib", *NEEDS["sweep"][0], cwd=models)
     assert done.stderr == (
         "Error: matplotlib, pyarrow and scipy are not installed. Install them with: "
         "pip install matplotlib pyarrow scipy\n"
@@ -146,9 +145,9 @@ def test_several_are_told_at_once(place: Path) -> None:
         ["compare", "llama", "pruned"],
     ],
 )
-def test_what_a_command_does_not_need_may_be_missing(words: list[str], place: Path) -> None:
+def test_unneeded_libraries_may_be_missing(words: list[str], models: Path) -> None:
     needed = NEEDS[words[0]][1] if "-p" in words else []
-    done = started(COMMAND, ",".join(set(OPTIONAL) - set(needed)), *words, cwd=place)
+    done = run_python(COMMAND, ",".join(set(OPTIONAL) - set(needed)), *words, cwd=models)
     assert done.returncode == 0, done.stderr
 
 
@@ -161,29 +160,29 @@ def test_what_a_command_does_not_need_may_be_missing(words: list[str], place: Pa
         ("regex", "regex"),
     ],
 )
-def test_a_library_that_all_need_is_named_too(library: str, package: str, place: Path) -> None:
+def test_missing_required_library_is_named(library: str, package: str, models: Path) -> None:
     words = ["convert", "llama", "new", "--quantize", "int8", "--include", "proj"]
-    done = started(COMMAND, library, *words, cwd=place)
+    done = run_python(COMMAND, library, *words, cwd=models)
     assert done.returncode == 1
     assert done.stderr.endswith(f"Error: {library} is not installed. Install it with: pip install {package}\n")
     assert "Traceback" not in done.stderr
-    assert not (place / "new").exists()
+    assert not (models / "new").exists()
 
 
-def test_a_folder_of_that_name_is_no_library(tmp_path: Path) -> None:
+def test_folder_with_the_name_of_a_library_is_not_taken_for_it(tmp_path: Path) -> None:
     (tmp_path / "scipy").mkdir()
     code = "from compressknow.base.packages import require; require('scipy')"
-    # -S: without the libraries that are installed.
+    # -S hides installed libraries.
     command = [sys.executable, "-S", "-c", code]
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert "CompressknowError: scipy is not installed." in done.stderr
 
 
-def test_a_library_that_cannot_be_loaded_is_no_bug_of_ours(place: Path, tmp_path: Path) -> None:
+def test_library_that_cannot_be_loaded_is_one_message(models: Path, tmp_path: Path) -> None:
     compiled = tmp_path / f"numpy{EXTENSION_SUFFIXES[0]}"
     compiled.write_bytes(b"cut short")
-    command = [sys.executable, "-m", "compressknow", "inspect", str(place / "llama")]
+    command = [sys.executable, "-m", "compressknow", "inspect", str(models / "llama")]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 1

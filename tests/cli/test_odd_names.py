@@ -1,4 +1,4 @@
-"""Names that are not UTF-8, as Linux allows them, in folders, facts files and outputs."""
+"""Names of folders, facts files and outputs that are not UTF-8, which Linux allows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names are Unico
 ODD = os.fsdecode(b"odd\xff")
 
 
-def test_a_folder_whose_name_is_no_text_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_whose_name_is_not_utf8_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_trained("bert", tmp_path / "bert")
     (tmp_path / "bert").rename(tmp_path / ODD)
     assert main(["convert", str(tmp_path / ODD), str(tmp_path / f"{ODD}-new"), "--prune", "20%"]) == 0
@@ -28,9 +28,7 @@ def test_a_folder_whose_name_is_no_text_is_converted(tmp_path: Path, capsys: pyt
     assert "Rename the folder" in capsys.readouterr().err
 
 
-def test_facts_and_reports_whose_names_are_no_text_are_read_and_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_facts_and_reports_may_have_names_that_are_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_trained("bert", tmp_path / "bert")
     facts = write_facts(tmp_path / f"{ODD}.jsonl")

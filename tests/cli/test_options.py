@@ -1,4 +1,4 @@
-"""Options of `convert`: each is declared once, by a field of a step."""
+"""Options of `convert`, which fields of steps declare."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ DECLARED: list[Option | Parameter] = [*OPTIONS.values(), *(first for first, *_ i
 
 
 @pytest.mark.parametrize("declared", DECLARED, ids=lambda declared: declared.name)
-def test_the_signature_of_convert_is_as_the_options_are_declared(declared: Option | Parameter) -> None:
+def test_signature_of_convert_matches_the_declared_options(declared: Option | Parameter) -> None:
     signature = inspect.signature(compressknow.convert).parameters
-    assert declared.name in signature, f"Add it to the signature: {declared.name}: {annotation_of(declared)}"
+    assert declared.name in signature, f"Add it to the signature: {declared.name}: {format_annotation(declared)}"
     assert signature[declared.name].default == declared.default
-    assert signature[declared.name].annotation == annotation_of(declared)
+    assert signature[declared.name].annotation == format_annotation(declared)
 
 
-def test_no_method_or_scheme_may_call_a_parameter_as_an_option_is_called() -> None:
+def test_parameters_of_methods_and_schemes_cannot_have_names_of_options() -> None:
     options = {name for each in OPTIONS.values() for name in (each.name, each.key)}
     options |= {str(each.name) for each in command.params} | inspect.signature(compressknow.convert).parameters.keys()
     assert options - list_parameters().keys() <= TAKEN
 
 
-def annotation_of(declared: Option | Parameter) -> str:
+def format_annotation(declared: Option | Parameter) -> str:
     kind: Any = declared.kind
     text = "ModuleMap" if kind is ModuleMap else kind.__name__ if isinstance(kind, type) else str(kind)
     if isinstance(declared, Option) and declared.multiple:
@@ -43,8 +43,8 @@ def annotation_of(declared: Option | Parameter) -> str:
     return f"{text} | None" if declared.default is None else text
 
 
-# A step with one field more, before anything that reads what steps declare.
-ADDED = """
+# Adds a field to a step before any module reads the options of steps.
+ADD_OPTION = """
 import sys
 from pathlib import Path
 
@@ -68,19 +68,19 @@ assert recipe.steps[0].damping == 0.02
 assert recipe.to_dict()["steps"][0]["damping"] == 0.02
 assert Recipe.from_dict(recipe.to_dict()) == recipe
 assert format_options(recipe)[:6] == ["--quantize", "int4", "--rounding", "gptq", "--damping", "0.02"]
-usual = build_recipe(steps.Where(), quantize="int4", rounding="gptq")
-assert "damping" not in usual.to_dict()["steps"][0]
+default = build_recipe(steps.Where(), quantize="int4", rounding="gptq")
+assert "damping" not in default.to_dict()["steps"][0]
 cells = read_grid(Path(sys.argv[1]))
 assert [cell.settings["damping"] for cell in cells] == [0.01, 0.05]
 main(["convert", "--help"])
 """
 
 
-def test_an_option_that_a_step_declares_is_one_of_the_command_line_of_recipes_and_of_grids(tmp_path: Path) -> None:
+def test_field_of_a_step_is_an_option_of_the_command_line_recipes_and_grids(tmp_path: Path) -> None:
     grid = tmp_path / "grid.toml"
     grid.write_text('[axes]\nquantize = ["int4"]\nrounding = ["gptq"]\ndamping = [0.01, 0.05]\n')
     done = subprocess.run(
-        [sys.executable, "-c", ADDED, str(grid)],
+        [sys.executable, "-c", ADD_OPTION, str(grid)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""What the command line does with the streams that it is given: closed, full, of a narrow encoding, or shared."""
+"""Standard streams that are closed, full, shared with other programs, or have a narrow encoding."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shell(command: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """`command` in a shell, in which `$0` is the program and `$1`, ... are the arguments."""
+def run_shell(command: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a command in a shell in which `$0` is Python, and `$1`, ... are the arguments."""
     return subprocess.run(
         ["sh", "-c", command, str(sys.executable), *map(str, arguments)],
         capture_output=True,
@@ -35,23 +35,23 @@ def shell(command: str, *arguments: object, **environment: str) -> subprocess.Co
 
 
 @long
-def test_closed_streams_change_nothing_in_what_is_written(model: Path, tmp_path: Path) -> None:
+def test_closed_streams_do_not_change_the_output_folder(model: Path, tmp_path: Path) -> None:
     converted = tmp_path / "converted"
-    done = shell('"$0" -m compressknow convert "$1" "$2" --prune 20% <&- >&- 2>&-', model, converted)
+    done = run_shell('"$0" -m compressknow convert "$1" "$2" --prune 20% <&- >&- 2>&-', model, converted)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert verify(converted).differences == ()
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-"])
-def test_a_closed_stream_changes_nothing_but_what_is_seen(closed: str) -> None:
-    done = shell(f'"$0" -m compressknow --help {closed}')
+def test_closed_stream_does_not_affect_the_other_one(closed: str) -> None:
+    done = run_shell(f'"$0" -m compressknow --help {closed}')
     assert (done.returncode, done.stderr) == (0, b"")
     assert bool(done.stdout) == (">&-" not in closed.split())
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])
-def test_a_wrong_request_ends_the_same_with_a_closed_stream(closed: str, model: Path) -> None:
-    done = shell(f'"$0" -m compressknow convert "$1" new --prune 20 {closed}', model)
+def test_wrong_command_with_a_closed_stream_exits_with_2(closed: str, model: Path) -> None:
+    done = run_shell(f'"$0" -m compressknow convert "$1" new --prune 20 {closed}', model)
     assert done.returncode == 2
     assert done.stdout == b""
     assert b"Traceback" not in done.stderr
@@ -59,39 +59,39 @@ def test_a_wrong_request_ends_the_same_with_a_closed_stream(closed: str, model: 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_the_exit_code_tells_what_a_full_standard_error_cannot() -> None:
-    assert shell('"$0" -m compressknow report --no-such-option 2> /dev/full').returncode == 2
+def test_wrong_command_with_a_full_standard_error_exits_with_2() -> None:
+    assert run_shell('"$0" -m compressknow report --no-such-option 2> /dev/full').returncode == 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_output_that_cannot_be_written_is_one_message() -> None:
-    done = shell('"$0" -m compressknow --help > /dev/full')
+    done = run_shell('"$0" -m compressknow --help > /dev/full')
     assert done.returncode == 1
     assert done.stderr == b"Error: No space left on device: standard output\n"
 
 
-SHOWN = {
+PRINTED = {
     "latin-1": "Zürich... -3.0 % \\ud83d\\ude00",
     "cp1252": "Zürich… -3.0 % \\ud83d\\ude00",
     "utf-8": "Zürich… −3.0 % 😀",
 }
 
 
-@pytest.mark.parametrize("encoding", SHOWN)
-def test_no_encoding_refuses_a_character(encoding: str) -> None:
+@pytest.mark.parametrize("encoding", PRINTED)
+def test_any_text_is_printed_in_every_encoding(encoding: str) -> None:
     script = """
 import sys, click
 from compressknow.cli import run
 text = "Z\u00fcrich\u2026 \u22123.0 % \U0001f600"
 sys.exit(run(click.Command("say", callback=lambda: [click.echo(text), click.echo(text, err=True)]), []))
 """
-    done = shell('"$0" -c "$1"', script, PYTHONIOENCODING=encoding)
+    done = run_shell('"$0" -c "$1"', script, PYTHONIOENCODING=encoding)
     assert done.returncode == 0
-    assert done.stdout.decode(encoding) == done.stderr.decode(encoding) == SHOWN[encoding] + "\n"
+    assert done.stdout.decode(encoding) == done.stderr.decode(encoding) == PRINTED[encoding] + "\n"
 
 
-def test_a_windows_console_gets_its_code_page() -> None:
-    # A stand-in for the console: on Windows alone has Python its class and its code page.
+def test_windows_console_gets_its_code_page() -> None:
+    # Python has the class and the code page of a console only on Windows.
     script = """
 import io, os, sys, click
 from compressknow.cli import run
@@ -102,31 +102,31 @@ sys.stdout = io.TextIOWrapper(io.BufferedWriter(Console(1, "w", closefd=False)),
 text = "Z\u00fcrich\u2026 \U0001f600"
 sys.exit(run(click.Command("say", callback=lambda: click.echo(text)), []))
 """
-    done = shell('"$0" -c "$1"', script)
+    done = run_shell('"$0" -c "$1"', script)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.decode("cp850") == "Zürich... \\ud83d\\ude00\n"
 
 
 @long
 def test_json_stays_json_in_a_narrow_encoding(model: Path) -> None:
-    done = shell('"$0" -m compressknow inspect "$1" --json', model, PYTHONIOENCODING="latin-1")
+    done = run_shell('"$0" -m compressknow inspect "$1" --json', model, PYTHONIOENCODING="latin-1")
     assert (done.returncode, done.stderr) == (0, b"")
     assert json.loads(done.stdout.decode("latin-1"))["model"] == model.name
 
 
-@pytest.mark.parametrize("encoding", SHOWN)
-def test_json_stands_for_the_same_values_in_every_encoding(encoding: str) -> None:
+@pytest.mark.parametrize("encoding", PRINTED)
+def test_json_has_the_same_values_in_every_encoding(encoding: str) -> None:
     script = """
 import sys, click
 from compressknow.cli import run
 from compressknow.cli.terminal import show_json
 sys.exit(run(click.Command("say", callback=lambda: show_json("1914\u20131918 \u2192 \u22123\u2026 \U0001f600")), []))
 """
-    done = shell('"$0" -c "$1"', script, PYTHONIOENCODING=encoding)
+    done = run_shell('"$0" -c "$1"', script, PYTHONIOENCODING=encoding)
     assert json.loads(done.stdout.decode(encoding)) == "1914–1918 → −3… 😀"
 
 
-def test_what_is_printed_behind_pythons_back_is_no_result() -> None:
+def test_output_of_other_libraries_and_programs_goes_to_standard_error() -> None:
     script = textwrap.dedent("""
         import os, sys, click
         from tokenizers import AddedToken
@@ -144,17 +144,17 @@ def test_what_is_printed_behind_pythons_back_is_no_result() -> None:
     assert "from another program" in done.stderr
 
 
-def test_a_tokenizers_chatter_is_not_seen(tmp_path: Path) -> None:
+def test_messages_of_a_tokenizer_are_not_printed(tmp_path: Path) -> None:
     save_trained("bert", tmp_path / "bert")
     facts = write_facts(tmp_path / "facts.jsonl")
     config = tmp_path / "bert" / "tokenizer_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     token = {"content": "[PAD]", "special": True, "unknown_kwarg": True, "lstrip": False}
     config.write_text(json.dumps(settings | {"added_tokens_decoder": {"0": token}}), encoding="utf-8")
-    done = shell(
+    done = run_shell(
         '"$0" -m compressknow probe "$1" -p "facts:$2" -o "$3" --json', tmp_path / "bert", facts, tmp_path / "a"
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["probes"]
-    # On a busy machine it takes so long that its progress is told.
+    # On a busy machine it takes so long that a line of progress is printed.
     assert [line for line in done.stderr.splitlines() if not line.endswith(b"so far")] == []

@@ -1,4 +1,4 @@
-"""Wrong requests are answered at once, before torch is imported, and with what was probably meant."""
+"""Wrong commands fail before torch is imported, with a message that helps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.models import save_tiny
 
-# Runs each command line of stdin in one process; torch, once imported, would show from there on.
+# Runs the command lines of stdin in one process. Once imported, torch would be listed for all later ones.
 RUN_ALL = """
 import contextlib, io, json, sys
 from compressknow.cli import main
@@ -24,10 +24,10 @@ for args in json.load(sys.stdin):
 
 
 class Case(NamedTuple):
-    """`{}` in the arguments is the folder of the test."""
+    """Command and part of its message; `{}` is the folder of the test."""
 
     args: str
-    says: str
+    message: str
 
 
 CASES = [
@@ -111,20 +111,20 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, tuple[int, str, list[str]]]:
-    """The exit code of each case, what it said, and which slow libraries were imported up to then."""
-    place = tmp_path_factory.mktemp("place")
-    save_tiny("bert", place / "model")
-    (place / "there").mkdir()
-    (place / "there.html").touch()
-    (place / "some.gguf").write_bytes(b"GGUF")
-    (place / "wrong.toml").write_text("[[steps]]\nscop = 'final'\nquantize = 'int8'\n", encoding="utf-8")
-    (place / "dangling").symlink_to("nowhere")
-    (place / "export.toml").write_text("[export]\ntypes = [5]\n", encoding="utf-8")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, tuple[int, str, list[str]]]:
+    """Return the exit code and messages of each case, and the slow libraries imported so far."""
+    folder = tmp_path_factory.mktemp("folder")
+    save_tiny("bert", folder / "model")
+    (folder / "there").mkdir()
+    (folder / "there.html").touch()
+    (folder / "some.gguf").write_bytes(b"GGUF")
+    (folder / "wrong.toml").write_text("[[steps]]\nscop = 'final'\nquantize = 'int8'\n", encoding="utf-8")
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "export.toml").write_text("[export]\ntypes = [5]\n", encoding="utf-8")
     texts = "scope = ['attention']\nprune = [0.2]\nmethod = ['wanda']\ncalibration = ['nowhere.txt']\n"
-    (place / "texts.toml").write_text(f"[axes]\n{texts}", encoding="utf-8")
-    (place / "grid.toml").write_text("[axes]\nscop = ['attention']\nprune = [0.2]\n", encoding="utf-8")
-    lines = [[word.replace("{}", str(place)) for word in case.args.split()] for case in CASES]
+    (folder / "texts.toml").write_text(f"[axes]\n{texts}", encoding="utf-8")
+    (folder / "grid.toml").write_text("[axes]\nscop = ['attention']\nprune = [0.2]\n", encoding="utf-8")
+    lines = [[word.replace("{}", str(folder)) for word in case.args.split()] for case in CASES]
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL], input=json.dumps(lines), capture_output=True, text=True, check=True
     )
@@ -132,11 +132,11 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, tuple[int, 
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.args)
-def test_wrong_request_is_answered_before_torch_is_imported(
-    case: Case, answered: dict[Case, tuple[int, str, list[str]]]
+def test_wrong_command_fails_before_torch_is_imported(
+    case: Case, results: dict[Case, tuple[int, str, list[str]]]
 ) -> None:
-    code, said, imported = answered[case]
+    code, errors, imported = results[case]
     assert code in (1, 2)
-    assert case.says in " ".join(said.split())
-    assert "bug in compressknow" not in said
+    assert case.message in " ".join(errors.split())
+    assert "bug in compressknow" not in errors
     assert imported == []

@@ -1,4 +1,4 @@
-"""Damaged files, each from a seed: the same seed gives the same damage."""
+"""Damage files at random; the same seed gives the same damage."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {"": {}}, "t
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Bits flipped, pieces cut out, put in, overwritten, said twice; the file shorter, longer or empty."""
-    place = rng.randrange(len(data) or 1)
-    length = min(rng.choice((1, 2, 8, 64, 512, 4096)), max(len(data) - place, 1))
-    piece = data[place : place + length]
+    """Flip bits; delete, insert, overwrite or repeat a piece; truncate, extend or replace the whole."""
+    start = rng.randrange(len(data) or 1)
+    length = min(rng.choice((1, 2, 8, 64, 512, 4096)), max(len(data) - start, 1))
+    piece = data[start : start + length]
     match rng.randrange(9):
         case 0:
             changed = bytearray(data)
@@ -36,96 +36,96 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
                     changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
             return bytes(changed)
         case 1:
-            return data[:place]
+            return data[:start]
         case 2:
             return data + rng.randbytes(length)
         case 3:
-            return data[:place] + rng.randbytes(length) + data[place:]
+            return data[:start] + rng.randbytes(length) + data[start:]
         case 4:
-            return data[:place] + data[place + length :]
+            return data[:start] + data[start + length :]
         case 5:
-            return data[:place] + rng.choice((b"\0", b"\xff", b" ")) * length + data[place + length :]
+            return data[:start] + rng.choice((b"\0", b"\xff", b" ")) * length + data[start + length :]
         case 6:
-            return data[:place] + piece + data[place:]
+            return data[:start] + piece + data[start:]
         case 7:
-            return data[:place] + rng.choice((b"\xff\xfe", b"\xed\xa0\x80", b"\x1b[2J", b"\xc3")) + data[place:]
+            return data[:start] + rng.choice((b"\xff\xfe", b"\xed\xa0\x80", b"\x1b[2J", b"\xc3")) + data[start:]
         case _:
             return rng.choice((b"", b"\n", b"{}", b"[]", b"null", b"\x80\x04.", data * 2))
 
 
 def mutate_json(text: str, rng: random.Random) -> bytes:
-    """One value of a JSON text of another type, of another size, gone, there twice, or too deep to be read."""
+    """Change, remove, rename, move, repeat or nest one value of a JSON text."""
     content = json.loads(text)
-    places = list(_places(content))
-    if not places:
+    locations = list(_find_locations(content))
+    if not locations:
         return mutate_bytes(text.encode(), rng)
-    holder, key = rng.choice(places)
-    how = rng.randrange(9)
-    if how == 0:
-        del holder[key]
-    elif how == 1:
-        holder[key] = rng.choice(NUMBERS)
-    elif how == 2:
-        holder[key] = rng.choice(TEXTS)
-    elif how == 3:
-        holder[key] = rng.choice(OTHERS)
-    elif how == 4:
-        other, place = rng.choice(places)
-        holder[key], other[place] = other[place], holder[key]
-    elif how == 5 and isinstance(holder, dict):
-        holder[rng.choice(TEXTS)] = holder.pop(key)
-    elif how == 6 and isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
-        holder[key] = rng.choice((holder[key] + 1, holder[key] * 2, holder[key] - 1, -holder[key], str(holder[key])))
-    elif how == 7:
-        holder[key] = [holder[key]] * rng.choice((0, 1, 2, 1000))
+    container, key = rng.choice(locations)
+    choice = rng.randrange(9)
+    if choice == 0:
+        del container[key]
+    elif choice == 1:
+        container[key] = rng.choice(NUMBERS)
+    elif choice == 2:
+        container[key] = rng.choice(TEXTS)
+    elif choice == 3:
+        container[key] = rng.choice(OTHERS)
+    elif choice == 4:
+        other, other_key = rng.choice(locations)
+        container[key], other[other_key] = other[other_key], container[key]
+    elif choice == 5 and isinstance(container, dict):
+        container[rng.choice(TEXTS)] = container.pop(key)
+    elif choice == 6 and isinstance(number := container[key], (int, float)) and not isinstance(number, bool):
+        container[key] = rng.choice((number + 1, number * 2, number - 1, -number, str(number)))
+    elif choice == 7:
+        container[key] = [container[key]] * rng.choice((0, 1, 2, 1000))
     else:
-        return _by_text(content, holder, key, rng)
-    return _written(content)
+        return _mutate_json_text(content, container, key, rng)
+    return _dump(content)
 
 
-def _written(content: Any) -> bytes:
+def _dump(content: Any) -> bytes:
     try:
         return json.dumps(content, indent=1).encode()
     except (ValueError, RecursionError):
-        # A value put into itself.
+        # A value contains itself.
         return b"{"
 
 
-def _by_text(content: Any, holder: Any, key: Any, rng: random.Random) -> bytes:
-    """What no writer of JSON gives: a key twice, a number of a thousand digits, brackets without end."""
+def _mutate_json_text(content: Any, container: Any, key: Any, rng: random.Random) -> bytes:
+    """Replace a value by what no writer of JSON writes: a repeated key, a huge number, endless brackets."""
     mark = "\u0001here\u0001"
-    value = json.dumps(holder[key])
-    holder[key] = mark
-    written = _written(content).decode()
+    value = json.dumps(container[key])
+    container[key] = mark
+    text = _dump(content).decode()
     quoted = json.dumps(mark)
-    if isinstance(holder, dict) and rng.randrange(2):
-        twice = f"{json.dumps(key)}: {json.dumps(rng.choice(OTHERS))}, {json.dumps(key)}: {value}"
-        return written.replace(f"{json.dumps(key)}: {quoted}", twice).encode()
-    instead = rng.choice(("9" * 5000, "[" * 100_000, '{"a":' * 50_000, "1e999", "-", "NaN", "[" * 900 + "]" * 900))
-    return written.replace(quoted, instead).encode()
+    if isinstance(container, dict) and rng.randrange(2):
+        repeated = f"{json.dumps(key)}: {json.dumps(rng.choice(OTHERS))}, {json.dumps(key)}: {value}"
+        return text.replace(f"{json.dumps(key)}: {quoted}", repeated).encode()
+    invalid = rng.choice(("9" * 5000, "[" * 100_000, '{"a":' * 50_000, "1e999", "-", "NaN", "[" * 900 + "]" * 900))
+    return text.replace(quoted, invalid).encode()
 
 
-def _places(content: Any) -> Any:
-    """Every place of a value below a JSON value: what holds it, and its key or number there."""
+def _find_locations(content: Any) -> Any:
+    """Yield the container and the key or index of every value below a JSON value."""
     if isinstance(content, dict):
-        places = [(content, key) for key in content]
+        locations = [(content, key) for key in content]
     elif isinstance(content, list):
-        # Of a long list the first and last few: all else is alike.
-        places = [(content, n) for n in range(len(content)) if n < 5 or n >= len(content) - 2]
+        # Only the first and last few of a long list: the others are like them.
+        locations = [(content, n) for n in range(len(content)) if n < 5 or n >= len(content) - 2]
     else:
         return
-    for holder, key in places:
-        yield holder, key
-        yield from _places(holder[key])
+    for container, key in locations:
+        yield container, key
+        yield from _find_locations(container[key])
 
 
 def mutate_header(data: bytes, rng: random.Random) -> bytes:
-    """A safetensors file: its header mutated as JSON, or the length that it gives for it."""
+    """Mutate the header of a safetensors file as JSON or as bytes, or change its length field."""
     (length,) = struct.unpack("<Q", data[:8])
     header, body = data[8 : 8 + length], data[8 + length :]
     if rng.randrange(6) == 0:
-        said = rng.choice((0, 1, length - 1, length + 1, len(data), 100_000_001, 2**32, 2**63, 2**64 - 1))
-        return struct.pack("<Q", said) + header + body
+        wrong = rng.choice((0, 1, length - 1, length + 1, len(data), 100_000_001, 2**32, 2**63, 2**64 - 1))
+        return struct.pack("<Q", wrong) + header + body
     if rng.randrange(4) == 0:
         header = mutate_bytes(header, rng)
     else:
@@ -136,44 +136,44 @@ def mutate_header(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_lines(data: bytes, rng: random.Random) -> bytes:
-    """Lines of JSON: one mutated, or lines gone, twice, or changed about."""
+    """Mutate one of several lines of JSON, or remove, repeat or swap lines."""
     return _mutate_line(data, rng, lambda line: mutate_json(line.decode(), rng).replace(b"\n", b" "))
 
 
 def mutate_toml(data: bytes, rng: random.Random) -> bytes:
-    """A TOML text: a value of another type or size, or lines gone, twice or changed about."""
+    """Change a value of a TOML text, or remove, repeat or swap lines."""
     values = ('"x"', "1e400", "-1", "nan", "9" * 400, "[]", "{}", '"\\u001b[31m"', "[" * 3000, "true", '"(a+)+$"')
     return _mutate_line(data, rng, lambda line: line.split(b"=")[0] + b"= " + rng.choice(values).encode())
 
 
 def _mutate_line(data: bytes, rng: random.Random, mutate: Callable[[bytes], bytes]) -> bytes:
     lines = data.splitlines(keepends=True)
-    place, other = rng.randrange(len(lines)), rng.randrange(len(lines))
+    first, second = rng.randrange(len(lines)), rng.randrange(len(lines))
     match rng.randrange(5):
         case 0:
-            del lines[place]
+            del lines[first]
         case 1:
-            lines.insert(place, lines[other])
+            lines.insert(first, lines[second])
         case 2:
-            lines[place], lines[other] = lines[other], lines[place]
+            lines[first], lines[second] = lines[second], lines[first]
         case _:
-            lines[place] = mutate(lines[place]) + b"\n"
+            lines[first] = mutate(lines[first]) + b"\n"
     return b"".join(lines)
 
 
 def mutate_file(
     path: Path, swaps: list[Path], mutate: Callable[[bytes, random.Random], bytes], rng: random.Random
 ) -> str:
-    """Damage a file in place, or put one of `swaps` or something else there; what was done, in a word."""
+    """Damage a file in place, or put one of `swaps` or something else there, and return what was done."""
     data = path.read_bytes()
-    way = rng.randrange(24)
-    if way == 0:
+    choice = rng.randrange(24)
+    if choice == 0:
         shutil.copyfile(rng.choice(swaps), path)
         return "another file in its place"
-    if way == 1:
+    if choice == 1:
         path.unlink()
-        return _in_place_of(path, rng)
-    if way < 8:
+        return _replace(path, rng)
+    if choice < 8:
         path.write_bytes(mutate_bytes(data, rng))
         return "bytes"
     try:
@@ -183,8 +183,8 @@ def mutate_file(
     return mutate.__name__.removeprefix("mutate_")
 
 
-def _in_place_of(path: Path, rng: random.Random) -> str:
-    """What else can stand under a file's name."""
+def _replace(path: Path, rng: random.Random) -> str:
+    """Put a folder, a link or a pipe in the place of a file, or nothing."""
     match rng.randrange(6):
         case 0:
             return "gone"
@@ -205,6 +205,5 @@ def _in_place_of(path: Path, rng: random.Random) -> str:
             return "a link to an endless device"
 
 
-def as_json(data: bytes, rng: random.Random) -> bytes:
-    """`mutate_json` of a file's bytes."""
+def mutate_json_bytes(data: bytes, rng: random.Random) -> bytes:
     return mutate_json(data.decode(), rng)

@@ -1,4 +1,4 @@
-"""Commands to disturb, each in a folder of its own that holds what it needs and what a user has there already."""
+"""Commands to disturb, each in a new folder with its inputs and with files of the user."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressknow.evaluate.answers import SEAL
-from tests.faults.warm import Warm
+from tests.faults.warm import RunServer
 from tests.knowing import save_trained, write_facts
 
 FACTS, MORE = "facts.jsonl", "more.jsonl"
@@ -19,16 +19,16 @@ scope = ["attention", "feed-forward"]
 prune = [0.3]
 """
 COMPRESS = "--scope attention --prune 0.2 --quantize int8"
-# Written again and again while a study goes on: their content on the way is nobody's result.
-ON_THE_WAY = (".lock", "answers.parquet", "probe.json")
+# Their content changes until a study is complete.
+UNFINISHED = (".lock", "answers.parquet", "probe.json")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A command, and what stands in its folder beside the model and the facts: `has` of the results of other scenes."""
+    """Command, and results of other commands that its folder has besides the model and the facts."""
 
     command: str
-    has: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
 
     @property
     def args(self) -> list[str]:
@@ -52,12 +52,12 @@ SCENES = {
 
 
 class Stage:
-    """Builds the folders of scenes, each from what was made once."""
+    """Folders of scenes, which are copied from files made once."""
 
-    def __init__(self, folder: Path, server: Warm) -> None:
+    def __init__(self, folder: Path, server: RunServer) -> None:
         self.folder, self.server = folder, server
         self._number = 0
-        self._ends: dict[str, dict[str, bytes]] = {}
+        self._results: dict[str, dict[str, bytes]] = {}
         self.seconds: dict[str, float] = {}
         self._props = folder / "props"
         self._props.mkdir(parents=True)
@@ -73,37 +73,37 @@ class Stage:
             outcome = server.run(command.split(), self._props)
             assert outcome.code == 0, outcome
 
-    def set(self, scene: Scene) -> Path:
-        """A new folder with all that a scene needs."""
+    def set_up(self, scene: Scene) -> Path:
+        """Make a new folder with all that a scene needs."""
         self._number += 1
         root = self.folder / f"{self._number}"
         (root / "home" / "tmp").mkdir(parents=True)
-        for name in ("model", FACTS, MORE, "grid.toml", "precious.txt", *scene.has):
+        for name in ("model", FACTS, MORE, "grid.toml", "precious.txt", *scene.results):
             source = self._props / name
             shutil.copytree(source, root / name) if source.is_dir() else shutil.copyfile(source, root / name)
         return root
 
-    def end_of(self, name: str) -> dict[str, bytes]:
-        """What an undisturbed run leaves: files below the folder and what is in them."""
-        if name not in self._ends:
-            root = self.set(SCENES[name])
+    def read_results(self, name: str) -> dict[str, bytes]:
+        """Return the files after an undisturbed run."""
+        if name not in self._results:
+            root = self.set_up(SCENES[name])
             outcome = self.server.run(SCENES[name].args, root)
-            assert (outcome.code, outcome.faults()) == (0, []), outcome
-            self._ends[name], self.seconds[name] = files_of(root), outcome.seconds
+            assert (outcome.code, outcome.find_problems()) == (0, []), outcome
+            self._results[name], self.seconds[name] = read_files(root), outcome.seconds
             shutil.rmtree(root)
-        return self._ends[name]
+        return self._results[name]
 
 
-def files_of(root: Path) -> dict[str, bytes]:
-    """Files below a folder and what is in them, without the times that stand there; of folders just the names."""
-    found = {}
+def read_files(root: Path) -> dict[str, bytes]:
+    """Return the files and folders below a folder, by name, without timings."""
+    files = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
-        found[name + "/" * path.is_dir()] = b"" if path.is_dir() else _content(path)
-    return found
+        files[name + "/" * path.is_dir()] = b"" if path.is_dir() else _read_file(path)
+    return files
 
 
-def _content(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     if path.name != "probe.json":
         return path.read_bytes()
     try:
@@ -112,11 +112,11 @@ def _content(path: Path) -> bytes:
         return b"torn " + path.read_bytes()
     for probe in record["probes"].values():
         probe["seconds"] = 0
-    # The hash of the record, seconds and all.
+    # The hash of the record covers the seconds.
     record.pop(SEAL, None)
     return json.dumps(record).encode()
 
 
-def differing(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> list[str]:
-    """Names of files that only one of two folders has, or that differ."""
-    return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
+def find_differences(first: Mapping[str, bytes], second: Mapping[str, bytes]) -> list[str]:
+    """Return the names of files that differ, or that only one of two folders has."""
+    return [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]

@@ -1,6 +1,6 @@
-"""Damaged files: one clear message or a right result, never a crash, a hang, or a result that is wrong.
+"""Damaged files give one message or a right result, never a crash, a hang or a wrong result.
 
-These are a few seeds of each kind of file; `make faults` runs 20,000.
+These are a few seeds per kind of file; `make faults` runs 20,000.
 """
 
 from __future__ import annotations
@@ -13,6 +13,6 @@ SEEDS = range(5)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_a_damaged_file_is_one_message_or_changes_nothing(bench: Bench, kind: str) -> None:
-    wrong = [line for seed in SEEDS for line in bench.run(kind, seed)]
-    assert not wrong, "\n".join([*wrong, f"One alone: python -m tests.faults mutants {kind} SEED"])
+def test_damaged_file_is_one_message_or_changes_nothing(bench: Bench, kind: str) -> None:
+    problems = [line for seed in SEEDS for line in bench.run(kind, seed)]
+    assert not problems, "\n".join([*problems, f"Repeat one: python -m tests.faults mutants {kind} SEED"])

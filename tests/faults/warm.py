@@ -1,6 +1,6 @@
-"""Runs of the command line in processes forked from one that has imported everything: a start takes milliseconds.
+"""Runs of the command line as forks of a server that has imported everything, which start in milliseconds.
 
-The server is a process of its own, without threads, so that a fork of it is whole.
+The server is a process without threads, so it can fork safely.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ from typing import Any
 
 from tests.faults.watching import Watch, listen
 
-# Of work, by the clock of the processor: a machine that does other work beside is not a hang. The longest wait is by
-# the clock on the wall.
-SECONDS, LONGEST_WAIT = 20, 180.0
-BYTES = 2 << 30
+# Of CPU time. The limit of the real time is higher, since the machine may be busy.
+MAX_CPU_SECONDS, MAX_SECONDS = 20, 180.0
+MAX_BYTES = 2 << 30
 ROOT = Path(__file__).parents[2]
-_MORE = (
+_MODULES = (
     *("pyarrow.parquet", "matplotlib.pyplot", "scipy.stats", "jinja2", "gguf", "tokenizers", "yaml"),
-    # Importing release 0.16 loads the compiler of torch, which asks where temporary files lie: that makes a file.
+    # Importing release 0.16 loads the compiler of torch, which creates a file to find the temporary folder.
     "compressed_tensors.compressors",
 )
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FAMILIES = ("bert", "llama", "t5", "gpt2")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A run: `args` of `compressknow` in the folder `cwd`, and what happens to it at which of its changes to files.
+    """Run of `compressknow ARGS` in the folder `cwd`, and disturbances.
 
-    `signal_at` is a signal's number and a change, `signal_after` a signal's number and seconds after its start.
+    kill_at, full_from : the change to a file at which it is killed, or from which on the disk is full.
+    signal_at : a signal's number, and the change at which it is sent.
+    signal_after : a signal's number, and the seconds after which it is sent.
     """
 
     args: Sequence[str]
@@ -56,16 +57,18 @@ class Request:
     signal_at: tuple[int, int] | None = None
     signal_after: tuple[int, float] | None = None
     watch: bool = False
-    seconds: float = LONGEST_WAIT
+    seconds: float = MAX_SECONDS
     environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """Result of a run.
 
-    `code` is the exit code, or minus the signal that killed it; `peak` the bytes of memory that it took above the
-    imports; `changes` what it did to files (where it was watched), and `struck` that of them at which it was disturbed.
+    code : the exit code, or minus the signal that killed it.
+    peak : bytes of memory, without those of the imports.
+    changes : changes to files, if it was watched.
+    struck : the change at which it was disturbed.
     """
 
     code: int
@@ -77,35 +80,35 @@ class Outcome:
     changes: Sequence[str] = ()
     struck: str | None = None
 
-    def faults(self) -> list[str]:
-        """What no run may show, whatever was done to it or to its input."""
+    def find_problems(self) -> list[str]:
+        """Return what no run may show, whatever the disturbance or the input."""
         text = self.out + self.err
-        found = []
+        problems = []
         if self.timed_out:
-            found.append(f"waits for more than {LONGEST_WAIT:.0f} s")
+            problems.append(f"waits for more than {MAX_SECONDS:.0f} s")
         elif self.code == -signal.SIGXCPU:
-            found.append(f"no end in {SECONDS} s of work")
+            problems.append(f"no end in {MAX_CPU_SECONDS} s of work")
         elif self.code not in (0, 1, 2, 3, 130, 143):
-            found.append(f"exit code {self.code}")
-        if self.peak > BYTES:
-            found.append(f"{self.peak / 1e9:.1f} GB of memory")
+            problems.append(f"exit code {self.code}")
+        if self.peak > MAX_BYTES:
+            problems.append(f"{self.peak / 1e9:.1f} GB of memory")
         if "bug in compressknow" in text:
-            found.append("calls itself at fault")
+            problems.append("calls itself at fault")
         if "Traceback" in text:
-            found.append("a traceback")
+            problems.append("a traceback")
         messages = len(re.findall("^Error: ", self.err, re.MULTILINE))
         if self.code in (1, 2) and messages != 1:
-            found.append(f"{messages} messages, not one")
+            problems.append(f"{messages} messages, not one")
         if controls := {c for c in text if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160}:
-            found.append(f"control characters {controls}")
-        return found
+            problems.append(f"control characters {controls}")
+        return problems
 
 
-class Warm:
-    """The client of a server of runs."""
+class RunServer:
+    """Client of a server of runs."""
 
     def __init__(self) -> None:
-        here, there = socket.socketpair()
+        ours, theirs = socket.socketpair()
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
@@ -113,10 +116,10 @@ class Warm:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        command = [sys.executable, "-m", "tests.faults.warm", str(there.fileno())]
-        self._server = subprocess.Popen(command, pass_fds=[there.fileno()], env=environment, cwd=ROOT)
-        there.close()
-        self._channel = here.makefile("rw")
+        command = [sys.executable, "-m", "tests.faults.warm", str(theirs.fileno())]
+        self._server = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, cwd=ROOT)
+        theirs.close()
+        self._channel = ours.makefile("rw")
         self.runs, self.slowest, self.largest = 0, 0.0, 0
 
     def run(self, args: Sequence[str], cwd: Path, **options: Any) -> Outcome:
@@ -135,8 +138,8 @@ class Warm:
 
 
 @contextlib.contextmanager
-def warm() -> Iterator[Warm]:
-    server = Warm()
+def start_server() -> Iterator[RunServer]:
+    server = RunServer()
     try:
         yield server
     finally:
@@ -155,7 +158,7 @@ def _import_everything() -> None:
         from transformers import AutoModel, AutoTokenizer  # noqa: F401
 
         torch.set_num_threads(1)
-        for name in (*_MORE, *(f"transformers.models.{family}.modeling_{family}" for family in _FAMILIES)):
+        for name in (*_MODULES, *(f"transformers.models.{family}.modeling_{family}" for family in _FAMILIES)):
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
 
@@ -166,22 +169,22 @@ def _serve(channel: socket.socket) -> None:
     gc.freeze()
     with channel.makefile("rw") as stream:
         for line in stream:
-            print(json.dumps(asdict(_supervised(Request(**json.loads(line))))), file=stream, flush=True)
+            print(json.dumps(asdict(_supervise(Request(**json.loads(line))))), file=stream, flush=True)
 
 
-def _supervised(request: Request) -> Outcome:
+def _supervise(request: Request) -> Outcome:
     watch = Watch(Path(request.cwd), request.kill_at, request.full_from, request.signal_at)
     watched = request.watch or (request.kill_at, request.full_from, request.signal_at) != (None, None, None)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        here, there = socket.socketpair()
+        ours, theirs = socket.socketpair()
         start = time.monotonic()
         process = os.fork()
         if process == 0:
-            here.close()
-            _child(request, out.fileno(), err.fileno(), there, watched)
-        there.close()
-        started, listeners, _, _ = socket.recv_fds(here, 64, 1)
-        here.close()
+            ours.close()
+            _execute(request, out.fileno(), err.fileno(), theirs, watched)
+        theirs.close()
+        resident, listeners, _, _ = socket.recv_fds(ours, 64, 1)
+        ours.close()
         timed_out = _follow(process, next(iter(listeners), None), watch, request)
         _, status, usage = os.wait4(process, 0)
         with contextlib.suppress(ProcessLookupError):
@@ -189,12 +192,12 @@ def _supervised(request: Request) -> Outcome:
         seconds = time.monotonic() - start
         texts = [os.pread(file.fileno(), 1 << 20, 0).decode("utf-8", "surrogateescape") for file in (out, err)]
     code = os.waitstatus_to_exitcode(status)
-    peak = usage.ru_maxrss * 1024 - int(started or b"0")
+    peak = usage.ru_maxrss * 1024 - int(resident or b"0")
     return Outcome(code, *texts, seconds, peak, timed_out, watch.changes, watch.struck)
 
 
-def _child(request: Request, out: int, err: int, channel: socket.socket, watched: bool) -> None:
-    """Become a run of the command line; never returns."""
+def _execute(request: Request, out: int, err: int, channel: socket.socket, watched: bool) -> None:
+    """Run the command line in this process, and exit."""
     from compressknow.cli import main
 
     code = 70
@@ -204,22 +207,22 @@ def _child(request: Request, out: int, err: int, channel: socket.socket, watched
             os.dup2(source, target)
         os.chdir(request.cwd)
         _set_environment(request)
-        for number in _ENDING:
+        for number in _SIGNALS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        limit = _virtual() + BYTES + (1 << 30)
+        limit = _measure_memory(0) + MAX_BYTES + (1 << 30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
+        resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_SECONDS, MAX_CPU_SECONDS + 5))
         sys.argv = ["compressknow", *request.args]
         listeners = [listen()] if watched else []
-        socket.send_fds(channel, [b"%d" % _resident()], listeners)
+        socket.send_fds(channel, [b"%d" % _measure_memory(1)], listeners)
         for descriptor in (channel.detach(), *listeners):
             os.close(descriptor)
         try:
             code = main(list(request.args))
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
-        for number in _ENDING:
+        for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -228,7 +231,7 @@ def _child(request: Request, out: int, err: int, channel: socket.socket, watched
 
 
 def _set_environment(request: Request) -> None:
-    """Whatever a run keeps, it keeps below its folder."""
+    """Let the run write caches and temporary files only below its folder."""
     home = Path(request.cwd, "home")
     for name, value in {"HOME": home, "XDG_CACHE_HOME": home / "cache", "TMPDIR": home / "tmp"}.items():
         os.environ[name] = str(value)
@@ -237,7 +240,7 @@ def _set_environment(request: Request) -> None:
 
 
 def _follow(process: int, listener: int | None, watch: Watch, request: Request) -> bool:
-    """Wait for the end of a run, dealing with its changes; True where it was ended at its deadline."""
+    """Handle the changes of a run until it ends, and return whether it was killed at its deadline."""
     start = time.monotonic()
     number, moment = request.signal_after or (0, float("inf"))
     ending = os.pidfd_open(process)
@@ -267,16 +270,9 @@ def _follow(process: int, listener: int | None, watch: Watch, request: Request) 
                 os.close(descriptor)
 
 
-def _pages(column: int) -> int:
+def _measure_memory(column: int) -> int:
+    """Return the bytes of virtual (0) or resident (1) memory."""
     return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[column]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _virtual() -> int:
-    return _pages(0)
-
-
-def _resident() -> int:
-    return _pages(1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Every change that a process makes to the files below a folder, seen at the system call that makes it.
+"""Intercept all system calls by which a process changes files below a folder.
 
-Linux tells a supervisor of chosen system calls before they happen (seccomp user notification), whoever makes them:
-Python, pyarrow's C++ or a thread. The supervisor lets a call through, fails it, or kills the process at it.
+Linux notifies a supervisor before chosen system calls (seccomp user notification), no matter whether Python, C++ code
+or a thread makes them. The supervisor lets a call continue, fails it, or kills the process.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import platform
 import re
 import signal
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# Numbers of system calls, by machine: those of a table that a machine lacks are left out.
+# Numbers of system calls, by machine. Some machines lack some calls.
 _NUMBERS = {
     "x86_64": {
         "write": 1, "pwrite": 18, "writev": 20, "pwritev": 296, "open": 2, "creat": 85, "openat": 257,
@@ -36,7 +35,7 @@ _NUMBERS = {
 }  # fmt: skip
 NUMBERS = _NUMBERS.get(platform.machine(), {})
 _NAMES = {number: name for name, number in NUMBERS.items()}
-# Where a call has its descriptor, or its folder's descriptor (None: the working folder) and the path.
+# Index of the argument that is a call's descriptor, or of its folder's descriptor (None: working folder) and its path.
 _DESCRIPTOR = {"copy_file_range": 2} | dict.fromkeys(
     ("write", "pwrite", "writev", "pwritev", "ftruncate", "fallocate", "fchmod", "fsync", "fdatasync", "sendfile"), 0
 )
@@ -48,7 +47,7 @@ _PATH: dict[str, tuple[int | None, int]] = (
 )
 _FLAGS = {"open": 1, "openat": 2}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-# What a full disk refuses. Names are removed and renamed there as ever.
+# Calls that fail on a full disk. Removing and renaming work.
 _TAKES_SPACE = {
     "write", "pwrite", "writev", "pwritev", "fallocate", "creat", "symlink", "symlinkat", "link",
     "linkat", "fsync", "fdatasync", "copy_file_range", "sendfile",
@@ -56,7 +55,7 @@ _TAKES_SPACE = {
 
 _ALLOW, _NOTIFY = 0x7FFF0000, 0x7FC00000
 _NO_NEW_PRIVILEGES, _SET_FILTER, _NEW_LISTENER = 38, 1, 1 << 3
-# A signal waits until the call has been answered (Linux 5.19): else the call would fail, as no call to a disk does.
+# Signals wait until the supervisor has answered (Linux 5.19): else they make calls fail, unlike on a real disk.
 _SIGNALS_WAIT = 1 << 5
 _SECCOMP = {"x86_64": 317, "aarch64": 277}.get(platform.machine())
 _RECEIVE, _SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1
@@ -65,7 +64,7 @@ _AT_FDCWD = -100
 
 @dataclass(frozen=True)
 class Change:
-    """One system call that would change a file: `call` of the process `thread`, on `path`."""
+    """System call of a thread that would change a file."""
 
     identity: int
     thread: int
@@ -77,37 +76,37 @@ class Change:
         return f"{self.call} {self.path.name}"
 
 
-def why_not() -> str | None:
-    """Why changes cannot be watched here; None where they can."""
+def find_obstacle() -> str | None:
+    """Return why changes cannot be watched on this machine, or None."""
     if not NUMBERS or not hasattr(os, "pidfd_open"):
-        return f"system calls are watched on Linux alone (this is {platform.system()} on {platform.machine()})"
+        return f"system calls are watched only on Linux (this is {platform.system()} on {platform.machine()})"
     actions = Path("/proc/sys/kernel/seccomp/actions_avail")
     release = [int(part) for part in re.findall(r"\d+", platform.release())[:2]]
     if release < [5, 19] or not actions.is_file() or "user_notif" not in actions.read_text(encoding="utf-8").split():
-        return "this kernel does not tell of system calls (seccomp user notification, Linux 5.19)"
+        return "this kernel has no seccomp user notification (Linux 5.19)"
     return None
 
 
 def listen() -> int:
-    """Have this process's changes told from now on; the descriptor that tells them, for its supervisor."""
-    program = _program()
+    """Start the notifications for this process, and return the descriptor on which its supervisor reads them."""
+    program = _build_filter()
     instructions = ctypes.create_string_buffer(b"".join(program))
     filter_ = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(instructions)))
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     descriptor = libc.syscall(_SECCOMP, _SET_FILTER, _NEW_LISTENER | _SIGNALS_WAIT, filter_)
     if descriptor < 0:
-        raise OSError(ctypes.get_errno(), "seccomp refuses to tell of system calls")
+        raise OSError(ctypes.get_errno(), "seccomp refuses to notify of system calls")
     return int(descriptor)
 
 
-def _program() -> list[bytes]:
-    """The filter: which calls are told. Opening a file to read it is none."""
+def _build_filter() -> list[bytes]:
+    """Return the filter's instructions. Opening a file to read it is not a change."""
 
     def statement(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("HBBI", code, if_true, if_false, value)
 
-    load, equal, any_bit, leave = 0x20, 0x15, 0x45, 0x06
+    load, equal, any_bit, ret = 0x20, 0x15, 0x45, 0x06
     program = [statement(load, 0)]
     for name, number in NUMBERS.items():
         if name in _FLAGS:
@@ -115,60 +114,59 @@ def _program() -> list[bytes]:
                 statement(equal, number, 0, 4),
                 statement(load, 16 + 8 * _FLAGS[name]),
                 statement(any_bit, _WRITING, 0, 1),
-                statement(leave, _NOTIFY),
-                statement(leave, _ALLOW),
+                statement(ret, _NOTIFY),
+                statement(ret, _ALLOW),
             ]
         else:
-            program += [statement(equal, number, 0, 1), statement(leave, _NOTIFY)]
-    return [*program, statement(leave, _ALLOW)]
+            program += [statement(equal, number, 0, 1), statement(ret, _NOTIFY)]
+    return [*program, statement(ret, _ALLOW)]
 
 
-def next_change(listener: int) -> Change | None:
-    """The call that waits at the listener; None where its process is gone."""
-    told = bytearray(80)
+def read_change(listener: int) -> Change | None:
+    """Return the call that waits for an answer, or None if its process is gone."""
+    notification = bytearray(80)
     try:
-        fcntl.ioctl(listener, _RECEIVE, told)
+        fcntl.ioctl(listener, _RECEIVE, notification)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.EINTR):
             return None
         raise
-    identity, thread, _, number, _, _, *arguments = struct.unpack("QIIiIQ6Q", told)
+    identity, thread, _, number, _, _, *arguments = struct.unpack("QIIiIQ6Q", notification)
     call = _NAMES[number]
-    return Change(identity, thread, call, tuple(arguments), _path(thread, call, arguments))
+    return Change(identity, thread, call, tuple(arguments), _find_path(thread, call, arguments))
 
 
-def let(listener: int, change: Change) -> None:
-    """Let a call happen."""
+def allow(listener: int, change: Change) -> None:
     _answer(listener, struct.pack("QqiI", change.identity, 0, 0, _CONTINUE))
 
 
 def fail(listener: int, change: Change, number: int) -> None:
-    """Have a call fail with this error number, as if it had happened."""
+    """Make a call return this error number, without executing it."""
     _answer(listener, struct.pack("QqiI", change.identity, 0, -number, 0))
 
 
 def takes_space(change: Change) -> bool:
-    """Whether a full disk refuses this change."""
+    """Return whether this change fails on a full disk."""
     if change.call in (*_FLAGS, "mkdir", "mkdirat"):
         return not change.path.exists()
-    # The names in a folder take none.
+    # Syncing a folder's entries works.
     return change.call in _TAKES_SPACE and not (change.call == "fsync" and change.path.is_dir())
 
 
 def tear(change: Change) -> None:
-    """Put half of what the call would write into the file, as a machine that stops in the middle of it does."""
+    """Write half of the bytes of a call, as when a machine stops in the middle of a write."""
     if change.call not in ("write", "pwrite"):
         return
     descriptor, address, size = change.arguments[0], change.arguments[1], change.arguments[2] // 2
-    here = Path(f"/proc/{change.thread}")
+    proc = Path(f"/proc/{change.thread}")
     position = change.arguments[3]
     if change.call == "write":
-        state = dict(line.split(":", 1) for line in (here / f"fdinfo/{descriptor}").read_text().splitlines())
+        state = dict(line.split(":", 1) for line in (proc / f"fdinfo/{descriptor}").read_text().splitlines())
         appends = int(state["flags"], 8) & os.O_APPEND
         position = change.path.stat().st_size if appends else int(state["pos"])
-    file = os.open(here / f"fd/{descriptor}", os.O_WRONLY)
+    file = os.open(proc / f"fd/{descriptor}", os.O_WRONLY)
     try:
-        os.pwrite(file, _memory(change.thread, address, size), position)
+        os.pwrite(file, _read_memory(change.thread, address, size), position)
     finally:
         os.close(file)
 
@@ -177,27 +175,27 @@ def _answer(listener: int, answer: bytes) -> None:
     try:
         fcntl.ioctl(listener, _SEND, answer)
     except OSError as error:
-        # A signal took the process out of the call: it calls again.
+        # A signal interrupted the call; the process repeats it.
         if error.errno != errno.ENOENT:
             raise
 
 
-def _path(thread: int, call: str, arguments: list[int]) -> Path:
-    """The file that a call is about; an empty path where the process is gone."""
+def _find_path(thread: int, call: str, arguments: list[int]) -> Path:
+    """Return the path of the file that a call changes, or an empty one if the process is gone."""
     try:
         if call in _DESCRIPTOR:
             return Path(f"/proc/{thread}/fd/{arguments[_DESCRIPTOR[call]]}").readlink()
         at, name = _PATH[call]
         folder = _AT_FDCWD if at is None else ctypes.c_int(arguments[at] & 0xFFFFFFFF).value
         base = Path(f"/proc/{thread}", "cwd" if folder == _AT_FDCWD else f"fd/{folder}").readlink()
-        return Path(base, os.fsdecode(_memory(thread, arguments[name], 4096).split(b"\0", 1)[0]))
+        return Path(base, os.fsdecode(_read_memory(thread, arguments[name], 4096).split(b"\0", 1)[0]))
     except OSError:
         return Path()
 
 
-def _memory(thread: int, address: int, size: int) -> bytes:
+def _read_memory(thread: int, address: int, size: int) -> bytes:
     with open(f"/proc/{thread}/mem", "rb", buffering=0) as memory:  # noqa: PTH123
-        # Not past the page that the text ends in: the next may not be there.
+        # Read page by page: the page after the end of the text may not exist.
         parts = b""
         while size:
             step = min(size, 4096 - address % 4096)
@@ -210,18 +208,15 @@ def _memory(thread: int, address: int, size: int) -> bytes:
         return parts
 
 
-Decide = Callable[[int, Change], str]
-
-
 class Watch:
-    """Decides what becomes of each change below a folder, counting from 0.
+    """Handles the changes below a folder, numbered from 0.
 
     Parameters
     ----------
-    root : changes elsewhere are let through and not counted.
-    kill_at : the change at which the process is killed, half of a write done.
+    root : changes elsewhere are allowed and not counted.
+    kill_at : the change at which the process is killed, after half of a write.
     full_from : the change from which on the disk is full.
-    signal_at : a signal's number, and the change at which it comes.
+    signal_at : a signal's number, and the change at which it is sent.
     """
 
     def __init__(
@@ -236,12 +231,12 @@ class Watch:
         self.struck: str | None = None
 
     def handle(self, listener: int, process: int) -> None:
-        """Deal with the call that waits at the listener."""
-        change = next_change(listener)
+        """Answer the call that waits."""
+        change = read_change(listener)
         if change is None:
             return
         if not change.path.is_relative_to(self.root):
-            let(listener, change)
+            allow(listener, change)
             return
         number = len(self.changes)
         self.changes.append(f"{change.call} {change.path.relative_to(self.root)}")
@@ -256,4 +251,4 @@ class Watch:
             if self.signal_at and number == self.signal_at[1] and not self.struck:
                 self.struck = self.changes[-1]
                 os.kill(process, self.signal_at[0])
-            let(listener, change)
+            allow(listener, change)

@@ -1,4 +1,4 @@
-"""Runs something hostile, and bounds what it may take: 20 seconds of work, 2 GB, and no waiting forever."""
+"""Limits for reading hostile files: 20 seconds of CPU time, 2 GB of memory, and no endless wait."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ import pytest
 
 from compressknow.cli import main
 
-MOST_SECONDS, MOST_BYTES = 20, 2 << 30
-# Of the clock on the wall: a machine that does other work beside the tests is not a hang.
-LONGEST_WAIT = 180
+MAX_CPU_SECONDS, MAX_BYTES = 20, 2 << 30
+# The limit of the real time is higher, since the machine may be busy.
+MAX_SECONDS = 180
 
 
 class Hangs(BaseException):
-    """Not an Exception: no handler of the code under test may swallow it."""
+    """Error that handlers of `Exception` in the tested code do not catch."""
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Fail what computes for over 20 seconds or waits for minutes (it is interrupted), or takes 2 GB more memory."""
+    """Raise `Hangs` after 20 seconds of CPU time or 3 minutes, and fail if more than 2 GB of memory were used."""
     signal.signal(signal.SIGPROF, _interrupt)
     signal.signal(signal.SIGALRM, _interrupt)
-    signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
-    signal.alarm(LONGEST_WAIT)
+    signal.setitimer(signal.ITIMER_PROF, MAX_CPU_SECONDS)
+    signal.alarm(MAX_SECONDS)
     before = _reset_peak()
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-    assert _status("VmHWM") - before < MOST_BYTES, f"{_status('VmHWM') - before:,} bytes more"
+    assert _read_status("VmHWM") - before < MAX_BYTES, f"{_read_status('VmHWM') - before:,} bytes more"
 
 
-def refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
-    """What the command line says on stderr: it must refuse in one message, within the bounds."""
+def run_refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
+    """Run a command that fails with one message within the limits, and return its stderr."""
     capsys.readouterr()
     with bounded():
         code = main(list(map(str, args)))
@@ -52,18 +52,20 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Hangs(f"more than {MOST_SECONDS} s" if number == signal.SIGPROF else f"waits for more than {LONGEST_WAIT} s")
+    raise Hangs(
+        f"more than {MAX_CPU_SECONDS} s" if number == signal.SIGPROF else f"waits for more than {MAX_SECONDS} s"
+    )
 
 
 def _reset_peak() -> int:
-    """Resident bytes now; the peak counts from here on. Where the system keeps no such count, 0 forever."""
+    """Restart the count of peak memory, and return the resident bytes; 0 if the system does not count."""
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5", encoding="utf-8")
-    return _status("VmRSS")
+    return _read_status("VmRSS")
 
 
-def _status(key: str) -> int:
+def _read_status(key: str) -> int:
     status = Path("/proc/self/status")
     match = re.search(rf"{key}:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
     return 1024 * int(match[1]) if match else 0

@@ -1,4 +1,4 @@
-"""A config that asks for billions of layers: refused in one message, within 20 s and 2 GB."""
+"""Configs with billions of layers are refused with one message, within 20 s and 2 GB."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import transformers as hf
 
 from compressknow.base.errors import CheckpointError
 from compressknow.model.meta import build_meta_model, check_numbers
-from tests.hostile.bounded import bounded, refused
+from tests.hostile.bounded import bounded, run_refused
 
 
-def config_folder(tmp_path: Path, config: hf.PreTrainedConfig, architecture: str, **changes: object) -> Path:
+def save_config(tmp_path: Path, config: hf.PreTrainedConfig, architecture: str, **changes: object) -> Path:
     values = config.to_dict() | {"architectures": [architecture]} | changes
     (tmp_path / "config.json").write_text(json.dumps(values))
     return tmp_path
@@ -33,7 +33,7 @@ def config_folder(tmp_path: Path, config: hf.PreTrainedConfig, architecture: str
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_more_layers_or_experts_than_can_be_built(
+def test_too_many_layers_or_experts_are_refused(
     tmp_path: Path,
     config: hf.PreTrainedConfig,
     architecture: str,
@@ -41,29 +41,29 @@ def test_more_layers_or_experts_than_can_be_built(
     count: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    said = refused(capsys, "inspect", config_folder(tmp_path, config, architecture, **{key: count}))
-    assert str(tmp_path / "config.json") in said
-    assert "too many to build" in said or f"has {key} {count:,}" in said
+    errors = run_refused(capsys, "inspect", save_config(tmp_path, config, architecture, **{key: count}))
+    assert str(tmp_path / "config.json") in errors
+    assert "too many to build" in errors or f"has {key} {count:,}" in errors
 
 
-def test_labels_and_parts_of_a_config_are_counted_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    labels = config_folder(tmp_path, hf.BertConfig(), "BertForMaskedLM", num_labels=10**9)
-    assert "num_labels 1,000,000,000" in refused(capsys, "inspect", labels)
+def test_too_many_labels_or_layers_of_a_part_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = save_config(tmp_path, hf.BertConfig(), "BertForMaskedLM", num_labels=10**9)
+    assert "num_labels 1,000,000,000" in run_refused(capsys, "inspect", labels)
     vision = hf.Gemma3Config().to_dict()["vision_config"] | {"num_hidden_layers": 10**9}
-    part = config_folder(tmp_path, hf.Gemma3Config(), "Gemma3ForConditionalGeneration", vision_config=vision)
-    assert "num_hidden_layers 1,000,000,000" in refused(capsys, "inspect", part)
+    part = save_config(tmp_path, hf.Gemma3Config(), "Gemma3ForConditionalGeneration", vision_config=vision)
+    assert "num_hidden_layers 1,000,000,000" in run_refused(capsys, "inspect", part)
 
 
 @pytest.mark.parametrize("size", [10**7, 10**9, 10**13, 10**300])
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"])
-def test_sizes_cost_nothing(tmp_path: Path, key: str, size: int) -> None:
-    """On the meta device a size is a number: built, or refused by a message, but never in memory."""
-    folder = config_folder(tmp_path, hf.DistilBertConfig(), "DistilBertForMaskedLM", **{key: size})
+def test_huge_sizes_take_no_memory(tmp_path: Path, key: str, size: int) -> None:
+    """On the meta device, a model of any size is built without memory, or refused with a message."""
+    folder = save_config(tmp_path, hf.DistilBertConfig(), "DistilBertForMaskedLM", **{key: size})
     with bounded(), contextlib.suppress(CheckpointError):
         build_meta_model(folder)
 
 
-def test_numbers_of_real_configs_are_sound() -> None:
+def test_numbers_of_real_configs_are_accepted() -> None:
     real = {
         "num_hidden_layers": 126,
         "n_routed_experts": 256,
@@ -82,10 +82,10 @@ def test_numbers_of_real_configs_are_sound() -> None:
     check_numbers(Path("config.json"), real)
 
 
-def test_a_config_nested_deeply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = config_folder(tmp_path, hf.BertConfig(), "BertForMaskedLM")
+def test_deeply_nested_config_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_config(tmp_path, hf.BertConfig(), "BertForMaskedLM")
     text = (folder / "config.json").read_text()
     for opened, closed in (('{"a":', "}"), ("[", "]")):
         nested = opened * 900 + "1" + closed * 900
         (folder / "config.json").write_text(f'{{"task_specific_params": {nested}, {text[1:]}')
-        assert "nested more than 30 levels" in refused(capsys, "inspect", folder)
+        assert "nested more than 30 levels" in run_refused(capsys, "inspect", folder)

@@ -1,4 +1,4 @@
-"""Files that would hang a reader or fill its memory: one message that says which file, within 20 s and 2 GB."""
+"""Files that could hang a reader or fill its memory are refused with one message, within 20 s and 2 GB."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from compressknow.base.errors import CompressknowError
 from compressknow.base.reading import MOST_VALUES, NotReadable, parse_json, read_lines
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.tensors import read_header
-from tests.hostile.bounded import bounded, refused
+from tests.hostile.bounded import bounded, run_refused
 from tests.models import save_tiny
 
 
-def fifo(path: Path) -> None:
+def make_pipe(path: Path) -> None:
     path.unlink(missing_ok=True)
     os.mkfifo(path)
 
 
-def unix_socket(path: Path) -> None:
+def make_socket(path: Path) -> None:
     path.unlink(missing_ok=True)
-    # A socket's path must be short: bound by its name alone, from within its folder.
+    # A socket's path must be short: bind its name from within its folder.
     before = Path.cwd()
     os.chdir(path.parent)
     try:
@@ -38,7 +38,7 @@ def unix_socket(path: Path) -> None:
         os.chdir(before)
 
 
-def device(path: Path) -> None:
+def link_to_device(path: Path) -> None:
     path.unlink(missing_ok=True)
     path.symlink_to("/dev/zero")
 
@@ -48,31 +48,30 @@ def checkpoint(tmp_path: Path) -> Path:
     return save_tiny("bert", tmp_path / "model")
 
 
-@pytest.mark.parametrize("kind", [fifo, unix_socket, device])
+@pytest.mark.parametrize("make", [make_pipe, make_socket, link_to_device])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"])
-def test_a_checkpoint_is_made_of_regular_files(checkpoint: Path, kind: Callable[[Path], None], name: str) -> None:
-    kind(checkpoint / name)
+def test_files_of_a_checkpoint_must_be_regular(checkpoint: Path, make: Callable[[Path], None], name: str) -> None:
+    make(checkpoint / name)
     with pytest.raises(CompressknowError, match=f"{name} cannot be read: it is a (pipe|socket|device)"):
         open_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_a_folder_is_not_taken_for_a_file_that_is_missing(checkpoint: Path, name: str) -> None:
+def test_folder_in_the_place_of_a_file_is_refused(checkpoint: Path, name: str) -> None:
     (checkpoint / name).unlink(missing_ok=True)
     (checkpoint / name).mkdir()
     with pytest.raises(CompressknowError, match=f"{name} cannot be read: it is a folder"):
         open_checkpoint(checkpoint)
 
 
-def test_a_pipe_as_any_input_is_refused_at_once(
+def test_pipe_as_any_input_is_refused_at_once(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every command that reads a file reads it by the same functions."""
     monkeypatch.chdir(tmp_path)
     for folder in ("answers", "converted"):
         Path(folder).mkdir()
     for name in ("r.toml", "r.json", "f.jsonl", "c.txt", "m.gguf", "answers/probe.json", "converted/compressknow.json"):
-        fifo(Path(name))
+        make_pipe(Path(name))
     Path("converted/config.json").write_text("{}", encoding="utf-8")
     for command in (
         ("convert", checkpoint, "out", "--recipe", "r.toml"),
@@ -89,15 +88,15 @@ def test_a_pipe_as_any_input_is_refused_at_once(
         ("search", checkpoint, "-o", "s", "--keep", "90%", "--calibration", "c.txt"),
         ("export", checkpoint, "x.gguf", "--recipe", "r.toml"),
     ):
-        refused(capsys, *command)
+        run_refused(capsys, *command)
     for command in (
         ("probe", checkpoint, "-p", "facts:f.jsonl", "-o", "a"),
         ("probe", checkpoint, "-p", "text:c.txt", "-o", "a"),
         ("probe", "m.gguf", "-o", "a"),
         ("report", checkpoint, "m.gguf"),
     ):
-        assert re.search(r"cannot be read: it is a pipe \(FIFO\), not a regular file", refused(capsys, *command))
-    assert "m.gguf is not a regular file" in refused(capsys, "verify", "m.gguf")
+        assert re.search(r"cannot be read: it is a pipe \(FIFO\), not a regular file", run_refused(capsys, *command))
+    assert "m.gguf is not a regular file" in run_refused(capsys, "verify", "m.gguf")
 
 
 @pytest.mark.parametrize(
@@ -106,29 +105,31 @@ def test_a_pipe_as_any_input_is_refused_at_once(
     ids=["deep", "many", "long-number"],
 )
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_json_that_costs_more_than_it_takes(
+def test_deep_or_huge_json_is_refused(
     checkpoint: Path, name: str, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (checkpoint / name).write_bytes(content)
     if name.endswith("index.json"):
         (checkpoint / "model.safetensors").unlink()
-    assert f"{name} cannot be read: " in refused(capsys, "inspect", checkpoint)
+    assert f"{name} cannot be read: " in run_refused(capsys, "inspect", checkpoint)
 
 
-def test_json_is_bounded_by_its_values_not_its_bytes() -> None:
+def test_json_is_limited_by_its_number_of_values() -> None:
     with pytest.raises(NotReadable, match="more than"):
         parse_json(b"[" + b"[]," * MOST_VALUES + b"0]")
     assert parse_json(json.dumps(list(range(1000))).encode()) == list(range(1000))
 
 
 @pytest.mark.parametrize("header", [b"[" * 90_000_000, b'{"a":[' + b"[]," * 30_000_000 + b"[]]}"], ids=["deep", "many"])
-def test_a_huge_safetensors_header(checkpoint: Path, header: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_huge_safetensors_header_is_refused(
+    checkpoint: Path, header: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
     (checkpoint / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    assert "model.safetensors is not a sound safetensors file" in refused(capsys, "inspect", checkpoint)
+    assert "model.safetensors is not a sound safetensors file" in run_refused(capsys, "inspect", checkpoint)
 
 
-def test_the_largest_safetensors_header(tmp_path: Path) -> None:
-    """As many tensors as are read: they fit into the bounds."""
+def test_largest_allowed_safetensors_header_is_read(tmp_path: Path) -> None:
+    """It has as many tensors as are allowed."""
     entry = {"dtype": "F32", "shape": [0, 1], "data_offsets": [0, 0]}
     header = json.dumps({f"model.layers.{i}.mlp.weight": entry for i in range(190_000)}, separators=(",", ":")).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
@@ -137,7 +138,7 @@ def test_the_largest_safetensors_header(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entry", ["data.pkl", "data/0"])
-def test_a_bin_file_that_unpacks_to_far_more(
+def test_compressed_bin_file_is_refused(
     tmp_path: Path, checkpoint: Path, entry: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (checkpoint / "model.safetensors").unlink()
@@ -145,30 +146,32 @@ def test_a_bin_file_that_unpacks_to_far_more(
     bin_file = checkpoint / "pytorch_model.bin"
     with zipfile.ZipFile(tmp_path / "sound.bin") as sound, zipfile.ZipFile(bin_file, "w") as bomb:
         for name in sound.namelist():
-            packed = zipfile.ZipInfo(name)
-            packed.compress_type = zipfile.ZIP_DEFLATED
-            size = 400 if name.endswith(entry) else 0
-            with bomb.open(packed, "w", force_zip64=True) as record:
+            info = zipfile.ZipInfo(name)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            megabytes = 400 if name.endswith(entry) else 0
+            with bomb.open(info, "w", force_zip64=True) as record:
                 record.write(sound.read(name))
-                for _ in range(size):
+                for _ in range(megabytes):
                     record.write(bytes(1 << 20))
     assert bin_file.stat().st_size < 1 << 20
-    assert "would unpack to" in refused(capsys, "inspect", checkpoint)
+    assert "would unpack to" in run_refused(capsys, "inspect", checkpoint)
 
 
-def test_a_bin_tensor_of_stride_zero(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bin_tensor_with_stride_zero_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (checkpoint / "model.safetensors").unlink()
     torch.save({"weight": torch.zeros(1).expand(1_000_000_000)}, checkpoint / "pytorch_model.bin")
-    assert "far more than the file holds" in refused(capsys, "inspect", checkpoint)
+    assert "far more than the file holds" in run_refused(capsys, "inspect", checkpoint)
 
 
-def test_a_line_of_facts_without_an_end(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_long_line_of_facts_is_refused(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     facts = tmp_path / "f.jsonl"
     facts.write_bytes(b'\n{"prompt": "x [MASK]", "obj_label": "y", "z": [' + b"[]," * 30_000_000 + b"1]}")
-    said = refused(capsys, "probe", checkpoint, "-p", f"facts:{facts}", "-o", tmp_path / "answers")
-    assert "line 2 is longer than 1,048,576 bytes" in said
+    errors = run_refused(capsys, "probe", checkpoint, "-p", f"facts:{facts}", "-o", tmp_path / "answers")
+    assert "line 2 is longer than 1,048,576 bytes" in errors
 
 
-def test_lines_end_as_json_lines_do(tmp_path: Path) -> None:
+def test_only_newlines_end_lines(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"a\r\n\nb\xe2\x80\xa8c")
     assert list(read_lines(tmp_path / "f")) == [b"a\r", b"", b"b\xe2\x80\xa8c"]

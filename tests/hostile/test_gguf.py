@@ -1,4 +1,4 @@
-"""GGUF files that would crash llama.cpp, or keep a reader busy forever: one message, within 20 s and 2 GB."""
+"""GGUF files that could crash llama.cpp or hang a reader are refused with one message, within 20 s and 2 GB."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compressknow.base.reading import NotReadable
 from compressknow.model.gguf_file import check_gguf
 from tests.engine.gguf_bytes import LIST, TEXT, Parts, parse_gguf
 from tests.engine.gguf_files import needs_gguf, write_gguf
-from tests.hostile.bounded import refused
+from tests.hostile.bounded import run_refused
 from tests.knowing import save_trained, write_facts
 
 U8, U32, F32, U64 = 0, 4, 6, 10
@@ -25,77 +25,79 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(save_trained("llama", folder / "llama"), folder / "sound.gguf")
 
 
-def of(change: Callable[[Parts], Any]) -> Callable[[bytes], bytes]:
-    def changed(content: bytes) -> bytes:
+def edit(change: Callable[[Parts], Any]) -> Callable[[bytes], bytes]:
+    def edited(content: bytes) -> bytes:
         parts = parse_gguf(content)
         change(parts)
         return parts.join()
 
-    return changed
+    return edited
 
 
-def tensor(place: int, value: Any) -> Callable[[bytes], bytes]:
-    return of(lambda parts: parts.tensors[1].__setitem__(place, value))
+def edit_tensor(field: int, value: Any) -> Callable[[bytes], bytes]:
+    return edit(lambda parts: parts.tensors[1].__setitem__(field, value))
 
 
-# What a reader in Python would take forever over, or read otherwise than llama.cpp does.
+# Headers on which a reader in Python would hang, or differ from llama.cpp.
 UNSOUND = {
-    "blocks": (of(lambda p: p.set("llama.block_count", U32, 10**9)), "its block_count is 1,000,000,000"),
-    "experts": (of(lambda p: p.set("llama.expert_count", U32, 10**9)), "its expert_count is 1,000,000,000"),
-    "fewer blocks": (of(lambda p: p.set("llama.block_count", U32, 1)), "a tensor of block 1, but its block_count is 1"),
-    "tokens": (
-        of(lambda p: p.set("tokenizer.ggml.tokens", LIST, (U8, [0] * 3_000_000))), "a list in it has 3,000,000 values"
+    "blocks": (edit(lambda p: p.set("llama.block_count", U32, 10**9)), "its block_count is 1,000,000,000"),
+    "experts": (edit(lambda p: p.set("llama.expert_count", U32, 10**9)), "its expert_count is 1,000,000,000"),
+    "fewer blocks": (
+        edit(lambda p: p.set("llama.block_count", U32, 1)), "a tensor of block 1, but its block_count is 1"
     ),
-    "entries": (of(lambda p: setattr(p, "counts", (1, 10**18))), "its header announces"),
-    "more entries": (of(lambda p: setattr(p, "counts", (len(p.tensors), 60_000))), "a name in it has"),
-    "alignment": (of(lambda p: p.set("general.alignment", U32, 7)), "aligned to 7"),
-    "offset": (tensor(3, 32), "a tensor in it starts at 32"),
-    "type": (tensor(2, 999), "of type 999"),
-    "dimensions": (tensor(1, [1] * 9), "has 9 dimensions"),
-    "shape": (tensor(1, [1 << 40, 1 << 40]), "a tensor in it starts at"),
+    "tokens": (
+        edit(lambda p: p.set("tokenizer.ggml.tokens", LIST, (U8, [0] * 3_000_000))), "a list in it has 3,000,000 values"
+    ),
+    "entries": (edit(lambda p: setattr(p, "counts", (1, 10**18))), "its header announces"),
+    "more entries": (edit(lambda p: setattr(p, "counts", (len(p.tensors), 60_000))), "a name in it has"),
+    "alignment": (edit(lambda p: p.set("general.alignment", U32, 7)), "aligned to 7"),
+    "offset": (edit_tensor(3, 32), "a tensor in it starts at 32"),
+    "type": (edit_tensor(2, 999), "of type 999"),
+    "dimensions": (edit_tensor(1, [1] * 9), "has 9 dimensions"),
+    "shape": (edit_tensor(1, [1 << 40, 1 << 40]), "a tensor in it starts at"),
     "cut": (lambda content: content[:-1000], "it is cut short"),
     "cut header": (lambda content: content[:1000], "it is cut short"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNSOUND)
-def test_an_unsound_header_is_told(name: str, sound: Path, tmp_path: Path) -> None:
-    change, said = UNSOUND[name]
+def test_unsound_header_is_refused(name: str, sound: Path, tmp_path: Path) -> None:
+    change, message = UNSOUND[name]
     (tmp_path / "x.gguf").write_bytes(change(sound.read_bytes()))
-    with pytest.raises(NotReadable, match=said):
+    with pytest.raises(NotReadable, match=message):
         check_gguf(tmp_path / "x.gguf")
 
 
-def test_a_sound_header_passes(sound: Path, tmp_path: Path) -> None:
+def test_sound_header_is_accepted(sound: Path, tmp_path: Path) -> None:
     check_gguf(sound)
-    again = parse_gguf(sound.read_bytes()).set("general.name", TEXT, b"x").set("n", LIST, (LIST, [(U64, [1])]))
-    (tmp_path / "x.gguf").write_bytes(again.join())
+    edited = parse_gguf(sound.read_bytes()).set("general.name", TEXT, b"x").set("n", LIST, (LIST, [(U64, [1])]))
+    (tmp_path / "x.gguf").write_bytes(edited.join())
     check_gguf(tmp_path / "x.gguf")
 
 
 @needs_gguf
 @pytest.mark.parametrize("name", ["blocks", "tokens", "fewer blocks", "cut"])
-def test_transformers_does_not_get_to_read_it(
+def test_unsound_file_is_refused_before_transformers_reads_it(
     name: str, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change, said = UNSOUND[name]
+    change, message = UNSOUND[name]
     file = tmp_path / "x.gguf"
     file.write_bytes(change(sound.read_bytes()))
     facts = f"facts:{sound.with_name('facts.jsonl')}"
-    words = refused(capsys, "probe", file, "-p", facts, "-o", tmp_path / "a", "--runtime", "transformers")
-    assert f"{file} is damaged: " in words
-    assert said in words
+    errors = run_refused(capsys, "probe", file, "-p", facts, "-o", tmp_path / "a", "--runtime", "transformers")
+    assert f"{file} is damaged: " in errors
+    assert message in errors
 
 
 @needs_gguf
-def test_a_report_looks_at_a_file_before_it_evaluates_the_original(
+def test_report_checks_the_file_before_it_evaluates_the_original(
     sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, kept = tmp_path / "x.gguf", tmp_path / "kept"
     file.write_bytes(UNSOUND["cut"][0](sound.read_bytes()))
     facts = f"facts:{sound.with_name('facts.jsonl')}"
-    words = refused(capsys, "report", sound.with_name("llama"), file, "-p", facts, "--answers", kept)
-    assert f"{file} is damaged: it is cut short." in words
+    errors = run_refused(capsys, "report", sound.with_name("llama"), file, "-p", facts, "--answers", kept)
+    assert f"{file} is damaged: it is cut short." in errors
     assert not kept.exists()
 
 
@@ -107,23 +109,21 @@ def test_a_report_looks_at_a_file_before_it_evaluates_the_original(
         ("llama.attention.layer_norm_rms_epsilon", F32, float("nan")),
     ],
 )
-def test_what_llama_cpp_would_crash_on_is_one_message(
+def test_crash_of_llama_cpp_is_one_message(
     key: str, kind: int, value: Any, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its assertions end the process: while it loads a file, and while it computes."""
+    """Assertions of llama.cpp end its process, while it loads a file or computes."""
     pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
     file = tmp_path / "x.gguf"
     file.write_bytes(parse_gguf(sound.read_bytes()).set(key, kind, value).join())
     facts = f"facts:{sound.with_name('facts.jsonl')}"
-    said = refused(capsys, "probe", file, "-p", facts, "-o", tmp_path / "a")
-    assert f"{file} makes llama.cpp crash." in said
-    assert "GGML_ASSERT" in said
+    errors = run_refused(capsys, "probe", file, "-p", facts, "-o", tmp_path / "a")
+    assert f"{file} makes llama.cpp crash." in errors
+    assert "GGML_ASSERT" in errors
     assert not (tmp_path / "a").exists()
 
 
-def test_an_importance_matrix_is_read_within_bounds(
-    tmp_path: Path, sound: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_huge_importance_matrix_is_refused(tmp_path: Path, sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for module in ("llama_cpp_py_sync", "gguf"):
         pytest.importorskip(module)
     file = tmp_path / "i.gguf"
@@ -131,4 +131,4 @@ def test_an_importance_matrix_is_read_within_bounds(
     script = tmp_path / "convert_hf_to_gguf.py"
     script.touch()
     words = ("export", sound.with_name("llama"), tmp_path / "out.gguf", "--type", "q4_k_m", "--imatrix", file)
-    assert "is not an importance matrix: a list in it has" in refused(capsys, *words, "--converter", script)
+    assert "is not an importance matrix: a list in it has" in run_refused(capsys, *words, "--converter", script)

@@ -16,8 +16,8 @@ from tests.evaluate.layouts import read_hub_facts
 from tests.hostile.bounded import bounded
 
 
-def answers_bomb(path: Path, **columns: Any) -> None:
-    """A small file of many rows, all alike but for these columns."""
+def write_answers_bomb(path: Path, **columns: Any) -> None:
+    """Write a small file of many equal rows with these values."""
     row: dict[str, Any] = {name: "" for name in make_schema().names if make_schema().field(name).type == pa.string()}
     row |= {"correct": True, "top5": [], "top5_logp": [], "first_ids": [], "first_logp": []}
     rows = [row | columns] * 20_000
@@ -26,15 +26,15 @@ def answers_bomb(path: Path, **columns: Any) -> None:
             writer.write_table(pa.Table.from_pylist(rows, schema=make_schema()))
 
 
-def test_one_text_in_every_row(tmp_path: Path) -> None:
-    answers_bomb(tmp_path / "answers.parquet", prompt="x" * 20_000)
+def test_answers_with_the_same_text_in_every_row_are_refused(tmp_path: Path) -> None:
+    write_answers_bomb(tmp_path / "answers.parquet", prompt="x" * 20_000)
     assert (tmp_path / "answers.parquet").stat().st_size < 1 << 20
     with bounded(), pytest.raises(CompressknowError, match="cannot be read as answers") as caught:
         read_table(tmp_path / "answers.parquet")
     assert "its texts would unpack" in str(caught.value)
 
 
-def test_one_number_in_every_row(tmp_path: Path) -> None:
+def test_too_many_equal_values_are_refused(tmp_path: Path) -> None:
     table = pa.table({"n": pa.nulls(40_000_000, pa.int32())})
     with pq.ParquetWriter(tmp_path / "t.parquet", table.schema, compression="zstd") as writer:
         for _ in range(3):
@@ -43,7 +43,7 @@ def test_one_number_in_every_row(tmp_path: Path) -> None:
         check_parquet(tmp_path / "t.parquet")
 
 
-def test_a_data_set_on_disk(tmp_path: Path) -> None:
+def test_dataset_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
     table = pa.table({"prompt": ["x [MASK] " + "y" * 50_000] * 2000, "obj_label": ["z"] * 2000})
     with pq.ParquetWriter(tmp_path / "t.parquet", table.schema) as writer:
         for _ in range(20):

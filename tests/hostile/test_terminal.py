@@ -1,4 +1,4 @@
-"""No control character reaches a terminal or a generated page, wherever the text comes from."""
+"""No control character of any text reaches a terminal or a generated page."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from compressknow.cli.terminal import show, show_json
 from tests.knowing import save_trained, write_facts
 from tests.models import edit_config, save_tiny
 
-# A terminal's title, a bell, C1, DEL, an override and an isolate of the direction of writing, and a carriage return.
+# A terminal's title, a bell, C1, DEL, an override and an isolate of the text's direction, and a carriage return.
 HOSTILE = "a\x1b]0;owned\x07b\x9b31mc\x7fd\u202ee\u2066f\rg"
-# What Markdown pages put round names that run from right to left.
-OURS = "\u2068\u2069"
+# Markdown pages put these around right-to-left names.
+ISOLATES = "\u2068\u2069"
 
-Printed = Callable[..., str]
-
-
-def held_out(text: str) -> list[str]:
-    return [f"U+{ord(c):04X} in {text[max(0, i - 40) : i + 20]!r}" for i, c in enumerate(text) if not fine(c)]
+Run = Callable[..., str]
 
 
-def fine(character: str) -> bool:
-    return character.isprintable() or character in ("\n", "\u200c", "\u200d", *OURS)
+def find_controls(text: str) -> list[str]:
+    return [f"U+{ord(c):04X} in {text[max(0, i - 40) : i + 20]!r}" for i, c in enumerate(text) if not is_allowed(c)]
+
+
+def is_allowed(character: str) -> bool:
+    return character.isprintable() or character in ("\n", "\u200c", "\u200d", *ISOLATES)
 
 
 @pytest.fixture
-def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
-    """Run a command; what it printed, which must be seemly."""
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs a command, checks that it printed no control characters, and returns its output."""
 
     def run(*args: str | Path, code: int | None = None) -> str:
         capsys.readouterr()
-        ended = main(list(map(str, args)))
+        exit_code = main(list(map(str, args)))
         out, err = capsys.readouterr()
-        assert not held_out(out), held_out(out)
-        assert not held_out(err), held_out(err)
-        assert code is None or ended == code, out + err
+        assert not find_controls(out), find_controls(out)
+        assert not find_controls(err), find_controls(err)
+        assert code is None or exit_code == code, out + err
         return out + err
 
     return run
@@ -51,51 +51,51 @@ def model(tmp_path: Path) -> Path:
     return save_tiny("bert", tmp_path / f"m{HOSTILE}")
 
 
-def test_a_folders_name(model: Path, tmp_path: Path, printed: Printed) -> None:
+def test_name_of_a_folder(model: Path, tmp_path: Path, run: Run) -> None:
     out, pruned = tmp_path / f"o{HOSTILE}", ("--prune", "0.2")
     for args in (("inspect", model), ("inspect", model, "--json"), ("convert", model, out, *pruned, "--dry-run")):
-        printed(*args, code=0)
-    printed("convert", model, out, *pruned, "--quantize", "int8", code=0)
+        run(*args, code=0)
+    run("convert", model, out, *pruned, "--quantize", "int8", code=0)
     readme = (out / "README.md").read_text()
-    assert not held_out(readme), held_out(readme)
+    assert not find_controls(readme), find_controls(readme)
     for args in (
         ("verify", out),
         ("verify", out, "--json"),
         ("compare", model, out),
         ("compare", model, out, "--json"),
     ):
-        printed(*args, code=0)
+        run(*args, code=0)
     pages = [tmp_path / f"c{HOSTILE}.{kind}" for kind in ("md", "json", "html")]
-    printed("compare", model, out, *(part for page in pages for part in ("-o", page)), code=0)
-    assert not held_out(pages[0].read_text())
+    run("compare", model, out, *(part for page in pages for part in ("-o", page)), code=0)
+    assert not find_controls(pages[0].read_text())
     (out / HOSTILE).write_text("")
     (out / "config.json").unlink()
-    assert "⟨U+001B⟩" in printed("verify", out, code=1)
-    printed("convert", model, out, *pruned, code=1)
-    printed("probe", model, "-o", tmp_path / "answers", code=1)
-    printed("report", tmp_path / HOSTILE, model, code=None)
-    printed("sweep", tmp_path / HOSTILE, "-o", out)
+    assert "⟨U+001B⟩" in run("verify", out, code=1)
+    run("convert", model, out, *pruned, code=1)
+    run("probe", model, "-o", tmp_path / "answers", code=1)
+    run("report", tmp_path / HOSTILE, model, code=None)
+    run("sweep", tmp_path / HOSTILE, "-o", out)
 
 
 @pytest.mark.parametrize("key", ["model_type", "architectures", "torch_dtype", "hidden_act", "auto_map", "hidden_size"])
-def test_a_configs_values(model: Path, printed: Printed, key: str) -> None:
+def test_values_of_a_config(model: Path, run: Run, key: str) -> None:
     value: object = {"architectures": [HOSTILE], "auto_map": {"AutoModel": f"x.{HOSTILE}"}}.get(key, HOSTILE)
     edit_config(model, **{key: value})
-    printed("inspect", model)
-    printed("inspect", model, "--json")
-    printed("--debug", "inspect", model)
+    run("inspect", model)
+    run("inspect", model, "--json")
+    run("--debug", "inspect", model)
 
 
-def test_a_tensors_name(model: Path, tmp_path: Path, printed: Printed) -> None:
+def test_name_of_a_tensor(model: Path, tmp_path: Path, run: Run) -> None:
     tensors = load_file(model / "model.safetensors")
     save_file({**tensors, HOSTILE: tensors["bert.embeddings.LayerNorm.weight"].clone()}, model / "model.safetensors")
-    printed("convert", model, tmp_path / "out", "--prune", "0.2")
-    printed("convert", model, tmp_path / "other", "--prune", "0.2", "--json")
-    printed("compare", model, save_tiny("bert", tmp_path / "b"))
+    run("convert", model, tmp_path / "out", "--prune", "0.2")
+    run("convert", model, tmp_path / "other", "--prune", "0.2", "--json")
+    run("compare", model, save_tiny("bert", tmp_path / "b"))
     index = {"weight_map": {HOSTILE: f"../{HOSTILE}"}}
     (model / "model.safetensors").rename(model / "other.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "⟨U+001B⟩" in printed("inspect", model, code=1)
+    assert "⟨U+001B⟩" in run("inspect", model, code=1)
 
 
 @pytest.mark.parametrize(
@@ -118,15 +118,15 @@ def test_a_tensors_name(model: Path, tmp_path: Path, printed: Printed) -> None:
     ],
     ids=lambda args: " ".join(args).replace(HOSTILE, "H"),
 )
-def test_arguments_in_usage_errors(model: Path, tmp_path: Path, printed: Printed, args: tuple[str, ...]) -> None:
-    given = [str(model) if arg == "MODEL" else str(tmp_path / "out") if arg == "out" else arg for arg in args]
-    said = printed(*given)
-    assert "Error: " in said
-    assert "owned" in said
+def test_arguments_in_usage_errors(model: Path, tmp_path: Path, run: Run, args: tuple[str, ...]) -> None:
+    words = [str(model) if arg == "MODEL" else str(tmp_path / "out") if arg == "out" else arg for arg in args]
+    errors = run(*words)
+    assert "Error: " in errors
+    assert "owned" in errors
 
 
-def test_facts_and_answers(tmp_path: Path, printed: Printed) -> None:
-    """Texts of facts, relations, subjects and a model's name on every page and line that shows them."""
+def test_facts_and_answers(tmp_path: Path, run: Run) -> None:
+    """Put hostile texts into facts, relations, domains and the name of the model."""
     model = save_trained("bert", tmp_path / f"m{HOSTILE}")
     rows = [json.loads(line) for line in write_facts(tmp_path / "plain.jsonl").read_text().splitlines()]
     facts = tmp_path / f"f{HOSTILE}.jsonl"
@@ -137,41 +137,41 @@ def test_facts_and_answers(tmp_path: Path, printed: Printed) -> None:
     ]  # fmt: skip
     facts.write_text("\n".join(map(json.dumps, hostile)))
     out = tmp_path / f"o{HOSTILE}"
-    printed("convert", model, out, "--prune", "0.7", code=0)
+    run("convert", model, out, "--prune", "0.7", code=0)
     probe = ("-p", f"facts:{facts}")
-    printed("probe", model, *probe, "-o", tmp_path / f"a{HOSTILE}", code=0)
-    printed("probe", model, *probe, "-o", tmp_path / f"a{HOSTILE}", "--json", code=0)
+    run("probe", model, *probe, "-o", tmp_path / f"a{HOSTILE}", code=0)
+    run("probe", model, *probe, "-o", tmp_path / f"a{HOSTILE}", "--json", code=0)
     pages = [tmp_path / f"r{HOSTILE}.{kind}" for kind in ("md", "json", "html")]
     outputs = [part for page in pages for part in ("-o", page)]
-    printed("report", model, out, *probe, "--answers", tmp_path / "kept", *outputs, "--into-model-card", code=0)
-    printed("report", model, out, *probe, "--answers", tmp_path / "kept", "--json", code=0)
-    printed("compare", model, out, *probe, "--answers", tmp_path / "kept", code=0)
+    run("report", model, out, *probe, "--answers", tmp_path / "kept", *outputs, "--into-model-card", code=0)
+    run("report", model, out, *probe, "--answers", tmp_path / "kept", "--json", code=0)
+    run("compare", model, out, *probe, "--answers", tmp_path / "kept", code=0)
     for page in (*tmp_path.glob("*.md"), out / "README.md"):
-        assert not held_out(page.read_text()), page.name
+        assert not find_controls(page.read_text()), page.name
     (tmp_path / "grid.toml").write_text('[axes]\nscope = ["attention"]\nprune = [0.5]\n')
     study = tmp_path / f"s{HOSTILE}"
-    printed("sweep", model, "-o", study, "--grid", tmp_path / "grid.toml", *probe, code=0)
-    printed("sweep", model, "-o", study, "--grid", tmp_path / "grid.toml", *probe, "--json", code=0)
-    assert not held_out((study / "study.md").read_text())
+    run("sweep", model, "-o", study, "--grid", tmp_path / "grid.toml", *probe, code=0)
+    run("sweep", model, "-o", study, "--grid", tmp_path / "grid.toml", *probe, "--json", code=0)
+    assert not find_controls((study / "study.md").read_text())
     facts.write_text(json.dumps({"prompt": HOSTILE, "obj_label": 1, HOSTILE: 2, "subjekt": HOSTILE}))
-    assert "Error: " in printed("probe", model, *probe, "-o", tmp_path / "b")
+    assert "Error: " in run("probe", model, *probe, "-o", tmp_path / "b")
 
 
-def test_errors_of_others_and_tracebacks(model: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: object, **kwargs: object) -> None:
+def test_errors_of_other_libraries_and_tracebacks(model: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError(HOSTILE)
 
-    monkeypatch.setattr("compressknow.api.inspect.inspect_checkpoint", fails)
-    assert "⟨U+009B⟩" in printed("inspect", model, code=1)
-    assert "Traceback" in printed("--debug", "inspect", model, code=1)
+    monkeypatch.setattr("compressknow.api.inspect.inspect_checkpoint", fail)
+    assert "⟨U+009B⟩" in run("inspect", model, code=1)
+    assert "Traceback" in run("--debug", "inspect", model, code=1)
 
 
-def test_json_means_the_same_after_it_was_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_escaped_json_has_the_same_values(capsys: pytest.CaptureFixture[str]) -> None:
     values = {HOSTILE: [HOSTILE, "möbel 東京 🦙 \U000e0001 \ue000 \u2028", 1.5, None]}
     show_json(values)
     out = capsys.readouterr().out
     assert json.loads(out) == values
-    assert not held_out(out)
+    assert not find_controls(out)
     assert "möbel 東京 🦙" in out
     show("möbel\n\t東京 \u202e")
     assert capsys.readouterr().out == "möbel\n 東京 ⟨U+202E⟩\n"

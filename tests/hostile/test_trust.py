@@ -1,4 +1,4 @@
-"""What folders say of themselves is checked when it is read: forms, hashes, and links that lead elsewhere."""
+"""Records, manifests and links in folders are checked when they are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compressknow.base.reading import compute_sha256, find_mismatch
 from compressknow.cli import main
 from compressknow.evaluate.answers import RECORD, TABLE, read_answers, write_record
 from compressknow.evaluate.records import Record
-from tests.hostile.bounded import bounded, refused
+from tests.hostile.bounded import bounded, run_refused
 from tests.knowing import save_trained, write_facts
 from tests.models import save_tiny
 
@@ -26,8 +26,8 @@ JUNK = (None, True, -1, 1.5, 1e400, float("nan"), "", "x", [], [None], {}, {"x":
 
 
 @pytest.fixture(scope="module")
-def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An answers folder as probe writes it: of a model that knows, with tokenizer."""
+def original_answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write an answers folder with probe."""
     folder = tmp_path_factory.mktemp("answers")
     compressknow.probe(
         save_trained("bert", folder / "model"), folder / "a", [f"facts:{write_facts(folder / 'f.jsonl')}"]
@@ -36,11 +36,11 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def answers(answered: Path, tmp_path: Path) -> Path:
+def answers(original_answers: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "answers"
     folder.mkdir()
     for name in (TABLE, RECORD):
-        (folder / name).write_bytes((answered / name).read_bytes())
+        (folder / name).write_bytes((original_answers / name).read_bytes())
     return folder
 
 
@@ -52,24 +52,24 @@ def converted(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def mutants(value: Any, seed: int, number: int) -> list[Any]:
-    """Copies of a JSON value with one entry, anywhere in it, replaced by junk or removed."""
-    drawn, made = random.Random(seed), []
+def make_mutants(value: Any, seed: int, number: int) -> list[Any]:
+    """Return copies of a JSON value with one entry, at any depth, replaced by junk or removed."""
+    rng, mutants = random.Random(seed), []
     for _ in range(number):
         mutant = copy.deepcopy(value)
-        inner, place = mutant, None
-        while isinstance(inner, (dict, list)) and inner and (place is None or drawn.random() < 0.8):
-            holder, place = inner, drawn.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
-            inner = holder[place]
-        if drawn.random() < 0.2:
-            del holder[place]
+        inner, key = mutant, None
+        while isinstance(inner, (dict, list)) and inner and (key is None or rng.random() < 0.8):
+            container, key = inner, rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+            inner = container[key]
+        if rng.random() < 0.2:
+            del container[key]
         else:
-            holder[place] = drawn.choice(JUNK)
-        made.append(mutant)
-    return made
+            container[key] = rng.choice(JUNK)
+        mutants.append(mutant)
+    return mutants
 
 
-def test_an_answers_table_is_the_one_that_its_record_was_written_for(answers: Path) -> None:
+def test_changed_answers_are_refused(answers: Path) -> None:
     assert json.loads((answers / RECORD).read_text())["answers_sha256"] == compute_sha256(answers / TABLE)
     table = pq.read_table(answers / TABLE)
     flipped = pa.array([not right for right in table["correct"].to_pylist()])
@@ -78,20 +78,19 @@ def test_an_answers_table_is_the_one_that_its_record_was_written_for(answers: Pa
         read_answers(answers)
 
 
-def test_answers_of_a_run_killed_before_their_hash_was_written_are_refused_until_it_is_repeated(
-    answered: Path, answers: Path
-) -> None:
+def test_answers_of_a_killed_run_are_refused_until_it_is_repeated(original_answers: Path, answers: Path) -> None:
     record = json.loads((answers / RECORD).read_text())
     del record["answers_sha256"]
     write_record(answers, Record.from_dict(record))
     with pytest.raises(CompressknowError, match="a run was killed while it wrote them"):
         read_answers(answers)
-    compressknow.probe(answered.parent / "model", answers, [f"facts:{answered.parent / 'f.jsonl'}"])
+    folder = original_answers.parent
+    compressknow.probe(folder / "model", answers, [f"facts:{folder / 'f.jsonl'}"])
     assert read_answers(answers).answers
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    ("path", "value"),
     [
         (("probes", "facts:f.jsonl", "protocol"), "closed/0"),
         (("probes", "facts:f.jsonl", "facts"), 1_000),
@@ -102,41 +101,39 @@ def test_answers_of_a_run_killed_before_their_hash_was_written_are_refused_until
         (("mine",), True),
     ],
 )
-def test_an_edited_record_is_named(
-    answers: Path, place: tuple[str, ...], value: Any, capsys: pytest.CaptureFixture[str]
+def test_edited_record_is_refused(
+    answers: Path, path: tuple[str, ...], value: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = json.loads((answers / RECORD).read_text())
     inner = record
-    for key in place[:-1]:
+    for key in path[:-1]:
         inner = inner[key]
-    assert inner.get(place[-1]) != value
-    inner[place[-1]] = value
+    assert inner.get(path[-1]) != value
+    inner[path[-1]] = value
     (answers / RECORD).write_text(json.dumps(record))
-    assert "probe.json was edited: its sha256 does not match" in refused(capsys, "report", answers, answers)
+    assert "probe.json was edited: its sha256 does not match" in run_refused(capsys, "report", answers, answers)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_mutant_of_a_record_is_read_or_refused_in_one_message(
+def test_mutated_record_is_read_or_refused_with_one_message(
     answers: Path, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = json.loads((answers / RECORD).read_text())
-    for number, mutant in enumerate(mutants(record, seed, 12)):
+    for number, mutant in enumerate(make_mutants(record, seed, 12)):
         (answers / RECORD).write_text(json.dumps(mutant))
         capsys.readouterr()
         with bounded():
             code = main(["report", str(answers), str(answers), "-o", str(tmp_path / f"{number}.md")])
-        said = capsys.readouterr().err
-        assert code in (0, 1), (mutant, said)
-        assert "bug in compressknow" not in said, (mutant, said)
+        errors = capsys.readouterr().err
+        assert code in (0, 1), (mutant, errors)
+        assert "bug in compressknow" not in errors, (mutant, errors)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_mutant_of_a_manifest_differs_or_is_refused(
-    converted: Path, seed: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mutated_manifest_does_not_verify(converted: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     path = converted / "compressknow.json"
     manifest = json.loads(path.read_text())
-    for mutant in mutants(manifest, seed, 25):
+    for mutant in make_mutants(manifest, seed, 25):
         path.write_text(json.dumps(mutant))
         capsys.readouterr()
         code = main(["verify", str(converted)])
@@ -145,31 +142,29 @@ def test_a_mutant_of_a_manifest_differs_or_is_refused(
         assert code == 1 or "sha256" not in mutant or mutant == manifest
 
 
-def test_a_manifest_of_more_blocks_than_a_model_has_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_manifest_with_too_many_blocks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save_tiny("bert", tmp_path / "in")
     compressknow.convert(source, tmp_path / "out", drop_blocks="1")
     path = tmp_path / "out" / "compressknow.json"
     manifest = json.loads(path.read_text())
     manifest["removed"]["blocks"][0]["before"] = 10**12
     path.write_text(json.dumps(manifest))
-    said = refused(capsys, "compare", source, tmp_path / "out")
-    assert "removed.blocks[0].before is not a number of blocks" in said
+    errors = run_refused(capsys, "compare", source, tmp_path / "out")
+    assert "removed.blocks[0].before is not a number of blocks" in errors
 
 
 @pytest.mark.parametrize("key", ["recipe", "source", "versions", "setup", "untied"])
-def test_an_edited_manifest_is_named(converted: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_edited_manifest_does_not_verify(converted: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = converted / "compressknow.json"
     manifest = json.loads(path.read_text())
-    other = {"versions": {"torch": "0"}, "setup": "x", "untied": [1], "recipe": {"steps": []}}
-    manifest[key] = other.get(key, {**manifest["source"], "name": "another"})
+    edits = {"versions": {"torch": "0"}, "setup": "x", "untied": [1], "recipe": {"steps": []}}
+    manifest[key] = edits.get(key, {**manifest["source"], "name": "another"})
     path.write_text(json.dumps(manifest))
     assert main(["verify", str(converted)]) == 1
     assert "compressknow.json: it was edited" in capsys.readouterr().err
 
 
-def test_a_manifest_of_an_older_version_has_no_hash(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_manifest_without_a_hash_is_reported(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = converted / "compressknow.json"
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
@@ -178,7 +173,7 @@ def test_a_manifest_of_an_older_version_has_no_hash(converted: Path, capsys: pyt
     assert "has no hash of itself" in capsys.readouterr().out
 
 
-def test_a_file_that_was_added_is_named(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_an_added_file(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("README.md", ".gitattributes"):
         (converted / name).write_text("mine")
     assert main(["verify", str(converted)]) == 0
@@ -203,17 +198,17 @@ def test_convert_copies_nothing_from_outside_the_checkpoint(tmp_path: Path) -> N
     assert (tmp_path / "out" / "LICENSE").read_text() == "free"
 
 
-def test_export_takes_nothing_from_outside_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_reads_nothing_from_outside_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
     source, script = save_tiny("llama", tmp_path / "in"), tmp_path / "convert_hf_to_gguf.py"
     script.touch()
     (tmp_path / "secret").write_text("mine")
     (source / "chat_template.jinja").symlink_to(tmp_path / "secret")
-    said = refused(capsys, "export", source, tmp_path / "out.gguf", "--converter", script)
-    assert "chat_template.jinja is a link to " in said
+    errors = run_refused(capsys, "export", source, tmp_path / "out.gguf", "--converter", script)
+    assert "chat_template.jinja is a link to " in errors
 
 
-def test_a_snapshot_in_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> None:
+def test_links_to_blobs_of_the_hub_cache_are_copied(tmp_path: Path) -> None:
     saved = save_tiny("bert", tmp_path / "saved")
     (saved / "tokenizer.json").write_text("{}")
     repository = tmp_path / "models--org--name"
@@ -248,5 +243,5 @@ def test_a_snapshot_in_the_hubs_cache_is_links_to_its_blobs(tmp_path: Path) -> N
         ({"a": {"b": 1}}, {"a": ({str: str}, None)}, "a.b is not text"),
     ],
 )
-def test_what_does_not_fit_a_form_is_named(value: Any, form: Any, wrong: str | None) -> None:
+def test_mismatch_of_a_form_is_named(value: Any, form: Any, wrong: str | None) -> None:
     assert find_mismatch(value, form) == wrong

@@ -1,4 +1,4 @@
-"""A hub on this machine, in place of the one that huggingface_hub would ask."""
+"""A local hub, which huggingface_hub uses instead of the real one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from tests.hub.hub_server import TOKEN, Hub, serving
+from tests.hub.hub_server import TOKEN, Hub, serve
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with serving() as server:
+    with serve() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         files = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
@@ -23,7 +23,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        # Attempts follow one another at once.
+        # Retry without a delay.
         monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _: None))
         yield server
         _http.close_session()

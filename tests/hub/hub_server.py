@@ -1,4 +1,4 @@
-"""A server on this machine that speaks the Hub's protocol, as up- and downloads need it, and fails where it is told to.
+"""A local server with the part of the Hub's protocol that up- and downloads use, which can be made to fail.
 
 The protocol: https://huggingface.co/docs/hub/api, and Git LFS's batch API (basic transfers) for large files.
 """
@@ -23,10 +23,11 @@ LARGE = (".safetensors", ".bin", ".gguf")
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories in memory.
+    """Server with repositories in memory.
 
-    `faults` : by step (``create``, ``list``, ``preupload``, ``batch``, ``put``, ``verify``, ``commit``) a status, or
-    ``hang`` or ``cut``; `times` says how often, then the step works.
+    faults : for each step that fails (``create``, ``list``, ``preupload``, ``batch``, ``put``, ``verify``, ``commit``),
+        a status, ``hang`` or ``cut``.
+    times : how many requests fail before all work.
     """
 
     daemon_threads = True
@@ -47,11 +48,11 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go are not an error."""
+        """Ignore clients that disconnect."""
 
 
 @contextmanager
-def serving() -> Iterator[Hub]:
+def serve() -> Iterator[Hub]:
     hub = Hub()
     thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
     thread.start()
@@ -69,14 +70,14 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
     def do_POST(self) -> None:
         path = urlsplit(self.path).path
         steps = {
             "/api/repos/create": self._create,
-            "/api/validate-yaml": lambda: self._agree({"errors": [], "warnings": []}),
-            "/verify": lambda: self._agree({}),
+            "/api/validate-yaml": lambda: self._accept({"errors": [], "warnings": []}),
+            "/verify": lambda: self._accept({}),
         }
         step = path.rpartition("/")[2] if path in steps else path.split("/")[-2] if "/api/" in path else "batch"
         if self._fails(step):
@@ -89,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         if "/resolve/" in path:
-            self._file(path)
+            self._send_file(path)
             return
         if "/revision/" in path:
             name = path.split("/api/models/")[1].split("/revision/")[0]
@@ -112,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def _file(self, path: str) -> None:
+    def _send_file(self, path: str) -> None:
         name, _, file = path[1:].partition("/resolve/")
         data = self.server.repositories[name][file.partition("/")[2]]
         self.send_response(200)
@@ -126,31 +127,31 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         if self._fails("put"):
             return
-        body = self._body()
-        # The address is signed: the token has no business there.
+        body = self._read_body()
+        # Upload addresses are signed, and must not get the token.
         assert self.headers["authorization"] is None
         name = self.path.rpartition("/")[2]
         assert hashlib.sha256(body).hexdigest() == name
         self.server.objects[name] = body
         self._answer({})
 
-    def _agree(self, content: Any) -> None:
-        self._body()
+    def _accept(self, content: Any) -> None:
+        self._read_body()
         self._answer(content)
 
     def _create(self) -> None:
-        asked = json.loads(self._body())
-        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        request = json.loads(self._read_body())
+        name = f"{request.get('organization') or 'me'}/{request['name']}"
         url = {"url": f"{self.server.url}/{name}"}
         if name in self.server.repositories:
             self._answer({"error": "You already created this model repo", **url}, 409)
             return
-        self.server.private[name] = bool(asked.get("private")) or asked.get("visibility") == "private"
+        self.server.private[name] = bool(request.get("private")) or request.get("visibility") == "private"
         self.server.repositories[name] = {}
         self._answer(url)
 
     def _preupload(self) -> None:
-        files = json.loads(self._body())["files"]
+        files = json.loads(self._read_body())["files"]
         modes = [
             {
                 "path": file["path"],
@@ -162,18 +163,19 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"files": modes})
 
     def _batch(self) -> None:
-        objects = json.loads(self._body())["objects"]
-        self._answer({"transfer": "basic", "objects": [self._object(one) for one in objects]}, kind="vnd.git-lfs+json")
+        objects = json.loads(self._read_body())["objects"]
+        actions = [self._add_actions(each) for each in objects]
+        self._answer({"transfer": "basic", "objects": actions}, kind="vnd.git-lfs+json")
 
-    def _object(self, one: dict[str, Any]) -> dict[str, Any]:
-        if one["oid"] in self.server.objects:
-            return one
-        href = f"{self.server.url}/put/{one['oid']}"
-        return {**one, "actions": {"upload": {"href": href}, "verify": {"href": f"{self.server.url}/verify"}}}
+    def _add_actions(self, file: dict[str, Any]) -> dict[str, Any]:
+        if file["oid"] in self.server.objects:
+            return file
+        href = f"{self.server.url}/put/{file['oid']}"
+        return {**file, "actions": {"upload": {"href": href}, "verify": {"href": f"{self.server.url}/verify"}}}
 
     def _commit(self) -> None:
         name = self.path.split("/api/models/")[1].split("/commit/")[0]
-        header, *lines = (json.loads(line) for line in self._body().splitlines())
+        header, *lines = (json.loads(line) for line in self._read_body().splitlines())
         for line in lines:
             value = line["value"]
             data = self.server.objects[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
@@ -182,6 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def _fails(self, step: str) -> bool:
+        """Fail a step if it has a fault or the token is wrong."""
         self.server.steps.append(step)
         fault = self.server.faults.get(step)
         if fault is None or self.server.times <= 0:
@@ -193,18 +196,18 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "hang":
             self.server.closing.wait(30)
         elif fault == "cut":
-            # A reset, after some of what was sent.
+            # Reset the connection after a part of the request.
             self.rfile.read(10)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             self.close_connection = True
         else:
-            self._body()
-            # As a careless server might: the header that it was sent, in its message.
+            self._read_body()
+            # Like a careless server, return the token in the message.
             self._answer({"error": f"No for {self.headers['authorization']}"}, int(fault))
         return True
 
-    def _body(self) -> bytes:
+    def _read_body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("content-length") or 0))
 
     def _answer(self, content: Any, status: int = 200, kind: str = "json") -> None:

@@ -1,4 +1,4 @@
-"""Models that are named by a hub id: what of them is downloaded, from a hub on this machine."""
+"""Files that are downloaded for models of the Hub, from a local hub."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub" / "models--org--tiny" / "snapshots" / COMMIT
 
 
-def test_a_hub_model_in_sharded_bin_files_is_opened(
+def test_model_in_sharded_bin_files_is_downloaded(
     hub: Hub, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The index is among the files that come first, its shards are not."""
+    """The index is downloaded with the config, before the shards."""
     weights = save_bin_shards(tmp_path / "llama")
     hub.repositories[NAME] = {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()}
     checkpoint = open_checkpoint(NAME)
@@ -38,9 +38,7 @@ def test_a_hub_model_in_sharded_bin_files_is_opened(
     assert "No files matched" not in caplog.text
 
 
-def test_the_files_that_the_index_names_are_downloaded_and_no_variant_of_them(
-    hub: Hub, cache: Path, tmp_path: Path
-) -> None:
+def test_only_files_of_the_index_are_downloaded_not_their_variants(hub: Hub, cache: Path, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "llama")
     index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "weights-1-of-1.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -51,7 +49,7 @@ def test_the_files_that_the_index_names_are_downloaded_and_no_variant_of_them(
     assert [path.name for path in cache.glob("*.safetensors")] == ["weights-1-of-1.safetensors"]
 
 
-def test_an_adapter_beside_a_model_is_downloaded_whole(hub: Hub, cache: Path, tmp_path: Path) -> None:
+def test_adapter_of_a_model_is_downloaded(hub: Hub, cache: Path, tmp_path: Path) -> None:
     save_bin_shards(tmp_path / "llama")
     hub.repositories[NAME] = {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()}
     adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
@@ -60,7 +58,7 @@ def test_an_adapter_beside_a_model_is_downloaded_whole(hub: Hub, cache: Path, tm
     assert {name: (folder / name).read_bytes() for name in adapter} == adapter
 
 
-def test_inspect_downloads_a_models_own_code_and_no_weights(
+def test_inspect_downloads_custom_code_but_no_weights(
     hub: Hub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -71,7 +69,7 @@ def test_inspect_downloads_a_models_own_code_and_no_weights(
     assert {path.name for path in cache.iterdir()} == {"config.json", "tiny.py"}
 
 
-def test_trusted_code_is_downloaded_from_the_repository_that_a_model_names(
+def test_custom_code_is_downloaded_from_another_repository(
     hub: Hub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))

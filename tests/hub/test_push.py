@@ -1,4 +1,4 @@
-"""`convert --push`: what goes up, what is said of it, and every way in which an upload can fail."""
+"""`push` and `--push`: uploaded files, output, and failed uploads, with a local hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compressknow.base import hub as uploads
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.cli import main
 from tests.gguf.making import save_checkpoint
-from tests.hub.hub_server import TOKEN, Hub, serving
+from tests.hub.hub_server import TOKEN, Hub, serve
 from tests.models import save_tiny
 
 REPO = "me/tiny-int8"
@@ -36,16 +36,16 @@ def converted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def files_in(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_convert_pushes_the_whole_output_and_says_where(
+def test_convert_pushes_the_whole_output_and_prints_its_address(
     hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert main(["convert", str(model), str(out), "--quantize", "int8", "--push", REPO]) == 0
-    assert hub.repositories == {REPO: files_in(out)}
+    assert hub.repositories == {REPO: read_files(out)}
     assert hub.private == {REPO: False}
     assert hub.commits == ["Blocks_GQ of tiny, by compressknow"]
     printed = capsys.readouterr()
@@ -55,7 +55,9 @@ def test_convert_pushes_the_whole_output_and_says_where(
     assert "compressknow" in metadata["tags"]
 
 
-def test_private_name_alone_and_json(hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_to_a_private_repository_of_the_user_with_json(
+    hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["convert", str(model), str(tmp_path / "out"), "--quantize", "int8"]
     assert main([*words, "--push", "tiny", "--private", "--json"]) == 0
     assert hub.private == {"me/tiny": True}
@@ -64,7 +66,7 @@ def test_private_name_alone_and_json(hub: Hub, model: Path, tmp_path: Path, caps
     assert printed.err == f"\nUploaded to {hub.url}/me/tiny\n"
 
 
-def test_dry_run_names_what_would_go_up_and_where_and_asks_nobody(
+def test_dry_run_lists_the_upload_without_requests(
     hub: Hub,
     model: Path,
     converted: Path,
@@ -76,10 +78,10 @@ def test_dry_run_names_what_would_go_up_and_where_and_asks_nobody(
     out = tmp_path / "out"
     words = ["convert", str(model), str(out), "--quantize", "int8", "--dry-run"]
     assert main([*words, "--push", REPO, "--private"]) == 0
-    told = capsys.readouterr().out.partition("Would upload to ")[2]
-    assert told.startswith(f"{hub.url}/{REPO} (if it is new: private):\n")
-    listed = dict(line.split(maxsplit=1) for line in told.splitlines()[1:])
-    written = files_in(converted)
+    printed = capsys.readouterr().out.partition("Would upload to ")[2]
+    assert printed.startswith(f"{hub.url}/{REPO} (if it is new: private):\n")
+    listed = dict(line.split(maxsplit=1) for line in printed.splitlines()[1:])
+    written = read_files(converted)
     assert listed.keys() == written.keys()
     assert listed["README.md"] == listed["compressknow.json"] == "?"
     assert hub.steps == []
@@ -90,27 +92,24 @@ def test_dry_run_names_what_would_go_up_and_where_and_asks_nobody(
     }
 
 
-def test_push_sends_the_card_that_a_report_wrote_into_and_nothing_twice(hub: Hub, converted: Path) -> None:
-    done = compressknow.push(converted, REPO)
-    assert done == (f"{hub.url}/{REPO}", ())
-    puts = hub.steps.count("put")
-    assert puts == 1
-    assert compressknow.push(converted, REPO).url == done.url
-    assert hub.steps.count("put") == puts
+def test_second_push_uploads_no_weights_again(hub: Hub, converted: Path) -> None:
+    for _ in range(2):
+        assert compressknow.push(converted, REPO) == (f"{hub.url}/{REPO}", ())
+        assert hub.steps.count("put") == 1
 
 
-def test_weights_of_an_earlier_upload_are_named(
+def test_other_weights_in_the_repository_are_reported(
     hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.repositories[REPO] = {"model-00001-of-00002.safetensors": b"old", "notes.txt": b""}
     assert main(["convert", str(model), str(tmp_path / "out"), "--quantize", "int8", "--push", REPO]) == 0
-    said = " ".join(capsys.readouterr().err.split())
-    assert "also contains model-00001-of-00002.safetensors, not from this model." in said
+    warning = " ".join(capsys.readouterr().err.split())
+    assert "also contains model-00001-of-00002.safetensors, not from this model." in warning
     assert hub.repositories[REPO]["notes.txt"] == b""
 
 
 @pytest.mark.parametrize(
-    ("step", "fault", "what"),
+    ("step", "fault", "message"),
     [
         ("create", 401, "the Hub does not know the token (HTTP 401)"),
         ("create", 403, "the token has no write access to it (HTTP 403)"),
@@ -130,13 +129,13 @@ def test_weights_of_an_earlier_upload_are_named(
         ("commit", "cut", "the connection was lost"),
     ],
 )
-def test_a_failed_upload_is_one_message_that_leaves_the_output_and_says_how_to_go_on(
+def test_failed_upload_is_one_message_with_the_command_to_try_again(
     hub: Hub,
     model: Path,
     tmp_path: Path,
     step: str,
     fault: int | str,
-    what: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -145,9 +144,9 @@ def test_a_failed_upload_is_one_message_that_leaves_the_output_and_says_how_to_g
     out = tmp_path / "out"
     assert main(["convert", str(model), str(out), "--quantize", "int8", "--push", REPO, "--private"]) == 1
     printed = capsys.readouterr()
-    # What was converted is shown all the same.
+    # The conversion's output is printed.
     assert printed.out.startswith("Blocks_GQ: ")
-    assert printed.err.startswith(f"Error: {out} is complete, but could not be uploaded to {REPO}: {what}.\n")
+    assert printed.err.startswith(f"Error: {out} is complete, but could not be uploaded to {REPO}: {message}.\n")
     assert f"ry again: hf upload {REPO} {out} . --private\n" in printed.err
     assert TOKEN not in printed.out + printed.err
     assert printed.err.count("Error") == 1
@@ -155,16 +154,16 @@ def test_a_failed_upload_is_one_message_that_leaves_the_output_and_says_how_to_g
     assert hub.repositories.get(REPO, {}) == {}
 
 
-def test_a_fault_that_passes_is_waited_out(hub: Hub, converted: Path) -> None:
+def test_temporary_failure_is_retried(hub: Hub, converted: Path) -> None:
     hub.faults, hub.times = {"put": 503}, 2
     compressknow.push(converted, REPO)
-    assert hub.repositories[REPO] == files_in(converted)
+    assert hub.repositories[REPO] == read_files(converted)
 
 
-def test_what_the_uploader_in_rust_says_is_one_message_too(
+def test_error_of_the_rust_uploader_is_one_message(
     hub: Hub, converted: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """This server has no chunked storage, which huggingface_hub uses where hf_xet is installed."""
+    """The local hub has no chunked storage, which huggingface_hub uses if hf_xet is installed."""
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     with pytest.raises(CompressknowError, match=r"complete, but could not be .*xet-write-token") as raised:
@@ -173,7 +172,7 @@ def test_what_the_uploader_in_rust_says_is_one_message_too(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_hub_that_is_not_there(hub: Hub, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_one_message(hub: Hub, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(CompressknowError, match="the Hub cannot be reached") as raised:
         compressknow.push(converted, REPO)
@@ -184,7 +183,7 @@ def test_a_hub_that_is_not_there(hub: Hub, converted: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "repo", ["", "a/b/c", "https://huggingface.co/me/x", "-x", "me/x.git", "me/x--y", "me/ü", "a b"]
 )
-def test_a_name_that_cannot_be_one_is_refused_before_any_work(hub: Hub, model: Path, tmp_path: Path, repo: str) -> None:
+def test_invalid_repository_name_is_refused_before_any_work(hub: Hub, model: Path, tmp_path: Path, repo: str) -> None:
     with pytest.raises(UsageError, match="is not a valid repository name on the Hub"):
         compressknow.push(tmp_path / "nowhere", repo)
     out = tmp_path / "out"
@@ -193,33 +192,33 @@ def test_a_name_that_cannot_be_one_is_refused_before_any_work(hub: Hub, model: P
     assert hub.steps == []
 
 
-@pytest.mark.parametrize("lacking", ["token", "network"])
-def test_without_a_token_or_offline_nothing_is_begun(
+@pytest.mark.parametrize("missing", ["token", "network"])
+def test_missing_token_or_network_is_reported_before_any_work(
     hub: Hub,
     model: Path,
     tmp_path: Path,
-    lacking: str,
+    missing: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if lacking == "token":
+    if missing == "token":
         monkeypatch.delenv("HF_TOKEN")
     else:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     out = tmp_path / "out"
     assert main(["convert", str(model), str(out), "--quantize", "int8", "--push", REPO]) == 1
-    expected = "hf auth login, or set HF_TOKEN" if lacking == "token" else "HF_HUB_OFFLINE is set"
+    expected = "hf auth login, or set HF_TOKEN" if missing == "token" else "HF_HUB_OFFLINE is set"
     assert expected in capsys.readouterr().err
     assert not out.exists()
     assert hub.steps == []
 
 
-def test_private_wants_push(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_private_needs_push(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(model), str(tmp_path / "out"), "--quantize", "int8", "--private"]) == 2
     assert "--private needs --push REPO." in capsys.readouterr().err
 
 
-def test_push_refuses_what_convert_did_not_write(hub: Hub, model: Path) -> None:
+def test_push_refuses_folders_not_written_by_convert(hub: Hub, model: Path) -> None:
     with pytest.raises(CompressknowError, match=r"has no compressknow\.json"):
         compressknow.push(model, REPO)
     assert hub.steps == []
@@ -227,49 +226,48 @@ def test_push_refuses_what_convert_did_not_write(hub: Hub, model: Path) -> None:
 
 @pytest.fixture(scope="module")
 def gguf(converter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file that export wrote."""
+    """Write a file with export."""
     pytest.importorskip("llama_cpp_py_sync")
     folder = tmp_path_factory.mktemp("gguf")
     compressknow.export(save_checkpoint("llama", folder / "tiny"), folder / "tiny.gguf", type="q8_0")
     return folder / "tiny.gguf"
 
 
-def test_export_pushes_the_file_its_record_and_a_card_where_there_is_none(hub: Hub, gguf: Path) -> None:
+def test_push_of_a_gguf_file_adds_a_card_if_there_is_none(hub: Hub, gguf: Path) -> None:
     assert compressknow.push(gguf, "me/tiny-gguf") == (f"{hub.url}/me/tiny-gguf", ())
-    there = hub.repositories["me/tiny-gguf"]
-    card = there.pop("README.md").decode()
-    assert there == {path.name: path.read_bytes() for path in (gguf, gguf.with_name("tiny.gguf.json"))}
+    files = hub.repositories["me/tiny-gguf"]
+    card = files.pop("README.md").decode()
+    assert files == {path.name: path.read_bytes() for path in (gguf, gguf.with_name("tiny.gguf.json"))}
     assert yaml.safe_load(card.split("---\n")[1]) == {"tags": ["compressknow", "gguf"]}
     assert r"| attention | q8\_0 |" in card
-    there["README.md"] = b"mine"
+    files["README.md"] = b"mine"
     compressknow.push(gguf, "me/tiny-gguf")
     assert hub.repositories["me/tiny-gguf"]["README.md"] == b"mine"
 
 
-def test_a_failed_upload_of_a_file_names_the_command_that_sends_it_again(hub: Hub, gguf: Path) -> None:
+def test_failed_upload_of_a_gguf_file_names_the_command_to_try_again(hub: Hub, gguf: Path) -> None:
     hub.faults["commit"] = 500
     with pytest.raises(CompressknowError, match="is complete, but could not be uploaded") as raised:
         compressknow.push(gguf, "me/tiny-gguf")
-    expected = f"Try again: hf upload me/tiny-gguf {gguf.parent} . --include 'tiny.gguf*'"
-    assert raised.value.hint == expected
+    assert raised.value.hint == f"Try again: hf upload me/tiny-gguf {gguf.parent} . --include 'tiny.gguf*'"
 
 
-def test_a_dry_run_of_export_asks_nobody(
+def test_export_lists_the_upload_in_a_dry_run_and_pushes_otherwise(
     hub: Hub, gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["export", str(gguf.with_name("tiny")), str(tmp_path / "new.gguf"), "--type", "q8_0", "--push", REPO]
     assert main([*words, "--dry-run"]) == 0
-    told = capsys.readouterr().out.partition("Would upload to ")[2]
-    assert told.startswith(f"{hub.url}/{REPO} (if it is new: public,")
-    assert [line.split()[0] for line in told.splitlines()[1:]] == ["README.md", "new.gguf", "new.gguf.json"]
+    printed = capsys.readouterr().out.partition("Would upload to ")[2]
+    assert printed.startswith(f"{hub.url}/{REPO} (if it is new: public,")
+    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["README.md", "new.gguf", "new.gguf.json"]
     assert hub.steps == []
     assert main(words) == 0
     assert hub.repositories[REPO]["new.gguf"] == (tmp_path / "new.gguf").read_bytes()
 
 
-def test_the_endpoint_comes_from_the_environment_and_the_retry_command_works(converted: Path, tmp_path: Path) -> None:
-    """In processes of their own, as a user runs them: the Hub fails, and huggingface_hub's command then succeeds."""
-    with serving() as hub:
+def test_endpoint_comes_from_the_environment_and_the_retry_command_works(converted: Path, tmp_path: Path) -> None:
+    """Run both in new processes: the upload fails, and then the printed command of huggingface_hub succeeds."""
+    with serve() as hub:
         hub.faults = {"commit": 500}
         environment = os.environ | {
             **{"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"},
@@ -282,4 +280,4 @@ def test_the_endpoint_comes_from_the_environment_and_the_retry_command_works(con
         hub.faults = {}
         hf = Path(sys.executable).with_name(command[0])
         subprocess.run([hf, *command[1:]], env=environment, check=True, capture_output=True)
-        assert hub.repositories == {REPO: files_in(converted)}
+        assert hub.repositories == {REPO: read_files(converted)}
