@@ -36,7 +36,7 @@ from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Calibration, DropNeurons, Prune, Quantize, Step, Where
 from compressknow.model.manifest import describe_calibration, list_dropped_neurons, summarize_calibration
 from compressknow.pages.model_card import list_warnings
-from tests.compress.calibrate.test_walk import make_batches
+from tests.compress.calibrate.test_walk import make_batches, record_inputs
 from tests.compress.deep import save_deep
 from tests.compress.test_zoo_converts import try_build
 from tests.long import long
@@ -84,17 +84,6 @@ def record_norms(model: PreTrainedModel, block: nn.Module, batches: list[dict[st
     return {name: found.sqrt() for name, found in squares.items()}
 
 
-def record_inputs(model: PreTrainedModel, name: str, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """Return the inputs of a layer, float32 [tokens, channels]."""
-    recorded: list[torch.Tensor] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: recorded.append(args[0].flatten(0, -2)))
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    hook.remove()
-    return torch.cat(recorded)
-
-
 def test_wanda_prunes_each_block_by_its_inputs_after_the_blocks_before_it(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     compress(folder, tmp_path / "out", Prune(0.5, "wanda", OVERALL))
@@ -116,7 +105,7 @@ def test_gptq_compensates_for_the_rounding_of_earlier_blocks(tmp_path: Path) -> 
     compress(folder, tmp_path / "out", *steps, count=20)
     original, converted, name = tiny("llama"), load_causal(tmp_path / "out"), "model.layers.1.self_attn.q_proj"
     batches = make_batches(original, 20)
-    before, after = (record_inputs(model, name, batches) for model in (original, converted))
+    before, after = (record_inputs(model, name, batches).float() for model in (original, converted))
     products = after.T @ after
     inputs = InputStatistics(name, len(after), products.diagonal(), None, products, (before - after).T @ after)
     weight, scheme = original.get_submodule(name).weight.data, SCHEMES["int8-weights"]
