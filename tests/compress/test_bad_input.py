@@ -224,7 +224,7 @@ def test_an_output_below_a_file_is_refused(source: Path, refusal: Refusal, tmp_p
 
 
 @pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Path]:
+def read_only_folder(tmp_path: Path) -> Iterator[Path]:
     """A folder that nobody can write to; root could write to any but a read-only file system."""
     folder = tmp_path / "read-only"
     folder.mkdir()
@@ -241,8 +241,8 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_an_output_in_a_read_only_folder_is_refused(source: Path, refusal: Refusal, read_only: Path) -> None:
-    for output in (read_only / "out", read_only / "new" / "out"):
+def test_an_output_in_a_read_only_folder_is_refused(source: Path, refusal: Refusal, read_only_folder: Path) -> None:
+    for output in (read_only_folder / "out", read_only_folder / "new" / "out"):
         message = refusal(source, *PRUNE, output=output)
         assert message.startswith(f"Error: {output} cannot be written: ")
         assert "choose another place" in message

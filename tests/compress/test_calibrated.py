@@ -356,12 +356,12 @@ def record_layer_inputs(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
     model = auto_class.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(1000, 8000, (24, 48), generator=torch.Generator().manual_seed(0))
     linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ("layer" in n or "block" in n)]
-    seen: dict[torch.nn.Module, Tensor] = {}
+    recorded: dict[torch.nn.Module, Tensor] = {}
     for module in linears[::3]:
-        module.register_forward_pre_hook(lambda module, given: seen.update({module: given[0].flatten(0, -2)}))
+        module.register_forward_pre_hook(lambda module, args: recorded.update({module: args[0].flatten(0, -2)}))
     with torch.no_grad():
         model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
-    return ((module.weight.detach(), inputs) for module, inputs in seen.items())
+    return ((module.weight.detach(), inputs) for module, inputs in recorded.items())
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "gptq"])

@@ -204,12 +204,12 @@ def test_zeros_are_pruned_first(per_layer: bool, tmp_path: Path) -> None:
         weight[::4, ::2] = 0.0
         weight[::4, 1::2] = -0.0
     zeros = {name: weight == 0 for name, weight in weights.items()}
-    fewer = prune_tensors(weights, Prune(0.2, per_layer=per_layer), tmp_path)
-    assert sum(int(mask.sum()) for mask in fewer.values()) == 100
-    assert all(bool(zeros[name][fewer[name]].all()) for name in weights)
-    more = prune_tensors(weights, Prune(0.5, per_layer=per_layer), tmp_path)
-    assert sum(int(mask.sum()) for mask in more.values()) == 250
-    assert all(bool(more[name][zeros[name]].all()) for name in weights)
+    smaller = prune_tensors(weights, Prune(0.2, per_layer=per_layer), tmp_path)
+    assert sum(int(mask.sum()) for mask in smaller.values()) == 100
+    assert all(bool(zeros[name][smaller[name]].all()) for name in weights)
+    larger = prune_tensors(weights, Prune(0.5, per_layer=per_layer), tmp_path)
+    assert sum(int(mask.sum()) for mask in larger.values()) == 250
+    assert all(bool(larger[name][zeros[name]].all()) for name in weights)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

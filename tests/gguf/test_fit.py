@@ -1,4 +1,4 @@
-"""A GGUF file of a given size: its bytes, its types, and what GPTQ makes of them."""
+"""An export to a given size keeps to it, chooses types, and loses less with GPTQ."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ TEXTS = [
 ]
 
 
-def sensitivity_of(side) -> Sensitivity:
-    """By the error of each weight alone: any figures will do."""
+def make_sensitivity(source) -> Sensitivity:
+    """Return a sensitivity by the error of each random weight; any figures will do."""
     rows = []
-    for weight in side.structure.linears:
-        name = side.structure.tied.get(weight.parameter, weight.parameter)
+    for weight in source.structure.linears:
+        name = source.structure.tied.get(weight.parameter, weight.parameter)
         exact = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(rows))).numpy()
         by_type = {
             kind: Rounding(get_nbytes(kind, weight.shape), float(np.square(roundtrip(exact, kind) - exact).mean()), 0.0)
@@ -64,10 +64,10 @@ def sensitivity_of(side) -> Sensitivity:
     return Sensitivity("0" * 64, Guidance("gguf", ("q8_0",), 40, "1" * 64, 1000, "2" * 64), tuple(rows))
 
 
-def fitted(source: Path, output: Path, target: SizeTarget):
-    """The record of an export to a size."""
+def export_to_size(source: Path, output: Path, target: SizeTarget):
+    """Export to a size; return the record."""
     job = prepare_export(source, TypeChoice("f16"), find_converter(None, fetch=True))
-    sensitivity = sensitivity_of(job.source)
+    sensitivity = make_sensitivity(job.source)
     fit = SizeFit(
         target.label,
         target.budget(job.numel),
@@ -80,19 +80,19 @@ def fitted(source: Path, output: Path, target: SizeTarget):
 
 @needs_converter
 @pytest.mark.parametrize("name", one_in(2, ["llama-tied", "llama"]))
-def test_a_file_keeps_to_its_bytes_and_gptq_loses_less(name: str, tmp_path: Path) -> None:
-    """Both roundings have the same types and sizes; what differs is what the layers give on the texts."""
+def test_a_file_keeps_to_its_size_and_gptq_lowers_the_error(name: str, tmp_path: Path) -> None:
+    """Both roundings have the same size; the error is that of layers' outputs on the texts."""
     source = save_checkpoint(name, tmp_path / "model", torch.bfloat16)
     budget, errors = 800_000, {}
     for rounding in ("nearest", "gptq"):
         output = tmp_path / f"{rounding}.gguf"
-        record = fitted(source, output, SizeTarget(budget, rounding=rounding))
+        record = export_to_size(source, output, SizeTarget(budget, rounding=rounding))
         assert 0.97 * budget < output.stat().st_size == record["bytes"] <= budget
         chosen = {rule[0].replace("\\", "").strip("^$"): rule[1] for rule in record["types"]}
         assert {key: read_types(output)[key] for key in chosen} == chosen
         assert len(set(chosen.values())) > 2
-        errors[rounding] = outputs_error(source, output)
-    # An embedding that is not a head multiplies nothing: it has no inputs to make up for.
+        errors[rounding] = measure_output_errors(source, output)
+    # An embedding that is no head multiplies nothing, so GPTQ does not round it.
     assert record["fit"]["compensated"] == len(chosen) - (name == "llama")
     better = [errors["gptq"][key] < errors["nearest"][key] for key in errors["gptq"]]
     assert sum(better) >= 0.9 * len(better)
@@ -100,16 +100,16 @@ def test_a_file_keeps_to_its_bytes_and_gptq_loses_less(name: str, tmp_path: Path
 
 
 @needs_converter
-def test_a_file_may_keep_most_of_its_weights_as_they_are(tmp_path: Path) -> None:
+def test_a_large_enough_file_keeps_weights_unrounded(tmp_path: Path) -> None:
     source = save_checkpoint("llama-tied", tmp_path / "model", torch.float32)
-    whole = sum(array.nbytes for array in read_weights(source).values())
-    record = fitted(source, tmp_path / "a.gguf", SizeTarget(int(0.9 * whole), rounding="nearest"))
-    assert record["bytes"] <= 0.9 * whole
+    nbytes = sum(array.nbytes for array in read_weights(source).values())
+    record = export_to_size(source, tmp_path / "a.gguf", SizeTarget(int(0.9 * nbytes), rounding="nearest"))
+    assert record["bytes"] <= 0.9 * nbytes
     assert "f32" in {read_types(tmp_path / "a.gguf")[name] for name in read_types(tmp_path / "a.gguf") if "ffn" in name}
 
 
 @needs_converter
-def test_a_file_of_types_is_not_taken_for_one_of_a_size(tmp_path: Path) -> None:
+def test_an_export_by_type_is_not_taken_for_one_by_size(tmp_path: Path) -> None:
     source = save_checkpoint("llama-tied", tmp_path / "model", torch.bfloat16)
     compressknow.export(source, tmp_path / "a.gguf")
     assert not compressknow.export(source, tmp_path / "a.gguf").is_new
@@ -118,29 +118,27 @@ def test_a_file_of_types_is_not_taken_for_one_of_a_size(tmp_path: Path) -> None:
 
 
 @needs_converter
-def test_gptq_rounds_both_matrices_that_an_experts_weight_is_split_into(tmp_path: Path) -> None:
-    """transformers holds gate and up as one weight, llama.cpp as two tensors."""
+def test_gptq_rounds_both_halves_of_a_split_expert_weight(tmp_path: Path) -> None:
+    """transformers has one weight for gate and up, llama.cpp two tensors."""
     source, output = save_checkpoint("mixtral", tmp_path / "model", torch.bfloat16), tmp_path / "out.gguf"
     text = str(write_sentences(tmp_path / "text.txt"))
     options = {"guide": "text", "calibration": text, "calibration_tokens": 512, "smoke": False}
     record = compressknow.export(source, output, bits=8.6, **options)
-    # All but the embedding, which multiplies nothing.
+    # The embedding is left out, because it multiplies nothing.
     rounded = {name for name, kind in read_types(output).items() if kind not in ("bf16", "f32")} - {"token_embd.weight"}
     assert len([name for name in rounded if "_exps" in name]) == 6
     assert record["fit"]["compensated"] == len(rounded)
 
 
 @needs_converter
-def test_a_size_that_experts_pass_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_size_too_small_for_experts_is_refused_before_measuring(tmp_path: Path) -> None:
     source = save_checkpoint("mixtral", tmp_path / "model", torch.bfloat16)
     with pytest.raises(UsageError, match=r"too small(.|\n)*Experts are not measured"):
         compressknow.export(source, tmp_path / "out.gguf", bits=6, guide="text")
 
 
 @needs_converter
-def test_experts_have_fewer_bits_than_8_where_a_type_is_given(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_must_gives_experts_fewer_than_8_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, output = save_checkpoint("mixtral", tmp_path / "model", torch.bfloat16), tmp_path / "out.gguf"
     text = str(write_sentences(tmp_path / "text.txt"))
     options = ["--guide", "text", "--calibration", text, "--calibration-tokens", "512"]
@@ -152,65 +150,64 @@ def test_experts_have_fewer_bits_than_8_where_a_type_is_given(
 
 
 @needs_converter
-def test_a_type_that_a_weight_cannot_have_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_a_must_type_that_a_weight_cannot_have_is_refused(tmp_path: Path) -> None:
     source = save_checkpoint("llama", tmp_path / "model", torch.float32)
     with pytest.raises(UsageError, match=r"--must f16: blk.0.attn_q.weight(.|\n)*the only float type is its own"):
-        fitted(source, tmp_path / "out.gguf", SizeTarget(2_000_000, must=(("attention", "f16"),)))
+        export_to_size(source, tmp_path / "out.gguf", SizeTarget(2_000_000, must=(("attention", "f16"),)))
 
 
-def outputs_error(source: Path, output: Path) -> dict[str, float]:
-    """||X (W - W')^T||^2 over ||X W^T||^2 of each Linear layer, X being what it reads of the texts."""
+def measure_output_errors(source: Path, output: Path) -> dict[str, float]:
+    """Return ||X (W - W')^T||^2 over ||X W^T||^2 of each Linear layer, X being its inputs on the texts."""
     model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    stored, made = convert_to_llama_cpp(read_weights(source)), read_tensors(output)
+    stored, written = convert_to_llama_cpp(read_weights(source)), read_tensors(output)
     products: dict[str, torch.Tensor] = {}
 
-    def gather(name: str) -> Callable[..., None]:
-        def see(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
+    def make_hook(name: str) -> Callable[..., None]:
+        def add(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
             rows = arguments[0].flatten(0, 1)
             products[name] = products.get(name, torch.zeros(rows.shape[1], rows.shape[1])) + rows.T @ rows
 
-        return see
+        return add
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and get_llama_cpp_name(name) in stored:
-            module.register_forward_hook(gather(get_llama_cpp_name(name)))
+            module.register_forward_hook(make_hook(get_llama_cpp_name(name)))
     with torch.no_grad():
         for batch in (*TEXTS[0], *TEXTS[1]):
             model(**batch)
     errors = {}
     for name, product in products.items():
-        weight, change = (torch.from_numpy(array) for array in (stored[name], made[name] - stored[name]))
+        weight, change = (torch.from_numpy(array) for array in (stored[name], written[name] - stored[name]))
         errors[name] = float(((change @ product) * change).sum() / ((weight @ product) * weight).sum())
     return errors
 
 
-def asked(folder: Path) -> tuple[Path, str]:
-    """A model, and facts of which it knows some: of two candidates one that knows nothing picks the right one half the
-    time."""
+def save_model_and_facts(folder: Path) -> tuple[Path, str]:
+    """Write a model, and facts with two candidates, about half of which even a random model answers correctly."""
     facts = [
         {
-            "id": f"{verb}{place}",
+            "id": f"{verb}{number}",
             "prompt": f"{fact.sub_label} {verb} [MASK].",
-            "obj_label": own,
-            "candidates": [own, other],
+            "obj_label": obj,
+            "candidates": [obj, other],
         }
         for verb in ("likes", "sees", "knows")
-        for place, (fact, after) in enumerate(pairwise(KNOWN_FACTS))
-        for own, other in [(fact.obj_label, after.obj_label)]
-        if own != other
+        for number, (fact, next_fact) in enumerate(pairwise(KNOWN_FACTS))
+        for obj, other in [(fact.obj_label, next_fact.obj_label)]
+        if obj != other
     ]
     write_jsonl(folder / "facts.jsonl", facts)
     return save_checkpoint("llama-tied", folder / "model", torch.bfloat16), f"facts:{folder / 'facts.jsonl'}"
 
 
 @needs_converter
-def test_the_command_line_says_what_it_chose_and_measures_once(
+def test_the_command_line_prints_the_choice_and_measures_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, facts = asked(tmp_path)
+    source, facts = save_model_and_facts(tmp_path)
     text = write_sentences(tmp_path / "text.txt")
-    words = ["--facts", facts, "--calibration", str(text), "--must", "attention=q8_0"]
-    assert main(["export", str(source), str(tmp_path / "a.gguf"), "--size", "900kB", *words]) == 0
+    options = ["--facts", facts, "--calibration", str(text), "--must", "attention=q8_0"]
+    assert main(["export", str(source), str(tmp_path / "a.gguf"), "--size", "900kB", *options]) == 0
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert lines[0].startswith("900.0 kB by facts and text, gptq, attention q8_0: ")
@@ -221,13 +218,13 @@ def test_the_command_line_says_what_it_chose_and_measures_once(
     assert (tmp_path / "a.gguf").stat().st_size <= 900_000
     assert record["fit"]["must"] == [["attention", "q8_0"]]
     assert record["fit"]["facts"] >= 30
-    # Another size: nothing is evaluated or measured again.
+    # For another size nothing is evaluated or measured again.
     stages = []
     compressknow.export(
         source,
         tmp_path / "b.gguf",
         bits=8.0,
-        facts=words[1],
+        facts=options[1],
         calibration=str(text),
         rounding="nearest",
         on_progress=lambda progress: stages.append(progress.stage.work),
@@ -235,7 +232,7 @@ def test_the_command_line_says_what_it_chose_and_measures_once(
     assert "evaluate" not in stages
     by_size, by_bits = (set(read_types(tmp_path / f"{name}.gguf").values()) - {"f32"} for name in "ab")
     assert by_size != by_bits
-    # The record is a recipe: the same types, rounded by llama.cpp.
+    # The record is a recipe for the same types, rounded by llama.cpp.
     again = compressknow.export(source, tmp_path / "c.gguf", recipe=tmp_path / "a.gguf.json")
     assert read_types(tmp_path / "c.gguf") == read_types(tmp_path / "a.gguf")
     assert again.setup == f"{record['type']} ({len(record['types'])} rules)"
@@ -243,23 +240,23 @@ def test_the_command_line_says_what_it_chose_and_measures_once(
 
 @needs_converter
 def test_a_quantized_checkpoint_is_refused_before_it_is_evaluated(tmp_path: Path) -> None:
-    source, facts = asked(tmp_path)
+    source, facts = save_model_and_facts(tmp_path)
     compressknow.convert(source, tmp_path / "int8", quantize="int8-weights")
     stages = []
-    words = {"size": "900kB", "facts": facts, "on_progress": lambda progress: stages.append(progress.stage.work)}
+    options = {"size": "900kB", "facts": facts, "on_progress": lambda progress: stages.append(progress.stage.work)}
     with pytest.raises(UnsupportedError, match="is quantized already"):
-        compressknow.export(tmp_path / "int8", tmp_path / "a.gguf", **words)
+        compressknow.export(tmp_path / "int8", tmp_path / "a.gguf", **options)
     with pytest.raises(UnsupportedError, match="is quantized already"):
-        compressknow.search(tmp_path / "int8", tmp_path / "found", **words)
+        compressknow.search(tmp_path / "int8", tmp_path / "found", **options)
     assert set(stages) <= {"fetch", "hash"}
 
 
 @needs_converter
 @long
 @pytest.mark.parametrize("stage", ["round", "sensitivity"])
-def test_a_killed_export_leaves_nothing_and_is_made_again_to_the_same_bytes(stage: str, tmp_path: Path) -> None:
-    source, facts = asked(tmp_path)
-    words = {"size": "900kB", "facts": facts, "calibration": str(write_sentences(tmp_path / "text.txt"))}
+def test_a_killed_export_leaves_nothing_and_its_repetition_gives_the_same_bytes(stage: str, tmp_path: Path) -> None:
+    source, facts = save_model_and_facts(tmp_path)
+    options = {"size": "900kB", "facts": facts, "calibration": str(write_sentences(tmp_path / "text.txt"))}
     program = (
         "import os, sys, compressknow\n"
         "def dies(progress):\n"
@@ -267,16 +264,16 @@ def test_a_killed_export_leaves_nothing_and_is_made_again_to_the_same_bytes(stag
         "        os.kill(os.getpid(), 9)\n"
         "compressknow.export(sys.argv[1], sys.argv[2], **eval(sys.argv[4]), on_progress=dies)\n"
     )
-    kept = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     shutil.copytree(find_cache_folder() / "converter", tmp_path / "cache" / "compressknow" / "converter")
     (tmp_path / "out").mkdir()
     output = tmp_path / "out" / "a.gguf"
     for number, killed_at in enumerate([stage, "nothing"]):
         done = subprocess.run(
-            [sys.executable, "-c", program, source, output, killed_at, repr(words)], env=kept, check=False
+            [sys.executable, "-c", program, source, output, killed_at, repr(options)], env=environment, check=False
         )
         assert done.returncode == (-9 if number == 0 else 0)
         assert output.exists() == bool(number)
-    assert {each.name for each in output.parent.iterdir()} == {"a.gguf", "a.gguf.json"}
-    compressknow.export(source, tmp_path / "b.gguf", **words)
+    assert {path.name for path in output.parent.iterdir()} == {"a.gguf", "a.gguf.json"}
+    compressknow.export(source, tmp_path / "b.gguf", **options)
     assert (tmp_path / "b.gguf").read_bytes() == output.read_bytes()

@@ -1,4 +1,4 @@
-"""The importance matrix: equal to a plain reference, under the right names, of use, and in llama.cpp's own form."""
+"""The importance matrix equals a plain reference, lowers the error, and has llama.cpp's names and format."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compressknow
-from compressknow.base.errors import CheckpointError, OutputError, UsageError
+from compressknow.base.errors import CheckpointError, CompressknowError, OutputError, UsageError
 from compressknow.cli import main
 from compressknow.compress.calibrate.text import read_calibration_text
 from compressknow.compress.steps import Calibration
+from compressknow.compress.weights import read_stored_weights
+from compressknow.gguf.choice import NEED_IMPORTANCE, list_file_types
+from compressknow.gguf.converter import quantize
 from compressknow.gguf.importance import read_importance, write_importance
+from compressknow.gguf.plain import find_same_channels, list_plain_tensors
+from compressknow.gguf.tensors import describe_tensors
+from compressknow.model.gguf_file import read_gguf
 from compressknow.model.loading import open_complete
 from tests.gguf.making import (
     convert_to_llama_cpp,
@@ -36,8 +42,8 @@ pytest.importorskip("llama_cpp_py_sync")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama and a text; `matrix.gguf` is what was made of these, and `with.gguf` was rounded with it."""
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama, a text, the matrix of both, and `with.gguf`, which was rounded with the matrix."""
     folder = tmp_path_factory.mktemp("world")
     save_checkpoint("llama", folder / "model")
     text = write_sentences(folder / "text.txt")
@@ -52,147 +58,140 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _batches(world: Path) -> list[torch.Tensor]:
-    _, tree = open_complete(world / "model")
-    text = read_calibration_text(world / "model", tree, Calibration(str(world / "text.txt"), 4096))
+def read_batches(folder: Path) -> list[torch.Tensor]:
+    _, tree = open_complete(folder / "model")
+    text = read_calibration_text(folder / "model", tree, Calibration(str(folder / "text.txt"), 4096))
     return [batch["input_ids"] for batch in text.batches]
 
 
-def _reference(world: Path) -> tuple[dict[str, np.ndarray], int]:
-    """Sums of squares of what each nn.Linear of transformers' own model reads, and the tokens."""
-    model = AutoModelForCausalLM.from_pretrained(world / "model").eval()
+def sum_squares(folder: Path) -> tuple[dict[str, np.ndarray], int]:
+    """Return the sums of squares of inputs of each nn.Linear in transformers' model, and the number of tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     sums: dict[str, np.ndarray] = {}
 
-    def watch(name: str):
-        def see(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def make_hook(name: str):
+        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             squares = inputs[0].double().square().flatten(0, -2).sum(0).numpy()
             sums[name] = sums.get(name, 0) + squares
 
-        return see
+        return add
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(watch(get_llama_cpp_name(name)))
+            module.register_forward_hook(make_hook(get_llama_cpp_name(name)))
     tokens = 0
     with torch.no_grad():
-        for batch in _batches(world):
+        for batch in read_batches(folder):
             model(batch)
             tokens += batch.numel()
     return sums, tokens
 
 
 @needs_converter
-def test_it_is_that_of_a_plain_reference(world: Path) -> None:
-    made, (expected, tokens) = read_importance(world / "matrix.gguf"), _reference(world)
-    assert made.sums.keys() == expected.keys()
-    assert "output.weight" in made.sums
+def test_the_matrix_equals_sums_by_hooks(files: Path) -> None:
+    matrix, (expected, tokens) = read_importance(files / "matrix.gguf"), sum_squares(files)
+    assert matrix.sums.keys() == expected.keys()
+    assert "output.weight" in matrix.sums
     for name, squares in expected.items():
-        np.testing.assert_allclose(made.sums[name][0], squares, rtol=1e-4, err_msg=name)
-        assert made.counts[name].tolist() == [tokens]
-    assert made.chunks * made.chunk == tokens
-    assert made.datasets == (str(world / "text.txt"),)
+        np.testing.assert_allclose(matrix.sums[name][0], squares, rtol=1e-4, err_msg=name)
+        assert matrix.counts[name].tolist() == [tokens]
+    assert matrix.chunks * matrix.chunk == tokens
+    assert matrix.datasets == (str(files / "text.txt"),)
 
 
 @needs_converter
-def test_the_file_has_the_form_of_llama_imatrix(world: Path) -> None:
+def test_the_file_has_the_format_of_llama_imatrix(files: Path) -> None:
     """Names, shapes and keys of tools/imatrix/imatrix.cpp, which llama-quantize reads."""
-    said = read_metadata(world / "matrix.gguf")
-    assert said["general.type"] == "imatrix"
-    assert {"imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"} <= said.keys()
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(world / "matrix.gguf").tensors}
+    metadata = read_metadata(files / "matrix.gguf")
+    assert metadata["general.type"] == "imatrix"
+    assert {"imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"} <= metadata.keys()
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(files / "matrix.gguf").tensors}
     assert list(stored["blk.0.ffn_down.weight.in_sum2"].shape) == [512, 1]
     assert list(stored["blk.0.ffn_down.weight.counts"].shape) == [1, 1]
     assert {tensor.tensor_type.name for tensor in stored.values()} == {"F32"}
 
 
 @needs_converter
-def test_a_matrix_is_of_the_model_that_it_says(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever its shapes are; what was made of the same original may have it, and one that says none, with a word."""
-    matrix, other = world / "matrix.gguf", save_checkpoint("llama", world / "other", torch.bfloat16)
+def test_a_matrix_of_another_model_is_refused(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A conversion of the model may use its matrix; a matrix that names no model is used with a warning."""
+    matrix, other = files / "matrix.gguf", save_checkpoint("llama", files / "other", torch.bfloat16)
     with pytest.raises(CheckpointError, match=r"matrix\.gguf is of another model: it names [0-9a-f]{16}"):
-        compressknow.export(other, world / "other.gguf", type="q3_k_m", imatrix=matrix)
-    compressknow.convert(world / "model", world / "pruned", prune=0.2)
-    record = compressknow.export(world / "pruned", world / "pruned.gguf", type="q3_k_m", imatrix=matrix)
+        compressknow.export(other, files / "other.gguf", type="q3_k_m", imatrix=matrix)
+    compressknow.convert(files / "model", files / "pruned", prune=0.2)
+    record = compressknow.export(files / "pruned", files / "pruned.gguf", type="q3_k_m", imatrix=matrix)
     assert record["importance"]["identified"] is True
-    write_importance(replace(read_importance(matrix), models=()), world / "foreign.gguf")
-    words = ["export", str(other), str(world / "other.gguf"), "--type", "q3_k_m"]
-    assert main([*words, "--imatrix", str(world / "foreign.gguf")]) == 0
+    write_importance(replace(read_importance(matrix), models=()), files / "foreign.gguf")
+    command = ["export", str(other), str(files / "other.gguf"), "--type", "q3_k_m"]
+    assert main([*command, "--imatrix", str(files / "foreign.gguf")]) == 0
     assert "! foreign.gguf does not say which model it was made from" in capsys.readouterr().out
 
 
 @needs_converter
-def test_what_counts_is_rounded_better(world: Path) -> None:
-    """By the outputs of the layers on the text, the file that was rounded with the matrix is nearer."""
-    compressknow.export(world / "model", world / "without.gguf", type="q2_k")
-    exact, means = convert_to_llama_cpp(read_weights(world / "model")), read_importance(world / "matrix.gguf").means()
-    with_it, without = read_tensors(world / "with.gguf"), read_tensors(world / "without.gguf")
-    kinds = read_types(world / "with.gguf")
-    assert kinds == read_types(world / "without.gguf")
+def test_the_matrix_lowers_the_error_of_outputs(files: Path) -> None:
+    compressknow.export(files / "model", files / "without.gguf", type="q2_k")
+    exact, means = convert_to_llama_cpp(read_weights(files / "model")), read_importance(files / "matrix.gguf").means()
+    with_matrix, without = read_tensors(files / "with.gguf"), read_tensors(files / "without.gguf")
+    kinds = read_types(files / "with.gguf")
+    assert kinds == read_types(files / "without.gguf")
 
-    def lost(made: dict[str, np.ndarray], name: str) -> float:
-        return float((means[name] * (made[name] - exact[name]) ** 2).sum())
+    def measure_error(rounded: dict[str, np.ndarray], name: str) -> float:
+        return float((means[name] * (rounded[name] - exact[name]) ** 2).sum())
 
     coarse = [name for name in means if kinds[name] in ("q2_k", "q3_k")]
-    better = [lost(with_it, name) < lost(without, name) for name in coarse]
+    better = [measure_error(with_matrix, name) < measure_error(without, name) for name in coarse]
     assert len(better) >= 10
     assert all(better)
 
 
 @needs_converter
-def test_a_matrix_that_is_there_is_taken(world: Path) -> None:
-    """`imatrix` with what `imatrix_out` wrote gives the same weights; so does the form of before."""
-    matrix = read_importance(world / "matrix.gguf")
-    old = world / "matrix.dat"
-    with old.open("wb") as file:
+def test_a_stored_matrix_gives_the_same_weights(files: Path) -> None:
+    """`imatrix` reads what `imatrix_out` wrote, and the older .dat format."""
+    matrix = read_importance(files / "matrix.gguf")
+    old_form = files / "matrix.dat"
+    with old_form.open("wb") as file:
         file.write(struct.pack("<i", len(matrix.sums)))
         for name, sums in matrix.sums.items():
             calls = int(matrix.counts[name][0])
             file.write(struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", calls, sums.size))
             file.write(sums.astype("<f4").tobytes())
-    expected = read_tensors(world / "with.gguf")
-    for given in (world / "matrix.gguf", old):
-        output = world / f"{given.suffix[1:]}-again.gguf"
-        record = compressknow.export(world / "model", output, type="q2_k", imatrix=given)
-        assert record["importance"]["source"] == given.name
-        made = read_tensors(output)
-        assert all(np.array_equal(made[name], weight) for name, weight in expected.items())
+    expected = read_tensors(files / "with.gguf")
+    for path in (files / "matrix.gguf", old_form):
+        output = files / f"{path.suffix[1:]}-again.gguf"
+        record = compressknow.export(files / "model", output, type="q2_k", imatrix=path)
+        assert record["importance"]["source"] == path.name
+        weights = read_tensors(output)
+        assert all(np.array_equal(weights[name], weight) for name, weight in expected.items())
 
 
 @needs_converter
-def test_types_that_need_one(world: Path, tmp_path: Path) -> None:
-    """llama.cpp refuses them without: so does export, before work."""
+def test_types_that_need_a_matrix_are_refused_without(files: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="only with an importance matrix"):
-        compressknow.export(world / "model", tmp_path / "out.gguf", type="iq2_xxs")
+        compressknow.export(files / "model", tmp_path / "out.gguf", type="iq2_xxs")
     with pytest.raises(UsageError, match="only with an importance matrix"):
-        compressknow.export(world / "model", tmp_path / "out.gguf", type_of={"attention": "iq1_s"})
+        compressknow.export(files / "model", tmp_path / "out.gguf", type_of={"attention": "iq1_s"})
     assert not list(tmp_path.iterdir())
-    record = compressknow.export(world / "model", tmp_path / "out.gguf", type="iq2_xxs", imatrix=world / "matrix.gguf")
+    record = compressknow.export(files / "model", tmp_path / "out.gguf", type="iq2_xxs", imatrix=files / "matrix.gguf")
     assert "iq2_xxs" in record.groups["feed-forward"]
     assert record.setup == "iq2_xxs (imatrix)"
 
 
 @long
 @needs_converter
-def test_every_type_that_needs_one_is_known_and_no_other(world: Path, tmp_path: Path) -> None:
-    """llama.cpp itself is asked, of each type that it has."""
-    from compressknow.base.errors import CompressknowError
-    from compressknow.gguf.choice import NEED_IMPORTANCE, list_file_types
-    from compressknow.gguf.converter import quantize
-
-    compressknow.export(world / "model", tmp_path / "exact.gguf", type="f32")
+def test_the_types_that_need_a_matrix_are_those_of_llama_cpp(files: Path, tmp_path: Path) -> None:
+    compressknow.export(files / "model", tmp_path / "exact.gguf", type="f32")
     for number, kind in enumerate(list_file_types()):
-        refused = ""
+        reason = ""
         try:
             quantize(tmp_path / "exact.gguf", tmp_path / f"{number}.gguf", kind, tmp_path)
         except CompressknowError as error:
-            refused = str(error)
-        assert ("requires an imatrix" in refused) == bool(refused) == (kind in NEED_IMPORTANCE), (kind, refused)
+            reason = str(error)
+        assert ("requires an imatrix" in reason) == bool(reason) == (kind in NEED_IMPORTANCE), (kind, reason)
 
 
 @needs_converter
 @pytest.mark.parametrize("name", one_in(2, ["mixtral", "t5", "llama-tied"]))
-def test_other_families(name: str, tmp_path: Path) -> None:
-    """Experts have a row each, a tied embedding is the final layer, and an encoder has its own names."""
+def test_experts_tied_embeddings_and_encoders_are_in_the_matrix(name: str, tmp_path: Path) -> None:
+    """Each expert has a row, and a tied embedding is the final layer."""
     source = save_checkpoint(name, tmp_path / "model")
     record = compressknow.export(
         source,
@@ -208,7 +207,7 @@ def test_other_families(name: str, tmp_path: Path) -> None:
         assert "token_embd.weight" in made.sums
     if name == "mixtral":
         assert made.sums["blk.0.ffn_down_exps.weight"].shape == (2, 512)
-        # Each token goes to two of two experts.
+        # Each token is routed to two of two experts.
         assert made.counts["blk.1.ffn_gate_exps.weight"].tolist() == [2048, 2048]
         np.testing.assert_array_equal(made.sums["blk.0.ffn_gate_exps.weight"], made.sums["blk.0.ffn_up_exps.weight"])
     if name == "t5":
@@ -220,14 +219,13 @@ def test_other_families(name: str, tmp_path: Path) -> None:
 
 
 @needs_converter
-def test_a_converted_checkpoint(world: Path, tmp_path: Path) -> None:
-    """The matrix of a quantized checkpoint is of what its own layers read."""
-    compressknow.convert(world / "model", tmp_path / "small", quantize="int8", drop_blocks="1")
+def test_a_quantized_checkpoint_has_a_matrix(files: Path, tmp_path: Path) -> None:
+    compressknow.convert(files / "model", tmp_path / "small", quantize="int8", drop_blocks="1")
     record = compressknow.export(
         tmp_path / "small",
         tmp_path / "out.gguf",
         type="q4_k_m",
-        calibration=str(world / "text.txt"),
+        calibration=str(files / "text.txt"),
         calibration_tokens=2048,
     )
     assert record["importance"]["tensors"] == 8
@@ -235,90 +233,81 @@ def test_a_converted_checkpoint(world: Path, tmp_path: Path) -> None:
 
 
 @needs_converter
-def test_the_models_own_text(world: Path, tmp_path: Path) -> None:
-    """`self` takes the model's samples, the same ones for the same seed."""
-    words = {"type": "q4_0", "calibration": "self", "calibration_tokens": 1024, "seed": 3}
-    source, one, other = world / "model", tmp_path / "a.gguf", tmp_path / "b.gguf"
-    compressknow.export(source, one, **words)
-    compressknow.export(source, other, **words, imatrix_out=tmp_path / "matrix.gguf")
+def test_the_text_that_a_model_writes_gives_the_same_bytes_by_its_seed(files: Path, tmp_path: Path) -> None:
+    options = {"type": "q4_0", "calibration": "self", "calibration_tokens": 1024, "seed": 3}
+    source, one, other = files / "model", tmp_path / "a.gguf", tmp_path / "b.gguf"
+    compressknow.export(source, one, **options)
+    compressknow.export(source, other, **options, imatrix_out=tmp_path / "matrix.gguf")
     assert one.read_bytes() == other.read_bytes()
-    assert not compressknow.export(source, other, **words, imatrix_out=tmp_path / "matrix.gguf").is_new
-    # Another model's matrix has taken the place of this one's since.
+    assert not compressknow.export(source, other, **options, imatrix_out=tmp_path / "matrix.gguf").is_new
+    # Now another model's matrix is in its place.
     write_importance(replace(read_importance(tmp_path / "matrix.gguf"), models=("0" * 64,)), tmp_path / "matrix.gguf")
     with pytest.raises(OutputError, match="exists already"):
-        compressknow.export(source, other, **words, imatrix_out=tmp_path / "matrix.gguf")
+        compressknow.export(source, other, **options, imatrix_out=tmp_path / "matrix.gguf")
 
 
 @needs_converter
-def test_a_run_that_died_before_it_wrote_the_modelfile_is_repeated(world: Path, tmp_path: Path) -> None:
+def test_a_missing_modelfile_is_written_by_the_same_export(files: Path, tmp_path: Path) -> None:
     text, output, modelfile = tmp_path / "text.txt", tmp_path / "out.gguf", tmp_path / "Modelfile"
-    text.write_bytes((world / "text.txt").read_bytes())
-    words = {"type": "q4_0", "calibration": str(text), "calibration_tokens": 1024, "modelfile": modelfile}
-    compressknow.export(world / "model", output, **words)
-    made = modelfile.read_text()
+    text.write_bytes((files / "text.txt").read_bytes())
+    options = {"type": "q4_0", "calibration": str(text), "calibration_tokens": 1024, "modelfile": modelfile}
+    compressknow.export(files / "model", output, **options)
+    content = modelfile.read_text()
     modelfile.unlink()
-    assert not compressknow.export(world / "model", output, **words).is_new
-    assert modelfile.read_text() == made
-    # Another text of that name makes another file.
+    assert not compressknow.export(files / "model", output, **options).is_new
+    assert modelfile.read_text() == content
+    # Another text of the same name would give another file.
     text.write_text("What is " + text.read_text())
     with pytest.raises(OutputError, match="exists already"):
-        compressknow.export(world / "model", output, **words)
+        compressknow.export(files / "model", output, **options)
 
 
 @needs_converter
-def test_other_channels_are_found(world: Path, tmp_path: Path) -> None:
-    """A tensor whose input channels the converter has put into another order is not a match."""
-    from compressknow.compress.weights import read_stored_weights
-    from compressknow.gguf.plain import find_same_channels, list_plain_tensors
-    from compressknow.gguf.tensors import describe_tensors
-    from compressknow.model.gguf_file import read_gguf
-
-    compressknow.export(world / "model", tmp_path / "exact.gguf", type="f32")
-    loaded, _ = open_complete(world / "model")
-    side = read_stored_weights(loaded)
-    turned = {"blk.0.attn_output.weight"}
+def test_tensors_with_reordered_channels_do_not_match(files: Path, tmp_path: Path) -> None:
+    compressknow.export(files / "model", tmp_path / "exact.gguf", type="f32")
+    source, _ = open_complete(files / "model")
+    weights = read_stored_weights(source)
+    reordered = {"blk.0.attn_output.weight"}
     writer = gguf.GGUFWriter(tmp_path / "turned.gguf", "llama")
     writer.add_block_count(2)
     for name, tensor in read_tensors(tmp_path / "exact.gguf").items():
-        writer.add_tensor(name, np.ascontiguousarray(tensor[:, ::-1]) if name in turned else tensor)
+        writer.add_tensor(name, np.ascontiguousarray(tensor[:, ::-1]) if name in reordered else tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    plain = list_plain_tensors(side, loaded)
+    plain = list_plain_tensors(weights, source)
     reader = read_gguf(tmp_path / "turned.gguf")
-    tensors = describe_tensors(reader, side)
+    tensors = describe_tensors(reader, weights)
     same = find_same_channels(reader.tensors, tensors, plain)
-    assert set(tensors.weights) - set(same) == turned
+    assert set(tensors.weights) - set(same) == reordered
 
 
 @needs_converter
-def test_refused(world: Path, tmp_path: Path) -> None:
-    """What is not a matrix, or of another model, or of no use."""
+def test_invalid_matrices_and_options_are_refused(files: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_bytes(b"not a matrix at all")
     (tmp_path / "empty.dat").write_bytes(struct.pack("<i", 0))
-    source, output = world / "model", tmp_path / "out.gguf"
-    for given in ("text.gguf", "empty.dat"):
+    source, output = files / "model", tmp_path / "out.gguf"
+    for name in ("text.gguf", "empty.dat"):
         with pytest.raises(CheckpointError, match="is not an importance matrix"):
-            compressknow.export(source, output, type="q4_0", imatrix=tmp_path / given)
+            compressknow.export(source, output, type="q4_0", imatrix=tmp_path / name)
     with pytest.raises(CheckpointError, match="is not an importance matrix"):
-        compressknow.export(source, output, type="q4_0", imatrix=world / "with.gguf")
+        compressknow.export(source, output, type="q4_0", imatrix=files / "with.gguf")
     with pytest.raises(UsageError, match="no such file"):
         compressknow.export(source, output, type="q4_0", imatrix=tmp_path / "none.gguf")
     with pytest.raises(UsageError, match="cannot be combined"):
-        compressknow.export(source, output, type="q4_0", imatrix=world / "matrix.gguf", calibration="self")
+        compressknow.export(source, output, type="q4_0", imatrix=files / "matrix.gguf", calibration="self")
     with pytest.raises(UsageError, match="nothing to calibrate"):
         compressknow.export(source, output, type="f16", calibration="self")
     with pytest.raises(UsageError, match="no calibration text"):
         compressknow.export(source, output, type="q4_0", calibration="nowhere.txt")
     with pytest.raises(OutputError, match="exists already"):
-        compressknow.export(source, output, type="q4_0", calibration="self", imatrix_out=world / "matrix.gguf")
+        compressknow.export(source, output, type="q4_0", calibration="self", imatrix_out=files / "matrix.gguf")
     assert not output.exists()
 
 
 @needs_converter
-def test_of_another_model(world: Path, tmp_path: Path) -> None:
-    """A matrix of other widths is refused, by the name of a tensor."""
+def test_a_matrix_of_other_widths_is_refused(files: Path, tmp_path: Path) -> None:
     other = save_checkpoint("t5", tmp_path / "t5")
     with pytest.raises(CheckpointError, match="of another model"):
-        compressknow.export(other, tmp_path / "out.gguf", type="q4_0", imatrix=world / "matrix.gguf")
+        compressknow.export(other, tmp_path / "out.gguf", type="q4_0", imatrix=files / "matrix.gguf")

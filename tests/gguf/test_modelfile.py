@@ -1,5 +1,5 @@
-"""A Modelfile says what the tokenizer would: the template is evaluated as Go does and compared with Jinja's text; and a
-file answers before it is called done."""
+"""The template of a Modelfile, evaluated as Go does, gives the text of the tokenizer's Jinja template; and an exported
+file must answer a prompt."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import compressknow
@@ -38,54 +40,51 @@ GEMMA = (
 )
 
 
-def tokenizer(template: str | None) -> Any:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
+def make_tokenizer(template: str | None) -> Any:
     inner = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    made.chat_template = template
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    return tokenizer
 
 
-def evaluated(template: str, **values: str) -> str:
-    """What Go's text/template makes of it: one `if`, with or without an `else`."""
+def evaluate_go_template(template: str, **values: str) -> str:
+    """Evaluate a template as Go's text/template does: one `if`, with or without an `else`."""
 
-    def choose(found: re.Match[str]) -> str:
-        then, _, otherwise = found[2].partition("{{ else }}")
-        return then if values.get(found[1]) else otherwise
+    def choose(match: re.Match[str]) -> str:
+        then, _, otherwise = match[2].partition("{{ else }}")
+        return then if values.get(match[1]) else otherwise
 
-    chosen = re.sub(r"\{\{ if \.(\w+) \}\}(.*?)\{\{ end \}\}", choose, template, flags=re.DOTALL)
-    return re.sub(r"\{\{ \.(\w+) \}\}", lambda found: values.get(found[1], ""), chosen)
+    text = re.sub(r"\{\{ if \.(\w+) \}\}(.*?)\{\{ end \}\}", choose, template, flags=re.DOTALL)
+    return re.sub(r"\{\{ \.(\w+) \}\}", lambda match: values.get(match[1], ""), text)
 
 
 @pytest.mark.parametrize(("template", "takes_system"), [(CHATML, True), (LLAMA2, True), (GEMMA, False)])
-def test_the_template_writes_what_the_tokenizer_does(template: str, takes_system: bool) -> None:
-    made = tokenizer(template)
-    go = build_go_template(made)
+def test_the_go_template_gives_the_text_of_the_chat_template(template: str, takes_system: bool) -> None:
+    tokenizer = make_tokenizer(template)
+    go = build_go_template(tokenizer)
     assert go is not None
     for system in ["", *(["Be brief."] if takes_system else [])]:
         chat = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": "Who?"}]
-        asked = made.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        assert evaluated(go.partition("{{ .Response }}")[0], System=system, Prompt="Who?") == asked
-        answered = made.apply_chat_template([*chat, {"role": "assistant", "content": "I."}], tokenize=False)
-        # Some begin an answer with a space, which is the model's own here.
-        written = evaluated(go, System=system, Prompt="Who?", Response="I.")
-        assert "".join(written.split()) == "".join(answered.split())
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert evaluate_go_template(go.partition("{{ .Response }}")[0], System=system, Prompt="Who?") == prompt
+        expected = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "I."}], tokenize=False)
+        # Some templates put a space before an answer; here the model generates it.
+        written = evaluate_go_template(go, System=system, Prompt="Who?", Response="I.")
+        assert "".join(written.split()) == "".join(expected.split())
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('never') }}", "{{ '{{' }}{{ messages[0].content }}"])
-def test_a_template_that_go_could_not_have_is_left_out(template: str | None) -> None:
-    assert build_go_template(tokenizer(template)) is None
+def test_a_chat_template_without_a_go_form_is_left_out(template: str | None) -> None:
+    assert build_go_template(make_tokenizer(template)) is None
 
 
 @needs_converter
-def test_export_writes_it_and_says_the_next_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_writes_a_modelfile_and_prints_next_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save_checkpoint("llama", tmp_path / "model")
-    # Folders of the file are made, and so may be that of the Modelfile.
+    # Parent folders are made, for the Modelfile too.
     output, modelfile = tmp_path / "new" / "files" / "Out.gguf", tmp_path / "new" / "Modelfile"
-    words = ["export", str(source), str(output), "--modelfile", str(modelfile)]
-    assert main(words) == 0
+    command = ["export", str(source), str(output), "--modelfile", str(modelfile)]
+    assert main(command) == 0
     printed = capsys.readouterr().out
     assert "In llama.cpp: The capital of France is ->" in printed
     assert "ollama create out -f " in printed
@@ -93,14 +92,14 @@ def test_export_writes_it_and_says_the_next_commands(tmp_path: Path, capsys: pyt
     lines = modelfile.read_text().splitlines()
     assert lines[0] == "FROM ./files/Out.gguf"
     assert any(line.startswith("PARAMETER stop ") for line in lines)
-    # Again, nothing is to be done. What the user has added stays.
-    assert main(words) == 0
+    # A second run has nothing to do, and keeps what the user has added.
+    assert main(command) == 0
     with modelfile.open("a") as file:
         file.write("SYSTEM Be brief.\n")
-    assert main(words) == 1
+    assert main(command) == 1
     assert "Modelfile exists already" in capsys.readouterr().err
     assert "Be brief" in modelfile.read_text()
-    assert main([*words, "--overwrite"]) == 0
+    assert main([*command, "--overwrite"]) == 0
     modelfile.write_text("mine")
     with pytest.raises(OutputError, match="is not a Modelfile: not overwritten"):
         compressknow.export(source, output, modelfile=modelfile, overwrite=True)
@@ -109,7 +108,7 @@ def test_export_writes_it_and_says_the_next_commands(tmp_path: Path, capsys: pyt
 
 
 @needs_converter
-def test_a_file_that_computes_no_numbers_is_not_written(tmp_path: Path) -> None:
+def test_a_file_that_gives_nan_is_not_written(tmp_path: Path) -> None:
     source = save_checkpoint("llama", tmp_path / "model")
     weights = load_file(source / "model.safetensors")
     for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""Opening a checkpoint: what is read, from where, and what is refused before anything else happens."""
+"""A checkpoint opens with the tensors that the reference loaders see; a damaged one is refused."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ DTYPES = {
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def values(stored: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
-    """The tensors that a file's offsets, dtypes and shapes lead to."""
+def read_values(stored: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    """Read the tensors at their offsets in a file."""
     with OpenFiles() as files:
-        # An odd size, so that pieces end within elements.
-        raw = {name: b"".join(bytes(piece) for piece in files.chunks(t, 7)) for name, t in stored.items()}
+        # With pieces of 7 bytes, some end within an element.
+        content = {name: b"".join(bytes(piece) for piece in files.chunks(t, 7)) for name, t in stored.items()}
     return {
-        name: torch.frombuffer(bytearray(raw[name]), dtype=DTYPES[t.dtype]).reshape(t.shape)
-        if raw[name]
+        name: torch.frombuffer(bytearray(content[name]), dtype=DTYPES[t.dtype]).reshape(t.shape)
+        if content[name]
         else torch.empty(t.shape, dtype=DTYPES[t.dtype])
         for name, t in stored.items()
     }
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert found[name].shape == tensor.shape, name
-        # Bit for bit: a flipped byte may well be NaN.
-        one, other = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (found[name], tensor))
-        assert torch.equal(one, other), name
+        # Bits are compared, because a flipped byte may give NaN.
+        bits, expected_bits = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (found[name], tensor))
+        assert torch.equal(bits, expected_bits), name
 
 
-def refused(open_it: Callable[[], object]) -> str:
+def get_error(read: Callable[[], object]) -> str:
     with pytest.raises(CheckpointError) as caught:
-        open_it()
+        read()
     return str(caught.value)
 
 
@@ -76,35 +76,35 @@ MIXED = {
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sound") / "model.safetensors"
     save_file(MIXED, path, metadata={"format": "pt"})
     return path
 
 
-def test_header_leads_to_the_values_that_were_saved(sound: Path) -> None:
-    assert_same(values(read_header(sound)), MIXED)
+def test_a_header_gives_the_saved_values(sound_file: Path) -> None:
+    check_same(read_values(read_header(sound_file)), MIXED)
 
 
-def test_every_cut_of_a_file_is_refused(sound: Path, tmp_path: Path) -> None:
-    whole, path = sound.read_bytes(), tmp_path / "cut.safetensors"
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        assert str(path) in refused(lambda: read_header(path))
+def test_every_truncated_file_is_refused(sound_file: Path, tmp_path: Path) -> None:
+    content, path = sound_file.read_bytes(), tmp_path / "cut.safetensors"
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        assert str(path) in get_error(lambda: read_header(path))
 
 
-def test_bytes_behind_the_last_tensor_are_refused(sound: Path, tmp_path: Path) -> None:
+def test_bytes_after_the_last_tensor_are_refused(sound_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "long.safetensors"
-    path.write_bytes(sound.read_bytes() + b"\0")
-    assert "truncated or padded" in refused(lambda: read_header(path))
+    path.write_bytes(sound_file.read_bytes() + b"\0")
+    assert "truncated or padded" in get_error(lambda: read_header(path))
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_flipped_bytes_are_refused_or_read_as_the_reference_reads_them(
-    sound: Path, tmp_path: Path, data: st.DataObject
+def test_flipped_bytes_are_refused_or_read_as_by_the_reference(
+    sound_file: Path, tmp_path: Path, data: st.DataObject
 ) -> None:
-    content, path = bytearray(sound.read_bytes()), tmp_path / "flipped.safetensors"
+    content, path = bytearray(sound_file.read_bytes()), tmp_path / "flipped.safetensors"
     header_end = 8 + int.from_bytes(content[:8], "little")
     for position in data.draw(st.lists(st.integers(0, header_end - 1), min_size=1, max_size=3)):
         content[position] = data.draw(st.integers(0, 255))
@@ -113,7 +113,7 @@ def test_flipped_bytes_are_refused_or_read_as_the_reference_reads_them(
         stored = read_header(path)
     except CheckpointError:
         return
-    # Nothing is accepted that the reference implementation would refuse or see otherwise.
+    # The reference implementation must accept the file and read the same tensors.
     with safe_open(path, framework="pt") as reference:
         assert set(reference.keys()) == set(stored)
         for name, tensor in stored.items():
@@ -121,93 +121,93 @@ def test_flipped_bytes_are_refused_or_read_as_the_reference_reads_them(
             assert (part.get_dtype(), tuple(part.get_shape())) == (tensor.dtype, tensor.shape)
     known = {name: tensor for name, tensor in stored.items() if tensor.dtype in DTYPES}
     reference_values = load_file(path)
-    assert_same(values(known), {name: reference_values[name] for name in known})
+    check_same(read_values(known), {name: reference_values[name] for name in known})
 
 
-def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": offsets} | more
+def make_entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def raw_safetensors(header: bytes, data: bytes = bytes(8)) -> bytes:
+def make_safetensors(header: bytes, data: bytes = bytes(8)) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
 MALFORMED = {
     "not JSON": b"{",
     "not UTF-8": b'{"\xff": 1}',
-    "UTF-16": json.dumps({"a": entry()}).encode("utf-16"),
+    "UTF-16": json.dumps({"a": make_entry()}).encode("utf-16"),
     "a list": b"[1, 2]",
     "a number": b"3",
     "nested beyond all bounds": b"[" * 100_000,
     "entry is not an object": {"a": 3},
-    "entry is a text": {"a": "dtype"},
+    "entry is a string": {"a": "dtype"},
     "no dtype": {"a": {"shape": [2], "data_offsets": [0, 8]}},
     "no shape": {"a": {"dtype": "F32", "data_offsets": [0, 8]}},
     "no offsets": {"a": {"dtype": "F32", "shape": [2]}},
-    "unknown dtype": {"a": entry("F33")},
-    "dtype is a list": {"a": entry(["F32"])},
-    "shape is a number": {"a": entry(shape=2)},
-    "shape is a text": {"a": entry(shape="2")},
-    "shape holds a text": {"a": entry(shape=["2"])},
-    "shape holds a fraction": {"a": entry(shape=[2.0])},
-    "shape holds a truth": {"a": entry(shape=[2, True])},
+    "unknown dtype": {"a": make_entry("F33")},
+    "dtype is a list": {"a": make_entry(["F32"])},
+    "shape is a number": {"a": make_entry(shape=2)},
+    "shape is a string": {"a": make_entry(shape="2")},
+    "shape contains a string": {"a": make_entry(shape=["2"])},
+    "shape contains a fraction": {"a": make_entry(shape=[2.0])},
+    "shape contains a boolean": {"a": make_entry(shape=[2, True])},
     "shape is infinite": b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 8]}}',
-    "shape is negative": {"a": entry(shape=[-1, -2])},
-    "shape too large": {"a": entry(shape=[3])},
-    "shape too small": {"a": entry(shape=[1])},
-    "one offset": {"a": entry(offsets=[0])},
-    "three offsets": {"a": entry(offsets=[0, 4, 8])},
-    "offsets are texts": {"a": entry(offsets=["0", "8"])},
-    "offsets are fractions": {"a": entry(offsets=[0.0, 8.0])},
-    "offsets in reverse": {"a": entry(offsets=[8, 0])},
-    "starts within the header": {"a": entry(offsets=[-8, 0])},
-    "ends behind the file": {"a": entry(shape=[4], offsets=[0, 16])},
-    "hole before": {"a": entry(shape=[1], offsets=[4, 8])},
-    "hole between": {"a": entry("U8", [3], [0, 3]), "b": entry("U8", [4], [4, 8])},
-    "overlap": {"a": entry(), "b": entry(shape=[1], offsets=[4, 8])},
-    "two in one place": {"a": entry(), "b": entry()},
-    "nothing for the data": {},
-    "same name twice": b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2),
-    "half a surrogate pair": b'{"\\ud800": %s}' % json.dumps(entry()).encode(),
-    "metadata is a list": {"__metadata__": [], "a": entry()},
-    "metadata is not text": {"__metadata__": {"format": 3}, "a": entry()},
+    "shape is negative": {"a": make_entry(shape=[-1, -2])},
+    "shape too large": {"a": make_entry(shape=[3])},
+    "shape too small": {"a": make_entry(shape=[1])},
+    "one offset": {"a": make_entry(offsets=[0])},
+    "three offsets": {"a": make_entry(offsets=[0, 4, 8])},
+    "offsets are strings": {"a": make_entry(offsets=["0", "8"])},
+    "offsets are fractions": {"a": make_entry(offsets=[0.0, 8.0])},
+    "offsets in reverse": {"a": make_entry(offsets=[8, 0])},
+    "starts within the header": {"a": make_entry(offsets=[-8, 0])},
+    "ends after the file": {"a": make_entry(shape=[4], offsets=[0, 16])},
+    "gap at the start": {"a": make_entry(shape=[1], offsets=[4, 8])},
+    "gap between tensors": {"a": make_entry("U8", [3], [0, 3]), "b": make_entry("U8", [4], [4, 8])},
+    "overlap": {"a": make_entry(), "b": make_entry(shape=[1], offsets=[4, 8])},
+    "two tensors at one offset": {"a": make_entry(), "b": make_entry()},
+    "no entries": {},
+    "same name twice": b'{"a": %s, "a": %s}' % ((json.dumps(make_entry()).encode(),) * 2),
+    "half a surrogate pair": b'{"\\ud800": %s}' % json.dumps(make_entry()).encode(),
+    "metadata is a list": {"__metadata__": [], "a": make_entry()},
+    "metadata is not text": {"__metadata__": {"format": 3}, "a": make_entry()},
 }
 
 
 @pytest.mark.parametrize("header", MALFORMED.values(), ids=MALFORMED)
-def test_malformed_header_is_refused(header: bytes | dict[str, Any], tmp_path: Path) -> None:
+def test_a_malformed_header_is_refused(header: bytes | dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    path.write_bytes(raw_safetensors(header if isinstance(header, bytes) else json.dumps(header).encode()))
-    message = refused(lambda: read_header(path))
+    path.write_bytes(make_safetensors(header if isinstance(header, bytes) else json.dumps(header).encode()))
+    message = get_error(lambda: read_header(path))
     assert message.startswith(f"{path} is not a sound safetensors file: ")
     assert len(message) < 500
 
 
-def test_header_without_any_of_these_faults_is_read(tmp_path: Path) -> None:
+def test_a_header_without_these_faults_is_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    path.write_bytes(raw_safetensors(json.dumps({"a": entry()}).encode()))
-    assert_same(values(read_header(path)), {"a": torch.zeros(2)})
+    path.write_bytes(make_safetensors(json.dumps({"a": make_entry()}).encode()))
+    check_same(read_values(read_header(path)), {"a": torch.zeros(2)})
 
 
-def test_length_beyond_what_the_reference_takes_is_refused_without_reading_it(tmp_path: Path) -> None:
+def test_a_header_longer_than_the_reference_allows_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with path.open("wb") as file:
         file.write((200_000_000).to_bytes(8, "little"))
         file.truncate(300_000_000)
-    assert "its header claims 200,000,000 bytes" in refused(lambda: read_header(path))
+    assert "its header claims 200,000,000 bytes" in get_error(lambda: read_header(path))
 
 
-def test_pointer_that_git_lfs_leaves_is_refused_with_the_command_that_fetches_the_file(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_refused_with_the_command_that_fetches_it(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    assert "Run `git lfs pull` in its folder" in refused(lambda: read_header(path))
+    assert "Run `git lfs pull` in its folder" in get_error(lambda: read_header(path))
 
 
 # --- shards and their index -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def sharded(tmp_path: Path) -> Path:
+def sharded_folder(tmp_path: Path) -> Path:
     return save_tiny("llama", tmp_path / "sharded", max_shard_size="20KB")
 
 
@@ -217,33 +217,33 @@ def edit_index(folder: Path, edit: Callable[[dict[str, str]], Any], name: str = 
     (folder / name).write_text(json.dumps(index))
 
 
-def test_shards_together_hold_what_one_file_would(sharded: Path, tmp_path: Path) -> None:
+def test_shards_hold_the_same_tensors_as_one_file(sharded_folder: Path, tmp_path: Path) -> None:
     whole = open_checkpoint(save_tiny("llama", tmp_path / "whole"))
-    parts = open_checkpoint(sharded)
+    sharded = open_checkpoint(sharded_folder)
     assert whole.shards == ("model.safetensors",)
-    assert len(parts.shards) > 2
-    assert list(parts.shards) == sorted(path.name for path in sharded.glob("*.safetensors"))
-    assert_same(values(parts.tensors), values(whole.tensors))
+    assert len(sharded.shards) > 2
+    assert list(sharded.shards) == sorted(path.name for path in sharded_folder.glob("*.safetensors"))
+    check_same(read_values(sharded.tensors), read_values(whole.tensors))
 
 
-def test_what_the_index_leaves_out_or_places_elsewhere_is_what_transformers_loads(sharded: Path) -> None:
-    first, *_, last = sorted(sharded.glob("*.safetensors"))
-    left_out, twice = next(iter(load_file(first))), "model.norm.weight"
+def test_tensors_missing_from_the_index_or_stored_twice_are_those_transformers_loads(sharded_folder: Path) -> None:
+    first, *_, last = sorted(sharded_folder.glob("*.safetensors"))
+    omitted, twice = next(iter(load_file(first))), "model.norm.weight"
     save_file(load_file(first) | {twice: torch.full((32,), 2.0)}, first, {"format": "pt"})
     save_file(load_file(last) | {twice: torch.full((32,), 3.0)}, last, {"format": "pt"})
-    edit_index(sharded, lambda places: (places.pop(left_out), places.update({twice: first.name})))
-    found, loaded = values(open_checkpoint(sharded).tensors), load(sharded).state_dict()
-    assert_same({name: found[name] for name in (left_out, twice)}, {name: loaded[name] for name in (left_out, twice)})
+    edit_index(sharded_folder, lambda weight_map: (weight_map.pop(omitted), weight_map.update({twice: first.name})))
+    found, loaded = read_values(open_checkpoint(sharded_folder).tensors), load(sharded_folder).state_dict()
+    check_same({name: found[name] for name in (omitted, twice)}, {name: loaded[name] for name in (omitted, twice)})
 
 
-def test_one_file_goes_before_an_index(sharded: Path) -> None:
-    # As in transformers; whoever merges shards leaves the index behind.
-    merged = {name: tensor + 1 for name, tensor in values(open_checkpoint(sharded).tensors).items()}
-    save_file(merged, sharded / "model.safetensors")
-    assert_same(values(open_checkpoint(sharded).tensors), merged)
+def test_one_file_takes_precedence_over_an_index(sharded_folder: Path) -> None:
+    # Transformers does so too; an index may remain after shards are merged.
+    merged = {name: tensor + 1 for name, tensor in read_values(open_checkpoint(sharded_folder).tensors).items()}
+    save_file(merged, sharded_folder / "model.safetensors")
+    check_same(read_values(open_checkpoint(sharded_folder).tensors), merged)
 
 
-def test_safetensors_go_before_bin(tmp_path: Path) -> None:
+def test_safetensors_take_precedence_over_bin(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "both")
     torch.save({"stray": torch.ones(2)}, folder / "pytorch_model.bin")
     checkpoint = open_checkpoint(folder)
@@ -251,70 +251,70 @@ def test_safetensors_go_before_bin(tmp_path: Path) -> None:
     assert "stray" not in checkpoint.tensors
 
 
-def test_shard_that_the_index_names_must_be_there(sharded: Path) -> None:
-    missing = sorted(sharded.glob("*.safetensors"))[1]
+def test_a_missing_shard_is_named(sharded_folder: Path) -> None:
+    missing = sorted(sharded_folder.glob("*.safetensors"))[1]
     missing.unlink()
-    message = refused(lambda: open_checkpoint(sharded))
+    message = get_error(lambda: open_checkpoint(sharded_folder))
     assert f"model.safetensors.index.json names {missing.name}, which is missing." in message
 
 
-def test_tensor_must_lie_in_the_shard_that_the_index_names(sharded: Path) -> None:
-    first, second = (path.name for path in sorted(sharded.glob("*.safetensors"))[:2])
+def test_a_tensor_that_is_not_in_its_shard_is_refused(sharded_folder: Path) -> None:
+    first, second = (path.name for path in sorted(sharded_folder.glob("*.safetensors"))[:2])
 
-    def move(places: dict[str, str]) -> None:
-        moved = next(name for name, file in places.items() if file == first)
-        places[moved] = second
+    def move(weight_map: dict[str, str]) -> None:
+        name = next(name for name, file in weight_map.items() if file == first)
+        weight_map[name] = second
 
-    edit_index(sharded, move)
-    assert f"{second} lacks " in refused(lambda: open_checkpoint(sharded))
+    edit_index(sharded_folder, move)
+    assert f"{second} lacks " in get_error(lambda: open_checkpoint(sharded_folder))
 
 
 @pytest.mark.parametrize(
-    "place",
+    "file",
     [
         *("../model.safetensors", "sub/../../model.safetensors", "/etc/passwd", "..", ".", ""),
         *("..\\model.safetensors", "\\model.safetensors", "C:model.safetensors", "C:\\model.safetensors"),
         *("//server/share/model.safetensors", "\\\\server\\share\\model.safetensors", 3, None, ["model.safetensors"]),
     ],
 )
-def test_index_that_leads_out_of_the_folder_is_refused(sharded: Path, place: object) -> None:
-    # It is refused for its name: the file would be there.
-    for path in (sharded.parent / "model.safetensors", sharded / "..\\model.safetensors"):
+def test_an_index_that_leaves_the_folder_is_refused(sharded_folder: Path, file: object) -> None:
+    # The files exist, so they are refused for their names.
+    for path in (sharded_folder.parent / "model.safetensors", sharded_folder / "..\\model.safetensors"):
         save_file({"stray": torch.ones(2)}, path)
-    edit_index(sharded, lambda places: places.update({"model.norm.weight": place}))  # type: ignore[dict-item]
-    message = refused(lambda: open_checkpoint(sharded))
+    edit_index(sharded_folder, lambda weight_map: weight_map.update({"model.norm.weight": file}))  # type: ignore[dict-item]
+    message = get_error(lambda: open_checkpoint(sharded_folder))
     assert "model.safetensors.index.json places model.norm.weight outside the folder" in message
-    assert repr(place) in message
+    assert repr(file) in message
 
 
-@pytest.mark.parametrize("place", ["model\0.safetensors", "\ud800.safetensors", "x" * 300])
-def test_index_with_a_name_that_no_file_can_have_names_a_missing_file(sharded: Path, place: str) -> None:
-    edit_index(sharded, lambda places: places.update({"model.norm.weight": place}))
-    assert "which is missing." in refused(lambda: open_checkpoint(sharded))
+@pytest.mark.parametrize("file", ["model\0.safetensors", "\ud800.safetensors", "x" * 300])
+def test_an_index_with_an_impossible_file_name_names_a_missing_file(sharded_folder: Path, file: str) -> None:
+    edit_index(sharded_folder, lambda weight_map: weight_map.update({"model.norm.weight": file}))
+    assert "which is missing." in get_error(lambda: open_checkpoint(sharded_folder))
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', "[]", "{", "", "null"])
-def test_index_without_a_weight_map_is_refused(sharded: Path, content: str) -> None:
-    (sharded / "model.safetensors.index.json").write_text(content)
-    assert "model.safetensors.index.json" in refused(lambda: open_checkpoint(sharded))
+def test_an_index_without_a_weight_map_is_refused(sharded_folder: Path, content: str) -> None:
+    (sharded_folder / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in get_error(lambda: open_checkpoint(sharded_folder))
 
 
 # --- folders and their config -----------------------------------------------------------------------------------------
 
 
-def test_missing_folder(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     for model in (tmp_path / "none", f"{tmp_path}/none"):
-        assert refused(lambda model=model: open_checkpoint(model)).startswith(f"{tmp_path}/none: no such folder.\n")
+        assert get_error(lambda model=model: open_checkpoint(model)).startswith(f"{tmp_path}/none: no such folder.\n")
 
 
-def test_file_instead_of_a_folder_says_which_folder_is_meant(tmp_path: Path) -> None:
+def test_a_file_is_refused_with_the_name_of_its_folder(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "llama")
-    message = refused(lambda: open_checkpoint(folder / "model.safetensors"))
+    message = get_error(lambda: open_checkpoint(folder / "model.safetensors"))
     assert message.endswith(f"is a file, not a checkpoint folder.\nGive its folder: {folder}")
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("content", "reason"),
     [
         (None, "is missing."),
         (b"", "cannot be read"),
@@ -326,26 +326,26 @@ def test_file_instead_of_a_folder_says_which_folder_is_meant(tmp_path: Path) -> 
         (b"null", "holds no JSON object."),
     ],
 )
-def test_config_that_is_none_is_refused_by_name(content: bytes | None, why: str, tmp_path: Path) -> None:
+def test_an_invalid_config_is_refused_by_name(content: bytes | None, reason: str, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "llama")
     (folder / "config.json").unlink()
     if content is not None:
         (folder / "config.json").write_bytes(content)
-    message = refused(lambda: open_checkpoint(folder))
+    message = get_error(lambda: open_checkpoint(folder))
     assert str(folder / "config.json") in message
-    assert why in message
+    assert reason in message
 
 
 @pytest.mark.parametrize(
-    ("file", "words"), [("adapter_config.json", r"is an adapter \(LoRA\)"), ("model.gguf", r"holds a GGUF file")]
+    ("file", "message"), [("adapter_config.json", r"is an adapter \(LoRA\)"), ("model.gguf", r"holds a GGUF file")]
 )
-def test_a_folder_of_another_form_is_called_that(file: str, words: str, tmp_path: Path) -> None:
+def test_adapters_and_gguf_files_are_named_as_such(file: str, message: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text("{}")
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
 
 
-def test_config_alone_opens_without_tensors(tmp_path: Path) -> None:
+def test_a_config_alone_opens_without_tensors(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "llama")
     (folder / "model.safetensors").unlink()
     checkpoint = open_checkpoint(folder)
@@ -357,8 +357,8 @@ def test_config_alone_opens_without_tensors(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    """A cache folder as huggingface_hub lays it out: content once, by hash, and links to it from each snapshot."""
+def hub_cache(tmp_path: Path) -> Path:
+    """A cache folder as huggingface_hub makes it: content stored by hash, and links to it in each snapshot."""
     original = save_tiny("llama", tmp_path / "original", max_shard_size="20KB")
     repository = tmp_path / "hf" / "hub" / "models--org--tiny-llama"
     snapshot = repository / "snapshots" / COMMIT
@@ -371,30 +371,30 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "hf" / "hub"
 
 
-def test_snapshot_folder_of_links_opens_like_any_other(cache: Path, tmp_path: Path) -> None:
-    folder = cache / "models--org--tiny-llama" / "snapshots" / COMMIT
+def test_a_snapshot_folder_of_links_opens_like_any_other(hub_cache: Path, tmp_path: Path) -> None:
+    folder = hub_cache / "models--org--tiny-llama" / "snapshots" / COMMIT
     assert (folder / "config.json").is_symlink()
     checkpoint = open_checkpoint(folder)
-    # By its id, not by the commit that its folder is called.
+    # The name is the id, not the commit that names the folder.
     assert (checkpoint.name, checkpoint.revision) == ("org/tiny-llama", None)
     assert len(checkpoint.shards) > 2
     expected = open_checkpoint(save_tiny("llama", tmp_path / "llama"))
-    assert_same(values(checkpoint.tensors), values(expected.tensors))
+    check_same(read_values(checkpoint.tensors), read_values(expected.tensors))
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
 @pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
-def test_hub_id_is_found_in_the_cache_offline(cache: Path, variable: str, revision: str | None) -> None:
+def test_a_hub_id_is_found_in_the_cache_offline(hub_cache: Path, variable: str, revision: str | None) -> None:
     code = (
         "import json, sys; from compressknow.model.checkpoint import open_checkpoint; "
         f"c = open_checkpoint('org/tiny-llama', {revision!r}); "
         "print(json.dumps([c.name, c.revision, str(c.folder), sorted(c.tensors)]))"
     )
-    place = cache.parent if variable == "HF_HOME" else cache
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
+    folder_of_variable = hub_cache.parent if variable == "HF_HOME" else hub_cache
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=clean | {variable: str(place), "HF_HUB_OFFLINE": "1"},
+        env=environment | {variable: str(folder_of_variable), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -402,12 +402,12 @@ def test_hub_id_is_found_in_the_cache_offline(cache: Path, variable: str, revisi
     assert done.returncode == 0, done.stderr
     name, commit, folder, tensors = json.loads(done.stdout)
     assert (name, commit) == ("org/tiny-llama", COMMIT)
-    assert folder == str(cache / "models--org--tiny-llama" / "snapshots" / COMMIT)
+    assert folder == str(hub_cache / "models--org--tiny-llama" / "snapshots" / COMMIT)
     assert tensors == sorted(open_checkpoint(folder).tensors)
 
 
-def test_hub_id_out_of_reach_says_how_to_get_it_elsewhere() -> None:
-    message = refused(lambda: open_checkpoint("nobody/no-such-model-anywhere"))
+def test_a_hub_id_that_cannot_be_reached_says_how_to_download_it() -> None:
+    message = get_error(lambda: open_checkpoint("nobody/no-such-model-anywhere"))
     assert message.startswith(
         "nobody/no-such-model-anywhere is not a local folder, and it could not be downloaded from the Hub.\n"
     )
@@ -415,46 +415,46 @@ def test_hub_id_out_of_reach_says_how_to_get_it_elsewhere() -> None:
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "./none", "../none", "~/none", "a b", "-x", "org/na--me"])
-def test_what_can_be_no_hub_id_is_not_asked_for(name: str) -> None:
-    message = refused(lambda: open_checkpoint(name))
+def test_a_name_that_is_no_hub_id_is_not_requested(name: str) -> None:
+    message = get_error(lambda: open_checkpoint(name))
     assert "no such folder." in message or "is not a local folder" in message
 
 
-def test_a_mistyped_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistyped_folder_suggests_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "build" / "smollm2").mkdir(parents=True)
     (tmp_path / "build" / "model.gguf").touch()
     monkeypatch.setattr("huggingface_hub.snapshot_download", pytest.fail)
-    for find, name, meant in (
+    for read, name, suggestion in (
         (open_checkpoint, "build/smolm2", "build/smollm2"),
         (open_checkpoint, "build/smolm2/", "build/smollm2"),
         (locate, "build/smolm2", "build/smollm2"),
         (locate, "build/modl.gguf", "build/model.gguf"),
     ):
-        message = refused(lambda find=find, name=name: find(name))
+        message = get_error(lambda read=read, name=name: read(name))
         assert message.startswith(f"{name}: no such f")
-        assert f"Did you mean {meant}? " in message
-    assert "Did you mean" not in refused(lambda: open_checkpoint("build/quite-another"))
-    assert "no such folder" in refused(lambda: open_checkpoint("model.safetensors"))
+        assert f"Did you mean {suggestion}? " in message
+    assert "Did you mean" not in get_error(lambda: open_checkpoint("build/quite-another"))
+    assert "no such folder" in get_error(lambda: open_checkpoint("model.safetensors"))
 
 
-def test_an_id_of_an_organisation_without_a_folder_goes_to_the_hub(
+def test_an_id_whose_organisation_is_no_folder_is_requested_from_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2").mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = refused(lambda: open_checkpoint("org/smollm2"))
+    message = get_error(lambda: open_checkpoint("org/smollm2"))
     assert "could not be downloaded from the Hub" in message
     assert "Did you mean" not in message
-    assert "Did you mean smollm2? " in refused(lambda: open_checkpoint("smolm2"))
+    assert "Did you mean smollm2? " in get_error(lambda: open_checkpoint("smolm2"))
 
 
 # --- PyTorch .bin files -----------------------------------------------------------------------------------------------
 
 
-def mixed_state() -> dict[str, torch.Tensor]:
-    """Tensors in all the ways in which they can share or leave out memory."""
+def make_state() -> dict[str, torch.Tensor]:
+    """Return tensors that share memory, or leave some of it out, in all possible ways."""
     torch.manual_seed(0)
     base = torch.randn(6, 4)
     return {
@@ -484,19 +484,19 @@ NOT_ROW_MAJOR = {
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("state", [mixed_state(), NOT_ROW_MAJOR], ids=["row-major", "not-row-major"])
-def test_bin_file_holds_what_torch_loads(state: dict[str, torch.Tensor], zipped: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", [make_state(), NOT_ROW_MAJOR], ids=["row-major", "not-row-major"])
+def test_a_bin_file_is_read_as_torch_loads_it(state: dict[str, torch.Tensor], zipped: bool, tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     stored = read_torch_file(path)
     assert list(stored) == list(state)
-    assert_same(values(stored), torch.load(path, weights_only=True))
-    assert_same(values(stored), state)
+    check_same(read_values(stored), torch.load(path, weights_only=True))
+    check_same(read_values(stored), state)
 
 
-def test_zip_file_is_read_in_place(tmp_path: Path) -> None:
+def test_tensors_of_a_zip_file_are_read_in_place(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
-    torch.save(mixed_state(), path)
+    torch.save(make_state(), path)
     stored = read_torch_file(path)
     assert all(tensor.loaded is None and tensor.file == path for tensor in stored.values())
     assert stored["shared"].offset == stored["whole"].offset
@@ -506,16 +506,16 @@ def test_zip_file_is_read_in_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_shared_memory_shows_and_transposed_memory_is_another(zipped: bool, tmp_path: Path) -> None:
+def test_shared_tensors_share_an_offset_and_transposed_ones_do_not(zipped: bool, tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
-    same = torch.randn(4, 4)
-    torch.save({"one": same, "same": same, "turned": same.t()}, path, _use_new_zipfile_serialization=zipped)
+    tensor = torch.randn(4, 4)
+    torch.save({"one": tensor, "same": tensor, "turned": tensor.t()}, path, _use_new_zipfile_serialization=zipped)
     stored = read_torch_file(path)
     assert stored["one"].offset == stored["same"].offset
     assert stored["one"].offset != stored["turned"].offset
 
 
-def rezip(path: Path, edit: Callable[[str, bytes], bytes] = lambda _, content: content, **options: Any) -> None:
+def rewrite_zip(path: Path, edit: Callable[[str, bytes], bytes] = lambda _, content: content, **options: Any) -> None:
     with zipfile.ZipFile(path) as archive:
         records = [(name, edit(name, archive.read(name))) for name in archive.namelist()]
     with zipfile.ZipFile(path, "w", **options) as archive:
@@ -524,58 +524,58 @@ def rezip(path: Path, edit: Callable[[str, bytes], bytes] = lambda _, content: c
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["plain", "compressed"])
-@pytest.mark.parametrize("state", [{"a": torch.arange(64.0)}, mixed_state()], ids=["one", "many"])
-def test_zip_file_that_another_tool_wrote_holds_what_torch_loads(
+@pytest.mark.parametrize("state", [{"a": torch.arange(64.0)}, make_state()], ids=["one", "many"])
+def test_a_zip_file_of_another_tool_is_read_as_torch_loads_it(
     state: dict[str, torch.Tensor], compression: int, tmp_path: Path
 ) -> None:
-    # On the meta device torch computes where its own writer would have put a record, wherever it lies.
+    # On the meta device torch computes where its own writer would have put a record, not where it is.
     path = tmp_path / "pytorch_model.bin"
     torch.save(state, path)
-    rezip(path, compression=compression)
-    assert_same(torch.load(path, weights_only=True), state)
-    assert_same(values(read_torch_file(path)), state)
+    rewrite_zip(path, compression=compression)
+    check_same(torch.load(path, weights_only=True), state)
+    check_same(read_values(read_torch_file(path)), state)
 
 
-def test_file_of_the_other_byte_order_holds_what_torch_loads(tmp_path: Path) -> None:
+def test_a_file_of_the_other_byte_order_is_read_as_torch_loads_it(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     state = {"a": torch.arange(64.0), "b": torch.arange(30).half()}
     torch.save(state, path)
-    other = b"big" if sys.byteorder == "little" else b"little"
-    swapped = {"data/0": 4, "data/1": 2}
+    byte_order = b"big" if sys.byteorder == "little" else b"little"
+    widths = {"data/0": 4, "data/1": 2}
 
     def edit(name: str, content: bytes) -> bytes:
         if name.endswith("/byteorder"):
-            return other
-        width = next((width for end, width in swapped.items() if name.endswith(end)), 1)
+            return byte_order
+        width = next((width for end, width in widths.items() if name.endswith(end)), 1)
         return b"".join(content[i : i + width][::-1] for i in range(0, len(content), width))
 
-    rezip(path, edit)
-    assert_same(torch.load(path, weights_only=True), state)
-    assert_same(values(read_torch_file(path)), state)
+    rewrite_zip(path, edit)
+    check_same(torch.load(path, weights_only=True), state)
+    check_same(read_values(read_torch_file(path)), state)
 
 
-def test_tensor_that_claims_more_than_its_record_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_larger_than_its_record_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.arange(64.0), "b": torch.ones(64)}, path)
-    rezip(path, lambda name, content: content[:40] if name.endswith("data/0") else content)
-    assert "is not a sound PyTorch checkpoint" in refused(lambda: read_torch_file(path))
+    rewrite_zip(path, lambda name, content: content[:40] if name.endswith("data/0") else content)
+    assert "is not a sound PyTorch checkpoint" in get_error(lambda: read_torch_file(path))
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_every_cut_of_a_bin_file_is_refused(zipped: bool, tmp_path: Path) -> None:
+def test_every_truncated_bin_file_is_refused(zipped: bool, tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.arange(6.0)}, path, _use_new_zipfile_serialization=zipped)
-    whole = path.read_bytes()
-    for length in range(0, len(whole), 7):
-        path.write_bytes(whole[:length])
-        assert str(path) in refused(lambda: read_torch_file(path))
+    content = path.read_bytes()
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
+        assert str(path) in get_error(lambda: read_torch_file(path))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_flipped_bytes_of_a_bin_file_are_refused_or_lead_to_tensors_that_torch_sees_too(
+def test_flipped_bytes_of_a_bin_file_are_refused_or_read_as_by_torch(
     zipped: bool, tmp_path: Path, data: st.DataObject
 ) -> None:
     buffer, path = io.BytesIO(), tmp_path / "pytorch_model.bin"
@@ -590,19 +590,19 @@ def test_flipped_bytes_of_a_bin_file_are_refused_or_lead_to_tensors_that_torch_s
         stored = read_torch_file(path)
     except CheckpointError:
         return
-    # Values are not compared: torch fills a tensor with zeros where a checksum in the archive's directory is wrong.
-    found = values({name: tensor for name, tensor in stored.items() if tensor.dtype in DTYPES})
+    # Values are not compared, because torch fills a tensor with zeros if a checksum of the archive is wrong.
+    found = read_values({name: tensor for name, tensor in stored.items() if tensor.dtype in DTYPES})
     try:
-        seen = torch.load(path, map_location="cpu", weights_only=True)
-    except RuntimeError:  # Damage beside the tensors, in the names of an archive's records.
+        reference = torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError:  # The damage is in the names of an archive's records, not in tensors.
         assert zipped
         return
-    assert set(stored) == set(seen)
-    assert all((t.dtype, t.shape) == (seen[name].dtype, seen[name].shape) for name, t in found.items())
+    assert set(stored) == set(reference)
+    assert all((t.dtype, t.shape) == (reference[name].dtype, reference[name].shape) for name, t in found.items())
 
 
-class WantsToRun:
-    """Creates a file when a careless loader unpickles it."""
+class Payload:
+    """An object that creates a folder when it is unpickled without a check."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -612,16 +612,16 @@ class WantsToRun:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_pickle_that_wants_to_run_code_is_refused_and_does_not(zipped: bool, tmp_path: Path) -> None:
+def test_a_pickle_that_could_run_code_is_refused_and_does_not_run_it(zipped: bool, tmp_path: Path) -> None:
     folder, marker = save_tiny("llama", tmp_path / "llama"), tmp_path / "marker"
     (folder / "model.safetensors").unlink()
-    state = {"model.norm.weight": torch.ones(32), "payload": WantsToRun(marker)}
+    state = {"model.norm.weight": torch.ones(32), "payload": Payload(marker)}
     torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    message = refused(lambda: open_checkpoint(folder))
+    message = get_error(lambda: open_checkpoint(folder))
     assert "pytorch_model.bin is refused: its pickle contains more than tensors" in message
     assert "mkdir" in message
     assert "safetensors" in message
-    # torch's advice to load it without the check is not passed on.
+    # The message does not pass on torch's advice to load it without the check.
     assert "weights_only" not in message
     assert not marker.exists()
     # The payload is real: a loader without the check runs it.
@@ -638,25 +638,25 @@ def test_pickle_that_wants_to_run_code_is_refused_and_does_not(zipped: bool, tmp
     ],
     ids=["list", "tensor", "empty", "number", "nested", "with-epoch", "two-deep", "no-names", "none", "sparse"],
 )
-def test_bin_file_without_a_flat_state_dict_is_refused(content: object, tmp_path: Path) -> None:
+def test_a_bin_file_without_a_flat_state_dict_is_refused(content: object, tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save(content, path)
-    message = refused(lambda: read_torch_file(path))
+    message = get_error(lambda: read_torch_file(path))
     assert "holds no flat state dict" in message
     assert "without optimizer or trainer state" in message
 
 
-def test_dtype_that_safetensors_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_a_dtype_that_safetensors_lacks_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.ones(2, dtype=torch.complex128)}, path)
-    assert "a has dtype torch.complex128" in refused(lambda: read_torch_file(path))
+    assert "a has dtype torch.complex128" in get_error(lambda: read_torch_file(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04"])
-def test_bin_file_that_is_something_else_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_bin_file_of_another_format_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(content)
-    message = refused(lambda: read_torch_file(path))
+    message = get_error(lambda: read_torch_file(path))
     assert message.startswith(f"{path} is not a sound PyTorch checkpoint: ")
     assert len(message.splitlines()) == 2
 
@@ -667,18 +667,18 @@ def save_bin_shards(folder: Path) -> dict[str, torch.Tensor]:
     (folder / "model.safetensors").unlink()
     names = list(state)
     shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
-    for file, held in shards.items():
-        torch.save({name: state[name] for name in held}, folder / file)
-    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
+    for file, tensor_names in shards.items():
+        torch.save({name: state[name] for name in tensor_names}, folder / file)
+    index = {"weight_map": {name: file for file, tensor_names in shards.items() for name in tensor_names}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     return state
 
 
-def test_sharded_bin_files_hold_what_one_file_would(tmp_path: Path) -> None:
+def test_sharded_bin_files_hold_the_same_tensors_as_one_file(tmp_path: Path) -> None:
     folder = tmp_path / "llama"
     state = save_bin_shards(folder)
     checkpoint = open_checkpoint(folder)
     assert checkpoint.shards == ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
-    assert_same(values(checkpoint.tensors), state)
-    edit_index(folder, lambda places: places.update(extra="../x.bin"), "pytorch_model.bin.index.json")
-    assert "places extra outside the folder" in refused(lambda: open_checkpoint(folder))
+    check_same(read_values(checkpoint.tensors), state)
+    edit_index(folder, lambda weight_map: weight_map.update(extra="../x.bin"), "pytorch_model.bin.index.json")
+    assert "places extra outside the folder" in get_error(lambda: open_checkpoint(folder))

@@ -1,4 +1,4 @@
-"""The exact placement in the architectures that the tool promises to know, each from a small config of its own."""
+"""Every Linear layer of the supported architectures is in its exact group."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ NEOX_GROUPS = {
 }
 
 
-def under(prefix: str, groups: dict[str, list[str]], **more: list[str]) -> dict[str, list[str]]:
-    return {group: [f"{prefix}.{name}" for name in names] for group, names in groups.items()} | more
+def add_prefix(prefix: str, groups: dict[str, list[str]], **others: list[str]) -> dict[str, list[str]]:
+    return {group: [f"{prefix}.{name}" for name in names] for group, names in groups.items()} | others
 
 
-def t5(feed_forward: str) -> dict[str, list[str]]:
+def list_t5_groups(feed_forward: str) -> dict[str, list[str]]:
     return {
         "attention": [
             "encoder.block.N.layer.N.SelfAttention.{q,k,v,o}",
@@ -97,9 +97,9 @@ def t5(feed_forward: str) -> dict[str, list[str]]:
 
 PREDICTIONS = {"other": ["cls.predictions.transform.dense"], "final": ["cls.predictions.decoder"]}
 EXPECTED: dict[str, dict[str, list[str]]] = {
-    "BERT": under("bert", BERT_LAYERS, **PREDICTIONS),
+    "BERT": add_prefix("bert", BERT_LAYERS, **PREDICTIONS),
     "BERT without a head": BERT_LAYERS | {"other": ["pooler.dense"]},
-    "RoBERTa": under("roberta", BERT_LAYERS, other=["lm_head.dense"], final=["lm_head.decoder"]),
+    "RoBERTa": add_prefix("roberta", BERT_LAYERS, other=["lm_head.dense"], final=["lm_head.decoder"]),
     "DistilBERT": {
         "attention": ["distilbert.transformer.layer.N.attention.{q,k,v,out}_lin"],
         "feed-forward": ["distilbert.transformer.layer.N.ffn.{lin1,lin2}"],
@@ -112,7 +112,7 @@ EXPECTED: dict[str, dict[str, list[str]]] = {
         "other": ["albert.encoder.embedding_hidden_mapping_in", "predictions.dense"],
         "final": ["predictions.decoder"],
     },
-    "ELECTRA": under(
+    "ELECTRA": add_prefix(
         "electra",
         BERT_LAYERS,
         other=["electra.embeddings_project", "generator_predictions.dense"],
@@ -137,8 +137,8 @@ EXPECTED: dict[str, dict[str, list[str]]] = {
         "other": ["head.dense"],
         "final": ["decoder"],
     },
-    "T5": t5("wi"),
-    "Flan-T5": t5("wi_0,wi_1"),
+    "T5": list_t5_groups("wi"),
+    "Flan-T5": list_t5_groups("wi_0,wi_1"),
     "BART": {
         "attention": [
             "model.encoder.layers.N.self_attn.{q,k,v,out}_proj",
@@ -182,12 +182,12 @@ def expand(pattern: str) -> list[str]:
     return [name for choice in braces.group(1).split(",") for name in expand(before + choice + after)]
 
 
-def structure(name: str, module_map: ModuleMap = "structural", **settings: Any) -> Structure:
+def build(name: str, module_map: ModuleMap = "structural", **settings: Any) -> Structure:
     architecture, config = CONFIGS[name]
-    return small(architecture, module_map, **config | settings)
+    return build_class(architecture, module_map, **config | settings)
 
 
-def small(architecture: str, module_map: ModuleMap = "structural", **config: Any) -> Structure:
+def build_class(architecture: str, module_map: ModuleMap = "structural", **config: Any) -> Structure:
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         pytest.skip(f"transformers {transformers.__version__} has no {architecture} yet")
@@ -195,129 +195,125 @@ def small(architecture: str, module_map: ModuleMap = "structural", **config: Any
         return read_structure(model_class(model_class.config_class(**config)), module_map)
 
 
-def placement(of: Structure) -> dict[str, str | None]:
-    """Names of modules, or of stacks of experts, with N for every number, and their group."""
-    names = {w.parameter if w.kind == "experts" else w.module: w.group for w in of.linears}
+def map_names_to_groups(structure: Structure) -> dict[str, str | None]:
+    """Return the group of each module or stack of experts, by its name with N for every number."""
+    names = {w.parameter if w.kind == "experts" else w.module: w.group for w in structure.linears}
     return {re.sub(r"(?<=\.)\d+(?=\.)", "N", name): group for name, group in names.items()}
 
 
-def by_module(of: Structure) -> dict[str, LinearWeight]:
-    return {weight.module: weight for weight in of.linears}
+def index_by_module(structure: Structure) -> dict[str, LinearWeight]:
+    return {weight.module: weight for weight in structure.linears}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_linear_layer_is_where_it_belongs(name: str) -> None:
-    expected = {m: group for group, patterns in EXPECTED[name].items() for each in patterns for m in expand(each)}
-    assert placement(structure(name)) == expected
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_nothing_is_unplaced_or_opaque(name: str) -> None:
-    assert structure(name).unplaced == ()
-    assert structure(name).opaque == {}
+def test_every_linear_layer_is_in_its_group(name: str) -> None:
+    expected = {m: group for group, patterns in EXPECTED[name].items() for pattern in patterns for m in expand(pattern)}
+    structure = build(name)
+    assert map_names_to_groups(structure) == expected
+    assert structure.opaque == {}
 
 
 @pytest.mark.parametrize("name", ["BERT", "RoBERTa", "ELECTRA"])
 def test_the_papers_map_moves_the_attention_output_to_feed_forward(name: str) -> None:
-    structural, paper = by_module(structure(name)), by_module(structure(name, "paper"))
+    structural, paper = index_by_module(build(name)), index_by_module(build(name, "paper"))
     moved = {module for module in structural if structural[module].group != paper[module].group}
     assert moved == {m for m in structural if m.endswith("attention.output.dense")}
     assert {paper[module].group for module in moved} == {"feed-forward"}
 
 
 @pytest.mark.parametrize("name", ["DistilBERT", "ALBERT", "DeBERTa v2", "T5", "GPT-2", "Llama"])
-def test_the_papers_map_changes_nothing_elsewhere(name: str) -> None:
-    assert structure(name, "paper").linears == structure(name).linears
+def test_the_papers_map_changes_nothing_in_other_architectures(name: str) -> None:
+    assert build(name, "paper").linears == build(name).linears
 
 
-def test_layers_are_counted_within_their_stack() -> None:
-    weights = by_module(structure("T5", num_layers=3, num_decoder_layers=2))
+def test_layers_are_numbered_within_their_stack() -> None:
+    weights = index_by_module(build("T5", num_layers=3, num_decoder_layers=2))
     assert {w.layer for w in weights.values() if w.stack == "encoder"} == {0, 1, 2}
     assert {w.layer for w in weights.values() if w.stack == "decoder"} == {0, 1}
     assert weights["lm_head"].layer is None
     assert weights["lm_head"].stack is None
 
 
-def test_a_model_of_one_stack_names_no_stack() -> None:
+def test_layers_of_a_single_stack_have_no_stack_name() -> None:
     for name in ("BERT", "OPT", "GPT-2"):
-        assert {weight.stack for weight in structure(name).linears} == {None}
+        assert {weight.stack for weight in build(name).linears} == {None}
 
 
 @pytest.mark.parametrize(("name", "attribute"), [("T5", "EncDecAttention"), ("BART", "encoder_attn")])
-def test_cross_attention_is_told(name: str, attribute: str) -> None:
-    for weight in structure(name).linears:
+def test_cross_attention_is_recognized(name: str, attribute: str) -> None:
+    for weight in build(name).linears:
         assert weight.cross == (attribute in weight.module)
 
 
-def test_cross_attention_of_a_bert_decoder_is_told_and_in_the_papers_map_its_output_moves() -> None:
-    of = structure("BERT", "paper", is_decoder=True, add_cross_attention=True)
-    weights = by_module(of)
+def test_cross_attention_of_a_bert_decoder_is_recognized_in_the_papers_map() -> None:
+    structure = build("BERT", "paper", is_decoder=True, add_cross_attention=True)
+    weights = index_by_module(structure)
     assert weights["bert.encoder.layer.0.crossattention.self.query"].cross
     assert weights["bert.encoder.layer.0.crossattention.output.dense"].group == "feed-forward"
     assert not weights["bert.encoder.layer.0.crossattention.output.dense"].cross
 
 
-def test_two_models_put_together_keep_their_stacks_apart() -> None:
+def test_a_combination_of_two_models_has_an_encoder_and_a_decoder() -> None:
     encoder, decoder = (transformers.BertConfig(**BERT) for _ in range(2))
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     with torch.device("meta"):
-        of = read_structure(transformers.EncoderDecoderModel(config))
-    weights = by_module(of)
+        structure = read_structure(transformers.EncoderDecoderModel(config))
+    weights = index_by_module(structure)
     assert weights["encoder.encoder.layer.1.attention.self.key"].stack == "encoder"
     assert weights["decoder.bert.encoder.layer.1.attention.self.key"].stack == "decoder"
     assert weights["decoder.bert.encoder.layer.0.crossattention.self.key"].cross
-    assert [w.module for w in of.linears if w.group == "final"] == ["decoder.cls.predictions.decoder"]
+    assert [w.module for w in structure.linears if w.group == "final"] == ["decoder.cls.predictions.decoder"]
 
 
-def test_kinds_and_orientation() -> None:
-    assert {(w.kind, w.transposed) for w in structure("BERT").linears} == {("linear", False)}
-    assert {(w.kind, w.transposed) for w in structure("GPT-2").linears if w.group != "final"} == {("conv1d", True)}
-    experts = [w for w in structure("Mixtral").linears if w.kind == "experts"]
+def test_kinds_and_shapes_of_weights_are_recognized() -> None:
+    assert {(w.kind, w.transposed) for w in build("BERT").linears} == {("linear", False)}
+    assert {(w.kind, w.transposed) for w in build("GPT-2").linears if w.group != "final"} == {("conv1d", True)}
+    experts = [w for w in build("Mixtral").linears if w.kind == "experts"]
     assert {w.shape for w in experts} == {(3, 48, 16), (3, 16, 24)}
     assert not any(w.transposed for w in experts)
-    transposed = small("GptOssForCausalLM", **LLAMA, num_local_experts=3, num_experts_per_tok=2)
+    transposed = build_class("GptOssForCausalLM", **LLAMA, num_local_experts=3, num_experts_per_tok=2)
     assert [w.shape for w in transposed.linears if w.transposed][:2] == [(3, 16, 48), (3, 24, 16)]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_ties_are_those_of_the_config(tied: bool) -> None:
-    of = structure("Llama", tie_word_embeddings=tied)
-    assert of.tied == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
-    assert {"lm_head.weight", "model.embed_tokens.weight"} <= of.parameters.keys()
+def test_ties_follow_the_config(tied: bool) -> None:
+    structure = build("Llama", tie_word_embeddings=tied)
+    assert structure.tied == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= structure.parameters.keys()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_albert_uses_each_group_of_layers_several_times(groups: int) -> None:
-    of = structure("ALBERT", num_hidden_layers=6, num_hidden_groups=groups)
-    assert {w.uses for w in of.linears if w.group == "attention"} == {6 // groups}
-    assert {w.uses for w in of.linears if w.group in ("other", "final")} == {1}
-    assert {w.layer for w in of.linears if w.layer is not None} == set(range(groups))
+def test_uses_of_alberts_groups_of_layers_are_counted(groups: int) -> None:
+    structure = build("ALBERT", num_hidden_layers=6, num_hidden_groups=groups)
+    assert {w.uses for w in structure.linears if w.group == "attention"} == {6 // groups}
+    assert {w.uses for w in structure.linears if w.group in ("other", "final")} == {1}
+    assert {w.layer for w in structure.linears if w.layer is not None} == set(range(groups))
 
 
-def test_albert_shares_its_layers_unevenly_where_the_groups_do_not_divide_them() -> None:
-    of = structure("ALBERT", num_hidden_layers=5, num_hidden_groups=2)
-    uses = {w.layer: w.uses for w in of.linears if w.group == "attention"}
+def test_uses_of_unequal_groups_of_albert_are_counted() -> None:
+    structure = build("ALBERT", num_hidden_layers=5, num_hidden_groups=2)
+    uses = {w.layer: w.uses for w in structure.linears if w.group == "attention"}
     assert uses == {0: 3, 1: 2}
 
 
-def test_a_block_of_several_names_appears_once_and_is_used_under_each() -> None:
+def test_a_shared_block_appears_once_and_its_uses_are_counted() -> None:
     kinds = ["mamba", "hybrid", "mamba", "hybrid", "hybrid"]
-    of = small(
+    structure = build_class(
         "ZambaForCausalLM",
         **BERT | {"num_hidden_layers": 5, "num_key_value_heads": 2, "attention_hidden_size": 32, "pad_token_id": 0},
         layers_block_type=kinds,
         attention_head_dim=16,
         n_mamba_heads=2,
     )
-    shared = [w for w in of.linears if w.group == "attention"]
+    shared = [w for w in structure.linears if w.group == "attention"]
     assert {w.uses for w in shared} == {3}
     assert len(shared) == 4
     assert {w.layer for w in shared} == {1}
-    assert {w.uses for w in of.linears if ".mamba." in w.module} == {1}
+    assert {w.uses for w in structure.linears if ".mamba." in w.module} == {1}
 
 
-def test_each_adapter_of_a_shared_block_is_used_at_its_own_place() -> None:
-    of = small(
+def test_each_adapter_of_a_shared_block_is_used_once() -> None:
+    structure = build_class(
         "Zamba2ForCausalLM",
         **BERT | {"num_hidden_layers": 3, "num_key_value_heads": 2, "attention_head_dim": 16, "pad_token_id": 0},
         layers_block_type=["mamba", "hybrid", "hybrid"],
@@ -327,7 +323,7 @@ def test_each_adapter_of_a_shared_block_is_used_at_its_own_place() -> None:
         mamba_d_state=8,
         adapter_rank=4,
     )
-    uses = {"adapter" in w.module: w.uses for w in of.linears if w.group == "feed-forward"}
+    uses = {"adapter" in w.module: w.uses for w in structure.linears if w.group == "feed-forward"}
     assert uses == {True: 1, False: 2}
 
 
@@ -342,35 +338,30 @@ LOOPS: list[tuple[str, dict[str, Any], str, int]] = [
 
 
 @pytest.mark.parametrize(("architecture", "config", "block", "uses"), LOOPS)
-def test_blocks_that_are_run_in_a_loop_count_once_a_turn(
+def test_blocks_that_run_in_a_loop_count_once_per_turn(
     architecture: str, config: dict[str, Any], block: str, uses: int
 ) -> None:
-    of = small(architecture, **config)
-    assert {w.uses for w in of.linears if w.module.startswith(f"{block}.")} == {uses}
+    structure = build_class(architecture, **config)
+    assert {w.uses for w in structure.linears if w.module.startswith(f"{block}.")} == {uses}
 
 
-def test_xlnets_raw_attention_is_told_and_not_claimed() -> None:
-    of = small("XLNetLMHeadModel", vocab_size=90, d_model=16, n_layer=1, n_head=2, d_inner=24)
-    assert of.opaque == {f"transformer.layer.0.rel_attn.{name}": "attention" for name in "qkvor"}
-    assert {w.group for w in of.linears} == {"feed-forward", "final"}
+def test_xlnets_attention_matrices_are_opaque() -> None:
+    structure = build_class("XLNetLMHeadModel", vocab_size=90, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    assert structure.opaque == {f"transformer.layer.0.rel_attn.{name}": "attention" for name in "qkvor"}
+    assert {w.group for w in structure.linears} == {"feed-forward", "final"}
 
 
-def test_a_layer_that_no_rule_knows_stays_unplaced() -> None:
-    of = structure_with_stranger()
-    assert of.unplaced == ("bert.encoder.layer.0.stranger",)
-
-
-def structure_with_stranger() -> Structure:
+def test_a_layer_without_a_rule_stays_unplaced() -> None:
     with torch.device("meta"):
         model = transformers.BertForMaskedLM(transformers.BertConfig(**BERT))
-        model.bert.encoder.layer[0].stranger = torch.nn.Linear(16, 16)
-    return read_structure(model)
+        model.bert.encoder.layer[0].unknown = torch.nn.Linear(16, 16)
+    assert read_structure(model).unplaced == ("bert.encoder.layer.0.unknown",)
 
 
 @pytest.mark.parametrize(
     ("model_type", "name", "tower", "between"),
     [
-        # A vision model that is a plain module, and a projector of the class of a feed-forward block.
+        # Idefics has a vision model that is a plain module, Idefics2 a projector of the class of a feed-forward block.
         ("idefics", "IdeficsForVisionText2Text", "model.vision_model.", ()),
         (
             "idefics2",
@@ -381,14 +372,14 @@ def structure_with_stranger() -> Structure:
         ("kosmos-2", "Kosmos2ForConditionalGeneration", "vision_model.", ("image_to_text_projection.",)),
     ],
 )
-def test_what_brings_images_to_a_language_model_is_none_of_its_blocks(
+def test_vision_towers_and_projectors_are_no_language_model_blocks(
     model_type: str, name: str, tower: str, between: tuple[str, ...]
 ) -> None:
     with torch.device("meta"):
         structure = read_structure(getattr(transformers, name)(tiny_config(model_type, name)))
-    of_tower = {weight.group for weight in structure.linears if weight.module.startswith(tower)}
-    projectors = {weight.group for weight in structure.linears if weight.module.startswith(between or "-")}
-    assert of_tower == {"vision"}
-    assert projectors == ({"other"} if between else set())
+    tower_groups = {weight.group for weight in structure.linears if weight.module.startswith(tower)}
+    projector_groups = {weight.group for weight in structure.linears if weight.module.startswith(between or "-")}
+    assert tower_groups == {"vision"}
+    assert projector_groups == ({"other"} if between else set())
     first = select(structure, ["attention", "feed-forward"], "prune", layers="0")
     assert not [weight.module for weight in first if weight.module.startswith((tower, *between))]

@@ -1,4 +1,4 @@
-"""The one table of dtypes agrees with safetensors and with torch."""
+"""The table of dtypes agrees with safetensors and torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compressknow.model.tensors import DTYPE_SIZES, TORCH_NAMES, get_torch_dtype
 
 
 @pytest.mark.parametrize("name", TORCH_NAMES)
-def test_a_dtype_is_the_same_to_safetensors_and_to_torch(name: str, tmp_path: Path) -> None:
+def test_a_dtype_has_the_same_name_in_safetensors_and_torch_files(name: str, tmp_path: Path) -> None:
     tensor = torch.zeros(3, 5, dtype=get_torch_dtype(name))
     save_file({"x": tensor}, tmp_path / "a.safetensors")
     torch.save({"x": tensor}, tmp_path / "a.bin")

@@ -1,7 +1,7 @@
-"""Every masked, causal and sequence-to-sequence language model class of transformers, on the meta device.
+"""Layers of every masked, causal and sequence-to-sequence language model class of transformers are in the right group.
 
-The checks here look at names alone and with words of their own, so that a mistake in the rules, which look at the
-classes of the module tree first, is not repeated in its test.
+The checks use only names, with their own patterns, so that they do not repeat a mistake of the rules, which look at the
+classes of the module tree first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight, Structure, list_scopes
 from tests.long import long
 
-# Some 250 classes are built.
+# About 250 classes are built.
 pytestmark = long
 MAPPINGS = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -32,7 +32,6 @@ MAPPINGS = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 ZOO = sorted({(model_type, name) for mapping in MAPPINGS for model_type, name in mapping.items()})
-# For types, or classes, whose default config describes no model by itself.
 QWEN4_INDEXER = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
@@ -40,6 +39,7 @@ QWEN4_INDEXER = {
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
 }
+# Settings for types, or classes, whose default config describes no model.
 SETTINGS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
@@ -81,9 +81,9 @@ PARTLY_OPAQUE = {
     "T5Gemma2ForConditionalGeneration",
     "XLNetLMHeadModel",
 }
-# It multiplies by its embedding itself.
+# Its forward pass multiplies by the embedding.
 NO_FINAL_LAYER = {"PerceiverForMaskedLM"}
-# Layers over a vocabulary beside the one that get_output_embeddings names.
+# Final layers other than the one of get_output_embeddings.
 FURTHER_HEADS = {
     ("LukeForMaskedLM", "entity_predictions.decoder"),
     ("BltForCausalLM", "model.patcher.lm_head"),
@@ -111,8 +111,8 @@ FEED_FORWARD_LEAF = re.compile(
     r"^(?:fc\d|fc_(?:in|out)|(?:gate|up|down|gate_up)_proj|wi|wo|wi_\d|Wi|lin\d|c_fc|dense_h_to_4h|dense_4h_to_h"
     r"|ffn|ffn_output)$"
 )
-# Large matrices that are neither Linear nor opaque: they belong to state-space mixers, to connections between layers,
-# or to projectors outside the blocks.
+# Large matrices that are neither Linear nor opaque belong to state-space mixers, to connections between layers, or to
+# projectors outside the blocks.
 OTHER_MATRICES = re.compile(
     r"mamba|rg_lru|_hc\.|hc_head|multi_modal_projector|upsampler|router|\.gate\.|embed|position|conv|subsampl|vision_tower"
     r"|audio_tower|time_mix|mask_emb|word_timestamp_head"
@@ -130,45 +130,45 @@ def build(model_type: str, name: str) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def zoo() -> dict[str, Structure]:
-    """Structures by class; the checks that need the model itself are made on the way."""
-    structures: dict[str, Structure] = {}
+def structures() -> dict[str, Structure]:
+    """The structure of each class; checks that need the model itself are made here."""
+    found: dict[str, Structure] = {}
     failed = set()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     for model_type, name in ZOO:
-        if name in structures:
+        if name in found:
             continue
         try:
             model = build(model_type, name)
         except Exception:
             failed.add(name)
             continue
-        structures[name] = read_structure(model)
-        check_every_linear_is_found_once(model, structures[name])
-        check_the_final_group(model, structures[name])
+        found[name] = read_structure(model)
+        check_every_linear_is_found_once(model, found[name])
+        check_the_final_group(model, found[name])
     transformers.logging.set_verbosity(verbosity)
-    assert failed - structures.keys() <= NOT_BUILT | (BUILT_SINCE_5_20 if BEFORE_5_20 else set())
-    return structures
+    assert failed - found.keys() <= NOT_BUILT | (BUILT_SINCE_5_20 if BEFORE_5_20 else set())
+    return found
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_SINCE_5_20))
-def test_a_class_that_older_releases_cannot_build_is_built_now(zoo: dict[str, Structure], name: str) -> None:
+def test_classes_that_older_releases_cannot_build_are_built(structures: dict[str, Structure], name: str) -> None:
     if BEFORE_5_20:
         pytest.skip(f"transformers {transformers.__version__} builds no {name} from a config without settings")
-    assert name in zoo
+    assert name in structures
 
 
 def check_every_linear_is_found_once(model: PreTrainedModel, structure: Structure) -> None:
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    found = [id(tensors[weight.parameter]) for weight in structure.linears]
-    assert len(found) == len(set(found)), structure.architecture
-    plain = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
-    assert plain <= set(found), structure.architecture
-    never = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    known = [id(tensors[weight.parameter]) for weight in structure.linears]
+    assert len(known) == len(set(known)), structure.architecture
+    linears = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    assert linears <= set(known), structure.architecture
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     tied = {id(tensors[weight.parameter]) for weight in structure.linears if weight.group == "final"}
-    assert not never & (set(found) - tied), structure.architecture
-    check_no_large_matrix_is_missed(model, structure, set(found) | never)
+    assert not embeddings & (set(known) - tied), structure.architecture
+    check_no_large_matrix_is_missed(model, structure, set(known) | embeddings)
 
 
 def check_no_large_matrix_is_missed(model: PreTrainedModel, structure: Structure, known: set[int]) -> None:
@@ -190,14 +190,14 @@ def check_the_final_group(model: PreTrainedModel, structure: Structure) -> None:
     assert bool(final) == (structure.architecture not in NO_FINAL_LAYER), structure.architecture
 
 
-def every_weight(zoo: dict[str, Structure]) -> Iterator[tuple[str, LinearWeight]]:
-    """Of the language models: towers have tests of their own."""
-    for name, structure in zoo.items():
+def list_weights(structures: dict[str, Structure]) -> Iterator[tuple[str, LinearWeight]]:
+    """Yield every weight outside vision towers, with the name of its class."""
+    for name, structure in structures.items():
         yield from ((name, weight) for weight in structure.linears if weight.group != "vision")
 
 
-def landmark(weight: LinearWeight) -> str | None:
-    """What the innermost telling part of the name says, the weight's own module left out."""
+def find_landmark(weight: LinearWeight) -> str | None:
+    """Return the kind that the innermost known part of the name says; the weight's own module does not count."""
     for part in reversed(weight.module.split(".")[: None if weight.kind == "experts" else -1]):
         for kind, pattern in (
             ("router", ROUTER_PART),
@@ -210,129 +210,130 @@ def landmark(weight: LinearWeight) -> str | None:
     return None
 
 
-def test_nine_in_ten_architectures_are_placed_in_full(zoo: dict[str, Structure]) -> None:
-    partly = {name for name, structure in zoo.items() if structure.unplaced or structure.opaque}
-    share = 1 - len(partly) / len(zoo)
-    print(f"\n{len(zoo)} classes, {share:.1%} placed in full")
+def test_nine_in_ten_architectures_are_placed_completely(structures: dict[str, Structure]) -> None:
+    partly = {name for name, structure in structures.items() if structure.unplaced or structure.opaque}
+    share = 1 - len(partly) / len(structures)
+    print(f"\n{len(structures)} classes, {share:.1%} placed in full")
     for name in sorted(partly):
-        names = (*zoo[name].unplaced, *zoo[name].opaque)
+        names = (*structures[name].unplaced, *structures[name].opaque)
         print(f"  {name}: {sorted({re.sub(r'[0-9]+', 'N', each) for each in names})}")
     assert share >= 0.9
 
 
-def test_no_linear_layer_of_the_zoo_is_unplaced(zoo: dict[str, Structure]) -> None:
-    assert not {name: structure.unplaced for name, structure in zoo.items() if structure.unplaced}
+def test_no_linear_layer_is_unplaced(structures: dict[str, Structure]) -> None:
+    assert not {name: structure.unplaced for name, structure in structures.items() if structure.unplaced}
 
 
-def test_towers_and_nothing_else_are_vision(zoo: dict[str, Structure]) -> None:
-    for name, structure in zoo.items():
-        # Granite Speech calls the model that hears the encoder, and condenses what it gives.
+def test_only_towers_are_vision(structures: dict[str, Structure]) -> None:
+    for name, structure in structures.items():
+        # In Granite Speech the audio model is called encoder, and its output goes through a projector.
         tower = GRANITE_TOWERS if name.startswith("GraniteSpeech") else TOWER_PART
         for weight in structure.linears:
             assert (weight.group == "vision") == bool(tower.search(weight.module)), (name, weight.module)
 
 
-def test_every_language_model_has_blocks_of_linear_layers(zoo: dict[str, Structure]) -> None:
-    without = {name for name, structure in zoo.items() if "blocks" not in list_scopes(structure)}
+def test_every_language_model_has_blocks_of_linear_layers(structures: dict[str, Structure]) -> None:
+    without = {name for name, structure in structures.items() if "blocks" not in list_scopes(structure)}
     # Their blocks multiply by matrices that are not Linear layers.
     assert without == {"IBertForMaskedLM", "SqueezeBertForMaskedLM"}
 
 
-def test_matrices_that_are_no_linear_layers_are_told(zoo: dict[str, Structure]) -> None:
-    assert {name for name, structure in zoo.items() if structure.opaque} == PARTLY_OPAQUE
+def test_the_architectures_with_opaque_matrices_are_known(structures: dict[str, Structure]) -> None:
+    assert {name for name, structure in structures.items() if structure.opaque} == PARTLY_OPAQUE
 
 
-def test_what_is_called_attention_is_attention(zoo: dict[str, Structure]) -> None:
+def test_layers_named_attention_are_attention(structures: dict[str, Structure]) -> None:
     wrong = [
         (name, weight.module, weight.group)
-        for name, weight in every_weight(zoo)
-        if landmark(weight) == "attention"
+        for name, weight in list_weights(structures)
+        if find_landmark(weight) == "attention"
         and weight.group != "attention"
-        # RWKV mixes over time without attention, whatever its classes are called; MobileBERT narrows its states by a
-        # layer named after what they go to.
+        # RWKV has classes named attention but none; MobileBERT names a bottleneck layer after the layer that follows.
         and name != "RwkvForCausalLM"
         and "bottleneck.attention" not in weight.module
     ]
     assert not wrong
 
 
-def test_a_projection_to_query_key_or_value_is_not_feed_forward(zoo: dict[str, Structure]) -> None:
+def test_a_projection_to_query_key_or_value_is_not_feed_forward(structures: dict[str, Structure]) -> None:
     wrong = [
         (name, weight.module)
-        for name, weight in every_weight(zoo)
+        for name, weight in list_weights(structures)
         if QKVO_LEAF.search(weight.module.rpartition(".")[2])
         and weight.group in ("feed-forward", "final")
-        # The channel mixing of RWKV has a key and a value of its own.
+        # The channel mixing of RWKV has a key and a value.
         and name != "RwkvForCausalLM"
     ]
     assert not wrong
 
 
-def test_attention_holds_only_what_a_name_or_class_calls_attention(zoo: dict[str, Structure]) -> None:
+def test_attention_layers_have_known_names(structures: dict[str, Structure]) -> None:
     allowed = re.compile(r"att|mixer\.[qkvo]_proj|temporal_block\.[qkvo]_proj", re.IGNORECASE)
-    wrong = [(n, w.module) for n, w in every_weight(zoo) if w.group == "attention" and not allowed.search(w.module)]
+    wrong = [
+        (n, w.module) for n, w in list_weights(structures) if w.group == "attention" and not allowed.search(w.module)
+    ]
     assert not wrong
 
 
-def test_what_is_called_feed_forward_is_feed_forward(zoo: dict[str, Structure]) -> None:
+def test_layers_named_feed_forward_are_feed_forward(structures: dict[str, Structure]) -> None:
     wrong = [
         (name, weight.module, weight.group)
-        for name, weight in every_weight(zoo)
-        if landmark(weight) == "feed-forward"
+        for name, weight in list_weights(structures)
+        if find_landmark(weight) == "feed-forward"
         and weight.group != "feed-forward"
         and not ROUTER_PART.search(weight.module.rpartition(".")[2])
-        # A norm that sets its scale by a small MLP.
+        # This is a norm whose scale comes from a small MLP.
         and "layernorm.mlp" not in weight.module
     ]
     assert not wrong
 
 
-def test_up_and_down_projections_inside_a_block_are_feed_forward(zoo: dict[str, Structure]) -> None:
+def test_up_and_down_projections_inside_a_block_are_feed_forward(structures: dict[str, Structure]) -> None:
     wrong = [
         (name, weight.module, weight.group)
-        for name, weight in every_weight(zoo)
+        for name, weight in list_weights(structures)
         if FEED_FORWARD_LEAF.search(weight.module.rpartition(".")[2])
         and weight.layer is not None
-        and landmark(weight) in (None, "feed-forward")
+        and find_landmark(weight) in (None, "feed-forward")
         and "layernorm.mlp" not in weight.module
         and weight.group != "feed-forward"
     ]
     assert not wrong
 
 
-def test_no_router_is_compressed_with_the_experts(zoo: dict[str, Structure]) -> None:
-    routers = [(n, w) for n, w in every_weight(zoo) if any(map(ROUTER_PART.search, w.module.split(".")))]
+def test_no_router_is_compressed_with_the_experts(structures: dict[str, Structure]) -> None:
+    routers = [(n, w) for n, w in list_weights(structures) if any(map(ROUTER_PART.search, w.module.split(".")))]
     assert len(routers) > 100
     assert not [(name, w.module, w.group) for name, w in routers if w.group not in ("other", "attention")]
     assert not [(name, w.module) for name, w in routers if w.group == "attention" and "router" in w.module]
 
 
-def test_vocabulary_sized_outputs_are_final(zoo: dict[str, Structure]) -> None:
+def test_vocabulary_sized_outputs_are_final(structures: dict[str, Structure]) -> None:
     wrong = []
-    for name, structure in zoo.items():
+    for name, structure in structures.items():
         vocabulary = max((w.shape[0] for w in structure.linears if w.group == "final"), default=None)
         outside = [w for w in structure.linears if w.layer is None and w.group != "final"]
         wrong += [(name, w.module) for w in outside if vocabulary in w.shape]
     assert not wrong
 
 
-def test_experts_are_stacks_and_other_weights_are_matrices(zoo: dict[str, Structure]) -> None:
-    for name, weight in every_weight(zoo):
+def test_experts_have_three_dimensions_and_other_weights_two(structures: dict[str, Structure]) -> None:
+    for name, weight in list_weights(structures):
         assert len(weight.shape) == (3 if weight.kind == "experts" else 2), (name, weight.module)
         assert prod(weight.shape) > 0
 
 
-def test_blocks_are_numbered_from_zero_without_gaps(zoo: dict[str, Structure]) -> None:
-    for name, structure in zoo.items():
+def test_blocks_are_numbered_from_zero_without_gaps(structures: dict[str, Structure]) -> None:
+    for name, structure in structures.items():
         layers = {w.layer for w in structure.linears if w.layer is not None}
         assert not layers or min(layers) == 0, name
 
 
-def test_both_stacks_of_an_encoder_decoder_model_are_told_apart(zoo: dict[str, Structure]) -> None:
+def test_encoder_and_decoder_are_told_apart(structures: dict[str, Structure]) -> None:
     for model_type, name in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.items():
         if BEFORE_5_20 and name in BUILT_SINCE_5_20:
             continue
-        structure = zoo[name]
+        structure = structures[name]
         stacks = {w.stack for w in structure.linears if w.group in ("attention", "feed-forward")}
         assert stacks in ({"encoder", "decoder"}, {None}), model_type
         if stacks != {None}:

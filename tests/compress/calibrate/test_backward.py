@@ -1,4 +1,4 @@
-"""Gradients of scores, block by block: what they come to for each weight is what torch gives of the whole model."""
+"""Gradients of scores computed block by block equal those of torch for the whole model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.compress.test_zoo_converts import try_build
 from tests.models import save_tiny
 from tests.zoo import make_inputs
 
-# Longformer divides its queries where they lie, blocks of Zamba share weights, and Moss hands no `use_cache` on. Blocks
-# read one bias per row and head (BLOOM), or per head: here there are as many heads as copies of rows (MPT). CTRL
-# scales its embeddings where they lie.
+# Longformer divides its queries in place, blocks of Zamba share weights, and Moss does not pass `use_cache` on. Blocks
+# read a bias per row and head (BLOOM), or per head, of which there are as many here as copies of rows (MPT). CTRL
+# scales its embeddings in place.
 CLASSES = (
     "BertForMaskedLM",
     "LongformerForMaskedLM",
@@ -35,12 +35,12 @@ CLASSES = (
 
 
 def score(logits: torch.Tensor) -> torch.Tensor:
-    drawn = torch.randn(logits.shape[1:], generator=torch.Generator().manual_seed(0))
-    return (logits.log_softmax(-1) * drawn).sum((2, 3))
+    factors = torch.randn(logits.shape[1:], generator=torch.Generator().manual_seed(0))
+    return (logits.log_softmax(-1) * factors).sum((2, 3))
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_inputs_and_gradients_at_outputs_give_the_gradient_of_the_weight(name: str, tmp_path: Path) -> None:
+def test_gradients_equal_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     model, _ = try_build(name)
@@ -50,10 +50,10 @@ def test_inputs_and_gradients_at_outputs_give_the_gradient_of_the_weight(name: s
     found: dict[str, torch.Tensor] = {}
 
     def visit(_: str, products: Mapping[str, Sequence[Product]]) -> None:
-        for parameter, own in products.items():
-            for each in own:
-                if each.inputs.is_floating_point():
-                    gradient = torch.einsum("rdto,rti->oi", each.gradients.float(), each.inputs.float())
+        for parameter, parts in products.items():
+            for part in parts:
+                if part.inputs.is_floating_point():
+                    gradient = torch.einsum("rdto,rti->oi", part.gradients.float(), part.inputs.float())
                     found[parameter] = found.get(parameter, torch.zeros(1)) + gradient
 
     checkpoint, tree = open_complete(tmp_path / "in")
@@ -67,20 +67,20 @@ def test_inputs_and_gradients_at_outputs_give_the_gradient_of_the_weight(name: s
     expected_scores.sum().backward()
     for weight in weights:
         expected = model.get_parameter(weight.parameter).grad
-        if expected is None:  # Longformer's for tokens that all others see, of which the text has none.
+        if expected is None:  # Longformer's for global attention, which no token of the text has.
             assert weight.parameter not in found
             continue
-        # What blocks read, and the gradients, are kept in 16 bits.
+        # Inputs of blocks and gradients are kept in 16 bits.
         assert (found[weight.parameter] - expected).norm() < 0.05 * expected.norm(), weight.parameter
 
 
-def test_layers_that_read_the_same_tensor_keep_it_once(tmp_path: Path) -> None:
+def test_layers_with_the_same_input_keep_it_once(tmp_path: Path) -> None:
     checkpoint, tree = open_complete(save_tiny("bert", tmp_path / "in"))
     structure, ids = read_structure(tree), torch.arange(5, 17)[None]
     kept: dict[str, int] = {}
 
     def visit(_: str, products: Mapping[str, Sequence[Product]]) -> None:
-        kept.update({name: own[0].inputs.data_ptr() for name, own in products.items() if "attention" in name})
+        kept.update({name: parts[0].inputs.data_ptr() for name, parts in products.items() if "attention" in name})
 
     with OpenFiles() as files:
         streamed = StreamedModel(tree, Sources(checkpoint, tree, structure), files)
@@ -91,8 +91,8 @@ def test_layers_that_read_the_same_tensor_keep_it_once(tmp_path: Path) -> None:
     assert len(set(kept.values())) == 1
 
 
-def test_a_matrix_that_is_multiplied_in_parts_is_left_out(tmp_path: Path) -> None:
-    """DeepSeek V4 multiplies each group of its rows with a part of the heads."""
+def test_a_matrix_multiplied_in_parts_is_left_out(tmp_path: Path) -> None:
+    """DeepSeek V4 multiplies each group of its rows by a part of the heads."""
     model, _ = try_build("DeepseekV4ForCausalLM")
     model.save_pretrained(tmp_path / "in")
     ids = torch.arange(5, 29).reshape(2, 12)

@@ -1,4 +1,4 @@
-"""What calibration makes of a checkpoint, against the same done by hand on the whole model."""
+"""Calibrated conversions equal the same steps done by hand on the whole model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Calibration, DropNeurons, Prune, Quantize, Step, Where
 from compressknow.model.manifest import describe_calibration, list_dropped_neurons, summarize_calibration
 from compressknow.pages.model_card import list_warnings
-from tests.compress.calibrate.test_walk import make_batches
+from tests.compress.calibrate.test_walk import make_batches, record_inputs
 from tests.compress.deep import save_deep
 from tests.compress.test_zoo_converts import try_build
 from tests.long import long
@@ -45,7 +45,7 @@ from tests.models import convert, save_tiny, tiny
 OVERALL, BLOCKS = Where(("overall",)), Where(("blocks",))
 
 
-def text_of(model: PreTrainedModel, count: int = 5) -> CalibrationText:
+def draw_text(model: PreTrainedModel, count: int = 5) -> CalibrationText:
     batches = make_batches(model, count)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     return CalibrationText("file", "drawn.txt", "0" * 64, 0, tokens, tokens, tuple(batches), ())
@@ -53,20 +53,20 @@ def text_of(model: PreTrainedModel, count: int = 5) -> CalibrationText:
 
 def compress(folder: Path, output: Path, *steps: Step, count: int = 5, threads: int = 2) -> dict[str, Any]:
     plan = prepare_plan(folder, Recipe(steps))
-    return execute(plan, NewFolder(output, plan.checkpoint), text_of(plan.tree, count), threads=threads)
+    return execute(plan, NewFolder(output, plan.checkpoint), draw_text(plan.tree, count), threads=threads)
 
 
-def loaded(folder: Path) -> PreTrainedModel:
+def load_causal(folder: Path) -> PreTrainedModel:
     with silence_libraries():
         return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def list_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear))
 
 
-def norms_by_hook(model: PreTrainedModel, block: nn.Module, batches: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-    """The norm of each input channel of a block's layers, float64."""
+def record_norms(model: PreTrainedModel, block: nn.Module, batches: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Return the norm of each input channel of a block's layers, float64."""
     squares: dict[str, Any] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -75,7 +75,7 @@ def norms_by_hook(model: PreTrainedModel, block: nn.Module, batches: list[dict[s
 
         return add
 
-    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in linears(block)]
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in list_linears(block)]
     with torch.no_grad():
         for batch in batches:
             model(**batch)
@@ -84,24 +84,13 @@ def norms_by_hook(model: PreTrainedModel, block: nn.Module, batches: list[dict[s
     return {name: found.sqrt() for name, found in squares.items()}
 
 
-def record_inputs(model: PreTrainedModel, name: str, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """What a layer reads, float32 [tokens, channels]."""
-    seen: list[torch.Tensor] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    hook.remove()
-    return torch.cat(seen)
-
-
-def test_each_block_is_pruned_by_what_it_sees_once_all_before_it_are(tmp_path: Path) -> None:
+def test_wanda_prunes_each_block_by_its_inputs_after_the_blocks_before_it(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     compress(folder, tmp_path / "out", Prune(0.5, "wanda", OVERALL))
     by_hand, batches = copy.deepcopy(tiny("llama")), make_batches(tiny("llama"))
     for block in by_hand.model.layers:
-        norms = norms_by_hook(by_hand, block, batches)
-        for name, layer in linears(block):
+        norms = record_norms(by_hand, block, batches)
+        for name, layer in list_linears(block):
             scores = layer.weight.data.double().abs() * norms[name]
             lowest = scores.argsort(dim=1, stable=True)[:, : round(0.5 * scores.shape[1])]
             layer.weight.data.scatter_(1, lowest, 0)
@@ -109,24 +98,24 @@ def test_each_block_is_pruned_by_what_it_sees_once_all_before_it_are(tmp_path: P
         assert torch.equal(tensor, by_hand.state_dict()[name]), name
 
 
-def test_what_gptq_rounds_makes_up_for_what_the_blocks_before_lost(tmp_path: Path) -> None:
+def test_gptq_compensates_for_the_rounding_of_earlier_blocks(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     coarse = Quantize("int4", Where(layers="0", exclude=("down_proj",)), parameters={"group_size": 32})
     steps = coarse, Quantize("int8-weights", Where(layers="1"), rounding="gptq")
     compress(folder, tmp_path / "out", *steps, count=20)
-    original, made, name = tiny("llama"), loaded(tmp_path / "out"), "model.layers.1.self_attn.q_proj"
+    original, converted, name = tiny("llama"), load_causal(tmp_path / "out"), "model.layers.1.self_attn.q_proj"
     batches = make_batches(original, 20)
-    before, now = (record_inputs(model, name, batches) for model in (original, made))
-    products = now.T @ now
-    inputs = InputStatistics(name, len(now), products.diagonal(), None, products, (before - now).T @ now)
+    before, after = (record_inputs(model, name, batches).float() for model in (original, converted))
+    products = after.T @ after
+    inputs = InputStatistics(name, len(after), products.diagonal(), None, products, (before - after).T @ after)
     weight, scheme = original.get_submodule(name).weight.data, SCHEMES["int8-weights"]
     scales = scheme.scales(weight.abs().amax(1, keepdim=True))
     expected, plain = (
-        scheme.dequantize(round_by_gptq(weight, scales, scheme, seen), scales)
-        for seen in (inputs, replace(inputs, drift=None))
+        scheme.dequantize(round_by_gptq(weight, scales, scheme, statistics), scales)
+        for statistics in (inputs, replace(inputs, drift=None))
     )
-    found = made.get_submodule(name).weight.data
-    assert float((found - expected).norm()) < 0.1 * float((found - plain).norm())
+    rounded = converted.get_submodule(name).weight.data
+    assert float((rounded - expected).norm()) < 0.1 * float((rounded - plain).norm())
 
 
 @pytest.mark.parametrize(
@@ -138,7 +127,7 @@ def test_what_gptq_rounds_makes_up_for_what_the_blocks_before_lost(tmp_path: Pat
     ],
     ids=["sparsegpt-gptq", "smooth", "l1-gptq-overall"],
 )
-def test_the_same_bytes_with_one_thread_and_several(steps: tuple[Step, ...], tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_the_number_of_threads(steps: tuple[Step, ...], tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     hashes = []
     for threads in (1, 3):
@@ -154,19 +143,17 @@ def test_gptq_keeps_the_zeros_of_the_prune_step(method: str, tmp_path: Path) -> 
     compress(folder, tmp_path / "pruned", Prune(0.5, method, BLOCKS))
     compress(folder, tmp_path / "out", Prune(0.5, method, BLOCKS), Quantize("int8", BLOCKS, rounding="gptq"))
     pruned, both = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
-    rounded = [name for name, tensor in both.items() if tensor.dtype == torch.int8]
-    assert len(rounded) == 14
-    # The first block sees the same inputs in both.
-    for name in rounded if method == "l1-unstructured" else rounded[:7]:
+    quantized = [name for name, tensor in both.items() if tensor.dtype == torch.int8]
+    assert len(quantized) == 14
+    # Only the first block has the same inputs in both, and so the same zeros by wanda and SparseGPT.
+    for name in quantized if method == "l1-unstructured" else quantized[:7]:
         assert bool((both[name][pruned[name] == 0] == 0).all()), name
-    zeros = sum(int((both[name] == 0).sum()) for name in rounded)
-    assert (
-        zeros >= sum(int((pruned[name] == 0).sum()) for name in rounded) > 0.49 * sum(both[n].numel() for n in rounded)
-    )
+    zeros, zeros_before = (sum(int((tensors[n] == 0).sum()) for n in quantized) for tensors in (both, pruned))
+    assert zeros >= zeros_before > 0.49 * sum(both[name].numel() for name in quantized)
 
 
-def test_gptq_makes_up_for_rounding_of_a_pruned_model_not_for_its_pruning(tmp_path: Path) -> None:
-    """So one conversion gives what two give, one after the other."""
+def test_pruning_and_gptq_in_one_conversion_equals_two(tmp_path: Path) -> None:
+    """GPTQ compensates for the rounding of a pruned model, not for its pruning."""
     prune, quantize = Prune(0.5, "l1-unstructured", BLOCKS), Quantize("int8", BLOCKS, rounding="gptq")
     folder = save_tiny("llama", tmp_path / "in")
     compress(folder, tmp_path / "pruned", prune)
@@ -177,7 +164,7 @@ def test_gptq_makes_up_for_rounding_of_a_pruned_model_not_for_its_pruning(tmp_pa
 
 
 @pytest.mark.parametrize("smooth", [None, 0.5])
-def test_gptq_keeps_the_pattern_of_a_source_that_was_pruned_before(smooth: float | None, tmp_path: Path) -> None:
+def test_gptq_keeps_the_pattern_of_a_pruned_source(smooth: float | None, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     compress(folder, tmp_path / "pruned", Prune(0.5, "sparsegpt", BLOCKS, parameters={"pattern": "2:4"}))
     manifest = compress(tmp_path / "pruned", tmp_path / "out", Quantize("int8", BLOCKS, rounding="gptq", smooth=smooth))
@@ -191,33 +178,33 @@ def test_gptq_keeps_the_pattern_of_a_source_that_was_pruned_before(smooth: float
     assert not list(list_warnings(manifest))
 
 
-def test_zeros_of_the_source_that_get_values_are_counted_and_told(tmp_path: Path) -> None:
+def test_refilled_zeros_of_the_source_are_counted_and_warned_of(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     compress(folder, tmp_path / "pruned", Prune(0.5, "l1-unstructured", BLOCKS))
     manifest = compress(tmp_path / "pruned", tmp_path / "out", DropNeurons(0.25))
     pruned, fitted = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
     (entry,) = manifest["removed"]["neurons"]
     refilled = {}
-    for module, gone in list_dropped_neurons(entry).items():
+    for module, dropped in list_dropped_neurons(entry).items():
         name = f"{module}.weight"
-        before = pruned[name][:, [n for n in range(entry["before"]) if not any(n in each for each in gone)]]
+        before = pruned[name][:, [n for n in range(entry["before"]) if not any(n in each for each in dropped)]]
         refilled[name] = int(((before == 0) & (fitted[name] != 0)).sum())
     assert {row["name"]: row["refilled"] for row in manifest["tensors"] if "refilled" in row} == refilled
     (warning,) = list_warnings(manifest)
     assert f"The source is pruned, and {sum(refilled.values()):,} of " in warning
-    # A source without zeros has none to lose.
+    # A source without zeros gives no warning.
     assert not list(list_warnings(compress(folder, tmp_path / "first", DropNeurons(0.25))))
 
 
-def outlying(folder: Path) -> Path:
-    """A model some of whose channels are far larger than all others, as in large language models."""
+def save_with_outliers(folder: Path) -> Path:
+    """Write a model with a few channels far larger than all others, as in large language models."""
     model = copy.deepcopy(tiny("llama"))
     with torch.no_grad():
         for layer in model.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[3] *= 60
                 norm.weight[7] *= 40
-            for name, linear in linears(layer):
+            for name, linear in list_linears(layer):
                 if linear.weight.shape[1] == norm.weight.shape[0] and "o_proj" not in name:
                     linear.weight[:, 3] /= 60
                     linear.weight[:, 7] /= 40
@@ -225,24 +212,20 @@ def outlying(folder: Path) -> Path:
     return folder
 
 
-def test_smoothing_moves_outliers_into_weights_and_brings_logits_nearer(tmp_path: Path) -> None:
-    folder = outlying(tmp_path / "in")
-    original, inputs = loaded(folder), make_batches(tiny("llama"), 8)[-1]
-    errors = {}
-    for name, smooth in (("plain", None), ("smooth", 0.5)):
-        manifest = compress(folder, tmp_path / name, Quantize("int8", BLOCKS, smooth=smooth)) if smooth else None
-        if manifest is None:
-            convert(folder, tmp_path / name, Recipe((Quantize("int8", BLOCKS),)))
-        else:
-            assert sorted(manifest["calibration"]["smoothed"]) == [
-                f"model.layers.{layer}.{norm}_layernorm" for layer in (0, 1) for norm in ("input", "post_attention")
-            ]
-        with torch.no_grad():
-            errors[name] = float((loaded(tmp_path / name)(**inputs).logits - original(**inputs).logits).norm())
-    assert errors["smooth"] < 0.5 * errors["plain"], errors
+def test_smoothing_brings_logits_of_a_model_with_outliers_nearer(tmp_path: Path) -> None:
+    folder = save_with_outliers(tmp_path / "in")
+    convert(folder, tmp_path / "plain", Recipe((Quantize("int8", BLOCKS),)))
+    manifest = compress(folder, tmp_path / "smooth", Quantize("int8", BLOCKS, smooth=0.5))
+    assert sorted(manifest["calibration"]["smoothed"]) == [
+        f"model.layers.{layer}.{norm}_layernorm" for layer in (0, 1) for norm in ("input", "post_attention")
+    ]
+    inputs = make_batches(tiny("llama"), 8)[-1]
+    with torch.no_grad():
+        original, plain, smooth = (load_causal(tmp_path / name)(**inputs).logits for name in ("in", "plain", "smooth"))
+    assert (smooth - original).norm() < 0.5 * (plain - original).norm()
 
 
-def test_a_norm_that_feeds_the_residual_stream_too_takes_nothing(tmp_path: Path) -> None:
+def test_a_norm_that_feeds_the_residual_stream_is_not_smoothed(tmp_path: Path) -> None:
     folder = save_tiny("bert", tmp_path / "in")
     with pytest.raises(UnsupportedError, match="can be smoothed"):
         compress(folder, tmp_path / "out", Quantize("int8", BLOCKS, smooth=0.5))
@@ -251,23 +234,23 @@ def test_a_norm_that_feeds_the_residual_stream_too_takes_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("layers", "block"), [("0-3", 0), ("3", 3)])
-def test_one_norm_is_not_smoothed_in_two_ways(tmp_path: Path, layers: str, block: int) -> None:
-    """Attention and feed-forward of Phi stand side by side after one norm; those of Llama have one each."""
-    apart = Where(("feed-forward",), layers=layers)
-    steps = [Quantize("int8", Where(("attention",)), smooth=0.3), Quantize("int8", apart, smooth=0.8)]
+def test_one_norm_cannot_be_smoothed_by_two_amounts(tmp_path: Path, layers: str, block: int) -> None:
+    """In Phi attention and feed-forward share one norm; in Llama each has its own."""
+    feed_forward = Where(("feed-forward",), layers=layers)
+    steps = [Quantize("int8", Where(("attention",)), smooth=0.3), Quantize("int8", feed_forward, smooth=0.8)]
     if block:
         steps.append(Quantize("int8", Where(("feed-forward",), layers=f"0-{block - 1}"), smooth=0.3))
     recipe = Recipe(tuple(steps))
     check_smoothable(prepare_plan(save_deep("llama", tmp_path / "llama"), recipe))
-    said = f"smooth the output of model.layers.{block}.input_layernorm, by 0.3 and by 0.8"
-    with pytest.raises(UsageError, match=said):
+    message = f"smooth the output of model.layers.{block}.input_layernorm, by 0.3 and by 0.8"
+    with pytest.raises(UsageError, match=message):
         check_smoothable(prepare_plan(save_deep("phi", tmp_path / "phi"), recipe))
 
 
 @pytest.mark.parametrize("name", ["T5Gemma2ForConditionalGeneration", "PegasusXForConditionalGeneration"])
-def test_a_norm_whose_layers_read_something_else_too_takes_nothing(name: str, tmp_path: Path) -> None:
-    """Keys and values of T5Gemma 2's decoder are of what the encoder gives too, by the same layers; PegasusX has two
-    norms before one layer."""
+def test_a_norm_whose_layers_have_other_inputs_too_is_not_smoothed(name: str, tmp_path: Path) -> None:
+    """In T5Gemma 2's decoder, keys and values of the encoder's output come from the same layers; PegasusX has two norms
+    before one layer."""
     model, _ = try_build(name)
     with torch.no_grad():
         for parameter, values in model.named_parameters():
@@ -282,7 +265,7 @@ def test_a_norm_whose_layers_read_something_else_too_takes_nothing(name: str, tm
     assert float((after - before).norm() / before.norm()) < 0.05
 
 
-def test_gemmas_norms_are_divided_with_what_they_add(tmp_path: Path) -> None:
+def test_gemmas_norms_are_smoothed_including_the_one_they_add(tmp_path: Path) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
@@ -295,19 +278,19 @@ def test_gemmas_norms_are_divided_with_what_they_add(tmp_path: Path) -> None:
     assert len(manifest["calibration"]["smoothed"]) == 4
     inputs = make_batches(model)[0]
     with torch.no_grad():
-        before, after = model(**inputs).logits, loaded(tmp_path / "smooth")(**inputs).logits
+        before, after = model(**inputs).logits, load_causal(tmp_path / "smooth")(**inputs).logits
     assert float((after - before).norm() / before.norm()) < 0.05
 
 
 @long
-def test_a_killed_calibrated_conversion_leaves_nothing_that_the_next_does_not_clean(tmp_path: Path) -> None:
+def test_the_next_conversion_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     code = (
         "import sys, time\nfrom pathlib import Path\n"
         "from tests.compress.calibrate.test_compression import *\n"
         "import compressknow.compress.calibrate.compression as c\n"
-        "told = c._Compressor.act\n"
-        "def slow(*a, **k):\n    told(*a, **k)\n    print('block', flush=True)\n    time.sleep(60)\n"
+        "act = c._Compressor.act\n"
+        "def slow(*a, **k):\n    act(*a, **k)\n    print('block', flush=True)\n    time.sleep(60)\n"
         "c._Compressor.act = slow\n"
         "compress(Path(sys.argv[1]), Path(sys.argv[2]), Prune(0.5, 'wanda', BLOCKS))\n"
     )
@@ -322,37 +305,35 @@ def test_a_killed_calibrated_conversion_leaves_nothing_that_the_next_does_not_cl
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_progress_tells_blocks(tmp_path: Path) -> None:
+def test_progress_counts_blocks(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     plan = prepare_plan(folder, Recipe((Prune(0.5, "wanda", BLOCKS),)))
-    told: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     execute(
         plan,
         NewFolder(tmp_path / "out", plan.checkpoint),
-        text_of(plan.tree),
-        begin=lambda work: nullcontext(lambda *far: told.append((work, *far))),
+        draw_text(plan.tree),
+        begin=lambda work: nullcontext(lambda *counts: calls.append((work, *counts))),
     )
-    assert told == [("calibrate", 1, 2), ("calibrate", 2, 2)]
+    assert calls == [("calibrate", 1, 2), ("calibrate", 2, 2)]
 
 
-def test_a_model_that_reads_a_block_from_outside_is_run_as_a_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each layer is then pruned by what the original gives it, and the manifest says so."""
+def test_a_model_that_cannot_run_blockwise_is_run_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer is then pruned by its inputs in the original model, and the manifest says so."""
     folder = save_tiny("llama", tmp_path / "in")
     by_hand, batches = copy.deepcopy(tiny("llama")), make_batches(tiny("llama"))
-    norms = norms_by_hook(by_hand, by_hand.model, batches)
-    for name, layer in linears(by_hand.model):
+    norms = record_norms(by_hand, by_hand.model, batches)
+    for name, layer in list_linears(by_hand.model):
         scores = layer.weight.data.double().abs() * norms[name]
         lowest = scores.argsort(dim=1, stable=True)[:, : round(0.5 * scores.shape[1])]
         layer.weight.data.scatter_(1, lowest, 0)
     forward = LlamaModel.forward
 
-    def outside(self: LlamaModel, *args: Any, **kwargs: Any) -> Any:
+    def read_a_block(self: LlamaModel, *args: Any, **kwargs: Any) -> Any:
         assert float(self.layers[1].mlp.down_proj.weight.abs().sum()) > 0
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(LlamaModel, "forward", outside)
+    monkeypatch.setattr(LlamaModel, "forward", read_a_block)
     manifest = compress(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
     assert not manifest["calibration"]["blocks_apart"]
     assert "cannot be run one by one" in " ".join(describe_calibration(summarize_calibration(manifest)))
@@ -360,8 +341,8 @@ def test_a_model_that_reads_a_block_from_outside_is_run_as_a_whole(
         assert torch.equal(tensor, by_hand.state_dict()[name]), name
 
 
-def test_a_dry_run_counts_the_memory_of_a_model_that_writes_its_text(tmp_path: Path) -> None:
-    """All of it is in memory then, and only a block of it while it is calibrated."""
+def test_a_dry_run_counts_the_whole_model_if_it_writes_its_own_text(tmp_path: Path) -> None:
+    """It is whole in memory while it writes, and only one block is while it is calibrated."""
     model = LlamaForCausalLM(LlamaConfig(**tiny("llama").config.to_dict() | {"num_hidden_layers": 12}))
     model.save_pretrained(tmp_path / "in")
     needed = []
@@ -377,13 +358,11 @@ def test_a_dry_run_counts_the_memory_of_a_model_that_writes_its_text(tmp_path: P
     assert needed[1] < whole
 
 
-def test_a_fault_in_compressing_is_not_taken_for_a_model_that_runs_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> Any:
+def test_an_error_while_pruning_is_raised_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
         raise ValueError("a fault")
 
-    monkeypatch.setattr(type(METHODS["wanda"]), "prune", broken)
+    monkeypatch.setattr(type(METHODS["wanda"]), "prune", fail)
     folder = save_tiny("llama", tmp_path / "in")
     with pytest.raises(ValueError, match="a fault"):
         compress(folder, tmp_path / "out", Prune(0.5, "wanda", BLOCKS))

@@ -54,16 +54,6 @@ def test_an_unusable_text_is_refused(
     assert name in printed
 
 
-def test_tokens_without_a_row_in_the_embedding_are_refused(llama: Path, notes: Path, refusal: Refusal) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    tokenizer.add_tokens(["quux"])
-    tokenizer.save_pretrained(llama)
-    notes.write_text("quux " * 4000, encoding="utf-8")
-    message = refusal(llama, *WANDA, "--calibration", str(notes))
-    assert "The tokenizer gives token" in message
-    assert "the model's embedding has" in message
-
-
 @pytest.mark.parametrize(("text", "message"), [("none.txt", "no calibration text none.txt"), ("a.pdf", "'a.pdf'")])
 def test_a_missing_text_is_refused_before_torch_is_imported(
     text: str, message: str, llama: Path, refusal: Refusal

@@ -1,4 +1,4 @@
-"""Blocks run one after the other: what their layers are seen to read is what they read when the whole model runs."""
+"""Inputs of layers recorded block by block equal those of the whole model."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ FAMILIES = ("bert", "albert", "t5-gated", "bart", "gpt2", "llama-tied", "opt", "
 Batches = list[dict[str, torch.Tensor]]
 
 
-class Seeing(Visitor):
-    """Looks at every block, and changes none; `keeps` what each gives, or has it run once more."""
+class BlockRecorder(Visitor):
+    """A visitor that records every block and changes none; unless it `keeps` outputs, each block runs twice."""
 
     def __init__(self, weights: Mapping[str, list[str]], check: Callable[[], None], keeps: bool = False) -> None:
         self.weights, self.keeps = weights, keeps
@@ -57,23 +57,23 @@ class Seeing(Visitor):
 
 
 def make_batches(model: PreTrainedModel, count: int = 5) -> Batches:
-    drawing = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
 
-    def drawn(length: int) -> torch.Tensor:
-        return torch.randint(5, model.config.vocab_size, (2, length), generator=drawing)
+    def draw(length: int) -> torch.Tensor:
+        return torch.randint(5, model.config.vocab_size, (2, length), generator=generator)
 
     two = model.config.is_encoder_decoder
-    return [{"input_ids": drawn(11), **({"decoder_input_ids": drawn(7)} if two else {})} for _ in range(count)]
+    return [{"input_ids": draw(11), **({"decoder_input_ids": draw(7)} if two else {})} for _ in range(count)]
 
 
-def walked(
+def walk_recording(
     folder: Path,
     batches: Batches,
     threads: int = 2,
     *,
     keeps: bool = False,
     change: Callable[[PreTrainedModel], object] = id,
-) -> tuple[Seeing, dict[str, Any]]:
+) -> tuple[BlockRecorder, dict[str, Any]]:
     checkpoint, tree = open_complete(folder)
     structure = read_structure(tree)
     with OpenFiles() as files, Pool(threads) as pool:
@@ -83,14 +83,14 @@ def walked(
             block: [w.parameter for w in structure.linears if f"{w.module}.".startswith(f"{block}.")]
             for block in streamed.blocks
         }
-        seeing = Seeing(weights, pool.check, keeps)
-        walk(streamed, batches, seeing, pool)
-    found = {name: seeing.by_block[block].get(Key(name)) for block, names in weights.items() for name in names}
-    return seeing, found
+        recorder = BlockRecorder(weights, pool.check, keeps)
+        walk(streamed, batches, recorder, pool)
+    statistics = {name: recorder.by_block[block].get(Key(name)) for block, names in weights.items() for name in names}
+    return recorder, statistics
 
 
-def seen_by_hooks(model: PreTrainedModel, batches: Batches) -> dict[str, torch.Tensor]:
-    """X^T X of every Linear, in float64, of the whole model."""
+def record_products(model: PreTrainedModel, batches: Batches) -> dict[str, torch.Tensor]:
+    """Run the whole model; return X^T X of every Linear, in float64."""
     products: dict[str, torch.Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -111,61 +111,61 @@ def seen_by_hooks(model: PreTrainedModel, batches: Batches) -> dict[str, torch.T
 
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_seen_block_by_block_is_what_the_whole_model_shows(name: str, keeps: bool, tmp_path: Path) -> None:
+def test_inputs_recorded_block_by_block_equal_those_of_the_whole_model(name: str, keeps: bool, tmp_path: Path) -> None:
     folder = save_tiny(name, tmp_path / "in")
     model = copy.deepcopy(tiny(name))
     batches = make_batches(model)
-    seeing, found = walked(folder, batches, keeps=keeps)
-    expected = seen_by_hooks(model, batches)
-    assert len(set(seeing.order)) >= 2 or name == "albert"
-    assert found
-    for parameter, statistics in found.items():
+    recorder, recorded = walk_recording(folder, batches, keeps=keeps)
+    expected = record_products(model, batches)
+    assert len(set(recorder.order)) >= 2 or name == "albert"
+    assert recorded
+    for parameter, statistics in recorded.items():
         products = expected[parameter.removesuffix(".weight")].float()
         assert statistics is not None, parameter
         assert torch.allclose(statistics.products, products, rtol=1e-3, atol=1e-3 * float(products.abs().max()))
         assert torch.equal(statistics.squares, statistics.products.diagonal())
 
 
-def test_a_matrix_whose_rows_read_different_inputs_is_seen_with_all_of_them() -> None:
-    """DeepSeek V4 multiplies each group of its rows with a part of the heads."""
+def test_all_inputs_of_a_matrix_multiplied_in_parts_are_recorded() -> None:
+    """DeepSeek V4 multiplies each group of its rows by a part of the heads."""
     weight, inputs = torch.rand(6, 4), torch.rand(3, 5, 4)
-    with InputRecorder({"matrix": weight, "stack": (stack := torch.rand(3, 2, 4))}) as watch:
+    with InputRecorder({"matrix": weight, "stack": (stack := torch.rand(3, 2, 4))}) as recorder:
         torch.bmm(inputs, weight.view(3, 2, 4).transpose(1, 2))
         torch.bmm(inputs, stack.transpose(1, 2))
-    assert [key for key, _ in watch.seen] == [Key("matrix")] * 3 + [Key("stack", number) for number in range(3)]
-    assert torch.equal(torch.stack([read for _, read in watch.seen]), torch.cat([inputs, inputs]))
+    assert [key for key, _ in recorder.seen] == [Key("matrix")] * 3 + [Key("stack", number) for number in range(3)]
+    assert torch.equal(torch.stack([read for _, read in recorder.seen]), torch.cat([inputs, inputs]))
 
 
-def test_a_copy_is_of_what_was_read_though_another_lay_in_its_place() -> None:
-    weights, read = {str(number): torch.rand(3, 64) for number in range(20)}, list(torch.rand(20, 10, 64))
-    with InputRecorder(weights, copies=True) as watch:
-        for inputs, weight in zip(read, weights.values(), strict=True):
+def test_copied_inputs_are_right_though_memory_is_reused() -> None:
+    weights, inputs_read = {str(number): torch.rand(3, 64) for number in range(20)}, list(torch.rand(20, 10, 64))
+    with InputRecorder(weights, copies=True) as recorder:
+        for inputs, weight in zip(inputs_read, weights.values(), strict=True):
             functional.linear(inputs.clone(), weight)
-    assert all(torch.equal(seen, inputs) for (_, seen), inputs in zip(watch.seen, read, strict=True))
+    assert all(torch.equal(seen, inputs) for (_, seen), inputs in zip(recorder.seen, inputs_read, strict=True))
 
 
 @pytest.mark.parametrize("name", ["ZambaForCausalLM", "Zamba2ForCausalLM"])
-def test_a_weight_that_blocks_share_is_seen_in_each_of_them(name: str, tmp_path: Path) -> None:
-    """An adapter of Zamba2's shared block is used in one of them alone, where it reads what a shared weight does."""
+def test_inputs_of_a_shared_weight_are_recorded_in_every_block(name: str, tmp_path: Path) -> None:
+    """Each adapter of Zamba2's shared block is used in only one place, with the same input as a shared weight."""
     model, _ = try_build(name)
     model.save_pretrained(tmp_path / "in")
     checkpoint, tree = open_complete(tmp_path / "in")
-    batches, found = make_batches(model, 2), {}
-    observe(checkpoint, tree, [batches], lambda seen, *_: found.update(seen), products=True, threads=2)
-    expected = seen_by_hooks(model, batches)
+    batches, recorded = make_batches(model, 2), {}
+    observe(checkpoint, tree, [batches], lambda seen, *_: recorded.update(seen), products=True, threads=2)
+    expected = record_products(model, batches)
     shared = [weight for weight in read_structure(tree).linears if weight.sharing]
     assert shared
     for weight in shared:
         products = sum(expected[module] for module in weight.modules if module in expected).float()
-        statistics = found[Key(weight.parameter)]
+        statistics = recorded[Key(weight.parameter)]
         assert torch.allclose(statistics.products, products, rtol=1e-3, atol=1e-3 * float(products.abs().max()))
 
 
-def test_a_layer_outside_the_blocks_is_still_in_memory_in_the_next_walk(tmp_path: Path) -> None:
+def test_a_layer_outside_the_blocks_stays_in_memory_for_the_next_walk(tmp_path: Path) -> None:
     checkpoint, tree = open_complete(save_tiny("albert", tmp_path / "in"))
     outputs: list[dict[str, torch.Tensor]] = []
 
-    class Listening(Visitor):
+    class OutputRecorder(Visitor):
         lone_layers = ("albert.encoder.embedding_hidden_mapping_in",)
 
         def receive_output(self, module: str, batch: int, call: Call, output: Any) -> None:  # noqa: ARG002
@@ -173,18 +173,18 @@ def test_a_layer_outside_the_blocks_is_still_in_memory_in_the_next_walk(tmp_path
 
     with OpenFiles() as files, Pool(2) as pool:
         streamed = StreamedModel(tree, Sources(checkpoint, tree, read_structure(tree)), files)
-        for lone_layers in (Listening.lone_layers, ()):
+        for lone_layers in (OutputRecorder.lone_layers, ()):
             outputs.append({})
-            visitor = Listening()
+            visitor = OutputRecorder()
             visitor.lone_layers = lone_layers
             walk(streamed, make_batches(tiny("albert"), 1), visitor, pool)
     first, second = outputs
-    assert first.keys() - second.keys() == set(Listening.lone_layers)
+    assert first.keys() - second.keys() == set(OutputRecorder.lone_layers)
     assert all(torch.equal(first[module], second[module]) for module in second)
 
 
-def test_a_weight_that_is_not_in_memory_multiplies_nothing(tmp_path: Path) -> None:
-    """Torch itself takes one on the meta device, and returns what happens to be in memory."""
+def test_multiplying_by_a_weight_that_is_not_in_memory_is_an_error(tmp_path: Path) -> None:
+    """torch itself accepts one on the meta device, and returns whatever was in memory."""
     checkpoint, tree = open_complete(save_tiny("llama", tmp_path / "in"))
     with OpenFiles() as files:
         streamed = StreamedModel(tree, Sources(checkpoint, tree, read_structure(tree)), files)
@@ -199,55 +199,55 @@ def test_a_weight_that_is_not_in_memory_multiplies_nothing(tmp_path: Path) -> No
             streamed.model.get_submodule(name)(torch.ones(1, width))
 
 
-def test_an_embedding_is_read_before_a_model_moves_token_ids_to_its_device(tmp_path: Path) -> None:
-    """As Llama 4 does: on no device ids have no values, and all that follows would be noise."""
+def test_token_ids_are_embedded_before_a_model_moves_them_to_its_device(tmp_path: Path) -> None:
+    """Llama 4 moves them; on the meta device ids have no values, and all that follows would be noise."""
     model, _ = try_build("Llama4ForCausalLM")
     model.save_pretrained(tmp_path / "in")
-    batches, found = make_batches(model, 2), {}
-    observe(*open_complete(tmp_path / "in"), [batches], lambda seen, *_: found.update(seen), products=True)
-    read = read_by(model, "model.layers.0.self_attn.q_proj", batches)
-    products = found[Key("model.layers.0.self_attn.q_proj.weight")].products
-    assert torch.allclose(products.double(), read.T @ read, rtol=1e-3, atol=1e-3)
+    batches, recorded = make_batches(model, 2), {}
+    observe(*open_complete(tmp_path / "in"), [batches], lambda seen, *_: recorded.update(seen), products=True)
+    inputs = record_inputs(model, "model.layers.0.self_attn.q_proj", batches)
+    products = recorded[Key("model.layers.0.self_attn.q_proj.weight")].products
+    assert torch.allclose(products.double(), inputs.T @ inputs, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("keeps", "overwrites", "runs"), [(False, False, 2), (True, False, 1), (True, True, 2)])
-def test_a_block_whose_output_is_kept_runs_once_unless_it_overwrites_what_it_reads(
+def test_a_block_whose_output_is_kept_runs_once_unless_it_overwrites_its_input(
     keeps: bool, overwrites: bool, runs: int, tmp_path: Path
 ) -> None:
     folder, batches = save_tiny("llama", tmp_path / "in"), make_batches(tiny("llama"))
-    ran: list[int] = []
+    calls: list[int] = []
 
     def change(tree: PreTrainedModel) -> None:
         block = tree.model.layers[0]
         forward = block.forward
 
-        def counted(hidden_states: torch.Tensor, **kwargs: Any) -> Any:
-            ran.append(1)
+        def record_call(hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+            calls.append(1)
             if overwrites:
                 hidden_states.mul_(2)
             return forward(hidden_states, **kwargs)
 
-        block.forward = counted
+        block.forward = record_call
 
-    _, found = walked(folder, batches, keeps=keeps, change=change)
-    assert len(ran) == runs * len(batches)
-    _, expected = walked(folder, batches, change=change)
-    assert all(torch.equal(found[name].products, expected[name].products) for name in expected)
+    _, recorded = walk_recording(folder, batches, keeps=keeps, change=change)
+    assert len(calls) == runs * len(batches)
+    _, expected = walk_recording(folder, batches, change=change)
+    assert all(torch.equal(recorded[name].products, expected[name].products) for name in expected)
 
 
 @pytest.mark.parametrize("overwrites", [False, True])
-def test_a_pair_of_passes_shows_how_far_inputs_have_drifted_from_the_originals(
+def test_two_passes_measure_the_drift_of_inputs_from_the_original(
     overwrites: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a visit makes of a block is what the blocks after it read, in one pass of two."""
+    """In one of the two passes, changes of a visit to a block reach the blocks after it."""
     folder, model = save_tiny("llama", tmp_path / "in"), copy.deepcopy(tiny("llama"))
     if overwrites:
         forward = LlamaDecoderLayer.forward
         monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, x, **kwargs: forward(self, x.mul_(2), **kwargs))
-    found: dict[str, InputStatistics] = {}
+    recorded: dict[str, InputStatistics] = {}
 
     def visit(seen: Mapping[Key, InputStatistics], weights: Mapping[str, torch.Tensor], _: Pool) -> None:
-        found.update({key.parameter: statistics for key, statistics in seen.items()})
+        recorded.update({key.parameter: statistics for key, statistics in seen.items()})
         for weight in weights.values():
             weight.mul_(0.9)
 
@@ -262,17 +262,17 @@ def test_a_pair_of_passes_shows_how_far_inputs_have_drifted_from_the_originals(
             module = f"model.layers.{number}.{name}"
             products, drift = torch.zeros(1), torch.zeros(1)
             for text in texts:
-                own, original = (read_by(each, module, text) for each in (changed, model))
-                scale = own.square().sum(dim=0).mean()
-                products, drift = products + own.T @ own / scale, drift + (original - own).T @ own / scale
-            statistics = found[f"{module}.weight"]
-            for made, expected in ((statistics.products, products), (statistics.drift, drift)):
-                assert torch.allclose(made.double(), expected, rtol=1e-3, atol=1e-4 * float(products.max())), module
+                inputs, original = (record_inputs(each, module, text) for each in (changed, model))
+                scale = inputs.square().sum(dim=0).mean()
+                products, drift = products + inputs.T @ inputs / scale, drift + (original - inputs).T @ inputs / scale
+            statistics = recorded[f"{module}.weight"]
+            for measured, expected in ((statistics.products, products), (statistics.drift, drift)):
+                assert torch.allclose(measured.double(), expected, rtol=1e-3, atol=1e-4 * float(products.max())), module
             assert bool(statistics.drift.any()) == (number > 0)
 
 
-def read_by(model: PreTrainedModel, module: str, batches: Batches) -> torch.Tensor:
-    """What a layer reads, float64 [tokens, in]."""
+def record_inputs(model: PreTrainedModel, module: str, batches: Batches) -> torch.Tensor:
+    """Return the inputs of a layer, float64 [tokens, in]."""
     rows: list[torch.Tensor] = []
     hook = model.get_submodule(module).register_forward_pre_hook(
         lambda _, args: rows.append(args[0].reshape(-1, args[0].shape[-1]).double())
@@ -287,32 +287,32 @@ def read_by(model: PreTrainedModel, module: str, batches: Batches) -> torch.Tens
 def test_sums_are_the_same_bits_whatever_the_number_of_threads(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     batches = make_batches(tiny("llama"), 9)
-    one, several = (walked(folder, batches, threads)[1] for threads in (1, 3))
+    one, several = (walk_recording(folder, batches, threads)[1] for threads in (1, 3))
     for parameter, statistics in one.items():
         assert torch.equal(statistics.products, several[parameter].products), parameter
         assert torch.equal(statistics.peaks, several[parameter].peaks), parameter
 
 
-def test_a_batch_ends_after_the_one_before_whatever_it_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the one after, which waits for this one alone, would add to the same sums at the same time."""
+def test_batches_are_added_in_order_whatever_layers_they_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch waits only for the one before it; if that ended early, two would add to the same sums at once."""
     sums = InputSums(["a", "b"], products=True, peaks=False, check=lambda: None)
-    begun, go = threading.Event(), threading.Event()
+    started, go = threading.Event(), threading.Event()
     add = Tensor.addmm_
 
-    def slow(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def wait_and_add(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if len(self) == 4:
-            begun.set()
+            started.set()
             assert go.wait(10)
         return add(self, *args, **kwargs)
 
-    monkeypatch.setattr(Tensor, "addmm_", slow)
-    few, many = (Key("a"), torch.ones(2, 3)), (Key("b"), torch.ones(2, 4))
+    monkeypatch.setattr(Tensor, "addmm_", wait_and_add)
+    narrow, wide = (Key("a"), torch.ones(2, 3)), (Key("b"), torch.ones(2, 4))
     threads = [
-        threading.Thread(target=sums.add, args=(number, seen)) for number, seen in enumerate([[few, many], [few]])
+        threading.Thread(target=sums.add, args=(number, seen)) for number, seen in enumerate([[narrow, wide], [narrow]])
     ]
     for thread in threads:
         thread.start()
-    assert begun.wait(10)
+    assert started.wait(10)
     threads[1].join(0.5)
     assert threads[1].is_alive()
     go.set()
@@ -321,38 +321,36 @@ def test_a_batch_ends_after_the_one_before_whatever_it_has_seen(monkeypatch: pyt
     assert torch.equal(sums.get(Key("a")).products, torch.full((3, 3), 4.0))
 
 
-def test_a_head_whose_inputs_alone_are_wanted_is_not_multiplied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_is_not_computed_to_record_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, model = save_tiny("llama", tmp_path / "in"), tiny("llama")
     forward, widths = nn.Linear.forward, set()
 
-    def noted(self: nn.Linear, inputs: Tensor) -> Tensor:
+    def record_width(self: nn.Linear, inputs: Tensor) -> Tensor:
         output = forward(self, inputs)
         widths.add(self.out_features)
         return output
 
-    monkeypatch.setattr(nn.Linear, "forward", noted)
-    found: dict[Key, InputStatistics] = {}
-    observe(*open_complete(folder), [make_batches(model)], lambda seen, *_: found.update(seen), products=True)
-    assert found[Key("lm_head.weight")].tokens == 5 * 2 * 11
+    monkeypatch.setattr(nn.Linear, "forward", record_width)
+    recorded: dict[Key, InputStatistics] = {}
+    observe(*open_complete(folder), [make_batches(model)], lambda seen, *_: recorded.update(seen), products=True)
+    assert recorded[Key("lm_head.weight")].tokens == 5 * 2 * 11
     assert model.config.intermediate_size in widths
     assert model.config.vocab_size not in widths
 
 
-def test_layers_that_read_the_same_tensor_share_their_sums(tmp_path: Path) -> None:
-    _, found = walked(save_tiny("llama", tmp_path / "in"), make_batches(tiny("llama")))
+def test_layers_with_the_same_input_share_their_sums(tmp_path: Path) -> None:
+    _, recorded = walk_recording(save_tiny("llama", tmp_path / "in"), make_batches(tiny("llama")))
     layer = "model.layers.0"
-    q, k, v = (found[f"{layer}.self_attn.{name}_proj.weight"].products for name in "qkv")
+    q, k, v = (recorded[f"{layer}.self_attn.{name}_proj.weight"].products for name in "qkv")
     assert q is k is v
-    gate, up = (found[f"{layer}.mlp.{name}_proj.weight"].products for name in ("gate", "up"))
+    gate, up = (recorded[f"{layer}.mlp.{name}_proj.weight"].products for name in ("gate", "up"))
     assert gate is up
-    assert found[f"{layer}.self_attn.o_proj.weight"].products is not q
+    assert recorded[f"{layer}.self_attn.o_proj.weight"].products is not q
 
 
-def test_products_of_many_channels_are_whole_and_symmetric_however_often_they_are_asked_for() -> None:
-    drawing = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1, 50, 300, generator=drawing) for _ in range(3)]
+def test_products_of_many_channels_are_complete_and_symmetric_at_every_call() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 50, 300, generator=generator) for _ in range(3)]
     key = Key("layer.weight")
     sums = InputSums([key.parameter], products=True, peaks=False, check=lambda: None)
     for number, batch in enumerate(inputs):
@@ -366,25 +364,25 @@ def test_products_of_many_channels_are_whole_and_symmetric_however_often_they_ar
 
 
 @pytest.mark.parametrize("texts", [1, 2])
-def test_threads_that_ask_at_once_get_one_object(texts: int) -> None:
-    key, width, askers = Key("a"), 2048, 4
-    of_each = [1] * texts if texts > 1 else ()
-    asked = InputSums([key.parameter], products=True, peaks=False, check=lambda: None, texts=of_each)
+def test_concurrent_threads_get_one_object(texts: int) -> None:
+    key, width, threads = Key("a"), 2048, 4
+    batches = [1] * texts if texts > 1 else ()
+    sums = InputSums([key.parameter], products=True, peaks=False, check=lambda: None, texts=batches)
     for number in range(texts):
-        asked.add(number, [(key, torch.full((4, width), number + 1.0))])
-    start = threading.Barrier(askers)
+        sums.add(number, [(key, torch.full((4, width), number + 1.0))])
+    start = threading.Barrier(threads)
 
-    def ask(_: int) -> InputStatistics:
+    def get(_: int) -> InputStatistics:
         start.wait()
-        found = asked.get(key)
-        assert found is not None
-        return found
+        results = sums.get(key)
+        assert results is not None
+        return results
 
-    with ThreadPoolExecutor(askers) as pool:
-        found = list(pool.map(ask, range(askers)))
-    assert len(set(map(id, found))) == 1
-    # Of several texts, each is divided by its mean square.
-    torch.testing.assert_close(found[0].squares, torch.full((width,), 4.0 if texts == 1 else 2.0))
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(get, range(threads)))
+    assert len(set(map(id, results))) == 1
+    # With several texts, each is divided by its mean square.
+    torch.testing.assert_close(results[0].squares, torch.full((width,), 4.0 if texts == 1 else 2.0))
 
 
 def test_a_block_that_gives_nan_is_named(tmp_path: Path) -> None:
@@ -393,34 +391,34 @@ def test_a_block_that_gives_nan_is_named(tmp_path: Path) -> None:
         model.model.layers[1].post_attention_layernorm.weight.fill_(float("nan"))
     model.save_pretrained(tmp_path / "in")
     with pytest.raises(CompressknowError, match=r"model\.layers\.1 gives NaN"):
-        walked(tmp_path / "in", make_batches(model))
+        walk_recording(tmp_path / "in", make_batches(model))
 
 
-def test_a_walk_that_fails_leaves_no_thread(tmp_path: Path) -> None:
+def test_a_failing_walk_leaves_no_thread(tmp_path: Path) -> None:
     before = threading.active_count()
     model = copy.deepcopy(tiny("llama"))
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(float("inf"))
     model.save_pretrained(tmp_path / "in")
     with pytest.raises(CompressknowError):
-        walked(tmp_path / "in", make_batches(model))
+        walk_recording(tmp_path / "in", make_batches(model))
     assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_while_blocks_run_neither_embedding_nor_head_is_in_memory(name: str, tmp_path: Path) -> None:
+def test_embedding_and_head_are_not_in_memory_while_blocks_run(name: str, tmp_path: Path) -> None:
     checkpoint, tree = open_complete(save_tiny(name, tmp_path / "in"))
-    held: list[list[str]] = []
+    shapes: list[list[str]] = []
     with OpenFiles() as files, Pool(2) as pool:
         streamed = StreamedModel(tree, Sources(checkpoint, tree, read_structure(tree)), files)
         rows = streamed.model.get_input_embeddings().weight.shape[0]
 
-        class Looking(Seeing):
+        class MemoryRecorder(BlockRecorder):
             def list_watched(self, module: str) -> Collection[str]:  # noqa: ARG002
                 outside = [streamed.model.get_parameter(each) for each in streamed.outside if "bias" not in each]
-                held.append([str(each.shape) for each in outside if each.shape[0] == rows and not each.is_meta])
+                shapes.append([str(each.shape) for each in outside if each.shape[0] == rows and not each.is_meta])
                 return ()
 
-        walk(streamed, make_batches(tiny(name)), Looking({}, pool.check), pool)
-    assert held
-    assert not any(held)
+        walk(streamed, make_batches(tiny(name)), MemoryRecorder({}, pool.check), pool)
+    assert shapes
+    assert not any(shapes)
