@@ -16,7 +16,7 @@ _AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(en
 def find_violations(page: Page) -> list[tuple[str, str]]:
     """Return the accessibility rules that the page breaks, each with the first element that breaks it."""
     page.evaluate(_AXE)
-    broken = page.evaluate("axe.run(document, {resultTypes: ['violations']}).then((found) => found.violations)")
+    broken = page.evaluate("axe.run(document, {resultTypes: ['violations']}).then((results) => results.violations)")
     return [(each["id"], each["nodes"][0]["html"]) for each in broken]
 
 

@@ -17,7 +17,7 @@ from compressknow.pages.search import render_search_html
 from compressknow.study.map import Map
 from tests.long import long
 from tests.pages.card.test_html import CARDS
-from tests.pages.diff.test_pages import MADE
+from tests.pages.diff.test_pages import COMPARISONS
 from tests.pages.maps import make_sensitivity, render_map_html
 from tests.pages.pages import Element, parse_html
 from tests.pages.search.searches import make_search, make_size_search
@@ -25,7 +25,7 @@ from tests.pages.study.studies import STUDIES, render_study_html
 
 PAGES: dict[str, Callable[[], str]] = {
     **{f"card, {name}": lambda make=make: render_html(make()) for name, make in CARDS.items()},
-    **{f"diff, {name}": lambda make=make: render_comparison_html(make()) for name, make in MADE.items()},
+    **{f"diff, {name}": lambda make=make: render_comparison_html(make()) for name, make in COMPARISONS.items()},
     **{f"study, {name}": lambda make=make: render_study_html(make()) for name, make in STUDIES.items()},
     "search, found": lambda: render_search_html(make_search()),
     "search, sized": lambda: render_search_html(make_size_search()),

@@ -178,9 +178,8 @@ def make_confidence(counts: Counts) -> Confidence:
     sides = [
         tuple(ReliabilityBin(facts, round(facts * less * (at or 0)), at) for facts, at in bins) for less in (0.97, 0.8)
     ]
-    thirds = (
-        Tertile(name, *end, part, estimate_kept(part)) for name, end, part in zip(names, ends, parts, strict=True)
-    )
+    rows = zip(names, ends, parts, strict=True)
+    thirds = (Tertile(name, *end, part, estimate_kept(part)) for name, end, part in rows)
     wrong = counts.n - counts.known_before, counts.n - counts.known_after
     return Confidence(tuple(thirds), 0.44, *wrong, 61, 97, *sides, ece=(0.0413, 0.0677), brier=(0.1522, 0.1689))
 
@@ -331,16 +330,15 @@ def make_card(*comparisons: Comparison, verdict: str | None = None) -> Card:
 
 def make_card_of_one(*, lost: int = 100, gained: int = 35) -> Card:
     """Return a card of one compressed model and two probes."""
-    return make_card(
-        make_comparison(make_compressed(), {"atlas": ATLAS, "lama:conceptnet": CONCEPTNET}, lost=lost, gained=gained)
-    )
+    probes = {"atlas": ATLAS, "lama:conceptnet": CONCEPTNET}
+    return make_card(make_comparison(make_compressed(), probes, lost=lost, gained=gained))
 
 
 def make_card_of_several(amounts: tuple[int, ...] = (10, 20, 40, 60)) -> Card:
     """Return a card of three scopes pruned by each amount, the same quantized too, and each only quantized."""
-    harm = {"Att": 1.0, "FF": 1.4, "All": 2.2}
+    losses = {"Att": 1.0, "FF": 1.4, "All": 2.2}
     models = []
-    for scope, factor in harm.items():
+    for scope, factor in losses.items():
         for kind, extra in (("GP", 0.0), ("GPQ", 0.02)):
             for amount in amounts:
                 loss = min(0.99, factor * (amount / 100) ** 2.2 + extra)
@@ -373,9 +371,9 @@ def _vary_deployment(model: ModelRecord) -> ModelRecord:
 def make_card_of_nothing() -> Card:
     """Return a card of an original that knew nothing: every figure that may be None is None."""
     none = Estimate(None)
-    whole = make_card_of_one(lost=0, gained=0)
+    card = make_card_of_one(lost=0, gained=0)
     figures = replace(
-        whole.comparisons[0].probes[0],
+        card.comparisons[0].probes[0],
         counts=Counts(neither=3),
         accuracy_original=Estimate(0.0),
         accuracy_compressed=Estimate(0.0),
@@ -401,11 +399,10 @@ def make_card_of_nothing() -> Card:
         by_popularity=(),
         dropped={},
     )
-    bare = replace(
-        make_compressed(), revision=None, setup=None, quantization=None, recipe=None, source=None, zeros=None
-    )
+    bare = make_compressed()
+    bare = replace(bare, revision=None, setup=None, quantization=None, recipe=None, source=None, zeros=None)
     empty = replace(
-        whole.comparisons[0],
+        card.comparisons[0],
         model=replace(bare, groups={}, speed=None),
         verdict="The original knew none of the 3 facts: nothing can be said of what was lost.",
         kept=none,
@@ -415,4 +412,4 @@ def make_card_of_nothing() -> Card:
         warnings=(),
     )
     source = replace(make_original(), revision=None, speed=None, zeros=None)
-    return replace(whole, verdict=empty.verdict, original=source, comparisons=(empty,), command=None, versions={})
+    return replace(card, verdict=empty.verdict, original=source, comparisons=(empty,), command=None, versions={})

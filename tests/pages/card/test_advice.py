@@ -133,9 +133,8 @@ class TestMilderRecipe:
     def test_pruning_is_halved_and_then_dropped(self) -> None:
         recipe = Recipe((Prune(0.2, where=ATTENTION), Quantize("int8-weights", ATTENTION)))
         assert find_change(recipe) == "prune 10 % of the weights instead of 20 %"
-        assert (
-            find_change(Recipe((Prune(0.08, where=ATTENTION), Quantize("int8-weights", ATTENTION)))) == "do not prune"
-        )
+        recipe = Recipe((Prune(0.08, where=ATTENTION), Quantize("int8-weights", ATTENTION)))
+        assert find_change(recipe) == "do not prune"
 
     def test_pattern_is_dropped_instead_of_halved(self) -> None:
         pruned = Prune(0.5, "wanda", ATTENTION, parameters={"pattern": "2:4"})

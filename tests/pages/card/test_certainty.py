@@ -1,4 +1,4 @@
-"""How sure the figures are, on the page and in the JSON: with clusters, with too few of them, and with none."""
+"""Intervals and p-values over relations, on the page and in the JSON: with enough relations and with too few."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from compressknow.pages.records import Card
 from tests.pages.answering import make_answer, make_runs
 
 
-def card_of(relations: int, early: EarlyStop | None = None) -> Card:
-    """200 facts, of which the first 160 are known; every seventh is lost."""
+def make_card_of(relations: int, early: EarlyStop | None = None) -> Card:
+    """Return a card of 200 facts: the first 160 are known, and every seventh of these is lost."""
     cells = [(n < 160, n < 160 and n % 7 > 0) for n in range(200)]
     sides = [
         [make_answer(n, cell[side], relation=f"r{n % relations}") for n, cell in enumerate(cells)] for side in (0, 1)
@@ -31,28 +31,28 @@ def card_of(relations: int, early: EarlyStop | None = None) -> Card:
     return make_card(original, [compressed], early=early)
 
 
-def values(card: Card) -> dict[str, Any]:
+def get_values(card: Card) -> dict[str, Any]:
     return card.to_dict()["compressed"][0]
 
 
 def test_json_has_the_figures_of_the_statistics() -> None:
-    told = values(card_of(10))
-    probe = told["probes"]["atlas"]
-    relations = [group.counts for group in card_of(10).comparisons[0].probes[0].by_relation]
+    values = get_values(make_card_of(10))
+    probe = values["probes"]["atlas"]
+    relations = [group.counts for group in make_card_of(10).comparisons[0].probes[0].by_relation]
     kept, total = estimate_kept_by_cluster(relations), sum(relations, Counts())
     simple = estimate_proportion(total.both, total.known_before)
-    for where in (told, probe):
-        assert where["clusters"] == 10
-        assert where["kept_cluster_interval"] == [kept.low, kept.high]
-        assert where["kept_interval"] == [simple.low, simple.high]
-        assert where["smallest_detectable_loss"] == find_smallest_loss(total, design_of_change(relations))
-        assert where["known_facts_for_2_points"] == count_facts_to_show(total, design=design_of_change(relations))
-        assert PairedTest(where["p"], where["p_by"]) == run_paired_test(relations)
-        assert where["mcnemar_p"] == run_mcnemar(total)
+    for figures in (values, probe):
+        assert figures["clusters"] == 10
+        assert figures["kept_cluster_interval"] == [kept.low, kept.high]
+        assert figures["kept_interval"] == [simple.low, simple.high]
+        assert figures["smallest_detectable_loss"] == find_smallest_loss(total, design_of_change(relations))
+        assert figures["known_facts_for_2_points"] == count_facts_to_show(total, design=design_of_change(relations))
+        assert PairedTest(figures["p"], figures["p_by"]) == run_paired_test(relations)
+        assert figures["mcnemar_p"] == run_mcnemar(total)
 
 
 def test_verdict_has_the_interval_over_relations_and_the_page_has_both() -> None:
-    card = card_of(10)
+    card = make_card_of(10)
     text = render_markdown(card)
     kept = card.comparisons[0].kept
     assert kept == card.comparisons[0].certainty.kept
@@ -63,7 +63,7 @@ def test_verdict_has_the_interval_over_relations_and_the_page_has_both() -> None
 
 
 def test_verdict_names_the_choice_of_relations_if_a_few_lost_everything() -> None:
-    """Of 12 relations of 10 facts two were lost whole: chance among facts does not explain that."""
+    """Two of 12 relations lost all of their 10 facts, which chance among facts does not explain."""
     lost = [n % 12 < 2 for n in range(120)]
     rows = [[make_answer(n, not (side and lost[n]), relation=f"r{n % 12}") for n in range(120)] for side in (0, 1)]
     original, compressed = make_runs(rows)
@@ -73,17 +73,17 @@ def test_verdict_names_the_choice_of_relations_if_a_few_lost_everything() -> Non
 
 
 @pytest.mark.parametrize(
-    ("relations", "said"),
+    ("relations", "sentence"),
     [
         (1, "All known facts belong to one relation, so there is no interval over relations."),
         (3, "The known facts belong to 3 relations: too few for an interval over these."),
     ],
 )
-def test_page_says_why_there_is_no_interval_over_relations(relations: int, said: str) -> None:
-    card = card_of(relations)
-    assert said in render_markdown(card)
+def test_page_says_why_there_is_no_interval_over_relations(relations: int, sentence: str) -> None:
+    card = make_card_of(relations)
+    assert sentence in render_markdown(card)
     assert "over relations" not in card.verdict
-    assert values(card)["kept_cluster_interval"] is None
+    assert get_values(card)["kept_cluster_interval"] is None
 
 
 def test_warning_if_too_few_relations_have_known_facts() -> None:
@@ -92,23 +92,23 @@ def test_warning_if_too_few_relations_have_known_facts() -> None:
     original, compressed = make_runs(sides)
     (comparison,) = make_card(original, [compressed]).comparisons
     assert comparison.certainty.test.unit == "relation"
-    (said,) = comparison.warnings
-    assert said.startswith("The original knew facts of only 3 relations of atlas")
-    assert "the interval of what is kept treats facts as independent" in said
-    (said,) = card_of(3).comparisons[0].warnings
-    assert "intervals and p-values treat facts as independent" in said
-    assert not card_of(5).comparisons[0].warnings
+    (warning,) = comparison.warnings
+    assert warning.startswith("The original knew facts of only 3 relations of atlas")
+    assert "the interval of what is kept treats facts as independent" in warning
+    (warning,) = make_card_of(3).comparisons[0].warnings
+    assert "intervals and p-values treat facts as independent" in warning
+    assert not make_card_of(5).comparisons[0].warnings
 
 
 def test_all_formats_show_a_gate_that_stopped_early() -> None:
     stop = EarlyStop(0.8, 0.05, facts=180, known=150, of=4021, kept=Estimate(0.86, 0.81, 0.9), met=True)
-    card = card_of(10, stop)
-    said = "It took 180 of 4,021 facts in random order to know that at least 80 % of the knowledge is kept"
-    assert said in card.verdict
-    assert said in render_markdown(card)
-    assert values(card)["early"] == {
+    card = make_card_of(10, stop)
+    sentence = "It took 180 of 4,021 facts in random order to know that at least 80 % of the knowledge is kept"
+    assert sentence in card.verdict
+    assert sentence in render_markdown(card)
+    assert get_values(card)["early"] == {
         **{"gate": 0.8, "met": True, "level": 0.05, "facts": 180, "known": 150, "of": 4021},
         **{"kept": 0.86, "kept_interval": [0.81, 0.9]},
     }
     assert any("only until it was clear whether 80 %" in warning for warning in card.comparisons[0].warnings)
-    assert values(card_of(10))["early"] is None
+    assert get_values(make_card_of(10))["early"] is None

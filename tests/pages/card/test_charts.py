@@ -1,4 +1,4 @@
-"""Charts are well-formed, follow the page's colours, and show names as they are."""
+"""The charts of a report card: what they show, their colours, and how they show names."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from tests.pages.card.cards import POPULARITY, make_card_of_several, make_group
 from tests.pages.hostile import HOSTILE_TEXTS
 
 
-def bins(name: str = "{}") -> tuple[Group, ...]:
+def make_bins(name: str = "{}") -> tuple[Group, ...]:
     return tuple(make_group(name.replace("{}", bin), counts) for bin, counts in POPULARITY)
 
 
-def texts(chart: str) -> list[str]:
+def read_texts(chart: str) -> list[str]:
     return [element.text or "" for element in ElementTree.fromstring(chart).iter("text")]
 
 
-def popularity(groups: tuple[Group, ...], id: str, name: str) -> str:
+def draw_popularity(groups: tuple[Group, ...], id: str, name: str) -> str:
     chart = chart_popularity(groups, name)
     assert chart is not None
     return chart.draw_svg(id).svg
 
 
-def drawn(name: str | None = None) -> tuple[str, ...]:
+def draw_setups(name: str | None = None) -> tuple[str, ...]:
     comparisons = make_card_of_several((20, 40)).comparisons
     if name is not None:
         comparisons = tuple(replace(c, model=replace(c.model, setup=name)) for c in comparisons)
@@ -44,17 +44,15 @@ def drawn(name: str | None = None) -> tuple[str, ...]:
 
 
 def test_popularity_chart_has_the_bins_and_their_figures() -> None:
-    chart = popularity(bins(), "p1", "atlas")
-    assert {"top 20 %", "bottom 20 %", "79.4 %", "97.9 %"} <= set(texts(chart))
-    described = ElementTree.fromstring(chart).find("desc")
-    assert described is not None
-    assert described.text is not None
-    assert described.text.startswith("From left to right: top 20 % 97.9 %, 20 to 40 % 95.5 %")
+    chart = draw_popularity(make_bins(), "p1", "atlas")
+    assert {"top 20 %", "bottom 20 %", "79.4 %", "97.9 %"} <= set(read_texts(chart))
+    description = str(ElementTree.fromstring(chart).findtext("desc"))
+    assert description.startswith("From left to right: top 20 % 97.9 %, 20 to 40 % 95.5 %")
 
 
 def test_no_popularity_chart_for_fewer_than_two_bins() -> None:
-    unknown = Group("x", Counts(neither=3), (), Estimate(None), None, None, None)
-    assert chart_popularity((bins()[0], unknown), "atlas") is None
+    nothing_known = Group("x", Counts(neither=3), (), Estimate(None), None, None, None)
+    assert chart_popularity((make_bins()[0], nothing_known), "atlas") is None
     assert chart_popularity((), "atlas") is None
 
 
@@ -64,9 +62,9 @@ def test_pruned_amounts_are_lines_and_other_setups_are_bars() -> None:
     assert [line.scope for line in lines] == ["Att_GP", "Att_GPQ", "FF_GP", "FF_GPQ", "All_GP", "All_GPQ"]
     assert [[amount for amount, _ in line.points] for line in lines] == [[20, 40]] * 6
     assert [comparisons[place].model.setup for place in others] == ["Att_GQ", "FF_GQ", "All_GQ"]
-    by_amount, bars = drawn()
-    assert {"Att_GP", "All_GPQ", "40 %"} <= set(texts(by_amount))
-    assert {"Att_GQ", "97.8 %"} <= set(texts(bars))
+    by_amount, bars = draw_setups()
+    assert {"Att_GP", "All_GPQ", "40 %"} <= set(read_texts(by_amount))
+    assert {"Att_GQ", "97.8 %"} <= set(read_texts(bars))
 
 
 def test_each_comparison_is_drawn_once() -> None:
@@ -84,11 +82,11 @@ def test_too_many_bars_are_not_drawn() -> None:
     assert len(chart_setups(comparisons[:5], ["x"] * 5, "overview")) == 1
 
 
-def floors(*found: NoiseFloor | None) -> tuple[Comparison, ...]:
-    """Several compressed models, of two probes that have these noise floors."""
+def make_comparisons(*floors: NoiseFloor | None) -> tuple[Comparison, ...]:
+    """Return several compressed models whose two probes have these noise floors."""
     comparisons = make_card_of_several((20, 40)).comparisons
     return tuple(
-        replace(c, probes=tuple(replace(p, noise_floor=floor) for p, floor in zip(c.probes, found, strict=True)))
+        replace(c, probes=tuple(replace(p, noise_floor=floor) for p, floor in zip(c.probes, floors, strict=True)))
         for c in comparisons
     )
 
@@ -107,47 +105,47 @@ def test_chart_of_speeds_names_the_runtimes() -> None:
 
 def test_chart_of_sizes_has_the_models_of_every_runtime() -> None:
     card = make_card_of_several()
-    ran = [{"name": f"runtime {i % 6}", "build": None} for i in range(len(card.comparisons))]
-    pairs = zip(card.comparisons, ran, strict=True)
-    card = replace(card, comparisons=tuple(replace(c, model=replace(c.model, runtime=each)) for c, each in pairs))
+    runtimes = [{"name": f"runtime {i % 6}", "build": None} for i in range(len(card.comparisons))]
+    pairs = zip(card.comparisons, runtimes, strict=True)
+    card = replace(card, comparisons=tuple(replace(c, model=replace(c.model, runtime=runtime)) for c, runtime in pairs))
     sized, _ = chart_costs(card, name_models(card))
     assert {mark.kind for mark in sized.marks} == set(sized.looks)
 
 
 def test_rounding_line_needs_a_noise_floor_of_every_probe() -> None:
     few, many = (NoiseFloor(100, 9, 40, lost, 0, None, "float32") for lost in (1, 4))
-    comparisons = floors(few, many)
+    comparisons = make_comparisons(few, many)
     known = [probe.counts.known_before for probe in comparisons[0].probes]
     kept = sum(each * share for each, share in zip(known, (0.975, 0.9), strict=True)) / sum(known)
     for chart in chart_setups(comparisons, name_models(make_card_of_several((20, 40))), "overview"):
-        assert "rounding alone" in texts(chart)
+        assert "rounding alone" in read_texts(chart)
         assert f"rounding alone: {100 * kept:.1f} %." in "".join(ElementTree.fromstring(chart).itertext())
     nothing_known = replace(few, known=0, lost=0)
-    for lacking in ((few, None), (None, many), (None, None), (few, nothing_known)):
-        made = floors(*lacking)
-        assert estimate_rounding_kept(made[0].probes).value is None
-        assert "rounding" not in "".join(chart_setups(made, name_models(make_card_of_several((20, 40))), "overview"))
+    for floors in ((few, None), (None, many), (None, None), (few, nothing_known)):
+        without = make_comparisons(*floors)
+        assert estimate_rounding_kept(without[0].probes).value is None
+        assert "rounding" not in "".join(chart_setups(without, name_models(make_card_of_several((20, 40))), "overview"))
 
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
 def test_hostile_names_stay_text(text: str) -> None:
-    shown = popularity(bins(text + "{}"), "p1", text)
-    harmless = popularity(bins("harmless {}"), "p1", "atlas")
+    shown = draw_popularity(make_bins(text + "{}"), "p1", text)
+    harmless = draw_popularity(make_bins("harmless {}"), "p1", "atlas")
     tags = [[element.tag for element in ElementTree.fromstring(chart).iter()] for chart in (shown, harmless)]
     assert tags[0] == tags[1]
-    assert clean(text + "top 20 %", 16) in texts(shown)
+    assert clean(text + "top 20 %", 16) in read_texts(shown)
     assert clean(text, 60) in "".join(ElementTree.fromstring(shown).itertext())
     if "%" not in text:
-        assert len(drawn(text)) == 1
+        assert len(draw_setups(text)) == 1
 
 
 def test_dollar_signs_are_not_read_as_a_formula() -> None:
-    chart = popularity(bins("$x^2$ \\$ {}"), "p1", "atlas")
-    assert clean("$x^2$ \\$ top 20 %", 16) in texts(chart)
+    chart = draw_popularity(make_bins("$x^2$ \\$ {}"), "p1", "atlas")
+    assert clean("$x^2$ \\$ top 20 %", 16) in read_texts(chart)
 
 
 def test_colours_are_classes_and_nothing_is_styled_inline() -> None:
-    for chart in drawn():
+    for chart in draw_setups():
         root = ElementTree.fromstring(chart)
         for element in root.iter():
             assert "style" not in element.attrib
@@ -162,7 +160,7 @@ def test_colours_are_classes_and_nothing_is_styled_inline() -> None:
 
 def test_ids_begin_with_that_of_the_chart_and_every_reference_resolves() -> None:
     for id in ("p1", "p2"):
-        chart = popularity(bins(), id, "atlas")
+        chart = draw_popularity(make_bins(), id, "atlas")
         ids = re.findall(r' id="(.*?)"', chart)
         assert len(ids) == len(set(ids))
         assert all(each.startswith(id) for each in ids)
@@ -170,9 +168,9 @@ def test_ids_begin_with_that_of_the_chart_and_every_reference_resolves() -> None
 
 
 def test_same_figures_give_the_same_bytes_in_another_process() -> None:
-    code = "from tests.pages.card.test_charts import *; print(popularity(bins(), 'p1', 'atlas'), *drawn())"
+    code = "from tests.pages.card.test_charts import *; print(draw_popularity(make_bins(), 'p', 'a'), *draw_setups())"
     runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=None).stdout
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         for _ in range(2)
     ]
     assert runs[0] == runs[1]
@@ -192,8 +190,8 @@ def test_charts_of_costs_have_a_rounding_line() -> None:
     ] * 2
     assert "The dotted line shows what rounding alone keeps." in render_html(card)
     assert "The line across the charts shows what rounding alone keeps" in render_html(card)
-    untold = tuple(
+    without = tuple(
         replace(each, probes=tuple(replace(probe, noise_floor=None) for probe in each.probes))
         for each in card.comparisons
     )
-    assert "what rounding alone keeps" not in render_html(replace(card, comparisons=untold))
+    assert "what rounding alone keeps" not in render_html(replace(card, comparisons=without))

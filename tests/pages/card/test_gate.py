@@ -1,9 +1,10 @@
-"""Gates: who meets them, in all their forms, what a machine that builds reads of them, and what is recommended."""
+"""Gates: which models meet them, what pages and CI show of them, and which model is recommended."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ import pytest
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
 from compressknow.comparison.intervals import estimate_proportion
-from compressknow.evaluate.answers import Answers
+from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.gather import check_names
 from compressknow.pages.card.gate import (
     check_gates,
@@ -25,52 +26,52 @@ from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.records import Card
 from tests.pages.answering import make_answers, make_entry, make_model, make_rows, make_runs
-from tests.pages.card.test_make import card_of
+from tests.pages.card.test_make import compare_counts
 
 
-def gated(card: Card, *given: Any, strict: bool = False) -> Card:
-    return replace(card, gates=parse_gates(given, strict=strict))
+def add_gates(card: Card, *gates: Any, strict: bool = False) -> Card:
+    return replace(card, gates=parse_gates(gates, strict=strict))
 
 
-def held(card: Card, *given: Any, strict: bool = False) -> None:
-    hold_to_gates(card, gated(card, *given, strict=strict))
+def check(card: Card, *gates: Any, strict: bool = False) -> None:
+    hold_to_gates(card, add_gates(card, *gates, strict=strict))
 
 
 class TestGate:
     def test_share_equal_to_the_gate_meets_it(self) -> None:
-        held(card_of(95, 5), 0.95)
-        held(card_of(949, 51), "94.9%")
+        check(compare_counts(95, 5), 0.95)
+        check(compare_counts(949, 51), "94.9%")
 
     def test_share_just_below_the_gate_misses_it(self) -> None:
         with pytest.raises(GateNotMet, match=r"Less than 95 % .* Overall_GQ keeps 18,999 of 20,000 \(94\.99 %\)"):
-            held(card_of(18_999, 1001), 0.95)
+            check(compare_counts(18_999, 1001), 0.95)
 
     def test_every_model_must_meet_the_gate(self) -> None:
         original, good = make_runs(make_rows(95, 5))
         bad = make_answers(make_rows(20, 80)[1], make_model(sha256="c" * 64, setup="Att_GP 60%"))
         with pytest.raises(GateNotMet, match=r"is kept: Att_GP 60% keeps 20 of 100"):
-            held(make_card(original, [good, bad]), 0.9)
+            check(make_card(original, [good, bad]), 0.9)
 
     def test_original_that_knows_nothing_misses_the_gate(self) -> None:
         with pytest.raises(GateNotMet, match=r"knew none of 10 facts\.\nChoose facts") as caught:
-            held(card_of(0, 0, 0, 10), 0)
+            check(compare_counts(0, 0, 0, 10), 0)
         assert caught.value.exit_code == 3
         with pytest.raises(GateNotMet, match=r"knew none of 1 fact\.\nChoose facts"):
-            held(card_of(0, 0, 0, 1), 0)
+            check(compare_counts(0, 0, 0, 1), 0)
 
     def test_strict_gate_is_decided_by_the_whole_interval(self) -> None:
-        held(card_of(950, 50), 0.9, strict=True)
+        check(compare_counts(950, 50), 0.9, strict=True)
         with pytest.raises(GateNotMet, match="Less than 99 %"):
-            held(card_of(950, 50), 0.99, strict=True)
+            check(compare_counts(950, 50), 0.99, strict=True)
 
     def test_strict_gate_is_met_if_the_interval_begins_at_it(self) -> None:
-        card = card_of(950, 50)
-        held(card, card.comparisons[0].kept.low, strict=True)
+        card = compare_counts(950, 50)
+        check(card, card.comparisons[0].kept.low, strict=True)
 
     @pytest.mark.parametrize("fail_under", [0.9, 0.95])
     def test_strict_gate_within_the_interval_is_undecided(self, fail_under: float) -> None:
         with pytest.raises(GateUndecided, match=r"is undecided whether 9.* keeps 92 of 100") as caught:
-            held(card_of(92, 8), fail_under, strict=True)
+            check(compare_counts(92, 8), fail_under, strict=True)
         assert caught.value.exit_code == 4
         assert re.search("about [0-9,]+ that the original knows would decide it", str(caught.value))
 
@@ -83,16 +84,16 @@ class TestGate:
 
     def test_interval_just_below_a_strict_gate_is_not_rounded_to_it(self) -> None:
         # It begins at 95.056 %.
-        card = card_of(964, 36)
+        card = compare_counts(964, 36)
         with pytest.raises(GateUndecided, match=r"\(95\.06 to 97\.4 %\)"):
-            held(card, 0.951, strict=True)
-        summary = render_job_summary(gated(card, 0.951, strict=True))
+            check(card, 0.951, strict=True)
+        summary = render_job_summary(add_gates(card, 0.951, strict=True))
         assert "| 964 of 1,000, 96.4 % (95.06 to 97.4 %) | undecided |" in summary
-        assert "(95.1 to 97.4 %) | met |" in render_job_summary(gated(card, 0.95, strict=True))
+        assert "(95.1 to 97.4 %) | met |" in render_job_summary(add_gates(card, 0.95, strict=True))
 
     def test_strict_gate_within_the_interval_over_relations_is_undecided(self) -> None:
         before, after = make_rows(950, 50)
-        # All lost facts are of two relations of twelve.
+        # All lost facts belong to two of twelve relations.
         relations = [f"relation-{number % 10 if number < 950 else 10 + number % 2}" for number in range(1000)]
         rows = [
             [replace(row, relation=relation) for row, relation in zip(side, relations, strict=True)]
@@ -101,70 +102,71 @@ class TestGate:
         original, compressed = make_runs(rows)
         card = make_card(original, [compressed])
         assert estimate_proportion(950, 1000).low > 0.93 > card.comparisons[0].kept.low
-        held(card, 0.93)
+        check(card, 0.93)
         with pytest.raises(GateUndecided, match="keeps 950 of 1,000"):
-            held(card, 0.93, strict=True)
+            check(card, 0.93, strict=True)
 
     def test_missed_strict_gate_takes_precedence_over_an_undecided_one(self) -> None:
-        original, unsure = make_runs(make_rows(95, 5))
+        original, undecided = make_runs(make_rows(95, 5))
         bad = make_answers(make_rows(20, 80)[1], make_model(sha256="c" * 64, setup="Att_GP 60%"))
         with pytest.raises(GateNotMet):
-            held(make_card(original, [unsure, bad]), 0.93, strict=True)
+            check(make_card(original, [undecided, bad]), 0.93, strict=True)
 
     def test_strict_needs_a_gate_below_100_percent(self) -> None:
         with pytest.raises(UsageError, match="--strict needs a gate"):
             check_gates((), strict=True)
-        # No interval lies at 100 % as a whole, even of a model that is the same.
+        # No interval is entirely at 100 %, even for an identical model.
         with pytest.raises(UsageError, match="--strict with a gate of 100 % is never met"):
             check_gates(parse_gates(["0.9", "science=100%"]), strict=True)
         check_gates(parse_gates(1))
 
     def test_percent_instead_of_a_share_is_refused(self) -> None:
         with pytest.raises(UsageError, match="between 0 and 1: 95"):
-            held(card_of(5), 95)
+            check(compare_counts(5), 95)
 
     def test_gate_on_a_domain(self) -> None:
-        rows = [[*one, *other] for one, other in zip(make_rows(95, 5, subject="arts"), of_science(6, 4), strict=True)]
-        original, compressed = make_runs(rows)
+        original, compressed = make_runs(add_science(make_rows(95, 5, subject="arts")))
         card = make_card(original, [compressed])
-        held(card, 0.9, "arts=95%")
+        check(card, 0.9, "arts=95%")
         with pytest.raises(GateNotMet, match=r"Less than 85 % of science is kept: Overall_GQ keeps 6 of 10 of science"):
-            held(card, 0.9, "science=0.85")
+            check(card, 0.9, "science=0.85")
         with pytest.raises(GateNotMet, match=r"Less than what --fail-under asks is kept: .*; .*science"):
-            held(card, 0.99, "science=0.85")
+            check(card, 0.99, "science=0.85")
         with pytest.raises(GateUndecided, match="whether 65 % of science is kept"):
-            held(card, "science=0.65", strict=True)
+            check(card, "science=0.65", strict=True)
         with pytest.raises(GateUndecided, match=r"keeps 101 of 110, .*; of science, Overall_GQ keeps 6 of 10, 60\.0 %"):
-            held(card, 0.9, "science=0.65", strict=True)
+            check(card, 0.9, "science=0.65", strict=True)
         with pytest.raises(
             UsageError, match=r"no facts have the domain or relation sciences(.|\n)*Did you mean science"
         ):
             check_names(original.answers, ["sciences"])
         check_names(original.answers, [None, "science", original.answers[0].relation])
 
-    @pytest.mark.parametrize("given", ["science=", "95", "many", "science=often", -0.1])
-    def test_malformed_gate_is_refused(self, given: Any) -> None:
+    @pytest.mark.parametrize("gate", ["science=", "95", "many", "science=often", -0.1])
+    def test_malformed_gate_is_refused(self, gate: Any) -> None:
         with pytest.raises(UsageError, match="must be between 0 and 1"):
-            parse_gates(given)
+            parse_gates(gate)
 
     def test_duplicate_gate_is_refused(self) -> None:
         with pytest.raises(UsageError, match="given twice for science"):
             parse_gates(["science=0.9", "science=0.8"])
 
-    @pytest.mark.parametrize("given", [["science=0.9"], [0.9, "science=0.9"]])
-    def test_early_needs_a_single_gate_on_all_facts(self, given: list[Any]) -> None:
+    @pytest.mark.parametrize("gates", [["science=0.9"], [0.9, "science=0.9"]])
+    def test_early_needs_a_single_gate_on_all_facts(self, gates: list[Any]) -> None:
         with pytest.raises(UsageError, match="--early decides a single gate, on all facts"):
-            check_gates(parse_gates(given), early=True)
+            check_gates(parse_gates(gates), early=True)
 
 
-def of_science(both: int, lost: int) -> tuple[list[Any], ...]:
-    rows = make_rows(both, lost, subject="science", relation="boils")
-    return tuple([replace(row, fact_id=f"science-{row.fact_id}") for row in side] for side in rows)
+def add_science(rows: Iterable[list[Answer]]) -> list[list[Answer]]:
+    """Add ten facts of science that the original knows, of which six are kept."""
+    science = make_rows(6, 4, subject="science", relation="boils")
+    renamed = ([replace(row, fact_id=f"science-{row.fact_id}") for row in side] for side in science)
+    return [[*a, *b] for a, b in zip(rows, renamed, strict=True)]
 
 
 class TestPages:
     def test_page_shows_whether_each_gate_is_met(self) -> None:
-        original, compressed = make_runs([[*a, *b] for a, b in zip(make_rows(95, 5), of_science(6, 4), strict=True)])
+        original, compressed = make_runs(add_science(make_rows(95, 5)))
         card = make_card(original, [compressed], gates=parse_gates([0.8, "science=0.85"]))
         text = render_markdown(card)
         assert "| at least 80 % | 101 of 110, 91.8 % (85.2 to 95.6 %) | met |" in text
@@ -179,13 +181,13 @@ class TestPages:
         ]
 
     def test_gate_is_a_column_of_the_table_of_models(self) -> None:
-        text = render_markdown(several(195, 170, sizes=(2, 1), gates=parse_gates(0.9)))
+        text = render_markdown(make_card_of_several(195, 170, sizes=(2, 1), gates=parse_gates(0.9)))
         header, _, _, *rows = (line.split(" | ") for line in text.splitlines() if line.startswith("| "))
-        place = header.index("Keeps at least 90 %")
-        assert [row[place] for row in rows[:2]] == ["met", "not met"]
+        column = header.index("Keeps at least 90 %")
+        assert [row[column] for row in rows[:2]] == ["met", "not met"]
 
     def test_advice_follows_gates_on_domains(self) -> None:
-        original, compressed = make_runs([[*a, *b] for a, b in zip(make_rows(995, 5), of_science(6, 4), strict=True)])
+        original, compressed = make_runs(add_science(make_rows(995, 5)))
         assert "deploy" in make_card(original, [compressed]).comparisons[0].next
         (comparison,) = make_card(original, [compressed], gates=parse_gates(["science=0.85"])).comparisons
         assert comparison.next == "Next: compress less, or in another way: less than 85 % of science is kept."
@@ -201,8 +203,8 @@ class TestPages:
 
 class TestMachineReadableOutput:
     def test_junit_has_a_test_case_per_gate(self) -> None:
-        original, compressed = make_runs([[*a, *b] for a, b in zip(make_rows(95, 5), of_science(6, 4), strict=True)])
-        card = gated(make_card(original, [compressed]), 0.8, "science=0.65", strict=True)
+        original, compressed = make_runs(add_science(make_rows(95, 5)))
+        card = add_gates(make_card(original, [compressed]), 0.8, "science=0.65", strict=True)
         suites = ElementTree.fromstring(render_junit(card).encode())
         (suite,) = suites
         assert (suite.get("name"), suite.get("tests"), suite.get("failures")) == ("Overall_GQ", "2", "1")
@@ -216,13 +218,13 @@ class TestMachineReadableOutput:
     def test_job_summary_is_short_and_escapes_quoted_text(self) -> None:
         original, compressed = make_runs(make_rows(60, 40, prompt="<b>[x](http://y)|"))
         card = replace(make_card(original, [compressed]), versions={"compressknow": "<b>[x](http://y)|"})
-        summary = render_job_summary(gated(card, 0.9))
+        summary = render_job_summary(add_gates(card, 0.9))
         assert len(summary.splitlines()) <= 22
         assert "| at least 90 % | 60 of 100, 60.0 % (50.2 to 69.1 %) | not met |" in summary
         assert "| 18,999 of 20,000, 94.99 % (94.7 to 95.3 %) | not met |" in render_job_summary(
-            gated(card_of(18_999, 1001), 0.95)
+            add_gates(compare_counts(18_999, 1001), 0.95)
         )
-        assert "| 1,900 of 2,000, 95.0 % (" in render_job_summary(gated(card_of(1900, 100), 0.9))
+        assert "| 1,900 of 2,000, 95.0 % (" in render_job_summary(add_gates(compare_counts(1900, 100), 0.9))
         assert "<b>" not in summary
         assert "[x](http" not in summary
         silent = make_card(
@@ -233,7 +235,7 @@ class TestMachineReadableOutput:
         assert "Forgotten" not in hidden
 
     def test_job_summary_of_many_models_fits_into_a_comment(self) -> None:
-        card = several(*range(200, 50, -1), sizes=(1,) * 150, gates=parse_gates(0.5))
+        card = make_card_of_several(*range(200, 50, -1), sizes=(1,) * 150, gates=parse_gates(0.5))
         summary = render_job_summary(card)
         rows = [line for line in summary.splitlines() if line.endswith("met |")]
         assert (len(rows), sum(row.endswith("| not met |") for row in rows)) == (100, 49)
@@ -243,20 +245,20 @@ class TestMachineReadableOutput:
         assert "The report lists" not in render_job_summary(few)
 
 
-def several(*kept: int, sizes: tuple[int | None, ...], facts: int = 200, **asked: Any) -> Card:
-    """A card of models that keep so many of the facts, of so many bytes."""
+def make_card_of_several(*kept: int, sizes: tuple[int, ...], **options: Any) -> Card:
+    """Return a card of models of these sizes that keep these numbers of 200 facts."""
     compressed = [
         make_answers(
-            make_rows(number, facts - number)[1],
-            make_model(name=f"m{number}", sha256=f"{place:064d}", setup=f"keeps {number}", bytes=size),
+            make_rows(number, 200 - number)[1],
+            make_model(name=f"m{number}", sha256=f"{index:064d}", setup=f"keeps {number}", bytes=size),
         )
-        for place, (number, size) in enumerate(zip(kept, sizes, strict=True))
+        for index, (number, size) in enumerate(zip(kept, sizes, strict=True))
     ]
-    return make_card(make_answers(make_rows(facts)[0]), compressed, **asked)
+    return make_card(make_answers(make_rows(200)[0]), compressed, **options)
 
 
-def beside_rounding(*, known: int, lost: int) -> tuple[Answers, list[Answers]]:
-    """An original of which rounding loses so many of some facts, and models that keep 199, 197 and 150 of 200."""
+def make_runs_with_noise_floor(*, known: int, lost: int) -> tuple[Answers, list[Answers]]:
+    """Return an original with this noise floor, and models that keep 199, 197 and 150 of its 200 facts."""
     floor = {"n": known, "changed": lost, "known": known, "lost": lost, "gained": 0}
     floor |= {"kl_mean": None, "computed_in": "bf16"}
     models = [
@@ -270,47 +272,47 @@ def beside_rounding(*, known: int, lost: int) -> tuple[Answers, list[Answers]]:
 
 class TestDecision:
     def test_smallest_model_that_meets_the_gate_is_recommended(self) -> None:
-        card = several(199, 195, 180, sizes=(300_000, 200_000, 100_000), gates=parse_gates(0.95))
+        card = make_card_of_several(199, 195, 180, sizes=(300_000, 200_000, 100_000), gates=parse_gates(0.95))
         assert card.decision is not None
         assert card.decision.place == 1
         assert card.decision.reason == (
             "Take keeps 195 (200.0 kB): it is the smallest of 2 models that keep at least 95 %. It keeps 97.5 % "
             "(94.3 to 98.9 %). No test distinguishes it from keeps 199 (300.0 kB)."
         )
-        told = card.to_dict()["recommended"]
-        assert (told["model"], told["place"]) == ("2. keeps 195", 1)
-        assert [each["beaten_by"] for each in told["standings"]] == [None, None, None]
+        recommended = card.to_dict()["recommended"]
+        assert (recommended["model"], recommended["place"]) == ("2. keeps 195", 1)
+        assert [each["beaten_by"] for each in recommended["standings"]] == [None, None, None]
 
     def test_strict_gate_must_be_met_by_the_interval(self) -> None:
-        card = several(199, 195, sizes=(300_000, 200_000), gates=parse_gates(0.95, strict=True))
+        card = make_card_of_several(199, 195, sizes=(300_000, 200_000), gates=parse_gates(0.95, strict=True))
         assert card.decision is not None
-        only = "Take keeps 199 (300.0 kB): it is the only model that surely keeps at least 95 %"
-        assert card.decision.reason.startswith(only)
-        none = several(195, 180, sizes=(200_000, 100_000), gates=parse_gates(0.95, strict=True)).decision
+        reason = "Take keeps 199 (300.0 kB): it is the only model that surely keeps at least 95 %"
+        assert card.decision.reason.startswith(reason)
+        none = make_card_of_several(195, 180, sizes=(200_000, 100_000), gates=parse_gates(0.95, strict=True)).decision
         assert none is not None
         assert none.reason.startswith("No model surely keeps at least 95 %: none is recommended. keeps 195 keeps")
 
     def test_no_model_is_recommended_if_all_miss_the_gate(self) -> None:
-        card = several(150, 140, sizes=(300_000, 200_000), gates=parse_gates(0.95))
+        card = make_card_of_several(150, 140, sizes=(300_000, 200_000), gates=parse_gates(0.95))
         assert card.decision is not None
         assert card.decision.place is None
         assert card.decision.reason.startswith("No model keeps at least 95 %: none is recommended. keeps 150 keeps")
 
     def test_recommended_model_fits_the_size_limit(self) -> None:
-        card = several(199, 192, sizes=(300_000, 200_000), within=250_000)
+        card = make_card_of_several(199, 192, sizes=(300_000, 200_000), within=250_000)
         assert card.decision is not None
         assert (card.decision.place, "of at most 250.0 kB" in card.decision.reason) == (1, True)
-        none = several(199, 192, sizes=(300_000, 200_000), within=1000).decision
+        none = make_card_of_several(199, 192, sizes=(300_000, 200_000), within=1000).decision
         assert none is not None
         assert none.reason.startswith("No model has at most 1.0 kB: none is recommended. The smallest, keeps 192, has")
 
     def test_warning_if_the_only_model_exceeds_the_size_limit(self) -> None:
-        assert several(199, sizes=(300_000,), within=300_000).warnings == ()
-        (warning,) = several(199, sizes=(300_000,), within=250_000).warnings
+        assert make_card_of_several(199, sizes=(300_000,), within=300_000).warnings == ()
+        (warning,) = make_card_of_several(199, sizes=(300_000,), within=250_000).warnings
         assert warning == "m199 has 300.0 kB, more than the 250.0 kB that it may have."
 
     def test_without_a_gate_rounding_is_the_threshold(self) -> None:
-        before, models = beside_rounding(known=200, lost=2)
+        before, models = make_runs_with_noise_floor(known=200, lost=2)
         decision = make_card(before, models).decision
         assert decision is not None
         floor = "rounding alone, which keeps 99.0 % (96.4 to 99.7 %)"
@@ -320,18 +322,18 @@ class TestDecision:
         assert f"none keeps as much as {floor}; it is the" in worse.reason
 
     def test_one_lost_fact_is_accepted_if_rounding_lost_none(self) -> None:
-        decision = make_card(*beside_rounding(known=60, lost=0)).decision
+        decision = make_card(*make_runs_with_noise_floor(known=60, lost=0)).decision
         assert decision is not None
         assert decision.place == 1
         assert "do not distinguish from rounding alone, which keeps 100 % (94.0 to 100 %)" in decision.reason
 
     def test_standings_say_which_model_beats_which_and_how_surely(self) -> None:
-        decision = several(150, 199, 198, sizes=(300_000, 200_000, 250_000)).decision
+        decision = make_card_of_several(150, 199, 198, sizes=(300_000, 200_000, 250_000)).decision
         assert decision is not None
-        sure, best, near = decision.standings
-        assert (sure.beaten_by, sure.is_surely_beaten) == (1, True)
+        worst, best, second = decision.standings
+        assert (worst.beaten_by, worst.is_surely_beaten) == (1, True)
         assert (best.beaten_by, best.alike) == (None, (2,))
-        assert (near.beaten_by, near.is_surely_beaten) == (1, False)
+        assert (second.beaten_by, second.is_surely_beaten) == (1, False)
 
     def test_model_with_nan_is_not_recommended(self) -> None:
         known = make_answers(make_rows(200)[0])

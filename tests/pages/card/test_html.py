@@ -1,4 +1,4 @@
-"""The page is whole, says what the card says, and no text can break out of it."""
+"""The HTML of a report card: what it shows of the card, and that no text can break out of it."""
 
 from __future__ import annotations
 
@@ -37,31 +37,26 @@ def page(html: str) -> Element:
     return parse_html(html)
 
 
-def without_charts(html: str) -> str:
-    # What a chart is made of depends on the version of matplotlib.
+def remove_charts(html: str) -> str:
+    # Charts depend on the version of matplotlib.
     return re.sub(r'<svg class="chart".*?</svg>', "<svg></svg>", html, flags=re.DOTALL)
 
 
-def with_class(page: Element, tag: str, name: str) -> list[Element]:
+def find_by_class(page: Element, tag: str, name: str) -> list[Element]:
     return [element for element in page.all(tag) if name in element.attributes.get("class", "").split()]
 
 
 def test_page_equals_the_golden_file() -> None:
     golden = GOLDEN.read_text(encoding="utf-8")
-    assert without_charts(render_html(make_card_of_one())) == without_charts(golden), (
-        "run tools/golden.py where the change is meant"
+    assert remove_charts(render_html(make_card_of_one())) == remove_charts(golden), (
+        "run tools/golden.py if the change is intended"
     )
-
-
-@pytest.mark.parametrize("name", CARDS)
-def test_same_card_gives_the_same_bytes(name: str) -> None:
-    assert render_html(CARDS[name]()) == render_html(CARDS[name]())
 
 
 def test_first_screen_says_what_was_kept() -> None:
     page = parse_html(render_html(make_card_of_one()))
     assert page.one("h1").text == "89.4 % of its knowledge kept"
-    grades = with_class(page, "table", "grades")[0]
+    grades = find_by_class(page, "table", "grades")[0]
     rows = [[cell.text for cell in row.children if isinstance(cell, Element)] for row in grades.all("tr")]
     assert rows[0] == ["Domain", "Known before", "Kept", "Grade"]
     assert rows[1] == ["geography", "413 of 563", "92.3 % (89.3 to 94.5 %)", "C B to C"]
@@ -69,15 +64,16 @@ def test_first_screen_says_what_was_kept() -> None:
 
 
 def test_bar_of_all_domains_marks_what_rounding_keeps() -> None:
-    made = make_card_of_one()
-    page = parse_html(render_html(made))
-    (mark,) = with_class(page, "path", "rounding")
-    assert mark in with_class(page, "table", "grades")[0].one("tfoot").all("path")
+    card = make_card_of_one()
+    page = parse_html(render_html(card))
+    (mark,) = find_by_class(page, "path", "rounding")
+    assert mark in find_by_class(page, "table", "grades")[0].one("tfoot").all("path")
     assert mark.attributes["d"] == "M98.6 -4V12"
-    said = "The long line on the bar of all domains shows what rounding alone keeps: 98.6 %, measured on 424 facts"
-    assert said in page.one("main").text
-    probes = (replace(made.comparisons[0].probes[0], noise_floor=None), *made.comparisons[0].probes[1:])
-    without = render_html(replace(made, comparisons=(replace(made.comparisons[0], probes=probes),)))
+    note = "The long line on the bar of all domains shows what rounding alone keeps: 98.6 %, measured on 424 facts"
+    assert note in page.one("main").text
+    (comparison,) = card.comparisons
+    probes = (replace(comparison.probes[0], noise_floor=None), *comparison.probes[1:])
+    without = render_html(replace(card, comparisons=(replace(comparison, probes=probes),)))
     assert 'class="rounding"' not in without
     assert "what rounding alone keeps" not in without
 
@@ -86,21 +82,21 @@ def test_card_made_from_answers_is_rendered() -> None:
     original, compressed = make_runs(make_rows(140, 15, 2, 60))
     page = parse_html(render_html(make_card(original, [compressed], command="compressknow report a b")))
     assert page.one("h1").text == "90.3 % of its knowledge kept"
-    assert [len(table.all("tr")) - 1 for table in with_class(page, "table", "facts")] == [15, 2]
+    assert [len(table.all("tr")) - 1 for table in find_by_class(page, "table", "facts")] == [15, 2]
 
 
 def test_long_command_is_shown_in_full() -> None:
     models = " ".join(f"models/smollm2-attention-and-feed-forward-{number}" for number in range(60))
     command = f"compressknow report original {models} -p 'facts:two  spaces.jsonl' --limit 300"
-    made = replace(make_card_of_one(), command=command)
-    assert command in [code.text for code in parse_html(render_html(made)).all("code")]
-    assert f"\n{command}\n" in render_markdown(made)
+    card = replace(make_card_of_one(), command=command)
+    assert command in [code.text for code in parse_html(render_html(card)).all("code")]
+    assert f"\n{command}\n" in render_markdown(card)
 
 
 def test_overview_has_the_accuracy_that_each_probe_reports() -> None:
     page = parse_html(render_html(make_card_of_several((20,))))
     original = page.all("table")[0].all("tbody")[0].all("td")
-    # Over facts for atlas; the mean over relations for ConceptNet.
+    # That of atlas is over facts, that of ConceptNet the mean over relations.
     assert [cell.text for cell in original][7:9] == ["65.5 %", "58.7 %"]
 
 
@@ -117,17 +113,17 @@ def test_several_models_are_summarized_by_their_range_and_a_table() -> None:
 
 def test_models_of_the_same_name_are_numbered_once() -> None:
     card = make_card_of_several((20, 40))
-    unset = tuple(replace(c, model=replace(c.model, name="model.gguf", setup=None)) for c in card.comparisons[:2])
-    assert name_models(replace(card, comparisons=unset)) == ("1. model.gguf", "2. model.gguf")
-    assert label_models(unset) == ["1. model.gguf", "2. model.gguf"]
+    unnamed = tuple(replace(c, model=replace(c.model, name="model.gguf", setup=None)) for c in card.comparisons[:2])
+    assert name_models(replace(card, comparisons=unnamed)) == ("1. model.gguf", "2. model.gguf")
+    assert label_models(unnamed) == ["1. model.gguf", "2. model.gguf"]
     of_one_setup = tuple(
-        replace(c, model=replace(c.model, name=name, setup="Q4")) for c, name in zip(unset, "ab", strict=True)
+        replace(c, model=replace(c.model, name=name, setup="Q4")) for c, name in zip(unnamed, "ab", strict=True)
     )
     assert label_models(of_one_setup) == ["Q4 (a)", "Q4 (b)"]
 
 
 def test_charts_have_a_name_and_a_description(page: Element) -> None:
-    charts = with_class(page, "svg", "chart")
+    charts = find_by_class(page, "svg", "chart")
     for chart in charts:
         assert chart.attributes["role"] == "img"
         assert chart.all("title")[0].text
@@ -140,13 +136,13 @@ def test_page_hides_nothing_without_javascript(page: Element) -> None:
     assert not page.all("noscript")
     assert not page.all("button")
     assert not [element for element in page.all() if "hidden" in element.attributes]
-    assert with_class(page, "table", "grades")
+    assert find_by_class(page, "table", "grades")
 
 
 def test_changed_facts_are_folded_after_20_and_counted_after_500() -> None:
     page = parse_html(render_html(make_card_of_one(lost=612, gained=3)))
-    lost = with_class(page, "table", "facts")
-    assert [len(table.all("tr")) - 1 for table in lost] == [20, 480, 3]
+    tables = find_by_class(page, "table", "facts")
+    assert [len(table.all("tr")) - 1 for table in tables] == [20, 480, 3]
     assert "480 more" in [summary.text for summary in page.all("summary")]
     assert "112 more are in the JSON, which" in page.text
     assert "1 more is in the JSON, which" in parse_html(render_html(make_card_of_one(lost=501, gained=0))).text
@@ -179,19 +175,19 @@ def test_figures_that_three_candidates_cannot_give_have_a_reason() -> None:
 
 def test_pages_are_smaller_than_their_limits() -> None:
     assert len(render_html(make_card_of_one(lost=100)).encode()) < 300_000
-    forty = make_card_of_several(amounts=(10, 20, 30, 40, 50, 60))
-    assert len(forty.comparisons) == 39
-    assert len(render_html(forty).encode()) < 1_000_000
-    twenty = [replace(each, probes=each.probes[:1]) for each in forty.comparisons[:20]]
-    assert len(render_html(replace(forty, comparisons=tuple(twenty))).encode()) < 405_000
+    many = make_card_of_several(amounts=(10, 20, 30, 40, 50, 60))
+    assert len(many.comparisons) == 39
+    assert len(render_html(many).encode()) < 1_000_000
+    twenty = [replace(each, probes=each.probes[:1]) for each in many.comparisons[:20]]
+    assert len(render_html(replace(many, comparisons=tuple(twenty))).encode()) < 405_000
 
 
-def of_three() -> Card:
+def make_card_of_three() -> Card:
     several = make_card_of_several((20, 40))
     return replace(several, comparisons=several.comparisons[:3])
 
 
-@pytest.mark.parametrize("make", [make_card_of_one, of_three], ids=["one", "several"])
+@pytest.mark.parametrize("make", [make_card_of_one, make_card_of_three], ids=["one", "several"])
 def test_hostile_text_stays_text(make: Callable[[], Card]) -> None:
     harmless = parse_html(render_html(number_texts(make(), "harmless"))).shape
     for text in HOSTILE_TEXTS:
@@ -211,6 +207,6 @@ def test_invisible_characters_are_shown_as_code_points() -> None:
 
 def test_right_to_left_names_do_not_reorder_their_sentence() -> None:
     card = replace(make_card_of_one(), verdict="שלום עולם 20% still knows 5 of the 9 facts.")
-    verdict = with_class(parse_html(render_html(card)), "p", "verdict")[0]
+    verdict = find_by_class(parse_html(render_html(card)), "p", "verdict")[0]
     assert verdict.one("bdi").text == "שלום עולם"
     assert str(isolate("a & b")) == "a &amp; b"

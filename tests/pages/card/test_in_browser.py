@@ -1,4 +1,4 @@
-"""The page in a real browser: quiet, asking for nothing, accessible, and never wider than the screen."""
+"""The page of a report card in a real browser."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 PAGES = {
-    "one": lambda: make_card_of_one(),
+    "one": make_card_of_one,
     "several": lambda: make_card_of_several((20,)),
-    "nothing": lambda: make_card_of_nothing(),
+    "nothing": make_card_of_nothing,
     "hostile": lambda: replace_texts(make_card_of_one(lost=3, gained=1), HOSTILE_TEXTS[6]),
     "long": lambda: replace_texts(make_card_of_several((20,)), HOSTILE_TEXTS[7]),
 }
@@ -39,9 +39,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_page_is_never_wider_than_the_screen(page: Page, files: dict[str, Path], name: str) -> None:
     page.goto(files[name].as_uri())
     unfold(page, 4)
-    # Names of bins and setups are the project's own: of others, more than a chart has room for, they may overlap.
-    is_own = name not in ("hostile", "long")
-    check_fits(page, labelled=is_own, whole=is_own)
+    # Hostile and long names may overlap in charts.
+    is_ordinary = name not in ("hostile", "long")
+    check_fits(page, labelled=is_ordinary, whole=is_ordinary)
     page.set_viewport_size({"width": 794, "height": 1123})  # A4
     page.emulate_media(media="print")
     assert measure_overflow(page) <= 0
@@ -79,17 +79,17 @@ def test_page_is_accessible(page: Page, files: dict[str, Path], name: str, schem
 
 def test_page_follows_the_color_scheme_and_prints_on_white(page: Page, files: dict[str, Path]) -> None:
     page.goto(files["one"].as_uri())
-    grounds = {}
+    colours_of = {}
     for scheme in ("light", "dark"):
         for media in ("screen", "print"):
             page.emulate_media(color_scheme=scheme, media=media)  # type: ignore[arg-type]
             colours = "[getComputedStyle(document.documentElement).backgroundColor, "
             colours += "getComputedStyle(document.querySelector('.chart text')).fill]"
-            grounds[scheme, media] = page.evaluate(colours)
-    assert grounds["light", "screen"][0] != grounds["dark", "screen"][0]
-    assert grounds["light", "screen"][1] != grounds["dark", "screen"][1]
-    assert grounds["dark", "print"] == grounds["light", "print"]
-    assert grounds["dark", "print"][0] == "rgba(0, 0, 0, 0)"
+            colours_of[scheme, media] = page.evaluate(colours)
+    assert colours_of["light", "screen"][0] != colours_of["dark", "screen"][0]
+    assert colours_of["light", "screen"][1] != colours_of["dark", "screen"][1]
+    assert colours_of["dark", "print"] == colours_of["light", "print"]
+    assert colours_of["dark", "print"][0] == "rgba(0, 0, 0, 0)"
 
 
 def test_folded_parts_are_printed(page: Page, files: dict[str, Path]) -> None:
@@ -154,7 +154,7 @@ def test_link_opens_the_folded_section_it_leads_to(page: Page, files: dict[str, 
     page.goto(files["several"].as_uri())
     assert not page.locator("details.model").nth(2).evaluate("(each) => each.open")
     page.locator("a[href='#m3-top']").click()
-    # Not wait_for_function: it evaluates text in the page, which the page's own policy forbids.
+    # wait_for_function would evaluate text in the page, which its policy forbids.
     expect(page.locator("details.model").nth(2)).to_have_attribute("open", "")
 
 
@@ -163,8 +163,8 @@ def test_table_of_domains_with_long_names_is_not_scrolled(page: Page, tmp_path: 
     names = ("high_school_european_history", "Wirtschaftswissenschaften", "x" * 80)
     named = tuple(replace(each, subject=name) for each, name in zip(card.comparisons[0].grades, names, strict=False))
     file = tmp_path / "named.html"
-    page_of_named = render_html(replace(card, comparisons=(replace(card.comparisons[0], grades=named),)))
-    file.write_text(page_of_named, encoding="utf-8")
+    named_card = replace(card, comparisons=(replace(card.comparisons[0], grades=named),))
+    file.write_text(render_html(named_card), encoding="utf-8")
     page.goto(file.as_uri())
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 900})

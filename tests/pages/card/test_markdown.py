@@ -1,4 +1,4 @@
-"""The Markdown says what the page says, in tables that no text can break."""
+"""The Markdown of a report card: it has the content of the page, and no text can break its tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compressknow.pages.pages import escape_markdown
 from compressknow.pages.parts import Folded, Page, PageSection
 from tests.pages.card.cards import make_card_of_one
 from tests.pages.card.test_html import CARDS
-from tests.pages.card.test_make import card_of
+from tests.pages.card.test_make import compare_counts
 from tests.pages.hostile import HOSTILE_TEXTS, number_texts
 from tests.pages.pages import Element, parse_html
 
@@ -29,19 +29,19 @@ def parse(text: str) -> list[Token]:
     return [part for token in parser.parse(text) for part in [token, *(token.children or [])]]
 
 
-def rendered(text: str) -> Element:
+def render(text: str) -> Element:
     return parse_html(MarkdownIt("gfm-like", {"linkify": False, "xhtmlOut": False}).render(text))
 
 
-def tables(root: Element) -> list[list[list[str]]]:
+def read_tables(root: Element) -> list[list[list[str]]]:
     return [
         [[cell.text for cell in row.children if isinstance(cell, Element)] for row in table.all("tr")]
         for table in root.all("table")
     ]
 
 
-def shape(text: str) -> list[tuple[str, str]]:
-    # Isolates and the text itself are `text`; how many pieces it is in does not matter.
+def list_token_types(text: str) -> list[tuple[str, str]]:
+    # Texts, and the isolates in them, may differ in number.
     kinds = [(token.type, token.tag) for token in parse(text) if token.type not in ("text", "text_special")]
     return [kind for kind in kinds if kind[0] != "softbreak"]
 
@@ -56,7 +56,7 @@ def test_same_card_gives_the_same_text(name: str) -> None:
 
 def test_text_equals_the_golden_file() -> None:
     golden = GOLDEN.read_text(encoding="utf-8")
-    assert render_markdown(make_card_of_one()) == golden, "run tools/golden.py where the change is meant"
+    assert render_markdown(make_card_of_one()) == golden, "run tools/golden.py if the change is intended"
 
 
 @pytest.mark.parametrize("name", CARDS)
@@ -65,7 +65,7 @@ def test_rows_have_as_many_cells_as_their_header(name: str) -> None:
     for line, after in zip(text.splitlines(), text.splitlines()[1:], strict=False):
         if line.startswith("|") and after.startswith("|"):
             assert line.replace("\\|", "").count("|") == after.replace("\\|", "").count("|"), line
-    assert tables(rendered(text))
+    assert read_tables(render(text))
 
 
 @pytest.mark.parametrize("name", ["one", "nothing"])
@@ -73,24 +73,24 @@ def test_tables_equal_those_of_the_page(name: str) -> None:
     card = CARDS[name]()
     page = parse_html(render_html(card))
     in_page = {table.one("caption").text: table for table in page.all("table")}
-    in_text = tables(rendered(render_markdown(card)))
+    in_text = read_tables(render(render_markdown(card)))
     for caption, first_column in (("All figures of each probe", "Figure"), ("atlas by relation", "Relation")):
         rows = [
             [cell.text for cell in row.children if isinstance(cell, Element) and not cell.all("svg")]
             for row in in_page[caption].all("tr")
         ]
-        told = next(table for table in in_text if table[0][0] == first_column)
-        assert [[cell for cell in row if cell] for row in rows] == told
+        table = next(table for table in in_text if table[0][0] == first_column)
+        assert [[cell for cell in row if cell] for row in rows] == table
 
 
 def test_changed_facts_are_counted_after_50() -> None:
     text = render_markdown(make_card_of_one(lost=60, gained=3))
-    assert [len(table) - 1 for table in tables(rendered(text)) if table[0][0] == "Prompt"] == [50, 3]
+    assert [len(table) - 1 for table in read_tables(render(text)) if table[0][0] == "Prompt"] == [50, 3]
     assert "10 more are in the JSON, which" in text
 
 
 def test_method_and_glossary_are_separate_lists() -> None:
-    text = rendered(render_markdown(make_card_of_one()))
+    text = render(render_markdown(make_card_of_one()))
     lists = [[item.text.strip() for item in each.all("li")] for each in text.all("ul")]
     assert "What the figures mean:" in [paragraph.text for paragraph in text.all("p")]
     (method,) = (each for each in lists if any("the intervals are Wilson's" in item for item in each))
@@ -102,7 +102,7 @@ def test_empty_fold_is_left_out() -> None:
 
 
 def test_one_fact_is_singular() -> None:
-    card = card_of(1, 0)
+    card = compare_counts(1, 0)
     assert "Of 1 fact: 1 kept" in render_markdown(card)
     assert "of 1 fact evaluated" in render_html(card)
 
@@ -111,9 +111,9 @@ def test_unknown_sizes_are_not_compared() -> None:
     def write(before: int | None, after: int | None) -> str:
         card = make_card_of_one()
         (comparison,) = card.comparisons
-        compared = replace(comparison, model=replace(comparison.model, bytes=after))
-        card = replace(card, original=replace(card.original, bytes=before), comparisons=(compared,))
-        return rendered(render_markdown(card)).text
+        comparison = replace(comparison, model=replace(comparison.model, bytes=after))
+        card = replace(card, original=replace(card.original, bytes=before), comparisons=(comparison,))
+        return render(render_markdown(card)).text
 
     assert "2.0 MB before, 1.0 MB after: 50.0 % smaller." in write(2_000_000, 1_000_000)
     assert "2.0 MB before, - after." in write(2_000_000, None)
@@ -127,7 +127,7 @@ def test_one_lost_fact_evaluated_with_an_example_is_singular() -> None:
     assert first.knowing is not None
     first = replace(first, knowing=replace(first.knowing, shown=1, back=0))
     card = replace(card, comparisons=(replace(comparison, probes=(first, *others)),))
-    assert "brings back 0 (0 %) of 1 lost fact that was evaluated with it." in rendered(render_markdown(card)).text
+    assert "brings back 0 (0 %) of 1 lost fact that was evaluated with it." in render(render_markdown(card)).text
 
 
 def test_facts_are_left_out_on_request() -> None:
@@ -141,20 +141,20 @@ def test_facts_are_left_out_on_request() -> None:
 def test_hostile_text_stays_text(name: str) -> None:
     card = CARDS[name]()
     card = replace(card, comparisons=card.comparisons[:3])
-    harmless = shape(render_markdown(number_texts(card, "harmless")))
+    harmless = list_token_types(render_markdown(number_texts(card, "harmless")))
     for text in HOSTILE_TEXTS:
         shown = render_markdown(number_texts(card, text))
-        assert shape(shown) == harmless, text
+        assert list_token_types(shown) == harmless, text
         assert not {token.type for token in parse(shown)} & {"link_open", "image", "html_inline", "html_block", "hr"}
-        assert clean(text, 60)[:30].strip() in re.sub("[\u2068\u2069]", "", rendered(shown).text)
+        assert clean(text, 60)[:30].strip() in re.sub("[\u2068\u2069]", "", render(shown).text)
         shown.encode("utf-8")
 
 
 @pytest.mark.parametrize("text", ["@octocat", "me@example.org", "\\@octocat", "a/b#12", "#12", "gh-12"])
 def test_nobody_is_mentioned_and_no_issue_is_linked(text: str) -> None:
-    shown = rendered(escape_markdown(text)).text
+    shown = render(escape_markdown(text)).text
     assert shown.strip().replace("\N{WORD JOINER}", "") == text
-    # What GitHub looks for in what it has rendered.
+    # GitHub looks for these in rendered text.
     assert not re.search(r"@\w|#\d|GH-\d", shown, re.IGNORECASE)
 
 

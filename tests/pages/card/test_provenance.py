@@ -1,4 +1,4 @@
-"""What a card says first: that a model was made from another original, or changed since it was converted."""
+"""Provenance on a report card: models made from another original, or changed since their conversion."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from tests.pages.answering import ORIGINAL_HASH, make_answers, make_model, make_
 
 CHANGED = "changed since it was converted: run `compressknow verify`"
 NOT_MADE_FROM = "was not made from"
+Report = Callable[[Path, Path], dict[str, Any]]
 SETTINGS = compressknow.Settings(noise_floor=False)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two Llamas of one architecture, `first` and `second`, a conversion of the first, and its answers."""
-    folder = tmp_path_factory.mktemp("place")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two Llamas of one architecture, `first` and `second`, and a conversion of the first."""
+    folder = tmp_path_factory.mktemp("provenance")
     write_facts(folder / "facts.jsonl")
     save_trained("llama", folder / "first")
     shutil.copytree(folder / "first", folder / "second")
@@ -42,66 +43,59 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def converted(place: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(place / "converted", tmp_path / "converted")
+def converted(folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(folder / "converted", tmp_path / "converted")
 
 
 @pytest.fixture
-def reported(place: Path, tmp_path: Path) -> Callable[[Path, Path], dict[str, Any]]:
-    """The report as JSON of an original and a compressed model."""
+def report(folder: Path) -> Report:
+    """A function that returns the report on an original and a compressed model as JSON."""
 
-    def reported(original: Path, compressed: Path) -> dict[str, Any]:
-        facts = [f"facts:{place / 'facts.jsonl'}"]
-        kept = place / "kept"
-        card = compressknow.report(original, compressed, facts, settings=SETTINGS, answers=kept)
+    def report(original: Path, compressed: Path) -> dict[str, Any]:
+        facts = f"facts:{folder / 'facts.jsonl'}"
+        card = compressknow.report(original, compressed, facts, settings=SETTINGS, answers=folder / "answers")
         values: dict[str, Any] = json.loads(json.dumps(card.to_dict()))
         return values
 
-    return reported
+    return report
 
 
-def test_no_warning_if_the_model_was_made_from_the_original(
-    place: Path, reported: Callable[[Path, Path], dict[str, Any]]
-) -> None:
-    (compared,) = reported(place / "first", place / "converted")["compressed"]
-    assert compared["source_matches"] is True
-    assert compared["model"]["changed"] is None
-    assert not [warning for warning in compared["warnings"] if NOT_MADE_FROM in warning or CHANGED in warning]
+def test_no_warning_if_the_model_was_made_from_the_original(folder: Path, report: Report) -> None:
+    (comparison,) = report(folder / "first", folder / "converted")["compressed"]
+    assert comparison["source_matches"] is True
+    assert comparison["model"]["changed"] is None
+    assert not [warning for warning in comparison["warnings"] if NOT_MADE_FROM in warning or CHANGED in warning]
 
 
-def test_warning_if_the_model_was_made_from_another_original(
-    place: Path, tmp_path: Path, reported: Callable[[Path, Path], dict[str, Any]]
-) -> None:
-    (compared,) = reported(place / "second", place / "converted")["compressed"]
-    assert compared["source_matches"] is False
-    assert compared["warnings"][0].startswith("converted was not made from second: its record names first (SHA-256 ")
-    facts = [f"facts:{place / 'facts.jsonl'}"]
-    compressknow.probe(place / "second", tmp_path / "answers", facts, settings=SETTINGS)
-    (compared,) = reported(tmp_path / "answers", place / "converted")["compressed"]
-    assert compared["source_matches"] is False
+def test_warning_if_the_model_was_made_from_another_original(folder: Path, tmp_path: Path, report: Report) -> None:
+    (comparison,) = report(folder / "second", folder / "converted")["compressed"]
+    assert comparison["source_matches"] is False
+    assert comparison["warnings"][0].startswith("converted was not made from second: its record names first (SHA-256 ")
+    facts = f"facts:{folder / 'facts.jsonl'}"
+    compressknow.probe(folder / "second", tmp_path / "answers", facts, settings=SETTINGS)
+    (comparison,) = report(tmp_path / "answers", folder / "converted")["compressed"]
+    assert comparison["source_matches"] is False
 
 
-def test_changed_manifest_overrides_stored_answers(
-    place: Path, converted: Path, reported: Callable[[Path, Path], dict[str, Any]]
-) -> None:
-    reported(place / "first", converted)
+def test_changed_manifest_overrides_stored_answers(folder: Path, converted: Path, report: Report) -> None:
+    report(folder / "first", converted)
     path = converted / "compressknow.json"
     manifest = json.loads(path.read_text())
     manifest["source"]["files"]["model.safetensors"] = "0" * 64
     path.write_text(json.dumps(manifest))
-    (compared,) = reported(place / "first", converted)["compressed"]
-    assert compared["source_matches"] is False
-    assert NOT_MADE_FROM in compared["warnings"][0]
-    assert CHANGED in compared["warnings"][1]
+    (comparison,) = report(folder / "first", converted)["compressed"]
+    assert comparison["source_matches"] is False
+    assert NOT_MADE_FROM in comparison["warnings"][0]
+    assert CHANGED in comparison["warnings"][1]
 
 
-def without_quantization(folder: Path) -> None:
+def remove_quantization(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def with_other_bits(folder: Path) -> None:
+def change_bits(folder: Path) -> None:
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"num_bits": 8', '"num_bits": 4'))
 
@@ -112,15 +106,15 @@ SCALE = "model.layers.0.self_attn.q_proj.weight_scale"
 @pytest.mark.parametrize(
     "change",
     [
-        without_quantization,
-        with_other_bits,
+        remove_quantization,
+        change_bits,
         lambda folder: edit_tensors(folder, lambda tensors: tensors[SCALE].mul_(100)),
         lambda folder: edit_tensors(folder, lambda tensors: tensors.update(more=torch.ones(2))),
         lambda folder: edit_tensors(folder, lambda tensors: tensors.update({SCALE: tensors[SCALE].half()})),
         lambda folder: (folder / "tokenizer_config.json").unlink(),
         lambda folder: (folder / "vocab.txt").write_text("a"),
     ],
-    ids=["quantization", "bits", "scale", "a tensor more", "a dtype", "a file less", "a file more"],
+    ids=["no quantization", "other bits", "other scale", "new tensor", "other dtype", "missing file", "new file"],
 )
 def test_change_since_the_conversion_is_detected_on_reading(converted: Path, change: Callable[[Path], object]) -> None:
     assert not read_contents(locate(converted)).changed
@@ -129,25 +123,25 @@ def test_change_since_the_conversion_is_detected_on_reading(converted: Path, cha
 
 
 def test_probe_and_report_warn_first_of_a_changed_folder(
-    place: Path,
+    folder: Path,
     converted: Path,
     tmp_path: Path,
-    reported: Callable[[Path, Path], dict[str, Any]],
+    report: Report,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     edit_tensors(converted, lambda tensors: tensors[SCALE].mul_(100))
-    (compared,) = reported(place / "first", converted)["compressed"]
-    assert compared["model"]["changed"] is True
-    assert CHANGED in compared["warnings"][0]
-    words = ["probe", str(converted), "-o", str(tmp_path / "answers"), "-p", f"facts:{place / 'facts.jsonl'}"]
+    (comparison,) = report(folder / "first", converted)["compressed"]
+    assert comparison["model"]["changed"] is True
+    assert CHANGED in comparison["warnings"][0]
+    words = ["probe", str(converted), "-o", str(tmp_path / "answers"), "-p", f"facts:{folder / 'facts.jsonl'}"]
     assert main(words) == 0
     assert "Warning: converted changed since it was converted" in capsys.readouterr().out
     stored = json.loads((tmp_path / "answers" / "probe.json").read_text())
     assert stored["model"]["changed"] is True
 
 
-def test_gguf_file_is_compared_with_its_record(place: Path, tmp_path: Path) -> None:
-    file = write_gguf(place / "first", tmp_path / "model.gguf", F32)
+def test_gguf_file_is_compared_with_its_record(folder: Path, tmp_path: Path) -> None:
+    file = write_gguf(folder / "first", tmp_path / "model.gguf", F32)
     record = tmp_path / "model.gguf.json"
     source = {"name": "first", "sha256": "1" * 64}
     assert not read_contents(locate(file)).changed
@@ -167,8 +161,8 @@ def test_export_of_a_conversion_matches_the_original() -> None:
         ({"name": "tiny-bert"}, None),
         (None, None),
     ):
-        made = make_answers(compressed.answers, make_model(sha256="e" * 64, source=source))
-        assert make_card(original, [made]).comparisons[0].source_matches is matches
+        converted = make_answers(compressed.answers, make_model(sha256="e" * 64, source=source))
+        assert make_card(original, [converted]).comparisons[0].source_matches is matches
 
 
 def test_two_exports_of_one_checkpoint_match() -> None:
@@ -187,5 +181,5 @@ def test_model_with_nan_is_not_to_be_deployed() -> None:
     first, *others = compressed.answers
     broken = replace(compressed, answers=(replace(first, logp_gold=math.nan), *others))
     for pair in ((original, broken), (broken, original)):
-        said = make_card(pair[0], [pair[1]]).comparisons[0].next
-        assert said.startswith("Next: find an intact copy")
+        advice = make_card(pair[0], [pair[1]]).comparisons[0].next
+        assert advice.startswith("Next: find an intact copy")

@@ -1,4 +1,4 @@
-"""Comparisons of two checkpoints, made of records alone."""
+"""Comparisons of two checkpoints, made by hand from records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODULES = ("SelfAttention.q", "SelfAttention.v", "DenseReluDense.wi")
 def make_tensor(
     stack: str | None, layer: int | None, module: str, error: float, group: str = "attention"
 ) -> TensorDiff:
-    """1,000 weights of energy 100, whose change has this relative error."""
+    """Return the diff of 1,000 weights of energy 100 whose change has this relative error."""
     return TensorDiff(
         name=f"{stack}.block.{layer}.{module}.weight",
         group=group,
@@ -64,8 +64,8 @@ def make_comparison(*, facts: bool = True, show_facts: bool = True, layers: int 
         setup="Overall_GQ",
         source={"name": "tiny-t5"},
     )
-    of_a, of_b = make_runs(make_rows(140, 30, 2, 60))
-    behaviour = make_behaviour((of_a, of_b), (of_b, of_a), show_facts=show_facts) if facts else None
+    before, after = make_runs(make_rows(140, 30, 2, 60))
+    behaviour = make_behaviour((before, after), (after, before), show_facts=show_facts) if facts else None
     difference = make_diff(layers)
     return CheckpointComparison(
         verdict=write_verdict((a.name, b.name), False, difference, behaviour),
@@ -83,7 +83,7 @@ def make_comparison(*, facts: bool = True, show_facts: bool = True, layers: int 
 
 
 def make_identical_comparison() -> CheckpointComparison:
-    """One checkpoint beside itself."""
-    found = make_comparison(facts=False)
-    verdict = write_verdict((found.a.name, found.b.name), True, None, None)
-    return replace(found, identical=True, difference=None, files=(), warnings=(), verdict=verdict)
+    """Return the comparison of a checkpoint with itself."""
+    comparison = make_comparison(facts=False)
+    verdict = write_verdict((comparison.a.name, comparison.b.name), True, None, None)
+    return replace(comparison, identical=True, difference=None, files=(), warnings=(), verdict=verdict)

@@ -1,4 +1,4 @@
-"""The page of a comparison in a real browser: quiet, accessible, and never wider than the screen."""
+"""The page of a comparison in a real browser."""
 
 from __future__ import annotations
 
@@ -44,12 +44,10 @@ def test_page_is_never_wider_than_the_screen(page: Page, address: str) -> None:
 def test_table_of_differently_stored_tensors_is_not_scrolled(page: Page, tmp_path: Path) -> None:
     names = [f"bert.encoder.layer.{number}.attention.self.query.weight" for number in range(3)]
     changes = tuple(StructureChange(name, "retyped", "BF16 [384, 384]", "I8 [384, 384]") for name in names)
-    compared = make_comparison()
+    comparison = make_comparison()
+    html = render_comparison_html(replace(comparison, difference=replace(comparison.difference, structure=changes)))
     file = tmp_path / "structure.html"
-    file.write_text(
-        render_comparison_html(replace(compared, difference=replace(compared.difference, structure=changes))),
-        encoding="utf-8",
-    )
+    file.write_text(html, encoding="utf-8")
     page.goto(file.as_uri())
     assert "Tensors that are stored differently" not in find_scrolled(page)
 
@@ -61,7 +59,7 @@ def test_map_is_legible_on_a_phone(page: Page, address: str) -> None:
         "[...document.querySelectorAll('.heat')].filter((map) => map.checkVisibility())"
         ".map((map) => map.getBoundingClientRect().width / map.viewBox.baseVal.width)"
     )
-    assert 10 * scale > 8  # pixels of a letter
+    assert 10 * scale > 8  # the height of letters in pixels
 
 
 def test_map_follows_the_color_scheme(page: Page, address: str) -> None:

@@ -1,4 +1,4 @@
-"""The page of a comparison is whole, says what its records say, and no text can break out of it."""
+"""The page of a comparison: what it shows of the records, and that no text can break out of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.pages.diff.contrasts import make_comparison, make_diff, make_identica
 from tests.pages.hostile import HOSTILE_TEXTS
 from tests.pages.pages import Element, parse_html
 
-MADE: dict[str, Callable[[], CheckpointComparison]] = {
+COMPARISONS: dict[str, Callable[[], CheckpointComparison]] = {
     "weights": lambda: make_comparison(facts=False),
     "facts": make_comparison,
     "no facts shown": lambda: make_comparison(show_facts=False),
@@ -38,25 +38,25 @@ MADE: dict[str, Callable[[], CheckpointComparison]] = {
 }
 
 
-def rows_of(page: Element, caption: str) -> list[list[str]]:
+def read_rows(page: Element, caption: str) -> list[list[str]]:
     (table,) = [table for table in page.all("table") if table.one("caption").text == caption]
     return [[cell.text for cell in row.children if isinstance(cell, Element)] for row in table.all("tr")]
 
 
 def test_tables_have_figures_by_group_layer_and_module() -> None:
     page = parse_html(render_comparison_html(make_comparison()))
-    assert rows_of(page, "What differs by group of layers")[1] == [
+    assert read_rows(page, "What differs by group of layers")[1] == [
         *("attention", "18,000", "0 %", "20.0 %", "0.1232", "0.99339", "18.2 dB", "0.3200"),
     ]
-    cells = rows_of(page, "Relative error by layer and module")
+    cells = read_rows(page, "Relative error by layer and module")
     assert cells[0] == ["Layer", "q", "v", "wi"]
     assert cells[1] == ["encoder 0", "0.0100", "0.0800", "0"]
     assert [row[0] for row in cells[1:]] == [f"{side} {i}" for side in ("encoder", "decoder") for i in range(3)]
-    assert len(rows_of(page, "Linear weights by layer")) == 1 + 6
+    assert len(read_rows(page, "Linear weights by layer")) == 1 + 6
 
 
 def test_changed_tensors_are_sorted_by_error() -> None:
-    rows = rows_of(parse_html(render_comparison_html(make_comparison())), "Tensors that differ")
+    rows = read_rows(parse_html(render_comparison_html(make_comparison())), "Tensors that differ")
     assert len(rows) == 1 + 12
     errors = [float(row[5]) for row in rows[1:]]
     assert errors == sorted(errors, reverse=True)
@@ -65,12 +65,12 @@ def test_changed_tensors_are_sorted_by_error() -> None:
 
 def test_differences_in_structure_and_settings_are_listed() -> None:
     page = parse_html(render_comparison_html(make_comparison(facts=False)))
-    assert rows_of(page, "Tensors that are stored differently")[1:] == [
+    assert read_rows(page, "Tensors that are stored differently")[1:] == [
         ["another type", "2", "F32", "I8", "a.weight, b.weight"],
         ["only in B", "1", "-", "F32 [7]", "c.weight"],
         ["packed: not compared", "1", "F32 [7]", "qweight I32", "d.weight"],
     ]
-    assert rows_of(page, "Settings that differ")[1:] == [
+    assert read_rows(page, "Settings that differ")[1:] == [
         ["d_ff", "48", "-"],
         ["rope.theta", '"x"', "5"],
         ["tokenizer.json", "differs", "differs"],
@@ -78,14 +78,15 @@ def test_differences_in_structure_and_settings_are_listed() -> None:
 
 
 def test_source_is_shown_with_its_revision() -> None:
-    made = make_comparison(facts=False)
-    b = replace(made.b, source={"name": "me/tiny-t5", "revision": "v2"})
-    assert "Made fromme/tiny-t5@v2" in parse_html(render_comparison_html(replace(made, b=b))).text.replace("\n", "")
+    comparison = make_comparison(facts=False)
+    b = replace(comparison.b, source={"name": "me/tiny-t5", "revision": "v2"})
+    page = parse_html(render_comparison_html(replace(comparison, b=b)))
+    assert "Made fromme/tiny-t5@v2" in page.text.replace("\n", "")
 
 
 def test_knowledge_is_compared_in_both_directions() -> None:
     page = parse_html(render_comparison_html(make_comparison()))
-    figures = dict(rows_of(page, "What each model knows, and how much their answers differ"))
+    figures = dict(read_rows(page, "What each model knows, and how much their answers differ"))
     assert figures["Of what A knows, B keeps"].startswith("82.4 %")
     assert figures["Of what B knows, A keeps"].startswith("98.6 %")
     assert (figures["Only A knows"], figures["Only B knows"]) == ("30", "2")
@@ -94,13 +95,12 @@ def test_knowledge_is_compared_in_both_directions() -> None:
 
 
 def test_fact_answered_in_different_words_is_known_by_both() -> None:
-    """A task takes what is written for an answer: more than one text may be right."""
-    of_a, of_b = make_runs(make_rows(20, 3, 2, 5))
-    first = next(each for each in of_b.answers if each.correct)
-    of_b = replace(
-        of_b, answers=tuple(replace(each, predicted="Lutetia") if each is first else each for each in of_b.answers)
-    )
-    behaviour = make_behaviour((of_a, of_b), (of_b, of_a), show_facts=True)
+    """More than one text may be a right answer to a task."""
+    a, b = make_runs(make_rows(20, 3, 2, 5))
+    index = next(i for i, answer in enumerate(b.answers) if answer.correct)
+    reworded = replace(b.answers[index], predicted="Lutetia")
+    b = replace(b, answers=(*b.answers[:index], reworded, *b.answers[index + 1 :]))
+    behaviour = make_behaviour((a, b), (b, a), show_facts=True)
     knowers = [name_knower(*pair) for pair in behaviour.answers]
     assert knowers.count("both") == 1
     assert knowers[-1] == "both"
@@ -137,22 +137,22 @@ def test_heat_map_shows_tiny_errors_alike() -> None:
 
 def test_grid_has_no_figure_for_a_missing_module() -> None:
     difference = make_diff()
-    found = make_grid(replace(difference, tensors=difference.tensors[1:]))
-    assert found is not None
-    assert found.cells[0].count(None) == 1
+    grid = make_grid(replace(difference, tensors=difference.tensors[1:]))
+    assert grid is not None
+    assert grid.cells[0].count(None) == 1
 
 
-def hostile(text: str) -> CheckpointComparison:
-    """A comparison with `text` for every name, setting and fact that comes from others."""
-    made = make_comparison()
-    assert made.difference is not None
-    assert made.behaviour is not None
-    difference, behaviour = made.difference, made.behaviour
+def make_hostile(text: str) -> CheckpointComparison:
+    """Return a comparison in which every name, setting and fact is `text`."""
+    comparison = make_comparison()
+    assert comparison.difference is not None
+    assert comparison.behaviour is not None
+    difference, behaviour = comparison.difference, comparison.behaviour
     numbered = (f"{i} {text}" for i in range(10_000))
     return replace(
-        made,
-        a=replace(made.a, name=next(numbered), revision=text, dtype=text, setup=text, quantization=text),
-        b=replace(made.b, name=next(numbered), revision=text, dtype=text, setup=text, source={"name": text}),
+        comparison,
+        a=replace(comparison.a, name=next(numbered), revision=text, dtype=text, setup=text, quantization=text),
+        b=replace(comparison.b, name=next(numbered), revision=text, dtype=text, setup=text, source={"name": text}),
         files=(text,),
         verdict=text,
         warnings=(text,),
@@ -182,8 +182,8 @@ def hostile(text: str) -> CheckpointComparison:
 
 @pytest.mark.parametrize("text", one_in(8, HOSTILE_TEXTS), ids=range(len(HOSTILE_TEXTS)))
 def test_hostile_text_stays_text(text: str) -> None:
-    harmless = parse_html(render_comparison_html(hostile("harmless"))).shape
-    html = render_comparison_html(hostile(text))
+    harmless = parse_html(render_comparison_html(make_hostile("harmless"))).shape
+    html = render_comparison_html(make_hostile(text))
     page = parse_html(html)
     assert page.shape == harmless
     assert clean(text, 60)[:30] in page.one("main").text
@@ -192,28 +192,28 @@ def test_hostile_text_stays_text(text: str) -> None:
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
 def test_hostile_text_stays_text_in_markdown(text: str) -> None:
-    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(render_comparison_markdown(hostile(text)))
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(render_comparison_markdown(make_hostile(text)))
     inner = [child for token in tokens for child in (token.children or ())]
     assert not {token.type for token in (*tokens, *inner)} & {"html_block", "html_inline", "link_open", "image"}
     headings = [inline.content for token, inline in pairwise(tokens) if token.type == "heading_open"]
     assert len(headings) == 12
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", COMPARISONS)
 def test_markdown_and_json_have_the_verdict_and_json_has_no_nan(name: str) -> None:
-    made = MADE[name]()
-    told: dict[str, Any] = diff_json(made)
-    assert json.loads(json.dumps(told, allow_nan=False)).keys() == told.keys()
-    assert told["verdict"] == made.verdict
-    assert " ".join(made.verdict.split()[:3]) in render_comparison_markdown(made).replace("\\", "")
+    comparison = COMPARISONS[name]()
+    values: dict[str, Any] = diff_json(comparison)
+    assert json.loads(json.dumps(values, allow_nan=False)).keys() == values.keys()
+    assert values["verdict"] == comparison.verdict
+    assert " ".join(comparison.verdict.split()[:3]) in render_comparison_markdown(comparison).replace("\\", "")
 
 
 def test_verdicts() -> None:
     difference = make_diff()
-    same = replace(difference, tensors=tuple(t for t in difference.tensors if t.same_bytes), structure=())
+    unchanged = replace(difference, tensors=tuple(t for t in difference.tensors if t.same_bytes), structure=())
     names = ("one", "two")
     assert write_verdict(names, True, None, None).startswith("one and two are identical")
-    assert write_verdict(names, False, same, None) == (
+    assert write_verdict(names, False, unchanged, None) == (
         "The weights of one and two are identical to the byte; only other files differ."
     )
     assert write_verdict(names, False, difference, None) == (
@@ -229,24 +229,25 @@ def test_warning_if_only_one_side_was_smoothed() -> None:
     plain = make_comparison().a
     smoothed, rounded = (replace(plain, calibration={"smoothed": norms}) for norms in (4, 0))
 
-    def told(a: ModelRecord, b: ModelRecord) -> list[str]:
+    def warn(a: ModelRecord, b: ModelRecord) -> list[str]:
         return list(list_warnings(a, b, False, make_diff(), None))
 
-    assert sum("B was smoothed" in warning for warning in told(plain, smoothed)) == 1
-    assert sum("A was smoothed" in warning for warning in told(smoothed, rounded)) == 1
-    assert not any("was smoothed" in warning for warning in told(plain, rounded))
+    assert sum("B was smoothed" in warning for warning in warn(plain, smoothed)) == 1
+    assert sum("A was smoothed" in warning for warning in warn(smoothed, rounded)) == 1
+    assert not any("was smoothed" in warning for warning in warn(plain, rounded))
 
 
 def test_long_list_of_tensors_is_cut_and_counted() -> None:
     page = parse_html(render_comparison_html(make_comparison(facts=False, layers=200)))
-    assert len(rows_of(page, "Tensors that differ")) == 1 + 500
+    assert len(read_rows(page, "Tensors that differ")) == 1 + 500
     assert "300 more are in the JSON, which" in page.text
 
 
 def test_one_tensor_that_differs_is_singular() -> None:
-    made = make_comparison(facts=False)
-    assert made.difference is not None
-    first, *others = sorted(made.difference.tensors, key=lambda tensor: tensor.same_bytes)
+    comparison = make_comparison(facts=False)
+    assert comparison.difference is not None
+    first, *others = sorted(comparison.difference.tensors, key=lambda tensor: tensor.same_bytes)
     tensors = (first, *(replace(tensor, same_bytes=True) for tensor in others))
-    page = parse_html(render_comparison_html(replace(made, difference=replace(made.difference, tensors=tensors))))
+    difference = replace(comparison.difference, tensors=tensors)
+    page = parse_html(render_comparison_html(replace(comparison, difference=difference)))
     assert "1 tensor that differs" in [summary.text for summary in page.all("summary")]

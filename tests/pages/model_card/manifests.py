@@ -1,4 +1,4 @@
-"""A manifest as a conversion writes it, small enough to read."""
+"""A small manifest in the form that a conversion writes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_row(name: str, group: str | None, scheme: str | None = None) -> dict[st
 
 
 def make_manifest(*, scheme: str | None = "int8", **changes: Any) -> dict[str, Any]:
-    """A decoder-only model whose attention was pruned by 20 % and, unless `scheme` is None, quantized."""
+    """Return the manifest of a Llama whose attention was pruned by 20 % and, unless `scheme` is None, quantized."""
     quantized = 2_000_000 if scheme else 0
     steps: list[dict[str, Any]] = [{"prune": 0.2, "method": "l1-unstructured", "scope": ["attention"], "include": []}]
     if scheme:

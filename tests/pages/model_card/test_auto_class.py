@@ -1,4 +1,4 @@
-"""The class that a card names is the one that transformers itself would take for the architecture."""
+"""The class that a model card names loads the architecture in transformers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ARCHITECTURES = sorted({(name, kind) for mapping in MAPPINGS.values() for kind, 
 def test_class_loads_every_language_model_of_transformers() -> None:
     wrong = []
     for architecture, model_type in ARCHITECTURES:
-        named = find_auto_class(architecture, model_type)
-        if named != architecture and MAPPINGS[named].get(model_type) != architecture:
-            wrong.append((architecture, model_type, named))
+        name = find_auto_class(architecture, model_type)
+        if name != architecture and MAPPINGS[name].get(model_type) != architecture:
+            wrong.append((architecture, model_type, name))
     assert not wrong
 
 

@@ -1,4 +1,4 @@
-"""The model card says what was done, and nothing that it is given can break out of it."""
+"""The model card describes the conversion, and no text can break out of it."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ SOURCE_CARD = {
 HOSTILE = "a`b|c]\n---\n# <script>alert(1)</script> ![x](https://example.org/p.png)"
 
 
-def hub_metadata(card: str) -> dict[str, Any]:
+def read_metadata(card: str) -> dict[str, Any]:
     return ModelCard(card).data.to_dict()
 
 
-def code_blocks(card: str, language: str) -> list[str]:
+def find_code_blocks(card: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
 
 
-def with_architecture(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:
-    plain = make_manifest(**changes)
-    return plain | {"source": plain["source"] | {"architecture": architecture, "model_type": model_type}}
+def make_manifest_of(architecture: str, model_type: str, **changes: Any) -> dict[str, Any]:
+    manifest = make_manifest(**changes)
+    return manifest | {"source": manifest["source"] | {"architecture": architecture, "model_type": model_type}}
 
 
 @pytest.mark.parametrize("scheme", ["int8", None])
 def test_card_equals_the_golden_file(scheme: str | None) -> None:
     card = render_model_card(make_manifest(scheme=scheme), source_card_metadata=SOURCE_CARD)
     golden = GOLDEN / f"model_card_{scheme or 'pruned'}.md"
-    assert card == golden.read_text(encoding="utf-8"), "run tools/golden.py where the change is meant"
+    assert card == golden.read_text(encoding="utf-8"), "run tools/golden.py if the change is intended"
 
 
 def test_hub_reads_the_front_matter() -> None:
     card = render_model_card(make_manifest(), source_card_metadata=SOURCE_CARD)
-    assert hub_metadata(card) == {
+    assert read_metadata(card) == {
         "license": "apache-2.0",
         "language": ["en"],
         "pipeline_tag": "text-generation",
@@ -62,17 +62,17 @@ def test_hub_reads_the_front_matter() -> None:
 def test_local_source_has_the_base_model_that_its_card_names() -> None:
     local = make_manifest(scheme=None)
     local["source"] |= {"name": "my-folder", "revision": None}
-    assert "base_model" not in hub_metadata(render_model_card(local, source_card_metadata={}))
+    assert "base_model" not in read_metadata(render_model_card(local, source_card_metadata={}))
     named = render_model_card(local, source_card_metadata={"base_model": ["someone/else"]})
-    assert hub_metadata(named)["base_model"] == ["someone/else"]
-    assert "base_model_relation" not in hub_metadata(named)
+    assert read_metadata(named)["base_model"] == ["someone/else"]
+    assert "base_model_relation" not in read_metadata(named)
 
 
 def test_hostile_names_stay_text() -> None:
     hostile = make_manifest(setup=HOSTILE, untied=[{"name": HOSTILE, "tied_to": HOSTILE, "bytes": 5}])
     hostile["source"] |= {"name": HOSTILE, "architecture": HOSTILE, "model_type": HOSTILE}
     card = render_model_card(hostile, source_card_metadata={"license": HOSTILE, "language": {"a": object()}})
-    metadata, text = hub_metadata(card), ModelCard(card).text
+    metadata, text = read_metadata(card), ModelCard(card).text
     assert metadata["license"] == " ".join(HOSTILE.split())
     assert "language" not in metadata
     tokens = [
@@ -82,17 +82,15 @@ def test_hostile_names_stay_text() -> None:
     ]
     assert not {token.type for token in tokens} & {"link_open", "image", "html_inline", "html_block", "hr"}
     assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1", "h2", "h2", "h2"]
-    # As they are: no backslash stands before a bar, which means nothing outside of tables.
+    # Bars are not escaped, since they have no meaning outside tables.
     assert " ".join(HOSTILE.split()) in {token.content for token in tokens if token.type == "code_inline"}
-    for block in code_blocks(card, "python"):
+    for block in find_code_blocks(card, "python"):
         ast.parse(block)
 
 
 def test_untied_head_is_named_with_its_cost() -> None:
-    card = render_model_card(
-        make_manifest(untied=[{"name": "lm_head.weight", "tied_to": "model.embed_tokens.weight", "bytes": 28_311_552}]),
-        source_card_metadata={},
-    )
+    untied = [{"name": "lm_head.weight", "tied_to": "model.embed_tokens.weight", "bytes": 28_311_552}]
+    card = render_model_card(make_manifest(untied=untied), source_card_metadata={})
     assert "28.3 MB" in card
     assert "`lm_head.weight`" in card
 
@@ -112,15 +110,15 @@ def test_untied_head_is_named_with_its_cost() -> None:
 def test_vllm_is_named_only_where_it_would_run(
     architecture: str, model_type: str, scheme: str | None, expected: bool
 ) -> None:
-    card = render_model_card(with_architecture(architecture, model_type, scheme=scheme), source_card_metadata={})
+    card = render_model_card(make_manifest_of(architecture, model_type, scheme=scheme), source_card_metadata={})
     assert ("vllm serve" in card) is expected
 
 
 def test_card_of_an_int8_encoder_decoder_recommends_compressknow_load() -> None:
-    card = render_model_card(with_architecture("T5ForConditionalGeneration", "t5"), source_card_metadata={})
+    card = render_model_card(make_manifest_of("T5ForConditionalGeneration", "t5"), source_card_metadata={})
     assert "compressknow.load(" in card
     assert "AutoModelForSeq2SeqLM.from_pretrained" in card
-    pruned = with_architecture("T5ForConditionalGeneration", "t5", scheme=None)
+    pruned = make_manifest_of("T5ForConditionalGeneration", "t5", scheme=None)
     assert "compressknow.load(" not in render_model_card(pruned, source_card_metadata={})
 
 
@@ -152,13 +150,14 @@ def test_card_of_a_model_with_custom_code_loads_and_reproduces_it(
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
-    own, out = save_trained_custom_code(tmp_path / "own"), tmp_path / "out"
+    source, out = save_trained_custom_code(tmp_path / "own"), tmp_path / "out"
     for name in ("config.json", "own.py"):
-        (own / name).write_text((own / name).read_text().replace("OwnForCausalLM", architecture))
-    compressknow.convert(own, out, prune=0.3, trust_remote_code=True)
+        (source / name).write_text((source / name).read_text().replace("OwnForCausalLM", architecture))
+    compressknow.convert(source, out, prune=0.3, trust_remote_code=True)
     card = (out / "README.md").read_text(encoding="utf-8")
-    (snippet,) = code_blocks(card, "python")
+    (snippet,) = find_code_blocks(card, "python")
     names: dict[str, Any] = {}
     exec(snippet.replace("PATH/TO/THIS/FOLDER", out.as_posix()), names)
     assert type(names["model"]).__name__ == architecture
-    assert code_blocks(card, "sh")[-1] == "compressknow convert own OUTPUT --recipe recipe.toml --trust-remote-code\n"
+    command = "compressknow convert own OUTPUT --recipe recipe.toml --trust-remote-code\n"
+    assert find_code_blocks(card, "sh")[-1] == command

@@ -1,4 +1,4 @@
-"""The report in a checkpoint's own model card: the Hub reads it, and what the card's author wrote stays."""
+"""The report in the model card of a checkpoint: the Hub reads it, and the text of the author is kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.pages.hostile import HOSTILE_TEXTS, number_texts
 NOT_MEASURED = "has not been measured here"
 
 
-def card_of(**counts: int) -> Card:
+def make_card_of_counts(**counts: int) -> Card:
     original, compressed = make_runs(make_rows(**counts))
     return make_card(original, [compressed])
 
@@ -31,12 +31,12 @@ def card_of(**counts: int) -> Card:
 @pytest.fixture
 def card() -> Card:
     """A report on a model that keeps 90 of 100 facts."""
-    return card_of(both=90, lost=10, gained=4, neither=16)
+    return make_card_of_counts(both=90, lost=10, gained=4, neither=16)
 
 
 @pytest.fixture
 def worse() -> Card:
-    return card_of(both=30, lost=70, neither=20)
+    return make_card_of_counts(both=30, lost=70, neither=20)
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def written(card: Card, folder: Path, text: str | None = None) -> str:
-    """The model card once the report is in it."""
+def write(card: Card, folder: Path, text: str | None = None) -> str:
+    """Write the report into the model card of a folder, and return the card."""
     if text is not None:
         (folder / "README.md").write_text(text, encoding="utf-8")
     write_into_model_cards(card, [folder])
@@ -55,10 +55,10 @@ def written(card: Card, folder: Path, text: str | None = None) -> str:
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
-def results(folder: Path) -> dict[tuple[str, str], float]:
-    """What the Hub's own reader makes of the card: (data set, metric) -> value."""
-    evaluated = ModelCard.load(folder / "README.md").data.eval_results
-    return {(result.dataset_name, result.metric_type): result.metric_value for result in evaluated}
+def read_results(folder: Path) -> dict[tuple[str, str], float]:
+    """Return the results that huggingface_hub reads: (data set, metric) -> value."""
+    results = ModelCard.load(folder / "README.md").data.eval_results
+    return {(result.dataset_name, result.metric_type): result.metric_value for result in results}
 
 
 def test_report_is_written_into_the_card_of_a_converted_checkpoint(tmp_path: Path) -> None:
@@ -79,37 +79,35 @@ def test_report_is_written_into_the_card_of_a_converted_checkpoint(tmp_path: Pat
     assert "| domain | known before | kept | grade |" in once
     for line in before.splitlines():
         assert line in once or NOT_MEASURED in line
-    values = results(converted)
+    values = read_results(converted)
     assert 0 < values["facts:facts.jsonl", "knowledge-kept"] < 1
     assert values["facts:facts.jsonl", "accuracy"] == values["facts:facts.jsonl", "knowledge-kept"]
-    read = ModelCard.load(card).data
-    assert read.model_name == "converted"
-    assert {"compressknow", "pruning", "int8"} <= set(read.tags)
+    data = ModelCard.load(card).data
+    assert data.model_name == "converted"
+    assert {"compressknow", "pruning", "int8"} <= set(data.tags)
     assert main(["verify", str(converted)]) == 0
 
 
 def test_hub_reads_the_figures(card: Card, folder: Path) -> None:
-    written(card, folder, "# A model\n")
-    assert results(folder) == {("atlas", "accuracy"): 94 / 120, ("atlas", "knowledge-kept"): 0.9}
+    write(card, folder, "# A model\n")
+    assert read_results(folder) == {("atlas", "accuracy"): 94 / 120, ("atlas", "knowledge-kept"): 0.9}
     first: EvalResult = ModelCard.load(folder / "README.md").data.eval_results[0]
     assert (first.task_type, first.dataset_type) == ("fill-mask", "atlas")
 
 
 def test_hub_reads_the_macro_average_if_the_protocol_uses_it(folder: Path) -> None:
-    """LAMA's is the mean over relations: 40 of 40 and 0 of 10 are right."""
+    """The mean over relations: 40 of 40 and 0 of 10 answers are right."""
     rows = make_rows(both=40, neither=10)
-    by_relation = tuple([replace(row, relation="a" if row.correct else "b") for row in side] for side in rows)
+    before, after = ([replace(row, relation="a" if row.correct else "b") for row in side] for side in rows)
     probes = {"atlas": make_entry(average="macro")}
-    original, compressed = (
-        make_answers(by_relation[0], probes=probes),
-        make_answers(by_relation[1], make_model(sha256="b" * 64), probes),
-    )
-    written(make_card(original, [compressed]), folder)
-    assert results(folder)["atlas", "accuracy"] == 0.5
+    original = make_answers(before, probes=probes)
+    compressed = make_answers(after, make_model(sha256="b" * 64), probes)
+    write(make_card(original, [compressed]), folder)
+    assert read_results(folder)["atlas", "accuracy"] == 0.5
 
 
 def test_verdict_grades_and_probes_are_in_the_text(card: Card, folder: Path) -> None:
-    text = written(card, folder)
+    text = write(card, folder)
     assert escape_markdown(card.verdict) in text
     assert "| geography | 100 | 90.0 % (82.6 to 94.5 %) | C (B to D) |" in text
     assert "| atlas | 120 | " in text
@@ -129,24 +127,24 @@ def test_report_on_a_text_has_neither_tables_nor_results(folder: Path, tmp_path:
 
 def test_later_report_replaces_the_earlier_one(card: Card, worse: Card, folder: Path) -> None:
     text = "---\nlicense: mit\n---\n\n# A model\n\nBefore.\n"
-    first = written(card, folder, text)
+    first = write(card, folder, text)
     (folder / "README.md").write_text(f"{first}\nAfter.\n")
-    second = written(worse, folder)
+    second = write(worse, folder)
     assert second.count(BEGIN) == second.count(END) == 1
     assert escape_markdown(card.verdict) not in second
     assert escape_markdown(worse.verdict) in second
     assert second.index("Before.") < second.index(BEGIN) < second.index("After.")
-    assert results(folder)["atlas", "knowledge-kept"] == 0.3
+    assert read_results(folder)["atlas", "knowledge-kept"] == 0.3
     (folder / "README.md").unlink()
-    assert second.replace("\nAfter.\n", "") == written(worse, folder, text)
+    assert second.replace("\nAfter.\n", "") == write(worse, folder, text)
 
 
 def test_report_without_known_facts_has_no_results(card: Card, folder: Path) -> None:
-    nothing = card_of(gained=2, neither=20)
+    nothing = make_card_of_counts(gained=2, neither=20)
     text = "---\nlicense: mit\n---\n\n# A model\n"
-    assert written(nothing, folder, text) == written(nothing, folder)
-    written(card, folder)
-    assert results(folder) == {("atlas", "accuracy"): 94 / 120, ("atlas", "knowledge-kept"): 0.9}
+    assert write(nothing, folder, text) == write(nothing, folder)
+    write(card, folder)
+    assert read_results(folder) == {("atlas", "accuracy"): 94 / 120, ("atlas", "knowledge-kept"): 0.9}
 
 
 def test_text_of_the_author_is_unchanged(card: Card, folder: Path) -> None:
@@ -155,40 +153,40 @@ def test_text_of_the_author_is_unchanged(card: Card, folder: Path) -> None:
         "date: 2024-02-30x\ntags: [x,   y]\n"
     )
     body = "# Title\n\n---\n\nText with `code`, <!-- a comment --> and ünïcödé.\n\n    indented\n"
-    text = written(card, folder, f"---\n{head}---\n{body}")
+    text = write(card, folder, f"---\n{head}---\n{body}")
     assert text.startswith(f"---\n{head}model-index:\n")
     assert body.strip() in text
-    assert written(card, folder) == text
+    assert write(card, folder) == text
 
 
 def test_results_of_the_author_are_kept(card: Card, worse: Card, folder: Path) -> None:
-    own = (
+    existing = (
         "---\nmodel-index:\n- name: Mine\n  results:\n  - task:\n      type: text-generation\n    dataset:\n"
         "      name: MMLU\n      type: mmlu\n    metrics:\n    - type: accuracy\n      value: 0.5\n"
-        "# Of the licence.\nlicense: mit\n---\n"
+        "# About the licence.\nlicense: mit\n---\n"
     )
-    written(card, folder, own)
-    text = written(worse, folder)
-    assert results(folder) == {
+    write(card, folder, existing)
+    text = write(worse, folder)
+    assert read_results(folder) == {
         ("MMLU", "accuracy"): 0.5,
         ("atlas", "accuracy"): 0.25,
         ("atlas", "knowledge-kept"): 0.3,
     }
     assert ModelCard.load(folder / "README.md").data.model_name == "Mine"
-    assert "# Of the licence.\nlicense: mit\n" in text
+    assert "# About the licence.\nlicense: mit\n" in text
 
 
 @pytest.mark.parametrize("text", [None, "", "# A model\n\nText.\n", "---\n---\n\nText.\n", "---\nNo front matter.\n"])
 def test_card_without_front_matter_gets_one(card: Card, folder: Path, text: str | None) -> None:
-    after = written(card, folder, text)
-    assert results(folder)["atlas", "knowledge-kept"] == 0.9
+    after = write(card, folder, text)
+    assert read_results(folder)["atlas", "knowledge-kept"] == 0.9
     assert (text or "").strip("-\n ") in after
 
 
 def test_front_matter_in_braces_keeps_its_values(card: Card, folder: Path) -> None:
-    written(card, folder, "---\n{license: mit, tags: [a]}\n---\nText.\n")
+    write(card, folder, "---\n{license: mit, tags: [a]}\n---\nText.\n")
     assert ModelCard.load(folder / "README.md").data.license == "mit"
-    assert results(folder)["atlas", "knowledge-kept"] == 0.9
+    assert read_results(folder)["atlas", "knowledge-kept"] == 0.9
 
 
 @pytest.mark.parametrize(
@@ -227,24 +225,24 @@ def test_output_that_is_not_a_checkpoint_folder_is_refused(tmp_path: Path, capsy
 
 
 def test_missing_end_mark_loses_no_text(card: Card, worse: Card, folder: Path) -> None:
-    first = written(card, folder, "# A model\n")
-    broken = first.replace(END, "") + "\nThe author's own.\n"
-    written(card, folder, broken)
-    assert "The author's own." in written(worse, folder)
-    assert "The author's own." in written(card, folder)
+    first = write(card, folder, "# A model\n")
+    broken = first.replace(END, "") + "\nText of the author.\n"
+    write(card, folder, broken)
+    assert "Text of the author." in write(worse, folder)
+    assert "Text of the author." in write(card, folder)
 
 
 @pytest.mark.parametrize("hostile", [*HOSTILE_TEXTS[:-2], END, f"{END} {BEGIN}", "a: b\n---\n# x"])
 def test_hostile_names_stay_text(card: Card, folder: Path, hostile: str) -> None:
-    bad = number_texts(card, hostile)
-    once = written(bad, folder, "---\nlicense: mit\n---\n\n# A model\n\nText.\n")
-    assert written(bad, folder) == once
+    hostile_card = number_texts(card, hostile)
+    once = write(hostile_card, folder, "---\nlicense: mit\n---\n\n# A model\n\nText.\n")
+    assert write(hostile_card, folder) == once
     body = once.split("\n---\n", 1)[1]
     assert body.count(BEGIN) == body.count(END) == 1
     data = ModelCard.load(folder / "README.md").data
     assert data.license == "mit"
     assert {result.metric_type for result in data.eval_results} == {"accuracy", "knowledge-kept"}
-    rendered = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
     for forbidden in ("<script", "<img", "<a ", "<b>", "</svg"):
-        assert forbidden not in rendered
-    assert rendered.count("<h1>") == 1
+        assert forbidden not in html
+    assert html.count("<h1>") == 1

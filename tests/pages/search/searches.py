@@ -1,4 +1,4 @@
-"""A search made by hand."""
+"""Searches made by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from compressknow.comparison.records import Estimate
 from compressknow.pages.card.make import read_model_facts
 from compressknow.pages.search import Search, Trial
-from tests.pages.answering import make_model as model_entry
+from tests.pages.answering import make_model
 
 
 def make_estimate(value: float) -> Estimate:
@@ -15,12 +15,12 @@ def make_estimate(value: float) -> Estimate:
 
 
 def make_trial(setup: str, size: int, kept: float, held_out: float | None = None) -> Trial:
-    known = None if held_out is None else make_estimate(held_out)
-    return Trial(setup, {"blk.0.attn_q.weight": "q4_k"}, size, 1e6 / size, make_estimate(kept), known)
+    confirmed = None if held_out is None else make_estimate(held_out)
+    return Trial(setup, {"blk.0.attn_q.weight": "q4_k"}, size, 1e6 / size, make_estimate(kept), confirmed)
 
 
 def make_types(text: str) -> dict[str, str]:
-    """Types of two layers in the order of a GGUF file, and of what lies in none."""
+    """Return types of two layers in the order of a GGUF file, and of a tensor outside any layer."""
     return {
         text: "q5_0",
         "blk.0.ffn_up.weight": "q6_k",
@@ -31,14 +31,14 @@ def make_types(text: str) -> dict[str, str]:
 
 
 def make_search(text: str = "a-model") -> Search:
-    all_tried = (
+    trials = (
         make_trial("100 % q8_0", 80_000_000, 0.97),
         make_trial(f"60.0 % q5_k, 40.0 % q4_k {text}", 65_000_000, 0.965),
         make_trial("60.0 % q4_k, 30.0 % q3_k, 10.0 % q6_k", 60_000_000, 0.96, 0.95),
         make_trial("100 % q2_k", 30_000_000, 0.1),
     )
     facts = {"sha256": "0" * 64, "architecture": "LlamaForCausalLM", "family": "causal", "parameters": 50_000_000}
-    model = model_entry(name=text, revision=None, bytes=100_000_000, dtype="BF16", **facts)
+    model = make_model(name=text, revision=None, bytes=100_000_000, dtype="BF16", **facts)
     return Search(
         original=read_model_facts(model),
         form="gguf",
@@ -54,9 +54,9 @@ def make_search(text: str = "a-model") -> Search:
         known_graded=94,
         level=1 - 0.01 / 3,
         bytes=100_000_000,
-        tried=all_tried,
-        confirmed=(all_tried[2],),
-        winner=replace(all_tried[2], types=make_types(text), graded=make_estimate(0.94)),
+        tried=trials,
+        confirmed=(trials[2],),
+        winner=replace(trials[2], types=make_types(text), graded=make_estimate(0.94)),
         closest=None,
         recipe='[export]\ntype = "q4_k_s"',
         rounding=0.985,
@@ -67,7 +67,7 @@ def make_search(text: str = "a-model") -> Search:
 
 
 def make_size_search() -> Search:
-    """A search for a size, which has no trials."""
+    """Return a search for a size, which has no trials."""
     search = make_search()
     assert search.winner is not None
     winner = replace(search.winner, kept=Estimate(None), held_out=None)

@@ -1,4 +1,4 @@
-"""A search's page in a real browser: quiet, asking for nothing, accessible, and never wider than the screen."""
+"""The page of a search in a real browser."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def test_page_is_accessible(page: Page, files: dict[str, Path], name: str, schem
     check_accessible(page, files[name], scheme)
 
 
-def text(page: Page, selector: str) -> str:
-    """As it is read: whether a space may end a line is not told apart."""
+def read_text(page: Page, selector: str) -> str:
+    """Return the visible text, with no-break spaces as spaces."""
     return page.locator(selector).inner_text().replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_page_shows_the_result(page: Page, files: dict[str, Path]) -> None:
     page.goto(files["found"].as_uri())
-    assert text(page, "h1") == "40.0 % smaller, and 94.0 % kept"
-    verdict = text(page, "header .verdict")
+    assert read_text(page, "h1") == "40.0 % smaller, and 94.0 % kept"
+    verdict = read_text(page, "header .verdict")
     assert "The GGUF file of 60.0 MB keeps 94.0 %" in verdict
     assert "The original has 100.0 MB" in verdict
     page.goto(files["none"].as_uri())
-    assert text(page, "h1") == "No file tried is certain to keep 90 %"
+    assert read_text(page, "h1") == "No file tried is certain to keep 90 %"

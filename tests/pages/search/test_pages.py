@@ -1,4 +1,4 @@
-"""The page of a search: no text can break out of it."""
+"""The page of a search: what it shows, and that no text can break out of it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def test_hostile_text_stays_text(text: str) -> None:
 def test_marks_have_tooltips_in_both_sizes_of_the_chart() -> None:
     search = make_search()
     page = parse_html(render_search_html(search))
-    for look in ("narrow", "broad"):
-        figure = next(each for each in page.all("figure") if each.attributes.get("class") == look)
-        told = [title.text for title in figure.all("title")]
-        assert all(any(clean(trial.setup, 60) in text for text in told) for trial in search.tried), told
-        assert any(text.startswith("the winner, ") for text in told)
+    for size in ("narrow", "broad"):
+        figure = next(each for each in page.all("figure") if each.attributes.get("class") == size)
+        tooltips = [title.text for title in figure.all("title")]
+        assert all(any(clean(trial.setup, 60) in text for text in tooltips) for trial in search.tried), tooltips
+        assert any(text.startswith("the winner, ") for text in tooltips)
 
 
 def test_chart_has_a_rounding_line() -> None:
@@ -40,20 +40,20 @@ def test_chart_has_a_rounding_line() -> None:
     assert dotted == plain_chart + 2  # in each size of the chart
 
 
-@pytest.mark.parametrize(("keep", "told"), [(0.9, False), (0.99, True)])
-def test_warning_if_the_target_exceeds_what_rounding_keeps(keep: float, told: bool) -> None:
+@pytest.mark.parametrize(("keep", "warns"), [(0.9, False), (0.99, True)])
+def test_warning_if_the_target_exceeds_what_rounding_keeps(keep: float, warns: bool) -> None:
     warnings = " ".join(list_warnings(replace(make_search(), keep=keep)))
-    assert ("Rounding alone keeps 98.5 % of what the original knows" in warnings) == told
-    assert ("even unchanged weights do not keep 99 % there" in warnings) == told
+    assert ("Rounding alone keeps 98.5 % of what the original knows" in warnings) == warns
+    assert ("even unchanged weights do not keep 99 % there" in warnings) == warns
 
 
-@pytest.mark.parametrize(("keep", "told"), [(0.9, False), (0.95, True), (0.99, False)])
-def test_warning_names_a_smaller_file_that_more_facts_might_confirm(keep: float, told: bool) -> None:
+@pytest.mark.parametrize(("keep", "warns"), [(0.9, False), (0.95, True), (0.99, False)])
+def test_warning_names_a_smaller_file_that_more_facts_might_confirm(keep: float, warns: bool) -> None:
     search = make_search()
-    largest = max(search.tried, key=lambda each: each.bytes)
+    largest = max(search.tried, key=lambda trial: trial.bytes)
     for winner in (largest, None):
         warnings = " ".join(list_warnings(replace(search, keep=keep, winner=winner)))
-        assert ("The file of 60.0 MB kept 96.0 % (92.0 to 100 %) of the search facts." in warnings) == told
+        assert ("The file of 60.0 MB kept 96.0 % (92.0 to 100 %) of the search facts." in warnings) == warns
     assert "With more facts" not in " ".join(list_warnings(replace(search, keep=0.9)))
 
 
@@ -82,10 +82,10 @@ def test_headline_has_the_share_of_the_grading_facts() -> None:
 def test_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
     page = parse_html(render_search_html(make_size_search()))
     *_, broad = page.all("figure")
-    drawn = [text.text for text in broad.all("text")]
-    # Attention first, though the file has it last; what lies in no layer has a row of its own.
-    assert drawn[:3] == ["attn_q", "attn_a-model", "ffn_up"]
-    assert drawn[3:] == [*"layer 0|4|6|layer 1|8|2|a-model|5".split("|"), *"3 4 5 6 8 16".split()]
+    labels = [text.text for text in broad.all("text")]
+    # Attention comes first, though it is last in the file; the tensor outside any layer has its own row.
+    assert labels[:3] == ["attn_q", "attn_a-model", "ffn_up"]
+    assert labels[3:] == [*"layer 0|4|6|layer 1|8|2|a-model|5".split("|"), *"3 4 5 6 8 16".split()]
     (table,) = page.all("table")
     rows = [[cell.text for cell in row.children if not isinstance(cell, str)] for row in table.all("tr")]
     assert rows == [
@@ -108,8 +108,8 @@ def test_encoder_layers_come_before_decoder_layers() -> None:
 def test_evaluated_files_are_listed_by_size_with_their_predicted_kl() -> None:
     text = parse_html(render_search_html(make_search())).one("main").text
     table = text[text.index("Evaluated files, smallest first") :]
-    places = [table.index(f"{size}.0 MB") for size in (30, 60, 65, 80)]
-    assert places == sorted(places)
+    positions = [table.index(f"{size}.0 MB") for size in (30, 60, 65, 80)]
+    assert positions == sorted(positions)
     assert "Predicted KL, nats" in table
     assert "0.0167" in table
 

@@ -1,4 +1,4 @@
-"""Studies made by hand: each cell says which facts it answers right, all else is computed by the real code."""
+"""Studies study by hand: each cell says which facts it answers right, and the real code computes the rest."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from compressknow.pages.study.records import FailedCell, Study, StudyCell, Study
 from compressknow.study import grid
 from tests.pages.answering import COMPRESSED_HASH, make_answer, make_answers, make_entry, make_model
 
-# Parameters of BERT-base's modules, in millions (the paper's table 2).
+# Parameters of the modules of BERT-base, in millions (table 2 of the paper).
 MILLIONS = {"attention": 21, "feed-forward": 64, "overall": 86, "final": 23}
 WHOLE = 109_000_000
-# Of 50 known facts, rounding alone loses one.
+# Rounding loses one of 50 known facts.
 ROUNDING = {"n": 100, "changed": 4, "known": 50, "lost": 1, "gained": 1, "kl_mean": 0.001, "computed_in": "float32"}
 ENTRY = {"chance": None, "majority": 0.05, "noise_floor": ROUNDING}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: it answers the facts of these numbers right, of every probe."""
+    """A cell that answers the facts of these numbers right, in every probe."""
 
     scope: str
     right: Collection[int]
@@ -35,12 +35,12 @@ class Cell:
     scheme: str | None = None
     method: str | None = None
     plain: bool = True
-    recipe: Recipe | None = None  # in the place of what says it in short
+    recipe: Recipe | None = None  # built from the other fields if None
 
 
 @dataclass(frozen=True)
 class ProbeSpec:
-    """The probes: each of `n` facts, of which the original knows the first `known`, in turn of so many relations."""
+    """Probes of `n` facts, which belong to each of the relations in turn; the original knows the first `known`."""
 
     n: int = 300
     known: int = 200
@@ -59,56 +59,56 @@ def make_study(
 ) -> Study:
     spec = spec or ProbeSpec()
     original = _make_answers(spec, range(spec.known), make_model(family=family))
-    made = tuple(_make_cell(cell, spec, original, family) for cell in cells)
+    study_cells = tuple(_make_cell(cell, spec, original, family) for cell in cells)
     return Study(
         original=read_model_facts(original.record.model),
         probes=tuple(_make_probe(name, spec) for name in spec.probes),
-        cells=made,
+        cells=study_cells,
         failed=tuple(failed),
         versions=dict(original.record.versions),
         command="compressknow sweep tiny-bert -o study",
-        method=describe_method(original, [cell.comparison for cell in made]),
+        method=describe_method(original, [cell.comparison for cell in study_cells]),
     )
 
 
 def gp(scope: str, amount: float, right: Collection[int], method: str = "l1-unstructured") -> Cell:
-    """A cell that is pruned."""
+    """Return a pruned cell."""
     return Cell(scope, right, amount, None, method)
 
 
 def gq(scope: str, right: Collection[int], scheme: str = "int8-paper") -> Cell:
-    """A cell that is quantized."""
+    """Return a quantized cell."""
     return Cell(scope, right, None, scheme)
 
 
 def gpq(scope: str, amount: float, right: Collection[int], scheme: str = "int8-paper") -> Cell:
-    """A cell that is pruned and quantized."""
+    """Return a pruned and quantized cell."""
     return Cell(scope, right, amount, scheme, "l1-unstructured")
 
 
 def make_cells_of_two_methods() -> list[Cell]:
-    """Pruned by L1 attention bears more than feed-forward, by Wanda less."""
+    """Return cells in which pruning attention hurts less than feed-forward by L1, and more by Wanda."""
     right = {
         "l1-unstructured": {"attention": 190, "feed-forward": 100, "overall": 50},
         "wanda": {"attention": 100, "feed-forward": 190, "overall": 60},
     }
-    return [gp(s, a, range(k), method) for method, of in right.items() for a in (0.4, 0.5) for s, k in of.items()]
+    return [gp(s, a, range(k), m) for m, scopes in right.items() for a in (0.4, 0.5) for s, k in scopes.items()]
 
 
 def make_whole_grid(family: str = "masked", spec: ProbeSpec | None = None) -> Study:
-    """The paper's grid, in which feed-forward loses twice as fast as attention, and overall four times."""
+    """Return a study of the paper's grid: feed-forward loses twice as much as attention, overall four times."""
     spec = spec or ProbeSpec()
-    kinds = {"attention": 1, "feed-forward": 2, "overall": 4}
+    losses = {"attention": 1, "feed-forward": 2, "overall": 4}
 
-    def right(harm: float) -> range:
-        return range(max(0, round(spec.known * (1 - harm))))
+    def right(loss: float) -> range:
+        return range(max(0, round(spec.known * (1 - loss))))
 
-    cells = [gp(s, a / 10, right(k * (a / 10) ** 3)) for s, k in kinds.items() for a in range(1, 10)]
-    cells += [gq(s, right(0.05 * k)) for s, k in kinds.items()]
-    cells += [gpq(s, a / 10, right(k * (0.05 + (a / 10) ** 3))) for s, k in kinds.items() for a in (2, 4)]
+    cells = [gp(s, a / 10, right(k * (a / 10) ** 3)) for s, k in losses.items() for a in range(1, 10)]
+    cells += [gq(s, right(0.05 * k)) for s, k in losses.items()]
+    cells += [gpq(s, a / 10, right(k * (0.05 + (a / 10) ** 3))) for s, k in losses.items() for a in (2, 4)]
     if family == "seq2seq":
-        four = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
-        cells += [gpq(s, a / 10, right(0.1 * a * k / 4)) for k, s in enumerate(four, 1) for a in (2, 4)]
+        kinds = ("self-attention", "cross-attention", "encoder-attention", "decoder-attention")
+        cells += [gpq(s, a / 10, right(0.1 * a * k / 4)) for k, s in enumerate(kinds, 1) for a in (2, 4)]
     for method, k in (("l1-unstructured", 1), ("ln-structured", 3)):
         cells += [gp("final", a / 10, right(k * a / 20), method) for a in (2, 4)]
     return make_study(cells, family, spec, [FailedCell("att-95", "Att_GP 95%", "RuntimeError: out of memory")])
@@ -134,7 +134,7 @@ def _make_cell(cell: Cell, spec: ProbeSpec, original: Answers, family: str) -> S
         prune_method=cell.method or "l1-unstructured",  # type: ignore[arg-type]
         quantize=cell.scheme,  # type: ignore[arg-type]
     )
-    setup, of_grid = recipe.setup, grid.Cell("", recipe)
+    setup, grid_cell = recipe.setup, grid.Cell("", recipe)
     key = grid.name_recipe(recipe)
     in_scope = 1_000_000 * MILLIONS.get(cell.scope, 7)
     pruned, quantized = round(in_scope * (cell.amount or 0)), in_scope if cell.scheme else 0
@@ -151,17 +151,17 @@ def _make_cell(cell: Cell, spec: ProbeSpec, original: Answers, family: str) -> S
         method=cell.method,
         amount=cell.amount,
         scheme=cell.scheme,
-        pruning=of_grid.pruning,
-        quantization=of_grid.quantization,
-        settings=of_grid.settings,
-        plain=cell.plain and of_grid.plain,
+        pruning=grid_cell.pruning,
+        quantization=grid_cell.quantization,
+        settings=grid_cell.settings,
+        plain=cell.plain and grid_cell.plain,
         comparison=compare(original, _make_answers(spec, cell.right, record), show_facts=False),
         correct={probe: tuple(i in cell.right for i in range(spec.n)) for probe in spec.probes},
     )
 
 
 def make_grid_study(text: str, path: Path, right: Sequence[int]) -> Study:
-    """The cells of a grid file, written to `path`; each answers so many facts right."""
+    """Return a study of a grid, written to `path`, whose cells answer these numbers of facts right."""
     path.write_text(text, encoding="utf-8")
     cells = []
     for cell, known in zip(grid.read_grid(path), right, strict=True):
@@ -171,9 +171,9 @@ def make_grid_study(text: str, path: Path, right: Sequence[int]) -> Study:
         scheme = quantizes[0].scheme if quantizes else None
         scope = "+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope))
         cells.append(Cell(scope, range(known), amount, scheme, method, recipe=cell.recipe))
-    made = make_study(cells)
+    study = make_study(cells)
     keys = [cell.key for cell in grid.read_grid(path)]
-    return replace(made, cells=tuple(replace(c, key=key) for c, key in zip(made.cells, keys, strict=True)))
+    return replace(study, cells=tuple(replace(c, key=key) for c, key in zip(study.cells, keys, strict=True)))
 
 
 def make_empty_study() -> Study:
@@ -194,18 +194,18 @@ STUDIES = {
 }
 
 
-def replace_texts(made: Study, text: str) -> Study:
-    """The study with each of its texts replaced by `text`, numbered where they have to differ."""
-    names = {probe.name: f"{i} {text}" for i, probe in enumerate(made.probes)}
+def replace_texts(study: Study, text: str) -> Study:
+    """Return the study with each of its texts replaced by `text`, numbered if they must differ."""
+    names = {probe.name: f"{i} {text}" for i, probe in enumerate(study.probes)}
     return replace(
-        made,
-        original=replace(made.original, name=text, architecture=text, dtype=text),
-        probes=tuple(replace(probe, name=names[probe.name]) for probe in made.probes),
-        cells=tuple(_hostile_cell(cell, f"{i} {text}", names) for i, cell in enumerate(made.cells)),
-        failed=tuple(FailedCell(text, text, text) for _ in made.failed),
-        versions=dict.fromkeys(made.versions, text),
+        study,
+        original=replace(study.original, name=text, architecture=text, dtype=text),
+        probes=tuple(replace(probe, name=names[probe.name]) for probe in study.probes),
+        cells=tuple(_hostile_cell(cell, f"{i} {text}", names) for i, cell in enumerate(study.cells)),
+        failed=tuple(FailedCell(text, text, text) for _ in study.failed),
+        versions=dict.fromkeys(study.versions, text),
         command=text,
-        method=tuple(text for _ in made.method),
+        method=tuple(text for _ in study.method),
     )
 
 
@@ -220,9 +220,9 @@ def _hostile_cell(cell: StudyCell, text: str, names: dict[str, str]) -> StudyCel
     )
 
 
-def render_study_html(made: Study) -> str:
-    return render_html(make_study_page(made, draw_charts(made)))
+def render_study_html(study: Study) -> str:
+    return render_html(make_study_page(study, draw_charts(study)))
 
 
-def render_study_markdown(made: Study) -> str:
-    return render_markdown(make_study_page(made))
+def render_study_markdown(study: Study) -> str:
+    return render_markdown(make_study_page(study))

@@ -1,4 +1,4 @@
-"""A study of a user's own grid: what varies in it is a column, a chart and a comparison, whatever it is."""
+"""Studies of custom grids: each axis has a column, a chart and a conclusion."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.pages.study.studies import (
 from tests.shown import ROOT
 
 LAYERS = '[axes]\nprune = [0.2, 0.5]\nlayers = ["0-5", "6-11"]\n'
-# An axis each of all that a grid takes, the cells that it makes, and the values that stand side by side.
+# For each axis: a grid, the facts that its cells answer right, and the values to compare.
 GRIDS = {
     "layers": (LAYERS, [190, 120, 150, 40], ["0-5", "6-11"]),
     "scope": ('[axes]\nscope = ["attention", "blocks"]\nquantize = ["int8"]\n', [190, 120], ["attention", "blocks"]),
@@ -80,58 +80,58 @@ GRIDS = {
 }
 
 
-def made_of(name: str, folder: Path) -> Study:
+def make_study_of(name: str, folder: Path) -> Study:
     text, right, _ = GRIDS[name]
     return make_grid_study(text, folder / "grid.toml", right)
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_each_axis_has_a_column_a_chart_and_a_conclusion(name: str, tmp_path: Path) -> None:
-    made, values = made_of(name, tmp_path), GRIDS[name][2]
-    axis = next(each for each in made.find_axes() if each.name == name)
+    study, values = make_study_of(name, tmp_path), GRIDS[name][2]
+    axis = next(each for each in study.find_axes() if each.name == name)
     assert [list(cells) for _, cells in axis.groups] == [values] * len(axis.groups)
-    (chart,) = [chart for chart in draw_charts(made) if chart.name == axis.chart]
+    (chart,) = [chart for chart in draw_charts(study) if chart.name == axis.chart]
     assert all(value in chart.panels[0][1] for value in values)
-    (found,) = [each for each in draw_conclusions(made, evaluate_findings(made)[0]) if each.chart == axis.chart]
+    (conclusion,) = [each for each in draw_conclusions(study, evaluate_findings(study)[0]) if each.chart == axis.chart]
     best = max(values, key=lambda value: sum(cells[value].comparison.kept.value or 0 for _, cells in axis.groups))
-    assert found.answer == "holds"
-    assert f"{best} hurts least" in found.claim
-    told = {"scope": "scope", "method": "method", "quantize": "scheme"}.get(name, name)
-    rows = list(csv.DictReader(io.StringIO(to_csv(tidy_rows(made)).decode())))
-    assert len({row[told] for row in rows}) == len(values)
-    columns = build_cells_table(made).columns
+    assert conclusion.answer == "holds"
+    assert f"{best} hurts least" in conclusion.claim
+    column = {"scope": "scope", "method": "method", "quantize": "scheme"}.get(name, name)
+    rows = list(csv.DictReader(io.StringIO(to_csv(tidy_rows(study)).decode())))
+    assert len({row[column] for row in rows}) == len(values)
+    columns = build_cells_table(study).columns
     assert name in ("scope", "method", "quantize") or name.replace("_", " ").capitalize() in columns
 
 
 def test_groups_have_cells_that_differ_only_on_the_axis(tmp_path: Path) -> None:
-    made = made_of("layers", tmp_path)
-    by_layers, by_amount = {axis.name: axis for axis in made.find_axes()}["layers"], made.find_axes()[-1]
+    study = make_study_of("layers", tmp_path)
+    by_layers, by_amount = {axis.name: axis for axis in study.find_axes()}["layers"], study.find_axes()[-1]
     assert [name for name, _ in by_layers.groups] == ["20 %", "50 %"]
     assert (by_amount.name, [name for name, _ in by_amount.groups]) == ("prune", ["layers 0-5", "layers 6-11"])
-    found = {each.claim: each for each in draw_conclusions(made, evaluate_findings(made)[0])}
-    assert found["All else equal, layers 0-5 hurts least"].numbers == "kept on average: 0-5 85.0 % and 6-11 40.0 %"
-    assert found["Pruned by 50 %, layers 0-5 keeps less than 90 %"].answer == "holds"
-    assert found["Pruned by 20 %, layers 6-11 keeps less than 90 %"].answer == "holds"
+    by_claim = {each.claim: each for each in draw_conclusions(study, evaluate_findings(study)[0])}
+    assert by_claim["All else equal, layers 0-5 hurts least"].numbers == "kept on average: 0-5 85.0 % and 6-11 40.0 %"
+    assert by_claim["Pruned by 50 %, layers 0-5 keeps less than 90 %"].answer == "holds"
+    assert by_claim["Pruned by 20 %, layers 6-11 keeps less than 90 %"].answer == "holds"
 
 
 def test_group_names_omit_settings_that_only_some_methods_have(tmp_path: Path) -> None:
     grid = '[axes]\nmethod = ["l1-unstructured", "ln-structured"]\nprune = [0, 0.5]\nquantize = ["int8", "fp8"]\n'
     axes = make_grid_study(grid, tmp_path / "grid.toml", [190, 180, 150, 140, 130, 120]).find_axes()
-    (of_schemes,) = (axis for axis in axes if axis.name == "quantize")
-    assert [name for name, _ in of_schemes.groups] == ["not pruned", "l1-unstructured, 50 %", "ln-structured, 50 %"]
+    (axis,) = (axis for axis in axes if axis.name == "quantize")
+    assert [name for name, _ in axis.groups] == ["not pruned", "l1-unstructured, 50 %", "ln-structured, 50 %"]
 
 
 def test_group_without_a_setting_of_the_others_has_a_name(tmp_path: Path) -> None:
     grid = '[axes]\nlayers = ["0-5"]\nprune = [0.2, 0.5]\nquantize = ["none", "int8"]\n'
-    made = make_grid_study(grid, tmp_path / "grid.toml", [190, 180, 100, 90])
-    found = [each.claim for each in draw_conclusions(made, evaluate_findings(made)[0])]
-    assert found == [f"Pruned by 50 %, {name} keeps less than 90 %" for name in ("not quantized", "int8")]
+    study = make_grid_study(grid, tmp_path / "grid.toml", [190, 180, 100, 90])
+    claims = [each.claim for each in draw_conclusions(study, evaluate_findings(study)[0])]
+    assert claims == [f"Pruned by 50 %, {name} keeps less than 90 %" for name in ("not quantized", "int8")]
 
 
 def test_uncalibrated_cells_are_compared_with_those_of_each_text(tmp_path: Path) -> None:
     grid = '[axes]\nquantize = ["int4"]\nrounding = ["nearest", "gptq"]\ncalibration = ["self", "hf:some/set"]\n'
-    made = make_grid_study(grid, tmp_path / "grid.toml", [120, 190, 180])
-    axis = next(each for each in made.find_axes() if each.name == "rounding")
+    study = make_grid_study(grid, tmp_path / "grid.toml", [120, 190, 180])
+    axis = next(each for each in study.find_axes() if each.name == "rounding")
     assert [name for name, _ in axis.groups] == ["calibration self", "calibration hf:some/set"]
     assert [list(cells) for _, cells in axis.groups] == [["nearest", "gptq"]] * 2
 
@@ -163,10 +163,10 @@ def test_axes_outside_the_papers_figures_are_drawn(form: str, amounts: list[str]
 
 def test_group_names_differ_from_those_of_the_papers_figures(tmp_path: Path) -> None:
     grid = '[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.5, 0.9]\nquantize = ["none", "int8"]\n'
-    made = make_grid_study(grid, tmp_path / "grid.toml", [190, 188, 60, 55, 150, 148, 30, 28])
-    groups = {axis.name: [name for name, _ in axis.groups] for axis in made.find_axes()}
+    study = make_grid_study(grid, tmp_path / "grid.toml", [190, 188, 60, 55, 150, 148, 30, 28])
+    groups = {axis.name: [name for name, _ in axis.groups] for axis in study.find_axes()}
     assert groups["prune"] == ["attention, int8", "feed-forward, int8"]
-    claims = [conclusion.claim for conclusion in draw_conclusions(made, [])]
+    claims = [conclusion.claim for conclusion in draw_conclusions(study, [])]
     assert len(set(claims)) == len(claims)
 
 
@@ -174,39 +174,39 @@ def test_columns_of_settings_have_one_type(tmp_path: Path) -> None:
     grid = "".join(f"[[cells]]\n[[cells.steps]]\ndrop_blocks = {blocks}\n" for blocks in (2, '"20-23"'))
     rows = tidy_rows(make_grid_study(grid, tmp_path / "grid.toml", [190, 60]))
     assert [row["drop_blocks"] for row in rows] == ["2", "20-23"]
-    numbers = tidy_rows(made_of("calibration_tokens", tmp_path))
-    for each in (rows, numbers):
-        with pq.ParquetFile(io.BytesIO(to_parquet(each))) as file:
-            assert file.read().to_pylist() == each
+    numbers = tidy_rows(make_study_of("calibration_tokens", tmp_path))
+    for table in (rows, numbers):
+        with pq.ParquetFile(io.BytesIO(to_parquet(table))) as file:
+            assert file.read().to_pylist() == table
     assert [row["calibration_tokens"] for row in numbers] == [8192, 512]
 
 
 def test_infinite_norm_is_written_as_text(tmp_path: Path) -> None:
     grid = '[axes]\nprune = [0.5]\nmethod = ["ln-structured"]\nnorm = [1, "inf"]\n'
-    told = json.dumps(dump_study(make_grid_study(grid, tmp_path / "grid.toml", [190, 60])), allow_nan=False)
-    assert [cell["norm"] for cell in json.loads(told)["cells"]] == ["1", "inf"]
+    values = json.dumps(dump_study(make_grid_study(grid, tmp_path / "grid.toml", [190, 60])), allow_nan=False)
+    assert [cell["norm"] for cell in json.loads(values)["cells"]] == ["1", "inf"]
 
 
 def test_findings_without_cells_are_listed_on_one_line(tmp_path: Path) -> None:
-    made = made_of("layers", tmp_path)
-    page, text = parse_html(render_study_html(made)), render_study_markdown(made)
+    study = make_study_of("layers", tmp_path)
+    page, text = parse_html(render_study_html(study)), render_study_markdown(study)
     (section,) = [each for each in page.all("section") if each.attributes.get("aria-labelledby") == "findings"]
     assert [line.text for line in section.all("p")] == ["The study has no cells for the paper's findings."]
     assert not section.all("table")
     assert text.count("no cells for") == 1
-    some = parse_html(render_study_html(make_study(make_cells_of_two_methods())))
-    (section,) = [each for each in some.all("section") if each.attributes.get("aria-labelledby") == "findings"]
+    page = parse_html(render_study_html(make_study(make_cells_of_two_methods())))
+    (section,) = [each for each in page.all("section") if each.attributes.get("aria-labelledby") == "findings"]
     assert [part.attributes.get("id") for part in section.all("table")[0].all("tbody")] == ["F2", "F3", "F4", "F10"]
     assert [line.text for line in section.all("p")] == ["The study has no cells for F1, F5, F6, F7, F8 and F9."]
 
 
 def test_charts_of_a_removed_axis_are_deleted(tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
-    write_study(made_of("layers", tmp_path), tmp_path / "study")
-    assert drawn(tmp_path) == ["axis-layers.svg", "axis-prune.svg"]
-    write_study(made_of("smooth", tmp_path), tmp_path / "study")
-    assert drawn(tmp_path) == ["axis-smooth.svg"]
+    write_study(make_study_of("layers", tmp_path), tmp_path / "study")
+    assert list_figures(tmp_path) == ["axis-layers.svg", "axis-prune.svg"]
+    write_study(make_study_of("smooth", tmp_path), tmp_path / "study")
+    assert list_figures(tmp_path) == ["axis-smooth.svg"]
 
 
-def drawn(folder: Path) -> Sequence[str]:
+def list_figures(folder: Path) -> Sequence[str]:
     return sorted(path.name for path in (folder / "study" / "figures").iterdir())

@@ -1,4 +1,4 @@
-"""The paper's figures from a study's own data: which there are, what they show, and as files of their own."""
+"""The figures of the paper, drawn from a study: which there are, what they show, and standalone files."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from tests.pages.study.studies import ENTRY, ROUNDING, TASKS, ProbeSpec, gp, gq,
 TASK = {"chance": 0.5, "majority": 0.6}
 
 
-def svg_of(chart: Chart) -> str:
+def get_svg(chart: Chart) -> str:
     ((_, svg),) = chart.panels
     return svg
 
 
-def texts(svg: str) -> list[str]:
+def read_texts(svg: str) -> list[str]:
     return [element.text or "" for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
 
 
@@ -66,102 +66,99 @@ def test_charts_without_cells_are_left_out() -> None:
 
 
 def test_lines_are_described_in_words() -> None:
-    made = make_study(
-        [gp("attention", a, range(k)) for a, k in ((0.2, 150), (0.4, 100))], spec=ProbeSpec(n=200, known=200)
-    )
-    drop, kept = draw_charts(made)
-    assert "attention: 25.0 at 20 %, 50.0 at 40 %." in svg_of(drop)
-    assert "attention: 75.0 % at 20 %, 50.0 % at 40 %." in svg_of(kept)
+    cells = [gp("attention", a, range(k)) for a, k in ((0.2, 150), (0.4, 100))]
+    study = make_study(cells, spec=ProbeSpec(n=200, known=200))
+    drop, kept = draw_charts(study)
+    assert "attention: 25.0 at 20 %, 50.0 at 40 %." in get_svg(drop)
+    assert "attention: 75.0 % at 20 %, 50.0 % at 40 %." in get_svg(kept)
 
 
 def test_figures_are_means_over_the_probes() -> None:
     both = make_study([gp("attention", 0.2, range(150))], spec=ProbeSpec(n=200, known=200, probes=("a", "b")))
     one = make_study([gp("attention", 0.2, range(150))], spec=ProbeSpec(n=200, known=200))
-    first, second = (made.cells[0].comparison for made in (both, one))
+    first, second = (study.cells[0].comparison for study in (both, one))
     assert compute_mean_drop(first).value == compute_mean_drop(second).value == pytest.approx(0.25)
     assert compute_mean_kept(first).value == pytest.approx(0.75)
-    widths = [(fall.high or 0) - (fall.low or 0) for fall in (compute_mean_drop(first), compute_mean_drop(second))]
+    widths = [(drop.high or 0) - (drop.low or 0) for drop in (compute_mean_drop(first), compute_mean_drop(second))]
     assert widths[0] == pytest.approx(widths[1] / 2**0.5)
 
 
 def test_interval_of_the_accuracy_drop_is_over_relations() -> None:
-    # Of ten relations three are lost whole.
+    # Three of ten relations are lost entirely.
     cells = [(True, n % 10 > 2) for n in range(300)]
     sides = [[make_answer(n, cell[side], relation=f"r{n % 10}") for n, cell in enumerate(cells)] for side in (0, 1)]
     comparison = compare(*make_runs(sides))
-    fall, (probe,) = compute_mean_drop(comparison), comparison.probes
-    over = probe.certainty.difference
-    assert (fall.value, fall.low, fall.high) == pytest.approx((0.3, -over.high, -over.low))
-    assert over.high - over.low > 2 * (probe.difference.high - probe.difference.low)
+    drop, (probe,) = compute_mean_drop(comparison), comparison.probes
+    expected = probe.certainty.difference
+    assert (drop.value, drop.low, drop.high) == pytest.approx((0.3, -expected.high, -expected.low))
+    assert expected.high - expected.low > 2 * (probe.difference.high - probe.difference.low)
 
 
 def test_baselines_are_drawn_if_every_probe_has_them() -> None:
     tasks = make_study([], spec=ProbeSpec(n=100, known=80, probes=("a", "b"), entry=TASK))
     assert find_baselines(tasks) == pytest.approx({"majority baseline": 0.2, "guessing": 0.3})
     assert find_marks(tasks) == {"guessing": 0.5}
-    free = make_study([], spec=ProbeSpec(n=100, known=80, entry={"chance": None, "majority": 0.1}))
-    assert list(find_baselines(free)) == ["majority baseline"]
-    assert find_marks(free) == {}
-    drawn = draw_charts(
-        make_study([gp("overall", a, range(50)) for a in (0.2, 0.4)], spec=ProbeSpec(100, 80, entry=TASK))
-    )
-    assert {"majority baseline", "guessing"} <= set(texts(svg_of(drawn[0])))
+    open_answers = make_study([], spec=ProbeSpec(n=100, known=80, entry={"chance": None, "majority": 0.1}))
+    assert list(find_baselines(open_answers)) == ["majority baseline"]
+    assert find_marks(open_answers) == {}
+    cells = [gp("overall", a, range(50)) for a in (0.2, 0.4)]
+    drawn = draw_charts(make_study(cells, spec=ProbeSpec(100, 80, entry=TASK)))
+    assert {"majority baseline", "guessing"} <= set(read_texts(get_svg(drawn[0])))
 
 
 def test_chart_of_knowledge_kept_has_a_rounding_line() -> None:
     cells = [gp("attention", a, range(k)) for a, k in ((0.2, 90), (0.4, 80))]
-    made = make_study(cells, spec=ProbeSpec(n=200, known=100, entry=ENTRY))
-    drop, kept = draw_charts(made)
-    assert find_marks(made) == {"rounding alone": 0.98}
-    assert "rounding alone: 98.0 %." in svg_of(kept)
-    assert "rounding alone" in texts(svg_of(kept))
-    assert "rounding" not in svg_of(drop)
-    probes = [(lost, ProbeSpec(n=200, known=100, probes=(name,))) for name, lost in (("a", 5), ("b", 0))]
+    study = make_study(cells, spec=ProbeSpec(n=200, known=100, entry=ENTRY))
+    drop, kept = draw_charts(study)
+    assert find_marks(study) == {"rounding alone": 0.98}
+    assert "rounding alone: 98.0 %." in get_svg(kept)
+    assert "rounding alone" in read_texts(get_svg(kept))
+    assert "rounding" not in get_svg(drop)
     first, second = (
-        make_study(cells, spec=replace(spec, entry=ENTRY | {"noise_floor": ROUNDING | {"lost": lost}}))
-        for lost, spec in probes
+        make_study(cells, spec=ProbeSpec(200, 100, 1, (name,), ENTRY | {"noise_floor": ROUNDING | {"lost": lost}}))
+        for name, lost in (("a", 5), ("b", 0))
     )
-    assert find_marks(together(first, second)) == {"rounding alone": 0.95}
+    assert find_marks(join_probes(first, second)) == {"rounding alone": 0.95}
     without = make_study(cells, spec=ProbeSpec(n=200, known=100, probes=("c",), entry=ENTRY | {"noise_floor": None}))
-    assert find_marks(together(first, without)) == find_marks(without) == {}
+    assert find_marks(join_probes(first, without)) == find_marks(without) == {}
 
 
 def test_level_near_the_start_of_the_lines_is_labelled_at_their_ends() -> None:
-    falling = [Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))]
+    lines = [Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))]
     levels = {"near": 0.97, "far": 0.3}
-    root = ElementTree.fromstring(draw_lines(falling, "a", "t", start=1, levels=levels))
+    root = ElementTree.fromstring(draw_lines(lines, "a", "t", start=1, levels=levels))
     anchors = {each.text: each.get("text-anchor", "start") for each in root.iter("text")}
-    places = {each.text: float(each.get("x") or 0) for each in root.iter("text")}
+    positions = {each.text: float(each.get("x") or 0) for each in root.iter("text")}
     assert anchors["near"] == "end", root
-    assert places["near"] > places["far"]
+    assert positions["near"] > positions["far"]
 
 
 def test_lines_differ_in_color_and_dashes() -> None:
-    svg = svg_of(draw_charts(make_whole_grid())[0])
+    svg = get_svg(draw_charts(make_whole_grid())[0])
     dashed = {match.group() for match in re.finditer(r'stroke-dasharray="[^"]+"', svg)}
-    assert len(dashed) >= 3  # of three lines one is whole; the baseline is dashed too
+    assert len(dashed) >= 3  # two of the three lines, and the baseline
     assert len(set(re.findall(r'class="[^"]*s-(c\d)', svg))) == 3
 
 
 def test_lines_begin_at_the_original() -> None:
     svg = draw_lines([Line("x", ((40.0, Estimate(0.5)), (80.0, Estimate(0.2))))], "a", "t", start=1)
-    assert "100 %" in texts(svg)
+    assert "100 %" in read_texts(svg)
 
 
 def test_bars_are_grouped_and_labelled() -> None:
     chart = next(chart for chart in draw_charts(make_whole_grid()) if chart.name == "pruning-quantization")
-    shown = texts(svg_of(chart))
+    shown = read_texts(get_svg(chart))
     assert [text for text in shown if text.endswith("int8-paper")] == ["20 % and int8-paper", "40 % and int8-paper"]
     assert shown.count("attention") == 2
 
 
 def test_gains_are_drawn_as_negative_losses() -> None:
     svg = draw_bars([Bar("x", Estimate(-0.1, -0.2, 0.0))], "b", "t", high=10, unit="")
-    assert {"\N{MINUS SIGN}10.0", "\N{MINUS SIGN}20"} <= set(texts(svg))
+    assert {"\N{MINUS SIGN}10.0", "\N{MINUS SIGN}20"} <= set(read_texts(svg))
 
 
-def together(first: Study, second: Study) -> Study:
-    """The cells of both, with the probes of both."""
+def join_probes(first: Study, second: Study) -> Study:
+    """Return a study of the same cells with the probes of both."""
     cells = (
         replace(a, comparison=replace(a.comparison, probes=a.comparison.probes + b.comparison.probes))
         for a, b in zip(first.cells, second.cells, strict=True)
@@ -169,54 +166,53 @@ def together(first: Study, second: Study) -> Study:
     return replace(first, probes=first.probes + second.probes, cells=tuple(cells))
 
 
-def of_two_probes() -> Study:
+def make_study_of_two_probes() -> Study:
     specs = [ProbeSpec(n=200, known=200, probes=(name,)) for name in ("lama:trex", "lama:squad")]
     amounts = ((0.2, 150, 180), (0.4, 100, 160))
     first, second = (
         make_study([gp("attention", amount, range(right[place])) for amount, *right in amounts], spec=specs[place])
         for place in (0, 1)
     )
-    return together(first, second)
+    return join_probes(first, second)
 
 
 def test_each_probe_has_a_plot_of_its_own_figures() -> None:
-    means, _, by_probe = draw_charts(of_two_probes())
-    assert "attention: 17.5 at 20 %, 35.0 at 40 %." in svg_of(means)
+    means, _, by_probe = draw_charts(make_study_of_two_probes())
+    assert "attention: 17.5 at 20 %, 35.0 at 40 %." in get_svg(means)
     assert by_probe.name == "pruning-drop-by-probe"
     assert by_probe.title == "Accuracy lost by how much was pruned, in points, by probe (figures 20 to 22 of the paper)"
     assert [probe for probe, _ in by_probe.panels] == ["lama:trex", "lama:squad"]
-    told = ["attention: 25.0 at 20 %, 50.0 at 40 %.", "attention: 10.0 at 20 %, 20.0 at 40 %."]
-    for (probe, svg), words in zip(by_probe.panels, told, strict=True):
-        assert words in svg
+    descriptions = ["attention: 25.0 at 20 %, 50.0 at 40 %.", "attention: 10.0 at 20 %, 20.0 at 40 %."]
+    for (probe, svg), description in zip(by_probe.panels, descriptions, strict=True):
+        assert description in svg
         assert f"in points, {probe}</title>" in svg
 
 
-def ticks(svg: str) -> list[str]:
-    """What stands at an axis in points."""
-    return [text for text in texts(svg) if re.fullmatch("\N{MINUS SIGN}?[0-9]+", text)]
+def read_ticks(svg: str) -> list[str]:
+    """Return the tick labels of an axis in points."""
+    return [text for text in read_texts(svg) if re.fullmatch("\N{MINUS SIGN}?[0-9]+", text)]
 
 
 def test_plots_by_probe_share_one_scale() -> None:
-    both = of_two_probes()
+    both = make_study_of_two_probes()
     without_levels = replace(both, probes=tuple(replace(probe, majority=None) for probe in both.probes))
-    (_, much), (_, little) = draw_charts(without_levels)[-1].panels
-    assert ticks(much) == ticks(little) == ["0", "10", "20", "30", "40", "50"]
+    (_, first), (_, second) = draw_charts(without_levels)[-1].panels
+    assert read_ticks(first) == read_ticks(second) == ["0", "10", "20", "30", "40", "50"]
 
 
 def test_charts_of_the_same_quantity_share_one_scale() -> None:
-    most_is_lost = [gp("final", 0.2, range(20))]
-    cells = [gq("attention", range(195)), gq("overall", range(190)), *most_is_lost]
+    cells = [gq("attention", range(195)), gq("overall", range(190)), gp("final", 0.2, range(20))]
     charts = draw_charts(make_study(cells, spec=ProbeSpec(entry={"chance": None, "majority": None})))
     assert [chart.name for chart in charts] == ["quantization", "final-layer"]
-    first, second = (ticks(svg_of(chart)) for chart in charts)
+    first, second = (read_ticks(get_svg(chart)) for chart in charts)
     assert first == second
     assert first[-1] == "60"
 
 
 def test_close_amounts_have_fewer_tick_labels() -> None:
-    close = tuple((amount, Estimate(0.5)) for amount in (1.0, 2.0, 4.0, 50.0))
-    shown = [text for text in texts(draw_lines([Line("x", close)], "a", "t", start=0, unit="")) if text.endswith(" %")]
-    assert shown == ["0 %", "50 %"]
+    points = tuple((amount, Estimate(0.5)) for amount in (1.0, 2.0, 4.0, 50.0))
+    svg = draw_lines([Line("x", points)], "a", "t", start=0, unit="")
+    assert [text for text in read_texts(svg) if text.endswith(" %")] == ["0 %", "50 %"]
 
 
 @pytest.mark.parametrize(
@@ -244,15 +240,15 @@ def test_pruning_kinds_of_attention_is_not_a_figure_of_the_paper() -> None:
 
 
 def test_standalone_file_has_plots_by_probe_side_by_side() -> None:
-    chart = draw_charts(of_two_probes())[-1]
+    chart = draw_charts(make_study_of_two_probes())[-1]
     root = ElementTree.fromstring(
         make_standalone([*chart.panels, *chart.panels], chart.title, read_source("style.css"))
     )
     plots = [element for element in root if element.tag.endswith("svg")]
     assert [plot.get("y") == plots[0].get("y") for plot in plots] == [True, True, False, False]
     assert [plot.get("x") == plots[0].get("x") for plot in plots] == [True, False, True, False]
-    named = [(e.text, e.get("x")) for e in root if e.tag.endswith("text") and e.text in ("lama:trex", "lama:squad")]
-    assert [name for name, _ in named] == ["lama:trex", "lama:squad"] * 2
+    names = [e.text for e in root if e.tag.endswith("text") and e.text in ("lama:trex", "lama:squad")]
+    assert names == ["lama:trex", "lama:squad"] * 2
     left, top, width, height = map(float, root.get("viewBox", "").split())
     assert all(float(plot.get("x", "")) + float(plot.get("width", "")) <= width - left for plot in plots)
     assert all(float(plot.get("y", "")) + float(plot.get("height", "")) <= height - top for plot in plots)
@@ -260,12 +256,12 @@ def test_standalone_file_has_plots_by_probe_side_by_side() -> None:
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=range(len(HOSTILE_TEXTS)))
 def test_hostile_names_stay_text(text: str) -> None:
-    def drawn(name: str) -> list[str]:
+    def draw(name: str) -> list[str]:
         title, points = clean(name, 60), ((20.0, Estimate(0.5)), (40.0, Estimate(0.2)))
         line = draw_lines([Line(name, points)], "a", title, start=1, levels={name: 0.1})
         return [line, draw_bars([Bar(name, Estimate(0.5), 0, name)], "b", title)]
 
-    for shown, harmless in zip(drawn(text), drawn("harmless"), strict=True):
+    for shown, harmless in zip(draw(text), draw("harmless"), strict=True):
         tags = [[element.tag for element in ElementTree.fromstring(svg).iter()] for svg in (shown, harmless)]
         assert tags[0] == tags[1]
         file = make_standalone([(clean(text, 60), shown)], clean(text, 60), read_source("style.css"))
@@ -274,10 +270,10 @@ def test_hostile_names_stay_text(text: str) -> None:
 
 def test_standalone_figure_has_its_title_and_colours_of_both_schemes() -> None:
     chart = draw_charts(make_whole_grid())[0]
-    file = make_standalone([("", svg_of(chart))], chart.title, read_source("style.css"))
+    file = make_standalone([("", get_svg(chart))], chart.title, read_source("style.css"))
     root = ElementTree.fromstring(file.encode())
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    assert root[0].text == chart.title == " ".join(texts(file)[:2])
+    assert root[0].text == chart.title == " ".join(read_texts(file)[:2])
     (style,) = root.iter("{http://www.w3.org/2000/svg}style")
     assert style.text is not None
     assert "var(" not in style.text

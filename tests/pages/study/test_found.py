@@ -1,4 +1,4 @@
-"""What was found, a line each: the figures are those of the records, and a claim holds only where they show it."""
+"""The conclusions of a study: their figures are those of the cells, and a claim holds only if these show it."""
 
 from __future__ import annotations
 
@@ -22,78 +22,76 @@ from tests.pages.study.studies import (
 )
 
 
-def found(made: Study) -> dict[str, Conclusion]:
-    return {each.id or each.claim: each for each in draw_conclusions(made, evaluate_findings(made)[0])}
+def conclude(study: Study) -> dict[str, Conclusion]:
+    return {each.id or each.claim: each for each in draw_conclusions(study, evaluate_findings(study)[0])}
 
 
 def test_conclusions_quote_the_figures_of_the_cells() -> None:
-    said = found(make_whole_grid())
-    level = said["Pruned by 30 to 50 %, attention hurts least"]
+    conclusions = conclude(make_whole_grid())
+    level = conclusions["Pruned by 30 to 50 %, attention hurts least"]
     assert (level.answer, level.chart) == ("holds", "pruning-kept")
-    # Of 200: 187 and 175 at 40 and 50 % of attention, 174 and 150 of feed-forward, 149 and 100 of both.
+    # Attention keeps 187 and 175 of 200 facts at 40 and 50 %, feed-forward 174 and 150, overall 149 and 100.
     assert level.numbers == "kept on average: attention 90.5 %, feed-forward 81.0 % and overall 62.3 %"
-    scheme = said["Quantized by int8-paper, attention hurts least"]
+    scheme = conclusions["Quantized by int8-paper, attention hurts least"]
     assert scheme.numbers == "kept: attention 95.0 %, feed-forward 90.0 % and overall 80.0 %"
     assert scheme.answer == "holds"
-    assert said["F6"].numbers == "Att_GQ 63.3 % right, FF_GQ 60.0 %, p = 0.012"
-    # From 30 % on, but where feed-forward has nothing left either, at 80 and 90 %; less than 5 facts differ below.
-    assert said["F4"].numbers.startswith("12 of 18 comparisons as claimed, 0 against it; ")
+    assert conclusions["F6"].numbers == "Att_GQ 63.3 % right, FF_GQ 60.0 %, p = 0.012"
+    # Fewer than 5 facts differ below 30 %; at 80 and 90 %, feed-forward has nothing left either.
+    assert conclusions["F4"].numbers.startswith("12 of 18 comparisons as claimed, 0 against it; ")
 
 
 def test_no_module_is_named_if_all_keep_the_same() -> None:
-    made = make_study(
-        [gp("attention", 0.1, range(200)), gp("feed-forward", 0.1, range(200)), gp("overall", 0.1, range(200))]
-    )
-    line = found(made)["Pruned by 10 to 30 %, one module hurts least"]
+    study = make_study([gp(scope, 0.1, range(200)) for scope in ("attention", "feed-forward", "overall")])
+    line = conclude(study)["Pruned by 10 to 30 %, one module hurts least"]
     assert (line.answer, line.numbers[:20]) == ("cannot tell", "kept: overall 100 %,")
 
 
 @pytest.mark.parametrize(("right", "answer"), [(150, "holds"), (178, "cannot tell")])
 def test_cliff_holds_if_the_whole_interval_is_below(right: int, answer: str) -> None:
-    made = make_study([gp("attention", 0.1, range(200)), gp("attention", 0.3, range(right))])
-    line = found(made)["Pruned by 30 %, attention keeps less than 90 %"]
+    study = make_study([gp("attention", 0.1, range(200)), gp("attention", 0.3, range(right))])
+    line = conclude(study)["Pruned by 30 %, attention keeps less than 90 %"]
     assert line.answer == answer
     assert line.numbers.startswith(f"{right / 2:.1f} % kept; falls fastest from 10 to 30 %, by ")
 
 
 @pytest.mark.parametrize(("right", "answer"), [(199, "holds"), (182, "cannot tell")])
 def test_absence_of_a_cliff_holds_if_every_interval_is_above(right: int, answer: str) -> None:
-    made = make_study([gp("attention", 0.1, range(right)), gp("attention", 0.3, range(200))])
-    assert found(made)["Pruned by up to 30 %, attention keeps at least 90 %"].answer == answer
+    study = make_study([gp("attention", 0.1, range(right)), gp("attention", 0.3, range(200))])
+    assert conclude(study)["Pruned by up to 30 %, attention keeps at least 90 %"].answer == answer
 
 
 def test_quantized_modules_that_keep_the_same_leave_the_conclusion_open() -> None:
-    made = make_study([gq("attention", range(190)), gq("overall", range(190))])
-    (line,) = (each for each in found(made).values() if not each.id)
+    study = make_study([gq("attention", range(190)), gq("overall", range(190))])
+    (line,) = (each for each in conclude(study).values() if not each.id)
     assert (line.answer, line.numbers) == ("cannot tell", "kept: overall 95.0 % and attention 95.0 %")
 
 
 def test_claims_without_cells_are_left_out() -> None:
-    made = make_study([gp("attention", 0.2, range(150))])
-    assert list(found(made)) == ["F1"]
-    assert found(make_study([])) == {}
-    assert "F2" not in found(make_whole_grid("causal", TASKS))  # the paper says it of another family
+    study = make_study([gp("attention", 0.2, range(150))])
+    assert list(conclude(study)) == ["F1"]
+    assert conclude(make_study([])) == {}
+    assert "F2" not in conclude(make_whole_grid("causal", TASKS))  # the paper claims it only of another family
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_each_conclusion_is_next_to_its_chart(name: str) -> None:
-    made = STUDIES[name]()
-    page = parse_html(render_study_html(made))
-    drawn = {chart.name for chart in draw_charts(made)}
+    study = STUDIES[name]()
+    page = parse_html(render_study_html(study))
+    drawn = {chart.name for chart in draw_charts(study)}
     blocks = [each for each in page.all("div") if each.attributes.get("class") == "found"]
     charts = [svg.attributes["id"] for block in blocks for svg in block.all("svg")]
-    lines = draw_conclusions(made, evaluate_findings(made)[0])
+    lines = draw_conclusions(study, evaluate_findings(study)[0])
     assert charts == [each for each in dict.fromkeys(line.chart for line in lines) if each in drawn]
-    said = [each.text for block in blocks for each in block.all("li")]
-    for line, text in zip(lines, said, strict=True):
+    texts = [each.text for block in blocks for each in block.all("li")]
+    for line, text in zip(lines, texts, strict=True):
         assert text.startswith(line.answer)
         assert line.claim in text
         assert text.endswith(line.numbers)
 
 
 def test_markdown_and_terminal_have_the_same_conclusions() -> None:
-    made = make_whole_grid(spec=ProbeSpec(n=200, known=100))
-    markdown = render_study_markdown(made)
-    for line in draw_conclusions(made, evaluate_findings(made)[0]):
+    study = make_whole_grid(spec=ProbeSpec(n=200, known=100))
+    markdown = render_study_markdown(study)
+    for line in draw_conclusions(study, evaluate_findings(study)[0]):
         assert f"- **{line.answer}**: {f'{line.id} '.lstrip()}{line.claim} (" in markdown
         assert str(line).startswith(f"{line.answer}: {f'{line.id} '.lstrip()}{line.claim} (")

@@ -1,4 +1,4 @@
-"""A study's page in a real browser: quiet, asking for nothing, accessible, and never wider than the screen."""
+"""The page of a study in a real browser."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("studies")
     pages = {name: make() for name, make in STUDIES.items()}
     pages |= {f"hostile {i}": replace_texts(make_whole_grid(), HOSTILE_TEXTS[i]) for i in (6, 7)}
-    for name, made in pages.items():
-        (folder / f"{name}.html").write_text(render_study_html(made), encoding="utf-8")
+    for name, study in pages.items():
+        (folder / f"{name}.html").write_text(render_study_html(study), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in pages}
 
 
@@ -39,8 +39,8 @@ def test_all_charts_have_the_same_width(page: Page, files: dict[str, Path], name
     page.set_viewport_size({"width": width, "height": 900})
     page.goto(files[name].as_uri())
     unfold(page, 100)
-    (drawn,) = measure_chart_widths(page)
-    assert 0.95 <= drawn / WIDTH <= 1.1  # its letters are as large as they were drawn
+    (width_of_all,) = measure_chart_widths(page)
+    assert 0.95 <= width_of_all / WIDTH <= 1.1  # letters are as large as drawn
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("masked", "light"), ("seq2seq", "dark"), ("empty", "light")])

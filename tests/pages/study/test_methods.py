@@ -1,8 +1,9 @@
-"""Findings by method: the same tests, of each method's own cells."""
+"""Findings by pruning method and by quantization scheme."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from compressknow.pages.study.charts import draw_by_method, draw_charts
@@ -28,17 +29,17 @@ L1, WANDA = "l1-unstructured", "wanda"
 
 
 def test_findings_of_each_method_use_its_own_cells() -> None:
-    made = make_study(make_cells_of_two_methods())
-    found = evaluate_findings(made)[1]
-    assert list(found) == [("pruning", L1), ("pruning", WANDA)]
-    assert list_ids(found.values()) == ["F2", "F4"]
-    assert [of["F2"].answer for of in found.values()] == ["holds", "does not hold"]
-    assert [of["F4"].answer for of in found.values()] == ["holds", "holds"]
-    # The paper's findings are of its own method, with the same figures.
-    (f2,) = (finding for finding in evaluate_findings(made)[0] if finding.id == "F2")
-    assert f2.comparisons == found["pruning", L1]["F2"].comparisons
-    of_wanda = found["pruning", WANDA].values()
-    assert {pair.less for f in of_wanda for pair in f.comparisons} <= {c.key for c in made.cells}
+    study = make_study(make_cells_of_two_methods())
+    by_method = evaluate_findings(study)[1]
+    assert list(by_method) == [("pruning", L1), ("pruning", WANDA)]
+    assert list_ids(by_method.values()) == ["F2", "F4"]
+    assert [findings["F2"].answer for findings in by_method.values()] == ["holds", "does not hold"]
+    assert [findings["F4"].answer for findings in by_method.values()] == ["holds", "holds"]
+    # The findings of the paper use its own method, with the same figures.
+    (f2,) = (finding for finding in evaluate_findings(study)[0] if finding.id == "F2")
+    assert f2.comparisons == by_method["pruning", L1]["F2"].comparisons
+    of_wanda = by_method["pruning", WANDA].values()
+    assert {pair.less for f in of_wanda for pair in f.comparisons} <= {c.key for c in study.cells}
 
 
 def test_findings_that_change_with_the_method_are_named() -> None:
@@ -53,36 +54,36 @@ def test_findings_that_change_with_the_method_are_named() -> None:
 
 def test_findings_that_change_with_the_scheme_are_named() -> None:
     cells = [gq(ATT, GOOD, "int8"), gq(FF, BAD, "int8"), gq(ATT, BAD, "int4"), gq(FF, GOOD, "int4")]
-    found = evaluate_findings(make_study(cells))[1]
-    assert {of: findings["F6"].answer for of, findings in found.items()} == {
+    by_scheme = evaluate_findings(make_study(cells))[1]
+    assert {scheme: findings["F6"].answer for scheme, findings in by_scheme.items()} == {
         ("quantization", "int8"): "holds",
         ("quantization", "int4"): "does not hold",
     }
-    assert "F6 changes with the scheme" in describe_changes(found)[0]
+    assert "F6 changes with the scheme" in describe_changes(by_scheme)[0]
 
 
 def test_study_of_one_method_has_no_findings_by_method() -> None:
-    made = make_whole_grid()
-    assert evaluate_findings(made)[1] == {}
+    study = make_whole_grid()
+    assert evaluate_findings(study)[1] == {}
     assert describe_changes({}) == []
-    assert "The findings by method" not in render_study_html(made)
-    assert dump_study(made)["findings_by_method"] == {}
+    assert "The findings by method" not in render_study_html(study)
+    assert dump_study(study)["findings_by_method"] == {}
 
 
 def test_all_formats_have_the_findings_by_method() -> None:
-    made = make_study(make_cells_of_two_methods())
-    html, text, values = render_study_html(made), render_study_markdown(made), dump_study(made)
+    study = make_study(make_cells_of_two_methods())
+    html, text, values = render_study_html(study), render_study_markdown(study), dump_study(study)
     for page in (html, text):
         assert "F2 changes with the method that prunes" in page
         assert "The findings by method" in page
     assert "| wanda | prunes | does not hold | holds |" in text
     by_name = json.loads(json.dumps(values, allow_nan=False))["findings_by_method"]["pruning"]
-    assert {name: {id: f["answer"] for id, f in of.items()} for name, of in by_name.items()} == {
+    assert {name: {id: f["answer"] for id, f in findings.items()} for name, findings in by_name.items()} == {
         L1: {"F2": "holds", "F4": "holds"},
         WANDA: {"F2": "does not hold", "F4": "holds"},
     }
     assert by_name[WANDA]["F2"]["comparisons"]
-    assert values["changes"] == describe_changes(evaluate_findings(made)[1])
+    assert values["changes"] == describe_changes(evaluate_findings(study)[1])
 
 
 def test_each_scope_has_a_chart_with_a_line_for_each_method() -> None:
@@ -95,22 +96,23 @@ def test_each_scope_has_a_chart_with_a_line_for_each_method() -> None:
 
 
 def test_best_pruning_method_is_named_for_each_module() -> None:
-    made = make_study([*make_cells_of_two_methods(), gp(FF, 0.3, BAD, L1), gp(FF, 0.6, GOOD, WANDA)])
-    said = {each.claim: each for each in draw_conclusions(made, evaluate_findings(made)[0]) if "With" in each.claim}
-    # Ten facts of 200 are kept by Wanda alone of everything pruned, and none by L1 alone.
-    everything = said["With everything pruned by 40 to 50 %, wanda hurts least"]
+    study = make_study([*make_cells_of_two_methods(), gp(FF, 0.3, BAD, L1), gp(FF, 0.6, GOOD, WANDA)])
+    conclusions = draw_conclusions(study, evaluate_findings(study)[0])
+    by_claim = {each.claim: each for each in conclusions if "With" in each.claim}
+    # With everything pruned, Wanda keeps ten of 200 facts that L1 loses, and L1 none that Wanda loses.
+    everything = by_claim["With everything pruned by 40 to 50 %, wanda hurts least"]
     assert (everything.answer, everything.chart) == ("holds", "methods-overall")
     assert everything.numbers == "kept on average: wanda 30.0 % and L1-unstructured 25.0 %"
-    assert said["With attention pruned by 40 to 50 %, L1-unstructured hurts least"].answer == "holds"
-    assert said["With feed-forward pruned by 40 to 50 %, wanda hurts least"].answer == "holds"
-    assert len(said) == 3
-    assert write_verdict(made).endswith(
+    assert by_claim["With attention pruned by 40 to 50 %, L1-unstructured hurts least"].answer == "holds"
+    assert by_claim["With feed-forward pruned by 40 to 50 %, wanda hurts least"].answer == "holds"
+    assert len(by_claim) == 3
+    assert write_verdict(study).endswith(
         "of the methods that prune, wanda hurts least (everything and feed-forward) and L1-unstructured hurts least "
         "(attention)."
     )
-    # What orders modules is the paper's method alone.
-    assert write_verdict(made).startswith("tiny-bert, with L1-unstructured: pruned by 30 to 50 %, attention")
-    claims = [each.claim for each in draw_conclusions(made, evaluate_findings(made)[0])]
+    # Modules are ranked only by the method of the paper.
+    assert write_verdict(study).startswith("tiny-bert, with L1-unstructured: pruned by 30 to 50 %, attention")
+    claims = [each.claim for each in conclusions]
     assert "Pruned by 30 to 50 % (L1-unstructured), attention hurts least" in claims
     assert "Pruned by 40 % (L1-unstructured), overall keeps less than 90 %" in claims
     alike = make_study([gp(ALL, 0.5, GOOD, method) for method in (L1, WANDA)])
@@ -121,28 +123,28 @@ def test_best_pruning_method_is_named_for_each_module() -> None:
 
 
 def test_worst_method_is_named_if_the_best_two_are_alike() -> None:
-    right = {L1: range(50), WANDA: range(150), "sparsegpt": range(2, 152)}
-    made = make_study([gp(ALL, 0.5, of, method) for method, of in right.items()])
-    (least,) = rank_cells(made)["methods"]
-    assert (least.clear, least.clear_worst, list(least.kept)[-1]) == (False, True, "L1-unstructured")
-    line = next(each for each in draw_conclusions(made, evaluate_findings(made)[0]) if "With" in each.claim)
+    cells = {L1: range(50), WANDA: range(150), "sparsegpt": range(2, 152)}
+    study = make_study([gp(ALL, 0.5, right, method) for method, right in cells.items()])
+    (ranking,) = rank_cells(study)["methods"]
+    assert (ranking.clear, ranking.clear_worst, list(ranking.kept)[-1]) == (False, True, "L1-unstructured")
+    line = next(each for each in draw_conclusions(study, evaluate_findings(study)[0]) if "With" in each.claim)
     assert (line.answer, line.claim) == ("holds", "With everything pruned by 50 %, L1-unstructured hurts most")
-    assert "of the methods that prune, L1-unstructured hurts most (everything)" in write_verdict(made)
+    assert "of the methods that prune, L1-unstructured hurts most (everything)" in write_verdict(study)
 
 
 def test_methods_that_prune_by_different_amounts_are_not_compared() -> None:
-    made = make_study([gp(ATT, 0.4, GOOD, L1), gp(ATT, 0.5, BAD, WANDA)])
-    assert rank_cells(made)["methods"] == ()
-    assert "methods" not in write_verdict(made)
+    study = make_study([gp(ATT, 0.4, GOOD, L1), gp(ATT, 0.5, BAD, WANDA)])
+    assert rank_cells(study)["methods"] == ()
+    assert "methods" not in write_verdict(study)
 
 
 def test_one_amount_has_a_bar_for_each_method() -> None:
-    made = make_study([gp(scope, 0.5, right, m) for scope in (ATT, ALL) for m, right in ((L1, BAD), (WANDA, GOOD))])
-    (chart,) = (chart for chart in draw_charts(made) if chart.name.startswith("methods"))
+    study = make_study([gp(scope, 0.5, right, m) for scope in (ATT, ALL) for m, right in ((L1, BAD), (WANDA, GOOD))])
+    (chart,) = (chart for chart in draw_charts(study) if chart.name.startswith("methods"))
     assert chart.name == "methods-pruned"
     for text in ("overall 50 %", "attention 50 %", "L1-unstructured", "wanda"):
         assert text in chart.panels[0][1]
-    assert {each.chart for each in draw_conclusions(made, evaluate_findings(made)[0]) if "With" in each.claim} == {
+    assert {each.chart for each in draw_conclusions(study, evaluate_findings(study)[0]) if "With" in each.claim} == {
         "methods-pruned"
     }
 
@@ -154,21 +156,17 @@ def test_pruned_and_quantized_cells_have_a_bar_for_each_method() -> None:
 
 
 def test_refused_cells_are_listed_apart_from_failed_ones() -> None:
-    from dataclasses import replace
-
-    made = replace(
-        make_study(make_cells_of_two_methods()),
-        refused=(FailedCell("att-gq", "Att_GQ smooth 0.5", "no norm can take it"),),
-    )
-    assert [row["error"] for row in tidy_rows(made) if row["status"] == "refused"] == ["no norm can take it"]
-    for page in (render_study_html(made), render_study_markdown(made)):
+    refused = FailedCell("att-gq", "Att_GQ smooth 0.5", "no norm can take it")
+    study = replace(make_study(make_cells_of_two_methods()), refused=(refused,))
+    assert [row["error"] for row in tidy_rows(study) if row["status"] == "refused"] == ["no norm can take it"]
+    for page in (render_study_html(study), render_study_markdown(study)):
         assert "Cells that this model cannot have" in page
         assert "Cells that failed" not in page
 
 
 def test_each_seed_counts_as_a_method(tmp_path: Path) -> None:
     axes = 'scope = ["attention"]\nmethod = ["random-unstructured"]\nprune = [0.2, 0.4]\nseed = [0, 1]'
-    made = make_grid_study(f"[axes]\n{axes}\n", tmp_path / "grid.toml", [190, 180, 120, 100])
-    lines = {line.scope: [round(y.value, 2) for _, y in line.points] for line in draw_by_method(made, ATT)}
+    study = make_grid_study(f"[axes]\n{axes}\n", tmp_path / "grid.toml", [190, 180, 120, 100])
+    lines = {line.scope: [round(y.value, 2) for _, y in line.points] for line in draw_by_method(study, ATT)}
     assert lines == {"random-unstructured": [0.95, 0.6], "random-unstructured seed 1": [0.9, 0.5]}
-    assert [row["pruning"] for row in tidy_rows(made)] == [*lines, *lines]
+    assert [row["pruning"] for row in tidy_rows(study)] == [*lines, *lines]

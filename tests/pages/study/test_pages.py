@@ -1,4 +1,4 @@
-"""A study's page, Markdown and JSON: they say what the study says, and no text can break out of them."""
+"""A study as a page, Markdown and JSON: what they show, and that no text can break out of them."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from tests.pages.study.studies import (
 FILES = {"study.html", "study.md", "study.json", "cells.csv", "cells.parquet"}
 
 
-def with_class(page: Element, name: str) -> list[Element]:
+def find_by_class(page: Element, name: str) -> list[Element]:
     return [element for element in page.all() if name in element.attributes.get("class", "").split()]
 
 
 @pytest.mark.parametrize("name", one_in(2, STUDIES))
 def test_same_study_gives_the_same_bytes(name: str) -> None:
-    made = STUDIES[name]()
-    assert render_study_html(made) == render_study_html(STUDIES[name]())
-    assert render_study_markdown(made) == render_study_markdown(STUDIES[name]())
-    assert json.dumps(dump_study(made)) == json.dumps(dump_study(STUDIES[name]()))
+    study = STUDIES[name]()
+    assert render_study_html(study) == render_study_html(STUDIES[name]())
+    assert render_study_markdown(study) == render_study_markdown(STUDIES[name]())
+    assert json.dumps(dump_study(study)) == json.dumps(dump_study(STUDIES[name]()))
 
 
 def test_str_of_a_study_counts_its_cells() -> None:
@@ -54,15 +54,15 @@ def test_str_of_a_study_counts_its_cells() -> None:
 def test_page_starts_with_the_knowledge_kept_and_the_verdict() -> None:
     page = parse_html(render_study_html(make_whole_grid()))
     assert page.one("h1").text == "40 compressed forms keep 0 to 100 % of the knowledge"
-    (verdict,) = with_class(page, "verdict")
+    (verdict,) = find_by_class(page, "verdict")
     assert verdict.text.startswith("tiny-bert: pruned by 10 to 30 %, no module clearly hurts least; ")
 
 
 def test_findings_table_has_ten_findings_with_their_answers() -> None:
-    made = make_whole_grid()
-    (table,) = with_class(parse_html(render_study_html(made)), "findings")
+    study = make_whole_grid()
+    (table,) = find_by_class(parse_html(render_study_html(study)), "findings")
     rows = [body.all("tr") for body in table.all("tbody")]
-    assert [first.one("td").text for first, _ in rows] == [finding.answer for finding in evaluate_findings(made)[0]]
+    assert [first.one("td").text for first, _ in rows] == [finding.answer for finding in evaluate_findings(study)[0]]
     assert rows[1][0].one("th").text.startswith("F2 Pruned by 30 to 50 %, attention hurts less than feed-forward")
     compared = "Att_GP 40% answers 187 of 300 right, FF_GP 40% 174: 13 only the first, 0 only the second (p = 0.0022)."
     assert compared in rows[1][1].text
@@ -73,53 +73,54 @@ def test_page_has_no_urls() -> None:
     assert re.findall(r"https?://[^\"'< ]+", html) == []
 
 
-def kinds_of(markdown: str) -> list[tuple[str, str]]:
+def list_token_types(markdown: str) -> list[tuple[str, str]]:
     return [(token.type, token.tag) for token in MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)]
 
 
 @cache
-def harmless() -> tuple[list[tuple[str, tuple[str, ...]]], list[tuple[str, str]]]:
-    """The shapes of page and Markdown where no text is hostile."""
+def read_harmless_shapes() -> tuple[list[tuple[str, tuple[str, ...]]], list[tuple[str, str]]]:
+    """Return the structures of the page and the Markdown of a study with harmless texts."""
     page = parse_html(render_study_html(replace_texts(make_whole_grid(spec=TASKS), "harmless")))
-    return page.shape, kinds_of(render_study_markdown(replace_texts(make_whole_grid(), "harmless")))
+    return page.shape, list_token_types(render_study_markdown(replace_texts(make_whole_grid(), "harmless")))
 
 
 @pytest.mark.parametrize("text", one_in(4, HOSTILE_TEXTS))
 def test_hostile_text_stays_text(text: str) -> None:
     html = render_study_html(replace_texts(make_whole_grid(spec=TASKS), text))
     page = parse_html(html)
-    assert page.shape == harmless()[0]
+    assert page.shape == read_harmless_shapes()[0]
     assert clean(text, 60)[:30] in page.one("main").text
     html.encode("utf-8")
 
 
 @pytest.mark.parametrize("text", one_in(4, HOSTILE_TEXTS))
 def test_hostile_text_stays_text_in_markdown_and_json(text: str, tmp_path: Path) -> None:
-    made = replace_texts(make_whole_grid(), text)
-    assert kinds_of(render_study_markdown(made)) == harmless()[1]
-    write_study(made, tmp_path)
+    study = replace_texts(make_whole_grid(), text)
+    assert list_token_types(render_study_markdown(study)) == read_harmless_shapes()[1]
+    write_study(study, tmp_path)
     assert json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))["original"]["name"] == text
 
 
 def test_markdown_has_the_content_of_the_page() -> None:
-    made = make_whole_grid("causal", TASKS)
-    root = parse_html(MarkdownIt("gfm-like", {"linkify": False, "xhtmlOut": False}).render(render_study_markdown(made)))
-    page = parse_html(render_study_html(made))
+    study = make_whole_grid("causal", TASKS)
+    parser = MarkdownIt("gfm-like", {"linkify": False, "xhtmlOut": False})
+    root = parse_html(parser.render(render_study_markdown(study)))
+    page = parse_html(render_study_html(study))
     assert root.one("h1").text == page.one("h1").text
     answers = [[cell.text for cell in row.all("td")][2] for row in root.all("table")[0].all("tr")[1:]]
-    assert answers == [finding.answer for finding in evaluate_findings(made)[0]]
+    assert answers == [finding.answer for finding in evaluate_findings(study)[0]]
     cells = root.all("table")[-1]
-    assert len(cells.all("tr")) == 2 + len(made.cells)
-    assert with_class(page, "verdict")[0].text in root.text
+    assert len(cells.all("tr")) == 2 + len(study.cells)
+    assert find_by_class(page, "verdict")[0].text in root.text
 
 
 def test_json_has_findings_cells_probes_and_cliffs() -> None:
-    made = make_whole_grid("seq2seq", TASKS)
-    found = json.loads(json.dumps(dump_study(made), allow_nan=False))
-    assert found["schema"] == 1
-    assert list(found["findings"]) == [f"F{i}" for i in range(1, 11)]
-    assert len(found["cells"]) == 2 * (len(made.cells) + len(made.failed))
-    assert found["probes"]["lm-eval:boolq"] == {
+    study = make_whole_grid("seq2seq", TASKS)
+    values = json.loads(json.dumps(dump_study(study), allow_nan=False))
+    assert values["schema"] == 1
+    assert list(values["findings"]) == [f"F{i}" for i in range(1, 11)]
+    assert len(values["cells"]) == 2 * (len(study.cells) + len(study.failed))
+    assert values["probes"]["lm-eval:boolq"] == {
         "n": 100,
         "average": "micro",
         "accuracy": 0.8,
@@ -130,8 +131,8 @@ def test_json_has_findings_cells_probes_and_cliffs() -> None:
         "limit": None,
         "seed": 0,
     }
-    assert [cliff["module"] for cliff in found["cliffs"]] == ["overall", "attention", "feed-forward"]
-    comparison = found["findings"]["F4"]["comparisons"][0]
+    assert [cliff["module"] for cliff in values["cliffs"]] == ["overall", "attention", "feed-forward"]
+    comparison = values["findings"]["F4"]["comparisons"][0]
     assert comparison["n"] == 200
     assert comparison["both"] + comparison["only_less"] + comparison["only_more"] + comparison["neither"] == 200
 
@@ -156,7 +157,7 @@ def test_folder_has_every_file_and_no_other(tmp_path: Path) -> None:
 def test_charts_by_probe_are_folded() -> None:
     page = parse_html(render_study_html(make_whole_grid("seq2seq", TASKS)))
     (section,) = [each for each in page.all("section") if each.attributes.get("aria-labelledby") == "charts"]
-    figures = with_class(section.one("details"), "panels")
+    figures = find_by_class(section.one("details"), "panels")
     assert len(figures) == 5
     for figure in figures:
         first, *names = [caption.text for caption in figure.all("figcaption")]
@@ -167,53 +168,53 @@ def test_charts_by_probe_are_folded() -> None:
 
 def test_writing_again_replaces_the_files(tmp_path: Path) -> None:
     write_study(make_whole_grid(spec=TASKS), tmp_path)
-    (tmp_path / "figures" / "mine.svg").write_text("mine", encoding="utf-8")
+    (tmp_path / "figures" / "other.svg").write_text("other", encoding="utf-8")
     smaller = make_study([gp("attention", 0.2, range(150))])
     write_study(smaller, tmp_path)
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.svg"]
-    assert not is_chart("mine")
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["other.svg"]
+    assert not is_chart("other")
     assert (tmp_path / "study.html").read_text(encoding="utf-8") == render_study_html(smaller)
 
 
 def test_common_warnings_are_shown_once_and_failures_first() -> None:
     page = parse_html(render_study_html(make_whole_grid(spec=ProbeSpec(n=60, known=20))))
-    (note,) = with_class(page, "warnings")
-    said = [item.text for item in note.all("li")]
-    assert said[0] == "1 of 41 cells failed; the reasons are below."
-    assert len(said) == len(set(said)) > 1
+    (note,) = find_by_class(page, "warnings")
+    warnings = [item.text for item in note.all("li")]
+    assert warnings[0] == "1 of 41 cells failed; the reasons are below."
+    assert len(warnings) == len(set(warnings)) > 1
     assert "RuntimeError: out of memory" in page.one("main").text
 
 
 def test_warnings_of_single_cells_name_the_cells() -> None:
-    made = make_whole_grid()
-    cells = list(made.cells)
+    study = make_whole_grid()
+    cells = list(study.cells)
     for i in (1, 3):
         cells[i] = replace(cells[i], comparison=replace(cells[i].comparison, warnings=("It broke.",)))
-    page = parse_html(render_study_html(replace(made, cells=tuple(cells))))
+    page = parse_html(render_study_html(replace(study, cells=tuple(cells))))
     (entry,) = [each for each in page.all("div") if "It broke." in each.text and not each.all("div")]
     assert (entry.one("dt").text, entry.one("dd").text) == ("Att_GP 20%, Att_GP 40%", "It broke.")
-    assert "It broke." not in "".join(note.text for note in with_class(page, "warnings"))
+    assert "It broke." not in "".join(note.text for note in find_by_class(page, "warnings"))
 
 
 def test_study_does_not_warn_of_grades() -> None:
-    made = make_study([gp("attention", 0.2, range(10))], spec=ProbeSpec(n=30, known=15))
-    assert any("Grades that rest" in warning for warning in made.cells[0].comparison.warnings)
-    text = render_study_markdown(made)
+    study = make_study([gp("attention", 0.2, range(10))], spec=ProbeSpec(n=30, known=15))
+    assert any("Grades that rest" in warning for warning in study.cells[0].comparison.warnings)
+    text = render_study_markdown(study)
     assert "The original knew only 15 facts" in text
     assert "Grades that rest" not in text
 
 
 def test_study_of_several_probes_explains_how_charts_and_findings_count() -> None:
-    says = "They count the facts of all probes together; charts show means over the probes."
-    assert says in render_study_markdown(STUDIES["seq2seq"]())
-    assert says not in render_study_markdown(STUDIES["one"]())
+    note = "They count the facts of all probes together; charts show means over the probes."
+    assert note in render_study_markdown(STUDIES["seq2seq"]())
+    assert note not in render_study_markdown(STUDIES["one"]())
 
 
 def test_empty_study_is_rendered() -> None:
     page = parse_html(render_study_html(make_empty_study()))
     assert page.one("h1").text == "No cell could be evaluated"
-    forgot = make_study([gp("attention", 0.2, ())], spec=ProbeSpec(known=0))
-    assert parse_html(render_study_html(forgot)).one("h1").text == "There was no knowledge to keep"
+    nothing_known = make_study([gp("attention", 0.2, ())], spec=ProbeSpec(known=0))
+    assert parse_html(render_study_html(nothing_known)).one("h1").text == "There was no knowledge to keep"
     assert "None" not in page.one("main").text
     assert "nan" not in page.one("main").text
-    assert not with_class(page, "chart")
+    assert not find_by_class(page, "chart")

@@ -1,4 +1,4 @@
-"""The paper's tables in its layout, and the tidy table: one row a cell and probe."""
+"""The tables of the paper in its layout, the table of cells, and the tidy table."""
 
 from __future__ import annotations
 
@@ -36,61 +36,50 @@ TASKS = ProbeSpec(n=100, known=80, probes=("lm-eval:boolq", "lm-eval:piqa"), ent
 
 def test_paper_table_has_the_columns_of_the_paper() -> None:
     (table,) = build_paper_tables(make_whole_grid())
-    assert table.columns == (
-        "Model",
-        "Dataset",
-        "Baseline",
-        "Overall_GQ",
-        "Att_GQ",
-        "FF_GQ",
-        "Overall_GPQ 20%",
-        "Overall_GPQ 40%",
-        "Att_GPQ 20%",
-        "Att_GPQ 40%",
-        "FF_GPQ 20%",
-        "FF_GPQ 40%",
-    )
+    both = [f"{scope}_GPQ {amount}%" for scope in ("Overall", "Att", "FF") for amount in (20, 40)]
+    assert table.columns == ("Model", "Dataset", "Baseline", "Overall_GQ", "Att_GQ", "FF_GQ", *both)
 
 
 def test_table_3_gives_encoder_only_models_in_percent() -> None:
-    made = make_study([gq("attention", range(60)), gpq("feed-forward", 0.4, range(31))], spec=ProbeSpec(n=90, known=70))
-    (table,) = build_paper_tables(made)
+    cells = [gq("attention", range(60)), gpq("feed-forward", 0.4, range(31))]
+    study = make_study(cells, spec=ProbeSpec(n=90, known=70))
+    (table,) = build_paper_tables(study)
     assert table.caption == "Table 3 (encoder-only), int8-paper, accuracy in %"
     dashes = ("-",) * 5
     assert table.rows == (("tiny-bert", "lama:trex", "77.778", "-", "66.667", "-", *dashes, "34.444"),)
-    assert "Majority baselines in %: lama:trex 5.000." in render_study_markdown(made)
+    assert "Majority baselines in %: lama:trex 5.000." in render_study_markdown(study)
 
 
 @pytest.mark.parametrize(("family", "place"), [("causal", 4), ("seq2seq", 5)])
 def test_tables_of_other_models_give_shares_per_data_set(family: str, place: int) -> None:
-    made = make_study([gq("overall", range(53)), gpq("attention", 0.2, range(75))], family, TASKS)
-    (table,) = build_paper_tables(made)
+    study = make_study([gq("overall", range(53)), gpq("attention", 0.2, range(75))], family, TASKS)
+    (table,) = build_paper_tables(study)
     assert f"Table {place} " in table.caption
     assert [row[:4] for row in table.rows] == [
         ("tiny-bert", "lm-eval:boolq", "0.8000", "0.5300"),
         ("tiny-bert", "lm-eval:piqa", "0.8000", "0.5300"),
     ]
     assert [row[8] for row in table.rows] == ["0.7500", "0.7500"]
-    assert "Majority baselines: lm-eval:boolq 0.6210, lm-eval:piqa 0.6210." in render_study_markdown(made)
+    assert "Majority baselines: lm-eval:boolq 0.6210, lm-eval:piqa 0.6210." in render_study_markdown(study)
 
 
 def test_each_scheme_has_its_own_table() -> None:
-    made = make_study([gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")])
-    assert [table.rows[0][4] for table in build_paper_tables(made)] == ["50.000", "40.000"]
+    study = make_study([gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")])
+    assert [table.rows[0][4] for table in build_paper_tables(study)] == ["50.000", "40.000"]
     assert build_paper_tables(make_study([gp("attention", 0.2, range(9))])) == ()
 
 
 def test_cells_table_has_the_original_on_top_and_every_cell() -> None:
-    made = make_whole_grid()
-    table = build_cells_table(made)
+    study = make_whole_grid()
+    table = build_cells_table(study)
     assert table.rows[0][:3] == ("original", "", "66.7 %")
-    assert [row[0] for row in table.rows[1:]] == [cell.setup for cell in made.cells]
+    assert [row[0] for row in table.rows[1:]] == [cell.setup for cell in study.cells]
     assert {len(row) for row in table.rows} == {len(table.columns)}
-    att_40 = next(row for row in table.rows if row[0] == "Att_GP 40%")
-    assert att_40[1].startswith("93.5 % (")
-    assert att_40[4:] == ("8.4", "-", "436.0 MB", "416.0 MB")
-    few = [gp("attention", amount, range(150)) for amount in (0.002, 0.0028)]
-    assert [row[4] for row in build_cells_table(make_study(few)).rows[1:]] == ["0.042", "0.059"]
+    row = next(row for row in table.rows if row[0] == "Att_GP 40%")
+    assert row[1].startswith("93.5 % (")
+    assert row[4:] == ("8.4", "-", "436.0 MB", "416.0 MB")
+    cells = [gp("attention", amount, range(150)) for amount in (0.002, 0.0028)]
+    assert [row[4] for row in build_cells_table(make_study(cells)).rows[1:]] == ["0.042", "0.059"]
 
 
 def test_cells_of_the_same_setup_have_different_names() -> None:
@@ -100,7 +89,7 @@ def test_cells_of_the_same_setup_have_different_names() -> None:
 
 
 def test_cell_is_shown_with_its_name_in_the_grid(tmp_path: Path) -> None:
-    cells = """
+    grid = """
         [[cells]]
         name = "My favourite"
         scope = "attention"
@@ -109,40 +98,40 @@ def test_cell_is_shown_with_its_name_in_the_grid(tmp_path: Path) -> None:
         scope = "feed-forward"
         prune = 0.5
     """
-    rows = build_cells_table(make_grid_study(cells, tmp_path / "grid.toml", [150, 120])).rows
+    rows = build_cells_table(make_grid_study(grid, tmp_path / "grid.toml", [150, 120])).rows
     assert [row[0] for row in rows] == ["original", "Att_GP 50% [my-favourite]", "FF_GP 50%"]
 
 
 def test_tables_have_every_comparison_and_bound_of_the_findings() -> None:
-    made = make_whole_grid()
-    found = evaluate_findings(made)[0]
-    behind, figures = build_comparisons_table(made, found), build_bounds_table(made, found)
-    assert behind is not None
-    assert figures is not None
-    assert len(behind.rows) == sum(len(finding.comparisons) for finding in found)
-    assert behind.rows[0][0] == "F2 Att_GP 40% / FF_GP 40%"
-    assert len(figures.rows) == sum(len(finding.bounds) for finding in found)
-    nothing = make_study([])
-    assert build_comparisons_table(nothing, evaluate_findings(nothing)[0]) is None
+    study = make_whole_grid()
+    findings = evaluate_findings(study)[0]
+    comparisons, bounds = build_comparisons_table(study, findings), build_bounds_table(study, findings)
+    assert comparisons is not None
+    assert bounds is not None
+    assert len(comparisons.rows) == sum(len(finding.comparisons) for finding in findings)
+    assert comparisons.rows[0][0] == "F2 Att_GP 40% / FF_GP 40%"
+    assert len(bounds.rows) == sum(len(finding.bounds) for finding in findings)
+    empty = make_study([])
+    assert build_comparisons_table(empty, evaluate_findings(empty)[0]) is None
 
 
 def test_failed_cells_are_listed_with_their_errors() -> None:
-    made = make_study([], failed=[FailedCell("att-95", "Att_GP 95%", "RuntimeError:\nout of memory")])
-    page = render_study_markdown(made)
-    assert all(part in page for part in ("Att\\_GP 95%", "att-95", "RuntimeError: out of memory"))
+    study = make_study([], failed=[FailedCell("att-95", "Att_GP 95%", "RuntimeError:\nout of memory")])
+    page = render_study_markdown(study)
+    assert all(text in page for text in ("Att\\_GP 95%", "att-95", "RuntimeError: out of memory"))
     assert "Cells that failed" not in render_study_markdown(make_study([]))
 
 
 def test_tidy_table_has_one_row_per_cell_and_probe() -> None:
-    made = make_study([gp("attention", 0.4, {*range(70), 90}), gq("overall", range(40))], "causal", TASKS)
-    rows = tidy_rows(made)
+    study = make_study([gp("attention", 0.4, {*range(70), 90}), gq("overall", range(40))], "causal", TASKS)
+    rows = tidy_rows(study)
     assert [(row["key"], row["probe"]) for row in rows] == [
         ("att-gp-40", "lm-eval:boolq"),
         ("att-gp-40", "lm-eval:piqa"),
         ("overall-gq-int8-paper", "lm-eval:boolq"),
         ("overall-gq-int8-paper", "lm-eval:piqa"),
     ]
-    # Beside them those of the recipes' settings.
+    # Rows also have columns of the settings of recipes.
     assert all([name for name in row if name in COLUMNS] == list(COLUMNS) for row in rows)
     first = rows[0]
     assert [first[name] for name in ("n", "both", "lost", "gained", "neither")] == [100, 70, 10, 1, 19]
@@ -157,8 +146,8 @@ def test_tidy_table_has_one_row_per_cell_and_probe() -> None:
 
 
 def test_failed_cells_have_rows_without_figures() -> None:
-    made = make_study([gq("overall", range(40))], "causal", TASKS, [FailedCell("x", "Att_GP 95%", "no\nmemory")])
-    rows = tidy_rows(made)[-2:]
+    study = make_study([gq("overall", range(40))], "causal", TASKS, [FailedCell("x", "Att_GP 95%", "no\nmemory")])
+    rows = tidy_rows(study)[-2:]
     assert [row["probe"] for row in rows] == ["lm-eval:boolq", "lm-eval:piqa"]
     for row in rows:
         known = {name: value for name, value in row.items() if value is not None and name != "probe"}
