@@ -68,6 +68,10 @@ def read_reason(log: Path, code: int) -> str:
     lines = [line.strip() for line in read_tail(log).splitlines() if line.strip()]
     errors = [line for line in lines if "rror" in line or "failed" in line or "not supported" in line]
     last = (errors or lines or ["It printed nothing."])[-1]
+    if last == "AssertionError":
+        # Python prints the line of code above it.
+        asserted = (line.partition("  #")[0] for line in reversed(lines) if line.startswith("assert "))
+        last = next((f"{last}: {line}" for line in asserted), last)
     return last if code > 0 else f"It was ended by signal {-code}. {last}"
 
 

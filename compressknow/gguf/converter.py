@@ -40,6 +40,8 @@ _LISTED = re.compile(r"\s-\s(\w[\w.]*)\s*$")
 # A release may lack something of its own, too: an AttributeError.
 _UNKNOWN = re.compile(r"NotImplementedError|AttributeError|not recognized|not supported")
 _MISSING_KEY = re.compile(r"KeyError: '(\w+)'")
+_MISSING_FILE = re.compile(r"FileNotFoundError: .*[/\\]([^/\\']+)'?")
+_TOO_MANY_TOKENS = re.compile(r"vocab.*< *vocab_size")
 _NEWER = "A newer one may know it: clone llama.cpp, and pass --converter with its folder."
 
 
@@ -174,8 +176,13 @@ def convert(
     with begin("export") as advance:
         code = _run(converter, folder, "--outfile", output, "--outtype", float_type, *options, log=log, look=look)
     hint = _NEWER if _UNKNOWN.search(read_tail(log)) else None
-    if missing := _MISSING_KEY.fullmatch(read_reason(log, code)):
+    reason = read_reason(log, code)
+    if missing := _MISSING_KEY.fullmatch(reason):
         hint = f"If config.json has no {missing[1]}, add it: newer versions of transformers do not write it."
+    elif missing := _MISSING_FILE.fullmatch(reason):
+        hint = f"It reads {missing[1]}, which transformers does not need: copy it from the original model."
+    elif _TOO_MANY_TOKENS.search(reason):
+        hint = "The tokenizer has more tokens than the model: put the one that it was trained with in its folder."
     check_exit("llama.cpp's converter failed", log, code, hint)
 
 

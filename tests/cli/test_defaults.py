@@ -226,7 +226,7 @@ def test_file_may_not_have_options_that_the_manual_restricts_to_the_command_line
 def test_an_option_that_is_spelled_in_two_ways_is_given_twice(project: Path, table: str) -> None:
     (project / "compressknow.toml").write_text(f"{table}trust-me = 1\ntrust_me = 2\n")
     with pytest.raises(UsageError, match="trust-me is also given as trust_me"):
-        called()
+        run_first()
 
 
 @pytest.mark.parametrize("text", ["limt = 1", "[reprot]\nlimit = 1", "limit ="])
@@ -264,7 +264,7 @@ def test_a_pyproject_that_may_not_be_read_is_not_passed_over(monkeypatch: pytest
             os.seteuid(65534)  # Root may read every file, nobody may not.
         try:
             with pytest.raises(UsageError, match=r"pyproject\.toml cannot be read"):
-                called()
+                run_first()
         finally:
             os.seteuid(user)
             monkeypatch.undo()

@@ -244,6 +244,18 @@ def measure_cosine(model: PreTrainedModel, block: str, text: CalibrationText) ->
     return float(torch.cat(cosines).mean())
 
 
+def test_blocks_go_without_a_run_of_the_head_that_follows(tmp_path: Path) -> None:
+    """BART's classifier reads the state of an end token, which packed text need not hold."""
+    config = transformers.BartConfig(
+        d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=99, max_position_embeddings=40,
+    )  # fmt: skip
+    transformers.BartForSequenceClassification(config).save_pretrained(tmp_path / "in")
+    manifest = convert(tmp_path / "in", tmp_path / "out", build_recipe(Where(), drop_blocks=1))
+    assert [len(entry["similarities"]) for entry in manifest["removed"]["blocks"]] == [3, 3]
+    assert manifest["calibration"]["blocks_apart"]
+
+
 def test_neurons_are_dropped_from_the_remaining_blocks(tmp_path: Path) -> None:
     """Blocks are dropped first, then neurons, then weights are pruned and quantized."""
     steps = {"drop_blocks": "1", "drop_neurons": 0.25, "prune": 0.3, "quantize": "int8"}

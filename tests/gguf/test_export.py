@@ -19,6 +19,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import compressknow
 from compressknow.base.errors import (
@@ -451,6 +453,22 @@ def test_a_config_key_that_the_converter_lacks_is_named(tmp_path: Path) -> None:
     """transformers no longer writes n_ctx for GPT-2."""
     source = save_tiny("gpt2", tmp_path / "model")
     with pytest.raises(CompressknowError, match=r"converter failed(.|\n)*If config.json has no n_ctx, add it"):
+        compressknow.export(source, tmp_path / "out.gguf")
+
+
+@needs_converter
+def test_a_file_that_only_the_converter_reads_is_to_be_copied(tmp_path: Path) -> None:
+    source = save_tiny("t5-tied", tmp_path / "model")
+    with pytest.raises(CompressknowError, match=r"File not found(.|\n)*It reads spiece.model, .*: copy it from the"):
+        compressknow.export(source, tmp_path / "out.gguf")
+
+
+@needs_converter
+def test_a_tokenizer_larger_than_the_model_is_told(tmp_path: Path) -> None:
+    source = save_tiny("qwen3", tmp_path / "model")
+    words = {f"word{number}": number for number in range(200)}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "word0"))).save_pretrained(source)
+    with pytest.raises(CompressknowError, match=r"AssertionError: assert (.|\n)*The tokenizer has more tokens than"):
         compressknow.export(source, tmp_path / "out.gguf")
 
 

@@ -326,11 +326,12 @@ def _gather(
 
 
 def _advance(run: Run, visitor: Visitor, at: tuple[tuple[ForwardPass, Call], Any]) -> Any:
-    """Advance a batch's pass to the next module, with the output of this one; run this one if that is None."""
+    """Advance a batch's pass to the next module, if any is needed, with the output of this one; run this one if that is
+    None."""
     (forward_pass, call), output = at
     output = run(call) if output is None else output
     visitor.receive_output(call.module, forward_pass.number, call, output)
-    return forward_pass.advance(output)
+    return None if visitor.is_done else forward_pass.advance(output)
 
 
 def find_tensors(output: Any) -> list[torch.Tensor]:

@@ -129,6 +129,10 @@ class _SimilarityVisitor(Visitor):
             raise CompressknowError(f"The model does not run {module}, so its similarity cannot be measured.")
         return sum(cosines for cosines, _ in sums) / sum(tokens for _, tokens in sums)
 
+    @property
+    def is_done(self) -> bool:
+        return len(self._cosines) == len(self.modules)
+
     def receive_output(self, module: str, batch: int, call: Call, output: Any) -> None:
         after = find_tensors(output)[0]
         inputs = find_tensors((*call.args, *call.kwargs.values()))
