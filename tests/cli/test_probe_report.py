@@ -134,6 +134,12 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "the runtime of answers": ((*REPORT, "--runtime", "transformers"), 2, ("--runtime determines how models are run",)),
     "the speed of answers": ((*REPORT, "--time"), 2, ("--time measures models, and these are answers folders",)),
     "a revision of a folder": ((*PROBE, *FACTS, "--revision", "v1"), 2, ("which has no revision v1",)),
+    "a revision of answers": ((*REPORT, "--revision", "v1"), 2, ("which has no revision v1",)),
+    "a revision of a server": (
+        ("probe", "http://[::1]:9", "-o", "answers", "--revision", "v1"),
+        2,
+        ("This is a server, which has no revision v1.",),
+    ),
     "requests to no server": ((*PROBE, *FACTS, "--parallel", "8"), 2, ("--parallel is for a server",)),
     "a sample of no facts": (("compare", "{place}/llama", "{place}/llama-5", "--limit", "9"), 2, ("needs a probe",)),
     "a model of no name": (("report", "", "{place}/llama-5"), 2, ("The word after report is empty.", "variable")),
