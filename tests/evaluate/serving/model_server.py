@@ -131,6 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         tokenizer = self.server.tokenizer
         prompt = asked["prompt"]
         ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
+        words = self._words_of(prompt) if isinstance(prompt, str) else []
         with torch.no_grad():
             written = list(ids)
             for _ in range(asked["max_tokens"]):
@@ -141,12 +142,22 @@ class _Handler(BaseHTTPRequestHandler):
         choice: dict[str, Any] = {"index": 0, "text": f" {shown}", "finish_reason": "length"}
         if "logprobs" in asked and self.server.kind != "writes":
             first = 0 if asked.get("echo") else len(ids)
-            choice["logprobs"] = self._logprobs(written, log_probs, first, asked)
+            words += [self._word(place, number) for place, number in enumerate(written)][len(words) :]
+            choice["logprobs"] = self._logprobs(written, words, log_probs, first, asked)
         return choice
 
-    def _logprobs(self, ids: list[int], log_probs: torch.Tensor, first: int, asked: dict[str, Any]) -> dict[str, Any]:
+    def _words_of(self, prompt: str) -> list[str]:
+        """The text of each token, even where the model does not know it; the first one begins every text."""
+        _, *ends = (end for _, end in self.server.tokenizer(prompt, return_offsets_mapping=True).offset_mapping)
+        starts = [0, *ends]
+        return [self._word(0, self.server.tokenizer(prompt).input_ids[0])] + [
+            prompt[start:end] for start, end in zip(starts, ends, strict=False)
+        ]
+
+    def _logprobs(
+        self, ids: list[int], words: list[str], log_probs: torch.Tensor, first: int, asked: dict[str, Any]
+    ) -> dict[str, Any]:
         named = asked.get("return_tokens_as_token_ids")
-        words = [self._word(place, number) for place, number in enumerate(ids)]
         starts = [sum(map(len, words[:place])) for place in range(len(words))]
         values = [None, *(float(log_probs[place - 1, ids[place]]) for place in range(1, len(ids)))]
         tops: list[Any] = [None]

@@ -258,19 +258,28 @@ def test_what_echoes_nonsense_is_neither_taken_for_a_server_that_writes_nor_a_bu
     assert not (tmp_path / "out").exists()
 
 
-def test_a_server_that_echoes_without_positions_is_judged_by_what_it_writes(
-    served: Callable[[str], ModelServer],
-) -> None:
-    def leave_out_positions(choice: dict[str, Any]) -> None:
-        if told := choice.get("logprobs"):
-            told["text_offset"] = [-1] * len(told["tokens"])
+def leave_out_positions(choice: dict[str, Any]) -> None:
+    """As SGLang does."""
+    if told := choice.get("logprobs"):
+        told["text_offset"] = [-1] * len(told["tokens"])
 
+
+def shift_log_probabilities(choice: dict[str, Any]) -> None:
+    """As llama-cpp-python does where texts begin without a BOS token."""
+    if (told := choice.get("logprobs")) and len(told["tokens"]) > 1:
+        told["token_logprobs"] = [None, *told["token_logprobs"][2:], -5.0]
+
+
+@pytest.mark.parametrize("change", [leave_out_positions, shift_log_probabilities])
+def test_a_server_that_echoes_without_positions_or_at_wrong_ones_is_judged_by_what_it_writes(
+    served: Callable[[str], ModelServer], change: Callable[[dict[str, Any]], None]
+) -> None:
     server, probe = served("echo"), as_probe(known_facts()[:4])
-    server.changed = lie(leave_out_positions)
+    server.changed = lie(change)
     found, written = answers_from(server.url, probe), answers_from(served("writes").url, probe)
-    assert [(answer.predicted, answer.logp_gold) for answer in found.values()] == [
-        (answer.predicted, None) for answer in written.values()
-    ]
+    assert {fact: (answer.predicted, answer.logp_gold) for fact, answer in found.items()} == {
+        fact: (answer.predicted, None) for fact, answer in written.items()
+    }
 
 
 def test_a_token_beyond_all_numbers_is_not_believed(served: Callable[[str], ModelServer]) -> None:

@@ -88,7 +88,10 @@ def test_cells_of_one_setup_are_told_apart() -> None:
     cells = [gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")]
     assert list(study(cells).name_cells().values()) == ["Att_GQ (int8)", "Att_GQ (int8-paper)"]
     assert list(study(cells[:1]).name_cells().values()) == ["Att_GQ"]
-    assert [row.split("  ")[1] for row in str(study(cells)).splitlines()[-2:]] == ["Att_GQ (int8)", "Att_GQ (int8-paper)"]
+    assert [row.split("  ")[1] for row in str(study(cells)).splitlines()[-2:]] == [
+        "Att_GQ (int8)",
+        "Att_GQ (int8-paper)",
+    ]
 
 
 def test_a_cell_is_shown_with_the_name_that_the_grid_gives_it(tmp_path: Path) -> None:
