@@ -15,7 +15,7 @@ from compressknow.evaluate.gather import Evaluation, check_names, find_answers_f
 from compressknow.evaluate.grades import check_known
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
-from compressknow.model.checkpoint import is_convertible
+from compressknow.model.checkpoint import check_revision, is_convertible
 from compressknow.pages.card.gate import check_gates, hold_to_gates, parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import write_reports
@@ -83,6 +83,7 @@ def report(
         an output cannot be written.
     """
     check_known(known)
+    check_revision(original, revision)
     gates = parse_gates(fail_under, strict=strict)
     models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
     files = list_files(output)

@@ -32,6 +32,7 @@ from compressknow.engine.load import Variant
 from compressknow.model.checkpoint import (
     ADAPTER,
     ADAPTER_CONFIG,
+    check_revision,
     find_weight_files,
     is_address,
     open_checkpoint,
@@ -90,8 +91,10 @@ class LocatedModel:
 
 def locate(model: str | Path, revision: str | None = None) -> LocatedModel:
     """Find a model: a local folder, ``FOLDER/FILE.gguf``, a hub id, which is downloaded, or the address of a server,
-    which is not contacted yet. Raises CheckpointError if it is not found, UsageError for an invalid address."""
+    which is not contacted yet. Raises CheckpointError if it is not found, UsageError for an invalid address,
+    UnusedOptions for a revision of anything but a hub id."""
     if is_address(model):
+        check_revision(model, revision)
         return locate_server(str(model))
     path = Path(model)
     if path.suffix == ".gguf":
@@ -102,6 +105,7 @@ def locate(model: str | Path, revision: str | None = None) -> LocatedModel:
             raise CheckpointError(f"{model}: no such file.", hint=hint) from None
         except (OSError, NotReadable) as error:
             raise CheckpointError(f"{model} cannot be read: {error}.", hint=hint) from None
+        check_revision(model, revision)
         if is_installed("gguf"):
             from compressknow.model.gguf_file import check_whole, list_parts
 

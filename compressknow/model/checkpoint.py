@@ -115,12 +115,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     files are missing or damaged.
     """
     check_is_checkpoint(model)
-    if revision is not None and Path(model).is_dir():
-        raise UnusedOptions(
-            f"{model} is a local folder, which has no revision {revision}.",
-            hint="Leave it out, or give the model's id on the Hub.",
-            names=("revision", "revision_b"),
-        )
+    check_revision(model, revision)
     folder, commit = (Path(model), None) if Path(model).is_dir() else _download(str(model), revision, weights)
     states = check_files(folder)
     if not (folder / "config.json").exists():
@@ -247,6 +242,21 @@ def check_is_checkpoint(model: str | Path) -> None:
     if is_path(model):
         hint = "Give a checkpoint's folder, or a hub id (org/name)."
         raise CheckpointError(f"{model}: no such folder.", hint=f"{suggest_sibling(path)}{hint}")
+
+
+def check_revision(model: str | Path, revision: str | None) -> None:
+    """Raise UnusedOptions for a revision of a server, or of a local file or folder."""
+    path = Path(model)
+    if revision is not None and (is_address(model) or path.exists()):
+        # An address may contain a secret, so it is not shown.
+        what = (
+            "This is a server" if is_address(model) else f"{model} is a local {'folder' if path.is_dir() else 'file'}"
+        )
+        raise UnusedOptions(
+            f"{what}, which has no revision {revision}.",
+            hint="Leave it out, or give the model's id on the Hub.",
+            names=("revision", "revision_b"),
+        )
 
 
 def is_convertible(model: str | Path) -> bool:

@@ -93,15 +93,16 @@ class Search(notebook.Tabular):
     in_calibration: FactsInText | None = None
 
     def _rows(self) -> list[dict[str, Any]]:
-        # For a confirmed file, keep the row with its share of held-out facts.
-        trials = {each.bytes: each for each in (*self.tried, *self.confirmed)}
+        # For each file, keep the row with most of its shares.
+        winner = [self.winner] if self.winner else []
+        trials = {each.bytes: each for each in (*self.tried, *self.confirmed, *winner)}
         return [
             {
                 **{"setup": each.setup, "bytes": each.bytes, "predicted_kl": each.predicted_kl},
                 **{"kept": each.kept.value, "kept_low": each.kept.low, "kept_high": each.kept.high},
                 "held_out": each.held_out.value if each.held_out else None,
                 "graded": each.graded.value if each.graded else None,
-                "is_winner": self.winner is not None and each.bytes == self.winner.bytes,
+                "is_winner": each is self.winner,
             }
             for each in trials.values()
         ]

@@ -146,6 +146,12 @@ BAD_INPUT: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     ),
     "the speed of stored answers": ((*REPORT, "--time"), 2, ("--time measures models, and these are answers folders",)),
     "a revision of a folder": ((*PROBE, *FACTS, "--revision", "v1"), 2, ("which has no revision v1",)),
+    "a revision of answers": ((*REPORT, "--revision", "v1"), 2, ("which has no revision v1",)),
+    "a revision of a server": (
+        ("probe", "http://[::1]:9", "-o", "answers", "--revision", "v1"),
+        2,
+        ("This is a server, which has no revision v1.",),
+    ),
     "parallel requests without a server": ((*PROBE, *FACTS, "--parallel", "8"), 2, ("--parallel is for a server",)),
     "a limit without a probe": (
         ("compare", "{models}/llama", "{models}/llama-5", "--limit", "9"),

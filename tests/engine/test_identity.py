@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import compressknow
-from compressknow.base.errors import CheckpointError
+from compressknow.base.errors import CheckpointError, UnusedOptions
 from compressknow.engine.identity import describe, locate, read_contents
 from compressknow.model.manifest import MANIFEST_NAME
 from tests.knowing import save_trained
@@ -109,6 +109,13 @@ def test_a_conversion_without_manifest_is_described_by_its_files(converted_model
     info = describe(locate(converted_model))
     assert "setup" not in info
     assert info["quantization"] == "compressed-tensors, 8-bit weights (channel), 8-bit activations"
+
+
+def test_a_file_or_a_server_has_no_revision(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    for model in (tmp_path / "x.gguf", "http://localhost:9"):
+        with pytest.raises(UnusedOptions, match="which has no revision v1"):
+            locate(model, "v1")
 
 
 def test_a_folder_without_weights_is_refused(model: Path) -> None:

@@ -31,6 +31,9 @@ FORCE = 1e5
 # Bounds of log-probabilities: rounding may exceed 0 a little, and llama-server returns float32's lowest for impossible.
 LEAST, ABOVE = -3.5e38, 1e-3
 TRIAL = "The capital of France is Paris"
+# Prompts to compare what is written with what is echoed, and the largest difference of the same log-probability, which
+# rounding may cause.
+PROMPTS, CLOSE = ("The capital of France is", "Once upon a", "One, two, three,"), 0.2
 # Forms of responses, limited to the values that are used (`compressknow.base.reading.find_mismatch`).
 _TOKENS = {"tokens": [int]}
 _STEP = {"id": int, "logprob": float, "top_logprobs": [{"id": int, "logprob": float, "token": str}]}
@@ -261,6 +264,21 @@ class EchoingServer(WritingServer):
             raise self.make_error("has no token for the answer")
         return score + sum(map(self.check_logp, logprobs))
 
+    def is_consistent(self) -> bool:
+        """Return whether a token that the server writes has the same log-probability when it is echoed.
+
+        llama-cpp-python gives a token that of the position after it, for models whose texts begin without a BOS token.
+        """
+        form = {"text": str, "logprobs?": ({"token_logprobs?": ([(float, None)], None)}, None)}
+        for prompt in (self.encode(text, True) for text in PROMPTS):
+            written = self.complete(prompt, form, logprobs=1)
+            values = (written.get("logprobs") or {}).get("token_logprobs")
+            if written["text"] and values and values[0] is not None:
+                echoed = self.score_rest(prompt, self.encode(written["text"], False), 0.0, -math.inf)
+                if abs(echoed - values[0]) < CLOSE:
+                    return True
+        return False
+
 
 def _find_spans(text: str, tokens: Sequence[str], offsets: Sequence[int]) -> list[tuple[int, int]]:
     """Return where in the text each token begins and ends. Some servers include a BOS token, which is not in the text,
@@ -302,7 +320,8 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
     try:
         logprobs = echoing.complete(trial, {"logprobs?": (form, None)}, logprobs=1, echo=True).get("logprobs") or {}
         # SGLang gives -1 for every position.
-        if len(logprobs.get("token_logprobs") or ()) > 2 and len(set(logprobs.get("text_offset") or ())) > 1:
+        has_positions = len(set(logprobs.get("text_offset") or ())) > 1
+        if len(logprobs.get("token_logprobs") or ()) > 2 and has_positions and echoing.is_consistent():
             return echoing
     except RequestRefused as refused:
         if refused.status not in (400, 422, 501):

@@ -200,13 +200,14 @@ class Study(Tabular):
         failed += f", {count(len(self.refused))} refused" if self.refused else ""
         probes = ", ".join(clean(probe.name, 40) for probe in self.probes)
         cells = "1 cell" if len(self.cells) == 1 else f"{count(len(self.cells))} cells"
+        names = self.name_cells()
         return Summary(
             f"Study: {clean(self.original.name, 60)}",
             f"{cells}{failed}; evaluated on {probes or 'nothing'}.",
             ("Setup", "Kept (95 % interval)", "On disk", "Sparse"),
             tuple(
                 (
-                    cell.setup,
+                    names[cell.key],
                     write_estimate(cell.comparison.kept),
                     write_size(cell.comparison.model.bytes),
                     write_size(cell.totals["sparse_bytes"]),

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -130,6 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         tokenizer = self.server.tokenizer
         prompt = request["prompt"]
         ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
+        words = self._split_into_words(prompt) if isinstance(prompt, str) else []
         with torch.no_grad():
             tokens = list(ids)
             for _ in range(request["max_tokens"]):
@@ -140,14 +142,20 @@ class _Handler(BaseHTTPRequestHandler):
         choice: dict[str, Any] = {"index": 0, "text": f" {text}", "finish_reason": "length"}
         if "logprobs" in request and self.server.kind != "writes":
             first = 0 if request.get("echo") else len(ids)
-            choice["logprobs"] = self._make_logprobs(tokens, log_probs, first, request)
+            words += [self._get_word(position, number) for position, number in enumerate(tokens)][len(words) :]
+            choice["logprobs"] = self._make_logprobs(tokens, words, log_probs, first, request)
         return choice
 
+    def _split_into_words(self, prompt: str) -> list[str]:
+        """Return the text of each token, even if the model does not know it; the first one begins every text."""
+        encoded = self.server.tokenizer(prompt, return_offsets_mapping=True)
+        _, *ends = (end for _, end in encoded.offset_mapping)
+        return [self._get_word(0, encoded.input_ids[0]), *(prompt[start:end] for start, end in pairwise([0, *ends]))]
+
     def _make_logprobs(
-        self, ids: list[int], log_probs: torch.Tensor, first: int, request: dict[str, Any]
+        self, ids: list[int], words: list[str], log_probs: torch.Tensor, first: int, request: dict[str, Any]
     ) -> dict[str, Any]:
         as_ids = request.get("return_tokens_as_token_ids")
-        words = [self._get_word(position, number) for position, number in enumerate(ids)]
         starts = [sum(map(len, words[:position])) for position in range(len(words))]
         values = [None, *(float(log_probs[position - 1, ids[position]]) for position in range(1, len(ids)))]
         tops: list[Any] = [None]

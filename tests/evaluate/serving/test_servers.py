@@ -257,19 +257,28 @@ def test_a_server_that_echoes_invalid_numbers_is_an_error(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_server_that_echoes_without_positions_is_judged_by_what_it_writes(
-    serve: Callable[[str], ModelServer],
-) -> None:
-    def leave_out_positions(choice: dict[str, Any]) -> None:
-        if logprobs := choice.get("logprobs"):
-            logprobs["text_offset"] = [-1] * len(logprobs["tokens"])
+def leave_out_positions(choice: dict[str, Any]) -> None:
+    """Change a choice to what SGLang returns."""
+    if logprobs := choice.get("logprobs"):
+        logprobs["text_offset"] = [-1] * len(logprobs["tokens"])
 
+
+def shift_log_probabilities(choice: dict[str, Any]) -> None:
+    """Change a choice to what llama-cpp-python returns if texts begin without a BOS token."""
+    if (logprobs := choice.get("logprobs")) and len(logprobs["tokens"]) > 1:
+        logprobs["token_logprobs"] = [None, *logprobs["token_logprobs"][2:], -5.0]
+
+
+@pytest.mark.parametrize("change", [leave_out_positions, shift_log_probabilities])
+def test_a_server_that_echoes_without_positions_or_at_wrong_ones_is_judged_by_what_it_writes(
+    serve: Callable[[str], ModelServer], change: Callable[[dict[str, Any]], None]
+) -> None:
     server, probe = serve("echo"), make_probe(make_known_facts()[:4])
-    server.change = change_choice(leave_out_positions)
+    server.change = change_choice(change)
     answers, expected = evaluate_server(server.url, probe), evaluate_server(serve("writes").url, probe)
-    assert [(answer.predicted, answer.logp_gold) for answer in answers.values()] == [
-        (answer.predicted, None) for answer in expected.values()
-    ]
+    assert {fact: (answer.predicted, answer.logp_gold) for fact, answer in answers.items()} == {
+        fact: (answer.predicted, None) for fact, answer in expected.items()
+    }
 
 
 def test_an_infinite_token_id_is_refused(serve: Callable[[str], ModelServer]) -> None:

@@ -66,6 +66,15 @@ def test_search_for_a_size_has_no_chart_and_no_held_out_facts() -> None:
     assert write_headline(make_size_search()) == "60.0 MB, and 94.0 % kept"
 
 
+def test_the_frame_has_a_row_a_file_and_what_the_winner_keeps_of_the_grading_facts() -> None:
+    frame = make_search().to_frame()
+    assert list(frame["bytes"]) == [80_000_000, 65_000_000, 60_000_000, 30_000_000]
+    assert list(frame["is_winner"]) == [False, False, True, False]
+    assert list(frame["graded"].dropna()) == [0.94]
+    assert list(frame["held_out"].dropna()) == [0.95]
+    assert list(make_size_search().to_frame()["graded"]) == [0.94]
+
+
 def test_search_guided_by_text_does_not_mention_guiding_facts() -> None:
     text = parse_html(render_search_html(replace(make_size_search(), by="text, rounded by GPTQ"))).one("main").text
     assert "decided by text, rounded by GPTQ" in text

@@ -86,6 +86,10 @@ def test_cells_of_the_same_setup_have_different_names() -> None:
     cells = [gq("attention", range(150), "int8"), gq("attention", range(120), "int8-paper")]
     assert list(make_study(cells).name_cells().values()) == ["Att_GQ (int8)", "Att_GQ (int8-paper)"]
     assert list(make_study(cells[:1]).name_cells().values()) == ["Att_GQ"]
+    assert [row.split("  ")[1] for row in str(make_study(cells)).splitlines()[-2:]] == [
+        "Att_GQ (int8)",
+        "Att_GQ (int8-paper)",
+    ]
 
 
 def test_cell_is_shown_with_its_name_in_the_grid(tmp_path: Path) -> None:
