@@ -222,7 +222,7 @@ def test_file_may_not_have_options_that_the_manual_restricts_to_the_command_line
             read_project_defaults(name, command, COMMANDS, commands.get)
 
 
-@pytest.mark.parametrize("table", ["", "[ask]\n"])
+@pytest.mark.parametrize("table", ["", "[first]\n"])
 def test_an_option_that_is_spelled_in_two_ways_is_given_twice(project: Path, table: str) -> None:
     (project / "compressknow.toml").write_text(f"{table}trust-me = 1\ntrust_me = 2\n")
     with pytest.raises(UsageError, match="trust-me is also given as trust_me"):
