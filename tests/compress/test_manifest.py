@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 import compressknow
 from compressknow.cli import main
 from compressknow.compress.recipe import read_recipe, to_toml
+from tests.compress.conftest import hash_files
 from tests.models import logits, put_into_hub_cache, save_tiny, tiny, tiny_of_groups
 
 COUNTS = ("parameters", "in_scope", "pruned", "zeros_before", "zeros_after", "quantized", "bytes_before", "bytes_after")
@@ -35,11 +36,6 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
-
-
-def hash_files(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("options", [{"prune": 0.3}, {"quantize": "int8"}, BOTH, {**BOTH, "quantize": "int8-paper"}])

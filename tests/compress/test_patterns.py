@@ -11,9 +11,6 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
 from compressknow.base.errors import UnsupportedError, UsageError
@@ -28,6 +25,7 @@ from compressknow.compress.steps import Prune, Where, choose_masks
 from compressknow.engine.load import load
 from compressknow.model.tensors import OpenFiles, read_header
 from tests.compress.test_pruning import GPT_OSS, list_feed_forward_matrices
+from tests.compress.test_targets import save_tokenizer
 from tests.models import convert, save_tiny
 
 
@@ -206,14 +204,9 @@ def test_a_pattern_is_never_global(per_layer: bool) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_calibrated_methods_apply_a_pattern_to_every_kind_of_layer(name: str, method: str, tmp_path: Path) -> None:
     save_tiny(name, tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"{word} " for word in range(3, 99)) * 20, encoding="utf-8")
-    vocabulary = {str(word): word for word in range(99)}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="0"))
-    backend.pre_tokenizer = Whitespace()
-    hf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="1", unk_token="0").save_pretrained(
-        tmp_path / "source"
-    )
+    text.write_text("".join(f"word{number} " for number in range(94)) * 20, encoding="utf-8")
     options = ["--scope", "feed-forward", "--prune", "0.75", "--prune-method", method, "--pattern", "1:4"]
     calibration = ["--calibration", str(text), "--calibration-tokens", "1024"]
     assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out"), *options, *calibration]) == 0

@@ -22,7 +22,7 @@ from compressknow.compress.pruning.masks import make_generator
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Prune, Where, choose_masks
 from compressknow.engine.load import load
-from compressknow.model.tensors import OpenFiles, read_header
+from compressknow.model.tensors import OpenFiles, StoredTensor, read_header
 from tests.models import convert, save_tiny
 
 STEPS = {
@@ -50,21 +50,24 @@ def make_weights(*, dtype: torch.dtype = torch.float32, **shapes: tuple[int, ...
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
+def compute_masks(tensors: list[StoredTensor], step: Prune, threads: int = 2) -> list[Tensor]:
+    """Return the masks of a step over stored tensors."""
+    masks = []
+    with Pool(threads) as pool, OpenFiles() as files:
+        reader = Reader(pool, files, lambda _: None)
+        chosen = choose_masks(reader, step, [Weights(tensor) for tensor in tensors])
+        for tensor, mask in zip(tensors, chosen, strict=True):
+            block_mask = mask.start()
+            rows = [torch.tensor(block_mask(block)) for block in reader.blocks(tensor)]
+            masks.append(torch.cat(rows).view(tensor.shape))
+    return masks
+
+
 def prune_tensors(weights: dict[str, Tensor], step: Prune, folder: Path) -> dict[str, Tensor]:
     """Return the masks of a step over the weights of a file, by name; ties are broken in the order of `weights`."""
     save_file(weights, folder / "model.safetensors")
     stored = read_header(folder / "model.safetensors")
-    tensors = [stored[name] for name in weights]
-    with Pool(2) as pool, OpenFiles() as files:
-        reader = Reader(pool, files, lambda _: None)
-        masks = {}
-        for tensor, mask in zip(
-            tensors, choose_masks(reader, step, [Weights(tensor) for tensor in tensors]), strict=True
-        ):
-            block_mask = mask.start()
-            rows = [torch.tensor(block_mask(block)) for block in reader.blocks(tensor)]
-            masks[tensor.name] = torch.cat(rows).view(tensor.shape)
-    return masks
+    return dict(zip(weights, compute_masks([stored[name] for name in weights], step), strict=True))
 
 
 def prune_with_torch(weights: dict[str, Tensor], step: Prune) -> dict[str, Tensor]:

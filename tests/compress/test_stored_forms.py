@@ -15,9 +15,10 @@ from compressknow.base.errors import UnsupportedError
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.loading import LoadReport, list_headers, load_report
 from compressknow.model.meta import build_meta_model, find_direct_reads, parse_config
+from tests.compress.test_removal import build_zamba2
 from tests.compress.test_zoo_converts import compute_logits, load_strictly
 from tests.models import save_tiny
-from tests.zoo import tiny_config, tiny_model
+from tests.zoo import tiny_model
 
 
 def save_zoo_model(model_type: str, name: str, folder: Path) -> transformers.PreTrainedModel:
@@ -63,10 +64,7 @@ def test_a_tied_bias_stored_under_its_other_name_is_copied(tmp_path: Path) -> No
 
 
 def test_a_block_that_stores_the_weights_of_others_is_not_dropped(tmp_path: Path) -> None:
-    kinds = ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"]
-    settings = {"num_hidden_layers": 5, "layers_block_type": kinds, "hybrid_layer_ids": [1, 3]}
-    config = tiny_config("zamba2", "Zamba2ForCausalLM").to_dict() | settings
-    Zamba2ForCausalLM(transformers.Zamba2Config(**config)).save_pretrained(tmp_path / "in")
+    build_zamba2().save_pretrained(tmp_path / "in")
     with pytest.raises(UnsupportedError, match=r"no place for model\.layers\.3\.shared_transformer"):
         compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="1")
     compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="4")

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from compressknow.base.errors import CheckpointError
 from compressknow.compress import blocks
-from compressknow.compress.blocks import Pool, Reader
-from compressknow.compress.pruning import Weights
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.steps import Prune, Quantize, Step, choose_masks
-from compressknow.model.tensors import OpenFiles, StoredTensor, view_bytes
+from compressknow.compress.steps import Prune, Quantize, Step
+from compressknow.model.tensors import StoredTensor, view_bytes
+from tests.compress.test_pruning import compute_masks
 from tests.models import convert, edit_tensors, save_tiny
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -75,16 +74,7 @@ def prune_weights(weights: list[Tensor], step: Prune, threads: int = 2) -> list[
         StoredTensor(name, DTYPE_NAMES[weight.dtype], tuple(weight.shape), Path("old.bin"), loaded=view_bytes(weight))
         for name, weight in zip(names, weights, strict=True)
     ]
-    with Pool(threads) as pool, OpenFiles() as files:
-        reader = Reader(pool, files, lambda _: None)
-        masks = []
-        for tensor, mask in zip(
-            stored, choose_masks(reader, step, [Weights(tensor) for tensor in stored]), strict=True
-        ):
-            block_mask = mask.start()
-            rows = [torch.tensor(block_mask(block)) for block in reader.blocks(tensor)]
-            masks.append(torch.cat(rows).view(tensor.shape))
-    return masks
+    return compute_masks(stored, step, threads)
 
 
 def prune_by_sorting(weights: list[Tensor], amount: float) -> list[Tensor]:

@@ -18,7 +18,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -42,6 +41,7 @@ from compressknow.engine.identity import locate, read_contents
 from compressknow.gguf.choice import TypeChoice, read_choice
 from compressknow.gguf.converter import _list_architectures, check_architecture, find_converter, read_version
 from compressknow.gguf.record import check_room, read_record
+from tests.compress.test_difference import dequantize
 from tests.faults.test_small_disk import mount
 from tests.gguf.making import (
     convert_to_llama_cpp,
@@ -128,32 +128,9 @@ def test_a_quantized_checkpoint_is_unpacked(scheme: str, tmp_path: Path) -> None
     source = save_checkpoint("llama", tmp_path / "model", torch.bfloat16)
     compressknow.convert(source, tmp_path / "small", quantize=scheme, prune=0.2)
     record = compressknow.export(tmp_path / "small", tmp_path / "out.gguf", type="f32")
-    unpacked = unpack(tmp_path / "small")
-    check_same(read_tensors(tmp_path / "out.gguf"), convert_to_llama_cpp(unpacked))
+    check_same(read_tensors(tmp_path / "out.gguf"), convert_to_llama_cpp(dequantize(tmp_path / "small")))
     manifest = json.loads((tmp_path / "small" / "compressknow.json").read_text())
     assert record.setup == f"{manifest['setup']} + f32"
-
-
-def unpack(folder: Path) -> dict[str, np.ndarray]:
-    """Multiply integers by their scales in float32."""
-    stored = load_file(folder / "model.safetensors")
-    unpacked = {}
-    for name, tensor in stored.items():
-        if name.endswith(("_scale", "_shape")):
-            continue
-        plain = name.removesuffix("_packed")
-        scale = stored.get(f"{plain}_scale")
-        if scale is None:
-            unpacked[name] = tensor.to(torch.float32).numpy()
-            continue
-        integers = tensor
-        if name.endswith("_packed"):
-            bits = 32 * tensor.shape[1] // int(stored[f"{plain}_shape"][1])
-            parts = [(tensor >> (bits * place)) & (2**bits - 1) for place in range(32 // bits)]
-            integers = torch.stack(parts, dim=-1).reshape(tensor.shape[0], -1) - 2 ** (bits - 1)
-        width = integers.shape[1] // scale.shape[1] if scale.shape[1] > 1 else integers.shape[1]
-        unpacked[plain] = (integers.to(torch.float32) * scale.to(torch.float32).repeat_interleave(width, 1)).numpy()
-    return unpacked
 
 
 @needs_converter
