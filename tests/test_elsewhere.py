@@ -17,7 +17,7 @@ from compressknow.base.files import LOCK
 from compressknow.evaluate.answers import SEAL
 from tests.knowing import save_trained, write_facts
 from tests.long import long
-from tests.test_files import DEADLINE, names, strays
+from tests.test_files import DEADLINE, list_names, list_strays
 from tests.windows import ROOT, windows_environment
 
 COMMANDS = """
@@ -61,7 +61,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def environment_of(kind: str, folder: Path) -> dict[str, str]:
+def make_environment(kind: str, folder: Path) -> dict[str, str]:
     if kind == "windows":
         return windows_environment(folder)
     if kind == "ascii":
@@ -71,14 +71,14 @@ def environment_of(kind: str, folder: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-def run(kind: str, models: Path, folder: Path) -> Path:
+def run_commands(kind: str, models: Path, folder: Path) -> Path:
     """Run all commands in a copy of the models, and return that folder."""
     work, before = folder / "work", folder / "before"
     shutil.copytree(models, work)
     before.mkdir()
     # Bytes, as from a shell: the locale cannot encode them.
     command = [os.fsencode(sys.executable), b"-c", RUN.encode(), COMMANDS.encode()]
-    done = subprocess.run(command, cwd=work, env=environment_of(kind, before), capture_output=True, check=False)
+    done = subprocess.run(command, cwd=work, env=make_environment(kind, before), capture_output=True, check=False)
     lines = [line for line in done.stdout.decode("ascii", "replace").splitlines() if line.startswith("'")]
     codes = [line.rpartition(" ")[2] for line in lines]
     assert codes == ["0"] * len(COMMANDS.split("\n    ")[1:]), (lines, done.stderr)
@@ -86,11 +86,11 @@ def run(kind: str, models: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def here(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run("here", models, tmp_path_factory.mktemp("here"))
+def reference(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_commands("linux", models, tmp_path_factory.mktemp("reference"))
 
 
-def content(folder: Path) -> dict[str, Any]:
+def read_files(folder: Path) -> dict[str, Any]:
     """Return the bytes of every file, and those that have timings as JSON without them."""
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -111,8 +111,10 @@ def _drop_timings(value: Any) -> Any:
 @linux
 @long
 @pytest.mark.parametrize("kind", ELSEWHERE)
-def test_every_command_writes_the_same_bytes_elsewhere(kind: str, here: Path, models: Path, tmp_path: Path) -> None:
-    files, expected = content(run(kind, models, tmp_path)), content(here)
+def test_every_command_writes_the_same_bytes_elsewhere(
+    kind: str, reference: Path, models: Path, tmp_path: Path
+) -> None:
+    files, expected = read_files(run_commands(kind, models, tmp_path)), read_files(reference)
     assert sorted(files) == sorted(expected)
     assert [name for name, file in expected.items() if files[name] != file] == []
     assert "facts:faits-é.jsonl".encode() in files["é.html"]
@@ -156,13 +158,13 @@ def test_folder_is_locked_on_windows_until_the_run_is_killed(tmp_path: Path) -> 
     assert "folder is in use by another run." in second.communicate(timeout=DEADLINE)[1]
     assert second.returncode == 1
     # Its temporary file, and the lock of that.
-    assert len(strays(folder)) == 2
+    assert len(list_strays(folder)) == 2
     time.sleep(0.5)
     assert waiting.poll() is None
     first.kill()
     assert waiting.communicate(timeout=DEADLINE)[0] == "writing\n"
     assert waiting.returncode == 0
-    assert names(folder) == [LOCK, "a"]
+    assert list_names(folder) == [LOCK, "a"]
     first.communicate()
 
 
@@ -225,4 +227,4 @@ def test_file_is_replaced_on_windows_once_nobody_has_it_open(tmp_path: Path, sec
     replaced = seconds < 1
     assert done.stdout == ("" if replaced else f"{path} cannot be written: It is used by a process.\n")
     assert path.read_bytes() == (b"new" if replaced else b"old")
-    assert names(path.parent) == ["a"]
+    assert list_names(path.parent) == ["a"]

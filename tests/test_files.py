@@ -61,7 +61,7 @@ with open_whole(Path(sys.argv[1])) as file:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[subprocess.Popen[str]]:
+def write_half(path: Path) -> Iterator[subprocess.Popen[str]]:
     """Run another process, which has written half of a file."""
     with start_child(WRITER, path) as process:
         try:
@@ -72,12 +72,12 @@ def writing(path: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def names(folder: Path) -> list[str]:
+def list_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def strays(folder: Path) -> list[str]:
-    return [name for name in names(folder) if ".compressknow-" in name]
+def list_strays(folder: Path) -> list[str]:
+    return [name for name in list_names(folder) if ".compressknow-" in name]
 
 
 def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
@@ -85,30 +85,30 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), open_whole(tmp_path / "a") as file:
         file.write(b"new" * (1 // 0))
     assert (tmp_path / "a").read_bytes() == b"old"
-    assert names(tmp_path) == ["a"]
+    assert list_names(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("name", ["a" * 255, "x" + "ä" * 127, "b" * 200, "b" * 201])
 def test_file_names_may_be_as_long_as_the_system_allows(tmp_path: Path, name: str) -> None:
-    with writing(tmp_path / name) as process:
+    with write_half(tmp_path / name) as process:
         write_whole(tmp_path / name, b"old")
         process.kill()
         process.wait(DEADLINE)
-    assert strays(tmp_path)
+    assert list_strays(tmp_path)
     write_whole(tmp_path / name, b"whole")
-    assert names(tmp_path) == [name]
+    assert list_names(tmp_path) == [name]
 
 
 def test_next_write_of_a_file_removes_temporary_files_of_a_killed_process(tmp_path: Path) -> None:
-    with writing(tmp_path / "a") as process:
+    with write_half(tmp_path / "a") as process:
         process.send_signal(signal.SIGKILL)
         process.wait(DEADLINE)
-    before = strays(tmp_path)
+    before = list_strays(tmp_path)
     assert before
     write_whole(tmp_path / "b", b"another file")
-    assert strays(tmp_path) == before
+    assert list_strays(tmp_path) == before
     write_whole(tmp_path / "a", b"whole")
-    assert names(tmp_path) == ["a", "b"]
+    assert list_names(tmp_path) == ["a", "b"]
 
 
 INTERRUPTED = """
@@ -128,16 +128,16 @@ write_whole(Path(sys.argv[1]), b"whole")
 def test_signal_during_removal_leaves_no_temporary_file(tmp_path: Path) -> None:
     with start_child(INTERRUPTED, tmp_path / "a") as process:
         assert process.wait(DEADLINE)
-    assert names(tmp_path) == ["a"]
+    assert list_names(tmp_path) == ["a"]
 
 
 def test_temporary_files_of_a_running_process_are_kept(tmp_path: Path) -> None:
-    with writing(tmp_path / "a"):
-        theirs = strays(tmp_path)
+    with write_half(tmp_path / "a"):
+        theirs = list_strays(tmp_path)
         assert theirs
         write_whole(tmp_path / "a", b"whole")
         remove_strays(tmp_path)
-        assert names(tmp_path) == [*theirs, "a"]
+        assert list_names(tmp_path) == [*theirs, "a"]
 
 
 def test_user_files_with_similar_names_are_kept(tmp_path: Path) -> None:
@@ -146,14 +146,14 @@ def test_user_files_with_similar_names_are_kept(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     write_whole(tmp_path / "a", b"whole")
     remove_strays(tmp_path)
-    assert names(tmp_path) == sorted(["a", *similar])
+    assert list_names(tmp_path) == sorted(["a", *similar])
 
 
 def test_error_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match=r"folder cannot be written: Is a directory"):
         write_whole(tmp_path / "folder", b"whole")
-    assert names(tmp_path) == ["folder"]
+    assert list_names(tmp_path) == ["folder"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows finds the home folder differently")
@@ -200,14 +200,14 @@ def test_folder_may_be_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with claim_folder(tmp_path / "link" / "deeper", wait=False):
         write_whole(tmp_path / "link" / "deeper" / "a", b"whole")
-    assert names(tmp_path / "real" / "deeper") == [LOCK, "a"]
+    assert list_names(tmp_path / "real" / "deeper") == [LOCK, "a"]
 
 
 def test_claimed_folder_is_locked_and_rid_of_temporary_files(tmp_path: Path) -> None:
     (tmp_path / ".a.compressknow-0123abcd").touch()
     with claim_folder(tmp_path, wait=False):
         write_whole(tmp_path / "b", b"")
-        assert names(tmp_path) == [LOCK, "b"]
+        assert list_names(tmp_path) == [LOCK, "b"]
         with pytest.raises(OutputError, match="in use by another run"), claim_folder(tmp_path, wait=False):
             pass
     with claim_folder(tmp_path, wait=False):
@@ -217,7 +217,7 @@ def test_claimed_folder_is_locked_and_rid_of_temporary_files(tmp_path: Path) -> 
 def test_claimed_folder_with_only_worthless_files_is_removed(tmp_path: Path) -> None:
     with claim_folder(tmp_path / "a" / "b", wait=False, worthless=("record",)):
         write_whole(tmp_path / "a" / "b" / "record", b"")
-    assert names(tmp_path) == []
+    assert list_names(tmp_path) == []
 
 
 def test_threads_read_and_write_one_file_at_different_offsets(tmp_path: Path) -> None:

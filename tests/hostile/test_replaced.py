@@ -131,13 +131,13 @@ def test_probe_stores_only_answers_of_the_hashed_model(models: Path, tmp_path: P
     assert refused
 
 
-@pytest.mark.parametrize("how", ["another file", "in models"])
+@pytest.mark.parametrize("how", ["another file", "in place"])
 def test_report_stores_nothing_of_a_model_that_changes_during_the_run(models: Path, tmp_path: Path, how: str) -> None:
     model, weights = shutil.copytree(models / "first", tmp_path / "model"), models / "other" / "model.safetensors"
 
     def write(progress: Any) -> None:
         if progress.stage.work == "evaluate" and progress.stage.model == "model":
-            if how == "in models":
+            if how == "in place":
                 (model / "model.safetensors").write_bytes(weights.read_bytes())
             else:
                 shutil.copyfile(weights, tmp_path / "new")
