@@ -166,7 +166,7 @@ def selections(draws: int) -> Iterator[tuple[str, ...]]:
         better = simulate_searches(
             draws, parts[shape], icc, share=kept, keep=kept - 0.1, files=HALVINGS + 1, found=False
         )
-        graded = [told for search in better if (told := search.graded())]
+        graded = [told for search in better if (told := search.grade())]
         told = percent(sum(holds(each, kept) for each in graded), len(graded)) if graded else "-"
         yield f"{shape[0]} x {shape[1]}", f"{kept}", f"{icc}", *wrong, told
 
@@ -176,9 +176,8 @@ def alike(relations: int, facts: int) -> Study:
     scopes, methods = ("attention", "feed-forward", "overall"), ("l1-unstructured", "wanda")
     pruned = [gp(s, a, range(1), method) for a, s, method in product((0.4, 0.5), scopes, methods)]
     quantized = [gq(scope, range(1), scheme) for scope, scheme in product(scopes, ("int8", "int8-paper"))]
-    return make_study(
-        [*pruned, *quantized], spec=ProbeSpec(n=relations * facts, known=relations * facts, relations=relations)
-    )
+    total = relations * facts
+    return make_study([*pruned, *quantized], spec=ProbeSpec(n=total, known=total, relations=relations))
 
 
 def false_findings(draws: int) -> Iterator[tuple[str, ...]]:

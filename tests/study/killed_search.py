@@ -1,7 +1,7 @@
-"""One search that is killed again and again, before some change on disk or at any moment, and resumed until it ends.
+"""A search that is killed repeatedly, before a change on disk or at a random moment, and resumed until it ends.
 
 Run as a program: FORM MODEL FACTS FOLDER SEED... It makes FOLDER/undisturbed, and FOLDER/killed-SEED for each seed. It
-has imported all that a search needs, and each life is a fork of it, so that a life costs no more than what it computes.
+imports everything that a search needs and forks a process for each attempt, so that attempts start quickly.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 
 CHANGES = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir")
 KEEP = 0.6
-# A search that never gets on would be killed forever.
-MOST_LIVES = 100
-# A process that has threads cannot be forked whole.
-ALONE = {
+# A search without progress would be killed forever.
+MAX_ATTEMPTS = 100
+# Forking a process does not copy its threads.
+SINGLE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -38,7 +38,7 @@ IMPORTED = (
 )
 
 
-def searched(form: str, model: Path, facts: Path, folder: Path) -> None:
+def search(form: str, model: Path, facts: Path, folder: Path) -> None:
     import compressknow
 
     text = str(facts.with_suffix(".txt"))
@@ -47,22 +47,22 @@ def searched(form: str, model: Path, facts: Path, folder: Path) -> None:
 
 
 def die_before_change(number: int) -> None:
-    """Kill this process before it changes the disk for so many a time."""
-    left = number
+    """Kill this process before it changes the disk for the `number`-th time."""
+    remaining = number
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal left
+        nonlocal remaining
         creates = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_EXCL
         if event in CHANGES or creates:
-            left -= 1
-            if not left:
+            remaining -= 1
+            if not remaining:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
 
 
-def life(run: Callable[[], None], changes: int | None) -> int:
-    """The process of one life, which does `run`."""
+def fork(run: Callable[[], None], changes: int | None) -> int:
+    """Run `run` in a forked process, which dies before a change on disk if `changes` is given; return its id."""
     process = os.fork()
     if process:
         return process
@@ -78,19 +78,19 @@ def life(run: Callable[[], None], changes: int | None) -> int:
         os._exit(status)
 
 
-def live_until_the_end(run: Callable[[], None], seconds: float, seed: int) -> int:
-    """The number of times that it was killed; undisturbed, it takes so many seconds."""
+def kill_until_it_ends(run: Callable[[], None], seconds: float, seed: int) -> int:
+    """Return how often `run` was killed before it ended; undisturbed, it takes `seconds`."""
     chance = random.Random(seed)
-    for lives in range(MOST_LIVES):
+    for kills in range(MAX_ATTEMPTS):
         by_change = chance.random() < 0.7
-        process = life(run, chance.randint(1, 400) if by_change else None)
+        process = fork(run, chance.randint(1, 400) if by_change else None)
         if not by_change:
             time.sleep(chance.uniform(0, 0.8 * seconds))
             os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         if not os.WIFSIGNALED(status):
             assert os.WEXITSTATUS(status) == 0
-            return lives
+            return kills
     raise AssertionError("it never ended")
 
 
@@ -105,16 +105,16 @@ def main(form: str, model: str, facts: str, folder: str, *seeds: str) -> None:
 
     assert transformers.AutoModelForCausalLM
     assert transformers.AutoTokenizer
-    # A third of the facts that a small model knows.
+    # The search split has a third of the 64 facts that a small model knows.
     sensitivity.FEWEST = 16
     children.Popen = forks.popen
-    searching = partial(searched, form, Path(model), Path(facts))
+    run_search = partial(search, form, Path(model), Path(facts))
     start = time.monotonic()
-    _, status = os.waitpid(life(partial(searching, Path(folder) / "undisturbed"), None), 0)
+    _, status = os.waitpid(fork(partial(run_search, Path(folder) / "undisturbed"), None), 0)
     assert status == 0
     seconds = time.monotonic() - start
     for seed in seeds:
-        print(live_until_the_end(partial(searching, Path(folder) / f"killed-{seed}"), seconds, int(seed)), flush=True)
+        print(kill_until_it_ends(partial(run_search, Path(folder) / f"killed-{seed}"), seconds, int(seed)), flush=True)
 
 
 if __name__ == "__main__":

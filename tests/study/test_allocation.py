@@ -1,4 +1,4 @@
-"""A type per tensor: held against every choice that there is."""
+"""The choice of a type per tensor, compared with every possible choice."""
 
 from __future__ import annotations
 
@@ -18,78 +18,78 @@ BY_TYPE = st.dictionaries(st.sampled_from(KINDS), OPTIONS, min_size=1)
 TABLES = st.dictionaries(st.text("abc", min_size=1, max_size=4), BY_TYPE, min_size=1, max_size=5)
 
 
-def choices(table):
-    """Every choice, as its bytes and loss."""
+def list_choices(table):
+    """Yield the bytes and the loss of every choice."""
     for kinds in product(*table.values()):
         options = [table[name][kind] for name, kind in zip(table, kinds, strict=True)]
-        yield sum(each.nbytes for each in options), sum(each.loss for each in options)
+        yield sum(option.nbytes for option in options), sum(option.loss for option in options)
 
 
 @settings(max_examples=300, deadline=None)
 @given(TABLES, st.integers(0, 2000), st.integers(0, 100))
 def test_no_choice_within_the_budget_loses_less(table, spare, overhead):
-    every = list(choices(table))
-    budget = overhead + min(nbytes for nbytes, _ in every) + spare
-    found = allocate(table, budget, overhead=overhead)
-    options = [table[name][kind] for name, kind in found.types.items()]
-    assert found.types.keys() == table.keys()
-    assert found.nbytes == overhead + sum(each.nbytes for each in options) <= budget
-    assert found.loss == sum(each.loss for each in options)
-    assert found.loss == pytest.approx(min(loss for nbytes, loss in every if overhead + nbytes <= budget))
+    choices = list(list_choices(table))
+    budget = overhead + min(nbytes for nbytes, _ in choices) + spare
+    chosen = allocate(table, budget, overhead=overhead)
+    options = [table[name][kind] for name, kind in chosen.types.items()]
+    assert chosen.types.keys() == table.keys()
+    assert chosen.nbytes == overhead + sum(option.nbytes for option in options) <= budget
+    assert chosen.loss == sum(option.loss for option in options)
+    assert chosen.loss == pytest.approx(min(loss for nbytes, loss in choices if overhead + nbytes <= budget))
 
 
 @settings(max_examples=100, deadline=None)
 @given(TABLES, st.integers(1, 3000))
 def test_a_budget_below_the_smallest_file_is_refused(table, missing):
-    """The size that the message says is enough."""
-    smallest = min(nbytes for nbytes, _ in choices(table)) + 7
+    """The size that the message suggests is sufficient."""
+    smallest = min(nbytes for nbytes, _ in list_choices(table)) + 7
     with pytest.raises(UsageError, match=rf"the smallest file has (?s:.*)Give --size {smallest} or more\."):
         allocate(table, smallest - min(missing, smallest), overhead=7)
     assert allocate(table, smallest, overhead=7).nbytes == smallest
 
 
-def real(count, seed=0):
-    """Tensors as a model has them, one of which is a third of the file, with sizes that have no common divisor."""
+def make_realistic_table(count, seed=0):
+    """Return tensors of sizes without a common divisor, of which one is a third of the file."""
     random = np.random.default_rng(seed)
     bits = np.array([2.6, 3.4, 4.25, 4.5, 5.0, 5.5, 6.0, 6.6, 8.5, 16.0])
     numel = random.integers(90_001, 900_001, count)
     numel[0] = numel.sum() // 2
-    harm = random.lognormal(0, 2, count)
+    loss = random.lognormal(0, 2, count)
     return {
-        f"t{place}": {
-            f"{bit}": TypeOption(int(size * bit / 8) + int(random.integers(99)), float(harm[place] * 4.0**-bit))
+        f"t{index}": {
+            f"{bit}": TypeOption(int(size * bit / 8) + int(random.integers(99)), float(loss[index] * 4.0**-bit))
             for bit in bits
         }
-        for place, size in enumerate(numel)
+        for index, size in enumerate(numel)
     }
 
 
 @pytest.mark.parametrize("bits", [3, 4.5, 6])
 def test_large_budget_is_almost_fully_used(bits):
-    table = real(300)
+    table = make_realistic_table(300)
     numel = sum(options["16.0"].nbytes / 2 for options in table.values())
     budget = int(numel * bits / 8)
-    found = allocate(table, budget)
-    assert budget * 0.998 < found.nbytes <= budget
-    # No choice loses less than the weighted sum of both, at any weight of a byte (its dual).
+    chosen = allocate(table, budget)
+    assert budget * 0.998 < chosen.nbytes <= budget
+    # The Lagrangian dual: at any price per byte, no choice loses less than this bound.
     bound = max(
-        sum(min(each.loss + weight * each.nbytes for each in options.values()) for options in table.values())
-        - weight * budget
-        for weight in np.logspace(-14, 0, 300)
+        sum(min(option.loss + price * option.nbytes for option in options.values()) for options in table.values())
+        - price * budget
+        for price in np.logspace(-14, 0, 300)
     )
-    assert bound <= found.loss <= bound * 1.02
+    assert bound <= chosen.loss <= bound * 1.02
 
 
 def test_joined_tensors_share_one_type():
-    table = real(12)
+    table = make_realistic_table(12)
     parts = {"three": ("t1", "t2", "t3"), "two": ("t5", "t6")}
-    alone = {name: (name,) for name in table if not any(name in part for part in parts.values())}
-    joined = join_options(table, parts | alone)
+    single = {name: (name,) for name in table if not any(name in part for part in parts.values())}
+    joined = join_options(table, parts | single)
     assert joined["two"]["4.5"].nbytes == table["t5"]["4.5"].nbytes + table["t6"]["4.5"].nbytes
-    found = allocate(joined, sum(options["4.5"].nbytes for options in table.values()))
-    assert found.types.keys() == parts.keys() | alone.keys()
-    apart = allocate(table, sum(options["4.5"].nbytes for options in table.values()))
-    assert apart.loss < found.loss
+    chosen = allocate(joined, sum(options["4.5"].nbytes for options in table.values()))
+    assert chosen.types.keys() == parts.keys() | single.keys()
+    separate = allocate(table, sum(options["4.5"].nbytes for options in table.values()))
+    assert separate.loss < chosen.loss
 
 
 def test_error_lists_the_parts_of_the_smallest_file():
@@ -104,7 +104,7 @@ def test_error_lists_the_parts_of_the_smallest_file():
         "That is head (q4) 9.0 MB, one (q2) 1.0 MB, and 500.0 kB of vocabulary, norms and metadata.",
         "Give --size 10500000 or more. Types that --must sets count too.",
     ]
-    others = {f"t{place}": {"q2": TypeOption(1000 * (9 - place), 1)} for place in range(9)}
+    others = {f"t{index}": {"q2": TypeOption(1000 * (9 - index), 1)} for index in range(9)}
     with pytest.raises(UsageError, match=r"one \(q2\) 1\.0 MB, t0 \(q2\) 9\.0 kB, 8 others 36\.0 kB, and 500\.0 kB of"):
         allocate(table | others, 5_000_000, overhead=500_000)
 

@@ -1,4 +1,4 @@
-"""A study on a Ray cluster gives the table of a run on this machine, also where a worker is killed midway."""
+"""Studies on a Ray cluster: they equal those of this machine, even if a worker is killed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.long import long
 GRID = '[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.2, 0.8]\nquantize = ["none", "int8"]\n'
 
 
-def workers() -> list[psutil.Process]:
-    """Workers of Ray that are at a task of ours."""
+def find_workers() -> list[psutil.Process]:
+    """Return the Ray workers that are running a task."""
     children = psutil.Process().children(recursive=True)
     return [child for child in children if any("ray::_run" in word for word in child.cmdline())]
 
@@ -36,13 +36,13 @@ def test_killed_worker_does_not_change_the_study(tmp_path: Path) -> None:
     grid = tmp_path / "grid.toml"
     grid.write_text(GRID, encoding="utf-8")
     killed: list[int] = []
-    told: list[Progress] = []
+    updates: list[Progress] = []
 
     def kill_one(result: CellResult) -> None:
         assert result.answers is not None, result.why
-        if not killed and (busy := workers()):
-            killed.append(busy[0].pid)
-            busy[0].kill()
+        if not killed and (workers := find_workers()):
+            killed.append(workers[0].pid)
+            workers[0].kill()
 
     compressknow.sweep(
         model,
@@ -51,15 +51,15 @@ def test_killed_worker_does_not_change_the_study(tmp_path: Path) -> None:
         probe=[probe],
         ray=RayOptions("local", num_cpus=1),
         on_result=kill_one,
-        on_progress=told.append,
+        on_progress=updates.append,
     )
     assert killed
-    answered = [each.done for each in told if each.stage.model == "8 cells on Ray" and each.total == 8 * 64]
-    assert answered == sorted(answered)
-    assert {*answered} == {64 * number for number in range(8)}
-    compressknow.sweep(model, tmp_path / "here", grid=grid, probe=[probe])
+    done = [each.done for each in updates if each.stage.model == "8 cells on Ray" and each.total == 8 * 64]
+    assert done == sorted(done)
+    assert {*done} == {64 * number for number in range(8)}
+    compressknow.sweep(model, tmp_path / "local", grid=grid, probe=[probe])
     for name in ("cells.csv", "cells.parquet"):
-        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
 
 @long
@@ -99,9 +99,9 @@ def test_workers_make_the_calibration_text_if_memory_runs_out(tmp_path: Path, mo
     recipe = f"calibration = ['{text}']\ncalibration_tokens = [256]\n"
     grid.write_text(f'[axes]\nscope = ["attention"]\nmethod = ["wanda"]\nprune = [0.2]\n{recipe}', encoding="utf-8")
 
-    def run_out(*_: object) -> None:
+    def run_out_of_memory(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(VariantMaker, "get_text", run_out)  # of this process alone
+    monkeypatch.setattr(VariantMaker, "get_text", run_out_of_memory)  # only in this process
     study = compressknow.sweep(model, tmp_path / "study", grid=grid, probe=probe, ray=RayOptions("local"))
     assert [len(study.cells), len(study.failed)] == [1, 0]

@@ -1,4 +1,4 @@
-"""Types for a size: what must be, what cannot be, and what is said. Files are made in tests/gguf/test_fit.py."""
+"""The choice of GGUF types for a size, and invalid arguments of it. tests/gguf/test_fit.py makes the files."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tensors(model: Path) -> Tensors:
-    """What the tiny model's file holds in 16 bits."""
-    side = read_stored_weights(open_complete(model)[0])
+    """The tensors of the 16-bit GGUF file of the model."""
+    source = read_stored_weights(open_complete(model)[0])
     weights = {
         "token_embd.weight" if weight.group == "final" else get_llama_cpp_name(weight.module): (weight,)
-        for weight in side.structure.linears
+        for weight in source.structure.linears
     }
-    held = {
-        name: Tensor(name, "bf16", own[0].shape[::-1], prod(own[0].shape), 2 * prod(own[0].shape))
-        for name, own in weights.items()
+    stored = {
+        name: Tensor(name, "bf16", weight.shape[::-1], prod(weight.shape), 2 * prod(weight.shape))
+        for name, (weight,) in weights.items()
     }
-    held["output_norm.weight"] = Tensor("output_norm.weight", "f32", (256,), 256, 1024)
-    return Tensors(side, held, weights, {})
+    stored["output_norm.weight"] = Tensor("output_norm.weight", "f32", (256,), 256, 1024)
+    return Tensors(source, stored, weights, {})
 
 
 @pytest.fixture(scope="module")
 def sensitivity(tensors: Tensors) -> Sensitivity:
-    """Of facts where attention matters, and of text where the rest does."""
+    """A sensitivity in which attention matters more for facts, and the other weights for text."""
     rows = []
     for (weight,) in tensors.weights.values():
         facts, text = (8.0, 0.1) if weight.group == "attention" else (0.1, 8.0)
@@ -62,16 +62,18 @@ def sensitivity(tensors: Tensors) -> Sensitivity:
     return Sensitivity("0" * 64, Guidance("gguf", ("q8_0",), 40, "1" * 64, 1000, "2" * 64), tuple(rows))
 
 
-def bits(types: Mapping[str, str], tensors: Tensors, group: str) -> float:
-    own = [tensors.tensors[name] for name in types if tensors.groups[name] == group]
-    return sum(8 * get_nbytes(types[each.name], each.shape[::-1]) for each in own) / sum(e.numel for e in own)
+def compute_bits(types: Mapping[str, str], tensors: Tensors, group: str) -> float:
+    of_group = [tensors.tensors[name] for name in types if tensors.groups[name] == group]
+    nbytes = sum(get_nbytes(types[tensor.name], tensor.shape[::-1]) for tensor in of_group)
+    return 8 * nbytes / sum(tensor.numel for tensor in of_group)
 
 
 def test_guide_decides_where_bits_go(sensitivity: Sensitivity, tensors: Tensors) -> None:
-    by = {g: fit_types(sensitivity, tensors, OVERHEAD, SizeTarget(700_000, guide=g)) for g in ("facts", "text", "both")}
-    attention = {guide: bits(types, tensors, "attention") for guide, (types, _) in by.items()}
+    targets = {guide: SizeTarget(700_000, guide=guide) for guide in ("facts", "text", "both")}
+    fits = {guide: fit_types(sensitivity, tensors, OVERHEAD, target) for guide, target in targets.items()}
+    attention = {guide: compute_bits(types, tensors, "attention") for guide, (types, _) in fits.items()}
     assert attention["facts"] > attention["both"] > attention["text"]
-    types, record = by["facts"]
+    types, record = fits["facts"]
     assert types.keys() == set(tensors.weights)
     assert record["facts"] == 40
 
@@ -88,13 +90,13 @@ def test_must_sets_the_types(sensitivity: Sensitivity, tensors: Tensors) -> None
 
 
 def test_bits_count_the_whole_file(sensitivity: Sensitivity, tensors: Tensors) -> None:
-    numel = sum(each.numel for each in tensors.tensors.values())
+    numel = sum(tensor.numel for tensor in tensors.tensors.values())
     _, record = fit_types(sensitivity, tensors, OVERHEAD, SizeTarget(bits=5))
     assert record["budget"] == numel * 5 // 8
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "message"),
     [
         (SizeTarget(300_000), r"300\.0 kB is too small: the smallest file has .*\n.*\(q2_k\).*50\.0 kB of vocabulary"),
         (
@@ -106,9 +108,9 @@ def test_bits_count_the_whole_file(sensitivity: Sensitivity, tensors: Tensors) -
     ],
 )
 def test_impossible_target_is_refused(
-    target: SizeTarget, said: str, sensitivity: Sensitivity, tensors: Tensors
+    target: SizeTarget, message: str, sensitivity: Sensitivity, tensors: Tensors
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         fit_types(sensitivity, tensors, OVERHEAD, target)
 
 
@@ -119,7 +121,7 @@ def test_malformed_size_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"size": "90MB", "bits": 4.5}, "Give either `size` or `bits`"),
         ({"bits": 0.5}, "`bits=0.5`: give bits per weight, from 1 to less than 16"),
@@ -141,7 +143,7 @@ def test_malformed_size_is_refused(text: str) -> None:
         ({"size": "90MB", "facts": "text:README.md"}, "it has no facts to guide by"),
     ],
 )
-def test_invalid_arguments_are_refused_before_any_work(options: dict, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=said):
-        compressknow.export(tmp_path / "not looked at", tmp_path / "out.gguf", **options)
+def test_invalid_arguments_are_refused_before_any_work(options: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        compressknow.export(tmp_path / "missing", tmp_path / "out.gguf", **options)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The paper's grid, and grids of a user's own."""
+"""The grid of the paper, the grid of methods, and custom grids."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from compressknow.compress.steps import Calibration, Prune, Quantize, Where
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.study.cells import name_folder
-from compressknow.study.grid import AMOUNTS, Cell, build_paper_grid, fit_parameters, list_cells, read_grid
+from compressknow.study.grid import Cell, build_paper_grid, fit_parameters, list_cells, read_grid
 from tests.models import tiny, tiny_of_groups
 
 
-def grid(path: Path, text: str) -> tuple[Cell, ...]:
+def make_grid(path: Path, text: str) -> tuple[Cell, ...]:
     path.write_text(text, encoding="utf-8")
     return read_grid(path)
 
 
-def setups(architecture: str) -> list[str]:
+def list_setups(architecture: str) -> list[str]:
     return [cell.recipe.setup for cell in build_paper_grid(read_structure(tiny(architecture), "paper"))]
 
 
 def test_paper_grid_has_every_setup_of_sections_2_3_to_2_6() -> None:
-    module = [f"{name}_GP {amount}%" for name in ("Att", "FF", "Overall") for amount in range(10, 100, 10)]
-    both = [f"{name}_{kind}" for name in ("Att", "FF", "Overall") for kind in ("GQ", "GPQ 20%", "GPQ 40%")]
+    pruned = [f"{name}_GP {amount}%" for name in ("Att", "FF", "Overall") for amount in range(10, 100, 10)]
+    quantized = [f"{name}_{kind}" for name in ("Att", "FF", "Overall") for kind in ("GQ", "GPQ 20%", "GPQ 40%")]
     final = [f"FLP {method} {amount}%" for method in ("L1-structured", "L1-unstructured") for amount in (20, 40)]
-    assert setups("llama") == setups("bert") == [*module, *both, *final]
+    assert list_setups("llama") == list_setups("bert") == [*pruned, *quantized, *final]
 
 
 def test_paper_grid_of_encoder_decoders_also_has_the_attentions_of_figure_8() -> None:
-    more = Counter(setups("t5-gated")) - Counter(setups("llama"))
+    additional = Counter(list_setups("t5-gated")) - Counter(list_setups("llama"))
     kinds = ("SelfAtt", "CrossAtt", "EncoderAtt", "DecoderAtt")
-    assert set(more) == {f"{name}_{kind}" for name in kinds for kind in ("GQ", "GPQ 20%", "GPQ 40%")}
+    assert set(additional) == {f"{name}_{kind}" for name in kinds for kind in ("GQ", "GPQ 20%", "GPQ 40%")}
 
 
 def test_paper_grid_has_the_authors_scheme_and_module_map_by_default() -> None:
@@ -47,52 +47,52 @@ def test_paper_grid_has_the_authors_scheme_and_module_map_by_default() -> None:
     }
     assert schemes == {"int8-paper"}
     assert {cell.recipe.module_map for cell in build_paper_grid(structure)} == {"paper"}
-    other = build_paper_grid(structure, module_map="structural", scheme="int8")
-    assert {cell.recipe.module_map for cell in other} == {"structural"}
-    assert len({cell.key for cell in other}) == len(other) == 40
-    assert all(cell.plain for cell in other)
+    cells = build_paper_grid(structure, module_map="structural", scheme="int8")
+    assert {cell.recipe.module_map for cell in cells} == {"structural"}
+    assert len({cell.key for cell in cells}) == len(cells) == 40
+    assert all(cell.plain for cell in cells)
 
 
-class Opened:
-    """A tiny model: it has what it is said to have."""
+class OpenModel:
+    """Tiny model that refuses recipes with one scheme."""
 
-    def __init__(self, architecture: str, without: str = "") -> None:
-        self._tree, self._without = tiny_of_groups(architecture), without
+    def __init__(self, architecture: str, unsupported: str = "") -> None:
+        self._tree, self._unsupported = tiny_of_groups(architecture), unsupported
 
     def structure(self, module_map: ModuleMap = "structural") -> Structure:
         return read_structure(self._tree, module_map)
 
     def plan(self, recipe: Recipe) -> None:
-        if any(isinstance(step, Quantize) and step.scheme == self._without for step in recipe.steps):
+        if any(isinstance(step, Quantize) and step.scheme == self._unsupported for step in recipe.steps):
             raise UnsupportedError("not this model")
 
 
 def test_methods_grid_has_the_same_cells_for_each_method() -> None:
-    cells = list_cells("methods", lambda: Opened("llama"), calibration_tokens=512)
+    cells = list_cells("methods", lambda: OpenModel("llama"), calibration_tokens=512)
     pruned = {(c.pruning, step.amount) for c in cells if c.quantization is None for step in c.recipe.steps}
     assert pruned == {(m, a / 10) for m in ("l1-unstructured", "wanda", "sparsegpt") for a in range(2, 7)}
     gptq = "int4 group_size 32 gptq"
-    ways = {(None, way) for way in ("int8", "int8 smooth 0.5", "int4 group_size 32", gptq)}
+    quantized = {(None, scheme) for scheme in ("int8", "int8 smooth 0.5", "int4 group_size 32", gptq)}
     both = {(method, gptq) for method in ("l1-unstructured", "wanda", "sparsegpt")}
-    assert {(c.pruning, c.quantization) for c in cells if c.quantization} == ways | both
+    assert {(c.pruning, c.quantization) for c in cells if c.quantization} == quantized | both
     assert len(cells) == len({cell.key for cell in cells}) == 3 * (15 + 4 + 3)
     assert all(cell.plain and cell.recipe.module_map == "paper" for cell in cells)
     assert {cell.recipe.calibration for cell in cells} == {None, Calibration(tokens=512)}
 
 
 def test_paper_grid_in_int4_has_the_largest_groups_that_divide_all_layers() -> None:
-    cells = list_cells("paper", lambda: Opened("llama"), quantize="int4")
+    cells = list_cells("paper", lambda: OpenModel("llama"), quantize="int4")
     assert {cell.quantization for cell in cells} == {None, "int4 group_size 32"}
-    # One that has none is refused cell by cell.
+    # A model without such groups is refused cell by cell.
     narrow = build_paper_grid(read_structure(tiny("bert"), "paper"), scheme="int4")
     assert {cell.quantization for cell in narrow} == {None, "int4"}
 
 
 def test_methods_grid_omits_unsupported_schemes() -> None:
-    cells = list_cells("methods", lambda: Opened("llama", without="int4"))
+    cells = list_cells("methods", lambda: OpenModel("llama", unsupported="int4"))
     assert len(cells) == 3 * (15 + 2)
     assert not any("int4" in cell.key for cell in cells)
-    # Inputs of 48 make no groups.
+    # 48 inputs cannot be divided into groups.
     assert fit_parameters(read_structure(tiny("bert")), "int4") is None
 
 
@@ -106,15 +106,11 @@ def test_methods_grid_omits_unsupported_schemes() -> None:
 )
 def test_options_that_a_grid_does_not_have_are_refused(name: str, options: dict[str, str]) -> None:
     with pytest.raises(UsageError, match=f"does not apply to the grid {name}"):
-        list_cells(name, lambda: Opened("llama"), **options)
-
-
-def test_amounts_are_what_they_are_called() -> None:
-    assert AMOUNTS == (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+        list_cells(name, lambda: OpenModel("llama"), **options)
 
 
 def test_grid_file_is_the_product_of_its_axes_and_its_named_cells(tmp_path: Path) -> None:
-    cells = grid(
+    cells = make_grid(
         tmp_path / "grid.toml",
         """
         [axes]
@@ -135,7 +131,7 @@ def test_grid_file_is_the_product_of_its_axes_and_its_named_cells(tmp_path: Path
         scope = ["feed-forward"]
         """,
     )
-    # 2 x 2 x 2, but for the two that do nothing; and two by name.
+    # 2 x 2 x 2 cells, less the two that do nothing, and two named ones.
     assert len(cells) == 8
     assert cells[0].recipe == build_recipe(Where(("attention",)), quantize="int8")
     assert cells[3].recipe.steps[0].where.scope == ("feed-forward", "final")
@@ -150,16 +146,16 @@ def test_grid_file_is_the_product_of_its_axes_and_its_named_cells(tmp_path: Path
 def test_grid_may_be_a_dict(tmp_path: Path) -> None:
     values = {"axes": {"prune": [0.2, 0.5]}, "cells": [{"name": "first", "layers": "0", "quantize": "int8"}]}
     text = '[axes]\nprune = [0.2, 0.5]\n[[cells]]\nname = "first"\nlayers = "0"\nquantize = "int8"\n'
-    assert list_cells(values, lambda: Opened("llama")) == grid(tmp_path / "grid.toml", text)
+    assert list_cells(values, lambda: OpenModel("llama")) == make_grid(tmp_path / "grid.toml", text)
     with pytest.raises(UsageError, match=r"The grid, \[axes\]: 'prun' is not a key here"):
-        list_cells({"axes": {"prun": [0.2]}}, lambda: Opened("llama"))
+        list_cells({"axes": {"prun": [0.2]}}, lambda: OpenModel("llama"))
 
 
 def test_settings_have_layer_0_and_the_seed_of_a_calibrated_cell(tmp_path: Path) -> None:
-    axes = grid(tmp_path / "axes.toml", "[axes]\nprune = [0.5]\nlayers = [0, 1, 2]")
+    axes = make_grid(tmp_path / "axes.toml", "[axes]\nprune = [0.5]\nlayers = [0, 1, 2]")
     assert [cell.settings["layers"] for cell in axes] == ["0", "1", "2"]
     text = "[[cells]]\nprune = 0.5\nlayers = 0\n[[cells]]\nquantize = 'int8'\nrounding = 'gptq'\nseed = 3"
-    one, calibrated = grid(tmp_path / "cells.toml", text)
+    one, calibrated = make_grid(tmp_path / "cells.toml", text)
     assert one.settings["layers"] == "0"
     assert calibrated.settings["seed"] == 3
 
@@ -167,10 +163,10 @@ def test_settings_have_layer_0_and_the_seed_of_a_calibrated_cell(tmp_path: Path)
 def test_duplicate_recipes_are_dropped_and_keys_are_unique(tmp_path: Path) -> None:
     axes = '[axes]\nprune = [0, 0.5, 0.5]\nseed = [1, 2]\nmethod = ["random-unstructured", "l1-unstructured"]\n'
     named = '[[cells]]\nname = "a"\nprune = 0.1\n[[cells]]\nname = "A"\nprune = 0.2\n'
-    cells = grid(tmp_path / "grid.toml", axes + named)
+    cells = make_grid(tmp_path / "grid.toml", axes + named)
     assert [cell.key for cell in cells] == [
         "blocks-gp-random-unstructured-50-seed-1",
-        "blocks-gp-50",  # of which no seed decides anything
+        "blocks-gp-50",  # does not depend on the seed
         "blocks-gp-random-unstructured-50-seed-2",
         "a",
         "a-2",
@@ -185,14 +181,14 @@ def test_a_recipe_of_the_axes_that_is_named_too_has_its_name(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["最初の層", "первый-слой", "schicht-ü"])
 def test_cell_names_may_be_in_any_script(tmp_path: Path, name: str) -> None:
-    (cell,) = grid(tmp_path / "grid.toml", f'[[cells]]\nname = "{name}"\nprune = 0.1\n')
+    (cell,) = make_grid(tmp_path / "grid.toml", f'[[cells]]\nname = "{name}"\nprune = 0.1\n')
     assert cell.key == name
-    (long,) = grid(tmp_path / "grid.toml", f'[[cells]]\nname = "{name * 80}"\nprune = 0.1\n')
+    (long,) = make_grid(tmp_path / "grid.toml", f'[[cells]]\nname = "{name * 80}"\nprune = 0.1\n')
     (tmp_path / f"{long.key}-{'0' * 8}").mkdir()
 
 
 def test_cells_omit_settings_that_their_method_or_scheme_lacks(tmp_path: Path) -> None:
-    cells = grid(
+    cells = make_grid(
         tmp_path / "grid.toml",
         """
         [axes]
@@ -208,24 +204,24 @@ def test_cells_omit_settings_that_their_method_or_scheme_lacks(tmp_path: Path) -
         calibration_tokens = [4096]
         """,
     )
-    # Quantized alone: int8 and int4 either way, int8 smoothed too; int8-paper is rounded to nearest.
-    ways = {"int8", "int8 gptq", "int8 smooth 0.5", "int8 gptq smooth 0.5", "int8-paper", "int4 group_size 64"}
-    ways |= {"int4 group_size 64 gptq"}
+    # int8 and int4 are rounded both ways, int8 is smoothed too, and int8-paper is only rounded to nearest.
+    schemes = {"int8", "int8 gptq", "int8 smooth 0.5", "int8 gptq smooth 0.5", "int8-paper", "int4 group_size 64"}
+    schemes |= {"int4 group_size 64 gptq"}
     methods = {"l1-unstructured", "wanda", "ln-structured"} | {f"{m} pattern 2:4" for m in ("l1-unstructured", "wanda")}
     assert {(c.pruning, c.quantization) for c in cells} == {
-        (method, way) for method in (*methods, None) for way in (*ways, None) if method or way
+        (method, scheme) for method in (*methods, None) for scheme in (*schemes, None) if method or scheme
     }
     assert len(cells) == len({cell.key for cell in cells}) == len({cell.recipe for cell in cells}) == 47
     text = Calibration("facts.txt", 4096)
     for cell in cells:
         assert cell.plain
-        looks = any(step.calibrated for step in cell.recipe.steps)
-        assert cell.recipe.calibration == (text if looks else None)
-        assert ("facts.txt-4096-tokens" in cell.key) is looks
+        is_calibrated = any(step.calibrated for step in cell.recipe.steps)
+        assert cell.recipe.calibration == (text if is_calibrated else None)
+        assert ("facts.txt-4096-tokens" in cell.key) is is_calibrated
 
 
 def test_setups_and_keys_distinguish_methods_schemes_and_texts(tmp_path: Path) -> None:
-    cells = grid(
+    cells = make_grid(
         tmp_path / "grid.toml",
         """
         [[cells]]
@@ -267,7 +263,7 @@ def test_setups_and_keys_distinguish_methods_schemes_and_texts(tmp_path: Path) -
 
 def test_folders_of_cells_and_probes_have_valid_names(tmp_path: Path) -> None:
     long = "".join(f'[[cells]]\nname = "{"long:" * 80}{number}"\nprune = 0.{number}\n' for number in range(1, 4))
-    folders = [f"{cell.key}-{'0' * 8}" for cell in grid(tmp_path / "grid.toml", long)]
+    folders = [f"{cell.key}-{'0' * 8}" for cell in make_grid(tmp_path / "grid.toml", long)]
     folders += [name_folder(f"facts:{'é' * 120}.jsonl"), name_folder(f"facts:{'x' * 249}.jsonl")]
     for folder in folders:
         (tmp_path / folder).mkdir()
@@ -276,7 +272,7 @@ def test_folders_of_cells_and_probes_have_valid_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("", "no cell"),
         ("[axes]\nprune = [0]", "no cell"),
@@ -288,7 +284,7 @@ def test_folders_of_cells_and_probes_have_valid_names(tmp_path: Path) -> None:
         ("[grid]\nprune = [0.1]", "'grid'"),
         ('[axes]\nquantize = ["int8"]\nmethod = ["l1-unstructured"]', "nothing is pruned"),
         ('[[cells]]\nname = "nothing"', "neither prunes nor quantizes"),
-        ("[[cells]]\nprune = 0.1\n[[cells]]\nprune = 0.1\nlayer = 3", "mine.toml, cell 2: 'layer' is not a key here"),
+        ("[[cells]]\nprune = 0.1\n[[cells]]\nprune = 0.1\nlayer = 3", "grid.toml, cell 2: 'layer' is not a key here"),
         ("[[cells]]\nname = 3\nprune = 0.1", "name"),
         ("[axes\n", "cannot be read"),
         ('[axes]\nprune = [0.5]\nrounding = ["gptq"]', "rounding applies to quantization, and nothing is quantized"),
@@ -311,17 +307,17 @@ def test_folders_of_cells_and_probes_have_valid_names(tmp_path: Path) -> None:
         ('[[cells]]\nquantize = "int8"\nprune = 0\nmethod = "wanda"', "method applies to pruning"),
         ('[[cells]]\nquantize = "int8"\nseed = 3', "seed applies to what is drawn"),
         ("[[cells]]\nprune = 0.5\nseed = 3", "seed applies to what is drawn"),
-        ("[[cells]]\nsteps = [{prune = 2}]", "mine.toml, cell 1: The pruning amount"),
+        ("[[cells]]\nsteps = [{prune = 2}]", "grid.toml, cell 1: The pruning amount"),
         (
             '[[cells]]\nprune = 0.1\n[[cells]]\nsteps = [{quantize = "int8"}, {prune = 0.5}]',
-            "mine.toml, cell 2: A recipe prunes before it quantizes",
+            "grid.toml, cell 2: A recipe prunes before it quantizes",
         ),
     ],
 )
-def test_invalid_grid_is_refused_with_its_name(tmp_path: Path, text: str, says: str) -> None:
-    with pytest.raises(UsageError, match=says) as error:
-        grid(tmp_path / "mine.toml", text)
-    assert "mine.toml" in error.value.what
+def test_invalid_grid_is_refused_with_its_name(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as error:
+        make_grid(tmp_path / "grid.toml", text)
+    assert "grid.toml" in error.value.what
 
 
 def test_error_for_a_key_suggests_alternatives(tmp_path: Path) -> None:
@@ -331,7 +327,7 @@ def test_error_for_a_key_suggests_alternatives(tmp_path: Path) -> None:
         ("[[cells]]\nstep = []", "Choose from name, steps, scope"),
     ):
         with pytest.raises(UsageError) as error:
-            grid(tmp_path / "mine.toml", text)
+            make_grid(tmp_path / "grid.toml", text)
         assert hint in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""What rounding a weight does to facts: the first-order estimate against really rounding it and running the model."""
+"""The estimated effect of rounding a weight, compared with rounding it and running the model."""
 
 from __future__ import annotations
 
@@ -59,23 +59,24 @@ class FewTypes(GgufRoundings):
 
 
 SCHEMES, GGUF = FewSchemes(), FewTypes()
+GetModel = Callable[..., "TrainedModel"]
 
 
-class Known(NamedTuple):
+class TrainedModel(NamedTuple):
     folder: Path
     model: Any
-    questions: FactBatches
+    fact_batches: FactBatches
     logp: torch.Tensor
     domains: list[str]
 
 
 @pytest.fixture(scope="module")
-def known_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Known]:
+def get_model(tmp_path_factory: pytest.TempPathFactory) -> GetModel:
     folder = tmp_path_factory.mktemp("sensitivity")
-    made: dict[tuple[str, str], Known] = {}
+    models: dict[tuple[str, str], TrainedModel] = {}
 
-    def of(family: str, answers_are: str = "candidates") -> Known:
-        if (family, answers_are) not in made:
+    def get(family: str, answers_are: str = "candidates") -> TrainedModel:
+        if (family, answers_are) not in models:
             path = save_trained(family, folder / family)
             loaded = load_language_model(path)
             probe = open_probe(f"facts:{write_facts(folder / 'facts.jsonl')}")
@@ -86,43 +87,45 @@ def known_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Known]:
             scorer = make_scorer(loaded.model, loaded.tokenizer, loaded.family, probe)
             prompts = make_prompts(scorer)
             answers = {answer.fact_id: answer for batch in evaluate(prompts) for answer in batch}
-            asked = [ScoredFact(scorer, query, answers[query.fact.id]) for batch in prompts.batches for query in batch]
-            logp = torch.tensor([value for each in asked for value in likeliest(each.answer.top5_logp)])
-            domains = [each.query.fact.subject for each in asked]
-            made[family, answers_are] = Known(path, loaded.model, batch_facts(asked), logp, domains)
-        return made[family, answers_are]
+            scored = [ScoredFact(scorer, query, answers[query.fact.id]) for batch in prompts.batches for query in batch]
+            logp = torch.tensor([value for each in scored for value in select_likeliest(each.answer.top5_logp)])
+            domains = [each.query.fact.subject for each in scored]
+            models[family, answers_are] = TrainedModel(path, loaded.model, batch_facts(scored), logp, domains)
+        return models[family, answers_are]
 
-    return of
+    return get
 
 
-def likeliest(logp: Sequence[float]) -> Sequence[float]:
-    """Those of the best answers that have 95 % of their probability, two at least."""
+def select_likeliest(logp: Sequence[float]) -> Sequence[float]:
+    """Return the best answers that have 95 % of the probability, at least two."""
     p = [exp(value) for value in logp]
     return logp[: next(number for number in range(2, len(p) + 1) if sum(p[:number]) >= 0.95 * sum(p))]
 
 
-def scores_of(known: Known) -> torch.Tensor:
-    """Of all candidates, by the model as it is now: plain passes of transformers."""
-    found = torch.zeros(len(known.questions.facts))
-    for batch, owners in zip(known.questions.batches, known.questions.owners, strict=True):
-        found.index_add_(0, owners.flatten(), batch.score(logits_of(known.model, batch)).flatten())
-    return found
+def compute_scores(trained: TrainedModel) -> torch.Tensor:
+    """Return the scores of all candidates by the current weights, from forward passes of transformers."""
+    scores = torch.zeros(len(trained.fact_batches.facts))
+    for batch, owners in zip(trained.fact_batches.batches, trained.fact_batches.owners, strict=True):
+        scores.index_add_(0, owners.flatten(), batch.score(compute_logits(trained.model, batch)).flatten())
+    return scores
 
 
-def logits_of(model: Any, batch: ScoredBatch) -> torch.Tensor:
+def compute_logits(model: Any, batch: ScoredBatch) -> torch.Tensor:
     with torch.no_grad():
         logits = model(**batch.inputs).logits
-    own = logits[torch.arange(len(logits))[:, None], batch.positions]
-    return own[:, None].expand(-1, batch.directions, -1, -1)
+    scored = logits[torch.arange(len(logits))[:, None], batch.positions]
+    return scored[:, None].expand(-1, batch.directions, -1, -1)
 
 
-def rounded(known: Known, measured: ScoreChanges, roundings: Roundings, name: str, type: str) -> torch.Tensor:
-    """The scores of the model with one weight rounded."""
-    weight = dict(known.model.named_parameters())[name]
+def score_rounded(
+    trained: TrainedModel, measured: ScoreChanges, roundings: Roundings, name: str, type: str
+) -> torch.Tensor:
+    """Return the scores of the model with one weight rounded."""
+    weight = dict(trained.model.named_parameters())[name]
     before = weight.data
     weight.data = roundings.roundtrip(before, type, measured.importance.get(name))
     try:
-        return scores_of(known)
+        return compute_scores(trained)
     finally:
         weight.data = before
 
@@ -137,8 +140,8 @@ def test_bytes_of_a_type_equal_those_of_the_converted_weight(
     compressknow.convert(source, tmp_path / "out", quantize=scheme, scope="attention", **options)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     for module in ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.o_proj"):
-        own = {name: each for name, each in tensors.items() if name.startswith(f"{module}.")}
-        nbytes = sum(each.nbytes for name, each in own.items() if not name.endswith("_shape"))
+        of_module = {name: each for name, each in tensors.items() if name.startswith(f"{module}.")}
+        nbytes = sum(each.nbytes for name, each in of_module.items() if not name.endswith("_shape"))
         shape = tiny("llama").get_submodule(module).weight.shape
         assert SchemeRoundings(dtype=stored).nbytes(type, shape) == nbytes
 
@@ -155,10 +158,10 @@ def test_bytes_of_a_type_equal_those_of_the_converted_weight(
         ("t5", "open"),
     ],
 )
-def test_scores_equal_those_of_the_evaluation(family: str, answers_are: str, known_by: Callable[..., Known]) -> None:
-    known = known_by(family, answers_are)
-    measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
-    torch.testing.assert_close(measured.scores, known.logp, atol=1e-4, rtol=1e-4)
+def test_scores_equal_those_of_the_evaluation(family: str, answers_are: str, get_model: GetModel) -> None:
+    trained = get_model(family, answers_are)
+    measured = measure(*open_complete(trained.folder), SCHEMES, trained.fact_batches)
+    torch.testing.assert_close(measured.scores, trained.logp, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_scores_equal_those_of_the_evaluation(family: str, answers_are: str, kno
         ({"avx512_bf16", "avx512_fp16"}, torch.float32),
         ({"avx512_bf16", "avx512_fp16", "amx_bf16"}, torch.bfloat16),
     ],
-    ids=["older", "AMD's", "Intel's without AMX", "Intel's"],
+    ids=["older", "AMD", "Intel without AMX", "Intel"],
 )
 def test_factors_are_bfloat16_if_the_processor_multiplies_it_faster(
     features: set[str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -195,96 +198,96 @@ def test_estimated_changes_match_a_rounded_weight(
     answers_are: str,
     factors: torch.dtype,
     roundings: Roundings,
-    known_by: Callable[..., Known],
+    get_model: GetModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for module in ("compress.calibrate.backward", "study.measuring"):
         monkeypatch.setattr(f"compressknow.{module}.FACTORS", factors)
-    known = known_by(family, answers_are)
-    measured = measure(*open_complete(known.folder), roundings, known.questions)
+    trained = get_model(family, answers_are)
+    measured = measure(*open_complete(trained.folder), roundings, trained.fact_batches)
     ratios, cosines = [], []
     for (name, type), estimate in list(measured.facts.items())[::2]:
-        change = rounded(known, measured, roundings, name, type) - measured.scores
+        change = score_rounded(trained, measured, roundings, name, type) - measured.scores
         ratios.append(float(estimate.norm() / change.norm()))
         cosines.append(float(torch.nn.functional.cosine_similarity(change, estimate, dim=0)))
     near = sum(1 / 1.5 < ratio < 1.5 for ratio in ratios)
     assert near >= 0.95 * len(ratios), sorted(ratios)
-    # And not in size alone.
+    # The directions match too.
     assert median(cosines) > 0.95, sorted(cosines)
 
 
-def test_predicted_divergence_ranks_mixes_like_the_measured_one(known_by: Callable[..., Known]) -> None:
-    known, generator = known_by("llama"), torch.Generator().manual_seed(0)
-    measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
-    parameters, before = dict(known.model.named_parameters()), scores_of(known)
+def test_predicted_divergence_ranks_mixes_like_the_measured_one(get_model: GetModel) -> None:
+    trained, generator = get_model("llama"), torch.Generator().manual_seed(0)
+    measured = measure(*open_complete(trained.folder), SCHEMES, trained.fact_batches)
+    parameters, before = dict(trained.model.named_parameters()), compute_scores(trained)
     predicted, real = [], []
     for share in (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0):
         draws = torch.rand(len(measured.weights), generator=generator)
         mix = {
             n: "int4/32" if draw < share else "int8-weights" for n, draw in zip(measured.weights, draws, strict=True)
         }
-        kept = {name: parameters[name].data for name in mix}
+        original = {name: parameters[name].data for name in mix}
         for name, type in mix.items():
-            parameters[name].data = SCHEMES.roundtrip(kept[name], type, None)
-        after = scores_of(known)
-        for name, weight in kept.items():
+            parameters[name].data = SCHEMES.roundtrip(original[name], type, None)
+        after = compute_scores(trained)
+        for name, weight in original.items():
             parameters[name].data = weight
         divergences = [
             compute_divergence(measured.scores, measured.facts[each], measured.owners) for each in mix.items()
         ]
         predicted.append(sum(float(each.mean()) for each in divergences))
-        real.append(float(exact_divergence(before, after, measured.owners).mean()))
+        real.append(float(compute_exact_divergence(before, after, measured.owners).mean()))
     assert spearmanr(predicted, real).statistic > 0.9
 
 
-def exact_divergence(before: torch.Tensor, after: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+def compute_exact_divergence(before: torch.Tensor, after: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
     values = []
     for fact in range(int(owners.max()) + 1):
-        one, other = (scores[owners == fact].double().log_softmax(0) for scores in (before, after))
-        values.append((one.exp() * (one - other)).sum())
+        p, q = (scores[owners == fact].double().log_softmax(0) for scores in (before, after))
+        values.append((p.exp() * (p - q)).sum())
     return torch.stack(values)
 
 
-def test_facts_at_risk_match_changed_answers(known_by: Callable[..., Known]) -> None:
-    known = known_by("llama")
-    measured = measure(*open_complete(known.folder), GGUF, known.questions)
-    # The model is sure of what it knows: with margins as small as these, rounding one weight changes answers.
+def test_facts_at_risk_match_changed_answers(get_model: GetModel) -> None:
+    trained = get_model("llama")
+    measured = measure(*open_complete(trained.folder), GGUF, trained.fact_batches)
+    # The margins of the model are large; with much smaller ones, rounding one weight changes answers.
     objects, others, margins = measured.margins
     assert margins.min() > 0
-    near = 0.03 * margins
+    small = 0.03 * margins
     scores = measured.scores.double()
-    close = replace(measured, scores=scores.index_put((objects,), scores[others] + near))
-    torch.testing.assert_close(close.margins, (objects, others, near))
+    close = replace(measured, scores=scores.index_put((objects,), scores[others] + small))
+    torch.testing.assert_close(close.margins, (objects, others, small))
     rows = {row.name: row for row in close.build_rows(GGUF)}
     predicted, real = [], []
     for name, type in measured.facts:
-        change = rounded(known, measured, GGUF, name, type) - measured.scores
-        # The best other candidate alone, which margins are of.
-        real.append(float((near + change[objects] - change[others] < 0).double().mean()))
+        change = score_rounded(trained, measured, GGUF, name, type) - measured.scores
+        # Margins are those to the best other candidate.
+        real.append(float((small + change[objects] - change[others] < 0).double().mean()))
         predicted.append(rows[name].by_type[type].at_risk or 0.0)
     assert 0.02 < sum(real) / len(real) < 0.5
-    # Fewer by a third: what is so sure becomes less sure in the mean, which no first order tells.
+    # Answers as sure as these become less sure on average, which a first-order estimate does not capture.
     assert 0.5 < sum(predicted) / sum(real) < 1.5, (sum(predicted), sum(real))
     assert spearmanr(predicted, real).statistic > 0.85
     # More bits risk less.
     assert all(row.by_type["q8_0"].at_risk < row.by_type["q4_0"].at_risk for row in rows.values())  # type: ignore[operator]
 
 
-def test_sensitivity_of_a_domain_matches_its_facts(known_by: Callable[..., Known]) -> None:
-    known = known_by("llama")
-    measured = measure(*open_complete(known.folder), SCHEMES, known.questions)
-    rows = {row.name: row for row in measured.build_rows(SCHEMES, known.domains)}
-    first = torch.tensor([domain == known.domains[0] for domain in known.domains])
+def test_sensitivity_of_a_domain_matches_its_facts(get_model: GetModel) -> None:
+    trained = get_model("llama")
+    measured = measure(*open_complete(trained.folder), SCHEMES, trained.fact_batches)
+    rows = {row.name: row for row in measured.build_rows(SCHEMES, trained.domains)}
+    first = torch.tensor([domain == trained.domains[0] for domain in trained.domains])
     predicted, real = [], []
     for name, row in rows.items():
         kls = []
         for type in SCHEMES.types:
-            after = rounded(known, measured, SCHEMES, name, type)
-            kls.append(exact_divergence(measured.scores, after, measured.owners) / measured.errors[name, type])
+            after = score_rounded(trained, measured, SCHEMES, name, type)
+            kls.append(compute_exact_divergence(measured.scores, after, measured.owners) / measured.errors[name, type])
         per_fact = torch.stack(kls).mean(0)
         real.append(float(per_fact[first].mean() / per_fact.mean()))
-        predicted.append(row.by_domain[known.domains[0]])
-        # As many facts each.
+        predicted.append(row.by_domain[trained.domains[0]])
+        # Each domain has as many facts.
         assert sum(row.by_domain.values()) == pytest.approx(2)
     assert spearmanr(predicted, real).statistic > 0.9
     few = ["a"] * 4 + ["b"] * 60
@@ -296,28 +299,30 @@ def test_second_order_divergence_matches_the_exact_one_of_small_changes() -> Non
     owners = torch.tensor([0, 0, 0, 1, 1])
     scores, changes = torch.randn(5), torch.randn(5) * 1e-3
     near = compute_divergence(scores, changes, owners)
-    torch.testing.assert_close(near, exact_divergence(scores, (scores + changes).double(), owners), rtol=0.02, atol=0)
+    exact = compute_exact_divergence(scores, (scores + changes).double(), owners)
+    torch.testing.assert_close(near, exact, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_changes_of_text_estimate_the_divergence_of_the_next_token(family: str, known_by: Callable[..., Known]) -> None:
-    known = known_by(family)
-    texts = text_of(known, family)
-    measured = measure(*open_complete(known.folder), SCHEMES, None, texts)
+def test_changes_of_text_estimate_the_divergence_of_the_next_token(family: str, get_model: GetModel) -> None:
+    trained = get_model(family)
+    texts = make_texts(trained, family)
+    measured = measure(*open_complete(trained.folder), SCHEMES, None, texts)
     name = next(name for name in measured.weights if "1" in name)
-    parameters = dict(known.model.named_parameters())
-    before, kept = [logits_of(known.model, text)[:, 0].double().log_softmax(2) for text in texts], parameters[name].data
-    parameters[name].data = SCHEMES.roundtrip(kept, "int4/32", None)
-    after = [logits_of(known.model, text)[:, 0].double().log_softmax(2) for text in texts]
-    parameters[name].data = kept
+    parameters = dict(trained.model.named_parameters())
+    weight = parameters[name].data
+    before = [compute_logits(trained.model, text)[:, 0].double().log_softmax(2) for text in texts]
+    parameters[name].data = SCHEMES.roundtrip(weight, "int4/32", None)
+    after = [compute_logits(trained.model, text)[:, 0].double().log_softmax(2) for text in texts]
+    parameters[name].data = weight
     real = torch.cat([(p.exp() * (p - q)).sum(2).mean(1) for p, q in zip(before, after, strict=True)])
     estimate = measured.text[name, "int4/32"].double().square().mean(1) / 2
-    # Draws are few, so that the mean alone is near.
+    # There are few draws, so that only the mean is close.
     assert 0.5 < float(estimate.mean() / real.mean()) < 2
 
 
 def test_experts_stored_one_by_one_are_left_out(tmp_path: Path) -> None:
-    """They get some tokens of some rows."""
+    """An expert sees only some tokens of some rows."""
     model, _ = try_build("SwitchTransformersForConditionalGeneration")
     model.save_pretrained(tmp_path / "in")
     ids = torch.arange(5, 29).reshape(2, 12)
@@ -327,17 +332,17 @@ def test_experts_stored_one_by_one_are_left_out(tmp_path: Path) -> None:
     assert not any(".experts." in name for name in names)
 
 
-def text_of(known: Known, family: str) -> list[ScoredBatch]:
-    """The prompts of facts over and over, as text."""
-    rows = [batch.inputs for batch in known.questions.batches if len(batch.positions) >= 4]
-    picked = [{name: ids[:16] for name, ids in inputs.items() if name != "attention_mask"} for inputs in rows]
+def make_texts(trained: TrainedModel, family: str) -> list[ScoredBatch]:
+    """Return the prompts of facts as batches of text."""
+    rows = [batch.inputs for batch in trained.fact_batches.batches if len(batch.positions) >= 4]
+    batches = [{name: ids[:16] for name, ids in inputs.items() if name != "attention_mask"} for inputs in rows]
     kind = {"llama": "causal", "bert": "masked", "t5": "seq2seq"}[family]
     mask = 4 if family == "bert" else None
-    return batch_text(picked, kind, mask, seed=0)
+    return batch_text(batches, kind, mask, seed=0)
 
 
 def test_block_that_cannot_run_alone_is_refused(tmp_path: Path) -> None:
-    """Those of X-MOD read the languages of all copies of the rows, in a tensor of one dimension."""
+    """Blocks of X-MOD read the languages of all rows from a one-dimensional tensor."""
     tiny_model("xmod", "XmodForMaskedLM").save_pretrained(tmp_path)
     ids = torch.full((2, 40), 9)
     ids[:, ::4] = 4
@@ -347,7 +352,7 @@ def test_block_that_cannot_run_alone_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "name", "said"),
+    ("module", "name", "message"),
     [
         ("xlnet", "XLNetLMHeadModel", "no gradient reaches its blocks"),
         ("fsmt", "FSMTForConditionalGeneration", "one of its own checks fails"),
@@ -356,18 +361,18 @@ def test_block_that_cannot_run_alone_is_refused(tmp_path: Path) -> None:
         ("musicgen_melody_decoder", "MusicgenMelodyForCausalLM", "is invalid for input"),
     ],
 )
-def test_model_without_blockwise_gradients_is_refused(of: str, name: str, said: str, tmp_path: Path) -> None:
-    """XLNet and FSMT hand states of [tokens, rows] from block to block; Reformer goes back in a way of its own; the
-    embedding of I-BERT is none of torch's, and MusicGen Melody has a list of them."""
-    tiny_model(of, name).save_pretrained(tmp_path)
+def test_model_without_blockwise_gradients_is_refused(module: str, name: str, message: str, tmp_path: Path) -> None:
+    """XLNet and FSMT pass states of [tokens, rows] between blocks, Reformer has its own backward pass, and I-BERT and
+    MusicGen Melody do not have a single torch embedding."""
+    tiny_model(module, name).save_pretrained(tmp_path)
     ids = torch.arange(5, 41).reshape(3, 12)
-    kind = "seq2seq" if of == "fsmt" else "causal"
+    kind = "seq2seq" if module == "fsmt" else "causal"
     texts = batch_text([{"input_ids": ids, "decoder_input_ids": ids[:, :7]}], kind, None, seed=0)
-    with pytest.raises(BlockwiseUnsupported, match=said):
+    with pytest.raises(BlockwiseUnsupported, match=message):
         measure(*open_complete(tmp_path), SCHEMES, None, texts)
 
 
-# Measures a model of some blocks on text, and says the most memory that the process had.
+# Measures a model on text, and prints the peak memory of the process.
 PEAK = """
 import sys, torch
 from compressknow.model.groups import read_structure
@@ -394,11 +399,11 @@ def test_four_times_the_blocks_need_no_more_memory(tmp_path: Path) -> None:
         )
         folder = tmp_path / str(blocks)
         hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-        done = subprocess.run([sys.executable, "-c", PEAK, folder], capture_output=True, text=True, check=True)
-        weights, peak = map(int, done.stdout.split())
+        process = subprocess.run([sys.executable, "-c", PEAK, folder], capture_output=True, text=True, check=True)
+        weights, peak = map(int, process.stdout.split())
         assert weights == 7 * blocks + 1
         peaks.append(peak)
-    # Twelve blocks more are 500 MB in float32.
+    # Twelve more blocks have 500 MB in float32.
     assert peaks[1] <= 1.1 * peaks[0], peaks
 
 
@@ -407,9 +412,9 @@ def test_stored_sensitivity_is_read_only_for_the_same_guidance(tmp_path: Path) -
     rows = (TensorSensitivity("a", (2, 32), "attention", 0, types, "encoder", "q", {"science": 1.5}),)
     guidance = Guidance("gguf", ("q8_0",), 64, "facts")
     written = Sensitivity("model", guidance, rows, {"science": 9}, 128)
-    write_sensitivity(written, tmp_path / "found.json")
-    assert read_sensitivity(tmp_path / "found.json", "model", guidance) == written
-    assert read_sensitivity(tmp_path / "found.json", "model", replace(guidance, facts=65)) is None
+    write_sensitivity(written, tmp_path / "sensitivity.json")
+    assert read_sensitivity(tmp_path / "sensitivity.json", "model", guidance) == written
+    assert read_sensitivity(tmp_path / "sensitivity.json", "model", replace(guidance, facts=65)) is None
     assert read_sensitivity(tmp_path / "none.json", "model", guidance) is None
     assert written.predict({"a": "q8_0"}, "facts") == 0.1
     with pytest.raises(ValueError, match="to text was not measured"):
@@ -418,7 +423,7 @@ def test_stored_sensitivity_is_read_only_for_the_same_guidance(tmp_path: Path) -
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff", b'{"sensitivity": {}, "sha256": ""}', None])
 def test_damaged_sensitivity_is_ignored(tmp_path: Path, content: bytes | None) -> None:
-    file, guidance = tmp_path / "found.json", Guidance("gguf", ("q8_0",))
+    file, guidance = tmp_path / "sensitivity.json", Guidance("gguf", ("q8_0",))
     rows = (TensorSensitivity("w", (2, 32), "other", None, {"q8_0": Rounding(68, text=0.25)}),)
     write_sensitivity(Sensitivity("model", guidance, rows), file)
     file.write_bytes(file.read_bytes().replace(b"0.25", b"0.75") if content is None else content)

@@ -1,4 +1,4 @@
-"""`compressknow sensitivity` on tiny models that know facts: what it prints, writes, stores, and refuses."""
+"""`compressknow sensitivity` on tiny models that know facts: output, files, stored results and errors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ pytest.importorskip("llama_cpp_py_sync")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
     for family in ("llama", "bert"):
         save_trained(family, folder / family)
     write_facts(folder / "facts.jsonl")
@@ -34,60 +34,60 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def at_home(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the models, with a cache of its own, and a folder to write into."""
-    monkeypatch.chdir(world)
+def out(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output folder; the working directory has the models, and the cache is empty."""
+    monkeypatch.chdir(models)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
 
 
-WORDS = ("--facts", "facts:facts.jsonl", "--calibration", "text.txt", "--calibration-tokens", "512")
+OPTIONS = ("--facts", "facts:facts.jsonl", "--calibration", "text.txt", "--calibration-tokens", "512")
 
 
-def test_sensitivity_keeps_the_stored_answers_of_a_report(at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sensitivity_keeps_the_stored_answers_of_a_report(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressknow.study.guides.EVALUATED", 40)
-    compressknow.convert("llama", at_home / "pruned", prune=0.3)
+    compressknow.convert("llama", out / "pruned", prune=0.3)
 
-    def report() -> set[str]:
+    def list_work_of_report() -> set[str]:
         works: set[str] = set()
         compressknow.report(
             "llama",
-            at_home / "pruned",
+            out / "pruned",
             "facts:facts.jsonl",
             on_progress=lambda progress: works.add(progress.stage.work),
         )
         return works
 
-    assert "evaluate" in report()
+    assert "evaluate" in list_work_of_report()
     compressknow.sensitivity("llama", facts="facts:facts.jsonl", calibration="text.txt", calibration_tokens=512)
-    assert "evaluate" not in report()
+    assert "evaluate" not in list_work_of_report()
 
 
-def test_command_prints_and_writes_the_map_and_measures_once(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [at_home / f"map.{suffix}" for suffix in ("html", "md", "json", "csv")]
-    assert main(["sensitivity", "llama", *WORDS, *(word for file in files for word in ("-o", str(file)))]) == 0
+def test_command_prints_and_writes_the_map_and_measures_once(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [out / f"map.{suffix}" for suffix in ("html", "md", "json", "csv")]
+    assert main(["sensitivity", "llama", *OPTIONS, *(word for file in files for word in ("-o", str(file)))]) == 0
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert lines[0].startswith("16 weights by facts and text: 64 known facts, ")
-    # A command that is to be copied stays on one line, with all that this one was given.
+    # The suggested command stays on one line, with all options given here.
     assert max(len(line) for line in lines[:-1] if not line.startswith("Next: ")) <= 80
     assert printed.count("layer 0 ") + printed.count("layer 1 ") == 14
     assert "Next: compressknow export llama small.gguf --size " in printed
     assert lines[-1] == f"Written: {', '.join(map(str, files))}"
 
-    found = json.loads(files[2].read_text())
-    assert found["domains"] == {"geography": 32, "science": 32}
-    assert {row["group"] for row in found["rows"]} == {"attention", "feed-forward", "final", "embedding"}
-    assert all(0 <= each["at_risk"] <= 1 for row in found["rows"] for each in row["by_type"].values())
-    assert all(sum(row["by_domain"].values()) == pytest.approx(2) for row in found["rows"])
+    values = json.loads(files[2].read_text())
+    assert values["domains"] == {"geography": 32, "science": 32}
+    assert {row["group"] for row in values["rows"]} == {"attention", "feed-forward", "final", "embedding"}
+    assert all(0 <= each["at_risk"] <= 1 for row in values["rows"] for each in row["by_type"].values())
+    assert all(sum(row["by_domain"].values()) == pytest.approx(2) for row in values["rows"])
     with files[3].open(newline="") as file:
         assert {row["type"] for row in csv.DictReader(file)} == {"q8_0", "q5_0", "iq4_nl", "q4_0"}
     model = compressknow.load("llama")
-    assert found["others"] == sum(each.numel() for name, each in model.named_parameters() if "norm" in name)
+    assert values["others"] == sum(each.numel() for name, each in model.named_parameters() if "norm" in name)
 
-    assert main(["sensitivity", "llama", *WORDS, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == found
+    assert main(["sensitivity", "llama", *OPTIONS, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == values
     stages: list[str] = []
     again = compressknow.sensitivity(
         "llama",
@@ -98,41 +98,39 @@ def test_command_prints_and_writes_the_map_and_measures_once(at_home: Path, caps
         on_progress=lambda progress: stages.append(progress.stage.work),
     )
     assert not {"evaluate", "sensitivity"} & set(stages)
-    assert json.loads(json.dumps(again.as_json()["rows"])) == found["rows"]
+    assert json.loads(json.dumps(again.as_json()["rows"])) == values["rows"]
     assert repr(again).startswith("<Sensitivity: 16 weights of ")
-    # What is there is not written over unasked.
-    assert main(["sensitivity", "llama", *WORDS, "-o", str(files[3])]) == 1
+    # An existing file is not overwritten by default.
+    assert main(["sensitivity", "llama", *OPTIONS, "-o", str(files[3])]) == 1
     assert "exists already" in capsys.readouterr().err
-    assert main(["sensitivity", "llama", *WORDS, "-o", str(files[3]), "--overwrite"]) == 0
+    assert main(["sensitivity", "llama", *OPTIONS, "-o", str(files[3]), "--overwrite"]) == 0
 
 
 def test_masked_model_is_measured_with_the_schemes_of_checkpoints(
-    at_home: Path, capsys: pytest.CaptureFixture[str]
+    out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["sensitivity", "bert", *WORDS, "--guide", "facts", "-o", str(at_home / "map.json")]) == 0
+    assert main(["sensitivity", "bert", *OPTIONS, "--guide", "facts", "-o", str(out / "map.json")]) == 0
     printed = capsys.readouterr().out
-    proposed = "compressknow search bert -o found --keep 0.95 --to checkpoint --guide facts --facts facts:facts.jsonl"
-    assert f"Next: {proposed} --calibration text.txt --calibration-tokens 512\n" in printed
-    found = json.loads((at_home / "map.json").read_text())
-    assert found["guidance"]["form"] == "checkpoint"
-    assert next(iter(found["rows"][0]["by_type"])) == "int8-weights"
+    command = "compressknow search bert -o found --keep 0.95 --to checkpoint --guide facts --facts facts:facts.jsonl"
+    assert f"Next: {command} --calibration text.txt --calibration-tokens 512\n" in printed
+    values = json.loads((out / "map.json").read_text())
+    assert values["guidance"]["form"] == "checkpoint"
+    assert next(iter(values["rows"][0]["by_type"])) == "int8-weights"
 
 
-def test_too_few_known_facts_are_refused_unless_a_text_guides(
-    at_home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["sensitivity", "llama", "--facts", "facts:few.jsonl", *WORDS[2:]]
+def test_too_few_known_facts_are_refused_unless_a_text_guides(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sensitivity", "llama", "--facts", "facts:few.jsonl", *OPTIONS[2:]]
     assert main(words) == 2
     assert "llama knows 20 of 20 facts, and 30 are needed to guide." in capsys.readouterr().err
-    assert main([*words, "--guide", "text", "-o", str(at_home / "map.md")]) == 0
+    assert main([*words, "--guide", "text", "-o", str(out / "map.md")]) == 0
     printed = capsys.readouterr().out
     assert "16 weights by text: 0 known facts, " in printed
     assert " --guide text --facts facts:few.jsonl --calibration text.txt --calibration-tokens 512\n" in printed
-    assert "Facts at risk" not in (at_home / "map.md").read_text().partition("## The most")[0]
+    assert "Facts at risk" not in (out / "map.md").read_text().partition("## The most")[0]
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         ("./nowhere", "no such folder"),
         ("quantized", "is quantized already (gptq)"),
@@ -150,12 +148,12 @@ def test_too_few_known_facts_are_refused_unless_a_text_guides(
         ("llama -o text.csv --overwrite", "was not written by compressknow"),
     ],
 )
-def test_invalid_options_are_refused(words: str, says: str, at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_refused(words: str, message: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.csv").write_text("a,b\n", encoding="utf-8")
-    before = sorted(at_home.parent.rglob("*"))
+    before = sorted(out.parent.rglob("*"))
     assert main(["sensitivity", *words.split()]) in (1, 2)
-    said = capsys.readouterr()
-    assert says in said.err.replace("\n  ", " ")
-    assert "Traceback" not in said.err
-    assert said.out == ""
-    assert sorted(at_home.parent.rglob("*")) == before
+    printed = capsys.readouterr()
+    assert message in printed.err.replace("\n  ", " ")
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+    assert sorted(out.parent.rglob("*")) == before

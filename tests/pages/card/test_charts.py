@@ -61,7 +61,7 @@ def test_pruned_amounts_are_lines_and_other_setups_are_bars() -> None:
     lines, others = split_setups(comparisons)
     assert [line.scope for line in lines] == ["Att_GP", "Att_GPQ", "FF_GP", "FF_GPQ", "All_GP", "All_GPQ"]
     assert [[amount for amount, _ in line.points] for line in lines] == [[20, 40]] * 6
-    assert [comparisons[place].model.setup for place in others] == ["Att_GQ", "FF_GQ", "All_GQ"]
+    assert [comparisons[index].model.setup for index in others] == ["Att_GQ", "FF_GQ", "All_GQ"]
     by_amount, bars = draw_setups()
     assert {"Att_GP", "All_GPQ", "40 %"} <= set(read_texts(by_amount))
     assert {"Att_GQ", "97.8 %"} <= set(read_texts(bars))

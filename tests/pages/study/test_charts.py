@@ -170,8 +170,8 @@ def make_study_of_two_probes() -> Study:
     specs = [ProbeSpec(n=200, known=200, probes=(name,)) for name in ("lama:trex", "lama:squad")]
     amounts = ((0.2, 150, 180), (0.4, 100, 160))
     first, second = (
-        make_study([gp("attention", amount, range(right[place])) for amount, *right in amounts], spec=specs[place])
-        for place in (0, 1)
+        make_study([gp("attention", amount, range(right[probe])) for amount, *right in amounts], spec=specs[probe])
+        for probe in (0, 1)
     )
     return join_probes(first, second)
 

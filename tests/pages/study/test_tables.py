@@ -50,11 +50,11 @@ def test_table_3_gives_encoder_only_models_in_percent() -> None:
     assert "Majority baselines in %: lama:trex 5.000." in render_study_markdown(study)
 
 
-@pytest.mark.parametrize(("family", "place"), [("causal", 4), ("seq2seq", 5)])
-def test_tables_of_other_models_give_shares_per_data_set(family: str, place: int) -> None:
+@pytest.mark.parametrize(("family", "number"), [("causal", 4), ("seq2seq", 5)])
+def test_tables_of_other_models_give_shares_per_data_set(family: str, number: int) -> None:
     study = make_study([gq("overall", range(53)), gpq("attention", 0.2, range(75))], family, TASKS)
     (table,) = build_paper_tables(study)
-    assert f"Table {place} " in table.caption
+    assert f"Table {number} " in table.caption
     assert [row[:4] for row in table.rows] == [
         ("tiny-bert", "lm-eval:boolq", "0.8000", "0.5300"),
         ("tiny-bert", "lm-eval:piqa", "0.8000", "0.5300"),
