@@ -684,6 +684,7 @@ class TestPruningMethod:
             (("scatter_(2", "scatter_(7"), "IndexError"),
             (("[EachBlock(pruned)] * len(weights)", "[]"), "gives 0 masks for 14 tensors"),
             (("return mask.numpy()", "return mask"), "is not a boolean NumPy array of shape ["),
+            ((".abs()", ".abs_()"), "changes `block.values` in place"),
             (("return mask.numpy()", "return mask.numpy()[1:]"), "is not a boolean NumPy array of shape ["),
             (
                 ("return mask.numpy()", f"return {PRUNED}(mask.numpy(), block.values.int())"),

@@ -19,6 +19,8 @@ from typing import Any, Literal, Protocol
 from compressknow.base.errors import UsageError, is_panic
 from compressknow.base.format import clean
 
+_LOG_DISABLED = "COMPRESSED_TENSORS_LOG_DISABLED"
+
 
 @contextlib.contextmanager
 def silence_libraries() -> Iterator[None]:
@@ -29,8 +31,11 @@ def silence_libraries() -> Iterator[None]:
     logging.set_verbosity_error()
     # compressed-tensors logs with it; its versions without loguru log nothing.
     loguru = importlib.import_module("loguru").logger if importlib.util.find_spec("loguru") else None
+    is_set = _LOG_DISABLED in os.environ
     if loguru:
         loguru.disable("compressed_tensors")
+        # Otherwise its first import would enable it.
+        os.environ.setdefault(_LOG_DISABLED, "1")
     try:
         with _disable_bars(), _silence(1), contextlib.redirect_stdout(io.StringIO()):
             yield
@@ -38,6 +43,8 @@ def silence_libraries() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if loguru:
             loguru.enable("compressed_tensors")
+            if not is_set:
+                os.environ.pop(_LOG_DISABLED, None)
 
 
 class PanicError(Exception):

@@ -242,8 +242,11 @@ class _Tally:
         self.zeros_before += before.size - int(np.count_nonzero(before))
         self.energy += _sum_squares(values if self._original is None else self._original)
         if self._mask is not None:
+            version = values._version
             with self._explain_failures():
                 chosen = self._mask(block)
+                if values._version != version:
+                    raise ValueError(f"its mask for {self._source.name} changes `block.values` in place")
                 pruned = _check_mask(chosen, values, self._source)
             self.pruned += int(np.count_nonzero(pruned))
             if isinstance(chosen, Pruned):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -158,3 +159,14 @@ def test_messages_of_a_tokenizer_are_not_printed(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["probes"]
     # On a busy machine it takes so long that a line of progress is printed.
     assert [line for line in done.stderr.splitlines() if not line.endswith(b"so far")] == []
+
+
+def test_warnings_of_compressed_tensors_are_not_seen(tmp_path: Path) -> None:
+    """It enables its log when it is first imported."""
+    folder = shutil.copytree(Path(__file__).parents[1] / "data" / "llm_compressor" / "w4a16", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # Wider than the model's rows.
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 128
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = shell('"$0" -m compressknow inspect "$1"', folder)
+    assert (done.returncode, done.stderr) == (0, b"")
