@@ -202,6 +202,10 @@ class Vllm(ServedModel):
         body = {"prompt": text, "add_special_tokens": special, "model": self.model}
         return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
 
+    def complete(self, prompt: Ids, form: Mapping[str, Any], **options: Any) -> Mapping[str, Any]:
+        """Return the completion of a prompt, without the penalty that the model's generation settings may have."""
+        return super().complete(prompt, form, repetition_penalty=1.0, **options)
+
     def predict(self, prompt: Ids, wanted: Sequence[int]) -> FirstToken:  # noqa: ARG002
         form = {"logprobs": {"top_logprobs": [{str: float}]}}
         answer = self.complete(prompt, form, logprobs=SERVER_TOKENS, return_tokens_as_token_ids=True)

@@ -40,6 +40,8 @@ class ModelServer(ThreadingHTTPServer):
         self.changed: Callable[[dict[str, Any]], Any] = lambda answer: answer
         self.models = [NAME]
         self.key: str | None = None
+        # As in the model's generation settings, from which vLLM takes it where a request has none.
+        self.penalty = 1.0
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.most_at_a_time = self._now = 0
         self.lock = threading.Lock()
@@ -129,14 +131,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _choice(self, asked: dict[str, Any]) -> dict[str, Any]:
         tokenizer = self.server.tokenizer
-        prompt = asked["prompt"]
+        prompt, penalty = asked["prompt"], asked.get("repetition_penalty", self.server.penalty)
         ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
         words = self._words_of(prompt) if isinstance(prompt, str) else []
         with torch.no_grad():
             written = list(ids)
             for _ in range(asked["max_tokens"]):
-                logits = self.server.model(torch.tensor([written])).logits[0].double()
-                written.append(int(logits[-1].argmax()))
+                logits = self.server.model(torch.tensor([written])).logits[0, -1].double()
+                seen = logits[written]
+                logits[written] = torch.where(seen > 0, seen / penalty, seen * penalty)
+                written.append(int(logits.argmax()))
             log_probs = self.server.model(torch.tensor([written])).logits[0].double().log_softmax(-1)
         shown = tokenizer.decode(written[len(ids) :], skip_special_tokens=True)
         choice: dict[str, Any] = {"index": 0, "text": f" {shown}", "finish_reason": "length"}

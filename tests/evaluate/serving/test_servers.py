@@ -105,6 +105,14 @@ def test_answers_are_those_of_the_model_run_here(
         assert answer.logp_gold == pytest.approx(expected[fact].logp_gold, abs=1e-4)
 
 
+def test_a_penalty_in_the_generation_settings_changes_no_text(
+    served: Callable[[str], ModelServer], known: LanguageModel
+) -> None:
+    probe, server = as_probe(known_facts()[:4]), served("vllm")
+    server.penalty = 0.1
+    check_like(answers_from(server.url, probe), answers_to(known.model, known.tokenizer, "causal", probe))
+
+
 def test_vllm_tells_twenty_tokens_of_the_distribution_and_echo_none(
     served: Callable[[str], ModelServer], known: LanguageModel
 ) -> None:
