@@ -278,8 +278,14 @@ def shift_log_probabilities(choice: dict[str, Any]) -> None:
         told["token_logprobs"] = [None, *told["token_logprobs"][2:], -5.0]
 
 
-@pytest.mark.parametrize("change", [leave_out_positions, shift_log_probabilities])
-def test_a_server_that_echoes_without_positions_or_at_wrong_ones_is_judged_by_what_it_writes(
+def number_tokens(choice: dict[str, Any]) -> None:
+    """As mlx_lm did, which does not echo, before it took `logprobs` to be a boolean."""
+    if "logprobs" in choice:
+        choice["logprobs"] = {"tokens": [5], "token_logprobs": [-1.0], "top_logprobs": [[5, -1.0]]}
+
+
+@pytest.mark.parametrize("change", [leave_out_positions, shift_log_probabilities, number_tokens])
+def test_a_server_that_echoes_nothing_of_use_is_judged_by_what_it_writes(
     served: Callable[[str], ModelServer], change: Callable[[dict[str, Any]], None]
 ) -> None:
     server, probe = served("echo"), as_probe(known_facts()[:4])
