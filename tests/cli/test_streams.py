@@ -168,5 +168,5 @@ def test_warnings_of_compressed_tensors_are_not_seen(tmp_path: Path) -> None:
     # Wider than the model's rows.
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 128
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    done = shell('"$0" -m compressknow inspect "$1"', folder)
+    done = run_shell('"$0" -m compressknow inspect "$1"', folder)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -175,7 +175,7 @@ def test_duplicate_recipes_are_dropped_and_keys_are_unique(tmp_path: Path) -> No
 
 def test_a_recipe_of_the_axes_that_is_named_too_has_its_name(tmp_path: Path) -> None:
     axes = '[axes]\nscope = ["attention"]\nprune = [0.2, 0.5]\n'
-    cells = grid(tmp_path / "grid.toml", f'{axes}[[cells]]\nname = "heads"\nscope = "attention"\nprune = 0.2\n')
+    cells = make_grid(tmp_path / "grid.toml", f'{axes}[[cells]]\nname = "heads"\nscope = "attention"\nprune = 0.2\n')
     assert [cell.key for cell in cells] == ["heads", "att-gp-50"]
 
 

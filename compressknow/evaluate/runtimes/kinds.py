@@ -202,6 +202,10 @@ class Vllm(ServedModel):
         body = {"prompt": text, "add_special_tokens": special, "model": self.model}
         return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
 
+    def complete(self, prompt: Ids, form: Mapping[str, Any], **options: Any) -> Mapping[str, Any]:
+        """Return the completion of a prompt, without the penalty that the model's generation settings may have."""
+        return super().complete(prompt, form, repetition_penalty=1.0, **options)
+
     def predict(self, prompt: Ids, wanted: Sequence[int]) -> FirstToken:  # noqa: ARG002
         form = {"logprobs": {"top_logprobs": [{str: float}]}}
         answer = self.complete(prompt, form, logprobs=SERVER_TOKENS, return_tokens_as_token_ids=True)
@@ -315,8 +319,9 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
     if version and listed.get("owned_by") == "vllm":
         return Vllm(client, model, listed, build=version["version"], longest=listed.get("max_model_len"))
     echoing, writing = EchoingServer(client, model, {}), WritingServer(client, model, {})
-    # The server may not support log-probabilities.
-    trial, form = writing.encode(TRIAL, True), {f"{key}?": (form, None) for key, form in _ECHO.items()}
+    # The server may not support log-probabilities; one that does not echo may have numbers as tokens (mlx_lm).
+    trial = writing.encode(TRIAL, True)
+    form = {f"{key}?": (_ECHO[key], None) for key in ("token_logprobs", "text_offset")}
     try:
         logprobs = echoing.complete(trial, {"logprobs?": (form, None)}, logprobs=1, echo=True).get("logprobs") or {}
         # SGLang gives -1 for every position.

@@ -40,6 +40,8 @@ class ModelServer(ThreadingHTTPServer):
         self.change: Callable[[dict[str, Any]], Any] = lambda answer: answer
         self.models = [NAME]
         self.key: str | None = None
+        # As in the model's generation settings, from which vLLM takes it where a request has none.
+        self.penalty = 1.0
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.most_parallel = self._now = 0
         self.lock = threading.Lock()
@@ -129,14 +131,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _make_choice(self, request: dict[str, Any]) -> dict[str, Any]:
         tokenizer = self.server.tokenizer
-        prompt = request["prompt"]
+        prompt, penalty = request["prompt"], request.get("repetition_penalty", self.server.penalty)
         ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
         words = self._split_into_words(prompt) if isinstance(prompt, str) else []
         with torch.no_grad():
             tokens = list(ids)
             for _ in range(request["max_tokens"]):
-                logits = self.server.model(torch.tensor([tokens])).logits[0].double()
-                tokens.append(int(logits[-1].argmax()))
+                logits = self.server.model(torch.tensor([tokens])).logits[0, -1].double()
+                penalized = logits[tokens]
+                logits[tokens] = torch.where(penalized > 0, penalized / penalty, penalized * penalty)
+                tokens.append(int(logits.argmax()))
             log_probs = self.server.model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
         text = tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True)
         choice: dict[str, Any] = {"index": 0, "text": f" {text}", "finish_reason": "length"}

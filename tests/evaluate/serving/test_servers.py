@@ -104,6 +104,14 @@ def test_answers_are_those_of_the_model_run_locally(
         assert answer.logp_gold == pytest.approx(expected[fact].logp_gold, abs=1e-4)
 
 
+def test_a_penalty_in_the_generation_settings_changes_no_text(
+    serve: Callable[[str], ModelServer], lm: LanguageModel
+) -> None:
+    probe, server = make_probe(make_known_facts()[:4]), serve("vllm")
+    server.penalty = 0.1
+    check_similar(evaluate_server(server.url, probe), evaluate_model(lm.model, lm.tokenizer, "causal", probe))
+
+
 def test_vllm_returns_twenty_tokens_of_the_distribution_and_echo_none(
     serve: Callable[[str], ModelServer], lm: LanguageModel
 ) -> None:
@@ -269,8 +277,14 @@ def shift_log_probabilities(choice: dict[str, Any]) -> None:
         logprobs["token_logprobs"] = [None, *logprobs["token_logprobs"][2:], -5.0]
 
 
-@pytest.mark.parametrize("change", [leave_out_positions, shift_log_probabilities])
-def test_a_server_that_echoes_without_positions_or_at_wrong_ones_is_judged_by_what_it_writes(
+def number_tokens(choice: dict[str, Any]) -> None:
+    """As mlx_lm did, which does not echo, before it took `logprobs` to be a boolean."""
+    if "logprobs" in choice:
+        choice["logprobs"] = {"tokens": [5], "token_logprobs": [-1.0], "top_logprobs": [[5, -1.0]]}
+
+
+@pytest.mark.parametrize("change", [leave_out_positions, shift_log_probabilities, number_tokens])
+def test_a_server_that_echoes_nothing_of_use_is_judged_by_what_it_writes(
     serve: Callable[[str], ModelServer], change: Callable[[dict[str, Any]], None]
 ) -> None:
     server, probe = serve("echo"), make_probe(make_known_facts()[:4])
