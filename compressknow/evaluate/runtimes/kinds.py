@@ -65,6 +65,8 @@ class ServedModel(abc.ABC):
     ----------
     name : name of the kind of server.
     scores : whether it returns log-probabilities; otherwise it only generates text.
+    greedy : options of a request for greedy text, without a penalty that the model's generation settings, or the
+        server's command line, may have.
     tokens : whether token ids are the model's; otherwise they are code points of characters.
     build : version of the server; None if it is not known.
     longest : maximum number of tokens in its context; None if it is not known.
@@ -72,6 +74,7 @@ class ServedModel(abc.ABC):
 
     name: ClassVar[str]
     scores: ClassVar[bool] = True
+    greedy: ClassVar[Mapping[str, float]] = {"temperature": 0}
     tokens: ClassVar[bool] = True
 
     def __init__(
@@ -100,7 +103,7 @@ class ServedModel(abc.ABC):
     def complete(self, prompt: Ids, form: Mapping[str, Any], **options: Any) -> Mapping[str, Any]:
         """Return the completion of a prompt, checked for a form; `options` of the request may override the defaults,
         such as one token."""
-        body = {"model": self.model, "temperature": 0, "prompt": self._make_prompt(prompt), "max_tokens": 1, **options}
+        body = {"model": self.model, "prompt": self._make_prompt(prompt), **self.greedy, "max_tokens": 1, **options}
         response = self.client.post("/v1/completions", body, {"choices": [form], "model?": (str, None)})
         if not response["choices"]:
             raise self.make_error("has no choices")
@@ -137,6 +140,7 @@ class LlamaServer(ServedModel):
     """llama.cpp's server."""
 
     name = "llama-server"
+    greedy: ClassVar = {"temperature": 0, "repeat_penalty": 1.0}
 
     def _encode(self, text: str, special: bool) -> Ids:
         body = {"content": text, "add_special": special, "model": self.model}
@@ -197,14 +201,11 @@ class Vllm(ServedModel):
     """vLLM, with prompts and options as token ids."""
 
     name = "vLLM"
+    greedy: ClassVar = {"temperature": 0, "repetition_penalty": 1.0}
 
     def _encode(self, text: str, special: bool) -> Ids:
         body = {"prompt": text, "add_special_tokens": special, "model": self.model}
         return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
-
-    def complete(self, prompt: Ids, form: Mapping[str, Any], **options: Any) -> Mapping[str, Any]:
-        """Return the completion of a prompt, without the penalty that the model's generation settings may have."""
-        return super().complete(prompt, form, repetition_penalty=1.0, **options)
 
     def predict(self, prompt: Ids, wanted: Sequence[int]) -> FirstToken:  # noqa: ARG002
         form = {"logprobs": {"top_logprobs": [{str: float}]}}

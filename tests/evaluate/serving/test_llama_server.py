@@ -30,9 +30,11 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(save_trained("llama", folder / "llama"), folder / "known.gguf")
 
 
-@pytest.fixture(scope="module")
-def url(gguf: Path) -> Iterator[str]:
+@pytest.fixture(scope="module", params=[1.0, 0.2], ids=["plain", "with a penalty"])
+def url(gguf: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     parameters = xllamacpp.CommonParams()
+    # Below 1, tokens of the prompt are likely to be repeated.
+    parameters.sampling.penalty_repeat = request.param
     parameters.model.path = str(gguf)
     parameters.n_ctx, parameters.n_parallel, parameters.port = 256, 4, 0
     parameters.cpuparams.n_threads, parameters.warmup, parameters.verbosity = 1, False, 0
@@ -51,6 +53,7 @@ def test_answers_are_those_of_the_unpacked_file(url: str, gguf: Path, closed: bo
     assert [answers[fact].predicted for fact in expected] == [answer.predicted for answer in expected.values()]
     assert [answers[fact].rank for fact in expected] == [answer.rank for answer in expected.values()]
     for fact, answer in expected.items():
+        assert answers[fact].produced == answer.produced
         assert answers[fact].logp_gold == pytest.approx(answer.logp_gold, abs=CLOSE)
         assert answers[fact].top5_logp[0] == pytest.approx(answer.top5_logp[0], abs=CLOSE)
 
