@@ -220,7 +220,7 @@ class VariantMaker:
         folder would no longer fit the model.
         """
         folder = self.checkpoint.folder
-        if to_write and (recipe.removals or recipe.smooths) and (folder / ADAPTER_CONFIG).is_file():
+        if (recipe.removals or recipe.smooths) and (folder / ADAPTER_CONFIG).is_file():
             raise UnsupportedError(
                 f"{folder} contains an adapter (LoRA), which would no longer fit the model.",
                 "It was trained for the model's current blocks, neurons and layer inputs.",

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.files import escape_name
-from compressknow.base.packages import GGUF_TRANSFORMERS, can_read_gguf
+from compressknow.base.packages import GGUF_TRANSFORMERS, can_read_gguf, require
 from compressknow.base.progress import silence_libraries, translate_panics
 from compressknow.base.reading import NotReadable
-from compressknow.model.checkpoint import list_some, read_json
+from compressknow.model.checkpoint import ADAPTER_CONFIG, list_some, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +86,9 @@ def load(
             # As for the module tree, prefer transformers' own class.
             raw = read_json(path / "config.json")
             trust_remote_code = needs_own_code(raw, str((raw.get("architectures") or [None])[0]))
+        if has_adapter(path):
+            # Otherwise transformers would load the model without it.
+            require("peft")
         source = _find_source(path, trust_remote_code)
         config = AutoConfig.from_pretrained(**source)
         named, model_class = _find_class(config, trust_remote_code, language_model)
@@ -112,8 +115,16 @@ def load_variant(
         model = _load_whole(model_class, path, **source, config=config, dtype=dtype or "auto")
         if (path / "generation_config.json").is_file():
             model.generation_config = type(model.generation_config).from_pretrained(path)
+        if has_adapter(path):
+            require("peft")
+            model.load_adapter(str(path))
         _unpack(model, device)
         return model.to(device).eval()
+
+
+def has_adapter(folder: Path) -> bool:
+    """Return whether a checkpoint's folder also holds an adapter (LoRA), which is loaded onto the model."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -11,6 +11,8 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from compressknow import convert
+from compressknow.base.errors import CompressknowError
+from compressknow.base.packages import is_installed
 from compressknow.compress.convert import VariantMaker
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, Where
@@ -91,3 +93,15 @@ def test_unchanged_tensors_are_shared_between_variants_and_never_modified(tmp_pa
     assert first.tensors[name].data_ptr() == second.tensors[name].data_ptr()
     load_variant(first, dtype="float32")
     assert torch.equal(second.tensors[name], load_file(source / "model.safetensors")[name])
+
+
+@pytest.mark.skipif(is_installed("peft"), reason="peft is installed")
+def test_a_model_is_not_run_without_the_adapter_in_its_folder(tmp_path: Path) -> None:
+    """transformers would leave it out."""
+    source = save_tiny("llama", tmp_path / "model")
+    (source / "adapter_config.json").write_text("{}")
+    maker = VariantMaker(source)
+    variant = maker.make(maker.plan(Recipe((Prune(0.3),))))
+    for run in (lambda: load(source), lambda: load_variant(variant)):
+        with pytest.raises(CompressknowError, match="peft is not installed"):
+            run()
