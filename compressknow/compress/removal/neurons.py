@@ -116,7 +116,7 @@ def _find_networks(
             if (weight := linears.get(name)) and axis == len(weight.shape) - (2 if weight.transposed else 1)
         ]
         if len(downs) != 1 or any(name in linears and linears[name].kind == "experts" for name in cuts):
-            why = "Its blocks have several feed-forward networks each (a mixture of experts)."
+            why = "Its blocks have several feed-forward networks each, as in a mixture of experts."
             raise _explain(structure.architecture, why)
         yield downs[0], cuts
 
