@@ -11,7 +11,7 @@ import torch
 
 from compressknow.base.errors import UsageError
 from compressknow.compress.blocks import Pool, TaskStopped
-from tests.test_repeating import script
+from tests.test_repeating import run_script
 
 INTERRUPTED_OFTEN = """
 import signal, sys, time
@@ -139,9 +139,9 @@ def test_an_error_of_the_iterator_is_raised() -> None:
     ids=["while tasks run", "while threads start and end"],
 )
 def test_an_interruption_at_any_moment_ends_the_run(rounds: int, step: float, items: int) -> None:
-    assert int(script(INTERRUPTED_OFTEN, rounds, step, items)) > rounds // 20
+    assert int(run_script(INTERRUPTED_OFTEN, rounds, step, items)) > rounds // 20
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that send signals")
 def test_interrupting_twice_leaves_no_task_running() -> None:
-    assert script(INTERRUPTED_TWICE) == "True 2 2\n"
+    assert run_script(INTERRUPTED_TWICE) == "True 2 2\n"

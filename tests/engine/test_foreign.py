@@ -69,9 +69,9 @@ def test_a_model_of_llm_compressor_keeps_the_original_facts(root: Path, name: st
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, None)])
 def test_packed_weights_with_zero_points_are_unpacked_to_what_they_stand_for(
-    place: Path, tmp_path: Path, bits: int, group_size: int | None
+    root: Path, tmp_path: Path, bits: int, group_size: int | None
 ) -> None:
-    expected = write_asymmetric(place / "llama", tmp_path / "packed", bits, group_size)
+    expected = write_asymmetric(root / "llama", tmp_path / "packed", bits, group_size)
     model = load(tmp_path / "packed")
     for name, values in expected.items():
         assert torch.equal(model.get_parameter(f"{name}.weight"), values), name
