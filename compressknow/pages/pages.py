@@ -35,7 +35,7 @@ _FOLDERS = (_PACKAGE / "templates", _PACKAGE.parent / "templates")
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]#|~$]|^[-+])")
 _BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:[kMG]B|dB|points)\b)")
 # An option in a sentence.
-_OPTION = re.compile(r"(?<![\w-])--[a-z-]{1,24}(?![\w-])")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 # A p-value, as HTML has it: p &lt; 0.001.
 _P_VALUE = re.compile(r"\bp (=|&[lg]t;) (?=\d)")
 # A person, an address, an issue.
@@ -104,16 +104,24 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def isolate(sentence: object) -> Markup:
-    """Return a sentence as HTML in which right-to-left names do not reorder the text around them, and lines break
-    neither between a number and its unit, or the p before it, nor inside an option such as ``--quantize``.
+    """Return a sentence as HTML in which right-to-left names do not reorder the text around them, and a number stays
+    on one line with its unit, or with the p before it.
 
     >>> print(isolate("<\u05d0\u05d1> 5 % of 2 MB"), isolate("p < 0.001"))
     &lt;<bdi>\u05d0\u05d1</bdi>&gt; 5\xa0% of 2\xa0MB p\xa0&lt;\xa00.001
     """
     isolated = RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", str(escape(clean_lines(str(sentence)))))
     isolated = _P_VALUE.sub("p\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", isolated)
-    isolated = _OPTION.sub(r'<span class="option">\g<0></span>', isolated)
     return Markup(_BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", isolated))
+
+
+def keep_options_whole(sentence: Markup) -> Markup:
+    """Return a sentence in which no line breaks inside an option.
+
+    >>> print(keep_options_whole(isolate("prune less: --prune 0.1")))
+    prune less: <span class="option">--prune</span> 0.1
+    """
+    return Markup(_OPTION.sub(r'<span class="option">\g<0></span>', str(sentence)))
 
 
 def to_markdown(sentence: str) -> str:
@@ -144,7 +152,7 @@ def _make_environment() -> Environment:
         finalize=_finish,
     )
     environment.filters.update(md=escape_markdown, code=to_code_span, block=to_code_block, yaml=to_yaml)
-    environment.filters.update(isolated=isolate, sentence=to_markdown)
+    environment.filters.update(isolated=isolate, options=keep_options_whole, sentence=to_markdown)
     environment.filters.update(
         count=count, number=number, percent=write_percent, size=write_size, smaller=compare_sizes
     )
