@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -571,6 +572,16 @@ def test_every_truncated_bin_file_is_refused(zipped: bool, tmp_path: Path) -> No
         assert str(path) in get_error(lambda: read_torch_file(path))
 
 
+@cache
+def save_tensors(zipped: bool) -> bytes:
+    """Return a file of two tensors. A legacy file contains addresses, so its length differs from one to the next."""
+    buffer = io.BytesIO()
+    torch.save(
+        {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16()}, buffer, _use_new_zipfile_serialization=zipped
+    )
+    return buffer.getvalue()
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -578,11 +589,7 @@ def test_every_truncated_bin_file_is_refused(zipped: bool, tmp_path: Path) -> No
 def test_flipped_bytes_of_a_bin_file_are_refused_or_read_as_by_torch(
     zipped: bool, tmp_path: Path, data: st.DataObject
 ) -> None:
-    buffer, path = io.BytesIO(), tmp_path / "pytorch_model.bin"
-    torch.save(
-        {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16()}, buffer, _use_new_zipfile_serialization=zipped
-    )
-    content = bytearray(buffer.getvalue())
+    content, path = bytearray(save_tensors(zipped)), tmp_path / "pytorch_model.bin"
     for position in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=2)):
         content[position] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(content)
