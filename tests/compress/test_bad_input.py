@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 
 from compressknow.cli import main
 from tests.compress.conftest import Refusal, hash_files
@@ -276,7 +277,13 @@ def test_code_in_the_checkpoint_is_refused_without_trust(source: Path, refusal: 
         # No --exclude helps: with experts stored one by one, transformers loads no quantized layer at all.
         ("mixtral", "feed-forward", ("cannot be quantized to int8", "fuses all experts", "compressknow export")),
         ("mixtral", "blocks", ("cannot be quantized to int8", "fuses all experts", "compressknow export")),
-        ("mixtral", "attention", ("could not load the output", "It fuses or splits", "compressknow export")),
+        pytest.param(
+            *("mixtral", "attention", ("could not load the output", "It fuses or splits", "compressknow export")),
+            marks=pytest.mark.skipif(
+                Version(hf.__version__) < Version("5.23"),
+                reason="older releases only report weights without values",
+            ),
+        ),
     ],
 )
 def test_weights_without_an_int8_form_are_refused(
