@@ -23,7 +23,7 @@ from compressknow.compress.pruning import METHODS, Mask, Patterned
 from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
-from compressknow.model.checkpoint import ADAPTER_CONFIG, find_weight_files, open_checkpoint
+from compressknow.model.checkpoint import ADAPTER_CONFIG, find_weight_files, has_adapter, open_checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import read_manifest
@@ -220,7 +220,7 @@ class VariantMaker:
         folder would no longer fit the model.
         """
         folder = self.checkpoint.folder
-        if (recipe.removals or recipe.smooths) and (folder / ADAPTER_CONFIG).is_file():
+        if (recipe.removals or recipe.smooths) and has_adapter(folder):
             raise UnsupportedError(
                 f"{folder} contains an adapter (LoRA), which would no longer fit the model.",
                 "It was trained for the model's current blocks, neurons and layer inputs.",

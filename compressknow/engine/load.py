@@ -18,7 +18,7 @@ from compressknow.base.files import escape_name
 from compressknow.base.packages import GGUF_TRANSFORMERS, can_read_gguf, require
 from compressknow.base.progress import silence_libraries, translate_panics
 from compressknow.base.reading import NotReadable
-from compressknow.model.checkpoint import ADAPTER_CONFIG, list_some, read_json
+from compressknow.model.checkpoint import has_adapter, list_some, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -120,11 +120,6 @@ def load_variant(
             model.load_adapter(str(path))
         _unpack(model, device)
         return model.to(device).eval()
-
-
-def has_adapter(folder: Path) -> bool:
-    """Return whether a checkpoint's folder also holds an adapter (LoRA), which is loaded onto the model."""
-    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -141,9 +141,14 @@ def _name_folder(folder: Path) -> str:
     return escape_name(repository.removeprefix("models--").replace("--", "/") if is_cached else folder.name)
 
 
+def has_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter (LoRA), which transformers loads onto a model in the same folder."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
 def _check_no_other_form(model: str | Path, folder: Path) -> None:
     """Raise CheckpointError if a folder without a config.json holds an adapter or a GGUF file."""
-    if (folder / ADAPTER_CONFIG).is_file():
+    if has_adapter(folder):
         raise CheckpointError(f"{model} is an adapter (LoRA), not a model.", hint=MERGE)
     if files := sorted(folder.glob("*.gguf")):
         hint = f"`probe`, `report`, `compare` and `inspect` take the file itself: {files[0]}."
