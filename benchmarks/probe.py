@@ -140,7 +140,7 @@ def ours(
     def run(count: int, batch_size: int) -> Answers:
         scorer: Any = make_scorer(*language, replace(probe, facts=tuple(some(probe.facts, count))))
         if not greedy:
-            scorer.produced = lambda batch, *_: [None] * len(batch)
+            scorer.produce = lambda batch, *_: [""] * len(batch)
         answers = (answer for batch in evaluate(make_prompts(scorer, batch_size)) for answer in batch)
         if part in ("paper", "int8"):
             return {answer.fact_id: [int(answer.first_ids[0]), answer.correct] for answer in answers}
