@@ -1,12 +1,12 @@
-"""How long and how much memory `convert` takes, beside plain I/O and beside what people do today, in one run.
+"""Measure the time and memory of `convert`, and compare them with plain I/O and with other tools, in one run.
 
     python benchmarks/convert.py [--folder DIR] [--rounds 5] [--dtypes fp32,bf16] [--skip paper,llmcompressor,large]
 
-Every measurement is a process of its own. Its clock starts after torch and transformers are imported, and its memory
-is the peak above what it held then. Plain I/O reads the input once and writes and syncs as many bytes as the output
-has, in pieces of 1 MiB; `hash` is SHA-256 of the same bytes alone, the floor for anything that hashes them. Rounds
-alternate, so that a machine whose speed drifts does so for all; ratios are of medians. The models are Llamas with
-random weights. The paper's pipeline needs 20 GB of memory.
+Each measurement runs in its own process. Its clock starts after torch and transformers are imported, and its memory is
+the peak above what the process used at that moment. Plain I/O reads the input once, then writes and syncs as many bytes
+as the output has, in pieces of 1 MiB; `hash` only computes SHA-256 of as many bytes, the minimum for any tool that
+hashes them. Each round measures everything once, so that all are affected alike if the machine's speed drifts; ratios
+are of medians. The models are Llamas with random weights. The paper's pipeline needs 20 GB of memory.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from typing import Any
 PIECE = 1 << 20
 SMALL = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 28, "num_attention_heads": 16}
-# Ratios that convert is held to, by its kind: of its time to that of plain I/O.
+# Upper bounds of the time of each conversion, relative to plain I/O.
 BOUNDS = {"int8": 1.5, "prune40+int8": 2.5}
 MEMORY_BOUND_MB = 256
 
 
 def make_model(folder: Path, sizes: dict[str, int], dtype: str) -> Path:
-    """Write a Llama with random weights, if it is not there yet."""
+    """Write a Llama with random weights, unless the folder exists."""
     if folder.exists():
         return folder
     import torch
@@ -52,7 +52,7 @@ def make_model(folder: Path, sizes: dict[str, int], dtype: str) -> Path:
     return folder
 
 
-def plain_io(source: Path, output: Path, size: int) -> None:
+def do_plain_io(source: Path, output: Path, size: int) -> None:
     piece = bytearray(PIECE)
     with (source / "model.safetensors").open("rb", buffering=0) as file:
         while file.readinto(piece):
@@ -64,21 +64,21 @@ def plain_io(source: Path, output: Path, size: int) -> None:
         os.fsync(file.fileno())
 
 
-def hash_only(source: Path, output: Path, size: int) -> None:  # noqa: ARG001
-    """Both cores hash: one half of the input's and output's bytes each."""
+def compute_hashes(source: Path, output: Path, size: int) -> None:  # noqa: ARG001
+    """Hash as many bytes as the input and the output have, half of them on each of two cores."""
     total = (source / "model.safetensors").stat().st_size + size
     piece = bytes(PIECE)
 
-    def work(count: int) -> None:
+    def hash_bytes(count: int) -> None:
         digest = hashlib.sha256()
         for _ in range(count // PIECE):
             digest.update(piece)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(work, [total // 2] * 2))
+        list(pool.map(hash_bytes, [total // 2] * 2))
 
 
-def ours(**options: Any) -> Callable[[Path, Path, int], None]:
+def make_conversion(**options: Any) -> Callable[[Path, Path, int], None]:
     def run(source: Path, output: Path, size: int) -> None:  # noqa: ARG001
         import compressknow
 
@@ -87,8 +87,8 @@ def ours(**options: Any) -> Callable[[Path, Path, int], None]:
     return run
 
 
-def papers_pipeline(source: Path, output: Path, size: int) -> None:  # noqa: ARG001
-    """What the paper's authors do: prune the loaded model, save it, load it again, quantize it dynamically."""
+def run_papers_pipeline(source: Path, output: Path, size: int) -> None:  # noqa: ARG001
+    """Do as the paper's authors: prune the loaded model, save it, load it again, and quantize it dynamically."""
     import torch
     from torch.nn.utils import prune
     from transformers import AutoModelForCausalLM
@@ -104,50 +104,55 @@ def papers_pipeline(source: Path, output: Path, size: int) -> None:  # noqa: ARG
     torch.save(quantized.state_dict(), output / "quantized.pt")
 
 
-def model_free(source: Path, output: Path, size: int) -> None:  # noqa: ARG001
+def run_model_free_ptq(source: Path, output: Path, size: int) -> None:  # noqa: ARG001
     from llmcompressor import model_free_ptq
 
     model_free_ptq(str(source), str(output), scheme="W8A8", ignore=["model.embed_tokens"], device="cpu")
 
 
-def oneshot(source: Path, output: Path, size: int) -> None:  # noqa: ARG001
-    from llmcompressor import oneshot as compress
+def run_oneshot(source: Path, output: Path, size: int) -> None:  # noqa: ARG001
+    from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source)
     scheme = {"W8A8": ["Linear"]}
-    compress(model=model, recipe=QuantizationModifier(scheme=scheme))
+    oneshot(model=model, recipe=QuantizationModifier(scheme=scheme))
     model.save_pretrained(output, save_compressed=True)
 
 
 KINDS: dict[str, Callable[[Path, Path, int], None]] = {
-    "plain I/O": plain_io,
-    "hash": hash_only,
-    "int8": ours(quantize="int8"),
-    "prune40+int8": ours(prune=0.4, quantize="int8"),
-    "paper's pipeline": papers_pipeline,
-    "llm-compressor model_free_ptq": model_free,
-    "llm-compressor oneshot": oneshot,
+    "plain I/O": do_plain_io,
+    "hash": compute_hashes,
+    "int8": make_conversion(quantize="int8"),
+    "prune40+int8": make_conversion(prune=0.4, quantize="int8"),
+    "paper's pipeline": run_papers_pipeline,
+    "llm-compressor model_free_ptq": run_model_free_ptq,
+    "llm-compressor oneshot": run_oneshot,
 }
 
 
-def child(kind: str, source: Path, output: Path, size: int) -> None:
-    """Run one kind and print its seconds and peak memory."""
+def run_child(kind: str, source: Path, output: Path, size: int) -> None:
+    """Run one kind, and print its seconds and peak memory."""
     import torch  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     if kind.startswith("llm-compressor"):
         import llmcompressor  # noqa: F401
-    before = resident_mb("VmRSS")
+    before = read_resident_mb("VmRSS")
     start = time.perf_counter()
     KINDS[kind](source, output, size)
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": resident_mb("VmHWM") - before}))
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": read_resident_mb("VmHWM") - before}))
 
 
-def resident_mb(field: str) -> float:
+def read_resident_mb(field: str) -> float:
+    """Return the memory of this process now (`VmRSS`) or at its peak (`VmHWM`)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) / 1000 for line in status.splitlines() if line.startswith(field))
+
+
+def write_verdict(holds: bool) -> str:
+    return "met" if holds else "not met"
 
 
 def measure(kind: str, source: Path, folder: Path, size: int = 0) -> dict[str, float]:
@@ -184,7 +189,7 @@ def compare_with_io(source: Path, folder: Path, rounds: int) -> dict[str, dict[s
 
 def report_io(source: Path, medians: dict[str, dict[str, float]]) -> None:
     base = medians["plain I/O"]["seconds"]
-    print(f"\n{source.name}: median (fastest-slowest) seconds, peak memory above torch's, ratio to plain I/O")
+    print(f"\n{source.name}: median (fastest-slowest) seconds, peak memory without torch, ratio to plain I/O")
     for kind, run in medians.items():
         spread = f"{run['fastest']:.2f}-{run['slowest']:.2f}"
         bound = f" (bound {BOUNDS[kind]})" if kind in BOUNDS else ""
@@ -192,21 +197,32 @@ def report_io(source: Path, medians: dict[str, dict[str, float]]) -> None:
         print(f"{kind:<16}{run['seconds']:>8.2f} s ({spread}){run['peak_mb']:>8.0f} MB  {ratio}", flush=True)
 
 
-def report_others(source: Path, folder: Path, medians: dict[str, dict[str, float]], others: list[str]) -> None:
-    print(f"\n{source.name}: others beside prune40+int8 (the pipeline) and int8 (llm-compressor)")
-    for kind in others:
-        run, mine = measure(kind, source, folder), medians["prune40+int8" if "paper" in kind else "int8"]
-        ratio = f"{run['seconds'] / mine['seconds']:.1f}x the time, {run['peak_mb'] / mine['peak_mb']:.1f}x the memory"
+def report_peers(source: Path, folder: Path, medians: dict[str, dict[str, float]], skipped: set[str]) -> None:
+    print(f"\n{source.name}: the paper's pipeline, compared with prune40+int8; llm-compressor, compared with int8")
+    for kind in list_peers(skipped):
+        run, ours = measure(kind, source, folder), medians["prune40+int8" if "paper" in kind else "int8"]
+        ratio = f"{run['seconds'] / ours['seconds']:.1f}x the time, {run['peak_mb'] / ours['peak_mb']:.1f}x the memory"
         print(f"{kind:<32}{run['seconds']:>8.2f} s{run['peak_mb']:>8.0f} MB: {ratio}", flush=True)
 
 
-def others_here(skipped: set[str]) -> Iterator[str]:
+def list_peers(skipped: set[str]) -> Iterator[str]:
     if "paper" not in skipped:
         yield "paper's pipeline"
-    if importlib.util.find_spec("llmcompressor") and "llmcompressor" not in skipped:
+    if "llmcompressor" in skipped:
+        return
+    if importlib.util.find_spec("llmcompressor"):
         yield from ("llm-compressor model_free_ptq", "llm-compressor oneshot")
     else:
-        print("llm-compressor is not installed: not compared (pip install llmcompressor)")
+        print("llm-compressor: not measured: it is not installed (pip install llmcompressor)")
+
+
+def report_growth(folder: Path, dtype: str, small: dict[str, dict[str, float]]) -> None:
+    large = make_model(folder / f"llama-1.6B-{dtype}", LARGE, dtype)
+    print(f"\n{large.name}: peak memory with four times as many parameters (bound {MEMORY_BOUND_MB} MB)")
+    for kind in BOUNDS:
+        run = measure(kind, large, folder)
+        before, after = small[kind]["peak_mb"], run["peak_mb"]
+        print(f"{kind:<16}{run['seconds']:>8.2f} s{before:>8.0f} MB -> {after:.0f} MB", flush=True)
 
 
 def report_help() -> None:
@@ -221,7 +237,7 @@ def report_help() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to keep the models (10 GB); a temporary one by default")
+    parser.add_argument("--folder", type=Path, help="where to keep the models (12 GB)  [default: a temporary folder]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--skip", default="")
@@ -229,7 +245,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         kind, source, output, size = options.child
-        child(kind, Path(source), Path(output), int(size))
+        run_child(kind, Path(source), Path(output), int(size))
         return
     skipped = set(options.skip.split(","))
     with tempfile.TemporaryDirectory() as temporary:
@@ -240,19 +256,10 @@ def main() -> None:
             medians = compare_with_io(small, folder, options.rounds)
             report_io(small, medians)
             if dtype == "fp32":
-                report_others(small, folder, medians, list(others_here(skipped)))
+                report_peers(small, folder, medians, skipped)
             if "large" not in skipped:
                 report_growth(folder, dtype, medians)
         report_help()
-
-
-def report_growth(folder: Path, dtype: str, small: dict[str, dict[str, float]]) -> None:
-    large = make_model(folder / f"llama-1.6B-{dtype}", LARGE, dtype)
-    print(f"\n{large.name}: four times as large, peak memory (bound {MEMORY_BOUND_MB} MB)")
-    for kind in BOUNDS:
-        run = measure(kind, large, folder)
-        before, after = small[kind]["peak_mb"], run["peak_mb"]
-        print(f"{kind:<16}{run['seconds']:>8.2f} s{before:>8.0f} MB -> {after:.0f} MB", flush=True)
 
 
 if __name__ == "__main__":
