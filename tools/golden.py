@@ -1,4 +1,4 @@
-"""Write the golden files of the report tests again, after a change of a template that is meant."""
+"""Regenerate the golden files of the page tests, after an intended change of a template."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    for path, text in pages().items():
+    for path, text in render_pages().items():
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(ROOT))
 
 
-def pages() -> dict[Path, str]:
-    """What each golden file holds."""
+def render_pages() -> dict[Path, str]:
+    """Return the text of each golden file."""
     sys.path.insert(0, str(ROOT))
     from compressknow.pages.card.pages import render_html, render_markdown
     from compressknow.pages.model_card import render_model_card

@@ -1,9 +1,9 @@
-"""Make `tests/data/llm_compressor`: checkpoints that llm-compressor quantized, for tests of reading what others wrote.
+"""Make `tests/data/llm_compressor`: checkpoints quantized by llm-compressor, for tests that read them.
 
     python tools/llm_compressor_fixture.py
 
-Run it where ``pip install llmcompressor==0.14.0.1`` is: it wants versions of transformers and compressed-tensors of
-its own. The original is the tiny Llama of `tests/knowing.py`, which knows 64 made-up facts.
+Run it in an environment with ``pip install llmcompressor==0.14.0.1``, which needs its own versions of transformers and
+compressed-tensors. The original is the tiny Llama of `tests/knowing.py`, which knows 64 made-up facts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def make_checkpoints() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         original = save_trained("llama", Path(temporary) / "knowing-llama")
-        for name, modifier in modifiers().items():
+        for name, modifier in make_modifiers().items():
             model = AutoModelForCausalLM.from_pretrained(original)
             oneshot(model=model, recipe=modifier)
             model.save_pretrained(FOLDER / name, save_compressed=True)
@@ -44,12 +44,12 @@ def make_checkpoints() -> None:
             print(f"{name}: {config['quantization_config']['format']}")
 
 
-def modifiers() -> dict[str, Any]:
-    """How each checkpoint is quantized."""
+def make_modifiers() -> dict[str, Any]:
+    """Return the modifier that quantizes each checkpoint."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    # The preset of 4-bit weights has groups of 128, wider than this model's rows.
+    # The preset for 4-bit weights has groups of 128, which is more than this model's rows have.
     weights = QuantizationArgs(num_bits=4, group_size=32, strategy=QuantizationStrategy.GROUP, symmetric=True)
     w4a16 = QuantizationScheme(targets=["Linear"], weights=weights)
     return {

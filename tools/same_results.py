@@ -1,12 +1,12 @@
-"""Whether this checkout computes what another commit computes: weights, hashes, counts, configs, answers, reports.
+"""Check that this checkout computes the same as another commit: weights, hashes, counts, configs, answers, reports.
 
-For a change that is to change nothing. Both commits convert the same models by the same recipes, and evaluate the same
-facts; what differs is printed.
+For changes that should not affect results. Both commits convert the same models by the same recipes, and evaluate them
+on the same facts; differences are printed.
 
     python tools/same_results.py BASE [--model FOLDER]... [--facts NUMBER]
 
-The tiny models of the tests, of every architecture that they have, are always compared; `--model` adds real ones, which
-are evaluated on atlas too. Exits with 1 where anything differs.
+The tiny models of the tests, one per architecture, are always compared; `--model` adds real ones, which are evaluated
+on atlas. Exits with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LINEAR: list[dict[str, Any]] = [
     {"quantize": scheme, "scope": ["attention", "feed-forward"]}
     for scheme in ("int8", "int8-paper", "int8-weights", "fp8", "int4")
 ]
-# Of models that have a tokenizer: on their own text.
+# Only for models with a tokenizer, calibrated on their own text.
 CALIBRATED: list[dict[str, Any]] = [
     {"prune": 0.5, "method": "wanda"},
     {"prune": 0.5, "method": "sparsegpt", "pattern": "2:4"},
@@ -45,30 +45,30 @@ CALIBRATED: list[dict[str, Any]] = [
     {"drop_neurons": 0.25},
 ]
 TOKENS = 4096
-# When and by which version something was made, and sentences: their words may change.
-LEFT_OUT = {"versions", "seconds", "command", "key", "verdict", "warnings", "method"}
+# Keys that may differ: when and by which version something was made, and sentences.
+IGNORED = {"versions", "seconds", "command", "key", "verdict", "warnings", "method"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", help="the commit to compare with")
     parser.add_argument("--model", action="append", default=[], type=Path, help="a real checkpoint, evaluated on atlas")
-    parser.add_argument("--facts", type=int, default=100, help="facts of atlas that real checkpoints are evaluated on")
+    parser.add_argument("--facts", type=int, default=100, help="facts of atlas for real checkpoints")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.run:
-        print(json.dumps(run(given.run, [model.resolve() for model in given.model], given.facts)))
+    arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps(compute_results(arguments.run, arguments.model, arguments.facts)))
         return 0
-    with tempfile.TemporaryDirectory() as folder, checkout(given.base) as base:
+    with tempfile.TemporaryDirectory() as folder, check_out(arguments.base) as base:
         models = make_models(Path(folder) / "models")
-        before = results_of(base, models, given.model, given.facts)
-        after = results_of(ROOT, models, given.model, given.facts)
-    return show(before, after)
+        before = run_tree(base, models, arguments.model, arguments.facts)
+        after = run_tree(ROOT, models, arguments.model, arguments.facts)
+    return print_differences(before, after)
 
 
 @contextmanager
-def checkout(commit: str) -> Iterator[Path]:
-    """The tree of a commit, in a temporary folder."""
+def check_out(commit: str) -> Iterator[Path]:
+    """Yield the tree of a commit, in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), commit], cwd=ROOT, check=True)
@@ -79,7 +79,7 @@ def checkout(commit: str) -> Iterator[Path]:
 
 
 def make_models(folder: Path) -> Path:
-    """The tiny models of the tests: `knowing/` have a tokenizer and facts, `tiny/` weights alone."""
+    """Write the tests' tiny models: those in `knowing/` have tokenizers and facts, those in `tiny/` only weights."""
     sys.path.insert(0, str(ROOT))
     from tests.knowing import save_trained, write_facts
     from tests.models import BUILDERS, save_tiny
@@ -92,8 +92,8 @@ def make_models(folder: Path) -> Path:
     return folder
 
 
-def results_of(tree: Path, models: Path, real: list[Path], facts: int) -> dict[str, Any]:
-    """What the code in `tree` makes of the models; this very script runs it."""
+def run_tree(tree: Path, models: Path, real: list[Path], facts: int) -> dict[str, Any]:
+    """Run this script with the code in `tree`, and return the results."""
     command = [sys.executable, __file__, "-", "--run", str(models), "--facts", str(facts)]
     command += [part for model in real for part in ("--model", str(model.resolve()))]
     environment = os.environ | {"PYTHONPATH": str(tree), "TOKENIZERS_PARALLELISM": "false"}
@@ -103,8 +103,8 @@ def results_of(tree: Path, models: Path, real: list[Path], facts: int) -> dict[s
     return results
 
 
-def run(models: Path, real: list[Path], facts: int) -> dict[str, Any]:
-    """Every result by a name of its own."""
+def compute_results(models: Path, real: list[Path], facts: int) -> dict[str, Any]:
+    """Return every result by a unique name."""
     import compressknow
 
     results: dict[str, Any] = {"package": compressknow.__file__}
@@ -114,23 +114,23 @@ def run(models: Path, real: list[Path], facts: int) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "converted"
                 name = f"{model.name} {number} {', '.join(f'{key} {value}' for key, value in step.items())}"
-                results[name] = converted(model, output, step)
+                results[name] = convert(model, output, step)
                 if model in tiny or results[name].get("refused") or number not in (0, len(EVERYWHERE)):
                     continue
                 probes = ["atlas"] if model in real else [f"facts:{models / 'facts.jsonl'}"]
-                results[f"{name}, report"] = reported(model, output, probes, facts, models.parent / "answers")
+                results[f"{name}, report"] = report(model, output, probes, facts, models.parent / "answers")
     return results
 
 
-def converted(model: Path, output: Path, step: Mapping[str, Any]) -> dict[str, Any]:
-    """Manifest, config and hashes of a conversion; or that it was refused."""
+def convert(model: Path, output: Path, step: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest, config and hashes of a conversion, or that it was refused."""
     import compressknow
 
     try:
         recipe = {"steps": [dict(step)], **({"calibration": {"tokens": TOKENS}} if step in CALIBRATED else {})}
         manifest = compressknow.convert(model, output, recipe=recipe)
     except compressknow.CompressknowError:
-        # In which words, does not matter.
+        # Messages may differ.
         return {"refused": True}
     files = {
         path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -140,8 +140,8 @@ def converted(model: Path, output: Path, step: Mapping[str, Any]) -> dict[str, A
     return {"manifest": manifest, "files": files, "config": json.loads((output / "config.json").read_text())}
 
 
-def reported(model: Path, output: Path, probes: list[str], facts: int, answers: Path) -> dict[str, Any]:
-    """report.json, and every answer."""
+def report(model: Path, output: Path, probes: list[str], facts: int, answers: Path) -> dict[str, Any]:
+    """Return report.json and every answer, or that the report was refused."""
     import compressknow
     from compressknow.evaluate.answers import read_answers
 
@@ -152,35 +152,35 @@ def reported(model: Path, output: Path, probes: list[str], facts: int, answers: 
             model, output, probes, output=[page], options=compressknow.Options(limit=facts), answers=keep_in
         )
     except compressknow.CompressknowError:
-        # A model of proteins has no fact of atlas.
+        # For example, a protein model cannot be evaluated on any fact of atlas.
         return {"refused": True}
     folders = sorted(path.parent for path in keep_in.glob("*/probe.json"))
-    told = [repr(answer) for folder in folders for answer in read_answers(folder).answers]
-    return {"report": json.loads(page.read_text()), "answers": told}
+    answered = [repr(answer) for folder in folders for answer in read_answers(folder).answers]
+    return {"report": json.loads(page.read_text()), "answers": answered}
 
 
-def show(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
-    """Print what differs, and how much was compared."""
-    wrong = 0
+def print_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
+    """Print differences and the number of results; return 1 if any differ."""
+    different = 0
     for name in sorted(before.keys() | after.keys()):
-        found = list(differences(before.get(name), after.get(name)))
-        wrong += bool(found)
-        for line in found[:5]:
+        lines = list(find_differences(before.get(name), after.get(name)))
+        different += bool(lines)
+        for line in lines[:5]:
             print(f"{name}: {line}")
     refused = sum("refused" in result for result in after.values())
-    print(f"{len(after)} results compared ({refused} of them refusals): {wrong or 'none'} differ.")
-    return 1 if wrong else 0
+    print(f"{len(after)} results compared ({refused} of them refusals): {different or 'none'} differ.")
+    return 1 if different else 0
 
 
-def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
-    """Where two nested values differ."""
+def find_differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
+    """Yield where two nested values differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
-            if key not in LEFT_OUT:
-                yield from differences(a.get(key), b.get(key), f"{where}.{key}")
+            if key not in IGNORED:
+                yield from find_differences(a.get(key), b.get(key), f"{where}.{key}")
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for place, (x, y) in enumerate(zip(a, b, strict=True)):
-            yield from differences(x, y, f"{where}[{place}]")
+            yield from find_differences(x, y, f"{where}[{place}]")
     elif a != b:
         yield f"{where}: {str(a)[:80]} -> {str(b)[:80]}"
 
