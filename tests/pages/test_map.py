@@ -97,6 +97,10 @@ def test_type_that_does_not_fit_every_row_uses_llama_cpps_fallback_or_is_left_ou
 
 def test_kl_per_mb_and_risk_of_several_weights_count_all_of_them() -> None:
     one, other = make_sensitivity().rows[1:3]
+    # Rounding from 16 to 4.5 bits saves 11.5 bits.
+    facts, text = (one.by_type["q4_0"].kl(guide) for guide in ("facts", "text"))
+    assert one.per_mb() == pytest.approx((facts + text) / (256 * 1024 * 11.5 / 8 / 1e6))
+    assert one.by_type["q4_0"].kl("both", 0.5) == pytest.approx(facts + 0.5 * text)
     assert compute_kl_per_mb([one], "both") == pytest.approx(one.per_mb())
     both = compute_kl_per_mb([one, other], "both")
     assert both == pytest.approx((one.per_mb() + other.per_mb()) / 2)
