@@ -123,6 +123,7 @@ def test_map_without_facts_shows_only_text() -> None:
     assert [svg.attributes["id"] for svg in page.all("svg") if "heat" in svg.attributes["class"]] == ["map-0"]
     assert "Facts at risk" not in [each.text for each in page.all("h2")]
     assert "None" not in render_map_markdown(map)
+    assert repr(map.sensitivity).startswith("<Sensitivity: 19 weights of ")
 
 
 def test_grid_separates_encoder_and_decoder_layers() -> None:
