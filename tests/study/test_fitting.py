@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("llama_cpp_py_sync")
 
 import compressknow
-from compressknow.base.errors import UsageError
+from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.format import parse_size
 from compressknow.compress.weights import read_stored_weights
 from compressknow.gguf.grids import get_nbytes, list_legal_types
@@ -22,6 +22,7 @@ from compressknow.model.loading import open_complete
 from compressknow.study.allocation import SizeTarget, check_budget, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
 from tests.gguf.making import get_llama_cpp_name, save_checkpoint
+from tests.knowing import write_bear
 
 OVERHEAD = 50_000
 
@@ -189,3 +190,9 @@ def test_invalid_arguments_are_refused_before_any_work(options: dict, message: s
     with pytest.raises(UsageError, match=message):
         compressknow.export(tmp_path / "missing", tmp_path / "out.gguf", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_facts_may_be_those_of_a_downloaded_data_set(tmp_path: Path) -> None:
+    data = write_bear(tmp_path / "bear")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        compressknow.export(tmp_path / "missing", tmp_path / "out.gguf", size="90MB", facts="bear", data=data)
