@@ -13,15 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import compressknow
 from compressknow.api.keywords import ServerKeywords, build_run_options
 from compressknow.api.report import report
-from compressknow.base.errors import CheckpointError, UsageError
+from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
 from compressknow.cli import COMMANDS, main
 from compressknow.compress.recipe import Recipe
 from compressknow.model.structure import DEFAULT_SCOPES
-from tests.models import save_tiny
+from tests.gguf.making import needs_converter
+from tests.knowing import KNOWN_FACTS, save_trained_custom_code, write_facts
+from tests.models import put_into_hub_cache, save_tiny
 
 VERBS = [name for name in compressknow.__all__ if name.islower() and not name.startswith("_")]
 RECORDS = [name for name in compressknow.__all__ if not name.islower()]
@@ -138,3 +141,52 @@ def test_default_scope_of_a_recipe_is_blocks() -> None:
     assert recipe.setup == "Blocks_GPQ 20%"
     assert [step["scope"] for step in recipe.to_dict()["steps"]] == [["blocks"], ["blocks"]]
     assert inspect.signature(compressknow.convert).parameters["scope"].default == DEFAULT_SCOPES
+
+
+def test_load_takes_a_device_and_a_dtype(tmp_path: Path) -> None:
+    model = compressknow.load(save_tiny("llama", tmp_path), device="meta", dtype="bfloat16")
+    assert (model.device.type, model.dtype) == ("meta", torch.bfloat16)
+
+
+# What each function needs besides a model; only `main` of it is in the cache.
+OTHERS: dict[str, dict[str, Any]] = {
+    **{"inspect": {}, "load": {}, "probe": {"output": "out"}, "sensitivity": {}, "report": {"compressed": "in"}},
+    **{"compare": {"b": "in"}, "convert": {"output": "out", "prune": 0.5}, "sweep": {"output": "out"}},
+    **{"search": {"output": "out", "keep": 0.9, "to": "checkpoint"}},
+    "export": {"output": "out.gguf"},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_revision_is_the_one_that_is_opened(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if name == "export":
+        request.getfixturevalue("converter")
+    monkeypatch.chdir(tmp_path)
+    put_into_hub_cache(save_tiny("llama", tmp_path / "in"), tmp_path / "hub", "org/tiny")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(CheckpointError, match="for the specified revision"):
+        getattr(compressknow, name)("org/tiny", **OTHERS[name], revision="v9")
+
+
+@needs_converter
+def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source, text = save_trained_custom_code(tmp_path / "own"), tmp_path / "text.txt"
+    text.write_text(" ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS), encoding="utf-8")
+    facts, output = f"facts:{write_facts(tmp_path / 'facts.jsonl')}", tmp_path / "out.gguf"
+    guided: dict[str, Any] = {"to": "checkpoint", "facts": facts, "calibration": str(text), "calibration_tokens": 256}
+    for call in (
+        lambda **trust: compressknow.load(source, **trust),
+        lambda **trust: compressknow.sensitivity(source, **guided, **trust),
+        lambda **trust: compressknow.export(source, output, **trust),
+    ):
+        with pytest.raises(CheckpointError, match="`trust_remote_code=True`"):
+            call()
+    assert type(compressknow.load(source, trust_remote_code=True)).__name__ == "OwnForCausalLM"
+    assert compressknow.sensitivity(source, **guided, trust_remote_code=True).guidance.facts == len(KNOWN_FACTS)
+    with pytest.raises(UnsupportedError, match="does not know OwnForCausalLM"):
+        compressknow.export(source, output, trust_remote_code=True)

@@ -230,6 +230,25 @@ def test_undecided_strict_gate_exits_with_4(run: Run) -> None:
     assert "It is undecided whether 99 % of the knowledge is kept" in result.err
 
 
+def test_both_are_evaluated_with_the_given_options(run: Run, models: Path, tmp_path: Path) -> None:
+    options = [
+        "--limit",
+        "8",
+        "--seed",
+        "3",
+        "--dtype",
+        "bfloat16",
+        "--no-noise-floor",
+        "--answers",
+        str(tmp_path / "a"),
+    ]
+    assert run(*LLAMAS, *FACTS, *options).code == 0
+    records = [read_answers(folder).record for folder in (tmp_path / "a").iterdir()]
+    assert {record.model.computed_in for record in records} == {"bfloat16", "bfloat16 + int8"}
+    entries = [entry for record in records for entry in record.probes.values()]
+    assert {(entry.limit, entry.seed, entry.noise_floor) for entry in entries} == {(8, 3, None)}
+
+
 def test_no_facts_leaves_out_prompts(run: Run, models: Path, tmp_path: Path) -> None:
     assert run(*LLAMAS, *FACTS, *OUTPUTS).code == 0
     shown = (tmp_path / "c.json").read_text()

@@ -71,6 +71,10 @@ def test_large_budget_is_almost_fully_used(bits):
     budget = int(numel * bits / 8)
     chosen = allocate(table, budget)
     assert budget * 0.998 < chosen.nbytes <= budget
+    # In what is left, no tensor could have a better type.
+    for name, kind in chosen.types.items():
+        now, room = table[name][kind], budget - chosen.nbytes
+        assert not any(each.nbytes - now.nbytes <= room and each.loss < now.loss for each in table[name].values())
     # The Lagrangian dual: at any price per byte, no choice loses less than this bound.
     bound = max(
         sum(min(option.loss + price * option.nbytes for option in options.values()) for options in table.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -11,16 +12,17 @@ import pytest
 pytest.importorskip("llama_cpp_py_sync")
 
 import compressknow
-from compressknow.base.errors import UsageError
+from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.format import parse_size
 from compressknow.compress.weights import read_stored_weights
 from compressknow.gguf.grids import get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align
 from compressknow.model.gguf_file import Tensor
 from compressknow.model.loading import open_complete
-from compressknow.study.allocation import SizeTarget, fit_types
+from compressknow.study.allocation import SizeTarget, check_budget, fit_types
 from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
 from tests.gguf.making import get_llama_cpp_name, save_checkpoint
+from tests.knowing import write_bear
 
 OVERHEAD = 50_000
 
@@ -75,7 +77,27 @@ def test_guide_decides_where_bits_go(sensitivity: Sensitivity, tensors: Tensors)
     assert attention["facts"] > attention["both"] > attention["text"]
     types, record = fits["facts"]
     assert types.keys() == set(tensors.weights)
-    assert record["facts"] == 40
+    by_name, tied = {row.name: row for row in sensitivity.rows}, tensors.source.structure.tied
+    names = {name: tied.get(weight.parameter, weight.parameter) for name, (weight,) in tensors.weights.items()}
+    loss = sum(by_name[names[name]].by_type[kind].facts or 0.0 for name, kind in types.items() if kind != "bf16")
+    assert record == {
+        **{"budget": 700_000, "guide": "facts", "rounding": "gptq", "must": [], "predicted_kl": pytest.approx(loss)},
+        **{"facts": 40, "facts_sha256": "1" * 64, "tokens": 1000, "text_sha256": "2" * 64},
+    }
+
+
+def test_tensor_of_several_weights_loses_what_all_of_them_do(sensitivity: Sensitivity, tensors: Tensors) -> None:
+    """An embedding that is no head is no Linear weight, but was measured too."""
+    target = SizeTarget(2_000_000, must=((".", "q8_0"),))
+    _, separate = fit_types(sensitivity, tensors, OVERHEAD, target)
+    weights, stored = dict(tensors.weights), dict(tensors.tensors)
+    weights["blk.0.attn_q.weight"] += weights.pop("blk.0.attn_k.weight")
+    del weights["token_embd.weight"], stored["blk.0.attn_k.weight"]
+    embedding = "model.embed_tokens.weight"
+    rows = tuple(replace(row, group="embedding") if row.name == embedding else row for row in sensitivity.rows)
+    merged = replace(tensors, tensors=stored, weights=weights)
+    _, joined = fit_types(replace(sensitivity, rows=rows), merged, OVERHEAD, target)
+    assert joined["predicted_kl"] == pytest.approx(separate["predicted_kl"])
 
 
 def test_must_sets_the_types(sensitivity: Sensitivity, tensors: Tensors) -> None:
@@ -91,8 +113,8 @@ def test_must_sets_the_types(sensitivity: Sensitivity, tensors: Tensors) -> None
 
 def test_bits_count_the_whole_file(sensitivity: Sensitivity, tensors: Tensors) -> None:
     numel = sum(tensor.numel for tensor in tensors.tensors.values())
-    _, record = fit_types(sensitivity, tensors, OVERHEAD, SizeTarget(bits=5))
-    assert record["budget"] == numel * 5 // 8
+    _, record = fit_types(sensitivity, tensors, OVERHEAD, SizeTarget(bits=4.5))
+    assert record["budget"] == int(numel * 4.5 / 8)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +134,27 @@ def test_impossible_target_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         fit_types(sensitivity, tensors, OVERHEAD, target)
+
+
+def test_every_size_below_the_unquantized_file_is_possible(sensitivity: Sensitivity, tensors: Tensors) -> None:
+    whole = OVERHEAD + sum(align(tensors.tensors[name].nbytes) for name in tensors.weights)
+    types, _ = fit_types(sensitivity, tensors, OVERHEAD, SizeTarget(whole - 1))
+    assert set(types.values()) == {"bf16", "q8_0"}
+    with pytest.raises(UsageError, match="is not less than the whole model"):
+        fit_types(sensitivity, tensors, OVERHEAD, SizeTarget(whole))
+
+
+def test_size_that_the_weights_alone_exceed_is_refused_before_anything_is_measured() -> None:
+    # q2_k has 84 bytes per 256 weights, q4_0 18 and q8_0 34 per 32; rows of 30 stay in 16 bits; norms do not count.
+    shapes, least = [(512, 256), (64, 96), (10, 30), (256,)], 512 * 84 + 64 * 3 * 18 + 10 * 30 * 2
+    check_budget(least, shapes, 1_000_000)
+    check_budget(least + 34, shapes, 1_000_000, experts=32)
+    with pytest.raises(UsageError, match="the weights alone take"):
+        check_budget(least - 1, shapes, 1_000_000)
+    with pytest.raises(UsageError, match="Experts are not measured"):
+        check_budget(least + 33, shapes, 1_000_000, experts=32)
+    with pytest.raises(UsageError, match="is not less than the whole model"):
+        check_budget(1_000_000, shapes, 1_000_000)
 
 
 @pytest.mark.parametrize("text", ["", "MB", "90 MX", "-5MB", "0", "1e9", "five"])
@@ -147,3 +190,9 @@ def test_invalid_arguments_are_refused_before_any_work(options: dict, message: s
     with pytest.raises(UsageError, match=message):
         compressknow.export(tmp_path / "missing", tmp_path / "out.gguf", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_facts_may_be_those_of_a_downloaded_data_set(tmp_path: Path) -> None:
+    data = write_bear(tmp_path / "bear")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        compressknow.export(tmp_path / "missing", tmp_path / "out.gguf", size="90MB", facts="bear", data=data)

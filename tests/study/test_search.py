@@ -504,6 +504,20 @@ def test_too_few_known_facts_are_refused_unless_a_text_guides(
     assert llama.read_result("guided-by-text")["by"] == "text, rounded by GPTQ"
 
 
+def test_options_of_a_search_are_those_that_are_given(llama: Workspace) -> None:
+    """The seed deals the facts, all models run in the dtype, and the report on the winner shows no fact."""
+    options = ("--guide", "text", "--seed", "1", "--dtype", "bfloat16", "--no-facts")
+    assert llama.search("options", "--size", "120kB", *options) == 0
+    folder, parts = llama.folder / "options", split_facts(open_probe(llama.probe), 1)
+    for part, facts in (("searched", parts.search.facts), ("grading", parts.held_out.facts)):
+        (answers,) = (read_answers(each) for each in (folder / part / "original").iterdir())
+        assert [answer.fact_id for answer in answers.answers] == [fact.id for fact in facts]
+        assert answers.record.model.computed_in == "bfloat16"
+    assert llama.read_result("options")["seed"] == 1
+    (compressed,) = json.loads((folder / "report.json").read_text(encoding="utf-8"))["compressed"]
+    assert not {"lost_facts", "gained_facts"} & compressed.keys()
+
+
 def test_custom_code_checkpoint_is_written(llama: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))

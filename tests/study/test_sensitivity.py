@@ -6,9 +6,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import exp
+from math import exp, log, sqrt
 from pathlib import Path
-from statistics import median
+from statistics import NormalDist, median
 from typing import Any, NamedTuple
 
 import pytest
@@ -278,20 +278,26 @@ def test_sensitivity_of_a_domain_matches_its_facts(get_model: GetModel) -> None:
     measured = measure(*open_complete(trained.folder), SCHEMES, trained.fact_batches)
     rows = {row.name: row for row in measured.build_rows(SCHEMES, trained.domains)}
     first = torch.tensor([domain == trained.domains[0] for domain in trained.domains])
-    predicted, real = [], []
+    predicted, real, kl_predicted, kl_real = [], [], [], []
     for name, row in rows.items():
         kls = []
         for type in SCHEMES.types:
             after = score_rounded(trained, measured, SCHEMES, name, type)
-            kls.append(compute_exact_divergence(measured.scores, after, measured.owners) / measured.errors[name, type])
+            divergences = compute_exact_divergence(measured.scores, after, measured.owners)
+            kls.append(divergences / measured.errors[name, type])
+            kl_predicted.append(row.by_type[type].facts)
+            kl_real.append(float(divergences.mean()))
         per_fact = torch.stack(kls).mean(0)
         real.append(float(per_fact[first].mean() / per_fact.mean()))
         predicted.append(row.by_domain[trained.domains[0]])
         # Each domain has as many facts.
         assert sum(row.by_domain.values()) == pytest.approx(2)
     assert spearmanr(predicted, real).statistic > 0.9
-    few = ["a"] * 4 + ["b"] * 60
-    assert set(measured.build_rows(SCHEMES, few)[0].by_domain) == {"b"}
+    # So does the KL of each type over all facts.
+    assert spearmanr(kl_predicted, kl_real).statistic > 0.9
+    assert 0.5 < sum(kl_predicted) / sum(kl_real) < 2
+    few = ["a"] * 4 + ["b"] * 5 + ["c"] * 55
+    assert set(measured.build_rows(SCHEMES, few)[0].by_domain) == {"b", "c"}
 
 
 def test_second_order_divergence_matches_the_exact_one_of_small_changes() -> None:
@@ -319,6 +325,32 @@ def test_changes_of_text_estimate_the_divergence_of_the_next_token(family: str, 
     estimate = measured.text[name, "int4/32"].double().square().mean(1) / 2
     # There are few draws, so that only the mean is close.
     assert 0.5 < float(estimate.mean() / real.mean()) < 2
+
+
+def test_loss_of_a_type_is_its_error_times_the_mean_loss_per_error() -> None:
+    """One fact with two candidates, of p = 0.8 and 0.2, and ten pieces of text, of which one changes most."""
+    text = torch.ones(10, 2)
+    text[0], text[3] = 2, 1000
+    measured = ScoreChanges(
+        weights={"w": TensorSensitivity("w", (2, 32), "other", None, {})},
+        scores=torch.tensor([0.8, 0.2]).log(),
+        owners=torch.tensor([0, 0]),
+        facts={("w", "int8-weights"): torch.tensor([0.1, -0.1]), ("w", "int4/32"): torch.tensor([0.4, -0.4])},
+        text={("w", "int8-weights"): text, ("w", "int4/32"): 4 * text},
+        errors={("w", "int8-weights"): 1.0, ("w", "int4/32"): 4.0},
+        importance={},
+    )
+    (row,) = measured.build_rows(SCHEMES)
+    # KL of the fact: (0.01 - 0.06^2) / 2 and 16 times that. Of nine pieces, all but the one that changes
+    # most: (8 x 1^2 + 2^2) / 9 / 2 and 16 times that.
+    per_error, per_token = 0.0032 * (1 + 16 / 4) / 2, 12 / 9 / 2 * (1 + 16 / 4) / 2
+    # The margin is log 4, and changes by 0.2 and 0.8.
+    spread = (0.2**2 / 1 + 0.8**2 / 4) / 2
+    for kind, error in (("int8-weights", 1), ("int4/32", 4)):
+        rounding = row.by_type[kind]
+        assert rounding.facts == pytest.approx(error * per_error, rel=1e-5)
+        assert rounding.text == pytest.approx(error * per_token, rel=1e-5)
+        assert rounding.at_risk == pytest.approx(NormalDist().cdf(-log(4) / sqrt(error * spread)), rel=1e-5)
 
 
 def test_experts_stored_one_by_one_are_left_out(tmp_path: Path) -> None:

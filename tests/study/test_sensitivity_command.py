@@ -11,7 +11,8 @@ import pytest
 
 import compressknow
 from compressknow.cli import main
-from tests.knowing import KNOWN_FACTS, save_trained, write_facts
+from compressknow.study.sensitivity import can_guide
+from tests.knowing import KNOWN_FACTS, save_trained, write_bear, write_facts
 
 pytest.importorskip("llama_cpp_py_sync")
 
@@ -24,6 +25,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_facts(folder / "facts.jsonl")
     lines = (folder / "facts.jsonl").read_text().splitlines()
     (folder / "few.jsonl").write_text("\n".join(lines[:20]) + "\n")
+    write_bear(folder / "bear")
     text = " ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS * 4)
     (folder / "text.txt").write_text(text, encoding="utf-8")
     shutil.copytree(folder / "llama", folder / "quantized")
@@ -100,6 +102,9 @@ def test_command_prints_and_writes_the_map_and_measures_once(out: Path, capsys: 
     assert not {"evaluate", "sensitivity"} & set(stages)
     assert json.loads(json.dumps(again.as_json()["rows"])) == values["rows"]
     assert repr(again).startswith("<Sensitivity: 16 weights of ")
+    # Another seed draws another part of the text.
+    other = compressknow.sensitivity("llama", facts=OPTIONS[1], calibration="text.txt", calibration_tokens=512, seed=1)
+    assert other.guidance.text not in (None, again.guidance.text)
     # An existing file is not overwritten by default.
     assert main(["sensitivity", "llama", *OPTIONS, "-o", str(files[3])]) == 1
     assert "exists already" in capsys.readouterr().err
@@ -114,7 +119,7 @@ def test_masked_model_is_measured_with_the_schemes_of_checkpoints(
     command = "compressknow search bert -o found --keep 0.95 --to checkpoint --guide facts --facts facts:facts.jsonl"
     assert f"Next: {command} --calibration text.txt --calibration-tokens 512\n" in printed
     values = json.loads((out / "map.json").read_text())
-    assert values["guidance"]["form"] == "checkpoint"
+    assert (values["guide"], values["guidance"]["form"]) == ("facts", "checkpoint")
     assert next(iter(values["rows"][0]["by_type"])) == "int8-weights"
 
 
@@ -129,6 +134,10 @@ def test_too_few_known_facts_are_refused_unless_a_text_guides(out: Path, capsys:
     assert "Facts at risk" not in (out / "map.md").read_text().partition("## The most")[0]
 
 
+def test_thirty_facts_are_enough_to_guide() -> None:
+    assert [can_guide(number, "", "text", is_search=False) for number in (29, 30)] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -140,6 +149,8 @@ def test_too_few_known_facts_are_refused_unless_a_text_guides(out: Path, capsys:
         ("llama --guide fact", "'fact' is not known. Did you mean"),
         ("llama --facts text:text.txt", "text.txt: it has no facts to guide by"),
         ("llama --facts atlass", "Did you mean atlas?"),
+        ("llama --facts bear", "--data"),
+        ("./nowhere --facts bear --data bear", "no such folder"),
         ("llama --calibration nowhere.txt", "There is no calibration text"),
         ("llama --calibration-tokens 0", "0 is not in the range"),
         ("llama -o map.pdf", "end in .html, .md, .json or .csv"),

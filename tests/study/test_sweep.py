@@ -242,6 +242,15 @@ def test_study_killed_before_its_record_was_complete_starts_again(llama: Workspa
         pass
 
 
+def test_original_and_cells_are_evaluated_with_the_given_options(llama: Workspace) -> None:
+    assert llama.sweep("options", "--limit", "8", "--seed", "3", "--dtype", "bfloat16", grid=ONE) == 0
+    folders = [*(llama.folder / "options" / "original").iterdir(), *(llama.folder / "options" / "cells").glob("*/*")]
+    records = [read_answers(folder).record for folder in folders]
+    entries = [entry for record in records for entry in record.probes.values()]
+    assert [record.model.computed_in for record in records] == ["bfloat16", "bfloat16"]
+    assert [(entry.limit, entry.seed) for entry in entries] == [(8, 3), (8, 3)]
+
+
 def test_stopped_study_resumes(llama: Workspace) -> None:
     class Stop(BaseException):
         pass
@@ -511,6 +520,9 @@ def test_folder_of_another_study_is_refused(llama: Workspace, capsys: Capsys) ->
     [
         (["--grid", "none.toml"], "no such grid", 2),
         (["--quantize", "int8"], "--quantize does not apply to the grid", 2),
+        (["--module-map", "paper"], "--module-map does not apply to the grid", 2),
+        (["--calibration", "self"], "--calibration does not apply to the grid", 2),
+        (["--calibration-tokens", "512"], "--calibration-tokens does not apply to the grid", 2),
         (["-p", "lama:nothing"], "lama:nothing", 2),
         (["--known", "produce"], "Did you mean produced?", 2),
         (["--templates", "3"], "has one wording per fact", 2),
