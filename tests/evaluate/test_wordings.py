@@ -208,3 +208,7 @@ def test_consistency_of_equal_different_and_single_wordings() -> None:
     assert measure_consistency([make_answer(0, True, fact_id=f"fact@{n}") for n in (1, 2)]) == 1
     assert measure_consistency([make_answer(0, n == 1, fact_id=f"fact@{n}") for n in (1, 2)]) == 0
     assert measure_consistency([make_answer(0, True)]) is None
+    # One pair of one fact is equal, and one of three of another, for which more wordings could be used.
+    ids = [("a@1", True), ("a@2", True), ("b@1", True), ("b@2", True), ("b@3", False)]
+    answers = [make_answer(0, right, fact_id=name) for name, right in ids]
+    assert measure_consistency(answers) == pytest.approx((1 + 1 / 3) / 2)
