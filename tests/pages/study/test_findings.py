@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import t as student_t
 from scipy.stats import ttest_1samp
 
 from compressknow.comparison.intervals import average_estimates, compare_rates
+from compressknow.comparison.records import Estimate
 from compressknow.pages.study.claims import answer_claim, compare_cells, measure_decline, measure_remaining
 from compressknow.pages.study.findings import Finding, evaluate_findings
 from compressknow.pages.study.records import Study
@@ -222,6 +224,10 @@ def test_rate_difference_matches_a_t_test() -> None:
     # Two clusters of two facts: the mean of each.
     estimate, p = compare_rates(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]), (1, 2))
     assert p == pytest.approx(ttest_1samp([-0.5, 1], 0).pvalue)
+    # The common rate, 2 facts per 3 million parameters, predicts 4/3 facts for the first, which lost none.
+    _, p = compare_rates(np.zeros(5), np.array([1, 1, 1, -1, 0]), np.arange(5), (2, 1))
+    inflation = (4 / 3 / 2**2 + 4) / 4
+    assert p == pytest.approx(2 * student_t.sf(ttest_1samp([1, 1, 1, -1, 0], 0).statistic / inflation**0.5, 4))
     same = np.zeros(2)
     assert compare_rates(same, same, clusters[:2], (1, 2))[1] == 1.0
     assert compare_rates(same, same, clusters[:2], (0, 2))[0].value is None
@@ -231,6 +237,7 @@ def test_average_of_one_estimate_is_itself_and_none_if_any_is_none() -> None:
     study = make_study([gp(ATT, 0.4, GOOD)]).cells[0].comparison.probes[0]
     assert average_estimates([study.kept]).value == pytest.approx(0.9)
     assert average_estimates([study.kept, study.kept_above_chance]).value is None
+    assert average_estimates([study.kept, Estimate(0.5)]) == Estimate(pytest.approx(0.7))
 
 
 def test_claim_holds_only_if_each_part_does() -> None:
