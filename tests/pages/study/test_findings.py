@@ -43,6 +43,8 @@ CASES = [
     ("F1", "masked", [*gps(ATT, range(795), 0.1, 0.3), *gps(ALL, range(790), 0.2)], MANY, UNCLEAR),  # ends before 30 %
     ("F1", "masked", [*gps(ATT, range(795), 0.1, 0.3), *gps(ALL, range(500), 0.2)], MANY, FAILS),
     ("F1", "masked", gps(ATT, range(725), 0.1), MANY, UNCLEAR),
+    ("F1", "masked", gps(ATT, range(700), 0.1), MANY, FAILS),
+    ("F1", "masked", [*gps(ATT, range(700), 0.1), *gps(ATT, range(795), 0.2)], MANY, UNCLEAR),  # one of two by chance
     ("F1", "masked", gps(ATT, range(100), 0.4), MANY, UNCLEAR),  # of another level
     ("F2", "masked", [*gps(ATT, GOOD, 0.4, 0.5), *gps(FF, BAD, 0.4, 0.5)], None, HOLDS),
     ("F2", "masked", [*gps(ATT, BAD, 0.4, 0.5), *gps(FF, GOOD, 0.4, 0.5)], None, FAILS),
@@ -56,6 +58,8 @@ CASES = [
     ("F4", "masked", [*gps(ATT, INTACT, 0.2), *gps(FF, BAD, 0.2), *gps(ALL, GOOD, 0.2)], None, FAILS),
     ("F4", "masked", [*gps(ATT, INTACT, 0.2), *gps(FF, BAD, 0.2), *gps(ALL, BAD, 0.2)], None, UNCLEAR),
     ("F4", "masked", [*gps(ATT, INTACT, 0.2), *gps(ALL, BAD, 0.2)], None, UNCLEAR),  # no feed-forward
+    # It is enough that one of the two cells knows more than the baseline, which answers 248 right.
+    ("F4", "causal", [*gps(ATT, range(350), 0.2), *gps(FF, range(350), 0.2), *gps(ALL, DEAD, 0.2)], CAUSAL_TASK, HOLDS),
     ("F5", "masked", [*gps(ALL, BAD, 0.5), *gps(ALL, range(20), 0.6), *gps(ALL, DEAD, 0.8, 0.9)], None, HOLDS),
     ("F5", "masked", [*gps(ALL, GOOD, 0.6, 0.7, 0.8), *gps(ALL, BAD, 0.9)], None, FAILS),
     ("F5", "masked", gps(ALL, range(20), 0.9), None, UNCLEAR),
