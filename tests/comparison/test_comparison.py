@@ -77,6 +77,9 @@ class TestAnswers:
         figures = compare(make_rows(both=2, lost=2, choices=2))
         assert figures.p_at_5 is figures.lost_still_in_top5 is None
         assert figures.mrr == (1.0, 0.75)
+        # But the top five of a probe in which some facts have more.
+        rows = make_rows(both=2, lost=2)
+        assert compare([[replace(row, choices=2) for row in side[:3]] + side[3:] for side in rows]).p_at_5 == (1, 1)
 
     def test_change_of_the_gold_log_probability(self) -> None:
         figures = compare(make_rows(both=1, lost=1))
@@ -193,7 +196,16 @@ class TestMovement:
         )
         before, after = rows
         after[0] = replace(after[0], first_ids=(5, 8))
-        assert compare((before, after)).movement.n == 1
+        movement = compare((before, after)).movement
+        assert (movement.n, movement.rest) == (1, pytest.approx((0.25, 0.25)))
+
+    def test_divergence_over_all_tokens_counts_only_if_each_fact_has_it(self) -> None:
+        before, after = make_rows(both=2)
+        after[0] = replace(after[0], first_kl=0.5)
+        assert compare((before, after)).movement.kl_max == 0
+        after[1] = replace(after[1], first_kl=0.1)
+        movement = compare((before, after)).movement
+        assert (movement.kl_mean, movement.rest) == (pytest.approx(0.3), None)
 
     def test_no_divergence_without_distributions(self) -> None:
         assert compare(make_rows(both=2, first_ids=(), first_logp=()), reference=None).movement is None
