@@ -136,6 +136,8 @@ def test_a_probe_of_one_relation_is_tested_fact_by_fact() -> None:
     assert measure_certainty([[relation]]).test == PairedTest(run_mcnemar(relation), "fact")
     assert list_clusters([relation]).count(Counts(lost=1)) == 10
     assert (measure_certainty([[relation]]).relations, measure_certainty([[relation]]).kept) == (1, Estimate(0.9))
+    # Relations of which the original knew nothing say nothing about what is kept.
+    assert measure_certainty([[Counts(both=1), Counts(neither=9), Counts(lost=2)]]).relations == 2
     # Items of a task stay independent next to a probe with relations.
     certainty = measure_certainty([[relation], [Counts(both=18, lost=2)] * 12])
     assert certainty.test.unit == "relation"
