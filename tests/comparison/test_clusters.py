@@ -136,6 +136,8 @@ def test_a_probe_of_one_relation_is_tested_fact_by_fact() -> None:
     assert measure_certainty([[relation]]).test == PairedTest(run_mcnemar(relation), "fact")
     assert list_clusters([relation]).count(Counts(lost=1)) == 10
     assert (measure_certainty([[relation]]).relations, measure_certainty([[relation]]).kept) == (1, Estimate(0.9))
+    # Relations of which the original knew nothing say nothing about what is kept.
+    assert measure_certainty([[Counts(both=1), Counts(neither=9), Counts(lost=2)]]).relations == 2
     # Items of a task stay independent next to a probe with relations.
     certainty = measure_certainty([[relation], [Counts(both=18, lost=2)] * 12])
     assert certainty.test.unit == "relation"
@@ -163,18 +165,45 @@ def test_difference_interval_covers_the_true_difference(number: int, loss: float
     assert covered / SIMULATED >= 0.92
 
 
-def test_difference_interval_is_newcombes_of_the_effective_number_of_facts() -> None:
+def compute_wilson_by_hand(share: float, number: float, z: float) -> tuple[float, float]:
+    middle, half = share + z**2 / number / 2, z * (share * (1 - share) / number + z**2 / number**2 / 4) ** 0.5
+    return (middle - half) / (1 + z**2 / number), (middle + half) / (1 + z**2 / number)
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_kept_interval_is_wilsons_of_the_effective_number_of_facts(level: float) -> None:
+    kept, sizes = np.array([30, 20, 10, 9, 9, 2, 0, 3]), np.array([30, 30, 10, 10, 10, 10, 10, 5])
+    relations = [Counts(both=part, lost=size - part) for part, size in zip(kept, sizes, strict=True)]
+    estimate = estimate_kept_by_cluster([*relations, Counts(neither=50)], level)
+    share = 83 / 115
+    effect = 8 / 7 * ((kept - share * sizes) ** 2).sum() / (115 * share * (1 - share))
+    assert effect > 4
+    degrees = 115**2 / (sizes**2).sum() - 1
+    expected = compute_wilson_by_hand(share, 115 / effect, student_t.ppf((1 + level) / 2, degrees))
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((share, *expected))
+
+
+def test_relations_that_are_more_alike_than_by_chance_do_not_narrow_the_interval() -> None:
+    alike = estimate_kept_by_cluster([Counts(both=9, lost=1)] * 6)
+    assert (alike.low, alike.high) == pytest.approx(compute_wilson_by_hand(0.9, 60, student_t.ppf(0.975, 5)))
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+@pytest.mark.parametrize("unknown", [0, 4])
+def test_difference_interval_is_newcombes_of_the_effective_number_of_facts(unknown: int, level: float) -> None:
     # Each relation lost all of its facts or none, so that the 100 facts count as 9.
-    clusters = [Counts(both=10)] * 8 + [Counts(lost=10)] * 2
-    difference = estimate_difference_by_cluster(clusters)
+    clusters = [Counts(both=10)] * (8 - unknown) + [Counts(neither=10)] * unknown + [Counts(lost=10)] * 2
+    difference = estimate_difference_by_cluster(clusters, level)
     effect = 10 / 9 * (8 * 2**2 + 2 * 8**2) / (20 - 4)
     assert effect == pytest.approx(100 / 9)
-    z, number = student_t.ppf(0.975, 9), 100 / effect
-    middle, half = (0.2 + z**2 / number / 2), z * (0.16 / number + z**2 / number**2 / 4) ** 0.5
-    wilson = sorted((middle + side * half) / (1 + z**2 / number) for side in (-1, 1))
-    low_of_one = 1 / (1 + z**2 / number)  # The lower limit of Wilson's interval for a share of 1.
-    below = np.hypot(wilson[1] - 0.2, 0)
-    above = np.hypot(0.2 - wilson[0], 1 - low_of_one)
+    before, after, z = 1 - unknown / 10, 0.8 - unknown / 10, student_t.ppf((1 + level) / 2, 9)
+    (low_before, high_before), (low_after, high_after) = (compute_wilson_by_hand(p, 9, z) for p in (before, after))
+    # Corrected for continuity: n^2 / 2 of 100 facts that count as 9.
+    phi = (40 * 40 - 100**2 / 18) / (60 * 40 * 40 * 60) ** 0.5 if unknown else 0
+    below, above = (
+        (a**2 - 2 * phi * a * b + b**2) ** 0.5
+        for a, b in ((after - low_after, high_before - before), (high_after - after, before - low_before))
+    )
     assert (difference.value, difference.low, difference.high) == pytest.approx((-0.2, -0.2 - below, -0.2 + above))
 
 

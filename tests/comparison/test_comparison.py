@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from compressknow.base.errors import CompressknowError
 from compressknow.comparison.paired import compare_probe, list_changed_facts
 from compressknow.comparison.records import Counts, Estimate, ProbeFigures
-from compressknow.evaluate.grades import DEMOTED, PRODUCED
+from compressknow.evaluate.answers import Answer
+from compressknow.evaluate.grades import DEMOTED, GONE, PRODUCED, RECOGNIZED
 from tests.pages.answering import make_answer, make_entry, make_rows
 
 
@@ -75,6 +77,9 @@ class TestAnswers:
         figures = compare(make_rows(both=2, lost=2, choices=2))
         assert figures.p_at_5 is figures.lost_still_in_top5 is None
         assert figures.mrr == (1.0, 0.75)
+        # But the top five of a probe in which some facts have more.
+        rows = make_rows(both=2, lost=2)
+        assert compare([[replace(row, choices=2) for row in side[:3]] + side[3:] for side in rows]).p_at_5 == (1, 1)
 
     def test_change_of_the_gold_log_probability(self) -> None:
         figures = compare(make_rows(both=1, lost=1))
@@ -191,7 +196,16 @@ class TestMovement:
         )
         before, after = rows
         after[0] = replace(after[0], first_ids=(5, 8))
-        assert compare((before, after)).movement.n == 1
+        movement = compare((before, after)).movement
+        assert (movement.n, movement.rest) == (1, pytest.approx((0.25, 0.25)))
+
+    def test_divergence_over_all_tokens_counts_only_if_each_fact_has_it(self) -> None:
+        before, after = make_rows(both=2)
+        after[0] = replace(after[0], first_kl=0.5)
+        assert compare((before, after)).movement.kl_max == 0
+        after[1] = replace(after[1], first_kl=0.1)
+        movement = compare((before, after)).movement
+        assert (movement.kl_mean, movement.rest) == (pytest.approx(0.3), None)
 
     def test_no_divergence_without_distributions(self) -> None:
         assert compare(make_rows(both=2, first_ids=(), first_logp=()), reference=None).movement is None
@@ -200,6 +214,35 @@ class TestMovement:
         before, after = make_rows(both=2)
         after[0] = replace(after[0], first_logp=(math.nan, math.nan))
         assert compare((before, after)).movement.n == 1
+
+
+class TestGrades:
+    before = (PRODUCED, RECOGNIZED, PRODUCED, PRODUCED, PRODUCED, GONE)
+    after = (PRODUCED, PRODUCED, DEMOTED, DEMOTED, GONE, GONE)
+    # Of the lost facts, one is produced after an example, and one is not; the last fact was not lost.
+    texts = (None, None, "Paris", "Oslo", None, "Paris")
+
+    def make_graded_rows(self) -> tuple[list[Answer], list[Answer]]:
+        before, after = make_rows(both=2, lost=3, neither=1)
+        return (
+            [replace(row, grade=grade) for row, grade in zip(before, self.before, strict=True)],
+            [
+                replace(row, grade=grade, with_example=text)
+                for row, grade, text in zip(after, self.after, self.texts, strict=True)
+            ],
+        )
+
+    def test_grades_are_counted_in_each_model_and_as_they_moved(self) -> None:
+        knowing = compare(self.make_graded_rows()).knowing
+        assert knowing.original == {PRODUCED: 4, RECOGNIZED: 1, DEMOTED: 0, GONE: 1}
+        assert knowing.compressed == {PRODUCED: 2, RECOGNIZED: 0, DEMOTED: 2, GONE: 2}
+        moved = {pair: facts for pair, facts in knowing.moved.items() if facts}
+        assert moved == Counter(zip(self.before, self.after, strict=True))
+        assert (knowing.shown, knowing.back) == (2, 1)
+
+    def test_answers_without_grades_are_not_counted(self) -> None:
+        before, after = self.make_graded_rows()
+        assert compare((before, [*after[:-1], replace(after[-1], grade=None)])).knowing is None
 
 
 class TestGroups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from compressknow.comparison.distributions import (
     compute_mean_reciprocal_rank,
     compute_percentiles,
     compute_precision,
+    name_popularity_bins,
 )
 
 
@@ -127,6 +129,11 @@ class TestPopularityBins:
         assert set(assign_popularity_bins([float(value) for value in range(39)])) == {None}
         assert set(assign_popularity_bins([1.0] * 100)) == {None}
         assert assign_popularity_bins([]) == []
+
+    @pytest.mark.parametrize(("sizes", "bins"), [((30, 70), [30, 70]), ((37, 37, 36, 90), [74, 36, 90])])
+    def test_bins_of_equal_popularities_are_about_even(self, sizes: tuple[int, ...], bins: list[int]) -> None:
+        names = assign_popularity_bins([-float(place) for place, size in enumerate(sizes) for _ in range(size)])
+        assert Counter(names) == dict(zip(name_popularity_bins(len(bins)), bins, strict=True))
 
     def test_facts_without_popularity_are_in_no_bin(self) -> None:
         names = assign_popularity_bins([None, *(float(value) for value in range(40)), math.nan])

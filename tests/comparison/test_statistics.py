@@ -107,6 +107,7 @@ class TestMcNemar:
 
     def test_no_change_is_no_evidence(self) -> None:
         assert run_mcnemar(Counts(both=3)) == 1.0
+        assert run_mcnemar(Counts(lost=4, gained=3)) == 1.0  # As sums of floats, both tails are 0.9999999999999999.
         assert run_mcnemar(Counts()) is None
 
     @given(cells)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from compressknow.comparison.paired import compare_probe
 from compressknow.comparison.records import Counts
 from compressknow.engine.identity import locate
 from compressknow.evaluate import noise
-from compressknow.evaluate.answers import Answers, read_answers
+from compressknow.evaluate.answers import Answer, Answers, read_answers
 from compressknow.evaluate.facts import strip_wording
 from compressknow.evaluate.grades import apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle
@@ -23,7 +24,7 @@ from compressknow.evaluate.records import NoiseFloor
 from compressknow.evaluate.sources import open_all
 from compressknow.pages.card.warnings import compare_with_rounding
 from tests.knowing import save_trained, write_bear, write_facts
-from tests.pages.answering import make_entry, make_rows
+from tests.pages.answering import make_answers, make_entry, make_rows
 
 BF16 = Settings(dtype="bfloat16", noise_floor=False)
 
@@ -56,6 +57,24 @@ def test_noise_floor_is_that_of_a_separate_run_in_the_other_precision(runs: tupl
     divergences = [float(compute_kl(before[fact].first_logp, after[fact].first_logp)) for fact in before]
     assert floor.kl_mean == pytest.approx(sum(divergences) / len(divergences), rel=1e-2, abs=1e-6)
     assert floor.kl_mean > 0
+
+
+def test_noise_floor_counts_facts_that_are_lost_and_gained() -> None:
+    kl = [0.1, 0.3] * 5
+    before, after = make_rows(both=4, lost=3, gained=1, neither=2)
+    after[9] = replace(after[9], predicted="Bern")
+    after = [replace(answer, first_kl=value) for answer, value in zip(after, kl, strict=True)]
+    before, after = ([replace(answer, produced=answer.predicted) for answer in side] for side in (before, after))
+
+    def count(after: list[Answer]) -> NoiseFloor:
+        return noise._count_noise(make_answers(before), make_answers(after), "bfloat16")
+
+    floor = count(after)
+    assert (floor.n, floor.changed, floor.known, floor.lost, floor.gained) == (10, 5, 7, 3, 1)
+    assert floor.kl_mean == pytest.approx(0.2)
+    # No mean of some of the facts.
+    assert count([replace(after[0], first_kl=None), *after[1:]]).kl_mean is None
+    assert count([replace(after[0], first_kl=math.nan), *after[1:]]).kl_mean is None
 
 
 def test_noise_floor_of_a_model_in_its_stored_precision_is_in_another_one(tmp_path: Path) -> None:
@@ -104,6 +123,8 @@ def test_noise_floor_of_a_sample_has_all_wordings_of_its_facts(tmp_path: Path, m
     _, sample = noise._draw_sample(bear, answers)
     wordings = Counter(strip_wording(answer.fact_id) for answer in sample.answers)
     assert list(wordings.values()) == [3, 3, 3]
+    # Such ids of the user's own are those of different facts.
+    assert len(noise._draw_sample(replace(bear, templates=None), answers)[1].answers) == 3
     assert get_floor(answers).n == 3
 
 
@@ -117,8 +138,7 @@ def test_noise_floor_is_stored_and_not_measured_again(tmp_path: Path, monkeypatc
 
 def test_noise_floor_of_a_large_probe_is_of_a_fixed_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
-    monkeypatch.setattr(noise, "LEAST_FACTS", 3)
-    monkeypatch.setattr(noise, "PART", 0.0)
+    monkeypatch.setattr(noise, "MOST_FACTS", 3)
     first, second = (get_floor(probe(model, tmp_path / name, facts)) for name in "ab")
     assert first.n == 3
     assert first == second

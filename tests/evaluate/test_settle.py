@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressknow.evaluate.scoring.ranking import TAIL, TOP, Ranking, find_rank, rank_candidates, sum_logs
+from compressknow.evaluate.scoring.ranking import TAIL, TOP, Ranking, find_best, find_rank, rank_candidates, sum_logs
 
 # Few values, so that many scores are equal; exact in binary, so that their sums are exact.
 LOG_PROBS = st.sampled_from([0.0, -0.25, -0.5, -1.0, -1.0, -2.0, -4.0, -8.0])
@@ -60,7 +60,8 @@ def test_a_ranking_equals_brute_force(data: st.DataObject, trees: list) -> None:
 
 
 def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_not_finished() -> None:
-    bounds = np.array([-1.0, -1.5, -2.0, -2.5, -3.0, *(-10.0 - np.arange(95))])
+    # Before it is finished, the sixth could equal the fifth.
+    bounds = np.array([-1.0, -1.5, -2.0, -2.5, -3.0, -3.5, *(-10.0 - np.arange(94))])
     ranking = Ranking(bounds, np.zeros(100, dtype=bool), 1, summed=False)
     finished = []
 
@@ -69,16 +70,20 @@ def test_candidates_that_cannot_reach_the_best_five_or_the_object_are_not_finish
         return np.array([ranking.scores[candidate] - 0.5 for _, candidate in pairs])
 
     rank_candidates([ranking], finish)
-    assert sorted(finished) == [0, 1, 2, 3, 4]
+    assert sorted(finished) == [0, 1, 2, 3, 4, 5]
     assert ranking.compute_total() is None
 
 
 def test_the_sum_finishes_candidates_that_may_exceed_their_part_of_the_tail() -> None:
     bounds = -np.arange(1.0, 101.0)
     ranking = Ranking(bounds, np.zeros(100, dtype=bool), 0)
-    rank_candidates([ranking], lambda pairs, _: np.array([bounds[candidate] for _, candidate in pairs]))
-    # Of a sum of 0.58, a hundredth of a thousandth is e^-12.05.
-    assert np.flatnonzero(ranking.finished).tolist() == list(range(12))
+
+    def finish(pairs: list[tuple[int, int]], bars: np.ndarray) -> np.ndarray:
+        return np.array([bounds[candidate] - (candidate == 11) for _, candidate in pairs])
+
+    rank_candidates([ranking], finish)
+    # Of a sum of 0.58, a hundredth of a thousandth is e^-12.05: the twelfth might exceed it, but falls below.
+    assert np.flatnonzero(ranking.finished).tolist() == list(range(11))
     assert np.exp(ranking.compute_total()) == pytest.approx(1 / (np.e - 1), rel=TAIL)
 
 
@@ -113,3 +118,5 @@ def test_nan_scores_give_no_rank(gold: int) -> None:
 def test_among_equal_scores_the_earlier_candidate_comes_first() -> None:
     scores = np.array([-1.0, -1.0, -0.5, -1.0])
     assert [find_rank(index, scores) for index in range(4)] == [2, 3, 1, 4]
+    many = -np.random.default_rng(0).integers(0, 4, (20, 50)).astype(float)
+    assert [find_best(row).tolist() for row in many] == np.argsort(-many, axis=1, kind="stable")[:, :TOP].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -204,7 +205,25 @@ def test_a_fact_has_the_middle_grade_and_the_majority_after_an_example(
     assert (None if merged.with_example is None else merged.with_example == merged.gold) is recovers
 
 
+def test_a_fact_has_the_mean_log_probability_and_divergence_of_its_wordings() -> None:
+    wordings = [
+        make_answer(0, n > 1, fact_id=f"fact@{n}", template=n, logp_gold=-1.0 * n, first_kl=n / 10, total_logp=-n / 4)
+        for n in (1, 2, 3)
+    ]
+    probes = {"atlas": make_entry(facts=3, asked=3, templates=3)}
+    (merged,) = merge_wordings(make_answers(wordings, probes=probes)).answers
+    assert (merged.logp_gold, merged.first_kl) == pytest.approx((-2, 0.2))
+    # The confidence is that of the wording whose answer is taken.
+    assert merged.total_logp == -0.5
+    wordings[2] = replace(wordings[2], first_kl=None)
+    assert merge_wordings(make_answers(wordings, probes=probes)).answers[0].first_kl is None
+
+
 def test_consistency_of_equal_different_and_single_wordings() -> None:
     assert measure_consistency([make_answer(0, True, fact_id=f"fact@{n}") for n in (1, 2)]) == 1
     assert measure_consistency([make_answer(0, n == 1, fact_id=f"fact@{n}") for n in (1, 2)]) == 0
     assert measure_consistency([make_answer(0, True)]) is None
+    # One pair of one fact is equal, and one of three of another, for which more wordings could be used.
+    ids = [("a@1", True), ("a@2", True), ("b@1", True), ("b@2", True), ("b@3", False)]
+    answers = [make_answer(0, right, fact_id=name) for name, right in ids]
+    assert measure_consistency(answers) == pytest.approx((1 + 1 / 3) / 2)

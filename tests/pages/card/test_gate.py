@@ -334,6 +334,14 @@ class TestDecision:
         assert (worst.beaten_by, worst.is_surely_beaten) == (1, True)
         assert (best.beaten_by, best.alike) == (None, (2,))
         assert (second.beaten_by, second.is_surely_beaten) == (1, False)
+        # A model of the same size beats it, but not one that keeps as many facts.
+        decision = make_card_of_several(150, 199, 199, sizes=(200_000, 200_000, 200_000)).decision
+        assert decision is not None
+        assert [standing.beaten_by for standing in decision.standings] == [1, None, None]
+        # Models that no test tells apart are in the order of what they keep.
+        decision = make_card_of_several(197, 199, 198, sizes=(200_000, 200_000, 200_000)).decision
+        assert decision is not None
+        assert [standing.alike for standing in decision.standings] == [(1, 2), (2, 0), (1, 0)]
 
     def test_model_with_nan_is_not_recommended(self) -> None:
         known = make_answers(make_rows(200)[0])

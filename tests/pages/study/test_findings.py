@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import t as student_t
 from scipy.stats import ttest_1samp
 
 from compressknow.comparison.intervals import average_estimates, compare_rates
+from compressknow.comparison.records import Estimate
 from compressknow.pages.study.claims import answer_claim, compare_cells, measure_decline, measure_remaining
 from compressknow.pages.study.findings import Finding, evaluate_findings
 from compressknow.pages.study.records import Study
@@ -41,6 +43,8 @@ CASES = [
     ("F1", "masked", [*gps(ATT, range(795), 0.1, 0.3), *gps(ALL, range(790), 0.2)], MANY, UNCLEAR),  # ends before 30 %
     ("F1", "masked", [*gps(ATT, range(795), 0.1, 0.3), *gps(ALL, range(500), 0.2)], MANY, FAILS),
     ("F1", "masked", gps(ATT, range(725), 0.1), MANY, UNCLEAR),
+    ("F1", "masked", gps(ATT, range(700), 0.1), MANY, FAILS),
+    ("F1", "masked", [*gps(ATT, range(700), 0.1), *gps(ATT, range(795), 0.2)], MANY, UNCLEAR),  # one of two by chance
     ("F1", "masked", gps(ATT, range(100), 0.4), MANY, UNCLEAR),  # of another level
     ("F2", "masked", [*gps(ATT, GOOD, 0.4, 0.5), *gps(FF, BAD, 0.4, 0.5)], None, HOLDS),
     ("F2", "masked", [*gps(ATT, BAD, 0.4, 0.5), *gps(FF, GOOD, 0.4, 0.5)], None, FAILS),
@@ -54,6 +58,8 @@ CASES = [
     ("F4", "masked", [*gps(ATT, INTACT, 0.2), *gps(FF, BAD, 0.2), *gps(ALL, GOOD, 0.2)], None, FAILS),
     ("F4", "masked", [*gps(ATT, INTACT, 0.2), *gps(FF, BAD, 0.2), *gps(ALL, BAD, 0.2)], None, UNCLEAR),
     ("F4", "masked", [*gps(ATT, INTACT, 0.2), *gps(ALL, BAD, 0.2)], None, UNCLEAR),  # no feed-forward
+    # It is enough that one of the two cells knows more than the baseline, which answers 248 right.
+    ("F4", "causal", [*gps(ATT, range(350), 0.2), *gps(FF, range(350), 0.2), *gps(ALL, DEAD, 0.2)], CAUSAL_TASK, HOLDS),
     ("F5", "masked", [*gps(ALL, BAD, 0.5), *gps(ALL, range(20), 0.6), *gps(ALL, DEAD, 0.8, 0.9)], None, HOLDS),
     ("F5", "masked", [*gps(ALL, GOOD, 0.6, 0.7, 0.8), *gps(ALL, BAD, 0.9)], None, FAILS),
     ("F5", "masked", gps(ALL, range(20), 0.9), None, UNCLEAR),
@@ -222,6 +228,10 @@ def test_rate_difference_matches_a_t_test() -> None:
     # Two clusters of two facts: the mean of each.
     estimate, p = compare_rates(np.array([1, 0, 0, -1]), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]), (1, 2))
     assert p == pytest.approx(ttest_1samp([-0.5, 1], 0).pvalue)
+    # The common rate, 2 facts per 3 million parameters, predicts 4/3 facts for the first, which lost none.
+    _, p = compare_rates(np.zeros(5), np.array([1, 1, 1, -1, 0]), np.arange(5), (2, 1))
+    inflation = (4 / 3 / 2**2 + 4) / 4
+    assert p == pytest.approx(2 * student_t.sf(ttest_1samp([1, 1, 1, -1, 0], 0).statistic / inflation**0.5, 4))
     same = np.zeros(2)
     assert compare_rates(same, same, clusters[:2], (1, 2))[1] == 1.0
     assert compare_rates(same, same, clusters[:2], (0, 2))[0].value is None
@@ -231,6 +241,7 @@ def test_average_of_one_estimate_is_itself_and_none_if_any_is_none() -> None:
     study = make_study([gp(ATT, 0.4, GOOD)]).cells[0].comparison.probes[0]
     assert average_estimates([study.kept]).value == pytest.approx(0.9)
     assert average_estimates([study.kept, study.kept_above_chance]).value is None
+    assert average_estimates([study.kept, Estimate(0.5)]) == Estimate(pytest.approx(0.7))
 
 
 def test_claim_holds_only_if_each_part_does() -> None:
