@@ -92,7 +92,8 @@ def test_a_recipe_read_from_manifest_or_toml_gives_the_same_bytes(
 
 
 PRUNING = [{"prune": 0.3}, {"prune": 0.5, "per_layer": True}]
-DRY_RUNS = [(name, options) for name in ("mixtral", "gpt2") for options in PRUNING] + [
+CHANNELS = {"prune": 0.3, "prune_method": "ln-structured"}
+DRY_RUNS = [(name, options) for name in ("mixtral", "gpt2") for options in (*PRUNING, CHANNELS)] + [
     (name, options)
     for name in ("bert", "albert", "t5-tied", "llama-tied")
     for options in (*PRUNING, {"quantize": "int8"}, BOTH)
