@@ -225,6 +225,36 @@ def test_smoothing_brings_logits_of_a_model_with_outliers_nearer(tmp_path: Path)
     assert (smooth - original).norm() < 0.5 * (plain - original).norm()
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_smoothing_divides_norms_and_multiplies_weights_by_the_papers_factors(rounding: str, tmp_path: Path) -> None:
+    folder, model, scheme = save_with_outliers(tmp_path / "in"), load_causal(tmp_path / "in"), SCHEMES["int8"]
+    manifest = compress(folder, tmp_path / "out", Quantize("int8", BLOCKS, rounding=rounding, smooth=0.8))
+    before, after = model.state_dict(), load_file(tmp_path / "out" / "model.safetensors")
+    errors = {row["name"]: row["relative_error"] for row in manifest["tensors"]}
+    readers = {"input_layernorm": ("self_attn", "qkv"), "post_attention_layernorm": ("mlp", ("gate", "up"))}
+    for block in ("model.layers.0", "model.layers.1"):
+        for norm, (parent, parts) in readers.items():
+            modules = [f"{block}.{parent}.{part}_proj" for part in parts]
+            inputs = record_inputs(model, modules[0], make_batches(model))
+            largest = torch.cat([before[f"{module}.weight"] for module in modules]).abs().amax(0)
+            factors = before[f"{block}.{norm}.weight"] / after[f"{block}.{norm}.weight"]
+            # The inputs come from layers that are already rounded.
+            torch.testing.assert_close(factors.double(), inputs.abs().amax(0) ** 0.8 / largest**0.2, rtol=0.1, atol=0)
+            for module in modules:
+                weight, scale = before[f"{module}.weight"], after[f"{module}.weight_scale"]
+                torch.testing.assert_close(scale, (weight * factors).abs().amax(1, keepdim=True) / 127.5)
+                written = after[f"{module}.weight"] * scale / factors
+                assert errors[f"{module}.weight"] == pytest.approx(
+                    float((written - weight).norm() / weight.norm()), 1e-3
+                )
+            if rounding == "gptq" and (block, norm) == ("model.layers.0", "input_layernorm"):
+                products = ((inputs / factors).T @ (inputs / factors)).float()
+                statistics = InputStatistics("q_proj", len(inputs), products.diagonal(), products=products)
+                name = f"{modules[0]}.weight"
+                expected = round_by_gptq(before[name] * factors, after[f"{name}_scale"], scheme, statistics)
+                assert float((after[name] == expected).double().mean()) > 0.99
+
+
 def test_a_norm_that_feeds_the_residual_stream_is_not_smoothed(tmp_path: Path) -> None:
     folder = save_tiny("bert", tmp_path / "in")
     with pytest.raises(UnsupportedError, match="can be smoothed"):
@@ -256,6 +286,8 @@ def test_a_norm_whose_layers_have_other_inputs_too_is_not_smoothed(name: str, tm
         for parameter, values in model.named_parameters():
             if "norm" in parameter:
                 values.mul_(torch.linspace(1, 4, len(values)))
+            if parameter.endswith("norm.bias"):
+                values.copy_(torch.linspace(-1, 1, len(values)))
     model.save_pretrained(tmp_path / "in")
     manifest = compress(tmp_path / "in", tmp_path / "out", Quantize("int8", BLOCKS, smooth=0.5))
     assert manifest["calibration"]["smoothed"]
