@@ -38,7 +38,12 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
 
 
-@pytest.mark.parametrize("options", [{"prune": 0.3}, {"quantize": "int8"}, BOTH, {**BOTH, "quantize": "int8-paper"}])
+UNTIED = {"prune": 0.3, "scope": "final"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"prune": 0.3}, {"quantize": "int8"}, BOTH, {**BOTH, "quantize": "int8-paper"}, UNTIED]
+)
 @pytest.mark.parametrize("name", ["bert", "albert", "t5-tied", "llama"])
 def test_counts_match_written_tensors(checkpoints: dict[str, Path], tmp_path: Path, name: str, options: Any) -> None:
     manifest = compressknow.convert(checkpoints[name], tmp_path / "out", **options)
@@ -60,6 +65,9 @@ def test_counts_match_written_tensors(checkpoints: dict[str, Path], tmp_path: Pa
     assert totals["zeros_after"] == sum(int((tensors[tensor_name] == 0).sum()) for tensor_name in rows)
     assert totals["quantized"] == sum(tensor.numel() for tensor in tensors.values() if tensor.dtype == torch.int8)
     assert totals["bytes_after"] == sum(tensor.nbytes for tensor in tensors.values())
+    source = [tensor for _, tensor in read_tensors(checkpoints[name])]
+    assert totals["bytes_before"] == sum(tensor.nbytes for tensor in source)
+    assert totals["zeros_before"] == sum(int((tensor == 0).sum()) for tensor in source)
 
 
 @pytest.mark.parametrize("name", ["bert", "albert", "t5-tied", "llama", "mixtral"])
