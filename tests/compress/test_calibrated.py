@@ -139,7 +139,8 @@ class TestWanda:
         scores = weight.double().abs() * inputs.double().norm(dim=0)
         expected = torch.zeros_like(mask).scatter(1, scores.argsort(dim=1, stable=True)[:, : round(amount * 70)], True)
         assert torch.equal(mask, expected)
-        assert int(mask.sum()) == METHODS["wanda"].count(Weights(describe_stored(30, 70)), amount)
+        for stored, transposed in (((30, 70), False), ((70, 30), True)):
+            assert int(mask.sum()) == METHODS["wanda"].count(Weights(describe_stored(*stored), transposed), amount)
 
     def test_prunes_zeros_first_and_ties_by_index(self) -> None:
         weight = torch.tensor([[1.0, -1, 1, 1, -1], [2, -1, -0.0, 0, 1]])
@@ -192,6 +193,8 @@ class TestSparseGPT:
     def test_prunes_zeros_first_and_keeps_them_zero(self) -> None:
         weight, inputs = make_weights(16, 200), make_inputs(400, 200)
         weight[make_weights(16, 200, seed=5) > 0] = 0
+        # In the second block, which the errors of the first one reach, more than are pruned.
+        weight[:, 128:][make_weights(16, 72, seed=6) > -0.8] = 0
         zero = weight == 0
         for amount in (0.3, 0.7):
             mask, values = get_method("sparsegpt").prune(weight, gather_statistics(inputs), amount)
@@ -214,8 +217,11 @@ class TestSparseGPT:
 class TestGPTQ:
     def test_scales_of_groups_have_the_least_error(self) -> None:
         weight, inputs, scheme = make_weights(24, 96), make_inputs(600, 96), Groups4()
+        inputs[:, :16] = 0
         initial = compute_scales(weight, scheme)
         fitted = fit_scales(weight, initial, scheme, gather_statistics(inputs))
+        # Nothing is clipped where the text gives no reason to.
+        assert torch.equal(fitted[:, 0], initial[:, 0])
         squares = inputs.double().square().mean(0).view(-1, 1, scheme.scale_per)
         groups = weight.double().view(24, -1, scheme.scale_per).transpose(0, 1)
 
@@ -241,6 +247,21 @@ class TestGPTQ:
         assert rounded.dtype == torch.int8
         assert torch.equal(rounded, round_by_formula(weight, inputs, repeat_scales(scales, channels), bounds, fixed))
         assert fixed is None or not bool(rounded[fixed].any())
+
+    @every_scheme
+    @pytest.mark.parametrize("tokens", [100, 200, 1000])
+    def test_moves_by_a_quarter_towards_the_outputs_of_the_original(self, scheme: Scheme, tokens: int) -> None:
+        """As after rounding W + W (Y - X)^T X (X^T X)^-1 / 4, and closer to W with fewer than 4 tokens a channel."""
+        weight, original = make_weights(24, 96), make_inputs(1000, 96)[:tokens]
+        after = original + 0.2 * make_inputs(1000, 96, seed=2)[:tokens]
+        inputs = replace(gather_statistics(after), drift=(original - after).T @ after)
+        change = torch.linalg.solve(damp_products(after), inputs.drift.double(), left=False)
+        moved = weight + (0.25 * min(1, tokens / (4 * 96)) * (weight.double() @ change)).float()
+        scales = compute_scales(weight, scheme)
+        rounded = round_by_gptq(weight, scales, scheme, inputs)
+        assert torch.equal(rounded, round_by_gptq(moved, scales, scheme, gather_statistics(after)))
+        pruned = weight.masked_fill(make_weights(24, 96, seed=4) > 0, 0)
+        assert not bool(round_by_gptq(pruned, scales, scheme, inputs)[pruned == 0].any())
 
     @every_scheme
     def test_rounds_each_row_independently(self, scheme: Scheme) -> None:

@@ -174,6 +174,14 @@ def test_relative_errors_are_right_where_squares_leave_float32(
         assert row["relative_error"] == pytest.approx(error, rel=1e-4), row["name"]
 
 
+def test_relative_error_is_right_where_a_weight_is_rounded_beyond_the_largest_float(tmp_path: Path) -> None:
+    weight = torch.tensor([[-1.0, 0.3]]) * torch.finfo(torch.float32).max
+    written, stats = convert_weight(weight, tmp_path, quantize=Quantize("int8"))
+    rounded = dequantize(written, "weight")
+    assert torch.isinf(rounded.float()[0, 0])
+    assert stats.relative_error == pytest.approx(compute_relative_error(rounded, weight), rel=1e-4)
+
+
 def shift_columns(block: Block) -> Pruned:
     """Prune every second column and add it to the next one, as methods do that compensate for pruning."""
     values = block.values.clone()

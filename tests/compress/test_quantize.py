@@ -166,10 +166,14 @@ def test_a_converted_model_equals_one_quantized_layer_by_layer(dtype: torch.dtyp
 
 @every_scheme
 @every_dtype
-def test_an_all_zero_weight_has_a_positive_finite_scale(dtype: torch.dtype, scheme: str, tmp_path: Path) -> None:
-    written, _ = convert_weight(torch.zeros(3, 5, dtype=dtype), tmp_path, quantize=Quantize(scheme))
+@pytest.mark.parametrize("value", [0, 1e-6])
+def test_a_weight_of_zeros_or_nearly_has_a_positive_finite_scale(
+    value: float, dtype: torch.dtype, scheme: str, tmp_path: Path
+) -> None:
+    weight = torch.full((3, 5), value, dtype=dtype)
+    written, _ = convert_weight(weight, tmp_path, quantize=Quantize(scheme))
     scale = written["weight_scale"]
-    check_same(written, quantize_expected(torch.zeros(3, 5, dtype=dtype), scheme))
+    check_same(written, quantize_expected(weight, scheme))
     assert scale.isfinite().all()
     assert (scale > 0).all()
 

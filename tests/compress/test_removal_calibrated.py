@@ -122,11 +122,12 @@ def save_original(name: str, folder: Path) -> Path:
 def draw_text(model: PreTrainedModel) -> CalibrationText:
     generator = torch.Generator().manual_seed(3)
     batches: list[dict[str, torch.Tensor]] = []
-    for _ in range(4):
-        batches.append({"input_ids": torch.randint(5, 99, (6, 16), generator=generator)})
+    # As in a text, the last may have fewer sequences.
+    for rows in (6, 6, 6, 2):
+        batches.append({"input_ids": torch.randint(5, 99, (rows, 16), generator=generator)})
         if model.config.is_encoder_decoder:
-            batches[-1]["decoder_input_ids"] = torch.randint(5, 99, (6, 9), generator=generator)
-    return CalibrationText("file", "text.txt", "0" * 64, 0, 384, 384, tuple(batches), ())
+            batches[-1]["decoder_input_ids"] = torch.randint(5, 99, (rows, 9), generator=generator)
+    return CalibrationText("file", "text.txt", "0" * 64, 0, 320, 320, tuple(batches), ())
 
 
 def convert(source: Path, output: Path, recipe: Recipe, **options: Any) -> Manifest:
@@ -269,6 +270,7 @@ def test_neurons_are_dropped_from_the_remaining_blocks(tmp_path: Path) -> None:
     assert last["bytes_before"] == 32 * 48 * 4
     assert manifest.totals["bytes_before"] == sum(t.numel() * t.element_size() for t in source.values())
     assert manifest["removed"]["parameters"] + manifest.totals["parameters"] == sum(t.numel() for t in source.values())
+    assert manifest["removed"]["bytes"] == 4 * manifest["removed"]["parameters"]
     assert not compare_to_manifest(tmp_path / "out").differences
     load(tmp_path / "out")
 
@@ -524,9 +526,9 @@ def test_a_block_that_gives_nan_is_named_and_nothing_is_written(tmp_path: Path) 
 
 def test_the_number_of_neurons_is_rounded_as_documented(tmp_path: Path) -> None:
     source = save_deep("llama", tmp_path / "in")
-    # 0.3 of 48 would leave 33.6; the default multiple is 4.
-    for step, kept in ((DropNeurons(0.3), 32), (DropNeurons(0.3, multiple=1), 34), (DropNeurons(0.3, multiple=16), 32)):
-        plan = prepare_plan(source, Recipe((step,)))
+    # 0.3 of 48 would leave 33.6, and 0.125 leave 42; the default multiple is 4, and half of it is rounded up.
+    for amount, multiple, kept in ((0.3, None, 32), (0.3, 1, 34), (0.3, 16, 32), (0.125, None, 44)):
+        plan = prepare_plan(source, Recipe((DropNeurons(amount, multiple),)))
         assert plan.config["intermediate_size"] == kept
 
 

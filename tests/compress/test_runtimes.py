@@ -60,6 +60,13 @@ def test_the_reason_a_decoder_does_not_run_in_vllm_is_named(options: dict[str, A
     assert "It does not run in vLLM: " in describe_runtimes(manifest)
 
 
+def test_layers_outside_attention_and_feed_forward_keep_a_decoder_from_vllm(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 48, "num_hidden_layers": 1}
+    hf.OPTForCausalLM(hf.OPTConfig(**sizes, num_attention_heads=4, vocab_size=96)).save_pretrained(tmp_path / "in")
+    manifest = dry_run("opt", tmp_path, quantize="int8", scope="overall", exclude="lm_head")
+    assert "a layer outside attention and feed-forward (model.decoder.proj" in str(find_vllm_obstacle(manifest))
+
+
 @pytest.mark.parametrize("options", [{"include": ["o_proj", "down_proj"]}, {"layers": "1"}, {"scope": "attention"}])
 def test_all_parts_of_a_joined_layer_may_stay_floats(options: dict[str, Any], tmp_path: Path) -> None:
     """compressed-tensors needs the parts of a layer that vLLM joins to be all targets or all ignored."""

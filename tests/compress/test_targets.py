@@ -55,6 +55,11 @@ def test_layers_that_differ_only_in_numbers_share_a_pattern() -> None:
     assert len(build_target_patterns(modules[1:], "model")) == 2  # One expert of one layer is not a target.
 
 
+def test_modules_whose_names_differ_only_in_the_prefix_are_told_apart() -> None:
+    for one, other in (("model.projector", "projector"), ("projector", "model.projector")):
+        assert build_target_patterns([one], "model", [other]) == [f"re:^{re.escape(one)}$"]
+
+
 def list_quantized_modules(model: torch.nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if is_module_quantized(module)}
 

@@ -16,9 +16,10 @@ from compressknow.base.packages import is_installed
 from compressknow.compress.convert import VariantMaker
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, Prune, Quantize, Where
+from compressknow.engine.identity import describe_variant
 from compressknow.engine.load import load, load_variant
 from tests.knowing import save_trained
-from tests.models import logits, save_tiny
+from tests.models import logits, save_tiny, tiny_of_groups
 
 RECIPES = {
     "attention pruned": Recipe((Prune(0.3, where=Where(("attention",))),)),
@@ -93,6 +94,25 @@ def test_unchanged_tensors_are_shared_between_variants_and_never_modified(tmp_pa
     assert first.tensors[name].data_ptr() == second.tensors[name].data_ptr()
     load_variant(first, dtype="float32")
     assert torch.equal(second.tensors[name], load_file(source / "model.safetensors")[name])
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [(None, 32), ("int8", 8), ("int8-weights", 8), ("int4", 4)])
+def test_a_sparse_format_has_the_values_that_are_not_zero_and_a_bit_per_weight(
+    scheme: str | None, bits: int, tmp_path: Path
+) -> None:
+    tiny_of_groups("llama").save_pretrained(tmp_path / "model")
+    maker = VariantMaker(tmp_path / "model")
+    steps = Prune(0.6, per_layer=True), *([Quantize(scheme)] if scheme else [])
+    variant = maker.make(maker.plan(Recipe(steps)))
+    totals, changed = (
+        describe_variant("cell", variant)["totals"],
+        [r for r in variant.manifest["tensors"] if r["in_scope"]],
+    )
+    zeros, weights = (sum(row[key] for row in changed) for key in ("zeros", "numel"))
+    assert totals["sparse_bytes"] == pytest.approx(
+        totals["bytes_after"] - (zeros * bits - weights) / 8, abs=len(changed)
+    )
+    assert totals["nonzero"] == totals["parameters"] - zeros
 
 
 @pytest.mark.skipif(is_installed("peft"), reason="peft is installed")

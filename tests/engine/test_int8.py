@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -202,6 +203,40 @@ def test_the_largest_activation_does_not_wrap_around() -> None:
     linear = Int8Linear(torch.ones(1, 4, dtype=torch.int8), torch.ones(1, 1), None, bits=8, per_token=True)
     x = torch.tensor([[[1.0, 0, 0, 0]], [[-1.0, 0, 0, 0]]])
     torch.testing.assert_close(linear(x).flatten(), torch.tensor([1.0, -1.0]), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs"),
+    [
+        ({"symmetric": False}, {}),
+        ({"strategy": "group", "group_size": 16}, {}),
+        ({"type": "float"}, {}),
+        ({}, {"strategy": "tensor", "symmetric": False, "dynamic": False}),
+        ({}, {"symmetric": False}),
+        ({}, {"strategy": "tensor"}),
+        ({}, {"num_bits": 16}),
+        ({}, {"type": "float"}),
+    ],
+    ids=str,
+)
+def test_a_layer_that_another_tool_rounded_in_another_way_runs_in_floats(
+    weights: dict[str, Any], inputs: dict[str, Any]
+) -> None:
+    module: Any = nn.Linear(32, 8)
+    module.weight = nn.Parameter(torch.ones(8, 32, dtype=torch.int8), requires_grad=False)
+    module.weight_scale = nn.Parameter(torch.ones(8, 1), requires_grad=False)
+
+    def find_layer(weights: dict[str, Any], inputs: dict[str, Any]) -> Int8Linear | None:
+        rows = QuantizationArgs(**{"num_bits": 8, "strategy": "channel", **weights})
+        tokens = QuantizationArgs(**{"num_bits": 8, "strategy": "token", "dynamic": True, **inputs})
+        scheme = QuantizationScheme(targets=["Linear"], weights=rows, input_activations=tokens)
+        module.quantization_scheme = scheme
+        return layers.Int8Kind().layer_of(module)
+
+    assert find_layer({}, {}) is not None
+    assert find_layer(weights, inputs) is None
+    module.weight_zero_point = nn.Parameter(torch.ones(8, 1), requires_grad=False)
+    assert find_layer({}, {}) is None
 
 
 def test_weights_stay_int8_in_memory(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.pytorch_utils import Conv1D
 
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.base.progress import silence_libraries
@@ -96,6 +98,49 @@ def test_wanda_prunes_each_block_by_its_inputs_after_the_blocks_before_it(tmp_pa
             layer.weight.data.scatter_(1, lowest, 0)
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, by_hand.state_dict()[name]), name
+
+
+def read_layers(model: PreTrainedModel, block: nn.Module, batches: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the matrices [out, in] of a block, also those of its experts, each with the inputs that it multiplies."""
+    calls: dict[nn.Module, list[tuple[torch.Tensor, ...]]] = {module: [] for module in block.modules()}
+    hooks = [each.register_forward_pre_hook(lambda each, args: calls[each].append(args)) for each in calls]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    for module, args in calls.items():
+        if isinstance(module, nn.Linear | Conv1D):
+            weight = module.weight.data
+            yield weight.T if isinstance(module, Conv1D) else weight, torch.cat([x.flatten(0, -2) for x, *_ in args])
+        elif isinstance(module, MixtralExperts):
+            tokens, chosen = (torch.cat(each) for each in list(zip(*args, strict=True))[:2])
+            for expert, (both, down) in enumerate(zip(module.gate_up_proj.data, module.down_proj.data, strict=True)):
+                read = tokens[(chosen == expert).any(1)]
+                gate, up = (read @ both.T).chunk(2, dim=1)
+                yield both, read
+                yield down, module.act_fn(gate) * up
+
+
+@pytest.mark.parametrize(("name", "count", "unseen"), [("gpt2", 5, 0), ("mixtral", 20, 0), ("mixtral", 1, 24)])
+def test_wanda_prunes_each_kind_of_layer_by_the_tokens_that_reach_it(
+    name: str, count: int, unseen: int, tmp_path: Path
+) -> None:
+    """An expert that too few tokens reach is pruned by its weights alone."""
+    by_hand = copy.deepcopy(tiny(name))
+    manifest = compress(save_tiny(name, tmp_path / "in"), tmp_path / "out", Prune(0.5, "wanda", BLOCKS), count=count)
+    assert len(manifest["calibration"]["unseen"]) == unseen
+    for block in by_hand.transformer.h if name == "gpt2" else by_hand.model.layers:
+        layers = list(read_layers(by_hand, block, make_batches(by_hand, count)))
+        for number, (matrix, inputs) in enumerate(layers):
+            is_expert = name == "mixtral" and number >= 4
+            norms = inputs.double().norm(dim=0) if not is_expert or len(inputs) >= 32 else torch.ones(len(matrix.T))
+            lowest = (matrix.double().abs() * norms).argsort(dim=1, stable=True)[:, : round(0.5 * len(norms))]
+            matrix.scatter_(1, lowest, 0)
+    by_hand.save_pretrained(tmp_path / "expected")
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
+    for parameter, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[parameter]), parameter
 
 
 def test_gptq_compensates_for_the_rounding_of_earlier_blocks(tmp_path: Path) -> None:
@@ -225,6 +270,36 @@ def test_smoothing_brings_logits_of_a_model_with_outliers_nearer(tmp_path: Path)
     assert (smooth - original).norm() < 0.5 * (plain - original).norm()
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_smoothing_divides_norms_and_multiplies_weights_by_the_papers_factors(rounding: str, tmp_path: Path) -> None:
+    folder, model, scheme = save_with_outliers(tmp_path / "in"), load_causal(tmp_path / "in"), SCHEMES["int8"]
+    manifest = compress(folder, tmp_path / "out", Quantize("int8", BLOCKS, rounding=rounding, smooth=0.8))
+    before, after = model.state_dict(), load_file(tmp_path / "out" / "model.safetensors")
+    errors = {row["name"]: row["relative_error"] for row in manifest["tensors"]}
+    readers = {"input_layernorm": ("self_attn", "qkv"), "post_attention_layernorm": ("mlp", ("gate", "up"))}
+    for block in ("model.layers.0", "model.layers.1"):
+        for norm, (parent, parts) in readers.items():
+            modules = [f"{block}.{parent}.{part}_proj" for part in parts]
+            inputs = record_inputs(model, modules[0], make_batches(model))
+            largest = torch.cat([before[f"{module}.weight"] for module in modules]).abs().amax(0)
+            factors = before[f"{block}.{norm}.weight"] / after[f"{block}.{norm}.weight"]
+            # The inputs come from layers that are already rounded.
+            torch.testing.assert_close(factors.double(), inputs.abs().amax(0) ** 0.8 / largest**0.2, rtol=0.1, atol=0)
+            for module in modules:
+                weight, scale = before[f"{module}.weight"], after[f"{module}.weight_scale"]
+                torch.testing.assert_close(scale, (weight * factors).abs().amax(1, keepdim=True) / 127.5)
+                written = after[f"{module}.weight"] * scale / factors
+                assert errors[f"{module}.weight"] == pytest.approx(
+                    float((written - weight).norm() / weight.norm()), 1e-3
+                )
+            if rounding == "gptq" and (block, norm) == ("model.layers.0", "input_layernorm"):
+                products = ((inputs / factors).T @ (inputs / factors)).float()
+                statistics = InputStatistics("q_proj", len(inputs), products.diagonal(), products=products)
+                name = f"{modules[0]}.weight"
+                expected = round_by_gptq(before[name] * factors, after[f"{name}_scale"], scheme, statistics)
+                assert float((after[name] == expected).double().mean()) > 0.99
+
+
 def test_a_norm_that_feeds_the_residual_stream_is_not_smoothed(tmp_path: Path) -> None:
     folder = save_tiny("bert", tmp_path / "in")
     with pytest.raises(UnsupportedError, match="can be smoothed"):
@@ -256,6 +331,8 @@ def test_a_norm_whose_layers_have_other_inputs_too_is_not_smoothed(name: str, tm
         for parameter, values in model.named_parameters():
             if "norm" in parameter:
                 values.mul_(torch.linspace(1, 4, len(values)))
+            if parameter.endswith("norm.bias"):
+                values.copy_(torch.linspace(-1, 1, len(values)))
     model.save_pretrained(tmp_path / "in")
     manifest = compress(tmp_path / "in", tmp_path / "out", Quantize("int8", BLOCKS, smooth=0.5))
     assert manifest["calibration"]["smoothed"]
