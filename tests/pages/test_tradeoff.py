@@ -66,16 +66,16 @@ def test_mark_shows_its_interval() -> None:
 def test_axis_that_does_not_start_at_zero_says_so() -> None:
     texts = [text.text for text in draw(Estimate(0.99), Estimate(0.97), costs=(242.6, 243.1)).iter("text")]
     assert "80 %" in texts
-    assert "(not from zero: across from 122, up from 80 %)" in texts
+    assert "(horizontal axis from 122, vertical axis from 80 %)" in texts
     far = [text.text for text in draw(Estimate(0.99), Estimate(0.02), costs=(20, 200)).iter("text")]
-    assert not [text for text in far if "from zero" in str(text)]
+    assert not [text for text in far if "axis from" in str(text)]
 
 
 def test_axis_includes_intervals_below_all_marks() -> None:
     texts = [text.text for text in draw(Estimate(0.9, 0.62, 0.98), costs=(200,)).iter("text")]
-    assert any("up from 60 %" in str(text) for text in texts)
+    assert any("vertical axis from 60 %" in str(text) for text in texts)
 
 
 def test_axis_includes_the_share_to_keep() -> None:
     texts = [text.text for text in draw(Estimate(0.93, 0.9, 0.95), costs=(200,), keep=0.6).iter("text")]
-    assert any("up from 60 %" in str(text) for text in texts)
+    assert any("vertical axis from 60 %" in str(text) for text in texts)

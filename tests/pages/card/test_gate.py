@@ -298,10 +298,19 @@ class TestDecision:
         assert card.decision.place is None
         assert card.decision.reason.startswith("No model keeps at least 95 %: none is recommended. keeps 150 keeps")
 
-    def test_recommended_model_fits_the_size_limit(self) -> None:
-        card = make_card_of_several(199, 192, sizes=(300_000, 200_000), within=250_000)
+    def test_recommended_model_meets_every_gate(self) -> None:
+        original, small = make_runs(add_science(make_rows(95, 5)))
+        large = make_answers(original.answers, make_model(sha256="c" * 64, setup="Att_GQ", bytes=2_000_000))
+        for gates, recommended in (([0.9], "Overall_GQ"), ([0.9, "science=0.9"], "Att_GQ")):
+            decision = make_card(original, [small, large], gates=parse_gates(gates)).decision
+            assert decision is not None
+            assert decision.reason.startswith(f"Take {recommended} (")
+
+    @pytest.mark.parametrize("within", [200_000, 250_000])
+    def test_recommended_model_fits_the_size_limit(self, within: int) -> None:
+        card = make_card_of_several(199, 192, sizes=(300_000, 200_000), within=within)
         assert card.decision is not None
-        assert (card.decision.place, "of at most 250.0 kB" in card.decision.reason) == (1, True)
+        assert (card.decision.place, f"of at most {within / 1000} kB" in card.decision.reason) == (1, True)
         none = make_card_of_several(199, 192, sizes=(300_000, 200_000), within=1000).decision
         assert none is not None
         assert none.reason.startswith("No model has at most 1.0 kB: none is recommended. The smallest, keeps 192, has")
