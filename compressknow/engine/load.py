@@ -113,7 +113,7 @@ def load_variant(
         source: dict[str, Any] = {"pretrained_model_name_or_path": None, "state_dict": dict(variant.tensors)}
         config = parse_config(tree, copy.deepcopy(variant.config))
         model = _load_whole(model_class, path, **source, config=config, dtype=dtype or "auto")
-        if (path / "generation_config.json").is_file():
+        if model.can_generate() and (path / "generation_config.json").is_file():
             model.generation_config = type(model.generation_config).from_pretrained(path)
         if has_adapter(path):
             require("peft")
