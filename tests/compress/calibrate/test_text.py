@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import chisquare
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, MarianConfig, MarianMTModel, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -189,6 +190,18 @@ def test_a_model_writes_facts_that_it_knows(family: str, folders: dict[str, Path
     texts = read_text(folders[family], tokens=4096).texts
     wrong = [(subject, obj) for (subject, _), (_, obj) in zip(pairs, pairs[5:] + pairs[:5], strict=True)]
     assert count_facts(texts, pairs) > count_facts(texts, wrong)
+
+
+def test_a_model_draws_tokens_by_their_probability(folders: dict[str, Path], tmp_path: Path) -> None:
+    loaded = load_language_model(folders["llama"])
+    with torch.no_grad():
+        # All tokens are equally likely, but for special ones, which are never drawn.
+        loaded.model.model.norm.weight.zero_()
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    ids = torch.cat([batch["input_ids"].flatten() for batch in read_text(tmp_path, tokens=8192).batches])
+    ordinary = sorted({*loaded.tokenizer.get_vocab().values()} - {*loaded.tokenizer.all_special_ids})
+    assert chisquare(torch.bincount(ids, minlength=ordinary[-1] + 1)[ordinary]).pvalue > 0.001
 
 
 def test_spans_have_the_given_sizes_and_never_touch() -> None:
