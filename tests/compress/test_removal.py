@@ -88,6 +88,12 @@ def test_every_copy_of_a_count_in_the_config_is_updated(tmp_path: Path) -> None:
     assert (after["encoder_layers"], after["num_hidden_layers"], after["decoder_layers"]) == (2, 2, DEPTH)
 
 
+def test_a_count_under_an_alias_is_updated(tmp_path: Path) -> None:
+    edit_config(save_tiny("gpt2", tmp_path / "in"), "n_layer", num_hidden_layers=2)
+    compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks="0")
+    assert len(load(tmp_path / "out").transformer.h) == 1
+
+
 def test_layer_types_stay_with_their_blocks(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     compressknow.convert(checkpoints["gemma3"], tmp_path / "out", drop_blocks="1")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
