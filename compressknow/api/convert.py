@@ -86,8 +86,8 @@ def convert(
     rounding : ``nearest``, or ``gptq``, which needs calibration.
     smooth : alpha of SmoothQuant, for schemes that round activations (``int8``).
     calibration : the text for methods that look at activations: ``self`` (the model's own samples), the path of a
-        ``.txt`` or ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default. `seed` is also
-        that of the samples and of masked tokens.
+        ``.txt`` or ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default. `seed` also seeds
+        the samples and the masking.
     parameters : parameters of third-party methods and schemes, by name.
     recipe : the steps, instead of all the options above: a `Recipe`, its dict, or the path of a TOML file, a manifest
         or a converted folder.

@@ -56,8 +56,7 @@ def sensitivity(
     facts : probes, ``atlas`` by default; about 200 of their facts that the model knows are used. `data` is the folder
         with LAMA and BEAR.
     calibration : the text: ``self`` (the model's own samples), the path of a ``.txt`` or ``.jsonl`` file, or
-        ``hf:DATASET``; `calibration_tokens` of it, 8,192 by default. `seed` is that of the samples and masked
-        tokens.
+        ``hf:DATASET``; `calibration_tokens` of it, 8,192 by default. `seed` seeds the samples and the masking.
     revision : branch, tag or commit of a hub id.
     trust_remote_code : run the Python code that the checkpoint contains.
     overwrite : replace existing files of `output`, if compressknow wrote them.
