@@ -104,7 +104,7 @@ class LazyGroup(click.Group):
 
 FAILED = 1
 INTERRUPTED = 130
-RESUMES = "The answers so far are saved. Repeat the command to resume."
+RESUMES = "Any answers so far are saved. Repeat the command to resume."
 NOTHING_WRITTEN = "Nothing was written."
 # How often a thread of GCC's OpenMP, which torch and llama.cpp use, polls for the others before it sleeps. The default,
 # 300,000 times, occupies a core that the other threads may need (docs/performance.md).
