@@ -28,9 +28,8 @@ from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.output_config import count_targets
 from compressknow.compress.weights import StoredWeights, Values, read_stored_weights
 from compressknow.engine.identity import LocatedModel
-from compressknow.model.checkpoint import Checkpoint, find_weight_files, open_checkpoint
+from compressknow.model.checkpoint import Checkpoint, find_weight_files, list_config_groups, open_checkpoint
 from compressknow.model.gguf_file import EMBEDDING, Tensor, find_groups, list_tensors, open_gguf, read_value
-from compressknow.model.loading import list_config_groups
 from compressknow.model.manifest import MANIFEST_NAME, read_manifest
 from compressknow.model.structure import NOT_LINEAR
 from compressknow.model.tensors import OpenFiles, StoredTensor

@@ -18,7 +18,7 @@ from compressknow.base.files import escape_name
 from compressknow.base.packages import GGUF_TRANSFORMERS, can_read_gguf, require
 from compressknow.base.progress import silence_libraries, translate_panics
 from compressknow.base.reading import NotReadable
-from compressknow.model.checkpoint import has_adapter, list_some, read_json
+from compressknow.model.checkpoint import has_adapter, list_config_groups, list_some, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -198,8 +198,6 @@ def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
 def _choose_unpacking(path: Path, config: Any) -> Any:
     """Return the setting by which transformers unpacks weights while it loads them; None if it need not."""
     from transformers import CompressedTensorsConfig, GgufConfig
-
-    from compressknow.model.loading import list_config_groups
 
     if path.suffix == ".gguf":
         return GgufConfig(dequantize=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from glob import escape
@@ -30,6 +30,14 @@ def list_module_folders(folder: Path) -> tuple[str, ...]:
     modules = _read_if_readable(folder / MODULES)
     paths = [entry.get("path") for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
     return tuple(path for path in paths if isinstance(path, str) and PurePosixPath(path).parts)
+
+
+def list_config_groups(quantization: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the groups of layers of a `quantization_config`, each with the settings of its weights."""
+    groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        if isinstance(group, Mapping):
+            yield group
 
 
 def build_loading_settings(folder: Path, quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

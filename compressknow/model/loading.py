@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
 from compressknow.base.errors import CheckpointError, is_out_of_memory
 from compressknow.base.packages import require
 from compressknow.base.progress import silence_libraries
-from compressknow.model.checkpoint import MERGE, Checkpoint, list_some, open_checkpoint
+from compressknow.model.checkpoint import MERGE, Checkpoint, list_config_groups, list_some, open_checkpoint
 from compressknow.model.meta import build_meta_model
 from compressknow.model.structure import Structure
 from compressknow.model.tensors import StoredTensor, get_torch_dtype, has_same_bytes
@@ -227,14 +227,6 @@ def find_packed_weights(
             values = replace(tensor, name=name, dtype=PACKED_DTYPES[number], shape=(rows, columns))
             packed[binding.parameter] = tensor, values
     return packed
-
-
-def list_config_groups(quantization: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the groups of layers of a `quantization_config`, each with the settings of its weights."""
-    groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        if isinstance(group, Mapping):
-            yield group
 
 
 # What transformers says if it cannot convert stored tensors to a weight.
