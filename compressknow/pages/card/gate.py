@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
 from compressknow.base.format import answer, clean, count, share_against, write_percent, write_size
-from compressknow.comparison.paired import find_smallest, rank_models
+from compressknow.comparison.paired import rank_models
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import count_facts, estimate_facts_needed, join_names, round_up
@@ -268,8 +268,8 @@ def recommend_model(
         enough = [best, *(place for place in standing[best].alike if place in fitting)]
         before = f"none keeps as much as {floor}; " if floor else ""
         one, several = "that keeps as much", f"that no test distinguishes from {labels[best]}, which keeps most"
-    taken = find_smallest(enough, sizes, standing)
-    assert taken is not None  # All that fit have a size.
+    # The best of equally small ones.
+    taken = min(enough, key=lambda place: (sound[place], -standing[place].keeps))
     choice = (
         f"the only model{at_most} {one}"
         if len(enough) == 1
