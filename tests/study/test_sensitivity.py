@@ -206,10 +206,12 @@ def test_estimated_changes_match_a_rounded_weight(
     trained = get_model(family, answers_are)
     measured = measure(*open_complete(trained.folder), roundings, trained.fact_batches)
     ratios, cosines = [], []
-    for (name, type), estimate in list(measured.facts.items())[::2]:
+    for (name, type), estimate in measured.facts.items():
         change = score_rounded(trained, measured, roundings, name, type) - measured.scores
         ratios.append(float(estimate.norm() / change.norm()))
         cosines.append(float(torch.nn.functional.cosine_similarity(change, estimate, dim=0)))
+        # With 8 bits, changes are so small that no weight is an exception, nor is the embedding.
+        assert "8" not in type or (cosines[-1] > 0.99 and 0.95 < ratios[-1] < 1.05), name
     near = sum(1 / 1.5 < ratio < 1.5 for ratio in ratios)
     assert near >= 0.95 * len(ratios), sorted(ratios)
     # The directions match too.

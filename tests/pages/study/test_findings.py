@@ -163,6 +163,9 @@ def test_p_values_are_adjusted_over_all_findings() -> None:
     assert evaluate(make_study(cells[:2]), "F2").answer == "holds"
     both = make_study([*cells[:2], gq(ATT, range(186)), gq(FF, range(180))])
     assert [evaluate(both, name).answer for name in ("F2", "F6")] == ["cannot tell", "cannot tell"]
+    # A comparison of cells that know nothing is not counted.
+    dead = make_study([*cells[:2], gp(ATT, 0.5, ()), gp(FF, 0.5, ())])
+    assert [pair.p_holm for pair in evaluate(dead, "F2").comparisons] == [pytest.approx(2 / 64), None]
 
 
 def test_finding_is_tested_over_relations() -> None:
@@ -205,6 +208,12 @@ def test_cells_no_better_than_the_baseline_decide_nothing() -> None:
     assert finding.why == "No cell knows clearly more than the baseline: there is nothing left to compare."
     # If any text may be the answer, the same accuracy is knowledge.
     assert evaluate(make_study(cells, "causal", ProbeSpec(n=400, known=350)), "F4").answer == "does not hold"
+    # Right answers to a task and to free text count together: 340 of 600, of which luck explains 186.
+    study = make_study(
+        [*gps(ATT, range(170), 0.2), *gps(ALL, range(150), 0.2)], spec=ProbeSpec(known=290, probes=("a", "b"))
+    )
+    study = replace(study, probes=(replace(study.probes[0], chance=0.5, majority=0.62), study.probes[1]))
+    assert not compare_cells(study, *study.cells).at_floor
 
 
 def test_modules_of_different_sizes_are_compared_per_million_parameters() -> None:
@@ -288,6 +297,8 @@ def test_remaining_accuracy_is_measured_from_the_baseline() -> None:
     assert measure_decline(study, study.cells[0])(0.95).value == pytest.approx(51 / 350)
     no_better = make_study(gps(ALL, range(100), 0.2), "causal", ProbeSpec(n=400, known=250, entry=CAUSAL_TASK.entry))
     assert measure_remaining(no_better, no_better.cells[0])(0.95).value is None
+    nothing = make_study(gps(ALL, range(0), 0.2), "causal", ProbeSpec(known=0))
+    assert measure_remaining(nothing, nothing.cells[0])(0.95).value is None
 
 
 def test_modules_are_ranked_by_level() -> None:
