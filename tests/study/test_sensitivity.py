@@ -47,7 +47,7 @@ from tests.evaluate.layouts import open_probe
 from tests.knowing import save_trained, write_facts
 from tests.long import long
 from tests.models import save_tiny, tiny
-from tests.zoo import tiny_model
+from tests.zoo import tiny_config, tiny_model
 
 
 class FewSchemes(SchemeRoundings):
@@ -317,16 +317,34 @@ def test_changes_of_text_estimate_the_divergence_of_the_next_token(family: str, 
     texts = make_texts(trained, family)
     measured = measure(*open_complete(trained.folder), SCHEMES, None, texts)
     name = next(name for name in measured.weights if "1" in name)
-    parameters = dict(trained.model.named_parameters())
-    weight = parameters[name].data
-    before = [compute_logits(trained.model, text)[:, 0].double().log_softmax(2) for text in texts]
-    parameters[name].data = SCHEMES.roundtrip(weight, "int4/32", None)
-    after = [compute_logits(trained.model, text)[:, 0].double().log_softmax(2) for text in texts]
-    parameters[name].data = weight
-    real = torch.cat([(p.exp() * (p - q)).sum(2).mean(1) for p, q in zip(before, after, strict=True)])
-    estimate = measured.text[name, "int4/32"].double().square().mean(1) / 2
     # There are few draws, so that only the mean is close.
-    assert 0.5 < float(estimate.mean() / real.mean()) < 2
+    assert 0.5 < compare_with_text(trained.model, measured, texts, SCHEMES, name, "int4/32") < 2
+
+
+def test_looked_up_rows_count_with_the_scale_of_the_embedding(tmp_path: Path) -> None:
+    """Gemma multiplies them by the root of their width."""
+    config = tiny_config("gemma3", "Gemma3ForCausalLM")
+    config.tie_word_embeddings = False
+    model = hf.Gemma3ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(5, 37).repeat(4, 2)
+    texts = batch_text([{"input_ids": ids}], "causal", None, seed=0)
+    measured = measure(*open_complete(tmp_path), GGUF, None, texts)
+    assert 0.3 < compare_with_text(model, measured, texts, GGUF, "model.embed_tokens.weight", "q8_0") < 3
+
+
+def compare_with_text(
+    model: Any, measured: ScoreChanges, texts: Sequence[ScoredBatch], roundings: Roundings, name: str, type: str
+) -> float:
+    """Return the estimated divergence of the next token if a weight is rounded, relative to the measured one."""
+    weight = dict(model.named_parameters())[name]
+    original = weight.data
+    before = [compute_logits(model, text)[:, 0].double().log_softmax(2) for text in texts]
+    weight.data = roundings.roundtrip(original, type, measured.importance.get(name))
+    after = [compute_logits(model, text)[:, 0].double().log_softmax(2) for text in texts]
+    weight.data = original
+    real = torch.cat([(p.exp() * (p - q)).sum(2).mean(1) for p, q in zip(before, after, strict=True)])
+    return float(measured.text[name, type].double().square().mean() / 2 / real.mean())
 
 
 def test_loss_of_a_type_is_its_error_times_the_mean_loss_per_error() -> None:
