@@ -321,6 +321,17 @@ def test_changes_of_text_estimate_the_divergence_of_the_next_token(family: str, 
     assert 0.5 < compare_with_text(trained.model, measured, texts, SCHEMES, name, "int4/32") < 2
 
 
+def test_facts_and_text_have_equal_weight_in_the_importance_of_inputs(get_model: GetModel) -> None:
+    trained = get_model("llama")
+    texts, facts = make_texts(trained, "llama"), trained.fact_batches
+    both, *alone = (
+        measure(*open_complete(trained.folder), SCHEMES, *each).importance
+        for each in ((facts, texts), (facts,), (None, texts))
+    )
+    for name, importance in both.items():
+        torch.testing.assert_close(importance, (alone[0][name] + alone[1][name]) / 2)
+
+
 def test_looked_up_rows_count_with_the_scale_of_the_embedding(tmp_path: Path) -> None:
     """Gemma multiplies them by the root of their width."""
     config = tiny_config("gemma3", "Gemma3ForCausalLM")

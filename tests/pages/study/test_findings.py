@@ -218,6 +218,9 @@ def test_modules_of_different_sizes_are_compared_per_million_parameters() -> Non
     assert pair.rate.value == pytest.approx(40 / 300 / (0.4 * 64) - 20 / 300 / (0.4 * 21))
     assert finding.per_million.startswith("Per million parameters changed:")
     assert "FF_GP 40% loses 0.273 fewer points of accuracy per million than Att_GP 40%" in finding.per_million
+    # Quantizing changes all weights, including those that were pruned before.
+    study = make_study([gp(ATT, 0.4, GOOD), gpq(ATT, 0.4, GOOD)])
+    assert [cell.changed for cell in study.cells] == [8_400_000, 21_000_000]
 
 
 def test_rate_difference_matches_a_t_test() -> None:
