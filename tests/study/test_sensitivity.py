@@ -332,6 +332,14 @@ def test_facts_and_text_have_equal_weight_in_the_importance_of_inputs(get_model:
         torch.testing.assert_close(importance, (alone[0][name] + alone[1][name]) / 2)
 
 
+def test_a_head_is_rounded_in_bands_of_rows(get_model: GetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = get_model("llama")
+    whole = measure(*open_complete(trained.folder), SCHEMES, trained.fact_batches)
+    monkeypatch.setattr("compressknow.study.measuring.BAND", 24)
+    for each, changes in measure(*open_complete(trained.folder), SCHEMES, trained.fact_batches).facts.items():
+        assert (changes - whole.facts[each]).norm() < 0.02 * changes.norm()
+
+
 def test_looked_up_rows_count_with_the_scale_of_the_embedding(tmp_path: Path) -> None:
     """Gemma multiplies them by the root of their width."""
     config = tiny_config("gemma3", "Gemma3ForCausalLM")

@@ -51,6 +51,7 @@ CASES = [
     ("F2", "masked", [*gps(ATT, GOOD, 0.4), *gps(FF, BAD, 0.4), *gps(ATT, BAD, 0.5), *gps(FF, GOOD, 0.5)], None, FAILS),
     ("F2", "masked", [*gps(ATT, GOOD, 0.4), *gps(FF, range(179), 0.4)], None, UNCLEAR),
     ("F2", "masked", [*gps(ATT, GOOD, 0.3), *gps(FF, BAD, 0.3)], None, UNCLEAR),  # 30 % is low
+    ("F2", "masked", [gpq(ATT, 0.4, GOOD), gpq(FF, 0.4, BAD)], None, UNCLEAR),  # quantized too
     ("F3", "causal", [*gps(ATT, BAD, 0.4, 0.5), *gps(FF, GOOD, 0.4, 0.5)], None, HOLDS),
     ("F3", "seq2seq", [*gps(ATT, GOOD, 0.4, 0.5), *gps(FF, BAD, 0.4, 0.5)], None, FAILS),
     ("F3", "causal", [*gps(ATT, GOOD, 0.4), *gps(FF, GOOD, 0.4)], None, UNCLEAR),
@@ -323,14 +324,17 @@ def test_level_with_one_module_has_no_ranking() -> None:
 
 
 def test_cliff_is_the_first_amount_that_keeps_less_than_90_percent() -> None:
-    amounts = ((INTACT, 0.1), (GOOD, 0.3), (BAD, 0.5), (WORSE, 0.6))
+    amounts = ((INTACT, 0.1), (GOOD, 0.3), (BAD, 0.5), (range(102), 0.6))
     cells = [*(gp(ATT, amount, right) for right, amount in amounts), gp(FF, 0.2, INTACT)]
     (cliff,) = find_cliffs(make_study(cells))
     assert (cliff.module, cliff.below, cliff.kept, cliff.before) == (ATT, 50, 0.7, 30)
+    # 0.19 for ten points is steeper than 0.20 for twenty.
     assert cliff.steepest == (50, 60)
-    assert cliff.fall == pytest.approx(0.25)
+    assert cliff.fall == pytest.approx(0.19)
     (none,) = find_cliffs(make_study([*gps(FF, INTACT, 0.1, 0.2)]))
     assert (none.below, none.kept, none.before) == (None, None, 20)
+    # Of 171 of 200 facts, the 95 % interval ends below 90 %, but not one of 98.3 %, since a study has three cliffs.
+    assert [find_cliffs(make_study(gps(ATT, range(n), 0.1, 0.2)))[0].clear for n in (171, 167)] == [False, True]
 
 
 def test_verdict_names_the_best_modules_and_the_cliffs() -> None:
