@@ -317,6 +317,10 @@ def test_modules_are_ranked_by_level() -> None:
     assert low.kept == {ATT: 1.0, FF: 0.9, ALL: 0.7}
     assert (medium.best, medium.clear, list(medium.kept)) == (FF, False, [FF, ATT])
     assert (high.best, high.clear, high.amounts) == (FF, True, (70,))
+    # p = 0.03 is clear for a single level, but not for each of two.
+    cells = [cell for a in (0.1, 0.5) for cell in (gp(ATT, a, range(186)), gp(FF, a, range(180)))]
+    for some, clear in ((cells[:2], [True]), (cells, [False, False])):
+        assert [each.clear for each in rank_cells(make_study(some))["modules"]] == clear
 
 
 def test_level_with_one_module_has_no_ranking() -> None:

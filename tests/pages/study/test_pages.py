@@ -132,9 +132,10 @@ def test_json_has_findings_cells_probes_and_cliffs() -> None:
         "seed": 0,
     }
     assert [cliff["module"] for cliff in values["cliffs"]] == ["overall", "attention", "feed-forward"]
-    comparison = values["findings"]["F4"]["comparisons"][0]
-    assert comparison["n"] == 200
-    assert comparison["both"] + comparison["only_less"] + comparison["only_more"] + comparison["neither"] == 200
+    # With 90 % pruned, attention has 22 of 80 facts left in each of two probes, and overall none.
+    comparison = values["findings"]["F4"]["comparisons"][8]
+    names = ("n", "both", "only_less", "only_more", "neither")
+    assert [comparison[name] for name in names] == [200, 0, 44, 0, 156]
 
 
 @pytest.mark.parametrize("name", STUDIES)
