@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import exp, log, sqrt
@@ -22,9 +23,10 @@ from compressknow.compress.calibrate.backward import ScoredBatch, choose_factors
 from compressknow.compress.calibrate.model import BlockwiseUnsupported
 from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
+from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.model.loading import open_complete
-from compressknow.study.guides import ScoredFact, batch_facts, batch_text
+from compressknow.study.guides import ScoredFact, batch_facts, batch_text, select_known_facts
 from compressknow.study.measuring import (
     FactBatches,
     GgufRoundings,
@@ -47,6 +49,7 @@ from tests.evaluate.layouts import open_probe
 from tests.knowing import save_trained, write_facts
 from tests.long import long
 from tests.models import save_tiny, tiny
+from tests.pages.answering import make_answer, make_answers
 from tests.zoo import tiny_config, tiny_model
 
 
@@ -401,6 +404,23 @@ def test_experts_stored_one_by_one_are_left_out(tmp_path: Path) -> None:
     names = measure(*open_complete(tmp_path / "in"), SCHEMES, None, texts).weights
     assert any(name.endswith("router.classifier.weight") for name in names)
     assert not any(".experts." in name for name in names)
+
+
+def test_facts_that_guide_are_even_over_relations() -> None:
+    facts = [Fact(f"{n}", "p", f"r{n // 100}", "science", "s", "o", f"{n} is [MASK].") for n in range(300)]
+    answers = [make_answer(n, True, probe="p", fact_id=fact.id) for n, fact in enumerate(facts)]
+    (known,) = select_known_facts(make_answers(answers), [Probe("p", "closed/1", tuple(facts))])
+    assert Counter(fact.relation for fact in known.facts) == {"r0": 67, "r1": 67, "r2": 66}
+
+
+def test_text_is_scored_in_context_and_by_its_probabilities() -> None:
+    logits, scores = torch.randn(4, 2, 16, 50), []
+    for constant in (0.0, 3.0):
+        (batch,) = batch_text([{"input_ids": torch.arange(256).reshape(4, 64)}], "causal", None, seed=0)
+        assert (batch.positions >= 16).all()
+        scores.append(batch.score(logits + constant))
+    # A constant that is added to all logits changes no probability.
+    torch.testing.assert_close(scores[0], scores[1], atol=1e-4, rtol=1e-4)
 
 
 def make_texts(trained: TrainedModel, family: str) -> list[ScoredBatch]:
