@@ -286,10 +286,10 @@ def recommend_model(
 def _may_keep_as_much(kept: Estimate, rounding: Estimate) -> bool:
     """Return whether a model may keep as much as rounding alone does, by the interval of the difference (MOVER, from
     both intervals): a sample in which rounding lost nothing does not prove that it never does."""
-    if None in (kept.value, kept.high, rounding.value, rounding.low):
+    if kept.value is None or rounding.value is None:
         return False
-    room = math.hypot((kept.high or 0.0) - (kept.value or 0.0), (rounding.value or 0.0) - (rounding.low or 0.0))
-    return (kept.value or 0.0) + room >= (rounding.value or 0.0)
+    room = math.hypot((kept.high or 0.0) - kept.value, rounding.value - (rounding.low or 0.0))
+    return kept.value + room >= rounding.value
 
 
 def mark_models(decision: Recommendation, labels: Sequence[str]) -> list[str]:
