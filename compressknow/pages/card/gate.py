@@ -141,7 +141,7 @@ def _advise_more_facts(unsure: Sequence[tuple[Comparison, Gate]]) -> str:
         return f"More of these facts would not soon decide it: choose other probes (-p), {or_share}"
     if len(needed) < len(unsure):
         return f"Evaluate more facts (--limit, more probes), {or_share}"
-    about = round_up(max(*filter(None, needed), *(c.counts.known_before + 1 for c, _ in unsure)))
+    about = round_up(max(filter(None, needed)))
     return f"Evaluate more facts (--limit, more probes): about {about} that the original knows would decide it."
 
 
