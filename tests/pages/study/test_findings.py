@@ -177,6 +177,16 @@ def test_finding_is_tested_over_relations() -> None:
         assert (finding.comparisons[0].counts.lost, finding.answer) == (30, answer)
 
 
+def test_figures_have_intervals_over_relations() -> None:
+    # 30 facts are lost, two of each of 15 relations, or all of three.
+    kept = ({*range(200)} - {*lost} for lost in (range(30), [i for i in range(200) if i % 20 < 3]))
+    study = make_study([gp(ALL, 0.2, right) for right in kept], spec=ProbeSpec(relations=20))
+    for measure in (measure_decline, measure_remaining):
+        spread, concentrated = (measure(study, cell)(0.95) for cell in study.cells)
+        assert spread.value == concentrated.value
+        assert concentrated.high - concentrated.low > 1.5 * (spread.high - spread.low)
+
+
 @pytest.mark.parametrize("icc", [0.001, 0.1, 0.3])
 def test_study_of_equally_good_cells_rarely_makes_a_claim(icc: float) -> None:
     """All modules are equally good, and their answers are drawn by relation."""
@@ -337,8 +347,10 @@ def test_cliff_is_the_first_amount_that_keeps_less_than_90_percent() -> None:
     assert cliff.fall == pytest.approx(0.19)
     (none,) = find_cliffs(make_study([*gps(FF, INTACT, 0.1, 0.2)]))
     assert (none.below, none.kept, none.before) == (None, None, 20)
-    # Of 171 of 200 facts, the 95 % interval ends below 90 %, but not one of 98.3 %, since a study has three cliffs.
-    assert [find_cliffs(make_study(gps(ATT, range(n), 0.1, 0.2)))[0].clear for n in (171, 167)] == [False, True]
+    # Of 171 of 200 facts, the 95 % interval ends below 90 %, but not the 98.3 % one (a study may have three cliffs).
+    # That of 185 facts begins below.
+    cliffs = [find_cliffs(make_study(gps(ATT, range(n), 0.1, 0.2)))[0] for n in (167, 171, 185, 199)]
+    assert [(each.below, each.clear) for each in cliffs] == [(10, True), (10, False), (None, False), (None, True)]
 
 
 def test_verdict_names_the_best_modules_and_the_cliffs() -> None:
