@@ -110,6 +110,9 @@ def test_finding_that_does_not_hold_quotes_the_contradiction() -> None:
     assert "The clearest of those against it: Att_GP 50% answers 140 of 300 right" in finding.statistic
     assert "does not hold. FF_GP 50% loses" in finding.per_million
     assert "fewer points of accuracy per million than Att_GP 50%" in finding.per_million
+    # Of several figures, it is the one farthest above its limit: 50 % of 20 %, and not 52.5 % of 25 %.
+    finding = evaluate(make_study([gp(ALL, 0.6, range(110)), gp(ALL, 0.9, range(100))]), "F5")
+    assert "Overall_GP 90% 50.0 %" in finding.numbers
 
 
 @pytest.mark.parametrize(
