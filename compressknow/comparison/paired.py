@@ -377,9 +377,3 @@ def rank_models(
         alike = tuple(each for each in order if each != index and tuple(sorted((index, each))) not in different)
         standings.append(Standing(known[index], next(iter(sure or better), None), bool(sure), alike))
     return standings
-
-
-def find_smallest(indices: Sequence[int], sizes: Sequence[int | None], standings: Sequence[Standing]) -> int | None:
-    """Return the index of the smallest of these models, the best of equally small ones; None if no size is known."""
-    sized = [(size, -standings[index].keeps, index) for index in indices if (size := sizes[index]) is not None]
-    return min(sized)[2] if sized else None

@@ -29,9 +29,9 @@ def compute_perplexity(chunks: Sequence[Chunk]) -> Perplexity:
     nll = _join(chunks, "logp") * -1
     mean = measure_mean(nll)
     value = math.exp(mean.value) if mean.value < 700 else math.inf
-    lengths = [chunk.bytes for chunk in chunks]
     per_byte = None
-    if None not in lengths and (total := sum(length or 0 for length in lengths)):
+    # All chunks have a length, or none does.
+    if total := sum(chunk.bytes or 0 for chunk in chunks):
         scale = len(nll) / total / math.log(2)
         per_byte = Measurement(mean.value * scale, mean.error * scale)
     return Perplexity(Measurement(value, value * mean.error), len(nll), per_byte)

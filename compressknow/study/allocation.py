@@ -249,7 +249,8 @@ def build_table(sensitivity: Sensitivity | None, tensors: Tensors, target: SizeT
             continue
         losses = [rows[key] for key in _list_parameters(sensitivity, tensors, name) if key in rows]
         fixed = UNMEASURED, pins.get(name, UNMEASURED)
-        kinds: Sequence[str] = [kind for kind in losses[0] if all(kind in each for each in losses)] if losses else fixed
+        # The weights of a tensor have rows of the same length, so they were measured with the same types.
+        kinds: Sequence[str] = list(losses[0]) if losses else fixed
         if sensitivity is None and not any(weight.is_expert for weight in tensors.weights.get(name, ())):
             kinds = CANDIDATES  # Nothing is measured yet; all but experts will be.
         shape = tensor.shape[::-1]

@@ -173,3 +173,11 @@ def test_correlated_relations_need_more_facts_by_their_design_effect(gate: float
     effective = needed / effect / (t.ppf(0.975, degrees) / norm.ppf(0.975)) ** 2
     assert effective == pytest.approx(count(INDEPENDENT), abs=1)
     assert needed > 1.1 * effective
+
+
+def test_relations_are_worth_at_least_a_fact_each_and_no_more_than_their_facts() -> None:
+    # 394 independent facts show it. In these relations of four, that is less than one fact of each.
+    assert count_facts_to_show(Counts(both=2000), Design(effect=3, size=4)) == 394
+    # Even if all facts of a relation are lost together, 2,000 are worth 500.
+    few = find_smallest_loss(Counts(both=2000), Design(effect=6, size=4))
+    assert few == pytest.approx(find_smallest_loss(Counts(both=500)), abs=1e-4)

@@ -122,6 +122,7 @@ def test_after_all_facts_the_share_itself_decides() -> None:
     for gate, met in ((0.9, True), (0.91, False)):
         stop = decide_gate(gate, known, kept, 10)
         assert (stop.facts, stop.of, stop.known, stop.kept.value, stop.met) == (10, 10, 10, 0.9, met)
+        assert stop.kept.low >= gate if met else stop.kept.high <= gate
 
 
 def test_a_gate_that_is_certain_is_decided_at_once() -> None:

@@ -69,7 +69,7 @@ def compute_mask_log_probs(lm: LanguageModel, fact: Fact) -> np.ndarray:
 
 @pytest.mark.parametrize("vocabulary", ["full", "open"])
 def test_without_candidates_the_answer_is_one_token_of_the_vocabulary(lm: LanguageModel, vocabulary: str) -> None:
-    facts = make_known_facts(closed=False)
+    facts = [replace(fact, popularity=n + 1.0) for n, fact in enumerate(make_known_facts(closed=False))]
     probe = make_probe(facts, vocabulary=vocabulary)
     answers = evaluate_lm(lm, probe)
     one_word = [fact for fact in facts if " " not in fact.obj_label]
@@ -81,6 +81,7 @@ def test_without_candidates_the_answer_is_one_token_of_the_vocabulary(lm: Langua
     for fact in one_word:
         gold = lm.tokenizer.convert_tokens_to_ids(fact.obj_label)
         check_answer(answers[fact.id], fact, tokens, compute_mask_log_probs(lm, fact), gold)
+        assert answers[fact.id].popularity == fact.popularity
 
 
 def test_unanswerable_objects_that_are_kept_are_wrong_and_have_no_rank(lm: LanguageModel) -> None:

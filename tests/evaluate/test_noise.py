@@ -184,7 +184,7 @@ def test_the_verdict_compares_changes_with_the_noise_floor() -> None:
     assert compare_with_rounding([replace(figures, noise_floor=None)]) == ""
     text = compare_with_rounding([replace(figures, noise_floor=few)])
     assert text == " Of its answers, 25.0 % differ; rounding alone changes 2.0 % (0.8 to 5.0 %)."
-    text = compare_with_rounding([replace(figures, noise_floor=many)])
+    text = compare_with_rounding([replace(figures, noise_floor=many, answer_changed=0.33)])
     assert text.endswith("; rounding alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
     text = compare_with_rounding([replace(figures, noise_floor=few, runtime_noise_floor=replace(few, changed=7))])
     assert text.endswith("changes 2.0 % (0.8 to 5.0 %), the runtime alone changes 3.5 % (1.7 to 7.0 %).")

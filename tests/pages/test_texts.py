@@ -123,6 +123,10 @@ def test_percentiles_are_interpolated_like_those_of_llama_cpp() -> None:
     for name, fraction in (("p0_1", 0.001), ("p1", 0.01), ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99_9", 0.999)):
         assert percentiles[name] == pytest.approx(percentile(fraction)), name
     assert (percentiles["min"], percentiles["max"]) == (values[0], values[-1])
+    # If the disk had no room for some distributions, the other chunks would not represent the text.
+    first, *others = make_chunks(2)
+    partial = compare_tokens(make_chunks(1), [first, *(replace(chunk, kl=None) for chunk in others)])
+    assert (partial.kl, partial.kl_percentiles) == (None, None)
 
 
 def test_model_compared_with_itself_shows_no_change() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,10 @@ def test_methods_grid_omits_unsupported_schemes() -> None:
     assert not any("int4" in cell.key for cell in cells)
     # 48 inputs cannot be divided into groups.
     assert fit_parameters(read_structure(tiny("bert")), "int4") is None
+    # A vision tower is not quantized.
+    llama = OpenModel("llama").structure()
+    tower = replace(llama.linears[0], group="vision", shape=(64, 48))
+    assert fit_parameters(replace(llama, linears=(*llama.linears, tower)), "int4") == {"group_size": 32}
 
 
 @pytest.mark.parametrize(

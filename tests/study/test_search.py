@@ -36,14 +36,16 @@ from compressknow.evaluate.sources import Options
 from compressknow.pages.records import Card
 from compressknow.pages.search import Trial
 from compressknow.study.cells import RECORD, StudyModel
-from compressknow.study.formats import SearchRequest, open_format
+from compressknow.study.formats import CheckpointFormat, SearchRequest, open_format
 from compressknow.study.guides import hash_facts, select_known_facts
 from compressknow.study.search import SEARCHED, split_facts
+from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, TensorSensitivity
 from tests.evaluate.layouts import open_probe
 from tests.gguf.making import needs_converter, read_types, save_checkpoint, save_trained_llama, write_sentences
 from tests.knowing import KNOWN_FACTS, save_trained, save_trained_custom_code, write_bear, write_facts
 from tests.long import long, one_in
 from tests.models import edit_tensors, put_into_hub_cache, save_tiny
+from tests.zoo import tiny_model
 
 pytest.importorskip("llama_cpp_py_sync")
 Capsys = pytest.CaptureFixture[str]
@@ -539,6 +541,21 @@ def test_winner_names_its_hub_id_and_commit(
     record = tmp_path / "found" / ("model.gguf.json" if form == "gguf" else "model/compressknow.json")
     source = json.loads(record.read_text())["source"]
     assert (source["name"], source["revision"]) == ("org/tiny", commit)
+
+
+def test_checkpoint_of_one_scheme_has_the_one_that_loses_least(tmp_path: Path) -> None:
+    """transformers unpacks T5's weights when it loads them, which it does for one scheme only."""
+    tiny_model("t5", "T5ForConditionalGeneration").save_pretrained(tmp_path)
+    model = StudyModel(tmp_path, Settings())
+    form = CheckpointFormat(model, SearchRequest(0.9, None, "checkpoint", "facts", (), None, Calibration()))
+    kl = {"int8-weights": 0.01, "int4/32": 0.5}
+    by_type = {kind: Rounding(0, facts=loss) for kind, loss in kl.items()}
+    rows = [TensorSensitivity(f"{name}.weight", (1, 1), "other", 0, by_type) for name in form.table]
+    form.learn(Sensitivity("", Guidance("checkpoint", tuple(kl), facts=30), tuple(rows)), ())
+    assert [set(form.choose(size).types.values()) for size in (form.floor, form.ceiling)] == [
+        {"int4/32"},
+        {"int8-weights"},
+    ]
 
 
 def test_must_sets_the_types(llama: Workspace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -88,7 +89,7 @@ def test_smallest_tried_file_that_loses_enough_less_is_confirmed_next() -> None:
     first = min(file.nbytes for file in files if file.nbytes >= 1_800_000)
     # The smallest size at which files lose enough less.
     size = next(n for n in range(first, CEILING, 1000) if choose(n).loss <= APART * choose(first).loss)
-    close = [choose(round(share * size)) for share in (1.025, 1.01, 1.02)]
+    close = [choose(round(share * size)) for share in (1.025, 1.01, 1.02, 0.99)]
     search.tried += [Candidate(file, Evaluator(1_800_000)(file)) for file in close]
     assert confirm_with(search, 0.8, 0.95)[1] == close[1]
 
@@ -103,9 +104,10 @@ def test_largest_file_is_confirmed_last() -> None:
 
 def test_file_that_keeps_most_is_confirmed_if_none_keeps_enough() -> None:
     search, _ = explore(2 * CEILING)
+    most = search.tried[1]
+    search.tried[1] = replace(most, trial=replace(most.trial, kept=Estimate(0.88, 0.87, 1.0)))
     search.confirm(lambda _: Estimate(0.9, 0.8, 1.0))
-    (closest,) = search.confirmed
-    assert closest.trial.kept.low == max(each.trial.kept.low for each in search.tried)
+    assert search.confirmed[0].allocation == most.allocation
     assert search.winner is None
 
 

@@ -131,7 +131,9 @@ def test_cell_result_has_the_interval_over_relations_of_its_page() -> None:
     counts = dict.fromkeys(("in_scope", "pruned", "quantized", "nonzero", "sparse_bytes"), 0)
     original, after = make_runs(rows, totals=counts)
     result = CellResult(Cell("overall", Recipe((Prune(0.3),))), original, after)
-    (cell,) = build_study(original, [result]).cells
+    study = build_study(original, [result])
+    (cell,), (probe,) = study.cells, study.probes
+    assert (probe.accuracy, probe.n, sum(probe.correct), sum(cell.correct["atlas"])) == (1, 200, 200, 160)
     assert result.kept == cell.comparison.kept
     assert result.kept.low < estimate_proportion(160, 200).low - 0.1
 

@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
 from compressknow.base.format import answer, clean, count, share_against, write_percent, write_size
-from compressknow.comparison.paired import find_smallest, rank_models
+from compressknow.comparison.paired import rank_models
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import count_facts, estimate_facts_needed, join_names, round_up
@@ -141,7 +141,7 @@ def _advise_more_facts(unsure: Sequence[tuple[Comparison, Gate]]) -> str:
         return f"More of these facts would not soon decide it: choose other probes (-p), {or_share}"
     if len(needed) < len(unsure):
         return f"Evaluate more facts (--limit, more probes), {or_share}"
-    about = round_up(max(*filter(None, needed), *(c.counts.known_before + 1 for c, _ in unsure)))
+    about = round_up(max(filter(None, needed)))
     return f"Evaluate more facts (--limit, more probes): about {about} that the original knows would decide it."
 
 
@@ -268,8 +268,8 @@ def recommend_model(
         enough = [best, *(place for place in standing[best].alike if place in fitting)]
         before = f"none keeps as much as {floor}; " if floor else ""
         one, several = "that keeps as much", f"that no test distinguishes from {labels[best]}, which keeps most"
-    taken = find_smallest(enough, sizes, standing)
-    assert taken is not None  # All that fit have a size.
+    # The best of equally small ones.
+    taken = min(enough, key=lambda place: (sound[place], -standing[place].keeps))
     choice = (
         f"the only model{at_most} {one}"
         if len(enough) == 1
@@ -286,10 +286,10 @@ def recommend_model(
 def _may_keep_as_much(kept: Estimate, rounding: Estimate) -> bool:
     """Return whether a model may keep as much as rounding alone does, by the interval of the difference (MOVER, from
     both intervals): a sample in which rounding lost nothing does not prove that it never does."""
-    if None in (kept.value, kept.high, rounding.value, rounding.low):
+    if kept.value is None or rounding.value is None:
         return False
-    room = math.hypot((kept.high or 0.0) - (kept.value or 0.0), (rounding.value or 0.0) - (rounding.low or 0.0))
-    return (kept.value or 0.0) + room >= (rounding.value or 0.0)
+    room = math.hypot((kept.high or 0.0) - kept.value, rounding.value - (rounding.low or 0.0))
+    return kept.value + room >= rounding.value
 
 
 def mark_models(decision: Recommendation, labels: Sequence[str]) -> list[str]:

@@ -260,11 +260,9 @@ def _advise_more_facts(comparison: Comparison, gate: float) -> str:
             f"Next: look at the facts lost: the share kept is too close to {wanted} for more facts of these probes to "
             "decide soon."
         )
-    # Fewer facts than these, which did not decide it, cannot be enough.
-    about = max(needed, counts.known_before + 1)
     return (
-        f"Next: evaluate more facts: about {round_up(about)} that the original knows would tell whether {wanted} is "
-        f"kept, and it knew {count(counts.known_before)} of these{_advise_limit(comparison, about)}."
+        f"Next: evaluate more facts: about {round_up(needed)} that the original knows would tell whether {wanted} is "
+        f"kept, and it knew {count(counts.known_before)} of these{_advise_limit(comparison, needed)}."
     )
 
 

@@ -7,7 +7,7 @@ scope, amount and method.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -349,15 +349,15 @@ class Axis:
     def is_amount(self) -> bool:
         return self.name == AMOUNT
 
-    def pair_groups(self) -> Iterator[dict[str, list[StudyCell]]]:
-        """Yield, for groups with the same values, their cells with a share kept, by value in the same order."""
+    def pair_groups(self) -> Iterable[dict[str, list[StudyCell]]]:
+        """Return, for groups with the same values, their cells with a share kept, by value in the same order."""
         by_values: dict[frozenset[str], dict[str, list[StudyCell]]] = {}
         for _, group in self.groups:
             known = {value: cell for value, cell in group.items() if cell.comparison.kept.value is not None}
             cells = by_values.setdefault(frozenset(known), {value: [] for value in known})
             for value, cell in known.items():
                 cells[value].append(cell)
-        yield from (each for each in by_values.values() if len(each) > 1)
+        return by_values.values()
 
 
 def _make_axis(study: Study, name: str) -> Axis:

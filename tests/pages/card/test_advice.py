@@ -55,7 +55,8 @@ class TestAdvice:
 
     def test_more_facts_names_the_limit_or_asks_for_more_probes(self) -> None:
         rows = make_rows(92, 8, 0, 100)
-        for facts, advice in ((10_000, "(--limit "), (300, "(without --limit, and with more probes)")):
+        # It knows half of the facts, and 478 known ones are needed; a tenth more, in case it knows fewer of the others.
+        for facts, advice in ((10_000, "(--limit 1100)"), (300, "(without --limit, and with more probes)")):
             probes = {"atlas": make_entry(limit=200, facts=facts)}
             card = make_card(
                 make_answers(rows[0], probes=probes), [make_answers(rows[1], make_model(sha256="b" * 64), probes)]
@@ -64,6 +65,8 @@ class TestAdvice:
 
     def test_no_number_of_facts_if_the_share_is_at_the_threshold(self) -> None:
         assert "too close to 95 % for more facts of these probes to decide soon" in compare(95, 5).next
+        # It would take 41,000 facts.
+        assert "too close to 95 % for more facts of these probes to decide soon" in compare(953, 47).next
 
     def test_more_relations_if_only_the_interval_over_relations_spans_the_threshold(self) -> None:
         # 20 lost facts: one of each of 20 relations, or ten of each of two.

@@ -282,6 +282,10 @@ class TestDecision:
         recommended = card.to_dict()["recommended"]
         assert (recommended["model"], recommended["place"]) == ("2. keeps 195", 1)
         assert [each["beaten_by"] for each in recommended["standings"]] == [None, None, None]
+        # Of equally small models, it is the one that keeps most.
+        equal = make_card_of_several(195, 199, 180, sizes=(200_000,) * 3, gates=parse_gates(0.95)).decision
+        assert equal is not None
+        assert equal.place == 1
 
     def test_strict_gate_must_be_met_by_the_interval(self) -> None:
         card = make_card_of_several(199, 195, sizes=(300_000, 200_000), gates=parse_gates(0.95, strict=True))

@@ -48,6 +48,9 @@ def test_domain_is_graded_over_all_probes() -> None:
     probes = [compare_rows(*make_rows(both=8, lost=2)) for _ in range(2)]
     (grade,) = grade_domains(probes)
     assert (grade.subject, grade.counts, grade.grade) == ("geography", Counts(16, 4), "D")
+    # The only relation of a domain is one cluster if the probe has others.
+    rows = [make_answer(n, True, subject=f"domain {n // 4}", relation=f"r{n // 4}") for n in range(8)]
+    assert [grade.clusters for grade in grade_domains([compare_rows(rows, rows)])] == [(Counts(4),)] * 2
 
 
 def test_task_of_one_relation_weighs_in_its_domain_as_in_all_facts() -> None:

@@ -140,6 +140,24 @@ class TestVerdict:
             wrong += len(max(ranks, key=lambda rank: rank.keeps).alike) < 4
         assert wrong / 200 <= 0.06
 
+    def test_models_are_told_apart_by_relation_and_over_all_pairs(self) -> None:
+        known = [make_answer(n, True, relation=f"r{n // 12}") for n in range(240)]
+
+        def rank(*lost: Sequence[int]) -> list[tuple[int | None, bool, tuple[int, ...]]]:
+            models = [[replace(a, correct=n not in each) for n, a in enumerate(known)] for each in lost]
+            ranks = rank_models(known, models, [1] * len(models))
+            return [(each.beaten_by, each.is_surely_beaten, each.alike) for each in ranks]
+
+        # Twelve facts of one relation tell less than one fact of each of twelve.
+        ranks = rank(range(12), range(0, 144, 12), ())
+        assert ranks == [(2, False, (2, 1)), (2, True, (0,)), (None, False, (0,))]
+        # p = 0.03 is significant for one pair, but not for one of three.
+        few = range(0, 72, 12)
+        assert rank(few, ()) == [(1, True, ()), (None, False, ())]
+        assert rank(few, (), ())[0] == (1, False, (1, 2))
+        # The model that keeps most loses seven facts of one relation, so only the second surely keeps more.
+        assert rank(range(0, 240, 12), range(1, 8), range(144, 240, 12))[0] == (2, True, (1,))
+
     def test_models_evaluated_on_different_facts_are_not_ranked(self) -> None:
         more, probes = make_rows(50, 50, probe="bear"), {"atlas": make_entry(), "bear": make_entry()}
         (known, kept), model = make_rows(95, 5), make_model(sha256="c" * 64, setup="Att_GQ")

@@ -116,7 +116,11 @@ def make_whole_grid(family: str = "masked", spec: ProbeSpec | None = None) -> St
 
 def _make_answers(spec: ProbeSpec, right: Collection[int], record: Mapping[str, object]) -> Answers:
     choices = None if spec.entry["chance"] is None else round(1 / float(str(spec.entry["chance"])))
-    rows = [make_answer(i, i in right, probe=probe, choices=choices) for probe in spec.probes for i in range(spec.n)]
+    rows = [
+        make_answer(i, i in right, probe=probe, choices=choices, relation=f"relation-{i % spec.relations}")
+        for probe in spec.probes
+        for i in range(spec.n)
+    ]
     return make_answers(rows, record, {probe: make_entry(facts=spec.n, **spec.entry) for probe in spec.probes})
 
 

@@ -121,6 +121,9 @@ def test_chart_of_knowledge_kept_has_a_rounding_line() -> None:
     assert find_marks(join_probes(first, second)) == {"rounding alone": 0.95}
     without = make_study(cells, spec=ProbeSpec(n=200, known=100, probes=("c",), entry=ENTRY | {"noise_floor": None}))
     assert find_marks(join_probes(first, without)) == find_marks(without) == {}
+    # A probe of which nothing is known has nothing to keep.
+    unknown = make_study(cells, spec=ProbeSpec(200, 0, 1, ("d",), ENTRY | {"noise_floor": None}))
+    assert find_marks(join_probes(first, unknown)) == find_marks(first)
 
 
 def test_level_near_the_start_of_the_lines_is_labelled_at_their_ends() -> None:

@@ -51,6 +51,7 @@ CASES = [
     ("F2", "masked", [*gps(ATT, GOOD, 0.4), *gps(FF, BAD, 0.4), *gps(ATT, BAD, 0.5), *gps(FF, GOOD, 0.5)], None, FAILS),
     ("F2", "masked", [*gps(ATT, GOOD, 0.4), *gps(FF, range(179), 0.4)], None, UNCLEAR),
     ("F2", "masked", [*gps(ATT, GOOD, 0.3), *gps(FF, BAD, 0.3)], None, UNCLEAR),  # 30 % is low
+    ("F2", "masked", [gpq(ATT, 0.4, GOOD), gpq(FF, 0.4, BAD)], None, UNCLEAR),  # quantized too
     ("F3", "causal", [*gps(ATT, BAD, 0.4, 0.5), *gps(FF, GOOD, 0.4, 0.5)], None, HOLDS),
     ("F3", "seq2seq", [*gps(ATT, GOOD, 0.4, 0.5), *gps(FF, BAD, 0.4, 0.5)], None, FAILS),
     ("F3", "causal", [*gps(ATT, GOOD, 0.4), *gps(FF, GOOD, 0.4)], None, UNCLEAR),
@@ -109,6 +110,9 @@ def test_finding_that_does_not_hold_quotes_the_contradiction() -> None:
     assert "The clearest of those against it: Att_GP 50% answers 140 of 300 right" in finding.statistic
     assert "does not hold. FF_GP 50% loses" in finding.per_million
     assert "fewer points of accuracy per million than Att_GP 50%" in finding.per_million
+    # Of several figures, it is the one farthest above its limit: 50 % of 20 %, and not 52.5 % of 25 %.
+    finding = evaluate(make_study([gp(ALL, 0.6, range(110)), gp(ALL, 0.9, range(100))]), "F5")
+    assert "Overall_GP 90% 50.0 %" in finding.numbers
 
 
 @pytest.mark.parametrize(
@@ -163,6 +167,9 @@ def test_p_values_are_adjusted_over_all_findings() -> None:
     assert evaluate(make_study(cells[:2]), "F2").answer == "holds"
     both = make_study([*cells[:2], gq(ATT, range(186)), gq(FF, range(180))])
     assert [evaluate(both, name).answer for name in ("F2", "F6")] == ["cannot tell", "cannot tell"]
+    # A comparison of cells that know nothing is not counted.
+    dead = make_study([*cells[:2], gp(ATT, 0.5, ()), gp(FF, 0.5, ())])
+    assert [pair.p_holm for pair in evaluate(dead, "F2").comparisons] == [pytest.approx(2 / 64), None]
 
 
 def test_finding_is_tested_over_relations() -> None:
@@ -171,6 +178,16 @@ def test_finding_is_tested_over_relations() -> None:
         cells = [gp(ATT, 0.4, range(200)), gp(FF, 0.4, {*range(200)} - {*lost})]
         finding = evaluate(make_study(cells, spec=ProbeSpec(relations=20)), "F2")
         assert (finding.comparisons[0].counts.lost, finding.answer) == (30, answer)
+
+
+def test_figures_have_intervals_over_relations() -> None:
+    # 30 facts are lost, two of each of 15 relations, or all of three.
+    kept = ({*range(200)} - {*lost} for lost in (range(30), [i for i in range(200) if i % 20 < 3]))
+    study = make_study([gp(ALL, 0.2, right) for right in kept], spec=ProbeSpec(relations=20))
+    for measure in (measure_decline, measure_remaining):
+        spread, concentrated = (measure(study, cell)(0.95) for cell in study.cells)
+        assert spread.value == concentrated.value
+        assert concentrated.high - concentrated.low > 1.5 * (spread.high - spread.low)
 
 
 @pytest.mark.parametrize("icc", [0.001, 0.1, 0.3])
@@ -215,6 +232,9 @@ def test_modules_of_different_sizes_are_compared_per_million_parameters() -> Non
     assert pair.rate.value == pytest.approx(40 / 300 / (0.4 * 64) - 20 / 300 / (0.4 * 21))
     assert finding.per_million.startswith("Per million parameters changed:")
     assert "FF_GP 40% loses 0.273 fewer points of accuracy per million than Att_GP 40%" in finding.per_million
+    # Quantizing changes all weights, including those that were pruned before.
+    study = make_study([gp(ATT, 0.4, GOOD), gpq(ATT, 0.4, GOOD)])
+    assert [cell.changed for cell in study.cells] == [8_400_000, 21_000_000]
 
 
 def test_rate_difference_matches_a_t_test() -> None:
@@ -270,6 +290,15 @@ def test_comparison_skips_probes_that_one_cell_lacks() -> None:
     assert pair.counts.n == 300
 
 
+def test_right_answers_to_all_probes_together_are_compared_with_luck() -> None:
+    # 340 of 600, in a task with two answers and in free text; luck explains 186.
+    study = make_study(
+        [*gps(ATT, range(170), 0.2), *gps(ALL, range(150), 0.2)], spec=ProbeSpec(known=290, probes=("a", "b"))
+    )
+    study = replace(study, probes=(replace(study.probes[0], chance=0.5, majority=0.62), study.probes[1]))
+    assert not compare_cells(study, *study.cells).at_floor
+
+
 @pytest.mark.parametrize(
     ("chance", "majority", "expected"),
     [(None, 0.4, 0.0), (0.01, 0.3, 0.01), (0.5, 0.621, 0.621), (0.5, None, 0.5), (0.5, 0.46, 0.5), (0.2, 0.3, 0.3)],
@@ -288,6 +317,8 @@ def test_remaining_accuracy_is_measured_from_the_baseline() -> None:
     assert measure_decline(study, study.cells[0])(0.95).value == pytest.approx(51 / 350)
     no_better = make_study(gps(ALL, range(100), 0.2), "causal", ProbeSpec(n=400, known=250, entry=CAUSAL_TASK.entry))
     assert measure_remaining(no_better, no_better.cells[0])(0.95).value is None
+    nothing = make_study(gps(ALL, range(0), 0.2), "causal", ProbeSpec(known=0))
+    assert measure_remaining(nothing, nothing.cells[0])(0.95).value is None
 
 
 def test_modules_are_ranked_by_level() -> None:
@@ -299,6 +330,10 @@ def test_modules_are_ranked_by_level() -> None:
     assert low.kept == {ATT: 1.0, FF: 0.9, ALL: 0.7}
     assert (medium.best, medium.clear, list(medium.kept)) == (FF, False, [FF, ATT])
     assert (high.best, high.clear, high.amounts) == (FF, True, (70,))
+    # p = 0.03 is clear for a single level, but not for each of two.
+    cells = [cell for a in (0.1, 0.5) for cell in (gp(ATT, a, range(186)), gp(FF, a, range(180)))]
+    for some, clear in ((cells[:2], [True]), (cells, [False, False])):
+        assert [each.clear for each in rank_cells(make_study(some))["modules"]] == clear
 
 
 def test_level_with_one_module_has_no_ranking() -> None:
@@ -306,14 +341,19 @@ def test_level_with_one_module_has_no_ranking() -> None:
 
 
 def test_cliff_is_the_first_amount_that_keeps_less_than_90_percent() -> None:
-    amounts = ((INTACT, 0.1), (GOOD, 0.3), (BAD, 0.5), (WORSE, 0.6))
+    amounts = ((INTACT, 0.1), (GOOD, 0.3), (BAD, 0.5), (range(102), 0.6))
     cells = [*(gp(ATT, amount, right) for right, amount in amounts), gp(FF, 0.2, INTACT)]
     (cliff,) = find_cliffs(make_study(cells))
     assert (cliff.module, cliff.below, cliff.kept, cliff.before) == (ATT, 50, 0.7, 30)
+    # 0.19 for ten points is steeper than 0.20 for twenty.
     assert cliff.steepest == (50, 60)
-    assert cliff.fall == pytest.approx(0.25)
+    assert cliff.fall == pytest.approx(0.19)
     (none,) = find_cliffs(make_study([*gps(FF, INTACT, 0.1, 0.2)]))
     assert (none.below, none.kept, none.before) == (None, None, 20)
+    # Of 171 of 200 facts, the 95 % interval ends below 90 %, but not the 98.3 % one (a study may have three cliffs).
+    # That of 185 facts begins below.
+    cliffs = [find_cliffs(make_study(gps(ATT, range(n), 0.1, 0.2)))[0] for n in (167, 171, 185, 199)]
+    assert [(each.below, each.clear) for each in cliffs] == [(10, True), (10, False), (None, False), (None, True)]
 
 
 def test_verdict_names_the_best_modules_and_the_cliffs() -> None:

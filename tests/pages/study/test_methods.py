@@ -54,12 +54,15 @@ def test_findings_that_change_with_the_method_are_named() -> None:
 
 def test_findings_that_change_with_the_scheme_are_named() -> None:
     cells = [gq(ATT, GOOD, "int8"), gq(FF, BAD, "int8"), gq(ATT, BAD, "int4"), gq(FF, GOOD, "int4")]
+    # Cells that are only pruned belong to no scheme.
+    cells += [gp(ATT, 0.4, GOOD), gp(FF, 0.4, BAD)]
     by_scheme = evaluate_findings(make_study(cells))[1]
     assert {scheme: findings["F6"].answer for scheme, findings in by_scheme.items()} == {
         ("quantization", "int8"): "holds",
         ("quantization", "int4"): "does not hold",
     }
     assert "F6 changes with the scheme" in describe_changes(by_scheme)[0]
+    assert list_ids(by_scheme.values()) == ["F6"]
 
 
 def test_study_of_one_method_has_no_findings_by_method() -> None:

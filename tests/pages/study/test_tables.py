@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from compressknow.pages.study.charts import compute_mean_drop
 from compressknow.pages.study.findings import evaluate_findings
 from compressknow.pages.study.pages import (
     build_bounds_table,
@@ -21,6 +22,7 @@ from compressknow.pages.study.pages import (
 from compressknow.pages.study.records import COLUMNS, FailedCell, tidy_rows
 from tests.pages.hostile import HOSTILE_TEXTS
 from tests.pages.study.studies import (
+    ENTRY,
     ProbeSpec,
     gp,
     gpq,
@@ -113,8 +115,11 @@ def test_tables_have_every_comparison_and_bound_of_the_findings() -> None:
     assert comparisons is not None
     assert bounds is not None
     assert len(comparisons.rows) == sum(len(finding.comparisons) for finding in findings)
-    assert comparisons.rows[0][0] == "F2 Att_GP 40% / FF_GP 40%"
+    # 20 % of 21 M lose 2 of 300 facts, 20 % of 86 M lose 6.
+    row = ("F4 Att_GP 20% / Overall_GP 20%", "300", "4", "0", "0.12", "0.62", "−0.042 (−0.227 to 0.142)", "1")
+    assert row in comparisons.rows
     assert len(bounds.rows) == sum(len(finding.bounds) for finding in findings)
+    assert bounds.rows[0] == ("F1 Overall_GP 10%", "0.5 % (−1.0 to 2.0 %)", "10.0 %", "< 0.001")
     empty = make_study([])
     assert build_comparisons_table(empty, evaluate_findings(empty)[0]) is None
 
@@ -147,6 +152,25 @@ def test_tidy_table_has_one_row_per_cell_and_probe() -> None:
     assert (first["kept"], first["pruned"], first["quantized"]) == (0.875, 8_400_000, 0)
     assert first["kept_low"] < 0.875 < first["kept_high"]
     assert first["mcnemar_p"] == pytest.approx(24 / 2**11)
+
+
+def test_accuracies_are_averaged_as_the_protocol_says() -> None:
+    # The cell answers all facts of the first relation right, and one of the two of the second.
+    spec = ProbeSpec(n=5, known=5, relations=2, entry={**ENTRY, "average": "macro"})
+    study = make_study([gq("attention", {0, 1, 2, 4})], spec=spec)
+    assert [row["accuracy_compressed"] for row in tidy_rows(study)] == [0.75]
+    assert [table.rows[0][4] for table in build_paper_tables(study)] == ["75.000"]
+    assert compute_mean_drop(study.cells[0].comparison).value == 0.25
+
+
+def test_p_values_are_by_relation() -> None:
+    # All 30 known facts of three relations of 20 are lost: two of eight signs are as far from 0.
+    kept = {*range(200)} - {number for number in range(200) if number % 20 < 3}
+    study = make_study([gp("attention", 0.4, kept)], spec=ProbeSpec(relations=20))
+    (row,) = tidy_rows(study)
+    assert (row["p"], row["mcnemar_p"]) == (0.25, 2 / 2**30)
+    table = build_cells_table(study)
+    assert table.rows[1][table.columns.index("p")] == "0.25"
 
 
 def test_failed_cells_have_rows_without_figures() -> None:
