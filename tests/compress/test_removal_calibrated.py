@@ -397,8 +397,8 @@ def test_narrower_layers_of_any_scheme_can_be_compared(tmp_path: Path, scheme: A
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**tiny("llama").config.to_dict() | {"intermediate_size": 128})
     transformers.LlamaForCausalLM(config).save_pretrained(source)
-    convert(source, tmp_path / "a", build_recipe(Where(), drop_neurons=0.25))
-    convert(source, tmp_path / "b", build_recipe(Where(), drop_neurons=0.5, **scheme))
+    convert(source, tmp_path / "a", build_recipe(Where(), drop_neurons=0.5))
+    convert(source, tmp_path / "b", build_recipe(Where(), drop_neurons=0.25, **scheme))
     opened = {folder: open_checkpoint(tmp_path / folder) for folder in ("in", "a", "b")}
     for a, b in (("in", "b"), ("a", "b"), ("b", "a"), ("b", "in")):
         diff = diff_checkpoints(opened[a], opened[b])
@@ -424,13 +424,16 @@ def test_relative_errors_of_fitted_weights_match_the_diff(
     # Each block has a few rows.
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 8)
     source = save_original(name, tmp_path / "in")
+    edit_tensors(source, lambda tensors: [tensors[key].view(-1)[::5].zero_() for key in tensors if "mlp" in key])
     manifest = convert(source, tmp_path / "out", build_recipe(Where(), drop_neurons=0.25, **options))
     diff = diff_checkpoints(open_checkpoint(source), open_checkpoint(tmp_path / "out"))
     assert manifest["groups"]["feed-forward"]["relative_error"] > 0.01
     assert manifest["totals"]["relative_error"] == pytest.approx(diff.total.relative_error, rel=1e-5)
-    errors = {row["name"]: row["relative_error"] for row in manifest["tensors"]}
+    rows = {row["name"]: row for row in manifest["tensors"]}
     for tensor in diff.tensors:
-        assert errors[tensor.name] == pytest.approx(tensor.sums.relative_error, rel=1e-5, abs=1e-9)
+        row, sums = rows[tensor.name], tensor.sums
+        assert row["relative_error"] == pytest.approx(sums.relative_error, rel=1e-5, abs=1e-9)
+        assert (row["zeros_before"], row["zeros"]) == (sums.zeros_a, sums.zeros_b)
 
 
 @pytest.mark.parametrize(
