@@ -257,6 +257,21 @@ def test_blocks_go_without_a_run_of_the_head_that_follows(tmp_path: Path) -> Non
     assert manifest["calibration"]["blocks_apart"]
 
 
+def test_two_steps_drop_what_two_conversions_would(tmp_path: Path) -> None:
+    encoder, decoder = (DropBlocks(1, where=Where((side,))) for side in ("encoder", "decoder"))
+    source = save_deep("bart", tmp_path / "in")
+    both = convert(source, tmp_path / "both", Recipe((encoder, decoder)))
+    parts = (
+        convert(source, tmp_path / "a", Recipe((encoder,))),
+        convert(tmp_path / "a", tmp_path / "b", Recipe((decoder,))),
+    )
+    assert both["removed"]["blocks"] == [entry for part in parts for entry in part["removed"]["blocks"]]
+    renamed = [{row["name"]: row.get("name_before") for row in part.tensors} for part in (both, *parts)]
+    assert renamed[0] == {name: before or renamed[1][name] for name, before in renamed[2].items()}
+    tensors = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("both", "b")]
+    assert tensors[0] == tensors[1]
+
+
 def test_neurons_are_dropped_from_the_remaining_blocks(tmp_path: Path) -> None:
     """Blocks are dropped first, then neurons, then weights are pruned and quantized."""
     steps = {"drop_blocks": "1", "drop_neurons": 0.25, "prune": 0.3, "quantize": "int8"}
@@ -499,6 +514,7 @@ def test_progress_counts_batches_where_a_model_cannot_run_blockwise(
     monkeypatch.setattr(transformers.LlamaModel, "forward", read_a_block)
     counts = record_progress(source, tmp_path / "out", build_recipe(Where(), drop_blocks=1))
     assert list(dict.fromkeys(counts["choose"])) == [(done, 4) for done in range(1, 5)]
+    assert not read_manifest(tmp_path / "out")["calibration"]["blocks_apart"]
 
 
 def test_fitted_weights_of_a_block_are_written_before_the_next_block_runs(tmp_path: Path) -> None:
