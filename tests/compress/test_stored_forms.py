@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from compressknow.model.loading import LoadReport, list_headers, load_report
 from compressknow.model.meta import build_meta_model, find_direct_reads, parse_config
 from tests.compress.test_removal import build_zamba2
 from tests.compress.test_zoo_converts import compute_logits, load_strictly
-from tests.models import save_tiny
+from tests.models import edit_tensors, save_tiny
 from tests.zoo import tiny_model
 
 
@@ -50,6 +52,30 @@ def test_shared_blocks_stay_shared_where_the_final_layer_is_untied(tmp_path: Pat
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", prune=0.3)
     pruned = load_strictly("Zamba2ForCausalLM", tmp_path / "out").state_dict()
     assert {name for name, tensor in original.items() if not torch.equal(tensor, pruned[name])} == {"lm_head.weight"}
+
+
+def test_a_text_model_inside_a_multimodal_one_is_untied_too(tmp_path: Path) -> None:
+    """Runtimes that build it from its own config would tie it."""
+    save_zoo_model("gemma3", "Gemma3ForConditionalGeneration", tmp_path / "in")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", prune=0.3)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [part["tie_word_embeddings"] for part in (config, config["text_config"])] == [False, False]
+
+
+def test_experts_that_are_transposed_on_loading_are_pruned_along_their_inputs(tmp_path: Path) -> None:
+    name = "Qwen3VLMoeForConditionalGeneration"
+    for folder in ("plain", "published"):
+        save_zoo_model("qwen3_vl_moe", name, tmp_path / folder)
+    edit_tensors(
+        tmp_path / "published",
+        lambda tensors: tensors.update({key: tensors[key].mT.contiguous() for key in tensors if ".experts." in key}),
+    )
+    pruned = []
+    for folder in ("plain", "published"):
+        options: Any = {"scope": "feed-forward", "prune": 0.5, "parameters": {"pattern": "2:4"}}
+        compressknow.convert(tmp_path / folder, tmp_path / f"{folder}-out", **options)
+        pruned.append(load_strictly(name, tmp_path / f"{folder}-out").state_dict())
+    torch.testing.assert_close(pruned[1], pruned[0], rtol=0, atol=0)
 
 
 def test_a_tied_bias_stored_under_its_other_name_is_copied(tmp_path: Path) -> None:
