@@ -78,6 +78,19 @@ def test_experts_that_are_transposed_on_loading_are_pruned_along_their_inputs(tm
     torch.testing.assert_close(pruned[1], pruned[0], rtol=0, atol=0)
 
 
+def test_weights_stored_in_one_tensor_can_be_changed_one_by_one(tmp_path: Path) -> None:
+    name = "NomicBertForMaskedLM"
+    model = save_zoo_model("nomic_bert", name, tmp_path / "in")
+    assert not any("q_proj" in key for key in load_file(tmp_path / "in" / "model.safetensors"))
+    compressknow.convert(tmp_path / "in", tmp_path / "pruned", include=["q_proj"], prune=0.3)
+    before, after = model.state_dict(), load_strictly(name, tmp_path / "pruned").state_dict()
+    changed = {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+    assert changed == {key for key in before if "q_proj.weight" in key}
+    compressknow.convert(tmp_path / "in", tmp_path / "int8", scope="attention", quantize="int8")
+    found, expected = compute_logits(load_strictly(name, tmp_path / "int8")), compute_logits(model)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.01
+
+
 def test_a_tied_bias_stored_under_its_other_name_is_copied(tmp_path: Path) -> None:
     file = save_tiny("bert", tmp_path / "in") / "model.safetensors"
     stored = load_file(file)
