@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
 from compressknow.comparison.checkpoints import diff_checkpoints
 from compressknow.comparison.diff import CheckpointDiff
-from compressknow.compress import blocks
+from compressknow.compress import blocks, process
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.convert import VariantMaker, execute, prepare_plan
 from compressknow.compress.manifest import Manifest, predict_manifest
@@ -436,8 +436,9 @@ def test_narrower_layers_of_any_scheme_can_be_compared(tmp_path: Path, scheme: A
 def test_relative_errors_of_fitted_weights_match_the_diff(
     tmp_path: Path, name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Each block has a few rows.
+    # Each block has a few rows, and tensors are copied in pieces.
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 8)
+    monkeypatch.setattr(process, "COPY_BYTES", 1 << 8)
     source = save_original(name, tmp_path / "in")
     edit_tensors(source, lambda tensors: [tensors[key].view(-1)[::5].zero_() for key in tensors if "mlp" in key])
     manifest = convert(source, tmp_path / "out", build_recipe(Where(), drop_neurons=0.25, **options))

@@ -226,7 +226,8 @@ def test_gptq_keeps_the_pattern_of_a_pruned_source(smooth: float | None, tmp_pat
 def test_refilled_zeros_of_the_source_are_counted_and_warned_of(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     compress(folder, tmp_path / "pruned", Prune(0.5, "l1-unstructured", BLOCKS))
-    manifest = compress(tmp_path / "pruned", tmp_path / "out", DropNeurons(0.25))
+    again = Prune(0.2, "l1-unstructured", BLOCKS, per_layer=True)
+    manifest = compress(tmp_path / "pruned", tmp_path / "out", DropNeurons(0.25), again)
     pruned, fitted = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
     (entry,) = manifest["removed"]["neurons"]
     refilled = {}
