@@ -163,12 +163,16 @@ class TensorConverter(Reader):
                     hashes[part.suffix] = writer.sha256
         return hashes
 
-    def write_divided(self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor) -> TensorStats:
-        """Write `values`, a tensor divided by `factors`, in its dtype. Other tensors compensate for the division."""
+    def write_divided(
+        self, planned: PlannedTensor, values: torch.Tensor, factors: torch.Tensor, offset: float
+    ) -> TensorStats:
+        """Write `values`, a tensor whose sum with `offset` is divided by `factors`, in its dtype. Other tensors
+        compensate for the division."""
         original = next(self.blocks(planned.source, whole=True)).values.reshape(values.shape)
         writer, energy = self.writer(planned.name), _sum_squares(original[None])
         writer.write(values)
-        error = _sum_squares((values.to(torch.float32) * factors - original.to(torch.float32))[None])
+        restored = (values.to(torch.float32) + offset) * factors - offset
+        error = _sum_squares((restored - original.to(torch.float32))[None])
         before, after = (each.numel() - int(torch.count_nonzero(each)) for each in (original, values))
         relative = math.sqrt(error / energy) if energy else 0.0
         return TensorStats(before, after, 0, math.sqrt(energy), relative, writer.sha256)

@@ -105,7 +105,7 @@ class Int8Linear(EngineLinear):
             scale = largest / ((self.highest - self.lowest) / 2)
         else:
             scale, zero = self._compute_joint_scale(tokens)
-        scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+        # If a scale is 0, so is the output, whatever the integers are.
         integers = torch.div(tokens, scale)
         if zero is not None:
             integers = integers.add_(zero)
@@ -285,7 +285,7 @@ class Int4Kind(LayerKind):
         weights, activations = scheme.weights, (scheme.input_activations, scheme.output_activations)
         if weights is None or activations != (None, None) or weights.group_size not in GROUP_SIZES:
             return None
-        if (weights.num_bits, weights.type, weights.strategy, weights.symmetric) != (4, "int", "group", True):
+        if (weights.num_bits, weights.type, weights.strategy) != (4, "int", "group"):
             return None
         rows, columns = parts["weight_shape"].tolist()
         size = weights.group_size
@@ -332,7 +332,7 @@ class _Products(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention and len(args) > 2 and args[0].dim() == 4:
             return func(*_copy_heads(args[:3], kwargs), *args[3:], **kwargs)
         index = _ROWS_INDEX.get(func)
-        if index is not None and not kwargs and _is_matrix(args[index + 1]) and args[index].numel():
+        if index is not None and not kwargs and _is_matrix(args[index + 1]):
             return multiply_in_parts(args[index], lambda part: func(*args[:index], part, *args[index + 1 :]))
         if index is not None or func in _BATCH_PRODUCTS:
             args = tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in args)

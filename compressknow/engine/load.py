@@ -72,7 +72,8 @@ def load(
     Raises
     ------
     CheckpointError : no such folder, or it cannot be loaded completely: a weight that the model needs is missing.
-    UnsupportedError : a GGUF file, with a transformers release that reads it differently.
+    UnsupportedError : a GGUF file, with a transformers release that reads it differently; zero points that transformers
+        does not unpack.
     """
     path = _find_checkpoint(folder)
     with silence_libraries(), warnings.catch_warnings(), _translate_errors(path):
@@ -196,19 +197,30 @@ def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
 
 
 def _choose_unpacking(path: Path, config: Any) -> Any:
-    """Return the setting by which transformers unpacks weights while it loads them; None if it need not."""
+    """Return the setting by which transformers unpacks weights while it loads them; None if it need not. Raises
+    UnsupportedError if it would unpack some of them wrongly."""
     from transformers import CompressedTensorsConfig, GgufConfig
 
     if path.suffix == ".gguf":
         return GgufConfig(dequantize=True)
     quantization: Any = getattr(config, "quantization_config", None)
     groups = list(list_config_groups(quantization))
+    asymmetric = [
+        group
+        for group in groups
+        if (group.get("format") or quantization.get("format")) == "pack-quantized"
+        and not (group.get("weights") or {}).get("symmetric", True)
+    ]
+    if not asymmetric:
+        return None
     # In a packed layer, transformers expects zero points that are not packed. It unpacks by the first group alone.
-    is_packed = len(groups) == 1 and "pack-quantized" in (groups[0].get("format"), quantization.get("format"))
-    is_asymmetric = is_packed and not (groups[0].get("weights") or {}).get("symmetric", True)
-    if is_asymmetric and not groups[0].get("input_activations"):
-        return CompressedTensorsConfig(dequantize=True)
-    return None
+    if len(groups) > 1 or groups[0].get("input_activations"):
+        raise UnsupportedError(
+            f"{path} has packed zero points, and layers that are quantized in another way.",
+            why="transformers unpacks them only if all quantized layers are alike, with float inputs.",
+            hint="Quantize it again in one group, or without zero points (symmetric).",
+        )
+    return CompressedTensorsConfig(dequantize=True)
 
 
 def _find_class(config: Any, trust_remote_code: bool, language_model: bool) -> tuple[str, Any]:

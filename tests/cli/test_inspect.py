@@ -197,8 +197,9 @@ def test_weights_already_on_a_quantization_grid_are_reported(
             low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
             steps = ((groups - low) / (high - low) * 15).round()
             linear.weight.data = (low + steps * (high - low) / 15).reshape_as(linear.weight).bfloat16()
-        # A pruned matrix is not on a grid.
-        layer.mlp.down_proj.weight.data[torch.rand_like(layer.mlp.down_proj.weight) < 0.7] = 0
+        # A pruned matrix is not on a grid, nor one of which half the rows are.
+        layer.mlp.down_proj.weight.data[torch.rand_like(layer.mlp.down_proj.weight) < 0.9] = -0.0
+        layer.mlp.gate_proj.weight.data[:48] = layer.mlp.up_proj.weight.data[:48]
     model.save_pretrained(folder)
     assert inspect_json(capsys, folder)["grid"]["weights"] == 2
     assert "On a grid already: 2 of 9 matrices" in inspect(capsys, folder)

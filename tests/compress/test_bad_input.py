@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from packaging.version import Version
 
+import compressknow
 from compressknow.cli import main
 from tests.compress.conftest import Refusal, hash_files
 from tests.models import edit_config, edit_tensors, save_tiny
@@ -143,6 +144,13 @@ def test_a_weight_with_nan_or_infinity_is_named(
     message = refusal(source, *options)
     assert name in message
     assert ("NaN" if value != value else "an infinity") in message
+
+
+def test_a_mask_stored_with_the_weights_may_be_infinite(tmp_path: Path) -> None:
+    mask = {"transformer.h.0.attn.masked_bias": torch.tensor(-torch.inf)}
+    edit_tensors(save_tiny("gpt2", tmp_path / "in"), lambda tensors: tensors.update(mask))
+    manifest = compressknow.convert(tmp_path / "in", tmp_path / "out", prune=0.3)
+    assert 0 < manifest["totals"]["relative_error"] < 0.3
 
 
 @pytest.mark.parametrize("amount", ["0", "1", "-0.1", "1.5", "nan", "inf"])

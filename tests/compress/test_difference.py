@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import compressknow
@@ -21,7 +22,7 @@ from compressknow.compress import blocks
 from compressknow.engine.identity import describe, locate
 from compressknow.model.checkpoint import open_checkpoint
 from tests.compress.deep import save_deep
-from tests.models import edit_config, edit_tensors, save_tiny, tiny_of_groups
+from tests.models import edit_config, edit_tensors, save_tiny, tiny, tiny_of_groups
 
 Arrays = dict[str, npt.NDArray[np.float64]]
 FAMILIES = ("bert", "llama", "t5-gated", "t5-tied", "gpt2", "mixtral")
@@ -114,6 +115,16 @@ def test_8_bit_weights_are_dequantized_before_they_are_compared(
         # The shape of a packed weight is stored as two integers of 64 bits.
         shape = 16 if row.get("stored") else 0
         assert (tensor.sums.zeros_b, tensor.bytes_b + shape) == (row["zeros"], row["bytes_after"])
+
+
+def test_packed_rows_may_end_within_a_word(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**tiny("llama").config.to_dict() | {"intermediate_size": 50})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "a")
+    compressknow.convert(tmp_path / "a", tmp_path / "b", scope="feed-forward", quantize="int8-weights")
+    diff = compare(tmp_path / "a", tmp_path / "b")
+    errors = [tensor.sums.relative_error for tensor in diff.tensors if tensor.module and "down_proj" in tensor.module]
+    assert len(errors) == config.num_hidden_layers
+    assert all(0 < (error or 0) < 0.01 for error in errors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])

@@ -158,6 +158,14 @@ def test_compressing_a_tied_final_layer_does_not_change_the_embedding(
     assert untied["bytes"] > 0
 
 
+def test_an_untied_t5_still_scales_the_inputs_of_its_final_layer(tmp_path: Path) -> None:
+    """Published configs do not say so, and transformers derives it from the tie."""
+    edit_config(save_tiny("t5-tied", tmp_path / "in"), "scale_decoder_outputs")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", quantize="int8-weights")
+    before, after = (logits(load(tmp_path / folder)) for folder in ("in", "out"))
+    assert 0 < (after - before).norm() / before.norm() < 0.02
+
+
 def test_a_shared_layer_is_compressed_once_and_stays_shared(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     manifest = compressknow.convert(checkpoints["albert"], tmp_path / "out", scope="attention", prune=0.5)
     model = load(tmp_path / "out")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from compressknow.model.loading import LoadReport, list_headers, load_report
 from compressknow.model.meta import build_meta_model, find_direct_reads, parse_config
 from tests.compress.test_removal import build_zamba2
 from tests.compress.test_zoo_converts import compute_logits, load_strictly
-from tests.models import save_tiny
+from tests.models import edit_tensors, save_tiny
 from tests.zoo import tiny_model
 
 
@@ -50,6 +52,47 @@ def test_shared_blocks_stay_shared_where_the_final_layer_is_untied(tmp_path: Pat
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", prune=0.3)
     pruned = load_strictly("Zamba2ForCausalLM", tmp_path / "out").state_dict()
     assert {name for name, tensor in original.items() if not torch.equal(tensor, pruned[name])} == {"lm_head.weight"}
+
+
+def test_a_text_model_inside_a_multimodal_one_is_untied_too(tmp_path: Path) -> None:
+    """Runtimes that build it from its own config would tie it."""
+    save_zoo_model("gemma3", "Gemma3ForConditionalGeneration", tmp_path / "in")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", prune=0.3)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [part["tie_word_embeddings"] for part in (config, config["text_config"])] == [False, False]
+
+
+def test_experts_that_are_transposed_on_loading_are_pruned_along_their_inputs(tmp_path: Path) -> None:
+    name = "Qwen3VLMoeForConditionalGeneration"
+    for folder in ("plain", "published"):
+        save_zoo_model("qwen3_vl_moe", name, tmp_path / folder)
+    edit_tensors(
+        tmp_path / "published",
+        lambda tensors: tensors.update({key: tensors[key].mT.contiguous() for key in tensors if ".experts." in key}),
+    )
+    pruned = []
+    for folder in ("plain", "published"):
+        options: Any = {"scope": "feed-forward", "prune": 0.5, "parameters": {"pattern": "2:4"}}
+        compressknow.convert(tmp_path / folder, tmp_path / f"{folder}-out", **options)
+        pruned.append(load_strictly(name, tmp_path / f"{folder}-out").state_dict())
+    torch.testing.assert_close(pruned[1], pruned[0], rtol=0, atol=0)
+
+
+def test_weights_stored_in_one_tensor_can_be_changed_one_by_one(tmp_path: Path) -> None:
+    name = "NomicBertForMaskedLM"
+    model = save_zoo_model("nomic_bert", name, tmp_path / "in")
+    assert not any("q_proj" in key for key in load_file(tmp_path / "in" / "model.safetensors"))
+    compressknow.convert(tmp_path / "in", tmp_path / "pruned", include=["q_proj"], prune=0.3)
+    before, after = model.state_dict(), load_strictly(name, tmp_path / "pruned").state_dict()
+    changed = {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+    assert changed == {key for key in before if "q_proj.weight" in key}
+    # An old pickle is read into memory.
+    file = tmp_path / "in" / "model.safetensors"
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"), _use_new_zipfile_serialization=False)
+    file.unlink()
+    compressknow.convert(tmp_path / "in", tmp_path / "int8", scope="attention", quantize="int8")
+    found, expected = compute_logits(load_strictly(name, tmp_path / "int8")), compute_logits(model)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.01
 
 
 def test_a_tied_bias_stored_under_its_other_name_is_copied(tmp_path: Path) -> None:

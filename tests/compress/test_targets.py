@@ -20,7 +20,8 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import compressknow
 from compressknow.comparison.checkpoints import diff_checkpoints
-from compressknow.compress.output_config import build_target_patterns, count_targets
+from compressknow.compress import schemes
+from compressknow.compress.output_config import build_quantization_config, build_target_patterns, count_targets
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import select
@@ -58,6 +59,9 @@ def test_layers_that_differ_only_in_numbers_share_a_pattern() -> None:
 def test_modules_whose_names_differ_only_in_the_prefix_are_told_apart() -> None:
     for one, other in (("model.projector", "projector"), ("projector", "model.projector")):
         assert build_target_patterns([one], "model", [other]) == [f"re:^{re.escape(one)}$"]
+        settings = build_quantization_config({schemes.SCHEMES["int8"]: [one]}, [other], "0", "model")
+        assert settings["config_groups"]["group_0"]["targets"] == [f"re:^{re.escape(one)}$"]
+        assert settings["ignore"] == [f"re:^{re.escape(other)}$"]
 
 
 def list_quantized_modules(model: torch.nn.Module) -> set[str]:

@@ -96,6 +96,10 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edit_manifest(folder, lambda manifest: manifest["totals"].update(pruned=1)),
         "compressknow.json: totals.pruned is 1, its tensors add up to",
     ),
+    "a count of a group": (
+        lambda folder: edit_manifest(folder, lambda manifest: manifest["groups"]["attention"].update(zeros_after=1)),
+        "compressknow.json: groups.attention.zeros_after is 1, its tensors add up to",
+    ),
     "the stored form of a weight": (
         lambda folder: edit_manifest(folder, lambda manifest: describe_storage(manifest["tensors"][0], zeros="some")),
         "compressknow.json: it was edited",

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,23 @@ def test_a_model_of_llm_compressor_keeps_the_original_facts(root: Path, name: st
 def test_packed_weights_with_zero_points_are_unpacked_to_what_they_stand_for(
     root: Path, tmp_path: Path, bits: int, group_size: int | None
 ) -> None:
-    expected = write_asymmetric(root / "llama", tmp_path / "packed", bits, group_size)
+    expected = write_asymmetric(root / "llama", tmp_path / "packed", {"Linear": bits}, group_size)
     model = load(tmp_path / "packed")
     for name, values in expected.items():
         assert torch.equal(model.get_parameter(f"{name}.weight"), values), name
 
 
-def write_asymmetric(original: Path, folder: Path, bits: int, group_size: int | None) -> dict[str, torch.Tensor]:
-    """Write a model as llm-compressor's W4A16_ASYM does, and return the values of its packed layers by name."""
+def test_zero_points_of_different_layers_are_not_unpacked_alike(root: Path, tmp_path: Path) -> None:
+    write_asymmetric(root / "llama", tmp_path / "packed", {"re:.*self_attn.*": 4, "re:.*mlp.*": 8}, 32)
+    with pytest.raises(UnsupportedError, match="packed zero points, and layers that are quantized in another way"):
+        load(tmp_path / "packed")
+
+
+def write_asymmetric(
+    original: Path, folder: Path, bits: Mapping[str, int], group_size: int | None
+) -> dict[str, torch.Tensor]:
+    """Write a model as llm-compressor's W4A16_ASYM does, with the bits of each target, and return the values of its
+    packed layers by name."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
         QuantizationArgs,
@@ -89,16 +99,21 @@ def write_asymmetric(original: Path, folder: Path, bits: int, group_size: int | 
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    weights = QuantizationArgs(
-        num_bits=bits, symmetric=False, group_size=group_size, strategy="group" if group_size else "channel"
-    )
-    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    strategy = "group" if group_size else "channel"
+    groups = {
+        target: QuantizationScheme(
+            targets=[target],
+            weights=QuantizationArgs(num_bits=number, symmetric=False, group_size=group_size, strategy=strategy),
+        )
+        for target, number in bits.items()
+    }
     model = hf.AutoModelForCausalLM.from_pretrained(original)
     settings = QuantizationConfig(config_groups=groups, ignore=["lm_head"], quantization_status="compressed")
     apply_quantization_config(model, settings)
     expected = {}
     for name, module in model.named_modules():
         if hasattr(module, "quantization_scheme"):
+            weights = module.quantization_scheme.weights
             rows = module.weight.data.reshape(len(module.weight), -1, group_size or module.in_features)
             scale, zero = calculate_qparams(rows.amin(2), rows.amax(2), weights)
             module.weight_scale.data.copy_(scale)

@@ -140,6 +140,7 @@ WIDE = {"vocab_size": 99, "num_hidden_layers": 1, "num_attention_heads": 4, "hid
         hf.FalconConfig(**WIDE),
         hf.MptConfig(vocab_size=99, d_model=256, n_heads=4, n_layers=1),
         hf.GPT2Config(vocab_size=99, n_embd=256, n_layer=1, n_head=4),
+        hf.MixtralConfig(**WIDE, num_local_experts=4, num_key_value_heads=2, intermediate_size=512),
     ],
     ids=lambda config: config.model_type,
 )
@@ -188,6 +189,15 @@ def test_sums_are_exact(bits: int) -> None:
     integers = (x / scale + zero).clamp(linear.lowest, linear.highest).round()
     expected = (integers - zero).double() @ linear.weight.double().T * scale.double() * 0.01 + linear.bias.double()
     torch.testing.assert_close(linear(x).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [-5, 5])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_products_of_inputs_of_one_sign_are_near_those_of_floats(per_token: bool, shift: int) -> None:
+    torch.manual_seed(0)
+    linear, x = make_layer(8, 64, per_token=per_token), torch.randn(3, 64).clamp(-1, 1) + shift
+    rounded, linear.rounds = linear(x), False
+    assert (rounded - linear(x)).norm() / linear(x).norm() < 0.02
 
 
 @pytest.mark.parametrize("per_token", [True, False])

@@ -278,18 +278,18 @@ class _Compressor(TargetVisitor[PlannedTensor]):
 
     def _divide(self, norm: str, offset: float, factors: torch.Tensor) -> torch.Tensor:
         """Write a norm's weight and bias, divided; return the factors that result after rounding."""
-        for leaf in ("weight", "bias"):
+        for leaf, added in (("weight", offset), ("bias", 0.0)):
             parameter = f"{norm}.{leaf}"
             if not self._plan.sources.is_supplied(parameter):
                 continue
             stored = self._plan.sources.tensor(parameter)
             values = read_tensor(self._converter.files, stored)
             if leaf == "weight":
-                divided, factors = smooth.divide_stored(values, factors, offset)
+                divided, factors = smooth.divide_stored(values, factors, added)
             else:
                 divided = (values.to(torch.float32) / factors).to(values.dtype)
             planned = next(each for each in self._plan.tensors if each.source.name == stored.name and not each.in_scope)
-            self._result.measured[planned.name] = self._converter.write_divided(planned, divided, factors)
+            self._result.measured[planned.name] = self._converter.write_divided(planned, divided, factors, added)
             self._streamed.replace(parameter, stored, divided.to(torch.float32))
         return factors
 

@@ -67,13 +67,10 @@ class Config:
         for keys, value in _flatten(changed):
             if before.get(keys) != value:
                 raw = set_at(raw, keys, value)
-        # The file may have a setting under an alias, which would override the change.
+        # The file may have a setting under an alias, or twice (BART), which would override the change.
         for other, name in (self.tree.config.attribute_map or {}).items():
             if other in raw and name in changed and changed[name] != self.whole.get(name):
                 raw[other] = changed[name]
-        # BART's config has the number of encoder blocks twice.
-        if "encoder_layers" in raw and raw.get("num_hidden_layers") == self.whole.get("encoder_layers"):
-            raw["num_hidden_layers"] = raw["encoder_layers"]
         return raw
 
 

@@ -226,7 +226,8 @@ def test_gptq_keeps_the_pattern_of_a_pruned_source(smooth: float | None, tmp_pat
 def test_refilled_zeros_of_the_source_are_counted_and_warned_of(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "in")
     compress(folder, tmp_path / "pruned", Prune(0.5, "l1-unstructured", BLOCKS))
-    manifest = compress(tmp_path / "pruned", tmp_path / "out", DropNeurons(0.25))
+    again = Prune(0.2, "l1-unstructured", BLOCKS, per_layer=True)
+    manifest = compress(tmp_path / "pruned", tmp_path / "out", DropNeurons(0.25), again)
     pruned, fitted = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
     (entry,) = manifest["removed"]["neurons"]
     refilled = {}
@@ -276,6 +277,8 @@ def test_smoothing_divides_norms_and_multiplies_weights_by_the_papers_factors(ro
     manifest = compress(folder, tmp_path / "out", Quantize("int8", BLOCKS, rounding=rounding, smooth=0.8))
     before, after = model.state_dict(), load_file(tmp_path / "out" / "model.safetensors")
     errors = {row["name"]: row["relative_error"] for row in manifest["tensors"]}
+    assert manifest["groups"]["not-linear"]["relative_error"] < 1e-6
+    assert manifest["groups"]["not-linear"]["zeros_after"] == 0
     readers = {"input_layernorm": ("self_attn", "qkv"), "post_attention_layernorm": ("mlp", ("gate", "up"))}
     for block in ("model.layers.0", "model.layers.1"):
         for norm, (parent, parts) in readers.items():
@@ -349,10 +352,15 @@ def test_gemmas_norms_are_smoothed_including_the_one_they_add(tmp_path: Path) ->
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=96, pad_token_id=0)
     model = Gemma2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0, 4)
     model.save_pretrained(tmp_path / "in")
     compress(tmp_path / "in", tmp_path / "out", Quantize("int8-weights", BLOCKS, rounding="gptq"))
     manifest = compress(tmp_path / "in", tmp_path / "smooth", Quantize("int8", BLOCKS, smooth=0.5))
     assert len(manifest["calibration"]["smoothed"]) == 4
+    assert manifest["groups"]["not-linear"]["relative_error"] < 1e-6
     inputs = make_batches(model)[0]
     with torch.no_grad():
         before, after = model(**inputs).logits, load_causal(tmp_path / "smooth")(**inputs).logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -350,6 +351,17 @@ def test_trained_models_write_texts_of_many_words(name: str) -> None:
     text = read_text(SHARED / name, tokens=2048)
     assert len({word for sequence in text.texts for word in sequence.split()}) > 150
     assert can_read(load_language_model(SHARED / name).model, text)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of shared data does not exist")
+def test_a_masked_model_finds_its_own_text_likelier_than_random_tokens() -> None:
+    model = load_language_model(SHARED / "minilm-facts")
+    ids = torch.cat([batch["input_ids"] for batch in read_text(SHARED / "minilm-facts", tokens=2048).batches])
+    masked = ids.clone()
+    masked[:, 3::6] = model.tokenizer.mask_token_id
+    with torch.no_grad():
+        logp = model.model(input_ids=masked).logits.float().log_softmax(-1)[:, 3::6]
+    assert logp.gather(-1, ids[:, 3::6, None]).mean() > -math.log(logp.shape[-1])
 
 
 @long

@@ -235,6 +235,20 @@ def test_a_block_whose_output_is_kept_runs_once_unless_it_overwrites_its_input(
     assert all(torch.equal(recorded[name].products, expected[name].products) for name in expected)
 
 
+def test_inputs_count_as_a_layer_read_them_even_if_they_are_overwritten_later(tmp_path: Path) -> None:
+    folder, batches = save_tiny("llama", tmp_path / "in"), make_batches(tiny("llama"))
+
+    def overwrite(_: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        args[0].zero_()
+
+    def change(tree: PreTrainedModel) -> None:
+        tree.model.layers[0].mlp.register_forward_hook(overwrite)
+
+    _, recorded = walk_recording(folder, batches, change=change)
+    _, expected = walk_recording(folder, batches)
+    assert all(torch.equal(recorded[name].products, expected[name].products) for name in expected)
+
+
 @pytest.mark.parametrize("overwrites", [False, True])
 def test_two_passes_measure_the_drift_of_inputs_from_the_original(
     overwrites: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
