@@ -16,6 +16,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
+from transformers.pytorch_utils import Conv1D
 
 import compressknow
 from compressknow.compress.calibrate.backward import ScoredBatch, choose_factors
@@ -118,12 +119,14 @@ def compute_logits(model: Any, batch: ScoredBatch) -> torch.Tensor:
 
 
 def score_rounded(
-    trained: TrainedModel, measured: ScoreChanges, roundings: Roundings, name: str, type: str
+    trained: TrainedModel, measured: ScoreChanges, roundings: Roundings, name: str, type: str, transposed: bool = False
 ) -> torch.Tensor:
-    """Return the scores of the model with one weight rounded."""
+    """Return the scores of the model with one weight rounded, which may be stored `transposed`."""
     weight = dict(trained.model.named_parameters())[name]
     before = weight.data
-    weight.data = roundings.roundtrip(before, type, measured.importance.get(name))
+    matrix = before.T.contiguous() if transposed else before
+    rounded = roundings.roundtrip(matrix, type, measured.importance.get(name))
+    weight.data = rounded.T if transposed else rounded
     try:
         return compute_scores(trained)
     finally:
@@ -214,6 +217,68 @@ def test_estimated_changes_match_a_rounded_weight(
     assert near >= 0.95 * len(ratios), sorted(ratios)
     # The directions match too.
     assert median(cosines) > 0.95, sorted(cosines)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
+def test_small_changes_are_estimated_exactly(name: str, tmp_path: Path) -> None:
+    """GPT-2 stores its matrices [in, out], Gemma scales its embedding, and the heads of both are tied to it."""
+    model = tiny("gpt2") if name == "gpt2" else tiny_model("gemma3", "Gemma3ForCausalLM")
+    model.save_pretrained(tmp_path)
+    # Two facts of two candidates with seven tokens, and three with five.
+    batches = [score_next_tokens(range(14), 2), score_next_tokens(range(30, 45), 3)]
+    owners = torch.arange(4).reshape(2, 2), torch.arange(4, 10).reshape(3, 2)
+    facts = FactBatches(tuple(batches), owners, torch.arange(5).repeat_interleave(2))
+    trained = TrainedModel(tmp_path, model, facts, torch.empty(0), [])
+    measured = measure(*open_complete(tmp_path), GGUF, facts)
+    torch.testing.assert_close(measured.scores, compute_scores(trained))
+    transposed = {f"{name}.weight" for name, each in model.named_modules() if isinstance(each, Conv1D)}
+    matrices = {name for name, each in model.named_parameters() if each.dim() == 2 and "wpe" not in name}
+    assert measured.weights.keys() == matrices
+    for weight in measured.weights:
+        change = score_rounded(trained, measured, GGUF, weight, "q8_0", weight in transposed) - measured.scores
+        assert (measured.facts[weight, "q8_0"] - change).norm() < 0.05 * change.norm(), weight
+    # In a checkpoint, rounding the head would untie it.
+    assert measure(*open_complete(tmp_path), SCHEMES, facts).weights.keys() == matrices - set(
+        model.all_tied_weights_keys.values()
+    )
+
+
+def test_errors_count_rows_and_inputs_by_their_squared_gradients(tmp_path: Path) -> None:
+    """In the importance of inputs, facts and text have equal weight."""
+    model, name = tiny("llama"), "model.layers.0.self_attn.o_proj"
+    model.save_pretrained(tmp_path)
+    batch = score_next_tokens(range(14), 2)
+    facts = FactBatches((batch,), (torch.arange(4).reshape(2, 2),), torch.arange(2).repeat_interleave(2))
+    texts = batch_text([{"input_ids": torch.arange(40).reshape(2, 20)}], "causal", None, seed=0)
+    measured, of_text, of_both = (
+        measure(*open_complete(tmp_path), GGUF, *each) for each in ((facts,), (None, texts), (facts, texts))
+    )
+    seen: dict[str, torch.Tensor] = {}
+    layer = model.get_submodule(name)
+    with layer.register_forward_hook(lambda _, inputs, output: seen.update(x=inputs[0].detach(), y=output)):
+        logits = model(**batch.inputs).logits[:, -1:]
+    scores = batch.score(logits[:, None].expand(-1, 2, -1, -1))
+    gradients = [torch.autograd.grad(scores[:, n].sum(), seen["y"], retain_graph=True)[0] for n in range(2)]
+    squares = torch.stack(gradients).square().sum(0)
+    weights = squares.sum((0, 1))[:, None] * (squares.sum(2, keepdim=True) * seen["x"].square()).sum((0, 1))
+    name, weight = f"{name}.weight", layer.weight.detach()
+    rounded = (GGUF.roundtrip(weight, type, measured.importance[name]) for type in ("q4_0", "q8_0"))
+    errors = [float((weights * (each - weight).square()).sum()) for each in rounded]
+    ratio = measured.errors[name, "q4_0"] / measured.errors[name, "q8_0"]
+    assert ratio == pytest.approx(errors[0] / errors[1], rel=1e-3)
+    halves = [seen["x"].square().sum((0, 1)), of_text.importance[name]]
+    expected = sum(each / each.mean() for each in halves) / 2
+    torch.testing.assert_close(of_both.importance[name], expected, rtol=0.01, atol=0)
+
+
+def score_next_tokens(ids: range, rows: int) -> ScoredBatch:
+    """Return rows of these ids, scored by the log-probabilities of two next tokens."""
+    inputs = torch.tensor(ids).reshape(rows, -1)
+
+    def score(logits: torch.Tensor) -> torch.Tensor:
+        return logits.log_softmax(3)[:, torch.arange(2), 0, torch.arange(2) + 50]
+
+    return ScoredBatch({"input_ids": inputs}, 2, torch.full((rows, 1), inputs.shape[1] - 1), score)
 
 
 def test_predicted_divergence_ranks_mixes_like_the_measured_one(get_model: GetModel) -> None:
