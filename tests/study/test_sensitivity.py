@@ -249,7 +249,7 @@ def test_errors_count_rows_and_inputs_by_their_squared_gradients(tmp_path: Path)
     model.save_pretrained(tmp_path)
     batch = score_next_tokens(range(14), 2)
     facts = FactBatches((batch,), (torch.arange(4).reshape(2, 2),), torch.arange(2).repeat_interleave(2))
-    texts = batch_text([{"input_ids": torch.arange(40).reshape(2, 20)}], "causal", None, seed=0)
+    texts = batch_text([{"input_ids": torch.arange(40).reshape(2, 20)}], "causal", None)
     measured, of_text, of_both = (
         measure(*open_complete(tmp_path), GGUF, *each) for each in ((facts,), (None, texts), (facts, texts))
     )
@@ -423,7 +423,7 @@ def test_experts_stored_one_by_one_are_left_out(tmp_path: Path) -> None:
     model, _ = try_build("SwitchTransformersForConditionalGeneration")
     model.save_pretrained(tmp_path / "in")
     ids = torch.arange(5, 29).reshape(2, 12)
-    texts = batch_text([{"input_ids": ids, "decoder_input_ids": ids[:, :7]}], "seq2seq", None, seed=0)
+    texts = batch_text([{"input_ids": ids, "decoder_input_ids": ids[:, :7]}], "seq2seq", None)
     names = measure(*open_complete(tmp_path / "in"), SCHEMES, None, texts).weights
     assert any(name.endswith("router.classifier.weight") for name in names)
     assert not any(".experts." in name for name in names)
@@ -435,7 +435,7 @@ def make_texts(trained: TrainedModel, family: str) -> list[ScoredBatch]:
     batches = [{name: ids[:16] for name, ids in inputs.items() if name != "attention_mask"} for inputs in rows]
     kind = {"llama": "causal", "bert": "masked", "t5": "seq2seq"}[family]
     mask = 4 if family == "bert" else None
-    return batch_text(batches, kind, mask, seed=0)
+    return batch_text(batches, kind, mask)
 
 
 def test_block_that_cannot_run_alone_is_refused(tmp_path: Path) -> None:
@@ -443,7 +443,7 @@ def test_block_that_cannot_run_alone_is_refused(tmp_path: Path) -> None:
     tiny_model("xmod", "XmodForMaskedLM").save_pretrained(tmp_path)
     ids = torch.full((2, 40), 9)
     ids[:, ::4] = 4
-    texts = batch_text([{"input_ids": ids}], "masked", 4, seed=0)
+    texts = batch_text([{"input_ids": ids}], "masked", 4)
     with pytest.raises(BlockwiseUnsupported, match="shape of the mask"):
         measure(*open_complete(tmp_path), SCHEMES, None, texts)
 
@@ -464,7 +464,7 @@ def test_model_without_blockwise_gradients_is_refused(module: str, name: str, me
     tiny_model(module, name).save_pretrained(tmp_path)
     ids = torch.arange(5, 41).reshape(3, 12)
     kind = "seq2seq" if module == "fsmt" else "causal"
-    texts = batch_text([{"input_ids": ids, "decoder_input_ids": ids[:, :7]}], kind, None, seed=0)
+    texts = batch_text([{"input_ids": ids, "decoder_input_ids": ids[:, :7]}], kind, None)
     with pytest.raises(BlockwiseUnsupported, match=message):
         measure(*open_complete(tmp_path), SCHEMES, None, texts)
 
@@ -480,7 +480,7 @@ from compressknow.study.guides import batch_text
 from compressknow.study.measuring import SchemeRoundings
 from compressknow.base.system import measure_peak_memory
 text = [{"input_ids": torch.arange(256).reshape(4, 64)}]
-texts = batch_text(text, "causal", None, 0)
+texts = batch_text(text, "causal", None)
 SchemeRoundings.types = ("int8-weights",)
 measured = measure(*open_complete(sys.argv[1]), SchemeRoundings(), None, texts)
 print(len(measured.weights), measure_peak_memory())

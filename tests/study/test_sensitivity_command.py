@@ -102,9 +102,12 @@ def test_command_prints_and_writes_the_map_and_measures_once(out: Path, capsys: 
     assert not {"evaluate", "sensitivity"} & set(stages)
     assert json.loads(json.dumps(again.as_json()["rows"])) == values["rows"]
     assert repr(again).startswith("<Sensitivity: 16 weights of ")
-    # The model's own samples depend on the seed.
+    # The model's own samples depend on the seed, and nothing else does.
     one, other = (compressknow.sensitivity("llama", facts=OPTIONS[1], calibration_tokens=64, seed=n) for n in (0, 1))
     assert one.guidance.text != other.guidance.text
+    shutil.rmtree(out.parent / "cache" / "compressknow" / "sensitivity")
+    assert main(["sensitivity", "llama", *OPTIONS, "--seed", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == values
     # An existing file is not overwritten by default.
     assert main(["sensitivity", "llama", *OPTIONS, "-o", str(files[3])]) == 1
     assert "exists already" in capsys.readouterr().err
