@@ -187,7 +187,7 @@ def _cut_text(text: CalibrationText) -> list[dict[str, torch.Tensor]]:
     remaining = TOKENS
     for batch in text.batches:
         length = batch["input_ids"].shape[1]
-        rows = min(len(batch["input_ids"]), max(remaining // length, 0 if batches else 1))
+        rows = min(len(batch["input_ids"]), remaining // length)
         if rows:
             batches.append({name: ids[:rows] for name, ids in batch.items()})
             remaining -= rows * length

@@ -24,6 +24,7 @@ from compressknow.compress.calibrate.model import BlockwiseUnsupported
 from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.scoring.families import make_scorer
+from compressknow.evaluate.scoring.scorer import Query
 from compressknow.model.loading import open_complete
 from compressknow.study.guides import ScoredFact, batch_facts, batch_text
 from compressknow.study.measuring import (
@@ -48,6 +49,7 @@ from tests.evaluate.layouts import open_probe
 from tests.knowing import save_trained, write_facts
 from tests.long import long
 from tests.models import save_tiny, tiny
+from tests.pages.answering import make_answer
 from tests.zoo import tiny_model
 
 
@@ -416,6 +418,20 @@ def test_loss_of_a_type_is_its_error_times_the_mean_loss_per_error() -> None:
         assert rounding.facts == pytest.approx(error * per_error, rel=1e-5)
         assert rounding.text == pytest.approx(error * per_token, rel=1e-5)
         assert rounding.at_risk == pytest.approx(NormalDist().cdf(-log(4) / sqrt(error * spread)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("p", "number"), [([0.96, 0.01, 0.01], 2), ([0.5, 0.3, 0.12, 0.05, 0.03], 4)])
+def test_candidates_of_a_fact_have_most_of_the_probability(
+    p: Sequence[float], number: int, get_model: GetModel
+) -> None:
+    folder = get_model("llama").folder
+    loaded, probe = load_language_model(folder), open_probe(f"facts:{folder.parent / 'facts.jsonl'}")
+    scorer = make_scorer(loaded.model, loaded.tokenizer, loaded.family, probe)
+    query = scorer.make_query(probe.facts[0])
+    assert isinstance(query, Query)
+    best = query.fact.candidates[: len(p)]
+    answer = make_answer(0, True, top5=best, top5_logp=[log(each) for each in p])
+    assert len(batch_facts([ScoredFact(scorer, query, answer)]).facts) == number
 
 
 def test_experts_stored_one_by_one_are_left_out(tmp_path: Path) -> None:
