@@ -245,6 +245,14 @@ def test_cross_attention_is_recognized(name: str, attribute: str) -> None:
         assert weight.cross == (attribute in weight.module)
 
 
+def test_cross_attention_is_recognized_by_its_class_too() -> None:
+    name = "Pix2StructForConditionalGeneration"
+    with torch.device("meta"):
+        structure = read_structure(getattr(transformers, name)(tiny_config("pix2struct", name)))
+    crossing = [weight.module for weight in structure.linears if weight.cross]
+    assert crossing == [w.module for w in structure.linears if ".encoder_decoder_attention." in w.module] != []
+
+
 def test_cross_attention_of_a_bert_decoder_is_recognized_in_the_papers_map() -> None:
     structure = build("BERT", "paper", is_decoder=True, add_cross_attention=True)
     weights = index_by_module(structure)
