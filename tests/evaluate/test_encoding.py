@@ -145,6 +145,13 @@ def test_an_answer_from_a_vocabulary_is_a_word_after_a_space_also_in_brackets(
     assert query.gold == tuple(tokenizer(" Guinea", add_special_tokens=False)["input_ids"])
 
 
+def test_a_text_is_spelled_as_the_tokenizer_does_unless_it_has_unknown_characters(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    encoder = Encoder(tokenizers["word pieces"])
+    assert [encoder.spelled(text) for text in ("Guinea-Bissau", "\u4e16")] == ["guinea - bissau", "\u4e16"]
+
+
 def test_the_first_of_two_words_with_the_same_token_is_found(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
     encoder = Encoder(tokenizers["word pieces"])
     assert list(encoder.find_single(("Guinea", "guinea")).values()) == ["Guinea"]
