@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate import text
 from compressknow.evaluate.answers import RECORD, read_answers
 from compressknow.evaluate.distributions import DistributionFile
 from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, Chunk
+from compressknow.evaluate.scoring.decoding import TransformersReader
 from compressknow.evaluate.sources import Options, open_all
 from compressknow.evaluate.text import GREEDY_TOKENS, RunningText, cut_chunks
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
@@ -190,6 +194,15 @@ def test_a_large_limit_reads_only_the_file(root: Path) -> None:
     path = root / "facts.txt"
     text = RunningText("text:facts.txt", path, "0", path.stat().st_size, limit=10**15)
     assert text.read(CONTEXT) == path.read_text(encoding="utf-8").removesuffix("\n")
+
+
+def test_chunks_begin_with_bos_only_if_the_tokenizer_begins_texts_with_it(root: Path) -> None:
+    """GPT-2's does not, although it has such a token."""
+    loaded = load_language_model(root / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(root / "llama")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    readers = (TransformersReader(each) for each in (loaded, replace(loaded, tokenizer=tokenizer)))
+    assert [reader.bos for reader in readers] == [tokenizer.bos_token_id, None]
 
 
 def test_a_token_beyond_the_embedding_is_refused(root: Path) -> None:
