@@ -113,6 +113,12 @@ def test_continuations_are_those_of_generate(root: Path, tmp_path: Path) -> None
         assert chunk.greedy.tolist() == expected
 
 
+def test_model_whose_activations_share_a_scale_is_measured_like_others(root: Path, tmp_path: Path) -> None:
+    """A scale for all tokens of a batch depends on later tokens, which the model itself does not see."""
+    compressknow.convert(root / "llama", tmp_path / "int8", quantize="int8-paper")
+    assert read_chunks(tmp_path / "int8", tmp_path / "answers", root / "facts.txt", limit=1)
+
+
 def test_bytes_are_those_of_the_scored_text(root: Path, tmp_path: Path) -> None:
     text = tmp_path / "wide.txt"
     text.write_text("The arlo lives in the forest . Drenn é 你 𝄞 speak Avish . " * 4, encoding="utf-8")
