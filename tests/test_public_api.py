@@ -168,6 +168,9 @@ def test_revision_is_the_one_that_is_opened(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(CheckpointError, match="for the specified revision"):
         getattr(compressknow, name)("org/tiny", **OTHERS[name], revision="v9")
+    if name == "compare":
+        with pytest.raises(CheckpointError, match="for the specified revision"):
+            compressknow.compare("in", "org/tiny", revision_b="v9")
 
 
 @needs_converter

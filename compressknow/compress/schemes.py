@@ -413,7 +413,7 @@ VLLM_ARCHITECTURES = frozenset(
     ).split()
 ) | {"GPT2LMHeadModel"}
 # Sibling layers that vLLM fuses into one (its `packed_modules_mapping`).
-FUSED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 
 
 def list_runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ class Cell:
         values["module_map"] = [self.recipe.module_map]
         if (text := self.recipe.calibration) is not None:
             values |= {"calibration": [text.text], "calibration_tokens": [text.tokens]}
-            values.setdefault("seed", [text.seed])
+            values.setdefault("seed", []).append(text.seed)
         return {name: each[0] if len(set(each)) == 1 else " + ".join(map(str, each)) for name, each in values.items()}
 
 

@@ -107,7 +107,7 @@ def measure_guides(
         tokens=min(text.tokens, TOKENS),
         text=text.sha256,
     )
-    texts = batch_text(_cut_text(text), find_family(tree) or "", tokenizer.mask_token_id, text.seed)
+    texts = batch_text(_cut_text(text), find_family(tree) or "", tokenizer.mask_token_id)
     sensitivity = _measure_sensitivity(handle, checkpoint, tree, roundings, guidance, scored, texts, on_progress)
     # The last token of a fact's object predicts nothing.
     read = [[*each.query.prompt, *each.query.gold[:-1]] for each in scored if each.scorer.family == "causal"]
@@ -187,7 +187,7 @@ def _cut_text(text: CalibrationText) -> list[dict[str, torch.Tensor]]:
     remaining = TOKENS
     for batch in text.batches:
         length = batch["input_ids"].shape[1]
-        rows = min(len(batch["input_ids"]), max(remaining // length, 0 if batches else 1))
+        rows = min(len(batch["input_ids"]), remaining // length)
         if rows:
             batches.append({name: ids[:rows] for name, ids in batch.items()})
             remaining -= rows * length
@@ -317,12 +317,10 @@ def _pad(ids: Ids, length: int) -> Ids:
     return ids + ids[-1:] * (length - len(ids))
 
 
-def batch_text(
-    batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None, seed: int
-) -> list[ScoredBatch]:
-    """Return batches of calibration text with seeded random scores: pieces of it for causal models, whole sequences for
-    others, which predict hidden tokens."""
-    generator = torch.Generator().manual_seed(seed)
+def batch_text(batches: Sequence[Mapping[str, torch.Tensor]], family: str, mask: int | None) -> list[ScoredBatch]:
+    """Return batches of calibration text with random scores, the same for the same text: pieces of it for causal
+    models, whole sequences for others, which predict hidden tokens."""
+    generator = torch.Generator().manual_seed(0)
     text_batches = []
     for batch in batches:
         ids = batch["input_ids"]

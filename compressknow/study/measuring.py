@@ -78,8 +78,7 @@ class GgufRoundings(Roundings):
         return grids.list_legal_types(shape[-1], self.types)
 
     def list_measured(self, shape: Sequence[int]) -> tuple[str, ...]:
-        legal = self.list_legal(shape)
-        return tuple(name for name in legal if name in _QUICK) or legal
+        return tuple(name for name in self.list_legal(shape) if name in _QUICK)
 
     def nbytes(self, name: str, shape: Sequence[int]) -> int:
         return grids.get_nbytes(name, shape)

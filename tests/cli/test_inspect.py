@@ -13,7 +13,7 @@ import transformers
 import compressknow
 from compressknow.cli import main
 from tests.model.test_groups import BERT, T5
-from tests.models import tiny_of_groups
+from tests.models import edit_tensors, tiny_of_groups
 
 ALBERT = BERT | {"embedding_size": 8, "num_hidden_layers": 6}
 
@@ -129,8 +129,11 @@ def test_shared_layers_of_albert_are_counted_as_stored_and_as_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_model(tmp_path, "AlbertForMaskedLM", **ALBERT)
-    attention = inspect_json(capsys, folder)["groups"]["attention"]
+    values = inspect_json(capsys, folder)
+    attention = values["groups"]["attention"]
     assert (attention["stored"], attention["used"]) == (4 * 256, 6 * 4 * 256)
+    shared = sum(group["used"] - group["stored"] for group in values["groups"].values())
+    assert values["parameters"]["used"] - values["parameters"]["stored"] == shared > 0
     assert "4 x [16, 16] bf16, each used 6 times" in inspect(capsys, folder)
 
 
@@ -151,6 +154,10 @@ def test_weights_that_differ_are_not_tied_even_if_the_class_ties_them(
     assert "lm_head.weight" not in [name for name, _ in untied["tied"]]
     assert untied["parameters"]["stored"] - tied["parameters"]["stored"] == 90 * 16
     assert untied["scopes"] == tied["scopes"]
+    edit_tensors(
+        tmp_path / "tied", lambda tensors: tensors.update({"lm_head.weight": tensors["shared.weight"].clone()})
+    )
+    assert inspect_json(capsys, tmp_path / "tied")["tied"] == tied["tied"]
 
 
 def test_config_decides_about_ties_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,8 +204,8 @@ def test_weights_already_on_a_quantization_grid_are_reported(
             low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
             steps = ((groups - low) / (high - low) * 15).round()
             linear.weight.data = (low + steps * (high - low) / 15).reshape_as(linear.weight).bfloat16()
-        # A pruned matrix is not on a grid, nor one of which half the rows are.
-        layer.mlp.down_proj.weight.data[torch.rand_like(layer.mlp.down_proj.weight) < 0.9] = -0.0
+        # A pruned matrix is not on a grid (half of its zeros are negative), nor one of which half the rows are.
+        layer.mlp.down_proj.weight.data *= torch.rand_like(layer.mlp.down_proj.weight) > 0.7
         layer.mlp.gate_proj.weight.data[:48] = layer.mlp.up_proj.weight.data[:48]
     model.save_pretrained(folder)
     assert inspect_json(capsys, folder)["grid"]["weights"] == 2

@@ -281,6 +281,8 @@ class TestGPTQ:
         fitted, plain = (scheme.dequantize(each, scales) for each in (codes, round_to_nearest(weight, scales, scheme)))
         assert not bool(fitted[fixed].any())
         assert error(inputs, weight, fitted) < 0.8 * error(inputs, weight, plain)
+        # A weight beyond the grid gets the largest value, not NaN.
+        assert float(round_by_gptq(weight, scales / 2, scheme, gather_statistics(inputs)).float().abs().max()) == 448
 
     def test_takes_one_scale_for_a_tensor(self) -> None:
         weight, inputs, scheme = make_weights(8, 96), make_inputs(300, 96), SCHEMES["int8-paper"]

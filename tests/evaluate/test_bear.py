@@ -25,6 +25,7 @@ def test_candidates_are_the_labels_of_the_relation_in_their_order(folder: Path) 
     assert [fact.candidates for fact in probe.facts[1:]] == [("north Sea", "Black Sea"), ("Europe", "Asia", "Africa")]
     assert probe.facts[0].candidates is probe.facts[1].candidates
     assert (probe.protocol, probe.vocabulary, probe.average) == ("bear/1", "closed", "micro")
+    assert probe.score_rest
 
 
 def test_an_answer_that_begins_the_sentence_begins_with_a_capital(folder: Path) -> None:

@@ -142,6 +142,8 @@ def test_free_answers_are_decoded_greedily(lm: LanguageModel, batch_size: int) -
         assert answer.rank == 1 + (expected > expected[gold[0]]).sum()
         assert answer.logp_gold == pytest.approx(score_causal(lm.model, lm.tokenizer, fact, fact.obj_label), abs=CLOSE)
         assert answer.top5_logp == pytest.approx(np.sort(expected)[::-1][:5], abs=CLOSE)
+        others = np.argsort(-expected)[1:5]
+        assert answer.top5[1:] == tuple(lm.tokenizer.decode([token], skip_special_tokens=True) for token in others)
         assert answer.choices is None
 
 

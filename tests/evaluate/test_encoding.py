@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.scoring.families import make_scorer
-from compressknow.evaluate.scoring.scorer import NO_TOKENS, Encoder
+from compressknow.evaluate.scoring.scorer import NO_TOKENS, Encoder, Query
 from tests.evaluate.references import (
     check_choices,
     encode_sentence,
@@ -131,6 +131,25 @@ def test_finds_words_of_one_token_in_running_text(tokenizers: dict[str, PreTrain
             expected[ids[positions[0]]] = word
     assert encoder.find_single(words) == expected
     assert "Guinea" in expected.values()
+
+
+def test_an_answer_from_a_vocabulary_is_a_word_after_a_space_also_in_brackets(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    """LAMA's dates of birth have such prompts."""
+    tokenizer = tokenizers["byte-level, framed"]
+    fact = Fact("1", "probe", "country", "geography", "", "Guinea", "It is near Bern ([MASK]).")
+    probe = make_probe([fact], vocabulary="words", words=("Guinea", "Dutch"))
+    query = make_scorer(_make_gpt2(len(tokenizer)), tokenizer, "causal", probe).make_query(fact)
+    assert isinstance(query, Query)
+    assert query.gold == tuple(tokenizer(" Guinea", add_special_tokens=False)["input_ids"])
+
+
+def test_a_text_is_spelled_as_the_tokenizer_does_unless_it_has_unknown_characters(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    encoder = Encoder(tokenizers["word pieces"])
+    assert [encoder.spelled(text) for text in ("Guinea-Bissau", "\u4e16")] == ["guinea - bissau", "\u4e16"]
 
 
 def test_the_first_of_two_words_with_the_same_token_is_found(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:

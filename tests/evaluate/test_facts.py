@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.base.errors import UsageError
-from compressknow.evaluate.facts import Fact, Probe, compute_chance, compute_majority, find_most_frequent
+from compressknow.evaluate.facts import Fact, Probe, compute_chance, compute_majority, find_most_frequent, join_wordings
 from compressknow.evaluate.sources import Options, open_all
 from tests.evaluate.layouts import DATA, open_probe, real_data
 from tests.knowing import write_facts
@@ -43,7 +43,9 @@ def make_probe(sizes: dict[str, int]) -> Probe:
 
 
 PROBE = Probe(
-    "p", "test/1", (make_fact(0), make_fact(1, candidates=None), make_fact(2, candidates=("Rome", "Paris", "Oslo")))
+    "p",
+    "test/1",
+    (make_fact(0), make_fact(1, candidates=None), make_fact(2, candidates=("Rome", "Paris", "Oslo")), make_fact(3)),
 )
 FIRST, *OTHERS = PROBE.facts
 CHANGES: dict[str, Callable[[], Probe]] = {
@@ -64,7 +66,7 @@ CHANGES: dict[str, Callable[[], Probe]] = {
     "no candidates": lambda: replace(PROBE, facts=(replace(FIRST, candidates=None), *OTHERS)),
     "candidates split otherwise": lambda: replace(PROBE, facts=(replace(FIRST, candidates=("Paris, Rome",)), *OTHERS)),
     "another fact's candidates": lambda: replace(
-        PROBE, facts=(replace(FIRST, candidates=OTHERS[1].candidates), *OTHERS)
+        PROBE, facts=(FIRST, *OTHERS[:2], replace(OTHERS[2], candidates=OTHERS[1].candidates))
     ),
     "order of facts": lambda: replace(PROBE, facts=(*OTHERS, FIRST)),
 }
@@ -151,6 +153,17 @@ def test_a_limit_is_positive_and_changes_no_smaller_probe() -> None:
     for limit in (0, -1):
         with pytest.raises(UsageError, match="--limit"):
             open_all(["atlas"], Options(limit=limit))
+
+
+def test_an_example_has_another_subject_and_object() -> None:
+    facts = [make_fact(0), make_fact(1, obj_label="Rome"), make_fact(2, sub_label="Gaul"), make_fact(3, sub_label="x")]
+    probe = Probe("p", "test/1", (*facts[:3], replace(facts[3], obj_label="Oslo", candidates=None)))
+    assert probe.find_example(facts[0]) == probe.facts[3]
+
+
+def test_facts_of_wordings_are_counted_by_wording() -> None:
+    joined = join_wordings([make_probe({"a": 2})] * 2)
+    assert (len(joined.facts), joined.read, joined.dropped) == (4, 2 * 5, {"too long": 2 * 3})
 
 
 def test_a_fact_is_split_at_its_blank() -> None:

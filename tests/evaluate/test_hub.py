@@ -153,10 +153,16 @@ def test_rows_that_cannot_be_evaluated_are_counted(tmp_path: Path) -> None:
         {**good, "candidates": ["b"], "prompt": "B [MASK]."},
         {**good, "prompt": "[MASK] [MASK]."},
         {**good, "prompt": None},
+        good,
+        {**good, "obj_label": "a"},
+        {**good, "candidates": None, "prompt": "C [MASK]."},
     ]
     probe = read_hub_facts(str(write_parquet(tmp_path / "f.parquet", rows)))
-    assert [fact.prompt for fact in probe.facts] == ["A [MASK]."]
+    facts = [(fact.prompt, fact.obj_label) for fact in probe.facts]
+    assert facts == [("A [MASK].", "b"), ("A [MASK].", "a"), ("C [MASK].", "b")]
+    assert probe.vocabulary == "open"
     assert probe.dropped == {
+        "same sentence and object": 1,
         "no object": 1,
         "object not among two candidates or more": 2,
         "several blanks in the sentence": 1,
@@ -179,6 +185,13 @@ def test_a_year_stays_whole_if_another_cell_of_its_column_is_empty(tmp_path: Pat
     probe = read_hub_facts(str(tmp_path / "born.csv"), {"object": "year", "prompt": "text"})
     assert [fact.obj_label for fact in probe.facts] == ["1815", "1564"]
     assert probe.dropped == {"no object": 1}
+    # Tools that write Parquet make floats of such a column.
+    values = [
+        {"year": 1815.0, "text": "Ada was born in [MASK]."},
+        {"year": None, "text": "Hypatia was born in [MASK]."},
+    ]
+    table = str(write_parquet(tmp_path / "born.parquet", values))
+    assert [fact.obj_label for fact in read_hub_facts(table, {"object": "year", "prompt": "text"}).facts] == ["1815"]
 
 
 def test_cells_of_a_csv_file_are_read_as_they_are_written(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import LEDConfig, LEDForConditionalGeneration
 from compressknow.engine.language_model import count_positions, load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.scoring.families import make_scorer
-from compressknow.evaluate.scoring.scorer import TOO_LONG
+from compressknow.evaluate.scoring.scorer import TOO_LONG, Query
 from tests.evaluate.layouts import read_facts_file
 from tests.knowing import save_trained, write_facts
 from tests.models import tiny
@@ -60,3 +60,10 @@ def test_a_prompt_that_is_too_long_is_dropped_and_counted(family: str, tmp_path:
     prompts = make_prompts(make_scorer(lm.model, lm.tokenizer, lm.family, replace(probe, facts=(long, fits))))
     assert prompts.dropped == {TOO_LONG: 1}
     assert [answer.fact_id for batch in evaluate(prompts) for answer in batch] == ["fits"]
+    # The longest answers fit too, and four tokens more if a model writes them freely.
+    fact = probe.facts[0]
+    open_fact = replace(fact, candidates=None)
+    for each, tokens in ((fact, 2), *([(open_fact, 2 + 4)] if family == "llama" else [])):
+        scorer = make_scorer(lm.model, lm.tokenizer, lm.family, replace(probe, facts=(each,), vocabulary="open"))
+        queries = (scorer.make_query(replace(each, prompt="The " * words + each.prompt)) for words in range(64))
+        assert max(len(query.prompt) for query in queries if isinstance(query, Query)) == 64 - tokens

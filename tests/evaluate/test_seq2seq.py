@@ -15,6 +15,7 @@ from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import LanguageModel, find_decoder_start, load_language_model
 from compressknow.evaluate.evaluate import make_prompts
 from compressknow.evaluate.facts import BLANK, Fact
+from compressknow.evaluate.scoring.decoding import DecodingScorer
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST
 from tests.evaluate.references import (
@@ -80,6 +81,14 @@ def test_answers_are_one_token_of_the_vocabulary(lm: LanguageModel) -> None:
     for fact in facts:
         gold = lm.tokenizer.convert_tokens_to_ids(fact.obj_label)
         check_answer(answers[fact.id], fact, tokens, compute_sentinel_log_probs(lm, fact), gold)
+
+
+def test_an_answer_ends_with_the_text_or_at_the_next_sentinel(lm: LanguageModel) -> None:
+    """T5 may write the words of further blanks after it."""
+    scorer = make_scorer(lm.model, lm.tokenizer, "seq2seq", make_probe(make_known_facts()))
+    assert isinstance(scorer, DecodingScorer)
+    tokens = ("<extra_id_0>", "<extra_id_1>", "</s>", "forest")
+    assert [scorer.ends(lm.tokenizer.convert_tokens_to_ids(token)) for token in tokens] == [False, True, True, False]
 
 
 def test_free_answers_are_decoded_greedily_up_to_the_next_sentinel(lm: LanguageModel) -> None:

@@ -54,7 +54,10 @@ GENERATED = CLOZE | {
     "output_type": "generate_until",
     "doc_to_target": "{{choices[label]}}",
     "doc_to_choice": None,
-    "filter_list": [{"name": "trimmed", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
+    "filter_list": [
+        {"name": name, "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}
+        for name in ("trimmed", "another")
+    ],
     "generation_kwargs": {"until": ["."], "max_gen_toks": 3, "do_sample": False},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }
@@ -303,13 +306,26 @@ def test_generated_answers_follow_the_generation_config(tmp_path: Path) -> None:
 def test_the_metric_decides_the_answer(llama: LanguageModel, tmp_path: Path, metric: str) -> None:
     choices = ["Tarsk", "Port Corin", "New Alba", "Ж Ж Ж"]
     rows = [row | {"choices": choices, "label": number % 4} for number, row in enumerate(make_cloze_rows())]
-    config = CLOZE | {"metric_list": [{"metric": metric}]}
+    # A metric of which less is better does not say which answers are right.
+    config = CLOZE | {"metric_list": [{"metric": "acc", "higher_is_better": False}, {"metric": metric}]}
     answers, entry = open_task("lm-eval:cloze", include=write_cloze(tmp_path, config, rows=rows)).run(llama)
     assert entry.source["metrics"] == {"cloze": f"{metric},none"}
     # Longer choices are chosen although they are less likely.
     assert any(answer.top5_logp[0] < max(answer.top5_logp) for answer in answers)
     for answer in answers:
         assert answer.correct == (answer.rank == 1) == (answer.predicted == answer.gold)
+        assert answer.total_logp == pytest.approx(np.logaddexp.reduce(answer.top5_logp))
+
+
+def test_of_several_right_choices_the_likeliest_counts(llama: LanguageModel, tmp_path: Path) -> None:
+    single, rows = make_cloze_rows(), make_cloze_rows()
+    for row in rows:
+        row["label"] = [(row["label"] + 1) % len(row["choices"]), row["label"]]
+    (expected, _), (answers, _) = (
+        open_task("lm-eval:cloze", include=write_cloze(tmp_path / str(n), rows=each)).run(llama)
+        for n, each in enumerate((single, rows))
+    )
+    assert [(answer.gold, answer.correct) for answer in answers] == [(answer.gold, True) for answer in expected]
 
 
 def test_a_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path) -> None:

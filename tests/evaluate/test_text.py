@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate import text
 from compressknow.evaluate.answers import RECORD, read_answers
 from compressknow.evaluate.distributions import DistributionFile
 from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, Chunk
+from compressknow.evaluate.scoring.decoding import TransformersReader
 from compressknow.evaluate.sources import Options, open_all
 from compressknow.evaluate.text import GREEDY_TOKENS, RunningText, cut_chunks
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
@@ -109,6 +113,12 @@ def test_continuations_are_those_of_generate(root: Path, tmp_path: Path) -> None
         assert chunk.greedy.tolist() == expected
 
 
+def test_model_whose_activations_share_a_scale_is_measured_like_others(root: Path, tmp_path: Path) -> None:
+    """A scale for all tokens of a batch depends on later tokens, which the model itself does not see."""
+    compressknow.convert(root / "llama", tmp_path / "int8", quantize="int8-paper")
+    assert read_chunks(tmp_path / "int8", tmp_path / "answers", root / "facts.txt", limit=1)
+
+
 def test_bytes_are_those_of_the_scored_text(root: Path, tmp_path: Path) -> None:
     text = tmp_path / "wide.txt"
     text.write_text("The arlo lives in the forest . Drenn é 你 𝄞 speak Avish . " * 4, encoding="utf-8")
@@ -190,6 +200,15 @@ def test_a_large_limit_reads_only_the_file(root: Path) -> None:
     path = root / "facts.txt"
     text = RunningText("text:facts.txt", path, "0", path.stat().st_size, limit=10**15)
     assert text.read(CONTEXT) == path.read_text(encoding="utf-8").removesuffix("\n")
+
+
+def test_chunks_begin_with_bos_only_if_the_tokenizer_begins_texts_with_it(root: Path) -> None:
+    """GPT-2's does not, although it has such a token."""
+    loaded = load_language_model(root / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(root / "llama")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    readers = (TransformersReader(each) for each in (loaded, replace(loaded, tokenizer=tokenizer)))
+    assert [reader.bos for reader in readers] == [tokenizer.bos_token_id, None]
 
 
 def test_a_token_beyond_the_embedding_is_refused(root: Path) -> None:

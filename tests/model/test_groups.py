@@ -245,6 +245,14 @@ def test_cross_attention_is_recognized(name: str, attribute: str) -> None:
         assert weight.cross == (attribute in weight.module)
 
 
+def test_cross_attention_is_recognized_by_its_class_too() -> None:
+    name = "Pix2StructForConditionalGeneration"
+    with torch.device("meta"):
+        structure = read_structure(getattr(transformers, name)(tiny_config("pix2struct", name)))
+    crossing = [weight.module for weight in structure.linears if weight.cross]
+    assert crossing == [w.module for w in structure.linears if ".encoder_decoder_attention." in w.module] != []
+
+
 def test_cross_attention_of_a_bert_decoder_is_recognized_in_the_papers_map() -> None:
     structure = build("BERT", "paper", is_decoder=True, add_cross_attention=True)
     weights = index_by_module(structure)
@@ -273,6 +281,8 @@ def test_kinds_and_shapes_of_weights_are_recognized() -> None:
     assert not any(w.transposed for w in experts)
     transposed = build_class("GptOssForCausalLM", **LLAMA, num_local_experts=3, num_experts_per_tok=2)
     assert [w.shape for w in transposed.linears if w.transposed][:2] == [(3, 16, 48), (3, 24, 16)]
+    transposed = build_class("Llama4ForCausalLM", **LLAMA, num_local_experts=3, intermediate_size_mlp=24)
+    assert [w.shape for w in transposed.linears if w.transposed][:2] == [(3, 16, 48), (3, 24, 16)]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -280,6 +290,13 @@ def test_ties_follow_the_config(tied: bool) -> None:
     structure = build("Llama", tie_word_embeddings=tied)
     assert structure.tied == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= structure.parameters.keys()
+
+
+def test_of_two_tied_names_one_is_the_source_whichever_is_registered_first() -> None:
+    structure = build_class("CamembertForMaskedLM", **BERT)
+    embedding, head = "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"
+    assert list(structure.parameters).index(head) < list(structure.parameters).index(embedding)
+    assert structure.tied == {head: embedding, "lm_head.decoder.bias": "lm_head.bias"}
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])

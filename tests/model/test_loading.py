@@ -124,6 +124,18 @@ def test_a_tied_weight_may_be_stored_under_either_name(tmp_path: Path) -> None:
         open_complete(folder)
 
 
+def test_all_that_is_tied_to_the_only_stored_weight_has_its_values(tmp_path: Path) -> None:
+    """The embeddings of BART's encoder and decoder and its head are one tensor."""
+    folder = save_tiny("bart", tmp_path / "in")
+    source = load(folder)
+    edit_tensors(
+        folder,
+        lambda tensors: tensors.update({"model.decoder.embed_tokens.weight": tensors.pop("model.shared.weight")}),
+    )
+    compressknow.convert(folder, tmp_path / "out", quantize="int8-weights", scope="final")
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(source), rtol=0, atol=0.05)
+
+
 def test_of_a_weight_stored_twice_the_one_that_transformers_loads_is_compressed(tmp_path: Path) -> None:
     folder, weight = save_tiny("bert", tmp_path / "in"), "encoder.layer.0.output.dense.weight"
     names = ("embeddings.word_embeddings.weight", weight)

@@ -108,6 +108,16 @@ class TinyModel(BertForMaskedLM):
 """
 
 
+OWN_HEAD = """
+    def __init__(self, config):
+        super().__init__(config)
+        self.cls, self.decoder = None, self.cls.predictions.decoder
+
+    def get_output_embeddings(self):
+        return None
+"""
+
+
 def test_custom_code_is_not_run_without_trust(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     (tmp_path / "tiny.py").write_text(f"open({str(trap)!r}, 'w')")
@@ -131,11 +141,11 @@ def test_family_and_head_of_custom_code_that_names_neither_are_found(
     """NeoBERT's is such code: the config gives the task of its class, and its head has a row per token."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
-    (tmp_path / "tiny.py").write_text(f"{REMOTE_CODE}\n    def get_output_embeddings(self):\n        return None\n")
+    (tmp_path / "tiny.py").write_text(REMOTE_CODE + OWN_HEAD)
     model = build_meta_model(write_config(tmp_path, REMOTE), trust_remote_code=True)
     assert find_family(model) == "masked"
     final = [weight.module for weight in read_structure(model).linears if weight.group == "final"]
-    assert final == ["cls.predictions.decoder"]
+    assert final == ["decoder"]
 
 
 def test_custom_code_is_not_run_if_transformers_has_the_class(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from dataclasses import replace
@@ -77,6 +78,7 @@ def test_methods_grid_has_the_same_cells_for_each_method() -> None:
     both = {(method, gptq) for method in ("l1-unstructured", "wanda", "sparsegpt")}
     assert {(c.pruning, c.quantization) for c in cells if c.quantization} == quantized | both
     assert len(cells) == len({cell.key for cell in cells}) == 3 * (15 + 4 + 3)
+    assert {step.amount for c in cells if c.quantization and (step := c.prune)} == {0.5}
     assert all(cell.plain and cell.recipe.module_map == "paper" for cell in cells)
     assert {cell.recipe.calibration for cell in cells} == {None, Calibration(tokens=512)}
 
@@ -134,10 +136,14 @@ def test_grid_file_is_the_product_of_its_axes_and_its_named_cells(tmp_path: Path
         [[cells.steps]]
         quantize = "int8-weights"
         scope = ["feed-forward"]
+        [[cells]]
+        steps = [{ prune = 0.1 }, { prune = 0.2, method = "wanda" }]
+        [[cells]]
+        steps = [{ drop_blocks = 1 }, { prune = 0.1 }]
         """,
     )
-    # 2 x 2 x 2 cells, less the two that do nothing, and two named ones.
-    assert len(cells) == 8
+    # 2 x 2 x 2 cells, less the two that do nothing, and four others.
+    assert len(cells) == 10
     assert cells[0].recipe == build_recipe(Where(("attention",)), quantize="int8")
     assert cells[3].recipe.steps[0].where.scope == ("feed-forward", "final")
     assert (cells[6].key, cells[6].recipe.steps[0]) == (
@@ -145,13 +151,17 @@ def test_grid_file_is_the_product_of_its_axes_and_its_named_cells(tmp_path: Path
         Prune(0.5, where=Where(("attention",), layers="0")),
     )
     assert cells[7].recipe.module_map == "paper"
-    assert [cell.plain for cell in cells] == [True] * 6 + [False] * 2
+    assert [cell.plain for cell in cells] == [True] * 6 + [False] * 4
 
 
 def test_grid_may_be_a_dict(tmp_path: Path) -> None:
     values = {"axes": {"prune": [0.2, 0.5]}, "cells": [{"name": "first", "layers": "0", "quantize": "int8"}]}
     text = '[axes]\nprune = [0.2, 0.5]\n[[cells]]\nname = "first"\nlayers = "0"\nquantize = "int8"\n'
     assert list_cells(values, lambda: OpenModel("llama")) == make_grid(tmp_path / "grid.toml", text)
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    values["axes"] |= {"method": ["wanda"], "calibration": [str(tmp_path / "text.txt")]}
+    hashes = {cell.text_sha256 for cell in list_cells(values, lambda: OpenModel("llama"))}
+    assert hashes == {None, hashlib.sha256(text.encode()).hexdigest()}
     with pytest.raises(UsageError, match=r"The grid, \[axes\]: 'prun' is not a key here"):
         list_cells({"axes": {"prun": [0.2]}}, lambda: OpenModel("llama"))
 
@@ -163,6 +173,9 @@ def test_settings_have_layer_0_and_the_seed_of_a_calibrated_cell(tmp_path: Path)
     one, calibrated = make_grid(tmp_path / "cells.toml", text)
     assert one.settings["layers"] == "0"
     assert calibrated.settings["seed"] == 3
+    steps = "steps = [{prune = 0.5, method = 'random-unstructured', seed = 1}, {quantize = 'int8', rounding = 'gptq'}]"
+    (both,) = make_grid(tmp_path / "both.toml", f"[[cells]]\n{steps}\ncalibration = {{seed = 2}}")
+    assert both.settings["seed"] == "1 + 2"
 
 
 def test_duplicate_recipes_are_dropped_and_keys_are_unique(tmp_path: Path) -> None:
@@ -180,7 +193,8 @@ def test_duplicate_recipes_are_dropped_and_keys_are_unique(tmp_path: Path) -> No
 
 def test_a_recipe_of_the_axes_that_is_named_too_has_its_name(tmp_path: Path) -> None:
     axes = '[axes]\nscope = ["attention"]\nprune = [0.2, 0.5]\n'
-    cells = make_grid(tmp_path / "grid.toml", f'{axes}[[cells]]\nname = "heads"\nscope = "attention"\nprune = 0.2\n')
+    cell = '[[cells]]\nscope = "attention"\nprune = 0.2\n'
+    cells = make_grid(tmp_path / "grid.toml", f'{axes}{cell}name = "heads"\n{cell}')
     assert [cell.key for cell in cells] == ["heads", "att-gp-50"]
 
 

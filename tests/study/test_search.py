@@ -187,16 +187,17 @@ def test_recipe_reproduces_the_winner(workspace: Workspace, tmp_path: Path) -> N
 
 
 def test_checkpoint_is_rounded_by_gptq_or_to_nearest(llama: Workspace, tmp_path: Path) -> None:
-    weights = {}
+    weights, chosen = {}, []
     for rounding in ("nearest", "gptq"):
-        assert llama.search(rounding, "--size", "120kB", "--rounding", rounding) == 0
-        folder = llama.folder / rounding
-        assert llama.read_result(rounding)["by"].endswith("by GPTQ" if rounding == "gptq" else "to nearest")
+        # In one folder: the second search does not take the files of the first.
+        assert llama.search("rounded", "--size", "120kB", "--rounding", rounding) == 0
+        folder, result = llama.folder / "rounded", llama.read_result("rounded")
+        assert result["by"].endswith("by GPTQ" if rounding == "gptq" else "to nearest")
+        chosen.append(result["winner"]["types"])
         again = tmp_path / rounding
         compressknow.convert(llama.model, again, recipe=folder / "recipe.toml")
         weights[rounding] = (folder / "model" / "model.safetensors").read_bytes()
         assert (again / "model.safetensors").read_bytes() == weights[rounding]
-    chosen = [llama.read_result(rounding)["winner"]["types"] for rounding in weights]
     assert chosen[0] == chosen[1]
     assert weights["nearest"] != weights["gptq"]
 
@@ -518,6 +519,22 @@ def test_options_of_a_search_are_those_that_are_given(llama: Workspace) -> None:
     assert llama.read_result("options")["seed"] == 1
     (compressed,) = json.loads((folder / "report.json").read_text(encoding="utf-8"))["compressed"]
     assert not {"lost_facts", "gained_facts"} & compressed.keys()
+
+
+def test_format_predicts_the_sizes_of_converted_checkpoints_and_their_losses(llama: Workspace, tmp_path: Path) -> None:
+    request = SearchRequest(None, 1, "checkpoint", "text", (), "nearest", Calibration(llama.text, 256))
+    form = CheckpointFormat(StudyModel(llama.model, Settings()), request)
+    for scheme, options, nbytes in (("int8-weights", {}, form.ceiling), ("int4", {"group_size": 64}, form.floor)):
+        compressknow.convert(llama.model, tmp_path / scheme, quantize=scheme, **options)
+        # Sizes are bounds: headers are estimated.
+        assert 0 <= nbytes - (tmp_path / scheme / "model.safetensors").stat().st_size < 8_000
+    by_type = dict.fromkeys(form.roundings.types, Rounding(0, facts=1.0, text=2.0))
+    rows = [TensorSensitivity(f"{module}.weight", (64, 64), "other", 0, by_type) for module in form.numel]
+    form.learn(Sensitivity("", Guidance("checkpoint", form.roundings.types), tuple(rows)), ())
+    assert form.choose(form.floor).loss == 2 * len(rows) == 28
+    # The feed-forward blocks have 49,152 parameters, attention 24,576.
+    types = {module: "int4/64" if "mlp" in module else "none" for module in form.numel}
+    assert form.mix(types) == "66.7 % int4/64, 33.3 % none"
 
 
 def test_custom_code_checkpoint_is_written(llama: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,24 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import compressknow
 from compressknow.cli import main
+from compressknow.compress.steps import Calibration
+from compressknow.engine.identity import locate
+from compressknow.evaluate.handle import ModelHandle
+from compressknow.evaluate.runtimes import Settings
+from compressknow.evaluate.sources.sets import read_atlas
+from compressknow.study.guides import measure_guides, select_known_facts
+from compressknow.study.measuring import GgufRoundings
 from compressknow.study.sensitivity import can_guide
+from tests.evaluate.layouts import open_probe
 from tests.knowing import KNOWN_FACTS, save_trained, write_bear, write_facts
+from tests.pages.answering import make_answer, make_answers
 
 pytest.importorskip("llama_cpp_py_sync")
 
@@ -62,7 +72,11 @@ def test_sensitivity_keeps_the_stored_answers_of_a_report(out: Path, monkeypatch
         return works
 
     assert "evaluate" in list_work_of_report()
-    compressknow.sensitivity("llama", facts="facts:facts.jsonl", calibration="text.txt", calibration_tokens=512)
+    monkeypatch.setattr("compressknow.study.guides.TOKENS", 256)
+    result = compressknow.sensitivity(
+        "llama", facts="facts:facts.jsonl", calibration="text.txt", calibration_tokens=512
+    )
+    assert (result.guidance.facts, result.guidance.tokens) == (40, 256)
     assert "evaluate" not in list_work_of_report()
 
 
@@ -102,9 +116,19 @@ def test_command_prints_and_writes_the_map_and_measures_once(out: Path, capsys: 
     assert not {"evaluate", "sensitivity"} & set(stages)
     assert json.loads(json.dumps(again.as_json()["rows"])) == values["rows"]
     assert repr(again).startswith("<Sensitivity: 16 weights of ")
-    # The model's own samples depend on the seed.
+    # For GPTQ, the model reads each fact up to the last token of its object, which predicts nothing; and the text.
+    handle, text = ModelHandle(locate("llama"), Settings()), Calibration("text.txt", 512)
+    _, texts = measure_guides(handle, [open_probe(OPTIONS[1])], text, "both", GgufRoundings(), None)
+    of_facts, of_text = ([row for batch in each for row in batch["input_ids"].tolist()] for each in texts)
+    sentences = handle.loaded.language_model.tokenizer([fact.sentence(fact.obj_label) for fact in KNOWN_FACTS])
+    assert sorted(of_facts) == sorted(ids[:-2] for ids in sentences["input_ids"])
+    assert len(of_text) * len(of_text[0]) == 512
+    # The model's own samples depend on the seed, and nothing else does.
     one, other = (compressknow.sensitivity("llama", facts=OPTIONS[1], calibration_tokens=64, seed=n) for n in (0, 1))
     assert one.guidance.text != other.guidance.text
+    shutil.rmtree(out.parent / "cache" / "compressknow" / "sensitivity")
+    assert main(["sensitivity", "llama", *OPTIONS, "--seed", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == values
     # An existing file is not overwritten by default.
     assert main(["sensitivity", "llama", *OPTIONS, "-o", str(files[3])]) == 1
     assert "exists already" in capsys.readouterr().err
@@ -132,6 +156,17 @@ def test_too_few_known_facts_are_refused_unless_a_text_guides(out: Path, capsys:
     assert "16 weights by text: 0 known facts, " in printed
     assert " --guide text --facts facts:few.jsonl --calibration text.txt --calibration-tokens 512\n" in printed
     assert "Facts at risk" not in (out / "map.md").read_text().partition("## The most")[0]
+
+
+def test_facts_that_guide_are_known_ones_evenly_over_relations() -> None:
+    probe = read_atlas()
+    by_relation = {name: [each for each in probe.facts if each.relation == name] for name in probe.examples}
+    known = {fact.id for facts in by_relation.values() for fact in facts[1::2]}
+    rows = [make_answer(0, fact.id in known, fact_id=fact.id, relation=fact.relation) for fact in probe.facts]
+    (selected,) = select_known_facts(make_answers(rows), [probe])
+    assert len(selected.facts) == 200
+    assert known.issuperset(fact.id for fact in selected.facts)
+    assert set(Counter(fact.relation for fact in selected.facts).values()) == {3, 4}
 
 
 def test_thirty_facts_are_enough_to_guide() -> None:
