@@ -1,0 +1,166 @@
+"""What charts say by their coordinates: figures read back from lines, bars, intervals, marks and cells."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+import pytest
+
+from compressknow.comparison.records import Estimate
+from compressknow.pages.drawing import SERIES, Bar, Line, Mark, Tradeoff, draw_bars, draw_lines, draw_tradeoff
+from compressknow.pages.svg import Grid, draw_heat_map
+
+_TICK = re.compile("(\N{MINUS SIGN}?[0-9]+)(?: %)?")
+
+
+def read_axes(root: Element) -> tuple[Callable[[float], float], Callable[[float], float]]:
+    """Return functions that turn coordinates into the figures on the axes; the vertical one has grid lines."""
+    ticks: dict[str, list[tuple[float, float]]] = {"middle": [], "end": []}
+    for before, label in pairwise(root):
+        if label.tag == "text" and (match := _TICK.fullmatch(label.text or "")):
+            value, anchor = float(match[1].replace("\N{MINUS SIGN}", "-")), label.get("text-anchor", "")
+            place = float(label.get("x", "")) if anchor == "middle" else read_points(before)[0][1]
+            ticks.get(anchor, []).append((place, value))
+    across, up = (interpolate(ticks[anchor]) for anchor in ("middle", "end"))
+    return across, up
+
+
+def interpolate(ticks: list[tuple[float, float]]) -> Callable[[float], float]:
+    if not ticks:
+        return lambda place: place
+    (x0, y0), (x1, y1) = ticks[0], ticks[-1]
+    return lambda place: y0 + (place - x0) * (y1 - y0) / (x1 - x0)
+
+
+def read_points(path: Element) -> list[tuple[float, float]]:
+    numbers = [float(each) for each in re.findall(r"-?[\d.]+", path.get("d", ""))]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def find_paths(root: Element, look: str, **attributes: str) -> list[Element]:
+    """Return the paths of a class that have these attributes, in the order in which they are drawn."""
+    wanted = {name.replace("_", "-"): value for name, value in attributes.items()}
+    return [path for path in root.iter("path") if path.get("class") == look and wanted.items() <= path.attrib.items()]
+
+
+def find_text(root: Element, text: str) -> Element:
+    return next(each for each in root.iter("text") if each.text == text)
+
+
+def near(figure: float, tolerance: float = 0.6) -> object:
+    """Coordinates have one decimal."""
+    return pytest.approx(figure, abs=tolerance)
+
+
+def test_bars_intervals_and_levels_are_at_their_figures() -> None:
+    estimates = {"a": Estimate(0.5, 0.4, 0.7), "b": Estimate(-0.1, -0.2, 0.05), "c": Estimate(1.2, 1.1, 1.3)}
+    bars = [Bar(name, value, place, "last" * (name == "c")) for place, (name, value) in enumerate(estimates.items())]
+    root = ElementTree.fromstring(draw_bars(bars, "x", "t", levels={"near": 0.25, "far": 1.5}))
+    across, _ = read_axes(root)
+    right = float(root.get("viewBox", "").split()[2])
+    for i, (name, estimate) in enumerate(estimates.items()):
+        (bar,), interval = find_paths(root, f"f-c{i + 1}"), find_paths(root, "s-ink", stroke_width="1.4")[i]
+        corners, ends = read_points(bar), read_points(interval)
+        assert [across(x) for x, _ in corners[:2]] == [near(0), near(100 * (estimate.value or 0))]
+        assert [across(x) for x, _ in ends] == [near(100 * (estimate.low or 0)), near(100 * (estimate.high or 0))]
+        middle = (corners[0][1] + corners[2][1]) / 2
+        assert [y for _, y in ends] == [near(middle)] * 2
+        # Its name and its figure are on the same line, the figure to the right of the bar and its interval.
+        figure = find_text(root, f"{100 * (estimate.value or 0):.1f} %".replace("-", "\N{MINUS SIGN}"))
+        assert [float(text.get("y", "")) for text in (find_text(root, name), figure)] == [near(middle, 6)] * 2
+        assert float(figure.get("x", "")) > max(x for x, _ in (*corners, *ends))
+    for (name, level), path in zip({"near": 25, "far": 150}.items(), find_paths(root, "s-muted"), strict=True):
+        assert [across(x) for x, _ in read_points(path)] == [near(level)] * 2
+        assert across(float(find_text(root, name).get("x", ""))) == near(level)
+        assert max(x for x, _ in read_points(path)) < right
+    heading = float(find_text(root, "last").get("y", ""))
+    assert float(find_text(root, "b").get("y", "")) < heading < float(find_text(root, "c").get("y", ""))
+
+
+def test_lines_and_levels_are_at_their_figures() -> None:
+    figures = {"steep": [(20.0, 0.7), (40.0, 0.45)], "flat": [(10.0, 0.75), (60.0, 0.65)]}
+    lines = [Line(name, tuple((x, Estimate(y)) for x, y in points)) for name, points in figures.items()]
+    root = ElementTree.fromstring(draw_lines(lines, "x", "t", start=0.8, levels={"level": 0.95, "other": -0.15}))
+    across, up = read_axes(root)
+    marks = list(root.iter("use"))
+    for i, (name, points) in enumerate(figures.items()):
+        (path,) = find_paths(root, f"s-c{i + 1}", stroke_width="1.8")
+        read = [(across(x), up(y)) for x, y in read_points(path)]
+        assert read == [(near(x), near(100 * y)) for x, y in [(0.0, 0.8), *points]]
+        drawn = [mark for mark in marks if f"f-c{i + 1}" in mark.get("class", "")]
+        assert [(across(float(m.get("x", ""))), up(float(m.get("y", "")))) for m in drawn] == read[1:]
+        # Its name is next to its end.
+        label = find_text(root, name)
+        assert label.get("class") == f"f-c{i + 1}"
+        assert up(float(label.get("y", ""))) == near(read[-1][1], 4)
+    assert len({mark.get("href") for mark in marks}) == len(figures)
+    for level, path in zip((95, -15), find_paths(root, "s-muted"), strict=True):
+        assert [up(y) for _, y in read_points(path)] == [near(level)] * 2
+    # All is inside the plot.
+    heights = [y for _, y in read_points(root[2])]
+    drawn_at = [y for path in root.iter("path") if path.get("clip-path") for _, y in read_points(path)]
+    assert min(heights) <= min(drawn_at) < max(drawn_at) <= max(heights)
+
+
+@pytest.mark.parametrize("more_is_better", [False, True])
+def test_marks_best_models_and_shares_are_at_their_figures(more_is_better: bool) -> None:
+    figures = [(100.0, 0.7, "made"), (200.0, 0.9, "made"), (300.0, 0.8, "made"), (400.0, 1.0, "original")]
+    marks = [Mark(x, Estimate(y, y - 0.05, y), kind, f"{x:g}: {y:g}") for x, y, kind in figures]
+    looks = {"original": ("D", SERIES[1], 6.0), "made": ("o", SERIES[0], 5.0)}
+    chart = Tradeoff("t", "cost", marks, looks, ("made",), more_is_better, keep=0.85, rounding=0.97)
+    root = ElementTree.fromstring(draw_tradeoff(chart, "x", broad=True))
+    across, up = read_axes(root)
+    drawn = {use.findtext("title"): use for use in root.iter("use") if use.find("title") is not None}
+    assert len(drawn) == len(marks)
+    for mark in marks:
+        use = drawn[mark.tooltip]
+        assert across(float(use.get("x", ""))) == near(mark.cost, 1)
+        assert up(float(use.get("y", ""))) == near(100 * mark.share)
+        assert ("f-c2" in use.get("class", "")) == (mark.kind == "original")
+    # A share is available at every higher cost, or at every lower speed.
+    (best,) = find_paths(root, "s-c1", stroke_width="1.2")
+    steps = [(200, 90), (200, 80), (300, 80)] if more_is_better else [(100, 70), (200, 70), (200, 90)]
+    read = [(across(x), up(y)) for x, y in read_points(best)]
+    assert [point for point, after in zip(read, [*read[1:], None], strict=True) if point != after] == [
+        (near(x, 1), near(y)) for x, y in steps
+    ]
+    (keep,), (rounding,) = (find_paths(root, "s-muted", stroke_dasharray=dashes) for dashes in ("3.6,2.7", "0.9,1.8"))
+    assert [[up(y) for _, y in read_points(path)] for path in (keep, rounding)] == [[near(85)] * 2, [near(97)] * 2]
+
+
+@pytest.mark.parametrize("broad", [False, True])
+def test_cells_of_a_heat_map_are_at_their_names_in_the_shade_that_the_legend_explains(broad: bool) -> None:
+    cells = {
+        ("first", "k"): 2.0,
+        ("first", "q"): 8.0,
+        ("second", "k"): 16.0,
+        ("second", "v"): 4.0,
+        ("second", "q"): 3.5,
+    }
+    grid = Grid(("first", "second", "whole"), ("k", "v", "q"), ((2.0, None, 8.0), (16.0, 4.0, 3.5), (5.0,)))
+    drawn = draw_heat_map(grid, "t", "x", broad, bounds=(3, 4, 5, 6, 8, 16), write=lambda figure: f"{figure:g}")
+    root = ElementTree.fromstring(drawn or "")
+    assert str(root.findtext("desc")).startswith("From 2 (k, first) to 16 (k, second).")
+    (*boxes, whole), legend = list(root.iter("rect"))[:-7], list(root.iter("rect"))[-7:]
+    texts = list(root.iter("text"))
+    edges = {text.get("x"): float(text.text or "") for text in texts[-6:]}
+    ends = [edges.get(each.get("x"), 0.0) for each in legend]
+    shades = {each.get("opacity"): pair for each, pair in zip(legend, pairwise([*ends, float("inf")]), strict=True)}
+    for ((row, column), figure), box in zip(cells.items(), boxes, strict=True):
+        low, high = shades[box.get("opacity")]
+        assert low <= figure < high
+        x, y, width, height = (float(box.get(name, "")) for name in ("x", "y", "width", "height"))
+        assert x < float(find_text(root, column).get("x", "")) < x + width
+        assert y < float(find_text(root, row).get("y", "")) < y + height
+        shown = [box.findtext("title")] if not broad else [t.text for t in texts if is_in(t, (x, y, width, height))]
+        assert shown == [f"{figure:g}"]
+    assert [whole.get("x"), float(whole.get("width", ""))] == [boxes[0].get("x"), near(3 * (width + 1) - 1)]
+
+
+def is_in(text: Element, box: tuple[float, float, float, float]) -> bool:
+    (x, y, width, height), left, bottom = box, float(text.get("x", "")), float(text.get("y", ""))
+    return x < left < x + width and y < bottom < y + height
