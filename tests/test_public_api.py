@@ -63,6 +63,18 @@ def test_parameters_are_the_options_of_the_command(name: str) -> None:
     assert parameters - words - ONLY_IN_PYTHON == set()
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_defaults_of_the_command_line_are_those_of_python(name: str) -> None:
+    command = getattr(importlib.import_module(f"compressknow.cli.{name}"), name)
+    verb = getattr(importlib.import_module(f"compressknow.api.{name}"), name)
+    defaults = {word: each.default for word, each in inspect.signature(verb).parameters.items()}
+    given = command.make_context(name, [], resilient_parsing=True).params
+    both = {word: (value, defaults[word]) for word, value in given.items() if word in defaults}
+    # On the command line, an argument that is required has no value here, and an option without a value may be ().
+    alike = {word for word, (value, default) in both.items() if value == default or (not value and not default)}
+    assert {word for word in both.keys() - alike if defaults[word] is not inspect.Parameter.empty} == set()
+
+
 def test_defaults_of_a_signature_are_those_of_the_records() -> None:
     defaults = {name: each.default for name, each in inspect.signature(report).parameters.items()}
     options, settings = build_run_options({name: defaults[name] for name in ServerKeywords.__annotations__})
