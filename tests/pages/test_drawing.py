@@ -92,7 +92,8 @@ def test_bars_intervals_and_levels_are_at_their_figures() -> None:
 def test_lines_and_levels_are_at_their_figures() -> None:
     figures = {"steep": [(20.0, 0.7), (40.0, 0.45)], "flat": [(10.0, 0.75), (60.0, 0.65)]}
     lines = [Line(name, tuple((x, Estimate(y)) for x, y in points)) for name, points in figures.items()]
-    root = ElementTree.fromstring(draw_lines(lines, "x", "t", start=0.8, levels={"level": 0.95, "next": 0.93, "low": -0.15}))
+    levels = {"level": 0.95, "next": 0.93, "low": -0.15}
+    root = ElementTree.fromstring(draw_lines(lines, "x", "t", start=0.8, levels=levels))
     check_nothing_is_cut(root)
     across, up = read_axes(root)
     marks = list(root.iter("use"))
@@ -107,8 +108,8 @@ def test_lines_and_levels_are_at_their_figures() -> None:
         assert label.get("class") == f"f-c{i + 1}"
         assert up(float(label.get("y", ""))) == near(read[-1][1], 4)
     assert len({mark.get("href") for mark in marks}) == len(figures)
-    for level, path in zip((95, 93, -15), find_paths(root, "s-muted"), strict=True):
-        assert [up(y) for _, y in read_points(path)] == [near(level)] * 2
+    for level, path in zip(levels.values(), find_paths(root, "s-muted"), strict=True):
+        assert [up(y) for _, y in read_points(path)] == [near(100 * level)] * 2
 
 
 @pytest.mark.parametrize("more_is_better", [False, True])
