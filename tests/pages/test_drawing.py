@@ -107,7 +107,8 @@ def test_lines_and_levels_are_at_their_figures() -> None:
         label = find_text(root, name)
         assert label.get("class") == f"f-c{i + 1}"
         assert up(float(label.get("y", ""))) == near(read[-1][1], 4)
-    assert len({mark.get("href") for mark in marks}) == len(figures)
+    shapes = {path.get("id"): path.get("d") for path in root.iter("path")}
+    assert len({shapes[mark.get("href", "").removeprefix("#")] for mark in marks}) == len(figures)
     for level, path in zip(levels.values(), find_paths(root, "s-muted"), strict=True):
         assert [up(y) for _, y in read_points(path)] == [near(100 * level)] * 2
 

@@ -109,6 +109,11 @@ def test_several_models_are_summarized_by_their_range_and_a_table() -> None:
     assert rows[2][:2] == ["1. Att_GP 10%", "269.0 MB"]
     assert len(rows) == 2 + 27
     assert [len(row) for row in rows] == [len(rows[0])] * len(rows)
+    # Of many models, each has the relations that lost most.
+    *_, table = (each for each in page.all("table") if each.one("caption").text.startswith("atlas by relation"))
+    lost = [int(row.all("td")[2].text) for row in table.one("tbody").all("tr")]
+    by_relation = make_card_of_several().comparisons[-1].probes[0].by_relation
+    assert lost == sorted((group.counts.lost for group in by_relation), reverse=True)[: len(lost)]
 
 
 def test_models_of_the_same_name_are_numbered_once() -> None:

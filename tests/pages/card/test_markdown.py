@@ -11,11 +11,12 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from compressknow.base.format import clean
+from compressknow.evaluate.records import FactsInText
 from compressknow.pages import pages
 from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.pages import escape_markdown
 from compressknow.pages.parts import Folded, Page, PageSection
-from tests.pages.card.cards import make_card_of_one
+from tests.pages.card.cards import make_card_of_one, make_layer_group
 from tests.pages.card.test_html import CARDS
 from tests.pages.card.test_make import compare_counts
 from tests.pages.hostile import HOSTILE_TEXTS, number_texts
@@ -118,6 +119,18 @@ def test_unknown_sizes_are_not_compared() -> None:
     assert "2.0 MB before, 1.0 MB after: 50.0 % smaller." in write(2_000_000, 1_000_000)
     assert "2.0 MB before, - after." in write(2_000_000, None)
     assert " before, " not in write(None, None)
+
+
+def test_weights_and_facts_in_the_calibration_text_are_counted_separately() -> None:
+    """More weights may be zero than were pruned, and more facts evaluated than known."""
+    card = make_card_of_one()
+    (comparison,) = card.comparisons
+    group = make_layer_group(1_000, 200, 500, 0.1) | {"zeros_after": 300}
+    model = replace(comparison.model, groups={"attention": group}, in_calibration=FactsInText(200, 60, 100, 40))
+    text = render_markdown(replace(card, comparisons=(replace(comparison, model=model),)))
+    assert "| attention | 1,000 | 30.0 % | 20.0 % | 50.0 % | 0.1000 |" in text
+    assert "60 of 200 facts appear in this text" in text
+    assert ", 40 of the 100 that the original knew." in text
 
 
 def test_one_lost_fact_evaluated_with_an_example_is_singular() -> None:
