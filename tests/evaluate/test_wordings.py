@@ -13,6 +13,7 @@ import pytest
 import compressknow
 from compressknow import Options
 from compressknow.base.errors import UsageError
+from compressknow.base.format import share, write_percent
 from compressknow.cli import main
 from compressknow.comparison.distributions import compare_wordings, measure_consistency
 from compressknow.evaluate.evaluate import put_after_example
@@ -106,6 +107,13 @@ def test_page_and_markdown_have_a_row_per_wording(study: Path) -> None:
         assert "By wording" in text
         assert "Consistency, the share of pairs of wordings" in text
         assert "majority" in text
+    (probe,) = json.loads((study / "report.json").read_text())["compressed"][0]["probes"].values()
+    for name, counts in {**probe["by_template"], "majority": probe}.items():
+        known = [counts["both"] + counts[side] for side in ("lost", "gained")]
+        shares = " | ".join(write_percent(each, counts["n"]) for each in known)
+        assert f"| {name} | {counts['n']} | {shares} | {counts['lost']} | {counts['gained']} | " in text
+    before, after = (share(probe[f"consistency_{side}"]) for side in ("original", "compressed"))
+    assert f": {before} before, {after} after." in text
 
 
 def test_a_sample_has_all_wordings_of_its_facts() -> None:
