@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
+from math import log10
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 import pytest
 
-from compressknow.comparison.records import Estimate
+from compressknow.base.format import share
+from compressknow.comparison.records import Counts, Estimate, Group
+from compressknow.comparison.text import compare_text
+from compressknow.evaluate.records import MEASURED
+from compressknow.pages.card.pages import render_html
+from compressknow.pages.card.sections.facts import chart_popularity
 from compressknow.pages.drawing import SERIES, Bar, Line, Mark, Tradeoff, draw_bars, draw_lines, draw_tradeoff
+from compressknow.pages.parts import Beside, Chart
 from compressknow.pages.svg import Grid, draw_heat_map
+from compressknow.pages.texts import make_text_parts
+from tests.pages.card.cards import make_card_of_one
+from tests.pages.test_texts import make_chunks
 
 _TICK = re.compile("(\N{MINUS SIGN}?[0-9]+)(?: %)?")
 
@@ -171,3 +182,63 @@ def test_cells_of_a_heat_map_are_at_their_names_in_the_shade_that_the_legend_exp
 def is_in(text: Element, box: tuple[float, float, float, float]) -> bool:
     (x, y, width, height), left, bottom = box, float(text.get("x", "")), float(text.get("y", ""))
     return x < left < x + width and y < bottom < y + height
+
+
+def test_knowledge_kept_by_popularity_is_above_the_name_of_its_bin() -> None:
+    estimates = {"top": Estimate(0.9, 0.8, 0.95), "middle": Estimate(0.75, 0.63, 0.85), "bottom": Estimate(0.8)}
+    bins = [Group(name, Counts(), (), kept, None, None, None) for name, kept in estimates.items()]
+    chart = chart_popularity(bins, "atlas")
+    assert chart is not None
+    root = ElementTree.fromstring(chart.draw_svg("x").svg)
+    check_nothing_is_cut(root)
+    _, up = read_axes(root)
+    strokes = [read_points(path) for path in find_paths(root, "s-c1", stroke_width="2")]
+    for (name, kept), dot, stroke in zip(estimates.items(), root.iter("use"), strokes, strict=True):
+        x, y, value = float(dot.get("x", "")), float(dot.get("y", "")), 100 * (kept.value or 0)
+        ends = [value if end is None else 100 * end for end in (kept.low, kept.high)]
+        assert [float(find_text(root, name).get("x", ""))] + [x for x, _ in stroke] == [near(x)] * 3
+        assert [up(y), *(up(y) for _, y in stroke)] == [near(value), *map(near, ends)]
+        label = find_text(root, share(kept.value))
+        assert (float(label.get("x", "")), float(label.get("y", ""))) == (near(x + 8, 2), near(y, 6))
+
+
+def test_dots_of_calibration_are_at_their_confidence_and_share_of_right_answers() -> None:
+    card = make_card_of_one()
+    confidence = card.comparisons[0].probes[0].confidence
+    assert confidence is not None
+    sides = {"original": confidence.reliability_original, "compressed": confidence.reliability_compressed}
+    charts = re.findall(r'<svg class="chart".*?</svg>', render_html(card), re.DOTALL)
+    for side, bins in sides.items():
+        (root,) = (
+            ElementTree.fromstring(chart) for chart in charts if f">Calibration of the {side} model, atlas" in chart
+        )
+        across, up = read_axes(root)
+        dots = [(float(dot.get("x", "")), float(dot.get("y", "")), dot.get("class", "")) for dot in root.iter("use")]
+        filled = [each for each in bins if each.facts]
+        for (x, y, look), each in zip(dots, filled, strict=True):
+            assert (across(x), up(y)) == (near(100 * (each.confidence or 0)), near(100 * each.right / each.facts))
+            assert ("f-paper" in look) == (each.facts < 10)
+        (diagonal,) = find_paths(root, "s-muted")
+        assert [(across(x), up(y)) for x, y in read_points(diagonal)] == [(near(0), near(0)), (near(100), near(100))]
+
+
+def test_bars_of_divergence_end_at_their_percentile_on_a_logarithmic_axis() -> None:
+    names = {"median": 2e-4, "90th": 3e-3, "95th": 0.02, "99th": 0.4, "99.9th": 1.5, "largest": 12.0}
+    percentiles = dict(zip(("p50", "p90", "p95", "p99", "p99_9", "max"), names.values(), strict=True))
+    figures = compare_text("text:a.txt", 32, MEASURED, make_chunks(1), make_chunks(2))
+    assert figures.moved is not None
+    figures = replace(figures, moved=replace(figures.moved, kl_percentiles=percentiles))
+    (beside,) = (part for part in make_text_parts(figures, ("original", "compressed")) if isinstance(part, Beside))
+    assert isinstance(beside.chart, Chart)
+    root = ElementTree.fromstring(beside.chart.draw_svg("x").svg)
+    ticks = [(float(t.get("x", "")), log10(float(t.text or ""))) for t in root.iter("text") if is_power(t.text or "")]
+    across = interpolate(ticks)
+    for (name, figure), bar in zip(names.items(), find_paths(root, "f-c1"), strict=True):
+        left, right = ((pick(x for x, _ in read_points(bar))) for pick in (min, max))
+        assert (across(left), across(right)) == (near(-4, 0.03), near(log10(figure), 0.03))
+        middle = read_points(bar)[0][1] / 2 + read_points(bar)[2][1] / 2
+        assert float(find_text(root, name).get("y", "")) == near(middle, 6)
+
+
+def is_power(text: str) -> bool:
+    return re.fullmatch(r"1(e-\d+|0*)|0\.0*1", text) is not None
