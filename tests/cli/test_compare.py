@@ -249,6 +249,20 @@ def test_both_are_evaluated_with_the_given_options(run: Run, models: Path, tmp_p
     assert {(entry.limit, entry.seed, entry.noise_floor) for entry in entries} == {(8, 3, None)}
 
 
+def test_known_produced_counts_what_each_produces(run: Run, models: Path) -> None:
+    result = run(*LLAMAS, *FACTS, "--known", "produced", "--json")
+    behaviour = json.loads(result.out)["behaviour"]
+    sides = [find_answers(models, name, other) for name, other in (("llama", None), ("llama-int8", "llama"))]
+    a, b = ({answer.fact_id for answer in side.answers if answer.grade == "produced"} for side in sides)
+    assert len(b) < sum(answer.correct for answer in sides[1].answers)
+    for way, (one, other) in {"b_against_a": (a, b), "a_against_b": (b, a)}.items():
+        assert [behaviour[way][name] for name in ("both", "lost", "gained")] == [
+            len(one & other),
+            len(one - other),
+            len(other - one),
+        ]
+
+
 def test_no_facts_leaves_out_prompts(run: Run, models: Path, tmp_path: Path) -> None:
     assert run(*LLAMAS, *FACTS, *OUTPUTS).code == 0
     shown = (tmp_path / "c.json").read_text()

@@ -143,6 +143,17 @@ def test_one_lost_fact_evaluated_with_an_example_is_singular() -> None:
     assert "brings back 0 (0 %) of 1 lost fact that was evaluated with it." in render(render_markdown(card)).text
 
 
+@pytest.mark.parametrize(("written", "who"), [((False, True), "original"), ((True, False), "compressed model")])
+def test_model_that_cannot_write_is_named(written: tuple[bool, bool], who: str) -> None:
+    card = make_card_of_one()
+    (comparison,) = card.comparisons
+    first, *others = comparison.probes
+    assert first.knowing is not None
+    first = replace(first, knowing=replace(first.knowing, written=written))
+    text = render_markdown(replace(card, comparisons=(replace(comparison, probes=(first, *others)),)))
+    assert re.findall("The ([a-z ]+) cannot write", text) == [who]
+
+
 def test_facts_are_left_out_on_request() -> None:
     text = render_markdown(replace(make_card_of_one(), show_facts=False))
     assert text.count("The text of the facts was left out on request.") == 2
