@@ -21,7 +21,7 @@ import compressknow
 from compressknow.base.errors import GateNotMet, GateUndecided
 from compressknow.cli import main
 from compressknow.cli.report import report_page
-from compressknow.evaluate.answers import RECORD
+from compressknow.evaluate.answers import RECORD, read_answers
 from compressknow.pages.records import Card
 from tests.cli.conftest import Run, check_refused
 from tests.evaluate.layouts import read_facts_file
@@ -541,6 +541,23 @@ def test_next_step_is_printed_below_the_verdict(run: Run, models: Path) -> None:
     advice = " ".join(lines[line:])
     assert "less than 95 % is kept; prune 40 % of the weights instead of 80 %" in advice
     assert f"compressknow convert {models / 'llama'} OUTPUT --prune 0.4" in advice
+
+
+def test_no_model_above_the_given_size_is_recommended(run: Run) -> None:
+    several = ("report", "{models}/on-llama", "{models}/on-llama-5", "{models}/on-llama-8", "--json")
+    recommended = json.loads(run(*several, "--within", "1kB").out)["recommended"]
+    assert (recommended["within"], recommended["place"]) == (1000, None)
+    assert json.loads(run(*several).out)["recommended"]["place"] is not None
+
+
+def test_known_produced_counts_what_each_produces(run: Run, models: Path) -> None:
+    names = ("on-llama", "on-llama-8")
+    sides = [read_answers(models / name).answers for name in names]
+    before, after = ({answer.fact_id for answer in side if answer.grade == "produced"} for side in sides)
+    printed = json.loads(run("report", *(f"{{models}}/{name}" for name in names), "--known", "produced", "--json").out)
+    counts = [printed["compressed"][0][name] for name in ("both", "lost", "gained")]
+    assert counts == [len(before & after), len(before - after), len(after - before)]
+    assert len(after) < sum(answer.correct for answer in sides[1])
 
 
 def test_table_of_several_models_has_no_trailing_spaces(run: Run) -> None:

@@ -61,6 +61,9 @@ def test_pruned_amounts_are_lines_and_other_setups_are_bars() -> None:
     lines, others = split_setups(comparisons)
     assert [line.scope for line in lines] == ["Att_GP", "Att_GPQ", "FF_GP", "FF_GPQ", "All_GP", "All_GPQ"]
     assert [[amount for amount, _ in line.points] for line in lines] == [[20, 40]] * 6
+    # Whatever the order of the models, a line runs from the smallest amount to the largest.
+    backwards, _ = split_setups(comparisons[::-1])
+    assert {line.scope: line.points for line in backwards} == {line.scope: line.points for line in lines}
     assert [comparisons[index].model.setup for index in others] == ["Att_GQ", "FF_GQ", "All_GQ"]
     by_amount, bars = draw_setups()
     assert {"Att_GP", "All_GPQ", "40 %"} <= set(read_texts(by_amount))
@@ -94,6 +97,7 @@ def make_comparisons(*floors: NoiseFloor | None) -> tuple[Comparison, ...]:
 def test_chart_of_speeds_names_the_runtimes() -> None:
     card = make_card_of_several()
     sized, timed = chart_costs(card, name_models(card))
+    assert (sized.more_is_better, timed.more_is_better) == (False, True)
     assert list(timed.looks) == ["in transformers, bfloat16", "in llama.cpp b1"]
     assert list(sized.looks) == ["in transformers", "in llama.cpp", "the original, in transformers"]
     (mark,) = [mark for mark in timed.marks if mark.kind == "in llama.cpp b1"]
