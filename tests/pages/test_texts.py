@@ -17,6 +17,7 @@ from compressknow.comparison.records import Measurement
 from compressknow.comparison.text import compare_text, compare_tokens, compute_perplexity
 from compressknow.evaluate.answers import Answers
 from compressknow.evaluate.records import ALONE, MEASURED, OTHER_TOKENS, Chunk, ModelRecord, ProbeEntry, Record
+from compressknow.pages.as_json import dump_texts
 from compressknow.pages.card.gate import hold_to_gates, parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown
@@ -107,6 +108,17 @@ def test_figures_and_errors_match_llama_cpp() -> None:
         assert figure is not None
         assert (figure.value, figure.error) == pytest.approx(expected[name], rel=1e-6), name
     assert change.correlation == pytest.approx(expected["correlation"][0])
+    # The JSON has each under its own name.
+    names = {
+        **{"perplexity_original": "base", "perplexity_compressed": "ppl", "perplexity_ratio": "ratio"},
+        **{"perplexity_difference": "difference", "log_perplexity_ratio": "log_ratio", "kl_mean": "kl"},
+        **{"same_top": "same_top", "probability_change": "change", "probability_change_rms": "change_rms"},
+    }
+    values = dump_texts([compare_text("text:a.txt", 32, MEASURED, original, compressed)])["text:a.txt"]
+    for name, key in names.items():
+        assert (values[name], values[f"{name}_error"]) == pytest.approx(expected[key], rel=1e-6), name
+    for side, logp in (("original", before), ("compressed", after)):
+        assert values[f"bits_per_byte_{side}"] == pytest.approx(-logp.mean() / 4 / math.log(2), rel=1e-6)
 
 
 def test_percentiles_are_interpolated_like_those_of_llama_cpp() -> None:

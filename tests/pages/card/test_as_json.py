@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from scipy.stats import binomtest
 
 from compressknow.base.errors import CompressknowError
 from compressknow.pages.card.make import make_card
 from tests.pages.answering import make_answers, make_entry, make_model, make_rows, make_runs
-from tests.pages.card.cards import make_card_of_several
+from tests.pages.card.cards import make_card_of_one, make_card_of_several
 
 # Programs rely on these keys.
 PROBE_KEYS = {
@@ -45,6 +46,29 @@ def test_figures_follow_from_the_counts() -> None:
     assert probe["kept_interval"][0] < 80 / 90 < probe["kept_interval"][1]
     assert probe["flips"] == 0.15
     assert sum(group["n"] for group in probe["by_relation"].values()) == 100
+
+
+def test_figures_are_under_their_own_names() -> None:
+    card = make_card_of_one()
+    probe = card.comparisons[0].probes[0]
+    values = card.to_dict()["compressed"][0]["probes"]["atlas"]
+    assert probe.knowing is not None
+    assert values["knowing"]["with_example"] == {"n": probe.knowing.shown, "produced": probe.knowing.back}
+    assert values["knowing"]["moved"]["produced>demoted"] == probe.knowing.moved["produced", "demoted"] > 0
+    assert values["knowing"]["moved"]["demoted>produced"] == 0
+    assert probe.confidence is not None
+    for third in probe.confidence.thirds:
+        assert values["by_confidence"][third.name]["confidence"] == [third.low, third.high]
+    sides = (probe.confidence.reliability_original, probe.confidence.reliability_compressed)
+    for name, bins in zip(("reliability_original", "reliability_compressed"), sides, strict=True):
+        assert [(each["facts"], each["right"]) for each in values[name]] == [(each.facts, each.right) for each in bins]
+    assert sides[0] != sides[1]
+    # The smallest of several p-values is multiplied by their number.
+    relations = values["by_relation"].values()
+    exact = [binomtest(each["lost"], n).pvalue for each in relations if (n := each["lost"] + each["gained"])]
+    adjusted = [each["mcnemar_p_holm"] for each in relations if each["mcnemar_p_holm"] is not None]
+    assert min(adjusted) == pytest.approx(min(1, min(exact) * len(exact)))
+    assert min(exact) < min(adjusted)
 
 
 @pytest.mark.parametrize("cells", [(0, 0, 0, 0), (0, 0, 0, 5), (5, 0, 0, 0), (0, 5, 0, 0), (80, 10, 5, 5)])
