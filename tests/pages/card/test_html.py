@@ -111,6 +111,13 @@ def test_several_models_are_summarized_by_their_range_and_a_table() -> None:
     assert rows[2][:2] == ["1. Att_GP 10%", "269.0 MB"]
     assert len(rows) == 2 + 27
     assert [len(row) for row in rows] == [len(rows[0])] * len(rows)
+    # Each bar, and the stroke on it, is that of the figure in its row; each name links to its model.
+    for number, row in enumerate(overview.all("tr")[2:], start=1):
+        (bar,) = find_by_class(row, "svg", "bar")
+        stroke = re.findall(r"[\d.]+", bar.one("path").attributes["d"])
+        drawn = [bar.one("rect").attributes["width"], stroke[0], stroke[5]]
+        assert re.findall(r"[\d.]+", rows[1 + number][2]) == drawn
+        assert row.one("a").attributes["href"] == f"#m{number}-top"
     # Of many models, each has the relations that lost most.
     *_, table = (each for each in page.all("table") if each.one("caption").text.startswith("atlas by relation"))
     lost = [int(row.all("td")[2].text) for row in table.one("tbody").all("tr")]
