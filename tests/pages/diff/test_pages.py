@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 
 from compressknow.base.format import clean
 from compressknow.comparison.diff import CheckpointDiff
+from compressknow.comparison.records import KlFigures
 from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.diff.make import (
     CheckpointComparison,
@@ -85,8 +86,25 @@ def test_source_is_shown_with_its_revision() -> None:
 
 
 def test_knowledge_is_compared_in_both_directions() -> None:
-    page = parse_html(render_comparison_html(make_comparison()))
+    comparison = make_comparison()
+    assert comparison.behaviour is not None
+    backward = comparison.behaviour.a_against_b
+    (way,) = backward.comparisons
+    moved = replace(way.probes[0], movement=KlFigures(232, 0.25, 0.125, 0.75, 2.0, (0.1, 0.2)))
+    backward = replace(backward, comparisons=(replace(way, probes=(moved,)),))
+    comparison = replace(comparison, behaviour=replace(comparison.behaviour, a_against_b=backward))
+    page = parse_html(render_comparison_html(comparison))
     figures = dict(read_rows(page, "What each model knows, and how much their answers differ"))
+    kinds = ("nats, mean", "median", "99th percentile", "rest's probability, B and A")
+    assert [figures[f"KL(B‖A){':' if 'rest' in kind else ','} {kind}"] for kind in kinds] == [
+        *("at least 0.2500", "at least 0.1250", "at least 0.7500", "10.0 %, 20.0 %"),
+    ]
+    assert figures["KL(A‖B), nats, mean"] == "at least 0"
+    by_relation = read_rows(page, "atlas by relation")
+    assert by_relation[0][1:6] == ["Facts", "A knows", "of these B", "B knows", "of these A"]
+    assert by_relation[1][1:6] == ["232", "170", "82.4 %", "142", "98.6 %"]
+    sizes = next(svg for svg in page.all("svg") if svg.attributes.get("class") == "sizes")
+    assert [rect.attributes["width"] for rect in sizes.all("rect")] == ["100.0", "27.5"]
     assert figures["Of what A knows, B keeps"].startswith("82.4 %")
     assert figures["Of what B knows, A keeps"].startswith("98.6 %")
     assert (figures["Only A knows"], figures["Only B knows"]) == ("30", "2")
