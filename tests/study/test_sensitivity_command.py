@@ -89,6 +89,16 @@ def test_command_prints_and_writes_the_map_and_measures_once(out: Path, capsys: 
     # The suggested command stays on one line, with all options given here.
     assert max(len(line) for line in lines[:-1] if not line.startswith("Next: ")) <= 80
     assert printed.count("layer 0 ") + printed.count("layer 1 ") == 14
+    # The first list begins with the most sensitive weight, the second with the least sensitive one.
+    rows = [line for line in lines if line.startswith(("layer ", "final", "embedding"))]
+    ranks = [float(row[50:64].replace(",", "")) for row in rows]
+    most, least = ranks[: len(ranks) // 2], ranks[len(ranks) // 2 :]
+    assert most == sorted(most, reverse=True)
+    assert least == sorted(least)
+    assert min(most) >= max(least)
+    size = int(printed.partition("--size ")[2].partition("kB")[0])
+    weights = sum(each.numel() for each in compressknow.load("llama").parameters())
+    assert size == round(weights * 5 / 8 / 1000)
     assert "Next: compressknow export llama small.gguf --size " in printed
     assert lines[-1] == f"Written: {', '.join(map(str, files))}"
 

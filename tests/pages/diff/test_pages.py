@@ -12,9 +12,10 @@ import pytest
 from markdown_it import MarkdownIt
 
 from compressknow.base.format import clean
-from compressknow.comparison.diff import CheckpointDiff
+from compressknow.comparison.diff import CheckpointDiff, StructureChange
 from compressknow.comparison.records import KlFigures
-from compressknow.evaluate.records import ModelRecord
+from compressknow.comparison.text import compare_text
+from compressknow.evaluate.records import MEASURED, ModelRecord
 from compressknow.pages.diff.make import (
     CheckpointComparison,
     list_warnings,
@@ -24,11 +25,13 @@ from compressknow.pages.diff.make import (
 )
 from compressknow.pages.diff.pages import diff_json, make_grid, render_comparison_html, render_comparison_markdown
 from compressknow.pages.svg import Grid, draw_heat_map
+from compressknow.pages.texts import write_measurement
 from tests.long import one_in
 from tests.pages.answering import make_rows, make_runs
 from tests.pages.diff.contrasts import make_comparison, make_diff, make_identical_comparison
 from tests.pages.hostile import HOSTILE_TEXTS
 from tests.pages.pages import Element, parse_html
+from tests.pages.test_texts import make_chunks
 
 COMPARISONS: dict[str, Callable[[], CheckpointComparison]] = {
     "weights": lambda: make_comparison(facts=False),
@@ -78,6 +81,19 @@ def test_differences_in_structure_and_settings_are_listed() -> None:
     ]
 
 
+def test_tie_is_that_of_the_model_that_has_it() -> None:
+    comparison = make_comparison(facts=False)
+    assert comparison.difference is not None
+    forms = "tied to e.weight", "F32 [2, 3]"
+    structure = (StructureChange("h.weight", "untied", *forms), StructureChange("i.weight", "tied", *reversed(forms)))
+    difference = replace(comparison.difference, structure=structure)
+    page = parse_html(render_comparison_html(replace(comparison, difference=difference)))
+    assert read_rows(page, "Tensors that are stored differently")[1:] == [
+        ["tied in A, untied in B", "1", *forms, "h.weight"],
+        ["untied in A, tied in B", "1", *reversed(forms), "i.weight"],
+    ]
+
+
 def test_source_is_shown_with_its_revision() -> None:
     comparison = make_comparison(facts=False)
     b = replace(comparison.b, source={"name": "me/tiny-t5", "revision": "v2"})
@@ -110,6 +126,45 @@ def test_knowledge_is_compared_in_both_directions() -> None:
     assert (figures["Only A knows"], figures["Only B knows"]) == ("30", "2")
     assert page.one("h1").text == "B knows 82.4 % of what A knows"
     assert "A answers" in [header.text for header in page.all("th")]
+
+
+def test_answers_are_those_of_the_model_in_their_column() -> None:
+    comparison = make_comparison()
+    text = render_comparison_markdown(comparison)
+    assert "| Paris | Paris, Rome, Oslo | Rome, Paris, Oslo | only A |" in text
+    assert "| Paris | Rome, Paris, Oslo | Paris, Rome, Oslo | only B |" in text
+    for answered in diff_json(comparison)["behaviour"]["answers"]:
+        first = {"only A": ["Paris", "Rome"], "only B": ["Rome", "Paris"]}[answered["known_by"]]
+        assert [answered["top_a"][0], answered["top_b"][0]] == first
+        assert [answered["rank_a"], answered["rank_b"]] == [1 if word == "Paris" else 2 for word in first]
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(3, 0), (4, 1)])
+def test_rank_of_the_right_answer_is_shown_if_it_is_not_among_the_likeliest(rank: int, shown: int) -> None:
+    a, b = make_runs(make_rows(20, 1, 0, 5, rank=rank))
+    behaviour = make_behaviour((a, b), (b, a), show_facts=True)
+    text = render_comparison_markdown(replace(make_comparison(), behaviour=behaviour))
+    assert text.count("(the right one is 4th)") == 2 * shown
+    assert text.count("the right one is") == 2 * shown
+
+
+def test_divergence_of_a_text_is_measured_in_both_directions() -> None:
+    comparison = make_comparison()
+    assert comparison.behaviour is not None
+    there, back = (compare_text("text:a.txt", 32, MEASURED, make_chunks(n), make_chunks(n + 1)) for n in (1, 3))
+    forward, backward = comparison.behaviour.b_against_a, comparison.behaviour.a_against_b
+    ways = [
+        replace(card, comparisons=(replace(card.comparisons[0], texts=(text,)),))
+        for card, text in ((forward, there), (backward, back))
+    ]
+    behaviour = replace(comparison.behaviour, b_against_a=ways[0], a_against_b=ways[1])
+    page = parse_html(render_comparison_html(replace(comparison, behaviour=behaviour)))
+    assert there.moved is not None
+    assert back.moved is not None
+    (row,) = read_rows(page, "KL(B‖A) per token, nats")[1:]
+    assert row[:2] == ["text:a.txt", write_measurement(back.moved.kl, 4)]
+    rows = dict(read_rows(page, "text:a.txt, token by token: B against A"))
+    assert rows["KL, mean"] == write_measurement(there.moved.kl, 4) != row[1]
 
 
 def test_fact_answered_in_different_words_is_known_by_both() -> None:
