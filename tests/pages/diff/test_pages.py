@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -79,6 +80,22 @@ def test_differences_in_structure_and_settings_are_listed() -> None:
         ["rope.theta", '"x"', "5"],
         ["tokenizer.json", "differs", "differs"],
     ]
+
+
+def test_verdict_counts_the_weights_of_the_tensors_that_differ() -> None:
+    difference = make_diff()
+    *others, last = difference.tensors
+    assert last.same_bytes
+    tensors = (*others, replace(last, sums=replace(last.sums, numel=7_000)))
+    verdict = write_verdict(("a", "b"), False, replace(difference, tensors=tensors), None)
+    assert "in 12 of 19 tensors (48.0 % of the weights)" in verdict
+
+
+def test_warning_of_broken_answers_names_their_model() -> None:
+    before, after = make_rows(140, 30, 2, 60)
+    a, b = make_runs((before, [replace(row, logp_gold=math.nan) for row in after]))
+    warnings = make_behaviour((a, b), (b, a), show_facts=True).warnings
+    assert [text.partition(" ")[0] for text in warnings if "produces NaN" in text] == ["B"]
 
 
 def test_tie_is_that_of_the_model_that_has_it() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 
@@ -13,6 +15,7 @@ from tests.long import one_in
 from tests.pages.hostile import HOSTILE_TEXTS
 from tests.pages.pages import parse_html
 from tests.pages.search.searches import make_search, make_size_search
+from tests.pages.test_drawing import find_paths, read_axes, read_points
 
 
 @pytest.mark.parametrize("text", one_in(8, HOSTILE_TEXTS), ids=range(len(HOSTILE_TEXTS)))
@@ -38,6 +41,11 @@ def test_chart_has_a_rounding_line() -> None:
     assert "ounding alone" not in without
     dotted, plain_chart = (html.count("stroke-dasharray") for html in (with_line, without))
     assert dotted == plain_chart + 2  # in each size of the chart
+    chart = next(chart for chart in re.findall('<svg class="chart".*?</svg>', with_line) if "broad-pareto" in chart)
+    root = ElementTree.fromstring(chart)
+    _, up = read_axes(root)
+    (keep,), (rounding,) = (find_paths(root, "s-muted", stroke_dasharray=dashes) for dashes in ("3.6,2.7", "0.9,1.8"))
+    assert [up(read_points(path)[0][1]) for path in (keep, rounding)] == pytest.approx([90, 98.5], abs=0.5)
 
 
 @pytest.mark.parametrize(("keep", "warns"), [(0.9, False), (0.99, True)])
@@ -129,3 +137,6 @@ def test_each_file_has_a_bar_of_its_share_and_the_note_names_the_level() -> None
     bars = [each for each in section.all("svg") if each.attributes.get("class") == "bar"]
     assert [bar.one("rect").attributes["width"] for bar in bars] == ["10.0", "96.0", "96.5", "97.0"]
     assert "the line on it the 99.7 % interval" in section.text
+    held_out = next(each for each in page.all("section") if each.attributes["aria-labelledby"] == "held-out")
+    shares = [cell.text for cell in held_out.one("tbody").all("td")][-2:]
+    assert shares == ["96.0 % (92.0 to 100 %)", "95.0 % (91.0 to 99.0 %)"]
