@@ -21,7 +21,8 @@ from compressknow.pages.as_json import dump_texts
 from compressknow.pages.card.gate import hold_to_gates, parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown
-from compressknow.pages.texts import summarize_text, write_joint_sentence, write_sentence
+from compressknow.pages.parts import Beside
+from compressknow.pages.texts import make_text_parts, summarize_text, write_joint_sentence, write_sentence
 
 SCORED, CHUNKS = 15, 20
 
@@ -178,7 +179,29 @@ def test_different_tokens_are_compared_only_in_bits_per_byte() -> None:
     for divergence, compressed in ((MEASURED, shifted), (OTHER_TOKENS, make_chunks(2))):
         figures = compare_text("text:a.txt", 32, divergence, make_chunks(1), compressed)
         assert (figures.moved, figures.divergence) == (None, OTHER_TOKENS)
-        assert any("bits per byte" in line for line in summarize_text(figures, ("before", "after")))
+        *_, line = summarize_text(figures, ("before", "after"))
+        bits = [side.bits_per_byte for side in (figures.original, figures.compressed)]
+        before, after = (f"{each.value:.3f} ± {each.error:.3f}" for each in bits if each)
+        assert line == f"  bits per byte before {before}, after {after}; different tokens, so no KL"
+
+
+def test_figures_of_a_text_are_printed_before_and_after() -> None:
+    figures = compare_text("text:a.txt", 32, MEASURED, make_chunks(1, kl=False), make_chunks(2, shift=0.5))
+    first, second = summarize_text(figures, ("before", "after"))
+    before, after = (f"{s.value.value:.3f} ± {s.value.error:.3f}" for s in (figures.original, figures.compressed))
+    assert first == f"text:a.txt: perplexity before {before}, after {after}"
+    assert figures.moved is not None
+    assert figures.moved.kl_percentiles is not None
+    assert f" nats, p99 {figures.moved.kl_percentiles['p99']:.4f}; same top token " in second
+
+
+def test_greedy_continuations_that_stay_the_same_are_counted() -> None:
+    one = make_chunks(1, kl=False, greedy=lambda _: [1, 2, 3])
+    other = make_chunks(2, greedy=lambda number: [1, 2, 9] if number == 0 else [1, 2, 3])
+    parts = make_text_parts(compare_text("text:a.txt", 32, MEASURED, one, other), ("original", "compressed"))
+    (rows,) = (dict(part.table.rows) for part in parts if isinstance(part, Beside))
+    assert rows["Continuations identical in all 3 tokens"] == "3 of 4 (75.0 %)"
+    assert rows["First differing token in 4 greedy continuations, median"] == "more than 3"
 
 
 def make_answers(side: tuple[Chunk, ...], name: str, divergence: str = MEASURED, fingerprint: str = "f") -> Answers:

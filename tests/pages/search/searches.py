@@ -22,7 +22,7 @@ def make_trial(setup: str, size: int, kept: float, held_out: float | None = None
 def make_types(text: str) -> dict[str, str]:
     """Return types of two layers in the order of a GGUF file, and of a tensor outside any layer."""
     return {
-        text: "q5_0",
+        text: "f16",
         "blk.0.ffn_up.weight": "q6_k",
         "blk.0.attn_q.weight": "iq4_nl",
         f"blk.1.attn_{text}.weight": "q2_k",

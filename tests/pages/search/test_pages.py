@@ -102,14 +102,14 @@ def test_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
     labels = [text.text for text in broad.all("text")]
     # Attention comes first, though it is last in the file; the tensor outside any layer has its own row.
     assert labels[:3] == ["attn_q", "attn_a-model", "ffn_up"]
-    assert labels[3:] == [*"layer 0|4|6|layer 1|8|2|a-model|5".split("|"), *"3 4 5 6 8 16".split()]
+    assert labels[3:] == [*"layer 0|4|6|layer 1|8|2|a-model|16".split("|"), *"3 4 5 6 8 16".split()]
     (table,) = page.all("table")
     rows = [[cell.text for cell in row.children if not isinstance(cell, str)] for row in table.all("tr")]
     assert rows == [
         ["Layer", "attn_q", "attn_a-model", "ffn_up", "outside"],
         ["layer 0", "iq4_nl", "", "q6_k", ""],
         ["layer 1", "q8_0", "q2_k", "", ""],
-        ["a-model", "", "", "", "q5_0"],
+        ["a-model", "", "", "", "f16"],
     ]
 
 
