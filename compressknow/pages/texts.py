@@ -32,7 +32,7 @@ _PERCENTILES = (
     ("p99_9", "99.9th"),
     ("max", "largest"),
 )
-# The smallest divergence that is drawn, in nats: less is rounding error of 16-bit and float32 numbers.
+# Smaller divergences, in nats, have a bar of no length: they are rounding errors of 16-bit and float32 numbers.
 _LEAST = 1e-7
 METHOD = (
     "A text is cut into chunks of tokens. The second half of each chunk, except its first token, is scored, so that "
@@ -183,14 +183,14 @@ def _chart_kl(moved: TextChange, name: str, names: tuple[str, str]) -> Chart | N
     kl = moved.kl_percentiles
     if not kl or not all(math.isfinite(kl[key]) for key, _ in _PERCENTILES) or kl["p99_9"] <= _LEAST:
         return None
-    values = [(label, max(kl[key], _LEAST)) for key, label in _PERCENTILES]
+    values = [(label, kl[key]) for key, label in _PERCENTILES]
     figures = ", ".join(f"{label} {number(value, 5)}" for label, value in values)
     title = f"KL({names[0]}‖{names[1]}) by percentile of tokens, {name}"
     return Chart(title, f"In nats: {figures}.", lambda plot: _draw(plot, values), height=210)
 
 
 def _draw(plot: Axes, values: Sequence[tuple[str, float]]) -> None:
-    sizes = [value for _, value in values]
+    sizes = [max(value, _LEAST) for _, value in values]
     # Powers of ten around the values, with room for the figures to the right of their bars.
     first, last = math.floor(math.log10(min(sizes))), math.ceil(math.log10(max(sizes)))
     low, high = 10.0**first, 10.0**last
@@ -198,9 +198,9 @@ def _draw(plot: Axes, values: Sequence[tuple[str, float]]) -> None:
     plot.set_xlim(low, high * (high / low) ** 0.25)
     places = range(len(values))
     plot.barh(places, [value - low for value in sizes], left=low, height=0.5, color=drawing.SERIES[0])
-    for place, (_, value) in enumerate(values):
+    for place, ((_, value), size) in enumerate(zip(values, sizes, strict=True)):
         label = number(value, 4) if value < 10 else number(value, 1)
-        plot.annotate(label, (value, place), (5, 0), textcoords="offset points", va="center")
+        plot.annotate(label, (size, place), (5, 0), textcoords="offset points", va="center")
     plot.set_ylim(len(values) - 0.5, -0.5)
     plot.set_yticks(places, [label for label, _ in values])
     ticks = [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / 4)))]
