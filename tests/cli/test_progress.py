@@ -171,6 +171,15 @@ def test_first_bytes_give_no_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
         wait_for(screen, "Converting: 134.5 MB of 269.0 MB, 0 s left")
 
 
+def test_time_left_is_that_of_the_remaining_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("compressknow.cli.terminal.time.monotonic", lambda: clock[0])
+    line = ProgressLine(CONVERTING, 0.0)
+    clock[0] += 25
+    line.update(Progress(CONVERTING, "advances", 100_000_000, 300_000_000))
+    assert line.text() == "Converting: 100.0 MB of 300.0 MB, 50 s left"
+
+
 def test_number_and_percent_sign_stay_on_one_line() -> None:
     filled = "x" * (WIDTH - 3)
     assert wrap(f"{filled} 2 %.", indent="") == [filled, "2 %."]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import compressknow
+from compressknow.base.format import share
 from compressknow.cli import main
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate
@@ -104,6 +105,8 @@ def test_command_prints_and_writes_the_map_and_measures_once(out: Path, capsys: 
 
     values = json.loads(files[2].read_text())
     assert values["domains"] == {"geography": 32, "science": 32}
+    risks = {share(row["by_type"]["q4_0"]["at_risk"]) for row in values["rows"]}
+    assert {row[64:].strip() for row in rows} <= risks
     assert {row["group"] for row in values["rows"]} == {"attention", "feed-forward", "final", "embedding"}
     assert all(0 <= each["at_risk"] <= 1 for row in values["rows"] for each in row["by_type"].values())
     assert all(sum(row["by_domain"].values()) == pytest.approx(2) for row in values["rows"])

@@ -11,7 +11,9 @@ import pytest
 from scipy.stats import binomtest
 
 from compressknow.base.errors import CompressknowError
+from compressknow.comparison.paired import Standing
 from compressknow.pages.card.make import make_card
+from compressknow.pages.records import Recommendation, name_models
 from tests.pages.answering import make_answers, make_entry, make_model, make_rows, make_runs
 from tests.pages.card.cards import make_card_of_one, make_card_of_several
 
@@ -84,6 +86,17 @@ def test_json_is_strict_for_a_model_with_nan() -> None:
     report = make_card(original, [compressed]).to_dict()
     json.dumps(report, allow_nan=False)
     assert report["compressed"][0]["probes"]["atlas"]["kl_mean"] is None
+
+
+def test_recommendation_names_all_models_that_no_test_distinguishes() -> None:
+    card = make_card_of_several((20,))
+    standings = [Standing(9, None, False, (1, 2)), *(Standing(8, 0, True, ()) for _ in card.comparisons[1:])]
+    names = name_models(card)
+    recommended = replace(card, decision=Recommendation(0, "Reason.", tuple(standings), 500)).to_dict()["recommended"]
+    assert (recommended["model"], recommended["within"]) == (names[0], 500)
+    first, second, *_ = recommended["standings"]
+    assert (first["not_told_from"], first["beaten_by"]) == ([names[1], names[2]], None)
+    assert (second["not_told_from"], second["beaten_by"], second["surely"]) == ([], names[0], True)
 
 
 def test_order_of_answers_does_not_change_the_json() -> None:

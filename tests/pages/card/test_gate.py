@@ -68,6 +68,10 @@ class TestGate:
         card = compare_counts(950, 50)
         check(card, card.comparisons[0].kept.low, strict=True)
 
+    def test_strict_gate_of_all_knowledge_is_never_certain_to_be_missed_if_all_is_kept(self) -> None:
+        with pytest.raises(GateUndecided):
+            check(compare_counts(100, 0), 1, strict=True)
+
     @pytest.mark.parametrize("fail_under", [0.9, 0.95])
     def test_strict_gate_within_the_interval_is_undecided(self, fail_under: float) -> None:
         with pytest.raises(GateUndecided, match=r"is undecided whether 9.* keeps 92 of 100") as caught:
