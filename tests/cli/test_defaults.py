@@ -72,6 +72,9 @@ def test_nearest_file_then_command_table_then_command_line_win(project: Path) ->
     # The printed command does not depend on the file.
     assert command.startswith("compressknow first M -p a -p b --limit 4 --answers ")
     assert run_first("--limit", "5", "-p", "z")[0] == {**values, "limit": 5, "probe": ("z",)}
+    # Of two files, only the nearest counts.
+    (project / "inner" / "compressknow.toml").write_text("limit = 6\n")
+    assert (run_first()[0]["limit"], run_first()[0]["answers"]) == (6, None)
 
 
 def test_paths_in_the_file_are_relative_to_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
