@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compressknow.base.format import clean, compare_sizes, write_size
+from compressknow.base.format import NONE, clean, compare_sizes, write_size
 from compressknow.cli import NOTHING_WRITTEN, RESUMES, explain_interrupt, show_before_error
 from compressknow.cli.options import (
     RUNS,
@@ -157,7 +157,8 @@ def _list_rows(table: Table | None) -> Iterator[str]:
 
 def _describe(row: tuple[str, ...]) -> str:
     if len(row) == 3:
-        return f"{row[0]}: {row[1]} -> {row[2]}".replace(" - ->", " none ->")
+        before, after = ("none" if cell == NONE else cell for cell in row[1:])
+        return f"{row[0]}: {before} -> {after}"
     kind, number, a, b, names = row
     return f"{number} {kind}: {a} -> {b} ({names})"
 

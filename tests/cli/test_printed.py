@@ -57,6 +57,8 @@ def test_comparison_prints_the_figures_of_a_before_those_of_b() -> None:
     assert has_row(lines, "Group", "Weights", "Zeros A", "Zeros B", "Error", "Cosine", "SNR Largest")
     assert has_row(lines, "attention", "18,000", "0 %", "20.0 %", "0.1232", "0.99339", "18.2", "0.3200")
     assert "B is 72.5 % smaller" in lines
+    at = lines.index("Settings that differ")
+    assert lines[at + 1 : at + 3] == ["  d_ff: 48 -> none", '  rope.theta: "x" -> 5']
 
 
 def test_conversion_prints_what_was_done_to_each_group(tmp_path: Path) -> None:
