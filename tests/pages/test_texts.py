@@ -246,7 +246,11 @@ def test_several_models_have_a_column_per_text() -> None:
     card = make_card(make_answers(make_chunks(1, kl=False), "a"), compressed)
     assert "b has the lowest" in card.verdict
     assert "c the highest" in card.verdict
-    assert "| Perplexity, text:" in render_markdown(card)
+    header, _, *rows = (line.split(" | ") for line in render_markdown(card).splitlines() if line.startswith("|"))
+    assert header[-1].startswith("Perplexity, text:")
+    texts = [comparison.texts[0] for comparison in card.comparisons]
+    perplexities = [texts[0].original, *(text.compressed for text in texts)]
+    assert [row[-1] for row in rows[:3]] == [f"{each.value.value:.2f} |" for each in perplexities]
 
 
 def test_no_model_has_the_lowest_perplexity_if_there_is_one_or_all_are_equal() -> None:

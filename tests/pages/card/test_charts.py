@@ -100,6 +100,8 @@ def test_chart_of_speeds_names_the_runtimes() -> None:
     assert (sized.more_is_better, timed.more_is_better) == (False, True)
     assert list(timed.looks) == ["in transformers, bfloat16", "in llama.cpp b1"]
     assert list(sized.looks) == ["in transformers", "in llama.cpp", "the original, in transformers"]
+    # The original is not among the models that the line joins.
+    assert list(sized.edge) == ["in transformers", "in llama.cpp"]
     (mark,) = [mark for mark in timed.marks if mark.kind == "in llama.cpp b1"]
     kept = card.comparisons[int(mark.label) - 1].kept
     assert mark.kept == kept

@@ -185,10 +185,11 @@ class TestPages:
         ]
 
     def test_gate_is_a_column_of_the_table_of_models(self) -> None:
-        text = render_markdown(make_card_of_several(195, 170, sizes=(2, 1), gates=parse_gates(0.9)))
+        gates = parse_gates([0.9, "geography=0.8"])
+        text = render_markdown(make_card_of_several(195, 170, sizes=(2, 1), gates=gates))
         header, _, _, *rows = (line.split(" | ") for line in text.splitlines() if line.startswith("| "))
-        column = header.index("Keeps at least 90 %")
-        assert [row[column] for row in rows[:2]] == ["met", "not met"]
+        columns = [header.index(f"Keeps at least {gate}") for gate in ("90 %", "80 % of geography")]
+        assert [[row[column] for column in columns] for row in rows[:2]] == [["met", "met"], ["not met", "met"]]
 
     def test_advice_follows_gates_on_domains(self) -> None:
         original, compressed = make_runs(add_science(make_rows(995, 5)))
