@@ -12,10 +12,10 @@ from compressknow.base.format import clean
 from compressknow.comparison.records import Estimate
 from compressknow.pages.search import list_warnings, render_search_html, write_headline, write_verdict
 from tests.long import one_in
+from tests.pages.coordinates import find_paths, read_axes, read_points
 from tests.pages.hostile import HOSTILE_TEXTS
 from tests.pages.pages import parse_html
 from tests.pages.search.searches import make_search, make_size_search
-from tests.pages.test_drawing import find_paths, read_axes, read_points
 
 
 @pytest.mark.parametrize("text", one_in(8, HOSTILE_TEXTS), ids=range(len(HOSTILE_TEXTS)))
