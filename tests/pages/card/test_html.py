@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.base.format import clean
+from compressknow.base.format import clean, share
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.pages import isolate
@@ -111,6 +111,10 @@ def test_several_models_are_summarized_by_their_range_and_a_table() -> None:
     assert rows[2][:2] == ["1. Att_GP 10%", "269.0 MB"]
     assert len(rows) == 2 + 27
     assert [len(row) for row in rows] == [len(rows[0])] * len(rows)
+    accuracy, geography = (rows[0].index(name) for name in ("Accuracy, atlas", "geography"))
+    for row, comparison in zip(rows[2:], make_card_of_several().comparisons, strict=True):
+        assert row[accuracy] == share(comparison.probes[0].accuracy_compressed.value)
+        assert row[geography] == next(grade.mark for grade in comparison.grades if grade.subject == "geography")
     # Each bar, and the stroke on it, is that of the figure in its row; each name links to its model.
     for number, row in enumerate(overview.all("tr")[2:], start=1):
         (bar,) = find_by_class(row, "svg", "bar")
