@@ -72,6 +72,12 @@ class TestGate:
         with pytest.raises(GateUndecided):
             check(compare_counts(100, 0), 1, strict=True)
 
+    def test_gate_of_a_relation_is_over_all_probes(self) -> None:
+        (comparison,) = compare_counts(90, 10).comparisons
+        (gate,) = parse_gates("relation=0.9")
+        counts, _ = gate.measure_kept(replace(comparison, probes=comparison.probes * 2))
+        assert (counts.both, counts.lost) == (180, 20)
+
     @pytest.mark.parametrize("fail_under", [0.9, 0.95])
     def test_strict_gate_within_the_interval_is_undecided(self, fail_under: float) -> None:
         with pytest.raises(GateUndecided, match=r"is undecided whether 9.* keeps 92 of 100") as caught:
