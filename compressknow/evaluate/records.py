@@ -214,6 +214,11 @@ class ModelRecord(_JsonRecord):
     runtime_unmeasured: str | None = None
 
     @property
+    def is_pruned_alone(self) -> bool:
+        """Return whether one step, such as pruning, was all that was done, and nothing is quantized."""
+        return self.quantization is None and len((self.recipe or {}).get("steps", ())) == 1
+
+    @property
     def ran_in(self) -> str:
         """Return the runtime and its build."""
         runtime = self.runtime or {"name": "transformers"}

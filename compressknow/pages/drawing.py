@@ -53,10 +53,12 @@ _SETTINGS: Any = {
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Figure of one scope by the percentage of its weights that was pruned (0 to 100)."""
+    """Figure of one scope by the percentage of its weights that was pruned (0 to 100). `is_from_original` says that
+    nothing else was done to the models, so that the original is the point at 0 %."""
 
     scope: str
     points: tuple[tuple[float, Estimate], ...]
+    is_from_original: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ def draw_lines(
 
     Parameters
     ----------
-    start : the figure at 0 %, that of the original itself (0 to 1).
+    start : the figure of the original, from which lines of pruned models begin at 0 % (0 to 1).
     levels : reference lines across the chart, by name, such as the majority baseline (0 to 1).
     unit : `PERCENT`, or `POINTS` for differences of percentages.
     within : the range that the axis covers at least, as from `find_reach`, so that charts in a row share a scale.
@@ -140,11 +142,12 @@ def find_reach(plotted: Sequence[Line | Bar], levels: Mapping[str, float] = {}) 
 def _draw_line(plot: Axes, line: Line, place: int, start: float) -> tuple[float, float, str, str]:
     """Draw a line; return where it ends, its name and its colour."""
     colour = SERIES[place]
-    # The original itself is at 0 %.
-    amounts = [0.0, *(amount for amount, _ in line.points)]
-    values = [start, *(to_percents(value)[0] for _, value in line.points)]
-    plot.plot(amounts, values, color=colour, linestyle=DASHES[place], linewidth=1.8)
-    plot.plot(amounts[1:], values[1:], MARKERS[place], color=colour, markersize=6, markeredgecolor=PAPER)
+    amounts = [amount for amount, _ in line.points]
+    values = [to_percents(value)[0] for _, value in line.points]
+    first = int(line.is_from_original)
+    drawn = [0.0] * first + amounts, [start] * first + values
+    plot.plot(*drawn, color=colour, linestyle=DASHES[place], linewidth=1.8)
+    plot.plot(amounts, values, MARKERS[place], color=colour, markersize=6, markeredgecolor=PAPER)
     return amounts[-1], values[-1], _shorten(line.scope, 22), colour
 
 

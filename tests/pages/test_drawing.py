@@ -65,8 +65,15 @@ def test_bars_intervals_and_levels_are_at_their_figures() -> None:
 
 
 def test_lines_and_levels_are_at_their_figures() -> None:
-    figures = {"steep": [(20.0, 0.7), (40.0, 0.45)], "flat": [(10.0, 0.75), (60.0, 0.65)]}
-    lines = [Line(name, tuple((x, Estimate(y)) for x, y in points)) for name, points in figures.items()]
+    figures = {
+        "steep": [(20.0, 0.7), (40.0, 0.45)],
+        "flat": [(10.0, 0.75), (60.0, 0.65)],
+        "quantized": [(10.0, 0.6), (60.0, 0.55)],
+    }
+    lines = [
+        Line(name, tuple((x, Estimate(y)) for x, y in points), is_from_original=name != "quantized")
+        for name, points in figures.items()
+    ]
     levels = {"level": 0.95, "next": 0.93, "low": -0.15}
     root = ElementTree.fromstring(draw_lines(lines, "x", "t", start=0.8, levels=levels))
     check_nothing_is_cut(root)
@@ -75,9 +82,10 @@ def test_lines_and_levels_are_at_their_figures() -> None:
     for i, (name, points) in enumerate(figures.items()):
         (path,) = find_paths(root, f"s-c{i + 1}", stroke_width="1.8")
         read = [(across(x), up(y)) for x, y in read_points(path)]
-        assert read == [(near(x), near(100 * y)) for x, y in [(0.0, 0.8), *points]]
+        first = [(0.0, 0.8)] * (name != "quantized")
+        assert read == [(near(x), near(100 * y)) for x, y in first + points]
         drawn = [mark for mark in marks if f"f-c{i + 1}" in mark.get("class", "")]
-        assert [(across(float(m.get("x", ""))), up(float(m.get("y", "")))) for m in drawn] == read[1:]
+        assert [(across(float(m.get("x", ""))), up(float(m.get("y", "")))) for m in drawn] == read[len(first) :]
         # Its name is next to its end.
         label = find_text(root, name)
         assert label.get("class") == f"f-c{i + 1}"

@@ -112,7 +112,11 @@ def split_setups(comparisons: Sequence[Comparison]) -> tuple[tuple[Line, ...], t
             amounts.setdefault(match["scope"], {}).setdefault(float(match["amount"]), place)
     several = [(scope, by_amount) for scope, by_amount in amounts.items() if len(by_amount) > 1][: len(drawing.MARKERS)]
     lines = tuple(
-        Line(scope, tuple((amount, comparisons[place].kept) for amount, place in sorted(by_amount.items())))
+        Line(
+            scope,
+            tuple((amount, comparisons[place].kept) for amount, place in sorted(by_amount.items())),
+            all(comparisons[place].model.is_pruned_alone for place in by_amount.values()),
+        )
         for scope, by_amount in several
     )
     drawn = {place for _, by_amount in several for place in by_amount.values()}

@@ -282,6 +282,12 @@ def make_compressed(setup: str = "Att_GPQ 20%", size: int = 242_600_000) -> Mode
     )
 
 
+def make_pruned(setup: str, size: int) -> ModelRecord:
+    both = make_compressed(setup, size)
+    assert both.recipe is not None
+    return replace(both, quantization=None, recipe={**both.recipe, "steps": both.recipe["steps"][:1]})
+
+
 def lose_share(groups: tuple[tuple[str, str, Counts], ...], loss: float) -> tuple[tuple[str, str, Counts], ...]:
     """Return the same facts, of which a share `loss` of the known ones is lost."""
     changed = []
@@ -346,7 +352,7 @@ def make_card_of_several(amounts: tuple[int, ...] = (10, 20, 40, 60)) -> Card:
         models.append((f"{scope}_GQ", 0.02 * factor, 229_030_016))
     comparisons = [
         make_comparison(
-            _vary_deployment(make_compressed(setup, size)),
+            _vary_deployment(make_pruned(setup, size) if "_GP " in setup else make_compressed(setup, size)),
             {"atlas": lose_share(ATLAS, loss), "lama:conceptnet": lose_share(CONCEPTNET, loss)},
             lost=100,
             gained=35,

@@ -61,6 +61,8 @@ def test_pruned_amounts_are_lines_and_other_setups_are_bars() -> None:
     lines, others = split_setups(comparisons)
     assert [line.scope for line in lines] == ["Att_GP", "Att_GPQ", "FF_GP", "FF_GPQ", "All_GP", "All_GPQ"]
     assert [[amount for amount, _ in line.points] for line in lines] == [[20, 40]] * 6
+    # At 0 %, a model that is quantized too is not the original.
+    assert [line.is_from_original for line in lines] == [True, False] * 3
     # Whatever the order of the models, a line runs from the smallest amount to the largest.
     backwards, _ = split_setups(comparisons[::-1])
     assert {line.scope: line.points for line in backwards} == {line.scope: line.points for line in lines}
