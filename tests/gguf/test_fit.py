@@ -109,6 +109,15 @@ def test_a_large_enough_file_keeps_weights_unrounded(tmp_path: Path) -> None:
 
 
 @needs_converter
+def test_a_long_recipe_in_the_metadata_counts_towards_the_size(tmp_path: Path) -> None:
+    source = save_checkpoint("llama-tied", tmp_path / "model", torch.bfloat16)
+    chosen = "|".join(f"layers.{layer}.self_attn" for layer in range(500))
+    compressknow.convert(source, tmp_path / "pruned", prune=0.2, include=[chosen])
+    record = export_to_size(tmp_path / "pruned", tmp_path / "out.gguf", SizeTarget(724_000, rounding="nearest"))
+    assert record["bytes"] == (tmp_path / "out.gguf").stat().st_size <= 724_000
+
+
+@needs_converter
 def test_an_export_by_type_is_not_taken_for_one_by_size(tmp_path: Path) -> None:
     source = save_checkpoint("llama-tied", tmp_path / "model", torch.bfloat16)
     compressknow.export(source, tmp_path / "a.gguf")
