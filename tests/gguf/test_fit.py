@@ -137,6 +137,11 @@ def test_gptq_rounds_both_halves_of_a_split_expert_weight(tmp_path: Path) -> Non
     rounded = {name for name, kind in read_types(output).items() if kind not in ("bf16", "f32")} - {"token_embd.weight"}
     assert len([name for name in rounded if "_exps" in name]) == 6
     assert record["fit"]["compensated"] == len(rounded)
+    compressknow.export(source, tmp_path / "nearest.gguf", recipe=tmp_path / "out.gguf.json", smoke=False)
+    ours, theirs = read_tensors(output), read_tensors(tmp_path / "nearest.gguf")
+    for name in rounded:
+        change = np.abs(ours[name] - theirs[name]).reshape(len(ours[name]) if "_exps" in name else 1, -1).mean(axis=1)
+        assert ((change > 0) & (change < 0.1 * np.abs(theirs[name]).mean())).all(), name
 
 
 @needs_converter
