@@ -155,6 +155,17 @@ def test_default_scope_of_a_recipe_is_blocks() -> None:
     assert inspect.signature(compressknow.convert).parameters["scope"].default == DEFAULT_SCOPES
 
 
+def test_setup_names_the_scope_of_each_step_if_they_differ() -> None:
+    recipe = Recipe.from_dict({"steps": [{"prune": 0.2, "scope": "attention"}, {"quantize": "int8"}]})
+    assert recipe.setup == "Att_GP 20% + Blocks_GQ"
+
+
+def test_seed_is_also_that_of_the_calibration_text(tmp_path: Path) -> None:
+    options = {"quantize": "int8", "rounding": "gptq", "seed": 3, "dry_run": True}
+    manifest = compressknow.convert(save_tiny("llama", tmp_path / "in"), tmp_path / "out", **options)
+    assert manifest["recipe"]["calibration"]["seed"] == 3
+
+
 def test_load_takes_a_device_and_a_dtype(tmp_path: Path) -> None:
     model = compressknow.load(save_tiny("llama", tmp_path), device="meta", dtype="bfloat16")
     assert (model.device.type, model.dtype) == ("meta", torch.bfloat16)

@@ -127,6 +127,11 @@ class ExportPlan:
         """Tell whether GPTQ rounds tensors after llama.cpp."""
         return self.fit is not None and self.fit.rounding == "gptq"
 
+    def measure_overhead(self, tensors: Tensors) -> int:
+        """Return an upper bound of the bytes of all but the matrices, with the recipe of a converted checkpoint."""
+        recipe = json.dumps([self.manifest["setup"], self.manifest["recipe"]]) if self.manifest else ""
+        return measure_overhead(tensors) + len(recipe)
+
     @property
     def plain_bytes(self) -> int:
         """Return the size of the weights as floats, if the converter needs them unpacked."""
@@ -398,7 +403,7 @@ def _choose_types(export: ExportPlan, tensors: Tensors) -> tuple[str, dict[str, 
     """Return the type of the file, the types of single tensors, and entries of the record about them."""
     if export.fit is None:
         return export.choice.type, resolve_types(tensors, export.choice.types), {}
-    types, record = export.fit.choose(tensors, measure_overhead(tensors))
+    types, record = export.fit.choose(tensors, export.measure_overhead(tensors))
     kind = find_main_type(types, tensors)
     rules = [[f"^{re.escape(name)}$", chosen] for name, chosen in types.items()]
     return kind, dict(types), {"type": kind, "types": rules, "fit": dict(record)}

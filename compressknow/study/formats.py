@@ -23,7 +23,7 @@ from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.gguf.choice import Rounding, SizeFit, TypeChoice
 from compressknow.gguf.converter import find_converter, read_version
-from compressknow.gguf.tensors import Tensors, align, describe_tensors, measure_overhead
+from compressknow.gguf.tensors import Tensors, align, describe_tensors
 from compressknow.model.gguf_file import read_gguf
 from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern
 from compressknow.study import allocation
@@ -428,4 +428,4 @@ def open_format(
     with make_scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)
         tensors = describe_tensors(read_gguf(floats), job.source)
-        yield GgufFormat(replace(job, floats=floats), tensors, measure_overhead(tensors), target)
+        yield GgufFormat(replace(job, floats=floats), tensors, job.measure_overhead(tensors), target)

@@ -214,18 +214,22 @@ def test_a_tied_weight_stored_twice_is_untied(checkpoints: dict[str, Path], tmp_
     assert manifest["totals"]["bytes_after"] < manifest["totals"]["bytes_before"]
 
 
+@pytest.mark.parametrize("is_reversed", [False, True])
 @pytest.mark.parametrize("name", ["bert", "albert", "bart", "t5-tied", "llama-tied"])
 def test_a_pickle_with_both_names_of_a_tied_weight_is_untied_as_any_other(
-    checkpoints: dict[str, Path], tmp_path: Path, name: str
+    checkpoints: dict[str, Path], tmp_path: Path, name: str, is_reversed: bool
 ) -> None:
     (tmp_path / "in").mkdir()
     shutil.copy(checkpoints[name] / "config.json", tmp_path / "in")
-    torch.save(tiny(name).state_dict(), tmp_path / "in" / "pytorch_model.bin")
+    state = list(tiny(name).state_dict().items())
+    torch.save(dict(state[::-1] if is_reversed else state), tmp_path / "in" / "pytorch_model.bin")
     manifests = [
         compressknow.convert(source, tmp_path / output, scope="final", prune=0.5)
         for source, output in ((tmp_path / "in", "pickled"), (checkpoints[name], "safe"))
     ]
-    assert manifests[0]["untied"] == manifests[1]["untied"]
+    for key in ("untied", "groups", "totals"):
+        assert manifests[0][key] == manifests[1][key]
+    assert manifests[0]["untied"][0]["tied_to"] in load_file(checkpoints[name] / "model.safetensors")
     found, expected = (load_file(tmp_path / output / "model.safetensors") for output in ("pickled", "safe"))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 

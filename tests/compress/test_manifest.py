@@ -205,13 +205,13 @@ def test_shards_in_separate_folders_are_written_to_one(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "in", max_shard_size="30KB")
     compressknow.convert(source, tmp_path / "expected", **BOTH)
     index = json.loads((source / "model.safetensors.index.json").read_text())
-    for number, file in enumerate(sorted(set(index["weight_map"].values()))):
-        (source / f"part{number}").mkdir()
-        (source / file).rename(source / f"part{number}" / "weights.safetensors")
-        moved = {
-            name: f"part{number}/weights.safetensors" for name, place in index["weight_map"].items() if place == file
-        }
-        index["weight_map"] |= moved
+    files = sorted(set(index["weight_map"].values()))
+    # The second one stays outside, under the same name.
+    for file, folder in zip(files, ["a", ".", *(f"x{number:03}" for number in range(2, len(files)))], strict=True):
+        (source / folder).mkdir(exist_ok=True)
+        renamed = (Path(folder) / "weights.safetensors").as_posix()
+        (source / file).rename(source / renamed)
+        index["weight_map"] |= {name: renamed for name, place in index["weight_map"].items() if place == file}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     assert not LlamaForCausalLM.from_pretrained(source, output_loading_info=True)[1]["missing_keys"]
     compressknow.convert(source, tmp_path / "out", **BOTH)

@@ -41,6 +41,9 @@ _MODELS = {
         )
     ),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_LLAMA, num_local_experts=2)),
+    "mixtral-12": lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(**_LLAMA | {"hidden_size": 64, "intermediate_size": 64}, num_local_experts=12)
+    ),
     "t5": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(
             d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0

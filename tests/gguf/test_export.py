@@ -188,12 +188,14 @@ def test_encoder_and_decoder_of_a_file_are_told_apart(tmp_path: Path) -> None:
 @needs_converter
 def test_the_last_rule_that_names_a_tensor_gives_its_type(tmp_path: Path) -> None:
     source = save_checkpoint("llama", tmp_path / "model")
-    rules = [("attention", "q8_0"), ("feed-forward", "q4_k"), (r"blk\.1\.ffn_down", "f16"), ("token_embd", "q6_k")]
+    # llama.cpp applies the first pattern that it finds in a name, and `output.weight` is part of `attn_output.weight`.
+    rules = [("final", "f16"), ("attention", "q8_0"), ("feed-forward", "q4_k"), (r"blk\.1\.ffn_down", "f16")]
+    rules.append(("token_embd", "q6_k"))
     record = compressknow.export(source, tmp_path / "out.gguf", type="q5_k_m", type_of=rules)
     found = read_types(tmp_path / "out.gguf")
     assert {kind for name, kind in found.items() if ".attn_" in name and "norm" not in name} == {"q8_0"}
     assert found["blk.0.ffn_down.weight"] == found["blk.1.ffn_up.weight"] == "q4_k"
-    assert found["blk.1.ffn_down.weight"] == "f16"
+    assert found["blk.1.ffn_down.weight"] == found["output.weight"] == "f16"
     assert found["token_embd.weight"] == "q6_k"
     assert record.groups["attention"] == {"q8_0": {"tensors": 8, "parameters": 393_216, "bytes": 393_216 * 34 // 32}}
 

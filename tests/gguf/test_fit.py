@@ -109,6 +109,15 @@ def test_a_large_enough_file_keeps_weights_unrounded(tmp_path: Path) -> None:
 
 
 @needs_converter
+def test_a_long_recipe_in_the_metadata_counts_towards_the_size(tmp_path: Path) -> None:
+    source = save_checkpoint("llama-tied", tmp_path / "model", torch.bfloat16)
+    chosen = "|".join(f"layers.{layer}.self_attn" for layer in range(500))
+    compressknow.convert(source, tmp_path / "pruned", prune=0.2, include=[chosen])
+    record = export_to_size(tmp_path / "pruned", tmp_path / "out.gguf", SizeTarget(724_000, rounding="nearest"))
+    assert record["bytes"] == (tmp_path / "out.gguf").stat().st_size <= 724_000
+
+
+@needs_converter
 def test_an_export_by_type_is_not_taken_for_one_by_size(tmp_path: Path) -> None:
     source = save_checkpoint("llama-tied", tmp_path / "model", torch.bfloat16)
     compressknow.export(source, tmp_path / "a.gguf")
@@ -128,6 +137,11 @@ def test_gptq_rounds_both_halves_of_a_split_expert_weight(tmp_path: Path) -> Non
     rounded = {name for name, kind in read_types(output).items() if kind not in ("bf16", "f32")} - {"token_embd.weight"}
     assert len([name for name in rounded if "_exps" in name]) == 6
     assert record["fit"]["compensated"] == len(rounded)
+    compressknow.export(source, tmp_path / "nearest.gguf", recipe=tmp_path / "out.gguf.json", smoke=False)
+    ours, theirs = read_tensors(output), read_tensors(tmp_path / "nearest.gguf")
+    for name in rounded:
+        change = np.abs(ours[name] - theirs[name]).reshape(len(ours[name]) if "_exps" in name else 1, -1).mean(axis=1)
+        assert ((change > 0) & (change < 0.1 * np.abs(theirs[name]).mean())).all(), name
 
 
 @needs_converter

@@ -219,6 +219,35 @@ def test_experts_tied_embeddings_and_encoders_are_in_the_matrix(name: str, tmp_p
 
 
 @needs_converter
+def test_each_expert_has_the_sums_of_its_own_tokens_if_they_are_enough(tmp_path: Path) -> None:
+    """The checkpoint stores experts one by one, in the order 0, 1, 10, 11, 2; llama.cpp stacks them by number."""
+    source, path = save_checkpoint("mixtral-12", tmp_path / "model"), write_sentences(tmp_path / "text.txt")
+    options = {"calibration": str(path), "calibration_tokens": 192, "imatrix_out": tmp_path / "matrix.gguf"}
+    compressknow.export(source, tmp_path / "out.gguf", type="q4_0", **options)
+    matrix = read_importance(tmp_path / "matrix.gguf")
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:2]))
+    _, tree = open_complete(source)
+    for batch in read_calibration_text(source, tree, Calibration(str(path), 192)).batches:
+        with torch.no_grad():
+            model(batch["input_ids"])
+    hidden, chosen = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    reads = [hidden[(chosen == expert).any(dim=1)].square() for expert in range(12)]
+    enough = np.array([len(each) >= 32 for each in reads])
+    assert 0 < enough.sum() < 12
+    name = "blk.0.ffn_gate_exps.weight"
+    assert matrix.counts[name].tolist() == [len(each) if len(each) >= 32 else 0 for each in reads]
+    expected = np.stack([each.sum(0) if len(each) >= 32 else torch.zeros(64) for each in reads])
+    np.testing.assert_allclose(matrix.sums[name], expected, rtol=1e-4)
+    # The others weigh all channels alike.
+    means = matrix.means()[name].reshape(12, -1)
+    assert (means[~enough] == 1).all()
+    np.testing.assert_allclose(means[enough], np.stack([each.mean(0) for each in reads])[enough], rtol=1e-4)
+
+
+@needs_converter
 def test_a_quantized_checkpoint_has_a_matrix(files: Path, tmp_path: Path) -> None:
     compressknow.convert(files / "model", tmp_path / "small", quantize="int8", drop_blocks="1")
     record = compressknow.export(
