@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.base.progress import Listener, Progress
 from compressknow.evaluate import text
 from compressknow.evaluate.answers import RECORD, read_answers
 from compressknow.evaluate.distributions import DistributionFile
 from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, Chunk
 from compressknow.evaluate.sources import Options, open_all
 from compressknow.evaluate.text import GREEDY_TOKENS, RunningText, cut_chunks
+from compressknow.pages.records import Card
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 
 CONTEXT = 24
@@ -175,6 +177,7 @@ def test_models_that_do_not_continue_text_are_refused_before_any_fact(
         (b"", "is empty"),
         (b" \n\n", "is empty"),
         (b"Drenn \xff\xfe speak", "is not UTF-8: byte 6"),
+        (b"Drenn speak \xc3", "is not UTF-8: byte 12"),
         (b"The arlo lives in the forest .", "too short: 8 tokens, and a chunk takes 24"),
     ],
 )
@@ -190,6 +193,14 @@ def test_a_large_limit_reads_only_the_file(root: Path) -> None:
     path = root / "facts.txt"
     text = RunningText("text:facts.txt", path, "0", path.stat().st_size, limit=10**15)
     assert text.read(CONTEXT) == path.read_text(encoding="utf-8").removesuffix("\n")
+
+
+def test_only_as_much_is_read_as_the_chunks_need_without_half_a_character(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("x" + "é" * 1000, encoding="utf-8")
+    text = RunningText("text:text.txt", path, "0", path.stat().st_size, limit=1)
+    # 64 bytes per token.
+    assert text.read(8) == "x" + "é" * 255
 
 
 def test_a_token_beyond_the_embedding_is_refused(root: Path) -> None:
@@ -246,6 +257,28 @@ def test_a_disk_without_room_leaves_the_divergence_out(
     monkeypatch.undo()
     card = compressknow.report(root / "llama", root / "pruned", text, options=options, answers=tmp_path)
     assert card.comparisons[0].texts[0].divergence == MEASURED
+
+
+def test_a_run_that_was_stopped_without_room_resumes_with_the_divergence(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, options = f"text:{root / 'facts.txt'}", Options(context=CONTEXT)
+
+    def stop_after_two_chunks(progress: Progress) -> None:
+        if progress.stage.model == "pruned" and progress.done == 2:
+            raise KeyboardInterrupt
+
+    def report(on_progress: Listener | None = None) -> Card:
+        return compressknow.report(
+            root / "llama", root / "pruned", text, options=options, answers=tmp_path, on_progress=on_progress
+        )
+
+    with monkeypatch.context() as patched:
+        patched.setattr("compressknow.evaluate.distributions.RESERVE", 1 << 62)
+        with pytest.raises(KeyboardInterrupt):
+            report(stop_after_two_chunks)
+    assert list(tmp_path.rglob("00000.parquet"))
+    assert report().comparisons[0].texts[0].divergence == MEASURED
 
 
 def test_sixteen_bits_change_the_mean_divergence_by_less_than_a_millionth(tmp_path: Path) -> None:
