@@ -148,6 +148,8 @@ def test_rows_that_cannot_be_evaluated_are_counted(tmp_path: Path) -> None:
     good = {"prompt": "A [MASK].", "obj_label": "b", "candidates": ["a", "b"]}
     rows = [
         good,
+        good,
+        {**good, "obj_label": "a", "candidates": ["a", "b", "a"]},
         {**good, "obj_label": None},
         {**good, "obj_label": "c"},
         {**good, "candidates": ["b"], "prompt": "B [MASK]."},
@@ -155,8 +157,10 @@ def test_rows_that_cannot_be_evaluated_are_counted(tmp_path: Path) -> None:
         {**good, "prompt": None},
     ]
     probe = read_hub_facts(str(write_parquet(tmp_path / "f.parquet", rows)))
-    assert [fact.prompt for fact in probe.facts] == ["A [MASK]."]
+    expected = [("A [MASK].", "b", ("a", "b")), ("A [MASK].", "a", ("a", "b"))]
+    assert [(fact.prompt, fact.obj_label, fact.candidates) for fact in probe.facts] == expected
     assert probe.dropped == {
+        "same sentence and object": 1,
         "no object": 1,
         "object not among two candidates or more": 2,
         "several blanks in the sentence": 1,
@@ -179,6 +183,14 @@ def test_a_year_stays_whole_if_another_cell_of_its_column_is_empty(tmp_path: Pat
     probe = read_hub_facts(str(tmp_path / "born.csv"), {"object": "year", "prompt": "text"})
     assert [fact.obj_label for fact in probe.facts] == ["1815", "1564"]
     assert probe.dropped == {"no object": 1}
+    # pandas writes such columns as floats.
+    floats = [
+        {"year": 1815.0, "text": "Ada was born in [MASK]."},
+        {"year": None, "text": "Hypatia was born in [MASK]."},
+    ]
+    path = str(write_parquet(tmp_path / "born.parquet", floats))
+    (fact,) = read_hub_facts(path, {"object": "year", "prompt": "text"}).facts
+    assert fact.obj_label == "1815"
 
 
 def test_cells_of_a_csv_file_are_read_as_they_are_written(tmp_path: Path) -> None:
