@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from compressknow.evaluate.sources import Options, open_all
 from compressknow.evaluate.text import GREEDY_TOKENS, RunningText, cut_chunks
 from compressknow.pages.records import Card
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
+from tests.models import edit_config
 
 CONTEXT = 24
 SCORED = CONTEXT - 1 - CONTEXT // 2
@@ -153,7 +155,8 @@ def test_a_stopped_run_resumes_at_its_last_chunk(root: Path, tmp_path: Path, mon
 
 
 def test_limit_counts_chunks_and_longer_contexts_are_refused(root: Path, tmp_path: Path) -> None:
-    assert len(read_chunks(root / "llama", tmp_path / "two", root / "facts.txt", limit=2)) == 2
+    for limit in (2, 3):
+        assert len(read_chunks(root / "llama", tmp_path / "few", root / "facts.txt", limit=limit)) == limit
     with pytest.raises(UsageError, match="64 tokens at once"):
         compressknow.probe(root / "llama", tmp_path / "no", f"text:{root / 'facts.txt'}", options=Options(context=65))
     answers = compressknow.probe(root / "llama", tmp_path / "most", f"text:{root / 'facts.txt'}")
@@ -253,10 +256,27 @@ def test_a_disk_without_room_leaves_the_divergence_out(
     monkeypatch.setattr("compressknow.evaluate.distributions.RESERVE", 1 << 62)
     text, options = f"text:{root / 'facts.txt'}", Options(context=CONTEXT)
     card = compressknow.report(root / "llama", root / "pruned", text, options=options, answers=tmp_path)
-    assert card.comparisons[0].texts[0].divergence == NO_ROOM
+    (without,) = card.comparisons[0].texts
+    assert without.divergence == NO_ROOM
     monkeypatch.undo()
     card = compressknow.report(root / "llama", root / "pruned", text, options=options, answers=tmp_path)
-    assert card.comparisons[0].texts[0].divergence == MEASURED
+    (figures,) = card.comparisons[0].texts
+    assert figures.divergence == MEASURED
+    assert figures.moved is not None
+    assert without.moved is not None
+    assert figures.moved.divergent == without.moved.divergent
+
+
+def test_a_model_with_more_positions_reads_the_chunks_of_the_original(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "pruned", tmp_path / "longer")
+    edit_config(tmp_path / "longer", max_position_embeddings=128)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "longer")
+    tokenizer.model_max_length = 128
+    tokenizer.save_pretrained(tmp_path / "longer")
+    text = f"text:{root / 'facts.txt'}"
+    card = compressknow.report(root / "llama", tmp_path / "longer", text, answers=tmp_path / "kept")
+    (figures,) = card.comparisons[0].texts
+    assert (figures.context, figures.divergence) == (64, MEASURED)
 
 
 def test_a_run_that_was_stopped_without_room_resumes_with_the_divergence(
