@@ -301,7 +301,7 @@ def test_generated_answers_follow_the_generation_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("metric", ["acc_norm", "acc_bytes"])
 def test_the_metric_decides_the_answer(llama: LanguageModel, tmp_path: Path, metric: str) -> None:
-    choices = ["Tarsk", "Port Corin", "New Alba", "Ж Ж Ж"]
+    choices = ["Tarsk", "Port Corin", "New Alba", "ЖЖЖЖЖЖ"]
     rows = [row | {"choices": choices, "label": number % 4} for number, row in enumerate(make_cloze_rows())]
     config = CLOZE | {"metric_list": [{"metric": metric}]}
     answers, entry = open_task("lm-eval:cloze", include=write_cloze(tmp_path, config, rows=rows)).run(llama)
@@ -310,6 +310,9 @@ def test_the_metric_decides_the_answer(llama: LanguageModel, tmp_path: Path, met
     assert any(answer.top5_logp[0] < max(answer.top5_logp) for answer in answers)
     for answer in answers:
         assert answer.correct == (answer.rank == 1) == (answer.predicted == answer.gold)
+        lengths = [len(text if metric == "acc_norm" else text.encode()) for text in answer.top5]
+        compared = [logp / length for logp, length in zip(answer.top5_logp, lengths, strict=True)]
+        assert compared == sorted(compared, reverse=True)
 
 
 def test_a_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path) -> None:
