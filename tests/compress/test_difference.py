@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,25 +180,32 @@ def test_two_int8_models_can_be_compared(tmp_path: Path) -> None:
     a = save_tiny("llama", tmp_path / "in")
     for name, amount in (("a", 0.2), ("b", 0.5)):
         compressknow.convert(a, tmp_path / name, prune=amount, quantize="int8")
+    copy = shutil.copytree(tmp_path / "a", tmp_path / "copy")
     diff = compare(tmp_path / "a", tmp_path / "b")
     before, after = dequantize(tmp_path / "a"), dequantize(tmp_path / "b")
     assert not diff.structure
     assert not diff.config
     for tensor in diff.tensors:
         check_sums(tensor.sums, before[tensor.name], after[tensor.name])
+    # Only a scale differs.
+    name = next(name for name in before if "q_proj" in name)
+    edit_tensors(tmp_path / "a", lambda tensors: tensors[f"{name}_scale"].mul_(2))
+    (changed,) = (tensor for tensor in compare(tmp_path / "a", copy).tensors if not tensor.same_bytes)
+    check_sums(changed.sums, dequantize(tmp_path / "a")[name], before[name])
 
 
-def test_sums_cover_all_blocks_of_a_large_tensor(tmp_path: Path) -> None:
-    """The last block has fewer rows, and it alone differs."""
+@pytest.mark.parametrize("row", [0, -1])
+def test_sums_cover_all_blocks_of_a_large_tensor(row: int, tmp_path: Path) -> None:
+    """The last block has fewer rows. Only that one or the first differs."""
     a, b = (save_tiny("bert", tmp_path / name) for name in "ab")
     large = torch.randn(300_000, 3)
     for folder in (a, b):
         edit_tensors(folder, lambda tensors: tensors.update(large=large.clone()))
-    edit_tensors(b, lambda tensors: tensors["large"][-1].mul_(2))
+    edit_tensors(b, lambda tensors: tensors["large"][row].mul_(2))
     tensor = index_by_name(compare(a, b))["large"]
     check_sums(tensor.sums, dequantize(a)["large"], dequantize(b)["large"])
     assert not tensor.same_bytes
-    assert tensor.sums.largest_change == large[-1].double().abs().max()
+    assert tensor.sums.largest_change == large[row].double().abs().max()
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5-gated"])

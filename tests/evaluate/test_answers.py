@@ -30,7 +30,9 @@ from compressknow.evaluate.answers import (
     write_record,
     write_table,
 )
+from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.records import ModelRecord, ProbeEntry, Record
+from compressknow.evaluate.run import make_facts_entry
 from compressknow.model.manifest import seal_manifest
 
 
@@ -263,6 +265,16 @@ def test_unknown_and_missing_keys_of_a_record_stay_as_they_are(tmp_path: Path) -
     changed = replace(record, probes={"atlas": replace(record.probes["atlas"], key="k", asked=1)})
     changed_entry = {**entry, "asked": 1, "key": "k"}
     assert json.dumps(changed.to_dict()) == json.dumps({**written, "probes": {"atlas": changed_entry}})
+
+
+def test_an_entry_has_the_majority_of_the_evaluated_facts() -> None:
+    facts = tuple(
+        Fact(f"capital/{number}", "atlas", "capital", "geography", "", label, "It is [MASK].")
+        for number, label in enumerate(("Paris", "Paris", "Rome"))
+    )
+    answers = [make_answer(fact_id=fact.id) for fact in facts[1:]]
+    entry = make_facts_entry(Probe("atlas", "atlas/1", facts), answers, {"too long": 1})
+    assert (entry.facts, entry.asked, entry.majority) == (3, 2, 1 / 2)
 
 
 def test_a_new_entry_writes_a_missing_chance_and_limit_as_null() -> None:

@@ -68,6 +68,10 @@ CHANGES: dict[str, Callable[[], Probe]] = {
     "another fact's candidates": lambda: replace(
         PROBE, facts=(FIRST, *OTHERS[:2], replace(OTHERS[2], candidates=OTHERS[1].candidates))
     ),
+    "a fact more, with candidates of the first": lambda: replace(PROBE, facts=(*PROBE.facts, make_fact(3))),
+    "a fact more, with candidates of the last": lambda: replace(
+        PROBE, facts=(*PROBE.facts, make_fact(3, candidates=OTHERS[1].candidates))
+    ),
     "order of facts": lambda: replace(PROBE, facts=(*OTHERS, FIRST)),
 }
 

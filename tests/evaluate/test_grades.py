@@ -305,12 +305,17 @@ def make_fact(
 
 def test_an_example_is_another_fact_of_the_relation_with_another_answer() -> None:
     facts = [make_fact(0, "France", "Paris"), make_fact(1, "Gaul", "Paris"), make_fact(2, "Italy", "Rome")]
+    # The same subject with another answer, and the same answer in another case.
+    facts += [make_fact(3, "France", "Rome"), make_fact(4, "Lutetia", "PARIS"), make_fact(5, "Spain", "Madrid")]
     probe = make_probe(facts)
     shown = [put_after_example(each, probe) for each in facts]
     assert [each and each.prompt for each in shown] == [
         "The capital of Italy is Rome. The capital of France is [MASK].",
         "The capital of Italy is Rome. The capital of Gaul is [MASK].",
         "The capital of France is Paris. The capital of Italy is [MASK].",
+        "The capital of Spain is Madrid. The capital of France is [MASK].",
+        "The capital of Italy is Rome. The capital of Lutetia is [MASK].",
+        "The capital of France is Paris. The capital of Spain is [MASK].",
     ]
     assert put_after_example(facts[0], make_probe(facts[:2])) is None
 

@@ -148,19 +148,20 @@ def test_rows_that_cannot_be_evaluated_are_counted(tmp_path: Path) -> None:
     good = {"prompt": "A [MASK].", "obj_label": "b", "candidates": ["a", "b"]}
     rows = [
         good,
+        good,
+        {**good, "obj_label": "a", "candidates": ["a", "b", "a"]},
         {**good, "obj_label": None},
         {**good, "obj_label": "c"},
         {**good, "candidates": ["b"], "prompt": "B [MASK]."},
         {**good, "prompt": "[MASK] [MASK]."},
         {**good, "prompt": None},
-        good,
-        {**good, "obj_label": "a"},
         {**good, "candidates": None, "prompt": "C [MASK]."},
     ]
     probe = read_hub_facts(str(write_parquet(tmp_path / "f.parquet", rows)))
     facts = [(fact.prompt, fact.obj_label) for fact in probe.facts]
     assert facts == [("A [MASK].", "b"), ("A [MASK].", "a"), ("C [MASK].", "b")]
     assert probe.vocabulary == "open"
+    assert [fact.candidates for fact in probe.facts[:2]] == [("a", "b")] * 2
     assert probe.dropped == {
         "same sentence and object": 1,
         "no object": 1,

@@ -79,6 +79,10 @@ def test_spaces_around_labels_are_removed(tmp_path: Path) -> None:
     }
     expected = read_facts_file(write_rows(tmp_path, clean)).facts
     assert read_facts_file(write_rows(tmp_path, spaced)).facts == expected
+    # In prompts they may be intended.
+    rows = ({"prompt": " Paris:\n[MASK] "}, {"template": " [X]:\n[Y] ", "sub_label": "Paris"})
+    facts = read_facts_file(write_rows(tmp_path, *({**row, "obj_label": "France"} for row in rows))).facts
+    assert [fact.prompt for fact in facts] == [" Paris:\n[MASK] "] * 2
     (tmp_path / "mine.csv").write_text(
         "prompt, obj_label, sub_label, relation, candidates\n"
         '"The capital of France is [MASK].", "Paris ", France , capital, Paris | Rome\n'

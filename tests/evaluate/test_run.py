@@ -115,6 +115,8 @@ def test_a_killed_run_resumes_where_it_stopped(root: Path, family: str, tmp_path
     assert sum(rows) == len(KNOWN_FACTS) - len(stored)
     assert (tmp_path / "killed" / TABLE).read_bytes() == (tmp_path / "whole" / TABLE).read_bytes()
     assert [answer.predicted for answer in resumed.answers] == [answer.predicted for answer in whole.answers]
+    # Batches are sorted by length, answers are not.
+    assert [answer.fact_id for answer in resumed.answers] == [fact.id for fact in probe.facts]
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [LOCK, TABLE, RECORD]
 
 
@@ -305,19 +307,46 @@ def test_a_changed_example_outside_the_sample_evaluates_again(root: Path, tmp_pa
     assert evaluate_pruned("a") == evaluate_pruned("b") != before
 
 
-def test_stored_answers_get_corrected_domains(root: Path, tmp_path: Path, loads: list[Path]) -> None:
-    text = (root / "facts.jsonl").read_text()
-    (tmp_path / "facts.jsonl").write_text(text)
-    first = evaluate(root / "llama", tmp_path / "a", tmp_path / "facts.jsonl")
-    (tmp_path / "facts.jsonl").write_text(text.replace('"geography"', '"places"').replace('"popularity": 10,', ""))
-    again = evaluate(root / "llama", tmp_path / "a", tmp_path / "facts.jsonl")
+def test_a_changed_majority_outside_the_sample_is_computed_again(root: Path, tmp_path: Path) -> None:
+    file, few = tmp_path / "facts.jsonl", Options(limit=4)
+    file.write_text((root / "facts.jsonl").read_text())
+
+    def compute_majority(folder: str) -> float | None:
+        return (
+            evaluate(root / "llama", tmp_path / folder, file, options=few).record.probes["facts:facts.jsonl"].majority
+        )
+
+    before = compute_majority("a")
+    (probe,) = open_all([f"facts:{file}"], few)
+    assert isinstance(probe, Probe)
+    kept = {fact.prompt for facts in (probe.facts, *probe.examples.values()) for fact in facts}
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        if row["prompt"] not in kept:
+            row["obj_label"] = probe.examples[row["relation"]][1].obj_label
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (changed,) = open_all([f"facts:{file}"], few)
+    assert isinstance(changed, Probe)
+    assert (changed.facts, changed.examples) == (probe.facts, probe.examples)
+    assert compute_majority("a") == compute_majority("b") != before
+
+
+def test_stored_answers_get_corrected_labels(root: Path, tmp_path: Path, loads: list[Path]) -> None:
+    file = tmp_path / "facts.jsonl"
+    rows = [json.loads(line) for line in (root / "facts.jsonl").read_text().splitlines()]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    first = evaluate(root / "llama", tmp_path / "a", file)
+    changes = [{"subject": "places", "sub_label": f"Great {row['sub_label']}", "popularity": 7} for row in rows]
+    file.write_text("".join(f"{json.dumps(row | more)}\n" for row, more in zip(rows, changes, strict=True)))
+    again = evaluate(root / "llama", tmp_path / "a", file)
     assert len(loads) == 1
-    assert {answer.subject for answer in again.answers} == {"places", "science"}
     assert [answer.predicted for answer in again.answers] == [answer.predicted for answer in first.answers]
-    stored = read_answers(tmp_path / "a")
-    assert [(a.fact_id, a.subject, a.popularity) for a in stored.answers] == [
-        (a.fact_id, a.subject, a.popularity) for a in again.answers
-    ]
+    (probe,) = open_all([f"facts:{file}"], Options())
+    assert isinstance(probe, Probe)
+    for answers in (again, read_answers(tmp_path / "a")):
+        labels = [(a.fact_id, a.subject, a.sub_label, a.popularity) for a in answers.answers]
+        assert labels == [(fact.id, "places", fact.sub_label, 7) for fact in probe.facts]
+        assert answers.record.probes[probe.name].source == probe.source
     before = read_files(tmp_path / "a")
     evaluate(root / "llama", tmp_path / "a", tmp_path / "facts.jsonl")
     assert read_files(tmp_path / "a") == before
@@ -372,7 +401,7 @@ def test_a_model_is_evaluated_on_the_sample_of_stored_answers(root: Path, tmp_pa
     lines = (root / "facts.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "few.jsonl").write_text("".join(lines[:4]))
     files = [tmp_path / "few.jsonl", root / "facts.jsonl"]
-    evaluate(root / "llama", tmp_path / "original", files, SMALL, Options(limit=12))
+    evaluate(root / "llama", tmp_path / "original", files, SMALL, Options(limit=12, seed=3))
     probes = [f"facts:{file}" for file in files]
     card = compressknow.report(tmp_path / "original", root / "llama-3", probes, answers=tmp_path / "kept")
     assert [probe.counts.n for probe in card.comparisons[0].probes] == [4, 12]
@@ -532,6 +561,9 @@ def test_known_answers_get_only_the_tokens_of_the_reference(
         again = evaluate(compressed, tmp_path / "anew", facts, reference=reference, known=known)
     assert (tmp_path / "anew" / TABLE).read_bytes() == (tmp_path / "whole" / TABLE).read_bytes()
     assert again.answers[0].first_ids.tolist() != known.answers[0].first_ids.tolist()
+    # A folder with answers that were scored on the model's own tokens gets others.
+    evaluate(compressed, tmp_path / "known", facts, reference=reference)
+    assert (tmp_path / "known" / TABLE).read_bytes() == (tmp_path / "whole" / TABLE).read_bytes()
 
 
 def report(

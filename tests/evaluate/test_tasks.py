@@ -304,7 +304,7 @@ def test_generated_answers_follow_the_generation_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("metric", ["acc_norm", "acc_bytes"])
 def test_the_metric_decides_the_answer(llama: LanguageModel, tmp_path: Path, metric: str) -> None:
-    choices = ["Tarsk", "Port Corin", "New Alba", "Ж Ж Ж"]
+    choices = ["Tarsk", "Port Corin", "New Alba", "ЖЖЖЖЖЖ"]
     rows = [row | {"choices": choices, "label": number % 4} for number, row in enumerate(make_cloze_rows())]
     # A metric of which less is better does not say which answers are right.
     config = CLOZE | {"metric_list": [{"metric": "acc", "higher_is_better": False}, {"metric": metric}]}
@@ -315,6 +315,9 @@ def test_the_metric_decides_the_answer(llama: LanguageModel, tmp_path: Path, met
     for answer in answers:
         assert answer.correct == (answer.rank == 1) == (answer.predicted == answer.gold)
         assert answer.total_logp == pytest.approx(np.logaddexp.reduce(answer.top5_logp))
+        lengths = [len(text if metric == "acc_norm" else text.encode()) for text in answer.top5]
+        compared = [logp / length for logp, length in zip(answer.top5_logp, lengths, strict=True)]
+        assert compared == sorted(compared, reverse=True)
 
 
 def test_of_several_right_choices_the_likeliest_counts(llama: LanguageModel, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError, UsageError
+from compressknow.base.progress import Listener, Progress
 from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate import text
 from compressknow.evaluate.answers import RECORD, read_answers
@@ -23,7 +25,9 @@ from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, Chunk
 from compressknow.evaluate.scoring.decoding import TransformersReader
 from compressknow.evaluate.sources import Options, open_all
 from compressknow.evaluate.text import GREEDY_TOKENS, RunningText, cut_chunks
+from compressknow.pages.records import Card
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
+from tests.models import edit_config
 
 CONTEXT = 24
 SCORED = CONTEXT - 1 - CONTEXT // 2
@@ -161,7 +165,8 @@ def test_a_stopped_run_resumes_at_its_last_chunk(root: Path, tmp_path: Path, mon
 
 
 def test_limit_counts_chunks_and_longer_contexts_are_refused(root: Path, tmp_path: Path) -> None:
-    assert len(read_chunks(root / "llama", tmp_path / "two", root / "facts.txt", limit=2)) == 2
+    for limit in (2, 3):
+        assert len(read_chunks(root / "llama", tmp_path / "few", root / "facts.txt", limit=limit)) == limit
     with pytest.raises(UsageError, match="64 tokens at once"):
         compressknow.probe(root / "llama", tmp_path / "no", f"text:{root / 'facts.txt'}", options=Options(context=65))
     answers = compressknow.probe(root / "llama", tmp_path / "most", f"text:{root / 'facts.txt'}")
@@ -185,6 +190,7 @@ def test_models_that_do_not_continue_text_are_refused_before_any_fact(
         (b"", "is empty"),
         (b" \n\n", "is empty"),
         (b"Drenn \xff\xfe speak", "is not UTF-8: byte 6"),
+        (b"Drenn speak \xc3", "is not UTF-8: byte 12"),
         (b"The arlo lives in the forest .", "too short: 8 tokens, and a chunk takes 24"),
     ],
 )
@@ -209,6 +215,14 @@ def test_chunks_begin_with_bos_only_if_the_tokenizer_begins_texts_with_it(root: 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     readers = (TransformersReader(each) for each in (loaded, replace(loaded, tokenizer=tokenizer)))
     assert [reader.bos for reader in readers] == [tokenizer.bos_token_id, None]
+
+
+def test_only_as_much_is_read_as_the_chunks_need_without_half_a_character(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("x" + "é" * 1000, encoding="utf-8")
+    text = RunningText("text:text.txt", path, "0", path.stat().st_size, limit=1)
+    # 64 bytes per token.
+    assert text.read(8) == "x" + "é" * 255
 
 
 def test_a_token_beyond_the_embedding_is_refused(root: Path) -> None:
@@ -261,10 +275,49 @@ def test_a_disk_without_room_leaves_the_divergence_out(
     monkeypatch.setattr("compressknow.evaluate.distributions.RESERVE", 1 << 62)
     text, options = f"text:{root / 'facts.txt'}", Options(context=CONTEXT)
     card = compressknow.report(root / "llama", root / "pruned", text, options=options, answers=tmp_path)
-    assert card.comparisons[0].texts[0].divergence == NO_ROOM
+    (without,) = card.comparisons[0].texts
+    assert without.divergence == NO_ROOM
     monkeypatch.undo()
     card = compressknow.report(root / "llama", root / "pruned", text, options=options, answers=tmp_path)
-    assert card.comparisons[0].texts[0].divergence == MEASURED
+    (figures,) = card.comparisons[0].texts
+    assert figures.divergence == MEASURED
+    assert figures.moved is not None
+    assert without.moved is not None
+    assert figures.moved.divergent == without.moved.divergent
+
+
+def test_a_model_with_more_positions_reads_the_chunks_of_the_original(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "pruned", tmp_path / "longer")
+    edit_config(tmp_path / "longer", max_position_embeddings=128)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "longer")
+    tokenizer.model_max_length = 128
+    tokenizer.save_pretrained(tmp_path / "longer")
+    text = f"text:{root / 'facts.txt'}"
+    card = compressknow.report(root / "llama", tmp_path / "longer", text, answers=tmp_path / "kept")
+    (figures,) = card.comparisons[0].texts
+    assert (figures.context, figures.divergence) == (64, MEASURED)
+
+
+def test_a_run_that_was_stopped_without_room_resumes_with_the_divergence(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, options = f"text:{root / 'facts.txt'}", Options(context=CONTEXT)
+
+    def stop_after_two_chunks(progress: Progress) -> None:
+        if progress.stage.model == "pruned" and progress.done == 2:
+            raise KeyboardInterrupt
+
+    def report(on_progress: Listener | None = None) -> Card:
+        return compressknow.report(
+            root / "llama", root / "pruned", text, options=options, answers=tmp_path, on_progress=on_progress
+        )
+
+    with monkeypatch.context() as patched:
+        patched.setattr("compressknow.evaluate.distributions.RESERVE", 1 << 62)
+        with pytest.raises(KeyboardInterrupt):
+            report(stop_after_two_chunks)
+    assert list(tmp_path.rglob("00000.parquet"))
+    assert report().comparisons[0].texts[0].divergence == MEASURED
 
 
 def test_sixteen_bits_change_the_mean_divergence_by_less_than_a_millionth(tmp_path: Path) -> None:

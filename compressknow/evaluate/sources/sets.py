@@ -112,8 +112,7 @@ def read_atlas(template: int = 1) -> Probe:
 
 def _make_atlas_facts(relation: dict[str, Any], number: int) -> list[Fact]:
     template = pick(relation["templates"], number, f"Relation {relation['relation']} of atlas")
-    spell = capitalize if template.startswith(OBJECT) else str
-    candidates = tuple(sorted({spell(fact["obj_label"]) for fact in relation["facts"]}))
+    candidates = tuple(sorted({fact["obj_label"] for fact in relation["facts"]}))
     return [
         Fact(
             id=fact["id"],
@@ -121,7 +120,7 @@ def _make_atlas_facts(relation: dict[str, Any], number: int) -> list[Fact]:
             relation=relation["relation"],
             subject=relation["subject"],
             sub_label=fact["sub_label"],
-            obj_label=spell(fact["obj_label"]),
+            obj_label=fact["obj_label"],
             prompt=capitalize(fill(template, fact["sub_label"])),
             candidates=candidates,
             popularity=fact.get("popularity"),

@@ -166,7 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
         for position in range(1, len(ids)):
             best = log_probs[position - 1].topk(request["logprobs"])
             names = (f"token_id:{number}" if as_ids else self._get_word(9, number) for number in best.indices.tolist())
-            tops.append(dict(zip(names, best.values.tolist(), strict=True)))
+            # In no order: JSON objects have none.
+            tops.append(dict(sorted(zip(names, best.values.tolist(), strict=True))))
         return {
             "tokens": words[first:],
             "token_logprobs": values[first:],

@@ -102,6 +102,10 @@ def test_answers_are_those_of_the_model_run_locally(
     for fact, answer in answers.items():
         assert (answer.predicted, answer.correct) == (expected[fact].predicted, expected[fact].correct)
         assert answer.logp_gold == pytest.approx(expected[fact].logp_gold, abs=1e-4)
+        if kind == "vllm":
+            # The ranks and log-probabilities of first tokens.
+            assert answer.rank == expected[fact].rank
+            assert answer.top5_logp == pytest.approx(expected[fact].top5_logp, abs=1e-4)
 
 
 def test_a_penalty_in_the_generation_settings_changes_no_text(
@@ -293,6 +297,30 @@ def test_a_server_that_echoes_nothing_of_use_is_judged_by_what_it_writes(
     assert {fact: (answer.predicted, answer.logp_gold) for fact, answer in answers.items()} == {
         fact: (answer.predicted, None) for fact, answer in expected.items()
     }
+
+
+def test_an_echoed_token_that_begins_in_the_prompt_counts_as_part_of_the_answer(
+    serve: Callable[[str], ModelServer],
+) -> None:
+    server = serve("echo")
+    served = ModelHandle(locate(server.url), SETTINGS).loaded._served  # type: ignore[attr-defined]
+    (fact,) = make_known_facts()[:1]
+    before, _, last = f"{fact.before} {fact.obj_label}".rpartition(" ")
+    prompt, answer = (served.encode(text, False) for text in (before, f" {last}"))
+    expected = served.score_rest(prompt, answer, 0.0, -math.inf)
+
+    def join_last_of_prompt(choice: dict[str, Any]) -> None:
+        """Join the last token of the prompt and the answer, which precedes a token that the server writes."""
+        logprobs = choice["logprobs"]
+        for name, join in (
+            ("tokens", "".join),
+            ("token_logprobs", lambda two: two[1]),
+            ("text_offset", lambda two: two[0]),
+        ):
+            logprobs[name][-3:-1] = [join(logprobs[name][-3:-1])]
+
+    server.change = change_choice(join_last_of_prompt)
+    assert served.score_rest(prompt, answer, 0.0, -math.inf) == expected < 0
 
 
 def test_an_infinite_token_id_is_refused(serve: Callable[[str], ModelServer]) -> None:
@@ -489,6 +517,9 @@ def test_a_model_is_chosen_by_name(serve: Callable[[str], ModelServer]) -> None:
         _ = ModelHandle(locate(server.url), Settings(model="known-fact")).loaded
     assert wrong.value.hint == f"Did you mean {NAME}? It has {NAME}, other."
     assert ModelHandle(locate(f"{server.url}/v1/"), Settings(model=NAME)).loaded.make_record()["model"] == NAME
+    # They are different models even if they write the same.
+    hashes = {ModelHandle(locate(server.url), Settings(model=name)).sha256 for name in server.models}
+    assert len(hashes) == 2
     server.models = []
     with pytest.raises(CompressknowError, match="does not say which models it has"):
         _ = ModelHandle(locate(server.url), SETTINGS).loaded
