@@ -99,6 +99,16 @@ def needs_own_code(raw: dict[str, Any], architecture: str) -> bool:
     return bool(_list_remote_classes(raw)) and not is_known
 
 
+def tokenizer_needs_own_code(folder: Path) -> bool:
+    """Return whether a folder's tokenizer loads only with its own Python code, as that of Moonlight (a DeepSeek-V3)."""
+    try:
+        settings = read_json(folder / "tokenizer_config.json")
+    except CheckpointError:
+        # Neither converting nor loading the model needs a tokenizer.
+        return False
+    return "auto_map" in settings and not hasattr(transformers, str(settings.get("tokenizer_class")))
+
+
 def _list_remote_classes(raw: dict[str, Any]) -> dict[str, str]:
     auto_map = raw.get("auto_map")
     entries = auto_map.values() if isinstance(auto_map, dict) else ()

@@ -47,11 +47,16 @@ _OURS = "knowledge-kept"
 def make_model_card(manifest: Mapping[str, Any], source: Path) -> str:
     """Return the model card for a conversion of the checkpoint in the folder `source`, with metadata of its card."""
     # This imports torch, which a conversion has imported already.
-    from compressknow.model.meta import needs_own_code
+    from compressknow.model.meta import needs_own_code, tokenizer_needs_own_code
 
     config = read_json(source / "config.json")
     auto_map = config["auto_map"] if needs_own_code(config, str(manifest["source"]["architecture"])) else None
-    return render_model_card(manifest, source_card_metadata=read_card_metadata(source / "README.md"), auto_map=auto_map)
+    return render_model_card(
+        manifest,
+        source_card_metadata=read_card_metadata(source / "README.md"),
+        auto_map=auto_map,
+        tokenizer_has_code=bool(auto_map) or tokenizer_needs_own_code(source),
+    )
 
 
 def read_card_metadata(card: Path) -> dict[str, Any]:
@@ -66,7 +71,11 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
 
 
 def render_model_card(
-    manifest: Mapping[str, Any], *, source_card_metadata: dict[str, Any], auto_map: Mapping[str, Any] | None = None
+    manifest: Mapping[str, Any],
+    *,
+    source_card_metadata: dict[str, Any],
+    auto_map: Mapping[str, Any] | None = None,
+    tokenizer_has_code: bool = False,
 ) -> str:
     """Return the model card as Markdown for the Hub, with the licence, language and so on of the source's; `auto_map`
     is the entry of its config.json if it loads only with the Python code in its repository."""
@@ -78,7 +87,9 @@ def render_model_card(
     auto_class = name if name.isidentifier() and name.isascii() else "AutoModel"
     schemes = _list_schemes(manifest)
     revision = ["--revision", str(source["revision"])] if source.get("revision") else []
-    trust = ["--trust-remote-code"] if auto_map else []
+    calibrated = list(describe_calibration(summarize_calibration(manifest)))
+    # Calibration text goes through the tokenizer.
+    trust = ["--trust-remote-code"] if auto_map or (calibrated and tokenizer_has_code) else []
     command = ["compressknow", "convert", str(source["name"]), "OUTPUT", "--recipe", "recipe.toml", *revision, *trust]
     return render(
         "model_card.md.j2",
@@ -89,14 +100,15 @@ def render_model_card(
         removed=" ".join(describe_removed(manifest.get("removed"))),
         quantized=bool(schemes),
         auto_class=auto_class,
-        own_code=bool(auto_map),
+        model_has_code=bool(auto_map),
+        tokenizer_has_code=tokenizer_has_code,
         word=choose_word(find_schemes(schemes)),
         generate_needs_load=bool(schemes) and auto_class == "AutoModelForSeq2SeqLM",
         warnings=list(list_warnings(manifest)),
         runs=describe_runtimes(manifest),
         vllm=find_vllm_obstacle(manifest) is None,
         vllm_limit=find_vllm_limit(manifest),
-        calibrated=list(describe_calibration(summarize_calibration(manifest))),
+        calibrated=calibrated,
         recipe=to_toml(manifest["recipe"]),
         command=shlex.join(command),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from markdown_it import MarkdownIt
 
 import compressknow
 from compressknow.pages.model_card import read_card_metadata, render_model_card
-from tests.knowing import save_trained_custom_code
+from tests.knowing import save_trained, save_trained_custom_code
 from tests.pages.model_card.manifests import make_manifest
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -161,3 +162,26 @@ def test_card_of_a_model_with_custom_code_loads_and_reproduces_it(
     assert type(names["model"]).__name__ == architecture
     command = "compressknow convert own OUTPUT --recipe recipe.toml --trust-remote-code\n"
     assert find_code_blocks(card, "sh")[-1] == command
+
+
+def test_card_of_a_known_model_with_its_own_tokenizer_trusts_the_tokenizer_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path / "cache"))
+    source, out = save_trained("llama", tmp_path / "source"), tmp_path / "out"
+    path = source / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "OwnTokenizer"}
+    path.write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}), encoding="utf-8")
+    code = "from transformers import PreTrainedTokenizerFast\nclass OwnTokenizer(PreTrainedTokenizerFast): pass\n"
+    (source / "own.py").write_text(code, encoding="utf-8")
+    compressknow.convert(source, out, quantize="int8")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    (snippet,) = find_code_blocks(card, "python")
+    names: dict[str, Any] = {}
+    exec(snippet.replace("PATH/TO/THIS/FOLDER", out.as_posix()), names)
+    assert type(names["tokenizer"]).__name__ == "OwnTokenizer"
+    assert snippet.count("trust_remote_code=True") == 1
+    serve, _, again = find_code_blocks(card, "sh")
+    assert serve == "vllm serve PATH/TO/THIS/FOLDER --trust-remote-code\n"
+    assert "--trust-remote-code" not in again
