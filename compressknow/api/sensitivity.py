@@ -99,14 +99,15 @@ def _open_roundings(model: LocatedModel, to: Form | None, *, trusted: bool) -> R
     from compressknow.study.measuring import GgufRoundings, SchemeRoundings
 
     checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)
+    structure = read_structure(tree)
     # It raises an error for quantized weights.
-    Sources(checkpoint, tree, read_structure(tree))
+    sources = Sources(checkpoint, tree, structure)
     family = find_family(tree)
     if to == "gguf" and family != "causal":
         raise UnsupportedError(
             f"{model.name} is not a causal language model: there is no GGUF file of it.", hint="Give --to checkpoint."
         )
     if family != "causal" or to == "checkpoint":
-        return SchemeRoundings()
+        return SchemeRoundings(stored.dtype for weight in structure.linears for stored in sources.of(weight))
     require("llama_cpp_py_sync")
     return GgufRoundings()

@@ -252,7 +252,7 @@ class CheckpointFormat(FileFormat):
             if SCOPES["blocks"](weight, "quantize") and weight.kind != "experts" and sources.of(weight)
         }
         dtypes = {module: sources.of(weight)[0].dtype for module, weight in self._weights.items()}
-        self.roundings = SchemeRoundings(dtype=max(dtypes.values(), key=DTYPE_SIZES.__getitem__, default="BF16"))
+        self.roundings = SchemeRoundings(dtypes.values())
         exact = {module: prod(self._weights[module].shape) * DTYPE_SIZES[dtype] for module, dtype in dtypes.items()}
         header = _HEADER * (len(stored) + _PARTS * len(exact)) + sum(len(each.name) for each in stored)
         header += sum((_PARTS + 1) * len(module) for module in exact)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -94,9 +94,9 @@ class SchemeRoundings(Roundings):
     form = "checkpoint"
     types = ("int8-weights", *(f"int4/{size}" for size in GROUP_SIZES))
 
-    def __init__(self, dtype: str = "BF16") -> None:
-        """Take the `dtype` of the weights, in which scales are stored."""
-        self._dtype = dtype
+    def __init__(self, dtypes: Iterable[str] = ()) -> None:
+        """Take the stored dtypes of the weights; scales are counted in the widest of them."""
+        self._dtype = max(dtypes, key=DTYPE_SIZES.__getitem__, default="BF16")
 
     def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:
         return tuple(name for name in self.types if parse_scheme(name).misfit(tuple(shape)) is None)

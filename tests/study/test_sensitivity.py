@@ -150,7 +150,7 @@ def test_bytes_of_a_type_equal_those_of_the_converted_weight(
         of_module = {name: each for name, each in tensors.items() if name.startswith(f"{module}.")}
         nbytes = sum(each.nbytes for name, each in of_module.items() if not name.endswith("_shape"))
         shape = tiny("llama").get_submodule(module).weight.shape
-        assert SchemeRoundings(dtype=stored).nbytes(type, shape) == nbytes
+        assert SchemeRoundings([stored]).nbytes(type, shape) == nbytes
 
 
 @pytest.mark.parametrize(

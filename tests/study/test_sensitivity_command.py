@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections import Counter
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,11 @@ def test_masked_model_is_measured_with_the_schemes_of_checkpoints(
     assert f"Next: {command} --calibration text.txt --calibration-tokens 512\n" in printed
     values = json.loads((out / "map.json").read_text())
     assert (values["guide"], values["guidance"]["form"]) == ("facts", "checkpoint")
-    assert next(iter(values["rows"][0]["by_type"])) == "int8-weights"
+    row = values["rows"][0]
+    assert next(iter(row["by_type"])) == "int8-weights"
+    # Scales are stored as the weights are: in float32.
+    parameters = prod(row["shape"])
+    assert row["by_type"]["int4/32"]["bytes"] == parameters // 2 + parameters // 32 * 4
 
 
 def test_too_few_known_facts_are_refused_unless_a_text_guides(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
