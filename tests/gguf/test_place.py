@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from compressknow.base.errors import OutputError
+from compressknow.base.errors import OutputError, UsageError
 from compressknow.compress.staging import clean, make_scratch
-from compressknow.gguf.record import IMPORTANCE, MODELFILE, OLD_RECORD, NewFile, check_extra, finish
+from compressknow.gguf.record import IMPORTANCE, MODELFILE, OLD_RECORD, NewFile, check_destination, check_extra, finish
 
 FILE, RECORD = "out.gguf", "out.gguf.json"
 
@@ -77,6 +77,53 @@ def test_a_file_that_cannot_be_moved_is_named_and_extra_files_are_removed(tmp_pa
         with pytest.raises(OutputError, match=r"/out\.gguf cannot be written"):
             output.commit()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_file_keeps_its_record_if_the_new_one_cannot_be_moved(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("old")
+    (tmp_path / RECORD).write_text("old record")
+    with (
+        NewFile(tmp_path / FILE, overwrite=True, source=tmp_path / "model", extras={}) as output,
+        pytest.raises(OutputError, match=r"/out\.gguf cannot be written"),
+    ):
+        output.commit()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {FILE: "old", RECORD: "old record"}
+
+
+def test_a_file_that_appears_during_the_run_is_not_overwritten(tmp_path: Path) -> None:
+    with NewFile(tmp_path / FILE, overwrite=False, source=tmp_path / "model", extras={}) as output:
+        output.write(FILE, b"new")
+        output.write(RECORD, b"record")
+        (tmp_path / FILE).write_text("of another program")
+        with pytest.raises(OutputError, match="exists already"):
+            output.commit()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {FILE: "of another program"}
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_what_is_not_a_file_of_an_export_is_not_overwritten(kind: str, tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text("record")
+    with pytest.raises(OutputError, match=r"out\.gguf\.json exists already"):
+        check_destination(tmp_path / FILE, overwrite=False, source=None)
+    check_destination(tmp_path / FILE, overwrite=True, source=None)
+    if kind == "link":
+        (tmp_path / "other").touch()
+        (tmp_path / FILE).symlink_to("other")
+    else:
+        (tmp_path / FILE).mkdir()
+    with pytest.raises(OutputError, match="not overwritten"):
+        check_destination(tmp_path / FILE, overwrite=True, source=None)
+
+
+def test_an_extra_file_has_a_place_of_its_own(tmp_path: Path) -> None:
+    def check(path: Path) -> None:
+        check_extra(path, tmp_path / FILE, "--modelfile", "a Modelfile", lambda _: True, overwrite=True)
+
+    for name in (FILE, RECORD, f"../{tmp_path.name}/{RECORD}"):
+        with pytest.raises(UsageError, match="have the same name"):
+            check(tmp_path / name)
+    with pytest.raises(OutputError, match="exists already"):
+        check(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no folder that nobody can write to")
