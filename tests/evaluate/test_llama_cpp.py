@@ -319,9 +319,23 @@ def test_a_split_file_is_read_from_its_first_part(root: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"is part 2 of \d of a split GGUF file") as error:
         evaluate(others[0], tmp_path / "c", root / "facts.jsonl")
     assert first.name in str(error.value)
+
+
+def test_a_split_file_that_lacks_a_part_is_refused_before_any_work(root: Path, tmp_path: Path) -> None:
+    write_gguf(root / "llama", tmp_path / "split.gguf", Q8_0, tensors_per_part=8)
+    first, *others = sorted(tmp_path.glob("split-*.gguf"))
+    assert compressknow.inspect(first)["parameters"] == compressknow.inspect(root / "Q8_0.gguf")["parameters"]
     others[-1].unlink()
-    with pytest.raises(CheckpointError, match=r"its folder lacks 1 of them"):
-        evaluate(first, tmp_path / "d", root / "facts.jsonl")
+    facts = [f"facts:{root / 'facts.jsonl'}"]
+    for call in (
+        lambda: compressknow.inspect(first),
+        lambda: compressknow.compare(root / "Q8_0.gguf", first),
+        lambda: compressknow.probe(first, tmp_path / "a", facts),
+        lambda: compressknow.report(root / "llama", first, facts, answers=tmp_path / "a"),
+    ):
+        with pytest.raises(CheckpointError, match=r"its folder lacks 1 of them"):
+            call()
+    assert not (tmp_path / "a").exists()
 
 
 def get_error(file: Path, tmp_path: Path, facts: Path) -> CompressknowError:
