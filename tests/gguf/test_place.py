@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.errors import OutputError, UsageError
+from compressknow.base.system import move
 from compressknow.compress.staging import clean, make_scratch
 from compressknow.gguf.record import IMPORTANCE, MODELFILE, OLD_RECORD, NewFile, check_destination, check_extra, finish
 
@@ -58,6 +59,44 @@ def test_an_unmoved_file_is_removed_and_a_file_of_the_user_stays(tmp_path: Path)
     leave_staging_folder(tmp_path, out_gguf="new", out_gguf_json="new record")
     (tmp_path / FILE).write_text("the user's")
     assert start_next_run(tmp_path) == {FILE: "the user's"}
+
+
+def test_a_record_is_not_put_where_its_file_is_gone(tmp_path: Path) -> None:
+    leave_staging_folder(tmp_path, out_gguf_json="new record")
+    assert start_next_run(tmp_path) == {}
+
+
+def test_the_record_of_a_replaced_file_does_not_return(tmp_path: Path) -> None:
+    """The run was killed after it had moved everything."""
+    leave_staging_folder(tmp_path, **{OLD_RECORD: "old record"})
+    (tmp_path / FILE).write_text("new")
+    (tmp_path / RECORD).write_text("new record")
+    assert start_next_run(tmp_path) == {FILE: "new", RECORD: "new record"}
+
+
+def test_an_extra_file_that_the_dead_run_did_not_make_is_left_to_this_run(tmp_path: Path) -> None:
+    leave_staging_folder(tmp_path, out_gguf_json="new record")
+    (tmp_path / FILE).write_text("new")
+    assert start_next_run(tmp_path, **{MODELFILE: tmp_path / "Modelfile"}) == {FILE: "new", RECORD: "new record"}
+
+
+def test_a_new_file_is_never_next_to_an_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a run that is killed between its moves would leave a file that does not match its record."""
+    moved = []
+
+    def move_and_look(source: Path, target: Path) -> None:
+        move(source, target)
+        moved.append((target.name, (tmp_path / RECORD).exists()))
+
+    monkeypatch.setattr("compressknow.gguf.record.move", move_and_look)
+    (tmp_path / FILE).write_text("old")
+    (tmp_path / RECORD).write_text("old record")
+    with NewFile(tmp_path / FILE, overwrite=True, source=tmp_path / "model", extras={}) as output:
+        output.write(FILE, b"new")
+        output.write(RECORD, b"new record")
+        output.commit()
+    assert moved == [(OLD_RECORD, False), (FILE, False), (RECORD, True)]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {FILE: "new", RECORD: "new record"}
 
 
 def test_the_staging_folder_of_a_dead_run_is_removed(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from compressknow.base.errors import CheckpointError
 from compressknow.base.reading import NotReadable
@@ -82,6 +84,18 @@ def test_sound_header_is_accepted(sound: Path, tmp_path: Path) -> None:
     check_gguf(sound)
     edited = parse_gguf(sound.read_bytes()).set("general.name", TEXT, b"x").set("n", LIST, (LIST, [(U64, [1])]))
     (tmp_path / "x.gguf").write_bytes(edited.join())
+    check_gguf(tmp_path / "x.gguf")
+
+
+def test_header_with_another_alignment_is_accepted(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_custom_alignment(64)
+    for name in ("a", "b"):
+        writer.add_tensor(name, np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     check_gguf(tmp_path / "x.gguf")
 
 
