@@ -24,7 +24,7 @@ from compressknow.evaluate.runtimes import Settings
 from compressknow.gguf import record
 from compressknow.gguf.choice import DEFAULT, Rounding, SizeFit, TypeChoice, read_choice
 from compressknow.gguf.converter import find_converter
-from compressknow.gguf.importance import read_importance
+from compressknow.gguf.importance import Importance, read_importance
 from compressknow.gguf.modelfile import build_modelfile, check_modelfile
 from compressknow.gguf.record import ExportRecord
 from compressknow.model.checkpoint import check_is_checkpoint
@@ -111,6 +111,8 @@ def export(
     require("llama_cpp_py_sync", "gguf", "sentencepiece")
     extra_outputs = {record.IMPORTANCE: imatrix_out, record.MODELFILE: modelfile}
     extras = {name: Path(path) for name, path in extra_outputs.items() if path is not None}
+    if len({path.resolve() for path in extras.values()}) < len(extras):
+        raise UsageError("--imatrix-out and --modelfile have the same name.", hint="Give them different names.")
     target = _read_target(locals())
     deciding = open_facts(facts or None, data) if target else []
     choice = _read_types(locals(), sized=target is not None)
@@ -146,7 +148,7 @@ def export(
     if is_there:
         made = find_made(job, place)
         matrix = extras.get(record.IMPORTANCE)
-        has_matrix = matrix is None or (matrix.is_file() and read_importance(matrix).models == job.sources)
+        has_matrix = matrix is None or (matrix.is_file() and _is_matrix_of(read_importance(matrix), job))
         if made is not None and has_matrix:
             made.is_new = False
             if record.MODELFILE in extras:
@@ -231,7 +233,7 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> TypeChoice:
     else:
         text, tokens = options["calibration"], options["calibration_tokens"]
         if sized:
-            text, tokens = text or "self", tokens or FIT_TOKENS
+            text, tokens = text or "self", FIT_TOKENS if tokens is None else tokens
         if text is None and tokens is not None:
             raise UnusedOptions("--calibration-tokens needs --calibration.", names=["calibration_tokens"])
         tokens = TOKENS if tokens is None else tokens
@@ -247,6 +249,12 @@ def _check_importance_output(file: Path, choice: TypeChoice, output: Path, *, ov
     if choice.calibration is None:
         raise UsageError("--imatrix-out needs --calibration: there is no importance matrix to write.")
     record.check_extra(file, output, "--imatrix-out", "an importance matrix", _is_importance, overwrite=overwrite)
+
+
+def _is_matrix_of(matrix: Importance, job: ExportPlan) -> bool:
+    """Return whether an importance matrix has the model and the text of an export."""
+    text = job.choice.calibration
+    return text is not None and (matrix.models, matrix.datasets) == (job.sources, (text.text,))
 
 
 def _is_importance(file: Path) -> bool:

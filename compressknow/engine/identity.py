@@ -106,10 +106,11 @@ def locate(model: str | Path, revision: str | None = None) -> LocatedModel:
         except (OSError, NotReadable) as error:
             raise CheckpointError(f"{model} cannot be read: {error}.", hint=hint) from None
         check_revision(model, revision)
-        if is_installed("gguf"):
-            from compressknow.model.gguf_file import check_whole, list_parts
+        from compressknow.model.gguf_file import check_parts, check_whole, list_parts
 
-            # Check now, since the file may be opened only after a minute's work on the original.
+        # Check now, since the file may be opened only after a minute's work on the original.
+        check_parts(path)
+        if is_installed("gguf"):
             for part in list_parts(path):
                 check_whole(part)
         return LocatedModel(escape_name(path.name), path)

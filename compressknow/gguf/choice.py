@@ -81,7 +81,11 @@ def find_base_type(file_type: str) -> str:
 
 
 def estimate_bytes(tensor_type: str, numel: int) -> int:
-    """Return the bytes of `numel` weights, without the padding of incomplete blocks in rows."""
+    """Return the bytes of `numel` weights, without the padding of incomplete blocks in rows.
+
+    >>> estimate_bytes("q4_k", 257), estimate_bytes("bf16", 257)
+    (288, 514)
+    """
     import gguf
 
     kind = getattr(gguf.GGMLQuantizationType, tensor_type.upper(), gguf.GGMLQuantizationType.F16)

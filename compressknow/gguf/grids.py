@@ -51,7 +51,11 @@ def get_block_size(type: str) -> int:
 
 
 def get_nbytes(type: str, shape: Sequence[int]) -> int:
-    """Return the bytes of a weight [..., in] of this type. Raises ValueError if blocks do not divide its rows."""
+    """Return the bytes of a weight [..., in] of this type. Raises ValueError if blocks do not divide its rows.
+
+    >>> get_nbytes("q8_0", (3, 2, 64))
+    408
+    """
     *rows, columns = shape
     if columns % (width := get_block_size(type)):
         raise ValueError(f"rows of {columns} weights are not a multiple of the {width} in a block of {type}")

@@ -19,7 +19,7 @@ from compressknow.base.packages import OPTIONAL, require
 from compressknow.base.reading import NotReadable
 from compressknow.engine.language_model import hash_vocabulary
 from compressknow.gguf.children import build_python_command, put_first, read_tail, run
-from compressknow.model.gguf_file import NAMED, PART, UNPLACED, list_parts, read_header
+from compressknow.model.gguf_file import NAMED, UNPLACED, list_parts, read_header
 
 MODULE = "llama_cpp_py_sync"
 # enum ggml_log_level of ggml.h.
@@ -160,14 +160,13 @@ class GgufModel:
     rows : number of tokens that it can read.
     most_tokens : maximum length of texts in training.
 
-    Raises CheckpointError if llama.cpp cannot read the file: it is damaged, truncated or of a newer version, or a part
-    is missing; UnsupportedError if it is not a decoder-only language model, or not supported by llama.cpp.
+    Raises CheckpointError if llama.cpp cannot read the file: it is damaged, truncated or of a newer version;
+    UnsupportedError if it is not a decoder-only language model, or not supported by llama.cpp.
     """
 
     def __init__(self, path: Path, *, trial: bool = False) -> None:
         self.path = path
         self.native: Native = load_native()
-        _check_parts(path)
         if not trial:
             check_no_crash(path)
         self.handle = _open_model(path, self.native, copies=not trial)
@@ -209,25 +208,6 @@ class GgufModel:
         buffer = self.native.ffi.new("char[]", _META_BYTES)
         length = self.native.lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, _META_BYTES)
         return None if length < 0 else self.native.ffi.string(buffer).decode("utf-8", "replace")
-
-
-def _check_parts(path: Path) -> None:
-    match = PART.fullmatch(path.name)
-    if match is None:
-        return
-    count = int(match["count"])
-    first = path.with_name(f"{match['prefix']}-00001-of-{count:05}.gguf")
-    if int(match["number"]) != 1:
-        raise CheckpointError(
-            f"{path} is part {int(match['number'])} of {count} of a split GGUF file.",
-            hint=f"Give the first part, {first.name}; the others are read from the same folder.",
-        )
-    present = len(list_parts(path))
-    if present < count:
-        raise CheckpointError(
-            f"{path} is the first of {count} parts, and its folder lacks {count - present} of them.",
-            hint="Download all parts into one folder.",
-        )
 
 
 def _open_model(path: Path, llama: Native, *, copies: bool) -> Any:

@@ -41,8 +41,9 @@ def build_modelfile(checkpoint: Path, file: Path, place: Path, *, trust_remote_c
     path = checkpoint / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
     ids = settings.get("eos_token_id")
-    ids = [each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)]
-    ends = tokenizer.convert_ids_to_tokens(ids)
+    # Configs name ids that the vocabulary lacks, too.
+    ids = [each for each in (ids if isinstance(ids, list) else [ids]) if each in range(len(tokenizer))]
+    ends = filter(None, tokenizer.convert_ids_to_tokens(ids))
     stops = dict.fromkeys([*ends, *([tokenizer.eos_token] if tokenizer.eos_token else [])])
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
     settings = {**settings, "repeat_penalty": settings.get("repetition_penalty")}

@@ -300,3 +300,23 @@ def list_parts(path: Path) -> list[Path]:
     count = int(match["count"])
     names = (f"{match['prefix']}-{number:05}-of-{count:05}.gguf" for number in range(1, min(count, 10_000) + 1))
     return [part for name in names if (part := path.with_name(name)).is_file()] or [path]
+
+
+def check_parts(path: Path) -> None:
+    """Raise CheckpointError for a part of a split GGUF file that is not the first, or if others are missing."""
+    match = PART.fullmatch(path.name)
+    if match is None or not path.is_file():
+        return
+    count = int(match["count"])
+    first = path.with_name(f"{match['prefix']}-00001-of-{count:05}.gguf")
+    if int(match["number"]) != 1:
+        raise CheckpointError(
+            f"{path} is part {int(match['number'])} of {count} of a split GGUF file.",
+            hint=f"Give the first part, {first.name}; the others are read from the same folder.",
+        )
+    present = len(list_parts(path))
+    if present < count:
+        raise CheckpointError(
+            f"{path} is the first of {count} parts, and its folder lacks {count - present} of them.",
+            hint="Download all parts into one folder.",
+        )

@@ -17,6 +17,7 @@ from types import FrameType
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from transformers import AutoTokenizer
 
 import compressknow
 from compressknow import Settings
@@ -318,9 +319,23 @@ def test_a_split_file_is_read_from_its_first_part(root: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"is part 2 of \d of a split GGUF file") as error:
         evaluate(others[0], tmp_path / "c", root / "facts.jsonl")
     assert first.name in str(error.value)
+
+
+def test_a_split_file_that_lacks_a_part_is_refused_before_any_work(root: Path, tmp_path: Path) -> None:
+    write_gguf(root / "llama", tmp_path / "split.gguf", Q8_0, tensors_per_part=8)
+    first, *others = sorted(tmp_path.glob("split-*.gguf"))
+    assert compressknow.inspect(first)["parameters"] == compressknow.inspect(root / "Q8_0.gguf")["parameters"]
     others[-1].unlink()
-    with pytest.raises(CheckpointError, match=r"its folder lacks 1 of them"):
-        evaluate(first, tmp_path / "d", root / "facts.jsonl")
+    facts = [f"facts:{root / 'facts.jsonl'}"]
+    for call in (
+        lambda: compressknow.inspect(first),
+        lambda: compressknow.compare(root / "Q8_0.gguf", first),
+        lambda: compressknow.probe(first, tmp_path / "a", facts),
+        lambda: compressknow.report(root / "llama", first, facts, answers=tmp_path / "a"),
+    ):
+        with pytest.raises(CheckpointError, match=r"its folder lacks 1 of them"):
+            call()
+    assert not (tmp_path / "a").exists()
 
 
 def get_error(file: Path, tmp_path: Path, facts: Path) -> CompressknowError:
@@ -396,6 +411,27 @@ def test_prompts_of_atlas_have_tokens_of_the_file(root: Path) -> None:
     model.close()
 
 
+def test_special_tokens_of_a_file_are_those_of_its_checkpoint(root: Path) -> None:
+    """Their names in a text are read as these tokens, and left out of what is decoded."""
+    model = GgufModel(root / "F16.gguf")
+    tokenizer, original = GgufTokenizer(model), AutoTokenizer.from_pretrained(root / "llama")
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id"):
+        assert getattr(tokenizer, name) == getattr(original, name)
+    word, end = read_prompts(root)[0].split()[0], tokenizer.eos_token_id
+    ids = tokenizer(word + original.eos_token, add_special_tokens=False)["input_ids"]
+    assert len(ids) == 2
+    assert ids[1] == end
+    assert tokenizer.decode([tokenizer.bos_token_id, *ids]) == word
+    assert tokenizer.decode_token(end).decode() == original.eos_token
+    assert [tokenizer.is_end(each) for each in ids] == [False, True]
+    model.close()
+
+
+def read_prompts(root: Path) -> list[str]:
+    """Return the prompts of the facts."""
+    return [json.loads(line)["prompt"] for line in (root / "facts.jsonl").read_text().splitlines()]
+
+
 def make_checkpoint(name: str, folder: Path) -> Path:
     """Make a checkpoint whose tokenizer begins texts as llama.cpp does by default."""
     words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -428,8 +464,7 @@ def test_an_exported_file_answers_as_its_checkpoint(name: str, root: Path, tmp_p
 def test_running_text_is_read_as_in_transformers(root: Path, tmp_path: Path) -> None:
     folder, file = make_checkpoint("llama", tmp_path / "model"), tmp_path / "model.gguf"
     compressknow.export(folder, file, type="f32")
-    facts = [json.loads(line)["prompt"] for line in (root / "facts.jsonl").read_text().splitlines()]
-    (tmp_path / "text.txt").write_text(" ".join(facts), encoding="utf-8")
+    (tmp_path / "text.txt").write_text(" ".join(read_prompts(root)), encoding="utf-8")
     options = Options(context=32)
     sides = [
         compressknow.probe(

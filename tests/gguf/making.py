@@ -31,6 +31,7 @@ _LLAMA = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 64,
 }
+_BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": VOCABULARY}
 _MODELS = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA)),
     "llama-tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
@@ -46,15 +47,21 @@ _MODELS = {
     ),
     "t5": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(
-            d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=3,
+            num_decoder_layers=2,
+            num_heads=4,
+            vocab_size=VOCABULARY,
+            decoder_start_token_id=0,
         )
     ),
     "bart": lambda: hf.BartForConditionalGeneration(
         hf.BartConfig(d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=VOCABULARY)
     ),
-    "bert": lambda: hf.BertForMaskedLM(
-        hf.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCABULARY)
-    ),
+    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**_BERT)),
+    "bert-classes": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_BERT)),
 }
 
 

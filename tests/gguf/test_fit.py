@@ -231,6 +231,8 @@ def test_the_command_line_prints_the_choice_and_measures_once(
     record = read_record(tmp_path / "a.gguf")
     assert (tmp_path / "a.gguf").stat().st_size <= 900_000
     assert record["fit"]["must"] == [["attention", "q8_0"]]
+    # Only llama.cpp's own rounding uses a matrix.
+    assert "importance" not in record
     assert record["fit"]["facts"] >= 30
     # For another size nothing is evaluated or measured again.
     stages = []

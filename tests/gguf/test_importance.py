@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import struct
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import compressknow
@@ -17,14 +20,16 @@ from compressknow.base.errors import CheckpointError, CompressknowError, OutputE
 from compressknow.cli import main
 from compressknow.compress.calibrate.text import read_calibration_text
 from compressknow.compress.steps import Calibration
-from compressknow.compress.weights import read_stored_weights
+from compressknow.compress.weights import Values, read_stored_weights
 from compressknow.gguf.choice import NEED_IMPORTANCE, list_file_types
 from compressknow.gguf.converter import quantize
-from compressknow.gguf.importance import read_importance, write_importance
+from compressknow.gguf.importance import Importance, check_model, check_source, read_importance, write_importance
 from compressknow.gguf.plain import find_same_channels, list_plain_tensors
-from compressknow.gguf.tensors import describe_tensors
-from compressknow.model.gguf_file import read_gguf
+from compressknow.gguf.record import read_record
+from compressknow.gguf.tensors import Tensors, describe_tensors
+from compressknow.model.gguf_file import Tensor, read_gguf
 from compressknow.model.loading import open_complete
+from compressknow.model.tensors import read_header
 from tests.gguf.making import (
     convert_to_llama_cpp,
     get_llama_cpp_name,
@@ -97,6 +102,8 @@ def test_the_matrix_equals_sums_by_hooks(files: Path) -> None:
         assert matrix.counts[name].tolist() == [tokens]
     assert matrix.chunks * matrix.chunk == tokens
     assert matrix.datasets == (str(files / "text.txt"),)
+    recipe = json.loads(str(read_metadata(files / "with.gguf")["compressknow.recipe"]))
+    assert recipe["export"]["importance"] == read_record(files / "with.gguf")["importance"]
 
 
 @needs_converter
@@ -120,10 +127,14 @@ def test_a_matrix_of_another_model_is_refused(files: Path, capsys: pytest.Captur
     compressknow.convert(files / "model", files / "pruned", prune=0.2)
     record = compressknow.export(files / "pruned", files / "pruned.gguf", type="q3_k_m", imatrix=matrix)
     assert record["importance"]["identified"] is True
-    write_importance(replace(read_importance(matrix), models=()), files / "foreign.gguf")
+    sums = dict(read_importance(matrix).sums)
+    del sums["blk.0.attn_q.weight"]
+    write_importance(replace(read_importance(matrix), models=(), sums=sums), files / "foreign.gguf")
     command = ["export", str(other), str(files / "other.gguf"), "--type", "q3_k_m"]
     assert main([*command, "--imatrix", str(files / "foreign.gguf")]) == 0
     assert "! foreign.gguf does not say which model it was made from" in capsys.readouterr().out
+    importance = read_record(files / "other.gguf")["importance"]
+    assert (importance["tensors"], importance["without"]) == (len(sums), ["blk.0.attn_q.weight"])
 
 
 @needs_converter
@@ -161,6 +172,9 @@ def test_a_stored_matrix_gives_the_same_weights(files: Path) -> None:
         assert record["importance"]["source"] == path.name
         weights = read_tensors(output)
         assert all(np.array_equal(weights[name], weight) for name, weight in expected.items())
+        assert not compressknow.export(files / "model", output, type="q2_k", imatrix=path).is_new
+    with pytest.raises(OutputError, match="exists already"):
+        compressknow.export(files / "model", output, type="q2_k", imatrix=files / "matrix.gguf")
 
 
 @needs_converter
@@ -256,9 +270,12 @@ def test_a_quantized_checkpoint_has_a_matrix(files: Path, tmp_path: Path) -> Non
         type="q4_k_m",
         calibration=str(files / "text.txt"),
         calibration_tokens=2048,
+        imatrix_out=tmp_path / "matrix.gguf",
     )
     assert record["importance"]["tensors"] == 8
     assert record["importance"]["tokens"] == 2048
+    source = record["source"]
+    assert read_importance(tmp_path / "matrix.gguf").models == (source["sha256"], source["original_sha256"])
 
 
 @needs_converter
@@ -269,10 +286,16 @@ def test_the_text_that_a_model_writes_gives_the_same_bytes_by_its_seed(files: Pa
     compressknow.export(source, other, **options, imatrix_out=tmp_path / "matrix.gguf")
     assert one.read_bytes() == other.read_bytes()
     assert not compressknow.export(source, other, **options, imatrix_out=tmp_path / "matrix.gguf").is_new
-    # Now another model's matrix is in its place.
-    write_importance(replace(read_importance(tmp_path / "matrix.gguf"), models=("0" * 64,)), tmp_path / "matrix.gguf")
-    with pytest.raises(OutputError, match="exists already"):
-        compressknow.export(source, other, **options, imatrix_out=tmp_path / "matrix.gguf")
+    # Another text would give another file.
+    for change in ({"seed": 4}, {"calibration_tokens": 2048}, {"calibration": str(files / "text.txt")}):
+        with pytest.raises(OutputError, match="exists already"):
+            compressknow.export(source, other, **options | change)
+    # Now the matrix of another model, or of another text, is in its place.
+    matrix = read_importance(tmp_path / "matrix.gguf")
+    for replaced in (replace(matrix, models=("0" * 64,)), replace(matrix, datasets=("text.txt",))):
+        write_importance(replaced, tmp_path / "matrix.gguf")
+        with pytest.raises(OutputError, match="exists already"):
+            compressknow.export(source, other, **options, imatrix_out=tmp_path / "matrix.gguf")
 
 
 @needs_converter
@@ -312,6 +335,37 @@ def test_tensors_with_reordered_channels_do_not_match(files: Path, tmp_path: Pat
     assert set(tensors.weights) - set(same) == reordered
 
 
+def test_channels_are_compared_in_whatever_form_the_converter_stores_a_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may permute, join, stack and transpose; channels in another order never match. Weights span several blocks."""
+    monkeypatch.setattr("compressknow.compress.blocks.BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr("compressknow.gguf.plain._BLOCK", 64)
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {"permuted": (12, 40), "transposed": (40, 12), "key": (4, 40), "stacked": (3, 20, 8)}
+    stored = {name: draw(shape, np.float32) for name, shape in (shapes | {"experts": (3, 8, 20)}).items()}
+    save_file({name: torch.from_numpy(weight) for name, weight in stored.items()}, tmp_path / "weights.safetensors")
+    plain = {name: Values(tensor) for name, tensor in read_header(tmp_path / "weights.safetensors").items()}
+    forms = {
+        "permuted": (("permuted",), stored["permuted"][::-1]),
+        "transposed": (("transposed",), stored["transposed"].T),
+        "joined": (("permuted", "key"), np.concatenate([stored["permuted"], stored["key"]])),
+        "stacked": (("stacked",), stored["stacked"]),
+        "stacked, transposed": (("experts",), stored["experts"].swapaxes(1, 2)),
+    }
+    writer = gguf.GGUFWriter(tmp_path / "exact.gguf", "llama")
+    for name, (_, weight) in forms.items():
+        writer.add_tensor(name, np.ascontiguousarray(weight))
+        writer.add_tensor(f"{name}, reordered", np.ascontiguousarray(np.roll(weight, 1, axis=-1)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    exact = read_gguf(tmp_path / "exact.gguf").tensors
+    parts = {each.name: forms[each.name.removesuffix(", reordered")][0] for each in exact}
+    assert find_same_channels(exact, Tensors(None, {}, {}, parts), plain) == list(forms)
+
+
 @needs_converter
 def test_invalid_matrices_and_options_are_refused(files: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_bytes(b"not a matrix at all")
@@ -326,6 +380,8 @@ def test_invalid_matrices_and_options_are_refused(files: Path, tmp_path: Path) -
         compressknow.export(source, output, type="q4_0", imatrix=tmp_path / "none.gguf")
     with pytest.raises(UsageError, match="cannot be combined"):
         compressknow.export(source, output, type="q4_0", imatrix=files / "matrix.gguf", calibration="self")
+    with pytest.raises(UsageError, match="there is no importance matrix to write"):
+        compressknow.export(source, output, type="q4_0", imatrix_out=tmp_path / "out")
     with pytest.raises(UsageError, match="nothing to calibrate"):
         compressknow.export(source, output, type="f16", calibration="self")
     with pytest.raises(UsageError, match="no calibration text"):
@@ -333,6 +389,44 @@ def test_invalid_matrices_and_options_are_refused(files: Path, tmp_path: Path) -
     with pytest.raises(OutputError, match="exists already"):
         compressknow.export(source, output, type="q4_0", calibration="self", imatrix_out=files / "matrix.gguf")
     assert not output.exists()
+
+
+def test_a_matrix_in_the_older_form_holds_means_times_calls(tmp_path: Path) -> None:
+    """The name of the text may follow the entries."""
+    path, tail = tmp_path / "imatrix.gguf", struct.pack("<ii", 3, 8) + b"text.txt"
+
+    def pack(name: str, calls: int, values: list[float]) -> bytes:
+        return struct.pack(f"<i{len(name)}sii{len(values)}f", len(name), name.encode(), calls, len(values), *values)
+
+    entries = pack("a.weight", 4, [2, 8]) + pack("b.weight", 0, [3])
+    path.write_bytes(struct.pack("<i", 2) + entries + tail)
+    assert {name: each.tolist() for name, each in read_importance(path).means().items()} == {
+        "a.weight": [0.5, 2],
+        "b.weight": [3],
+    }
+    for content, message in (
+        (struct.pack("<i", 2) + entries[:-4], "it is cut short"),
+        (struct.pack("<i", 3) + entries, "is not an importance matrix"),
+        (struct.pack("<i", -1) + entries, "a number in it is -1"),
+        (struct.pack("<i", 1) + pack("a.weight", -4, [2, 8]), "a number in it is -4"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            read_importance(path)
+
+
+def test_a_matrix_fits_models_of_one_original_and_tensors_of_its_size() -> None:
+    """Of experts, a tensor has one matrix each."""
+    sums = {"blk.0.ffn_up_exps.weight": np.ones((3, 8), np.float32)}
+    importance = Importance(sums, {}, models=("pruned", "original"))
+    for sources in (("pruned", "original"), ("quantized", "original"), ("original",)):
+        check_source(importance, sources, "m.gguf")
+    with pytest.raises(CheckpointError, match="it names pruned, and this one is other"):
+        check_source(importance, ("other",), "m.gguf")
+    for shape, fits in (((8, 4, 3), True), ((8, 4, 2), False), ((8, 4, 4), False), ((24, 4), True), ((8, 4), False)):
+        tensor = Tensor("blk.0.ffn_up_exps.weight", "f16", shape, 0, 0)
+        with nullcontext() if fits else pytest.raises(CheckpointError, match=r"24 channels in it, and \d+ here"):
+            check_model(importance, {tensor.name: tensor}, "m.gguf")
 
 
 @needs_converter

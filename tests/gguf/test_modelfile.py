@@ -3,6 +3,7 @@ file must answer a prompt."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import compressknow
 from compressknow.base.errors import CompressknowError, OutputError, UsageError
 from compressknow.cli import main
-from compressknow.gguf.modelfile import build_go_template
+from compressknow.gguf.modelfile import build_go_template, build_modelfile
 from tests.gguf.making import needs_converter, save_checkpoint
 
 pytest.importorskip("llama_cpp_py_sync")
@@ -41,7 +42,8 @@ GEMMA = (
 
 
 def make_tokenizer(template: str | None) -> Any:
-    inner = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "Who": 3, "I": 4}
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = template
     return tokenizer
@@ -76,6 +78,26 @@ def test_the_go_template_gives_the_text_of_the_chat_template(template: str, take
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('never') }}", "{{ '{{' }}{{ messages[0].content }}"])
 def test_a_chat_template_without_a_go_form_is_left_out(template: str | None) -> None:
     assert build_go_template(make_tokenizer(template)) is None
+
+
+def test_a_modelfile_has_the_stop_tokens_and_the_sampling_settings(tmp_path: Path) -> None:
+    """Its path is relative to its own folder; missing settings, and ids without a token, are left out."""
+    make_tokenizer(CHATML).save_pretrained(tmp_path / "model")
+    LlamaConfig().save_pretrained(tmp_path / "model")
+    settings = {"eos_token_id": [1, 2, 99, -1], "temperature": 0.6, "top_k": 20, "top_p": None}
+    settings["repetition_penalty"] = 1.05
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    text = build_modelfile(tmp_path / "model", tmp_path / "files" / "out.gguf", tmp_path / "there" / "Modelfile")
+    template = build_go_template(make_tokenizer(CHATML))
+    assert text == (
+        f'FROM ../files/out.gguf\nTEMPLATE """{template}"""\n'
+        'PARAMETER stop "<s>"\nPARAMETER stop "</s>"\n'
+        "PARAMETER temperature 0.6\nPARAMETER top_k 20\nPARAMETER repeat_penalty 1.05\n"
+    )
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 1}')
+    text = build_modelfile(tmp_path / "model", tmp_path / "out.gguf", tmp_path / "Modelfile")
+    assert text.startswith("FROM ./out.gguf\n")
+    assert text.endswith('PARAMETER stop "<s>"\nPARAMETER stop "</s>"\n')
 
 
 @needs_converter

@@ -12,7 +12,7 @@ pytest.importorskip("llama_cpp_py_sync")
 
 from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.gguf.gptq import LAYOUTS, pack, replace_rows, round_gptq
-from compressknow.gguf.grids import dequantize, get_block_size, get_nbytes, quantize
+from compressknow.gguf.grids import dequantize, get_block_size, get_nbytes, quantize, roundtrip
 
 ROWS, COLUMNS = 24, 512
 
@@ -63,6 +63,26 @@ def test_llama_cpp_reads_the_packed_codes(kind: str) -> None:
     random_codes = np.random.default_rng(2).integers(first, last + 1, dequantized.shape, np.int16)
     expected = np.take_along_axis(np.stack(values), (random_codes - first)[None].astype(np.int64), axis=0)[0]
     np.testing.assert_array_equal(dequantize(pack(blocks, random_codes, layout), kind, dequantized.shape), expected)
+
+
+def test_rows_are_rounded_independently_in_whatever_pieces() -> None:
+    """600,000 weights are three pieces, of which the last is shorter."""
+    weight = np.random.default_rng(0).standard_normal((1200, COLUMNS), np.float32)
+    packed = quantize(weight, "q8_0")
+    values = dequantize(packed, "q8_0", weight.shape)
+    for rows in (slice(0, 7), slice(505, 520), slice(1193, 1200)):
+        np.testing.assert_array_equal(packed[rows], quantize(weight[rows], "q8_0"))
+        np.testing.assert_array_equal(values[rows], dequantize(packed[rows], "q8_0", weight[rows].shape))
+    assert np.abs(values - weight).max() < 0.05
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q3_k"])
+def test_the_importance_of_columns_lowers_their_error(kind: str) -> None:
+    weight = make_weight().numpy()
+    importance = np.ones(COLUMNS, np.float32)
+    importance[::8] = 100
+    errors = [np.square(roundtrip(weight, kind, each) - weight)[:, ::8].sum() for each in (importance, None)]
+    assert errors[0] < 0.9 * errors[1]
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

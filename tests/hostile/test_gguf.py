@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 
+from compressknow.base.errors import CheckpointError
 from compressknow.base.reading import NotReadable
-from compressknow.model.gguf_file import check_gguf
+from compressknow.model.gguf_file import check_gguf, check_whole
 from tests.engine.gguf_bytes import LIST, TEXT, Parts, parse_gguf
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.hostile.bounded import run_refused
@@ -68,10 +72,30 @@ def test_unsound_header_is_refused(name: str, sound: Path, tmp_path: Path) -> No
         check_gguf(tmp_path / "x.gguf")
 
 
+def test_only_files_that_are_cut_are_not_left_to_the_runtime(sound: Path, tmp_path: Path) -> None:
+    """llama.cpp reads files with more tokens than our limit, for example."""
+    for change, message in UNSOUND.values():
+        (tmp_path / "x.gguf").write_bytes(change(sound.read_bytes()))
+        with pytest.raises(CheckpointError, match=message) if "cut short" in message else nullcontext():
+            check_whole(tmp_path / "x.gguf")
+
+
 def test_sound_header_is_accepted(sound: Path, tmp_path: Path) -> None:
     check_gguf(sound)
     edited = parse_gguf(sound.read_bytes()).set("general.name", TEXT, b"x").set("n", LIST, (LIST, [(U64, [1])]))
     (tmp_path / "x.gguf").write_bytes(edited.join())
+    check_gguf(tmp_path / "x.gguf")
+
+
+def test_header_with_another_alignment_is_accepted(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_custom_alignment(64)
+    for name in ("a", "b"):
+        writer.add_tensor(name, np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     check_gguf(tmp_path / "x.gguf")
 
 

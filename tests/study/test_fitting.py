@@ -12,11 +12,14 @@ import pytest
 pytest.importorskip("llama_cpp_py_sync")
 
 import compressknow
-from compressknow.base.errors import CheckpointError, UsageError
+from compressknow.api.export import OF_RECIPE, _read_types
+from compressknow.base.errors import CheckpointError, OutputError, UsageError
 from compressknow.base.format import parse_size
+from compressknow.compress.steps import Calibration
 from compressknow.compress.weights import read_stored_weights
+from compressknow.gguf.choice import TypeChoice
 from compressknow.gguf.grids import get_nbytes, list_legal_types
-from compressknow.gguf.tensors import Tensors, align
+from compressknow.gguf.tensors import Tensors, align, resolve_types
 from compressknow.model.gguf_file import Tensor
 from compressknow.model.loading import open_complete
 from compressknow.study.allocation import SizeTarget, check_budget, fit_types
@@ -179,7 +182,19 @@ def test_malformed_size_is_refused(text: str) -> None:
         ({"bits": 5, "type": "q4_k_m"}, "`type` and `bits` cannot be combined"),
         ({"size": "90MB", "type_of": {"attention": "q8_0"}}, "`type_of` and `size` cannot be combined"),
         ({"size": "90MB", "imatrix_out": "m.gguf"}, "`imatrix_out` and `size` cannot be .*\n.*give `type` instead of"),
+        ({"size": "90MB", "imatrix": "m.gguf"}, "`imatrix` and `size` cannot be combined"),
+        ({"bits": 5, "recipe": "recipe.toml"}, "`recipe` and `bits` cannot be combined"),
         ({"guide": "facts"}, "`guide` needs `size` or `bits`"),
+        ({"facts": "atlas"}, "`facts` needs `size` or `bits`"),
+        ({"must": {"attention": "q8_0"}}, "`must` needs `size` or `bits`"),
+        ({"rounding": "nearest"}, "`rounding` needs `size` or `bits`"),
+        ({"calibration_tokens": 4096}, "`calibration_tokens` needs `calibration`"),
+        ({"size": "90MB", "calibration_tokens": 0}, "tokens must be a whole number of at least 1: 0"),
+        ({"recipe": "recipe.toml", "calibration": "self"}, "`recipe` cannot be combined with `calibration`"),
+        ({"recipe": "recipe.toml", "calibration_tokens": 64}, "`recipe` cannot be combined with `calibration_tokens`"),
+        ({"recipe": "recipe.toml", "seed": 3}, "`recipe` cannot be combined with `seed`"),
+        ({"recipe": "recipe.toml"}, "recipe.toml: no such recipe"),
+        ({"calibration": "self", "imatrix_out": "m", "modelfile": "./m"}, "`imatrix_out` and `modelfile` have"),
         ({"size": "90MB", "guide": "taste"}, "`guide`: there is no guide 'taste'.*\n.*facts, text, both"),
         ({"size": "90MB", "rounding": "GPTQ"}, "`rounding=GPTQ`: choose gptq or nearest"),
         ({"size": "90MB", "facts": "nowhere"}, "nowhere"),
@@ -190,6 +205,41 @@ def test_invalid_arguments_are_refused_before_any_work(options: dict, message: s
     with pytest.raises(UsageError, match=message):
         compressknow.export(tmp_path / "missing", tmp_path / "out.gguf", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_options_give_the_types_and_the_text(tmp_path: Path) -> None:
+    """For a size, the text is shorter, and the model's own by default."""
+    options = {**OF_RECIPE, "recipe": None, "imatrix": None, "type": "q4_0", "type_of": {"final": "Q6_K"}, "seed": 3}
+    rules = (("final", "q6_k"),)
+    assert _read_types(options, sized=False) == TypeChoice("q4_0", rules)
+    assert _read_types(options, sized=True) == TypeChoice("q4_0", rules, Calibration("self", 8192, 3))
+    options |= {"calibration": "self"}
+    assert _read_types(options, sized=False) == TypeChoice("q4_0", rules, Calibration("self", 32_768, 3))
+    (tmp_path / "recipe.toml").write_text("[export]\ntype = 'q5_k_m'\n")
+    options = {**OF_RECIPE, "recipe": tmp_path / "recipe.toml", "imatrix": "m.gguf"}
+    assert _read_types(options, sized=False) == TypeChoice("q5_k_m", importance=Path("m.gguf"))
+
+
+def test_a_dry_run_leaves_what_a_killed_run_left(tmp_path: Path) -> None:
+    """An export removes it, even if it fails."""
+    model, staging = save_checkpoint("llama-tied", tmp_path / "model"), tmp_path / ".out.gguf.compressknow-new-00000000"
+    staging.mkdir()
+    (tmp_path / "out.gguf").touch()
+    for dry_run in (True, False):
+        with pytest.raises(OutputError, match="exists already"):
+            compressknow.export(model, tmp_path / "out.gguf", dry_run=dry_run)
+        assert staging.exists() == dry_run
+
+
+def test_rules_match_the_tensors_of_a_scope_and_matrices_by_name(tensors: Tensors) -> None:
+    """Norms are not matched, since llama.cpp does not quantize them."""
+    assert resolve_types(tensors, [("overall", "q8_0")]).keys() == tensors.weights.keys()
+    assert resolve_types(tensors, [("output", "q8_0"), (r"1\.attn_output", "f16")]) == {
+        "blk.0.attn_output.weight": "q8_0",
+        "blk.1.attn_output.weight": "f16",
+    }
+    with pytest.raises(UsageError, match=r"'output_norm' is not a scope.*\n.*Tensors .*: .*blk\.N\.attn_q\.weight"):
+        resolve_types(tensors, [("output_norm", "q8_0")])
 
 
 def test_facts_may_be_those_of_a_downloaded_data_set(tmp_path: Path) -> None:
