@@ -31,6 +31,8 @@ def write_millions(number: int | None) -> str:
     ('134.5 M', '6.61 B', '950', '-')
     >>> write_millions(999_940_000), write_millions(999_960_000)
     ('999.9 M', '1.00 B')
+    >>> write_millions(99_999), write_millions(123_456)
+    ('99,999', '0.1 M')
     """
     if number is None:
         return NONE
@@ -57,8 +59,8 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)")
 def parse_size(text: str | int, option: str = "--size") -> int:
     """Return a size in bytes. Raises UsageError if the text is not a size.
 
-    >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "1000")]
-    [90000000, 1500000000, 67108864, 1000]
+    >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "1000", "2kB", "1GiB")]
+    [90000000, 1500000000, 67108864, 1000, 2000, 1073741824]
     """
     match = _SIZE.fullmatch(str(text).strip().upper())
     if match is None or match[2] not in _UNITS or float(match[1]) == 0:
@@ -96,6 +98,8 @@ def share_against(value: float, limits: Iterable[float]) -> str:
 
     >>> share_against(0.9296, [0.93]), share_against(0.93, [0.93]), share_against(0.9296, [0.95])
     ('92.96 %', '93.0 %', '93.0 %')
+    >>> share_against(0.9296, [0.95, 0.93]), share_against(1.0, [0.93])
+    ('92.96 %', '100 %')
     """
     percent, ends = 100 * value, [(limit, round(100 * limit, 9)) for limit in limits]
     enough = (n for n in range(1, 7) if all((round(percent, n) >= end) == (value >= limit) for limit, end in ends))
@@ -138,8 +142,8 @@ def write_p_value(p: float | None) -> str:
 
     >>> [write_p_value(p) for p in (0.0004, 0.03, 0.0472, 0.999, 1.0, None)]
     ['p < 0.001', 'p = 0.03', 'p = 0.047', 'p > 0.99', 'p = 1', '-']
-    >>> write_p_value(0.0496), write_p_value(0.049997), write_p_value(0.0504)
-    ('p = 0.0496', 'p = 0.049997', 'p = 0.05')
+    >>> write_p_value(0.0496), write_p_value(0.049997), write_p_value(0.0504), write_p_value(0.001)
+    ('p = 0.0496', 'p = 0.049997', 'p = 0.05', 'p = 0.001')
     """
     if p is None:
         return NONE
@@ -155,8 +159,8 @@ def number(value: float | None, digits: int = 3) -> str:
     """Write a number with this many decimals; with one significant digit if it would round to zero, and with an
     exponent if it is very large or very small.
 
-    >>> [number(value) for value in (0.12345, -1.5, 0.0, 0.00002, -3e-9, 2.7182e43, None)]
-    ['0.123', '−1.500', '0', '0.00002', '−3e-09', '2.72e+43', '-']
+    >>> [number(value) for value in (0.12345, -1.5, 0.0, 0.00002, -3e-9, 2.7182e43, -5e9, None)]
+    ['0.123', '−1.500', '0', '0.00002', '−3e-09', '2.72e+43', '−5.00e+09', '-']
     """
     if value is None:
         return NONE
@@ -174,8 +178,8 @@ def number(value: float | None, digits: int = 3) -> str:
 def compare_sizes(before: int | None, after: int | None) -> str:
     """Describe how a size changed; a dash if one is not known.
 
-    >>> [compare_sizes(*each) for each in ((200, 150), (100, 103), (7, 7), (0, 7), (7, None))]
-    ['25.0 % smaller', '3.0 % larger', 'the same size', '-', '-']
+    >>> [compare_sizes(*each) for each in ((200, 150), (100, 103), (7, 7), (7, 0), (0, 7), (7, None))]
+    ['25.0 % smaller', '3.0 % larger', 'the same size', '100 % smaller', '-', '-']
     """
     if not before or after is None:
         return NONE
@@ -187,8 +191,8 @@ def compare_sizes(before: int | None, after: int | None) -> str:
 def write_rank(rank: int | None) -> str:
     """Write a rank as an ordinal.
 
-    >>> write_rank(1), write_rank(2), write_rank(13), write_rank(1023), write_rank(None)
-    ('1st', '2nd', '13th', '1,023rd', '-')
+    >>> write_rank(1), write_rank(2), write_rank(13), write_rank(112), write_rank(1023), write_rank(None)
+    ('1st', '2nd', '13th', '112th', '1,023rd', '-')
     """
     if rank is None:
         return NONE
@@ -214,6 +218,8 @@ def clean(text: object, limit: int = 200) -> str:
 
     >>> clean("a\n b\u202ec"), clean("x" * 9, limit=4), clean(" \n")
     ('a b⟨U+202E⟩c', 'xxx…', '')
+    >>> clean("ab cdef", limit=4), clean("ab\u202e", limit=3), clean("a\u200cb") == "a\u200cb"
+    ('ab…', 'ab⟨U+202E⟩', True)
     """
     line = " ".join(str(text).split())
     if len(line) > limit:
@@ -252,6 +258,8 @@ def slugify(text: str) -> str:
 
     >>> slugify("Att_GPQ 20% (int8)"), slugify("\u6700\u521d\u306e\u5c64")
     ('att-gpq-20-int8', '\u6700\u521d\u306e\u5c64')
+    >>> slugify("%"), len(slugify("\u00e9" * 300).encode())
+    ('cell', 240)
     """
     slug = re.sub(r"(?:[^\w.]|_)+", "-", text.lower()).strip("-.")
     # The folder's name also gets a number and a hash, and may have at most 255 bytes.

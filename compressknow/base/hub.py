@@ -123,7 +123,7 @@ def _commit_file(api: HfApi, repo: str, file: Path, message: str, card: str | No
 
 def build_retry_command(path: Path, repo: str, private: bool | None) -> str:
     """Return the ``hf`` command for the same upload, which does not send again what has arrived."""
-    folder, include = (path.parent, ["--include", f"{path.name}*"]) if path.is_file() else (path, [])
+    folder, include = (path.parent, ["--include", f"{glob.escape(path.name)}*"]) if path.is_file() else (path, [])
     return shlex.join(["hf", "upload", repo, str(folder), ".", *include, *(["--private"] if private else [])])
 
 

@@ -340,7 +340,9 @@ def _format_option(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [option] if value else []
     values = value if isinstance(value, tuple) else () if value is None else (value,)
-    return [word for each in values for word in (option, f"{each:g}" if isinstance(each, float) else str(each))]
+    # Every digit counts: 1/3 is not 0.333333.
+    texts = (str(each).removesuffix(".0") if isinstance(each, float) else str(each) for each in values)
+    return [word for text in texts for word in (option, text)]
 
 
 def _check_has_step(options: Mapping[str, Any]) -> None:

@@ -76,8 +76,7 @@ class Sources:
         for parameter, rows in zip(binding.parameters, binding.rows, strict=True):
             part = stored.rows(parameter, rows)
             self._tensors[parameter], self.bound[parameter] = part, Binding((parameter,))
-            self._parts[parameter], self.supply[parameter] = [part], parameter
-            self.position[parameter] = self.position[stored.name]
+            self._parts[parameter], self.position[parameter] = [part], self.position[stored.name]
         return True
 
     def tensor(self, parameter: str) -> StoredTensor:

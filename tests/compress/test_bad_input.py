@@ -225,6 +225,8 @@ def test_an_output_that_overlaps_the_input_is_refused(source: Path, refusal: Ref
         assert "is the input itself" in refusal(source, *PRUNE, *overwrite, output=source)
         assert "lies inside the input" in refusal(source, *PRUNE, *overwrite, output=source / "out")
         assert "contains the input" in refusal(source, *PRUNE, *overwrite, output=tmp_path)
+    (tmp_path / "link").symlink_to(source)
+    assert "lies inside the input" in refusal(source, *PRUNE, output=tmp_path / "link" / "out")
 
 
 def test_an_output_below_a_file_is_refused(source: Path, refusal: Refusal, tmp_path: Path) -> None:

@@ -227,9 +227,12 @@ def test_small_files_are_copied_and_weights_of_other_formats_are_not(tmp_path: P
     copied |= {"adapter_config.json": "{}", "adapter_model.safetensors": "x", "eyes/adapter_config.json": "{}"}
     copied |= {"eyes/adapter_model.bin": "x"}
     dropped = ("pytorch_model.bin", "tf_model.h5", "training_args.bin", ".git/config", "README.md")
-    dropped += ("old/adapter_model.bin", "onnx/model.onnx", "onnx/model.onnx.data")
+    dropped += ("old/adapter_model.bin", "onnx/model.onnx", "onnx/model.onnx.data", "onnx/model.onnx_data")
+    dropped += ("model.gguf", "original/consolidated.00.pth", "flax_model.msgpack", "rust_model.ot", "model.ckpt")
+    dropped += ("model.tflite", "coreml/model.mlmodel", "weights.npz", "weights.pkl", "weights.pickle", "0.distcp")
     # The Trainer of transformers leaves these.
     dropped += ("trainer_state.json", "checkpoint-500/config.json", "runs/Nov29/events.out.tfevents.1764")
+    dropped += ("runs/trainer_state.json", "optimizer.pt")
     for name, text in {**copied, **dict.fromkeys(dropped, "x")}.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(text)

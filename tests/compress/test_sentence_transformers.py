@@ -25,7 +25,7 @@ def source(tmp_path: Path) -> Path:
     folder = save_tiny("bert", tmp_path / "in")
     paths = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
     modules = [{"idx": i, "name": str(i), "path": p, "type": paths[p]} for i, p in enumerate(paths)]
-    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "modules.json").write_text(json.dumps([*modules, {"idx": 3, "path": None}, "4"]))
     settings = {"max_seq_length": 32, "config_args": {"layer_norm_eps": 1e-6}}
     (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
     for name in ("1_Pooling", "2_Dense", "onnx"):
@@ -70,6 +70,9 @@ def test_modules_are_copied_with_their_weights(source: Path, tmp_path: Path) -> 
     for name in ("2_Dense/model.safetensors", "1_Pooling/config.json", "sentence_bert_config.json"):
         assert files[name].read_bytes() == (source / name).read_bytes()
     assert "onnx/model.safetensors" not in files
+    (source / "modules.json").write_text("{")
+    compressknow.convert(source, tmp_path / "out", prune=0.2, overwrite=True)
+    assert (tmp_path / "out" / "modules.json").read_text() == "{"
 
 
 def test_settings_are_written_where_a_folder_has_none(source: Path, tmp_path: Path) -> None:
@@ -79,3 +82,23 @@ def test_settings_are_written_where_a_folder_has_none(source: Path, tmp_path: Pa
     written = (tmp_path / "out" / "sentence_bert_config.json").read_bytes()
     assert planned["sentence_bert_config.json"] == len(written)
     assert json.loads(written)["config_args"]["quantization_config"]["dequantize"] is True
+
+
+def test_other_settings_stay_where_sentence_transformers_reads_them(source: Path, tmp_path: Path) -> None:
+    settings = {"max_seq_length": 32, "config_kwargs": {"layer_norm_eps": 1e-6}}
+    (source / "sentence_bert_config.json").unlink()
+    (source / "sentence_xlnet_config.json").write_text(json.dumps(settings))
+    compressknow.convert(source, tmp_path / "out", quantize="int8")
+    written = json.loads((tmp_path / "out" / "sentence_xlnet_config.json").read_text())
+    assert written["config_kwargs"].pop("quantization_config")["dequantize"] is True
+    assert written == settings
+    assert not (tmp_path / "out" / "sentence_bert_config.json").exists()
+
+
+def test_settings_stay_as_they_are_where_transformers_cannot_dequantize_on_loading(
+    source: Path, tmp_path: Path
+) -> None:
+    steps = [{"quantize": "int8", "scope": ["attention"]}, {"quantize": "int8-weights", "scope": ["feed-forward"]}]
+    compressknow.convert(source, tmp_path / "out", recipe={"steps": steps})
+    name = "sentence_bert_config.json"
+    assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()

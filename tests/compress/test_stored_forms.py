@@ -19,6 +19,7 @@ from compressknow.model.loading import LoadReport, list_headers, load_report
 from compressknow.model.meta import build_meta_model, find_direct_reads, parse_config
 from tests.compress.test_removal import build_zamba2
 from tests.compress.test_zoo_converts import compute_logits, load_strictly
+from tests.model.test_zoo import ZOO
 from tests.models import edit_tensors, save_tiny
 from tests.zoo import tiny_model
 
@@ -174,6 +175,18 @@ def test_a_weight_that_the_model_reads_directly_is_refused_by_name(tmp_path: Pat
     compressknow.convert(tmp_path / "in", tmp_path / "out", exclude=[r"mixer\.dt_proj$"], quantize="int8")
     plain = compute_logits(load_strictly("MambaForCausalLM", tmp_path / "out"))
     torch.testing.assert_close(compute_logits(compressknow.load(tmp_path / "out")), plain, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Inkling2ForCausalLM"), reason="older releases lack the model")
+@pytest.mark.parametrize("where", [{"scope": "final"}, {"include": ["weight_proj"], "scope": "overall"}])
+def test_a_weight_whose_scale_would_not_be_loaded_next_to_it_is_refused_by_name(
+    tmp_path: Path, where: dict[str, Any]
+) -> None:
+    """On loading, rows are cut from the head, and the other is renamed, but not its scale."""
+    model_type = {name: kind for kind, name in ZOO}["Inkling2ForCausalLM"]
+    save_zoo_model(model_type, "Inkling2ForCausalLM", tmp_path / "in")
+    with pytest.raises(UnsupportedError, match="transformers fuses, splits or transposes it on loading"):
+        compressknow.convert(tmp_path / "in", tmp_path / "out", quantize="int8", **where)
 
 
 def test_code_that_a_forward_pass_does_not_run_is_no_direct_read() -> None:

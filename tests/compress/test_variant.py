@@ -88,6 +88,14 @@ def test_smoothed_norms_do_not_reach_other_variants(architecture: str, tmp_path:
             assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
 
 
+def test_recipes_of_both_module_maps_select_their_own_layers(tmp_path: Path) -> None:
+    maker, prune = VariantMaker(save_tiny("bert", tmp_path / "model")), Prune(0.3, where=Where(("attention",)))
+    plans = [maker.plan(Recipe((prune,), module_map=name)) for name in ("structural", "paper")]
+    structural, paper = ({each.module for each in plan.tensors if each.in_scope} for plan in plans)
+    different = [f"bert.encoder.layer.{number}.attention.output.dense" for number in range(2)]
+    assert sorted(filter(None, structural ^ paper)) == different
+
+
 def test_unchanged_tensors_are_shared_between_variants_and_never_modified(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "model")
     maker = VariantMaker(source)

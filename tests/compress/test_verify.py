@@ -138,10 +138,13 @@ def test_the_model_card_may_be_edited(converted_folder: Path, capsys: pytest.Cap
 
 
 def test_extra_files_in_a_folder_are_named(converted_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (converted_folder / "report.html").write_text("mine")
+    names = ("report.html", "old.safetensors", "onnx/model.onnx")
+    (converted_folder / "onnx").mkdir()
+    for name in names:
+        (converted_folder / name).write_text("mine")
     assert main(["verify", str(converted_folder)]) == 1
     errors = capsys.readouterr().err
-    assert "report.html: not in the manifest" in errors
+    assert all(f"{name}: not in the manifest" in errors for name in names)
     assert "Move the files that convert did not write to another folder." in errors
 
 

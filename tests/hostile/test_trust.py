@@ -186,9 +186,9 @@ def test_verify_names_an_added_file(converted: Path, capsys: pytest.CaptureFixtu
 
 def test_convert_copies_nothing_from_outside_the_checkpoint(tmp_path: Path) -> None:
     source = save_tiny("bert", tmp_path / "in")
-    (tmp_path / "secret").write_text("mine")
-    (source / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match=r"notes.txt is a link to .*secret, outside the checkpoint: not copied"):
+    (tmp_path / "in-2").write_text("mine")
+    (source / "notes.txt").symlink_to(tmp_path / "in-2")
+    with pytest.raises(CheckpointError, match=r"notes.txt is a link to .*in-2, outside the checkpoint: not copied"):
         compressknow.convert(source, tmp_path / "out", prune=0.3)
     assert not (tmp_path / "out").exists()
     (source / "notes.txt").unlink()

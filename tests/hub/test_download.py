@@ -45,17 +45,37 @@ def test_only_files_of_the_index_are_downloaded_not_their_variants(hub: Hub, cac
     (folder / "model.safetensors").rename(folder / "weights-1-of-1.safetensors")
     hub.repositories[NAME] = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.repositories[NAME]["model.fp32-00001-of-00002.safetensors"] = b"twice the bytes"
+    hub.repositories[NAME]["pytorch_model.bin"] = b"the same weights"
     assert open_checkpoint(NAME).tensors.keys() == index["weight_map"].keys()
     assert [path.name for path in cache.glob("*.safetensors")] == ["weights-1-of-1.safetensors"]
+    assert not (cache / "pytorch_model.bin").exists()
 
 
-def test_adapter_of_a_model_is_downloaded(hub: Hub, cache: Path, tmp_path: Path) -> None:
+def test_tokenizer_and_adapter_of_a_model_are_downloaded(hub: Hub, cache: Path, tmp_path: Path) -> None:
     save_bin_shards(tmp_path / "llama")
     hub.repositories[NAME] = {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()}
-    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
-    hub.repositories[NAME] |= adapter
+    adapter = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    tokenizer = ("tokenizer.model", "spiece.spm", "vocab.tiktoken", "merges.txt", "chat_template.jinja")
+    others = dict.fromkeys((*adapter, *tokenizer, "LICENSE.txt"), b"{}")
+    hub.repositories[NAME] |= others
     folder = open_checkpoint(NAME).folder
-    assert {name: (folder / name).read_bytes() for name in adapter} == adapter
+    assert {name: (folder / name).read_bytes() for name in others} == others
+
+
+def test_modules_of_sentence_transformers_are_downloaded_with_their_weights(
+    hub: Hub, cache: Path, tmp_path: Path
+) -> None:
+    folder = save_tiny("bert", tmp_path / "bert")
+    hub.repositories[NAME] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    modules = [{"path": ""}, {"path": "2_Dense"}, {"path": "3_Dense"}]
+    hub.repositories[NAME] |= {
+        "modules.json": json.dumps(modules).encode(),
+        **dict.fromkeys(("2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/pytorch_model.bin"), b"{}"),
+        "onnx/model.safetensors": b"of no module",
+    }
+    open_checkpoint(NAME)
+    names = {path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.parent != cache}
+    assert names == {"2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/pytorch_model.bin"}
 
 
 def test_inspect_downloads_custom_code_but_no_weights(

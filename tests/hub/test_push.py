@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 
 import compressknow
 from compressknow.base import hub as uploads
@@ -250,6 +251,13 @@ def test_failed_upload_of_a_gguf_file_names_the_command_to_try_again(hub: Hub, g
     with pytest.raises(CompressknowError, match="is complete, but could not be uploaded") as raised:
         compressknow.push(gguf, "me/tiny-gguf")
     assert raised.value.hint == f"Try again: hf upload me/tiny-gguf {gguf.parent} . --include 'tiny.gguf*'"
+
+
+def test_command_to_try_again_uploads_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
+    names = ["tiny[1].gguf", "tiny[1].gguf.json"]
+    (tmp_path / names[0]).touch()
+    *_, pattern = shlex.split(uploads.build_retry_command(tmp_path / names[0], REPO, None))
+    assert list(filter_repo_objects([*names, "tiny1.gguf"], allow_patterns=pattern)) == names
 
 
 def test_export_lists_the_upload_in_a_dry_run_and_pushes_otherwise(

@@ -180,6 +180,18 @@ def test_an_unknown_class_is_recognized_by_its_tensors(tmp_path: Path) -> None:
     assert type(model).__name__ == "BertForMaskedLM"
 
 
+@pytest.mark.parametrize("architecture", ["BartForConditionalGeneration", "BartForCausalLM"])
+def test_an_unknown_class_is_the_known_one_that_has_no_other_tensors(tmp_path: Path, architecture: str) -> None:
+    """Both have a decoder with a head of the same names."""
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    sizes |= {"d_model": 16, "vocab_size": 25, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    with torch.device("meta"):
+        names = getattr(transformers, architecture)(transformers.BartConfig(**sizes)).state_dict()
+    config = {"architectures": ["Unpublished"], "model_type": "bart"} | sizes
+    model = build_meta_model(write_config(tmp_path, config), tensor_names=names)
+    assert type(model).__name__ == architecture
+
+
 @pytest.mark.parametrize("names", [(), list_tensor_names("BertModel"), ["weight"]])
 def test_an_unknown_class_without_a_known_head_lists_the_candidates(tmp_path: Path, names: list[str]) -> None:
     with pytest.raises(CheckpointError) as error:

@@ -177,7 +177,7 @@ class TestMilderRecipe:
 
 
 RECIPES = [
-    Recipe((Prune(0.3),)),
+    Recipe((Prune(1 / 3),)),
     Recipe((Prune(0.3, "ln-structured", BOTH, norm=2, dim=1), Quantize("int8", BOTH, smooth=0.5))),
     Recipe(
         (Quantize("int4", ATTENTION, {"group_size": 64}, rounding="gptq"),), calibration=Calibration("a b.txt", 100)
