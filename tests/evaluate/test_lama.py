@@ -34,6 +34,12 @@ def test_trex_has_one_prompt_per_pair_by_the_template_of_its_relation(folder: Pa
     assert [fact.subject for fact in probe.facts] == ["geography"] * 3 + ["history and people"]
 
 
+def test_a_pair_of_two_relations_is_a_fact_of_each(folder: Path) -> None:
+    write_jsonl(folder / "TREx" / "P19.jsonl", [make_trex("P19", "France", "Paris", "a")])
+    facts = [fact.id for fact in read_lama(folder, "trex").facts if fact.obj_label == "Paris"]
+    assert facts == ["P36/a", "P19/a"]
+
+
 def test_the_paper_has_each_sentence_once_and_keeps_every_object(folder: Path) -> None:
     probe = read_lama(folder, "trex", "paper")
     assert [fact.obj_label for fact in probe.facts] == ["Paris", "Rome", "Ouagadougou", "London"]

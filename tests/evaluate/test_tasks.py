@@ -279,6 +279,22 @@ def test_real_sets_run_offline_and_score_as_a_plain_loop(lm: LanguageModel, name
             assert answer.correct == (scores.index(max(scores)) == gold)
 
 
+def test_items_whose_beginning_does_not_fit_are_counted(lm: LanguageModel, tmp_path: Path) -> None:
+    longest, is_causal = lm.tokenizer.model_max_length, lm.family == "causal"
+    contexts = [" ".join(["clay"] * words) for words in range(longest - 6, longest + 4)]
+    choices = ["clay", "red moss", "red ants"]
+    rows = [{"before": context, "choices": choices, "label": 0} for context in contexts]
+    read = [len(lm.tokenizer(context).input_ids) for context in contexts]
+    # A causal model also reads an answer of two words up to the last one.
+    expected = sum(tokens + is_causal > longest for tokens in read)
+    _, entry = open_task("lm-eval:cloze", include=write_cloze(tmp_path / "closed", rows=rows)).run(lm)
+    assert entry.truncated == expected
+    for name in ("max_gen_toks", "max_new_tokens"):
+        config = GENERATED | {"generation_kwargs": {"until": ["."], name: 3, "do_sample": False}}
+        _, entry = open_task("lm-eval:generated", include=write_cloze(tmp_path / name, config, rows=rows)).run(lm)
+        assert entry.truncated == sum(tokens + 3 * is_causal > longest for tokens in read) > 0
+
+
 def test_generated_answers_are_right_or_wrong(llama: LanguageModel, tmp_path: Path) -> None:
     answers, entry = open_task("lm-eval:generated", include=write_cloze(tmp_path, GENERATED)).run(llama)
     assert [answer.predicted for answer in answers] == [fact.obj_label for fact in CAPITALS[:5]]
@@ -329,6 +345,25 @@ def test_of_several_right_choices_the_likeliest_counts(llama: LanguageModel, tmp
         for n, each in enumerate((single, rows))
     )
     assert [(answer.gold, answer.correct) for answer in answers] == [(answer.gold, True) for answer in expected]
+    # Any of an item's right choices may be the most frequent one.
+    for row, label in zip(rows, ([0, 1], [2, 0], [3, 0], [4, 0], 5), strict=True):
+        row["label"] = label if isinstance(label, list) else [label]
+    _, entry = open_task("lm-eval:cloze", include=write_cloze(tmp_path / "2", rows=rows)).run(llama)
+    assert entry.majority == 0.8
+
+
+def test_a_label_is_compared_with_the_choices_as_it_is(llama: LanguageModel, tmp_path: Path) -> None:
+    rows = make_cloze_rows(2)
+    for row in rows:
+        row["choices"] = [f" {choice}" for choice in row["choices"]]
+        row["label"] = row["choices"][row["label"]]
+    config = CLOZE | {"target_delimiter": ""}
+    answers, _ = open_task("lm-eval:cloze", include=write_cloze(tmp_path, config, rows=rows)).run(llama)
+    assert [(answer.gold, answer.correct) for answer in answers] == [(row["label"].strip(), True) for row in rows]
+    # As lm-eval, which would count it as wrong, does not find it.
+    rows[0]["label"] = rows[0]["label"].strip()
+    _, entry = open_task("lm-eval:cloze", include=write_cloze(tmp_path, config, rows=rows)).run(llama)
+    assert entry.dropped == {NO_GOLD: 1}
 
 
 def test_a_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path) -> None:

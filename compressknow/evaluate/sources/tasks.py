@@ -366,7 +366,7 @@ def _evaluate(loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any])
         truncated=sum(count_truncated(results["samples"][name], lm) for name in built["tasks"]),
         chance=compute_chance(answer.choices for answer in answers),
         # Accuracy of always choosing the most frequent place.
-        majority=max(golds.values()) / len(answers) if golds.total() == len(answers) else None,
+        majority=max(golds.values()) / len(answers) if all(answer.choices for answer in answers) else None,
         limit=task.limit,
         seed=task.seed,
         source={
