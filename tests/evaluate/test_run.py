@@ -307,6 +307,21 @@ def test_a_changed_example_outside_the_sample_evaluates_again(root: Path, tmp_pa
     assert evaluate_pruned("a") == evaluate_pruned("b") != before
 
 
+def test_subjects_that_allow_an_example_evaluate_again(root: Path, tmp_path: Path) -> None:
+    file, few = tmp_path / "facts.jsonl", Options(limit=4)
+    rows = [json.loads(line) for line in (root / "facts.jsonl").read_text().splitlines()]
+
+    def count_examples() -> int:
+        original = evaluate(root / "llama", tmp_path / "original", file, options=few)
+        pruned = evaluate(root / "llama-9", tmp_path / "pruned", file, options=few, reference=original)
+        return sum(answer.with_example is not None for answer in pruned.answers)
+
+    file.write_text("".join(f"{json.dumps(row | {'sub_label': 'it'})}\n" for row in rows))
+    assert count_examples() == 0
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert count_examples() > 0
+
+
 def test_a_changed_majority_outside_the_sample_is_computed_again(root: Path, tmp_path: Path) -> None:
     file, few = tmp_path / "facts.jsonl", Options(limit=4)
     file.write_text((root / "facts.jsonl").read_text())
