@@ -296,6 +296,16 @@ def test_answers_of_one_runtime_are_not_taken_for_those_of_another(root: Path, t
     assert sum(runtime is None for runtime in ran) == 2
 
 
+def test_another_build_evaluates_again(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(root / "Q8_0.gguf", tmp_path / "answers", root / "facts.jsonl")
+    other = native.load_native()._replace(build="b1")
+    monkeypatch.setattr(native, "load_native", lambda: other)
+    evaluate(root / "Q8_0.gguf", tmp_path / "answers", root / "facts.jsonl")
+    model = read_answers(tmp_path / "answers").record.model
+    assert model.runtime is not None
+    assert model.runtime["build"] == "b1"
+
+
 @needs_gguf
 def test_a_file_is_unpacked_without_llama_cpp(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressknow.evaluate.handle.is_installed", lambda _: False)

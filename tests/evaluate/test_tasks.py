@@ -302,6 +302,36 @@ def test_generated_answers_are_right_or_wrong(llama: LanguageModel, tmp_path: Pa
     assert {(a.rank, a.logp_gold, a.choices, a.top5) for a in answers} == {(None, None, None, ())}
     assert entry.chance is entry.majority is None
     assert entry.source["metrics"] == {"generated": "exact_match,trimmed"}
+    # The right answer may be given as the number of a choice.
+    config = GENERATED | {"doc_to_choice": "choices", "doc_to_target": "label"}
+    numbered, _ = open_task("lm-eval:generated", include=write_cloze(tmp_path, config)).run(llama)
+    assert numbered == answers
+    assert [answer.gold for answer in answers] == [fact.obj_label for fact in CAPITALS[:5]]
+
+
+def test_continuations_that_are_only_scored_are_right_if_they_are_the_likeliest(
+    llama: LanguageModel, tmp_path: Path
+) -> None:
+    config = CLOZE | {"output_type": "loglikelihood", "doc_to_target": " {{choices[label]}}", "doc_to_choice": None}
+    rows = make_cloze_rows(2)
+    rows[1]["label"] = rows[0]["label"]
+    answers, _ = open_task("lm-eval:cloze", include=write_cloze(tmp_path, config, rows=rows)).run(llama)
+    gold = CAPITALS[0].obj_label
+    assert [(answer.gold, answer.predicted, answer.correct) for answer in answers] == [
+        (gold, gold, True),
+        (gold, "", False),
+    ]
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer.logp_gold == pytest.approx(compute_log_likelihood(llama, row["before"], f" {gold}"), abs=1e-4)
+
+
+def test_the_seed_draws_the_examples_of_a_task(llama: LanguageModel, tmp_path: Path) -> None:
+    folder = write_cloze(tmp_path, CLOZE | {"num_fewshot": 1, "fewshot_split": "test"})
+    runs = [open_task("lm-eval:cloze", include=folder, seed=seed).run(llama) for seed in (0, 1)]
+    prompts = [[answer.prompt for answer in answers] for answers, _ in runs]
+    assert prompts[0] != prompts[1]
+    assert min(len(prompt) for prompt in prompts[0]) > max(len(row["before"]) for row in make_cloze_rows())
+    assert [entry.seed for _, entry in runs] == [0, 1]
 
 
 def test_generated_answers_follow_the_generation_config(tmp_path: Path) -> None:
@@ -377,7 +407,7 @@ def test_a_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Pat
         ("lm-eval:both:generated/0", "generated"),
         ("lm-eval:both:generated/1", "generated"),
     ]
-    assert (entry.facts, entry.chance) == (10, None)
+    assert (entry.facts, entry.chance, entry.majority, entry.protocol) == (10, None, None, "lm-eval/3.0")
 
 
 def test_a_gate_on_an_unknown_task_is_refused_before_the_run(tmp_path: Path) -> None:
@@ -435,8 +465,15 @@ def test_nothing_is_printed_or_left_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tasks"]
 
 
-def test_the_fingerprint_changes_with_what_is_evaluated(tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_what_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_task("lm-eval:cloze", include=write_cloze(tmp_path / "a")).fingerprint()
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "version", lambda _: "9.9")
+        assert open_task("lm-eval:cloze", include=tmp_path / "a").fingerprint() != first
+    for name in ("utils.py", "_default"):
+        (tmp_path / "a" / name).touch()
+        assert open_task("lm-eval:cloze", include=tmp_path / "a").fingerprint() != first
+        (tmp_path / "a" / name).unlink()
     assert open_task("lm-eval:cloze", include=write_cloze(tmp_path / "b")).fingerprint() == first
     assert open_task("lm-eval:cloze", include=tmp_path / "b", limit=3).fingerprint() != first
     assert open_task("lm-eval:cloze", include=tmp_path / "b", seed=1).fingerprint() != first
@@ -559,8 +596,13 @@ def test_refuses_tasks_that_cannot_run(llama: LanguageModel, tmp_path: Path, mon
 
     perplexity = {"output_type": "loglikelihood_rolling", "doc_to_target": "{{before}}", "doc_to_choice": None}
     rolling = CLOZE | perplexity | {"metric_list": [{"metric": "word_perplexity"}]}
-    with pytest.raises(UnsupportedError, match="measures perplexity"):
-        open_task("lm-eval:cloze", include=write_cloze(tmp_path / "rolling", rolling)).run(llama)
+    code, image = GENERATED | {"unsafe_code": True}, GENERATED | {"doc_to_image": "before"}
+    for number, (config, why) in enumerate(
+        [(rolling, "measures perplexity"), (code, "runs code"), (image, "needs images or audio")]
+    ):
+        folder = write_cloze(tmp_path / str(number), config)
+        with pytest.raises(UnsupportedError, match=why):
+            open_task(f"lm-eval:{config['task']}", include=folder).run(llama)
     f1 = CLOZE | {"metric_list": [{"metric": "f1"}]}
     with pytest.raises(CompressknowError, match=r"cannot finish lm-eval:cloze.\nValueError: Target is multiclass"):
         open_task("lm-eval:cloze", include=write_cloze(tmp_path / "f1", f1)).run(llama)
