@@ -22,6 +22,7 @@ import compressknow
 from compressknow import Settings
 from compressknow.base.errors import CheckpointError, CompressknowError, OutputError, UnsupportedError, UsageError
 from compressknow.evaluate.answers import Answer, read_answers
+from compressknow.evaluate.scoring.llama_cpp import GgufReader
 from compressknow.evaluate.sources import Options
 from tests.engine.gguf_files import F16, F32, Q8_0, needs_gguf, write_gguf
 from tests.evaluate.layouts import open_probe
@@ -403,6 +404,19 @@ def test_prompts_of_atlas_have_tokens_of_the_file(root: Path) -> None:
         assert max(ids) < len(tokenizer)
     assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
     assert tokenizer.decode([]) == ""
+    model.close()
+
+
+def test_running_text_is_split_into_ordinary_tokens_of_known_bytes(root: Path) -> None:
+    model = GgufModel(root / "F16.gguf")
+    reader = GgufReader(model)
+    ids, ends = reader.encode("The capital of Avaland is New Alba.")
+    assert (len(ids), ends) == (8, [3, 11, 14, 22, 25, 29, 34, 35])
+    ids, ends = reader.encode("Tarsk <s> ä")
+    assert reader.bos not in ids
+    # No tokens of the file are ä.
+    assert ends is None
+    assert reader.most == 64
     model.close()
 
 
