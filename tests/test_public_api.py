@@ -94,6 +94,24 @@ def test_numpy_numbers_are_accepted_and_texts_for_numbers_refused_before_any_wor
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("word", "value", "message"),
+    [
+        ("data", 3, "`data` must be a path: 3."),
+        ("tasks", 3, "`tasks` must be a path: 3."),
+        ("map", 5, "`map` must be a mapping, or texts like KEY=COLUMN: 5."),
+        ("map", [5], "`map` must be a mapping, or texts like KEY=COLUMN: 5."),
+        ("protocol", 3, "Unknown protocol '3'."),
+        ("known", 3, "3 is not a definition of known."),
+        ("runtime", 5, "There is no runtime 5."),
+    ],
+)
+def test_values_of_other_types_are_one_message(word: str, value: object, message: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        report("a", "b", **{word: value})  # type: ignore[arg-type]
+    assert raised.value.what == message
+
+
 def test_error_names_the_parameter_in_python_and_the_option_on_the_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypedDict, TypeVar
 
-from compressknow.base.errors import CompressknowError, suggest_word
+from compressknow.base.errors import CompressknowError, UsageError, suggest_word
 
 if TYPE_CHECKING:
     from compressknow.evaluate.runtimes import Settings
@@ -72,13 +72,22 @@ def build_run_options(
     facts = {name: value for name, value in named.items() if name not in of_settings}
     for name in ("data", "tasks"):
         if facts.get(name) is not None:
+            _check_type(name, facts[name], (str, Path), "a path")
             facts[name] = Path(facts[name])
     if not isinstance(facts.get("columns", {}), Mapping):
-        columns = facts["columns"]
-        facts["columns"] = parse_columns([columns] if isinstance(columns, str) else columns)
+        columns = [facts["columns"]] if isinstance(facts["columns"], str) else facts["columns"]
+        _check_type("map", columns, Sequence, "a mapping, or texts like KEY=COLUMN")
+        for column in columns:
+            _check_type("map", column, str, "a mapping, or texts like KEY=COLUMN")
+        facts["columns"] = parse_columns(columns)
     if "protocol" in facts:
-        facts["protocol"] = facts["protocol"].lower()
+        facts["protocol"] = str(facts["protocol"]).lower()
     return replace(options or Options(), **facts), replace(settings or Settings(), **running)
+
+
+def _check_type(name: str, value: object, kinds: Any, what: str) -> None:
+    if not isinstance(value, kinds):
+        raise UsageError(f"--{name} must be {what}: {value!r}.")
 
 
 def api_function(function: Callable[P, R]) -> Callable[P, R]:

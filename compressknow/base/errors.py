@@ -155,7 +155,8 @@ def suggest_word(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 def find_nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the known word closest to a word; None if none is close."""
     names = {_fold(name): name for name in known}
-    matches = difflib.get_close_matches(_fold(word), names, n=1, cutoff=cutoff)
+    # In Python, anything may be given as a name.
+    matches = difflib.get_close_matches(_fold(str(word)), names, n=1, cutoff=cutoff)
     return names[matches[0]] if matches else None
 
 

@@ -184,18 +184,23 @@ class DistributionFile:
 
     def measure(self, facts: Sequence[str], log_probs: torch.Tensor) -> list[float | None]:
         """Return KL(original || model) of each fact in nats, computed in float64 over the whole vocabulary; `log_probs`
-        are the model's, [facts, vocabulary]. All are None if a fact is not stored, or the vocabulary sizes differ."""
-        if not self.holds(facts) or log_probs.shape[1] != self._width:
+        are the model's, [facts, vocabulary]. Tokens that only one of them has, such as those of padding, are impossible
+        for the other. All are None if a fact is not stored."""
+        from torch.nn import functional
+
+        if not self.holds(facts):
             return [None] * len(facts)
         divergences: list[float | None] = []
-        step = max(1, AT_A_TIME // self._width)
+        width = max(self._width, log_probs.shape[1])
+        step = max(1, AT_A_TIME // width)
         # Apple's GPUs have no float64.
         device = "cpu" if log_probs.device.type == "mps" else log_probs.device
         try:
             for start in range(0, len(facts), step):
                 part = slice(start, start + step)
-                original = self._read(facts[part]).to(device)
-                divergences += compute_divergence(original, log_probs[part].to(device)).tolist()
+                pair = (rows.to(device) for rows in (self._read(facts[part]), log_probs[part]))
+                widened = (functional.pad(rows, (0, width - rows.shape[1]), value=LOGP_FLOOR) for rows in pair)
+                divergences += compute_divergence(*widened).tolist()
         except OSError:
             self.give_up()
             return [None] * len(facts)

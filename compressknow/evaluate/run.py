@@ -388,8 +388,10 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
         # Releases may tokenize or compute differently.
         values += [version(name) for name in ("transformers", "tokenizers")]
     if isinstance(probe, Probe):
-        # The solved examples and the majority baseline come from all facts, not from the sample.
-        values += [(fact.prompt, fact.obj_label) for examples in probe.examples.values() for fact in examples]
+        # The solved examples, which are chosen by subject, and the majority baseline come from all facts, not from the
+        # sample.
+        examples = (probe.find_example(fact) for fact in probe.facts)
+        values += [example and (example.prompt, example.obj_label) for example in examples]
         values += probe.most_frequent.items()
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 

@@ -235,6 +235,16 @@ def test_a_quantization_config_is_described_in_plain_words(config: Any, text: st
             },
             "compressed-tensors, 8-bit float weights (channel), 8-bit float activations",
         ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "group_0": {"weights": {"num_bits": 8, "strategy": "channel"}},
+                    "group_1": {"weights": {"num_bits": 4, "strategy": "group"}, "input_activations": None},
+                },
+            },
+            "compressed-tensors, 4-bit weights (group); 8-bit weights (channel)",
+        ),
         ({}, "unknown method"),
         ({"quant_method": "made-up", "config_groups": {"group_0": None}}, "made-up, ?-bit weights (?)"),
     ],

@@ -74,8 +74,11 @@ def test_a_checkpoint_is_described_by_its_files(root: Path) -> None:
     }
 
 
-def test_the_source_hash_of_a_conversion_includes_the_adapter(model: Path, tmp_path: Path) -> None:
+def test_the_source_hash_of_a_conversion_includes_the_adapter_and_code(model: Path, tmp_path: Path) -> None:
     (model / "adapter_config.json").write_text("{}")
+    (model / "modeling_mine.py").write_text("mine = True\n")
+    (model / "examples").mkdir()
+    (model / "examples" / "run.py").touch()
     save_file({"lora_A.weight": torch.ones(1)}, model / "adapter_model.safetensors")
     compressknow.convert(model, tmp_path / "out", prune=0.1)
     assert describe(locate(tmp_path / "out"))["source"]["sha256"] == hash_model(model)

@@ -21,7 +21,7 @@ real_data = pytest.mark.skipif(not DATA.is_dir(), reason="there is no folder of 
 
 RELATIONS = [
     {"relation": "P36", "template": "The capital of [X] is [Y] .", "type": "1-1"},
-    {"relation": "P19", "template": "[X] was born in [Y] .", "type": "N-1"},
+    {"relation": "P19", "template": "[X] was born in [Y] . ", "type": "N-1"},
     {"relation": "P166", "template": "[X] was awarded the [Y] .", "type": "N-M"},
 ]
 WORDS = "Paris Rome New York London gold blue fly 1941 1953".split()
@@ -73,6 +73,7 @@ def make_trex(relation: str, sub_label: str, obj_label: str, uuid: str, evidence
 def make_google_re(sub_label: str, obj_label: str, uuid: str, judgments: str = "yes yes yes") -> dict[str, Any]:
     return {
         "pred": "/people/person/place_of_birth",
+        "sub": f"/m/{uuid}",
         "sub_label": sub_label,
         "obj_label": obj_label,
         "uuid": uuid,
@@ -104,8 +105,9 @@ def write_lama(folder: Path) -> Path:
     write_jsonl(folder / "Google_RE" / "place_of_birth_test.jsonl", birthplaces)
     dates = [make_google_re("Ann", "1941", "1")]
     write_jsonl(folder / "Google_RE" / "date_of_birth_test.jsonl", dates)
+    sentences = ["The [MASK] color was used.", "It was [MASK]."]
     squad = [
-        {"id": "s1", "sub_label": "Squad", "obj_label": "gold", "masked_sentences": ["The [MASK] color was used."]},
+        {"id": "s1", "sub_label": "Squad", "obj_label": "gold", "masked_sentences": sentences},
         {"id": "s2", "sub_label": "Squad", "obj_label": "blue", "masked_sentences": ["[MASK] is [MASK]."]},
         {"id": "s3", "sub_label": "Squad", "obj_label": "blue", "masked_sentences": ["The sky is blue."]},
         {"id": "s4", "sub_label": "Squad", "obj_label": "gold", "masked_sentences": ["The [MASK] color was used."]},

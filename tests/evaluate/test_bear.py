@@ -17,15 +17,17 @@ def folder(tmp_path: Path) -> Path:
 
 def test_candidates_are_the_labels_of_the_relation_in_their_order(folder: Path) -> None:
     probe = read_bear(folder)
-    assert [(fact.id, fact.prompt, fact.obj_label) for fact in probe.facts] == [
-        ("P403/0", "The Rhine flows into the [MASK].", "north Sea"),
-        ("P403/1", "The Danube flows into the [MASK].", "Black Sea"),
-        ("P30/0", "The Gambia is located in [MASK].", "Africa"),
+    assert [(fact.id, fact.prompt, fact.sub_label, fact.obj_label) for fact in probe.facts] == [
+        ("P403/0", "The Rhine flows into the [MASK].", "Rhine", "north Sea"),
+        ("P403/1", "The Danube flows into the [MASK].", "Danube", "Black Sea"),
+        ("P30/0", "The Gambia is located in [MASK].", "the Gambia", "Africa"),
     ]
+    assert {fact.subject for fact in probe.facts} == {"geography"}
     assert [fact.candidates for fact in probe.facts[1:]] == [("north Sea", "Black Sea"), ("Europe", "Asia", "Africa")]
     assert probe.facts[0].candidates is probe.facts[1].candidates
     assert (probe.protocol, probe.vocabulary, probe.average) == ("bear/1", "closed", "micro")
     assert probe.score_rest
+    assert list(probe.source["files"]) == ["metadata_relations.json", "P403.jsonl", "P30.jsonl"]
 
 
 def test_an_answer_that_begins_the_sentence_begins_with_a_capital(folder: Path) -> None:
@@ -45,7 +47,15 @@ def test_a_relation_without_its_file_is_an_error(folder: Path) -> None:
         read_bear(folder)
 
 
-@pytest.mark.parametrize("row", [{"sub_label": "Rhine", "answer_idx": 2}, {"answer_idx": 0}, {"sub_label": "Rhine"}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"sub_label": "Rhine", "answer_idx": 2},
+        {"sub_label": "Rhine", "answer_idx": -1},
+        {"answer_idx": 0},
+        {"sub_label": "Rhine"},
+    ],
+)
 def test_a_fact_without_subject_or_answer_is_an_error(folder: Path, row: dict[str, object]) -> None:
     write_jsonl(folder / "P403.jsonl", [row])
     with pytest.raises(UsageError, match=r"P403\.jsonl, fact 1: .* outside 0 to 1"):

@@ -16,8 +16,10 @@ def group_by_relation(facts: tuple[Fact, ...]) -> dict[str, list[Fact]]:
     return relations
 
 
-def test_candidates_are_the_distinct_objects_of_the_relation_in_order() -> None:
-    for relation, facts in group_by_relation(read_atlas().facts).items():
+def test_relations_and_the_distinct_objects_of_each_are_in_alphabetical_order() -> None:
+    relations = group_by_relation(read_atlas().facts)
+    assert list(relations) == sorted(relations)
+    for relation, facts in relations.items():
         assert facts[0].candidates == tuple(sorted({fact.obj_label for fact in facts})), relation
         assert len({id(fact.candidates) for fact in facts}) == 1, "the facts of a relation share one tuple"
 
@@ -39,11 +41,13 @@ def test_another_template_gives_the_same_facts_other_prompts() -> None:
 
 
 def test_the_fact_of_a_capital() -> None:
-    fact = next(fact for fact in read_atlas().facts if fact.id == "capital/france")
+    probe = read_atlas()
+    fact = next(fact for fact in probe.facts if fact.id == "capital/france")
     assert fact.prompt == f"The capital of France is {BLANK}."
     assert (fact.obj_label, fact.subject) == ("Paris", "geography")
     assert fact.popularity is not None
     assert fact.popularity > 1e6
+    assert probe.source["popularity"]["capital"] == "population of the country"
 
 
 @pytest.mark.parametrize("number", [0, 4, -1])

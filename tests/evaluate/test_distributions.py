@@ -19,7 +19,7 @@ import compressknow
 from compressknow.base.progress import Progress
 from compressknow.comparison.records import KlFigures
 from compressknow.evaluate import distributions, run
-from compressknow.evaluate.answers import TABLE, read_table
+from compressknow.evaluate.answers import LOGP_FLOOR, TABLE, read_table
 from compressknow.evaluate.distributions import DistributionFile, Distributions, compute_divergence
 from compressknow.evaluate.runtimes import Settings
 from compressknow.pages.records import Card
@@ -201,6 +201,35 @@ def limit_file_size() -> Any:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("tokens", [VOCABULARY - 40, VOCABULARY + 40])
+def test_a_model_with_other_padding_has_the_divergence_and_is_not_evaluated_again(
+    root: Path, tmp_path: Path, tokens: int, loads: list[Path]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(root / "llama-60")
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    model.save_pretrained(tmp_path / "padded")
+    AutoTokenizer.from_pretrained(root / "llama").save_pretrained(tmp_path / "padded")
+
+    def measure() -> KlFigures:
+        facts = f"facts:{root / 'facts.jsonl'}"
+        card = compressknow.report(
+            root / "llama", tmp_path / "padded", facts, limit=8, settings=SMALL, answers=tmp_path / "kept"
+        )
+        return list_movements(card)[0]
+
+    movement = measure()
+    assert not movement.is_lower_bound
+    answers = [answer for path in (tmp_path / "kept").rglob(TABLE) for answer in read_table(path)]
+    prompts = list(dict.fromkeys(answer.prompt for answer in answers))
+    rows = (compute_log_probs("llama", folder, prompts) for folder in (root / "llama", tmp_path / "padded"))
+    p, q = (functional.pad(each, (0, VOCABULARY + 40 - each.shape[1]), value=LOGP_FLOOR) for each in rows)
+    expected = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    assert movement.kl_mean == pytest.approx(float(expected.mean()), abs=1e-5)
+    loads.clear()
+    assert measure() == movement
+    assert not loads
 
 
 def test_both_directions_of_a_comparison_are_exact(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,22 @@ def test_the_record_is_that_of_a_sample(root: Path, tmp_path: Path) -> None:
     assert (original.asked, original.limit, original.seed, original.facts) == (FIRST, FIRST, 3, len(KNOWN_FACTS))
     assert original.fingerprint == compressed.fingerprint
     assert original.reference == compressed.reference is not None
+
+
+def test_facts_that_cannot_be_evaluated_are_counted(root: Path, tmp_path: Path) -> None:
+    unknown = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris", "candidates": ["Paris", "Rome"]}
+    file = tmp_path / "facts.jsonl"
+    file.write_text(f"{(root / 'facts.jsonl').read_text()}{json.dumps(unknown)}\n")
+    evaluation = replace(make_evaluation(root, tmp_path / "kept"), probes=[f"facts:{file}"])
+    for models in ((root / "llama", root / "llama-6"), (tmp_path / "a", tmp_path / "b")):
+        *sides, of = gather_early(*models, evaluation, lambda _, __, of: of)
+        assert of == len(KNOWN_FACTS)
+        for side, name in zip(sides, "ab", strict=True):
+            (entry,) = side.record.probes.values()
+            assert list(entry.dropped.values()) == [1]
+            assert entry.facts == of + 1
+            # The second time, the answers are stored.
+            compressknow.probe(root / side.record.model.name, tmp_path / name, f"facts:{file}")
 
 
 def test_the_seed_gives_a_random_order(root: Path, tmp_path: Path) -> None:

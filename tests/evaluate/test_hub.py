@@ -215,6 +215,8 @@ def test_the_split_for_evaluation_is_read_unless_another_is_named(tmp_path: Path
     assert read_hub_facts(folder, split="train").facts[0].prompt == "In train: [MASK]."
     with pytest.raises(UsageError, match=r"no split 'dev'(.|\n)*Choose from train, validation, test"):
         read_hub_facts(folder, split="dev")
+    (tmp_path / "set" / "test.jsonl").unlink()
+    assert read_hub_facts(folder).source["split"] == "validation"
 
 
 @pytest.mark.parametrize("splits", [True, False])
@@ -303,4 +305,12 @@ def test_mapped_columns_come_before_recognized_ones() -> None:
     by_template = choose_columns(columns, {"template": "[X] is [Y]."}, "t")
     assert "prompt" not in by_template.of
     assert by_template.names == ["sub_label", "obj_label"]
+    # A template replaces those of PopQA, and LAMA's own names come before general ones.
+    popqa = choose_columns(["subj", "prop", "obj", "s_pop"], {"template": "[X] is [Y]."}, "t")
+    assert (popqa.known_as, popqa.templates) == ("PopQA", {})
+    lama = "masked_sentence obj_label sub sub_label pred predicate_id relation id uuid"
+    of = choose_columns(lama.split(), {}, "t").of
+    assert (of["subject"], of["relation"], of["id"]) == ("sub_label", "predicate_id", "uuid")
+    with pytest.raises(UsageError, match="unknown key 'objects'"):
+        choose_columns(columns, {"objects": "other"}, "t")
     assert set(by_template.of) <= set(KEYS)

@@ -11,7 +11,7 @@ from compressknow import Options, Settings, probe, report
 from compressknow.base.errors import UsageError
 from compressknow.cli import main
 from compressknow.evaluate.answers import read_answers
-from tests.evaluate.layouts import DATA, make_trex, read_lama, real_data, write_jsonl, write_lama
+from tests.evaluate.layouts import DATA, RELATIONS, make_trex, read_lama, real_data, write_jsonl, write_lama
 from tests.knowing import save_trained
 
 MINILM = DATA.parent / "models" / "minilm-facts"
@@ -32,6 +32,12 @@ def test_trex_has_one_prompt_per_pair_by_the_template_of_its_relation(folder: Pa
     ]
     assert probe.dropped == {"object outside the common vocabulary": 1, "same subject and object": 1}
     assert [fact.subject for fact in probe.facts] == ["geography"] * 3 + ["history and people"]
+
+
+def test_a_pair_of_two_relations_is_a_fact_of_each(folder: Path) -> None:
+    write_jsonl(folder / "TREx" / "P19.jsonl", [make_trex("P19", "France", "Paris", "a")])
+    facts = [fact.id for fact in read_lama(folder, "trex").facts if fact.obj_label == "Paris"]
+    assert facts == ["P36/a", "P19/a"]
 
 
 def test_the_paper_has_each_sentence_once_and_keeps_every_object(folder: Path) -> None:
@@ -95,8 +101,12 @@ def test_squad_has_its_own_sentences_and_keeps_duplicates_as_the_official_code_d
         "sentence of more than 100 words": 1,
     }
     paper = read_lama(folder, "squad", "paper")
-    assert [fact.id for fact in paper.facts] == ["squad/s1", "squad/s5"]
+    assert [(fact.id, fact.prompt) for fact in paper.facts[:1]] == [("squad/s1", "The [MASK] color was used.")]
+    assert [fact.id for fact in paper.facts[1:]] == ["squad/s5"]
     assert paper.dropped["same sentence"] == 1
+    row = {"id": "s6", "sub_label": "Squad", "obj_label": "gold", "masked_sentences": ["so " * 99 + "[MASK]."]}
+    write_jsonl(folder / "Squad" / "test.jsonl", [row])
+    assert len(read_lama(folder, "squad").facts) == 1
 
 
 def test_conceptnet_has_relations_and_is_common_sense(folder: Path) -> None:
@@ -110,10 +120,12 @@ def test_conceptnet_has_relations_and_is_common_sense(folder: Path) -> None:
 
 
 def test_facts_of_a_relation_without_a_template_are_dropped_and_counted(folder: Path) -> None:
-    write_jsonl(folder / "TREx" / "P50.jsonl", [{"sub_label": "Emma", "obj_label": "London", "uuid": "x"}])
+    write_jsonl(folder / "relations.jsonl", [*RELATIONS, {"relation": "P17"}])
+    for relation in ("P50", "P17"):
+        write_jsonl(folder / "TREx" / f"{relation}.jsonl", [{"sub_label": "x", "obj_label": "London", "uuid": "x"}])
     for protocol in ("lama", "paper"):
         probe = read_lama(folder, "trex", protocol)
-        assert probe.dropped["no template for its relation in relations.jsonl"] == 1
+        assert probe.dropped["no template for its relation in relations.jsonl"] == 2
 
 
 def test_the_source_names_every_file_that_was_read(folder: Path) -> None:

@@ -23,6 +23,7 @@ import compressknow
 from compressknow import Settings
 from compressknow.base.errors import CheckpointError, CompressknowError, OutputError, UnsupportedError, UsageError
 from compressknow.evaluate.answers import Answer, read_answers
+from compressknow.evaluate.scoring.llama_cpp import GgufReader
 from compressknow.evaluate.sources import Options
 from tests.engine.gguf_files import F16, F32, Q8_0, needs_gguf, write_gguf
 from tests.evaluate.layouts import open_probe
@@ -297,6 +298,16 @@ def test_answers_of_one_runtime_are_not_taken_for_those_of_another(root: Path, t
     assert sum(runtime is None for runtime in ran) == 2
 
 
+def test_another_build_evaluates_again(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(root / "Q8_0.gguf", tmp_path / "answers", root / "facts.jsonl")
+    other = native.load_native()._replace(build="b1")
+    monkeypatch.setattr(native, "load_native", lambda: other)
+    evaluate(root / "Q8_0.gguf", tmp_path / "answers", root / "facts.jsonl")
+    model = read_answers(tmp_path / "answers").record.model
+    assert model.runtime is not None
+    assert model.runtime["build"] == "b1"
+
+
 @needs_gguf
 def test_a_file_is_unpacked_without_llama_cpp(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressknow.evaluate.handle.is_installed", lambda _: False)
@@ -430,6 +441,19 @@ def test_special_tokens_of_a_file_are_those_of_its_checkpoint(root: Path) -> Non
 def read_prompts(root: Path) -> list[str]:
     """Return the prompts of the facts."""
     return [json.loads(line)["prompt"] for line in (root / "facts.jsonl").read_text().splitlines()]
+
+
+def test_running_text_is_split_into_ordinary_tokens_of_known_bytes(root: Path) -> None:
+    model = GgufModel(root / "F16.gguf")
+    reader = GgufReader(model)
+    ids, ends = reader.encode("The capital of Avaland is New Alba.")
+    assert (len(ids), ends) == (8, [3, 11, 14, 22, 25, 29, 34, 35])
+    ids, ends = reader.encode("Tarsk <s> ä")
+    assert reader.bos not in ids
+    # No tokens of the file are ä.
+    assert ends is None
+    assert reader.most == 64
+    model.close()
 
 
 def make_checkpoint(name: str, folder: Path) -> Path:

@@ -17,14 +17,14 @@ from compressknow.comparison.records import Counts
 from compressknow.engine.identity import locate
 from compressknow.evaluate import noise
 from compressknow.evaluate.answers import Answer, Answers, read_answers
-from compressknow.evaluate.facts import strip_wording
+from compressknow.evaluate.facts import Fact, Probe, strip_wording
 from compressknow.evaluate.grades import apply_reading, merge_wordings
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import NoiseFloor
 from compressknow.evaluate.sources import open_all
 from compressknow.pages.card.warnings import compare_with_rounding
 from tests.knowing import save_trained, write_bear, write_facts
-from tests.pages.answering import make_answers, make_entry, make_rows
+from tests.pages.answering import make_answer, make_answers, make_entry, make_rows
 
 BF16 = Settings(dtype="bfloat16", noise_floor=False)
 
@@ -144,6 +144,21 @@ def test_noise_floor_of_a_large_probe_is_of_a_fixed_sample(tmp_path: Path, monke
     first, second = (get_floor(probe(model, tmp_path / name, facts)) for name in "ab")
     assert first.n == 3
     assert first == second
+
+
+@pytest.mark.parametrize(("facts", "drawn"), [(60, 60), (500, 100), (2_000, 200), (5_000, 300)])
+def test_noise_floor_is_of_a_tenth_of_the_facts_within_limits(facts: int, drawn: int) -> None:
+    rows = [make_answer(number, correct=True) for number in range(facts)]
+    answered = [
+        Fact(row.fact_id, row.probe, row.relation, row.subject, row.sub_label, row.gold, row.prompt) for row in rows
+    ]
+    others = [replace(fact, id=f"{fact.id}-dropped") for fact in answered[:50]]
+    sample, known = noise._draw_sample(Probe("atlas", "atlas/1", (*others, *answered)), make_answers(rows))
+    ids = [fact.id for fact in sample.facts]
+    assert ids == [answer.fact_id for answer in known.answers] == sorted(ids)
+    assert len(ids) == drawn
+    # Not the first ones, which are of one relation.
+    assert drawn == facts or ids[-1] > f"fact-{drawn:04}"
 
 
 def test_noise_floor_of_a_sample_is_not_stored_with_answers_to_another_one(tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def test_spaces_around_labels_are_removed(tmp_path: Path) -> None:
     facts = read_facts_file(write_rows(tmp_path, *({**row, "obj_label": "France"} for row in rows))).facts
     assert [fact.prompt for fact in facts] == [" Paris:\n[MASK] "] * 2
     (tmp_path / "mine.csv").write_text(
-        "prompt, obj_label, sub_label, relation, candidates\n"
-        '"The capital of France is [MASK].", "Paris ", France , capital, Paris | Rome\n'
+        "prompt, obj_label, sub_label, relation, candidates, popularity,,\n"
+        '"The capital of France is [MASK].", "Paris ", France , capital, Paris | Rome, " ",,\n'
     )
     (fact,) = read_facts_file(tmp_path / "mine.csv").facts
     assert replace(fact, id=expected[0].id, probe=expected[0].probe) == expected[0]
@@ -130,7 +130,9 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         "popularity": 67.5,
         "note": "ignored",
     }
-    probe = read_facts_file(write_rows(tmp_path, row))
+    other = {**PROMPT, "id": 0, "relation": "P36", "candidates": row["candidates"]}
+    probe = read_facts_file(write_rows(tmp_path, row, other))
+    assert [(fact.id, fact.subject) for fact in probe.facts[1:]] == [("0", "general")]
     assert probe.facts[0] == Fact(
         "fr", probe.name, "capital", "geography", "France", "Paris", PROMPT["prompt"], ("Paris", "Rome"), 67.5
     )
@@ -176,11 +178,13 @@ def test_a_line_may_contain_unicode_line_separators(tmp_path: Path) -> None:
         ({**TEMPLATE, "template": "[X] is."}, "template: must contain [X], and [Y] once"),
         ({**TEMPLATE, "template": "He is [Y]."}, "template: must contain [X], and [Y] once"),
         ({**TEMPLATE, "template": "[X] is [Y] or [Y]."}, "template: must contain [X], and [Y] once"),
+        ({**TEMPLATE, "template": "[X] [MASK] in [Y]."}, "template: must contain [X], and [Y] once"),
         ({**TEMPLATE, "sub_label": "the [MASK]"}, "sub_label: contains [MASK]"),
         ({**PROMPT, "obj_label": 7}, "obj_label: must be a non-empty string"),
         ({**PROMPT, "obj_label": " "}, "obj_label: must be a non-empty string"),
         ({**PROMPT, "relation": None}, "relation: must be a non-empty string"),
         ({**PROMPT, "id": 1.5}, "id: must be a non-empty string"),
+        ({**PROMPT, "id": True}, "id: must be a non-empty string"),
         ({**PROMPT, "candidates": "Paris"}, "candidates: must be a list of non-empty strings"),
         ({**PROMPT, "candidates": ["Paris", 1]}, "candidates: must be a list of non-empty strings"),
         ({**PROMPT, "candidates": ["Paris"]}, "candidates: must be at least 2"),

@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 
 import compressknow
-from compressknow.base.errors import CheckpointError, CompressknowError, DamagedAnswers, OutputError, UsageError
+from compressknow.api.keywords import build_run_options
+from compressknow.base.errors import (
+    CheckpointError,
+    CompressknowError,
+    DamagedAnswers,
+    OutputError,
+    UnusedOptions,
+    UsageError,
+)
 from compressknow.base.files import LOCK
 from compressknow.base.progress import Listener, Progress
 from compressknow.engine.identity import locate
@@ -25,12 +33,14 @@ from compressknow.evaluate import run
 from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, lock_folder, read_answers, read_table
 from compressknow.evaluate.distributions import Context
 from compressknow.evaluate.facts import Probe
+from compressknow.evaluate.gather import Evaluation, check_none_evaluated
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.scoring import families
 from compressknow.evaluate.sources import Options, open_all
 from tests.knowing import KNOWN_FACTS, save_trained, write_bear, write_facts
+from tests.pages.answering import make_answers, make_entry
 
 SMALL = Settings(batch_size=8, noise_floor=False)
 
@@ -307,6 +317,21 @@ def test_a_changed_example_outside_the_sample_evaluates_again(root: Path, tmp_pa
     assert evaluate_pruned("a") == evaluate_pruned("b") != before
 
 
+def test_subjects_that_allow_an_example_evaluate_again(root: Path, tmp_path: Path) -> None:
+    file, few = tmp_path / "facts.jsonl", Options(limit=4)
+    rows = [json.loads(line) for line in (root / "facts.jsonl").read_text().splitlines()]
+
+    def count_examples() -> int:
+        original = evaluate(root / "llama", tmp_path / "original", file, options=few)
+        pruned = evaluate(root / "llama-9", tmp_path / "pruned", file, options=few, reference=original)
+        return sum(answer.with_example is not None for answer in pruned.answers)
+
+    file.write_text("".join(f"{json.dumps(row | {'sub_label': 'it'})}\n" for row in rows))
+    assert count_examples() == 0
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert count_examples() > 0
+
+
 def test_a_changed_majority_outside_the_sample_is_computed_again(root: Path, tmp_path: Path) -> None:
     file, few = tmp_path / "facts.jsonl", Options(limit=4)
     file.write_text((root / "facts.jsonl").read_text())
@@ -405,6 +430,43 @@ def test_a_model_is_evaluated_on_the_sample_of_stored_answers(root: Path, tmp_pa
     probes = [f"facts:{file}" for file in files]
     card = compressknow.report(tmp_path / "original", root / "llama-3", probes, answers=tmp_path / "kept")
     assert [probe.counts.n for probe in card.comparisons[0].probes] == [4, 12]
+
+
+@pytest.mark.parametrize(
+    ("entry", "keywords", "refused"),
+    [
+        ({}, {"limit": 30}, True),
+        ({}, {"limit": 100}, False),
+        ({"limit": 30, "asked": 30}, {"limit": 30}, False),
+        # The facts were fewer.
+        ({"limit": 50, "asked": 10}, {"limit": 30}, False),
+        # No sample was drawn.
+        ({}, {"seed": 5}, False),
+        ({"limit": 30, "asked": 30}, {"seed": 5}, True),
+        ({"limit": 30, "asked": 30, "seed": 5}, {"seed": 5}, False),
+        ({"source": {"template": 2}}, {"template": 3}, True),
+        ({"source": {"template": 2}}, {"template": 2}, False),
+        ({}, {"templates": 3}, True),
+        ({"templates": 3}, {"templates": 3}, False),
+        ({"text": {"context": 512}}, {"context": 256}, True),
+        ({"text": {"context": 512}}, {"context": 512}, False),
+        ({}, {"dtype": "bfloat16"}, True),
+        ({}, {"runtime": "transformers"}, True),
+        ({}, {"device": "cpu", "batch_size": 1}, False),
+    ],
+    ids=str,
+)
+def test_options_that_stored_answers_were_not_evaluated_with_are_refused(
+    tmp_path: Path, entry: dict[str, Any], keywords: dict[str, Any], refused: bool
+) -> None:
+    # The answers to another probe, of few facts, suit most of them.
+    few = make_entry(asked=1, templates=entry.get("templates"))
+    stored = make_answers(
+        [], probes={"facts:few.jsonl": few, "text:x.txt" if "text" in entry else "atlas": make_entry(**entry)}
+    )
+    evaluation = Evaluation([], *build_run_options(keywords), keep_in=tmp_path)
+    with pytest.raises(UnusedOptions) if refused else contextlib.nullcontext():
+        check_none_evaluated([stored], evaluation)
 
 
 def test_a_folder_that_another_run_uses_is_left_alone(root: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from compressknow.engine.identity import locate
 from compressknow.engine.layers import BatchInvariantLinear
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
-from compressknow.evaluate.speed import _measure_tokens, measure
+from compressknow.evaluate.speed import _measure_rate, _measure_tokens, measure
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.knowing import save_trained, write_facts
 from tests.long import long
@@ -73,6 +73,24 @@ def test_tokens_are_timed_without_batch_invariant_layers(root: Path) -> None:
         pytest.skip("this CPU does not multiply integers")
     assert _measure_tokens(handle)
     assert not any(isinstance(module, BatchInvariantLinear) for module in language_model.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rate"),
+    [([9.0, 1.0, 2.0, 5.0], 5.0), ([1.0, 4.0, 8.0, 1.0], 1.9)],
+    ids=["the warm-up is not counted", "no third round after ten seconds"],
+)
+def test_the_rate_is_the_median_of_three_rounds(
+    seconds: list[float], rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, rounds = [0.0], iter(seconds)
+
+    def work() -> int:
+        now[0] += next(rounds)
+        return 10
+
+    monkeypatch.setattr("compressknow.evaluate.speed.time.perf_counter", lambda: now[0])
+    assert _measure_rate(work) == rate
 
 
 @long

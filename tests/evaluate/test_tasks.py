@@ -279,6 +279,22 @@ def test_real_sets_run_offline_and_score_as_a_plain_loop(lm: LanguageModel, name
             assert answer.correct == (scores.index(max(scores)) == gold)
 
 
+def test_items_whose_beginning_does_not_fit_are_counted(lm: LanguageModel, tmp_path: Path) -> None:
+    longest, is_causal = lm.tokenizer.model_max_length, lm.family == "causal"
+    contexts = [" ".join(["clay"] * words) for words in range(longest - 6, longest + 4)]
+    choices = ["clay", "red moss", "red ants"]
+    rows = [{"before": context, "choices": choices, "label": 0} for context in contexts]
+    read = [len(lm.tokenizer(context).input_ids) for context in contexts]
+    # A causal model also reads an answer of two words up to the last one.
+    expected = sum(tokens + is_causal > longest for tokens in read)
+    _, entry = open_task("lm-eval:cloze", include=write_cloze(tmp_path / "closed", rows=rows)).run(lm)
+    assert entry.truncated == expected
+    for name in ("max_gen_toks", "max_new_tokens"):
+        config = GENERATED | {"generation_kwargs": {"until": ["."], name: 3, "do_sample": False}}
+        _, entry = open_task("lm-eval:generated", include=write_cloze(tmp_path / name, config, rows=rows)).run(lm)
+        assert entry.truncated == sum(tokens + 3 * is_causal > longest for tokens in read) > 0
+
+
 def test_generated_answers_are_right_or_wrong(llama: LanguageModel, tmp_path: Path) -> None:
     answers, entry = open_task("lm-eval:generated", include=write_cloze(tmp_path, GENERATED)).run(llama)
     assert [answer.predicted for answer in answers] == [fact.obj_label for fact in CAPITALS[:5]]
@@ -286,6 +302,36 @@ def test_generated_answers_are_right_or_wrong(llama: LanguageModel, tmp_path: Pa
     assert {(a.rank, a.logp_gold, a.choices, a.top5) for a in answers} == {(None, None, None, ())}
     assert entry.chance is entry.majority is None
     assert entry.source["metrics"] == {"generated": "exact_match,trimmed"}
+    # The right answer may be given as the number of a choice.
+    config = GENERATED | {"doc_to_choice": "choices", "doc_to_target": "label"}
+    numbered, _ = open_task("lm-eval:generated", include=write_cloze(tmp_path, config)).run(llama)
+    assert numbered == answers
+    assert [answer.gold for answer in answers] == [fact.obj_label for fact in CAPITALS[:5]]
+
+
+def test_continuations_that_are_only_scored_are_right_if_they_are_the_likeliest(
+    llama: LanguageModel, tmp_path: Path
+) -> None:
+    config = CLOZE | {"output_type": "loglikelihood", "doc_to_target": " {{choices[label]}}", "doc_to_choice": None}
+    rows = make_cloze_rows(2)
+    rows[1]["label"] = rows[0]["label"]
+    answers, _ = open_task("lm-eval:cloze", include=write_cloze(tmp_path, config, rows=rows)).run(llama)
+    gold = CAPITALS[0].obj_label
+    assert [(answer.gold, answer.predicted, answer.correct) for answer in answers] == [
+        (gold, gold, True),
+        (gold, "", False),
+    ]
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer.logp_gold == pytest.approx(compute_log_likelihood(llama, row["before"], f" {gold}"), abs=1e-4)
+
+
+def test_the_seed_draws_the_examples_of_a_task(llama: LanguageModel, tmp_path: Path) -> None:
+    folder = write_cloze(tmp_path, CLOZE | {"num_fewshot": 1, "fewshot_split": "test"})
+    runs = [open_task("lm-eval:cloze", include=folder, seed=seed).run(llama) for seed in (0, 1)]
+    prompts = [[answer.prompt for answer in answers] for answers, _ in runs]
+    assert prompts[0] != prompts[1]
+    assert min(len(prompt) for prompt in prompts[0]) > max(len(row["before"]) for row in make_cloze_rows())
+    assert [entry.seed for _, entry in runs] == [0, 1]
 
 
 def test_generated_answers_follow_the_generation_config(tmp_path: Path) -> None:
@@ -329,6 +375,25 @@ def test_of_several_right_choices_the_likeliest_counts(llama: LanguageModel, tmp
         for n, each in enumerate((single, rows))
     )
     assert [(answer.gold, answer.correct) for answer in answers] == [(answer.gold, True) for answer in expected]
+    # Any of an item's right choices may be the most frequent one.
+    for row, label in zip(rows, ([0, 1], [2, 0], [3, 0], [4, 0], 5), strict=True):
+        row["label"] = label if isinstance(label, list) else [label]
+    _, entry = open_task("lm-eval:cloze", include=write_cloze(tmp_path / "2", rows=rows)).run(llama)
+    assert entry.majority == 0.8
+
+
+def test_a_label_is_compared_with_the_choices_as_it_is(llama: LanguageModel, tmp_path: Path) -> None:
+    rows = make_cloze_rows(2)
+    for row in rows:
+        row["choices"] = [f" {choice}" for choice in row["choices"]]
+        row["label"] = row["choices"][row["label"]]
+    config = CLOZE | {"target_delimiter": ""}
+    answers, _ = open_task("lm-eval:cloze", include=write_cloze(tmp_path, config, rows=rows)).run(llama)
+    assert [(answer.gold, answer.correct) for answer in answers] == [(row["label"].strip(), True) for row in rows]
+    # As lm-eval, which would count it as wrong, does not find it.
+    rows[0]["label"] = rows[0]["label"].strip()
+    _, entry = open_task("lm-eval:cloze", include=write_cloze(tmp_path, config, rows=rows)).run(llama)
+    assert entry.dropped == {NO_GOLD: 1}
 
 
 def test_a_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Path) -> None:
@@ -342,7 +407,7 @@ def test_a_group_names_the_task_of_each_item(llama: LanguageModel, tmp_path: Pat
         ("lm-eval:both:generated/0", "generated"),
         ("lm-eval:both:generated/1", "generated"),
     ]
-    assert (entry.facts, entry.chance) == (10, None)
+    assert (entry.facts, entry.chance, entry.majority, entry.protocol) == (10, None, None, "lm-eval/3.0")
 
 
 def test_a_gate_on_an_unknown_task_is_refused_before_the_run(tmp_path: Path) -> None:
@@ -400,8 +465,15 @@ def test_nothing_is_printed_or_left_behind(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tasks"]
 
 
-def test_the_fingerprint_changes_with_what_is_evaluated(tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_what_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_task("lm-eval:cloze", include=write_cloze(tmp_path / "a")).fingerprint()
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "version", lambda _: "9.9")
+        assert open_task("lm-eval:cloze", include=tmp_path / "a").fingerprint() != first
+    for name in ("utils.py", "_default"):
+        (tmp_path / "a" / name).touch()
+        assert open_task("lm-eval:cloze", include=tmp_path / "a").fingerprint() != first
+        (tmp_path / "a" / name).unlink()
     assert open_task("lm-eval:cloze", include=write_cloze(tmp_path / "b")).fingerprint() == first
     assert open_task("lm-eval:cloze", include=tmp_path / "b", limit=3).fingerprint() != first
     assert open_task("lm-eval:cloze", include=tmp_path / "b", seed=1).fingerprint() != first
@@ -524,8 +596,13 @@ def test_refuses_tasks_that_cannot_run(llama: LanguageModel, tmp_path: Path, mon
 
     perplexity = {"output_type": "loglikelihood_rolling", "doc_to_target": "{{before}}", "doc_to_choice": None}
     rolling = CLOZE | perplexity | {"metric_list": [{"metric": "word_perplexity"}]}
-    with pytest.raises(UnsupportedError, match="measures perplexity"):
-        open_task("lm-eval:cloze", include=write_cloze(tmp_path / "rolling", rolling)).run(llama)
+    code, image = GENERATED | {"unsafe_code": True}, GENERATED | {"doc_to_image": "before"}
+    for number, (config, why) in enumerate(
+        [(rolling, "measures perplexity"), (code, "runs code"), (image, "needs images or audio")]
+    ):
+        folder = write_cloze(tmp_path / str(number), config)
+        with pytest.raises(UnsupportedError, match=why):
+            open_task(f"lm-eval:{config['task']}", include=folder).run(llama)
     f1 = CLOZE | {"metric_list": [{"metric": "f1"}]}
     with pytest.raises(CompressknowError, match=r"cannot finish lm-eval:cloze.\nValueError: Target is multiclass"):
         open_task("lm-eval:cloze", include=write_cloze(tmp_path / "f1", f1)).run(llama)

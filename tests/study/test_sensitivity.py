@@ -22,13 +22,14 @@ from transformers.pytorch_utils import Conv1D
 import compressknow
 from compressknow.compress.calibrate.backward import ScoredBatch, choose_factors
 from compressknow.compress.calibrate.model import BlockwiseUnsupported
+from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.engine.language_model import load_language_model
 from compressknow.evaluate.evaluate import evaluate, make_prompts
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import Query
 from compressknow.model.loading import open_complete
-from compressknow.study.guides import ScoredFact, batch_facts, batch_text, select_known_facts
+from compressknow.study.guides import ScoredFact, _cut_text, batch_facts, batch_text, select_known_facts
 from compressknow.study.measuring import (
     FactBatches,
     GgufRoundings,
@@ -135,6 +136,15 @@ def score_rounded(
         return compute_scores(trained)
     finally:
         weight.data = before
+
+
+def test_the_first_2048_tokens_of_a_text_guide() -> None:
+    ids = torch.arange(3 * 3 * 512).reshape(3, 3, 512)
+    text = CalibrationText(
+        "file", "x.txt", "0" * 64, 0, ids.numel(), ids.numel(), tuple({"input_ids": n} for n in ids), ()
+    )
+    (first, second) = _cut_text(text)
+    assert torch.equal(torch.cat([first["input_ids"], second["input_ids"]]).flatten(), torch.arange(2048))
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [(torch.float32, "F32"), (torch.bfloat16, "BF16")])

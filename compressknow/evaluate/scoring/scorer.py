@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from compressknow.base.errors import CompressknowError, UnsupportedError
 from compressknow.engine.language_model import check_tokens, count_embedding_rows, count_positions
 from compressknow.engine.load import find_reason
-from compressknow.evaluate.answers import REFERENCE_TOKENS, Answer
+from compressknow.evaluate.answers import LOGP_FLOOR, REFERENCE_TOKENS, Answer
 from compressknow.evaluate.facts import Fact, Probe, capitalize
 from compressknow.evaluate.grades import add_grade, find_choice, judge, list_choices
 from compressknow.evaluate.scoring.ranking import (
@@ -305,7 +305,9 @@ class Scorer(ABC):
             ids = torch.tensor(np.stack([np.asarray(ids) for ids in reference]), device=log_probs.device).long()
         else:
             ids = log_probs.topk(min(REFERENCE_TOKENS, log_probs.shape[1] - 1), dim=1).indices
-        stored = log_probs.gather(1, ids).float().cpu().numpy()
+        # With less padding than the original's, tokens may be missing, which are impossible then.
+        missing = ids >= log_probs.shape[1]
+        stored = log_probs.gather(1, ids.masked_fill(missing, 0)).masked_fill(missing, LOGP_FLOOR).float().cpu().numpy()
         fact_ids = [answer.fact_id for answer in answers]
         divergences = measure_kl(fact_ids, log_probs) if measure_kl else [None] * len(fact_ids)
         # NaN is stored too; such answers are wrong, and have no rank.

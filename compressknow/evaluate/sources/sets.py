@@ -121,7 +121,7 @@ def _make_atlas_facts(relation: dict[str, Any], number: int) -> list[Fact]:
             subject=relation["subject"],
             sub_label=fact["sub_label"],
             obj_label=fact["obj_label"],
-            prompt=capitalize(fill(template, fact["sub_label"])),
+            prompt=fill(template, fact["sub_label"]),
             candidates=candidates,
             popularity=fact.get("popularity"),
         )

@@ -25,14 +25,16 @@ NO_GOLD = "no choice is marked as the right one"
 # If a task reports several metrics, those over raw log-likelihoods and whole answers are used.
 _METRICS = ("acc", "exact_match")
 _OF_COMMON_SENSE = frozenset({"piqa", "winogrande"})
+# Names of the maximum number of generated tokens, the first of which counts, as in lm-eval.
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 def collect_answers(
     probe: str, tasks: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[list[Answer], Counter[str], dict[str, str], Counter[int]]:
     """Return the answers to the items of lm-eval's task objects; the number of dropped items by reason; {name of a
-    task: metric that determines correct answers, as in lm-eval's results: ``acc,none``}; and the number of items by the
-    index of their right choice. Raises UnsupportedError if a task has no metric of single items."""
+    task: metric that determines correct answers, as in lm-eval's results: ``acc,none``}; and, by index, the number of
+    items of which that choice is right. Raises UnsupportedError if a task has no metric of single items."""
     answers: list[Answer] = []
     dropped, golds = Counter[str](), Counter[int]()
     metrics = {}
@@ -56,7 +58,7 @@ def collect_answers(
                 continue
             choices, contexts, continuation = _read_choices(task, sample)
             if indices := _find_golds(task, sample, choices):
-                golds[indices[0]] += 1
+                golds.update(set(indices))
                 texts, prompt = _shorten(choices, contexts, continuation)
                 lengths = _measure_lengths(metric, choices)
                 fields = _read_choice(texts, indices, sample, correct, lengths)
@@ -140,8 +142,9 @@ def _find_golds(task: Any, sample: Mapping[str, Any], choices: Sequence[str]) ->
     indices = []
     for each in gold if isinstance(gold, list) else [gold]:
         if isinstance(each, str):
-            texts = choices if each in choices else [choice.strip() for choice in choices]
-            indices += [texts.index(each.strip())] if each.strip() in texts else []
+            # The choices of a task without `doc_to_choice` are read without spaces around them.
+            text = each if hasattr(task, "doc_to_choice") else each.strip()
+            indices += [choices.index(text)] if text in choices else []
         elif 0 <= int(each) < len(choices):
             indices.append(int(each))
     return indices
@@ -208,7 +211,8 @@ def count_truncated(samples: Sequence[Mapping[str, Any]], lm: Any) -> int:
     def is_cut(arguments: Sequence[Any]) -> bool:
         text, room = str(arguments[0]), 0
         if isinstance(arguments[1], Mapping):
-            room = 0 if lm.backend == "seq2seq" else int(arguments[1].get("max_gen_toks", lm.max_gen_toks))
+            limits = (number for name in _LIMITS if (number := arguments[1].get(name)) is not None)
+            room = 0 if lm.backend == "seq2seq" else int(next(limits, lm.max_gen_toks))
         elif lm.backend == "causal":
             text, room = text + str(arguments[1]), -1
         longest: int = lm.max_length - room

@@ -347,11 +347,9 @@ def _evaluate(loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any])
     answers, dropped, metrics, golds = collect_answers(task.name, built["tasks"], results["samples"])
     if not answers:
         raise CompressknowError(f"{task.name} marks no answers as right.", hint="Choose a split or file that has them.")
-    versions = results["versions"]
-    task_version = versions.get(task.task)
-    if task_version is None:
-        # A group may have no version; its tasks have some.
-        task_version = "+".join(sorted({str(each) for each in versions.values() if each is not None})) or "0"
+    # A group may have no version, of which lm-eval says "N/A"; its tasks have some.
+    versions = {name: str(each) for name, each in results["versions"].items() if each not in (None, "N/A")}
+    task_version = versions.get(task.task) or "+".join(sorted(set(versions.values()))) or "0"
     if files := task.local_files():
         data: Any = {path.name: compute_sha256(path) for path in files.values()}
     else:
@@ -366,7 +364,7 @@ def _evaluate(loaded: LanguageModel, task: LmEvalTask, built: Mapping[str, Any])
         truncated=sum(count_truncated(results["samples"][name], lm) for name in built["tasks"]),
         chance=compute_chance(answer.choices for answer in answers),
         # Accuracy of always choosing the most frequent place.
-        majority=max(golds.values()) / len(answers) if golds.total() == len(answers) else None,
+        majority=max(golds.values()) / len(answers) if all(answer.choices for answer in answers) else None,
         limit=task.limit,
         seed=task.seed,
         source={

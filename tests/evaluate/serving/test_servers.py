@@ -32,6 +32,7 @@ from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.runtimes import client as clients
 from compressknow.evaluate.runtimes.kinds import detect_server
+from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.ranking import TAIL
 from compressknow.evaluate.sources import Options
 from tests.evaluate.layouts import open_probe
@@ -106,6 +107,26 @@ def test_answers_are_those_of_the_model_run_locally(
             # The ranks and log-probabilities of first tokens.
             assert answer.rank == expected[fact].rank
             assert answer.top5_logp == pytest.approx(expected[fact].top5_logp, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "writes"])
+def test_generated_answers_are_those_of_the_model_run_locally(
+    serve: Callable[[str], ModelServer], lm: LanguageModel, kind: str
+) -> None:
+    probe = make_probe(make_known_facts()[::8])
+    scorers = [
+        ModelHandle(locate(serve(kind).url), SETTINGS).loaded.make_scorer(probe),
+        make_scorer(lm.model, lm.tokenizer, "causal", probe),
+    ]
+    remote, local = (
+        {
+            query.fact.id: text
+            for batch in make_prompts(scorer).batches
+            for query, text in zip(batch, scorer.generate_answers(batch), strict=True)
+        }
+        for scorer in scorers
+    )
+    assert remote == local == {fact.id: fact.obj_label for fact in probe.facts}
 
 
 def test_a_penalty_in_the_generation_settings_changes_no_text(

@@ -13,6 +13,8 @@ import pytest
 import compressknow
 from compressknow.compress.steps import Prune
 from compressknow.engine.identity import describe, locate
+from compressknow.evaluate.gather import find_facts_in_text
+from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import FactsInText
 from compressknow.model.manifest import summarize_calibration
 from compressknow.pages.card import warnings
@@ -111,6 +113,29 @@ def test_stored_answers_keep_the_calibration_record(folder: Path, card: Card) ->
         compressknow.probe(folder / name, folder / f"of-{name}", f"facts:{folder / 'facts.jsonl'}")
     stored = compressknow.report(folder / "of-original", folder / "of-compressed").comparisons[0].model
     assert (stored.calibration, stored.in_calibration) == (card.comparisons[0].model.calibration, None)
+
+
+def test_facts_that_the_original_knows_are_counted_among_all(folder: Path) -> None:
+    answers = compressknow.probe(folder / "original", folder / "of-original", f"facts:{folder / 'facts.jsonl'}")
+    handle = ModelHandle(locate(folder / "compressed"), compressknow.Settings())
+    for label, number in (("", 32), (None, 64)):
+        # Every second fact is not known, and may have no subject.
+        rows = [
+            replace(row, correct=bool(index % 2), sub_label=row.sub_label if index % 2 or label is None else label)
+            for index, row in enumerate(answers.answers)
+        ]
+        in_text = find_facts_in_text(handle.describe()["calibration"], handle, replace(answers, answers=tuple(rows)))
+        assert in_text == FactsInText(number, number // 4, 32, 8)
+
+
+def test_card_of_facts_in_random_order_counts_them_too(folder: Path) -> None:
+    probe = f"facts:{folder / 'facts.jsonl'}"
+    card = compressknow.report(
+        folder / "original", folder / "compressed", probe, answers=folder / "early", fail_under=0.1, early=True
+    )
+    in_text = card.comparisons[0].model.in_calibration
+    assert in_text is not None
+    assert in_text.facts == card.comparisons[0].counts.n
 
 
 def test_compare_shows_the_calibration_text_and_counts_facts(folder: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import compressknow
 from compressknow.cli import main
-from compressknow.engine.identity import locate, read_contents
+from compressknow.engine.identity import describe, locate, read_contents
 from compressknow.pages.card.make import make_card
 from tests.engine.gguf_files import F32, write_gguf
 from tests.knowing import save_trained, write_facts
@@ -147,6 +147,7 @@ def test_gguf_file_is_compared_with_its_record(folder: Path, tmp_path: Path) -> 
     assert not read_contents(locate(file)).changed
     record.write_text(json.dumps({"sha256": "0" * 64, "source": source}))
     assert read_contents(locate(file)).changed
+    assert describe(locate(file))["source"] == source
     record.write_text("[]")
     assert not read_contents(locate(file)).changed
 
