@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import compressknow
-from compressknow.base.packages import GGUF_TRANSFORMERS, OPTIONAL
+from compressknow.base import packages
+from compressknow.base.packages import GGUF_TRANSFORMERS, OPTIONAL, can_read_gguf
 from tests.long import long
 from tests.pages.model_card.manifests import make_manifest
 
@@ -222,3 +223,14 @@ def test_image_runs_compressknow(tmp_path: Path) -> None:
         run = [str(folder / "bin" / "compressknow")]
     printed = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
     assert "Compress a language model, and know what it forgot." in printed
+
+
+@pytest.mark.parametrize(
+    ("release", "reads"),
+    [("4.57.1", False), ("5.9.0", False), ("5.22.4", False), ("5.23.0", True), ("5.100.0", True), ("6.0.0.dev0", True)],
+)
+def test_gguf_files_need_a_release_of_transformers_that_reads_them_correctly(
+    release: str, reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "version", lambda _: release)
+    assert can_read_gguf() == reads

@@ -50,6 +50,8 @@ def name_parameters_in(text: str, flags: Mapping[str, bool]) -> str:
     'Add `fail_under=0.9`, or leave out `early`.'
     >>> name_parameters_in("Pass --overwrite, not --force.", {"overwrite": True})
     'Pass `overwrite=True`, not --force.'
+    >>> name_parameters_in("In my-p, give -o OUT and `--probe atlas`.", {"probe": False, "output": False})
+    'In my-p, give `output=OUT` and `probe="atlas"`.'
     """
 
     def replace(match: re.Match[str]) -> str:
