@@ -15,6 +15,7 @@ from compressknow.base.errors import CheckpointError, UnusedOptions
 from compressknow.engine.identity import describe, locate, read_contents
 from compressknow.model.manifest import MANIFEST_NAME
 from tests.knowing import save_trained
+from tests.models import edit_tensors
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,14 @@ def test_a_checkpoint_is_described_by_its_files(root: Path) -> None:
         "dtype": "F32",
         "quantization": None,
     }
+
+
+def test_a_checkpoint_whose_weights_lie_on_a_grid_is_described_so(model: Path) -> None:
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    edit_tensors(model, lambda tensors: tensors[name].copy_((8 * tensors[name]).round() / 8))
+    grid = describe(locate(model))["grid"]
+    assert grid["weights"] == 1 < grid["of"]
+    assert 2 < grid["values"] < 17
 
 
 def test_the_source_hash_of_a_conversion_includes_the_adapter_and_code(model: Path, tmp_path: Path) -> None:
