@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -119,6 +120,20 @@ def test_nan_and_infinity_are_found_in_every_dtype(dtype: str, value: float) -> 
     loaded = stored.to(torch.float32)
     expected = "NaN" if loaded.isnan().any() else "an infinity" if loaded.isinf().any() else None
     assert find_not_finite(view_bytes(stored), StoredTensor("x", dtype, (64,), Path())) == expected
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_nan_is_found_in_all_floats_of_a_gguf_file(dtype: str, tmp_path: Path) -> None:
+    values = torch.ones(2, 32, dtype=getattr(torch, TORCH_NAMES[dtype]))
+    values[1, 5] = float("nan")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("a", values.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType[dtype])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    contents = read_contents(LocatedModel("x", tmp_path / "model.gguf"))
+    assert [(tensor.name, tensor.shape, what) for tensor, what in contents.not_finite] == [("a", (2, 32), "NaN")]
 
 
 @pytest.mark.parametrize("index", [0, 1, -1])
