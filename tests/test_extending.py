@@ -644,6 +644,8 @@ class TestPruningMethod:
         words = format_options(recipe)
         if default != "True":
             assert words is None
+            named = Recipe((Prune(0.5, "l1-spans", parameters={"stable": True}),))
+            assert named.setup == "Blocks l1-spans stable 50%"
             return
         assert words is not None
         assert main(["convert", "model", "out", *words, "--dry-run", "--json"]) == 0
