@@ -27,7 +27,7 @@ from compressknow.base.packages import Registry
 from compressknow.base.reading import compute_sha256
 from compressknow.cli import main
 from compressknow.compress.pruning import METHODS
-from compressknow.compress.recipe import Recipe, read_recipe, to_toml
+from compressknow.compress.recipe import Recipe, format_options, read_recipe, to_toml
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Prune
 from compressknow.engine.layers import LAYERS
@@ -629,6 +629,27 @@ class TestPruningMethod:
         setups = [cell["setup"] for cell in study["cells"]]
         assert setups == ["Blocks l1-spans span 4 50%", "Blocks l1-spans 50%", "Blocks_GP 50%"]
         assert [cell["method"] for cell in study["cells"]] == ["l1-spans", "l1-spans", "l1-unstructured"]
+
+    @pytest.mark.parametrize("default", ["True", "None, kind=bool"])
+    def test_parameter_that_is_set_to_false_has_an_option_only_if_it_is_on_by_default(
+        self,
+        default: str,
+        install,
+        home: Path,  # noqa: ARG002
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        flag = f'stable: bool = parameter(default={default}, help="Keep ties in order.")\n\n    def count('
+        install(METHODS, "l1-spans", example("A pruning method").replace("def count(", flag), "Spans")
+        recipe = Recipe((Prune(0.5, "l1-spans", parameters={"stable": False}),))
+        words = format_options(recipe)
+        if default != "True":
+            assert words is None
+            named = Recipe((Prune(0.5, "l1-spans", parameters={"stable": True}),))
+            assert named.setup == "Blocks l1-spans stable 50%"
+            return
+        assert words is not None
+        assert main(["convert", "model", "out", *words, "--dry-run", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["recipe"] == recipe.to_dict()
 
     @pytest.mark.usefixtures("spans")
     def test_help_and_report_show_it(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,6 +171,8 @@ def find_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
 
     >>> find_mismatch({"n": [1, 2.5]}, {"n": [int], "name?": str})
     'n[1] is not a whole number'
+    >>> find_mismatch({"a": 1, "b": True}, {str: int}), find_mismatch({"a": 1, "b": math.nan}, {str: float})
+    ('b is not a whole number', 'b is not a number')
     """
     if isinstance(form, tuple):
         wrong = [find_mismatch(value, each, where) for each in form]

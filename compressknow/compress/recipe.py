@@ -324,6 +324,10 @@ def format_options(recipe: Recipe) -> list[str] | None:
             return None
     except UsageError:
         return None
+    declared = list_parameters()
+    # On the command line, only a flag that is on by default can be turned off.
+    if any(value is False and declared[name][0].default is not True for name, value in parameters.items()):
+        return None
     defaults = {name: each.field_default for name, each in OPTIONS.items()}
     defaults |= {name: getattr(Prune, name) for name in SHARED}
     options = _get_options(where) | _get_options(recipe) | options | parameters
@@ -338,7 +342,7 @@ def _get_options(part: Step | Where | Calibration | Recipe) -> dict[str, Any]:
 def _format_option(name: str, value: Any) -> list[str]:
     option = f"--{name.replace('_', '-')}"
     if isinstance(value, bool):
-        return [option] if value else []
+        return [option if value else f"--no-{option[2:]}"]
     values = value if isinstance(value, tuple) else () if value is None else (value,)
     # Every digit counts: 1/3 is not 0.333333.
     texts = (str(each).removesuffix(".0") if isinstance(each, float) else str(each) for each in values)

@@ -173,6 +173,12 @@ def describe_removed(removed: Mapping[str, Any] | None) -> Iterator[str]:
     >>> one = {**blocks, "after": 7, "dropped": [6], "similarities": [0.5] * 8}
     >>> next(describe_removed({"blocks": [one], "neurons": [], "parameters": 400, "bytes": 800}))
     '1 of the 8 blocks of model.layers was dropped: 6, the one that changes its input least.'
+    >>> undecided = {**blocks, "dropped": []}
+    >>> next(describe_removed({"blocks": [undecided], "neurons": [], "parameters": 1200, "bytes": 2400}))
+    '3 of the 8 blocks of model.layers were dropped: those that change their input least.'
+    >>> one = {"key": "intermediate_size", "before": 4096, "after": 3072, "modules": ["layers.0.down_proj"]}
+    >>> next(describe_removed({"blocks": [], "neurons": [one], "parameters": 1200, "bytes": 2400}))
+    'The feed-forward block has 3,072 neurons instead of 4,096 (intermediate_size).'
     >>> last
     'The model has 1,200 parameters fewer (2.4 kB).'
     """

@@ -29,7 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5ForCo
 import compressknow
 from compressknow.base.errors import CompressknowError, UnsupportedError, UsageError
 from compressknow.compress import blocks
+from compressknow.compress.convert import VariantMaker
 from compressknow.compress.output_config import build_quantization_config
+from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES, find_vllm_limit, find_vllm_obstacle
 from compressknow.compress.steps import Quantize
 from compressknow.model.groups import read_structure
@@ -156,8 +158,10 @@ def test_families_whose_packed_form_does_not_load_are_unpacked_on_loading(name: 
     ids = torch.arange(5, 15)[None]
     tokens = [model.generate(ids, max_new_tokens=6, do_sample=False) for model in (plain, ours)]
     assert torch.equal(*tokens)
-    # Without `dequantize` in its config, transformers cannot load it.
     config = json.loads((tmp_path / "out" / "config.json").read_text())
+    maker = VariantMaker(tmp_path / "in")
+    assert maker.make(maker.plan(Recipe.from_dict(manifest["recipe"]))).config == config
+    # Without `dequantize` in its config, transformers cannot load it.
     del config["quantization_config"]["dequantize"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(AttributeError, match="no attribute 'weight'"):

@@ -225,7 +225,7 @@ def test_small_files_are_copied_and_weights_of_other_formats_are_not(tmp_path: P
     copied = {"tokenizer.json": "{}", "LICENSE": "mine", "code/modeling.py": "pass", "generation_config.json": "{}"}
     # transformers applies an adapter as it loads the model, and fails if one of its files is missing.
     copied |= {"adapter_config.json": "{}", "adapter_model.safetensors": "x", "eyes/adapter_config.json": "{}"}
-    copied |= {"eyes/adapter_model.bin": "x"}
+    copied |= {"eyes/adapter_model.bin": "x", "checkpoints/notes.txt": "x"}
     dropped = ("pytorch_model.bin", "tf_model.h5", "training_args.bin", ".git/config", "README.md")
     dropped += ("old/adapter_model.bin", "onnx/model.onnx", "onnx/model.onnx.data", "onnx/model.onnx_data")
     dropped += ("model.gguf", "original/consolidated.00.pth", "flax_model.msgpack", "rust_model.ot", "model.ckpt")
@@ -233,6 +233,8 @@ def test_small_files_are_copied_and_weights_of_other_formats_are_not(tmp_path: P
     # The Trainer of transformers leaves these.
     dropped += ("trainer_state.json", "checkpoint-500/config.json", "runs/Nov29/events.out.tfevents.1764")
     dropped += ("runs/trainer_state.json", "optimizer.pt")
+    # Of weights that are not read, since model.safetensors is.
+    dropped += ("model.safetensors.index.json", "pytorch_model.bin.index.json")
     for name, text in {**copied, **dict.fromkeys(dropped, "x")}.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(text)
@@ -242,3 +244,6 @@ def test_small_files_are_copied_and_weights_of_other_formats_are_not(tmp_path: P
         assert manifest["files"][name] == hashlib.sha256(text.encode()).hexdigest()
     assert not any((tmp_path / "out" / name).exists() for name in dropped if name != "README.md")
     assert "compressknow" in (tmp_path / "out" / "README.md").read_text()
+    # The manifest and the card of an output are replaced too.
+    compressknow.convert(tmp_path / "out", tmp_path / "again", prune=0.2)
+    assert not compressknow.verify(tmp_path / "again").differences

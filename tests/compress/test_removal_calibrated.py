@@ -462,6 +462,10 @@ def test_a_manifest_with_an_invalid_list_of_neurons_is_refused(tmp_path: Path, d
     (tmp_path / "out" / "compressknow.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"removed.neurons\[0\].dropped does not list 12 neurons per module"):
         read_manifest(tmp_path / "out")
+    # The last neurons can be dropped too.
+    manifest["removed"]["neurons"][0]["dropped"] = ["36-47", "36-47"]
+    (tmp_path / "out" / "compressknow.json").write_text(json.dumps(manifest))
+    assert read_manifest(tmp_path / "out")["removed"] == manifest["removed"]
     # Manifests of older versions have no such list.
     del manifest["removed"]["neurons"][0]["dropped"]
     (tmp_path / "out" / "compressknow.json").write_text(json.dumps(manifest))

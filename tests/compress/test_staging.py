@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -18,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import compressknow
 from compressknow.base.errors import CompressknowError, OutputError
 from compressknow.base.files import make_prefix
+from compressknow.base.system import move
 from compressknow.cli import main
+from compressknow.compress import staging
 from tests.long import one_in
 from tests.models import edit_tensors, save_tiny
 
@@ -145,14 +148,15 @@ def test_an_output_that_a_running_conversion_moved_aside_stays(source: Path, tmp
     compressknow.verify(tmp_path / ".out.compressknow-old-alive")
 
 
-def test_the_old_output_of_an_interrupted_overwrite_is_put_back(source: Path, tmp_path: Path) -> None:
-    compressknow.convert(source, tmp_path / "out", prune=0.2)
-    before = read_files(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / ".out.compressknow-old-abc")
+@pytest.mark.parametrize("name", ["out", "out [1]"])
+def test_the_old_output_of_an_interrupted_overwrite_is_put_back(source: Path, tmp_path: Path, name: str) -> None:
+    compressknow.convert(source, tmp_path / name, prune=0.2)
+    before = read_files(tmp_path / name)
+    (tmp_path / name).rename(tmp_path / f".{name}.compressknow-old-abc")
     with pytest.raises(OutputError, match="exists already"):
-        compressknow.convert(source, tmp_path / "out", prune=0.3)
-    assert read_files(tmp_path / "out") == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        compressknow.convert(source, tmp_path / name, prune=0.3)
+    assert read_files(tmp_path / name) == before
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_name_may_be_as_long_as_the_system_allows(source: Path, tmp_path: Path) -> None:
@@ -174,17 +178,42 @@ def test_leftovers_of_a_run_that_died_at_its_end_are_removed_by_the_next(source:
     # The new output was in place, but the old one and the lock were not removed yet.
     compressknow.convert(source, tmp_path / ".out.compressknow-old-1", prune=0.3)
     (tmp_path / ".out.compressknow-lock-1").touch()
+    # Of this one, only the lock could be removed.
+    (tmp_path / ".out.compressknow-new-2").mkdir()
     with pytest.raises(OutputError, match="exists already"):
         compressknow.convert(source, tmp_path / "out", prune=0.3)
     assert read_files(tmp_path) == {f"out/{name}": data for name, data in before.items()}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_overwrite_replaces_what_convert_wrote(source: Path, tmp_path: Path) -> None:
-    compressknow.convert(source, tmp_path / "out", prune=0.2)
+@pytest.mark.parametrize("old", ["output", "empty folder"])
+def test_overwrite_replaces_what_convert_wrote_and_an_empty_folder(source: Path, tmp_path: Path, old: str) -> None:
+    if old == "output":
+        compressknow.convert(source, tmp_path / "out", prune=0.2)
+    else:
+        (tmp_path / "out").mkdir()
     compressknow.convert(source, tmp_path / "out", prune=0.3, overwrite=True)
     compressknow.convert(source, tmp_path / "other", prune=0.3)
     assert read_files(tmp_path / "out") == read_files(tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_an_overwrite_whose_last_rename_fails_puts_the_old_output_back(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressknow.convert(source, tmp_path / "out", prune=0.2)
+    before = read_files(tmp_path / "out")
+
+    def fail_for_the_new_one(path: Path, target: Path) -> None:
+        if "compressknow-new" in path.name:
+            raise OSError(errno.EIO, "Input/output error")
+        move(path, target)
+
+    monkeypatch.setattr(staging, "move", fail_for_the_new_one)
+    with pytest.raises(OSError, match="Input/output error"):
+        compressknow.convert(source, tmp_path / "out", prune=0.3, overwrite=True)
+    assert read_files(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_failing_overwrite_does_not_change_the_old_output(source: Path, tmp_path: Path) -> None:
@@ -216,7 +245,7 @@ def save_damaged(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["folder of the user's", "file", "link to a folder", "link to nowhere"])
+@pytest.mark.parametrize("kind", ["folder of the user's", "file", "link to an output", "link to nowhere"])
 def test_overwrite_never_replaces_what_convert_did_not_write(source: Path, tmp_path: Path, kind: str) -> None:
     output = tmp_path / "out"
     if kind == "file":
@@ -225,7 +254,9 @@ def test_overwrite_never_replaces_what_convert_did_not_write(source: Path, tmp_p
         output.mkdir()
         (output / "precious").write_text("precious")
     else:
-        output.symlink_to(source if kind == "link to a folder" else tmp_path / "nowhere")
+        if kind == "link to an output":
+            compressknow.convert(source, tmp_path / "other", prune=0.3)
+        output.symlink_to(tmp_path / "other")
     before = read_files(tmp_path)
     with pytest.raises(OutputError):
         compressknow.convert(source, output, prune=0.2, overwrite=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +40,19 @@ def test_a_recipe_written_as_toml_is_read_back_the_same(tmp_path_factory, prune:
     path: Path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
     path.write_text(to_toml(recipe.to_dict()), encoding="utf-8", newline="")
     assert read_recipe(path) == recipe
+
+
+def test_numbers_of_numpy_become_numbers_of_json() -> None:
+    plain, numpy = (
+        Recipe(
+            (
+                Prune(real(0.25), "ln-structured", norm=whole(2), dim=whole(1)),
+                Quantize("int4", parameters={"group_size": whole(64)}),
+            )
+        )
+        for real, whole in ((float, int), (np.float32, np.int64))
+    )
+    assert json.loads(json.dumps(numpy.to_dict())) == plain.to_dict()
 
 
 def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from compressknow.base.errors import CompressknowError
 from compressknow.base.packages import is_installed
 from compressknow.compress.convert import VariantMaker
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.steps import Calibration, Prune, Quantize, Where
+from compressknow.compress.steps import Calibration, DropBlocks, Prune, Quantize, Where
 from compressknow.engine.identity import describe_variant
 from compressknow.engine.load import load, load_variant
 from tests.knowing import save_trained
@@ -88,11 +88,12 @@ def test_smoothed_norms_do_not_reach_other_variants(architecture: str, tmp_path:
             assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
 
 
-def test_recipes_of_both_module_maps_select_their_own_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dropped", [(), (DropBlocks("0"),)], ids=["all blocks", "one dropped"])
+def test_recipes_of_both_module_maps_select_their_own_layers(tmp_path: Path, dropped: tuple[DropBlocks, ...]) -> None:
     maker, prune = VariantMaker(save_tiny("bert", tmp_path / "model")), Prune(0.3, where=Where(("attention",)))
-    plans = [maker.plan(Recipe((prune,), module_map=name)) for name in ("structural", "paper")]
+    plans = [maker.plan(Recipe((*dropped, prune), module_map=name)) for name in ("structural", "paper")]
     structural, paper = ({each.module for each in plan.tensors if each.in_scope} for plan in plans)
-    different = [f"bert.encoder.layer.{number}.attention.output.dense" for number in range(2)]
+    different = [f"bert.encoder.layer.{number}.attention.output.dense" for number in range(2 - len(dropped))]
     assert sorted(filter(None, structural ^ paper)) == different
 
 

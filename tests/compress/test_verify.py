@@ -81,6 +81,10 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edit_tensors(folder, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].short()})),
         f"{WEIGHT}: I16 [32, 32], expected I8 [32, 32]",
     ),
+    "a shape": (
+        lambda folder: edit_tensors(folder, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].view(16, 64)})),
+        f"{WEIGHT}: I8 [16, 64], expected I8 [32, 32]",
+    ),
     "an extra tensor": (
         lambda folder: edit_tensors(folder, lambda tensors: tensors.update(more=torch.ones(2))),
         "model.safetensors: more: not in the manifest",
@@ -97,8 +101,8 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "compressknow.json: totals.pruned is 1, its tensors add up to",
     ),
     "a count of a group": (
-        lambda folder: edit_manifest(folder, lambda manifest: manifest["groups"]["attention"].update(zeros_after=1)),
-        "compressknow.json: groups.attention.zeros_after is 1, its tensors add up to",
+        lambda folder: edit_manifest(folder, lambda manifest: manifest["groups"]["attention"].update(zeros_after=9**9)),
+        "compressknow.json: groups.attention.zeros_after is 387420489, its tensors add up to",
     ),
     "the stored form of a weight": (
         lambda folder: edit_manifest(folder, lambda manifest: describe_storage(manifest["tensors"][0], zeros="some")),
@@ -118,6 +122,7 @@ def test_a_change_is_named_with_its_file_and_tensor(
     errors = capsys.readouterr().err
     assert message in errors
     assert "differs from its manifest in" in errors
+    assert "Convert it again" in errors
     with pytest.raises(VerificationError):
         compressknow.verify(converted_folder)
     assert main(["verify", str(converted_folder), "--json"]) == 1
@@ -146,6 +151,31 @@ def test_extra_files_in_a_folder_are_named(converted_folder: Path, capsys: pytes
     errors = capsys.readouterr().err
     assert all(f"{name}: not in the manifest" in errors for name in names)
     assert "Move the files that convert did not write to another folder." in errors
+    flip_bit(converted_folder / "config.json", 10)
+    assert main(["verify", str(converted_folder)]) == 1
+    assert "Convert it again" in capsys.readouterr().err
+
+
+def test_many_differences_are_counted_and_the_first_20_named(
+    converted_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = len(load_file(converted_folder / "model.safetensors"))
+    (converted_folder / "model.safetensors").unlink()
+    assert main(["verify", str(converted_folder)]) == 1
+    errors = capsys.readouterr().err
+    assert f"differs from its manifest in {tensors + 1} places." in errors
+    assert errors.count(": missing") == 20
+    assert f"and {tensors - 19} more: see --json" in errors
+
+
+def test_a_manifest_of_an_older_version_verifies_with_a_note(
+    converted_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not compressknow.verify(converted_folder).notes
+    edit_manifest(converted_folder, lambda manifest: manifest.pop("sha256"))
+    capsys.readouterr()
+    assert main(["verify", str(converted_folder)]) == 0
+    assert "! The manifest has no hash of itself" in capsys.readouterr().out
 
 
 def test_a_missing_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,6 +257,10 @@ def test_a_changed_manifest_gives_a_verdict_or_a_message(converted_folder: Path,
     ("change", "message"),
     [
         (lambda manifest: manifest.update(schema=99), "has schema 99, this version reads 1"),
+        (lambda manifest: manifest.pop("schema"), "has schema None, this version reads 1"),
+        (lambda manifest: manifest["tensors"][0].update(stored=[{}]), "damaged: tensors[0].stored[0].name is missing"),
+        (lambda manifest: manifest.update(calibration={}), "is damaged: calibration.kind is missing"),
+        (lambda manifest: manifest.update(removed={}), "is damaged: removed.parameters is missing"),
         (lambda manifest: manifest.pop("tensors"), "is damaged: tensors is missing"),
         (lambda manifest: manifest.update(groups={"attention": 3}), "is damaged: groups.attention is not an object"),
         (lambda manifest: manifest["tensors"][2].pop("sha256"), "is damaged: tensors[2].sha256 is missing"),

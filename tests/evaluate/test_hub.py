@@ -221,9 +221,10 @@ def test_the_split_for_evaluation_is_read_unless_another_is_named(tmp_path: Path
 
 @pytest.mark.parametrize("splits", [True, False])
 def test_a_dataset_of_save_to_disk_is_read(tmp_path: Path, splits: bool) -> None:
-    table = datasets.Dataset.from_list([{"prompt": "A [MASK].", "obj_label": "b"}])
+    table = datasets.Dataset.from_list([{"prompt": "A [MASK].", "obj_label": "b"}], split="validation")
     (datasets.DatasetDict({"only": table}) if splits else table).save_to_disk(str(tmp_path / "saved"))
-    assert read_hub_facts(str(tmp_path / "saved")).facts[0].obj_label == "b"
+    probe = read_hub_facts(str(tmp_path / "saved"))
+    assert (probe.facts[0].obj_label, probe.source["split"]) == ("b", "only" if splits else "validation")
 
 
 def test_open_probe_passes_columns_and_split(tmp_path: Path) -> None:

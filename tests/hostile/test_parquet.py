@@ -45,9 +45,10 @@ def test_too_many_equal_values_are_refused(tmp_path: Path) -> None:
 
 def test_dataset_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
     table = pa.table({"prompt": ["x [MASK] " + "y" * 50_000] * 2000, "obj_label": ["z"] * 2000})
-    with pq.ParquetWriter(tmp_path / "t.parquet", table.schema) as writer:
+    (tmp_path / "data").mkdir()
+    with pq.ParquetWriter(tmp_path / "data" / "t.parquet", table.schema) as writer:
         for _ in range(20):
             writer.write_table(table)
-    for name in (tmp_path, tmp_path / "t.parquet"):
+    for name in (tmp_path, tmp_path / "data" / "t.parquet"):
         with bounded(), pytest.raises(UsageError, match=r"t.parquet cannot be read: its texts would unpack"):
             read_hub_facts(str(name))

@@ -184,13 +184,17 @@ def test_verify_names_an_added_file(converted: Path, capsys: pytest.CaptureFixtu
     assert "modeling_bert.py: not in the manifest" in errors
 
 
-def test_convert_copies_nothing_from_outside_the_checkpoint(tmp_path: Path) -> None:
+def test_convert_copies_nothing_from_outside_the_checkpoint_and_leaves_out_no_broken_link(tmp_path: Path) -> None:
     source = save_tiny("bert", tmp_path / "in")
     (tmp_path / "in-2").write_text("mine")
     (source / "notes.txt").symlink_to(tmp_path / "in-2")
     with pytest.raises(CheckpointError, match=r"notes.txt is a link to .*in-2, outside the checkpoint: not copied"):
         compressknow.convert(source, tmp_path / "out", prune=0.3)
     assert not (tmp_path / "out").exists()
+    (source / "notes.txt").unlink()
+    (source / "notes.txt").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=r"notes.txt is a link that leads nowhere"):
+        compressknow.convert(source, tmp_path / "out", prune=0.3)
     (source / "notes.txt").unlink()
     (source / "licence").write_text("free")
     (source / "LICENSE").symlink_to("licence")
