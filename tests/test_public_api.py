@@ -104,6 +104,9 @@ def test_numpy_numbers_are_accepted_and_texts_for_numbers_refused_before_any_wor
         ("protocol", 3, "Unknown protocol '3'."),
         ("known", 3, "3 is not a definition of known."),
         ("runtime", 5, "There is no runtime 5."),
+        ("probe", 5, "A probe must be a name, such as atlas: 5."),
+        ("probe", ["atlas", 5], "A probe must be a name, such as atlas: 5."),
+        ("revision", 5, "A revision must be the name of a branch, tag or commit: 5."),
     ],
 )
 def test_values_of_other_types_are_one_message(word: str, value: object, message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,8 +103,12 @@ def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None], fur
 
 
 def list_names(probes: str | Sequence[str] | None) -> list[str]:
-    """Return one name, several or none, as a list."""
-    return [probes] if isinstance(probes, str) else list(probes or ())
+    """Return one name, several or none, as a list. Raises UsageError for what is not a name."""
+    names = list(probes or ()) if isinstance(probes, Iterable | None) and not isinstance(probes, str) else [probes]
+    for name in names:
+        if not isinstance(name, str):
+            raise UsageError(f"A probe must be a name, such as atlas: {name!r}.")
+    return names
 
 
 @dataclass(frozen=True)

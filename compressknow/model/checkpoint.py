@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compressknow.base import reading
-from compressknow.base.errors import CheckpointError, UnusedOptions, find_nearest
+from compressknow.base.errors import CheckpointError, UnusedOptions, UsageError, find_nearest
 from compressknow.base.files import escape_name
 from compressknow.base.reading import CONFIG, TOKENIZER, FileState, check_regular, check_unchanged, get_state
 from compressknow.model.tensors import StoredTensor, read_header, read_torch_file
@@ -258,8 +258,11 @@ def check_is_checkpoint(model: str | Path) -> None:
 
 
 def check_revision(model: str | Path, revision: str | None) -> None:
-    """Raise UnusedOptions for a revision of a server, or of a local file or folder."""
+    """Raise UnusedOptions for a revision of a server, or of a local file or folder; UsageError for one that is not a
+    text."""
     path = Path(model)
+    if not isinstance(revision, str | None):
+        raise UsageError(f"A revision must be the name of a branch, tag or commit: {revision!r}.")
     if revision is not None and (is_address(model) or path.exists()):
         # An address may contain a secret, so it is not shown.
         what = (

@@ -372,21 +372,24 @@ def test_a_damaged_file_is_one_error(root: Path, tmp_path: Path, capfd: pytest.C
 
 
 def test_a_file_that_is_not_a_decoder_is_refused(root: Path, tmp_path: Path) -> None:
+    """Attention in both directions, as in encoders, or the last token as the embedding of a text."""
     file = tmp_path / "encoder.gguf"
     content = (root / "Q8_0.gguf").read_bytes()
-    _write_with_flag(file, content)
-    error = get_error(file, tmp_path, root / "facts.jsonl")
-    assert isinstance(error, UnsupportedError)
-    assert "only decoder-only models" in str(error)
+    causal = b"llama.attention.causal", (7).to_bytes(4, "little") + b"\0"
+    pooling = b"llama.pooling_type", (4).to_bytes(4, "little") + (3).to_bytes(4, "little")
+    for key, value in (causal, pooling):
+        _write_with_entry(file, content, key, value)
+        error = get_error(file, tmp_path, root / "facts.jsonl")
+        assert isinstance(error, UnsupportedError)
+        assert "which does not generate text: in llama.cpp only decoder-only models" in str(error)
 
 
-def _write_with_flag(file: Path, content: bytes) -> None:
-    """Write the file with metadata that make its attention bidirectional, as in encoders."""
-    key, false = b"llama.attention.causal", (7).to_bytes(4, "little") + b"\0"
-    entry = len(key).to_bytes(8, "little") + key + false
+def _write_with_entry(file: Path, content: bytes, key: bytes, value: bytes) -> None:
+    """Write the file with another entry of its metadata, whose value follows its type."""
+    entry = len(key).to_bytes(8, "little") + key + value
     # Tensors must begin at a multiple of 32; another key, of the right length, keeps them there.
     key = b"general.padding." + b"x" * ((-(len(entry) + 8 + 16 + 5)) % 32)
-    padding = len(key).to_bytes(8, "little") + key + false
+    padding = len(key).to_bytes(8, "little") + key + (7).to_bytes(4, "little") + b"\0"
     count = int.from_bytes(content[16:24], "little") + 2
     file.write_bytes(content[:16] + count.to_bytes(8, "little") + entry + padding + content[24:])
 

@@ -56,7 +56,7 @@ from tests.gguf.making import (
     train_sentencepiece,
 )
 from tests.long import one_in
-from tests.models import edit_config, save_tiny
+from tests.models import edit_config, put_into_hub_cache, save_tiny
 
 pytest.importorskip("llama_cpp_py_sync")
 
@@ -110,7 +110,9 @@ def test_a_left_over_shard_is_not_exported(tmp_path: Path) -> None:
     """transformers reads the single file; llama.cpp's converter would read both."""
     source = save_checkpoint("llama", tmp_path / "model")
     weights = {name: -weight for name, weight in load_file(source / "model.safetensors").items()}
-    save_file(weights, source / "model-00001-of-00002.safetensors", {"format": "pt"})
+    # It would keep the weights that it reads last.
+    for name in ("model-00001-of-00002", "model_old"):
+        save_file(weights, source / f"{name}.safetensors", {"format": "pt"})
     compressknow.export(source, tmp_path / "out.gguf", type="f32")
     check_same(read_tensors(tmp_path / "out.gguf"), convert_to_llama_cpp(read_weights(source)))
 
@@ -248,6 +250,29 @@ def test_setup_source_and_recipe_are_in_metadata_and_record(tmp_path: Path) -> N
     assert written_record["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
     assert written_record["bytes"] == output.stat().st_size
     assert not list(tmp_path.glob(".*"))
+
+
+@needs_converter
+def test_a_model_of_the_hub_has_its_id_and_commit_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder in the cache is called like its commit."""
+    commit = put_into_hub_cache(save_checkpoint("llama", tmp_path / "model"), tmp_path / "hub", "org/tiny")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    record = compressknow.export("org/tiny", tmp_path / "out.gguf", type="f32", smoke=False)
+    assert (record["source"]["name"], record["source"]["revision"]) == ("org/tiny", commit)
+    assert read_metadata(tmp_path / "out.gguf")["general.name"] == "org/tiny"
+
+
+@needs_converter
+def test_a_model_that_changes_while_it_is_read_gives_no_file(tmp_path: Path) -> None:
+    source = save_checkpoint("llama", tmp_path / "model")
+
+    def change(progress: Progress) -> None:
+        if progress.stage.work == "export":
+            os.utime(source / "model.safetensors", ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was replaced or changed"):
+        compressknow.export(source, tmp_path / "out.gguf", type="f32", smoke=False, on_progress=change)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @needs_converter

@@ -434,3 +434,9 @@ def test_a_matrix_of_other_widths_is_refused(files: Path, tmp_path: Path) -> Non
     other = save_checkpoint("t5", tmp_path / "t5")
     with pytest.raises(CheckpointError, match="of another model"):
         compressknow.export(other, tmp_path / "out.gguf", type="q4_0", imatrix=files / "matrix.gguf")
+    # A matrix that names no model is known by its tensors.
+    foreign = tmp_path / "foreign.gguf"
+    write_importance(replace(read_importance(files / "matrix.gguf"), models=()), foreign)
+    with pytest.raises(CheckpointError, match=r"foreign\.gguf is of another model: none of its tensors"):
+        compressknow.export(other, tmp_path / "out.gguf", type="q4_0", imatrix=foreign)
+    assert not (tmp_path / "out.gguf").exists()

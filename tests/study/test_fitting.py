@@ -18,6 +18,7 @@ from compressknow.base.format import parse_size
 from compressknow.compress.steps import Calibration
 from compressknow.compress.weights import read_stored_weights
 from compressknow.gguf.choice import TypeChoice
+from compressknow.gguf.export import find_main_type
 from compressknow.gguf.grids import get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align, resolve_types
 from compressknow.model.gguf_file import Tensor
@@ -246,3 +247,11 @@ def test_facts_may_be_those_of_a_downloaded_data_set(tmp_path: Path) -> None:
     data = write_bear(tmp_path / "bear")
     with pytest.raises(CheckpointError, match="no such folder"):
         compressknow.export(tmp_path / "missing", tmp_path / "out.gguf", size="90MB", facts="bear", data=data)
+
+
+def test_a_file_declares_the_quantized_type_of_most_parameters() -> None:
+    sizes = {"a": ("f16", 100), "b": ("q4_k", 30), "c": ("q8_0", 10), "d": ("q8_0", 10)}
+    rows = {name: Tensor(name, "bf16", (numel,), numel, 2 * numel) for name, (_, numel) in sizes.items()}
+    types = {name: kind for name, (kind, _) in sizes.items()}
+    assert find_main_type(types, Tensors(None, rows, {}, {})) == "q4_k_s"
+    assert find_main_type(types | {"b": "q8_0"}, Tensors(None, rows, {}, {})) == "q8_0"

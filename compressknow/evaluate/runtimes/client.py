@@ -68,7 +68,6 @@ class Client:
             allowed_methods=None,
             backoff_factor=FIRST_PAUSE,
             backoff_jitter=FIRST_PAUSE,
-            backoff_max=LONGEST_PAUSE,
             raise_on_status=False,
         )
         adapter = HTTPAdapter(pool_maxsize=parallel, max_retries=retries)

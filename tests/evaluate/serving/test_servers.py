@@ -175,7 +175,14 @@ def test_parallel_limits_the_requests_at_a_time(serve: Callable[[str], ModelServ
 
 @pytest.mark.parametrize(
     "faults",
-    [[429, 503, 500], [(429, {"Retry-After": "0"})], [(503, {"Retry-After": "soon"})], ["cut"], ["break", "break"]],
+    [
+        [429, 503, 500],
+        [408, 502, 504],
+        [(429, {"Retry-After": "0"})],
+        [(503, {"Retry-After": "soon"})],
+        ["cut"],
+        ["break", "break"],
+    ],
     ids=str,
 )
 def test_temporary_faults_are_retried(serve: Callable[[str], ModelServer], lm: LanguageModel, faults: Any) -> None:
@@ -391,7 +398,7 @@ def test_a_lasting_fault_is_one_error(
 def test_an_error_of_a_server_can_be_pickled(serve: Callable[[str], ModelServer]) -> None:
     server = serve("writes")
     server.faults["/v1/models"] = [418]
-    with pytest.raises(CompressknowError, match="HTTP 418") as raised:
+    with pytest.raises(CompressknowError, match=r"HTTP 418\)\.\n\s*It says: not now") as raised:
         _ = ModelHandle(locate(server.url), SETTINGS).loaded
     assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
 
@@ -491,6 +498,7 @@ def test_the_key_is_sent_and_stored_nowhere(
 ) -> None:
     server = serve("vllm")
     server.key = KEY
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-aKeyOfAnotherServer")
     monkeypatch.setenv(variable, KEY)
     # The user's .netrc is for other programs.
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
