@@ -6,12 +6,15 @@ import contextlib
 import json
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -19,6 +22,11 @@ from compressknow.compress.convert import execute, make_calibration_text, prepar
 from compressknow.compress.manifest import Manifest
 from compressknow.compress.output import NewFolder
 from compressknow.compress.recipe import Recipe
+
+# Before these releases, transformers cannot load a T5 in int4 or int8-weights.
+_PACKED_T5 = {"transformers": "5.23", "compressed-tensors": "0.19"}
+loads_packed_t5 = all(Version(version(name)) >= Version(lowest) for name, lowest in _PACKED_T5.items())
+needs_packed_t5 = pytest.mark.skipif(not loads_packed_t5, reason=f"a T5 in int4 does not load before {_PACKED_T5}")
 
 VOCABULARY = 99
 _BERT = {

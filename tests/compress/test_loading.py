@@ -23,7 +23,7 @@ from compressknow.engine import layers
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import list_scopes, select
 from tests.long import one_in
-from tests.models import BUILDERS, QUANTIZABLE, edit_config, load, logits, save_tiny, tiny
+from tests.models import BUILDERS, QUANTIZABLE, edit_config, load, logits, needs_packed_t5, save_tiny, tiny
 
 AMOUNT = 0.3
 SCHEMES: dict[str, tuple[str, dict[str, Any] | None]] = {
@@ -158,6 +158,7 @@ def test_compressing_a_tied_final_layer_does_not_change_the_embedding(
     assert untied["bytes"] > 0
 
 
+@needs_packed_t5
 def test_an_untied_t5_still_scales_the_inputs_of_its_final_layer(tmp_path: Path) -> None:
     """Published configs do not say so, and transformers derives it from the tie."""
     edit_config(save_tiny("t5-tied", tmp_path / "in"), "scale_decoder_outputs")
