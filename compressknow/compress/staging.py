@@ -43,6 +43,7 @@ class Staging:
     ) -> None:
         self.output = Path.cwd() / output
         self._overwrite, self._check = overwrite, check or check_output
+        self._committed = False
         self._made = [parent for parent in self.output.parents if not parent.exists()]
         self._locked: tuple[Path, int] | None = None
         check_links(self.output.parent)
@@ -108,6 +109,7 @@ class Staging:
                     if self.output.exists():
                         move(self.output, aside)
                     move(self.folder, self.output)
+                    self._committed = True
                     sync_folder(self.output.parent)
                 finally:
                     if aside.exists() and not self.output.exists():
@@ -128,8 +130,8 @@ class Staging:
             if self._locked:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 remove_lock(*self._locked)
-            for parent in self._made:
-                with suppress(OSError):  # One that holds the output stays.
+            for parent in () if self._committed else self._made:
+                with suppress(OSError):
                     parent.rmdir()
 
 
