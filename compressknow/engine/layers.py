@@ -197,6 +197,7 @@ GROUP_SIZES, OUTPUTS = (32, 64, 128, 256), 16
 FAST = "AVX512"
 # Subtracted from the stored 4-bit values.
 OFFSET = 8
+_BLOCK = 64  # outputs that the kernel packs together
 
 
 class Int4Linear(EngineLinear):
@@ -227,7 +228,10 @@ class Int4Linear(EngineLinear):
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.to(torch.int32).add_(OFFSET), 1)
         # A buffer, not a parameter, because it has the kernel's own order.
         self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scales_and_zeros", _append_zeros(weight_scale.t()), persistent=False)
+        scales = weight_scale.t()
+        # The zeros are the kernel's offsets.
+        both = torch.stack([scales, torch.zeros_like(scales)], dim=-1).to(torch.bfloat16)
+        self.register_buffer("scales_and_zeros", both, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.rounds:
@@ -235,7 +239,8 @@ class Int4Linear(EngineLinear):
             weight = self.integers().to(x.dtype) * scales.to(x.dtype)
             return functional.linear(x, weight, self.bias)
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-        values = self._product(rows, self.scales_and_zeros.to(torch.bfloat16)).to(x.dtype)
+        scales, multiply = self.scales_and_zeros.to(torch.bfloat16), torch.ops.aten._weight_int4pack_mm_for_cpu
+        values: torch.Tensor = multiply(rows, self.packed, self.group_size, scales).to(x.dtype)
         if self.bias is not None:
             values += self.bias
         return values.reshape(*x.shape[:-1], self.out_features)
@@ -246,15 +251,14 @@ class Int4Linear(EngineLinear):
         return self.packed.view(torch.int8)
 
     def integers(self) -> torch.Tensor:
-        """Return int8 [out, in], from -8 to 7: the kernel's results for unit vectors, which bfloat16 holds exactly."""
-        ones = torch.ones(self.in_features // self.group_size, self.out_features)
-        units = torch.eye(self.in_features, dtype=torch.bfloat16)
-        return self._product(units, _append_zeros(ones)).t().to(torch.int8)
-
-    def _product(self, rows: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
-        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        product: torch.Tensor = multiply(rows, self.packed, self.group_size, scales_and_zeros)
-        return product
+        """Return int8 [out, in], from -8 to 7. The kernel's order (torch's `weight_to_int4pack_kernel` for AVX-512) is
+        by 64 outputs, input and output; a byte holds outputs n and n + 32. If fewer than 64 are left, it holds n and
+        n + 1."""
+        size, end = self.in_features, self.out_features // _BLOCK * _BLOCK
+        whole, rest = self.packed[:end].view(-1, size, _BLOCK // 2), self.packed[end:].view(size, -1)
+        blocks = torch.cat([whole & 15, whole >> 4], dim=2).transpose(1, 2).reshape(end, size)
+        last = torch.stack([rest & 15, rest >> 4], dim=2).flatten(1).t()
+        return torch.cat([blocks, last]).to(torch.int8).sub_(OFFSET)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Store the tensors of a checkpoint, so that a saved model can be loaded."""
@@ -263,11 +267,6 @@ class Int4Linear(EngineLinear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight_packed"] = pack_to_int32(self.integers(), 4)
         destination[f"{prefix}weight_shape"] = torch.tensor([self.out_features, self.in_features])
-
-
-def _append_zeros(scales: torch.Tensor) -> torch.Tensor:
-    """Return scales [groups, out] as bfloat16 [groups, out, 2], each with a zero as the kernel's offset."""
-    return torch.stack([scales, torch.zeros_like(scales)], dim=-1).to(torch.bfloat16)
 
 
 class Int4Kind(LayerKind):
@@ -294,7 +293,9 @@ class Int4Kind(LayerKind):
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
         integers = unpack_from_int32(parts["weight_packed"].data, 4, torch.Size((rows, columns)))
-        return Int4Linear(integers, parts["weight_scale"].data, parts.get("bias"))
+        layer = Int4Linear(integers, parts["weight_scale"].data, parts.get("bias"))
+        # Another release of torch may pack in another order.
+        return layer if torch.equal(layer.integers(), integers) else None
 
 
 # Every product has this many rows, because only products of equal shape are sure to use the same algorithm (AMD EPYC

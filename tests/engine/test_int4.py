@@ -159,6 +159,17 @@ def test_a_layer_that_the_kernel_does_not_support_runs_in_floats(tmp_path: Path)
     assert model.lm_head.weight.dtype == torch.float32
 
 
+def test_weights_that_torch_packs_in_an_unknown_order_run_in_floats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = convert_tiny("llama", tmp_path)
+    plain = load_in_floats(folder)
+    monkeypatch.setattr(layers, "_BLOCK", 16)
+    model = load(folder)
+    assert not list_int4_layers(model)
+    assert torch.equal(logits(model), logits(plain))
+
+
 def test_model_code_may_read_the_dtype_of_a_weight(tmp_path: Path) -> None:
     sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 64))}
     config = NllbMoeConfig(vocab_size=VOCABULARY, d_model=32, num_experts=4, **sizes)
