@@ -144,7 +144,6 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
     with (
         _explain_failures(f"{path} describes no {model_class.__name__} that can be built."),
         limit_building(path),
-        torch.random.fork_rng(devices=[]),
         torch.device("meta"),
     ):
         model: PreTrainedModel = model_class(_build_config_for(model_class, config)).eval()
@@ -195,7 +194,7 @@ def _build_best_match(
     that name their authors' own class (AntiBERTy) but have a known model's layers."""
     names = set(tensor_names)
     candidates = _list_candidates(config.model_type)
-    models = [_build(path, getattr(transformers, name), config) for name in candidates if _is_builtin(name)]
+    models = [_build(path, getattr(transformers, name), config) for name in candidates]
     with_head = [model for model in models if _has_stored_head(model, names)]
     if not with_head:
         raise CheckpointError(
@@ -287,6 +286,7 @@ _METADATA = {getattr(torch.Tensor, name).__get__ for name in ("shape", "device",
 _METADATA |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size}
 
 
+@_ignore_warnings()
 def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
     """Return the Linear modules whose weight the code of another module reads: its ``values``, or only its ``dtype``,
     to cast something to it. Only an int8 layer itself applies its scale; other code would read bare integers.
@@ -295,9 +295,9 @@ def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
     the code of the model's classes mentions its weight. In the towers of a multimodal model, which read no text, only
     torch's own attention is known to read weights.
     """
-    if model.device.type != "meta":
-        with torch.device("meta"):
-            model = type(model)(copy.deepcopy(model.config)).eval()
+    # Built anew, since a pass can change a model: RWKV reads its weights only in the first.
+    with torch.device("meta"):
+        model = type(model)(copy.deepcopy(model.config)).eval()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     uses, is_whole = _Uses(), False
