@@ -10,7 +10,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig, Zamba2ForCausalLM
+from torch import nn
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    Zamba2ForCausalLM,
+)
 
 import compressknow
 from compressknow.base.errors import UnsupportedError
@@ -209,6 +218,33 @@ def test_code_after_a_pass_that_fails_midway_is_read_from_the_source() -> None:
     """Both fail before the head; their source names its weight only where it is tied."""
     for model_type, name in (("xlnet", "XLNetLMHeadModel"), ("jetmoe", "JetMoeForCausalLM")):
         assert find_direct_reads(tiny_model(model_type, name)) == {}
+
+
+class StopsMidway(PreTrainedModel):
+    """Model with two blocks, whose pass fails before the second; other code names weights that it has not read."""
+
+    config_class = BertConfig
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, 4)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4), "gate": nn.Linear(4, 4)}) for _ in range(2))
+        self.last = nn.Sequential(nn.Linear(4, 4))
+        self.head, self.plain = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.blocks[0]["up"](self.embeddings(input_ids)[..., : self.blocks[0]["gate"].weight.size(0)])
+        raise RuntimeError(f"{hidden.shape} {attention_mask}")
+
+    def fuse(self) -> list[torch.Tensor]:
+        return [*(block.up.weight for block in self.blocks), self.last[0].weight, self.head.weight]
+
+
+def test_layers_that_a_pass_does_not_reach_are_read_if_code_names_their_weight() -> None:
+    """All blocks run alike, and the size of a weight is not its values."""
+    with torch.device("meta"):
+        model = StopsMidway(BertConfig(vocab_size=9))
+    assert find_direct_reads(model) == {"last.0": "values", "head": "values"}
 
 
 def test_direct_reads_of_a_vision_tower_are_found_in_its_source() -> None:
