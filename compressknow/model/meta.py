@@ -146,7 +146,7 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
         limit_building(path),
         torch.device("meta"),
     ):
-        model: PreTrainedModel = model_class(_build_config_for(model_class, config)).eval()
+        model: PreTrainedModel = model_class(find_own_config(model_class, config)).eval()
         return model
 
 
@@ -161,12 +161,7 @@ def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> Pre
 
 def parse_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
     """Return the config from which the class of a module tree is built, given the content of a config.json."""
-    config = build_whole_config(tree, raw)
-    part = _build_config_for(type(tree), config)
-    if part is not config and "quantization_config" in raw:
-        # transformers' auto classes do this too.
-        part.quantization_config = raw["quantization_config"]
-    return part
+    return find_own_config(type(tree), build_whole_config(tree, raw))
 
 
 def build_whole_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
@@ -178,13 +173,18 @@ def build_whole_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrained
     return config
 
 
-def _build_config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
-    # A text class takes the text part of a multimodal config, as in transformers' auto classes.
+def find_own_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config that a class takes: for a text class, the text part of a multimodal config, with the settings
+    of its quantization, as in transformers' auto classes."""
     config_class = getattr(model_class, "config_class", None)
     if config_class is None or isinstance(config, config_class):
         return config
-    text = config.get_text_config(decoder=True)
-    return text if isinstance(text, config_class) else config
+    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    if not isinstance(text, config_class):
+        return config
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        text.quantization_config = quantization
+    return text
 
 
 def _build_best_match(

@@ -72,6 +72,15 @@ def test_a_text_model_inside_a_multimodal_one_is_untied_too(tmp_path: Path) -> N
     assert [part["tie_word_embeddings"] for part in (config, config["text_config"])] == [False, False]
 
 
+def test_a_text_model_with_the_config_of_a_multimodal_one_is_quantized_and_loads(tmp_path: Path) -> None:
+    model = save_zoo_model("emu3_text_model", "Emu3ForCausalLM", tmp_path / "in")
+    text = json.loads((tmp_path / "in" / "config.json").read_text())
+    whole = {"architectures": ["Emu3ForCausalLM"], "model_type": "emu3", "text_config": text}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(whole))
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", quantize="int8")
+    assert (compute_logits(compressknow.load(tmp_path / "out")) - compute_logits(model)).abs().max() < 0.02
+
+
 def test_experts_that_are_transposed_on_loading_are_pruned_along_their_inputs(tmp_path: Path) -> None:
     name = "Qwen3VLMoeForConditionalGeneration"
     for folder in ("plain", "published"):
