@@ -23,6 +23,10 @@ from transformers import (
 
 import compressknow
 from compressknow.base.errors import UnsupportedError
+from compressknow.base.progress import ignore_progress
+from compressknow.compress.convert import VariantMaker
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Quantize, Where
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.loading import LoadReport, list_headers, load_report
 from compressknow.model.meta import build_meta_model, find_direct_reads, parse_config
@@ -243,17 +247,22 @@ class StopsMidway(PreTrainedModel):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden = self.blocks[0]["up"](self.embeddings(input_ids)[..., : self.blocks[0]["gate"].weight.size(0)])
+        weight = self.plain.weight
+        hidden = (self.plain(hidden).to(weight.dtype) @ self.plain.weight).to(weight.dtype)
         raise RuntimeError(f"{hidden.shape} {attention_mask}")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        nn.init.zeros_(module.gate.weight)
 
     def fuse(self) -> list[torch.Tensor]:
         return [*(block.up.weight for block in self.blocks), self.last[0].weight, self.head.weight]
 
 
 def test_layers_that_a_pass_does_not_reach_are_read_if_code_names_their_weight() -> None:
-    """All blocks run alike, and the size of a weight is not its values."""
+    """All blocks run alike; neither the size of a weight nor code that sets it reads its values."""
     with torch.device("meta"):
         model = StopsMidway(BertConfig(vocab_size=9))
-    assert find_direct_reads(model) == {"last.0": "values", "head": "values"}
+    assert find_direct_reads(model) == dict.fromkeys(("last.0", "head", "plain"), "values")
 
 
 def test_direct_reads_of_a_vision_tower_are_found_in_its_source() -> None:
@@ -269,4 +278,7 @@ def test_an_output_that_transformers_could_not_load_is_refused_early(tmp_path: P
     save_zoo_model("llama4_text", "Llama4ForCausalLM", tmp_path / "in")
     with pytest.raises(UnsupportedError, match="transformers could not load the output"):
         compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", quantize="int8")
+    recipe = Recipe((Quantize("int8", Where(("attention",))),))
+    with pytest.raises(UnsupportedError, match="transformers could not load the output"):
+        VariantMaker(tmp_path / "in").write(recipe, tmp_path / "out", lambda *_: "", ignore_progress)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
