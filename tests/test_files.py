@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from compressknow.base import system
 from compressknow.base.errors import OutputError
 from compressknow.base.files import (
     LOCK,
@@ -131,6 +132,21 @@ def test_signal_during_removal_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert list_names(tmp_path) == ["a"]
 
 
+def test_signals_have_their_handlers_again_after_a_write(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, handler := lambda *_: None)
+    try:
+        write_whole(tmp_path / "a", b"whole")
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_file_is_written_in_any_thread(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(write_whole, tmp_path / "a", b"whole").result()
+    assert list_names(tmp_path) == ["a"]
+
+
 def test_temporary_files_of_a_running_process_are_kept(tmp_path: Path) -> None:
     with write_half(tmp_path / "a"):
         theirs = list_strays(tmp_path)
@@ -220,7 +236,9 @@ def test_claimed_folder_with_only_worthless_files_is_removed(tmp_path: Path) -> 
     assert list_names(tmp_path) == []
 
 
-def test_threads_read_and_write_one_file_at_different_offsets(tmp_path: Path) -> None:
+def test_threads_read_and_write_one_file_at_different_offsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of systems that reject calls of more than some bytes.
+    monkeypatch.setattr(system, "_MOST_AT_ONCE", 4_000)
     pieces = [bytes([number]) * 10_007 for number in range(200)]
     offsets = [sum(map(len, pieces[:number])) for number in range(len(pieces))]
     writing, buffers = create_file(tmp_path / "a", sum(map(len, pieces))), [bytearray(10_007) for _ in pieces]

@@ -97,8 +97,14 @@ def test_numpy_numbers_are_accepted_and_texts_for_numbers_refused_before_any_wor
 @pytest.mark.parametrize(
     ("word", "value", "message"),
     [
-        ("data", 3, "`data` must be a path: 3."),
-        ("tasks", 3, "`tasks` must be a path: 3."),
+        ("original", 5, "`original` must be a name or a path: 5."),
+        ("compressed", None, "`compressed` must be a name or a path: None."),
+        ("compressed", ["a", 5], "`compressed` must be a name or a path: 5."),
+        ("compressed", [], "There is no compressed model to compare."),
+        ("output", [5], "`output` must be a name or a path: 5."),
+        ("answers", 5, "`answers` must be a name or a path: 5."),
+        ("data", 3, "`data` must be a name or a path: 3."),
+        ("tasks", 3, "`tasks` must be a name or a path: 3."),
         ("map", 5, "`map` must be a mapping, or texts like KEY=COLUMN: 5."),
         ("map", [5], "`map` must be a mapping, or texts like KEY=COLUMN: 5."),
         ("protocol", 3, "Unknown protocol '3'."),
@@ -111,8 +117,13 @@ def test_numpy_numbers_are_accepted_and_texts_for_numbers_refused_before_any_wor
 )
 def test_values_of_other_types_are_one_message(word: str, value: object, message: str) -> None:
     with pytest.raises(UsageError) as raised:
-        report("a", "b", **{word: value})  # type: ignore[arg-type]
+        report(**{"original": "a", "compressed": "b", word: value})  # type: ignore[arg-type]
     assert raised.value.what == message
+
+
+def test_arguments_of_other_types_are_named_too() -> None:
+    with pytest.raises(UsageError, match=r"^`model` must be a name or a path: 5\.$"):
+        compressknow.inspect(5)  # type: ignore[arg-type]
 
 
 def test_error_names_the_parameter_in_python_and_the_option_on_the_command_line(

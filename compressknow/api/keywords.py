@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypedDict, TypeVar
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
 
+# Types of a path, by its annotation.
+_PATHS: dict[Any, Any] = {"str | Path": str | PathLike, "str | Path | None": str | PathLike | None}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -70,10 +73,7 @@ def build_run_options(
     of_settings = {each.name for each in fields(Settings)}
     running = {name: value for name, value in named.items() if name in of_settings}
     facts = {name: value for name, value in named.items() if name not in of_settings}
-    for name in ("data", "tasks"):
-        if facts.get(name) is not None:
-            _check_type(name, facts[name], (str, Path), "a path")
-            facts[name] = Path(facts[name])
+    facts |= {name: Path(facts[name]) for name in ("data", "tasks") if facts.get(name) is not None}
     if not isinstance(facts.get("columns", {}), Mapping):
         columns = [facts["columns"]] if isinstance(facts["columns"], str) else facts["columns"]
         _check_type("map", columns, Sequence, "a mapping, or texts like KEY=COLUMN")
@@ -101,6 +101,9 @@ def api_function(function: Callable[P, R]) -> Callable[P, R]:
             near = suggest_word(unknown, signature.parameters)
             raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown!r}. {near}".rstrip())
         try:
+            for name, value in (*zip(signature.parameters, args, strict=False), *kwargs.items()):
+                if kinds := _PATHS.get(signature.parameters[name].annotation):
+                    _check_type(name, value, kinds, "a name or a path")
             return function(*args, **kwargs)
         except CompressknowError as error:
             error.name_parameters({name: each.default is False for name, each in signature.parameters.items()})
@@ -128,9 +131,17 @@ def _list_keywords(signature: inspect.Signature) -> inspect.Signature:
     return signature.replace(parameters=named)
 
 
+def list_paths(name: str, paths: str | Path | Iterable[str | Path]) -> list[str | Path]:
+    """Return the path, or several, given as the parameter `name`, as a list. Raises UsageError if one is no path."""
+    listed = list(paths) if isinstance(paths, Iterable) and not isinstance(paths, str) else [paths]
+    for path in listed:
+        _check_type(name, path, str | PathLike, "a name or a path")
+    return listed
+
+
 def list_files(output: str | Path | Sequence[str | Path]) -> list[Path]:
     """Return one output file, or several, as a list."""
-    return [Path(path) for path in ([output] if isinstance(output, str | Path) else output)]
+    return list(map(Path, list_paths("output", output)))
 
 
 def list_rules(rules: Mapping[str, str] | Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

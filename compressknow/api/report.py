@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-from compressknow.api.keywords import ServerKeywords, api_function, build_run_options, list_files
+from compressknow.api.keywords import ServerKeywords, api_function, build_run_options, list_files, list_paths
 from compressknow.base.errors import UsageError
 from compressknow.base.format import parse_size
 from compressknow.base.progress import OnProgress, resolve_progress
@@ -85,7 +85,8 @@ def report(
     check_known(known)
     check_revision(original, revision)
     gates = parse_gates(fail_under, strict=strict)
-    models = [compressed] if isinstance(compressed, str | Path) else list(compressed)
+    if not (models := list_paths("compressed", compressed)):
+        raise UsageError("There is no compressed model to compare.", hint="Give at least one after the original.")
     files = list_files(output)
     check_gates(gates, strict=strict, early=early, models=len(models))
     most = None if within is None else parse_size(within, "--within")

@@ -114,8 +114,8 @@ def upload(path: Path, repo: str, *, private: bool | None, message: str, card: s
 def _commit_file(api: HfApi, repo: str, file: Path, message: str, card: str | None) -> None:
     from huggingface_hub import CommitOperationAdd
 
-    paths = (file, *file.parent.glob(f"{glob.escape(file.name)}.json"))
-    adds = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in paths]
+    paths = (file, file.with_name(f"{file.name}.json"))
+    adds = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in paths if path.exists()]
     if card is not None:
         adds.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card.encode()))
     api.create_commit(repo, adds, commit_message=message)

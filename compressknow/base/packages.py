@@ -70,7 +70,11 @@ def is_installed(module: str) -> bool:
 
 
 def build_not_installed(*modules: str) -> CompressknowError:
-    """Return an error that names these modules, with the command that installs them."""
+    """Return an error that names these modules, with the command that installs them.
+
+    >>> build_not_installed("gguf", "llama_cpp_py_sync", "yaml").what.partition(". ")[2]
+    "Install them with: pip install 'compressknow[gguf]' pyyaml"
+    """
     names = (OPTIONAL | _NAMES).get
     packages = " ".join(dict.fromkeys(names(module, module) for module in modules))
     are, them = ("is", "it") if len(modules) == 1 else ("are", "them")

@@ -173,6 +173,8 @@ def find_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
     'n[1] is not a whole number'
     >>> find_mismatch({"a": 1, "b": True}, {str: int}), find_mismatch({"a": 1, "b": math.nan}, {str: float})
     ('b is not a whole number', 'b is not a number')
+    >>> [find_mismatch({"a": {"b": value}}, {"a": {"b": (int, [str])}}) for value in (None, [1])]
+    ['a.b is not a whole number', 'a.b[0] is not text']
     """
     if isinstance(form, tuple):
         wrong = [find_mismatch(value, each, where) for each in form]

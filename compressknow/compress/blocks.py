@@ -19,6 +19,7 @@ import torch
 
 from compressknow.base.errors import CheckpointError, UsageError
 from compressknow.base.system import count_cores
+from compressknow.compress.parameters import is_of, make_plain
 from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, StoredTensor, get_torch_dtype, view_bytes
 
 BLOCK_ELEMENTS = 1 << 18
@@ -43,12 +44,13 @@ class Pool:
     that need it would hang (`concurrent.futures` does, once in some hundred interruptions). So the main thread uses
     only a queue written in C.
 
-    `threads` is one per core by default. Raises UsageError if it is less than 1.
+    `threads` is one per core by default. Raises UsageError if it is not at least 1.
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads must be at least 1: {threads!r}.", hint="Leave it out for one per core.")
+        if threads is not None and not (is_of(int, make_plain(threads)) and threads > 0):
+            what = f"threads must be a whole number of at least 1: {threads!r}."
+            raise UsageError(what, hint="Leave it out for one per core.")
         self.threads = threads or count_cores()
         self._stopped = False
         self._torch_threads = torch.get_num_threads()

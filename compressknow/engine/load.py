@@ -81,7 +81,7 @@ def load(
         warnings.filterwarnings("ignore", "You passed `quantization_config`")
         from transformers import AutoConfig
 
-        from compressknow.model.meta import needs_own_code
+        from compressknow.model.meta import find_own_config, needs_own_code
 
         if trust_remote_code and path.is_dir():
             # As for the module tree, prefer transformers' own class.
@@ -95,6 +95,9 @@ def load(
         named, model_class = _find_class(config, trust_remote_code, language_model)
         unpacked = {"quantization_config": each} if (each := _choose_unpacking(path, config)) else {}
         headless = named if named != model_class.__name__ and language_model else None
+        # By itself, a text class would ignore that a multimodal config says that weights are quantized.
+        if (own := find_own_config(model_class, config)) is not config:
+            source["config"] = own
         model = _load_whole(model_class, path, headless, **source, **unpacked, dtype=dtype or "auto")
         _unpack(model, device)
         return model.to(device).eval()

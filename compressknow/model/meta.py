@@ -144,10 +144,9 @@ def _build(path: Path, model_class: type[PreTrainedModel], config: PreTrainedCon
     with (
         _explain_failures(f"{path} describes no {model_class.__name__} that can be built."),
         limit_building(path),
-        torch.random.fork_rng(devices=[]),
         torch.device("meta"),
     ):
-        model: PreTrainedModel = model_class(_build_config_for(model_class, config)).eval()
+        model: PreTrainedModel = model_class(find_own_config(model_class, config)).eval()
         return model
 
 
@@ -162,12 +161,7 @@ def rebuild_model(tree: PreTrainedModel, raw: dict[str, Any], path: Path) -> Pre
 
 def parse_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
     """Return the config from which the class of a module tree is built, given the content of a config.json."""
-    config = build_whole_config(tree, raw)
-    part = _build_config_for(type(tree), config)
-    if part is not config and "quantization_config" in raw:
-        # transformers' auto classes do this too.
-        part.quantization_config = raw["quantization_config"]
-    return part
+    return find_own_config(type(tree), build_whole_config(tree, raw))
 
 
 def build_whole_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrainedConfig:
@@ -179,13 +173,18 @@ def build_whole_config(tree: PreTrainedModel, raw: dict[str, Any]) -> PreTrained
     return config
 
 
-def _build_config_for(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
-    # A text class takes the text part of a multimodal config, as in transformers' auto classes.
+def find_own_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config that a class takes: for a text class, the text part of a multimodal config, with the settings
+    of its quantization, as in transformers' auto classes."""
     config_class = getattr(model_class, "config_class", None)
     if config_class is None or isinstance(config, config_class):
         return config
-    text = config.get_text_config(decoder=True)
-    return text if isinstance(text, config_class) else config
+    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    if not isinstance(text, config_class):
+        return config
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        text.quantization_config = quantization
+    return text
 
 
 def _build_best_match(
@@ -195,7 +194,7 @@ def _build_best_match(
     that name their authors' own class (AntiBERTy) but have a known model's layers."""
     names = set(tensor_names)
     candidates = _list_candidates(config.model_type)
-    models = [_build(path, getattr(transformers, name), config) for name in candidates if _is_builtin(name)]
+    models = [_build(path, getattr(transformers, name), config) for name in candidates]
     with_head = [model for model in models if _has_stored_head(model, names)]
     if not with_head:
         raise CheckpointError(
@@ -287,6 +286,7 @@ _METADATA = {getattr(torch.Tensor, name).__get__ for name in ("shape", "device",
 _METADATA |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size}
 
 
+@_ignore_warnings()
 def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
     """Return the Linear modules whose weight the code of another module reads: its ``values``, or only its ``dtype``,
     to cast something to it. Only an int8 layer itself applies its scale; other code would read bare integers.
@@ -295,9 +295,9 @@ def find_direct_reads(model: PreTrainedModel) -> dict[str, Read]:
     the code of the model's classes mentions its weight. In the towers of a multimodal model, which read no text, only
     torch's own attention is known to read weights.
     """
-    if model.device.type != "meta":
-        with torch.device("meta"):
-            model = type(model)(copy.deepcopy(model.config)).eval()
+    # Built anew, since a pass can change a model: RWKV reads its weights only in the first.
+    with torch.device("meta"):
+        model = type(model)(copy.deepcopy(model.config)).eval()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     uses, is_whole = _Uses(), False

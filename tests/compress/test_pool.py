@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -72,9 +73,9 @@ def test_results_have_the_order_of_the_items() -> None:
         assert pool.map(str, []) == []
 
 
-@pytest.mark.parametrize("threads", [0, -1])
-def test_less_than_one_thread_is_refused(threads: int) -> None:
-    with pytest.raises(UsageError, match=f"threads must be at least 1: {threads}"):
+@pytest.mark.parametrize("threads", [0, -1, "2", 2.5])
+def test_less_than_one_thread_is_refused(threads: Any) -> None:
+    with pytest.raises(UsageError, match=f"threads must be a whole number of at least 1: {threads!r}"):
         Pool(threads)
 
 

@@ -319,6 +319,8 @@ def test_a_variant_in_memory_equals_what_convert_writes(tmp_path: Path) -> None:
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == variant.tensors.keys()
     assert all(torch.equal(tensor, variant.tensors[name]) for name, tensor in written.items())
+    assert variant.config == json.loads((tmp_path / "out" / "config.json").read_text())
+    assert variant.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert variant.manifest["removed"] == manifest["removed"]
     assert variant.manifest["calibration"] == manifest["calibration"]
 

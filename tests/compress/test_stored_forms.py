@@ -10,10 +10,23 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig, Zamba2ForCausalLM
+from torch import nn
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    Zamba2ForCausalLM,
+)
 
 import compressknow
 from compressknow.base.errors import UnsupportedError
+from compressknow.base.progress import ignore_progress
+from compressknow.compress.convert import VariantMaker
+from compressknow.compress.recipe import Recipe
+from compressknow.compress.steps import Quantize, Where
 from compressknow.model.checkpoint import open_checkpoint
 from compressknow.model.loading import LoadReport, list_headers, load_report
 from compressknow.model.meta import build_meta_model, find_direct_reads, parse_config
@@ -61,6 +74,15 @@ def test_a_text_model_inside_a_multimodal_one_is_untied_too(tmp_path: Path) -> N
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="final", prune=0.3)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert [part["tie_word_embeddings"] for part in (config, config["text_config"])] == [False, False]
+
+
+def test_a_text_model_with_the_config_of_a_multimodal_one_is_quantized_and_loads(tmp_path: Path) -> None:
+    model = save_zoo_model("emu3_text_model", "Emu3ForCausalLM", tmp_path / "in")
+    text = json.loads((tmp_path / "in" / "config.json").read_text())
+    whole = {"architectures": ["Emu3ForCausalLM"], "model_type": "emu3", "text_config": text}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(whole))
+    compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", quantize="int8")
+    assert (compute_logits(compressknow.load(tmp_path / "out")) - compute_logits(model)).abs().max() < 0.02
 
 
 def test_experts_that_are_transposed_on_loading_are_pruned_along_their_inputs(tmp_path: Path) -> None:
@@ -193,17 +215,54 @@ def test_code_that_a_forward_pass_does_not_run_is_no_direct_read() -> None:
     # BLOOM reads two weights only in its exact mode, DeBERTa one only if it is given query states.
     for model_type, name in (("bloom", "BloomForCausalLM"), ("deberta", "DebertaForMaskedLM")):
         assert find_direct_reads(tiny_model(model_type, name)) == {}
-    read = find_direct_reads(tiny_model("rwkv", "RwkvForCausalLM"))
-    assert {path.rpartition("blocks.")[2] for path in read if ".0." in path} == {
-        "0.attention.output",
-        "0.feed_forward.value",
-    }
+
+
+def test_a_weight_that_only_the_first_forward_pass_reads_is_found_every_time() -> None:
+    rwkv = tiny_model("rwkv", "RwkvForCausalLM").to("meta")
+    for _ in range(2):
+        read = find_direct_reads(rwkv)
+        assert {path for path in read if ".0." in path} == {
+            "rwkv.blocks.0.attention.output",
+            "rwkv.blocks.0.feed_forward.value",
+        }
 
 
 def test_code_after_a_pass_that_fails_midway_is_read_from_the_source() -> None:
     """Both fail before the head; their source names its weight only where it is tied."""
     for model_type, name in (("xlnet", "XLNetLMHeadModel"), ("jetmoe", "JetMoeForCausalLM")):
         assert find_direct_reads(tiny_model(model_type, name)) == {}
+
+
+class StopsMidway(PreTrainedModel):
+    """Model with two blocks, whose pass fails before the second; other code names weights that it has not read."""
+
+    config_class = BertConfig
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, 4)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4), "gate": nn.Linear(4, 4)}) for _ in range(2))
+        self.last = nn.Sequential(nn.Linear(4, 4))
+        self.head, self.plain = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.blocks[0]["up"](self.embeddings(input_ids)[..., : self.blocks[0]["gate"].weight.size(0)])
+        weight = self.plain.weight
+        hidden = (self.plain(hidden).to(weight.dtype) @ self.plain.weight).to(weight.dtype)
+        raise RuntimeError(f"{hidden.shape} {attention_mask}")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        nn.init.zeros_(module.gate.weight)
+
+    def fuse(self) -> list[torch.Tensor]:
+        return [*(block.up.weight for block in self.blocks), self.last[0].weight, self.head.weight]
+
+
+def test_layers_that_a_pass_does_not_reach_are_read_if_code_names_their_weight() -> None:
+    """All blocks run alike; neither the size of a weight nor code that sets it reads its values."""
+    with torch.device("meta"):
+        model = StopsMidway(BertConfig(vocab_size=9))
+    assert find_direct_reads(model) == dict.fromkeys(("last.0", "head", "plain"), "values")
 
 
 def test_direct_reads_of_a_vision_tower_are_found_in_its_source() -> None:
@@ -219,4 +278,7 @@ def test_an_output_that_transformers_could_not_load_is_refused_early(tmp_path: P
     save_zoo_model("llama4_text", "Llama4ForCausalLM", tmp_path / "in")
     with pytest.raises(UnsupportedError, match="transformers could not load the output"):
         compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", quantize="int8")
+    recipe = Recipe((Quantize("int8", Where(("attention",))),))
+    with pytest.raises(UnsupportedError, match="transformers could not load the output"):
+        VariantMaker(tmp_path / "in").write(recipe, tmp_path / "out", lambda *_: "", ignore_progress)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -46,8 +46,9 @@ def test_a_variant_equals_what_convert_writes_and_computes_the_same(architecture
         assert variant.manifest["totals"] == manifest["totals"]
         assert variant.config == json.loads((folder / "config.json").read_text())
         assert variant.bytes == (folder / "model.safetensors").stat().st_size
-        stored = load_file(folder / "model.safetensors")
-        assert variant.tensors.keys() == stored.keys()
+        stored, read = load_file(folder / "model.safetensors"), maker.read(folder)
+        assert (read.bytes, read.config, read.manifest) == (variant.bytes, variant.config, manifest)
+        assert variant.tensors.keys() == read.tensors.keys() == stored.keys()
         for name, tensor in stored.items():
             assert tensor.dtype == variant.tensors[name].dtype
             assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name

@@ -197,9 +197,9 @@ def test_a_year_stays_whole_if_another_cell_of_its_column_is_empty(tmp_path: Pat
 
 def test_cells_of_a_csv_file_are_read_as_they_are_written(tmp_path: Path) -> None:
     rows = "agent,text,popularity\n007,Bond is [MASK].,12\nNA,Namibia has the code [MASK].,\n1.50,It is [MASK].,1e3\n"
-    (tmp_path / "codes.csv").write_text(rows)
+    (tmp_path / "codes.CSV").write_text(rows)
     columns = {"object": "agent", "prompt": "text", "popularity": "popularity"}
-    probe = read_hub_facts(str(tmp_path / "codes.csv"), columns)
+    probe = read_hub_facts(str(tmp_path / "codes.CSV"), columns)
     assert [(fact.obj_label, fact.popularity) for fact in probe.facts] == [("007", 12), ("NA", None), ("1.50", 1000)]
 
 

@@ -175,3 +175,10 @@ def test_too_long_line_of_facts_is_refused(
 def test_only_newlines_end_lines(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"a\r\n\nb\xe2\x80\xa8c")
     assert list(read_lines(tmp_path / "f")) == [b"a\r", b"", b"b\xe2\x80\xa8c"]
+
+
+def test_file_that_was_removed_since_it_was_opened_has_changed(checkpoint: Path) -> None:
+    opened = open_checkpoint(checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(CompressknowError, match=r"model\.safetensors was replaced or changed"):
+        opened.check_unchanged()

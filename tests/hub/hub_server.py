@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import signal
 import socket
 import struct
 import threading
@@ -26,7 +27,7 @@ class Hub(ThreadingHTTPServer):
     """Server with repositories in memory.
 
     faults : for each step that fails (``create``, ``list``, ``preupload``, ``batch``, ``put``, ``verify``, ``commit``),
-        a status, ``hang`` or ``cut``.
+        a status, ``hang``, ``interrupt`` (Ctrl-C) or ``cut``.
     times : how many requests fail before all work.
     """
 
@@ -194,6 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         self.server.times -= 1
         if fault == "hang":
+            self.server.closing.wait(30)
+        elif fault == "interrupt":
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             self.server.closing.wait(30)
         elif fault == "cut":
             # Reset the connection after a part of the request.

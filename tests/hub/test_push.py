@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,9 @@ def test_dry_run_lists_the_upload_without_requests(
     assert listed["README.md"] == listed["compressknow.json"] == "?"
     assert hub.steps == []
     assert not out.exists()
+    assert main([*words, "--push", "tiny"]) == 0
+    address = f"Would upload to {hub.url}/YOU/tiny (if it is new: public, unless the organization's default is private)"
+    assert address in capsys.readouterr().out
     manifest = compressknow.convert(model, out, quantize="int8", dry_run=True)
     assert {name: size for name, size in manifest["planned_files"].items() if size is not None} == {
         name: len(data) for name, data in written.items() if name not in ("README.md", "compressknow.json")
@@ -102,8 +106,13 @@ def test_second_push_uploads_no_weights_again(hub: Hub, converted: Path) -> None
 def test_other_weights_in_the_repository_are_reported(
     hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hub.repositories[REPO] = {"model-00001-of-00002.safetensors": b"old", "notes.txt": b""}
-    assert main(["convert", str(model), str(tmp_path / "out"), "--quantize", "int8", "--push", REPO]) == 0
+    old = dict.fromkeys(("2_Dense/model.safetensors", "model-00001-of-00002.safetensors", "notes.txt"), b"")
+    hub.repositories[REPO] = old
+    source = shutil.copytree(model, tmp_path / "tiny")
+    (source / "modules.json").write_text('[{"path": "2_Dense"}]')
+    (source / "2_Dense").mkdir()
+    shutil.copy(model / "model.safetensors", source / "2_Dense")
+    assert main(["convert", str(source), str(tmp_path / "out"), "--quantize", "int8", "--push", REPO]) == 0
     warning = " ".join(capsys.readouterr().err.split())
     assert "also contains model-00001-of-00002.safetensors, not from this model." in warning
     assert hub.repositories[REPO]["notes.txt"] == b""
@@ -149,10 +158,20 @@ def test_failed_upload_is_one_message_with_the_command_to_try_again(
     assert printed.out.startswith("Blocks_GQ: ")
     assert printed.err.startswith(f"Error: {out} is complete, but could not be uploaded to {REPO}: {message}.\n")
     assert f"ry again: hf upload {REPO} {out} . --private\n" in printed.err
+    assert ("\n  The Hub says: No for " in printed.err) == isinstance(fault, int)
     assert TOKEN not in printed.out + printed.err
     assert printed.err.count("Error") == 1
     assert compressknow.verify(out).differences == ()
     assert hub.repositories.get(REPO, {}) == {}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal can be sent to a thread")
+def test_interrupted_upload_names_the_command_to_continue(hub: Hub, converted: Path) -> None:
+    hub.faults["commit"] = "interrupt"
+    with pytest.raises(KeyboardInterrupt) as raised:
+        compressknow.push(converted, REPO)
+    command = f"hf upload {REPO} {converted} ."
+    assert raised.value.__notes__ == [f"{converted} is complete. To continue the upload: {command}"]
 
 
 def test_temporary_failure_is_retried(hub: Hub, converted: Path) -> None:
@@ -242,7 +261,7 @@ def test_push_of_a_gguf_file_adds_a_card_if_there_is_none(hub: Hub, gguf: Path) 
     assert yaml.safe_load(card.split("---\n")[1]) == {"tags": ["compressknow", "gguf"]}
     assert r"| attention | q8\_0 |" in card
     files["README.md"] = b"mine"
-    compressknow.push(gguf, "me/tiny-gguf")
+    assert compressknow.push(gguf, "tiny-gguf").url == f"{hub.url}/me/tiny-gguf"
     assert hub.repositories["me/tiny-gguf"]["README.md"] == b"mine"
 
 

@@ -14,7 +14,7 @@ import transformers
 from compressknow.base.errors import CheckpointError
 from compressknow.engine.language_model import find_family
 from compressknow.model.groups import read_structure
-from compressknow.model.meta import build_meta_model
+from compressknow.model.meta import build_meta_model, parse_config
 from compressknow.model.structure import GROUPS, LinearWeight
 from compressknow.model.summary import summarize
 
@@ -40,6 +40,7 @@ def test_a_meta_model_has_no_weights_and_draws_no_random_numbers(tmp_path: Path)
     torch.manual_seed(0)
     model = build_meta_model(write_config(tmp_path, BERT))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert not model.training
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -126,13 +127,17 @@ def test_custom_code_is_not_run_without_trust(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
-def test_custom_code_is_run_if_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [{}, {"architectures": ["BertForMaskedLM"]}, {"model_type": "bert"}])
+def test_custom_code_is_run_if_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: dict[str, Any]) -> None:
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
     (tmp_path / "tiny.py").write_text(REMOTE_CODE)
-    structure = read_structure(build_meta_model(write_config(tmp_path, REMOTE), trust_remote_code=True))
-    assert structure.architecture == "TinyModel"
+    config = REMOTE | known | {"auto_map": REMOTE["auto_map"] | {"AutoTokenizer": ["tiny.TinyTokenizer", None]}}
+    model = build_meta_model(write_config(tmp_path, config), trust_remote_code=True)
+    structure = read_structure(model)
+    assert structure.architecture == config["architectures"][0]
     assert not structure.unplaced
+    assert [type(each).__name__ for each in (model.config, parse_config(model, config))] == ["TinyConfig"] * 2
 
 
 def test_family_and_head_of_custom_code_that_names_neither_are_found(

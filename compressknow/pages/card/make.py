@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from compressknow.base.errors import CompressknowError, UsageError
+from compressknow.base.errors import CompressknowError
 from compressknow.base.format import clean, count
 from compressknow.comparison.distributions import CALIBRATION_BINS, POPULARITY_BINS, compare_wordings
 from compressknow.comparison.intervals import FEWEST, FEWEST_SIGNS, RESAMPLES, SEED, estimate_proportion
@@ -68,8 +68,6 @@ def make_card(
     CompressknowError : a compressed model is of another family or vocabulary, shares no probe with the original, or
         was evaluated on other prompts; the answers do not record what is ``produced``.
     """
-    if not compressed:
-        raise UsageError("There is no compressed model to compare.", hint="Give at least one after the original.")
     original, *compressed = (apply_reading(answers, known) for answers in (original, *compressed))
     by_wording = [original, *compressed]
     original, *compressed = map(merge_wordings, by_wording)

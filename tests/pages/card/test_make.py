@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressknow.base.errors import CompressknowError, UsageError
+from compressknow.base.errors import CompressknowError
 from compressknow.comparison.paired import rank_models
 from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answer
@@ -343,10 +343,6 @@ class TestRefused:
         rows = make_rows(5)
         with pytest.raises(CompressknowError, match="not evaluated on any common probe"):
             make_card(make_answers(rows[0]), [make_answers(rows[1], probes={"bear": make_entry()})])
-
-    def test_no_compressed_model(self) -> None:
-        with pytest.raises(UsageError, match="no compressed model"):
-            make_card(make_answers([]), [])
 
     def test_record_without_required_keys(self) -> None:
         with pytest.raises(CompressknowError, match=r"sha256, bytes"):
