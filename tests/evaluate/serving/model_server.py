@@ -8,6 +8,7 @@ misbehaves on request.
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import struct
@@ -216,8 +217,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(json.dumps(content).encode(), status, headers)
 
     def _send(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self._send_head(status, len(body), headers)
-        self.wfile.write(body)
+        # As proxies do.
+        packed = gzip.compress(body, 1)
+        self._send_head(status, len(packed), {"Content-Encoding": "gzip", **(headers or {})})
+        self.wfile.write(packed)
 
     def _send_head(self, status: int, length: int, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

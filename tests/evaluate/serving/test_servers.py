@@ -204,9 +204,11 @@ def test_retry_after_is_respected_up_to_a_minute(
     pauses: list[float] = []
     monkeypatch.setattr(urllib3.util.retry.time, "sleep", pauses.append)
     server = serve("vllm")
-    server.faults["/v1/models"] = [(429, {"Retry-After": "7"}), (503, {"Retry-After": "86400"})]
+    server.faults["/v1/models"] = [(429, {"Retry-After": "7"}), (503, {"Retry-After": "86400"}), 500, 502, 504]
     assert ModelHandle(locate(server.url), SETTINGS).loaded.family == "causal"
-    assert pauses == [7, 60]
+    assert pauses[:2] == [7, 60]
+    # Without it, pauses double; to each is added up to the first one.
+    assert [pause // clients.FIRST_PAUSE for pause in pauses[2:]] == [4, 8, 16]
 
 
 def test_the_pause_before_each_retry_doubles(
@@ -375,7 +377,8 @@ def test_a_lone_surrogate_is_stored_as_a_replacement_character(
     [
         ("hang", "does not answer within 0.3 s"),
         ("trickle", "does not answer within 0.3 s"),
-        (500, r"answers with an error \(HTTP 500\)"),
+        (500, r"answers with an error \(HTTP 500\)\.\n  It says: not now\n  Wait, lower --parallel"),
+        (403, r"requires a key \(HTTP 403\)"),
         (418, r"answers with an error \(HTTP 418\)"),
         ((307, {"Location": "http://127.0.0.1:9"}), r"redirects to another address \(HTTP 307\)"),
         ("cut", "closes the connection"),
@@ -458,6 +461,18 @@ def test_a_missing_server_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     arguments = ["probe", "http://127.0.0.1:9", "-o", str(tmp_path / "out")]
     assert main(arguments) == 1
     assert capsys.readouterr().err.startswith("Error: There is no server at http://127.0.0.1:9.\n  Start it,")
+
+
+def test_errors_of_certificates_and_proxies_are_named(
+    serve: Callable[[str], ModelServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve("vllm")
+    with pytest.raises(CompressknowError, match="has no certificate that can be trusted, or does not speak https"):
+        _ = ModelHandle(locate(server.url.replace("http:", "https:")), SETTINGS).loaded
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(CompressknowError, match=f"The proxy for {server.url} fails"):
+        _ = ModelHandle(locate(server.url), SETTINGS).loaded
 
 
 def test_a_missing_server_is_an_error_before_the_original_is_evaluated(
