@@ -440,7 +440,9 @@ def test_layer_types_that_llama_cpp_would_derive_differently_are_refused(tmp_pat
     compressknow.convert(source, tmp_path / "moved", drop_blocks="2-2")
     trained = shutil.copytree(source, tmp_path / "trained")
     edit_config(trained, layer_types=["sliding_attention", "full_attention", *["sliding_attention"] * 5])
-    for model in (tmp_path / "moved", trained):
+    older = shutil.copytree(source, tmp_path / "older")
+    edit_config(older, "layer_types", sliding_window_pattern=2)
+    for model in (tmp_path / "moved", trained, older):
         with pytest.raises(UnsupportedError, match=r"derives the kinds of Gemma3ForCausalLM.*layer_types"):
             compressknow.export(model, output)
     assert not output.exists()
