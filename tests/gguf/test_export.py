@@ -673,6 +673,8 @@ def test_a_setup_names_up_to_six_rules_and_the_matrix() -> None:
     assert TypeChoice("q4_k_m", tuple(rules[:6])).label == f"q4_k_m ({', '.join(map(' '.join, rules[:6]))})"
     assert TypeChoice("q4_k_m", tuple(rules), Calibration()).label == "q4_k_m (7 rules, imatrix)"
     assert TypeChoice("f16", (("attention", "q4_k"),), Calibration()).label == "f16 (attention q4_k, imatrix)"
+    # It does not change what is rounded to 8 bits.
+    assert TypeChoice("q8_0", (("attention", "f16"),), Calibration()).label == "q8_0 (attention f16)"
     for matrix in ({"calibration": Calibration()}, {"importance": Path("m.gguf")}):
         assert TypeChoice("iq2_xxs", **matrix).label == "iq2_xxs (imatrix)"
 
