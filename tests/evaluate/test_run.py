@@ -438,8 +438,17 @@ def test_a_model_is_evaluated_on_the_sample_of_stored_answers(root: Path, tmp_pa
         ({}, {"limit": 30}, True),
         ({}, {"limit": 100}, False),
         ({"limit": 30, "asked": 30}, {"limit": 30}, False),
-        # The facts were fewer.
-        ({"limit": 50, "asked": 10}, {"limit": 30}, False),
+        # More facts were there than were evaluated.
+        ({"limit": 30, "asked": 30}, {"limit": 50}, True),
+        ({"limit": 30, "asked": 28}, {"limit": 29}, True),
+        # A task had fewer.
+        ({"limit": 50, "asked": 10, "facts": 10}, {"limit": 30}, False),
+        # Wordings count as one fact.
+        ({"asked": 30, "templates": 3}, {"limit": 20, "templates": 3}, False),
+        ({"limit": 9, "text": {"chunks": 9}}, {"limit": 9}, False),
+        ({"limit": 9, "text": {"chunks": 9}}, {"limit": 10}, True),
+        ({"text": {"chunks": 9}}, {"limit": 8}, True),
+        ({"text": {"chunks": 9}}, {"limit": 10}, False),
         # No sample was drawn.
         ({}, {"seed": 5}, False),
         ({"limit": 30, "asked": 30}, {"seed": 5}, True),
