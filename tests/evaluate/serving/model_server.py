@@ -44,6 +44,7 @@ class ModelServer(ThreadingHTTPServer):
         # As in the model's generation settings, from which vLLM takes it where a request has none.
         self.penalty = 1.0
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.lengths: list[int] = []
         self.most_parallel = self._now = 0
         self.lock = threading.Lock()
         self.closing = threading.Event()
@@ -126,6 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         if request.get("logprobs", 0) > 20:
             self._answer({"error": {"message": "logprobs must be at most 20"}}, 400)
             return
+        self.server.lengths.append(request["max_tokens"])
         answer = {"model": request["model"], "object": "text_completion", "choices": [self._make_choice(request)]}
         changed = self.server.change(answer)
         self._send(changed if isinstance(changed, bytes) else json.dumps(changed).encode())

@@ -107,17 +107,19 @@ def test_answers_are_those_of_the_model_run_locally(
             # The ranks and log-probabilities of first tokens.
             assert answer.rank == expected[fact].rank
             assert answer.top5_logp == pytest.approx(expected[fact].top5_logp, abs=1e-4)
+            assert len(answer.top5) == len(answer.top5_logp)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "writes"])
 def test_generated_answers_are_those_of_the_model_run_locally(
     serve: Callable[[str], ModelServer], lm: LanguageModel, kind: str
 ) -> None:
-    probe = make_probe(make_known_facts()[::8])
+    probe, server = make_probe(make_known_facts()[::8]), serve(kind)
     scorers = [
-        ModelHandle(locate(serve(kind).url), SETTINGS).loaded.make_scorer(probe),
+        ModelHandle(locate(server.url), SETTINGS).loaded.make_scorer(probe),
         make_scorer(lm.model, lm.tokenizer, "causal", probe),
     ]
+    server.lengths.clear()
     remote, local = (
         {
             query.fact.id: text
@@ -127,6 +129,9 @@ def test_generated_answers_are_those_of_the_model_run_locally(
         for scorer in scorers
     )
     assert remote == local == {fact.id: fact.obj_label for fact in probe.facts}
+    # The longest candidate and 3 more, for an article, a quote and the end of the word; or, if the server does not tell
+    # tokens, half of the object's characters and 4 more.
+    assert set(server.lengths) == ({4, 5} if kind == "vllm" else {7, 8, 9})
 
 
 def test_a_penalty_in_the_generation_settings_changes_no_text(
@@ -567,6 +572,7 @@ def test_a_model_is_chosen_by_name(serve: Callable[[str], ModelServer]) -> None:
     server.models = []
     with pytest.raises(CompressknowError, match="does not say which models it has"):
         _ = ModelHandle(locate(server.url), SETTINGS).loaded
+    assert ModelHandle(locate(server.url), Settings(model=NAME)).loaded.make_record()["model"] == NAME
 
 
 def test_the_context_length_of_a_router_is_that_of_the_model(serve: Callable[[str], ModelServer]) -> None:
