@@ -637,7 +637,8 @@ def test_a_report_of_a_checkpoint_and_the_same_model_on_a_server(
     options = ["-p", facts, "--answers", str(tmp_path / "answers"), "-o", str(card), "-o", str(tmp_path / "card.html")]
     assert main(["report", str(checkpoint), server.url, *options]) == 0
     (probe,) = json.loads(card.read_text())["compressed"][0]["probes"].values()
-    assert (probe["both"], probe["lost"]) == (64, 0)
+    # The server does not return all tokens that the original's distribution has.
+    assert (probe["both"], probe["lost"], probe["kl_mean"]) == (64, 0, None)
     # The other way round, the original has 20 tokens per distribution.
     again = [*options, "--overwrite"]
     assert main(["report", server.url, str(checkpoint), *again]) == 0
