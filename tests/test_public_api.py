@@ -226,6 +226,9 @@ def test_revision_is_the_one_that_is_opened(
     if name == "compare":
         with pytest.raises(CheckpointError, match="for the specified revision"):
             compressknow.compare("in", "org/tiny", revision_b="v9")
+    if name == "report":
+        with pytest.raises(CheckpointError, match="for the specified revision"):
+            compressknow.report("org/tiny", "in", revision="v9", early=True, fail_under=0.9)
 
 
 @needs_converter

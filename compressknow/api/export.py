@@ -24,7 +24,7 @@ from compressknow.evaluate.runtimes import Settings
 from compressknow.gguf import record
 from compressknow.gguf.choice import DEFAULT, Rounding, SizeFit, TypeChoice, read_choice
 from compressknow.gguf.converter import find_converter
-from compressknow.gguf.importance import Importance, read_importance
+from compressknow.gguf.importance import Importance, name_text, read_importance
 from compressknow.gguf.modelfile import build_modelfile, check_modelfile
 from compressknow.gguf.record import ExportRecord
 from compressknow.model.checkpoint import check_is_checkpoint
@@ -148,8 +148,7 @@ def export(
     if is_there:
         made = find_made(job, place)
         matrix = extras.get(record.IMPORTANCE)
-        has_matrix = matrix is None or (matrix.is_file() and _is_matrix_of(read_importance(matrix), job))
-        if made is not None and has_matrix:
+        if made and (matrix is None or (matrix.is_file() and _is_matrix_of(read_importance(matrix), job, made))):
             made.is_new = False
             if record.MODELFILE in extras:
                 write_whole(extras[record.MODELFILE], chat.encode())
@@ -251,10 +250,10 @@ def _check_importance_output(file: Path, choice: TypeChoice, output: Path, *, ov
     record.check_extra(file, output, "--imatrix-out", "an importance matrix", _is_importance, overwrite=overwrite)
 
 
-def _is_matrix_of(matrix: Importance, job: ExportPlan) -> bool:
-    """Return whether an importance matrix has the model and the text of an export."""
-    text = job.choice.calibration
-    return text is not None and (matrix.models, matrix.datasets) == (job.sources, (text.text,))
+def _is_matrix_of(matrix: Importance, job: ExportPlan, made: Mapping[str, Any]) -> bool:
+    """Return whether an importance matrix has the model and the text of an export, whose record is `made`."""
+    text = name_text(*(made["importance"][key] for key in ("source", "seed", "sha256")))
+    return (matrix.models, matrix.datasets) == (job.sources, (text,))
 
 
 def _is_importance(file: Path) -> bool:

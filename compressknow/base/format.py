@@ -175,6 +175,17 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.replace("-", MINUS, 1) if value < 0 else text
 
 
+def write_rate(value: float | None) -> str:
+    """Write a number per second.
+
+    >>> [write_rate(value) for value in (1234.56, 2, 0.0432, None)]
+    ['1,234.6', '2.0', '0.043', '-']
+    """
+    if value is None:
+        return NONE
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
+
+
 def compare_sizes(before: int | None, after: int | None) -> str:
     """Describe how a size changed; a dash if one is not known.
 

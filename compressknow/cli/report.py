@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from compressknow.base.files import escape_name
-from compressknow.base.format import NONE, clean, count, number, share, write_p_value, write_size
+from compressknow.base.format import clean, count, number, share, write_p_value, write_rate, write_size
 from compressknow.cli import RESUMES, explain_interrupt, show_before_error
 from compressknow.cli.options import (
     EVALUATE,
@@ -218,6 +218,5 @@ def _list_speeds(card: Card) -> Iterator[str]:
         yield from ("", SPEEDS, "-" * len(SPEEDS))
     for name, speed in timed:
         ran_in = f" ({clean(speed.computed_in, 20)})" if speed.computed_in else ""
-        tokens = NONE if speed.tokens_per_second is None else f"{speed.tokens_per_second:,.1f}"
-        rates = f"{speed.facts_per_second:>11,.1f}{tokens:>11}"
+        rates = f"{write_rate(speed.facts_per_second):>11}{write_rate(speed.tokens_per_second):>11}"
         yield f"{pad(name, 44, ran_in)}{rates}{write_size(speed.peak_bytes):>14}"

@@ -202,10 +202,13 @@ def check_none_evaluated(stored: Sequence[Answers], evaluation: Evaluation) -> N
 
 def _differs(entry: ProbeEntry, name: str, value: Any) -> bool:
     """Return whether the entry is known to have been evaluated with another value of the option."""
+    if name == "limit":
+        evaluated = entry.text.get("chunks", 0) if entry.text else entry.asked // (entry.templates or 1)
+        # A larger sample has other facts, too, unless there are no more.
+        is_all = entry.limit is None or (entry.facts or evaluated) < entry.limit
+        return value != entry.limit and (evaluated > value or not is_all)
     if entry.text:
         return name == "context" and entry.text.get("context") != value
-    if name == "limit":
-        return bool(entry.limit != value and entry.asked > value)
     seed = None if entry.limit is None else entry.seed
     wording = (entry.source or {}).get("template")
     protocol = next((each for each, stored in PROTOCOLS.items() if stored == entry.protocol), None)

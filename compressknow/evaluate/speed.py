@@ -98,7 +98,8 @@ def _measure_rate(work: Callable[[], int]) -> float:
         start = time.perf_counter()
         done = work()
         rates.append(done / (time.perf_counter() - start))
-    return round(statistics.median(rates), 1)
+    # As many digits as for a fast model: the largest may take minutes per fact.
+    return float(f"{statistics.median(rates):.4g}")
 
 
 def _measure_tokens(handle: ModelHandle) -> float | None:

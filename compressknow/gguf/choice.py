@@ -132,7 +132,9 @@ class TypeChoice:
         """Return ``q4_k_m``, ``q4_k_m (attention q8_0, imatrix)``, ``q4_k_s (211 rules)``."""
         parts = [f"{target} {kind}" for target, kind in self.types]
         parts = parts if len(parts) <= _NAMED else [f"{len(parts)} rules"]
-        parts += ["imatrix"] if self.calibration or self.importance else []
+        # llama.cpp looks at a matrix only for fewer bits.
+        weighted = {self.type, *(kind for _, kind in self.types)} - {"q8_0", *FLOATS.values()}
+        parts += ["imatrix"] if weighted and (self.calibration or self.importance) else []
         return f"{self.type} ({', '.join(parts)})" if parts else self.type
 
 

@@ -312,7 +312,7 @@ _KINDS: dict[str, set[Any]] = {
     "layer_types": {"sliding_attention", "chunked_attention", "full_attention"},
     "no_rope_layers": {0, 1},
 }
-# Settings that transformers derives these from if they are missing.
+# Settings that transformers derives these from if they are missing, and llama.cpp may ignore.
 _PATTERNS = ("sliding_window_pattern", "no_rope_layer_interval")
 
 
@@ -322,17 +322,18 @@ def _check_kinds(export: ExportPlan, file: Path) -> None:
     from transformers import CONFIG_MAPPING
 
     config = export.checkpoint.config.get("text_config") or export.checkpoint.config
-    kinds = {key: config[key] for key, known in _KINDS.items() if config.get(key) and known.issuperset(config[key])}
-    if not kinds or config.get("model_type") not in CONFIG_MAPPING:
+    if config.get("model_type") not in CONFIG_MAPPING or config.keys().isdisjoint((*_KINDS, *_PATTERNS)):
         return
-    others = {key: value for key, value in config.items() if key not in (*kinds, *_PATTERNS)}
-    usual = CONFIG_MAPPING[config["model_type"]](**others)
-    changed = [key for key, values in kinds.items() if getattr(usual, key, values) != values]
+    build = CONFIG_MAPPING[config["model_type"]]
+    values = {key: getattr(build(**config), key, None) for key in _KINDS}
+    kinds = {key: each for key, each in values.items() if each and _KINDS[key].issuperset(each)}
+    usual = build(**{key: value for key, value in config.items() if key not in (*kinds, *_PATTERNS)})
+    changed = [key for key, each in kinds.items() if getattr(usual, key) != each]
     if changed and not any(name.endswith(".sliding_window_pattern") for name in read_gguf(file).fields):
         raise UnsupportedError(
             f"{export.checkpoint.name} cannot be exported: llama.cpp would run some of its blocks as another kind.",
             f"It derives the kinds of {export.source.structure.architecture} blocks from their positions, and "
-            f"{changed[0]} in config.json has others.",
+            f"{changed[0]} of its config.json has others.",
             "If blocks were dropped: drop the last ones, or whole periods of the pattern, with --drop-blocks LIST.",
         )
 

@@ -47,7 +47,7 @@ class Importance:
     ----------
     sums : by tensor name, the sums of squares, float32 [matrices, in]; one matrix, except for experts.
     counts : number of tokens in these sums, float32 [matrices].
-    datasets : names of the texts.
+    datasets : names of the texts, as `name_text` gives them.
     chunks, chunk : number of sequences, and tokens per sequence.
     models : fingerprints of the checkpoint that it was computed with, and of its original; empty in a file of
         llama.cpp's tools.
@@ -116,7 +116,13 @@ def build_importance(
             sums[name] = np.stack([each.squares.numpy().astype(np.float32) if each else zeros for each in known])
             counts[name] = np.array([each.tokens if each else 0 for each in known], np.float32)
     sequences = [sequence for batch in text.batches for sequence in batch["input_ids"]]
-    return Importance(sums, counts, (text.source,), len(sequences), len(sequences[0]))
+    name = name_text(text.source, text.seed, text.sha256)
+    return Importance(sums, counts, (name,), len(sequences), len(sequences[0]))
+
+
+def name_text(source: str, seed: int, sha256: str) -> str:
+    """Name a calibration text in a matrix."""
+    return f"{source}, seed {seed}, sha256 {sha256}"
 
 
 def write_importance(importance: Importance, path: Path) -> None:

@@ -579,6 +579,10 @@ def test_early_gate_prints_how_many_facts_it_took(run: Run) -> None:
     met = run(*gated, "--fail-under", "0.01")
     assert met.code == 0
     assert json.loads(met.out)["compressed"][0]["early"]["met"]
+    # It recognizes some facts that it does not say.
+    printed = [run(*gated, "--fail-under", "0.5", "--known", known).out for known in ("produced", "recognized")]
+    produced, recognized = (json.loads(each)["compressed"][0]["early"]["kept"] for each in printed)
+    assert produced < recognized
 
 
 def test_report_on_stored_answers_loads_no_model_library(models: Path, tmp_path: Path) -> None:

@@ -33,14 +33,15 @@ from compressknow.evaluate import run
 from compressknow.evaluate.answers import PARTS, RECORD, TABLE, Answers, lock_folder, read_answers, read_table
 from compressknow.evaluate.distributions import Context
 from compressknow.evaluate.facts import Probe
-from compressknow.evaluate.gather import Evaluation, check_none_evaluated
+from compressknow.evaluate.gather import Evaluation, check_comparable, check_none_evaluated
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.scoring import families
 from compressknow.evaluate.sources import Options, open_all
+from tests.evaluate.references import make_known_facts, make_probe
 from tests.knowing import KNOWN_FACTS, save_trained, write_bear, write_facts
-from tests.pages.answering import make_answers, make_entry
+from tests.pages.answering import make_answers, make_entry, make_model
 
 SMALL = Settings(batch_size=8, noise_floor=False)
 
@@ -438,8 +439,17 @@ def test_a_model_is_evaluated_on_the_sample_of_stored_answers(root: Path, tmp_pa
         ({}, {"limit": 30}, True),
         ({}, {"limit": 100}, False),
         ({"limit": 30, "asked": 30}, {"limit": 30}, False),
-        # The facts were fewer.
-        ({"limit": 50, "asked": 10}, {"limit": 30}, False),
+        # More facts were there than were evaluated.
+        ({"limit": 30, "asked": 30}, {"limit": 50}, True),
+        ({"limit": 30, "asked": 28}, {"limit": 29}, True),
+        # A task had fewer.
+        ({"limit": 50, "asked": 10, "facts": 10}, {"limit": 30}, False),
+        # Wordings count as one fact.
+        ({"asked": 30, "templates": 3}, {"limit": 20, "templates": 3}, False),
+        ({"limit": 9, "text": {"chunks": 9}}, {"limit": 9}, False),
+        ({"limit": 9, "text": {"chunks": 9}}, {"limit": 10}, True),
+        ({"text": {"chunks": 9}}, {"limit": 8}, True),
+        ({"text": {"chunks": 9}}, {"limit": 10}, False),
         # No sample was drawn.
         ({}, {"seed": 5}, False),
         ({"limit": 30, "asked": 30}, {"seed": 5}, True),
@@ -450,6 +460,7 @@ def test_a_model_is_evaluated_on_the_sample_of_stored_answers(root: Path, tmp_pa
         ({"templates": 3}, {"templates": 3}, False),
         ({"text": {"context": 512}}, {"context": 256}, True),
         ({"text": {"context": 512}}, {"context": 512}, False),
+        ({}, {"context": 512}, True),
         ({}, {"dtype": "bfloat16"}, True),
         ({}, {"runtime": "transformers"}, True),
         ({}, {"device": "cpu", "batch_size": 1}, False),
@@ -598,6 +609,16 @@ def test_a_model_of_another_vocabulary_is_refused_before_any_is_loaded(
         with pytest.raises(CompressknowError, match="they differ in vocabulary"):
             compressknow.compare(original, other, f"facts:{facts}", answers=tmp_path / "kept")
     assert not loads
+
+
+def test_stored_answers_of_another_runtime_may_have_another_vocabulary() -> None:
+    """They are compared as text."""
+    made = [("a", None), ("b", {"name": "llama.cpp", "build": "b11739"}), ("b", None)]
+    original, of_runtime, other = (make_answers([], make_model(vocabulary=each, runtime=of)) for each, of in made)
+    probe = make_probe(make_known_facts())
+    check_comparable([original, of_runtime], [probe])
+    with pytest.raises(CompressknowError, match="they differ in vocabulary"):
+        check_comparable([original, other], [probe])
 
 
 def test_a_compressed_model_without_a_tokenizer_is_refused_before_any_is_loaded(

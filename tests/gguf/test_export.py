@@ -440,7 +440,9 @@ def test_layer_types_that_llama_cpp_would_derive_differently_are_refused(tmp_pat
     compressknow.convert(source, tmp_path / "moved", drop_blocks="2-2")
     trained = shutil.copytree(source, tmp_path / "trained")
     edit_config(trained, layer_types=["sliding_attention", "full_attention", *["sliding_attention"] * 5])
-    for model in (tmp_path / "moved", trained):
+    older = shutil.copytree(source, tmp_path / "older")
+    edit_config(older, "layer_types", sliding_window_pattern=2)
+    for model in (tmp_path / "moved", trained, older):
         with pytest.raises(UnsupportedError, match=r"derives the kinds of Gemma3ForCausalLM.*layer_types"):
             compressknow.export(model, output)
     assert not output.exists()
@@ -671,6 +673,8 @@ def test_a_setup_names_up_to_six_rules_and_the_matrix() -> None:
     assert TypeChoice("q4_k_m", tuple(rules[:6])).label == f"q4_k_m ({', '.join(map(' '.join, rules[:6]))})"
     assert TypeChoice("q4_k_m", tuple(rules), Calibration()).label == "q4_k_m (7 rules, imatrix)"
     assert TypeChoice("f16", (("attention", "q4_k"),), Calibration()).label == "f16 (attention q4_k, imatrix)"
+    # It does not change what is rounded to 8 bits.
+    assert TypeChoice("q8_0", (("attention", "f16"),), Calibration()).label == "q8_0 (attention f16)"
     for matrix in ({"calibration": Calibration()}, {"importance": Path("m.gguf")}):
         assert TypeChoice("iq2_xxs", **matrix).label == "iq2_xxs (imatrix)"
 

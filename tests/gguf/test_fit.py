@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -248,6 +249,9 @@ def test_the_command_line_prints_the_choice_and_measures_once(
     assert "evaluate" not in stages
     by_size, by_bits = (set(read_types(tmp_path / f"{name}.gguf").values()) - {"f32"} for name in "ab")
     assert by_size != by_bits
+    # Each rule names one tensor: that of output.weight, no attn_output.weight.
+    names = read_types(tmp_path / "a.gguf")
+    assert all(sum(bool(re.search(rule, name)) for name in names) == 1 for rule, _ in record["types"])
     # The record is a recipe for the same types, rounded by llama.cpp.
     again = compressknow.export(source, tmp_path / "c.gguf", recipe=tmp_path / "a.gguf.json")
     assert read_types(tmp_path / "c.gguf") == read_types(tmp_path / "a.gguf")

@@ -101,7 +101,8 @@ def test_the_matrix_equals_sums_by_hooks(files: Path) -> None:
         np.testing.assert_allclose(matrix.sums[name][0], squares, rtol=1e-4, err_msg=name)
         assert matrix.counts[name].tolist() == [tokens]
     assert matrix.chunks * matrix.chunk == tokens
-    assert matrix.datasets == (str(files / "text.txt"),)
+    text = read_record(files / "with.gguf")["importance"]["sha256"]
+    assert matrix.datasets == (f"{files / 'text.txt'}, seed 0, sha256 {text}",)
     recipe = json.loads(str(read_metadata(files / "with.gguf")["compressknow.recipe"]))
     assert recipe["export"]["importance"] == read_record(files / "with.gguf")["importance"]
 
@@ -290,9 +291,11 @@ def test_the_text_that_a_model_writes_gives_the_same_bytes_by_its_seed(files: Pa
     for change in ({"seed": 4}, {"calibration_tokens": 2048}, {"calibration": str(files / "text.txt")}):
         with pytest.raises(OutputError, match="exists already"):
             compressknow.export(source, other, **options | change)
-    # Now the matrix of another model, or of another text, is in its place.
+    # Now the matrix of another model, or of another text of the model, is in its place.
     matrix = read_importance(tmp_path / "matrix.gguf")
-    for replaced in (replace(matrix, models=("0" * 64,)), replace(matrix, datasets=("text.txt",))):
+    assert "self, seed 3, sha256 " in matrix.datasets[0]
+    other_text = matrix.datasets[0].replace("seed 3", "seed 4")
+    for replaced in (replace(matrix, models=("0" * 64,)), replace(matrix, datasets=(other_text,))):
         write_importance(replaced, tmp_path / "matrix.gguf")
         with pytest.raises(OutputError, match="exists already"):
             compressknow.export(source, other, **options, imatrix_out=tmp_path / "matrix.gguf")

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -373,11 +374,15 @@ def test_too_few_relations_are_refused_even_if_there_are_enough_facts(llama: Wor
 def test_folder_that_is_not_a_winner_is_kept_and_refused_before_any_work(
     llama: Workspace, undisturbed: dict[str, bytes], capsys: Capsys
 ) -> None:
-    (llama.folder / "other" / "model").mkdir(parents=True)
-    (llama.folder / "other" / RECORD).write_bytes(undisturbed[RECORD])
-    assert llama.search("other", "--keep", str(KEEP)) == 1
-    assert f"{llama.folder}/other/model exists already, and is not a winner of a search." in capsys.readouterr().err
-    assert {path.name for path in (llama.folder / "other").iterdir()} <= {"model", RECORD, LOCK}
+    folder = llama.folder / "other"
+    folder.mkdir()
+    (folder / RECORD).write_bytes(undisturbed[RECORD])
+    for make in (lambda: (folder / "model").symlink_to("nowhere"), (folder / "model").mkdir):
+        (folder / "model").unlink(missing_ok=True)
+        make()
+        assert llama.search("other", "--keep", str(KEEP)) == 1
+        assert f"{folder}/model exists already, and is not a winner of a search." in capsys.readouterr().err
+        assert {path.name for path in folder.iterdir()} <= {"model", RECORD, LOCK}
 
 
 def test_folder_of_an_older_search_is_refused_and_unchanged(
@@ -433,13 +438,14 @@ def test_search_in_several_wordings_counts_facts_known_in_most_of_them(llama: Wo
         guide="text",
     )
     assert (search.searched, search.held_out, search.graded, search.templates) == (11, 11, 10, 3)
-    (original,) = (read_answers(f).answers for f in (tmp_path / "found" / "held-out" / "original").iterdir())
-    right: dict[str, int] = {}
-    for answer in original:
-        fact = strip_wording(answer.fact_id)
-        right[fact] = right.get(fact, 0) + (answer.grade == PRODUCED)
-    assert search.known_held_out == sum(2 * number > 3 for number in right.values())
-    assert 0 < search.known_held_out < 11
+    for part, known in (("held-out", search.known_held_out), ("grading", search.known_graded)):
+        (original,) = (read_answers(f).answers for f in (tmp_path / "found" / part / "original").iterdir())
+        right: dict[str, int] = {}
+        for answer in original:
+            fact = strip_wording(answer.fact_id)
+            right[fact] = right.get(fact, 0) + (answer.grade == PRODUCED)
+        assert known == sum(2 * number > 3 for number in right.values())
+        assert 0 < known < len(right)
     assert search.winner is not None
     assert "Each fact was put in 3 wordings, all in one part" in (tmp_path / "found" / "search.html").read_text()
     # The report on the winner shows each wording.
@@ -514,6 +520,7 @@ def test_options_of_a_search_are_those_that_are_given(llama: Workspace) -> None:
         assert [answer.fact_id for answer in answers.answers] == [fact.id for fact in facts]
         assert answers.record.model.computed_in == "bfloat16"
     assert llama.read_result("options")["seed"] == 1
+    assert tomllib.loads((folder / "recipe.toml").read_text())["calibration"]["seed"] == 1
     (compressed,) = json.loads((folder / "report.json").read_text(encoding="utf-8"))["compressed"]
     assert not {"lost_facts", "gained_facts"} & compressed.keys()
 

@@ -12,7 +12,17 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 
-from compressknow.base.format import NONE, clean, clean_lines, count, dump_json, share, share_against, write_size
+from compressknow.base.format import (
+    NONE,
+    clean,
+    clean_lines,
+    count,
+    dump_json,
+    share,
+    share_against,
+    write_rate,
+    write_size,
+)
 from compressknow.comparison.records import Counts, Estimate
 from compressknow.compress.recipe import to_toml
 from compressknow.evaluate.records import ModelRecord
@@ -82,7 +92,7 @@ def _get_size(model: ModelRecord) -> tuple[float, str, str] | None:
 
 def _get_speed(model: ModelRecord) -> tuple[float, str, str] | None:
     rate = model.speed.tokens_per_second if model.speed else None
-    return None if rate is None else (rate, f"{rate:,.1f} tokens per second", name_deployment(model))
+    return None if rate is None else (rate, f"{write_rate(rate)} tokens per second", name_deployment(model))
 
 
 def chart_setups(comparisons: Sequence[Comparison], names: Sequence[str], id: str) -> tuple[str, ...]:
@@ -318,7 +328,7 @@ def _list_run_columns(models: Sequence[ModelRecord]) -> Iterator[tuple[str, list
     speeds = [model.speed.tokens_per_second if model.speed else None for model in models]
     if any(speed is not None for speed in speeds):
         yield "Timed in", [clean(name_deployment(model), 40) if model.speed else NONE for model in models]
-        yield "Tokens per second", [NONE if speed is None else f"{speed:,.1f}" for speed in speeds]
+        yield "Tokens per second", list(map(write_rate, speeds))
 
 
 def _list_result_columns(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, list[str]]]:

@@ -8,6 +8,7 @@ misbehaves on request.
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import struct
@@ -43,6 +44,7 @@ class ModelServer(ThreadingHTTPServer):
         # As in the model's generation settings, from which vLLM takes it where a request has none.
         self.penalty = 1.0
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.lengths: list[int] = []
         self.most_parallel = self._now = 0
         self.lock = threading.Lock()
         self.closing = threading.Event()
@@ -125,6 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         if request.get("logprobs", 0) > 20:
             self._answer({"error": {"message": "logprobs must be at most 20"}}, 400)
             return
+        self.server.lengths.append(request["max_tokens"])
         answer = {"model": request["model"], "object": "text_completion", "choices": [self._make_choice(request)]}
         changed = self.server.change(answer)
         self._send(changed if isinstance(changed, bytes) else json.dumps(changed).encode())
@@ -216,8 +219,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(json.dumps(content).encode(), status, headers)
 
     def _send(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self._send_head(status, len(body), headers)
-        self.wfile.write(body)
+        # As proxies do.
+        packed = gzip.compress(body, 1)
+        self._send_head(status, len(packed), {"Content-Encoding": "gzip", **(headers or {})})
+        self.wfile.write(packed)
 
     def _send_head(self, status: int, length: int, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

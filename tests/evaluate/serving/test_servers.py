@@ -107,17 +107,19 @@ def test_answers_are_those_of_the_model_run_locally(
             # The ranks and log-probabilities of first tokens.
             assert answer.rank == expected[fact].rank
             assert answer.top5_logp == pytest.approx(expected[fact].top5_logp, abs=1e-4)
+            assert len(answer.top5) == len(answer.top5_logp)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "writes"])
 def test_generated_answers_are_those_of_the_model_run_locally(
     serve: Callable[[str], ModelServer], lm: LanguageModel, kind: str
 ) -> None:
-    probe = make_probe(make_known_facts()[::8])
+    probe, server = make_probe(make_known_facts()[::8]), serve(kind)
     scorers = [
-        ModelHandle(locate(serve(kind).url), SETTINGS).loaded.make_scorer(probe),
+        ModelHandle(locate(server.url), SETTINGS).loaded.make_scorer(probe),
         make_scorer(lm.model, lm.tokenizer, "causal", probe),
     ]
+    server.lengths.clear()
     remote, local = (
         {
             query.fact.id: text
@@ -127,6 +129,9 @@ def test_generated_answers_are_those_of_the_model_run_locally(
         for scorer in scorers
     )
     assert remote == local == {fact.id: fact.obj_label for fact in probe.facts}
+    # The longest candidate and 3 more, for an article, a quote and the end of the word; or, if the server does not tell
+    # tokens, half of the object's characters and 4 more.
+    assert set(server.lengths) == ({4, 5} if kind == "vllm" else {7, 8, 9})
 
 
 def test_a_penalty_in_the_generation_settings_changes_no_text(
@@ -204,9 +209,11 @@ def test_retry_after_is_respected_up_to_a_minute(
     pauses: list[float] = []
     monkeypatch.setattr(urllib3.util.retry.time, "sleep", pauses.append)
     server = serve("vllm")
-    server.faults["/v1/models"] = [(429, {"Retry-After": "7"}), (503, {"Retry-After": "86400"})]
+    server.faults["/v1/models"] = [(429, {"Retry-After": "7"}), (503, {"Retry-After": "86400"}), 500, 502, 504]
     assert ModelHandle(locate(server.url), SETTINGS).loaded.family == "causal"
-    assert pauses == [7, 60]
+    assert pauses[:2] == [7, 60]
+    # Without it, pauses double; to each is added up to the first one.
+    assert [pause // clients.FIRST_PAUSE for pause in pauses[2:]] == [4, 8, 16]
 
 
 def test_the_pause_before_each_retry_doubles(
@@ -375,7 +382,8 @@ def test_a_lone_surrogate_is_stored_as_a_replacement_character(
     [
         ("hang", "does not answer within 0.3 s"),
         ("trickle", "does not answer within 0.3 s"),
-        (500, r"answers with an error \(HTTP 500\)"),
+        (500, r"answers with an error \(HTTP 500\)\.\n  It says: not now\n  Wait, lower --parallel"),
+        (403, r"requires a key \(HTTP 403\)"),
         (418, r"answers with an error \(HTTP 418\)"),
         ((307, {"Location": "http://127.0.0.1:9"}), r"redirects to another address \(HTTP 307\)"),
         ("cut", "closes the connection"),
@@ -458,6 +466,18 @@ def test_a_missing_server_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     arguments = ["probe", "http://127.0.0.1:9", "-o", str(tmp_path / "out")]
     assert main(arguments) == 1
     assert capsys.readouterr().err.startswith("Error: There is no server at http://127.0.0.1:9.\n  Start it,")
+
+
+def test_errors_of_certificates_and_proxies_are_named(
+    serve: Callable[[str], ModelServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve("vllm")
+    with pytest.raises(CompressknowError, match="has no certificate that can be trusted, or does not speak https"):
+        _ = ModelHandle(locate(server.url.replace("http:", "https:")), SETTINGS).loaded
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(CompressknowError, match=f"The proxy for {server.url} fails"):
+        _ = ModelHandle(locate(server.url), SETTINGS).loaded
 
 
 def test_a_missing_server_is_an_error_before_the_original_is_evaluated(
@@ -552,6 +572,7 @@ def test_a_model_is_chosen_by_name(serve: Callable[[str], ModelServer]) -> None:
     server.models = []
     with pytest.raises(CompressknowError, match="does not say which models it has"):
         _ = ModelHandle(locate(server.url), SETTINGS).loaded
+    assert ModelHandle(locate(server.url), Settings(model=NAME)).loaded.make_record()["model"] == NAME
 
 
 def test_the_context_length_of_a_router_is_that_of_the_model(serve: Callable[[str], ModelServer]) -> None:
@@ -616,7 +637,8 @@ def test_a_report_of_a_checkpoint_and_the_same_model_on_a_server(
     options = ["-p", facts, "--answers", str(tmp_path / "answers"), "-o", str(card), "-o", str(tmp_path / "card.html")]
     assert main(["report", str(checkpoint), server.url, *options]) == 0
     (probe,) = json.loads(card.read_text())["compressed"][0]["probes"].values()
-    assert (probe["both"], probe["lost"]) == (64, 0)
+    # The server does not return all tokens that the original's distribution has.
+    assert (probe["both"], probe["lost"], probe["kl_mean"]) == (64, 0, None)
     # The other way round, the original has 20 tokens per distribution.
     again = [*options, "--overwrite"]
     assert main(["report", server.url, str(checkpoint), *again]) == 0

@@ -14,6 +14,7 @@ from compressknow.base.format import (
     write_p_value,
     write_percent,
     write_points,
+    write_rate,
     write_size,
 )
 from compressknow.comparison.distributions import CALIBRATION_FACTS
@@ -340,8 +341,8 @@ class Speed(Section):
                 who,
                 clean(name_deployment(model), 60),
                 clean(model.speed.device, 60),
-                f"{model.speed.facts_per_second:,.1f}",
-                f"{model.speed.tokens_per_second:,.1f}" if model.speed.tokens_per_second is not None else NONE,
+                write_rate(model.speed.facts_per_second),
+                write_rate(model.speed.tokens_per_second),
                 write_size(model.speed.peak_bytes),
             )
             for who, model in (("original", context.original), ("compressed", context.comparison.model))
