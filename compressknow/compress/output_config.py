@@ -103,6 +103,7 @@ def build_quantization_config(
     other Linear modules as ignored (vLLM rejects a Linear that is in neither list). `prefix` is that of the base model,
     as in `build_target_patterns`."""
     linears = {*ignore, *(name for names in targets.values() for name in names)}
+    ordered = sorted(targets.items(), key=lambda item: (item[0].name, repr(item[0].values())))
     groups = {
         f"group_{i}": {
             "format": scheme.format,
@@ -110,7 +111,7 @@ def build_quantization_config(
             **scheme.arguments(),
             "output_activations": None,
         }
-        for i, (scheme, names) in enumerate(targets.items())
+        for i, (scheme, names) in enumerate(ordered)
     }
     formats = {scheme.format for scheme in targets}
     return {
