@@ -74,7 +74,7 @@ def test_results_have_the_order_of_the_items() -> None:
 
 
 @pytest.mark.parametrize("threads", [0, -1, "2", 2.5])
-def test_less_than_one_thread_is_refused(threads: Any) -> None:
+def test_threads_that_are_no_whole_number_of_at_least_one_are_refused(threads: Any) -> None:
     with pytest.raises(UsageError, match=f"threads must be a whole number of at least 1: {threads!r}"):
         Pool(threads)
 
