@@ -97,6 +97,11 @@ class Int8Linear(EngineLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.rounds:
             return functional.linear(x, self.weight.to(x.dtype) * self.weight_scale.to(x.dtype), self.bias)
+        # Its result for a row does not depend on the other rows, so leave `_Products`, which takes time per operation.
+        with torch._C.DisableTorchFunction():
+            return self._multiply_integers(x)
+
+    def _multiply_integers(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.reshape(-1, self.in_features)
         zero = None
         if self.per_token:
@@ -238,6 +243,11 @@ class Int4Linear(EngineLinear):
             scales = self.weight_scale.repeat_interleave(self.group_size, dim=1)
             weight = self.integers().to(x.dtype) * scales.to(x.dtype)
             return functional.linear(x, weight, self.bias)
+        # As in `Int8Linear`.
+        with torch._C.DisableTorchFunction():
+            return self._multiply_packed(x)
+
+    def _multiply_packed(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
         scales, multiply = self.scales_and_zeros.to(torch.bfloat16), torch.ops.aten._weight_int4pack_mm_for_cpu
         values: torch.Tensor = multiply(rows, self.packed, self.group_size, scales).to(x.dtype)
