@@ -129,6 +129,15 @@ def test_a_batch_invariant_float_layer_gives_a_row_the_same_bits_in_any_batch() 
     assert linear(x[0, 0]).shape == (192,)
 
 
+def test_a_batch_invariant_layer_computes_fewer_rows_at_a_time_only_with_the_same_bits() -> None:
+    torch.manual_seed(0)
+    # In bfloat16, kernels for 16 or 32 rows add in another order.
+    linear, x = nn.Sequential(nn.Linear(2048, 2048)).to(torch.bfloat16), torch.randn(128, 2048, dtype=torch.bfloat16)
+    make_batch_invariant(linear)
+    expected = linear(x)
+    assert all(torch.equal(linear(x[-rows:]), expected[-rows:]) for rows in (1, 16, 17, 32, 64))
+
+
 WIDE = {"vocab_size": 99, "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 256}
 
 
