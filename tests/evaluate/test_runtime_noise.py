@@ -204,6 +204,9 @@ def test_without_a_converter_the_card_says_how_to_get_it(
     assert warning in get_warnings(card)
     assert card.comparisons[0].probes[0].noise_floor is not None
     assert "the runtime" not in card.verdict
+    monkeypatch.setenv("COMPRESSKNOW_CONVERTER", str(tmp_path / "none"))
+    card = report(unsupported.model, unsupported.q8, unsupported.facts, answers=tmp_path / "kept")
+    assert "leave COMPRESSKNOW_CONVERTER out to fetch it; or give an f16 GGUF file" in get_warnings(card)
 
 
 def test_runtime_noise_floor_can_be_left_out(
