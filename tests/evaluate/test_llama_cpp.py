@@ -425,7 +425,7 @@ def test_prompts_of_atlas_have_tokens_of_the_file(root: Path) -> None:
     model.close()
 
 
-def test_special_tokens_of_a_file_are_those_of_its_checkpoint(root: Path) -> None:
+def test_special_tokens_of_a_file_are_those_of_its_checkpoint(root: Path, tmp_path: Path) -> None:
     """Their names in a text are read as these tokens, and left out of what is decoded."""
     model = GgufModel(root / "F16.gguf")
     tokenizer, original = GgufTokenizer(model), AutoTokenizer.from_pretrained(root / "llama")
@@ -438,6 +438,12 @@ def test_special_tokens_of_a_file_are_those_of_its_checkpoint(root: Path) -> Non
     assert tokenizer.decode([tokenizer.bos_token_id, *ids]) == word
     assert tokenizer.decode_token(end).decode() == original.eos_token
     assert [tokenizer.is_end(each) for each in ids] == [False, True]
+    model.close()
+    # A turn of a chat ends with another token than a text; an answer ends at either.
+    key, value = b"tokenizer.ggml.eot_token_id", (4).to_bytes(4, "little") + ids[0].to_bytes(4, "little")
+    _write_with_entry(tmp_path / "chat.gguf", (root / "F16.gguf").read_bytes(), key, value)
+    model = GgufModel(tmp_path / "chat.gguf", trial=True)
+    assert all(map(GgufTokenizer(model).is_end, ids))
     model.close()
 
 
