@@ -44,7 +44,7 @@ class ServerTokenizer:
     @property
     def bos_token_id(self) -> int | None:
         """Return the token that begins every text, if there is one."""
-        return next(iter(self._served.encode("", True)), None) if self._served.tokens else None
+        return next(iter(self._served.encode("", True)), None)
 
 
 class ServedScorer(CausalScorer):
@@ -101,16 +101,6 @@ class ServedScorer(CausalScorer):
         text, first = self._write(query), self._served.predict(query.prompt, wanted or ())
         answer = self._choose(query, first) if query.options else self._judge(query, first, text)
         return [_add_first(add_grade(answer, query.fact, text), first, wanted)]
-
-    def rescore(
-        self,
-        batch: Sequence[Query],
-        answers: Sequence[Answer],
-        reference: Sequence[Ids] | None,
-        measure_kl: MeasureKl | None = None,  # noqa: ARG002
-    ) -> list[Answer]:
-        (query,), (answer,), wanted = batch, answers, _get_wanted(reference)
-        return [_add_first(answer, self._served.predict(query.prompt, wanted or ()), wanted)]
 
     def generate_answers(self, batch: Sequence[Query]) -> list[str]:
         return [find_choice(self._write(query), list_choices(query.fact)) for query in batch]

@@ -27,7 +27,8 @@ NAME = "known-facts"
 
 class ModelServer(ThreadingHTTPServer):
     """`faults` : by path, what the first requests get instead of an answer of the model: a status, (status, headers),
-    ``hang``, ``cut``, ``break`` (in the middle of an answer), ``trickle``, ``ok`` (the model's answer), or bytes.
+    the body of a status 400, ``hang``, ``cut``, ``break`` (in the middle of an answer), ``trickle``, ``ok`` (the
+    model's answer), or bytes.
 
     `change` : changes each completion before it is sent.
     """
@@ -210,6 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b" ")
         elif isinstance(fault, bytes):
             self._send(fault)
+        elif isinstance(fault, dict):
+            self._answer(fault, 400)
         else:
             status, headers = fault if isinstance(fault, tuple) else (fault, {})
             self._answer({"error": {"message": "not now"}}, status, headers)
