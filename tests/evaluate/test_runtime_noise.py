@@ -97,7 +97,7 @@ def test_prompts_that_llama_cpp_splits_differently_are_a_warning(
     (source / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     compressknow.export(source, file := tmp_path / "out.gguf")
     output = tmp_path / "card.json"
-    card = report(source, file, files.facts, output=output)
+    card = report(source, file, files.facts, output=output, answers=tmp_path / "kept")
     (figures,) = json.loads(output.read_text(encoding="utf-8"))["compressed"][0]["probes"].values()
     tokenizer, gguf_tokenizer = AutoTokenizer.from_pretrained(source), GgufTokenizer(GgufModel(file))
     facts = Path(files.facts.removeprefix("facts:")).read_text(encoding="utf-8").splitlines()
@@ -106,7 +106,9 @@ def test_prompts_that_llama_cpp_splits_differently_are_a_warning(
     assert bool(different) == differs
     assert figures["runtime_noise_floor"]["read_otherwise"] == different
     assert "read_otherwise" not in figures["noise_floor"]
-    assert (f"{different} are split into other tokens there" in get_warnings(card)) == differs
+    produced = report(source, file, files.facts, answers=tmp_path / "kept", known="produced")
+    for each in (card, produced):
+        assert (f"{different} are split into other tokens there" in get_warnings(each)) == differs
     assert ("the runtime alone, which splits text into other tokens, changes" in card.verdict) == differs
 
 
