@@ -17,7 +17,7 @@ from compressknow.engine.identity import locate
 from compressknow.engine.layers import BatchInvariantLinear
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
-from compressknow.evaluate.speed import _measure_rate, _measure_tokens, measure
+from compressknow.evaluate.speed import _TEXT, TOKENS, _measure_rate, _measure_tokens, measure
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.knowing import save_trained, write_facts
 from tests.long import long
@@ -73,6 +73,23 @@ def test_tokens_are_timed_without_batch_invariant_layers(root: Path) -> None:
         pytest.skip("this CPU does not multiply integers")
     assert _measure_tokens(handle)
     assert not any(isinstance(module, BatchInvariantLinear) for module in language_model.model.modules())
+
+
+def test_tokens_are_counted_up_to_the_end_of_the_text_or_of_the_window(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressknow.evaluate.speed._measure_rate", lambda work: work())
+    handle = ModelHandle(locate(root / "llama"), Settings())
+    reader = handle.make_reader()
+    prompt, _ = reader.encode(_TEXT)
+    assert reader.most is not None
+    assert _measure_tokens(handle) == reader.most - len(prompt) < TOKENS
+    language_model = handle.loaded.language_model
+    assert language_model is not None
+    # As if its first token ended the text.
+    ((first,),) = reader.continue_texts([prompt], 1)
+    language_model.tokenizer.eos_token_id = first
+    assert _measure_tokens(handle) == 1
 
 
 @pytest.mark.parametrize(
