@@ -75,7 +75,8 @@ class ServedScorer(CausalScorer):
 
     @cached_property
     def _most(self) -> int | None:
-        return self._served.longest
+        # Every request asks for a further token.
+        return self._served.longest and self._served.longest - 1
 
     def split(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
         """Split the batch into single facts, so that each is counted and stored as soon as it is answered."""
@@ -109,8 +110,10 @@ class ServedScorer(CausalScorer):
         """Return a greedy continuation that is long enough to contain an answer."""
         tokens = max(map(len, query.options or (query.gold,)))
         slack = 1 + OPENING_TOKENS if query.options else SLACK_TOKENS
-        count = tokens if self._served.tokens else math.ceil(tokens / CHARACTERS)
-        return self._served.write(query.prompt, count + slack)
+        count = slack + (tokens if self._served.tokens else math.ceil(tokens / CHARACTERS))
+        # vLLM refuses requests for more tokens than there is room for.
+        room = self._served.longest and self._served.longest - len(query.prompt)
+        return self._served.write(query.prompt, min(count, room or count))
 
     def _choose(self, query: Query, first: FirstToken) -> Answer:
         """Rank the candidates. A candidate's bound is the log-probability of its first token if the server returned it,

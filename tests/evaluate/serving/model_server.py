@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NAME = "known-facts"
+LONGEST = 64
 
 
 class ModelServer(ThreadingHTTPServer):
@@ -102,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
             for name in self.server.models
         ]
         if self.path == "/v1/models":
-            self._answer({"object": "list", "data": [row | {"max_model_len": 64} for row in rows]})
+            self._answer({"object": "list", "data": [row | {"max_model_len": LONGEST} for row in rows]})
         elif self.path == "/version" and self.server.kind == "vllm":
             self._answer({"version": "0.33.0"})
         else:
@@ -127,6 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if request.get("logprobs", 0) > 20:
             self._answer({"error": {"message": "logprobs must be at most 20"}}, 400)
+            return
+        if self.server.kind == "vllm" and len(request["prompt"]) + request["max_tokens"] > LONGEST:
+            self._answer({"error": {"message": f"the maximum context length is {LONGEST} tokens"}}, 400)
             return
         self.server.lengths.append(request["max_tokens"])
         answer = {"model": request["model"], "object": "text_completion", "choices": [self._make_choice(request)]}

@@ -39,7 +39,7 @@ from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST, NO_BEGINNING, T
 from compressknow.evaluate.sources import Options
 from tests.evaluate.layouts import open_probe
 from tests.evaluate.references import evaluate_model, make_known_facts, make_probe
-from tests.evaluate.serving.model_server import NAME, ModelServer, serve_model
+from tests.evaluate.serving.model_server import LONGEST, NAME, ModelServer, serve_model
 from tests.knowing import save_trained, write_facts
 from tests.long import long
 
@@ -197,6 +197,17 @@ def test_facts_that_a_server_cannot_be_asked_are_dropped(
     )
     prompts = make_prompts(scorer)
     assert (prompts.total, prompts.dropped) == (2, {reason: 1})
+
+
+def test_facts_that_just_fit_in_the_context_are_evaluated(serve: Callable[[str], ModelServer]) -> None:
+    (fact,) = make_known_facts()[:1]
+    facts = [replace(fact, id=str(words), prompt=f"{'The ' * words}[MASK].") for words in range(55, 65)]
+    prompts = make_prompts(ModelHandle(locate(serve("vllm").url), SETTINGS).loaded.make_scorer(make_probe(facts)))
+    answers = [answer for batch in evaluate(prompts) for answer in batch]
+    longest = max(len(query.prompt) + max(map(len, query.options)) for batch in prompts.batches for query in batch)
+    # A request for their scores asks for another token.
+    assert longest == LONGEST - 1
+    assert (len(answers), prompts.dropped) == (prompts.total, {TOO_LONG: len(facts) - prompts.total})
 
 
 def test_a_probe_of_single_words_is_refused(serve: Callable[[str], ModelServer]) -> None:
