@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -34,7 +36,7 @@ from tests.long import long, one_in
 pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
 
 from compressknow.gguf import llama_cpp as native
-from compressknow.gguf.context import GgufTokenizer, LlamaContext, Span
+from compressknow.gguf.context import GgufTokenizer, LlamaContext, Span, complete_prompt
 from compressknow.gguf.llama_cpp import GgufModel
 
 UNPACKED = Settings(device="cpu", runtime="transformers")
@@ -139,6 +141,20 @@ def test_greedy_text_is_that_of_a_plain_loop(root: Path, tmp_path: Path, loop: P
     for answer in list(answers.values())[:24]:
         written = loop.write(answer.prompt.partition(" [MASK]")[0], 8)
         assert written.startswith(answer.predicted)
+
+
+def test_the_answer_that_tries_a_file_is_its_greedy_text(root: Path, tmp_path: Path, loop: PlainLoop) -> None:
+    prompts = [prompt.partition(" [MASK]")[0] for prompt in read_prompts(root)[:3]]
+    assert [complete_prompt(loop._model, prompt).strip() for prompt in prompts] == [
+        loop.write(prompt, 8) for prompt in prompts
+    ]
+    file = shutil.copy(root / "F32.gguf", tmp_path / "broken.gguf")
+    (norm,) = (tensor for tensor in gguf.GGUFReader(file, "r+").tensors if tensor.name == "output_norm.weight")
+    norm.data[0] = math.nan
+    model = GgufModel(file, trial=True)
+    with pytest.raises(CompressknowError, match=r"broken\.gguf produces NaN in llama\.cpp"):
+        complete_prompt(model, prompts[0])
+    model.close()
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
@@ -452,7 +468,7 @@ def read_prompts(root: Path) -> list[str]:
     return [json.loads(line)["prompt"] for line in (root / "facts.jsonl").read_text().splitlines()]
 
 
-def test_running_text_is_split_into_ordinary_tokens_of_known_bytes(root: Path) -> None:
+def test_running_text_is_split_into_ordinary_tokens_of_known_bytes(root: Path, tmp_path: Path) -> None:
     model = GgufModel(root / "F16.gguf")
     reader = GgufReader(model)
     ids, ends = reader.encode("The capital of Avaland is New Alba.")
@@ -462,6 +478,12 @@ def test_running_text_is_split_into_ordinary_tokens_of_known_bytes(root: Path) -
     # No tokens of the file are ä.
     assert ends is None
     assert reader.most == 64
+    model.close()
+    # Models like Qwen's begin texts with no token.
+    key, file = b"tokenizer.ggml.add_bos_token" + (7).to_bytes(4, "little"), tmp_path / "bare.gguf"
+    file.write_bytes((root / "F16.gguf").read_bytes().replace(key + b"\1", key + b"\0"))
+    model = GgufModel(file, trial=True)
+    assert GgufReader(model).bos is None
     model.close()
 
 
