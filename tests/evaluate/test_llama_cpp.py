@@ -148,6 +148,13 @@ def test_the_answer_that_tries_a_file_is_its_greedy_text(root: Path, tmp_path: P
     assert [complete_prompt(loop._model, prompt).strip() for prompt in prompts] == [
         loop.write(prompt, 8) for prompt in prompts
     ]
+    # As if a full stop ended the turn of a chat.
+    (end,) = loop.tokenizer(".", add_special_tokens=False)["input_ids"]
+    key, value = b"tokenizer.ggml.eot_token_id", (4).to_bytes(4, "little") + end.to_bytes(4, "little")
+    _write_with_entry(tmp_path / "chat.gguf", (root / "Q8_0.gguf").read_bytes(), key, value)
+    model = GgufModel(tmp_path / "chat.gguf", trial=True)
+    assert f"{complete_prompt(model, prompts[0]).strip()}." == loop.write(prompts[0], 3)
+    model.close()
     file = shutil.copy(root / "F32.gguf", tmp_path / "broken.gguf")
     (norm,) = (tensor for tensor in gguf.GGUFReader(file, "r+").tensors if tensor.name == "output_norm.weight")
     norm.data[0] = math.nan

@@ -130,7 +130,11 @@ def test_measuring_runs_no_script_of_the_working_directory(root: Path) -> None:
     assert measure(locate(root / "llama"), Settings()).facts_per_second > 0
 
 
-def test_a_model_that_cannot_be_measured_is_one_error(root: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_measured_is_one_error(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The process warns of this before it fails.
+    monkeypatch.setenv("PYTHONWARNINGS", "nonsense")
     model = shutil.copytree(root / "llama", tmp_path / "model")
     (model / "tokenizer.json").unlink()
     with pytest.raises(CompressknowError, match="The speed of model could not be measured") as error:
