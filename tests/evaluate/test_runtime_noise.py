@@ -56,6 +56,13 @@ def read_floors(folder: Path) -> dict[str, NoiseFloor]:
     return dict(entry.runtime_noise_floors)
 
 
+def rename_build(folder: Path, build: str) -> None:
+    """Give answers, or what was measured for them, another build of llama.cpp."""
+    path = folder / "probe.json"
+    record = json.loads(path.read_text(encoding="utf-8").replace(load_native().build, build))
+    path.write_text(json.dumps(seal_manifest(record)), encoding="utf-8")
+
+
 @long
 @needs_converter
 def test_runtime_noise_floor_is_that_of_a_run_of_the_unquantized_file(files: Files, tmp_path: Path) -> None:
@@ -139,17 +146,18 @@ def test_runtime_noise_floor_is_stored_with_the_answers_and_has_its_own_stages(
         *((work, "llama") for work in ("evaluate", "noise", "export", "runtime")),
         ("evaluate", "q8_0.gguf"),
     ]
+    stored = [folder for folder in tmp_path.iterdir() if folder.is_dir()]
+    first, second = sorted(stored, key=lambda folder: len(folder.name))
+    # As if another build had measured it; each has its own.
+    rename_build(first, "b1")
+    report(files.model, second, files.facts, answers=tmp_path)
+    assert read_floors(tmp_path).keys() == {"llama.cpp b1", RAN_IN}
     monkeypatch.setattr(exporting, "write_floats", pytest.fail)
     again = report(files.model, files.q8, files.facts, answers=tmp_path)
     assert again.comparisons[0].probes[0].runtime_noise_floor == card.comparisons[0].probes[0].runtime_noise_floor
     # A report on the stored answers has it too.
-    stored = [folder for folder in tmp_path.iterdir() if folder.is_dir()]
-    first, second = sorted(stored, key=lambda folder: len(folder.name))
     assert report(first, second).comparisons[0].probes[0].runtime_noise_floor is not None
-    path = second / "probe.json"
-    record = json.loads(path.read_text(encoding="utf-8").replace(load_native().build, "b1"))
-    # As if another build had measured it.
-    path.write_text(json.dumps(seal_manifest(record)), encoding="utf-8")
+    rename_build(second, "b2")
     other = report(first, second)
     assert other.comparisons[0].probes[0].runtime_noise_floor is None
     assert "How much was not measured: that needs checkpoints" in get_warnings(other)
