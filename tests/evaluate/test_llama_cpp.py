@@ -390,7 +390,10 @@ def test_a_damaged_file_is_one_error(root: Path, tmp_path: Path, capfd: pytest.C
     }
     for message, damaged in wrong.items():
         file.write_bytes(damaged)
-        assert message in str(get_error(file, tmp_path, root / "facts.jsonl"))
+        error = get_error(file, tmp_path, root / "facts.jsonl")
+        assert message in str(error)
+    # llama.cpp's first message says what is wrong, without the names of its functions.
+    assert str(error.why).startswith("error loading model vocabulary: ")
     assert capfd.readouterr() == ("", "")
 
 
@@ -405,6 +408,9 @@ def test_a_file_that_is_not_a_decoder_is_refused(root: Path, tmp_path: Path) -> 
         error = get_error(file, tmp_path, root / "facts.jsonl")
         assert isinstance(error, UnsupportedError)
         assert "which does not generate text: in llama.cpp only decoder-only models" in str(error)
+    # No pooling at all.
+    _write_with_entry(file, content, pooling[0], (4).to_bytes(4, "little") + (0).to_bytes(4, "little"))
+    GgufModel(file, trial=True).close()
 
 
 def _write_with_entry(file: Path, content: bytes, key: bytes, value: bytes) -> None:
