@@ -94,7 +94,7 @@ class NoiseFloors:
             with self._open_in_llama_cpp(answers, floats) as other:
                 floors = self._measure(other, "runtime", missing, answers)
         except NotInstalled as error:
-            why = f"{error.what} `compressknow export` fetches it; or give {_INSTEAD}"
+            why = f"{error.what} {str(error.hint).rstrip('.')}; or give {_INSTEAD}"
             return change_model(answers, runtime_unmeasured=why)
         except OutputError:
             why = f"the disk has no room for the original as a GGUF file. Free some, or give {_INSTEAD}"

@@ -18,7 +18,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import compressknow
-from compressknow.base.errors import GateNotMet, GateUndecided
+from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
 from compressknow.cli import main
 from compressknow.cli.report import report_page
 from compressknow.evaluate.answers import RECORD, read_answers
@@ -511,6 +511,19 @@ def test_unmet_gate_in_python_raises_an_error_with_the_card(models: Path, tmp_pa
     with pytest.raises(GateUndecided):
         compressknow.report(both[0], both[0], fail_under=0.99, strict=True)
     assert compressknow.report(both[0], both[0], fail_under=1).comparisons[0].kept.value == 1
+
+
+@pytest.mark.parametrize(
+    ("compressed", "known", "message"),
+    [([], "recognized", "There is no compressed model"), (["llama-5"], "guessed", "'guessed' is not a definition of")],
+)
+def test_wrong_arguments_in_python_are_refused_before_any_work(
+    models: Path, tmp_path: Path, compressed: list[str], known: str, message: str
+) -> None:
+    paths, facts = [models / name for name in compressed], f"facts:{models / 'facts.jsonl'}"
+    with pytest.raises(UsageError, match=message):
+        compressknow.report(models / "llama", paths, facts, known=known, answers=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_undecided_strict_gate_exits_with_4(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -34,7 +36,7 @@ from tests.long import long, one_in
 pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
 
 from compressknow.gguf import llama_cpp as native
-from compressknow.gguf.context import GgufTokenizer, LlamaContext, Span
+from compressknow.gguf.context import GgufTokenizer, LlamaContext, Span, complete_prompt
 from compressknow.gguf.llama_cpp import GgufModel
 
 UNPACKED = Settings(device="cpu", runtime="transformers")
@@ -139,6 +141,27 @@ def test_greedy_text_is_that_of_a_plain_loop(root: Path, tmp_path: Path, loop: P
     for answer in list(answers.values())[:24]:
         written = loop.write(answer.prompt.partition(" [MASK]")[0], 8)
         assert written.startswith(answer.predicted)
+
+
+def test_the_answer_that_tries_a_file_is_its_greedy_text(root: Path, tmp_path: Path, loop: PlainLoop) -> None:
+    prompts = [prompt.partition(" [MASK]")[0] for prompt in read_prompts(root)[:3]]
+    assert [complete_prompt(loop._model, prompt).strip() for prompt in prompts] == [
+        loop.write(prompt, 8) for prompt in prompts
+    ]
+    # As if a full stop ended the turn of a chat.
+    (end,) = loop.tokenizer(".", add_special_tokens=False)["input_ids"]
+    key, value = b"tokenizer.ggml.eot_token_id", (4).to_bytes(4, "little") + end.to_bytes(4, "little")
+    _write_with_entry(tmp_path / "chat.gguf", (root / "Q8_0.gguf").read_bytes(), key, value)
+    model = GgufModel(tmp_path / "chat.gguf", trial=True)
+    assert f"{complete_prompt(model, prompts[0]).strip()}." == loop.write(prompts[0], 3)
+    model.close()
+    file = shutil.copy(root / "F32.gguf", tmp_path / "broken.gguf")
+    (norm,) = (tensor for tensor in gguf.GGUFReader(file, "r+").tensors if tensor.name == "output_norm.weight")
+    norm.data[0] = math.nan
+    model = GgufModel(file, trial=True)
+    with pytest.raises(CompressknowError, match=r"broken\.gguf produces NaN in llama\.cpp"):
+        complete_prompt(model, prompts[0])
+    model.close()
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
@@ -367,7 +390,10 @@ def test_a_damaged_file_is_one_error(root: Path, tmp_path: Path, capfd: pytest.C
     }
     for message, damaged in wrong.items():
         file.write_bytes(damaged)
-        assert message in str(get_error(file, tmp_path, root / "facts.jsonl"))
+        error = get_error(file, tmp_path, root / "facts.jsonl")
+        assert message in str(error)
+    # llama.cpp's first message says what is wrong, without the names of its functions.
+    assert str(error.why).startswith("error loading model vocabulary: ")
     assert capfd.readouterr() == ("", "")
 
 
@@ -382,6 +408,9 @@ def test_a_file_that_is_not_a_decoder_is_refused(root: Path, tmp_path: Path) -> 
         error = get_error(file, tmp_path, root / "facts.jsonl")
         assert isinstance(error, UnsupportedError)
         assert "which does not generate text: in llama.cpp only decoder-only models" in str(error)
+    # No pooling at all.
+    _write_with_entry(file, content, pooling[0], (4).to_bytes(4, "little") + (0).to_bytes(4, "little"))
+    GgufModel(file, trial=True).close()
 
 
 def _write_with_entry(file: Path, content: bytes, key: bytes, value: bytes) -> None:
@@ -425,7 +454,7 @@ def test_prompts_of_atlas_have_tokens_of_the_file(root: Path) -> None:
     model.close()
 
 
-def test_special_tokens_of_a_file_are_those_of_its_checkpoint(root: Path) -> None:
+def test_special_tokens_of_a_file_are_those_of_its_checkpoint(root: Path, tmp_path: Path) -> None:
     """Their names in a text are read as these tokens, and left out of what is decoded."""
     model = GgufModel(root / "F16.gguf")
     tokenizer, original = GgufTokenizer(model), AutoTokenizer.from_pretrained(root / "llama")
@@ -439,6 +468,12 @@ def test_special_tokens_of_a_file_are_those_of_its_checkpoint(root: Path) -> Non
     assert tokenizer.decode_token(end).decode() == original.eos_token
     assert [tokenizer.is_end(each) for each in ids] == [False, True]
     model.close()
+    # A turn of a chat ends with another token than a text; an answer ends at either.
+    key, value = b"tokenizer.ggml.eot_token_id", (4).to_bytes(4, "little") + ids[0].to_bytes(4, "little")
+    _write_with_entry(tmp_path / "chat.gguf", (root / "F16.gguf").read_bytes(), key, value)
+    model = GgufModel(tmp_path / "chat.gguf", trial=True)
+    assert all(map(GgufTokenizer(model).is_end, ids))
+    model.close()
 
 
 def read_prompts(root: Path) -> list[str]:
@@ -446,7 +481,7 @@ def read_prompts(root: Path) -> list[str]:
     return [json.loads(line)["prompt"] for line in (root / "facts.jsonl").read_text().splitlines()]
 
 
-def test_running_text_is_split_into_ordinary_tokens_of_known_bytes(root: Path) -> None:
+def test_running_text_is_split_into_ordinary_tokens_of_known_bytes(root: Path, tmp_path: Path) -> None:
     model = GgufModel(root / "F16.gguf")
     reader = GgufReader(model)
     ids, ends = reader.encode("The capital of Avaland is New Alba.")
@@ -456,6 +491,12 @@ def test_running_text_is_split_into_ordinary_tokens_of_known_bytes(root: Path) -
     # No tokens of the file are ä.
     assert ends is None
     assert reader.most == 64
+    model.close()
+    # Models like Qwen's begin texts with no token.
+    key, file = b"tokenizer.ggml.add_bos_token" + (7).to_bytes(4, "little"), tmp_path / "bare.gguf"
+    file.write_bytes((root / "F16.gguf").read_bytes().replace(key + b"\1", key + b"\0"))
+    model = GgufModel(file, trial=True)
+    assert GgufReader(model).bos is None
     model.close()
 
 

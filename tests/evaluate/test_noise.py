@@ -108,7 +108,9 @@ def test_noise_floor_of_several_wordings_counts_majorities(tmp_path: Path) -> No
         assert floor.lost == sum(before[fact] > after[fact] for fact in before)
         assert floor.gained == sum(before[fact] < after[fact] for fact in before)
         card = report(tmp_path / "a", tmp_path / "b", known=known)
-        assert card.comparisons[0].probes[0].noise_floor == floor
+        (figures,) = card.comparisons[0].probes
+        assert figures.noise_floor == floor
+        assert figures.answer_changed == pytest.approx(floor.changed / floor.n)
 
 
 def find_known_by_majority(answers: Answers) -> dict[str, bool]:
@@ -185,9 +187,12 @@ def test_noise_floor_is_optional_and_not_measured_for_compressed_models(tmp_path
 def test_every_format_of_the_card_shows_the_noise_floor(tmp_path: Path) -> None:
     model, facts = save_trained("llama", tmp_path / "model"), f"facts:{write_facts(tmp_path / 'facts.jsonl')}"
     outputs = [tmp_path / f"card.{kind}" for kind in ("json", "md", "html")]
+    # Stored answers get one, too, although this run does not compute the original's distributions for other models.
+    report(model, model, facts, answers=tmp_path / "kept", settings=Settings(noise_floor=False))
     card = report(model, model, facts, output=outputs, answers=tmp_path / "kept")
     (measured,) = json.loads(outputs[0].read_text(encoding="utf-8"))["compressed"][0]["probes"].values()
     assert measured["noise_floor"]["n"] == measured["n"]
+    assert measured["noise_floor"]["kl_mean"] > 0
     assert "rounding alone" in card.verdict
     for page in outputs[1:]:
         assert "Top answer changed by rounding alone" in page.read_text(encoding="utf-8")

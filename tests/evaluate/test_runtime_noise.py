@@ -56,6 +56,13 @@ def read_floors(folder: Path) -> dict[str, NoiseFloor]:
     return dict(entry.runtime_noise_floors)
 
 
+def rename_build(folder: Path, build: str) -> None:
+    """Give answers, or what was measured for them, another build of llama.cpp."""
+    path = folder / "probe.json"
+    record = json.loads(path.read_text(encoding="utf-8").replace(load_native().build, build))
+    path.write_text(json.dumps(seal_manifest(record)), encoding="utf-8")
+
+
 @long
 @needs_converter
 def test_runtime_noise_floor_is_that_of_a_run_of_the_unquantized_file(files: Files, tmp_path: Path) -> None:
@@ -97,7 +104,7 @@ def test_prompts_that_llama_cpp_splits_differently_are_a_warning(
     (source / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     compressknow.export(source, file := tmp_path / "out.gguf")
     output = tmp_path / "card.json"
-    card = report(source, file, files.facts, output=output)
+    card = report(source, file, files.facts, output=output, answers=tmp_path / "kept")
     (figures,) = json.loads(output.read_text(encoding="utf-8"))["compressed"][0]["probes"].values()
     tokenizer, gguf_tokenizer = AutoTokenizer.from_pretrained(source), GgufTokenizer(GgufModel(file))
     facts = Path(files.facts.removeprefix("facts:")).read_text(encoding="utf-8").splitlines()
@@ -106,7 +113,9 @@ def test_prompts_that_llama_cpp_splits_differently_are_a_warning(
     assert bool(different) == differs
     assert figures["runtime_noise_floor"]["read_otherwise"] == different
     assert "read_otherwise" not in figures["noise_floor"]
-    assert (f"{different} are split into other tokens there" in get_warnings(card)) == differs
+    produced = report(source, file, files.facts, answers=tmp_path / "kept", known="produced")
+    for each in (card, produced):
+        assert (f"{different} are split into other tokens there" in get_warnings(each)) == differs
     assert ("the runtime alone, which splits text into other tokens, changes" in card.verdict) == differs
 
 
@@ -137,17 +146,18 @@ def test_runtime_noise_floor_is_stored_with_the_answers_and_has_its_own_stages(
         *((work, "llama") for work in ("evaluate", "noise", "export", "runtime")),
         ("evaluate", "q8_0.gguf"),
     ]
+    stored = [folder for folder in tmp_path.iterdir() if folder.is_dir()]
+    first, second = sorted(stored, key=lambda folder: len(folder.name))
+    # As if another build had measured it; each has its own.
+    rename_build(first, "b1")
+    report(files.model, second, files.facts, answers=tmp_path)
+    assert read_floors(tmp_path).keys() == {"llama.cpp b1", RAN_IN}
     monkeypatch.setattr(exporting, "write_floats", pytest.fail)
     again = report(files.model, files.q8, files.facts, answers=tmp_path)
     assert again.comparisons[0].probes[0].runtime_noise_floor == card.comparisons[0].probes[0].runtime_noise_floor
     # A report on the stored answers has it too.
-    stored = [folder for folder in tmp_path.iterdir() if folder.is_dir()]
-    first, second = sorted(stored, key=lambda folder: len(folder.name))
     assert report(first, second).comparisons[0].probes[0].runtime_noise_floor is not None
-    path = second / "probe.json"
-    record = json.loads(path.read_text(encoding="utf-8").replace(load_native().build, "b1"))
-    # As if another build had measured it.
-    path.write_text(json.dumps(seal_manifest(record)), encoding="utf-8")
+    rename_build(second, "b2")
     other = report(first, second)
     assert other.comparisons[0].probes[0].runtime_noise_floor is None
     assert "How much was not measured: that needs checkpoints" in get_warnings(other)
@@ -204,6 +214,9 @@ def test_without_a_converter_the_card_says_how_to_get_it(
     assert warning in get_warnings(card)
     assert card.comparisons[0].probes[0].noise_floor is not None
     assert "the runtime" not in card.verdict
+    monkeypatch.setenv("COMPRESSKNOW_CONVERTER", str(tmp_path / "none"))
+    card = report(unsupported.model, unsupported.q8, unsupported.facts, answers=tmp_path / "kept")
+    assert "leave COMPRESSKNOW_CONVERTER out to fetch it; or give an f16 GGUF file" in get_warnings(card)
 
 
 def test_runtime_noise_floor_can_be_left_out(

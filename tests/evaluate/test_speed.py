@@ -17,7 +17,7 @@ from compressknow.engine.identity import locate
 from compressknow.engine.layers import BatchInvariantLinear
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
-from compressknow.evaluate.speed import _measure_rate, _measure_tokens, measure
+from compressknow.evaluate.speed import _TEXT, TOKENS, _measure_rate, _measure_tokens, measure
 from tests.engine.gguf_files import needs_gguf, write_gguf
 from tests.knowing import save_trained, write_facts
 from tests.long import long
@@ -75,6 +75,23 @@ def test_tokens_are_timed_without_batch_invariant_layers(root: Path) -> None:
     assert not any(isinstance(module, BatchInvariantLinear) for module in language_model.model.modules())
 
 
+def test_tokens_are_counted_up_to_the_end_of_the_text_or_of_the_window(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressknow.evaluate.speed._measure_rate", lambda work: work())
+    handle = ModelHandle(locate(root / "llama"), Settings())
+    reader = handle.make_reader()
+    prompt, _ = reader.encode(_TEXT)
+    assert reader.most is not None
+    assert _measure_tokens(handle) == reader.most - len(prompt) < TOKENS
+    language_model = handle.loaded.language_model
+    assert language_model is not None
+    # As if its first token ended the text.
+    ((first,),) = reader.continue_texts([prompt], 1)
+    language_model.tokenizer.eos_token_id = first
+    assert _measure_tokens(handle) == 1
+
+
 @pytest.mark.parametrize(
     ("seconds", "rate"),
     [([9.0, 1.0, 2.0, 5.0], 5.0), ([1.0, 4.0, 8.0, 1.0], 1.875), ([1.0, 300.0], 0.03333)],
@@ -113,7 +130,11 @@ def test_measuring_runs_no_script_of_the_working_directory(root: Path) -> None:
     assert measure(locate(root / "llama"), Settings()).facts_per_second > 0
 
 
-def test_a_model_that_cannot_be_measured_is_one_error(root: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_measured_is_one_error(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The process warns of this before it fails.
+    monkeypatch.setenv("PYTHONWARNINGS", "nonsense")
     model = shutil.copytree(root / "llama", tmp_path / "model")
     (model / "tokenizer.json").unlink()
     with pytest.raises(CompressknowError, match="The speed of model could not be measured") as error:

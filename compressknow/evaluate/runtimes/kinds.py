@@ -55,7 +55,7 @@ class FirstToken:
     @property
     def bound(self) -> float:
         """Return an upper bound of the log-probabilities of all other tokens."""
-        return -math.inf if self.whole else min(self.logp.values(), default=0.0)
+        return min(self.logp.values(), default=0.0)
 
 
 class ServedModel(abc.ABC):
@@ -310,7 +310,7 @@ def _replace_surrogates(text: str) -> str:
 
 def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> ServedModel:
     """Detect the kind of server from what it says about itself, otherwise from a completion. `listed` is the model's
-    entry in ``/v1/models``. Raises CompressknowError if the server cannot complete text."""
+    entry in ``/v1/models``. Raises CompressknowError if the server does not answer."""
     # A router forwards this to the model's server; its own n_ctx is 0.
     if about := _request_about(client, f"/props?model={quote(model, safe='')}", _PROPS):
         longest = about["default_generation_settings"]["n_ctx"] or None
@@ -332,7 +332,6 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
     except RequestRefused as refused:
         if refused.status not in (400, 422, 501):
             raise
-    writing.write(trial, 1)
     return writing
 
 
@@ -340,7 +339,6 @@ def _request_about(client: Client, path: str, form: Mapping[str, Any]) -> Mappin
     """Return what a server says about itself at a path, checked for a form; {} if it does not."""
     try:
         return dict(client.get(path, form))
-    except RequestRefused as refused:
-        if refused.status in (401, 403):
-            raise
+    except RequestRefused:
+        # Some gateways forbid unknown paths. A missing key is an error of the next request.
         return {}

@@ -44,7 +44,7 @@ class ServerTokenizer:
     @property
     def bos_token_id(self) -> int | None:
         """Return the token that begins every text, if there is one."""
-        return next(iter(self._served.encode("", True)), None) if self._served.tokens else None
+        return next(iter(self._served.encode("", True)), None)
 
 
 class ServedScorer(CausalScorer):
@@ -75,7 +75,8 @@ class ServedScorer(CausalScorer):
 
     @cached_property
     def _most(self) -> int | None:
-        return self._served.longest
+        # Every request asks for a further token.
+        return self._served.longest and self._served.longest - 1
 
     def split(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
         """Split the batch into single facts, so that each is counted and stored as soon as it is answered."""
@@ -102,16 +103,6 @@ class ServedScorer(CausalScorer):
         answer = self._choose(query, first) if query.options else self._judge(query, first, text)
         return [_add_first(add_grade(answer, query.fact, text), first, wanted)]
 
-    def rescore(
-        self,
-        batch: Sequence[Query],
-        answers: Sequence[Answer],
-        reference: Sequence[Ids] | None,
-        measure_kl: MeasureKl | None = None,  # noqa: ARG002
-    ) -> list[Answer]:
-        (query,), (answer,), wanted = batch, answers, _get_wanted(reference)
-        return [_add_first(answer, self._served.predict(query.prompt, wanted or ()), wanted)]
-
     def generate_answers(self, batch: Sequence[Query]) -> list[str]:
         return [find_choice(self._write(query), list_choices(query.fact)) for query in batch]
 
@@ -119,8 +110,10 @@ class ServedScorer(CausalScorer):
         """Return a greedy continuation that is long enough to contain an answer."""
         tokens = max(map(len, query.options or (query.gold,)))
         slack = 1 + OPENING_TOKENS if query.options else SLACK_TOKENS
-        count = tokens if self._served.tokens else math.ceil(tokens / CHARACTERS)
-        return self._served.write(query.prompt, count + slack)
+        count = slack + (tokens if self._served.tokens else math.ceil(tokens / CHARACTERS))
+        # vLLM refuses requests for more tokens than there is room for.
+        room = self._served.longest and self._served.longest - len(query.prompt)
+        return self._served.write(query.prompt, min(count, room or count))
 
     def _choose(self, query: Query, first: FirstToken) -> Answer:
         """Rank the candidates. A candidate's bound is the log-probability of its first token if the server returned it,

@@ -23,11 +23,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NAME = "known-facts"
+LONGEST = 64
 
 
 class ModelServer(ThreadingHTTPServer):
     """`faults` : by path, what the first requests get instead of an answer of the model: a status, (status, headers),
-    ``hang``, ``cut``, ``break`` (in the middle of an answer), ``trickle``, ``ok`` (the model's answer), or bytes.
+    the body of a status 400, ``hang``, ``cut``, ``break`` (in the middle of an answer), ``trickle``, ``ok`` (the
+    model's answer), or bytes.
 
     `change` : changes each completion before it is sent.
     """
@@ -101,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
             for name in self.server.models
         ]
         if self.path == "/v1/models":
-            self._answer({"object": "list", "data": [row | {"max_model_len": 64} for row in rows]})
+            self._answer({"object": "list", "data": [row | {"max_model_len": LONGEST} for row in rows]})
         elif self.path == "/version" and self.server.kind == "vllm":
             self._answer({"version": "0.33.0"})
         else:
@@ -126,6 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if request.get("logprobs", 0) > 20:
             self._answer({"error": {"message": "logprobs must be at most 20"}}, 400)
+            return
+        if self.server.kind == "vllm" and len(request["prompt"]) + request["max_tokens"] > LONGEST:
+            self._answer({"error": {"message": f"the maximum context length is {LONGEST} tokens"}}, 400)
             return
         self.server.lengths.append(request["max_tokens"])
         answer = {"model": request["model"], "object": "text_completion", "choices": [self._make_choice(request)]}
@@ -210,6 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b" ")
         elif isinstance(fault, bytes):
             self._send(fault)
+        elif isinstance(fault, dict):
+            self._answer(fault, 400)
         else:
             status, headers = fault if isinstance(fault, tuple) else (fault, {})
             self._answer({"error": {"message": "not now"}}, status, headers)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ from compressknow.evaluate.runtimes import client as clients
 from compressknow.evaluate.runtimes.kinds import detect_server
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.ranking import TAIL
+from compressknow.evaluate.scoring.scorer import BLANK_NOT_LAST, NO_BEGINNING, TOO_LONG
 from compressknow.evaluate.sources import Options
 from tests.evaluate.layouts import open_probe
 from tests.evaluate.references import evaluate_model, make_known_facts, make_probe
-from tests.evaluate.serving.model_server import NAME, ModelServer, serve_model
+from tests.evaluate.serving.model_server import LONGEST, NAME, ModelServer, serve_model
 from tests.knowing import save_trained, write_facts
 from tests.long import long
 
@@ -142,6 +144,15 @@ def test_a_penalty_in_the_generation_settings_changes_no_text(
     check_similar(evaluate_server(server.url, probe), evaluate_model(lm.model, lm.tokenizer, "causal", probe))
 
 
+def test_a_blank_that_begins_the_prompt_follows_the_first_token(
+    serve: Callable[[str], ModelServer], lm: LanguageModel
+) -> None:
+    probe = make_probe([replace(make_known_facts()[0], prompt="[MASK] is the capital.")])
+    check_similar(evaluate_server(serve("vllm").url, probe), evaluate_model(lm.model, lm.tokenizer, "causal", probe))
+    scorer = ModelHandle(locate(serve("echo").url), SETTINGS).loaded.make_scorer(probe)
+    assert make_prompts(scorer).dropped == {NO_BEGINNING: 1}
+
+
 def test_vllm_returns_twenty_tokens_of_the_distribution_and_echo_none(
     serve: Callable[[str], ModelServer], lm: LanguageModel
 ) -> None:
@@ -163,6 +174,40 @@ def test_a_server_without_log_probabilities_is_evaluated_by_its_text(
         fact: answer.correct for fact, answer in expected.items()
     }
     assert {(answer.rank, answer.logp_gold, answer.choices) for answer in answers.values()} == {(None, None, None)}
+
+
+def test_a_written_candidate_that_begins_with_the_object_is_wrong(serve: Callable[[str], ModelServer]) -> None:
+    server = serve("writes")
+    server.change = change_choice(lambda choice: choice.update(text=" Guinea-Bissau."))
+    fact = replace(make_known_facts()[0], obj_label="Guinea", candidates=("Guinea", "Guinea-Bissau"))
+    (answer,) = evaluate_server(server.url, make_probe([fact])).values()
+    assert (answer.correct, answer.produced) == (False, "Guinea-Bissau")
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "reason"),
+    [("vllm", f"{'The ' * 64}[MASK].", TOO_LONG), ("writes", "The [MASK] is the capital.", BLANK_NOT_LAST)],
+)
+def test_facts_that_a_server_cannot_be_asked_are_dropped(
+    serve: Callable[[str], ModelServer], kind: str, prompt: str, reason: str
+) -> None:
+    fact, *others = make_known_facts()[:3]
+    scorer = ModelHandle(locate(serve(kind).url), SETTINGS).loaded.make_scorer(
+        make_probe([replace(fact, prompt=prompt), *others])
+    )
+    prompts = make_prompts(scorer)
+    assert (prompts.total, prompts.dropped) == (2, {reason: 1})
+
+
+def test_facts_that_just_fit_in_the_context_are_evaluated(serve: Callable[[str], ModelServer]) -> None:
+    (fact,) = make_known_facts()[:1]
+    facts = [replace(fact, id=str(words), prompt=f"{'The ' * words}[MASK].") for words in range(55, 65)]
+    prompts = make_prompts(ModelHandle(locate(serve("vllm").url), SETTINGS).loaded.make_scorer(make_probe(facts)))
+    answers = [answer for batch in evaluate(prompts) for answer in batch]
+    longest = max(len(query.prompt) + max(map(len, query.options)) for batch in prompts.batches for query in batch)
+    # A request for their scores asks for another token.
+    assert longest == LONGEST - 1
+    assert (len(answers), prompts.dropped) == (prompts.total, {TOO_LONG: len(facts) - prompts.total})
 
 
 def test_a_probe_of_single_words_is_refused(serve: Callable[[str], ModelServer]) -> None:
@@ -214,6 +259,11 @@ def test_retry_after_is_respected_up_to_a_minute(
     assert pauses[:2] == [7, 60]
     # Without it, pauses double; to each is added up to the first one.
     assert [pause // clients.FIRST_PAUSE for pause in pauses[2:]] == [4, 8, 16]
+
+
+def test_requests_over_https_are_retried_too() -> None:
+    session = clients.Client("", timeout=1.0)._session
+    assert session.get_adapter("https://host") is session.get_adapter("http://host")
 
 
 def test_the_pause_before_each_retry_doubles(
@@ -272,6 +322,7 @@ INVALID = {
     "top nan": (set_logprobs({"top_logprobs": [{"token_id:5": math.nan}]}), "token_id:5 is not a number"),
     "top none": (set_logprobs({"top_logprobs": []}), "has no top_logprobs"),
     "top names": (set_logprobs({"top_logprobs": [{"Paris": -1.0}]}), "has 'Paris' as a token id"),
+    "top huge": (set_logprobs({"top_logprobs": [{"token_id:2147483648": -1.0}]}), "has 2147483648 as a token id"),
     "no logprobs": (change_choice(lambda choice: choice.pop("logprobs", None)), "choices[0].logprobs is missing"),
     "no choices": (lambda answer: answer | {"choices": []}, "has no choices"),
     "another model": (lambda answer: answer | {"model": "other"}, "comes from another model, 'other'"),
@@ -291,6 +342,19 @@ def test_an_invalid_answer_is_refused(serve: Callable[[str], ModelServer], name:
     with pytest.raises(CompressknowError, match=re.escape(message)) as raised:
         list(evaluate(make_prompts(loaded.make_scorer(make_probe(make_known_facts()[:3])))))
     assert raised.value.hint is not None
+
+
+def test_rounding_makes_no_probability_exceed_one(serve: Callable[[str], ModelServer]) -> None:
+    server = serve("vllm")
+    server.change = set_all_logprobs(0.0005)
+    answers = evaluate_server(server.url, make_probe(make_known_facts()[:2]))
+    assert {answer.logp_gold for answer in answers.values()} == {0}
+
+
+def test_a_gateway_may_forbid_other_paths(serve: Callable[[str], ModelServer]) -> None:
+    server = serve("echo")
+    server.faults = {f"/props?model={NAME}": [403], "/version": [403]}
+    assert ModelHandle(locate(server.url), SETTINGS).loaded.architecture == "a server that echoes"
 
 
 @pytest.mark.parametrize("value", [5, [-(10**400)] * 9, [-math.inf] * 9, [[[]]] * 9], ids=["5", "huge", "inf", "lists"])
@@ -401,6 +465,24 @@ def test_a_lasting_fault_is_one_error(
     assert re.match(f"Error: {server.url} {message}", printed.err)
     assert printed.err.count("\n") <= 3
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "not now"}},
+        {"error": "not now"},
+        {"object": "error", "message": "not now"},
+        {"detail": "not now"},
+    ],
+)
+def test_the_message_of_a_server_is_found_under_each_usual_key(
+    serve: Callable[[str], ModelServer], body: dict[str, Any]
+) -> None:
+    server = serve("writes")
+    server.faults["/v1/models"] = [body]
+    with pytest.raises(CompressknowError, match=r"HTTP 400\)\.\n\s*It says: not now$"):
+        clients.Client(server.url, timeout=20.0).get("/v1/models", dict)
 
 
 def test_an_error_of_a_server_can_be_pickled(serve: Callable[[str], ModelServer]) -> None:
@@ -519,7 +601,8 @@ def test_the_key_is_sent_and_stored_nowhere(
     server = serve("vllm")
     server.key = KEY
     monkeypatch.setenv("OPENAI_API_KEY", "sk-aKeyOfAnotherServer")
-    monkeypatch.setenv(variable, KEY)
+    # A variable that is set from a file may end with a line break.
+    monkeypatch.setenv(variable, f"{KEY}\n")
     # The user's .netrc is for other programs.
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -562,17 +645,26 @@ def test_a_model_is_chosen_by_name(serve: Callable[[str], ModelServer]) -> None:
     with pytest.raises(UsageError, match=f"has several models: {NAME}, other") as several:
         _ = ModelHandle(locate(server.url), SETTINGS).loaded
     assert several.value.hint == "Choose one with --model NAME."
+    server.models = list("abcdefghij")
+    with pytest.raises(UsageError, match="has several models: a, b, c, d, e, f, g, h and 2 more"):
+        _ = ModelHandle(locate(server.url), SETTINGS).loaded
+    server.models = [NAME, "other"]
     with pytest.raises(UsageError, match="has no model 'known-fact'") as wrong:
         _ = ModelHandle(locate(server.url), Settings(model="known-fact")).loaded
     assert wrong.value.hint == f"Did you mean {NAME}? It has {NAME}, other."
     assert ModelHandle(locate(f"{server.url}/v1/"), Settings(model=NAME)).loaded.make_record()["model"] == NAME
+    # Some servers answer with the name and a date.
+    server.change = lambda answer: answer | {"model": f"{answer['model']}-2026-01-31"}
     # They are different models even if they write the same.
     hashes = {ModelHandle(locate(server.url), Settings(model=name)).sha256 for name in server.models}
     assert len(hashes) == 2
     server.models = []
     with pytest.raises(CompressknowError, match="does not say which models it has"):
         _ = ModelHandle(locate(server.url), SETTINGS).loaded
-    assert ModelHandle(locate(server.url), Settings(model=NAME)).loaded.make_record()["model"] == NAME
+    # Nor does a server that does not know the path.
+    for faults in ([], [404]):
+        server.faults["/v1/models"] = faults
+        assert ModelHandle(locate(server.url), Settings(model=NAME)).loaded.make_record()["model"] == NAME
 
 
 def test_the_context_length_of_a_router_is_that_of_the_model(serve: Callable[[str], ModelServer]) -> None:
