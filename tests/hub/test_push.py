@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from huggingface_hub.utils import (
     _http,
     are_progress_bars_disabled,
@@ -197,12 +197,12 @@ def test_temporary_failure_is_retried_in_silence_with_the_clients_that_a_user_ha
     factory = Mock(side_effect=_http._GLOBAL_CLIENT_FACTORY)
     monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", factory)
     hub.faults, hub.times = {"put": 503}, 2
-    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)
     compressknow.push(converted, REPO)
     assert hub.repositories[REPO] == read_files(converted)
     assert capfd.readouterr() == ("", "")
     assert factory.called
-    assert (_http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity()) == (factory, verbosity)
+    assert (_http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity()) == (factory, logging.WARNING)
 
 
 @pytest.mark.parametrize("switch", [enable_progress_bars, disable_progress_bars])
@@ -248,7 +248,13 @@ def test_invalid_repository_name_is_refused_before_any_work(hub: Hub, model: Pat
     assert hub.steps == []
 
 
-@pytest.mark.parametrize("missing", ["token", "network"])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        *("token", "network"),
+        pytest.param("exchange", marks=pytest.mark.skipif(not hasattr(errors, "OIDCError"), reason="it is newer")),
+    ],
+)
 def test_missing_token_or_network_is_reported_before_any_work(
     hub: Hub,
     model: Path,
@@ -259,12 +265,20 @@ def test_missing_token_or_network_is_reported_before_any_work(
 ) -> None:
     if missing == "token":
         monkeypatch.delenv("HF_TOKEN")
-    else:
+    elif missing == "network":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        # As in CI, but without anything to exchange for a token.
+        monkeypatch.setenv("HF_OIDC_RESOURCE", REPO)
+        monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
     out = tmp_path / "out"
     assert main(["convert", str(model), str(out), "--quantize", "int8", "--push", REPO]) == 1
-    expected = "hf auth login, or set HF_TOKEN" if missing == "token" else "HF_HUB_OFFLINE is set"
-    assert expected in capsys.readouterr().err
+    expected = {
+        "token": "hf auth login, or set HF_TOKEN",
+        "network": "HF_HUB_OFFLINE is set",
+        "exchange": "Error: The Hub's token could not be read.\n  HF_OIDC_RESOURCE is set but no",
+    }
+    assert expected[missing] in capsys.readouterr().err
     assert not out.exists()
     assert hub.steps == []
 
