@@ -307,11 +307,11 @@ def test_16_bit_weights_stay_in_their_dtype(tmp_path: Path) -> None:
     assert not compare_to_manifest(tmp_path / "out").differences
 
 
-# Which of its blocks is dropped decides the attention of the others in ModernBERT.
-@pytest.mark.parametrize("name", ["llama", "modernbert"])
-def test_a_variant_in_memory_equals_what_convert_writes(tmp_path: Path, name: str) -> None:
+# In LFM2, config and size depend on which block is dropped.
+@pytest.mark.parametrize(("name", "neurons"), [("llama", 0.25), ("lfm2", None)])
+def test_a_variant_in_memory_equals_what_convert_writes(tmp_path: Path, name: str, neurons: float | None) -> None:
     source = save_deep(name, tmp_path / "in")
-    recipe = build_recipe(Where(), drop_blocks=1, drop_neurons=0.25, prune=0.2)
+    recipe = build_recipe(Where(), drop_blocks=1, drop_neurons=neurons, prune=0.2)
     manifest = convert(source, tmp_path / "out", recipe)
     maker = VariantMaker(source)
     assert recipe.calibration is not None
