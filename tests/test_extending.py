@@ -716,6 +716,7 @@ class TestPruningMethod:
             (("def choose(", "def chosen("), "abstract"),
             (('name = "l1-spans"', 'name = "spans"'), "Its name attribute is 'spans'"),
             (("span: int = parameter(", "scope: int = parameter("), "No parameter can be called scope"),
+            (("default=8", "default=(8,)"), "The parameter span is neither bool, int, float nor str"),
             (("from compressknow.compress.parameters import", "from nothing_like_it import"), "ModuleNotFoundError"),
             (("class Spans(PruningMethod)", "class Spans"), "not PruningMethod"),
         ],
