@@ -175,6 +175,8 @@ def find_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
     ('b is not a whole number', 'b is not a number')
     >>> [find_mismatch({"a": {"b": value}}, {"a": {"b": (int, [str])}}) for value in (None, [1])]
     ['a.b is not a whole number', 'a.b[0] is not text']
+    >>> find_mismatch([], (str, None)), find_mismatch(1, None)
+    ('it is not text', 'it is not null')
     """
     if isinstance(form, tuple):
         wrong = [find_mismatch(value, each, where) for each in form]
