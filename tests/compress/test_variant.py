@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,25 @@ def test_smoothed_norms_do_not_reach_other_variants(architecture: str, tmp_path:
         assert variant.tensors.keys() == stored.keys()
         for name, tensor in stored.items():
             assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
+
+
+def test_the_original_writes_one_text_per_calibration_for_all_recipes(tmp_path: Path) -> None:
+    source, calibration = save_trained("llama", tmp_path / "model"), Calibration(tokens=64)
+    quantize = Quantize("int8", rounding="gptq")
+    maker = VariantMaker(source)
+    hashes = []
+    for recipe in (
+        Recipe((quantize,), calibration=calibration),
+        Recipe((quantize,), calibration=replace(calibration, seed=1)),
+    ):
+        text = maker.get_text(maker.plan(recipe))
+        assert text is not None
+        hashes.append(text.sha256)
+    assert len(set(hashes)) == 2
+    maker = VariantMaker(source)
+    text = maker.get_text(maker.plan(Recipe((DropBlocks(1), quantize), calibration=calibration)))
+    assert text is not None
+    assert text.sha256 == hashes[0]
 
 
 @pytest.mark.parametrize("dropped", [(), (DropBlocks("0"),)], ids=["all blocks", "one dropped"])
