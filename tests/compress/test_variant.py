@@ -93,7 +93,8 @@ def test_smoothed_norms_do_not_reach_other_variants(architecture: str, tmp_path:
 def test_the_original_writes_one_text_per_calibration_for_all_recipes(tmp_path: Path) -> None:
     source, calibration = save_trained("llama", tmp_path / "model"), Calibration(tokens=64)
     quantize = Quantize("int8", rounding="gptq")
-    maker = VariantMaker(source)
+    (tmp_path / "texts").mkdir()
+    maker = VariantMaker(source, texts=tmp_path / "texts")
     hashes = []
     for recipe in (
         Recipe((quantize,), calibration=calibration),
