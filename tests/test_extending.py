@@ -716,6 +716,7 @@ class TestPruningMethod:
             (("def choose(", "def chosen("), "abstract"),
             (('name = "l1-spans"', 'name = "spans"'), "Its name attribute is 'spans'"),
             (("span: int = parameter(", "scope: int = parameter("), "No parameter can be called scope"),
+            (("default=8", "default=(8,)"), "The parameter span is neither bool, int, float nor str"),
             (("from compressknow.compress.parameters import", "from nothing_like_it import"), "ModuleNotFoundError"),
             (("class Spans(PruningMethod)", "class Spans"), "not PruningMethod"),
         ],
@@ -928,7 +929,16 @@ class TestScheme:
             (("(absmax / 31.5)", "(absmax.double() / 31.5)"), "toy_int6 adds failed. ValueError: it stores"),
             (("return (absmax", "return 0 * (absmax"), "toy_int6 adds failed. ValueError: it returns scales that"),
             (("6, -32, 31", "8, 0, 255"), "its grid, 0 to 255, does not fit int8"),
-            (('"strategy": "group"', '"strategy": "bunch"'), "transformers could not load the output"),
+            (('"strategy": "group"', '"strategy": "bunch"'), "could not load the output. Loading stops: "),
+            (('"symmetric": True', '"symmetric": False'), "floats for integers, or the reverse, in "),
+            (
+                (
+                    "    def scales(",
+                    "    def stored(self, *weight):\n        values, scales = super().stored(*weight)\n"
+                    "        return values, scales, scales._replace(suffix='_note')\n\n    def scales(",
+                ),
+                "It finds no place for ",
+            ),
             (("def arguments", "def argument"), "abstract"),
             (("bits, lowest, highest = 6, -32, 31", "bits: int = 6"), "bits has a type, and is not a parameter(...)"),
         ],

@@ -7,7 +7,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -211,8 +211,10 @@ def _get_first_line(message: object) -> str:
     from huggingface_hub import get_token
 
     text = next((line for line in str(message).splitlines() if line.strip()), type(message).__name__)
-    token = get_token()
-    return (text.replace(token, "...") if token else text).strip()[:300]
+    with suppress(Exception):  # The message may be that there is no token, as in `check_login`.
+        if token := get_token():
+            text = text.replace(token, "...")
+    return text.strip()[:300]
 
 
 def describe_upload(files: Mapping[str, int | None], repo: str, private: bool | None) -> Iterator[str]:

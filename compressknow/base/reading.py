@@ -175,6 +175,8 @@ def find_mismatch(value: Any, form: Any, where: str = "it") -> str | None:
     ('b is not a whole number', 'b is not a number')
     >>> [find_mismatch({"a": {"b": value}}, {"a": {"b": (int, [str])}}) for value in (None, [1])]
     ['a.b is not a whole number', 'a.b[0] is not text']
+    >>> find_mismatch([], (str, None)), find_mismatch(1, None)
+    ('it is not text', 'it is not null')
     """
     if isinstance(form, tuple):
         wrong = [find_mismatch(value, each, where) for each in form]
@@ -220,10 +222,13 @@ SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "c
 
 def load_tables(dataset: str) -> dict[str, Any]:
     """Load the tables of a data set by split: from a folder (of data files, or written by `save_to_disk`), a file, or
-    ``NAME`` or ``NAME:CONFIG`` on the Hub. Raises UsageError if there is no such data set, CompressknowError if the Hub
-    cannot be reached or the data cannot be read."""
+    ``NAME`` on the Hub; the name, or that of a folder of data files, may be followed by ``:CONFIG``. Raises UsageError
+    if there is no such data set, CompressknowError if the Hub cannot be reached or the data cannot be read."""
     require("datasets", "pyarrow")
-    path = expand_home(dataset)
+    path, config = expand_home(dataset), None
+    name, colon, last = dataset.rpartition(":")
+    if colon and not path.exists() and expand_home(name).is_dir():
+        path, config = expand_home(name), last
     if not path.exists() and _is_path(dataset):
         raise UsageError(f"There is no folder or file {path}.", hint="hf: is followed by a path, or a name on the Hub.")
     if path.exists() and not path.is_dir():
@@ -236,7 +241,7 @@ def load_tables(dataset: str) -> dict[str, Any]:
 
     with _silence():
         try:
-            if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+            if config is None and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
                 loaded = datasets.load_from_disk(str(path))
             elif path.is_file():
                 if (builder := SUFFIXES.get(path.suffix.lower())) is None:
@@ -244,7 +249,7 @@ def load_tables(dataset: str) -> dict[str, Any]:
                 options = _get_csv_options(path) if builder == "csv" else {}
                 loaded = datasets.load_dataset(builder, data_files=str(path), **options)
             elif path.is_dir():
-                loaded = datasets.load_dataset(str(path))
+                loaded = datasets.load_dataset(str(path), config)
             else:
                 name, _, config = dataset.partition(":")
                 loaded = datasets.load_dataset(name, config or None)

@@ -62,9 +62,8 @@ def make_calibration_text(
     from compressknow.compress.calibrate.text import read_calibration_text
 
     check_smoothable(plan)
-    # The original writes the text, since a smaller model writes worse, and the text decides which blocks are dropped.
-    tree = plan.removal.original[1] if plan.removal else plan.tree
-    folder = plan.checkpoint.folder
+    # The folder's model writes the text, not one without blocks: that writes worse, and the text decides which to drop.
+    folder, tree = plan.checkpoint.folder, plan.tree
     return read_calibration_text(folder, tree, calibration, trust_remote_code=trust_remote_code, advance=advance)
 
 

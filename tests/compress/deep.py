@@ -54,6 +54,10 @@ BUILDERS: dict[str, Builder] = {
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**_LLAMA | _DEEP)),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_LLAMA | _DEEP, pad_token_id=0)),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_LLAMA | _DEEP, num_local_experts=4)),
+    # Its blocks are of two sizes.
+    "lfm2": lambda: hf.Lfm2ForCausalLM(
+        hf.Lfm2Config(**_LLAMA | _DEEP, layer_types=["conv", "full_attention"] * 2, block_multiple_of=16)
+    ),
 }
 # The module list of each stack's blocks.
 STACKS = {

@@ -324,6 +324,7 @@ RECIPES = {
     "unknown key": ("[[steps]]\nprune = 0.2\namout = 3", "amout"),
     "neither amount nor scheme": ("[[steps]]\nscope = ['attention']", "either prune = AMOUNT or quantize = SCHEME"),
     "wrong type": ("[[steps]]\nprune = '20 %'", "must be greater than 0 and less than 1"),
+    "boolean in place of a number": ("[[steps]]\nquantize = 'int8'\nsmooth = true", "smooth must be greater than 0"),
     "scope of numbers": ("[[steps]]\nprune = 0.2\nscope = [1]", "scope must be a list of text"),
     "pruned twice": ("[[steps]]\nprune = 0.2\n[[steps]]\nprune = 0.3\nscope = 'attention'", "Two steps would prune"),
     "quantize before prune": ("[[steps]]\nquantize = 'int8'\n[[steps]]\nprune = 0.3", "prunes before it quantizes"),

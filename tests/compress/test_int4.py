@@ -147,11 +147,13 @@ def test_transformers_computes_the_logits_of_the_model_in_memory(name: str, tmp_
     assert not compressknow.verify(tmp_path / "out").differences
 
 
-@pytest.mark.parametrize("name", UNPACKED_ON_LOADING)
-def test_families_whose_packed_form_does_not_load_are_unpacked_on_loading(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "dropped"), [*((name, None) for name in UNPACKED_ON_LOADING), ("t5-tied", "1")])
+def test_families_whose_packed_form_does_not_load_are_unpacked_on_loading(
+    name: str, dropped: str | None, tmp_path: Path
+) -> None:
     tiny_of_groups(name).save_pretrained(tmp_path / "in")
     options: dict[str, Any] = {"scope": BLOCKS, "quantize": "int4", "parameters": {"group_size": 32}}
-    manifest = compressknow.convert(tmp_path / "in", tmp_path / "out", **options)
+    manifest = compressknow.convert(tmp_path / "in", tmp_path / "out", drop_blocks=dropped, **options)
     assert manifest["runtimes"] == ["transformers", "compressknow"]
     plain, ours = T5ForConditionalGeneration.from_pretrained(tmp_path / "out"), compressknow.load(tmp_path / "out")
     assert torch.equal(logits(plain.eval()), logits(ours))

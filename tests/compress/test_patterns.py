@@ -194,6 +194,11 @@ def test_an_invalid_pattern_is_refused(pattern: object) -> None:
         Prune(0.5, parameters={"pattern": pattern})
 
 
+def test_a_misspelled_parameter_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(UsageError, match=r"no parameter 'patern'\.\nDid you mean pattern\? It has per_layer, pattern"):
+        Prune(0.5, parameters={"patern": "2:4"})
+
+
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_a_pattern_is_never_global(per_layer: bool) -> None:
     assert not Prune(0.5, per_layer=per_layer, parameters={"pattern": "2:4"}).is_global

@@ -244,11 +244,14 @@ class StopsMidway(PreTrainedModel):
         self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4), "gate": nn.Linear(4, 4)}) for _ in range(2))
         self.last = nn.Sequential(nn.Linear(4, 4))
         self.head, self.plain = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.cast, self.joined, self.named = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden = self.blocks[0]["up"](self.embeddings(input_ids)[..., : self.blocks[0]["gate"].weight.size(0)])
         weight = self.plain.weight
         hidden = (self.plain(hidden).to(weight.dtype) @ self.plain.weight).to(weight.dtype)
+        hidden = self.named(self.joined(self.cast(hidden))).to(dtype=self.cast.weight.dtype)
+        hidden = nn.functional.linear(hidden @ torch.cat([self.joined.weight]), weight=self.named.weight)
         raise RuntimeError(f"{hidden.shape} {attention_mask}")
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -259,10 +262,11 @@ class StopsMidway(PreTrainedModel):
 
 
 def test_layers_that_a_pass_does_not_reach_are_read_if_code_names_their_weight() -> None:
-    """All blocks run alike; neither the size of a weight nor code that sets it reads its values."""
+    """All blocks run alike; neither the size or dtype of a weight nor code that sets it reads its values."""
     with torch.device("meta"):
         model = StopsMidway(BertConfig(vocab_size=9))
-    assert find_direct_reads(model) == dict.fromkeys(("last.0", "head", "plain"), "values")
+    values = dict.fromkeys(("last.0", "head", "plain", "joined", "named"), "values")
+    assert find_direct_reads(model) == values | {"cast": "dtype"}
 
 
 def test_direct_reads_of_a_vision_tower_are_found_in_its_source() -> None:
@@ -276,7 +280,9 @@ def test_direct_reads_of_a_vision_tower_are_found_in_its_source() -> None:
 def test_an_output_that_transformers_could_not_load_is_refused_early(tmp_path: Path) -> None:
     # In an int8 checkpoint, transformers expects experts one by one, not as a stack.
     save_zoo_model("llama4_text", "Llama4ForCausalLM", tmp_path / "in")
-    with pytest.raises(UnsupportedError, match="transformers could not load the output"):
+    with pytest.raises(
+        UnsupportedError, match=r"could not load the output\.\nIt finds no values for model\.layers\.0\."
+    ):
         compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", quantize="int8")
     recipe = Recipe((Quantize("int8", Where(("attention",))),))
     with pytest.raises(UnsupportedError, match="transformers could not load the output"):

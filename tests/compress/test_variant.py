@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Calibration, DropBlocks, Prune, Quantize, Where
 from compressknow.engine.identity import describe_variant
 from compressknow.engine.load import load, load_variant
-from tests.knowing import save_trained
+from tests.knowing import save_trained, save_trained_custom_code
 from tests.models import logits, save_tiny, tiny_of_groups
 
 RECIPES = {
@@ -87,6 +88,34 @@ def test_smoothed_norms_do_not_reach_other_variants(architecture: str, tmp_path:
         assert variant.tensors.keys() == stored.keys()
         for name, tensor in stored.items():
             assert torch.equal(tensor.view(torch.uint8), variant.tensors[name].view(torch.uint8)), name
+
+
+def test_the_original_writes_one_text_per_calibration_for_all_recipes(tmp_path: Path) -> None:
+    source, calibration = save_trained("llama", tmp_path / "model"), Calibration(tokens=64)
+    quantize = Quantize("int8", rounding="gptq")
+    (tmp_path / "texts").mkdir()
+    maker = VariantMaker(source, texts=tmp_path / "texts")
+    hashes = []
+    for recipe in (
+        Recipe((quantize,), calibration=calibration),
+        Recipe((quantize,), calibration=replace(calibration, seed=1)),
+    ):
+        text = maker.get_text(maker.plan(recipe))
+        assert text is not None
+        hashes.append(text.sha256)
+    assert len(set(hashes)) == 2
+    maker = VariantMaker(source)
+    text = maker.get_text(maker.plan(Recipe((DropBlocks(1), quantize), calibration=calibration)))
+    assert text is not None
+    assert text.sha256 == hashes[0]
+
+
+def test_a_trusted_model_with_custom_code_writes_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path / "cache"))
+    maker = VariantMaker(save_trained_custom_code(tmp_path / "own"), trust_remote_code=True)
+    recipe = Recipe((Quantize("int8", rounding="gptq"),), calibration=Calibration(tokens=64))
+    assert maker.get_text(maker.plan(recipe))
 
 
 @pytest.mark.parametrize("dropped", [(), (DropBlocks("0"),)], ids=["all blocks", "one dropped"])

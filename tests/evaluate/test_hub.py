@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import pyarrow as pa
@@ -197,10 +198,12 @@ def test_a_year_stays_whole_if_another_cell_of_its_column_is_empty(tmp_path: Pat
 
 def test_cells_of_a_csv_file_are_read_as_they_are_written(tmp_path: Path) -> None:
     rows = "agent,text,popularity\n007,Bond is [MASK].,12\nNA,Namibia has the code [MASK].,\n1.50,It is [MASK].,1e3\n"
+    (tmp_path / "agents.csv").write_text("agent,text\n007,Bond is [MASK].\n")
     (tmp_path / "codes.CSV").write_text(rows)
     columns = {"object": "agent", "prompt": "text", "popularity": "popularity"}
     probe = read_hub_facts(str(tmp_path / "codes.CSV"), columns)
     assert [(fact.obj_label, fact.popularity) for fact in probe.facts] == [("007", 12), ("NA", None), ("1.50", 1000)]
+    assert read_hub_facts(str(tmp_path / "agents.csv"), columns | {"popularity": "text"}).facts[0].obj_label == "007"
 
 
 def test_the_split_for_evaluation_is_read_unless_another_is_named(tmp_path: Path) -> None:
@@ -225,6 +228,14 @@ def test_a_dataset_of_save_to_disk_is_read(tmp_path: Path, splits: bool) -> None
     (datasets.DatasetDict({"only": table}) if splits else table).save_to_disk(str(tmp_path / "saved"))
     probe = read_hub_facts(str(tmp_path / "saved"))
     assert (probe.facts[0].obj_label, probe.source["split"]) == ("b", "only" if splits else "validation")
+
+
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    write_jsonl(tmp_path / "sets" / "facts.jsonl", [{"prompt": "A [MASK].", "obj_label": "b"}])
+    for name in ("~/sets/facts.jsonl", "~/sets"):
+        assert read_hub_facts(name).facts[0].obj_label == "b"
 
 
 def test_open_probe_passes_columns_and_split(tmp_path: Path) -> None:
@@ -261,9 +272,25 @@ def test_a_missing_path_is_not_looked_up_on_the_hub(name: str) -> None:
         read_hub_facts(name)
 
 
-def test_a_configuration_follows_the_name() -> None:
+def test_a_configuration_follows_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CompressknowError, match=r"huggingface\.co/datasets/some/set where"):
         read_hub_facts("some/set:config")
+    table = datasets.Dataset.from_list([{"prompt": "A [MASK].", "obj_label": "b"}])
+    load = Mock(return_value=table)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_hub_facts("some/set:config").facts[0].obj_label == "b"
+    load.assert_called_once_with("some/set", "config")
+
+
+def test_a_configuration_follows_the_name_of_a_folder(tmp_path: Path) -> None:
+    settings = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("english", "french"))
+    for name in ("english", "french"):
+        write_jsonl(tmp_path / "set" / name / "facts.jsonl", [{"prompt": "It is [MASK].", "obj_label": name}])
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{settings}---\n")
+    assert read_hub_facts(f"{tmp_path / 'set'}:french").facts[0].obj_label == "french"
+    for end, message in {"": "Config name is missing", ":german": "'german' not found"}.items():
+        with pytest.raises(UsageError, match=rf"{message}(.|\n)*hf:NAME:CONFIG"):
+            read_hub_facts(f"{tmp_path / 'set'}{end}")
 
 
 def test_a_loading_script_is_refused(tmp_path: Path) -> None:
@@ -286,7 +313,24 @@ def test_damaged_files_are_an_error_with_the_reason(tmp_path: Path, capfd: pytes
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(CompressknowError, match=r"bad\.parquet cannot be read\.\n.*Parquet"):
         read_hub_facts(str(tmp_path / "bad.parquet"))
+    (tmp_path / "bad.jsonl").write_text('{"a')
+    with pytest.raises(CompressknowError, match="JSON parse error"):
+        read_hub_facts(str(tmp_path / "bad.jsonl"))
     assert capfd.readouterr().err == "", "the library's own message is not printed"
+
+
+@pytest.mark.parametrize("switch", [datasets.enable_progress_bars, datasets.disable_progress_bars])
+def test_settings_of_the_library_are_as_before(
+    tmp_path: Path, switch: Callable[[], None], request: pytest.FixtureRequest
+) -> None:
+    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    request.addfinalizer(datasets.enable_progress_bars if bars else datasets.disable_progress_bars)
+    request.addfinalizer(lambda: datasets.logging.set_verbosity(verbosity))
+    switch()
+    datasets.logging.set_verbosity_error()
+    read_hub_facts(str(write_parquet(tmp_path / "f.parquet", [{"prompt": "A [MASK].", "obj_label": "b"}])))
+    assert datasets.is_progress_bar_enabled() == (switch is datasets.enable_progress_bars)
+    assert datasets.logging.get_verbosity() == datasets.logging.ERROR
 
 
 def test_map_options_are_parsed() -> None:

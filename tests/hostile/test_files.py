@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import zipfile
 from collections.abc import Callable
@@ -177,8 +178,20 @@ def test_only_newlines_end_lines(tmp_path: Path) -> None:
     assert list(read_lines(tmp_path / "f")) == [b"a\r", b"", b"b\xe2\x80\xa8c"]
 
 
-def test_file_that_was_removed_since_it_was_opened_has_changed(checkpoint: Path) -> None:
+def test_file_that_was_touched_replaced_or_removed_since_it_was_opened_has_changed(checkpoint: Path) -> None:
+    file, second = checkpoint / "model.safetensors", 10**18
+    os.utime(file, ns=(second, second))
     opened = open_checkpoint(checkpoint)
-    (checkpoint / "model.safetensors").unlink()
+    opened.check_unchanged()
+    os.utime(file, ns=(second, second + 10**6))
+    with pytest.raises(CompressknowError, match=r"model\.safetensors was replaced or changed"):
+        opened.check_unchanged()
+    os.utime(file, ns=(second, second))
+    opened.check_unchanged()
+    # A copy with the same size and time.
+    shutil.copy2(file, checkpoint / "copy").replace(file)
+    with pytest.raises(CompressknowError, match=r"model\.safetensors was replaced or changed"):
+        opened.check_unchanged()
+    file.unlink()
     with pytest.raises(CompressknowError, match=r"model\.safetensors was replaced or changed"):
         opened.check_unchanged()

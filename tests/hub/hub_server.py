@@ -38,7 +38,7 @@ class Hub(ThreadingHTTPServer):
         self.faults: dict[str, int | str] = {}
         self.times = 1_000
         self.repositories: dict[str, dict[str, bytes]] = {}
-        self.private: dict[str, bool] = {}
+        self.private: dict[str, bool | None] = {}
         self.objects: dict[str, bytes] = {}
         self.commits: list[str] = []
         self.steps: list[str] = []
@@ -147,7 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.server.repositories:
             self._answer({"error": "You already created this model repo", **url}, 409)
             return
-        self.server.private[name] = bool(request.get("private")) or request.get("visibility") == "private"
+        visibility = request.get("visibility")
+        # None if the request leaves it to the organization.
+        self.server.private[name] = request.get("private") if visibility is None else visibility == "private"
         self.server.repositories[name] = {}
         self._answer(url)
 

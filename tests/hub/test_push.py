@@ -8,12 +8,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
-from huggingface_hub import constants
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import (
+    _http,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    filter_repo_objects,
+    logging,
+)
 
 import compressknow
 from compressknow.base import hub as uploads
@@ -48,7 +57,7 @@ def test_convert_pushes_the_whole_output_and_prints_its_address(
     out = tmp_path / "out"
     assert main(["convert", str(model), str(out), "--quantize", "int8", "--push", REPO]) == 0
     assert hub.repositories == {REPO: read_files(out)}
-    assert hub.private == {REPO: False}
+    assert hub.private == {REPO: None}
     assert hub.commits == ["Blocks_GQ of tiny, by compressknow"]
     printed = capsys.readouterr()
     assert printed.out.startswith("Blocks_GQ: ")
@@ -106,7 +115,14 @@ def test_second_push_uploads_no_weights_again(hub: Hub, converted: Path) -> None
 def test_other_weights_in_the_repository_are_reported(
     hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = dict.fromkeys(("2_Dense/model.safetensors", "model-00001-of-00002.safetensors", "notes.txt"), b"")
+    names = (
+        "2_Dense/model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "pytorch_model.bin",
+        "a.gguf",
+        "notes.txt",
+    )
+    old = dict.fromkeys(names, b"")
     hub.repositories[REPO] = old
     source = shutil.copytree(model, tmp_path / "tiny")
     (source / "modules.json").write_text('[{"path": "2_Dense"}]')
@@ -114,7 +130,8 @@ def test_other_weights_in_the_repository_are_reported(
     shutil.copy(model / "model.safetensors", source / "2_Dense")
     assert main(["convert", str(source), str(tmp_path / "out"), "--quantize", "int8", "--push", REPO]) == 0
     warning = " ".join(capsys.readouterr().err.split())
-    assert "also contains model-00001-of-00002.safetensors, not from this model." in warning
+    others = "a.gguf, model-00001-of-00002.safetensors, pytorch_model.bin"
+    assert f"also contains {others}, not from this model." in warning
     assert hub.repositories[REPO]["notes.txt"] == b""
 
 
@@ -174,10 +191,29 @@ def test_interrupted_upload_names_the_command_to_continue(hub: Hub, converted: P
     assert raised.value.__notes__ == [f"{converted} is complete. To continue the upload: {command}"]
 
 
-def test_temporary_failure_is_retried(hub: Hub, converted: Path) -> None:
+def test_temporary_failure_is_retried_in_silence_with_the_clients_that_a_user_has_set(
+    hub: Hub, converted: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    factory = Mock(side_effect=_http._GLOBAL_CLIENT_FACTORY)
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", factory)
     hub.faults, hub.times = {"put": 503}, 2
+    logging.set_verbosity(logging.WARNING)
     compressknow.push(converted, REPO)
     assert hub.repositories[REPO] == read_files(converted)
+    assert capfd.readouterr() == ("", "")
+    assert factory.called
+    assert (_http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity()) == (factory, logging.WARNING)
+
+
+@pytest.mark.parametrize("switch", [enable_progress_bars, disable_progress_bars])
+def test_progress_bars_are_as_before_after_an_upload(
+    hub: Hub, converted: Path, switch: Callable[[], None], request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars)
+    switch()
+    compressknow.push(converted, REPO)
+    assert hub.commits
+    assert are_progress_bars_disabled() == (switch is disable_progress_bars)
 
 
 def test_error_of_the_rust_uploader_is_one_message(
@@ -212,7 +248,13 @@ def test_invalid_repository_name_is_refused_before_any_work(hub: Hub, model: Pat
     assert hub.steps == []
 
 
-@pytest.mark.parametrize("missing", ["token", "network"])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        *("token", "network"),
+        pytest.param("exchange", marks=pytest.mark.skipif(not hasattr(errors, "OIDCError"), reason="it is newer")),
+    ],
+)
 def test_missing_token_or_network_is_reported_before_any_work(
     hub: Hub,
     model: Path,
@@ -223,12 +265,20 @@ def test_missing_token_or_network_is_reported_before_any_work(
 ) -> None:
     if missing == "token":
         monkeypatch.delenv("HF_TOKEN")
-    else:
+    elif missing == "network":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        # As in CI, but without anything to exchange for a token.
+        monkeypatch.setenv("HF_OIDC_RESOURCE", REPO)
+        monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
     out = tmp_path / "out"
     assert main(["convert", str(model), str(out), "--quantize", "int8", "--push", REPO]) == 1
-    expected = "hf auth login, or set HF_TOKEN" if missing == "token" else "HF_HUB_OFFLINE is set"
-    assert expected in capsys.readouterr().err
+    expected = {
+        "token": "hf auth login, or set HF_TOKEN",
+        "network": "HF_HUB_OFFLINE is set",
+        "exchange": "Error: The Hub's token could not be read.\n  HF_OIDC_RESOURCE is set but no",
+    }
+    assert expected[missing] in capsys.readouterr().err
     assert not out.exists()
     assert hub.steps == []
 

@@ -42,6 +42,7 @@ def test_a_meta_model_has_no_weights_and_draws_no_random_numbers(tmp_path: Path)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert not model.training
     assert torch.equal(torch.rand(3), expected)
+    assert not torch.nn.modules.module._global_module_registration_hooks, "later models are not counted"
 
 
 def test_a_model_of_70_billion_parameters_needs_no_memory(tmp_path: Path) -> None:

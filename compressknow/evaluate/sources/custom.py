@@ -1,8 +1,9 @@
 """The user's own sources: facts in a file or a table, and running text.
 
-``hf:NAME`` or ``hf:NAME:CONFIG`` is a data set on the Hub; ``hf:PATH`` is a folder (of data files, or written by
-`save_to_disk`) or a .parquet, .json, .jsonl or .csv file. The user gives the columns, unless the table is recognized:
-PopQA (``akariasai/PopQA``), LAMA's copies in Parquet, and tables with the columns of a facts file (`facts:`).
+``hf:NAME`` or ``hf:NAME:CONFIG`` is a data set on the Hub; ``hf:PATH`` is a folder (of data files, with or without
+``:CONFIG``, or written by `save_to_disk`) or a .parquet, .json, .jsonl or .csv file. The user gives the columns, unless
+the table is recognized: PopQA (``akariasai/PopQA``), LAMA's copies in Parquet, and tables with the columns of a facts
+file (`facts:`).
 """
 
 from __future__ import annotations

@@ -171,8 +171,8 @@ def test_card_of_a_known_model_with_its_own_tokenizer_trusts_the_tokenizer_alone
     monkeypatch.syspath_prepend(str(tmp_path / "cache"))
     source, out = save_trained("llama", tmp_path / "source"), tmp_path / "out"
     path = source / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "OwnTokenizer"}
-    path.write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}), encoding="utf-8")
+    config = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    path.write_text(json.dumps(config | {"tokenizer_class": "OwnTokenizer"}), encoding="utf-8")
     code = "from transformers import PreTrainedTokenizerFast\nclass OwnTokenizer(PreTrainedTokenizerFast): pass\n"
     (source / "own.py").write_text(code, encoding="utf-8")
     compressknow.convert(source, out, quantize="int8")
@@ -185,3 +185,7 @@ def test_card_of_a_known_model_with_its_own_tokenizer_trusts_the_tokenizer_alone
     serve, _, again = find_code_blocks(card, "sh")
     assert serve == "vllm serve PATH/TO/THIS/FOLDER --trust-remote-code\n"
     assert "--trust-remote-code" not in again
+    # transformers prefers a class that it has.
+    path.write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
+    compressknow.convert(source, tmp_path / "known", quantize="int8")
+    assert "trust" not in (tmp_path / "known" / "README.md").read_text(encoding="utf-8")
