@@ -514,4 +514,7 @@ def _resolve_file(file: Path, value: str) -> str:
     place = file.parent / expand_home(part)
     # Without a prefix, only a name with a suffix can be a file: a folder may be called atlas.
     is_there = part and place.exists() if colon else place.suffix and place.is_file()
+    if kind == "hf" and not is_there:
+        # A configuration may follow the folder.
+        is_there = ":" in part and (file.parent / expand_home(part.rpartition(":")[0])).is_dir()
     return f"{kind}{colon}{place}" if is_there else value

@@ -80,9 +80,10 @@ def test_nearest_file_then_command_table_then_command_line_win(project: Path) ->
 def test_paths_in_the_file_are_relative_to_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "mine.jsonl").write_text('{"prompt": "Paris lies on the [MASK]."}\n')
     (project / "atlas").write_text("no probe\n")
-    probes = ["facts:mine.jsonl", "facts:other.jsonl", "text:C:/x.txt", "atlas", "hf:a/b", "hf:"]
-    (project / "compressknow.toml").write_text(f"probe = {probes}\n")
-    assert run_first()[0]["probe"] == (f"facts:{project / 'mine.jsonl'}", *probes[1:])
+    (project / "rows").mkdir()
+    found, others = ["facts:mine.jsonl", "hf:rows:en"], ["facts:other.jsonl", "text:C:/x.txt", "atlas", "hf:a/b", "hf:"]
+    (project / "compressknow.toml").write_text(f"probe = {found + others}\n")
+    assert run_first()[0]["probe"] == (f"facts:{project / 'mine.jsonl'}", f"hf:{project / 'rows'}:en", *others)
     assert main(["report", "./a", "./b", "-p", "facts:mine.jsonl"]) == 2
     assert capsys.readouterr().err.startswith("Error: There is no file mine.jsonl.")
     (project / "compressknow.toml").write_text('probe = ["facts:mine.jsonl"]\n')
