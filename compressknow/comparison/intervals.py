@@ -237,7 +237,7 @@ def tally(first: np.ndarray, second: np.ndarray, cluster: np.ndarray) -> list[Co
     number = int(cluster.max()) + 1 if len(cluster) else 0
     kind = 2 * first.astype(int) + second
     table = np.bincount(4 * cluster + kind, minlength=4 * number).reshape(number, 4)
-    return [Counts(*map(int, row)) for row in table[:, [3, 2, 1, 0]]]
+    return [Counts(*row) for row in table[:, [3, 2, 1, 0]].tolist()]
 
 
 def run_paired_test(clusters: Sequence[Counts]) -> PairedTest:
@@ -254,9 +254,9 @@ def run_paired_test(clusters: Sequence[Counts]) -> PairedTest:
     >>> run_paired_test([Counts(lost=9, gained=2)]), run_paired_test([Counts(lost=3)] * 8 + [Counts(gained=3)] * 2)
     (PairedTest(p=0.06542..., unit='fact'), PairedTest(p=0.109375, unit='relation'))
     """
-    table = np.array([(c.gained - c.lost, c.n) for c in clusters if c.n], dtype=np.int64).reshape(-1, 2)
-    changes, sizes = table.T
-    exact = run_mcnemar(sum(clusters, Counts()))
+    table = np.array([(c.both, c.lost, c.gained, c.neither) for c in clusters if c.n], dtype=np.int64).reshape(-1, 4)
+    changes, sizes = table[:, 2] - table[:, 1], table.sum(axis=1)
+    exact = run_mcnemar(Counts(*table.sum(axis=0).tolist()))
     if exact is None or not FEWEST <= len(sizes) < sizes.sum():
         return PairedTest(exact, "fact")
     p = _flip_signs(changes) if len(sizes) >= FEWEST_SIGNS else max(exact, _jackknife(changes, sizes))
