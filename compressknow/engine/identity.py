@@ -198,13 +198,16 @@ def get_record_path(output: Path) -> Path:
 
 
 def read_export_record(path: Path) -> dict[str, Any]:
-    """Return "sha256" and "source" of the record that an export writes next to a GGUF file; empty without one."""
+    """Return "sha256", "source" and, if facts chose its types, "guided_by" (probes and ids) of the record that an
+    export writes next to a GGUF file; empty without one."""
     try:
         record = read_json(get_record_path(path), MANIFEST)
     except (OSError, ValueError):
         return {}
-    form = {"sha256": str, "source": SOURCE_FORM}
-    return {} if find_mismatch(record, form) else {key: record[key] for key in form}
+    form = {"sha256": str, "source": SOURCE_FORM, "fit?": {"guided_by?": [[str]]}}
+    if find_mismatch(record, form):
+        return {}
+    return {"sha256": record["sha256"], "source": record["source"], **record.get("fit", {})}
 
 
 def describe_variant(name: str, variant: Variant) -> dict[str, Any]:

@@ -12,15 +12,15 @@ from typing import Any
 from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
 from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, count_progress, relabel_progress, report_progress
-from compressknow.engine.identity import locate, read_contents
+from compressknow.engine.identity import locate, read_contents, read_export_record
 from compressknow.evaluate.answers import Answer, Answers, change_model, is_answers_folder, read_answers
 from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.evaluate import check_alike, check_facts
 from compressknow.evaluate.facts import Fact, Probe
-from compressknow.evaluate.grades import PRODUCED
+from compressknow.evaluate.grades import PRODUCED, merge_wordings
 from compressknow.evaluate.handle import ModelHandle, make_handles
 from compressknow.evaluate.noise import NoiseFloors
-from compressknow.evaluate.records import FactsInText, ProbeEntry
+from compressknow.evaluate.records import FactsInText, Guides, ProbeEntry
 from compressknow.evaluate.run import check_unique, probe_model
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Opened, Options, Task, check_taken, normalize_name, open_all
@@ -32,11 +32,25 @@ from compressknow.model.checkpoint import build_server_error, is_address
 
 def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | None) -> Answers:
     """Add to a model's record what its folder says about calibration, and which facts occur in the calibration text if
-    that is available. (Stored answers may come from another folder with the same weights.) `known_by` has the answers
-    of the model that it is compared with; None for the original."""
+    that is available, or chose the types of a GGUF file. (Stored answers may come from another folder with the same
+    weights.) `known_by` has the answers of the model that it is compared with; None for the original."""
     calibration = model.describe().get("calibration")
     in_text = find_facts_in_text(calibration, model, known_by) if calibration and known_by else None
-    return change_model(answers, calibration=calibration, in_calibration=in_text)
+    guides = _count_guides(answers, model, known_by) if known_by else None
+    return change_model(answers, calibration=calibration, in_calibration=in_text, guides=guides)
+
+
+def _count_guides(answers: Answers, model: ModelHandle, known_by: Answers) -> Guides | None:
+    """Count the facts that chose the types of a GGUF file, as its record says; None if none of them was evaluated."""
+    if model.located.path.suffix != ".gguf":
+        return None
+    known, kept = (
+        {(each.probe, each.fact_id) for each in merge_wordings(side).answers if each.correct}
+        for side in (known_by, answers)
+    )
+    guides = known & set(map(tuple, read_export_record(model.located.path).get("guided_by", ())))
+    others = known - guides
+    return Guides(len(guides), len(guides & kept), len(others), len(others & kept)) if guides else None
 
 
 def find_facts_in_text(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:

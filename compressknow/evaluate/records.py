@@ -167,6 +167,17 @@ class FactsInText:
     known_found: int
 
 
+@dataclass(frozen=True, slots=True)
+class Guides:
+    """Of the facts that the original knew, the number that chose a GGUF file's types, and how many of them the file
+    keeps; then the same two numbers for all others."""
+
+    known: int
+    kept: int
+    others: int
+    others_kept: int
+
+
 @dataclass(frozen=True)
 class ModelRecord(_JsonRecord):
     """Object "model": the model that gave the answers.
@@ -181,7 +192,7 @@ class ModelRecord(_JsonRecord):
     grid : matrices whose weights are already on a grid, as `find_grid` counts them; None if there are none.
     totals : for a cell of a study, which has no files: its manifest's totals, `nonzero` and `sparse_bytes`.
     runtime : what ran it if that was not transformers: name, build, and types by group of layers.
-    speed, in_calibration : measured for one report, and not stored.
+    speed, in_calibration, guides : measured for one report, and not stored.
     runtime_unmeasured : for an original, why the noise floor of the compressed model's runtime is not known, and what
         to try: sentences, the first without a capital. Not stored.
     """
@@ -211,6 +222,7 @@ class ModelRecord(_JsonRecord):
     runtime: Mapping[str, Any] | None = None
     speed: Speed | None = None
     in_calibration: FactsInText | None = None
+    guides: Guides | None = None
     runtime_unmeasured: str | None = None
 
     @property

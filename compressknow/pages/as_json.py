@@ -17,7 +17,7 @@ from compressknow.evaluate.records import ModelRecord, NoiseFloor
 # Fields of a model in a page's JSON, in order.
 _MODEL = (
     "name revision sha256 architecture family parameters bytes dtype setup quantization runtime recipe source zeros "
-    "groups removed calibration speed in_calibration changed grid"
+    "groups removed calibration speed in_calibration guides changed grid"
 ).split()
 
 

@@ -232,7 +232,7 @@ def describe_fit(allocation: Allocation, budget: int, target: SizeTarget, guidan
     record = {
         **{"budget": budget, "guide": target.guide, "rounding": target.rounding},
         **{"must": [list(rule) for rule in target.must], "predicted_kl": allocation.loss},
-        **{"facts": guidance.facts, "facts_sha256": guidance.fingerprint},
+        **{"facts": guidance.facts, "facts_sha256": guidance.fingerprint, "guided_by": guidance.ids},
         **{"tokens": guidance.tokens, "text_sha256": guidance.text},
     }
     return allocation.types, record

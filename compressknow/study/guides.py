@@ -104,6 +104,7 @@ def measure_guides(
         roundings.types,
         facts=len(scored),
         fingerprint=hash_facts(known) if scored else None,
+        ids=tuple((each.answer.probe, each.answer.fact_id) for each in scored),
         tokens=min(text.tokens, TOKENS),
         text=text.sha256,
     )

@@ -24,7 +24,7 @@ from compressknow.model.manifest import SEAL, hash_manifest, seal_manifest
 
 Guide = Literal["facts", "text", "both"]
 GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
-SCHEMA = 3
+SCHEMA = 4
 # Minimum number of facts that distinguish weights.
 FEWEST = 30
 # Default number of tokens of the text that guides.
@@ -117,6 +117,7 @@ class Guidance:
     fingerprint: str | None = None  # a hash of their ids, prompts and candidates
     tokens: int = 0  # number of tokens of text
     text: str | None = None  # a hash of the text
+    ids: tuple[tuple[str, str], ...] = ()  # the facts' probes and ids
 
 
 @dataclass(frozen=True, repr=False)
@@ -177,7 +178,8 @@ class Sensitivity(notebook.SummaryRepr):
         """Build a sensitivity from `as_json` values. Raises ValueError, KeyError or TypeError for anything else."""
         if values.get("schema") != SCHEMA:
             raise ValueError(f"schema {values.get('schema')!r}")
-        guidance = {**values["guidance"], "types": tuple(values["guidance"]["types"])}
+        guidance = dict(values["guidance"])
+        guidance |= {"types": tuple(guidance["types"]), "ids": tuple(map(tuple, guidance["ids"]))}
         rows = []
         for row in values["rows"]:
             by_type = {name: Rounding(**each) for name, each in row["by_type"].items()}

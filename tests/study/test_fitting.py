@@ -86,7 +86,7 @@ def test_guide_decides_where_bits_go(sensitivity: Sensitivity, tensors: Tensors)
     loss = sum(by_name[names[name]].by_type[kind].facts or 0.0 for name, kind in types.items() if kind != "bf16")
     assert record == {
         **{"budget": 700_000, "guide": "facts", "rounding": "gptq", "must": [], "predicted_kl": pytest.approx(loss)},
-        **{"facts": 40, "facts_sha256": "1" * 64, "tokens": 1000, "text_sha256": "2" * 64},
+        **{"facts": 40, "facts_sha256": "1" * 64, "guided_by": (), "tokens": 1000, "text_sha256": "2" * 64},
     }
 
 

@@ -30,6 +30,7 @@ from compressknow.compress.steps import Calibration
 from compressknow.evaluate.answers import read_answers
 from compressknow.evaluate.facts import Probe, strip_wording
 from compressknow.evaluate.grades import PRODUCED
+from compressknow.evaluate.records import Guides
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 from compressknow.pages.records import Card
@@ -207,9 +208,22 @@ def test_only_facts_of_the_search_split_guide(gguf: Workspace) -> None:
     known = select_known_facts(searched, [part])
     assert record["fit"]["facts_sha256"] == hash_facts(known)
     assert record["fit"]["facts"] == sum(len(probe.facts) for probe in known) == 22
+    assert record["fit"]["guided_by"] == [[probe.name, fact.id] for probe in known for fact in probe.facts]
     assert gguf.read_result("found")["winner"]["types"] == {
         rule[0].replace("\\", "").strip("^$"): rule[1] for rule in record["types"]
     }
+
+
+def test_report_counts_the_facts_that_chose_the_types_of_a_file(gguf: Workspace) -> None:
+    card = gguf.report("found")
+    by_model = {each.record.model.name: each for each in map(read_answers, (gguf.folder / "answers").iterdir())}
+    known, kept = ({a.fact_id for a in by_model[name].answers if a.correct} for name in ("gguf", "model.gguf"))
+    record = json.loads((gguf.folder / "found" / "model.gguf.json").read_text())
+    guides = {fact_id for _, fact_id in record["fit"]["guided_by"]}
+    counts = Guides(22, len(kept & guides), len(known) - 22, len(kept & known - guides))
+    assert card.comparisons[0].model.guides == counts
+    sentence = f"It keeps {counts.kept} of these, and {counts.others_kept} of the {counts.others} others."
+    assert any(sentence in warning for warning in card.comparisons[0].warnings)
 
 
 def test_weights_that_vllm_joins_share_one_type(llama: Workspace, undisturbed: dict[str, bytes]) -> None:

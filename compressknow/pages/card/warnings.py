@@ -50,6 +50,7 @@ def warn_of_models(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
         yield "Both models are the same checkpoint (same SHA-256): there is nothing to compare."
     yield from warn_of_recipe(model)
     yield from warn_of_calibration(original, model)
+    yield from warn_of_guides(original, model)
     if original.grid and (model.quantization or model.runtime):
         grid = original.grid
         yield (
@@ -158,6 +159,18 @@ def warn_of_facts_in_text(original: ModelRecord, facts: FactsInText | None, sour
             f"Of {count_facts(facts.facts)}, {count(facts.found)} {appear} in {text}, {count(facts.known_found)} of "
             f"them among the {count(facts.known)} that {clean(original.name, 80)} knew. A model calibrated on it may "
             "keep more of these than of other facts."
+        )
+
+
+def warn_of_guides(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
+    """Warn if facts that chose a file's types judge it, too."""
+    if guides := model.guides:
+        among = count_facts(guides.known + guides.others)
+        yield (
+            f"Of the {among} that {clean(original.name, 80)} knew, {count(guides.known)} chose the types of "
+            f"{clean(model.name, 80)}, which may keep more of these than of other facts. It keeps "
+            f"{count(guides.kept)} of these, and {count(guides.others_kept)} of the {count(guides.others)} others. "
+            "Judge it by the others: evaluate more facts, or another sample (--seed)."
         )
 
 
