@@ -12,6 +12,7 @@ import numpy as np
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import SIGNIFICANT
+from compressknow.base.grouping import group_by
 from compressknow.comparison import intervals
 from compressknow.comparison.distributions import (
     PERCENTILES,
@@ -159,19 +160,14 @@ def order_domains(subject: str) -> tuple[int, str]:
 
 def _group_pairs(pairs: Iterable[Pair], get_name: Callable[[Answer], str | None]) -> tuple[Group, ...]:
     """Return the figures of each group of facts, by name; facts without a group are left out."""
-    members: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        if (name := get_name(pair[0])) is not None:
-            members.setdefault(name, []).append(pair)
+    members = group_by(pairs, lambda pair: get_name(pair[0]))
     groups = [_make_group(name, members[name]) for name in sorted(members)]
     adjusted = intervals.adjust_holm([group.p for group in groups])
     return tuple(replace(group, p_holm=p) for group, p in zip(groups, adjusted, strict=True))
 
 
 def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
-    relations: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        relations.setdefault(pair[0].relation, []).append(pair)
+    relations = group_by(pairs, lambda pair: pair[0].relation)
     clusters, total = tuple(map(count_pairs, relations.values())), count_pairs(pairs)
     return Group(
         name=name,

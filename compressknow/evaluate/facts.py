@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from compressknow.base.errors import UsageError
+from compressknow.base.grouping import group_by
 
 # Placeholder of the object in a prompt, as in LAMA; it is replaced by each model's mask or sentinel.
 BLANK = "[MASK]"
@@ -289,12 +290,11 @@ def _choose_examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
 
 def _draw_stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
     """Draw ids of facts: within a relation by a hash of seed and id, between relations by largest remainder."""
-    relations: dict[str, list[str]] = {}
-    for fact in facts:
-        relations.setdefault(fact.relation, []).append(fact.id)
-    shares = _apportion({relation: len(ids) for relation, ids in relations.items()}, limit)
+    relations = group_by(facts, lambda fact: fact.relation)
+    shares = _apportion({relation: len(members) for relation, members in relations.items()}, limit)
     drawn: set[str] = set()
-    for relation, ids in relations.items():
+    for relation, members in relations.items():
+        ids = (fact.id for fact in members)
         ranked = sorted(ids, key=lambda identifier: hashlib.sha256(f"{seed}/{identifier}".encode()).digest())
         drawn.update(ranked[: shares[relation]])
     return drawn

@@ -24,6 +24,7 @@ from dataclasses import replace
 from statistics import median_high
 
 from compressknow.base.errors import CompressknowError, UsageError, suggest_word
+from compressknow.base.grouping import group_by
 from compressknow.evaluate.answers import GRADES, Answer, Answers
 from compressknow.evaluate.facts import STOPS, UNSPACED, Fact, strip_wording
 
@@ -209,10 +210,7 @@ def merge_wordings(answers: Answers) -> Answers:
 
 def group_by_fact(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
     """Group the answers to the wordings of each fact, by its id."""
-    groups: dict[str, list[Answer]] = {}
-    for answer in answers:
-        groups.setdefault(strip_wording(answer.fact_id), []).append(answer)
-    return groups
+    return group_by(answers, lambda answer: strip_wording(answer.fact_id))
 
 
 def _merge(wordings: Sequence[Answer]) -> Answer:
