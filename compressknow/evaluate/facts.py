@@ -331,10 +331,8 @@ def compute_chance(choices: Iterable[int | None]) -> float | None:
 
 def find_most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
     """Return each relation's most frequent object, the first of equally frequent ones."""
-    objects: dict[str, Counter[str]] = {}
-    for fact in facts:
-        objects.setdefault(fact.relation, Counter())[fact.obj_label] += 1
-    return {relation: counts.most_common(1)[0][0] for relation, counts in objects.items()}
+    relations = group_by(facts, lambda fact: fact.relation)
+    return {name: Counter(fact.obj_label for fact in each).most_common(1)[0][0] for name, each in relations.items()}
 
 
 def compute_majority(facts: Sequence[Fact], answers: Mapping[str, str], average: str) -> float | None:
@@ -343,11 +341,9 @@ def compute_majority(facts: Sequence[Fact], answers: Mapping[str, str], average:
 
     For a sample, `answers` come from the whole set: with one fact per relation, the sample's own are always right.
     """
-    groups: dict[str, list[bool]] = {}
-    for fact in facts:
-        name = fact.relation if average == "macro" else ""
-        groups.setdefault(name, []).append(fact.obj_label == answers.get(fact.relation))
-    return sum(sum(group) / len(group) for group in groups.values()) / len(groups) if groups else None
+    groups = group_by(facts, lambda fact: fact.relation if average == "macro" else "").values()
+    shares = [sum(fact.obj_label == answers.get(fact.relation) for fact in group) / len(group) for group in groups]
+    return sum(shares) / len(shares) if shares else None
 
 
 def map_relations(relations: Mapping[str, str]) -> dict[str, str]:
