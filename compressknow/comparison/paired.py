@@ -24,6 +24,7 @@ from compressknow.comparison.distributions import (
     compute_precision,
     compute_rest,
     count_grades,
+    count_pairs,
     name_popularity_bins,
 )
 from compressknow.comparison.power import count_facts_to_show, find_smallest_loss
@@ -300,13 +301,6 @@ def pair_answers(
     before, after = ({answer.fact_id: answer for answer in answers} for answers in (original, compressed))
     _check_facts(probe, before, after)
     return [(before[fact], after[fact]) for fact in sorted(before)]
-
-
-def count_pairs(pairs: Sequence[Pair]) -> Counts:
-    """Count facts that both models know, that were lost, that were gained, and that neither knows."""
-    both = sum(a.correct and b.correct for a, b in pairs)
-    before, after = sum(a.correct for a, _ in pairs), sum(b.correct for _, b in pairs)
-    return Counts(both, before - both, after - both, len(pairs) - before - after + both)
 
 
 def _check_prompts(probe: str, original: ProbeEntry, compressed: ProbeEntry) -> None:
