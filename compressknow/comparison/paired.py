@@ -31,6 +31,7 @@ from compressknow.comparison.power import count_facts_to_show, find_smallest_los
 from compressknow.comparison.records import Certainty, ChangedFact, Counts, Estimate, Group, KlFigures, ProbeFigures
 from compressknow.evaluate.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answer
 from compressknow.evaluate.facts import DOMAINS
+from compressknow.evaluate.grades import average_known
 from compressknow.evaluate.records import ProbeEntry
 
 # Facts whose distributions are in memory as float64 at a time: 4,096 x 257 numbers are 8 MB.
@@ -192,10 +193,7 @@ def _group_by_popularity(pairs: Sequence[Pair]) -> tuple[Group, ...]:
 
 def _estimate_chance(pairs: Sequence[Pair]) -> float | None:
     """Return the mean of 1 / number of choices; None if any text is a possible answer to a fact."""
-    choices = [before.choices for before, _ in pairs]
-    if not choices or not all(choices):
-        return None
-    return math.fsum(1 / number for number in choices if number) / len(choices)
+    return average_known(1 / before.choices if before.choices else None for before, _ in pairs)
 
 
 def _share_changed(pairs: Sequence[Pair]) -> float | None:
