@@ -163,6 +163,11 @@ def compute_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_json(values: object) -> str:
+    """Return the SHA-256, in hexadecimal, of values as JSON."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "a boolean", list: "a list", dict: "an object"}
 
 

@@ -22,11 +22,10 @@ from compressknow.cli.options import (
     strict_option,
     threads_option,
 )
-from compressknow.cli.report import get_command
+from compressknow.cli.report import get_command, list_texts
 from compressknow.cli.terminal import WIDTH, ProgressLines, show, show_json, show_written, wrap
 from compressknow.pages.diff import pages
 from compressknow.pages.diff.make import Behaviour, CheckpointComparison, name_both
-from compressknow.pages.texts import summarize_text
 
 if TYPE_CHECKING:
     from compressknow.comparison.diff import CheckpointDiff
@@ -170,7 +169,4 @@ def _list_knowledge(behaviour: Behaviour) -> Iterator[str]:
         yield table.columns[1]
         for name, figure in table.rows:
             yield f"  {name:<40}{figure:>36}"
-    for figures in behaviour.b_against_a.comparisons[0].texts:
-        yield ""
-        for line in summarize_text(figures, ("of A", "of B")):
-            yield from wrap(line)
+    yield from list_texts(behaviour.b_against_a.comparisons[0].texts, ("of A", "of B"))

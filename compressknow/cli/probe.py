@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.base.format import clean, count, share, write_percent
+from compressknow.base.grouping import group_by
 from compressknow.cli import RESUMES, explain_interrupt
 from compressknow.cli.options import (
     EVALUATE,
@@ -29,7 +30,7 @@ from compressknow.pages.as_json import dump_perplexity
 from compressknow.pages.texts import write_measurement
 
 if TYPE_CHECKING:
-    from compressknow.evaluate.answers import Answer, Answers
+    from compressknow.evaluate.answers import Answers
     from compressknow.evaluate.records import Chunk, ProbeEntry
 
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
@@ -95,8 +96,9 @@ def _build_page(answers: Answers, output: Path) -> Iterator[str]:
             f"{share(entry.chance):>9}{count(sum(entry.dropped.values())):>9}"
         )
         if entry.average == "macro":
-            by_relation = _group_correct(facts, "relation").values()
-            yield f"  {share(fmean(map(fmean, by_relation)))} as the mean over relations, its headline figure"
+            by_relation = group_by(facts, lambda answer: answer.relation).values()
+            accuracy = fmean(fmean(answer.correct for answer in of_relation) for of_relation in by_relation)
+            yield f"  {share(accuracy)} as the mean over relations, its headline figure"
         if grades := Counter(answer.grade for answer in facts if answer.grade):
             yield f"  {describe_grades({grade: grades[grade] for grade in GRADES})}"
         for reason, number in entry.dropped.items():
@@ -118,19 +120,13 @@ def _describe_text(name: str, chunks: Sequence[Chunk], entry: ProbeEntry) -> str
 
 
 def _list_domains(answers: Answers) -> Iterator[str]:
-    subjects = _group_correct(answers.answers, "subject")
+    subjects = group_by(answers.answers, lambda answer: answer.subject)
     if len(subjects) > 1:
         yield ""
-        for subject, correct in sorted(subjects.items()):
-            right = write_percent(sum(correct), len(correct))
-            yield f"{pad(subject, 32)}{count(len(correct)):>10}{count(sum(correct)):>10}{right:>10}"
-
-
-def _group_correct(answers: Iterable[Answer], label: str) -> dict[str, list[bool]]:
-    groups: dict[str, list[bool]] = {}
-    for answer in answers:
-        groups.setdefault(getattr(answer, label), []).append(answer.correct)
-    return groups
+        for subject, facts in sorted(subjects.items()):
+            right = sum(answer.correct for answer in facts)
+            share_right = write_percent(right, len(facts))
+            yield f"{pad(subject, 32)}{count(len(facts)):>10}{count(right):>10}{share_right:>10}"
 
 
 def _score(answers: Answers, name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from compressknow.cli.options import (
     strict_option,
 )
 from compressknow.cli.terminal import ProgressLines, pad, show, show_json, show_written, wrap, wrap_whole
+from compressknow.comparison.records import TextFigures
 from compressknow.pages.records import Card, Comparison, label_models, write_estimate
 from compressknow.pages.texts import summarize_text
 
@@ -126,7 +127,7 @@ def report_page(card: Card) -> Iterator[str]:
         if first.probes:
             yield from _list_grades(first)
         yield from _list_probes(first)
-        yield from _list_texts(first)
+        yield from list_texts(first.texts, ("before", "after"))
     else:
         yield from _list_models(card)
     yield from _list_speeds(card)
@@ -184,10 +185,11 @@ def describe_grades(grades: Mapping[str, int]) -> str:
     return ", ".join(f"{count(facts)} {grade}" for grade, facts in grades.items())
 
 
-def _list_texts(comparison: Comparison) -> Iterator[str]:
-    for figures in comparison.texts:
+def list_texts(texts: Iterable[TextFigures], names: tuple[str, str]) -> Iterator[str]:
+    """Yield a paragraph on each text; `names` are those of the two models."""
+    for figures in texts:
         yield ""
-        for line in summarize_text(figures, ("before", "after")):
+        for line in summarize_text(figures, names):
             yield from wrap(line)
 
 

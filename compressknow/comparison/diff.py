@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 Kind = Literal["added", "missing", "retyped", "reshaped", "tied", "untied", "packed"]
-Key = TypeVar("Key", bound=Hashable)
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +135,3 @@ class CheckpointDiff:
 def sum_tensors(tensors: Iterable[TensorDiff]) -> DiffSums:
     """Return the sums over all these tensors together."""
     return sum((tensor.sums for tensor in tensors), DiffSums())
-
-
-def group_tensors(tensors: Iterable[Item], key: Callable[[Item], Key | None]) -> dict[Key, tuple[Item, ...]]:
-    """Group tensors by a key, in the order of its first occurrence; those without a key are left out."""
-    groups: dict[Key, list[Item]] = {}
-    for tensor in tensors:
-        if (value := key(tensor)) is not None:
-            groups.setdefault(value, []).append(tensor)
-    return {value: tuple(members) for value, members in groups.items()}

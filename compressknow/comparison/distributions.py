@@ -6,12 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from compressknow.comparison.intervals import estimate_proportion
-from compressknow.comparison.records import Confidence, Counts, GradeCounts, ReliabilityBin, Tertile, WordingFigures
+from compressknow.comparison.records import Confidence, Counts, GradeCounts, ReliabilityBin, Tertile
 from compressknow.evaluate.answers import GRADES, LOGP_FLOOR, Answer
 from compressknow.evaluate.grades import group_by_fact
 
@@ -243,20 +244,26 @@ def _is_written(answers: Iterable[Answer]) -> bool:
     return any(answer.produced is not None for answer in answers)
 
 
-def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -> WordingFigures | None:
-    """Return the figures of each wording of a probe, given answers to all of them; None if there is only one."""
+def count_pairs(pairs: Sequence[tuple[Answer, Answer]]) -> Counts:
+    """Count facts that both models know, that were lost, that were gained, and that neither knows."""
+    both = sum(a.correct and b.correct for a, b in pairs)
+    before, after = sum(a.correct for a, _ in pairs), sum(b.correct for _, b in pairs)
+    return Counts(both, before - both, after - both, len(pairs) - before - after + both)
+
+
+def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -> dict[str, Any]:
+    """Return the figures of each wording of a probe, given answers to all of them, as fields of `ProbeFigures`; none if
+    there is only one wording."""
     after = {answer.fact_id: answer for answer in compressed}
     pairs = [(answer, after[answer.fact_id]) for answer in original if answer.fact_id in after]
     templates = sorted({answer.template for answer, _ in pairs if answer.template is not None})
     if len(templates) < 2:
-        return None
+        return {}
     by_template = {}
     for number in templates:
-        kinds = Counter((one.correct, other.correct) for one, other in pairs if one.template == number)
-        counts = Counts(kinds[True, True], kinds[True, False], kinds[False, True], kinds[False, False])
+        counts = count_pairs([pair for pair in pairs if pair[0].template == number])
         by_template[number] = counts, estimate_proportion(counts.both, counts.known_before)
-    of_original, of_compressed = zip(*pairs, strict=True)
-    return WordingFigures(by_template, (measure_consistency(of_original), measure_consistency(of_compressed)))
+    return {"by_template": by_template, "consistency": tuple(map(measure_consistency, zip(*pairs, strict=True)))}
 
 
 def measure_consistency(answers: Iterable[Answer]) -> float | None:

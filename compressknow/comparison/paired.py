@@ -12,6 +12,7 @@ import numpy as np
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import SIGNIFICANT
+from compressknow.base.grouping import group_by
 from compressknow.comparison import intervals
 from compressknow.comparison.distributions import (
     PERCENTILES,
@@ -23,12 +24,14 @@ from compressknow.comparison.distributions import (
     compute_precision,
     compute_rest,
     count_grades,
+    count_pairs,
     name_popularity_bins,
 )
 from compressknow.comparison.power import count_facts_to_show, find_smallest_loss
 from compressknow.comparison.records import Certainty, ChangedFact, Counts, Estimate, Group, KlFigures, ProbeFigures
 from compressknow.evaluate.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answer
 from compressknow.evaluate.facts import DOMAINS
+from compressknow.evaluate.grades import average_known
 from compressknow.evaluate.records import ProbeEntry
 
 # Facts whose distributions are in memory as float64 at a time: 4,096 x 257 numbers are 8 MB.
@@ -159,19 +162,14 @@ def order_domains(subject: str) -> tuple[int, str]:
 
 def _group_pairs(pairs: Iterable[Pair], get_name: Callable[[Answer], str | None]) -> tuple[Group, ...]:
     """Return the figures of each group of facts, by name; facts without a group are left out."""
-    members: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        if (name := get_name(pair[0])) is not None:
-            members.setdefault(name, []).append(pair)
+    members = group_by(pairs, lambda pair: get_name(pair[0]))
     groups = [_make_group(name, members[name]) for name in sorted(members)]
     adjusted = intervals.adjust_holm([group.p for group in groups])
     return tuple(replace(group, p_holm=p) for group, p in zip(groups, adjusted, strict=True))
 
 
 def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
-    relations: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        relations.setdefault(pair[0].relation, []).append(pair)
+    relations = group_by(pairs, lambda pair: pair[0].relation)
     clusters, total = tuple(map(count_pairs, relations.values())), count_pairs(pairs)
     return Group(
         name=name,
@@ -195,10 +193,7 @@ def _group_by_popularity(pairs: Sequence[Pair]) -> tuple[Group, ...]:
 
 def _estimate_chance(pairs: Sequence[Pair]) -> float | None:
     """Return the mean of 1 / number of choices; None if any text is a possible answer to a fact."""
-    choices = [before.choices for before, _ in pairs]
-    if not choices or not all(choices):
-        return None
-    return math.fsum(1 / number for number in choices if number) / len(choices)
+    return average_known(1 / before.choices if before.choices else None for before, _ in pairs)
 
 
 def _share_changed(pairs: Sequence[Pair]) -> float | None:
@@ -304,13 +299,6 @@ def pair_answers(
     before, after = ({answer.fact_id: answer for answer in answers} for answers in (original, compressed))
     _check_facts(probe, before, after)
     return [(before[fact], after[fact]) for fact in sorted(before)]
-
-
-def count_pairs(pairs: Sequence[Pair]) -> Counts:
-    """Count facts that both models know, that were lost, that were gained, and that neither knows."""
-    both = sum(a.correct and b.correct for a, b in pairs)
-    before, after = sum(a.correct for a, _ in pairs), sum(b.correct for _, b in pairs)
-    return Counts(both, before - both, after - both, len(pairs) - before - after + both)
 
 
 def _check_prompts(probe: str, original: ProbeEntry, compressed: ProbeEntry) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 from compressknow.evaluate.records import NoiseFloor
@@ -195,15 +195,6 @@ class GradeCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class WordingFigures:
-    """Figures of facts with several wordings: counts and knowledge kept by wording, numbered from 1, and the share of
-    pairs of wordings with the same answer, for the original and the compressed model."""
-
-    by_template: Mapping[int, tuple[Counts, Estimate]]
-    consistency: tuple[float | None, float | None]
-
-
-@dataclass(frozen=True, slots=True)
 class ProbeFigures:
     """Figures of one probe for the original and a compressed model, paired by fact.
 
@@ -244,7 +235,10 @@ class ProbeFigures:
     noise_floor: NoiseFloor | None = None  # of the original
     runtime_noise_floor: NoiseFloor | None = None  # of the original in the compressed model's runtime
     knowing: GradeCounts | None = None
-    wordings: WordingFigures | None = None
+    # Of facts with several wordings: counts and knowledge kept by wording, numbered from 1, and the share of pairs of
+    # wordings with the same answer, for the original and the compressed model.
+    by_template: Mapping[int, tuple[Counts, Estimate]] = field(default_factory=dict)
+    consistency: tuple[float | None, float | None] = (None, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from compressknow.base.errors import UnsupportedError
+from compressknow.base.grouping import group_by
 from compressknow.base.packages import require
 from compressknow.compress.plan import Plan
 from compressknow.compress.schemes import Scheme
@@ -85,13 +86,8 @@ def _factor(numbers: Sequence[tuple[int, ...]]) -> Iterator[list[list[int]]]:
     if not numbers[0]:
         yield []
         return
-    rests: dict[int, list[tuple[int, ...]]] = {}
-    for first, *rest in numbers:
-        rests.setdefault(first, []).append(tuple(rest))
-    alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-    for first, tails in rests.items():
-        alike.setdefault(tuple(tails), []).append(first)
-    for common, firsts in alike.items():
+    by_first = group_by(numbers, lambda each: each[0])
+    for common, firsts in group_by(by_first, lambda first: tuple(each[1:] for each in by_first[first])).items():
         for inner in _factor(common):
             yield [firsts, *inner]
 

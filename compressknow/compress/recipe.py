@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
+from compressknow.base.grouping import group_by
 from compressknow.base.reading import MANIFEST, read_json, read_toml
 from compressknow.compress.parameters import Parameter, has_options, list_options, option
 from compressknow.compress.pruning import METHODS
@@ -230,11 +231,8 @@ OPTIONS = {each.name: each for kind in (Where, *_ORDER, Calibration, Recipe) for
 
 def list_parameters() -> dict[str, list[Parameter]]:
     """List the parameters of all usable methods and schemes, by name, which several may share."""
-    parameters: dict[str, list[Parameter]] = {}
-    for each in (*METHODS.usable()[0].values(), *SCHEMES.usable()[0].values()):
-        for parameter in each.parameters():
-            parameters.setdefault(parameter.name, []).append(parameter)
-    return parameters
+    usable = (*METHODS.usable()[0].values(), *SCHEMES.usable()[0].values())
+    return group_by((parameter for each in usable for parameter in each.parameters()), lambda each: each.name)
 
 
 def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, **options: Any) -> Recipe:

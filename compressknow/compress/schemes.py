@@ -11,6 +11,7 @@ import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+from compressknow.base.grouping import group_by
 from compressknow.base.packages import Registry
 from compressknow.compress.parameters import Parametric, parameter
 
@@ -454,11 +455,8 @@ def find_vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:
 
 def _collect_shapes(manifest: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
     """Return the shapes of the weights of each scheme."""
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    for row in manifest["tensors"]:
-        if row.get("scheme"):
-            shapes.setdefault(row["scheme"], []).append(tuple(row["shape"]))
-    return shapes
+    by_scheme = group_by(manifest["tensors"], lambda row: row.get("scheme") or None)
+    return {scheme: [tuple(row["shape"]) for row in rows] for scheme, rows in by_scheme.items()}
 
 
 def _name_module(row: Mapping[str, Any]) -> str:

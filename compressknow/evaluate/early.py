@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,6 +13,7 @@ import numpy as np
 
 from compressknow.base.errors import UsageError
 from compressknow.base.progress import Listener, relabel_progress
+from compressknow.base.reading import hash_json
 from compressknow.evaluate import gather
 from compressknow.evaluate.answers import Answers, change_model
 from compressknow.evaluate.distributions import Context, Distributions
@@ -87,7 +86,7 @@ def _evaluate_until(
     order = [listed[index] for index in np.random.default_rng(seed).permutation(len(listed))]
     # Everything that determines which facts are in which chunk.
     key = [[probe.fingerprint() for probe in probes], seed, FIRST, FURTHER]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    digest = hash_json(key)[:16]
     listeners = [relabel_progress(evaluation.on_progress, number=number, of=2) for number in (1, 2)]
     # Divergences over all tokens are free if both models are evaluated now, and none is on a server.
     is_local = first.handle is not None and first.handle.located.url is None

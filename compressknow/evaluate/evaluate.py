@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compressknow.base.errors import CompressknowError, UsageError
+from compressknow.base.grouping import group_by
 from compressknow.base.progress import Advance, Pace, ignore_advance
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.facts import BLANK, STOPS, Fact, Probe
@@ -120,10 +121,7 @@ def _estimate_cost(scorer: Scorer, batch: Iterable[Query]) -> int:
 
 def _cut_batches(scorer: Scorer, queries: Iterable[Query], size: int) -> Iterator[Sequence[Query]]:
     """Yield batches of at most `size` queries of one shape, split further by the scorer; the shortest queries first."""
-    shapes: dict[tuple[int, ...], list[Query]] = {}
-    for query in queries:
-        shapes.setdefault(query.shape, []).append(query)
-    for _, group in sorted(shapes.items()):
+    for _, group in sorted(group_by(queries, lambda query: query.shape).items()):
         for start in range(0, len(group), size):
             yield from scorer.split(group[start : start + size])
 

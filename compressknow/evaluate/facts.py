@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from compressknow.base.errors import UsageError
+from compressknow.base.grouping import group_by
 
 # Placeholder of the object in a prompt, as in LAMA; it is replaced by each model's mask or sentinel.
 BLANK = "[MASK]"
@@ -289,12 +290,11 @@ def _choose_examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
 
 def _draw_stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
     """Draw ids of facts: within a relation by a hash of seed and id, between relations by largest remainder."""
-    relations: dict[str, list[str]] = {}
-    for fact in facts:
-        relations.setdefault(fact.relation, []).append(fact.id)
-    shares = _apportion({relation: len(ids) for relation, ids in relations.items()}, limit)
+    relations = group_by(facts, lambda fact: fact.relation)
+    shares = _apportion({relation: len(members) for relation, members in relations.items()}, limit)
     drawn: set[str] = set()
-    for relation, ids in relations.items():
+    for relation, members in relations.items():
+        ids = (fact.id for fact in members)
         ranked = sorted(ids, key=lambda identifier: hashlib.sha256(f"{seed}/{identifier}".encode()).digest())
         drawn.update(ranked[: shares[relation]])
     return drawn
@@ -331,10 +331,8 @@ def compute_chance(choices: Iterable[int | None]) -> float | None:
 
 def find_most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
     """Return each relation's most frequent object, the first of equally frequent ones."""
-    objects: dict[str, Counter[str]] = {}
-    for fact in facts:
-        objects.setdefault(fact.relation, Counter())[fact.obj_label] += 1
-    return {relation: counts.most_common(1)[0][0] for relation, counts in objects.items()}
+    relations = group_by(facts, lambda fact: fact.relation)
+    return {name: Counter(fact.obj_label for fact in each).most_common(1)[0][0] for name, each in relations.items()}
 
 
 def compute_majority(facts: Sequence[Fact], answers: Mapping[str, str], average: str) -> float | None:
@@ -343,11 +341,9 @@ def compute_majority(facts: Sequence[Fact], answers: Mapping[str, str], average:
 
     For a sample, `answers` come from the whole set: with one fact per relation, the sample's own are always right.
     """
-    groups: dict[str, list[bool]] = {}
-    for fact in facts:
-        name = fact.relation if average == "macro" else ""
-        groups.setdefault(name, []).append(fact.obj_label == answers.get(fact.relation))
-    return sum(sum(group) / len(group) for group in groups.values()) / len(groups) if groups else None
+    groups = group_by(facts, lambda fact: fact.relation if average == "macro" else "").values()
+    shares = [sum(fact.obj_label == answers.get(fact.relation) for fact in group) / len(group) for group in groups]
+    return sum(shares) / len(shares) if shares else None
 
 
 def map_relations(relations: Mapping[str, str]) -> dict[str, str]:

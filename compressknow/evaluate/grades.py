@@ -24,6 +24,7 @@ from dataclasses import replace
 from statistics import median_high
 
 from compressknow.base.errors import CompressknowError, UsageError, suggest_word
+from compressknow.base.grouping import group_by
 from compressknow.evaluate.answers import GRADES, Answer, Answers
 from compressknow.evaluate.facts import STOPS, UNSPACED, Fact, strip_wording
 
@@ -209,10 +210,7 @@ def merge_wordings(answers: Answers) -> Answers:
 
 def group_by_fact(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
     """Group the answers to the wordings of each fact, by its id."""
-    groups: dict[str, list[Answer]] = {}
-    for answer in answers:
-        groups.setdefault(strip_wording(answer.fact_id), []).append(answer)
-    return groups
+    return group_by(answers, lambda answer: strip_wording(answer.fact_id))
 
 
 def _merge(wordings: Sequence[Answer]) -> Answer:
@@ -237,14 +235,15 @@ def _merge(wordings: Sequence[Answer]) -> Answer:
         top5_logp=shown.top5_logp,
         total_logp=shown.total_logp,
         rank=int(rank) if math.isfinite(rank) else None,
-        logp_gold=_average(answer.logp_gold for answer in wordings),
-        first_kl=_average(answer.first_kl for answer in wordings),
+        logp_gold=average_known(answer.logp_gold for answer in wordings),
+        first_kl=average_known(answer.first_kl for answer in wordings),
         with_example=with_example,
         grade=GRADES[median_high(grades)] if len(grades) == len(wordings) else None,
     )
 
 
-def _average(values: Iterable[float | None]) -> float | None:
+def average_known(values: Iterable[float | None]) -> float | None:
+    """Return the mean; None if there are no values, or one is unknown."""
     numbers = list(values)
     known = [value for value in numbers if value is not None]
     return math.fsum(known) / len(known) if known and len(known) == len(numbers) else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,7 +12,7 @@ from compressknow.base.errors import CheckpointError, CompressknowError, Unsuppo
 from compressknow.base.format import clean
 from compressknow.base.packages import is_installed, require
 from compressknow.base.progress import Listener, PanicError, Stage, count_progress, report_progress, translate_panics
-from compressknow.base.reading import check_unchanged, compute_sha256, find_mismatch
+from compressknow.base.reading import check_unchanged, compute_sha256, find_mismatch, hash_json
 from compressknow.engine.identity import TOKENIZER_FILES, Contents, LocatedModel, describe, read_contents
 from compressknow.engine.language_model import AUTO, CPU, LanguageModel, find_named_family, load_language_model
 from compressknow.engine.load import find_reason, load_tokenizer
@@ -181,7 +179,7 @@ class Server(Runtime):
         identity = [served.client.url, served.model, served.name, served.build]
         identity += [self._read_property(key, int) for key in ("n_params", "size")] + [self._type]
         identity += [served.write(served.encode(prompt, True), WRITTEN_TOKENS) for prompt in PROMPTS]
-        self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self.sha256 = hash_json(identity)
 
     @classmethod
     def reads(cls, located: LocatedModel) -> bool:

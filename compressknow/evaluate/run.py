@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -17,7 +15,7 @@ from typing import TypeVar
 from compressknow._version import __version__
 from compressknow.base.errors import DamagedAnswers, OutputError, UsageError
 from compressknow.base.progress import Advance, Listener, Stage, Work, report_progress
-from compressknow.base.reading import compute_sha256
+from compressknow.base.reading import compute_sha256, hash_json
 from compressknow.evaluate.answers import (
     PARTS,
     RECORD,
@@ -393,7 +391,7 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
         examples = (probe.find_example(fact) for fact in probe.facts)
         values += [example and (example.prompt, example.obj_label) for example in examples]
         values += probe.most_frequent.items()
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return hash_json(values)
 
 
 def _name_parts(folder: Path, key: str) -> Path:

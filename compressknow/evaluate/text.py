@@ -9,8 +9,6 @@ n_ctx - 1 - n_ctx // 2, so that each has at least half a chunk of context.
 from __future__ import annotations
 
 import codecs
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.base.format import count
 from compressknow.base.progress import Advance
-from compressknow.base.reading import NotReadable, open_regular
+from compressknow.base.reading import NotReadable, hash_json, open_regular
 from compressknow.engine.language_model import check_tokens
 from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, OTHER_SIZE, OTHER_TOKENS, Chunk, ProbeEntry
 
@@ -99,7 +97,7 @@ class RunningText:
     def fingerprint(self) -> str:
         """Hash everything that determines what is evaluated: answers with the same hash are comparable."""
         values = [PROTOCOL, self.name, self.sha256, self.context, self.chunks]
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+        return hash_json(values)
 
     def read(self, context: int) -> str:
         """Read as much as the chunks need, without a final line break, as llama.cpp does. Raises UsageError if the file

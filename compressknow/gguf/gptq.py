@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressknow.base.grouping import group_by
 from compressknow.base.progress import Begin
 from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, factor_inverse, find_moves
@@ -190,13 +191,9 @@ def pack(blocks: Bytes, codes: npt.NDArray[np.int16], layout: CodeLayout) -> Byt
 
 def batch_sequences(sequences: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
     """Return token ids as batches of sequences of equal length, without padding."""
-    by_length: dict[int, list[Sequence[int]]] = {}
-    for sequence in sequences:
-        if sequence:
-            by_length.setdefault(len(sequence), []).append(sequence)
     return [
         {"input_ids": torch.tensor(group[start : start + rows])}
-        for length, group in sorted(by_length.items())
+        for length, group in sorted(group_by(filter(None, sequences), len).items())
         for rows in [max(BATCH_TOKENS // length, 1)]
         for start in range(0, len(group), rows)
     ]
@@ -230,9 +227,7 @@ def round_file(
     quantized = {tensor.name: tensor for tensor in file.tensors}
     floats = {tensor.name: tensor for tensor in exact}
     # Parts of a merged tensor have the same inputs; a split one (gate and up of experts) is several tensors.
-    names: dict[str, list[str]] = {}
-    for name in same_channels:
-        names.setdefault(tensors.weights[name][0].parameter, []).append(name)
+    names = group_by(same_channels, lambda name: tensors.weights[name][0].parameter)
     rounded: set[str] = set()
 
     def round_matrix(weights: Mapping[str, torch.Tensor], job: tuple[str, Key, InputStatistics]) -> None:

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UsageError, suggest_word
+from compressknow.base.grouping import group_by
 from compressknow.model.gguf_file import EMBEDDING, ORDER, UNPLACED, Tensor, count_by_type, list_tensors
 from compressknow.model.structure import NOT_LINEAR, SCOPES, LinearWeight, compile_pattern, list_scopes, select
 
@@ -107,9 +108,7 @@ def _map_weights(
     name_map: Any, source: StoredWeights, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[LinearWeight, str, list[str]]]:
     """Yield each Linear weight with a tensor that contains it, or a part of it, and the stored names of these."""
-    parts: dict[str, list[str]] = {}
-    for stored, parameter in source.loaded_to.items():
-        parts.setdefault(parameter, []).append(stored)
+    parts = group_by(source.loaded_to, source.loaded_to.__getitem__)
     for weight in source.structure.linears if name_map else ():
         supplier = source.supply.get(weight.parameter)
         stored_names = parts.get(weight.parameter) or ([supplier.name] if supplier else [])

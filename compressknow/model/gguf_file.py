@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compressknow.base.errors import CheckpointError
+from compressknow.base.grouping import group_by
 from compressknow.base.packages import require
 from compressknow.base.reading import NotReadable, open_regular
 from compressknow.model.structure import MOST_BLOCKS, NOT_LINEAR
@@ -255,13 +256,10 @@ def list_tensors(*readers: Any) -> dict[str, Tensor]:
 
 def count_by_type(tensors: Iterable[Tensor]) -> dict[str, dict[str, int]]:
     """Count tensors, parameters and bytes by type."""
-    types: dict[str, dict[str, int]] = {}
-    for tensor in tensors:
-        counts = types.setdefault(tensor.type, {"tensors": 0, "parameters": 0, "bytes": 0})
-        counts["tensors"] += 1
-        counts["parameters"] += tensor.numel
-        counts["bytes"] += tensor.nbytes
-    return types
+    return {
+        kind: {"tensors": len(each), "parameters": sum(t.numel for t in each), "bytes": sum(t.nbytes for t in each)}
+        for kind, each in group_by(tensors, lambda tensor: tensor.type).items()
+    }
 
 
 def find_groups(tensors: Mapping[str, Tensor]) -> dict[str, str]:

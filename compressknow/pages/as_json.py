@@ -100,7 +100,11 @@ def probe_to_json(probe: records.ProbeFigures) -> dict[str, Any]:
         "knowing": _dump_knowing(probe.knowing),
         "by_relation": dump_groups(probe.by_relation),
         "by_popularity": dump_groups(probe.by_popularity),
-        **_dump_wordings(probe.wordings),
+        "by_template": {
+            str(number): {**dump_counts(counts), **estimate_to_json("kept", kept)}
+            for number, (counts, kept) in probe.by_template.items()
+        },
+        **_dump_pair("consistency", probe.consistency),
         **_dump_confidence(probe.confidence),
         **dump_certainty(probe.certainty),
         "protocol": probe.protocol,
@@ -169,17 +173,6 @@ def _dump_knowing(knowing: records.GradeCounts | None) -> dict[str, Any] | None:
         "compressed": dict(knowing.compressed),
         "moved": {f"{before}>{after}": facts for (before, after), facts in knowing.moved.items()},
         "with_example": {"n": knowing.shown, "produced": knowing.back},
-    }
-
-
-def _dump_wordings(wordings: records.WordingFigures | None) -> dict[str, Any]:
-    """Return the figures of each wording by its number, as a string; empty if there is one wording."""
-    return {
-        "by_template": {
-            str(number): {**dump_counts(counts), **estimate_to_json("kept", kept)}
-            for number, (counts, kept) in (wordings.by_template.items() if wordings else ())
-        },
-        **_dump_pair("consistency", wordings.consistency if wordings else None),
     }
 
 

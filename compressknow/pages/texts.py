@@ -117,13 +117,11 @@ def write_joint_sentence(text: str, original: Perplexity, compressed: Sequence[t
 
 
 def write_change(ratio: Measurement) -> str:
-    """Write the change of a perplexity in percent, with its sign.
+    """Write the change of a perplexity, which is finite, in percent, with its sign.
 
     >>> write_change(Measurement(1.049, 0.001))
     '+4.9 %'
     """
-    if not math.isfinite(ratio.value):
-        return NONE
     return write_points(ratio.value - 1).replace("points", "%")
 
 

@@ -18,7 +18,7 @@ from compressknow.base.errors import OutputError, UnsupportedError, UsageError
 from compressknow.base.files import LOCK, claim_folder, is_no_folder, write_whole
 from compressknow.base.format import count
 from compressknow.base.progress import Listener, begin_stages, relabel_progress
-from compressknow.base.reading import find_mismatch
+from compressknow.base.reading import find_mismatch, hash_json
 from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import make_language_model
@@ -371,7 +371,7 @@ class CellHandle(ModelHandle):
         """Return a hash of what the model is made from, because it has no files."""
         cell = self._cell
         parts = [__version__, self.contents.sha256, cell.recipe.to_dict(), *filter(None, [cell.text_sha256])]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return hash_json(parts)
 
     @cached_property
     def loaded(self) -> Transformers:

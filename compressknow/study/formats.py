@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
 from compressknow.base.format import share
+from compressknow.base.grouping import group_by
 from compressknow.base.packages import require
 from compressknow.base.progress import Begin, Listener
 from compressknow.compress.recipe import EXPORT, Recipe, to_toml
@@ -349,12 +350,12 @@ class CheckpointFormat(FileFormat):
 
 def _list_units(modules: Iterable[str]) -> dict[str, list[str]]:
     """Group modules that must share a scheme, because vLLM fuses them into one matrix; by name of the group."""
-    units: dict[tuple[str, ...], list[str]] = {}
-    for module in modules:
+
+    def find_unit(module: str) -> tuple[str, ...]:
         parent, _, leaf = module.rpartition(".")
-        parts = next((parts for parts in FUSED if leaf in parts), (leaf,))
-        units.setdefault((parent, *parts), []).append(module)
-    return {", ".join(unit): unit for unit in units.values()}
+        return parent, *next((parts for parts in FUSED if leaf in parts), (leaf,))
+
+    return {", ".join(unit): unit for unit in group_by(modules, find_unit).values()}
 
 
 def _resolve_modules(weights: Mapping[str, LinearWeight], must: Sequence[tuple[str, str]]) -> dict[str, str]:

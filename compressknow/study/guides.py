@@ -13,7 +13,6 @@ of their changes is twice the KL divergence of the next token's distribution, to
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compressknow.base.errors import UnsupportedError
 from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, report_progress
+from compressknow.base.reading import hash_json
 from compressknow.compress.calibrate.backward import ScoredBatch
 from compressknow.compress.calibrate.model import BlockwiseUnsupported
 from compressknow.compress.calibrate.text import CalibrationText, load_or_make_text, read_calibration_text
@@ -134,7 +134,7 @@ def select_known_facts(answers: Answers, probes: Sequence[Probe]) -> list[Probe]
 def hash_facts(probes: Iterable[Probe]) -> str:
     """Return a hash of the ids, prompts and candidates of facts."""
     values = [(probe.name, fact.id, fact.prompt, fact.candidates) for probe in probes for fact in probe.facts]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return hash_json(values)
 
 
 def _measure_sensitivity(
@@ -205,7 +205,7 @@ def _get_text(
         with report_progress(on_progress, Stage(calibration.work, handle.located.name)) as advance:
             return read_calibration_text(folder, tree, calibration, trust_remote_code=trusted, advance=advance)
 
-    key = hashlib.sha256(json.dumps([handle.sha256, asdict(calibration)]).encode()).hexdigest()
+    key = hash_json([handle.sha256, asdict(calibration)])
     file = find_cache_folder() / "texts" / f"{key[:32]}.json"
     return load_or_make_text(file, make) if calibration.text == "self" else make()
 

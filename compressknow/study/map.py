@@ -17,7 +17,7 @@ import numpy as np
 
 from compressknow._version import __version__
 from compressknow.base.format import clean, count, number, share, write_size
-from compressknow.comparison.diff import group_tensors
+from compressknow.base.grouping import group_by
 from compressknow.pages import parts
 from compressknow.pages.drawing import INK, MUTED, SERIES, draw_labels
 from compressknow.pages.pages import render_html, render_markdown, write_files
@@ -62,11 +62,11 @@ class Map:
 
     def by_layer(self) -> Mapping[str, Weights]:
         """Return the weights of each layer, and of each group outside the layers."""
-        return group_tensors(self._placed, lambda row: row.place)
+        return group_by(self._placed, lambda row: row.place)
 
     def by_module(self) -> Mapping[str, Weights]:
         """Return the weights of each kind of module."""
-        return group_tensors(self._placed, lambda row: row.group if row.layer is None else row.module)
+        return group_by(self._placed, lambda row: row.group if row.layer is None else row.module)
 
     def grid(self, figure: Callable[[Weights], float | None]) -> Grid:
         """Return a figure for each layer and module; a weight outside the layers has its own row."""

@@ -3,8 +3,6 @@ it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +17,7 @@ from compressknow.base.errors import GateNotMet, UsageError
 from compressknow.base.files import write_whole
 from compressknow.base.format import count, share
 from compressknow.base.progress import Begin, Listener
+from compressknow.base.reading import hash_json
 from compressknow.base.system import move
 from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
@@ -401,7 +400,7 @@ class CandidateHandle(ModelHandle):
             *form.list_decisive(),
             sorted(allocation.types.items()),
         ]
-        self.sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        self.sha256 = hash_json(parts)
         self.made = candidates.folder / self.sha256[:16] / form.file_name
         super().__init__(LocatedModel(form.name, self.made), candidates.settings)
 

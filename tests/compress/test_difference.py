@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError
+from compressknow.base.grouping import group_by
 from compressknow.comparison.checkpoints import diff_checkpoints
-from compressknow.comparison.diff import CheckpointDiff, DiffSums, TensorDiff, group_tensors
+from compressknow.comparison.diff import CheckpointDiff, DiffSums, TensorDiff
 from compressknow.compress import blocks
 from compressknow.engine.identity import describe, locate
 from compressknow.model.checkpoint import open_checkpoint
@@ -165,7 +166,7 @@ def test_manifest_report_and_comparison_give_the_same_relative_error(
     manifest = compressknow.convert(a, tmp_path / "b", **options)
     diff, before, after = compare(a, tmp_path / "b"), dequantize(a), dequantize(tmp_path / "b")
     in_report = describe(locate(tmp_path / "b"))["groups"]
-    for group, tensors in group_tensors(diff.tensors, lambda tensor: tensor.group).items():
+    for group, tensors in group_by(diff.tensors, lambda tensor: tensor.group).items():
         changes = [after[t.name].ravel() - before[t.name].ravel() for t in tensors if t.name in before]
         error = sum((t.sums for t in tensors), DiffSums()).relative_error
         assert manifest["groups"][group]["relative_error"] == pytest.approx(error, rel=1e-5, abs=1e-9)
@@ -216,13 +217,13 @@ def test_sums_of_groups_and_layers_match_a_recount(family: str, tmp_path: Path) 
     groups = {row["name"]: row["group"] for row in manifest["tensors"]}
     assert {tensor.name: tensor.group for tensor in diff.tensors} == groups
 
-    def concatenate(arrays: Arrays, tensors: tuple[TensorDiff, ...]) -> npt.NDArray[np.float64]:
+    def concatenate(arrays: Arrays, tensors: Sequence[TensorDiff]) -> npt.NDArray[np.float64]:
         return np.concatenate([arrays[tensor.name].ravel() for tensor in tensors])
 
-    by_layer = group_tensors(diff.tensors, lambda t: (t.stack, t.layer) if t.layer is not None else None)
+    by_layer = group_by(diff.tensors, lambda t: (t.stack, t.layer) if t.layer is not None else None)
     stacks = ("encoder", "decoder") if family == "t5-gated" else (None,)
     assert list(by_layer) == [(stack, layer) for stack in stacks for layer in (0, 1)]
-    for tensors in [diff.tensors, *by_layer.values(), *group_tensors(diff.tensors, lambda t: t.group).values()]:
+    for tensors in [diff.tensors, *by_layer.values(), *group_by(diff.tensors, lambda t: t.group).values()]:
         sums = sum((tensor.sums for tensor in tensors), DiffSums())
         check_sums(sums, concatenate(before, tensors), concatenate(after, tensors))
 
@@ -230,7 +231,7 @@ def test_sums_of_groups_and_layers_match_a_recount(family: str, tmp_path: Path) 
 def test_a_module_has_one_name_in_all_layers_and_stacks(tmp_path: Path) -> None:
     a = save_tiny("t5-gated", tmp_path / "a")
     diff = compare(a, a)
-    modules = group_tensors(diff.tensors, lambda t: t.module)
+    modules = group_by(diff.tensors, lambda t: t.module)
     assert len(modules["layer.SelfAttention.q"]) == 4
     assert len(modules["layer.EncDecAttention.o"]) == 2
     assert {t.group for t in modules["layer.DenseReluDense.wi_1"]} == {"feed-forward"}

@@ -159,7 +159,7 @@ def test_one_wording_is_the_probe_itself() -> None:
     assert isinstance(probe, Probe)
     assert probe.fingerprint() == open_probe("atlas").fingerprint()
     assert merge_wordings(make_answers([make_answer(0, True)])) == make_answers([make_answer(0, True)])
-    assert compare_wordings([make_answer(0, True)], [make_answer(0, True)]) is None
+    assert compare_wordings([make_answer(0, True)], [make_answer(0, True)]) == {}
 
 
 @pytest.mark.parametrize(

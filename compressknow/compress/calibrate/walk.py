@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import write_size
+from compressknow.base.grouping import group_by
 from compressknow.base.progress import Advance, ignore_advance
 from compressknow.base.system import trim_heap
 from compressknow.compress.blocks import Pool
@@ -121,9 +122,7 @@ class TargetVisitor(Visitor, Generic[T]):
     def __init__(self, streamed: StreamedModel, targets: Sequence[T], *, waits: bool = False) -> None:
         self._streamed, self._by_module, self._waits = streamed, group_by_block(streamed, targets), waits
         self._homes = _find_homes(streamed, targets)
-        self._targets: dict[str, list[T]] = {}
-        for target in targets:
-            self._targets.setdefault(self._homes[streamed.find_block(target.modules[0])], []).append(target)
+        self._targets = group_by(targets, lambda target: self._homes[streamed.find_block(target.modules[0])])
         self.modules = list(self._by_module)
         self.lone_layers = [module for module in self._by_module if module not in streamed.blocks]
         self._sums: dict[str, InputSums] = {}

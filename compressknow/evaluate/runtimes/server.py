@@ -98,7 +98,7 @@ class ServedScorer(CausalScorer):
         measure_kl: MeasureKl | None = None,  # noqa: ARG002
     ) -> list[Answer]:
         """Answer the only query of a batch; `measure_kl` is not called, as servers are too slow for all tokens."""
-        (query,), wanted = batch, _get_wanted(reference)
+        (query,), wanted = batch, None if reference is None else [int(number) for number in reference[0]]
         text, first = self._write(query), self._served.predict(query.prompt, wanted or ())
         answer = self._choose(query, first) if query.options else self._judge(query, first, text)
         return [_add_first(add_grade(answer, query.fact, text), first, wanted)]
@@ -151,10 +151,6 @@ class ServedScorer(CausalScorer):
         top = (text, *(first.texts.get(number, "").strip() for number in best[1:]))
         scores = np.array([first.logp[number] for number in best])
         return make_answer(query.fact, top, scores, correct=correct, rank=rank, logp_gold=logp, choices=None)
-
-
-def _get_wanted(reference: Sequence[Ids] | None) -> list[int] | None:
-    return None if reference is None else [int(number) for number in reference[0]]
 
 
 def _add_first(answer: Answer, first: FirstToken, wanted: list[int] | None) -> Answer:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from compressknow.base.errors import CheckpointError, UnsupportedError
+from compressknow.base.grouping import group_by
 from compressknow.engine.language_model import count_embedding_rows, find_decoder_start, find_sentinels
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded, can_cut_logits, select_encoded
@@ -115,9 +116,7 @@ class MaskedScorer(Scorer):
         return filled
 
     def _score_steps(self, batch: Sequence[Query], tokens: Mapping[Step, list[int]]) -> dict[Step, dict[int, float]]:
-        sizes: dict[int, list[Step]] = {}
-        for step in tokens:
-            sizes.setdefault(len(batch[step[0]].prompt) + step[1], []).append(step)
+        sizes = group_by(tokens, lambda step: len(batch[step[0]].prompt) + step[1])
         logp = {}
         for steps in sizes.values():
             for start in range(0, len(steps), ROWS):

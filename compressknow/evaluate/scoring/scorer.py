@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.grouping import group_by
 from compressknow.engine.language_model import check_tokens, count_embedding_rows, count_positions
 from compressknow.engine.load import find_reason
 from compressknow.evaluate.answers import LOGP_FLOOR, REFERENCE_TOKENS, Answer
@@ -358,9 +359,7 @@ class Scorer(ABC):
     @cached_property
     def _folded(self) -> dict[str, tuple[int, ...]]:
         """Map lower-cased texts to ids of the vocabulary (the paper compares lower-cased text)."""
-        folded: dict[str, list[int]] = {}
-        for number in range(len(self.tokenizer)):
-            folded.setdefault(self.encoder.decode([number]).lower(), []).append(number)
+        folded = group_by(range(len(self.tokenizer)), lambda number: self.encoder.decode([number]).lower())
         return {text: tuple(ids) for text, ids in folded.items()}
 
     def _find_aliases(self, fact: Fact) -> tuple[int, ...]:

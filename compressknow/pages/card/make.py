@@ -77,8 +77,7 @@ def make_card(
         compared = compare(original, answers, show_facts=show_facts, early=early, path=path, gates=gates)
         # The figures of each wording come from the answers before wordings are merged.
         probes = (
-            replace(p, wordings=compare_wordings(by_wording[0].of(p.probe), wordings.of(p.probe)))
-            for p in compared.probes
+            replace(p, **compare_wordings(by_wording[0].of(p.probe), wordings.of(p.probe))) for p in compared.probes
         )
         compared = replace(compared, probes=tuple(probes))
         comparisons.append(add_sections(model, compared, (original, answers), show_facts=show_facts))

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from compressknow._version import __version__
 from compressknow.base.format import clean, count, number, write_percent, write_size
+from compressknow.base.grouping import Key, group_by
 from compressknow.base.notebook import Summary, SummaryRepr
-from compressknow.comparison.diff import CheckpointDiff, DiffSums, Key, Kind, TensorDiff, group_tensors, sum_tensors
+from compressknow.comparison.diff import CheckpointDiff, DiffSums, Kind, TensorDiff, sum_tensors
 from compressknow.comparison.paired import Pair, order_domains, pair_answers
 from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answer, Answers
@@ -67,7 +68,7 @@ class CheckpointComparison(SummaryRepr):
 
 def sum_by(difference: CheckpointDiff, key: Callable[[TensorDiff], Key | None]) -> dict[Key, DiffSums]:
     """Return the sums of the tensors that have a key, by key, in order of first appearance."""
-    return {value: sum_tensors(tensors) for value, tensors in group_tensors(difference.tensors, key).items()}
+    return {value: sum_tensors(tensors) for value, tensors in group_by(difference.tensors, key).items()}
 
 
 def name_both(a: ModelRecord, b: ModelRecord) -> tuple[str, str]:

@@ -23,7 +23,8 @@ from compressknow.base.format import (
     write_rank,
     write_size,
 )
-from compressknow.comparison.diff import CheckpointDiff, DiffSums, StructureChange, TensorDiff
+from compressknow.base.grouping import group_by
+from compressknow.comparison.diff import CheckpointDiff, DiffSums, TensorDiff
 from compressknow.comparison.paired import Pair
 from compressknow.comparison.records import Group, ProbeFigures
 from compressknow.evaluate.answers import Answer
@@ -378,10 +379,9 @@ _KINDS = {
 
 def build_structure_table(difference: CheckpointDiff) -> parts.Table | None:
     """Return differences in how the two store tensors, with a row for all tensors that share one."""
-    by_form: dict[tuple[str, ...], list[StructureChange]] = {}
-    for change in difference.structure:
-        without_shapes = (form.partition(" [")[0] for form in (change.a, change.b))
-        by_form.setdefault((change.kind, *without_shapes), []).append(change)
+    by_form = group_by(
+        difference.structure, lambda change: (change.kind, change.a.partition(" [")[0], change.b.partition(" [")[0])
+    )
     rows = tuple(
         (
             _KINDS[kind],

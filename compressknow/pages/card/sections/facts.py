@@ -232,11 +232,11 @@ class ByWording(Section):
     def parts(self, context: Context) -> Iterator[Part]:
         for probe in context.comparison.probes:
             # For many models, only the JSON has them.
-            if (wordings := probe.wordings) and context.limits.relations is None:
-                rows = [_make_wording_row(str(number), *figures) for number, figures in wordings.by_template.items()]
+            if probe.by_template and context.limits.relations is None:
+                rows = [_make_wording_row(str(number), *figures) for number, figures in probe.by_template.items()]
                 rows.append(_make_wording_row("majority", probe.counts, probe.kept))
                 yield Table(f"{clean(probe.probe, 60)} by wording", _WORDING_COLUMNS, tuple(rows))
-                before, after = map(share, wordings.consistency)
+                before, after = map(share, probe.consistency)
                 yield Note(f"{_AGREEMENT}: {before} before, {after} after.")
 
 
