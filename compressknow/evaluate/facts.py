@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import islice
 from typing import Any, Literal
 
 from compressknow.base.errors import UsageError
@@ -289,15 +290,12 @@ def _choose_examples(facts: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
 
 
 def _draw_stratified(facts: Iterable[Fact], limit: int, seed: int) -> set[str]:
-    """Draw ids of facts: within a relation by a hash of seed and id, between relations by largest remainder."""
-    relations = group_by(facts, lambda fact: fact.relation)
+    """Draw ids of facts: within a relation by a hash of seed and id, between relations by largest remainder. If there
+    are more relations than `limit`, those of the first facts by that hash are drawn."""
+    ranked = sorted(facts, key=lambda fact: hashlib.sha256(f"{seed}/{fact.id}".encode()).digest())
+    relations = dict(islice(group_by(ranked, lambda fact: fact.relation).items(), limit))
     shares = _apportion({relation: len(members) for relation, members in relations.items()}, limit)
-    drawn: set[str] = set()
-    for relation, members in relations.items():
-        ids = (fact.id for fact in members)
-        ranked = sorted(ids, key=lambda identifier: hashlib.sha256(f"{seed}/{identifier}".encode()).digest())
-        drawn.update(ranked[: shares[relation]])
-    return drawn
+    return {fact.id for relation, members in relations.items() for fact in members[: shares[relation]]}
 
 
 def _apportion(sizes: Mapping[str, int], limit: int) -> dict[str, int]:

@@ -140,6 +140,15 @@ def test_within_a_relation_a_larger_sample_contains_a_smaller_one(sizes: dict[st
         assert few <= many or many <= few
 
 
+def test_a_sample_smaller_than_the_number_of_relations_can_have_each() -> None:
+    """Larger relations are in more samples."""
+    probe = make_probe({"a": 90, **dict.fromkeys("bcdefghij", 10)})
+    counts = Counter(fact.relation for seed in range(200) for fact in probe.sample(3, seed).facts)
+    assert counts["a"] > 150
+    assert all(20 < counts[relation] < 100 for relation in "bcdefghij")
+    assert sum(counts.values()) == 600
+
+
 def test_samples_of_a_single_relation_are_nested_and_differ_by_seed() -> None:
     probe = make_probe({"capital": 100})
     samples = [{fact.id for fact in probe.sample(limit, seed=1).facts} for limit in (1, 10, 50, 99)]
