@@ -234,7 +234,7 @@ def load_tables(dataset: str) -> dict[str, Any]:
     name, colon, last = dataset.rpartition(":")
     if colon and not path.exists() and expand_home(name).is_dir():
         path, config = expand_home(name), last
-    if not path.exists() and _is_path(dataset):
+    if not path.exists() and is_path(dataset):
         raise UsageError(f"There is no folder or file {path}.", hint="hf: is followed by a path, or a name on the Hub.")
     if path.exists() and not path.is_dir():
         try:
@@ -284,9 +284,12 @@ def _check_tables(path: Path) -> None:
                 continue
 
 
-def _is_path(dataset: str) -> bool:
-    """Return whether this cannot be a name on the Hub, which is NAME or OWNER/NAME, with an optional ":CONFIG"."""
+def is_path(dataset: str) -> bool:
+    """Return whether a data set is on this machine, or cannot be a name on the Hub, which is NAME or OWNER/NAME; an
+    optional ":CONFIG" follows."""
     name = dataset.partition(":")[0]
+    if name and any(expand_home(each).exists() for each in (dataset, name)):
+        return True
     return dataset.startswith((".", "/", "~")) or name.count("/") > 1 or Path(dataset).suffix.lower() in SUFFIXES
 
 

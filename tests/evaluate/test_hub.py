@@ -241,7 +241,8 @@ def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_open_probe_passes_columns_and_split(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "Set" / "dev.jsonl", PEOPLE)
     probe = open_probe(f"HF:{path.parent}", Options(columns=MAPPING, split="validation", limit=1))
-    assert (probe.name, len(probe.facts)) == (f"hf:{path.parent}", 1)
+    # The folder above is the machine's.
+    assert (probe.name, len(probe.facts), probe.source["dataset"]) == ("hf:Set", 1, "Set")
 
 
 def test_the_error_on_an_unknown_table_lists_its_columns(tmp_path: Path) -> None:

@@ -119,6 +119,14 @@ def test_an_error_in_a_csv_file_names_its_line(content: bytes, message: str, tmp
         read_facts_file(tmp_path / "mine.csv")
 
 
+def test_a_repeated_line_counts_once(tmp_path: Path) -> None:
+    """Its answer would count twice, as if it were two observations."""
+    others = {**PROMPT, "relation": "P36"}, {**PROMPT, "obj_label": "Lyon"}
+    probe = read_facts_file(write_rows(tmp_path, PROMPT, {**PROMPT, "id": "again"}, *others))
+    assert [fact.id for fact in probe.facts] == ["mine/1", "P36/3", "mine/4"]
+    assert probe.dropped == {"repeats a line": 1}
+
+
 def test_every_key_is_read(tmp_path: Path) -> None:
     row = {
         **PROMPT,

@@ -12,12 +12,21 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import UsageError
 from compressknow.base.files import escape_name, expand_home
-from compressknow.base.reading import SUFFIXES, NotReadable, check_regular, compute_sha256, load_tables, parse_json
+from compressknow.base.reading import (
+    SUFFIXES,
+    NotReadable,
+    check_regular,
+    compute_sha256,
+    is_path,
+    load_tables,
+    parse_json,
+)
 from compressknow.evaluate.facts import (
     BLANK,
     GENERAL,
@@ -91,13 +100,11 @@ candidates as Paris|Rome|Madrid."""
         facts: dict[str, Fact] = {}
         lines: dict[str, int] = {}
         problems: list[str] = []
-        # Share one tuple among facts with the same candidates, which files repeat in each line of a relation.
-        shared: dict[tuple[str, ...], tuple[str, ...]] = {}
         for number, row in (read_csv_lines if path.suffix.lower() == ".csv" else read_json_lines)(path):
             row = row if isinstance(row, str) else {key: _strip(key, value) for key, value in row.items()}
             in_line = [row] if isinstance(row, str) else _find_problems(row)
             if not in_line and isinstance(row, dict):
-                fact = _make_fact(row, number, name, escape_name(path.stem), shared)
+                fact = _make_fact(row, number, name, escape_name(path.stem))
                 if fact.id in facts:
                     in_line = [f"id: {fact.id!r} is also the id of line {lines[fact.id]}"]
                 facts[fact.id], lines[fact.id] = fact, number
@@ -108,11 +115,13 @@ candidates as Paris|Rome|Madrid."""
             raise UsageError(f"{path} cannot be read as facts:", listed, _HINT)
         if not facts:
             raise UsageError(f"{path} has no facts.", hint=_HINT)
+        different, dropped = collect_facts(facts.values(), lambda fact: replace(fact, id=""), "repeats a line")
         return Probe(
             name=name,
             protocol=FACTS_PROTOCOL,
-            facts=tuple(facts.values()),
-            vocabulary="closed" if all(fact.candidates for fact in facts.values()) else "open",
+            facts=different,
+            dropped=dropped,
+            vocabulary="closed" if all(fact.candidates for fact in different) else "open",
             source={"files": {escape_name(path.name): compute_sha256(path)}},
         )
 
@@ -175,9 +184,7 @@ def _check_candidates(row: dict[str, Any]) -> list[str]:
     return []
 
 
-def _make_fact(
-    row: dict[str, Any], number: int, probe: str, stem: str, shared: dict[tuple[str, ...], tuple[str, ...]]
-) -> Fact:
+def _make_fact(row: dict[str, Any], number: int, probe: str, stem: str) -> Fact:
     relation, subject = row.get("relation", stem), row.get("sub_label", "")
     candidates = tuple(row["candidates"]) if row.get("candidates") is not None else None
     prompt = add_blank(row["prompt"]) if "prompt" in row else fill(row["template"], subject)
@@ -189,7 +196,7 @@ def _make_fact(
         sub_label=subject,
         obj_label=row["obj_label"],
         prompt=prompt,
-        candidates=shared.setdefault(candidates, candidates) if candidates else None,
+        candidates=candidates,
         popularity=row.get("popularity"),
     )
 
@@ -206,6 +213,10 @@ class Hub(ProbeSource):
     help = "a Hub data set, or a local Parquet, JSON or CSV file"
     form = "DATASET"
     takes = frozenset({"columns", "split"})
+
+    def named(self, part: str) -> str:
+        """Return the name on the Hub, or that of a file or folder, since facts do not depend on where it is."""
+        return escape_name(Path(part).name) if is_path(part) else part
 
     def meant(self, text: str) -> bool:
         """Return whether the name has the suffix of a table, or an owner, as on the Hub."""
@@ -226,7 +237,12 @@ class Hub(ProbeSource):
             facts=facts,
             dropped=dropped,
             vocabulary="closed" if all(fact.candidates for fact in facts) else "open",
-            source={"dataset": part, "split": split, "columns": dict(columns.of), "known as": columns.known_as},
+            source={
+                "dataset": self.named(part),
+                "split": split,
+                "columns": dict(columns.of),
+                "known as": columns.known_as,
+            },
         )
 
 
