@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from compressknow.api.keywords import ServerKeywords, api_function, build_run_options
+from compressknow.base.errors import UsageError
 from compressknow.base.packages import require
 from compressknow.base.progress import OnProgress, resolve_progress
 from compressknow.engine.identity import locate
@@ -17,7 +18,7 @@ from compressknow.evaluate.handle import make_handles
 from compressknow.evaluate.noise import NoiseFloors
 from compressknow.evaluate.run import probe_model
 from compressknow.evaluate.runtimes import Settings
-from compressknow.evaluate.sources import Options
+from compressknow.evaluate.sources import Options, find_source
 
 
 @api_function
@@ -58,6 +59,11 @@ def probe(
     """
     require("pyarrow")
 
+    if not probe and find_source(str(output)) and not Path(output).exists():
+        raise UsageError(
+            f"{output} is the name of a probe, not of a folder for the answers.",
+            hint=f"Give the folder before the probe, or write ./{output} for a folder of that name.",
+        )
     options, settings = build_run_options(keywords, options, settings)
     opened = open_named(probe, options)
     original = read_answers(Path(reference)) if reference is not None else None

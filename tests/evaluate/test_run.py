@@ -519,6 +519,15 @@ def test_a_broken_link_is_an_error(root: Path, tmp_path: Path, where: str) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("name", ["atlas", "facts:mine.jsonl"])
+def test_a_probe_in_place_of_the_folder_is_refused(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`report` takes its probes at this place."""
+    monkeypatch.chdir(root)
+    with pytest.raises(UsageError, match=f"{name} is the name of a probe, not of a folder"):
+        compressknow.probe("llama", name)
+    assert not (root / name).exists()
+
+
 @pytest.mark.parametrize("content", ["letter.txt", TABLE, "model.safetensors", ".hidden"])
 def test_a_folder_with_other_files_is_left_alone(root: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "a").mkdir()
