@@ -198,7 +198,7 @@ def get_record_path(output: Path) -> Path:
 
 
 def read_export_record(path: Path) -> dict[str, Any]:
-    """Return "sha256", "source" and, if facts chose its types, "guided_by" (probes and ids) of the record that an
+    """Return "sha256", "source" and, if facts guided it, "guided_by" (probes and ids) of the record that an
     export writes next to a GGUF file; empty without one."""
     try:
         record = read_json(get_record_path(path), MANIFEST)

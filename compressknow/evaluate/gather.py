@@ -32,7 +32,7 @@ from compressknow.model.checkpoint import build_server_error, is_address
 
 def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | None) -> Answers:
     """Add to a model's record what its folder says about calibration, and which facts occur in the calibration text if
-    that is available, or chose the types of a GGUF file. (Stored answers may come from another folder with the same
+    that is available, or guided how a GGUF file was rounded. (Stored answers may come from another folder with the same
     weights.) `known_by` has the answers of the model that it is compared with; None for the original."""
     calibration = model.describe().get("calibration")
     in_text = find_facts_in_text(calibration, model, known_by) if calibration and known_by else None
@@ -41,7 +41,7 @@ def add_calibration(answers: Answers, model: ModelHandle, known_by: Answers | No
 
 
 def _count_guides(answers: Answers, model: ModelHandle, known_by: Answers) -> Guides | None:
-    """Count the facts that chose the types of a GGUF file, as its record says; None if none of them was evaluated."""
+    """Count the facts that guided how a GGUF file was rounded, as its record says; None if none was evaluated."""
     if model.located.path.suffix != ".gguf":
         return None
     known, kept = (

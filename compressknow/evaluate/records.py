@@ -169,8 +169,8 @@ class FactsInText:
 
 @dataclass(frozen=True, slots=True)
 class Guides:
-    """Of the facts that the original knew, the number that chose a GGUF file's types, and how many of them the file
-    keeps; then the same two numbers for all others."""
+    """Of the facts that the original knew, the number that guided how a GGUF file was rounded, and how many of them the
+    file keeps; then the same two numbers for all others."""
 
     known: int
     kept: int

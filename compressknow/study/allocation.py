@@ -229,10 +229,12 @@ def fit_types(sensitivity: Sensitivity, tensors: Tensors, overhead: int, target:
 
 def describe_fit(allocation: Allocation, budget: int, target: SizeTarget, guidance: Guidance) -> Fitted:
     """Return the chosen types, and the record of the choice."""
+    # GPTQ reads the facts even if text alone chooses the types.
+    guided_by = guidance.ids if target.guide != "text" or target.rounding == "gptq" else ()
     record = {
         **{"budget": budget, "guide": target.guide, "rounding": target.rounding},
         **{"must": [list(rule) for rule in target.must], "predicted_kl": allocation.loss},
-        **{"facts": guidance.facts, "facts_sha256": guidance.fingerprint, "guided_by": guidance.ids},
+        **{"facts": guidance.facts, "facts_sha256": guidance.fingerprint, "guided_by": guided_by},
         **{"tokens": guidance.tokens, "text_sha256": guidance.text},
     }
     return allocation.types, record

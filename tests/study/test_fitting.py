@@ -28,6 +28,7 @@ from compressknow.study.sensitivity import Guidance, Rounding, Sensitivity, Tens
 from tests.gguf.making import get_llama_cpp_name, save_checkpoint
 from tests.knowing import write_bear
 
+IDS = (("atlas", "capital/1"),)
 OVERHEAD = 50_000
 
 
@@ -65,7 +66,7 @@ def sensitivity(tensors: Tensors) -> Sensitivity:
         }
         name = tensors.source.structure.tied.get(weight.parameter, weight.parameter)
         rows.append(TensorSensitivity(name, weight.shape, weight.group or "other", weight.layer, by_type))
-    return Sensitivity("0" * 64, Guidance("gguf", ("q8_0",), 40, "1" * 64, 1000, "2" * 64), tuple(rows))
+    return Sensitivity("0" * 64, Guidance("gguf", ("q8_0",), 40, "1" * 64, 1000, "2" * 64, IDS), tuple(rows))
 
 
 def compute_bits(types: Mapping[str, str], tensors: Tensors, group: str) -> float:
@@ -84,9 +85,12 @@ def test_guide_decides_where_bits_go(sensitivity: Sensitivity, tensors: Tensors)
     by_name, tied = {row.name: row for row in sensitivity.rows}, tensors.source.structure.tied
     names = {name: tied.get(weight.parameter, weight.parameter) for name, (weight,) in tensors.weights.items()}
     loss = sum(by_name[names[name]].by_type[kind].facts or 0.0 for name, kind in types.items() if kind != "bf16")
+    assert {guide: fit["guided_by"] for guide, (_, fit) in fits.items()} == dict.fromkeys(fits, IDS)
+    by_text = SizeTarget(700_000, guide="text", rounding="nearest")
+    assert fit_types(sensitivity, tensors, OVERHEAD, by_text)[1]["guided_by"] == ()
     assert record == {
         **{"budget": 700_000, "guide": "facts", "rounding": "gptq", "must": [], "predicted_kl": pytest.approx(loss)},
-        **{"facts": 40, "facts_sha256": "1" * 64, "guided_by": (), "tokens": 1000, "text_sha256": "2" * 64},
+        **{"facts": 40, "facts_sha256": "1" * 64, "guided_by": IDS, "tokens": 1000, "text_sha256": "2" * 64},
     }
 
 

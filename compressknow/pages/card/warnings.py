@@ -163,12 +163,12 @@ def warn_of_facts_in_text(original: ModelRecord, facts: FactsInText | None, sour
 
 
 def warn_of_guides(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
-    """Warn if facts that chose a file's types judge it, too."""
+    """Warn if facts that guided how a file was rounded judge it, too."""
     if guides := model.guides:
         among = count_facts(guides.known + guides.others)
         yield (
-            f"Of the {among} that {clean(original.name, 80)} knew, {count(guides.known)} chose the types of "
-            f"{clean(model.name, 80)}, which may keep more of these than of other facts. It keeps "
+            f"Of the {among} that {clean(original.name, 80)} knew, {count(guides.known)} guided how "
+            f"{clean(model.name, 80)} was rounded, so it may keep more of these than of other facts. It keeps "
             f"{count(guides.kept)} of these, and {count(guides.others_kept)} of the {count(guides.others)} others. "
             "Judge it by the others: evaluate more facts, or another sample (--seed)."
         )
