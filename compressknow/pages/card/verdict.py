@@ -281,7 +281,9 @@ def _advise_limit(comparison: Comparison, needed: int) -> str:
 def advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     model = comparison.model
     try:
-        recipe = Recipe.from_dict(dict(model.recipe)) if model.recipe else None
+        # The recipe of a model that was not made from the original is only its last step.
+        is_whole = model.recipe and comparison.source_matches is not False
+        recipe = Recipe.from_dict(dict(model.recipe or {})) if is_whole else None
     except CompressknowError:
         # The recipe is from another version, or needs a package that is not installed.
         recipe = None

@@ -301,6 +301,13 @@ class Layers(Section):
             scheme = choose_word(read_schemes(model.recipe))
             columns = ("Group of layers", "Parameters", "Zeros", "Pruned", scheme, "Relative error")
             yield Table("What was done to each group of layers", columns, rows, captioned=False)
+            source = model.source or {}
+            # A model made from the same source as the original matches, too.
+            if context.comparison.source_matches is not None and source.get("sha256") != context.original.sha256:
+                name = clean(source.get("name"), 80)
+                yield Note(
+                    f"The table describes the step from {name}, which this model was made from, not from the original."
+                )
         if removed := " ".join(describe_removed(model.removed)):
             yield Note(clean(removed, 1000))
         sentences = [*describe_calibration(model.calibration)]
