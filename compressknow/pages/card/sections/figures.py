@@ -227,7 +227,8 @@ class HowSure(Section):
     method = (
         "Related facts count as a smaller number of unrelated facts that tell as much (design effect, Kish 1965; Korn "
         "and Graubard 1998). Intervals over relations are Wilson's for that number of facts, with Student's t, and "
-        f"Newcombe's for the difference. With fewer than {FEWEST} relations there are none.",
+        f"Newcombe's for the difference. There are none with fewer than {FEWEST} relations, or if each known "
+        "fact is of another one.",
         "The smallest detectable loss is the one that the test would detect in four of five cases (a power of 80 %, "
         "Duffy 1984), if facts were gained as often as here.",
     )
@@ -254,6 +255,10 @@ class HowSure(Section):
             elif relations < FEWEST:
                 yield Note(
                     f"The known facts{where} belong to {relations} relations: too few for an interval over these."
+                )
+            elif sure.kept.low is None:
+                yield Note(
+                    f"No two known facts{where} count as related: an interval over relations would be the simple one."
                 )
 
 
