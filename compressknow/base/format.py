@@ -53,18 +53,22 @@ def write_percent(part: int, whole: int) -> str:
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+# A smaller number without a unit is probably one of MB.
+_FEWEST_BYTES = 100_000
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)")
 
 
 def parse_size(text: str | int, option: str = "--size") -> int:
     """Return a size in bytes. Raises UsageError if the text is not a size.
 
-    >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "1000", "2kB", "1GiB")]
-    [90000000, 1500000000, 67108864, 1000, 2000, 1073741824]
+    >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "100000", "2kB", "1GiB")]
+    [90000000, 1500000000, 67108864, 100000, 2000, 1073741824]
     """
     match = _SIZE.fullmatch(str(text).strip().upper())
     if match is None or match[2] not in _UNITS or float(match[1]) == 0:
         raise UsageError(f"{option} {text}: that is not a size.", hint="Write 90MB, 1.5GB or a number of bytes.")
+    if not match[2] and float(match[1]) < _FEWEST_BYTES:
+        raise UsageError(f"{option} {text}: too few bytes for a model.", hint="Write it in units: 90MB, 1.5GB.")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -101,8 +101,10 @@ def _build_page(answers: Answers, output: Path) -> Iterator[str]:
             yield f"  {share(accuracy)} as the mean over relations, its headline figure"
         if grades := Counter(answer.grade for answer in facts if answer.grade):
             yield f"  {describe_grades({grade: grades[grade] for grade in GRADES})}"
+        # More are read than a limit lets be evaluated.
+        read = count(entry.facts * (entry.templates or 1))
         for reason, number in entry.dropped.items():
-            yield from wrap(f"  {count(number)} dropped: {reason}", indent="    ")
+            yield from wrap(f"  {count(number)} of {read} read dropped: {reason}", indent="    ")
     for name, chunks in answers.texts.items():
         yield from wrap(_describe_text(name, chunks, answers.record.probes[name]))
     if len(answers.probes) == 1:

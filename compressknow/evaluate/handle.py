@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -143,12 +144,13 @@ class LlamaCpp(Runtime):
         return {"name": LLAMA_CPP, "build": self._model.native.build, "types": self._types}
 
     def describe(self) -> Mapping[str, Any]:
-        """Return the type of most weights and, for a file that compressknow exported, its source."""
+        """Return the type of most weights, the bits per weight and, for a file made by compressknow, its source."""
         from compressknow.gguf.record import PREFIX, SOURCE
 
         values = {key: self._model.meta(f"{PREFIX}.source.{key}") for key in SOURCE}
         source = {key: value for key, value in values.items() if value}
-        return {"quantization": f"GGUF {self._model.file_type}", **({"source": source} if source else {})}
+        quantization = f"GGUF {_describe_type(self._model.file_type, self._model.bytes, self.parameters)}"
+        return {"quantization": quantization, **({"source": source} if source else {})}
 
     def release(self) -> None:
         """Close the contexts, then the model that they use."""
@@ -171,7 +173,7 @@ class Server(Runtime):
         self._served, self._parallel = connect(located.url, settings), settings.parallel
         served = self._served
         self.architecture = served.name
-        self.computed_in = self._type or "its own precision"
+        self.computed_in = _describe_type(self._type or "its own precision")
         self.parameters = self._read_property("n_params", int)
         self.gives_scores = served.scores
         # A server does not give access to files. Hash its address, the model's name, the build, the model's size, and
@@ -204,7 +206,9 @@ class Server(Runtime):
         return {"name": SERVER, "build": build, **location, "scores": served.scores, "distribution": served.tokens}
 
     def describe(self) -> Mapping[str, Any]:
-        known = {"bytes": self._read_property("size", int), "dtype": self._type, "quantization": self._type}
+        size = self._read_property("size", int)
+        quantization = self._type and _describe_type(self._type, size, self.parameters)
+        known = {"bytes": size, "dtype": self._type and _describe_type(self._type), "quantization": quantization}
         name = self._served.model.rpartition("/")[2] or self._served.model
         return {"name": clean(name, 80), **{key: value for key, value in known.items() if value is not None}}
 
@@ -220,6 +224,17 @@ class Server(Runtime):
     def _read_property(self, key: str, kind: type) -> Any:
         value = self._served.about.get(key)
         return None if find_mismatch(value, kind) else value
+
+
+def _describe_type(name: str, size: int | None = None, parameters: int | None = None) -> str:
+    """Return llama.cpp's name of a file's type, without the bits per weight of the type, which are not those of a file
+    of several types; with those of tensors of this `size` in bytes.
+
+    >>> _describe_type("IQ4_NL - 4.5 bpw", 86_388_480, 134_515_008), _describe_type("TQ1_0 - 1.69 bpw ternary")
+    ('IQ4_NL, 5.14 bits per weight', 'TQ1_0 ternary')
+    """
+    name = re.sub(r" - [\d.]+ bpw", "", name)
+    return f"{name}, {8 * size / parameters:.3g} bits per weight" if size and parameters else name
 
 
 _RUNTIMES: dict[str, type[Runtime]] = {runtime.name: runtime for runtime in (Transformers, LlamaCpp, Server)}

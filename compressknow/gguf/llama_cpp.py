@@ -157,6 +157,7 @@ class GgufModel:
     handle : llama.cpp's ``struct llama_model *``.
     architecture : name of the architecture in the file: ``llama``, ``qwen2``.
     parameters : number of stored parameters; a head that is tied to the embedding counts once.
+    bytes : size of these.
     rows : number of tokens that it can read.
     most_tokens : maximum length of texts in training.
 
@@ -174,6 +175,7 @@ class GgufModel:
         self.vocab = lib.llama_model_get_vocab(self.handle)
         self.architecture = self.meta("general.architecture") or "unknown"
         self.parameters = int(lib.llama_model_n_params(self.handle))
+        self.bytes = int(lib.llama_model_size(self.handle))
         self.rows = int(lib.llama_vocab_n_tokens(self.vocab))
         self.most_tokens = int(lib.llama_model_n_ctx_train(self.handle))
         try:

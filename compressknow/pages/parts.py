@@ -64,7 +64,7 @@ def make_name_entry(label: str, name: object, revision: object) -> Entry:
     return Entry(label, clean(name, 120) + (f"@{clean(revision, 60)}" if revision else ""), code=True)
 
 
-def make_hash_entry(sha256: object, label: str = "SHA-256") -> Entry:
+def make_hash_entry(sha256: object, label: str = "Fingerprint") -> Entry:
     """Return a hash, shortened to enough digits to distinguish any two."""
     hash = clean(sha256, 80)
     return Entry(label, hash[:12], code=True, full=hash)

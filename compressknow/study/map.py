@@ -426,7 +426,7 @@ def _describe_method(map: Map) -> tuple[str, ...]:
 
 def _list_run(map: Map) -> Iterator[parts.Entry]:
     guidance = map.sensitivity.guidance
-    hashes = {"SHA-256": map.sensitivity.sha256, "Facts": guidance.fingerprint, "Text": guidance.text}
+    hashes = {"Fingerprint": map.sensitivity.sha256, "Facts": guidance.fingerprint, "Text": guidance.text}
     yield parts.make_name_entry("Model", map.model, None)
     for label, sha256 in hashes.items():
         if sha256:

@@ -27,6 +27,7 @@ def test_candidates_are_the_labels_of_the_relation_in_their_order(folder: Path) 
     assert probe.facts[0].candidates is probe.facts[1].candidates
     assert (probe.protocol, probe.vocabulary, probe.average) == ("bear/1", "closed", "micro")
     assert probe.score_rest
+    assert probe.source["from"].startswith("a local folder in the layout of BEAR, github.com/")
     assert list(probe.source["files"]) == ["metadata_relations.json", "P403.jsonl", "P30.jsonl"]
 
 

@@ -129,7 +129,9 @@ def test_facts_of_a_relation_without_a_template_are_dropped_and_counted(folder: 
 
 
 def test_the_source_names_every_file_that_was_read(folder: Path) -> None:
-    files = read_lama(folder, "trex").source["files"]
+    source = read_lama(folder, "trex").source
+    assert source["from"].startswith("a local folder in the layout of LAMA, https://")
+    files = source["files"]
     assert sorted(files) == ["TREx/P19.jsonl", "TREx/P36.jsonl", "common_vocab_cased.txt", "relations.jsonl"]
     assert all(len(sha256) == 64 for sha256 in files.values())
     assert sorted(read_lama(folder, "squad", "paper").source["files"]) == ["Squad/test.jsonl"]

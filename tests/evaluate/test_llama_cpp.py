@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -259,8 +260,12 @@ def test_the_record_has_the_runtime_and_the_types_of_the_layers(root: Path, tmp_
     assert model.runtime is not None
     assert model.runtime["name"] == "llama.cpp"
     assert model.computed_in == f"llama.cpp {model.runtime['build']}"
-    assert model.quantization == "GGUF Q8_0"
     types = model.runtime["types"]
+    counts: Counter[str] = sum(map(Counter, types.values()), Counter())
+    assert set(counts) == {"Q8_0", "F32"}
+    # A block of Q8_0 has 32 weights of 8 bits and a scale of 16.
+    bits = (8.5 * counts["Q8_0"] + 32 * counts["F32"]) / counts.total()
+    assert model.quantization == f"GGUF Q8_0, {bits:.3g} bits per weight"
     assert {group: list(kinds) for group, kinds in types.items()} == {
         "attention": ["Q8_0"],
         "feed-forward": ["Q8_0"],

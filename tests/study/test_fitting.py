@@ -171,6 +171,12 @@ def test_malformed_size_is_refused(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize("size", ["10", 99_999, "1.5"])
+def test_number_of_hardly_any_bytes_is_taken_to_lack_its_unit(size: str | int) -> None:
+    with pytest.raises(UsageError, match=r"--within .*: too few bytes for a model\.\nWrite it in units"):
+        parse_size(size, "--within")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

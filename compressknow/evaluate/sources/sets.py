@@ -129,6 +129,11 @@ def _make_atlas_facts(relation: dict[str, Any], number: int) -> list[Fact]:
     ]
 
 
+def _describe_folder(name: str, origin: str) -> str:
+    """Say where facts came from: whether a local folder is a set's unchanged download is not known."""
+    return f"a local folder in the layout of {name}, {origin}"
+
+
 class Bear(ProbeSource):
     help = "BEAR's 60 relations (--data DIR)"
     takes = frozenset({"data", "template"})
@@ -161,7 +166,7 @@ class Bear(ProbeSource):
             "bear/1",
             facts,
             score_rest=True,
-            source={"from": BEAR_FROM, "template": options.template, "files": hashes},
+            source={"from": _describe_folder("BEAR", BEAR_FROM), "template": options.template, "files": hashes},
         )
 
 
@@ -249,7 +254,7 @@ class Lama(ProbeSource):
             keep_unanswerable=not official,
             average="macro" if official and by_template else "micro",
             source={
-                "from": f"{LAMA_FROM} (CC BY-NC 4.0)",
+                "from": _describe_folder("LAMA", f"{LAMA_FROM} (CC BY-NC 4.0)"),
                 "asked by": "template" if by_template else "the first of masked_sentences",
                 "files": hash_files([*extra, *templates, *paths], folder),
             },

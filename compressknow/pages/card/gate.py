@@ -104,9 +104,10 @@ def hold_to_gates(result: object, card: Card) -> None:
     unmet: GateNotMet | GateUndecided
     if failed := [(label, c, gate) for label, c, gate, met in judged if met is False]:
         is_known = any(gate.measure_kept(c)[0].known_before for _, c, gate in failed)
+        share = describe_share(gate for *_, gate in failed)
+        opening = f"Less than {share} is kept" if is_known else f"It cannot be judged whether {share} is kept"
         unmet = GateNotMet(
-            f"Less than {describe_share(gate for *_, gate in failed)} is kept: "
-            f"{'; '.join(_describe_shortfall(label, c, gate) for label, c, gate in failed)}.",
+            f"{opening}: {'; '.join(_describe_shortfall(label, c, gate) for label, c, gate in failed)}.",
             hint="The report lists the lost facts and the domains; compress less, or lower --fail-under."
             if is_known
             else "Choose facts that the original knows (-p PROBE).",
@@ -149,7 +150,7 @@ def _describe_shortfall(label: str, comparison: Comparison, gate: Gate) -> str:
     counts, _ = gate.measure_kept(comparison)
     of = f" of {gate.of}" if gate.of else ""
     if counts.kept is None:
-        return f"{label}, where the original knew none of {count_facts(counts.n)}{of}"
+        return f"the original knew none of {count_facts(counts.n)}{of}, so {label} has none to keep"
     kept = share_against(counts.kept, [gate.least])
     return f"{label} keeps {count(counts.both)} of {count(counts.known_before)}{of} ({kept})"
 

@@ -143,6 +143,10 @@ _COST_NOTE = (
     "Numbers are those of the models in the table. The line joins the models that no other beats; the stroke through a "
     "mark is its 95 % interval. Speed is measured in the runtime and precision that each model is deployed in."
 )
+_FINGERPRINT = (
+    "A fingerprint is the SHA-256 over all files that determine a model's answers, not over a single one; of a server, "
+    "over what it reports."
+)
 _ROUNDING_NOTE = " The dotted line shows what rounding alone keeps."
 
 
@@ -159,12 +163,8 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> parts.Page:
     hashes = parts.Entries(
         tuple(parts.Entry(clean(each.name, 60), clean(each.sha256, 80), code=True) for each in all_models)
     )
-    about = (
-        _make_method_section(card),
-        parts.PageSection(
-            "run", "The run", (*run, parts.Folded("SHA-256 in full", (hashes,), in_text=False)), look="text"
-        ),
-    )
+    fingerprints = parts.Folded("Fingerprints in full", (hashes, parts.Note(_FINGERPRINT)), in_text=False)
+    about = (_make_method_section(card), parts.PageSection("run", "The run", (*run, fingerprints), look="text"))
     if len(models) == 1:
         (page,) = models
         others = f"→ {clean(card.comparisons[0].model.name, 80)}"

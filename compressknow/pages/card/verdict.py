@@ -94,14 +94,20 @@ def _write_kept(name: str, counts: Counts, interval: str, p: float | None) -> st
 
 
 def describe_power(counts: Counts, certainty: Certainty) -> str:
-    """Say which net loss the facts can reveal, and how many facts reveal a small one; empty if that is unknown.
+    """Say which net loss the facts can reveal, and how many facts reveal a small one; empty if that is unknown. If
+    nothing was lost, the interval rules out losses that the test may miss, so only the number of facts is of use.
 
-    >>> describe_power(Counts(both=185), Certainty(smallest_loss=0.0424, facts_for_two=394))
+    >>> describe_power(Counts(both=170, lost=15), Certainty(smallest_loss=0.0424, facts_for_two=394))
     'A net loss under 4.2 % of these 185 may go unseen; 400 known facts would show 2 %.'
-    >>> describe_power(Counts(both=8), Certainty(smallest_loss=0.997))
+    >>> describe_power(Counts(both=4, lost=4), Certainty(smallest_loss=0.997))
     'A net loss under 100 % of these 8 may go unseen.'
+    >>> describe_power(Counts(both=16), Certainty(smallest_loss=0.74, facts_for_two=394))
+    '400 known facts would show a net loss of 2 %.'
     """
     more, known = certainty.facts_for_two, count(counts.known_before)
+    if not counts.lost:
+        is_small = (certainty.smallest_loss or 1) <= SMALL
+        return "" if more is None or is_small else f"{round_up(more)} known facts would show a net loss of 2 %."
     if certainty.smallest_loss is None:
         return f"So few facts cannot show a net loss; {round_up(more)} known ones would show 2 %." if more else ""
     # Two digits: 4.2, 12, but no 1e+02.
@@ -281,7 +287,9 @@ def _advise_limit(comparison: Comparison, needed: int) -> str:
 def advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     model = comparison.model
     try:
-        recipe = Recipe.from_dict(dict(model.recipe)) if model.recipe else None
+        # The recipe of a model that was not made from the original is only its last step.
+        is_whole = model.recipe and comparison.source_matches is not False
+        recipe = Recipe.from_dict(dict(model.recipe or {})) if is_whole else None
     except CompressknowError:
         # The recipe is from another version, or needs a package that is not installed.
         recipe = None

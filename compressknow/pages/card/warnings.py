@@ -47,7 +47,7 @@ def warn_of_size(comparisons: Sequence[Comparison], within: int | None) -> Itera
 def warn_of_models(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
     """Warn of oddities of the two checkpoints that affect the comparison."""
     if original.sha256 == model.sha256:
-        yield "Both models are the same checkpoint (same SHA-256): there is nothing to compare."
+        yield "Both models are the same checkpoint (same fingerprint): there is nothing to compare."
     yield from warn_of_recipe(model)
     yield from warn_of_calibration(original, model)
     yield from warn_of_guides(original, model)
@@ -78,7 +78,7 @@ def warn_of_provenance(original: ModelRecord, model: ModelRecord) -> Iterator[st
         recorded, actual = clean(source.get("sha256"), 13), clean(original.sha256, 13)
         yield (
             f"{clean(model.name, 80)} was not made from {clean(original.name, 80)}: its record names "
-            f"{clean(source.get('name'), 80)} (SHA-256 {recorded}), but the original's SHA-256 is {actual}. "
+            f"{clean(source.get('name'), 80)} (fingerprint {recorded}), but the original's fingerprint is {actual}. "
             "Differences may not be due to compression. Give the original that it was made from."
         )
     yield from warn_of_changes(original, model)

@@ -80,7 +80,8 @@ def test_probe_and_report_with_a_server(url: str, tmp_path: Path) -> None:
     record = json.loads((out / "probe.json").read_text())["model"]
     assert record["architecture"] == "llama-server"
     assert record["runtime"]["build"].startswith("llama-server b")
-    assert record["computed_in"] == record["quantization"] == "Q8_0"
+    assert record["computed_in"] == record["dtype"] == "Q8_0"
+    assert record["quantization"].startswith("Q8_0, 8.")
     assert record["parameters"] > 0
     assert record["bytes"] > 0
     card = tmp_path / "card.json"

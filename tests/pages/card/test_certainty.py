@@ -77,6 +77,7 @@ def test_verdict_names_the_choice_of_relations_if_a_few_lost_everything() -> Non
     [
         (1, "All known facts belong to one relation, so there is no interval over relations."),
         (3, "The known facts belong to 3 relations: too few for an interval over these."),
+        (200, "No two known facts count as related: an interval over relations would be the simple one."),
     ],
 )
 def test_page_says_why_there_is_no_interval_over_relations(relations: int, sentence: str) -> None:

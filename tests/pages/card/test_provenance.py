@@ -18,6 +18,7 @@ import compressknow
 from compressknow.cli import main
 from compressknow.engine.identity import describe, locate, read_contents
 from compressknow.pages.card.make import make_card
+from compressknow.pages.card.pages import render_markdown
 from tests.engine.gguf_files import F32, write_gguf
 from tests.knowing import save_trained, write_facts
 from tests.models import edit_tensors
@@ -70,7 +71,8 @@ def test_no_warning_if_the_model_was_made_from_the_original(folder: Path, report
 def test_warning_if_the_model_was_made_from_another_original(folder: Path, tmp_path: Path, report: Report) -> None:
     (comparison,) = report(folder / "second", folder / "converted")["compressed"]
     assert comparison["source_matches"] is False
-    assert comparison["warnings"][0].startswith("converted was not made from second: its record names first (SHA-256 ")
+    warning = "converted was not made from second: its record names first (fingerprint "
+    assert comparison["warnings"][0].startswith(warning)
     facts = f"facts:{folder / 'facts.jsonl'}"
     compressknow.probe(folder / "second", tmp_path / "answers", facts, settings=SETTINGS)
     (comparison,) = report(tmp_path / "answers", folder / "converted")["compressed"]
@@ -174,6 +176,18 @@ def test_two_exports_of_one_checkpoint_match() -> None:
         for n, s in zip("de", (original, compressed), strict=True)
     ]
     assert make_card(pair[0], pair[1:]).comparisons[0].source_matches is True
+
+
+@pytest.mark.parametrize("made_from_it", [True, False])
+def test_last_step_of_several_is_not_taken_for_all_that_was_done(made_from_it: bool) -> None:
+    source = {"name": "pruned", "sha256": ORIGINAL_HASH if made_from_it else "c" * 64}
+    recipe, groups = {"steps": [{"quantize": "int8"}]}, {"attention": {"parameters": 100, "relative_error": 0.01}}
+    original, compressed = make_runs(make_rows(40, 60), source=source, recipe=recipe, groups=groups)
+    card = make_card(original, [compressed])
+    assert ("int8-weights instead of int8" in card.comparisons[0].next) is made_from_it
+    assert card.comparisons[0].next.startswith("Next: ")
+    noted = "step from pruned, which this model was made from, not from the original." in render_markdown(card)
+    assert noted is not made_from_it
 
 
 def test_model_with_nan_is_not_to_be_deployed() -> None:

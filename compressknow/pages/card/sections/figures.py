@@ -227,7 +227,8 @@ class HowSure(Section):
     method = (
         "Related facts count as a smaller number of unrelated facts that tell as much (design effect, Kish 1965; Korn "
         "and Graubard 1998). Intervals over relations are Wilson's for that number of facts, with Student's t, and "
-        f"Newcombe's for the difference. With fewer than {FEWEST} relations there are none.",
+        f"Newcombe's for the difference. There are none with fewer than {FEWEST} relations, or if each known "
+        "fact is of another one.",
         "The smallest detectable loss is the one that the test would detect in four of five cases (a power of 80 %, "
         "Duffy 1984), if facts were gained as often as here.",
     )
@@ -254,6 +255,10 @@ class HowSure(Section):
             elif relations < FEWEST:
                 yield Note(
                     f"The known facts{where} belong to {relations} relations: too few for an interval over these."
+                )
+            elif sure.kept.low is None:
+                yield Note(
+                    f"No two known facts{where} count as related: an interval over relations would be the simple one."
                 )
 
 
@@ -301,6 +306,13 @@ class Layers(Section):
             scheme = choose_word(read_schemes(model.recipe))
             columns = ("Group of layers", "Parameters", "Zeros", "Pruned", scheme, "Relative error")
             yield Table("What was done to each group of layers", columns, rows, captioned=False)
+            source = model.source or {}
+            # A model made from the same source as the original matches, too.
+            if context.comparison.source_matches is not None and source.get("sha256") != context.original.sha256:
+                name = clean(source.get("name"), 80)
+                yield Note(
+                    f"The table describes the step from {name}, which this model was made from, not from the original."
+                )
         if removed := " ".join(describe_removed(model.removed)):
             yield Note(clean(removed, 1000))
         sentences = [*describe_calibration(model.calibration)]
