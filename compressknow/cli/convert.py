@@ -32,7 +32,7 @@ from compressknow.compress.recipe import OPTIONS, list_parameters
 from compressknow.compress.schemes import SCHEMES, choose_word, find_schemes
 from compressknow.compress.steps import SELF
 from compressknow.model.manifest import describe_calibration, describe_removed, summarize_calibration
-from compressknow.pages.model_card import describe_runtimes, list_warnings
+from compressknow.pages.model_card import describe_runtimes, has_packed_encoder, list_warnings
 
 EPILOG = """\b
 Scopes (--scope):
@@ -161,6 +161,9 @@ def build_manifest_page(manifest: Mapping[str, Any], model: str, output: Path, *
     for warning in list_warnings(manifest):
         yield _wrap_paragraph(f"Warning: {warning}")
     yield _wrap_paragraph(describe_runtimes(manifest))
+    if has_packed_encoder(manifest):
+        load = "Load it with compressknow.load before you call generate"
+        yield _wrap_paragraph(f"{load}: plain transformers runs the encoder before it has unpacked it.")
     if estimate := manifest.get("estimate"):
         blocks, memory, seconds = (estimate[key] for key in ("blocks", "bytes", "seconds"))
         time, room = format_duration(seconds), write_size(memory)

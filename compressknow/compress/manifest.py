@@ -166,6 +166,7 @@ def _summarize_plan(plan: Plan, rows: list[dict[str, Any]], source_files: Mappin
         "untied": list(plan.untied),
         **({"unused": list(plan.unused)} if plan.unused else {}),
         **({"removed": removed} if removed else {}),
+        **({"unpacked": True} if plan.unpacked else {}),
     }
     return summary | {"runtimes": list(list_runtimes(summary | {"tensors": rows}))}
 

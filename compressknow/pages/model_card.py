@@ -103,7 +103,7 @@ def render_model_card(
         model_has_code=bool(auto_map),
         tokenizer_has_code=tokenizer_has_code,
         word=choose_word(find_schemes(schemes)),
-        generate_needs_load=bool(schemes) and auto_class == "AutoModelForSeq2SeqLM",
+        generate_needs_load=has_packed_encoder(manifest),
         warnings=list(list_warnings(manifest)),
         runs=describe_runtimes(manifest),
         vllm=find_vllm_obstacle(manifest) is None,
@@ -187,6 +187,15 @@ def describe_runtimes(manifest: Mapping[str, Any]) -> str:
     text = f"Runs in {', '.join(list_runtimes(manifest))}{f' ({limit})' if limit else ''}."
     is_supported = manifest["source"]["architecture"] in VLLM_ARCHITECTURES
     return f"{text} It does not run in vLLM: {obstacle}." if obstacle and is_supported else text
+
+
+def has_packed_encoder(manifest: Mapping[str, Any]) -> bool:
+    """Return whether `generate` fails after plain `from_pretrained`: it calls the encoder, whose quantized layers
+    transformers unpacks only when the whole model is called."""
+    source = manifest["source"]
+    generates = find_auto_class(source["architecture"], source["model_type"]) == "AutoModelForSeq2SeqLM"
+    in_encoder = (row["scheme"] and "encoder" in row["name"].split(".") for row in manifest["tensors"])
+    return generates and any(in_encoder) and not manifest.get("unpacked")
 
 
 def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn.utils import prune
 
 import compressknow
 from compressknow.base.errors import UnsupportedError
+from compressknow.cli import main
 from compressknow.engine import layers
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import list_scopes, select
@@ -193,6 +195,28 @@ def test_generate_and_the_encoder_alone_are_right_after_load(
     torch.testing.assert_close(hidden, expected_hidden, rtol=1e-5, atol=1e-5)
     tokens, expected_tokens = (m.generate(ids, max_new_tokens=6, do_sample=False) for m in (model, expected))
     assert torch.equal(tokens, expected_tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "scope", "scheme", "generates"),
+    [
+        ("t5-tied", "attention", "int8", False),
+        ("bart", "attention", "int8", False),
+        ("t5-tied", "final", "int8", True),
+        pytest.param("t5-tied", "attention", "int8-weights", True, marks=needs_packed_t5),
+    ],
+)
+def test_card_and_terminal_say_if_plain_transformers_cannot_generate(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: Any, name: str, scope: str, scheme: str, *, generates: bool
+) -> None:
+    arguments = ["convert", str(checkpoints[name]), str(tmp_path / "out"), "--scope", scope, "--quantize", scheme]
+    assert main(arguments) == 0
+    ids = torch.arange(5, 15)[None]
+    with nullcontext() if generates else pytest.raises(RuntimeError, match="dtype"):
+        load(tmp_path / "out").generate(ids, max_new_tokens=2)
+    assert compressknow.load(tmp_path / "out").generate(ids, max_new_tokens=2).shape[0] == 1
+    assert ("`generate` fails" in (tmp_path / "out" / "README.md").read_text("utf-8")) is not generates
+    assert ("Load it with compressknow.load" in capsys.readouterr().out) is not generates
 
 
 def test_a_tied_weight_stored_under_the_name_of_the_head_is_untied(

@@ -115,10 +115,14 @@ def test_vllm_is_named_only_where_it_would_run(
     assert ("vllm serve" in card) is expected
 
 
-def test_card_of_an_int8_encoder_decoder_recommends_compressknow_load() -> None:
-    card = render_model_card(make_manifest_of("T5ForConditionalGeneration", "t5"), source_card_metadata={})
-    assert "compressknow.load(" in card
-    assert "AutoModelForSeq2SeqLM.from_pretrained" in card
+def test_card_of_an_int8_encoder_recommends_compressknow_load() -> None:
+    manifest = make_manifest_of("T5ForConditionalGeneration", "t5")
+    decoder = render_model_card(manifest, source_card_metadata={})
+    assert "compressknow.load(" not in decoder
+    assert "AutoModelForSeq2SeqLM.from_pretrained" in decoder
+    for row in manifest["tensors"]:
+        row["name"] = f"encoder.{row['name']}"
+    assert "compressknow.load(" in render_model_card(manifest, source_card_metadata={})
     pruned = make_manifest_of("T5ForConditionalGeneration", "t5", scheme=None)
     assert "compressknow.load(" not in render_model_card(pruned, source_card_metadata={})
 
