@@ -200,7 +200,8 @@ def has_packed_encoder(manifest: Mapping[str, Any]) -> bool:
 
 def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Yield what to know before using the output."""
-    before, after = (manifest["totals"][key] for key in ("bytes_before", "bytes_after"))
+    totals = manifest["totals"]
+    before, after = totals["bytes_before"], totals["bytes_after"]
     if after > before:
         cause = (
             "the final layer no longer shares its weight with the embedding, so the matrix is stored twice. The scope "
@@ -210,6 +211,9 @@ def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
             f"{choose_word(find_schemes(_list_schemes(manifest)))} saves"
         )
         yield f"The output is larger than the input ({write_size(after)} against {write_size(before)}): {cause}."
+    # A dry run does not count zeros.
+    if totals["pruned"] and totals.get("zeros_after", -1) == totals.get("zeros_before"):
+        yield f"All {count(totals['pruned'])} pruned weights were zero already: pruning changed nothing."
     if unused := manifest.get("unused", []):
         tensors, are = ("A tensor has", "is") if len(unused) == 1 else (f"{len(unused)} tensors have", "are")
         architecture = manifest["source"]["architecture"]

@@ -115,3 +115,11 @@ def test_the_default_scope_leaves_final_layers_tied_and_unchanged(name: str, tmp
     assert manifest["recipe"]["steps"][0]["scope"] == ["blocks"]
     assert manifest["setup"] == "Blocks_GPQ 20%"
     assert manifest["totals"]["quantized"] > 0
+
+
+def test_pruning_what_is_zero_already_is_a_warning(tmp_path: Path) -> None:
+    compressknow.convert(save_tiny("bert", tmp_path / "in"), tmp_path / "once", prune=0.5)
+    again = compressknow.convert(tmp_path / "once", tmp_path / "twice", prune=0.3)
+    (warning,) = list_warnings(again)
+    assert warning == f"All {again['totals']['pruned']:,} pruned weights were zero already: pruning changed nothing."
+    assert not list(list_warnings(compressknow.convert(tmp_path / "once", tmp_path / "more", prune=0.6)))
