@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
-from math import sqrt
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from compressknow.base.format import count, share
 from compressknow.base.progress import Begin, Listener
 from compressknow.base.reading import hash_json
 from compressknow.base.system import move
-from compressknow.comparison.intervals import FEWEST_SIGNS
+from compressknow.comparison.intervals import FEWEST_SIGNS, compute_normal_quantile
 from compressknow.comparison.records import Estimate
 from compressknow.compress.staging import clean, discard
 from compressknow.engine.identity import LocatedModel, describe, get_record_path
@@ -161,10 +161,13 @@ class EvaluationSet:
     def check_enough_known(self, keep: float) -> None:
         """Raise GateNotMet if not even a file that keeps all facts would be certain to keep that share."""
         if (best := self.estimate_kept(self._answered, LEVEL).low or 0.0) < keep:
+            # Wilson's interval of n of n facts begins at n / (n + z^2).
+            least = ceil(compute_normal_quantile(LEVEL) ** 2 * keep / (1 - keep))
             raise GateNotMet(
                 f"No file can be certain to keep {100 * keep:g} %: the model knows {count(self.known)} of the facts "
                 "that select it.",
-                f"If it kept all of them, only {share(best)} would be certain.",
+                f"If it kept all of them, only {share(best)} would be certain. At least {count(least)} are needed, and "
+                "more if they are of few relations.",
                 "Use more facts (a larger --limit), or lower --keep.",
             )
 

@@ -382,7 +382,7 @@ def test_too_few_relations_are_refused_even_if_there_are_enough_facts(llama: Wor
     with pytest.raises(GateNotMet, match="No file can be certain to keep 60 %: the model knows 21 of") as error:
         compressknow.search(llama.model, llama.folder / "few", keep=KEEP, **llama.options | {"probe": f"facts:{facts}"})
     # Student's t of 441 / 75 - 1 degrees of freedom replaces the normal quantile.
-    assert "only 42.4 % would be certain" in str(error.value)
+    assert "only 42.4 % would be certain. At least 13 are needed" in str(error.value)
 
 
 def test_folder_that_is_not_a_winner_is_kept_and_refused_before_any_work(
