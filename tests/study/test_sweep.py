@@ -517,6 +517,25 @@ def test_folder_of_another_study_is_refused(llama: Workspace, capsys: Capsys) ->
     assert "by another version (0.0.1" in capsys.readouterr().err
 
 
+def test_study_of_other_facts_is_refused_unchanged_and_extended_by_cells_and_probes(
+    llama: Workspace, capsys: Capsys
+) -> None:
+    def read_files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (llama.folder / "limited").rglob("*") if path.is_file()}
+
+    assert llama.sweep("limited", "--limit", "8", grid=ONE) == 0
+    before, _ = read_files(), capsys.readouterr()
+    assert llama.sweep("limited", "--limit", "4", grid=ONE) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "It was made with --limit 8, --seed 0, 8 prompts, on cpu in float32, transformers" in error
+    assert read_files() == before
+
+    more = shutil.copy(llama.folder / "facts.jsonl", llama.folder / "more.jsonl")
+    assert llama.sweep("limited", "--limit", "8", "-p", f"facts:{more}", grid=ONE.replace("0.3", "0.3, 0.9")) == 0
+    answers = {path: content for path, content in before.items() if path.name == "answers.parquet"}
+    assert answers.items() <= read_files().items()
+
+
 @pytest.mark.parametrize(
     ("options", "message", "code"),
     [
