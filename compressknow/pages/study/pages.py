@@ -409,11 +409,12 @@ def build_bounds_table(study: Study, findings: Sequence[Finding]) -> parts.Table
             write_estimate(bound.value),
             share(bound.limit),
             parts.write_bare_p(bound.p),
+            parts.write_bare_p(finding.p_holm),
         )
         for finding in findings
         for bound in finding.bounds
     )
-    columns = ("Finding", "Figure (95 %)", "Limit", "p for the limit")
+    columns = ("Finding", "Figure (95 %)", "Limit", "p for the limit", "p of the finding (Holm)")
     return parts.Table("Figures compared with a limit", columns, rows) if rows else None
 
 
@@ -497,6 +498,7 @@ def _dump_finding(finding: Finding) -> dict[str, Any]:
             | {"limit": bound.limit, "p": bound.p}
             for bound in finding.bounds
         ],
+        "limits_p_holm": finding.p_holm,
     }
 
 

@@ -115,6 +115,17 @@ def test_finding_that_does_not_hold_quotes_the_contradiction() -> None:
     assert "Overall_GP 90% 50.0 %" in finding.numbers
 
 
+def test_adjusted_p_of_limits_is_named_since_the_intervals_are_not_adjusted() -> None:
+    # One of 58 known facts is lost: each interval lies below 10 %, but there are several claims.
+    cells = [gp(scope, 0.3, range(57)) for scope in (ALL, ATT, FF)] + [gq(scope, range(58)) for scope in (ALL, ATT, FF)]
+    finding = evaluate(make_study(cells, spec=ProbeSpec(n=60, known=58)), "F1")
+    assert finding.answer == UNCLEAR
+    assert all((bound.value.high or 1) < bound.limit and (bound.p or 1) < 0.05 for bound in finding.bounds)
+    assert finding.p_holm == pytest.approx(6 * max(bound.p or 1 for bound in finding.bounds))
+    assert finding.numbers.endswith("1.7 % (−5.1 to 9.5 %), limit 10.0 %; adjusted p = 0.25")
+    assert "(p = 0.25, adjusted over all claims; the intervals are not)" in finding.why
+
+
 @pytest.mark.parametrize(
     ("amounts", "of"), [((0.9,), "overall pruned by 90 %"), ((0.6, 0.9), "overall pruned by 60 to 90 %, on average")]
 )

@@ -119,7 +119,7 @@ def test_tables_have_every_comparison_and_bound_of_the_findings() -> None:
     row = ("F4 Att_GP 20% / Overall_GP 20%", "300", "4", "0", "0.12", "0.62", "−0.042 (−0.227 to 0.142)", "1")
     assert row in comparisons.rows
     assert len(bounds.rows) == sum(len(finding.bounds) for finding in findings)
-    assert bounds.rows[0] == ("F1 Overall_GP 10%", "0.5 % (−1.0 to 2.0 %)", "10.0 %", "< 0.001")
+    assert bounds.rows[0] == ("F1 Overall_GP 10%", "0.5 % (−1.0 to 2.0 %)", "10.0 %", "< 0.001", "1")
     empty = make_study([])
     assert build_comparisons_table(empty, evaluate_findings(empty)[0]) is None
 
