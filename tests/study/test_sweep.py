@@ -15,6 +15,7 @@ import torch
 import compressknow
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import LOCK
+from compressknow.base.format import write_size
 from compressknow.cli import main
 from compressknow.comparison.intervals import estimate_proportion
 from compressknow.compress.calibrate import text
@@ -306,8 +307,12 @@ def test_long_setup_is_printed_on_its_own_line(llama: Workspace, capsys: Capsys)
     for scheme in ("int8", "fp8"):
         index = lines.index(f"Att L1-unstructured per layer 30% + Att_GQ ({scheme})")
         assert re.fullmatch(r" {34}\d.* % \(.*\) +\d.* % +\d.* kB", lines[index + 1])
-    # The name in the grid distinguishes it from other cells.
-    assert "Blocks[layers 1]_GP 30% [late-layers]" in lines
+    # The name in the grid distinguishes it from other cells. Pruning alone does not change the size on disk.
+    pruned = lines[lines.index("Blocks[layers 1]_GP 30% [late-layers]") + 1]
+    (original,) = (line for line in lines if line.startswith("original "))
+    size = write_size((llama.model / "model.safetensors").stat().st_size)
+    assert [line.endswith(f" %  {size}") for line in (original, pruned)] == [True, True]
+    assert max(map(len, lines[: lines.index(pruned) + 1])) <= 80
 
 
 def test_study_that_cannot_be_written_stops_at_the_first_cell(llama: Workspace, capsys: Capsys) -> None:
