@@ -117,6 +117,9 @@ def _describe_original(result: CellResult, known: str) -> Iterator[str]:
     name, total = clean(original.record.model.name, 40), len(original.answers)
     verb, adverb = ("produces", "") if known == "produced" else ("answers", " right")
     yield f"{name} {verb} {count(right)} of {count(total)} facts{adverb} ({write_percent(right, total)}).\n"
+    if means := [clean(probe, 40) for probe, entry in original.record.probes.items() if entry.average == "macro"]:
+        accuracy = f"the study's accuracy on {', '.join(means)} is the mean over relations"
+        yield from (*wrap(f"Right is the share of all facts; {accuracy}.", indent=""), "")
     yield from (COLUMNS, "-" * len(COLUMNS), _write_row("original", "", original))
 
 

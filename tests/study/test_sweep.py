@@ -30,6 +30,7 @@ from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.study.cells import RECORD, CellResult, build_study, claim
 from compressknow.study.grid import Cell
+from tests.evaluate.layouts import make_trex, write_jsonl, write_lama
 from tests.knowing import KNOWN_FACTS, save_trained, save_trained_custom_code, write_bear, write_facts
 from tests.models import put_into_hub_cache
 from tests.pages.answering import make_answer, make_runs
@@ -313,6 +314,15 @@ def test_long_setup_is_printed_on_its_own_line(llama: Workspace, capsys: Capsys)
     size = write_size((llama.model / "model.safetensors").stat().st_size)
     assert [line.endswith(f" %  {size}") for line in (original, pruned)] == [True, True]
     assert max(map(len, lines[: lines.index(pruned) + 1])) <= 80
+
+
+def test_mean_over_relations_is_told_from_the_share_of_facts(llama: Workspace, tmp_path: Path, capsys: Capsys) -> None:
+    data = write_lama(tmp_path)
+    (data / "common_vocab_cased.txt").write_text("Velin\n")
+    write_jsonl(data / "TREx" / "P36.jsonl", [make_trex("P36", "Avaland", "Velin", "a")])
+    assert llama.sweep("lama", "-p", "lama:trex", "--data", str(data), grid=ONE) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "Right is the share of all facts; the study's accuracy on lama:trex is the mean over relations." in words
 
 
 def test_study_that_cannot_be_written_stops_at_the_first_cell(llama: Workspace, capsys: Capsys) -> None:

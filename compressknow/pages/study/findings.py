@@ -242,7 +242,7 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], claims.Claim]], ...] = (
 )
 # The figure that a finding compares with a limit.
 _LEFT = "left of what the original knows beyond the baseline"
-_FIGURES = {"F1": "relative fall in accuracy", "F5": _LEFT, "F10": _LEFT}
+_FIGURES = {"F1": "relative fall in accuracy over all facts", "F5": _LEFT, "F10": _LEFT}
 
 
 def _word_finding(study: Study, finding: Finding, tested: claims.Claim) -> Finding:

@@ -161,6 +161,10 @@ def test_accuracies_are_averaged_as_the_protocol_says() -> None:
     assert [row["accuracy_compressed"] for row in tidy_rows(study)] == [0.75]
     assert [table.rows[0][4] for table in build_paper_tables(study)] == ["75.000"]
     assert compute_mean_drop(study.cells[0].comparison).value == 0.25
+    # The share of all facts is 80 %.
+    cells = build_cells_table(study)
+    assert cells.rows[1][cells.columns.index("Accuracy, lama:trex, mean over relations")] == "75.0 %"
+    assert "The accuracy on lama:trex is the mean over relations." in render_study_markdown(study)
 
 
 def test_p_values_are_by_relation() -> None:
