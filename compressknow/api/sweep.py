@@ -69,7 +69,7 @@ def sweep(
     Parameters
     ----------
     model : a local folder or a hub id.
-    output : folder of the study; one of this model and version is resumed.
+    output : folder of the study; one of this model, version and facts is resumed.
     grid : ``paper``, ``methods`` (Wanda, SparseGPT, GPTQ and SmoothQuant besides the paper's), a TOML file, or a dict
         with the content of one.
     probe : names; see `compressknow.probe`. At least one must have facts: running texts give perplexities.
@@ -129,7 +129,7 @@ def sweep(
             calibration=calibration,
             calibration_tokens=calibration_tokens,
         )
-        with claim(folder, study_model.original), open_runner(cluster, listener) as run:
+        with claim(folder, study_model.original, probes=opened), open_runner(cluster, listener) as run:
             watched = relabel_progress(listener, of=len(cells) + 1)
             original = study_model.evaluate(
                 study_model.original, opened, folder / ORIGINAL, None, watched, noise_floors=[NoiseFloors.add_precision]

@@ -26,11 +26,12 @@ from compressknow.cli.terminal import ProgressLines, TableRows, pad, show, show_
 from compressknow.pages.records import write_estimate
 
 if TYPE_CHECKING:
+    from compressknow.evaluate.answers import Answers
     from compressknow.pages.study.records import Study
     from compressknow.study.cells import CellResult
 
 NAME = 34
-COLUMNS = f"{'Setup':<{NAME}}{'Kept (95 % interval)':<28}{'Right':>8}{'Sparse':>10}"
+COLUMNS = f"{'Setup':<{NAME}}{'Kept (95 % interval)':<28}{'Right':>8}{'On disk':>10}"
 GRID = """\
 \b
 A grid file (--grid FILE.toml) has axes, whose combinations are all run, and
@@ -116,7 +117,10 @@ def _describe_original(result: CellResult, known: str) -> Iterator[str]:
     name, total = clean(original.record.model.name, 40), len(original.answers)
     verb, adverb = ("produces", "") if known == "produced" else ("answers", " right")
     yield f"{name} {verb} {count(right)} of {count(total)} facts{adverb} ({write_percent(right, total)}).\n"
-    yield from (COLUMNS, "-" * len(COLUMNS))
+    if means := [clean(probe, 40) for probe, entry in original.record.probes.items() if entry.average == "macro"]:
+        accuracy = f"the study's accuracy on {', '.join(means)} is the mean over relations"
+        yield from (*wrap(f"Right is the share of all facts; {accuracy}.", indent=""), "")
+    yield from (COLUMNS, "-" * len(COLUMNS), _write_row("original", "", original))
 
 
 def _describe_result(result: CellResult) -> Iterator[str]:
@@ -130,14 +134,17 @@ def _describe_result(result: CellResult) -> Iterator[str]:
         outcome = "refused" if result.refused else "failed"
         yield from wrap(f"{name}: {outcome}: {clean(result.why, 300)}")
         return
-    right = sum(answer.correct for answer in result.answers.answers)
-    share = write_percent(right, len(result.answers.answers))
     if (cell := pad(name, NAME)).rstrip() != name:
         # Several could look the same when cut off.
         yield from wrap(name)
         cell = " " * NAME
-    sparse = write_size(result.answers.record.model.totals["sparse_bytes"])
-    yield f"{cell}{write_estimate(result.kept):<28}{share:>8}{sparse:>10}"
+    yield _write_row(cell, write_estimate(result.kept), result.answers)
+
+
+def _write_row(name: str, kept: str, answers: Answers) -> str:
+    right = sum(answer.correct for answer in answers.answers)
+    share, size = write_percent(right, len(answers.answers)), write_size(answers.record.model.bytes)
+    return f"{name:<{NAME}}{kept:<28}{share:>8}{size:>10}"
 
 
 def _end(study: Study, output: Path) -> Iterator[str]:

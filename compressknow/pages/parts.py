@@ -117,6 +117,11 @@ def get_headline_accuracy(probe: ProbeFigures) -> tuple[Estimate, Estimate]:
     return probe.accuracy_original, probe.accuracy_compressed
 
 
+def name_accuracy(probe: str, average: str) -> str:
+    """Return the header of a column with the headline accuracy of a probe that is averaged in this way."""
+    return f"Accuracy, {clean(probe, 40)}{', mean over relations' if average == 'macro' else ''}"
+
+
 def write_bare_p(p: float | None) -> str:
     """Write a p-value without the p, for a column that is headed p."""
     return write_p_value(p).removeprefix("p = ").removeprefix("p ")

@@ -23,7 +23,7 @@ from compressknow.comparison.records import Estimate, ProbeFigures
 from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import make_language_model
 from compressknow.engine.load import load_tokenizer
-from compressknow.evaluate.answers import Answers, change_model
+from compressknow.evaluate.answers import Answers, change_model, is_answers_folder, read_record
 from compressknow.evaluate.distributions import Context, Distributions
 from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Probe
@@ -178,12 +178,14 @@ def check_study_folder(folder: Path) -> None:
 
 
 @contextmanager
-def claim(folder: Path, original: ModelHandle, known: str | None = None) -> Iterator[None]:
+def claim(
+    folder: Path, original: ModelHandle, known: str | None = None, probes: Sequence[Opened] = ()
+) -> Iterator[None]:
     """Lock a folder for a study of this model: a new one, or one with an earlier run of the study. A search passes
-    what counts as `known`, which decides what it tries.
+    what counts as `known`, which decides what it tries, and a sweep its probes.
 
     Raises OutputError if the folder is a file, is in use, or holds something else: a study of another model or version,
-    an older search, or one with another reading of known.
+    or on other facts of a probe; an older search, or one with another reading of known.
     """
     check_study_folder(folder)
     record = folder / RECORD
@@ -193,6 +195,8 @@ def claim(folder: Path, original: ModelHandle, known: str | None = None) -> Iter
         values |= {"known": known, "search": SEARCH} if known else {}
         if record.is_file():
             _check_record(record, values)
+            for probe in probes:
+                _check_probe(folder, original, probe)
         else:
             write_whole(record, (json.dumps(values, indent=1) + "\n").encode())
         yield
@@ -221,6 +225,26 @@ def _check_record(record: Path, values: Mapping[str, object]) -> None:
         hint += f", or pass --known {known}"
     if what:
         raise OutputError(f"{record.parent} is {what}.", why, f"{hint}.")
+
+
+def _check_probe(folder: Path, original: ModelHandle, probe: Opened) -> None:
+    """Raise OutputError if a study has the original's answers to other facts of a probe, or with other settings: all
+    its answers would be replaced, one cell after the other."""
+    place = folder / ORIGINAL / name_folder(probe.name)
+    if not find_missing(original, [probe], place, Context()) or not is_answers_folder(place):
+        return
+    stored = read_record(place)
+    if entry := stored.probes.get(probe.name):
+        made = [f"--limit {entry.limit}, --seed {entry.seed}"] if entry.limit else []
+        made += [f"--templates {entry.templates}"] if entry.templates else []
+        text = entry.text
+        made += [f"{text['chunks']} chunks of {text['context']} tokens" if text else f"{count(entry.asked)} prompts"]
+        ran = f"on {stored.model.device} in {stored.model.computed_in}, transformers {stored.versions['transformers']}"
+        raise OutputError(
+            f"{folder} is a study with other facts or settings of {probe.name}: nothing was changed.",
+            f"It was made with {', '.join(made)}, {ran}. The facts, or --batch-size, may differ too.",
+            "Choose a new folder, or repeat the options that it was made with; another --grid is possible.",
+        )
 
 
 # Adds to the original's answers what another precision or runtime alone changes.

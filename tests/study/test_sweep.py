@@ -15,6 +15,7 @@ import torch
 import compressknow
 from compressknow.base.errors import OutputError, UsageError
 from compressknow.base.files import LOCK
+from compressknow.base.format import write_size
 from compressknow.cli import main
 from compressknow.comparison.intervals import estimate_proportion
 from compressknow.compress.calibrate import text
@@ -29,6 +30,7 @@ from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.study.cells import RECORD, CellResult, build_study, claim
 from compressknow.study.grid import Cell
+from tests.evaluate.layouts import make_trex, write_jsonl, write_lama
 from tests.knowing import KNOWN_FACTS, save_trained, save_trained_custom_code, write_bear, write_facts
 from tests.models import put_into_hub_cache
 from tests.pages.answering import make_answer, make_runs
@@ -306,8 +308,21 @@ def test_long_setup_is_printed_on_its_own_line(llama: Workspace, capsys: Capsys)
     for scheme in ("int8", "fp8"):
         index = lines.index(f"Att L1-unstructured per layer 30% + Att_GQ ({scheme})")
         assert re.fullmatch(r" {34}\d.* % \(.*\) +\d.* % +\d.* kB", lines[index + 1])
-    # The name in the grid distinguishes it from other cells.
-    assert "Blocks[layers 1]_GP 30% [late-layers]" in lines
+    # The name in the grid distinguishes it from other cells. Pruning alone does not change the size on disk.
+    pruned = lines[lines.index("Blocks[layers 1]_GP 30% [late-layers]") + 1]
+    (original,) = (line for line in lines if line.startswith("original "))
+    size = write_size((llama.model / "model.safetensors").stat().st_size)
+    assert [line.endswith(f" %  {size}") for line in (original, pruned)] == [True, True]
+    assert max(map(len, lines[: lines.index(pruned) + 1])) <= 80
+
+
+def test_mean_over_relations_is_told_from_the_share_of_facts(llama: Workspace, tmp_path: Path, capsys: Capsys) -> None:
+    data = write_lama(tmp_path)
+    (data / "common_vocab_cased.txt").write_text("Velin\n")
+    write_jsonl(data / "TREx" / "P36.jsonl", [make_trex("P36", "Avaland", "Velin", "a")])
+    assert llama.sweep("lama", "-p", "lama:trex", "--data", str(data), grid=ONE) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "Right is the share of all facts; the study's accuracy on lama:trex is the mean over relations." in words
 
 
 def test_study_that_cannot_be_written_stops_at_the_first_cell(llama: Workspace, capsys: Capsys) -> None:
@@ -515,6 +530,25 @@ def test_folder_of_another_study_is_refused(llama: Workspace, capsys: Capsys) ->
     record.write_text(json.dumps(json.loads(record.read_text()) | {"version": "0.0.1"}))
     assert llama.sweep("study", grid=ONE) == 1
     assert "by another version (0.0.1" in capsys.readouterr().err
+
+
+def test_study_of_other_facts_is_refused_unchanged_and_extended_by_cells_and_probes(
+    llama: Workspace, capsys: Capsys
+) -> None:
+    def read_files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in (llama.folder / "limited").rglob("*") if path.is_file()}
+
+    assert llama.sweep("limited", "--limit", "8", grid=ONE) == 0
+    before, _ = read_files(), capsys.readouterr()
+    assert llama.sweep("limited", "--limit", "4", grid=ONE) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "It was made with --limit 8, --seed 0, 8 prompts, on cpu in float32, transformers" in error
+    assert read_files() == before
+
+    more = shutil.copy(llama.folder / "facts.jsonl", llama.folder / "more.jsonl")
+    assert llama.sweep("limited", "--limit", "8", "-p", f"facts:{more}", grid=ONE.replace("0.3", "0.3, 0.9")) == 0
+    answers = {path: content for path, content in before.items() if path.name == "answers.parquet"}
+    assert answers.items() <= read_files().items()
 
 
 @pytest.mark.parametrize(

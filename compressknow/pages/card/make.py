@@ -175,7 +175,7 @@ def compare(
     )
     compared = Comparison(
         model=model,
-        verdict=" ".join(filter(None, (outcome, *map(write_sentence, texts), verdict.describe_early(early)))),
+        verdict=" ".join(filter(None, (outcome, *map(write_sentence, texts), verdict.describe_early(early, counts.n)))),
         kept=kept,
         counts=counts,
         grades=graded,

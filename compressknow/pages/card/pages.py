@@ -337,7 +337,7 @@ def _list_result_columns(comparisons: Sequence[Comparison]) -> Iterator[tuple[st
     for probe in list_probes(comparisons):
         before, _ = parts.get_headline_accuracy(probe)
         after = [of_model[probe.probe][1].value if probe.probe in of_model else None for of_model in accuracies]
-        yield f"Accuracy, {clean(probe.probe, 40)}", [share(before.value), *map(share, after)]
+        yield parts.name_accuracy(probe.probe, probe.average), [share(before.value), *map(share, after)]
     domains = [{grade.subject: grade for grade in each.grades} for each in comparisons]
     for name in dict.fromkeys(name for of_model in domains for name in of_model):
         grades = [of_model.get(name) for of_model in domains]

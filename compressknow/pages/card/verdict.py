@@ -118,13 +118,13 @@ def describe_power(counts: Counts, certainty: Certainty) -> str:
     return f"{sentence}; {round_up(more)} known facts would show {100 * SMALL:g} %."
 
 
-def describe_early(early: EarlyStop | None) -> str:
-    """Say how a gate was decided early, and how many facts it took; empty if it was not.
+def describe_early(early: EarlyStop | None, evaluated: int) -> str:
+    """Say how a gate was decided early, and how many facts it took, of those evaluated; empty if it was not.
 
     >>> early = EarlyStop(0.8, 0.05, facts=64, known=40, of=4021, kept=Estimate(0.95, 0.86, 0.99), met=True)
-    >>> print(describe_early(early))
+    >>> print(describe_early(early, 80))
     It took 64 of 4,021 facts in random order to know that at least 80 % of the knowledge is kept (confidence \
-sequence 86.0 to 99.0 %, wrong in at most 5 of 100 runs).
+sequence 86.0 to 99.0 %, wrong in at most 5 of 100 runs). The figures are of 80 facts: the last batch was finished.
     """
     if early is None:
         return ""
@@ -135,6 +135,7 @@ sequence 86.0 to 99.0 %, wrong in at most 5 of 100 runs).
     return (
         f"It took {count(early.facts)} of {count(early.of)} facts in random order to know that {known} ({sequence}, "
         f"wrong in at most {100 * early.level:g} of 100 runs)."
+        f"{f' The figures are of {count(evaluated)} facts: the last batch was finished.' * (evaluated > early.facts)}"
     )
 
 

@@ -46,6 +46,7 @@ class Finding:
     per_million: str = ""  # the answer per million parameters changed; empty if nothing is compared
     comparisons: tuple[claims.CellComparison, ...] = ()  # the figures themselves
     bounds: tuple[claims.Bound, ...] = ()
+    p_holm: float | None = None  # of all bounds together, adjusted over all claims of the table; decides
     numbers: str = ""  # the clearest of these figures, in a few words
 
     @property
@@ -241,7 +242,7 @@ _TESTS: tuple[tuple[Finding, Callable[[Study], claims.Claim]], ...] = (
 )
 # The figure that a finding compares with a limit.
 _LEFT = "left of what the original knows beyond the baseline"
-_FIGURES = {"F1": "relative fall in accuracy", "F5": _LEFT, "F10": _LEFT}
+_FIGURES = {"F1": "relative fall in accuracy over all facts", "F5": _LEFT, "F10": _LEFT}
 
 
 def _word_finding(study: Study, finding: Finding, tested: claims.Claim) -> Finding:
@@ -252,13 +253,16 @@ def _word_finding(study: Study, finding: Finding, tested: claims.Claim) -> Findi
     if bounds:
         figure = _FIGURES[finding.id]
         known = [bound for bound in bounds if bound.value.value is not None]
+        # Without it, an interval that leaves out the limit would seem to contradict the answer.
+        adjusted = "" if tested.missing or tested.p_holm is None else f"; adjusted {write_p_value(tested.p_holm)}"
         return replace(
             finding,
             answer=answer,
             statistic=_describe_bounds(bounds, figure, names),
             why=_explain_bounds(tested),
             bounds=bounds,
-            numbers=f"{figure}: {_describe_bound(_find_largest(known), names)}" if known else "",
+            p_holm=tested.p_holm,
+            numbers=f"{figure}: {_describe_bound(_find_largest(known), names)}{adjusted}" if known else "",
         )
     return replace(
         finding,
@@ -374,13 +378,14 @@ def _describe_bound(bound: claims.Bound, names: Mapping[str, str]) -> str:
 def _explain_bounds(tested: claims.Claim) -> str:
     if any(bound.value.value is None for bound in tested.bounds):
         return "The original itself knows no more than the baseline."
-    if tested.answer == claims.HOLDS:
-        return "Every figure is clearly below its limit."
     if tested.answer == claims.CANNOT_TELL and tested.missing:
         return f"No figure is clearly above its limit, but the study has no cell of {tested.missing}."
-    if tested.answer == claims.CANNOT_TELL:
-        return "Chance could explain on which side of its limit a figure is."
-    return "A figure is clearly above its limit."
+    why = {
+        claims.HOLDS: "Every figure is clearly below its limit",
+        claims.DOES_NOT_HOLD: "A figure is clearly above its limit",
+        claims.CANNOT_TELL: "Chance could explain on which side of its limit a figure is",
+    }[tested.answer]
+    return f"{why} ({write_p_value(tested.p_holm)}, adjusted over all claims; the intervals are not)."
 
 
 def list_ids(findings: Iterable[Mapping[str, Finding]]) -> list[str]:

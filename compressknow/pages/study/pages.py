@@ -65,8 +65,8 @@ _DEFINITIONS = (
     "the original is: right answers may then be mere luck. The baseline is the accuracy of always giving the same "
     "answer if there are at most five to choose from, that of guessing if there are more, and zero if the answer is "
     "free text.",
-    f"F1 calls a decline minimal if accuracy falls by less than {100 * MINIMAL:g} % of what it was, even with overall "
-    f"pruned by {LOW[1]} %; without that cell, it cannot hold. F5 requires "
+    f"F1 calls a decline minimal if accuracy over all facts falls by less than {100 * MINIMAL:g} % of what it was, "
+    f"even with overall pruned by {LOW[1]} %; without that cell, it cannot hold. F5 requires "
     "that the knowledge left beyond the baseline, on average over the amounts above 50 %, is less than the share of "
     f"weights left, and less than {100 * NEAR:g} % at {MOST} %, a limit that F10 uses too; without a cell of {MOST} %, "
     "the study cannot tell. Each figure must be clearly below its limit; for a finding to fail, one must be clearly "
@@ -215,6 +215,8 @@ def _show_paper_tables(study: Study) -> Iterator[parts.Part]:
             in_percent = study.original.family == "masked"
             majorities = ", ".join(f"{clean(p.name, 60)} {_write_accuracy(p.majority, in_percent)}" for p in known)
             note += f" Majority baselines{' in %' * in_percent}: {majorities}."
+        if means := [clean(p.name, 60) for p in study.probes if p.average == "macro"]:
+            note += f" The accuracy on {join_words(means)} is the mean over relations."
         yield parts.Note(note)
         yield from tables
 
@@ -333,7 +335,7 @@ def build_cells_table(study: Study) -> parts.Table:
         ("Kept", ["", *(write_estimate(cell.comparison.kept) for cell in study.cells)]),
         *(
             (
-                f"Accuracy, {clean(p.name, 40)}",
+                parts.name_accuracy(p.name, p.average),
                 [share(p.accuracy), *(share(average_accuracy(c, p.name)) for c in study.cells)],
             )
             for p in study.probes
@@ -409,11 +411,12 @@ def build_bounds_table(study: Study, findings: Sequence[Finding]) -> parts.Table
             write_estimate(bound.value),
             share(bound.limit),
             parts.write_bare_p(bound.p),
+            parts.write_bare_p(finding.p_holm),
         )
         for finding in findings
         for bound in finding.bounds
     )
-    columns = ("Finding", "Figure (95 %)", "Limit", "p for the limit")
+    columns = ("Finding", "Figure (95 %)", "Limit", "p for the limit", "p of the finding (Holm)")
     return parts.Table("Figures compared with a limit", columns, rows) if rows else None
 
 
@@ -497,6 +500,7 @@ def _dump_finding(finding: Finding) -> dict[str, Any]:
             | {"limit": bound.limit, "p": bound.p}
             for bound in finding.bounds
         ],
+        "limits_p_holm": finding.p_holm,
     }
 
 

@@ -180,12 +180,15 @@ def write_verdict(study: Study) -> str:
     orders, cliffs = rank_cells(study), find_cliffs(study)
     parts = [_summarize_modules(orders["modules"])] if orders["modules"] else []
     if cliffs:
-        fallen = [cliff for cliff in cliffs if cliff.below is not None]
-        for lasts, where in ((True, "from {} on"), (False, "at {}, but more at a larger amount")):
-            if own := [f"{cliff.below:g} % ({cliff.module})" for cliff in fallen if cliff.lasts == lasts]:
-                parts.append(f"less than {100 * CLIFF:g} % is kept {where.format(join_words(own))}")
+        fallen, limit = [cliff for cliff in cliffs if cliff.below is not None], f"{100 * CLIFF:g} %"
+        estimated = f"the estimate is below {limit}, though not clearly,"
+        for clear, what in ((True, f"less than {limit} is kept"), (False, estimated)):
+            for lasts, where in ((True, "from {} on"), (False, "at {}, but more at a larger amount")):
+                own = [f"{c.below:g} % ({c.module})" for c in fallen if (c.clear, c.lasts) == (clear, lasts)]
+                parts += [f"{what} {where.format(join_words(own))}"] if own else []
         if not fallen:
-            parts.append(f"no amount in the grid keeps less than {share(CLIFF)}")
+            all_clear = all(cliff.clear for cliff in cliffs)
+            parts.append(f"no {'amount in the grid keeps less than' if all_clear else 'estimate is below'} {limit}")
     by = f", with {_PAPER_METHOD}" if parts and len(study.list_methods()) > 1 else ""
     parts += [_summarize_methods(orders["methods"])] if orders["methods"] else []
     if not parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,6 +108,8 @@ def test_all_formats_show_a_gate_that_stopped_early() -> None:
     sentence = "It took 180 of 4,021 facts in random order to know that at least 80 % of the knowledge is kept"
     assert sentence in card.verdict
     assert sentence in render_markdown(card)
+    assert card.verdict.endswith("of 100 runs). The figures are of 200 facts: the last batch was finished.")
+    assert make_card_of(10, replace(stop, facts=200)).verdict.endswith("of 100 runs).")
     assert get_values(card)["early"] == {
         **{"gate": 0.8, "met": True, "level": 0.05, "facts": 180, "known": 150, "of": 4021},
         **{"kept": 0.86, "kept_interval": [0.81, 0.9]},

@@ -128,7 +128,8 @@ def _make_probe(name: str, spec: ProbeSpec) -> StudyProbe:
     known = tuple(i < spec.known for i in range(spec.n))
     majority, chance = (spec.entry[key] for key in ("majority", "chance"))
     relations = tuple(f"relation-{i % spec.relations}" for i in range(spec.n))
-    return StudyProbe(name, spec.n, "micro", spec.known / spec.n, majority, chance, known, relations)  # type: ignore[arg-type]
+    average = spec.entry.get("average", "micro")
+    return StudyProbe(name, spec.n, average, spec.known / spec.n, majority, chance, known, relations)  # type: ignore[arg-type]
 
 
 def _make_cell(cell: Cell, spec: ProbeSpec, original: Answers, family: str) -> StudyCell:

@@ -115,6 +115,17 @@ def test_finding_that_does_not_hold_quotes_the_contradiction() -> None:
     assert "Overall_GP 90% 50.0 %" in finding.numbers
 
 
+def test_adjusted_p_of_limits_is_named_since_the_intervals_are_not_adjusted() -> None:
+    # One of 58 known facts is lost: each interval lies below 10 %, but there are several claims.
+    cells = [gp(scope, 0.3, range(57)) for scope in (ALL, ATT, FF)] + [gq(scope, range(58)) for scope in (ALL, ATT, FF)]
+    finding = evaluate(make_study(cells, spec=ProbeSpec(n=60, known=58)), "F1")
+    assert finding.answer == UNCLEAR
+    assert all((bound.value.high or 1) < bound.limit and (bound.p or 1) < 0.05 for bound in finding.bounds)
+    assert finding.p_holm == pytest.approx(6 * max(bound.p or 1 for bound in finding.bounds))
+    assert finding.numbers.endswith("1.7 % (−5.1 to 9.5 %), limit 10.0 %; adjusted p = 0.25")
+    assert "(p = 0.25, adjusted over all claims; the intervals are not)" in finding.why
+
+
 @pytest.mark.parametrize(
     ("amounts", "of"), [((0.9,), "overall pruned by 90 %"), ((0.6, 0.9), "overall pruned by 60 to 90 %, on average")]
 )
@@ -362,7 +373,7 @@ def test_verdict_names_the_best_modules_and_the_cliffs() -> None:
         "tiny-bert: pruned by 10 to 30 %, no module clearly hurts least; "
         "pruned by 30 to 50 % and more than 50 %, attention hurts least; "
     )
-    assert verdict.endswith("less than 90 % is kept from 30 % (overall), 50 % (attention) and 40 % (feed-forward) on.")
+    assert verdict.endswith("though not clearly, from 30 % (overall), 50 % (attention) and 40 % (feed-forward) on.")
 
 
 def test_verdict_mentions_a_larger_amount_that_keeps_more() -> None:
@@ -372,6 +383,18 @@ def test_verdict_mentions_a_larger_amount_that_keeps_more() -> None:
         "less than 90 % is kept at 40 % (attention), but more at a larger amount."
     )
     assert [cliff.lasts for cliff in find_cliffs(study)] == [False, True]
+
+
+def test_verdict_tells_a_clear_cliff_from_an_estimate() -> None:
+    study = make_study([*gps(ALL, BAD, 0.5, 0.6), *gps(ATT, range(178), 0.5, 0.6)])
+    assert [cliff.clear for cliff in find_cliffs(study)] == [True, False]
+    assert write_verdict(study).endswith(
+        "less than 90 % is kept from 50 % (overall) on; "
+        "the estimate is below 90 %, though not clearly, from 50 % (attention) on."
+    )
+    intact, unclear = (write_verdict(make_study(gps(ATT, range(n), 0.1, 0.2))) for n in (199, 185))
+    assert intact == "tiny-bert: no amount in the grid keeps less than 90 %."
+    assert unclear == "tiny-bert: no estimate is below 90 %."
 
 
 def test_verdict_without_pruning_names_the_best_and_worst_cells() -> None:

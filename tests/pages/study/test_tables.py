@@ -119,7 +119,7 @@ def test_tables_have_every_comparison_and_bound_of_the_findings() -> None:
     row = ("F4 Att_GP 20% / Overall_GP 20%", "300", "4", "0", "0.12", "0.62", "−0.042 (−0.227 to 0.142)", "1")
     assert row in comparisons.rows
     assert len(bounds.rows) == sum(len(finding.bounds) for finding in findings)
-    assert bounds.rows[0] == ("F1 Overall_GP 10%", "0.5 % (−1.0 to 2.0 %)", "10.0 %", "< 0.001")
+    assert bounds.rows[0] == ("F1 Overall_GP 10%", "0.5 % (−1.0 to 2.0 %)", "10.0 %", "< 0.001", "1")
     empty = make_study([])
     assert build_comparisons_table(empty, evaluate_findings(empty)[0]) is None
 
@@ -161,6 +161,10 @@ def test_accuracies_are_averaged_as_the_protocol_says() -> None:
     assert [row["accuracy_compressed"] for row in tidy_rows(study)] == [0.75]
     assert [table.rows[0][4] for table in build_paper_tables(study)] == ["75.000"]
     assert compute_mean_drop(study.cells[0].comparison).value == 0.25
+    # The share of all facts is 80 %.
+    cells = build_cells_table(study)
+    assert cells.rows[1][cells.columns.index("Accuracy, lama:trex, mean over relations")] == "75.0 %"
+    assert "The accuracy on lama:trex is the mean over relations." in render_study_markdown(study)
 
 
 def test_p_values_are_by_relation() -> None:
