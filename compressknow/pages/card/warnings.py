@@ -22,7 +22,7 @@ FEW_FACTS = 100
 FEW_FACTS_OF_A_SUBJECT = 20
 # Larger shares cause a warning: of the known facts, those that appear in the calibration text; of the parameters in
 # scope, those that the text did not reach.
-MANY_IN_TEXT, MANY_UNSEEN = 0.01, 0.1
+MANY_IN_TEXT, MANY_GUIDES, MANY_UNSEEN = 0.01, 0.05, 0.1
 
 
 def warn_of_known(known: str) -> Iterator[str]:
@@ -163,11 +163,11 @@ def warn_of_facts_in_text(original: ModelRecord, facts: FactsInText | None, sour
 
 
 def warn_of_guides(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
-    """Warn if facts that guided how a file was rounded judge it, too."""
-    if guides := model.guides:
-        among = count_facts(guides.known + guides.others)
+    """Warn if many facts that guided how a file was rounded judge it, too."""
+    guides = model.guides
+    if guides and guides.known > MANY_GUIDES * (known := guides.known + guides.others):
         yield (
-            f"Of the {among} that {clean(original.name, 80)} knew, {count(guides.known)} guided how "
+            f"Of the {count_facts(known)} that {clean(original.name, 80)} knew, {count(guides.known)} guided how "
             f"{clean(model.name, 80)} was rounded, so it may keep more of these than of other facts. It keeps "
             f"{count(guides.kept)} of these, and {count(guides.others_kept)} of the {count(guides.others)} others. "
             "Judge it by the others: evaluate more facts, or another sample (--seed)."
