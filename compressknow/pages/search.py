@@ -29,9 +29,14 @@ _ALL = 99
 _IN_LAYER = re.compile(r"(.*?)\.(\d+)\.(.*?)(?:\.weight)?", re.DOTALL)
 # Bits at which the shades of the map of types change.
 _BITS = (3, 4, 5, 6, 8, 16)
-_BITS_NOTE = (
-    "Bits per weight, from faint to full colour; 16 or 32 if the weight stays as it is. Scales take half a bit more."
-)
+_BITS_NOTE = "Bits per weight, from faint to full colour; 16 or 32 if the weight stays as it is."
+_SCALES_NOTES = {
+    "gguf": "Scales take about half a bit more.",
+    "checkpoint": (
+        "Scales come on top, with 16 or 32 bits, as the original's weights have: 16 are half a bit more per weight in "
+        "groups of 32, and an eighth in groups of 128."
+    ),
+}
 _FORMS = {"gguf": "GGUF file", "checkpoint": "checkpoint"}
 
 
@@ -144,9 +149,8 @@ def _make_sections(search: Search) -> Iterator[parts.PageSection]:
         drawn = parts.draw_twice(partial(draw_tradeoff, chart), "pareto")
         yield parts.PageSection("front", "Knowledge kept against size", (*drawn, parts.Note(_describe_chart(search))))
     if search.recipe and search.winner:
-        yield parts.PageSection(
-            "winner", "The types of its weights", tuple(_show_types(search.winner, search.recipe)), look="wide"
-        )
+        types = tuple(_show_types(search.winner, search.recipe, search.form))
+        yield parts.PageSection("winner", "The types of its weights", types, look="wide")
     if search.confirmed:
         table = _tabulate_files(search.confirmed, held_out=True)
         yield parts.PageSection("held-out", "On the held-out facts", (table,), look="wide")
@@ -161,7 +165,7 @@ def _make_sections(search: Search) -> Iterator[parts.PageSection]:
     yield parts.PageSection("run", "The run", parts.show_run(search.command, search.versions, entries), look="text")
 
 
-def _show_types(winner: Trial, recipe: str) -> Iterator[parts.Part]:
+def _show_types(winner: Trial, recipe: str, form: str) -> Iterator[parts.Part]:
     types = _place_types(winner.types)
     within = dict.fromkeys(module for by_module in types.values() for module in by_module if module)
     # Attention before feed-forward, as a layer computes them; a GGUF file has them in another order.
@@ -175,7 +179,7 @@ def _show_types(winner: Trial, recipe: str) -> Iterator[parts.Part]:
     grid = Grid(tuple(types), heads, cells)
     title = "Bits of weights by layer and module"
     yield from parts.draw_twice(partial(draw_heat_map, grid, title, bounds=_BITS, write=lambda n: f"{n:g}"), "types")
-    yield parts.Note("", drawn=_BITS_NOTE)
+    yield parts.Note("", drawn=f"{_BITS_NOTE} {_SCALES_NOTES[form]}")
     rows = tuple(
         (name, *(clean(row.get(module, ""), 40) for module in (*modules, *outside))) for name, row in types.items()
     )
