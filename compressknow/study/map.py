@@ -149,6 +149,15 @@ def format_millinats(kl: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
+def _format_risk(risk: float) -> str:
+    """Format a share to three digits: risks, and the figures at which shades change, may all be below 0.1 %.
+
+    >>> _format_risk(0.00001234), _format_risk(0.0152), _format_risk(1.0), _format_risk(0.0)
+    ('0.00123 %', '1.52 %', '100 %', '0 %')
+    """
+    return f"{100 * risk:.3g} %"
+
+
 def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
     """Write the map in the formats of the files' suffixes."""
     texts = {
@@ -301,7 +310,7 @@ def _build_risk(map: Map) -> Iterator[parts.Part]:
     if not map.sensitivity.guidance.facts:
         return
     grid = map.grid(compute_risk)
-    if svg := draw_heat_map(grid, "Facts at risk by layer and module", "risk-map", False, write=share):
+    if svg := draw_heat_map(grid, "Facts at risk by layer and module", "risk-map", False, write=_format_risk):
         yield parts.Charts((parts.Drawn(svg),))
         yield parts.Note("", drawn=_RISK_NOTE)
     if not grid.figures:
@@ -309,8 +318,8 @@ def _build_risk(map: Map) -> Iterator[parts.Part]:
             "None: the model is so sure of what it knows that no single weight rounded to 4 bits changes an answer."
         )
         return
-    table = _tabulate_grid("Facts at risk by layer and module, if only that weight is rounded to 4 bits", grid, share)
-    yield parts.Folded("The map as a table", (table,))
+    caption = "Facts at risk by layer and module, if only that weight is rounded to 4 bits"
+    yield parts.Folded("The map as a table", (_tabulate_grid(caption, grid, _format_risk),))
 
 
 def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> parts.Table:

@@ -91,6 +91,21 @@ def test_verdict_and_tables_have_the_figures_that_a_hand_computes() -> None:
     assert by_facts.frontier[-1].loss == by_facts.uniform["q8_0"].loss == pytest.approx(390e-5)
 
 
+def test_marks_and_figures_of_small_risks_differ() -> None:
+    rows = make_sensitivity().rows
+    shrunk = (
+        replace(
+            row, by_type={kind: replace(each, at_risk=(each.at_risk or 0) / 1000) for kind, each in row.by_type.items()}
+        )
+        for row in rows
+    )
+    page = parse_html(render_map_html(make_map(rows=tuple(shrunk))))
+    risk_map = next(svg for svg in page.all("svg") if svg.attributes.get("id") == "risk-map")
+    assert len({text.text for text in risk_map.all("text")[-6:]}) == 6
+    table = next(each for each in page.all("table") if each.one("caption").text.startswith("Facts at risk by layer"))
+    assert table.all("td")[0].text == "0.000192 %"
+
+
 def test_frontier_has_the_least_loss_and_uniform_types_are_no_better() -> None:
     map = make_map()
     sizes, losses = zip(*map.frontier, strict=True)
