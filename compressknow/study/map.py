@@ -81,6 +81,15 @@ class Map:
         names = tuple(clean(name, 40) for name in shorten_names(tuple(modules))) or ("",)
         return Grid(tuple(self.by_layer()), names, tuple(cells))
 
+    @cached_property
+    def usual(self) -> Mapping[str, float]:
+        """Return the KL of each domain's facts relative to the mean over all facts, for all weights together."""
+        losses = [(row.by_domain, row.by_type[row.compared].kl("facts")) for row in self._placed if row.by_domain]
+        total = sum(kl for _, kl in losses)
+        domains = dict.fromkeys(domain for by_domain, _ in losses for domain in by_domain)
+        sums = {name: sum(by_domain.get(name, 0.0) * kl for by_domain, kl in losses) for name in domains}
+        return {name: loss / total for name, loss in sums.items() if loss}
+
     @property
     def others(self) -> int:
         """Return the bytes of weights that always have 16 bits: norms, biases, weights that were not measured."""
@@ -201,6 +210,10 @@ _MAP_NOTE = (
     "colour in equal ratios. All maps share one scale. The figures under a map are those at which the shades change."
 )
 _RISK_NOTE = "The share of the known facts that the model is expected to answer wrong if only this weight is rounded."
+_DOMAIN_NOTE = (
+    " The domain is the one that a weight affects most compared with other weights: x 2 means that, relative to all "
+    "facts, it changes those of the domain twice as much as all weights do on average."
+)
 _CURVE_NOTE = (
     "The line is the smallest predicted loss at each size, with a type chosen for each weight; at a mark, all weights "
     "have one type. Sizes are those of the weights: a file also has its vocabulary and metadata."
@@ -337,19 +350,20 @@ def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> p
 def _list_extremes(map: Map) -> Iterator[parts.Part]:
     shown = min(SHOWN, -(-len(map.ranked) // 2))
     most, least = map.ranked[:shown], map.ranked[shown:][-shown:][::-1]
-    yield _tabulate_weights(f"The {count(shown)} most sensitive weights, by {name_guide(map.guide)}", most, map.guide)
+    yield _tabulate_weights(f"The {count(shown)} most sensitive weights, by {name_guide(map.guide)}", most, map)
     if least:
-        yield _tabulate_weights(f"The {count(len(least))} least sensitive weights", least, map.guide)
-    yield parts.Note(f"KL in {_UNIT} that rounding from 16 to 4 bits saves.")
+        yield _tabulate_weights(f"The {count(len(least))} least sensitive weights", least, map)
+    yield parts.Note(f"KL in {_UNIT} that rounding from 16 to 4 bits saves.{_DOMAIN_NOTE if map.usual else ''}")
 
 
-def _tabulate_weights(caption: str, weights: Weights, guide: Guide) -> parts.Table:
+def _tabulate_weights(caption: str, weights: Weights, map: Map) -> parts.Table:
     rows = []
     for weight in weights:
         kind = weight.by_type[weight.compared]
-        domain = max(weight.by_domain, key=weight.by_domain.__getitem__, default=None)
-        mostly = f"{clean(domain, 40)} (x {weight.by_domain[domain]:.1f})" if domain else "-"
-        kl, stored = format_millinats(weight.per_mb(guide)), f"{write_size(kind.bytes)} {weight.compared}"
+        times = {name: each / map.usual[name] for name, each in weight.by_domain.items() if name in map.usual}
+        domain = max(times, key=times.__getitem__, default=None)
+        mostly = f"{clean(domain, 40)} (x {times[domain]:.1f})" if domain else "-"
+        kl, stored = format_millinats(weight.per_mb(map.guide)), f"{write_size(kind.bytes)} {weight.compared}"
         rows.append((name_weight(weight), kl, share(kind.at_risk), stored, mostly))
     columns = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits", "Affects most")
     return parts.Table(caption, columns, tuple(rows))

@@ -69,15 +69,25 @@ def test_page_lists_the_most_and_least_sensitive_weights() -> None:
 
 def test_verdict_and_tables_have_the_figures_that_a_hand_computes() -> None:
     """In q4_0 the weights lose 390 times 0.96 thousandths of a nat, of which layer 2's v_proj has 160, the next one 48,
-    the median 8 and the head 2. Each saves 0.376832 MB, and loses a share of 0.00192 of the facts 390 times in all."""
+    the median 8 and the head 2. Each saves 0.376832 MB, and loses a share of 0.00192 of the facts 390 times in all.
+
+    All change geography most, but layer 2's v_proj changes science more than others do: 0.8 times the mean, and all
+    weights together 0.623 times (0.8 for 160 of 390 parts of the loss, 0.5 for the others)."""
     assert write_verdict(make_map()) == (
         "Rounding it to q4_0 costs a KL of 408 thousandths of a nat per MB saved, 20 times the median weight. The "
         "tenth of the bytes that matters most causes 52.1 % of the loss. For its size, layer 2 matters most of all "
         "layers, and final least."
     )
-    text = render_map_markdown(make_map()).replace("\\_", "_")
+    other = {"geography": 1.2, "science": 0.8}
+    rows = [
+        replace(row, by_domain=other) if (row.place, row.module) == ("layer 2", "self_attn.v_proj") else row
+        for row in make_sensitivity().rows
+    ]
+    text = render_map_markdown(make_map(rows=tuple(rows))).replace("\\_", "_")
+    assert "x 2 means that, relative to all facts, it changes those of the domain twice as much as all weights" in text
     for row in (
-        "layer 2 self_attn.v_proj | 408 | 30.7 % | 147.5 kB q4_0 | geography (x 1.5)",
+        "layer 2 self_attn.v_proj | 408 | 30.7 % | 147.5 kB q4_0 | science (x 1.3)",
+        "layer 5 self_attn.v_proj | 122 | 9.2 % | 147.5 kB q4_0 | geography (x 1.1)",
         "self_attn.v_proj | 129 | 58.4 % | 31.6 %",
         "q4_0 | 2.8 MB | 0.374 | 0.153",
         "2.2 MB | 1.755 | 9,260",
