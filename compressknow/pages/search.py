@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -152,10 +152,10 @@ def _make_sections(search: Search) -> Iterator[parts.PageSection]:
         types = tuple(_show_types(search.winner, search.recipe, search.form))
         yield parts.PageSection("winner", "The types of its weights", types, look="wide")
     if search.confirmed:
-        table = _tabulate_files(search.confirmed, held_out=True)
+        table = _tabulate_files(search, held_out=True)
         yield parts.PageSection("held-out", "On the held-out facts", (table,), look="wide")
     if search.tried:
-        table = _tabulate_files(search.tried, held_out=False)
+        table = _tabulate_files(search, held_out=False)
         bar = f"The bar shows the share kept, and the line on it the {100 * search.level:.3g} % interval."
         yield parts.PageSection("tried", "All files", (table, parts.Note("", drawn=bar)), look="wide")
     entries = (*parts.list_identity(search.original), parts.Entry("Seed", str(search.seed)))
@@ -277,9 +277,9 @@ def _write_kept(kept: Estimate | None) -> str:
     return write_estimate(kept or Estimate(None))
 
 
-def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> parts.Table:
-    rows = sorted(trials, key=lambda each: each.bytes)
-    columns = ("Weights", "Size", "Predicted KL, nats", "Kept, search facts")
+def _tabulate_files(search: Search, *, held_out: bool) -> parts.Table:
+    rows = sorted(search.confirmed if held_out else search.tried, key=lambda each: each.bytes)
+    columns = ("Weights", "Size", f"Predicted KL of {_name_guide(search)}, nats", "Kept, search facts")
     return parts.Table(
         "Files evaluated on the held-out facts" if held_out else "Evaluated files, smallest first",
         (*columns, "Kept, held-out facts") if held_out else columns,
@@ -292,6 +292,10 @@ def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> parts.Table:
         bars_after=3,
         sortable=len(rows) > 1,
     )
+
+
+def _name_guide(search: Search) -> str:
+    return clean(search.by.partition(",")[0], 40)
 
 
 def _describe_method(search: Search) -> Iterator[str]:
@@ -317,7 +321,7 @@ def _describe_method(search: Search) -> Iterator[str]:
     yield (
         "How much rounding each weight to each type changes the answers was measured once (KL divergence, to second "
         f"order; decided by {clean(search.by, 200)}). For each size, types were chosen to minimize the predicted loss "
-        "over all weights."
+        f"over all weights: the KL of {_name_guide(search).replace(' and ', ' plus that of ')}."
     )
     if search.keep is not None:
         yield (

@@ -84,7 +84,8 @@ def test_the_frame_has_a_row_a_file_and_what_the_winner_keeps_of_the_grading_fac
 
 
 def test_search_guided_by_text_does_not_mention_guiding_facts() -> None:
-    text = parse_html(render_search_html(replace(make_size_search(), by="text, rounded by GPTQ"))).one("main").text
+    text = parse_html(render_search_html(replace(make_search(), by="text, rounded by GPTQ"))).one("main").text
+    assert "Predicted KL of text, nats" in text
     assert "decided by text, rounded by GPTQ" in text
     assert "guided" not in text
     assert "are the search split (the original knew 93)" in text
@@ -130,7 +131,8 @@ def test_evaluated_files_are_listed_by_size_with_their_predicted_kl() -> None:
     table = text[text.index("Evaluated files, smallest first") :]
     positions = [table.index(f"{size}.0 MB") for size in (30, 60, 65, 80)]
     assert positions == sorted(positions)
-    assert "Predicted KL, nats" in table
+    assert "Predicted KL of facts and text, nats" in table
+    assert "the predicted loss over all weights: the KL of facts plus that of text." in table
     assert "0.0167" in table
 
 
