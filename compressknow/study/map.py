@@ -435,6 +435,13 @@ def _describe_method(map: Map) -> tuple[str, ...]:
         "fit the type (q5_0 for q4_k, q8_0 for q6_k, iq4_nl for q3_k and q2_k). Mixtures such as q4_k_m differ.",
     )
     compared = " or ".join(sorted({row.compared for row in map.sensitivity.rows}))
+    rounded, both = [row.by_type[row.compared] for row in map.ranked], []
+    if map.guide == "both" and (total := sum(each.kl("both") for each in rounded)):
+        of_facts = share(sum(each.kl("facts") for each in rounded) / total)
+        both = [
+            "Weights are ranked by the KL of facts plus that of text. Of the sum over all weights in "
+            f"{compared}, facts are {of_facts}."
+        ]
     return (
         "Estimates to first order in the weights, from one forward and one backward pass: the change of a score is its "
         "gradient times the error of rounding. Figures of single weights add up to those of many. Large changes are "
@@ -443,6 +450,7 @@ def _describe_method(map: Map) -> tuple[str, ...]:
         *(text if guidance.tokens else ()),
         f"Weights are compared by rounding them to {compared}, and by the bytes that this saves against 16 bits. Other "
         "types are predicted from their squared errors.",
+        *both,
         *(fallbacks if guidance.form == "gguf" else ()),
     )
 

@@ -85,6 +85,9 @@ def test_verdict_and_tables_have_the_figures_that_a_hand_computes() -> None:
     ]
     text = render_map_markdown(make_map(rows=tuple(rows))).replace("\\_", "_")
     assert "x 2 means that, relative to all facts, it changes those of the domain twice as much as all weights" in text
+    # Of 1 and a half, facts have 1.
+    assert "Of the sum over all weights in q4_0, facts are 66.7 %." in text
+    assert "66.7 %" not in render_map_markdown(Map("tiny", make_sensitivity(), "facts"))
     for row in (
         "layer 2 self_attn.v_proj | 408 | 30.7 % | 147.5 kB q4_0 | science (x 1.3)",
         "layer 5 self_attn.v_proj | 122 | 9.2 % | 147.5 kB q4_0 | geography (x 1.1)",
