@@ -159,12 +159,16 @@ def format_millinats(kl: float) -> str:
 
 
 def _format_risk(risk: float) -> str:
-    """Format a share to three digits: risks, and the figures at which shades change, may all be below 0.1 %.
+    """Format a share in percent, to two digits: risks, and the figures at which shades change, may all be below 0.1 %,
+    and the legend of a narrow map has room for seven letters.
 
-    >>> _format_risk(0.00001234), _format_risk(0.0152), _format_risk(1.0), _format_risk(0.0)
-    ('0.00123 %', '1.52 %', '100 %', '0 %')
+    >>> [_format_risk(risk) for risk in (0.0000123, 0.00000123, 0.0152, 0.995, 1.0, 0.0)]
+    ['0.0012', '1.2e-04', '1.5', '100', '100', '0']
     """
-    return f"{100 * risk:.3g} %"
+    percent = 100 * risk
+    if 0 < percent < 0.001:
+        return f"{percent:.1e}"
+    return f"{percent:.2g}" if percent < 99.5 else "100"
 
 
 def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
@@ -209,7 +213,10 @@ _MAP_NOTE = (
     "The KL divergence that rounding a weight to 4 bits adds per MB saved, in thousandths of a nat, from faint to full "
     "colour in equal ratios. All maps share one scale. The figures under a map are those at which the shades change."
 )
-_RISK_NOTE = "The share of the known facts that the model is expected to answer wrong if only this weight is rounded."
+_RISK_NOTE = (
+    "The share of the known facts, in percent, that the model is expected to answer wrong if only this weight is "
+    "rounded."
+)
 _DOMAIN_NOTE = (
     " The domain is the one that a weight affects most compared with other weights: x 2 means that, relative to all "
     "facts, it changes those of the domain twice as much as all weights do on average."
@@ -323,7 +330,9 @@ def _build_risk(map: Map) -> Iterator[parts.Part]:
     if not map.sensitivity.guidance.facts:
         return
     grid = map.grid(compute_risk)
-    if svg := draw_heat_map(grid, "Facts at risk by layer and module", "risk-map", False, write=_format_risk):
+    if svg := draw_heat_map(
+        grid, "Facts at risk by layer and module, in percent", "risk-map", False, write=_format_risk
+    ):
         yield parts.Charts((parts.Drawn(svg),))
         yield parts.Note("", drawn=_RISK_NOTE)
     if not grid.figures:
@@ -331,7 +340,7 @@ def _build_risk(map: Map) -> Iterator[parts.Part]:
             "None: the model is so sure of what it knows that no single weight rounded to 4 bits changes an answer."
         )
         return
-    caption = "Facts at risk by layer and module, if only that weight is rounded to 4 bits"
+    caption = "Facts at risk by layer and module, in percent, if only that weight is rounded to 4 bits"
     yield parts.Folded("The map as a table", (_tabulate_grid(caption, grid, _format_risk),))
 
 

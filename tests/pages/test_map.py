@@ -116,7 +116,7 @@ def test_marks_and_figures_of_small_risks_differ() -> None:
     risk_map = next(svg for svg in page.all("svg") if svg.attributes.get("id") == "risk-map")
     assert len({text.text for text in risk_map.all("text")[-6:]}) == 6
     table = next(each for each in page.all("table") if each.one("caption").text.startswith("Facts at risk by layer"))
-    assert table.all("td")[0].text == "0.000192 %"
+    assert table.all("td")[0].text == "1.9e-04"
 
 
 def test_frontier_has_the_least_loss_and_uniform_types_are_no_better() -> None:
