@@ -88,6 +88,16 @@ def write_size(number: int | None) -> str:
     return f"{number} bytes"
 
 
+def write_two_sizes(one: int, other: int) -> tuple[str, str]:
+    """Write two sizes that are compared: to the byte if they would read alike.
+
+    >>> write_two_sizes(29_760_000, 31_000_000), write_two_sizes(29_760_000, 29_800_448)
+    (('29.8 MB', '31.0 MB'), ('29,760,000 bytes', '29,800,448 bytes'))
+    """
+    texts = write_size(one), write_size(other)
+    return texts if texts[0] != texts[1] else (f"{one:,} bytes", f"{other:,} bytes")
+
+
 def share(value: float | None) -> str:
     """Write a share of 1 as `write_percent` does; a dash for None.
 

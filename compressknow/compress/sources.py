@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compressknow.base.errors import CheckpointError, UnsupportedError
+from compressknow.base.format import clean
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.checkpoint import Checkpoint
 from compressknow.model.loading import Binding, NameMapping, find_suppliers
+from compressknow.model.manifest import read_manifest
 from compressknow.model.meta import find_direct_reads
 from compressknow.model.structure import LinearWeight, Structure
 from compressknow.model.tensors import FLOAT_DTYPES, StoredTensor
@@ -212,7 +215,10 @@ def check_usable(checkpoint: Checkpoint) -> None:
     checkpoint.check_has_weights()
     if quantization := checkpoint.config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        hint = "Start from the original checkpoint."
+        source = ""
+        with suppress(CheckpointError):
+            source = f", {clean(read_manifest(checkpoint.folder)['source']['name'], 80)}"
+        hint = f"Start from the original checkpoint{source}."
         if unpacker := UNPACKERS.get(str(method)):
             hint += (
                 f" If there is none, load this one with quantization_config=transformers.{unpacker}(dequantize=True), "
@@ -220,6 +226,6 @@ def check_usable(checkpoint: Checkpoint) -> None:
             )
         raise UnsupportedError(
             f"{checkpoint.name} is quantized already ({method}).",
-            why="Quantizing it again would add to its errors.",
+            why="Compressing it again would add to its errors.",
             hint=hint,
         )

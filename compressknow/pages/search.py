@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,14 @@ _ALL = 99
 _IN_LAYER = re.compile(r"(.*?)\.(\d+)\.(.*?)(?:\.weight)?", re.DOTALL)
 # Bits at which the shades of the map of types change.
 _BITS = (3, 4, 5, 6, 8, 16)
-_BITS_NOTE = (
-    "Bits per weight, from faint to full colour; 16 or 32 if the weight stays as it is. Scales take half a bit more."
-)
+_BITS_NOTE = "Bits per weight, from faint to full colour; 16 or 32 if the weight stays as it is."
+_SCALES_NOTES = {
+    "gguf": "Scales take about half a bit more.",
+    "checkpoint": (
+        "Scales come on top, with 16 or 32 bits, as the original's weights have: 16 are half a bit more per weight in "
+        "groups of 32, and an eighth in groups of 128."
+    ),
+}
 _FORMS = {"gguf": "GGUF file", "checkpoint": "checkpoint"}
 
 
@@ -144,14 +149,13 @@ def _make_sections(search: Search) -> Iterator[parts.PageSection]:
         drawn = parts.draw_twice(partial(draw_tradeoff, chart), "pareto")
         yield parts.PageSection("front", "Knowledge kept against size", (*drawn, parts.Note(_describe_chart(search))))
     if search.recipe and search.winner:
-        yield parts.PageSection(
-            "winner", "The types of its weights", tuple(_show_types(search.winner, search.recipe)), look="wide"
-        )
+        types = tuple(_show_types(search.winner, search.recipe, search.form))
+        yield parts.PageSection("winner", "The types of its weights", types, look="wide")
     if search.confirmed:
-        table = _tabulate_files(search.confirmed, held_out=True)
+        table = _tabulate_files(search, held_out=True)
         yield parts.PageSection("held-out", "On the held-out facts", (table,), look="wide")
     if search.tried:
-        table = _tabulate_files(search.tried, held_out=False)
+        table = _tabulate_files(search, held_out=False)
         bar = f"The bar shows the share kept, and the line on it the {100 * search.level:.3g} % interval."
         yield parts.PageSection("tried", "All files", (table, parts.Note("", drawn=bar)), look="wide")
     entries = (*parts.list_identity(search.original), parts.Entry("Seed", str(search.seed)))
@@ -161,7 +165,7 @@ def _make_sections(search: Search) -> Iterator[parts.PageSection]:
     yield parts.PageSection("run", "The run", parts.show_run(search.command, search.versions, entries), look="text")
 
 
-def _show_types(winner: Trial, recipe: str) -> Iterator[parts.Part]:
+def _show_types(winner: Trial, recipe: str, form: str) -> Iterator[parts.Part]:
     types = _place_types(winner.types)
     within = dict.fromkeys(module for by_module in types.values() for module in by_module if module)
     # Attention before feed-forward, as a layer computes them; a GGUF file has them in another order.
@@ -175,7 +179,7 @@ def _show_types(winner: Trial, recipe: str) -> Iterator[parts.Part]:
     grid = Grid(tuple(types), heads, cells)
     title = "Bits of weights by layer and module"
     yield from parts.draw_twice(partial(draw_heat_map, grid, title, bounds=_BITS, write=lambda n: f"{n:g}"), "types")
-    yield parts.Note("", drawn=_BITS_NOTE)
+    yield parts.Note("", drawn=f"{_BITS_NOTE} {_SCALES_NOTES[form]}")
     rows = tuple(
         (name, *(clean(row.get(module, ""), 40) for module in (*modules, *outside))) for name, row in types.items()
     )
@@ -273,9 +277,9 @@ def _write_kept(kept: Estimate | None) -> str:
     return write_estimate(kept or Estimate(None))
 
 
-def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> parts.Table:
-    rows = sorted(trials, key=lambda each: each.bytes)
-    columns = ("Weights", "Size", "Predicted KL, nats", "Kept, search facts")
+def _tabulate_files(search: Search, *, held_out: bool) -> parts.Table:
+    rows = sorted(search.confirmed if held_out else search.tried, key=lambda each: each.bytes)
+    columns = ("Weights", "Size", f"Predicted KL of {_name_guide(search)}, nats", "Kept, search facts")
     return parts.Table(
         "Files evaluated on the held-out facts" if held_out else "Evaluated files, smallest first",
         (*columns, "Kept, held-out facts") if held_out else columns,
@@ -288,6 +292,10 @@ def _tabulate_files(trials: Sequence[Trial], *, held_out: bool) -> parts.Table:
         bars_after=3,
         sortable=len(rows) > 1,
     )
+
+
+def _name_guide(search: Search) -> str:
+    return clean(search.by.partition(",")[0], 40)
 
 
 def _describe_method(search: Search) -> Iterator[str]:
@@ -313,7 +321,7 @@ def _describe_method(search: Search) -> Iterator[str]:
     yield (
         "How much rounding each weight to each type changes the answers was measured once (KL divergence, to second "
         f"order; decided by {clean(search.by, 200)}). For each size, types were chosen to minimize the predicted loss "
-        "over all weights."
+        f"over all weights: the KL of {_name_guide(search).replace(' and ', ' plus that of ')}."
     )
     if search.keep is not None:
         yield (

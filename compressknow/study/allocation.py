@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressknow.base.errors import UsageError
-from compressknow.base.format import write_size
+from compressknow.base.format import write_size, write_two_sizes
 from compressknow.gguf.choice import FLOATS, Fitted, Rounding, check_types, estimate_bytes
 from compressknow.gguf.grids import CANDIDATES, get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align, is_matrix, resolve_types
@@ -35,7 +35,8 @@ UNMEASURED = "q8_0"
 def check_below_whole(budget: int, whole: int, hint: str = "Give less.") -> None:
     """Raise UsageError for a budget that is not less than the unquantized model."""
     if budget >= whole:
-        raise UsageError(f"{write_size(budget)} is not less than the whole model, {write_size(whole)}.", hint=hint)
+        given, all_of_it = write_two_sizes(budget, whole)
+        raise UsageError(f"{given} is not less than the whole model, {all_of_it}.", hint=hint)
 
 
 def check_rounding(rounding: str) -> None:
@@ -76,8 +77,9 @@ def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocatio
     """
     floor = overhead + sum(min(option.nbytes for option in options.values()) for options in table.values())
     if budget < floor:
+        given, smallest = write_two_sizes(budget, floor)
         raise UsageError(
-            f"{write_size(budget)} is too small: the smallest file has {write_size(floor)}.",
+            f"{given} is too small: the smallest file has {smallest}.",
             why=_explain_floor(table, overhead),
             hint=f"Give --size {floor} or more. Types that --must sets count too.",
         )
@@ -205,9 +207,9 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, exper
     least = sum(min(get_nbytes(kind, shape) for kind in list_legal_types(shape[-1]) or ("bf16",)) for shape in matrices)
     least += (of_experts := estimate_bytes(UNMEASURED, experts))
     if budget < least:
+        given, smallest = write_two_sizes(budget, least)
         raise UsageError(
-            f"{write_size(budget)} is too small: even in llama.cpp's smallest types, the weights alone "
-            f"take {write_size(least)}.",
+            f"{given} is too small: even in llama.cpp's smallest types, the weights alone take {smallest}.",
             f"Experts are not measured, and have 8 bits, {write_size(of_experts)}: --must _exps=q4_k gives them fewer."
             if experts
             else None,

@@ -81,6 +81,15 @@ class Map:
         names = tuple(clean(name, 40) for name in shorten_names(tuple(modules))) or ("",)
         return Grid(tuple(self.by_layer()), names, tuple(cells))
 
+    @cached_property
+    def usual(self) -> Mapping[str, float]:
+        """Return the KL of each domain's facts relative to the mean over all facts, for all weights together."""
+        losses = [(row.by_domain, row.by_type[row.compared].kl("facts")) for row in self._placed if row.by_domain]
+        total = sum(kl for _, kl in losses)
+        domains = dict.fromkeys(domain for by_domain, _ in losses for domain in by_domain)
+        sums = {name: sum(by_domain.get(name, 0.0) * kl for by_domain, kl in losses) for name in domains}
+        return {name: loss / total for name, loss in sums.items() if loss}
+
     @property
     def others(self) -> int:
         """Return the bytes of weights that always have 16 bits: norms, biases, weights that were not measured."""
@@ -149,6 +158,19 @@ def format_millinats(kl: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
+def _format_risk(risk: float) -> str:
+    """Format a share in percent, to two digits: risks, and the figures at which shades change, may all be below 0.1 %,
+    and the legend of a narrow map has room for seven letters.
+
+    >>> [_format_risk(risk) for risk in (0.0000123, 0.00000123, 0.0152, 0.995, 1.0, 0.0)]
+    ['0.0012', '1.2e-04', '1.5', '100', '100', '0']
+    """
+    percent = 100 * risk
+    if 0 < percent < 0.001:
+        return f"{percent:.1e}"
+    return f"{percent:.2g}" if percent < 99.5 else "100"
+
+
 def write_map(map: Map, files: Sequence[Path], *, overwrite: bool) -> None:
     """Write the map in the formats of the files' suffixes."""
     texts = {
@@ -191,7 +213,14 @@ _MAP_NOTE = (
     "The KL divergence that rounding a weight to 4 bits adds per MB saved, in thousandths of a nat, from faint to full "
     "colour in equal ratios. All maps share one scale. The figures under a map are those at which the shades change."
 )
-_RISK_NOTE = "The share of the known facts that the model is expected to answer wrong if only this weight is rounded."
+_RISK_NOTE = (
+    "The share of the known facts, in percent, that the model is expected to answer wrong if only this weight is "
+    "rounded."
+)
+_DOMAIN_NOTE = (
+    " The domain is the one that a weight affects most compared with other weights: x 2 means that, relative to all "
+    "facts, it changes those of the domain twice as much as all weights do on average."
+)
 _CURVE_NOTE = (
     "The line is the smallest predicted loss at each size, with a type chosen for each weight; at a mark, all weights "
     "have one type. Sizes are those of the weights: a file also has its vocabulary and metadata."
@@ -301,7 +330,9 @@ def _build_risk(map: Map) -> Iterator[parts.Part]:
     if not map.sensitivity.guidance.facts:
         return
     grid = map.grid(compute_risk)
-    if svg := draw_heat_map(grid, "Facts at risk by layer and module", "risk-map", False, write=share):
+    if svg := draw_heat_map(
+        grid, "Facts at risk by layer and module, in percent", "risk-map", False, write=_format_risk
+    ):
         yield parts.Charts((parts.Drawn(svg),))
         yield parts.Note("", drawn=_RISK_NOTE)
     if not grid.figures:
@@ -309,8 +340,8 @@ def _build_risk(map: Map) -> Iterator[parts.Part]:
             "None: the model is so sure of what it knows that no single weight rounded to 4 bits changes an answer."
         )
         return
-    table = _tabulate_grid("Facts at risk by layer and module, if only that weight is rounded to 4 bits", grid, share)
-    yield parts.Folded("The map as a table", (table,))
+    caption = "Facts at risk by layer and module, in percent, if only that weight is rounded to 4 bits"
+    yield parts.Folded("The map as a table", (_tabulate_grid(caption, grid, _format_risk),))
 
 
 def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> parts.Table:
@@ -328,19 +359,20 @@ def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> p
 def _list_extremes(map: Map) -> Iterator[parts.Part]:
     shown = min(SHOWN, -(-len(map.ranked) // 2))
     most, least = map.ranked[:shown], map.ranked[shown:][-shown:][::-1]
-    yield _tabulate_weights(f"The {count(shown)} most sensitive weights, by {name_guide(map.guide)}", most, map.guide)
+    yield _tabulate_weights(f"The {count(shown)} most sensitive weights, by {name_guide(map.guide)}", most, map)
     if least:
-        yield _tabulate_weights(f"The {count(len(least))} least sensitive weights", least, map.guide)
-    yield parts.Note(f"KL in {_UNIT} that rounding from 16 to 4 bits saves.")
+        yield _tabulate_weights(f"The {count(len(least))} least sensitive weights", least, map)
+    yield parts.Note(f"KL in {_UNIT} that rounding from 16 to 4 bits saves.{_DOMAIN_NOTE if map.usual else ''}")
 
 
-def _tabulate_weights(caption: str, weights: Weights, guide: Guide) -> parts.Table:
+def _tabulate_weights(caption: str, weights: Weights, map: Map) -> parts.Table:
     rows = []
     for weight in weights:
         kind = weight.by_type[weight.compared]
-        domain = max(weight.by_domain, key=weight.by_domain.__getitem__, default=None)
-        mostly = f"{clean(domain, 40)} (x {weight.by_domain[domain]:.1f})" if domain else "-"
-        kl, stored = format_millinats(weight.per_mb(guide)), f"{write_size(kind.bytes)} {weight.compared}"
+        times = {name: each / map.usual[name] for name, each in weight.by_domain.items() if name in map.usual}
+        domain = max(times, key=times.__getitem__, default=None)
+        mostly = f"{clean(domain, 40)} (x {times[domain]:.1f})" if domain else "-"
+        kl, stored = format_millinats(weight.per_mb(map.guide)), f"{write_size(kind.bytes)} {weight.compared}"
         rows.append((name_weight(weight), kl, share(kind.at_risk), stored, mostly))
     columns = ("Weight", "KL per MB saved", "Facts at risk", "Size at 4 bits", "Affects most")
     return parts.Table(caption, columns, tuple(rows))
@@ -412,6 +444,13 @@ def _describe_method(map: Map) -> tuple[str, ...]:
         "fit the type (q5_0 for q4_k, q8_0 for q6_k, iq4_nl for q3_k and q2_k). Mixtures such as q4_k_m differ.",
     )
     compared = " or ".join(sorted({row.compared for row in map.sensitivity.rows}))
+    rounded, both = [row.by_type[row.compared] for row in map.ranked], []
+    if map.guide == "both" and (total := sum(each.kl("both") for each in rounded)):
+        of_facts = share(sum(each.kl("facts") for each in rounded) / total)
+        both = [
+            "Weights are ranked by the KL of facts plus that of text. Of the sum over all weights in "
+            f"{compared}, facts are {of_facts}."
+        ]
     return (
         "Estimates to first order in the weights, from one forward and one backward pass: the change of a score is its "
         "gradient times the error of rounding. Figures of single weights add up to those of many. Large changes are "
@@ -420,6 +459,7 @@ def _describe_method(map: Map) -> tuple[str, ...]:
         *(text if guidance.tokens else ()),
         f"Weights are compared by rounding them to {compared}, and by the bytes that this saves against 16 bits. Other "
         "types are predicted from their squared errors.",
+        *both,
         *(fallbacks if guidance.form == "gguf" else ()),
     )
 

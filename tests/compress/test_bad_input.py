@@ -194,8 +194,11 @@ def test_a_quantized_input_is_refused(
 ) -> None:
     assert main(["convert", str(source), str(tmp_path / "int8"), "--quantize", "int8"]) == 0
     capsys.readouterr()
-    assert "is quantized already (compressed-tensors)" in refusal(tmp_path / "int8", *PRUNE)
-    assert "dequantize" not in refusal(tmp_path / "int8", *PRUNE)
+    error = refusal(tmp_path / "int8", *PRUNE)
+    assert "is quantized already (compressed-tensors)" in error
+    assert "Compressing it again would add to its errors." in error
+    assert f"Start from the original checkpoint, {source.name}." in error
+    assert "dequantize" not in error
     edit_config(tmp_path / "int8", "quantization_config")
     assert "stored as I8" in refusal(tmp_path / "int8", *PRUNE)
 

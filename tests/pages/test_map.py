@@ -69,15 +69,28 @@ def test_page_lists_the_most_and_least_sensitive_weights() -> None:
 
 def test_verdict_and_tables_have_the_figures_that_a_hand_computes() -> None:
     """In q4_0 the weights lose 390 times 0.96 thousandths of a nat, of which layer 2's v_proj has 160, the next one 48,
-    the median 8 and the head 2. Each saves 0.376832 MB, and loses a share of 0.00192 of the facts 390 times in all."""
+    the median 8 and the head 2. Each saves 0.376832 MB, and loses a share of 0.00192 of the facts 390 times in all.
+
+    All change geography most, but layer 2's v_proj changes science more than others do: 0.8 times the mean, and all
+    weights together 0.623 times (0.8 for 160 of 390 parts of the loss, 0.5 for the others)."""
     assert write_verdict(make_map()) == (
         "Rounding it to q4_0 costs a KL of 408 thousandths of a nat per MB saved, 20 times the median weight. The "
         "tenth of the bytes that matters most causes 52.1 % of the loss. For its size, layer 2 matters most of all "
         "layers, and final least."
     )
-    text = render_map_markdown(make_map()).replace("\\_", "_")
+    other = {"geography": 1.2, "science": 0.8}
+    rows = [
+        replace(row, by_domain=other) if (row.place, row.module) == ("layer 2", "self_attn.v_proj") else row
+        for row in make_sensitivity().rows
+    ]
+    text = render_map_markdown(make_map(rows=tuple(rows))).replace("\\_", "_")
+    assert "x 2 means that, relative to all facts, it changes those of the domain twice as much as all weights" in text
+    # Of 1 and a half, facts have 1.
+    assert "Of the sum over all weights in q4_0, facts are 66.7 %." in text
+    assert "66.7 %" not in render_map_markdown(Map("tiny", make_sensitivity(), "facts"))
     for row in (
-        "layer 2 self_attn.v_proj | 408 | 30.7 % | 147.5 kB q4_0 | geography (x 1.5)",
+        "layer 2 self_attn.v_proj | 408 | 30.7 % | 147.5 kB q4_0 | science (x 1.3)",
+        "layer 5 self_attn.v_proj | 122 | 9.2 % | 147.5 kB q4_0 | geography (x 1.1)",
         "self_attn.v_proj | 129 | 58.4 % | 31.6 %",
         "q4_0 | 2.8 MB | 0.374 | 0.153",
         "2.2 MB | 1.755 | 9,260",
@@ -89,6 +102,21 @@ def test_verdict_and_tables_have_the_figures_that_a_hand_computes() -> None:
     assert "| final | 0.98 | 0.4 % | 22.3 % |" in text
     by_facts = Map("tiny", make_sensitivity(), "facts")
     assert by_facts.frontier[-1].loss == by_facts.uniform["q8_0"].loss == pytest.approx(390e-5)
+
+
+def test_marks_and_figures_of_small_risks_differ() -> None:
+    rows = make_sensitivity().rows
+    shrunk = (
+        replace(
+            row, by_type={kind: replace(each, at_risk=(each.at_risk or 0) / 1000) for kind, each in row.by_type.items()}
+        )
+        for row in rows
+    )
+    page = parse_html(render_map_html(make_map(rows=tuple(shrunk))))
+    risk_map = next(svg for svg in page.all("svg") if svg.attributes.get("id") == "risk-map")
+    assert len({text.text for text in risk_map.all("text")[-6:]}) == 6
+    table = next(each for each in page.all("table") if each.one("caption").text.startswith("Facts at risk by layer"))
+    assert table.all("td")[0].text == "1.9e-04"
 
 
 def test_frontier_has_the_least_loss_and_uniform_types_are_no_better() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.base.errors import UsageError
-from compressknow.study.allocation import TypeOption, allocate, join_options
+from compressknow.study.allocation import TypeOption, allocate, check_below_whole, join_options
 
 KINDS = ("q2", "q3", "q4", "q8")
 OPTIONS = st.builds(TypeOption, st.integers(1, 400), st.floats(0, 4, allow_subnormal=False))
@@ -111,6 +111,11 @@ def test_error_lists_the_parts_of_the_smallest_file():
     others = {f"t{index}": {"q2": TypeOption(1000 * (9 - index), 1)} for index in range(9)}
     with pytest.raises(UsageError, match=r"one \(q2\) 1\.0 MB, t0 \(q2\) 9\.0 kB, 8 others 36\.0 kB, and 500\.0 kB of"):
         allocate(table | others, 5_000_000, overhead=500_000)
+    # Sizes that would read alike have all their digits.
+    with pytest.raises(UsageError, match="10,499,999 bytes is too small: the smallest file has 10,500,000 bytes"):
+        allocate(table, 10_499_999, overhead=500_000)
+    with pytest.raises(UsageError, match="10,500,001 bytes is not less than the whole model, 10,500,000 bytes"):
+        check_below_whole(10_500_001, 10_500_000)
 
 
 def test_joined_tensors_without_a_common_type_are_refused():

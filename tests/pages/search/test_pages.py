@@ -84,7 +84,8 @@ def test_the_frame_has_a_row_a_file_and_what_the_winner_keeps_of_the_grading_fac
 
 
 def test_search_guided_by_text_does_not_mention_guiding_facts() -> None:
-    text = parse_html(render_search_html(replace(make_size_search(), by="text, rounded by GPTQ"))).one("main").text
+    text = parse_html(render_search_html(replace(make_search(), by="text, rounded by GPTQ"))).one("main").text
+    assert "Predicted KL of text, nats" in text
     assert "decided by text, rounded by GPTQ" in text
     assert "guided" not in text
     assert "are the search split (the original knew 93)" in text
@@ -103,6 +104,7 @@ def test_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
     # Attention comes first, though it is last in the file; the tensor outside any layer has its own row.
     assert labels[:3] == ["attn_q", "attn_a-model", "ffn_up"]
     assert labels[3:] == [*"layer 0|4|6|layer 1|8|2|a-model|16".split("|"), *"3 4 5 6 8 16".split()]
+    assert "Scales take about half a bit more." in page.text
     (table,) = page.all("table")
     rows = [[cell.text for cell in row.children if not isinstance(cell, str)] for row in table.all("tr")]
     assert rows == [
@@ -113,11 +115,13 @@ def test_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
     ]
 
 
-def test_encoder_layers_come_before_decoder_layers() -> None:
+def test_encoder_layers_come_before_decoder_layers_and_the_note_has_the_bits_of_scales() -> None:
     search = make_size_search()
     assert search.winner is not None
     types = {f"model.{stack}.layers.{n}.fc1": "int4/64" for stack in ("encoder", "decoder") for n in (0, 10, 2)}
-    page = parse_html(render_search_html(replace(search, winner=replace(search.winner, types=types))))
+    winner = replace(search.winner, types=types)
+    page = parse_html(render_search_html(replace(search, form="checkpoint", winner=winner)))
+    assert "half a bit more per weight in groups of 32, and an eighth in groups of 128" in page.text
     names = [row.children[0].text for row in page.one("table").all("tr") if not isinstance(row.children[0], str)]
     assert names == ["Layer", *(f"{stack} {n}" for stack in ("encoder", "decoder") for n in (0, 2, 10))]
 
@@ -127,7 +131,8 @@ def test_evaluated_files_are_listed_by_size_with_their_predicted_kl() -> None:
     table = text[text.index("Evaluated files, smallest first") :]
     positions = [table.index(f"{size}.0 MB") for size in (30, 60, 65, 80)]
     assert positions == sorted(positions)
-    assert "Predicted KL, nats" in table
+    assert "Predicted KL of facts and text, nats" in table
+    assert "the predicted loss over all weights: the KL of facts plus that of text." in table
     assert "0.0167" in table
 
 
