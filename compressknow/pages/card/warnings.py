@@ -20,8 +20,8 @@ from compressknow.pages.records import Comparison, Grade, write_estimate
 # With fewer known facts, an interval spans several points.
 FEW_FACTS = 100
 FEW_FACTS_OF_A_SUBJECT = 20
-# Larger shares cause a warning: of the known facts, those that appear in the calibration text, and those that guided how
-# a file was rounded; of the parameters in scope, those that the text did not reach.
+# Larger shares cause a warning: of the known facts, those that appear in the calibration text, and those that guided
+# how a file was rounded; of the parameters in scope, those that the text did not reach.
 MANY_IN_TEXT, MANY_GUIDES, MANY_UNSEEN = 0.01, 0.05, 0.1
 
 
