@@ -392,6 +392,6 @@ def test_pages_name_the_dropped_blocks(
     assert "tensors" not in described["removed"]
     original = {"sha256": "0", "architecture": "LlamaForCausalLM", "family": "causal", "parameters": 1}
     model = read_model_facts(ModelRecord.from_dict({**original, **described}))
-    section = Context(model, SimpleNamespace(model=model), {}, True)  # type: ignore[arg-type]
+    section = Context(model, SimpleNamespace(model=model, source_matches=None), {}, True)  # type: ignore[arg-type]
     assert any(sentence in part.sentence for part in Layers().parts(section) if isinstance(part, Note))
     assert not list(warn_of_recipe(model))
