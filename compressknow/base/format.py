@@ -95,7 +95,7 @@ def write_two_sizes(one: int, other: int) -> tuple[str, str]:
     (('29.8 MB', '31.0 MB'), ('29,760,000 bytes', '29,800,448 bytes'))
     """
     texts = write_size(one), write_size(other)
-    return texts if texts[0] != texts[1] else (f"{one:,} bytes", f"{other:,} bytes")
+    return texts if texts[0] != texts[1] else (f"{count(one)} bytes", f"{count(other)} bytes")
 
 
 def share(value: float | None) -> str:

@@ -254,7 +254,8 @@ def load_tables(dataset: str) -> dict[str, Any]:
                 options = _get_csv_options(path) if builder == "csv" else {}
                 loaded = datasets.load_dataset(builder, data_files=str(path), **options)
             elif path.is_dir():
-                loaded = datasets.load_dataset(str(path), config)
+                # It needs the folder's name, which "." lacks.
+                loaded = datasets.load_dataset(str(path.resolve()), config)
             else:
                 name, _, config = dataset.partition(":")
                 loaded = datasets.load_dataset(name, config or None)

@@ -198,8 +198,8 @@ def get_record_path(output: Path) -> Path:
 
 
 def read_export_record(path: Path) -> dict[str, Any]:
-    """Return "sha256", "source" and, if facts guided it, "guided_by" (probes and ids) of the record that an
-    export writes next to a GGUF file; empty without one."""
+    """Return "sha256", "source" and "guided_by" (probes and ids of facts) of the record that an export writes next to a
+    GGUF file; empty without one."""
     try:
         record = read_json(get_record_path(path), MANIFEST)
     except (OSError, ValueError):
@@ -207,7 +207,8 @@ def read_export_record(path: Path) -> dict[str, Any]:
     form = {"sha256": str, "source": SOURCE_FORM, "fit?": {"guided_by?": [[str]]}}
     if find_mismatch(record, form):
         return {}
-    return {"sha256": record["sha256"], "source": record["source"], **record.get("fit", {})}
+    guided_by = record.get("fit", {}).get("guided_by", [])
+    return {"sha256": record["sha256"], "source": record["source"], "guided_by": guided_by}
 
 
 def describe_variant(name: str, variant: Variant) -> dict[str, Any]:

@@ -321,7 +321,7 @@ def _describe_method(search: Search) -> Iterator[str]:
     yield (
         "How much rounding each weight to each type changes the answers was measured once (KL divergence, to second "
         f"order; decided by {clean(search.by, 200)}). For each size, types were chosen to minimize the predicted loss "
-        f"over all weights: the KL of {_name_guide(search).replace(' and ', ' plus that of ')}."
+        f"over all weights: the total KL of {_name_guide(search)}."
     )
     if search.keep is not None:
         yield (

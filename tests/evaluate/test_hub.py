@@ -238,11 +238,13 @@ def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert read_hub_facts(name).facts[0].obj_label == "b"
 
 
-def test_open_probe_passes_columns_and_split(tmp_path: Path) -> None:
+def test_open_probe_passes_columns_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "Set" / "dev.jsonl", PEOPLE)
     probe = open_probe(f"HF:{path.parent}", Options(columns=MAPPING, split="validation", limit=1))
     # The folder above is the machine's.
     assert (probe.name, len(probe.facts), probe.source["dataset"]) == ("hf:Set", 1, "Set")
+    monkeypatch.chdir(path.parent)
+    assert open_probe("hf:.", Options(columns=MAPPING, split="validation")).name == "hf:."
 
 
 def test_the_error_on_an_unknown_table_lists_its_columns(tmp_path: Path) -> None:

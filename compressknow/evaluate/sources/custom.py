@@ -216,7 +216,8 @@ class Hub(ProbeSource):
 
     def named(self, part: str) -> str:
         """Return the name on the Hub, or that of a file or folder, since facts do not depend on where it is."""
-        return escape_name(Path(part).name) if is_path(part) else part
+        # The current folder, ".", has no name.
+        return (escape_name(Path(part).name) or part) if is_path(part) else part
 
     def meant(self, text: str) -> bool:
         """Return whether the name has the suffix of a table, or an owner, as on the Hub."""

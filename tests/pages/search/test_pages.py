@@ -132,7 +132,7 @@ def test_evaluated_files_are_listed_by_size_with_their_predicted_kl() -> None:
     positions = [table.index(f"{size}.0 MB") for size in (30, 60, 65, 80)]
     assert positions == sorted(positions)
     assert "Predicted KL of facts and text, nats" in table
-    assert "the predicted loss over all weights: the KL of facts plus that of text." in table
+    assert "the predicted loss over all weights: the total KL of facts and text." in table
     assert "0.0167" in table
 
 
