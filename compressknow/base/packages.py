@@ -22,7 +22,6 @@ from importlib.metadata import EntryPoint, entry_points, version
 from typing import Generic, TypeVar
 
 from compressknow.base.errors import CompressknowError, UsageError, suggest_word
-from compressknow.base.grouping import group_by
 
 # Arguments of pip by the name of the module.
 OPTIONAL = {
@@ -105,8 +104,10 @@ class Registry(Generic[Thing]):
     @cached_property
     def _added(self) -> dict[str, list[EntryPoint]]:
         """Return the entry points by name: usually one, several if packages have the same name for theirs."""
-        added = sorted(entry_points(group=self.group), key=lambda entry: (entry.name, _get_package(entry)))
-        return group_by(added, lambda entry: entry.name)
+        added: dict[str, list[EntryPoint]] = {}
+        for entry in sorted(entry_points(group=self.group), key=lambda entry: (entry.name, _get_package(entry))):
+            added.setdefault(entry.name, []).append(entry)
+        return added
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names, built-in ones first."""

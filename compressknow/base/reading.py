@@ -1,4 +1,4 @@
-"""Read foreign files and tables, with limits on their size, and check the form of records."""
+"""Read foreign files and tables, with limits on their size, and check, hash and group records."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import os
 import stat
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UsageError
 from compressknow.base.files import expand_home
@@ -161,6 +161,23 @@ def compute_sha256(path: Path) -> str:
     """Return the SHA-256 of a regular file in hexadecimal. Raises NotReadable or OSError."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+
+
+def group_by(items: Iterable[Item], get_key: Callable[[Item], Key | None]) -> dict[Key, list[Item]]:
+    """Return the items of each key, in the order in which keys first occur; items whose key is None are left out.
+
+    >>> group_by(["one", "two", "three", ""], lambda word: len(word) or None)
+    {3: ['one', 'two'], 5: ['three']}
+    """
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        if (key := get_key(item)) is not None:
+            groups.setdefault(key, []).append(item)
+    return groups
 
 
 def hash_json(values: object) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressknow.base.format import clean, count, share, write_percent
-from compressknow.base.grouping import group_by
+from compressknow.base.reading import group_by
 from compressknow.cli import RESUMES, explain_interrupt
 from compressknow.cli.options import (
     EVALUATE,

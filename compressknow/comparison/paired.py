@@ -12,7 +12,7 @@ import numpy as np
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import SIGNIFICANT
-from compressknow.base.grouping import group_by
+from compressknow.base.reading import group_by
 from compressknow.comparison import intervals
 from compressknow.comparison.distributions import (
     PERCENTILES,

@@ -19,8 +19,8 @@ from dataclasses import replace
 from typing import Any
 
 from compressknow.base.errors import UnsupportedError
-from compressknow.base.grouping import group_by
 from compressknow.base.packages import require
+from compressknow.base.reading import group_by
 from compressknow.compress.plan import Plan
 from compressknow.compress.schemes import Scheme
 from compressknow.compress.sources import PRUNE_OR_EXPORT

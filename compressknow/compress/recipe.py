@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
-from compressknow.base.grouping import group_by
-from compressknow.base.reading import MANIFEST, read_json, read_toml
+from compressknow.base.reading import MANIFEST, group_by, read_json, read_toml
 from compressknow.compress.parameters import Parameter, has_options, list_options, option
 from compressknow.compress.pruning import METHODS
 from compressknow.compress.schemes import SCHEMES

@@ -11,8 +11,8 @@ import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from compressknow.base.grouping import group_by
 from compressknow.base.packages import Registry
+from compressknow.base.reading import group_by
 from compressknow.compress.parameters import Parametric, parameter
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.grouping import group_by
 from compressknow.base.progress import Advance, Pace, ignore_advance
+from compressknow.base.reading import group_by
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.facts import BLANK, STOPS, Fact, Probe
 from compressknow.evaluate.grades import grade_answer

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from compressknow.base.errors import UsageError
-from compressknow.base.grouping import group_by
+from compressknow.base.reading import group_by
 
 # Placeholder of the object in a prompt, as in LAMA; it is replaced by each model's mask or sentinel.
 BLANK = "[MASK]"

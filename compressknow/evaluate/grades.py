@@ -24,7 +24,7 @@ from dataclasses import replace
 from statistics import median_high
 
 from compressknow.base.errors import CompressknowError, UsageError, suggest_word
-from compressknow.base.grouping import group_by
+from compressknow.base.reading import group_by
 from compressknow.evaluate.answers import GRADES, Answer, Answers
 from compressknow.evaluate.facts import STOPS, UNSPACED, Fact, strip_wording
 

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressknow.base.grouping import group_by
 from compressknow.base.progress import Begin
+from compressknow.base.reading import group_by
 from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, factor_inverse, find_moves
 from compressknow.compress.calibrate.gathering import InputStatistics, Key

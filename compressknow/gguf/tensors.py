@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import UsageError, suggest_word
-from compressknow.base.grouping import group_by
+from compressknow.base.reading import group_by
 from compressknow.model.gguf_file import EMBEDDING, ORDER, UNPLACED, Tensor, count_by_type, list_tensors
 from compressknow.model.structure import NOT_LINEAR, SCOPES, LinearWeight, compile_pattern, list_scopes, select
 

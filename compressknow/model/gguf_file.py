@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compressknow.base.errors import CheckpointError
-from compressknow.base.grouping import group_by
 from compressknow.base.packages import require
-from compressknow.base.reading import NotReadable, open_regular
+from compressknow.base.reading import NotReadable, group_by, open_regular
 from compressknow.model.structure import MOST_BLOCKS, NOT_LINEAR
 from compressknow.model.tensors import StoredTensor
 

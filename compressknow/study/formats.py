@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
 from compressknow.base.format import share
-from compressknow.base.grouping import group_by
 from compressknow.base.packages import require
 from compressknow.base.progress import Begin, Listener
+from compressknow.base.reading import group_by
 from compressknow.compress.recipe import EXPORT, Recipe, to_toml
 from compressknow.compress.schemes import FUSED
 from compressknow.compress.staging import make_scratch

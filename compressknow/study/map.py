@@ -17,7 +17,7 @@ import numpy as np
 
 from compressknow._version import __version__
 from compressknow.base.format import clean, count, number, share, write_size
-from compressknow.base.grouping import group_by
+from compressknow.base.reading import group_by
 from compressknow.pages import parts
 from compressknow.pages.drawing import INK, MUTED, SERIES, draw_labels
 from compressknow.pages.pages import render_html, render_markdown, write_files

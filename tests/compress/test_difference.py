@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import compressknow
 from compressknow.base.errors import CheckpointError, CompressknowError
-from compressknow.base.grouping import group_by
+from compressknow.base.reading import group_by
 from compressknow.comparison.checkpoints import diff_checkpoints
 from compressknow.comparison.diff import CheckpointDiff, DiffSums, TensorDiff
 from compressknow.compress import blocks

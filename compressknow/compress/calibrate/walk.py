@@ -17,8 +17,8 @@ from transformers import Cache, PreTrainedModel
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import write_size
-from compressknow.base.grouping import group_by
 from compressknow.base.progress import Advance, ignore_advance
+from compressknow.base.reading import group_by
 from compressknow.base.system import trim_heap
 from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.gathering import AllSeen, InputRecorder, InputStatistics, InputSums, Key

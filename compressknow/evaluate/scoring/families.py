@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from compressknow.base.errors import CheckpointError, UnsupportedError
-from compressknow.base.grouping import group_by
+from compressknow.base.reading import group_by
 from compressknow.engine.language_model import count_embedding_rows, find_decoder_start, find_sentinels
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.scoring.decoding import DecodingScorer, Encoded, can_cut_logits, select_encoded

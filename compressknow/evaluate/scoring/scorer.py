@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from compressknow.base.errors import CompressknowError, UnsupportedError
-from compressknow.base.grouping import group_by
+from compressknow.base.reading import group_by
 from compressknow.engine.language_model import check_tokens, count_embedding_rows, count_positions
 from compressknow.engine.load import find_reason
 from compressknow.evaluate.answers import LOGP_FLOOR, REFERENCE_TOKENS, Answer

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from compressknow._version import __version__
 from compressknow.base.format import clean, count, number, write_percent, write_size
-from compressknow.base.grouping import Key, group_by
 from compressknow.base.notebook import Summary, SummaryRepr
+from compressknow.base.reading import Key, group_by
 from compressknow.comparison.diff import CheckpointDiff, DiffSums, Kind, TensorDiff, sum_tensors
 from compressknow.comparison.paired import Pair, order_domains, pair_answers
 from compressknow.comparison.records import Counts

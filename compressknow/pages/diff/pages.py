@@ -23,7 +23,7 @@ from compressknow.base.format import (
     write_rank,
     write_size,
 )
-from compressknow.base.grouping import group_by
+from compressknow.base.reading import group_by
 from compressknow.comparison.diff import CheckpointDiff, DiffSums, TensorDiff
 from compressknow.comparison.paired import Pair
 from compressknow.comparison.records import Group, ProbeFigures
