@@ -12,6 +12,7 @@ import pytest
 
 from compressknow.cli import main
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
+from tests.long import one_in
 from tests.pages.pages import parse_html
 
 FAMILIES = ("bert", "llama", "t5")
@@ -27,7 +28,7 @@ def run(*arguments: object) -> None:
     assert main([str(argument) for argument in arguments]) == 0
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=one_in(3, FAMILIES))
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the original, four conversions of it, the answers of all, and the report on them."""
     folder = tmp_path_factory.mktemp(request.param)

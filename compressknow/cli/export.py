@@ -127,7 +127,9 @@ def _build_page(
     yield from build_types_table(record["groups"])
     if fit:
         scope = " without the experts" if any("_exps" in which for which, _ in record["types"]) else ""
-        yield f"\nPredicted{scope}: KL {fit['predicted_kl']:.2g} nats, if each weight is rounded to the nearest value."
+        of = "facts plus text" if fit["guide"] == "both" else fit["guide"]
+        kl = f"{fit['predicted_kl']:.2g} nats"
+        yield f"\nPredicted KL of {of}{scope}: {kl}, if each weight is rounded to the nearest value."
     importance = record.get("importance", {})
     if importance.get("identified") is False:
         source = importance["source"]

@@ -20,6 +20,7 @@ from compressknow import __version__
 from compressknow.base.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
 from compressknow.cli import COMMANDS, SPIN_COUNT, LazyGroup, cli, explain_interrupt, main, run
 from compressknow.cli.options import GROUPS
+from tests.long import one_in
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -179,7 +180,7 @@ def test_interrupted_command_explains_the_state_of_its_output(
 
 @pytest.mark.parametrize(
     ("settings", "count"),
-    [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "passive"}, 0)],
+    one_in(3, [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "passive"}, 0)]),
     ids=["default", "count of the user", "policy of the user"],
 )
 def test_waiting_threads_of_openmp_spin_only_briefly(settings: dict[str, str], count: int) -> None:

@@ -17,6 +17,7 @@ from packaging.version import Version
 import compressknow
 from compressknow.cli import main
 from tests.compress.conftest import Refusal, hash_files
+from tests.long import one_in
 from tests.models import edit_config, edit_tensors, save_tiny
 
 PRUNE = ["--prune", "0.2"]
@@ -133,7 +134,9 @@ def test_a_missing_weight_is_refused(source: Path, refusal: Refusal) -> None:
         "bert.encoder.layer.0.output.LayerNorm.bias",
     ],
 )
-@pytest.mark.parametrize("options", [PRUNE, ["--quantize", "int8"], [*PRUNE, "--prune-method", "ln-structured"]])
+@pytest.mark.parametrize(
+    "options", one_in(3, [PRUNE, ["--quantize", "int8"], [*PRUNE, "--prune-method", "ln-structured"]])
+)
 def test_a_weight_with_nan_or_infinity_is_named(
     source: Path, refusal: Refusal, value: float, name: str, options: list[str]
 ) -> None:

@@ -27,7 +27,7 @@ from tests.zoo import make_inputs, tiny_model
 # These need more than token ids, or have hundreds of millions of parameters whatever the config says.
 EXCLUDED = {"BltForCausalLM", "PerceiverForMaskedLM", "VibeVoiceAsrForConditionalGeneration"}
 CLASSES = {name: model_type for model_type, name in reversed(ZOO) if name not in EXCLUDED}
-PARTS = 12
+PARTS = 24
 RECIPE: dict[str, Any] = {"prune": 0.3, "scope": ["attention", "feed-forward"]}
 # Reasons why a weight has no int8 form, and words of their messages.
 REASONS = {

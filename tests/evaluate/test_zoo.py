@@ -91,7 +91,7 @@ def silence() -> Iterator[None]:
     transformers.logging.set_verbosity(verbosity)
 
 
-@pytest.mark.parametrize("name", one_in(2, sorted(CLASSES.keys() - NOT_TINY)))
+@pytest.mark.parametrize("name", one_in(6, sorted(CLASSES.keys() - NOT_TINY)))
 def test_a_class_scores_two_facts_as_a_plain_loop_does(name: str) -> None:
     if BEFORE_5_20 and name in TINY_LATER:
         pytest.skip(f"transformers {transformers.__version__} builds no tiny {name}")

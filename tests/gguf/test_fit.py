@@ -158,7 +158,7 @@ def test_must_gives_experts_fewer_than_8_bits(tmp_path: Path, capsys: pytest.Cap
     text = str(write_sentences(tmp_path / "text.txt"))
     options = ["--guide", "text", "--calibration", text, "--calibration-tokens", "512"]
     assert main(["export", str(source), str(output), "--bits", "6", "--must", "_exps=q3_k", *options]) == 0
-    assert "Predicted without the experts: KL" in capsys.readouterr().out
+    assert "Predicted KL of text without the experts: " in capsys.readouterr().out
     record = read_record(output)
     assert {kind for name, kind in read_types(output).items() if "_exps" in name} == {"q3_k"}
     assert record["bytes"] == output.stat().st_size <= record["totals"]["parameters"] * 6 / 8
@@ -228,7 +228,7 @@ def test_the_command_line_prints_the_choice_and_measures_once(
     assert lines[0].startswith("900.0 kB by facts and text, gptq, attention q8_0: ")
     assert lines[2].split()[:3] == ["Layer", "attn_k", "attn_output"]
     assert [line.split()[0] for line in lines[3:5]] == ["0", "1"]
-    assert "Predicted: KL 0." in printed
+    assert "Predicted KL of facts plus text: 0." in printed
     record = read_record(tmp_path / "a.gguf")
     assert (tmp_path / "a.gguf").stat().st_size <= 900_000
     assert record["fit"]["must"] == [["attention", "q8_0"]]

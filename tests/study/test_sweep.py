@@ -32,6 +32,7 @@ from compressknow.study.cells import RECORD, CellResult, build_study, claim
 from compressknow.study.grid import Cell
 from tests.evaluate.layouts import make_trex, write_jsonl, write_lama
 from tests.knowing import KNOWN_FACTS, save_trained, save_trained_custom_code, write_bear, write_facts
+from tests.long import one_in
 from tests.models import put_into_hub_cache
 from tests.pages.answering import make_answer, make_runs
 
@@ -66,7 +67,7 @@ class Workspace:
             return {row["key"]: row for row in csv.DictReader(file)}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=one_in(3, FAMILIES))
 def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(request.param, tmp_path_factory.mktemp("workspace"))
     assert workspace.sweep("study") == 0

@@ -41,7 +41,7 @@ from tests.evaluate.layouts import open_probe
 from tests.evaluate.references import evaluate_model, make_known_facts, make_probe
 from tests.evaluate.serving.model_server import LONGEST, NAME, ModelServer, serve_model
 from tests.knowing import save_trained, write_facts
-from tests.long import long
+from tests.long import long, one_in
 
 KEY = "sk-aKeyThatNobodyMaySee"
 SETTINGS = Settings(timeout=20.0)
@@ -87,7 +87,7 @@ def check_similar(answers: dict[str, Answer], expected: dict[str, Answer]) -> No
         assert answer.logp_gold == pytest.approx(other.logp_gold, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["vllm", "echo"])
+@pytest.mark.parametrize("kind", one_in(2, ["vllm", "echo"]))
 @pytest.mark.parametrize("closed", [True, False])
 def test_answers_are_those_of_the_model_run_locally(
     serve: Callable[[str], ModelServer], lm: LanguageModel, kind: str, closed: bool
@@ -334,7 +334,7 @@ INVALID = {
 }
 
 
-@pytest.mark.parametrize("name", INVALID)
+@pytest.mark.parametrize("name", one_in(3, INVALID))
 def test_an_invalid_answer_is_refused(serve: Callable[[str], ModelServer], name: str) -> None:
     server = serve("vllm")
     loaded = ModelHandle(locate(server.url), SETTINGS).loaded
