@@ -297,27 +297,28 @@ class Pace:
     Parameters
     ----------
     work : total tokens to read.
-    sample, seconds : tokens of a few facts that were evaluated before, and the time that they took: the first
-        estimate, to which batches are added. Without them the first batch is not measured, since it also warms up.
+    predicted : seconds for all of it, until a batch is measured. The first is not, since it also warms up.
     """
 
-    def __init__(self, work: int, sample: int = 0, seconds: float = 0) -> None:
-        self._left, self._measured = work, sample
-        self._is_warm = sample > 0
-        self._start = time.monotonic() - seconds
+    def __init__(self, work: int, predicted: float | None = None) -> None:
+        self._work = self._left = work
+        self._predicted, self._measured = predicted, 0
+        self._start: float | None = None
 
     def add(self, work: int) -> None:
         """Count work as done."""
         self._left -= work
-        if self._is_warm:
-            self._measured += work
+        if self._start is None:
+            self._start = time.monotonic()
         else:
-            self._is_warm, self._start = True, time.monotonic()
+            self._measured += work
 
     @property
     def left(self) -> float | None:
-        """Return the estimated seconds left; None until something is measured."""
-        return (time.monotonic() - self._start) / self._measured * self._left if self._measured else None
+        """Return the estimated seconds left; None until something is measured or predicted."""
+        if self._start is not None and self._measured:
+            return (time.monotonic() - self._start) / self._measured * self._left
+        return None if self._predicted is None else self._predicted * self._left / self._work
 
 
 class RepeatingThread:

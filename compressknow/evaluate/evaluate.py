@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 _SENTENCE_END = re.compile(rf"""[.!?…{STOPS}]["'”’)\]」』]*$""")
-# Number of facts that are timed before the first batch, if there are at least LEAST times as many.
-SAMPLE, LEAST = 12, 16
+# Numbers of facts that are timed before the first batch, if there are at least this many facts.
+TIMED, LEAST = (4, 16), 320
 # About as many tokens of candidates are scored at most, since ranking leaves out the others.
 MOST_FURTHER = 64
 
@@ -98,16 +98,22 @@ def evaluate(
 def _measure_pace(scorer: Scorer, batches: Sequence[Sequence[Query]], *, measured: bool) -> Pace:
     """Return the pace of the remaining batches; if `measured`, time a few of their facts first."""
     work = sum(_estimate_cost(scorer, batch) for batch in batches)
-    # Batches of one fact are timed as quickly by themselves.
-    if not measured or sum(map(len, batches)) < LEAST * SAMPLE or max(map(len, batches)) == 1:
+    largest = max(batches, key=len, default=())
+    if not measured or sum(map(len, batches)) < LEAST or len(largest) < max(TIMED):
         return Pace(work)
-    samples = [batches[len(batches) * quarter // 4][: SAMPLE // 3] for quarter in (1, 2, 3)]
     # Warm up.
-    scorer.answer(samples[0][:1], None)
-    start = time.monotonic()
-    for sample in samples:
-        scorer.answer(sample, None)
-    return Pace(work, sum(_estimate_cost(scorer, sample) for sample in samples), time.monotonic() - start)
+    scorer.answer(largest[:1], None)
+    # A batch takes some time however few facts it has, so two sizes are needed: their line gives the time of a batch
+    # and of a token.
+    costs, seconds = [], []
+    for number in TIMED:
+        start = time.monotonic()
+        scorer.answer(largest[:number], None)
+        seconds.append(time.monotonic() - start)
+        costs.append(_estimate_cost(scorer, largest[:number]))
+    per_token = max((seconds[1] - seconds[0]) / (costs[1] - costs[0]), 0)
+    per_batch = max(seconds[1] - per_token * costs[1], 0)
+    return Pace(work, per_batch * len(batches) + per_token * work)
 
 
 def _estimate_cost(scorer: Scorer, batch: Iterable[Query]) -> int:

@@ -200,15 +200,17 @@ def test_announcement_covers_the_remaining_models() -> None:
     assert announce_stage(single, 2021, 100.0) == "8,042 facts on cpu: about 5 min."
 
 
-def test_time_left_comes_from_a_sample_until_a_batch_ends() -> None:
+def test_time_left_is_predicted_until_a_batch_is_measured() -> None:
     unmeasured = Pace(1000)
     unmeasured.add(10)
     assert unmeasured.left is None  # the first batch takes longer than later ones
     unmeasured.add(10)
     assert unmeasured.left is not None
-    pace = Pace(1000, sample=10, seconds=2.0)
-    assert pace.left == pytest.approx(200, rel=0.05)
-    pace.add(1000)
+    pace = Pace(1000, predicted=200)
+    assert pace.left == 200
+    pace.add(500)
+    assert pace.left == 100
+    pace.add(500)
     assert pace.left == 0
 
 
