@@ -48,6 +48,7 @@ class Answer:
     predicted : text of the most likely answer; `top5` are the five most likely ones, best first, and `top5_logp` their
         log-probabilities (natural logarithm).
     rank : rank of the object, 1 for the most likely answer; None if it is not a possible answer or ranks do not apply.
+        Of a free answer: 1 if it is right, else that of the object's first token.
     logp_gold : log-probability of the object; None if it is not a possible answer.
     choices : the number of possible answers, for chance; None if any text is possible.
     first_ids, first_logp : distribution at the answer's first position: ids of the original's most likely tokens, and

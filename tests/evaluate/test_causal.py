@@ -130,6 +130,12 @@ def write_greedily(lm: LanguageModel, fact: Fact, tokens: int) -> str:
     return lm.tokenizer.decode(ids[start:], skip_special_tokens=True).partition(".")[0].strip()
 
 
+def test_a_right_free_answer_has_rank_1_however_it_is_spelled(lm: LanguageModel) -> None:
+    facts = [replace(fact, obj_label=fact.obj_label.lower()) for fact in make_known_facts(closed=False)]
+    answers = evaluate_lm(lm, make_probe(facts, vocabulary="open"))
+    assert all(answer.correct and answer.rank == 1 for answer in answers.values())
+
+
 @pytest.mark.parametrize("batch_size", [1, 32])
 def test_free_answers_are_decoded_greedily(lm: LanguageModel, batch_size: int) -> None:
     facts = make_known_facts(closed=False)

@@ -419,6 +419,9 @@ class Scorer(ABC):
             first = query.gold[0]
             rank = find_rank(first, scores)
             text, correct = judge(texts[index], query.fact.obj_label)
+            # A text may begin with the object though its first token is another: of an article, another spelling, or
+            # T5's sentinel once more.
+            rank = 1 if correct and rank is not None else rank
             best = find_best(scores)
             tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
             fields = {"correct": correct and rank is not None, "rank": rank, "logp_gold": float(scores[first] + logp)}
