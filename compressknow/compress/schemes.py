@@ -425,8 +425,12 @@ def list_runtimes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
 def find_vllm_limit(manifest: Mapping[str, Any]) -> str | None:
     """Return the only devices or settings with which vLLM runs a checkpoint; None if all work, or if none does."""
     shapes = {} if find_vllm_obstacle(manifest) else _collect_shapes(manifest)
-    limits = (scheme.vllm_limit(shapes[scheme.name]) for scheme in find_schemes(shapes))
-    return next((limit for limit in limits if limit), None)
+    limits = {limit for scheme in find_schemes(shapes) if (limit := scheme.vllm_limit(shapes[scheme.name]))}
+    if any(limit.startswith("on GPUs") for limit in limits):
+        # The reason of another scheme says more; and there are no CPUs to have a condition.
+        limits = {limit for limit in limits if not limit.startswith("on CPUs")}
+        limits = limits if len(limits) == 1 else limits - {"on GPUs"}
+    return "; ".join(sorted(limits)) or None
 
 
 def find_vllm_obstacle(manifest: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ from compressknow.cli.convert import build_manifest_page
 from compressknow.compress.schemes import VLLM_ARCHITECTURES, find_vllm_limit, find_vllm_obstacle
 from compressknow.pages.model_card import describe_runtimes, list_warnings
 from tests.long import one_in
-from tests.models import QUANTIZABLE, save_tiny
+from tests.models import QUANTIZABLE, save_tiny, tiny_of_groups
 
 JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -34,6 +34,21 @@ def test_int8_blocks_of_a_decoder_run_in_vllm_but_not_on_blackwell(name: str, tm
     assert manifest["runtimes"] == ["transformers", "compressknow", "vLLM"]
     assert "not on Blackwell GPUs" in describe_runtimes(manifest)
     assert find_vllm_limit(dry_run(name, tmp_path, prune=0.2)) is None
+
+
+@pytest.mark.parametrize(
+    ("scheme", "limit"),
+    [
+        ("int8", "not on Blackwell GPUs: no int8; on CPUs with --dtype float16"),
+        ("int8-weights", "on GPUs"),
+        ("fp8", "on GPUs; before Ada and Hopper, activations stay floats"),
+    ],
+)
+def test_limits_of_two_schemes_hold_together(scheme: str, limit: str, tmp_path: Path) -> None:
+    tiny_of_groups("llama").save_pretrained(tmp_path / "in")
+    steps = [{"scope": "attention", "quantize": scheme}, {"scope": "feed-forward", "quantize": "int4"}]
+    manifest = dry_run("llama", tmp_path, recipe={"steps": steps})
+    assert find_vllm_limit(manifest) == limit
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "albert", "t5-tied", "bart"])
