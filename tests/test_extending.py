@@ -982,6 +982,9 @@ class TestScheme:
             (("weights.num_bits", "weights.bits"), "AttributeError: 'QuantizationArgs' object has no attribute 'bits'"),
             (("return Int6Linear(module) if", "return module if"), "`layer_of` returns something other"),
             (('    word = "int6"\n', ""), "has no attribute 'word'"),
+            (("x.split(16, -1)", "x.split(16, -2)"), "adds failed. RuntimeError: "),
+            # One channel would broadcast.
+            (("return out if self.bias", "return out[..., :1] if self.bias"), "`forward` returns [2, "),
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )
