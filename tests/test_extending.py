@@ -931,6 +931,7 @@ class TestScheme:
             (("6, -32, 31", "8, 0, 255"), "its grid, 0 to 255, does not fit int8"),
             (('"strategy": "group"', '"strategy": "bunch"'), "could not load the output. Loading stops: "),
             (('"symmetric": True', '"symmetric": False'), "floats for integers, or the reverse, in "),
+            (('"group_size": self.group', '"group_size": 32'), "It cannot convert what is stored"),
             (
                 (
                     "    def scales(",
@@ -955,7 +956,8 @@ class TestScheme:
         code = example("A quantization scheme")
         assert change[0] in code
         install(SCHEMES, "int6", code.replace(*change), "Int6")
-        assert run_refused(["convert", "model", "out", "--quantize", "int6"], capsys, message)
+        errors = run_refused(["convert", "model", "out", "--quantize", "int6"], capsys, message)
+        assert "toy_int6" in errors
 
     @pytest.mark.usefixtures("int6")
     def test_layer_of_the_engine_computes_with_its_integers(self, install, capsys: pytest.CaptureFixture[str]) -> None:
