@@ -918,9 +918,8 @@ class TestScheme:
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         options = ["--quantize", "int6", "--group", "48"]
-        assert run_refused(
-            ["convert", "model", "out", *options], capsys, "64 input channels are not a multiple of the group"
-        )
+        message = "64 input channels are not a multiple of the group size 48. Another value of --group may fit all"
+        assert run_refused(["convert", "model", "out", *options], capsys, message)
 
     @pytest.mark.parametrize(
         ("change", "message"),
