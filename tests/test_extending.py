@@ -229,6 +229,7 @@ class TestProbe:
             (("candidates=objects", "candidates=list(objects)"), "candidates of its fact 'capital/Avaland'"),
             (("candidates=objects", "popularity='9'"), "In its fact 'capital/Avaland', popularity is not a number"),
             (('f"{part}/{subject}"', "rows.index([subject, obj, sentence])"), "In its fact 0, id is not text"),
+            (("prompt=sentence", "prompt=subject"), "The probe 'almanac' comes from toy_almanac."),
             (('"almanac/1"', "None"), "Its protocol is not text"),
             (("compute_sha256(path)", "path"), "source cannot be written as JSON"),
             (("return Probe(", "return (lambda *_, source: None)("), "not a Probe, Task or RunningText"),
