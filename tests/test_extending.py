@@ -704,6 +704,7 @@ class TestPruningMethod:
         ("change", "message"),
         [
             (("scatter_(2", "scatter_(7"), "IndexError"),
+            (("scatter_(2", "scatter_(exit(0)"), "ended the program (SystemExit: 0)"),
             (("[EachBlock(pruned)] * len(weights)", "[]"), "gives 0 masks for 14 tensors"),
             (("return mask.numpy()", "return mask"), "is not a boolean NumPy array of shape ["),
             ((".abs()", ".abs_()"), "changes `block.values` in place"),
