@@ -229,6 +229,7 @@ class TestProbe:
             (("candidates=objects", "candidates=list(objects)"), "candidates of its fact 'capital/Avaland'"),
             (("candidates=objects", "popularity='9'"), "In its fact 'capital/Avaland', popularity is not a number"),
             (('f"{part}/{subject}"', "rows.index([subject, obj, sentence])"), "In its fact 0, id is not text"),
+            (("prompt=sentence", "prompt=subject"), "The probe 'almanac' comes from toy_almanac."),
             (('"almanac/1"', "None"), "Its protocol is not text"),
             (("compute_sha256(path)", "path"), "source cannot be written as JSON"),
             (("return Probe(", "return (lambda *_, source: None)("), "not a Probe, Task or RunningText"),
@@ -703,6 +704,7 @@ class TestPruningMethod:
         ("change", "message"),
         [
             (("scatter_(2", "scatter_(7"), "IndexError"),
+            (("scatter_(2", "scatter_(exit(0)"), "ended the program (SystemExit: 0)"),
             (("[EachBlock(pruned)] * len(weights)", "[]"), "gives 0 masks for 14 tensors"),
             (("return mask.numpy()", "return mask"), "is not a boolean NumPy array of shape ["),
             ((".abs()", ".abs_()"), "changes `block.values` in place"),
@@ -918,9 +920,8 @@ class TestScheme:
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         options = ["--quantize", "int6", "--group", "48"]
-        assert run_refused(
-            ["convert", "model", "out", *options], capsys, "64 input channels are not a multiple of the group"
-        )
+        message = "64 input channels are not a multiple of the group size 48. Another value of --group may fit all"
+        assert run_refused(["convert", "model", "out", *options], capsys, message)
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -931,6 +932,7 @@ class TestScheme:
             (("6, -32, 31", "8, 0, 255"), "its grid, 0 to 255, does not fit int8"),
             (('"strategy": "group"', '"strategy": "bunch"'), "could not load the output. Loading stops: "),
             (('"symmetric": True', '"symmetric": False'), "floats for integers, or the reverse, in "),
+            (('"group_size": self.group', '"group_size": 32'), "It cannot convert what is stored"),
             (
                 (
                     "    def scales(",
@@ -955,7 +957,8 @@ class TestScheme:
         code = example("A quantization scheme")
         assert change[0] in code
         install(SCHEMES, "int6", code.replace(*change), "Int6")
-        assert run_refused(["convert", "model", "out", "--quantize", "int6"], capsys, message)
+        errors = run_refused(["convert", "model", "out", "--quantize", "int6"], capsys, message)
+        assert "toy_int6" in errors
 
     @pytest.mark.usefixtures("int6")
     def test_layer_of_the_engine_computes_with_its_integers(self, install, capsys: pytest.CaptureFixture[str]) -> None:
@@ -982,6 +985,9 @@ class TestScheme:
             (("weights.num_bits", "weights.bits"), "AttributeError: 'QuantizationArgs' object has no attribute 'bits'"),
             (("return Int6Linear(module) if", "return module if"), "`layer_of` returns something other"),
             (('    word = "int6"\n', ""), "has no attribute 'word'"),
+            (("x.split(16, -1)", "x.split(16, -2)"), "adds failed. RuntimeError: "),
+            # One channel would broadcast.
+            (("return out if self.bias", "return out[..., :1] if self.bias"), "`forward` returns [2, "),
         ],
         ids=lambda case: case[1][:24] if isinstance(case, tuple) else "",
     )

@@ -58,6 +58,12 @@ def test_error_of_an_unusable_entry_names_its_package(registry: Registry[int], n
         registry[name]
 
 
+def test_entry_that_runs_out_of_memory_has_not_failed(registry: Registry[int]) -> None:
+    failure = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes.")
+    with pytest.raises(RuntimeError, match="allocate memory"), registry.explain_failures("nine"):
+        raise failure
+
+
 def test_usable_entries_are_found_despite_unusable_ones(registry: Registry[int]) -> None:
     usable, unusable = registry.usable()
     assert usable == {"ten": 10, "two": 2, "nine": 9}

@@ -21,7 +21,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Generic, TypeVar
 
-from compressknow.base.errors import CompressknowError, UsageError, suggest_word
+from compressknow.base.errors import CompressknowError, UsageError, is_out_of_memory, suggest_word
 
 # Arguments of pip by the name of the module.
 OPTIONAL = {
@@ -130,10 +130,10 @@ class Registry(Generic[Thing]):
         on, and those of built-in entries, are raised unchanged."""
         try:
             yield
-        except (CompressknowError, OSError, MemoryError):
+        except (CompressknowError, OSError):
             raise
         except Exception as error:
-            if not self.is_added(name):
+            if not self.is_added(name) or is_out_of_memory(error):
                 raise
             what = f"The {self.kind} {name!r} that {self.added_by(name)} adds failed."
             why = f"{type(error).__name__}: {error}".rstrip(" .:")

@@ -91,6 +91,16 @@ class LazyGroup(click.Group):
         traceback of any error."""
         try:
             return super().invoke(ctx)
+        except SystemExit as stop:
+            if isinstance(stop, _Stopped):
+                raise
+            # Code of another package: its exit code may say that all went well. `exit` is itself a frame, without file.
+            files = [frame.filename for frame in traceback.extract_tb(stop.__traceback__)]
+            file = next(file for file in reversed(files) if not file.startswith("<"))
+            raise CompressknowError(
+                f"{file} ended the program (SystemExit: {stop.code}).",
+                hint="Update or uninstall the package that it belongs to.",
+            ) from stop
         except Exception as error:
             if type(error) in (click.BadParameter, UsageError, UnusedOptions):
                 for name, defaults in (ctx.default_map or {}).items():

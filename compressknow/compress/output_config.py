@@ -22,7 +22,7 @@ from compressknow.base.errors import UnsupportedError
 from compressknow.base.packages import require
 from compressknow.base.reading import group_by
 from compressknow.compress.plan import Plan
-from compressknow.compress.schemes import Scheme
+from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.compress.sources import PRUNE_OR_EXPORT
 from compressknow.model.checkpoint import list_some
 from compressknow.model.loading import LoadReport, list_headers, load_report
@@ -158,11 +158,21 @@ def _load(plan: Plan) -> None:
     tree, headers = plan.tree, {name: (part.dtype, part.shape) for each in plan.tensors for name, part in each.written}
     report = load_report(type(tree), parse_config(tree, copy.deepcopy(build_config(plan))), headers)
     if fault := _find_fault(report, plan):
-        narrow = "Prune only, or narrow --scope (or --exclude) to other layers."
+        hint = "Prune only, or narrow --scope (or --exclude) to other layers."
+        if report.conversion_failed:
+            hint = PRUNE_OR_EXPORT
+        if added := next((scheme.name for scheme in plan.targets if SCHEMES.is_added(scheme.name)), None):
+            package = SCHEMES.added_by(added)
+            hint = (
+                f"Perhaps the `arguments` of the scheme {added!r} that {package} adds do not match what it stores: "
+                f"if a built-in scheme works, update or uninstall {package}."
+            )
+            if report.conversion_failed:
+                fault = "It cannot convert what is stored to the weights of this model."
         raise UnsupportedError(
             f"{type(tree).__name__} cannot be compressed in this way: transformers could not load the output.",
             why=fault,
-            hint=PRUNE_OR_EXPORT if report.conversion_failed else narrow,
+            hint=hint,
         )
 
 

@@ -160,14 +160,20 @@ class Sources:
 
     def _suggest_options(self, scheme: Scheme, alike: Sequence[LinearWeight]) -> str:
         """Suggest options with which all weights can be stored, and options that leave out those that cannot."""
+        obstacles = {each: why for each in alike if self.of(each) and (why := self._find_obstacle(each, scheme))}
+        misfits = list(obstacles)
         with SCHEMES.explain_failures(scheme.name):
             fit = scheme.fit({each.shape for each in alike}) or {}
+            by_shape = all(why == scheme.misfit(each.shape) for each, why in obstacles.items())
         changed = {name: value for name, value in fit.items() if value != scheme.values()[name]}
         options = " ".join(
             f"{each.option} {changed[each.name]}" for each in scheme.parameters() if each.name in changed
         )
         parameters = f"With {options} all layers in scope can be stored. " if options else ""
-        misfits = [each for each in alike if self.of(each) and self._find_obstacle(each, scheme)]
+        names = " or ".join(each.option for each in scheme.parameters())
+        # Only a `fit` of its own tries other values.
+        if names and by_shape and type(scheme).fit is Scheme.fit:
+            parameters = f"Another value of {names} may fit all layers in scope. "
         # If experts are stored one by one, transformers loads no other quantized layer either.
         if any(each.kind == "experts" and len(self.of(each)) > 1 for each in misfits):
             return PRUNE_OR_EXPORT

@@ -384,8 +384,11 @@ Step = DropBlocks | DropNeurons | Prune | Quantize
 
 def _check_known(kind: str, name: Any, known: Registry[Any] | Sequence[str]) -> None:
     if name not in known:
-        suggestion = suggest_word(str(name), known)
-        raise UsageError(f"Unknown {kind} {name!r}.", hint=f"{suggestion}Choose from {', '.join(known)}.")
+        is_open = isinstance(known, Registry)
+        # A recipe may come from where more packages are installed: int6 is not a typo for int8.
+        suggestion = suggest_word(str(name), known, cutoff=0.8 if is_open else 0.6)
+        install = ", or install the package that adds it" if is_open else ""
+        raise UsageError(f"Unknown {kind} {name!r}.", hint=f"{suggestion}Choose from {', '.join(known)}{install}.")
 
 
 def _check_amount(amount: Any, subject: str, hint: str) -> None:

@@ -32,11 +32,13 @@ class EngineLinear(nn.Module):
     word : the dtype of its products, such as ``int8``.
     rounds : whether it rounds its inputs now; None if it never does.
     unlisted : number of weights that it does not hold as parameters.
+    is_checked : whether the shape of an output has been checked.
     """
 
     word: ClassVar[str]
     rounds: bool | None = None
     unlisted = 0
+    is_checked = False
 
 
 class LayerKind(abc.ABC):

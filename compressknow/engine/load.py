@@ -7,8 +7,9 @@ import copy
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from compressknow.model.checkpoint import has_adapter, list_config_groups, list_
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compressknow.engine.layers import EngineLinear
 
 
 @dataclass(frozen=True)
@@ -304,7 +307,9 @@ def _unpack(model: Any, device: str | torch.device) -> None:
             layer = LAYERS[name].layer_of(module)
             if layer is not None and not (isinstance(layer, EngineLinear) and layer.word):
                 raise TypeError("`layer_of` returns something other than an EngineLinear with a `word`")
-            return layer
+        if layer is not None and LAYERS.is_added(name):
+            layer.forward = partial(_run_added, layer, layer.forward, name, module.out_features)
+        return layer
 
     # By module, so that a module with two names stays one.
     layers: dict[Any, Any] = {}
@@ -323,6 +328,26 @@ def _unpack(model: Any, device: str | torch.device) -> None:
             if child in layers:
                 parent._modules[name] = layers[child]
     compressor.remove_decompression_hook(model)
+
+
+def _run_added(
+    layer: EngineLinear, forward: Callable[[torch.Tensor], torch.Tensor], kind: str, outputs: int, x: torch.Tensor
+) -> torch.Tensor:
+    """Run a layer of another package. Raises CompressknowError, which names the package, if it fails, or if its first
+    output has another shape, which might be broadcast."""
+    try:
+        values = forward(x)
+        if not layer.is_checked:
+            if values.shape != (shape := (*x.shape[:-1], outputs)):
+                raise ValueError(f"`forward` returns {list(values.shape)} instead of {list(shape)}")
+            layer.is_checked = True
+        return values
+    except Exception:
+        from compressknow.engine.layers import LAYERS
+
+        # Only here, because it takes as long as a small product.
+        with LAYERS.explain_failures(kind):
+            raise
 
 
 @contextlib.contextmanager

@@ -334,7 +334,10 @@ RECIPES = {
     "scope of numbers": ("[[steps]]\nprune = 0.2\nscope = [1]", "scope must be a list of text"),
     "pruned twice": ("[[steps]]\nprune = 0.2\n[[steps]]\nprune = 0.3\nscope = 'attention'", "Two steps would prune"),
     "quantize before prune": ("[[steps]]\nquantize = 'int8'\n[[steps]]\nprune = 0.3", "prunes before it quantizes"),
-    "unknown scheme": ("[[steps]]\nquantize = 'int3'", "int8-paper"),
+    "unknown scheme": (
+        "[[steps]]\nquantize = 'int6'",
+        "'int6'.\n  Choose from int8, int8-paper, int8-weights, fp8, int4, or install the package that adds it.",
+    ),
     "not utf-8": (b"[[steps]]\nprune = 0.2 # \xff", "cannot be read"),
     "unknown key outside the steps": ("amount = 0.2\n[[steps]]\nprune = 0.2", "amount"),
     "steps of numbers": ("steps = [1, 2]", "no list of [[steps]]"),

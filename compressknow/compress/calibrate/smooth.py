@@ -174,12 +174,12 @@ def find_alphas(tensors: Iterable[PlannedTensor]) -> dict[str, float]:
     return {each.parameter: each.quantize.smooth for each in tensors if each.quantize and each.quantize.smooth}
 
 
-def raise_unsmoothable(module: str) -> NoReturn:
-    """Raise UnsupportedError for a block without a norm that can be divided."""
+def raise_unsmoothable(module: str, *, by_scope: bool = False) -> NoReturn:
+    """Raise UnsupportedError for a block without a norm that can be divided, or `by_scope` without one in the scope."""
     raise UnsupportedError(
         f"Nothing in {module} can be smoothed.",
         why="Outliers can only be moved out of a norm that feeds quantized layers and nothing else.",
-        hint="Leave --smooth out, or extend --scope to all layers that read a norm.",
+        hint=f"Leave --smooth out{', or extend --scope to all layers that read a norm' if by_scope else ''}.",
     )
 
 
@@ -229,7 +229,7 @@ class _SmoothingTrial(Visitor):
         smoothed = {module: alphas for module, group in targets.items() if (alphas := find_alphas(group))}
         self._blocks = {module: alphas for module, alphas in smoothed.items() if module in streamed.blocks}
         if not self._blocks:
-            raise_unsmoothable(next(iter(smoothed)))
+            raise_unsmoothable(next(iter(smoothed)), by_scope=True)
         self._untried = {self._find_kind(module) for module in self._blocks}
 
     def _find_kind(self, module: str) -> tuple[Any, ...]:
@@ -248,10 +248,11 @@ class _SmoothingTrial(Visitor):
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:
         alphas, model = self._blocks[module], self._streamed.model
-        weights = {name: model.get_parameter(name) for name in alphas}
-        norms = list(find_norms(module, model.get_submodule(module), weights, rerun))
+        weights, block = {name: model.get_parameter(name) for name in alphas}, model.get_submodule(module)
+        norms = list(find_norms(module, block, weights, rerun))
         if not norms:
-            raise_unsmoothable(module)
+            linears = {name: each.weight for name, each in block.named_modules() if isinstance(each, nn.Linear)}
+            raise_unsmoothable(module, by_scope=any(find_norms(module, block, linears, rerun)))
         for norm, readers, _ in norms:
             if len(strengths := sorted({alphas[reader] for reader in readers})) > 1:
                 raise UsageError(

@@ -262,7 +262,9 @@ def _open_by_name(name: str, options: Options) -> Opened:
         options = replace(options, protocol=source.protocols[0])
     try:
         opened = source.open(full, part, options)
-    except CompressknowError:
+    except CompressknowError as error:
+        if PROBES.is_added(kind):
+            error.add_note(f"The probe {kind!r} comes from {PROBES.added_by(kind)}.")
         raise
     except Exception as error:
         if not PROBES.is_added(kind):

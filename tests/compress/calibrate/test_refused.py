@@ -119,6 +119,7 @@ def test_a_model_whose_norms_feed_more_than_layers_is_not_smoothed(
     capsys.readouterr()
     message = refusal(bert, "--quantize", "int8", "--smooth", "0.5", "--calibration", str(notes))
     assert "Nothing in bert.encoder.layer.0 can be smoothed" in message
+    assert "Leave --smooth out.\n" in message
 
 
 def test_unsmoothable_models_are_refused_before_they_write_a_text(
@@ -155,6 +156,7 @@ def test_an_unsmoothable_block_is_named_before_the_text_is_read(
     smooth = ["--quantize", "int8", "--smooth", "0.5", "--calibration", str(notes)]
     message = refusal(llama, *smooth, *options, *(["--dry-run"] if dry_run else []))
     assert f"Nothing in {module} can be smoothed" in message
+    assert "Leave --smooth out, or extend --scope" in message
 
 
 def test_a_checkpoint_without_tokenizer_is_refused(
