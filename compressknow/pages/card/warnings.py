@@ -328,17 +328,31 @@ def _warn_of_few_relations(probe: ProbeFigures, who: str) -> Iterator[str]:
 
 
 def _warn_of_chance(probe: ProbeFigures, who: str) -> Iterator[str]:
+    if unbeaten := _find_unbeaten_baseline(probe):
+        (name, baseline), accuracy = unbeaten, get_headline_accuracy(probe)[0].value
+        yield (
+            f"{who} itself may know little of {clean(probe.probe, 60)}: its accuracy ({share(accuracy)}) is not "
+            f"clearly above that of {name} ({share(baseline)}), so what is kept says little."
+        )
+
+
+def _find_unbeaten_baseline(probe: ProbeFigures) -> tuple[str, float] | None:
+    """Return the name and accuracy of the first baseline that the original's accuracy is not clearly above."""
     accuracy, _ = get_headline_accuracy(probe)
-    if accuracy.value is None or accuracy.low is None:
-        return
     baselines = {"guessing": probe.chance, "always giving the most frequent answer": probe.majority}
     for name, baseline in baselines.items():
-        if baseline is not None and accuracy.low <= baseline:
-            yield (
-                f"{who} itself may know little of {clean(probe.probe, 60)}: its accuracy ({share(accuracy.value)}) "
-                f"is not clearly above that of {name} ({share(baseline)}), so what is kept says little."
-            )
-            return
+        if baseline is not None and accuracy.low is not None and accuracy.low <= baseline:
+            return name, baseline
+    return None
+
+
+# The reason for advice if `is_at_chance`.
+AT_CHANCE = "the original itself may know little, so what is kept says little."
+
+
+def is_at_chance(comparison: Comparison) -> bool:
+    """Return whether the original is on no probe clearly better than a baseline that knows nothing."""
+    return bool(comparison.probes) and all(map(_find_unbeaten_baseline, comparison.probes))
 
 
 def _warn_of_dropped(probe: ProbeFigures) -> Iterator[str]:

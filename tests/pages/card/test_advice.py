@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from compressknow.base.errors import GateNotMet
 from compressknow.cli.convert import convert
 from compressknow.comparison.power import count_facts_to_decide
 from compressknow.comparison.records import EarlyStop, Estimate
 from compressknow.compress.recipe import Recipe, build_recipe, format_options
 from compressknow.compress.steps import Calibration, DropBlocks, DropNeurons, Prune, Quantize, Where
 from compressknow.evaluate.answers import Answer
-from compressknow.pages.card.gate import parse_gates
+from compressknow.pages.card.gate import hold_to_gates, parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_markdown
 from compressknow.pages.card.verdict import ENOUGH, find_milder, write_advice
@@ -99,6 +100,23 @@ class TestAdvice:
 
     def test_other_facts_if_the_original_knew_none(self) -> None:
         assert "choose facts that the original knows" in compare(0, 0, 0, 50).next
+
+    def test_other_facts_if_the_original_is_no_better_than_guessing(self) -> None:
+        rows = make_rows(4, 4, 5, 3)
+        recipe = Recipe((Prune(0.5, where=ATTENTION),)).to_dict()
+        for chance, advice in (
+            (0.5, "evaluate more facts, or another probe (-p)"),
+            (0.1, "less than 90 % is kept; prune"),
+        ):
+            probes = {"atlas": make_entry(chance=chance, majority=None)}
+            model = make_model(sha256="b" * 64, recipe=recipe, source={"name": "tiny-bert"})
+            card = make_card(
+                make_answers(rows[0], probes=probes), [make_answers(rows[1], model, probes)], gates=parse_gates(0.9)
+            )
+            assert card.comparisons[0].next.startswith(f"Next: {advice}")
+            with pytest.raises(GateNotMet) as error:
+                hold_to_gates(None, card)
+            assert ("says little" in str(error.value)) == ("says little" in card.comparisons[0].next) == (chance == 0.5)
 
     def test_no_advice_without_facts(self) -> None:
         assert compare().next == ""
