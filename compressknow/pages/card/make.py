@@ -97,7 +97,7 @@ def make_card(
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
         warnings=(
             *warnings.warn_of_known(known),
-            *warnings.warn_of_size(comparisons, within),
+            *warnings.warn_of_size(model, comparisons, within),
             *common,
             *list_failures(comparisons),
         ),

@@ -93,6 +93,30 @@ class TestAdvice:
     def test_compress_less_without_a_recipe_suggests_no_command(self) -> None:
         assert compare(500, 500).next == "Next: compress less, or in another way: less than 95 % is kept."
 
+    def test_final_layer_that_makes_a_file_larger_is_warned_of_and_left_out(self) -> None:
+        overall = Where(("overall",))
+        recipe = Recipe((Prune(0.5, where=overall), Quantize("int8", overall))).to_dict()
+        sizes = {"attention": (4_000_000, 2_000_000), "final": (0, 2_500_000)}
+        groups = {name: dict(zip(("bytes_before", "bytes_after"), each, strict=True)) for name, each in sizes.items()}
+        tied = groups | {"final": {"bytes_before": 5_000_000, "bytes_after": 2_500_000}}
+        original, compressed = make_runs(make_rows(500, 500), recipe=recipe, source={"name": "org/tiny-bert"})
+        for of_model, is_larger in ((groups, True), (tied, False)):
+            model = replace(compressed.record.model, groups=of_model, bytes=4_500_000 if is_larger else 4_001_000)
+            card = make_card(original, [replace(compressed, record=replace(compressed.record, model=model))])
+            advice = card.comparisons[0].next.partition("; ")[2]
+            if is_larger:
+                assert card.warnings == (
+                    "tiny-bert-int8 is larger than tiny-bert (4.5 MB against 4.0 MB): its final layer no longer shares "
+                    "its weight with the embedding. The scope `blocks` excludes it.",
+                )
+                assert advice == (
+                    "prune 25 % of the weights instead of 50 %, and leave the final layer as it is: compressknow "
+                    "convert org/tiny-bert OUTPUT --prune 0.25 --quantize int8"
+                )
+            else:
+                assert card.warnings == ()
+                assert advice.endswith("OUTPUT --scope overall --prune 0.25 --quantize int8")
+
     def test_unreadable_recipe_suggests_no_command(self) -> None:
         comparison = compare(500, 500)
         unreadable = replace(comparison.model, recipe={"steps": [{"quantize": "int3-of-tomorrow"}]})

@@ -238,6 +238,7 @@ class TestMachineReadableOutput:
         summary = render_job_summary(add_gates(card, 0.9))
         assert len(summary.splitlines()) <= 22
         assert "| at least 90 % | 60 of 100, 60.0 % (50.2 to 69.1 %) | not met |" in summary
+        assert "| model | size (original 4.0 MB) | gate |" in summary
         assert "| 18,999 of 20,000, 94.99 % (94.7 to 95.3 %) | not met |" in render_job_summary(
             add_gates(compare_counts(18_999, 1001), 0.95)
         )
