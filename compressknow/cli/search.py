@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ from compressknow.pages.records import write_estimate
 if TYPE_CHECKING:
     from compressknow.pages.search import Trial
 
-COLUMNS = f"{'Weights':<40}{'Kept (99.7 % interval)':<28}{'Size':>12}"
+COLUMNS = f"{'Weights':<40}{'Search facts kept (99.7 %)':<28}{'Size':>12}"
+HELD_OUT = f"{'Weights':<40}{'Held-out facts kept (99.7 %)':<28}{'Size':>12}"
 
 
 @command()
@@ -82,6 +84,12 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
         show_json_text((output / "search.json").read_text(encoding="utf-8"))
     else:
         show()
+        if result.confirmed:
+            show(HELD_OUT, "-" * len(HELD_OUT))
+            for trial in result.confirmed:
+                mark = "* " if result.winner and trial.types == result.winner.types else ""
+                show(*_describe_trial(replace(trial, kept=trial.held_out or trial.kept), mark))
+            show(*["* the winner"] * bool(result.winner), "")
         for text in (write_verdict(result), *list_warnings(result)):
             show(*wrap(text, indent=""))
         file = "model.gguf" if result.form == "gguf" else "model/"
@@ -93,9 +101,9 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
         )
 
 
-def _describe_trial(trial: Trial) -> Iterator[str]:
+def _describe_trial(trial: Trial, mark: str = "") -> Iterator[str]:
     name = clean(trial.setup, WIDTH)
     if len(name) > 39:
         yield name
         name = ""
-    yield f"{name:<40}{write_estimate(trial.kept):<28}{write_size(trial.bytes):>12}"
+    yield f"{name:<40}{write_estimate(trial.kept):<28}{mark + write_size(trial.bytes):>12}"

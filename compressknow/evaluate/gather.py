@@ -110,9 +110,10 @@ def check_names(facts: Sequence[Fact | Answer], gated: Sequence[str | None], fur
     """Raise UsageError if a gate names no domain or relation of these facts, nor one of the `further` names."""
     names = list(dict.fromkeys([*(fact.subject for fact in facts), *(fact.relation for fact in facts), *further]))
     if unknown := next((name for name in gated if name is not None and name not in names), None):
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         raise UsageError(
             f"--fail-under {unknown}=...: no facts have the domain or relation {unknown}.",
-            hint=f"{suggest_word(unknown, names)}Choose from {', '.join(names[:8])}.",
+            hint=f"{suggest_word(unknown, names)}Choose from {', '.join(names[:8])}{more}.",
         )
 
 

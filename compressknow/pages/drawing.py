@@ -380,8 +380,8 @@ def draw_tradeoff(chart: Tradeoff, id: str, broad: bool = False) -> str:
         room: Any = {"ncols": columns, "columnspacing": 1, "handletextpad": 0, "frameon": False}
         plot.figure.legend(loc="outside upper left", fontsize=10, **room)
         low, high = plot.get_xlim()
-        # Start at half the largest cost or below, or similar costs would look far apart.
-        left = 0.0 if low < high / 4 else min(low, high / 2)
+        # Start below the smallest cost, by a twentieth: any closer, almost equal costs would look far apart.
+        left = 0.0 if low < high / 4 else min(low, 0.95 * min(mark.cost for mark in chart.marks))
         # Lines across do not widen the axis by themselves.
         lows = [to_percents(mark.kept)[1] for mark in chart.marks]
         lows += [100 * across for across in (chart.keep, chart.rounding) if across is not None]

@@ -262,12 +262,15 @@ def list_warnings(search: Search) -> tuple[str, ...]:
             f"grading facts, in another precision): even unchanged weights do not keep {100 * keep:.6g} % there."
         )
     most = search.winner.bytes if search.winner else search.bytes
-    unsure = [t for t in search.tried if t.bytes < most and (t.kept.low or 0.0) < keep <= (t.kept.value or 0.0)]
+    # What a file keeps of the held-out facts decides, if it was evaluated on them.
+    kept = {t.bytes: (t.kept, "search") for t in search.tried}
+    kept |= {t.bytes: (t.held_out, "held-out") for t in search.confirmed if t.held_out}
+    unsure = [size for size, (k, _) in kept.items() if size < most and (k.low or 0.0) < keep <= (k.value or 0.0)]
     if unsure:
-        least = min(unsure, key=lambda each: each.bytes)
+        least = min(unsure)
         warnings.append(
-            f"The file of {write_size(least.bytes)} kept {_write_kept(least.kept)} of the search facts. With more "
-            "facts (a larger --limit, more probes), a file of that size may be certain to keep enough."
+            f"The file of {write_size(least)} kept {_write_kept(kept[least][0])} of the {kept[least][1]} facts. With "
+            "more facts (a larger --limit, more probes), a file of that size may be certain to keep enough."
         )
     warnings += warn_of_facts_in_text(search.original, search.in_calibration)
     return (*warnings, *warn_of_known(search.known))

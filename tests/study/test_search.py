@@ -20,7 +20,7 @@ import transformers
 import compressknow
 from compressknow.base.errors import GateNotMet, OutputError, UsageError
 from compressknow.base.files import LOCK
-from compressknow.base.format import number
+from compressknow.base.format import number, write_size
 from compressknow.base.packages import can_read_gguf
 from compressknow.base.progress import Progress, ignore_progress
 from compressknow.cli import main
@@ -317,13 +317,18 @@ def test_stopped_search_resumes_and_ends_like_an_undisturbed_one(
     assert read_results(folder) == undisturbed
 
 
-def test_finished_search_evaluates_nothing_again_and_finds_the_same(workspace: Workspace) -> None:
+def test_finished_search_evaluates_nothing_again_and_finds_the_same(workspace: Workspace, capsys: Capsys) -> None:
     folder = workspace.folder / "found"
     times = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name in ("answers.parquet", "model.gguf", "model")}
     before = (folder / "search.json").read_bytes()
     assert workspace.search("found", "--keep", str(KEEP)) == 0
     assert {p: p.stat().st_mtime_ns for p in times} == times
     assert (folder / "search.json").read_bytes() == before
+    printed = capsys.readouterr().out
+    table = printed[printed.index("Held-out facts kept (99.7 %)") : printed.index("* the winner")]
+    rows = [line.split("  ")[-1].strip() for line in table.splitlines() if "B" in line]
+    *others, winner = [write_size(each["bytes"]) for each in json.loads(before)["confirmed"]]
+    assert rows == [*others, f"* {winner}"]
 
 
 @long

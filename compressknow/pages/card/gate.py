@@ -14,7 +14,7 @@ from compressknow.comparison.paired import rank_models
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import count_facts, estimate_facts_needed, join_names, round_up
-from compressknow.pages.card.warnings import estimate_rounding_kept, list_probes
+from compressknow.pages.card.warnings import AT_CHANCE, estimate_rounding_kept, is_at_chance, list_probes
 from compressknow.pages.pages import escape_markdown, render
 from compressknow.pages.parts import Table, write_prompt
 from compressknow.pages.records import Card, Comparison, Gate, Recommendation, label_models, name_models, write_estimate
@@ -106,11 +106,13 @@ def hold_to_gates(result: object, card: Card) -> None:
         is_known = any(gate.measure_kept(c)[0].known_before for _, c, gate in failed)
         share = describe_share(gate for *_, gate in failed)
         opening = f"Less than {share} is kept" if is_known else f"It cannot be judged whether {share} is kept"
+        hint = "The report lists the lost facts and the domains; compress less, or lower --fail-under."
+        if not is_known:
+            hint = "Choose facts that the original knows (-p PROBE)."
+        elif all(is_at_chance(c) for _, c, _ in failed):
+            hint = f"Evaluate more facts, or another probe (-p): {AT_CHANCE}"
         unmet = GateNotMet(
-            f"{opening}: {'; '.join(_describe_shortfall(label, c, gate) for label, c, gate in failed)}.",
-            hint="The report lists the lost facts and the domains; compress less, or lower --fail-under."
-            if is_known
-            else "Choose facts that the original knows (-p PROBE).",
+            f"{opening}: {'; '.join(_describe_shortfall(label, c, gate) for label, c, gate in failed)}.", hint=hint
         )
     elif unsure := [(label, c, gate) for label, c, gate, met in judged if met is None]:
         shares = (

@@ -97,7 +97,7 @@ def make_card(
         comparisons=tuple(replace(c, warnings=tuple(w for w in c.warnings if w not in common)) for c in comparisons),
         warnings=(
             *warnings.warn_of_known(known),
-            *warnings.warn_of_size(comparisons, within),
+            *warnings.warn_of_size(model, comparisons, within),
             *common,
             *list_failures(comparisons),
         ),
@@ -201,6 +201,8 @@ def compare(
 
 def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate]) -> str:
     """Return what to do next; a missed gate of a domain or relation is reason enough to compress less."""
+    if comparison.counts.known_before and warnings.is_at_chance(comparison):
+        return f"Next: evaluate more facts, or another probe (-p): {warnings.AT_CHANCE}"
     met = {gate: gate.is_met(comparison) for gate in gates}
     missed = [gate for gate in gates if met[gate] is False]
     unsure = [gate for gate in gates if gate.of and met[gate] is None]

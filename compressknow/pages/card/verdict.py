@@ -301,9 +301,36 @@ def advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
     # The bare name of a folder would not lead to it.
     source = path or (name if "/" in name else "MODEL")
     change, milder_recipe = milder
+    if is_larger_by_final_layer(model.groups or {}):
+        spared = _spare_final(milder_recipe.steps)
+        if spared != milder_recipe.steps:
+            change = f"{change}, and leave the final layer as it is"
+            milder_recipe = replace(milder_recipe, steps=spared)
     options = format_options(milder_recipe)
     command = f": compressknow convert {shlex.join([source, 'OUTPUT', *options])}" if options else ""
     return f"Next: {reason}; {change}{command}"
+
+
+def is_larger_by_final_layer(groups: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether a model is larger than its source because its final layer no longer shares its weight with the
+    embedding. `groups` have ``bytes_before`` and ``bytes_after``."""
+    before, after = (
+        {name: group.get(key) or 0 for name, group in groups.items()} for key in ("bytes_before", "bytes_after")
+    )
+    is_untied = not before.get("final") and after.get("final", 0) > 0
+    return is_untied and sum(after.values()) > sum(before.values())
+
+
+def _spare_final(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Return the steps without the final layer, unless a scope would be empty, or modules are named."""
+
+    def spare(where: Where) -> Where:
+        scopes = tuple("blocks" if name == "overall" else name for name in where.scope if name != "final")
+        return where if where.include or not scopes else replace(where, scope=scopes)
+
+    return tuple(
+        replace(step, where=spare(step.where)) if isinstance(step, Prune | Quantize) else step for step in steps
+    )
 
 
 # A change in words, and the changed steps.

@@ -13,7 +13,7 @@ from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.records import UNKNOWN, FactsInText, ModelRecord, is_on_server
-from compressknow.pages.card.verdict import count_facts
+from compressknow.pages.card.verdict import count_facts, is_larger_by_final_layer
 from compressknow.pages.parts import get_headline_accuracy
 from compressknow.pages.records import Comparison, Grade, write_estimate
 
@@ -23,6 +23,8 @@ FEW_FACTS_OF_A_SUBJECT = 20
 # Larger shares cause a warning: of the known facts, those that appear in the calibration text, and those that guided
 # how a file was rounded; of the parameters in scope, those that the text did not reach.
 MANY_IN_TEXT, MANY_GUIDES, MANY_UNSEEN = 0.01, 0.05, 0.1
+# Models of more than this many times the original's bytes cause one, too. (Pruning changes only the header's size.)
+LARGER = 1.01
 
 
 def warn_of_known(known: str) -> Iterator[str]:
@@ -34,8 +36,16 @@ def warn_of_known(known: str) -> Iterator[str]:
         )
 
 
-def warn_of_size(comparisons: Sequence[Comparison], within: int | None) -> Iterator[str]:
-    """Warn if a single model is larger than allowed; for several, the recommendation says so."""
+def warn_of_size(original: ModelRecord, comparisons: Sequence[Comparison], within: int | None) -> Iterator[str]:
+    """Warn if models are larger than the original, or a single one than allowed; of several, the recommendation says
+    that."""
+    for model in (comparison.model for comparison in comparisons):
+        if original.bytes and model.bytes and model.bytes > LARGER * original.bytes:
+            cause = ": its final layer no longer shares its weight with the embedding. The scope `blocks` excludes it."
+            yield (
+                f"{clean(model.name, 80)} is larger than {clean(original.name, 80)} ({write_size(model.bytes)} against "
+                f"{write_size(original.bytes)}){cause if is_larger_by_final_layer(model.groups or {}) else '.'}"
+            )
     size = comparisons[0].model.bytes
     if len(comparisons) == 1 and within is not None and size is not None and size > within:
         yield (
@@ -328,17 +338,31 @@ def _warn_of_few_relations(probe: ProbeFigures, who: str) -> Iterator[str]:
 
 
 def _warn_of_chance(probe: ProbeFigures, who: str) -> Iterator[str]:
+    if unbeaten := _find_unbeaten_baseline(probe):
+        (name, baseline), accuracy = unbeaten, get_headline_accuracy(probe)[0].value
+        yield (
+            f"{who} itself may know little of {clean(probe.probe, 60)}: its accuracy ({share(accuracy)}) is not "
+            f"clearly above that of {name} ({share(baseline)}), so what is kept says little."
+        )
+
+
+def _find_unbeaten_baseline(probe: ProbeFigures) -> tuple[str, float] | None:
+    """Return the name and accuracy of the first baseline that the original's accuracy is not clearly above."""
     accuracy, _ = get_headline_accuracy(probe)
-    if accuracy.value is None or accuracy.low is None:
-        return
     baselines = {"guessing": probe.chance, "always giving the most frequent answer": probe.majority}
     for name, baseline in baselines.items():
-        if baseline is not None and accuracy.low <= baseline:
-            yield (
-                f"{who} itself may know little of {clean(probe.probe, 60)}: its accuracy ({share(accuracy.value)}) "
-                f"is not clearly above that of {name} ({share(baseline)}), so what is kept says little."
-            )
-            return
+        if baseline is not None and accuracy.low is not None and accuracy.low <= baseline:
+            return name, baseline
+    return None
+
+
+# The reason for advice if `is_at_chance`.
+AT_CHANCE = "the original itself may know little, so what is kept says little."
+
+
+def is_at_chance(comparison: Comparison) -> bool:
+    """Return whether the original is on no probe clearly better than a baseline that knows nothing."""
+    return bool(comparison.probes) and all(map(_find_unbeaten_baseline, comparison.probes))
 
 
 def _warn_of_dropped(probe: ProbeFigures) -> Iterator[str]:

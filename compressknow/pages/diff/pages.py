@@ -210,8 +210,9 @@ def pair_probes(behaviour: Behaviour) -> tuple[Both, ...]:
 
 
 def build_figures_table(probes: tuple[Both, ...]) -> parts.Table:
-    """Return every figure that treats the two models alike, one column per probe."""
-    rows = tuple((name, *(write(*both) for both in probes)) for name, write in _FIGURES)
+    """Return every figure that treats the two models alike and was measured, one column per probe."""
+    figures = {name: tuple(write(*both) for both in probes) for name, write in _FIGURES}
+    rows = tuple((name, *cells) for name, cells in figures.items() if set(cells) != {NONE})
     columns = ("Figure", *(clean(forward.probe, 60) for forward, _ in probes))
     return parts.Table("What each model knows, and how much their answers differ", columns, rows)
 

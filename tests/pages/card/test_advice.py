@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from compressknow.base.errors import GateNotMet
 from compressknow.cli.convert import convert
 from compressknow.comparison.power import count_facts_to_decide
 from compressknow.comparison.records import EarlyStop, Estimate
 from compressknow.compress.recipe import Recipe, build_recipe, format_options
 from compressknow.compress.steps import Calibration, DropBlocks, DropNeurons, Prune, Quantize, Where
 from compressknow.evaluate.answers import Answer
-from compressknow.pages.card.gate import parse_gates
+from compressknow.pages.card.gate import hold_to_gates, parse_gates
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_markdown
 from compressknow.pages.card.verdict import ENOUGH, find_milder, write_advice
@@ -92,6 +93,30 @@ class TestAdvice:
     def test_compress_less_without_a_recipe_suggests_no_command(self) -> None:
         assert compare(500, 500).next == "Next: compress less, or in another way: less than 95 % is kept."
 
+    def test_final_layer_that_makes_a_file_larger_is_warned_of_and_left_out(self) -> None:
+        overall = Where(("overall",))
+        recipe = Recipe((Prune(0.5, where=overall), Quantize("int8", overall))).to_dict()
+        sizes = {"attention": (4_000_000, 2_000_000), "final": (0, 2_500_000)}
+        groups = {name: dict(zip(("bytes_before", "bytes_after"), each, strict=True)) for name, each in sizes.items()}
+        tied = groups | {"final": {"bytes_before": 5_000_000, "bytes_after": 2_500_000}}
+        original, compressed = make_runs(make_rows(500, 500), recipe=recipe, source={"name": "org/tiny-bert"})
+        for of_model, is_larger in ((groups, True), (tied, False)):
+            model = replace(compressed.record.model, groups=of_model, bytes=4_500_000 if is_larger else 4_001_000)
+            card = make_card(original, [replace(compressed, record=replace(compressed.record, model=model))])
+            advice = card.comparisons[0].next.partition("; ")[2]
+            if is_larger:
+                assert card.warnings == (
+                    "tiny-bert-int8 is larger than tiny-bert (4.5 MB against 4.0 MB): its final layer no longer shares "
+                    "its weight with the embedding. The scope `blocks` excludes it.",
+                )
+                assert advice == (
+                    "prune 25 % of the weights instead of 50 %, and leave the final layer as it is: compressknow "
+                    "convert org/tiny-bert OUTPUT --prune 0.25 --quantize int8"
+                )
+            else:
+                assert card.warnings == ()
+                assert advice.endswith("OUTPUT --scope overall --prune 0.25 --quantize int8")
+
     def test_unreadable_recipe_suggests_no_command(self) -> None:
         comparison = compare(500, 500)
         unreadable = replace(comparison.model, recipe={"steps": [{"quantize": "int3-of-tomorrow"}]})
@@ -99,6 +124,23 @@ class TestAdvice:
 
     def test_other_facts_if_the_original_knew_none(self) -> None:
         assert "choose facts that the original knows" in compare(0, 0, 0, 50).next
+
+    def test_other_facts_if_the_original_is_no_better_than_guessing(self) -> None:
+        rows = make_rows(4, 4, 5, 3)
+        recipe = Recipe((Prune(0.5, where=ATTENTION),)).to_dict()
+        for chance, advice in (
+            (0.5, "evaluate more facts, or another probe (-p)"),
+            (0.1, "less than 90 % is kept; prune"),
+        ):
+            probes = {"atlas": make_entry(chance=chance, majority=None)}
+            model = make_model(sha256="b" * 64, recipe=recipe, source={"name": "tiny-bert"})
+            card = make_card(
+                make_answers(rows[0], probes=probes), [make_answers(rows[1], model, probes)], gates=parse_gates(0.9)
+            )
+            assert card.comparisons[0].next.startswith(f"Next: {advice}")
+            with pytest.raises(GateNotMet) as error:
+                hold_to_gates(None, card)
+            assert ("says little" in str(error.value)) == ("says little" in card.comparisons[0].next) == (chance == 0.5)
 
     def test_no_advice_without_facts(self) -> None:
         assert compare().next == ""

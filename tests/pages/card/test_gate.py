@@ -25,7 +25,7 @@ from compressknow.pages.card.gate import (
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown
 from compressknow.pages.records import Card
-from tests.pages.answering import make_answers, make_entry, make_model, make_rows, make_runs
+from tests.pages.answering import make_answer, make_answers, make_entry, make_model, make_rows, make_runs
 from tests.pages.card.test_make import compare_counts
 
 
@@ -152,6 +152,12 @@ class TestGate:
             check_names(original.answers, ["sciences"])
         check_names(original.answers, [None, "science", original.answers[0].relation])
 
+    def test_unknown_name_is_told_how_many_names_are_not_listed(self) -> None:
+        of_all = [make_answer(number, True, relation=f"P{number}") for number in range(41)]
+        for facts, end in ((of_all, r"P5, P6 and 34 more\."), (of_all[:7], r"P5, P6\.")):
+            with pytest.raises(UsageError, match=rf"Choose from geography, P0, .*, {end}"):
+                check_names(facts, ["nosuch"])
+
     @pytest.mark.parametrize("gate", ["science=", "95", "many", "science=often", -0.1])
     def test_malformed_gate_is_refused(self, gate: Any) -> None:
         with pytest.raises(UsageError, match="must be between 0 and 1"):
@@ -232,6 +238,7 @@ class TestMachineReadableOutput:
         summary = render_job_summary(add_gates(card, 0.9))
         assert len(summary.splitlines()) <= 22
         assert "| at least 90 % | 60 of 100, 60.0 % (50.2 to 69.1 %) | not met |" in summary
+        assert "| model | size (original 4.0 MB) | gate |" in summary
         assert "| 18,999 of 20,000, 94.99 % (94.7 to 95.3 %) | not met |" in render_job_summary(
             add_gates(compare_counts(18_999, 1001), 0.95)
         )

@@ -24,7 +24,14 @@ from compressknow.pages.diff.make import (
     name_knower,
     write_verdict,
 )
-from compressknow.pages.diff.pages import diff_json, make_grid, render_comparison_html, render_comparison_markdown
+from compressknow.pages.diff.pages import (
+    build_figures_table,
+    diff_json,
+    make_grid,
+    pair_probes,
+    render_comparison_html,
+    render_comparison_markdown,
+)
 from compressknow.pages.svg import Grid, draw_heat_map
 from compressknow.pages.texts import write_measurement
 from tests.long import one_in
@@ -143,6 +150,15 @@ def test_knowledge_is_compared_in_both_directions() -> None:
     assert (figures["Only A knows"], figures["Only B knows"]) == ("30", "2")
     assert page.one("h1").text == "B knows 82.4 % of what A knows"
     assert "A answers" in [header.text for header in page.all("th")]
+
+
+def test_figure_measured_for_no_probe_has_no_row() -> None:
+    behaviour = make_comparison().behaviour
+    assert behaviour is not None
+    ((forward, backward),) = pair_probes(behaviour)
+    both = forward, replace(backward, movement=None)
+    one, two = ([name for name, *_ in build_figures_table(probes).rows] for probes in ((both,), (both, both[::-1])))
+    assert [name for name in two if name not in one] == [name for name in two if name.startswith("KL(B‖A)")] != []
 
 
 def test_answers_are_those_of_the_model_in_their_column() -> None:

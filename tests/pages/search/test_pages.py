@@ -60,9 +60,15 @@ def test_warning_names_a_smaller_file_that_more_facts_might_confirm(keep: float,
     search = make_search()
     largest = max(search.tried, key=lambda trial: trial.bytes)
     for winner in (largest, None):
-        warnings = " ".join(list_warnings(replace(search, keep=keep, winner=winner)))
+        warnings = " ".join(list_warnings(replace(search, keep=keep, winner=winner, confirmed=())))
         assert ("The file of 60.0 MB kept 96.0 % (92.0 to 100 %) of the search facts." in warnings) == warns
+        # If it was evaluated on the held-out facts, what it keeps of these decided.
+        warnings = " ".join(list_warnings(replace(search, keep=keep, winner=winner)))
+        assert ("The file of 60.0 MB kept 95.0 % (91.0 to 99.0 %) of the held-out facts." in warnings) == warns
     assert "With more facts" not in " ".join(list_warnings(replace(search, keep=0.9)))
+    # Enough of the search facts, but perhaps not of the held-out ones.
+    unsure = replace(search.confirmed[0], held_out=Estimate(0.95, 0.86, 0.99))
+    assert "of the held-out facts" in " ".join(list_warnings(replace(search, winner=largest, confirmed=(unsure,))))
 
 
 def test_search_for_a_size_has_no_chart_and_no_held_out_facts() -> None:
