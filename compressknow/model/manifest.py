@@ -61,7 +61,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             hint="Read it with the version that wrote it (see `versions` in it).",
         )
     if fault := find_mismatch(manifest, FORM) or next(_find_faults(manifest), None):
-        raise CheckpointError(f"{path} is damaged: {fault}.", hint="Convert it again, or fetch the manifest again.")
+        raise CheckpointError(
+            f"{path} is damaged: {fault}.", hint="Copy or download it again, or convert the model again."
+        )
     return manifest
 
 
