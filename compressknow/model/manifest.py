@@ -157,6 +157,8 @@ def hash_manifest(manifest: Mapping[str, Any]) -> str:
 
 def check_converted(folder: Path) -> None:
     """Raise CheckpointError if a folder has no manifest."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file, not a folder.", hint=f"Give its folder, {folder.parent}.")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder.", hint="Give one that `compressknow convert` wrote.")
     if not (folder / MANIFEST_NAME).is_file():

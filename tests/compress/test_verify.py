@@ -295,6 +295,9 @@ def test_an_invalid_manifest_is_refused_with_the_reason(
 def test_a_folder_that_convert_did_not_write_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path / "nowhere")]) == 1
     assert main(["verify", str(tmp_path)]) == 1
+    (tmp_path / "config.json").touch()
+    assert main(["verify", str(tmp_path / "config.json")]) == 1
     errors = capsys.readouterr().err
+    assert f"config.json is a file, not a folder.\n  Give its folder, {tmp_path}." in errors
     assert "no such folder" in errors
     assert "has no compressknow.json" in errors
