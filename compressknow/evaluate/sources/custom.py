@@ -284,9 +284,9 @@ def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Column
     relation = _to_text(row.get("relation")) or probe.removeprefix("hf:")
     if obj_label is None:
         return "no object"
-    if "prompt" in columns.of:
-        prompt = add_blank(_to_text(row["prompt"]) or "")
-    else:
+    prompt = add_blank(_to_text(row.get("prompt")) or "")
+    # As in a facts file, a row may have a template instead.
+    if not prompt and ("template" in columns.of or "prompt" not in columns.of):
         template = columns.fixed_template or _to_text(row.get("template")) or columns.templates.get(relation)
         if not template or not subject:
             return "no subject, or no template for its relation"
