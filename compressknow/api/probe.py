@@ -28,6 +28,7 @@ def probe(
     probe: str | Sequence[str] | None = None,
     *,
     reference: str | Path | None = None,
+    overwrite: bool = False,
     options: Options | None = None,
     settings: Settings | None = None,
     revision: str | None = None,
@@ -43,6 +44,7 @@ def probe(
     probe : names, such as ``atlas`` (the default), ``lama:trex``, ``bear``, ``facts:mine.jsonl``, ``lm-eval:boolq``.
     reference : answers folder of the original model: its most likely tokens are scored, so that the divergence of the
         two distributions can be measured.
+    overwrite : replace answers in `output` to the same probe that are to other facts, or were made with other settings.
     keywords : folder of the data, protocol, sample (``limit=300``), device, dtype, batch size: as on the command line.
         See `compressknow.Options` and `compressknow.Settings`; their `columns` is ``map`` here, `model` ``model_name``.
     options, settings : records with several of these; keywords take precedence.
@@ -55,7 +57,7 @@ def probe(
     Raises
     ------
     compressknow.CompressknowError : the model has no head or no tokenizer, a probe is unknown or leaves no
-        facts, the folder contains something else.
+        facts, the folder contains something else, or other answers to the same probe.
     """
     require("pyarrow")
 
@@ -69,5 +71,5 @@ def probe(
     original = read_answers(Path(reference)) if reference is not None else None
     (handle,) = make_handles([locate(model, revision)], settings, opened)
     listener = resolve_progress(on_progress)
-    answers = probe_model(handle, opened, Path(output), Context(original), on_progress=listener)
+    answers = probe_model(handle, opened, Path(output), Context(original), on_progress=listener, overwrite=overwrite)
     return answers if original else NoiseFloors(handle, Path(output), listener).add_precision(opened, answers)

@@ -47,6 +47,7 @@ COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'D
     type=FOLDER,
     help="Answers folder of the original, to measure how far the distributions moved.",
 )
+@option("--overwrite", is_flag=True, help="Replace answers to other facts, or made with other settings.")
 @revision_option
 @option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any) -> None:

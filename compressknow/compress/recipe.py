@@ -25,7 +25,7 @@ from compressknow.compress.steps import (
     Step,
     Where,
 )
-from compressknow.model.manifest import MANIFEST_NAME
+from compressknow.model.manifest import MANIFEST_NAME, SEAL, hash_manifest
 from compressknow.model.structure import ModuleMap, check_module_map
 
 # The table of a recipe file that is for GGUF files: see `compressknow.gguf.choice`.
@@ -136,7 +136,8 @@ def read_calibration(values: Any, origin: str) -> Calibration | None:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe from a TOML file, a manifest, or a converted folder that holds one."""
+    """Read a recipe from a TOML file, a manifest, or a converted folder that holds one. Raises UsageError if there is
+    none, or if the manifest was edited."""
     if path.is_dir():
         path = path / MANIFEST_NAME
     try:
@@ -146,7 +147,14 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: no such recipe.", hint=hint) from None
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
-    values = values.get("recipe", values) if isinstance(values, dict) else {}
+    values = values if isinstance(values, dict) else {}
+    # The hash in the record of an export, which has no list of tensors, is that of its file.
+    if "tensors" in values and SEAL in values and values[SEAL] != hash_manifest(values):
+        raise UsageError(
+            f"{path} was edited: its sha256 does not match its contents, so its recipe cannot be trusted.",
+            hint="Copy or download it again. To use the recipe as it is, copy it into a file of its own.",
+        )
+    values = values.get("recipe", values)
     # `export` reads its own table.
     values = {key: value for key, value in values.items() if key != EXPORT}
     return Recipe.from_dict(values, str(path))

@@ -72,8 +72,10 @@ def raise_if_different(folder: str | Path, result: Verification) -> None:
     if result.differences:
         lines = [str(difference) for difference in result.differences[:SHOWN]]
         more = len(result.differences) - len(lines)
-        hint = "Convert it again: the manifest holds the recipe (--recipe)."
-        if all((each.tensor, each.what) == (None, ADDED) for each in result.differences):
+        hint = "Copy or download it again, or convert the model again: the manifest holds the recipe (--recipe)."
+        if any(each.file == MANIFEST_NAME for each in result.differences):
+            hint = f"Copy or download it again: the recipe in this {MANIFEST_NAME} cannot be trusted."
+        elif all((each.tensor, each.what) == (None, ADDED) for each in result.differences):
             hint = "Move the files that convert did not write to another folder."
         what = f"{folder} differs from its manifest in {_count_places(result.differences)}."
         raise VerificationError(what, "\n".join(lines + ([f"and {more} more: see --json"] if more else [])), hint)

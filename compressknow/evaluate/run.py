@@ -81,6 +81,7 @@ def probe_model(
     *,
     on_progress: Listener | None = None,
     wait: bool = False,
+    overwrite: bool = True,
 ) -> Answers:
     """Evaluate a model on probes, and add the answers to those that `folder` already has.
 
@@ -91,10 +92,12 @@ def probe_model(
     ----------
     folder : an answers folder of this model, or a new one.
     wait : wait for another run that uses the folder, instead of raising OutputError.
+    overwrite : replace answers to the same probes that are to other facts, or were made with other settings.
 
     Raises
     ------
-    OutputError : the folder has foreign files or answers of another model, or is in use by another run.
+    OutputError : the folder has foreign files or answers of another model, has answers that may not be replaced, or is
+        in use by another run.
     CompressknowError : the model or a probe does not match the reference; a weight is NaN or infinite; the model's
         files change during the run.
     """
@@ -109,6 +112,8 @@ def probe_model(
         return stored
     with _explain_damage(folder), lock_folder(folder, wait):
         run = _Run(handle, folder, context, on_progress)
+        if not overwrite:
+            run.check_replaces_none(probes)
         missing = find_missing(handle, probes, folder, context)
         if missing and context.distributions and context.reference:
             context.distributions.complete(missing, context.reference, on_progress)
@@ -194,6 +199,33 @@ class _Run:
     def __init__(self, handle: ModelHandle, folder: Path, context: Context, on_progress: Listener | None) -> None:
         self._handle, self._folder, self._context, self._on_progress = handle, folder, context, on_progress
         self._record = _open_record(folder, handle)
+
+    def check_replaces_none(self, probes: Sequence[Opened]) -> None:
+        """Raise OutputError if the folder has answers to other facts of a probe, or that were made otherwise."""
+        model = self._record.model
+        for probe in probes:
+            entry = self._record.probes.get(probe.name)
+            if entry is None or entry.key == _compute_key(self._handle, probe, self._context):
+                continue
+            stored, asked = _describe_sample(entry), _describe_sample(probe)
+            if entry.fingerprint == probe.fingerprint():
+                why = (
+                    "The facts are the same, but something else differs that answers depend on: --device, --dtype, "
+                    "--batch-size, --reference, another file of the model, facts outside the sample, or a release. "
+                    f"The last run in this folder was on {model.device} in {model.computed_in}."
+                )
+            elif stored != asked:
+                why = f"They were made {stored}, and this run is {asked}."
+            else:
+                why = (
+                    f"They were made {stored}, as this run is, but to other facts: of other data under this name, or "
+                    "by another --protocol, --template, --map, --split or --context."
+                )
+            raise OutputError(
+                f"{self._folder} has other answers to {probe.name}: nothing was changed.",
+                why,
+                "Choose another folder, or pass --overwrite to replace these answers.",
+            )
 
     def add(self, probe: Opened, facts: int) -> None:
         """Evaluate the model on a probe; `facts` is the number of facts in all probes, for progress."""
@@ -392,6 +424,13 @@ def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
         values += [example and (example.prompt, example.obj_label) for example in examples]
         values += probe.most_frequent.items()
     return hash_json(values)
+
+
+def _describe_sample(of: ProbeEntry | Opened) -> str:
+    """Return the options that chose facts, such as "with --limit 200, --seed 0"."""
+    names = ("limit", "seed", "templates") if getattr(of, "limit", None) else ("templates",)
+    chosen = [f"--{name} {value}" for name in names if (value := getattr(of, name, None)) is not None]
+    return f"with {', '.join(chosen)}" if chosen else "without --limit"
 
 
 def _name_parts(folder: Path, key: str) -> Path:

@@ -61,7 +61,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             hint="Read it with the version that wrote it (see `versions` in it).",
         )
     if fault := find_mismatch(manifest, FORM) or next(_find_faults(manifest), None):
-        raise CheckpointError(f"{path} is damaged: {fault}.", hint="Convert it again, or fetch the manifest again.")
+        raise CheckpointError(
+            f"{path} is damaged: {fault}.", hint="Copy or download it again, or convert the model again."
+        )
     return manifest
 
 
@@ -155,6 +157,8 @@ def hash_manifest(manifest: Mapping[str, Any]) -> str:
 
 def check_converted(folder: Path) -> None:
     """Raise CheckpointError if a folder has no manifest."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file, not a folder.", hint=f"Give its folder, {folder.parent}.")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder.", hint="Give one that `compressknow convert` wrote.")
     if not (folder / MANIFEST_NAME).is_file():

@@ -122,7 +122,9 @@ def test_a_change_is_named_with_its_file_and_tensor(
     errors = capsys.readouterr().err
     assert message in errors
     assert "differs from its manifest in" in errors
-    assert "Convert it again" in errors
+    edited = "Copy or download it again: the recipe in this compressknow.json cannot be trusted."
+    damaged = "Copy or download it again, or convert the model again: the manifest holds the recipe (--recipe)."
+    assert (edited if message.startswith("compressknow.json") else damaged) in errors
     with pytest.raises(VerificationError):
         compressknow.verify(converted_folder)
     assert main(["verify", str(converted_folder), "--json"]) == 1
@@ -153,7 +155,20 @@ def test_extra_files_in_a_folder_are_named(converted_folder: Path, capsys: pytes
     assert "Move the files that convert did not write to another folder." in errors
     flip_bit(converted_folder / "config.json", 10)
     assert main(["verify", str(converted_folder)]) == 1
-    assert "Convert it again" in capsys.readouterr().err
+    assert "Copy or download it again, or convert the model again" in capsys.readouterr().err
+
+
+def test_the_recipe_of_an_edited_manifest_is_refused_unless_copied(
+    converted_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_manifest(converted_folder, lambda manifest: manifest["recipe"]["steps"][0].update(prune=0.6))
+    arguments = ["convert", str(tmp_path / "in"), str(tmp_path / "again"), "--dry-run", "--recipe"]
+    for path in (converted_folder, converted_folder / "compressknow.json"):
+        assert main([*arguments, str(path)]) == 2
+        assert "compressknow.json was edited: its sha256 does not match" in capsys.readouterr().err
+    recipe = json.loads((converted_folder / "compressknow.json").read_text())["recipe"]
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert main([*arguments, str(tmp_path / "recipe.json")]) == 0
 
 
 def test_many_differences_are_counted_and_the_first_20_named(
@@ -280,6 +295,9 @@ def test_an_invalid_manifest_is_refused_with_the_reason(
 def test_a_folder_that_convert_did_not_write_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path / "nowhere")]) == 1
     assert main(["verify", str(tmp_path)]) == 1
+    (tmp_path / "config.json").touch()
+    assert main(["verify", str(tmp_path / "config.json")]) == 1
     errors = capsys.readouterr().err
+    assert f"config.json is a file, not a folder.\n  Give its folder, {tmp_path}." in errors
     assert "no such folder" in errors
     assert "has no compressknow.json" in errors

@@ -16,7 +16,7 @@ import pytest
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.evaluate.sources import Options
 from compressknow.evaluate.sources.columns import KEYS, choose_columns, parse_columns
-from tests.evaluate.layouts import open_probe, read_hub_facts, write_jsonl
+from tests.evaluate.layouts import open_probe, read_facts_file, read_hub_facts, write_jsonl
 
 PEOPLE = [
     {"person": "Ada Lovelace", "city": "London", "about": "birthplace"},
@@ -143,6 +143,22 @@ def test_the_columns_of_a_facts_file_are_recognized_in_every_format(tmp_path: Pa
         [fact] = probe.facts
         assert (fact.candidates, fact.popularity, fact.subject) == (("Rome", "Paris"), 67.0, "geography"), path
         assert probe.vocabulary == "closed"
+
+
+def test_a_table_gives_the_facts_of_a_facts_file_with_the_same_rows(tmp_path: Path) -> None:
+    fact = {"obj_label": "Paris", "sub_label": "France", "relation": "capital"}
+    rows = [
+        {**fact, "prompt": "The capital of France is"},
+        {**fact, "prompt": "The capital of France, [MASK].", "template": "[X]: [Y]."},
+        {**fact, "template": "The capital of [X] is [Y]."},
+    ]
+    empty = {"prompt": None, "template": None}
+    facts = read_facts_file(write_jsonl(tmp_path / "f.jsonl", rows)).facts
+    (tmp_path / "f.json").write_text(json.dumps(rows))
+    for path in (write_parquet(tmp_path / "f.parquet", [empty | row for row in rows]), tmp_path / "f.json"):
+        probe = read_hub_facts(str(path))
+        assert [fact.prompt for fact in probe.facts] == [fact.prompt for fact in facts]
+        assert not probe.dropped
 
 
 def test_rows_that_cannot_be_evaluated_are_counted(tmp_path: Path) -> None:

@@ -158,6 +158,14 @@ def test_a_damaged_line_is_an_error_with_file_line_and_column(folder: Path) -> N
         read_lama(folder, "trex")
 
 
+@pytest.mark.parametrize("inside", ["TREx", "elsewhere"])
+def test_a_folder_within_the_set_or_next_to_it_is_an_error_that_names_the_right_one(folder: Path, inside: str) -> None:
+    (folder / inside).mkdir(exist_ok=True)
+    with pytest.raises(UsageError, match=r"does not contain lama:trex; the folder above it does") as error:
+        read_lama(folder / inside, "trex")
+    assert error.value.hint == f"Pass --data {folder}."
+
+
 def test_the_error_on_an_empty_folder_says_where_to_get_the_set(tmp_path: Path) -> None:
     (tmp_path / "Squad").mkdir()
     with pytest.raises(

@@ -330,7 +330,7 @@ def test_another_build_evaluates_again(root: Path, tmp_path: Path, monkeypatch: 
     evaluate(root / "Q8_0.gguf", tmp_path / "answers", root / "facts.jsonl")
     other = native.load_native()._replace(build="b1")
     monkeypatch.setattr(native, "load_native", lambda: other)
-    evaluate(root / "Q8_0.gguf", tmp_path / "answers", root / "facts.jsonl")
+    compressknow.probe(root / "Q8_0.gguf", tmp_path / "answers", f"facts:{root / 'facts.jsonl'}", overwrite=True)
     model = read_answers(tmp_path / "answers").record.model
     assert model.runtime is not None
     assert model.runtime["build"] == "b1"

@@ -168,7 +168,7 @@ def test_noise_floor_of_a_sample_is_not_stored_with_answers_to_another_one(tmp_p
     samples = [Options(limit=limit) for limit in (10, 30)]
     # The second run replaces the answers before the first one measures.
     runs = [
-        probe(model, tmp_path / "a", facts, options=options, settings=Settings(noise_floor=False))
+        probe(model, tmp_path / "a", facts, options=options, settings=Settings(noise_floor=False), overwrite=True)
         for options in samples
     ]
     floors = noise.NoiseFloors(ModelHandle(locate(model), Settings()), tmp_path / "a")

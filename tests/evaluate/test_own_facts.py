@@ -223,6 +223,21 @@ def test_an_error_in_json_names_the_line_and_the_column(tmp_path: Path) -> None:
     assert lines[3].startswith("  line 4, column 1: JSON that is nested too deeply")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [("mine.parquet", b"PAR1\x15\x04\xff", "a Parquet file"), ("mine.json", b'\n [{"prompt": "', "a JSON list")],
+)
+def test_a_table_that_only_hf_reads_is_an_error_that_says_so(
+    tmp_path: Path, name: str, content: bytes, kind: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        read_facts_file(path)
+    assert error.value.what == f"{path} is {kind}, not JSON Lines or CSV."
+    assert error.value.hint == f"Pass hf:{path}, which reads it."
+
+
 def test_two_facts_with_the_same_id_are_an_error_that_names_both_lines(tmp_path: Path) -> None:
     path = write_rows(tmp_path, {**PROMPT, "id": "x"}, TEMPLATE, {**PROMPT, "id": "x"})
     assert "line 3, id: 'x' is also the id of line 1" in get_message(path)

@@ -296,6 +296,40 @@ def test_answers_to_a_changed_facts_file_replace_the_old_ones(root: Path, tmp_pa
     assert len(read_table(tmp_path / "a" / TABLE)) == 20
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limit": 6}, "They were made with `limit=8`, `seed=0`, and this run is with `limit=6`, `seed=0`."),
+        ({"limit": None}, "and this run is without `limit`"),
+        ({"probe": "elsewhere/facts.jsonl"}, "as this run is, but to other facts: of other data under this name"),
+        ({"batch_size": 4}, "The last run in this folder was on cpu in float32"),
+    ],
+    ids=str,
+)
+def test_probe_replaces_answers_only_if_told_to(
+    root: Path, tmp_path: Path, changes: dict[str, Any], message: str, loads: list[Path]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for name, lines in (("", slice(0, 20)), ("elsewhere", slice(20, 40))):
+        rows = (root / "facts.jsonl").read_text().splitlines(keepends=True)[lines]
+        (tmp_path / name / "facts.jsonl").write_text("".join(rows))
+
+    def probe(probe: str = "facts.jsonl", **keywords: Any) -> Answers:
+        keywords = {"limit": 8, "settings": SMALL} | keywords
+        return compressknow.probe(root / "llama", tmp_path / "a", f"facts:{tmp_path / probe}", **keywords)
+
+    probe()
+    before = read_files(tmp_path / "a")
+    with pytest.raises(OutputError, match=r"/a has other answers to facts:facts\.jsonl: nothing was changed") as error:
+        probe(**changes)
+    assert message in str(error.value.why)
+    assert len(loads) == 1
+    assert read_files(tmp_path / "a") == before
+    probe(**changes, overwrite=True)
+    assert probe(**changes).answers
+    assert len(loads) == 2
+
+
 def test_a_changed_example_outside_the_sample_evaluates_again(root: Path, tmp_path: Path) -> None:
     file, few = tmp_path / "facts.jsonl", Options(limit=4)
     file.write_text((root / "facts.jsonl").read_text())

@@ -338,7 +338,7 @@ def test_generated_answers_follow_the_generation_config(tmp_path: Path) -> None:
     model, folder = save_trained("llama", tmp_path / "model"), write_cloze(tmp_path / "tasks", GENERATED)
 
     def write() -> list[str]:
-        answers = compressknow.probe(model, tmp_path / "answers", "lm-eval:generated", tasks=folder)
+        answers = compressknow.probe(model, tmp_path / "answers", "lm-eval:generated", tasks=folder, overwrite=True)
         return [answer.predicted for answer in answers.answers]
 
     first = write()

@@ -166,7 +166,7 @@ def test_a_stopped_run_resumes_at_its_last_chunk(root: Path, tmp_path: Path, mon
 
 def test_limit_counts_chunks_and_longer_contexts_are_refused(root: Path, tmp_path: Path) -> None:
     for limit in (2, 3):
-        assert len(read_chunks(root / "llama", tmp_path / "few", root / "facts.txt", limit=limit)) == limit
+        assert len(read_chunks(root / "llama", tmp_path / str(limit), root / "facts.txt", limit=limit)) == limit
     with pytest.raises(UsageError, match="64 tokens at once"):
         compressknow.probe(root / "llama", tmp_path / "no", f"text:{root / 'facts.txt'}", options=Options(context=65))
     answers = compressknow.probe(root / "llama", tmp_path / "most", f"text:{root / 'facts.txt'}")

@@ -157,10 +157,17 @@ class ProbeSource(ABC):
     def find(self, name: str, part: str, data: Path | None) -> Path:
         """Return the folder of the set: `data` itself, or one of the `folders` in it. Raises UsageError, with where to
         get the set and where to put it."""
-        candidates = [data, *(data / folder for folder in self.folders)] if data else []
-        for candidate in candidates:
-            if self.holds(candidate, part):
-                return candidate
+
+        def find_in(folder: Path) -> Path | None:
+            candidates = (folder, *(folder / own for own in self.folders))
+            return next((each for each in candidates if self.holds(each, part)), None)
+
+        if data and (found := find_in(data)):
+            return found
+        if data and data.is_dir() and find_in(parent := data.resolve().parent):
+            raise UsageError(
+                f"{data} does not contain {name}; the folder above it does.", hint=f"Pass --data {parent}."
+            )
         raise UsageError(
             f"{data} does not contain {name}." if data else f"{name} does not come with compressknow.",
             f"Download it from {self.origin}." if self.origin else None,

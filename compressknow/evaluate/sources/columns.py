@@ -158,7 +158,7 @@ _KNOWN: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
         {"subject": "subj", "object": "obj", "relation": "prop", "id": "id", "popularity": "s_pop"},
         _POPQA_TEMPLATES,
     ),
-    "facts": ("prompt obj_label", {**_FACTS_FILE, "prompt": "prompt"}, {}),
+    "facts": ("prompt obj_label", {**_FACTS_FILE, "prompt": "prompt", "template": "template"}, {}),
     "LAMA by template": ("template sub_label obj_label", {**_FACTS_FILE, "template": "template"}, {}),
     "LAMA by sentence": ("masked_sentence obj_label", {**_LABELS, "prompt": "masked_sentence"}, {}),
 }

@@ -8,6 +8,7 @@ file (`facts:`).
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import unicodedata
@@ -25,6 +26,7 @@ from compressknow.base.reading import (
     compute_sha256,
     is_path,
     load_tables,
+    open_regular,
     parse_json,
 )
 from compressknow.evaluate.facts import (
@@ -97,6 +99,7 @@ candidates as Paris|Rome|Madrid."""
             raise UsageError(
                 f"There is no file {path}.", hint="facts: is followed by the path of a JSON Lines or CSV file."
             )
+        _check_is_no_table(path, part)
         facts: dict[str, Fact] = {}
         lines: dict[str, int] = {}
         problems: list[str] = []
@@ -124,6 +127,17 @@ candidates as Paris|Rome|Madrid."""
             vocabulary="closed" if all(fact.candidates for fact in different) else "open",
             source={"files": {escape_name(path.name): compute_sha256(path)}},
         )
+
+
+def _check_is_no_table(path: Path, part: str) -> None:
+    """Raise UsageError for a file that only `hf:` reads."""
+    kinds = {".parquet": ("a Parquet file", b"PAR1"), ".json": ("a JSON list", b"[")}
+    if table := kinds.get(path.suffix.lower()):
+        kind, start = table
+        # A file that cannot be opened is reported when its lines are read.
+        with contextlib.suppress(OSError, NotReadable), open_regular(path) as file:
+            if file.read(64).lstrip().startswith(start):
+                raise UsageError(f"{path} is {kind}, not JSON Lines or CSV.", hint=f"Pass hf:{part}, which reads it.")
 
 
 def _strip(key: str, value: Any) -> Any:
@@ -270,9 +284,9 @@ def _make_hub_fact(probe: str, number: int, row: dict[str, Any], columns: Column
     relation = _to_text(row.get("relation")) or probe.removeprefix("hf:")
     if obj_label is None:
         return "no object"
-    if "prompt" in columns.of:
-        prompt = add_blank(_to_text(row["prompt"]) or "")
-    else:
+    prompt = add_blank(_to_text(row.get("prompt")) or "")
+    # As in a facts file, a row may have a template instead.
+    if not prompt and ("template" in columns.of or "prompt" not in columns.of):
         template = columns.fixed_template or _to_text(row.get("template")) or columns.templates.get(relation)
         if not template or not subject:
             return "no subject, or no template for its relation"
