@@ -41,7 +41,7 @@ def warn_of_size(original: ModelRecord, comparisons: Sequence[Comparison], withi
     that."""
     for model in (comparison.model for comparison in comparisons):
         if original.bytes and model.bytes and model.bytes > LARGER * original.bytes:
-            cause = ": its final layer no longer shares its weight with the embedding. Leave it out with --scope blocks."
+            cause = ": its final layer no longer shares its weight with the embedding. --scope blocks leaves it out."
             yield (
                 f"{clean(model.name, 80)} is larger than {clean(original.name, 80)} ({write_size(model.bytes)} against "
                 f"{write_size(original.bytes)}){cause if is_larger_by_final_layer(model.groups or {}) else '.'}"

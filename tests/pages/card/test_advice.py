@@ -107,7 +107,7 @@ class TestAdvice:
             if is_larger:
                 assert card.warnings == (
                     "tiny-bert-int8 is larger than tiny-bert (4.5 MB against 4.0 MB): its final layer no longer shares "
-                    "its weight with the embedding. Leave it out with --scope blocks.",
+                    "its weight with the embedding. --scope blocks leaves it out.",
                 )
                 assert advice == (
                     "prune 25 % of the weights instead of 50 %, and leave the final layer as it is: compressknow "
