@@ -198,6 +198,12 @@ def test_seed_is_also_that_of_the_calibration_text(tmp_path: Path) -> None:
     assert manifest["recipe"]["calibration"]["seed"] == 3
 
 
+def test_a_dry_run_leaves_the_random_state_of_the_caller(tmp_path: Path) -> None:
+    source, before = save_tiny("llama", tmp_path / "in"), torch.get_rng_state()
+    compressknow.convert(source, tmp_path / "out", drop_blocks=1, dry_run=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_load_takes_a_device_and_a_dtype(tmp_path: Path) -> None:
     model = compressknow.load(save_tiny("llama", tmp_path), device="meta", dtype="bfloat16")
     assert (model.device.type, model.dtype) == ("meta", torch.bfloat16)
