@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import PurePath
@@ -180,8 +179,8 @@ class Parametric:
 
 
 def make_plain(value: Any) -> Any:
-    """Convert a NumPy scalar to a Python number and a path to text; return other values unchanged."""
-    if isinstance(value, numbers.Number) and hasattr(value, "item"):
+    """Convert a scalar of NumPy or torch to Python's and a path to text; return other values unchanged."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
     return str(value) if isinstance(value, PurePath) else value
 
