@@ -128,6 +128,28 @@ def test_arguments_of_other_types_are_named_too() -> None:
         compressknow.inspect(5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("word", "value", "message"),
+    [
+        ("scope", 5, "scope must be a name, or a list of names: 5."),
+        ("include", [None], "include must be a pattern, or a list of patterns: [None]."),
+        ("exclude", None, "exclude must be a pattern, or a list of patterns: None."),
+        ("layers", 1.5, "1.5 is not a range of layers."),
+    ],
+)
+def test_values_of_other_types_are_one_message_of_convert(
+    word: str, value: object, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError) as raised:
+        compressknow.convert(tmp_path, tmp_path / "out", **{"prune": 0.2, word: value})  # type: ignore[arg-type]
+    assert raised.value.what == message
+
+
+def test_a_single_scope_pattern_or_block_of_where_needs_no_tuple() -> None:
+    plain: Any = {"scope": "attention", "include": "q", "exclude": "k", "layers": 3}
+    assert compressknow.Where(**plain) == compressknow.Where(("attention",), ("q",), ("k",), "3")
+
+
 def test_error_names_the_parameter_in_python_and_the_option_on_the_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -149,11 +149,5 @@ def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
         return recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
     options = {name: arguments[name] for name in (*OPTIONS, *SHARED)}
     parameters = {name: arguments[name] for name in method_parameters if arguments[name] != defaults[name].default}
-    layers = options.pop("layers")
-    # A single string is one name or pattern, not a sequence of letters.
-    scope, include, exclude = (
-        (value,) if isinstance(value, str) else tuple(value)
-        for value in (options.pop(name) for name in ("scope", "include", "exclude"))
-    )
-    where = Where(scope, include, exclude, None if layers is None else str(layers))
+    where = Where(*(options.pop(name) for name in ("scope", "include", "exclude", "layers")))
     return build_recipe(where, parameters={**others, **parameters}, **options)

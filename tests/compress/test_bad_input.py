@@ -331,7 +331,7 @@ RECIPES = {
     "neither amount nor scheme": ("[[steps]]\nscope = ['attention']", "either prune = AMOUNT or quantize = SCHEME"),
     "wrong type": ("[[steps]]\nprune = '20 %'", "must be greater than 0 and less than 1"),
     "boolean in place of a number": ("[[steps]]\nquantize = 'int8'\nsmooth = true", "smooth must be greater than 0"),
-    "scope of numbers": ("[[steps]]\nprune = 0.2\nscope = [1]", "scope must be a list of text"),
+    "scope of numbers": ("[[steps]]\nprune = 0.2\nscope = [1]", "scope must be a name, or a list of names: [1]"),
     "pruned twice": ("[[steps]]\nprune = 0.2\n[[steps]]\nprune = 0.3\nscope = 'attention'", "Two steps would prune"),
     "quantize before prune": ("[[steps]]\nquantize = 'int8'\n[[steps]]\nprune = 0.3", "prunes before it quantizes"),
     "unknown scheme": ("[[steps]]\nquantize = 'int3'", "int8-paper"),
@@ -349,7 +349,7 @@ RECIPES = {
     "boolean dimension": ("[[steps]]\nprune = 0.2\nmethod = 'ln-structured'\ndim = true", "dimension"),
     "boolean seed": ("[[steps]]\nprune = 0.2\nseed = true", "seed"),
     "invalid per_layer": ("[[steps]]\nprune = 0.2\nper_layer = 'yes'", "per_layer must be true or false"),
-    "list of layers": ("[[steps]]\nprune = 0.2\nlayers = ['1']", "text such as 0-5"),
+    "list of layers": ("[[steps]]\nprune = 0.2\nlayers = ['1']", "is not a range of layers"),
     "amount and scheme": ("[[steps]]\nprune = 0.2\nquantize = 'int8'", "either prune = AMOUNT or quantize = SCHEME"),
     "norm in a quantize step": ("[[steps]]\nquantize = 'int8'\nnorm = 1", "norm"),
 }
