@@ -103,6 +103,11 @@ def test_numpy_numbers_are_accepted_and_texts_for_numbers_refused_before_any_wor
         ("compressed", None, "`compressed` must be a name or a path: None."),
         ("compressed", ["a", 5], "`compressed` must be a name or a path: 5."),
         ("compressed", [], "There is no compressed model to compare."),
+        ("compressed", "", "`compressed` is empty."),
+        ("original", torch.nn.Sequential(torch.nn.ReLU()), "`original` must be a name or a path: Sequential object."),
+        ("fail_under", {"science": 0.9}, "`fail_under` must be between 0 and 1: {'science': 0.9}."),
+        ("options", {"limit": 20}, "`options` must be a compressknow.Options: {'limit': 20}."),
+        ("settings", {}, "`settings` must be a compressknow.Settings: {}."),
         ("output", [5], "`output` must be a name or a path: 5."),
         ("answers", 5, "`answers` must be a name or a path: 5."),
         ("data", 3, "`data` must be a name or a path: 3."),
@@ -126,6 +131,10 @@ def test_values_of_other_types_are_one_message(word: str, value: object, message
 def test_arguments_of_other_types_are_named_too() -> None:
     with pytest.raises(UsageError, match=r"^`model` must be a name or a path: 5\.$"):
         compressknow.inspect(5)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^`grid` must be a name, a path or a dict: \[\]\.$"):
+        compressknow.sweep("a", "out", grid=[])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^None is not a valid repository name on the Hub\.\nIt must be text\."):
+        compressknow.push("out", None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -135,13 +144,18 @@ def test_arguments_of_other_types_are_named_too() -> None:
         ("include", [None], "include must be a pattern, or a list of patterns: [None]."),
         ("exclude", None, "exclude must be a pattern, or a list of patterns: None."),
         ("layers", 1.5, "1.5 is not a range of layers."),
+        ("recipe", 5, "`recipe` must be a Recipe, its dict, or a path: 5."),
+        ("recipe", compressknow.Recipe, f"`recipe` must be a Recipe, its dict, or a path: {compressknow.Recipe}."),
+        ("parameters", 5, "`parameters` must be a dict: 5."),
+        ("prune", "20%", "`prune` must be a number: '20%'."),
+        ("drop_neurons", "0.2", "`drop_neurons` must be a number: '0.2'."),
+        ("threads", 0, "threads must be a whole number of at least 1: 0."),
+        ("model", "", "`model` is empty."),
     ],
 )
-def test_values_of_other_types_are_one_message_of_convert(
-    word: str, value: object, message: str, tmp_path: Path
-) -> None:
+def test_values_of_other_types_are_one_message_of_convert(word: str, value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as raised:
-        compressknow.convert(tmp_path, tmp_path / "out", **{"prune": 0.2, word: value})  # type: ignore[arg-type]
+        compressknow.convert(**{"model": tmp_path, "output": "out", "prune": 0.2, "dry_run": True, word: value})
     assert raised.value.what == message
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.api.keywords import api_function
+from compressknow.api.keywords import api_function, check_type
 from compressknow.base.files import check_links
 from compressknow.base.progress import OnProgress, Stage, begin_stages, report_progress, resolve_progress
 from compressknow.compress.recipe import (
@@ -143,6 +144,7 @@ def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
     defaults = signature(convert).parameters
     if (recipe := arguments["recipe"]) is not None:
         own_defaults = {name: defaults[name].default for name in (*OPTIONS, *SHARED, *method_parameters)}
+        check_type("recipe", recipe, Recipe | dict | str | PathLike, "a Recipe, its dict, or a path")
         check_recipe_conflicts(arguments | others, own_defaults | dict.fromkeys(others))
         if isinstance(recipe, dict):
             return Recipe.from_dict(recipe)

@@ -191,6 +191,13 @@ def make_fields_plain(step: Any) -> None:
         object.__setattr__(step, each.name, make_plain(getattr(step, each.name)))
 
 
+def check_threads(threads: Any) -> None:
+    """Raise UsageError if a number of threads is not a whole number of at least 1, or None for one per core."""
+    if threads is not None and not (is_of(int, make_plain(threads)) and threads > 0):
+        what = f"threads must be a whole number of at least 1: {threads!r}."
+        raise UsageError(what, hint="Leave it out for one per core.")
+
+
 def is_of(kind: type, value: Any) -> bool:
     """Return whether a value is of a parameter's kind: a bool is not a number, but an int is a float too."""
     if isinstance(value, bool):

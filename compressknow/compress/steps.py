@@ -300,7 +300,9 @@ class Quantize:
         if self.smooth is None:
             return
         if not is_of(float, self.smooth) or not 0 < self.smooth <= 1:
-            raise UsageError(f"smooth must be greater than 0 and at most 1: {self.smooth!r}.", hint="0.5 is usual.")
+            raise UsageError(
+                f"smooth must be a number greater than 0 and at most 1: {self.smooth!r}.", hint="0.5 is usual."
+            )
         if self.chosen.rounds != "token":
             raise UsageError(
                 f"{self.scheme} has nothing to smooth: it rounds no activations by token.", hint="Use it with int8."
@@ -402,7 +404,9 @@ def _check_amount(amount: Any, subject: str, hint: str) -> None:
     if not is_of(float, amount) or not 0 < amount < 1:
         is_percent = is_of(float, amount) and 1 < amount < 100
         suggestion = f"Did you mean {amount:g}%, which is {amount / 100:g}? " if is_percent else ""
-        raise UsageError(f"{subject} must be greater than 0 and less than 1: {amount!r}.", hint=suggestion + hint)
+        raise UsageError(
+            f"{subject} must be a number greater than 0 and less than 1: {amount!r}.", hint=suggestion + hint
+        )
 
 
 def count_pruned(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | None, int]:

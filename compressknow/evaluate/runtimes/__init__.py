@@ -52,15 +52,16 @@ class Settings:
         if self.dtype is not None:
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         check_device(self.device)
-        for name, kind, plain, what in (
-            ("batch_size", Integral, int, "whole number"),
-            ("parallel", Integral, int, "whole number"),
-            ("timeout", Real, float, "number"),
+        for name, kind, what in (
+            ("batch_size", Integral, "whole number"),
+            ("parallel", Integral, "whole number"),
+            ("timeout", Real, "number"),
         ):
             value = getattr(self, name)
             if not isinstance(value, kind) or not float(value) > 0:
                 raise UsageError(f"--{name.replace('_', '-')} must be a {what} above 0: {value!r}.")
             # JSON does not take numpy's numbers.
+            plain: Any = int if kind is Integral else float
             object.__setattr__(self, name, plain(value))
         if self.runtime is not None and self.runtime not in RUNTIMES:
             raise UsageError(
