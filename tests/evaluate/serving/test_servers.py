@@ -550,6 +550,17 @@ def test_a_missing_server_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.startswith("Error: There is no server at http://127.0.0.1:9.\n  Start it,")
 
 
+def test_a_server_that_stops_answering_is_not_called_missing(serve: Callable[[str], ModelServer]) -> None:
+    server = serve("vllm")
+    scorer = ModelHandle(locate(server.url), SETTINGS).loaded.make_scorer(make_probe(make_known_facts()[:1]))
+    server.shutdown()
+    server.server_close()
+    # Open connections would outlive it.
+    server.faults["/tokenize"] = ["cut"]
+    with pytest.raises(CompressknowError, match=f"^{server.url} no longer answers.\nStart .* answers so far are kept"):
+        make_prompts(scorer)
+
+
 def test_errors_of_certificates_and_proxies_are_named(
     serve: Callable[[str], ModelServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
