@@ -386,7 +386,21 @@ def number_tokens(choice: dict[str, Any]) -> None:
         choice["logprobs"] = {"tokens": [5], "token_logprobs": [-1.0], "top_logprobs": [[5, -1.0]]}
 
 
-@pytest.mark.parametrize("change", [leave_out_positions, shift_log_probabilities, number_tokens])
+def count_bytes(choice: dict[str, Any]) -> None:
+    """Give the positions of tokens in bytes."""
+    if logprobs := choice.get("logprobs"):
+        sizes = [len(word.encode()) for word in logprobs["tokens"]]
+        logprobs["text_offset"] = [logprobs["text_offset"][0] + sum(sizes[:place]) for place in range(len(sizes))]
+
+
+def make_certain(choice: dict[str, Any]) -> None:
+    if logprobs := choice.get("logprobs"):
+        logprobs["token_logprobs"] = [0.0] * len(logprobs["tokens"])
+
+
+@pytest.mark.parametrize(
+    "change", [leave_out_positions, shift_log_probabilities, number_tokens, count_bytes, make_certain]
+)
 def test_a_server_that_echoes_nothing_of_use_is_judged_by_what_it_writes(
     serve: Callable[[str], ModelServer], change: Callable[[dict[str, Any]], None]
 ) -> None:
