@@ -654,7 +654,9 @@ def test_the_record_names_the_server_which_is_not_evaluated_again(
         **{"name": "server", "build": "vLLM 0.33.0", "url": server.url, "model": NAME},
         **{"scores": True, "distribution": True},
     }
-    assert all(answer.correct for answer in read_answers(out).answers)
+    answers = read_answers(out)
+    assert answers.record.model.ran_in == "vLLM 0.33.0"
+    assert all(answer.correct for answer in answers.answers)
     requests = server.count("/tokenize")
     assert main(arguments) == 0
     # The server is detected, but no fact is evaluated.
