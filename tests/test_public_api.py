@@ -90,7 +90,7 @@ def test_numpy_numbers_are_accepted_and_texts_for_numbers_refused_before_any_wor
     assert json.dumps(asdict(compressknow.Options(seed=np.int64(3)))["seed"]) == "3"  # type: ignore[arg-type]
     settings = compressknow.Settings(batch_size=np.int64(4), timeout=np.float32(2))  # type: ignore[arg-type]
     assert json.dumps([settings.batch_size, settings.timeout]) == "[4, 2.0]"
-    for word, value in (("seed", "x"), ("limit", "3"), ("templates", 2.5)):
+    for word, value in (("seed", "x"), ("limit", "3"), ("templates", 2.5), ("template", None)):
         with pytest.raises(UsageError, match=f"^`{word}` must be a whole number: {value!r}"):
             compressknow.probe("a", tmp_path / "answers", **{word: value})
     assert not list(tmp_path.iterdir())
