@@ -167,7 +167,13 @@ def list_files(output: str | Path | Sequence[str | Path]) -> list[Path]:
     return list(map(Path, list_paths("output", output)))
 
 
-def list_rules(rules: Mapping[str, str] | Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Return rules for the types of weights, given as a mapping or as pairs, as pairs."""
-    pairs = rules.items() if isinstance(rules, Mapping) else rules
+def list_rules(name: str, rules: Mapping[str, str] | Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return rules for the types of weights, given as a mapping or as pairs, as pairs. Raises UsageError for others."""
+    what = "a dict of types by scope or pattern, or pairs of both"
+    check_type(name, rules, Mapping | Sequence, what)
+    pairs = tuple(rules.items() if isinstance(rules, Mapping) else rules)
+    for pair in pairs:
+        check_type(name, pair, tuple | list, what)
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise UsageError(f"--{name.replace('_', '-')} must be {what}: {pair!r}.")
     return tuple((which, chosen) for which, chosen in pairs)
