@@ -88,7 +88,9 @@ def test_error_of_an_unknown_keyword_suggests_the_right_one() -> None:
 
 def test_numpy_numbers_are_accepted_and_texts_for_numbers_refused_before_any_work(tmp_path: Path) -> None:
     assert json.dumps(asdict(compressknow.Options(seed=np.int64(3)))["seed"]) == "3"  # type: ignore[arg-type]
-    for word, value in (("seed", "x"), ("limit", "3"), ("templates", 2.5)):
+    settings = compressknow.Settings(batch_size=np.int64(4), timeout=np.float32(2))  # type: ignore[arg-type]
+    assert json.dumps([settings.batch_size, settings.timeout]) == "[4, 2.0]"
+    for word, value in (("seed", "x"), ("limit", "3"), ("templates", 2.5), ("template", None)):
         with pytest.raises(UsageError, match=f"^`{word}` must be a whole number: {value!r}"):
             compressknow.probe("a", tmp_path / "answers", **{word: value})
     assert not list(tmp_path.iterdir())
@@ -101,6 +103,11 @@ def test_numpy_numbers_are_accepted_and_texts_for_numbers_refused_before_any_wor
         ("compressed", None, "`compressed` must be a name or a path: None."),
         ("compressed", ["a", 5], "`compressed` must be a name or a path: 5."),
         ("compressed", [], "There is no compressed model to compare."),
+        ("compressed", "", "`compressed` is empty."),
+        ("original", torch.nn.Sequential(torch.nn.ReLU()), "`original` must be a name or a path: Sequential object."),
+        ("fail_under", {"science": 0.9}, "`fail_under` must be between 0 and 1: {'science': 0.9}."),
+        ("options", {"limit": 20}, "`options` must be a compressknow.Options: {'limit': 20}."),
+        ("settings", {}, "`settings` must be a compressknow.Settings: {}."),
         ("output", [5], "`output` must be a name or a path: 5."),
         ("answers", 5, "`answers` must be a name or a path: 5."),
         ("data", 3, "`data` must be a name or a path: 3."),
@@ -124,6 +131,37 @@ def test_values_of_other_types_are_one_message(word: str, value: object, message
 def test_arguments_of_other_types_are_named_too() -> None:
     with pytest.raises(UsageError, match=r"^`model` must be a name or a path: 5\.$"):
         compressknow.inspect(5)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^`grid` must be a name, a path or a dict: \[\]\.$"):
+        compressknow.sweep("a", "out", grid=[])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^None is not a valid repository name on the Hub\.\nIt must be text\."):
+        compressknow.push("out", None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "message"),
+    [
+        ("scope", 5, "scope must be a name, or a list of names: 5."),
+        ("include", [None], "include must be a pattern, or a list of patterns: [None]."),
+        ("exclude", None, "exclude must be a pattern, or a list of patterns: None."),
+        ("layers", 1.5, "1.5 is not a range of layers."),
+        ("recipe", 5, "`recipe` must be a Recipe, its dict, or a path: 5."),
+        ("recipe", compressknow.Recipe, f"`recipe` must be a Recipe, its dict, or a path: {compressknow.Recipe}."),
+        ("parameters", 5, "`parameters` must be a dict: 5."),
+        ("prune", "20%", "`prune` must be a number: '20%'."),
+        ("drop_neurons", "0.2", "`drop_neurons` must be a number: '0.2'."),
+        ("threads", 0, "threads must be a whole number of at least 1: 0."),
+        ("model", "", "`model` is empty."),
+    ],
+)
+def test_values_of_other_types_are_one_message_of_convert(word: str, value: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        compressknow.convert(**{"model": tmp_path, "output": "out", "prune": 0.2, "dry_run": True, word: value})
+    assert raised.value.what == message
+
+
+def test_a_single_scope_pattern_or_block_of_where_needs_no_tuple() -> None:
+    plain: Any = {"scope": "attention", "include": "q", "exclude": "k", "layers": 3}
+    assert compressknow.Where(**plain) == compressknow.Where(("attention",), ("q",), ("k",), "3")
 
 
 def test_error_names_the_parameter_in_python_and_the_option_on_the_command_line(
@@ -196,6 +234,12 @@ def test_seed_is_also_that_of_the_calibration_text(tmp_path: Path) -> None:
     options = {"quantize": "int8", "rounding": "gptq", "seed": 3, "dry_run": True}
     manifest = compressknow.convert(save_tiny("llama", tmp_path / "in"), tmp_path / "out", **options)
     assert manifest["recipe"]["calibration"]["seed"] == 3
+
+
+def test_a_dry_run_leaves_the_random_state_of_the_caller(tmp_path: Path) -> None:
+    source, before = save_tiny("llama", tmp_path / "in"), torch.get_rng_state()
+    compressknow.convert(source, tmp_path / "out", drop_blocks=1, dry_run=True)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_load_takes_a_device_and_a_dtype(tmp_path: Path) -> None:

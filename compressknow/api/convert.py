@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressknow.api.keywords import api_function
+from compressknow.api.keywords import api_function, check_type
 from compressknow.base.files import check_links
 from compressknow.base.progress import OnProgress, Stage, begin_stages, report_progress, resolve_progress
 from compressknow.compress.recipe import (
@@ -143,17 +144,12 @@ def _choose_recipe(arguments: dict[str, Any]) -> Recipe:
     defaults = signature(convert).parameters
     if (recipe := arguments["recipe"]) is not None:
         own_defaults = {name: defaults[name].default for name in (*OPTIONS, *SHARED, *method_parameters)}
+        check_type("recipe", recipe, Recipe | dict | str | PathLike, "a Recipe, its dict, or a path")
         check_recipe_conflicts(arguments | others, own_defaults | dict.fromkeys(others))
         if isinstance(recipe, dict):
             return Recipe.from_dict(recipe)
         return recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
     options = {name: arguments[name] for name in (*OPTIONS, *SHARED)}
     parameters = {name: arguments[name] for name in method_parameters if arguments[name] != defaults[name].default}
-    layers = options.pop("layers")
-    # A single string is one name or pattern, not a sequence of letters.
-    scope, include, exclude = (
-        (value,) if isinstance(value, str) else tuple(value)
-        for value in (options.pop(name) for name in ("scope", "include", "exclude"))
-    )
-    where = Where(scope, include, exclude, None if layers is None else str(layers))
+    where = Where(*(options.pop(name) for name in ("scope", "include", "exclude", "layers")))
     return build_recipe(where, parameters={**others, **parameters}, **options)

@@ -183,7 +183,7 @@ def _read_target(options: Mapping[str, Any]) -> SizeTarget | None:
     return SizeTarget(
         None if options["size"] is None else parse_size(options["size"]),
         options["bits"],
-        list_rules(options["must"]),
+        list_rules("must", options["must"]),
         options["guide"] or "both",
         options["rounding"] or "gptq",
     )
@@ -237,7 +237,7 @@ def _read_types(options: Mapping[str, Any], *, sized: bool) -> TypeChoice:
             raise UnusedOptions("--calibration-tokens needs --calibration.", names=["calibration_tokens"])
         tokens = TOKENS if tokens is None else tokens
         calibration = None if text is None else Calibration(text, tokens, options["seed"])
-        choice = TypeChoice(options["type"] or DEFAULT, list_rules(options["type_of"]), calibration, matrix)
+        choice = TypeChoice(options["type"] or DEFAULT, list_rules("type_of", options["type_of"]), calibration, matrix)
     if choice.calibration is not None:
         check_text(choice.calibration)
     return choice

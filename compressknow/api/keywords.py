@@ -6,18 +6,28 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ForwardRef, ParamSpec, TypedDict, TypeVar
 
 from compressknow.base.errors import CompressknowError, UsageError, suggest_word
+from compressknow.compress.parameters import check_threads, make_plain
 
 if TYPE_CHECKING:
     from compressknow.evaluate.runtimes import Settings
     from compressknow.evaluate.sources import Options
 
-# Types of a path, by its annotation.
-_PATHS: dict[Any, Any] = {"str | Path": str | PathLike, "str | Path | None": str | PathLike | None}
+# Types of an argument, by its annotation, and what they are called.
+_TYPES: dict[Any, tuple[Any, str]] = {
+    "str | Path": (str | PathLike, "a name or a path"),
+    "str | Path | None": (str | PathLike | None, "a name or a path"),
+    "str | Path | Mapping[str, Any]": (str | PathLike | Mapping, "a name, a path or a dict"),
+    "Mapping[str, Any] | None": (Mapping | None, "a dict"),
+    "float | None": (Real | None, "a number"),
+}
+# Maximum characters of a value that a message shows.
+_LONGEST = 80
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -67,6 +77,8 @@ def build_run_options(
     from compressknow.evaluate.sources import Options
     from compressknow.evaluate.sources.columns import parse_columns
 
+    check_type("options", options, Options | None, "a compressknow.Options")
+    check_type("settings", settings, Settings | None, "a compressknow.Settings")
     named = {_RENAMED.get(name, name): value for name, value in keywords.items()}
     if "no_noise_floor" in named:
         named["noise_floor"] = not named.pop("no_noise_floor")
@@ -76,18 +88,27 @@ def build_run_options(
     facts |= {name: Path(facts[name]) for name in ("data", "tasks") if facts.get(name) is not None}
     if not isinstance(facts.get("columns", {}), Mapping):
         columns = [facts["columns"]] if isinstance(facts["columns"], str) else facts["columns"]
-        _check_type("map", columns, Sequence, "a mapping, or texts like KEY=COLUMN")
+        check_type("map", columns, Sequence, "a mapping, or texts like KEY=COLUMN")
         for column in columns:
-            _check_type("map", column, str, "a mapping, or texts like KEY=COLUMN")
+            check_type("map", column, str, "a mapping, or texts like KEY=COLUMN")
         facts["columns"] = parse_columns(columns)
     if "protocol" in facts:
         facts["protocol"] = str(facts["protocol"]).lower()
     return replace(options or Options(), **facts), replace(settings or Settings(), **running)
 
 
-def _check_type(name: str, value: object, kinds: Any, what: str) -> None:
+def check_type(name: str, value: object, kinds: Any, what: str) -> None:
+    """Raise UsageError if an argument is of none of these kinds, or an empty text."""
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, str) and not value:
+        raise UsageError(f"{option} is empty.", hint="Is a variable of your script not set?")
     if not isinstance(value, kinds):
-        raise UsageError(f"--{name} must be {what}: {value!r}.")
+        text = repr(value)
+        # A loaded model would fill a page.
+        shown = text if len(text) <= _LONGEST and "\n" not in text else f"{type(value).__name__} object"
+        is_loaded = "path" in what and type(value).__module__ != "builtins"
+        hint = "Give the folder that it is stored in." if is_loaded else None
+        raise UsageError(f"{option} must be {what}: {shown}.", hint=hint)
 
 
 def api_function(function: Callable[P, R]) -> Callable[P, R]:
@@ -102,8 +123,10 @@ def api_function(function: Callable[P, R]) -> Callable[P, R]:
             raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown!r}. {near}".rstrip())
         try:
             for name, value in (*zip(signature.parameters, args, strict=False), *kwargs.items()):
-                if kinds := _PATHS.get(signature.parameters[name].annotation):
-                    _check_type(name, value, kinds, "a name or a path")
+                if kinds := _TYPES.get(signature.parameters[name].annotation):
+                    check_type(name, make_plain(value), *kinds)
+                if name == "threads":
+                    check_threads(value)
             return function(*args, **kwargs)
         except CompressknowError as error:
             error.name_parameters({name: each.default is False for name, each in signature.parameters.items()})
@@ -135,7 +158,7 @@ def list_paths(name: str, paths: str | Path | Iterable[str | Path]) -> list[str 
     """Return the path, or several, given as the parameter `name`, as a list. Raises UsageError if one is no path."""
     listed = list(paths) if isinstance(paths, Iterable) and not isinstance(paths, str) else [paths]
     for path in listed:
-        _check_type(name, path, str | PathLike, "a name or a path")
+        check_type(name, path, str | PathLike, "a name or a path")
     return listed
 
 
@@ -144,7 +167,13 @@ def list_files(output: str | Path | Sequence[str | Path]) -> list[Path]:
     return list(map(Path, list_paths("output", output)))
 
 
-def list_rules(rules: Mapping[str, str] | Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Return rules for the types of weights, given as a mapping or as pairs, as pairs."""
-    pairs = rules.items() if isinstance(rules, Mapping) else rules
+def list_rules(name: str, rules: Mapping[str, str] | Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return rules for the types of weights, given as a mapping or as pairs, as pairs. Raises UsageError for others."""
+    what = "a dict of types by scope or pattern, or pairs of both"
+    check_type(name, rules, Mapping | Sequence, what)
+    pairs = tuple(rules.items() if isinstance(rules, Mapping) else rules)
+    for pair in pairs:
+        check_type(name, pair, tuple | list, what)
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise UsageError(f"--{name.replace('_', '-')} must be {what}: {pair!r}.")
     return tuple((which, chosen) for which, chosen in pairs)

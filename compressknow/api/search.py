@@ -126,7 +126,7 @@ def search(
         None if size is None else parse_size(size),
         to,
         guide,
-        list_rules(must),
+        list_rules("must", must),
         rounding,
         Calibration(calibration or "self", FIT_TOKENS if calibration_tokens is None else calibration_tokens, seed),
     )

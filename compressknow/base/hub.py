@@ -53,6 +53,8 @@ def check_repo(repo: str) -> None:
     from huggingface_hub.utils._validators import validate_repo_id
 
     try:
+        if not isinstance(repo, str):
+            raise HFValidationError("It must be text.")
         if not repo.isascii():  # huggingface_hub 1 does not check this.
             raise HFValidationError("It has characters that the Hub does not allow.")
         validate_repo_id(repo)

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressknow.base.errors import CheckpointError, UsageError
+from compressknow.base.errors import CheckpointError
 from compressknow.base.system import count_cores
-from compressknow.compress.parameters import is_of, make_plain
+from compressknow.compress.parameters import check_threads
 from compressknow.model.tensors import DTYPE_SIZES, FLOAT_DTYPES, OpenFiles, StoredTensor, get_torch_dtype, view_bytes
 
 BLOCK_ELEMENTS = 1 << 18
@@ -48,9 +48,7 @@ class Pool:
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        if threads is not None and not (is_of(int, make_plain(threads)) and threads > 0):
-            what = f"threads must be a whole number of at least 1: {threads!r}."
-            raise UsageError(what, hint="Leave it out for one per core.")
+        check_threads(threads)
         self.threads = threads or count_cores()
         self._stopped = False
         self._torch_threads = torch.get_num_threads()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import PurePath
@@ -180,8 +179,8 @@ class Parametric:
 
 
 def make_plain(value: Any) -> Any:
-    """Convert a NumPy scalar to a Python number and a path to text; return other values unchanged."""
-    if isinstance(value, numbers.Number) and hasattr(value, "item"):
+    """Convert a scalar of NumPy or torch to Python's and a path to text; return other values unchanged."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
     return str(value) if isinstance(value, PurePath) else value
 
@@ -190,6 +189,13 @@ def make_fields_plain(step: Any) -> None:
     """Convert the values of a frozen dataclass with `make_plain`, in its `__post_init__`."""
     for each in fields(step):
         object.__setattr__(step, each.name, make_plain(getattr(step, each.name)))
+
+
+def check_threads(threads: Any) -> None:
+    """Raise UsageError if a number of threads is not a whole number of at least 1, or None for one per core."""
+    if threads is not None and not (is_of(int, make_plain(threads)) and threads > 0):
+        what = f"threads must be a whole number of at least 1: {threads!r}."
+        raise UsageError(what, hint="Leave it out for one per core.")
 
 
 def is_of(kind: type, value: Any) -> bool:

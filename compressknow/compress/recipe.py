@@ -194,7 +194,7 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
         )
     kind = STEPS[actions[0]]
     where_keys = [f.name for f in fields(Where)]
-    where = Where(**{key: _parse_strings(values.pop(key), key, origin) for key in where_keys if key in values})
+    where = Where(**{key: values.pop(key) for key in where_keys if key in values})
     keys = _list_fields(kind, by="key")
     step = kind(**{name: values.pop(key) for key, name in keys.items() if key in values}, where=where)
     known = {"scope", *keys} - {actions[0]}
@@ -205,16 +205,6 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
         hint = f"{suggest_word(unknown[0], names)}Choose from {', '.join(names)}."
         raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=hint)
     return replace(step, parameters=values) if isinstance(step, Prune | Quantize) else step
-
-
-def _parse_strings(value: Any, key: str, origin: str) -> Any:
-    if key == "layers" and isinstance(value, (str, int)):
-        return str(value)
-    if isinstance(value, str):
-        return (value,)
-    if key != "layers" and isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    raise UsageError(f"{origin}: {key} must be {'text such as 0-5' if key == 'layers' else 'a list of text'}.")
 
 
 def _name_prune(step: Prune) -> str:

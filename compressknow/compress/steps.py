@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compressknow.base.errors import UsageError, suggest_word
 from compressknow.base.packages import Registry
-from compressknow.compress.parameters import has_options, is_of, make_fields_plain, option
+from compressknow.compress.parameters import has_options, is_of, make_fields_plain, make_plain, option
 from compressknow.compress.pruning import METHODS, Calibrated, PruningMethod, Weights
 from compressknow.compress.schemes import SCHEMES, Scheme
 from compressknow.model.structure import DEFAULT_SCOPES, MOST_BLOCKS, check_scope_names, compile_patterns, parse_layers
@@ -46,7 +46,8 @@ PAPER_SCOPES = {
 @has_options
 class Where:
     """Linear weights that a step acts on: a union of scopes, narrowed by module names and block numbers. An item of
-    `scope` may name several, separated by commas. Raises UsageError for what no model can have."""
+    `scope` may name several, separated by commas; a single text stands for a tuple of one, and a number for a block.
+    Raises UsageError for what no model can have."""
 
     scope: tuple[str, ...] = option(
         default=DEFAULT_SCOPES, help="Linear layers, repeatable or with commas; see below.", multiple=True
@@ -62,6 +63,14 @@ class Where:
     )
 
     def __post_init__(self) -> None:
+        for key, what in (("scope", "name"), ("include", "pattern"), ("exclude", "pattern")):
+            value = getattr(self, key)
+            texts = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+            if not all(isinstance(text, str) for text in texts):
+                raise UsageError(f"{key} must be a {what}, or a list of {what}s: {value!r}.")
+            object.__setattr__(self, key, texts)
+        layers = make_plain(self.layers)
+        object.__setattr__(self, "layers", str(layers) if is_of(int, layers) else layers)
         scopes = tuple(dict.fromkeys(name.strip() for text in self.scope for name in text.split(",")))
         check_scope_names(scopes)
         compile_patterns("--include", self.include)
@@ -291,7 +300,9 @@ class Quantize:
         if self.smooth is None:
             return
         if not is_of(float, self.smooth) or not 0 < self.smooth <= 1:
-            raise UsageError(f"smooth must be greater than 0 and at most 1: {self.smooth!r}.", hint="0.5 is usual.")
+            raise UsageError(
+                f"smooth must be a number greater than 0 and at most 1: {self.smooth!r}.", hint="0.5 is usual."
+            )
         if self.chosen.rounds != "token":
             raise UsageError(
                 f"{self.scheme} has nothing to smooth: it rounds no activations by token.", hint="Use it with int8."
@@ -396,7 +407,9 @@ def _check_amount(amount: Any, subject: str, hint: str) -> None:
     if not is_of(float, amount) or not 0 < amount < 1:
         is_percent = is_of(float, amount) and 1 < amount < 100
         suggestion = f"Did you mean {amount:g}%, which is {amount / 100:g}? " if is_percent else ""
-        raise UsageError(f"{subject} must be greater than 0 and less than 1: {amount!r}.", hint=suggestion + hint)
+        raise UsageError(
+            f"{subject} must be a number greater than 0 and less than 1: {amount!r}.", hint=suggestion + hint
+        )
 
 
 def count_pruned(step: Prune, weights: Sequence[Weights]) -> tuple[list[int] | None, int]:

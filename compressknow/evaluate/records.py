@@ -232,9 +232,10 @@ class ModelRecord(_JsonRecord):
 
     @property
     def ran_in(self) -> str:
-        """Return the runtime and its build."""
+        """Return the runtime and its build; for a server only its build, which names the kind of server."""
         runtime = self.runtime or {"name": "transformers"}
-        return " ".join(filter(None, (runtime["name"], runtime.get("build"))))
+        name = None if is_on_server(self) else runtime["name"]
+        return " ".join(filter(None, (name, runtime.get("build"))))
 
 
 # Name of an unknown type of weights.

@@ -62,7 +62,7 @@ def _list_members(enum: str, *prefixes: str) -> Iterator[tuple[str, int]]:
 
 def _check_type(name: str, known: Collection[str], option: str) -> str:
     """Return the type's name in lower case. Raises UsageError if it is not a `known` one."""
-    lower = name.lower()
+    lower = str(name).lower()
     if lower not in known:
         hint = f"{suggest_word(lower, known)}Choose from {', '.join(known)}."
         raise UsageError(f"{option} does not accept the type {name!r}.", hint=hint)

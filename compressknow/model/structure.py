@@ -288,7 +288,7 @@ def _name_example(names: list[str]) -> str:
 def parse_layers(layers: str) -> dict[str, range]:
     """Parse a text such as ``0-2,5`` into a range for each part. Raises UsageError if it has another form."""
     ranges: dict[str, range] = {}
-    for part in layers.split(","):
+    for part in layers.split(",") if isinstance(layers, str) else [""]:
         limits = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII)
         if limits is None or len(part) > 20:
             raise UsageError(f"{layers!r} is not a range of layers.", hint="Write 0-5, 3 or 0-2,5.")

@@ -158,7 +158,7 @@ def test_a_mask_stored_with_the_weights_may_be_infinite(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("amount", ["0", "1", "-0.1", "1.5", "nan", "inf"])
 def test_an_amount_out_of_range_is_refused(source: Path, refusal: Refusal, amount: str) -> None:
-    assert "must be greater than 0 and less than 1" in refusal(source, "--prune", amount, code=2)
+    assert "must be a number greater than 0 and less than 1" in refusal(source, "--prune", amount, code=2)
 
 
 @pytest.mark.parametrize("options", [["--prune", "much"], ["--quantize", "int3"], ["--threads", "0"], ["--dim", "2"]])
@@ -329,9 +329,12 @@ RECIPES = {
     "no steps": ("module_map = 'paper'", "no list of [[steps]]"),
     "unknown key": ("[[steps]]\nprune = 0.2\namout = 3", "amout"),
     "neither amount nor scheme": ("[[steps]]\nscope = ['attention']", "either prune = AMOUNT or quantize = SCHEME"),
-    "wrong type": ("[[steps]]\nprune = '20 %'", "must be greater than 0 and less than 1"),
-    "boolean in place of a number": ("[[steps]]\nquantize = 'int8'\nsmooth = true", "smooth must be greater than 0"),
-    "scope of numbers": ("[[steps]]\nprune = 0.2\nscope = [1]", "scope must be a list of text"),
+    "wrong type": ("[[steps]]\nprune = '20 %'", "must be a number greater than 0 and less than 1"),
+    "boolean in place of a number": (
+        "[[steps]]\nquantize = 'int8'\nsmooth = true",
+        "smooth must be a number greater than 0",
+    ),
+    "scope of numbers": ("[[steps]]\nprune = 0.2\nscope = [1]", "scope must be a name, or a list of names: [1]"),
     "pruned twice": ("[[steps]]\nprune = 0.2\n[[steps]]\nprune = 0.3\nscope = 'attention'", "Two steps would prune"),
     "quantize before prune": ("[[steps]]\nquantize = 'int8'\n[[steps]]\nprune = 0.3", "prunes before it quantizes"),
     "unknown scheme": (
@@ -344,7 +347,7 @@ RECIPES = {
     "steps is a table": ("[steps]\nprune = 0.2", "no list of [[steps]]"),
     "empty list of steps": ("steps = []", "Nothing to do"),
     "invalid module map": ("module_map = 3\n[[steps]]\nprune = 0.2", "structural"),
-    "boolean amount": ("[[steps]]\nprune = true", "must be greater than 0 and less than 1"),
+    "boolean amount": ("[[steps]]\nprune = true", "must be a number greater than 0 and less than 1"),
     "invalid method": ("[[steps]]\nprune = 0.2\nmethod = 3", "l1-unstructured"),
     "invalid norm": ("[[steps]]\nprune = 0.2\nnorm = 'big'", "norm"),
     "fractional seed": ("[[steps]]\nprune = 0.2\nseed = 1.5", "seed"),
@@ -352,7 +355,7 @@ RECIPES = {
     "boolean dimension": ("[[steps]]\nprune = 0.2\nmethod = 'ln-structured'\ndim = true", "dimension"),
     "boolean seed": ("[[steps]]\nprune = 0.2\nseed = true", "seed"),
     "invalid per_layer": ("[[steps]]\nprune = 0.2\nper_layer = 'yes'", "per_layer must be true or false"),
-    "list of layers": ("[[steps]]\nprune = 0.2\nlayers = ['1']", "text such as 0-5"),
+    "list of layers": ("[[steps]]\nprune = 0.2\nlayers = ['1']", "is not a range of layers"),
     "amount and scheme": ("[[steps]]\nprune = 0.2\nquantize = 'int8'", "either prune = AMOUNT or quantize = SCHEME"),
     "norm in a quantize step": ("[[steps]]\nquantize = 'int8'\nnorm = 1", "norm"),
 }

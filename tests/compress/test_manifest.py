@@ -117,13 +117,14 @@ DRY_RUNS = [(name, options) for name in ("mixtral", "gpt2") for options in (*PRU
     [
         {"prune": np.float64(0.25)},
         {"prune": np.float32(0.25), "prune_method": "random-unstructured", "seed": np.int64(3)},
+        {"prune": np.array(0.25), "per_layer": np.bool_(True)},
         {"quantize": "int4", "group_size": np.int64(32)},
     ],
-    ids=["float64", "float32", "int64"],
+    ids=["float64", "float32", "bool", "int64"],
 )
 def test_numpy_numbers_give_the_same_bytes_as_python_numbers(options: dict[str, Any], tmp_path: Path) -> None:
     tiny_of_groups("llama").save_pretrained(tmp_path / "in")
-    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in options.items()}
     compressknow.convert(tmp_path / "in", tmp_path / "a", **options)
     compressknow.convert(tmp_path / "in", tmp_path / "b", **plain)
     assert hash_files(tmp_path / "a") == hash_files(tmp_path / "b")

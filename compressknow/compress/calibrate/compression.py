@@ -141,7 +141,8 @@ def _find_block(weight: LinearWeight) -> str:
 
 def _measure_speed() -> float:
     """Measure the operations per second of all cores, on a matrix product."""
-    matrix = torch.rand(TRIAL, TRIAL)
+    # No random numbers: these would change the caller's.
+    matrix = torch.ones(TRIAL, TRIAL)
     torch.mm(matrix, matrix)
     start = time.perf_counter()
     for _ in range(TRIALS):

@@ -60,6 +60,9 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, kind) or not float(value) > 0:
                 raise UsageError(f"--{name.replace('_', '-')} must be a {what} above 0: {value!r}.")
+            # JSON does not take numpy's numbers.
+            plain: Any = int if kind is Integral else float
+            object.__setattr__(self, name, plain(value))
         if self.runtime is not None and self.runtime not in RUNTIMES:
             raise UsageError(
                 f"There is no runtime {self.runtime!r}.",

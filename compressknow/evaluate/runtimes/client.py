@@ -56,6 +56,7 @@ class Client:
         # The timeout may be infinite, which sockets do not accept.
         self.url, self._timeout = url, min(timeout, threading.TIMEOUT_MAX)
         self._key = next((key for name in KEYS if (key := os.environ.get(name, "").strip())), None)
+        self._has_answered = False
         self._session = requests.Session()
         # Otherwise requests would send the credentials that a .netrc file has for the host.
         self._session.auth = self._add_key
@@ -96,6 +97,7 @@ class Client:
             status, body = self._send(method, path, content)
         except (requests.RequestException, HTTPError, TimeoutError) as error:
             raise self._explain_failure(error) from None
+        self._has_answered = True
         try:
             parsed = parse_json(body)
         except ValueError:
@@ -162,6 +164,11 @@ class Client:
             )
         if isinstance(error, HTTPError) or "aborted" in str(error):
             return CompressknowError(f"{self.url} closes the connection.", hint="Look at the server's log.")
+        if self._has_answered:
+            return CompressknowError(
+                f"{self.url} no longer answers.",
+                hint="Start the server again, and repeat the command: answers so far are kept.",
+            )
         return CompressknowError(
             f"There is no server at {self.url}.", hint="Start it, and give the address that it prints: http://HOST:PORT"
         )

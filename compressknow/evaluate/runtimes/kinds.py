@@ -31,6 +31,8 @@ FORCE = 1e5
 # Bounds of log-probabilities: rounding may exceed 0 a little, and llama-server returns float32's lowest for impossible.
 LEAST, ABOVE = -3.5e38, 1e-3
 TRIAL = "The capital of France is Paris"
+# Letters of two bytes, which nearly every tokenizer has as one token, and a short token at the end.
+ACCENTS = "café, thé, bébé, fée."
 # Prompts to compare what is written with what is echoed, and the largest difference of the same log-probability, which
 # rounding may cause.
 PROMPTS, CLOSE = ("The capital of France is", "Once upon a", "One, two, three,"), 0.2
@@ -257,23 +259,33 @@ class EchoingServer(WritingServer):
     scores = True
 
     def score_rest(self, prompt: Ids, ids: Ids, score: float, bar: float) -> float:  # noqa: ARG002
-        echo = self.complete((*prompt, *ids), {"logprobs": _ECHO}, logprobs=1, echo=True)["logprobs"]
-        tokens, values, offsets = (echo[key] for key in _ECHO)
-        if not len(tokens) == len(values) == len(offsets) > 0:
-            raise self.make_error("has a text_offset that does not match its tokens")
-        pairs = zip(_find_spans(self._make_prompt((*prompt, *ids)), tokens, offsets), values, strict=True)
         end = len(prompt) + len(ids)
         # A token that spans the beginning of the answer counts as part of it.
+        pairs = self._echo((*prompt, *ids))
         logprobs = [value for (start, stop), value in pairs if len(prompt) < stop and start < end]
         if not logprobs:
             raise self.make_error("has no token for the answer")
         return score + sum(map(self.check_logp, logprobs))
 
+    def _echo(self, prompt: Ids) -> list[tuple[tuple[int, int], float | None]]:
+        """Return where each token of a prompt begins and ends, and its log-probability."""
+        echo = self.complete(prompt, {"logprobs": _ECHO}, logprobs=1, echo=True)["logprobs"]
+        tokens, values, offsets = (echo[key] for key in _ECHO)
+        if not len(tokens) == len(values) == len(offsets) > 0:
+            raise self.make_error("has a text_offset that does not match its tokens")
+        return list(zip(_find_spans(self._make_prompt(prompt), tokens, offsets), values, strict=True))
+
     def is_consistent(self) -> bool:
-        """Return whether a token that the server writes has the same log-probability when it is echoed.
+        """Return whether positions count characters, not bytes, and a token that the server writes has the same
+        log-probability when it is echoed.
 
         llama-cpp-python gives a token that of the position after it, for models whose texts begin without a BOS token.
+        Some servers have 0 for every token.
         """
+        echo = self._echo(self.encode(ACCENTS, True))
+        (last, _), _ = echo[-1]
+        if last > len(ACCENTS) or not any(value for _, value in echo):
+            return False
         form = {"text": str, "logprobs?": ({"token_logprobs?": ([(float, None)], None)}, None)}
         for prompt in (self.encode(text, True) for text in PROMPTS):
             written = self.complete(prompt, form, logprobs=1)

@@ -54,7 +54,8 @@ class Options:
             value = getattr(self, name)
             try:
                 # Convert numpy's integers, which JSON does not take.
-                object.__setattr__(self, name, None if value is None else operator.index(value))
+                if value is not None or name not in ("limit", "context"):
+                    object.__setattr__(self, name, operator.index(value))
             except TypeError:
                 raise UsageError(f"--{name} must be a whole number: {value!r}.") from None
 

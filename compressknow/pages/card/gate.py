@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
+from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
@@ -31,7 +32,9 @@ def parse_gates(values: float | str | Sequence[float | str] | None, *, strict: b
     >>> parse_gates([0.9, "science=85%"])
     (Gate(least=0.9, of=None, strict=False), Gate(least=0.85, of='science', strict=False))
     """
-    listed = [] if values is None else [values] if isinstance(values, float | int | str) else list(values)
+    listed: list[Any] = [] if values is None else [values]
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        listed = list(values)
     gates = [_parse(value, strict=strict) for value in listed]
     if twice := next((gate for place, gate in enumerate(gates) if gate.of in [g.of for g in gates[:place]]), None):
         raise UsageError(f"--fail-under is given twice for {twice.of or 'all facts'}.", hint="Leave out one of them.")

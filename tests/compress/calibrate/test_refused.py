@@ -89,7 +89,7 @@ def test_a_missing_text_is_refused_before_torch_is_imported(
         (["--drop-blocks", "1-1", "--pattern", "2:4"], 2, "not a parameter of a step that drops blocks or neurons"),
         (["--quantize", "int8-paper", "--rounding", "gptq"], 2, "int8-paper can only be rounded to nearest."),
         (["--quantize", "int8-weights", "--smooth", "0.5"], 2, "it rounds no activations by token"),
-        (["--quantize", "int8", "--smooth", "1.5"], 2, "smooth must be greater than 0 and at most 1"),
+        (["--quantize", "int8", "--smooth", "1.5"], 2, "smooth must be a number greater than 0 and at most 1"),
         (["--quantize", "int8", "--calibration", "self"], 2, "There is nothing to calibrate"),
         (["--prune", "0.2", "--calibration-tokens", "4096"], 2, "There is nothing to calibrate"),
         ([*WANDA, "--calibration-tokens", "10"], 2, "do not fill a sequence of this model, of 64"),

@@ -386,7 +386,21 @@ def number_tokens(choice: dict[str, Any]) -> None:
         choice["logprobs"] = {"tokens": [5], "token_logprobs": [-1.0], "top_logprobs": [[5, -1.0]]}
 
 
-@pytest.mark.parametrize("change", [leave_out_positions, shift_log_probabilities, number_tokens])
+def count_bytes(choice: dict[str, Any]) -> None:
+    """Give the positions of tokens in bytes."""
+    if logprobs := choice.get("logprobs"):
+        sizes = [len(word.encode()) for word in logprobs["tokens"]]
+        logprobs["text_offset"] = [logprobs["text_offset"][0] + sum(sizes[:place]) for place in range(len(sizes))]
+
+
+def make_certain(choice: dict[str, Any]) -> None:
+    if logprobs := choice.get("logprobs"):
+        logprobs["token_logprobs"] = [0.0] * len(logprobs["tokens"])
+
+
+@pytest.mark.parametrize(
+    "change", [leave_out_positions, shift_log_probabilities, number_tokens, count_bytes, make_certain]
+)
 def test_a_server_that_echoes_nothing_of_use_is_judged_by_what_it_writes(
     serve: Callable[[str], ModelServer], change: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -550,6 +564,17 @@ def test_a_missing_server_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.startswith("Error: There is no server at http://127.0.0.1:9.\n  Start it,")
 
 
+def test_a_server_that_stops_answering_is_not_called_missing(serve: Callable[[str], ModelServer]) -> None:
+    server = serve("vllm")
+    scorer = ModelHandle(locate(server.url), SETTINGS).loaded.make_scorer(make_probe(make_known_facts()[:1]))
+    server.shutdown()
+    server.server_close()
+    # Open connections would outlive it.
+    server.faults["/tokenize"] = ["cut"]
+    with pytest.raises(CompressknowError, match=f"^{server.url} no longer answers.\nStart .* answers so far are kept"):
+        make_prompts(scorer)
+
+
 def test_errors_of_certificates_and_proxies_are_named(
     serve: Callable[[str], ModelServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -629,7 +654,9 @@ def test_the_record_names_the_server_which_is_not_evaluated_again(
         **{"name": "server", "build": "vLLM 0.33.0", "url": server.url, "model": NAME},
         **{"scores": True, "distribution": True},
     }
-    assert all(answer.correct for answer in read_answers(out).answers)
+    answers = read_answers(out)
+    assert answers.record.model.ran_in == "vLLM 0.33.0"
+    assert all(answer.correct for answer in answers.answers)
     requests = server.count("/tokenize")
     assert main(arguments) == 0
     # The server is detected, but no fact is evaluated.
