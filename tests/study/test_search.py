@@ -102,7 +102,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory, converter: Path) -> Workspace
     return workspace
 
 
-@pytest.fixture(scope="module", params=["gguf", *one_in(2, ["llama", "bert", "t5"])])
+@pytest.fixture(scope="module", params=["gguf", *one_in(3, ["llama", "bert", "t5"])])
 def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     if request.param == "gguf":
         return request.getfixturevalue("gguf")
