@@ -19,7 +19,7 @@ import compressknow
 from compressknow.api.keywords import ServerKeywords, build_run_options
 from compressknow.api.report import report
 from compressknow.base.errors import CheckpointError, UnsupportedError, UsageError
-from compressknow.cli import COMMANDS, main
+from compressknow.cli import COMMANDS, cli, main
 from compressknow.compress.recipe import Recipe
 from compressknow.model.structure import DEFAULT_SCOPES
 from tests.gguf.making import needs_converter
@@ -68,7 +68,8 @@ def test_defaults_of_the_command_line_are_those_of_python(name: str) -> None:
     command = getattr(importlib.import_module(f"compressknow.cli.{name}"), name)
     verb = getattr(importlib.import_module(f"compressknow.api.{name}"), name)
     defaults = {word: each.default for word, each in inspect.signature(verb).parameters.items()}
-    given = command.make_context(name, [], resilient_parsing=True).params
+    # click keeps the help option of the first context, with that context's names for it.
+    given = command.make_context(name, [], resilient_parsing=True, **cli.context_settings).params
     both = {word: (value, defaults[word]) for word, value in given.items() if word in defaults}
     # On the command line, an argument that is required has no value here, and an option without a value may be ().
     alike = {word for word, (value, default) in both.items() if value == default or (not value and not default)}
