@@ -426,10 +426,10 @@ def find_vllm_limit(manifest: Mapping[str, Any]) -> str | None:
     """Return the only devices or settings with which vLLM runs a checkpoint; None if all work, or if none does."""
     shapes = {} if find_vllm_obstacle(manifest) else _collect_shapes(manifest)
     limits = {limit for scheme in find_schemes(shapes) if (limit := scheme.vllm_limit(shapes[scheme.name]))}
-    if any(limit.startswith("on GPUs") for limit in limits):
-        # The reason of another scheme says more; and there are no CPUs to have a condition.
+    if on_gpus := {limit for limit in limits if limit.startswith("on GPUs")}:
+        # Without CPUs there is no condition for them, and one "on GPUs" with a reason is enough.
         limits = {limit for limit in limits if not limit.startswith("on CPUs")}
-        limits = limits if len(limits) == 1 else limits - {"on GPUs"}
+        limits -= {"on GPUs"} if len(on_gpus) > 1 else set()
     return "; ".join(sorted(limits)) or None
 
 

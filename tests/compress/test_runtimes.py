@@ -18,6 +18,7 @@ from compressknow.pages.model_card import describe_runtimes, list_warnings
 from tests.long import one_in
 from tests.models import QUANTIZABLE, save_tiny, tiny_of_groups
 
+PARTS = ("attention", "feed-forward")
 JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
@@ -37,16 +38,17 @@ def test_int8_blocks_of_a_decoder_run_in_vllm_but_not_on_blackwell(name: str, tm
 
 
 @pytest.mark.parametrize(
-    ("scheme", "limit"),
+    ("schemes", "limit"),
     [
-        ("int8", "not on Blackwell GPUs: no int8; on CPUs with --dtype float16"),
-        ("int8-weights", "on GPUs"),
-        ("fp8", "on GPUs; before Ada and Hopper, activations stay floats"),
+        (("int8", "int4"), "not on Blackwell GPUs: no int8; on CPUs with --dtype float16"),
+        (("int8-weights", "int4"), "on GPUs"),
+        (("int8-weights", "int8"), "not on Blackwell GPUs: no int8; on GPUs"),
+        (("fp8", "int8-weights"), "on GPUs; before Ada and Hopper, activations stay floats"),
     ],
 )
-def test_limits_of_two_schemes_hold_together(scheme: str, limit: str, tmp_path: Path) -> None:
+def test_limits_of_two_schemes_hold_together(schemes: tuple[str, str], limit: str, tmp_path: Path) -> None:
     tiny_of_groups("llama").save_pretrained(tmp_path / "in")
-    steps = [{"scope": "attention", "quantize": scheme}, {"scope": "feed-forward", "quantize": "int4"}]
+    steps = [{"scope": scope, "quantize": each} for scope, each in zip(PARTS, schemes, strict=True)]
     manifest = dry_run("llama", tmp_path, recipe={"steps": steps})
     assert find_vllm_limit(manifest) == limit
 
