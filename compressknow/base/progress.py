@@ -37,7 +37,7 @@ def silence_libraries() -> Iterator[None]:
         # Otherwise its first import would enable it.
         os.environ.setdefault(_LOG_DISABLED, "1")
     try:
-        with _disable_bars(), _silence(1), contextlib.redirect_stdout(io.StringIO()):
+        with disable_bars(), _silence(1), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -85,8 +85,8 @@ def _silence(descriptor: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _disable_bars() -> Iterator[None]:
-    """Disable tqdm itself: compressed-tensors has no option to hide its bars."""
+def disable_bars() -> Iterator[None]:
+    """Disable tqdm itself, and so the bars of all libraries: some have no option to hide them."""
     from tqdm import tqdm
 
     init = tqdm.__init__

@@ -10,7 +10,7 @@ import stat
 import sys
 import tomllib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from compressknow.base.errors import CheckpointError, CompressknowError, UsageError
 from compressknow.base.files import expand_home
 from compressknow.base.packages import require
+from compressknow.base.progress import disable_bars
 
 MIB = 1 << 20
 # The maximum size of a file in bytes, by its kind. For a model of 100,000 tensors, the index has 15 MB and the manifest
@@ -316,16 +317,13 @@ def _silence() -> Iterator[None]:
     """Hide progress bars if stderr is not a terminal, and what `datasets` logs in addition to raising an error."""
     import datasets
 
-    verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     try:
-        yield
+        with nullcontext() if sys.stderr.isatty() else disable_bars():
+            yield
     finally:
         datasets.logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
 
 
 def _explain(dataset: str, error: Exception) -> CompressknowError:

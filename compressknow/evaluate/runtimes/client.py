@@ -80,21 +80,14 @@ class Client:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
 
-    def get(self, path: str, form: Any) -> Any:
-        """Return the JSON of a path, checked for a form (see `find_mismatch`). Raise RequestRefused for any other
-        response, CompressknowError if there is none."""
-        return self._request("GET", path, None, form)
-
-    def post(self, path: str, content: Mapping[str, Any], form: Any) -> Any:
-        """Return the JSON response to `content`, checked for a form. Raises as `get` does."""
-        return self._request("POST", path, content, form)
-
     def close(self) -> None:
         self._session.close()
 
-    def _request(self, method: str, path: str, content: Mapping[str, Any] | None, form: Any) -> Any:
+    def request(self, path: str, form: Any, content: Mapping[str, Any] | None = None) -> Any:
+        """Return the JSON of a path or, with `content`, of the response to it, checked for a form (see
+        `find_mismatch`). Raise RequestRefused for any other response, CompressknowError if there is none."""
         try:
-            status, body = self._send(method, path, content)
+            status, body = self._send(path, content)
         except (requests.RequestException, HTTPError, TimeoutError) as error:
             raise self._explain_failure(error) from None
         self._has_answered = True
@@ -110,8 +103,9 @@ class Client:
             raise self._refuse_content(path, f"unexpected JSON: {clean(mismatch, 200)}")
         return parsed
 
-    def _send(self, method: str, path: str, content: Mapping[str, Any] | None) -> tuple[int, bytes]:
+    def _send(self, path: str, content: Mapping[str, Any] | None) -> tuple[int, bytes]:
         """Return the status and the body of the response; repeat the request if the body breaks off."""
+        method = "GET" if content is None else "POST"
         timeouts = (min(CONNECT, self._timeout), self._timeout)
         options: Any = {"json": content, "timeout": timeouts, "allow_redirects": False, "stream": True}
         for attempt in range(1 + READS):

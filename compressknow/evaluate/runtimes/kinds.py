@@ -106,7 +106,7 @@ class ServedModel(abc.ABC):
         """Return the completion of a prompt, checked for a form; `options` of the request may override the defaults,
         such as one token."""
         body = {"model": self.model, "prompt": self._make_prompt(prompt), **self.greedy, "max_tokens": 1, **options}
-        response = self.client.post("/v1/completions", body, {"choices": [form], "model?": (str, None)})
+        response = self.client.request("/v1/completions", {"choices": [form], "model?": (str, None)}, body)
         if not response["choices"]:
             raise self.make_error("has no choices")
         # A date may follow the name.
@@ -116,6 +116,10 @@ class ServedModel(abc.ABC):
 
     def _make_prompt(self, prompt: Ids) -> Any:
         return list(prompt)
+
+    def _tokenize(self, **options: Any) -> Ids:
+        body = {**options, "model": self.model}
+        return tuple(map(self.check_token, self.client.request("/tokenize", _TOKENS, body)["tokens"]))
 
     def check_logp(self, value: float | None) -> float:
         """Return a log-probability, at most 0. Raise CompressknowError if the value cannot be one."""
@@ -145,8 +149,7 @@ class LlamaServer(ServedModel):
     greedy: ClassVar = {"temperature": 0, "repeat_penalty": 1.0}
 
     def _encode(self, text: str, special: bool) -> Ids:
-        body = {"content": text, "add_special": special, "model": self.model}
-        return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
+        return self._tokenize(content=text, add_special=special)
 
     def predict(self, prompt: Ids, wanted: Sequence[int]) -> FirstToken:
         likeliest = self._find_likeliest(prompt, LLAMA_TOKENS)
@@ -184,7 +187,8 @@ class LlamaServer(ServedModel):
         that token ends within a character, for which the server returns no probabilities."""
         options = {"n_predict": 1, "n_probs": count, "logit_bias": [[forced, FORCE]], "temperature": 0}
         options["response_fields"] = ["completion_probabilities", "content"]
-        response = self.client.post("/completion", {"prompt": list(prompt), "model": self.model, **options}, _STEPS)
+        body = {"prompt": list(prompt), "model": self.model, **options}
+        response = self.client.request("/completion", _STEPS, body)
         steps = response.get("completion_probabilities")
         content = response.get("content")
         if steps is None and content is not None and (not content or content.endswith("\ufffd")):
@@ -206,8 +210,7 @@ class Vllm(ServedModel):
     greedy: ClassVar = {"temperature": 0, "repetition_penalty": 1.0}
 
     def _encode(self, text: str, special: bool) -> Ids:
-        body = {"prompt": text, "add_special_tokens": special, "model": self.model}
-        return tuple(map(self.check_token, self.client.post("/tokenize", body, _TOKENS)["tokens"]))
+        return self._tokenize(prompt=text, add_special_tokens=special)
 
     def predict(self, prompt: Ids, wanted: Sequence[int]) -> FirstToken:  # noqa: ARG002
         form = {"logprobs": {"top_logprobs": [{str: float}]}}
@@ -350,7 +353,7 @@ def detect_server(client: Client, model: str, listed: Mapping[str, Any]) -> Serv
 def _request_about(client: Client, path: str, form: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what a server says about itself at a path, checked for a form; {} if it does not."""
     try:
-        return dict(client.get(path, form))
+        return dict(client.request(path, form))
     except RequestRefused:
         # Some gateways forbid unknown paths. A missing key is an error of the next request.
         return {}

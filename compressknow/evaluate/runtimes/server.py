@@ -178,7 +178,7 @@ def choose_model(client: Client, named: str | None) -> tuple[str, Mapping[str, A
     """Return the model's name on the server, and its entry in ``/v1/models``. Raises UsageError if the server has
     several models and none is named, or has none of that name."""
     try:
-        rows = client.get("/v1/models", MODELS)["data"]
+        rows = client.request("/v1/models", MODELS)["data"]
     except RequestRefused as refused:
         if refused.status != 404:
             raise

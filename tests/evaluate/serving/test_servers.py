@@ -496,7 +496,7 @@ def test_the_message_of_a_server_is_found_under_each_usual_key(
     server = serve("writes")
     server.faults["/v1/models"] = [body]
     with pytest.raises(CompressknowError, match=r"HTTP 400\)\.\n\s*It says: not now$"):
-        clients.Client(server.url, timeout=20.0).get("/v1/models", dict)
+        clients.Client(server.url, timeout=20.0).request("/v1/models", dict)
 
 
 def test_an_error_of_a_server_can_be_pickled(serve: Callable[[str], ModelServer]) -> None:
@@ -705,7 +705,7 @@ def test_the_context_length_of_a_router_is_that_of_the_model(serve: Callable[[st
 
 @pytest.mark.parametrize("seconds", [1e10, math.inf])
 def test_very_long_timeouts_are_accepted(serve: Callable[[str], ModelServer], seconds: float) -> None:
-    assert clients.Client(serve("writes").url, timeout=seconds).get("/v1/models", dict)["data"]
+    assert clients.Client(serve("writes").url, timeout=seconds).request("/v1/models", dict)["data"]
 
 
 @pytest.mark.parametrize(
