@@ -27,8 +27,7 @@ class CompressknowError(Exception):
         super().__init__("\n".join(part for part in (what, why, hint) if part))
 
     def name_parameters(self, flags: Mapping[str, bool]) -> None:
-        """Replace command-line options in the message by parameters; `flags` maps each parameter to whether it is a
-        flag."""
+        """Replace options in the message by parameters; `flags` maps each parameter to whether it is a flag."""
         what, why, hint = (None if part is None else name_parameters_in(part, flags) for part in self.of_options)
         self.what, self.why, self.hint = what or "", why, hint
         self.args = ("\n".join(part for part in (what, why, hint) if part),)
@@ -80,8 +79,7 @@ class UsageError(CompressknowError):
 
 
 class UnusedOptions(UsageError):
-    """Options, by their names in Python, that have no effect together with the others. It is an error if the user gave
-    one; one that comes from a project's file is dropped."""
+    """Options (by their names in Python) without effect next to the others. Those of a project's file are dropped."""
 
     def __init__(
         self, what: str, why: str | None = None, hint: str | None = None, *, names: Iterable[str] = ()

@@ -28,8 +28,7 @@ _ATTEMPTS = 100
 
 
 def find_cache_folder() -> Path:
-    """Return the folder of caches, ``$XDG_CACHE_HOME/compressknow``. Raise OutputError if this variable is not set and
-    the user has no home: a numeric user without a name, as in some containers."""
+    """Return ``$XDG_CACHE_HOME/compressknow``. Raise OutputError if that is not set and the user has no home folder."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compressknow"
     except RuntimeError:
@@ -74,12 +73,9 @@ def create_locked_file(folder: Path, prefix: str) -> tuple[Path, int]:
 
 @contextlib.contextmanager
 def claim_folder(folder: Path, *, wait: bool, worthless: Collection[str] = ()) -> Iterator[None]:
-    """Lock a folder for this run, creating it if it is missing, and remove incomplete files of dead runs from it.
-
-    If it holds only files named in `worthless` at the end, remove these, and the folders that were created.
-
-    Raises OutputError if it cannot be created or locked, or if another run has locked it and `wait` is False.
-    """
+    """Lock a folder for this run, creating it if it is missing, and remove incomplete files of dead runs from it. If it
+    holds only files named in `worthless` at the end, remove these, and the folders that were created. Raises
+    OutputError if it cannot be created or locked, or if another run has locked it and `wait` is False."""
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     descriptor = None
     try:
@@ -168,10 +164,8 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def open_whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that replaces `path` when the context ends without an error.
-
-    Parent folders are created. Raises OutputError if `path` cannot be written: no space, no permission.
-    """
+    """Open a temporary file that replaces `path`, whose folders are created, when the context ends without an error.
+    Raises OutputError if `path` cannot be written: no space, no permission."""
     _remove_dead(path.parent.glob(f"{glob.escape(make_prefix(path))}????????"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

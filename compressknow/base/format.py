@@ -258,8 +258,7 @@ def clean_lines(text: str) -> str:
 
 
 def dump_json(values: Any) -> str:
-    """Return `values` as the text of a JSON file; a lone surrogate (from a file name) is escaped. Raises ValueError for
-    NaN."""
+    """Return `values` as the text of a JSON file, with lone surrogates escaped. Raises ValueError for NaN."""
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 

@@ -86,17 +86,9 @@ def check_login() -> None:
 def upload(path: Path, repo: str, *, private: bool | None, message: str, card: str | None, bars: bool) -> Upload:
     """Upload a folder, or a file and its JSON (``OUT.gguf.json``), to a repository, which is created if it is missing.
 
-    Parameters
-    ----------
-    card : text of the README.md for a file, used if the repository has none.
-    private : whether a new repository is private; None for the Hub's default: public, unless its organization differs.
-    message : commit message.
-    bars : whether huggingface_hub shows its progress bars, on a terminal.
-
-    Raises
-    ------
-    CompressknowError : the upload failed; with the reason, and the command that repeats it. Local files are unchanged.
-    """
+    `card` is the README.md for a file, used if the repository has none; `private` is for a new repository, None for the
+    Hub's default: public, unless its organization differs. `bars` shows progress bars, on a terminal. Raises
+    CompressknowError with the reason, and the command that repeats the upload; local files are unchanged."""
     retry_command = build_retry_command(path, repo, private)
     show_bars = nullcontext() if bars and sys.stderr.isatty() else disable_bars()
     with _explain_failures(path, repo, retry_command), _bound_requests(), show_bars:

@@ -149,22 +149,15 @@ class Registry(Generic[Thing]):
         return next(iter(self))
 
     def __getitem__(self, name: str) -> Thing:
-        """Return the entry of this name.
-
-        Raises
-        ------
-        UsageError : the name is unknown.
-        CompressknowError : a third-party entry cannot be imported, has the wrong type, or has the name of another one.
-        """
+        """Return the entry of this name. Raises UsageError if it is unknown, CompressknowError if a third-party entry
+        cannot be imported, has the wrong type, or has the name of another one."""
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
         return self._loaded[name]
 
     def usable(self) -> tuple[dict[str, Thing], dict[str, CompressknowError]]:
-        """Return all usable entries by name, and the errors of the unusable ones by name.
-
-        A name that is built in and also added by a third-party package is in both: the built-in entry is usable.
-        """
+        """Return the usable entries by name, and the errors of unusable ones; a built-in name that is added too is in
+        both."""
         entries: dict[str, Thing] = {}
         unusable: dict[str, CompressknowError] = {}
         for name in self:

@@ -292,13 +292,8 @@ def count_progress(advance: Advance, total: int) -> Callable[[int], None]:
 
 
 class Pace:
-    """Estimate of the time left, from the seconds per token so far.
-
-    Parameters
-    ----------
-    work : total tokens to read.
-    predicted : seconds for all of it, until a batch is measured. The first is not, since it also warms up.
-    """
+    """Estimate of the time left for `work` tokens, from the seconds per token so far; until a batch is measured, from
+    the `predicted` seconds for all. The first batch is not measured, since it also warms up."""
 
     def __init__(self, work: int, predicted: float | None = None) -> None:
         self._work = self._left = work

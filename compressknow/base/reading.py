@@ -304,8 +304,7 @@ def _check_tables(path: Path) -> None:
 
 
 def is_path(dataset: str) -> bool:
-    """Return whether a data set is on this machine, or cannot be a name on the Hub, which is NAME or OWNER/NAME; an
-    optional ":CONFIG" follows."""
+    """Return whether a data set is on this machine, or cannot be a name on the Hub: [OWNER/]NAME[:CONFIG]."""
     name = dataset.partition(":")[0]
     if name and any(expand_home(each).exists() for each in (dataset, name)):
         return True

@@ -129,10 +129,8 @@ def _reserve_room(path: Path, descriptor: int, size: int) -> None:
 
 
 def read_at(descriptor: int, buffer: memoryview, position: int) -> int:
-    """Fill `buffer` (bytes) from byte `position` of a file; return how many bytes were read, fewer only at its end.
-
-    Threads may share a descriptor, here and in `write_at`.
-    """
+    """Fill `buffer` from byte `position` of a file, which threads may share; return the bytes read, fewer only at its
+    end."""
     done = 0
     while piece := buffer[done : done + _MOST_AT_ONCE]:
         if (count := _read_some(descriptor, piece, position + done)) == 0:
@@ -167,10 +165,7 @@ def _write_some(descriptor: int, data: memoryview, position: int) -> int:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a file or folder, replacing any file of that name. Raises OSError.
-
-    Windows cannot rename what a process has open: there it is retried for a while.
-    """
+    """Rename a file or folder, replacing any file of that name; on Windows, retry for a while. Raises OSError."""
     for seconds in _WAITS:
         try:
             source.replace(target)
@@ -248,10 +243,6 @@ def measure_peak_memory() -> int:
 
 
 def trim_heap() -> None:
-    """Return freed memory to the system.
-
-    glibc keeps a heap per thread with the memory that the thread has freed: about 1 GB after thirty passes of a model.
-    Other systems have no such call.
-    """
+    """Return freed memory to the system: glibc keeps it, per thread, about 1 GB after thirty passes of a model."""
     if (trim := getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None)) is not None:
         trim(0)

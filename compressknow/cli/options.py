@@ -78,8 +78,7 @@ class Command(click.Command):
     """Command whose help page has groups of options and, with `--probe`, a list of probes."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments, and store them. An empty one is a UsageError: as a folder, it would be the working
-        directory."""
+        """Parse and store the arguments. An empty one is a UsageError: as a folder, it would be the working folder."""
         empty = next((place for place, word in enumerate(args) if not word or re.fullmatch("--[a-z-]+=", word)), None)
         if empty is not None and not ctx.resilient_parsing:
             option = args[empty].removesuffix("=")

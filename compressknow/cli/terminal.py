@@ -159,8 +159,7 @@ def fit_streams() -> Iterator[None]:
 
 
 def _find_encoding(output: Any) -> str:
-    """Return the encoding of standard output's bytes. A Windows console gets text from Python; it reads bytes in its
-    code page."""
+    """Return the encoding of standard output's bytes: for a Windows console, which takes text, its code page."""
     raw = getattr(getattr(output, "buffer", None), "raw", None)
     console = isinstance(raw, getattr(io, "_WindowsConsoleIO", ()))
     return (os.device_encoding(1) if console else None) or str(output.encoding)
@@ -219,11 +218,8 @@ _NOISE_FLOORS = {"noise": " in another precision", "runtime": " in llama.cpp"}
 
 
 class ProgressLine:
-    """Line of a stage, rewritten by a thread from `start` to `end`; a terminal is left without it.
-
-    `written` is the monotonic time of the last line: except on a terminal, the next comes a minute later, even if
-    another stage has begun.
-    """
+    """Line of a stage, rewritten by a thread from `start` to `end`; a terminal is left without it. `written` is the
+    monotonic time of the last line: except on a terminal, the next comes a minute later, even of another stage."""
 
     def __init__(self, stage: Stage, written: float) -> None:
         self.written = written
@@ -320,10 +316,7 @@ class ProgressLine:
 
 
 class ProgressLines:
-    """Progress lines of a run, one per stage, and a permanent one that announces how long a long run will take.
-
-    An `on_progress` of the public functions.
-    """
+    """Progress lines of a run, one per stage, after one that says how long a long run takes: an `on_progress`."""
 
     def __init__(self) -> None:
         self._announced = False

@@ -147,8 +147,7 @@ def compute_fingerprint(hashes: Iterable[tuple[str, str]]) -> str:
 
 
 def find_source(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the name, revision and fingerprint of a checkpoint's source, from the files in its manifest; without files
-    (made in memory) there is no fingerprint."""
+    """Return the name, revision and fingerprint of a checkpoint's source; that is None if it was made in memory."""
     source = manifest["source"]
     hashes: Mapping[str, str] = source["files"]
     # Copied weights belong to modules that sentence-transformers runs after the model.
@@ -329,8 +328,7 @@ class Contents:
     changed: bool = False
 
     def check_finite(self, located: LocatedModel, *, trust_remote_code: bool = False) -> None:
-        """Raise CheckpointError for a weight with NaN or infinity, as `convert` does; a stored mask may have
-        infinities."""
+        """Raise CheckpointError for a weight with NaN or infinity; a stored mask may have infinities."""
         for tensor, what in self.not_finite:
             if _is_weight(located, tensor, trust_remote_code):
                 raise CheckpointError(
@@ -341,8 +339,7 @@ class Contents:
 
 
 def read_contents(located: LocatedModel, on_bytes: Callable[[int], None] | None = None) -> Contents:
-    """Read each file of a model once; `on_bytes` is called with the number of bytes of each piece. Raises
-    CheckpointError if a weight file is damaged."""
+    """Read each file of a model once; `on_bytes` gets the size of each piece. Raises CheckpointError for damage."""
     hashes: dict[str, str] = {}
     small: dict[str, str] = {}
     states: dict[Path, FileState] = {}

@@ -23,8 +23,7 @@ _OTHER_WORDS = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "hip": "cuda", 
 
 
 def check_device(name: str) -> None:
-    """Raise UsageError unless it is a device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu`` or ``auto``. Whether the
-    machine has it is not checked, which takes torch."""
+    """Raise UsageError unless it is a device's name; whether the machine has it is not checked, as that takes torch."""
     kind, colon, number = name.partition(":")
     is_numbered = kind not in (AUTO, CPU) and re.fullmatch("0|[1-9][0-9]{0,3}", number)
     if kind not in DEVICES or (colon and not is_numbered):
@@ -34,8 +33,7 @@ def check_device(name: str) -> None:
 
 
 def resolve_device(name: str) -> str:
-    """Return the device of that name; for ``auto`` cuda, else mps, else cpu. Raises UsageError if there is no such
-    device, or this machine or torch lacks it."""
+    """Return the device of that name; for ``auto`` cuda, mps or cpu. Raises UsageError if machine or torch lacks it."""
     import torch
 
     check_device(name)
@@ -106,10 +104,8 @@ def load_language_model(
     path: Path, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
 ) -> LanguageModel:
     """Load a checkpoint folder or a GGUF file with its head and its tokenizer. `dtype` is that of weights that are not
-    quantized: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
-
-    Raises CheckpointError if it lacks a language-modelling head, weights or a tokenizer (they are never filled in at
-    random), UnsupportedError if it is not a language model of text.
+    quantized, such as ``float32``, or ``auto`` for the checkpoint's own. Raises CheckpointError if it lacks a head,
+    weights or a tokenizer, which are never filled in at random, UnsupportedError if it is not a language model of text.
     """
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, language_model=True)
@@ -134,8 +130,7 @@ def make_language_model(
 
 
 def _make_batch_invariant(model: PreTrainedModel) -> None:
-    """Make float layers batch-invariant if other layers round their inputs. As this takes longer for few rows, it is
-    done only for evaluation."""
+    """Make float layers batch-invariant if others round their inputs: only for evaluation, as few rows take longer."""
     from compressknow.engine.layers import EngineLinear, has_rounded_activations, make_batch_invariant
 
     if has_rounded_activations(model) and any(isinstance(module, EngineLinear) for module in model.modules()):

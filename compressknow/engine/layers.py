@@ -50,8 +50,7 @@ class LayerKind(abc.ABC):
 
     @abc.abstractmethod
     def layer_of(self, module: nn.Module) -> EngineLinear | None:
-        """Return the layer for a module prepared by compressed-tensors with stored values; None if its scheme or shape
-        does not fit."""
+        """Return the layer for a module with stored values, prepared by compressed-tensors; None if it does not fit."""
 
 
 LAYERS: Registry[LayerKind] = Registry(

@@ -187,8 +187,7 @@ def _find_checkpoint(folder: str | Path) -> Path:
 
 
 def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """Return where `from_pretrained` finds a checkpoint. Raises CheckpointError if transformers would hang on a GGUF
-    file, or read it wrongly."""
+    """Return where `from_pretrained` finds a checkpoint. Raises CheckpointError for a GGUF file that it misreads."""
     # Code that is trusted may lie in another repository of the Hub.
     options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
     if path.suffix != ".gguf":

@@ -38,11 +38,9 @@ AT_A_TIME = 1 << 21
 
 
 class Distributions(contextlib.AbstractContextManager["Distributions"]):
-    """The original's log-probabilities of every token at the answer's first position, for each probe.
-
-    If a run read the original's answers from a folder, the original is evaluated again, only at that position.
-    `folder` is where the files are stored, and must exist only then.
-    """
+    """The original's log-probabilities of every token at the answer's first position, by probe, in files in `folder`,
+    which must exist when they are stored. If a run read the original's answers, it is evaluated again, only at that
+    position."""
 
     def __init__(self, original: ModelHandle, folder: Path) -> None:
         self._original, self._folder = original, folder
@@ -260,11 +258,8 @@ def lengthen(stored: np.ndarray) -> np.ndarray:
 
 
 def compute_divergence(original: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
-    """Compute KL(original || compressed) in nats from log-probabilities [facts, tokens]: float64, [facts].
-
-    Sums p (q/p - 1 - log q/p), which is the same if both sum to 1, but has no negative terms, and tolerates float32
-    probabilities that do not quite sum to 1.
-    """
+    """Compute KL(original || compressed) in nats from log-probabilities [facts, tokens]: float64, [facts]. Sums p (q/p
+    - 1 - log q/p): no negative terms, and probabilities in float32 need not quite sum to 1."""
     before, after = (each.double().clamp(min=LOGP_FLOOR) for each in (original, compressed))
     change = after - before
     return (before.exp() * (change.expm1() - change)).clamp(min=0).sum(-1)

@@ -40,12 +40,10 @@ def gather_early(
     revision: str | None = None,
 ) -> tuple[Answers, Answers, T | None]:
     """Evaluate two models on facts in random order, by `evaluation.options.seed`, until `decide` returns a decision;
-    return both models' answers to these facts, and the decision, None if all facts leave it open. `revision` is that of
-    the original, if it is a Hub id.
+    return both models' answers to these facts, and the decision, None if all facts leave it open.
 
-    Both models are in memory at the same time, unless a model's answers are stored. Answers are stored chunk by chunk,
-    so that a stopped run resumes. Raises UsageError for a task or a text, which are run as a whole, and
-    CompressknowError as `gather` does.
+    Both models are in memory, unless a model's answers are stored. Answers are stored by chunk, so that a stopped run
+    resumes. Raises UsageError for a task or a text, which are run as a whole, and CompressknowError as `gather` does.
     """
     models = (original, compressed)
     stored = [gather.read_if_stored(model) for model in models]

@@ -133,8 +133,7 @@ def _cut_batches(scorer: Scorer, queries: Iterable[Query], size: int) -> Iterato
 
 
 def add_examples(scorer: Scorer, answers: Sequence[Answer], original: Sequence[Answer]) -> list[Answer]:
-    """Add what a model generates after an example to its answers about lost facts, which the `original` knew, and grade
-    again."""
+    """Add what a model says after an example to its answers about facts that only the `original` knew; grade again."""
     known = {answer.fact_id for answer in original if answer.correct}
     lost = {answer.fact_id for answer in answers if answer.fact_id in known and not answer.correct}
     facts = [fact for fact in scorer.probe.facts if fact.id in lost]

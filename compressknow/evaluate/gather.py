@@ -54,8 +54,7 @@ def _count_guides(answers: Answers, model: ModelHandle, known_by: Answers) -> Gu
 
 
 def find_facts_in_text(calibration: Mapping[str, Any], model: ModelHandle, known_by: Answers) -> FactsInText | None:
-    """Count the facts with subject and object that occur in a calibration text, tokenized as by `model`; None if the
-    text is not available, or no fact has both."""
+    """Count facts with subject and object in a calibration text, tokenized as by `model`; None if one is missing."""
     from compressknow.compress.calibrate.text import count_facts, reread_texts
 
     trusted = model.settings.trust_remote_code
@@ -295,8 +294,7 @@ def _find_vocabulary(side: Answers | ModelHandle) -> tuple[str, str | int | None
 def finish_answers(
     answers: Answers, handle: ModelHandle | None, reference: Answers | None, timed: bool, on_progress: Listener | None
 ) -> Answers:
-    """Add to a model's answers which facts occur in its calibration text and, if `timed`, its speed. Stored answers,
-    without a `handle`, are returned unchanged."""
+    """Add calibration and, if `timed`, speed to a model's answers; stored ones, without a `handle`, stay unchanged."""
     if handle is None:
         return answers
     handle.release()
@@ -323,8 +321,7 @@ def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]
 
 def choose_folder(keep_in: Path, model: ModelHandle, context: Context, probes: Sequence[Opened] = ()) -> Path:
     """Return the folder for a model's answers: one per original whose tokens it is scored on, runtime, precision,
-    sample and wording. A folder has one set of answers per probe, and a sample must not replace answers to all
-    facts."""
+    sample and wording, since a folder has one set of answers per probe."""
     names = [model.sha256[:16], next(iter(model.runtime.key()), None), model.settings.dtype]
     if context.reference:
         names += [(context.sha256 or "")[:16], context.runtime]

@@ -364,8 +364,7 @@ class ModelHandle:
             ) from error
 
     def make_reader(self) -> TextReader:
-        """Return a reader of running text. Raise UnsupportedError if the model does not continue text, or if its
-        runtime does not return the probabilities of all tokens."""
+        """Return a reader of running text. Raise UnsupportedError if the model or its runtime cannot be one."""
         check_family(self.loaded.architecture, self.loaded.family)
         return self.loaded.make_reader()
 

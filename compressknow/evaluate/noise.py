@@ -107,8 +107,7 @@ class NoiseFloors:
     def _measure(
         self, other: ModelHandle, work: Literal["noise", "runtime"], probes: Sequence[Probe], answers: Answers
     ) -> dict[str, NoiseFloor]:
-        """Return noise floors by probe, measured on a sample of facts; `other` is the same model in another precision
-        or runtime. Releases both."""
+        """Return noise floors by probe; `other` is the model in another precision or runtime. Releases both models."""
         original, distributions = self._original, self._distributions
         samples = {probe.name: _draw_sample(probe, answers) for probe in probes}
         facts = sum(len(sample.facts) for sample, _ in samples.values())
@@ -164,8 +163,7 @@ class NoiseFloors:
 
     @contextmanager
     def _open_in_llama_cpp(self, answers: Answers, floats: Path | None) -> Iterator[ModelHandle]:
-        """Open the original in llama.cpp, from a temporary file in the folder. Raises CompressknowError if the
-        converter is missing, or cannot convert it."""
+        """Open the original in llama.cpp, from a temporary file. Raises CompressknowError if it cannot be converted."""
         from compressknow.compress.staging import make_scratch
         from compressknow.gguf.choice import TypeChoice
         from compressknow.gguf.converter import find_converter, quantize

@@ -260,8 +260,7 @@ class _Run:
         self._store(probe.name, answers, replace(entry, key=key, reference=scored_on, seconds=seconds), chunks)
 
     def update_labels(self, probes: Sequence[Opened]) -> None:
-        """Update the stored domains, subjects and popularity if they changed since the evaluation, or if a run that did
-        so was killed before it wrote the hash."""
+        """Update stored domains, subjects and popularity that changed since, also if a run that did so was killed."""
         stored = read_stored(self._folder)
         labelled = list(_label(stored, probes))
         has_changed = any(new is not old for new, old in zip(labelled, stored, strict=True))

@@ -51,8 +51,7 @@ class TextReader(Protocol):
     rows: int
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
-        """Return ids without special tokens, and the number of bytes (UTF-8) up to the end of each, or None if the
-        tokenizer does not tell."""
+        """Return ids without special tokens, and the bytes (UTF-8) up to the end of each, or None if not known."""
 
     def compute_log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
         """Return log-probabilities after each token from `first` to the last but one: float32, [tokens - 1 - first,
@@ -100,8 +99,7 @@ class RunningText:
         return hash_json(values)
 
     def read(self, context: int) -> str:
-        """Read as much as the chunks need, without a final line break, as llama.cpp does. Raises UsageError if the file
-        is not UTF-8, or cannot be read."""
+        """Read as much as the chunks need, without a final line break, as llama.cpp. Raises UsageError if it cannot."""
         most = min(self.chunks * context * _BYTES_PER_TOKEN, self.size + 1)
         try:
             with open_regular(self.path) as file:
@@ -204,15 +202,8 @@ def read_text(
     measure_kl: MeasureKl | None,
     advance: Advance,
 ) -> Iterator[Chunk]:
-    """Yield the model's results for each chunk that is not `done`, in order.
-
-    Parameters
-    ----------
-    known : chunks that this model has read already, but without the divergences that are needed now: their greedy
-        continuations are reused.
-    measure_kl : function that takes the distributions after each scored token, and returns their divergences; see
-        `compressknow.evaluate.distributions`.
-    """
+    """Yield the model's results for each chunk that is not `done`, in order. `known` chunks lack the divergences that
+    `measure_kl` returns (see `compressknow.evaluate.distributions`): their greedy continuations are reused."""
     total = len(chunks.ids)
     remaining = [number for number in range(total) if number not in done]
     advance(total - len(remaining), total)

@@ -43,14 +43,8 @@ class RequestRefused(CompressknowError):
 
 
 class Client:
-    """One server. Methods may be called from several threads.
-
-    Parameters
-    ----------
-    url : scheme, host and port, and the path before ``/v1``, if there is one.
-    timeout : seconds for each attempt of a request.
-    parallel : number of connections in the pool.
-    """
+    """One server, which several threads may use. `url` is all before ``/v1``, `timeout` the seconds for each attempt of
+    a request, `parallel` the number of connections in the pool."""
 
     def __init__(self, url: str, *, timeout: float, parallel: int = 1) -> None:
         # The timeout may be infinite, which sockets do not accept.

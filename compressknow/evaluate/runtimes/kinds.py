@@ -103,8 +103,7 @@ class ServedModel(abc.ABC):
         return _replace_surrogates(self.complete(prompt, {"text": str}, max_tokens=tokens)["text"])
 
     def complete(self, prompt: Ids, form: Mapping[str, Any], **options: Any) -> Mapping[str, Any]:
-        """Return the completion of a prompt, checked for a form; `options` of the request may override the defaults,
-        such as one token."""
+        """Return the completion of a prompt, checked for a form; `options` may override defaults, such as one token."""
         body = {"model": self.model, "prompt": self._make_prompt(prompt), **self.greedy, "max_tokens": 1, **options}
         response = self.client.request("/v1/completions", {"choices": [form], "model?": (str, None)}, body)
         if not response["choices"]:
@@ -280,11 +279,8 @@ class EchoingServer(WritingServer):
 
     def is_consistent(self) -> bool:
         """Return whether positions count characters, not bytes, and a token that the server writes has the same
-        log-probability when it is echoed.
-
-        llama-cpp-python gives a token that of the position after it, for models whose texts begin without a BOS token.
-        Some servers have 0 for every token.
-        """
+        log-probability when it is echoed: llama-cpp-python may give it that of the position after it, some servers 0
+        for every token."""
         echo = self._echo(self.encode(ACCENTS, True))
         (last, _), _ = echo[-1]
         if last > len(ACCENTS) or not any(value for _, value in echo):

@@ -48,11 +48,8 @@ class ServerTokenizer:
 
 
 class ServedScorer(CausalScorer):
-    """Scorer of a model on a server, with the prompts and candidates of any causal model.
-
-    If the server returns no log-probabilities, the answer is the generated text, which is correct if it begins with the
-    object.
-    """
+    """Scorer of a model on a server, with the prompts and candidates of any causal model. Without log-probabilities,
+    the answer is the generated text, which is correct if it begins with the object."""
 
     def __init__(self, served: ServedModel, probe: Probe, parallel: int) -> None:
         super().__init__(None, ServerTokenizer(served), probe)

@@ -360,8 +360,7 @@ class TransformersReader:
 
 
 def _count_bytes(text: str, ends: Sequence[int]) -> list[int]:
-    """Return the number of UTF-8 bytes before each character position in `ends`. A token that ends within a character
-    counts all of it."""
+    """Return the UTF-8 bytes before each character position in `ends`; a token's last character counts as a whole."""
     points = np.fromiter(map(ord, text), dtype=np.uint32, count=len(text))
     widths = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
     offsets = np.concatenate([[0], np.cumsum(widths)])

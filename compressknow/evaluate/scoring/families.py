@@ -128,8 +128,7 @@ class MaskedScorer(Scorer):
         return logp
 
     def step(self, query: Query, length: int, beginning: Ids) -> tuple[Ids, int]:
-        """Return the prompt with `beginning` and masks at its blank, `length` tokens in all, and the position of the
-        next one."""
+        """Return the prompt with `beginning` and masks at its blank, `length` tokens in all, and the next position."""
         blank = self._find_blank(query)
         masks = (self.tokenizer.mask_token_id,) * (length - len(beginning))
         return (*query.prompt[:blank], *beginning, *masks, *query.prompt[blank + 1 :]), blank + len(beginning)

@@ -96,11 +96,9 @@ class LlamaCppScorer(CausalScorer):
     def _advance(
         self, batch: Sequence[Query], rows: Sequence[tuple[int, int, int, Ids]], known: int, scores: Scores
     ) -> int:
-        """Add the log-probabilities of the next tokens after `known` ones to `scores`; return the number of these.
-
-        A row is (sequence, its index in `scores`, index of the query, ids of the option). Sequences do not affect each
-        other, so all rows are finished in one pass if few tokens remain.
-        """
+        """Add the log-probabilities of the next tokens after `known` ones to `scores`; return the number of these. A
+        row is (sequence, its index in `scores`, index of the query, ids of the option); all are finished in one pass if
+        few tokens remain, as sequences do not affect each other."""
         remaining = sum(len(ids) - known for *_, ids in rows)
         width = max(len(ids) for *_, ids in rows) - known if remaining <= WIDE else 1
         spans = []

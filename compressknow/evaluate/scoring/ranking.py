@@ -75,8 +75,7 @@ def sum_logs(scores: Scores) -> float:
 
 
 def find_rank(gold: int, scores: Scores) -> int | None:
-    """Return the rank of the object, from 1; ties go to the earlier candidate. None if its score is NaN: a broken model
-    knows nothing."""
+    """Return the rank of the object, from 1; ties go to the earlier candidate. None for NaN, from a broken model."""
     if np.isnan(scores[gold]):
         return None
     return int(1 + np.sum(scores > scores[gold]) + np.sum(scores[:gold] == scores[gold]))

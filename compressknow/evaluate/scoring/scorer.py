@@ -83,11 +83,8 @@ class Encoder:
         return next((len(whole) - end for end in ends if whole[end - len(plain) : end] == plain), 0)
 
     def _tokenize_after(self, context: str, text: str) -> Ids:
-        """Return ids of `text` after `context`: those of both together without those of the context.
-
-        If a token spans the boundary, the text is tokenized after a bracket instead, since some tokenizers would put a
-        space before the text alone.
-        """
+        """Return ids of `text` after `context`; if a token spans the boundary, those after a bracket, since some
+        tokenizers would put a space before the text alone."""
         for before in (context, "("):
             prefix, whole = self.ids(before), self.ids(before + text)
             if whole[: len(prefix)] == prefix and len(whole) > len(prefix):
@@ -102,10 +99,7 @@ class Encoder:
         return self.continuation(context.rpartition(" ")[2], gap + text)
 
     def _respell(self, text: str) -> str:
-        """Return the text encoded and decoded; unchanged if that needs the unknown token.
-
-        Uncased tokenizers return "são tomé" as "sao tome", and word pieces "Guinea-Bissau" as "guinea - bissau".
-        """
+        """Return the text encoded and decoded, unless that needs the unknown token: "são tomé" may become "sao tome"."""
         ids = self.ids(text)
         return text if self.tokenizer.unk_token_id in ids else self.decode(ids)
 
@@ -157,8 +151,7 @@ class Scorer(ABC):
         self.encoder = Encoder(tokenizer)
 
     def release(self) -> None:
-        """Drop the model and values that depend on its weights; `model` may then be set to another of the same
-        architecture."""
+        """Drop the model and what depends on its weights; `model` may then be set to one of the same architecture."""
         for name in ("model", *self.by_weights):
             self.__dict__.pop(name, None)
 
@@ -182,10 +175,8 @@ class Scorer(ABC):
 
     @abstractmethod
     def finish(self, state: Any, rows: Sequence[tuple[int, Ids]], scores: Scores, bars: Scores) -> Scores:
-        """Return scores of whole options, [rows]: `scores` of the first tokens plus log-probabilities of all others.
-
-        A row is (query, ids of an option). A row whose score falls below its bar need not be finished.
-        """
+        """Return scores of whole options, [rows]: `scores` of the first tokens plus log-probabilities of all others. A
+        row is (query, ids of an option), and need not be finished once its score is below its bar."""
 
     @abstractmethod
     def produce(self, batch: Sequence[Query], log_probs: torch.Tensor, state: Any) -> list[str]:
@@ -239,14 +230,8 @@ class Scorer(ABC):
     def answer(
         self, batch: Sequence[Query], reference: Sequence[Ids] | None, measure_kl: MeasureKl | None = None
     ) -> list[Answer]:
-        """Answer queries of one shape.
-
-        Parameters
-        ----------
-        reference : for each query, the ids whose log-probabilities are stored at the answer's first position; by
-            default the most likely ones of this model.
-        measure_kl : takes distributions over the whole vocabulary; returns their divergences from the original's.
-        """
+        """Answer queries of one shape; for each, store the log-probabilities of the ids in `reference`, by default this
+        model's most likely, at the answer's first position, and the divergence there that `measure_kl` returns."""
         with torch.inference_mode():
             log_probs, state = self._begin(batch)
             texts = self.produce(batch, log_probs, state)

@@ -21,8 +21,7 @@ _LONE_SURROGATE = re.compile(rb"\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield (line number, object) or, for an invalid line, (line number, column and error). Raises UsageError if the
-    file cannot be read."""
+    """Yield (line number, object or, for an invalid line, column and error). Raises UsageError if it cannot be read."""
     try:
         # Lines end only at "\n", not at U+2028 and the like, where str.splitlines would break JSON texts.
         for number, line in enumerate(read_lines(path), start=1):

@@ -89,11 +89,8 @@ candidates as Paris|Rome|Madrid."""
         return Path(text).suffix.lower() in (".jsonl", ".csv")
 
     def open(self, name: str, part: str, options: Options) -> Probe:  # noqa: ARG002
-        """Read the facts of a file: JSON Lines with the keys `_KEYS`, or CSV with these as columns.
-
-        The default of `relation` is the name of the file, that of `id` the relation and the number of the line. Raises
-        UsageError with file, line and key (or column, if a line is not JSON) of the first errors.
-        """
+        """Read the facts of a file: JSON Lines with the keys `_KEYS`, or CSV with these as columns. Raises UsageError
+        with file, line and key (or column, if a line is not JSON) of the first errors."""
         path = expand_home(part)
         if not path.exists():
             raise UsageError(

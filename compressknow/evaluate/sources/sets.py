@@ -89,10 +89,8 @@ class Atlas(ProbeSource):
 
 
 def read_atlas(template: int = 1) -> Probe:
-    """Read all facts of the package. A relation's candidates are its distinct objects in alphabetical order.
-
-    `template` is the number of one of each relation's templates, from 1. Raises UsageError if it does not exist.
-    """
+    """Read all facts of the package, in one of each relation's templates, counted from 1. Raises UsageError without it.
+    A relation's candidates are its distinct objects in alphabetical order."""
     entries = [each for each in (files("compressknow.evaluate") / "atlas").iterdir() if each.name.endswith(".json")]
     contents = [entry.read_bytes() for entry in sorted(entries, key=lambda entry: entry.name)]
     relations = [json.loads(content) for content in contents]
@@ -305,8 +303,7 @@ def _read_vocabulary(path: Path) -> tuple[str, ...]:
 
 
 def _make_lama_fact(name: str, row: _Row, words: frozenset[str] | None) -> Fact | str:
-    """Return the row's fact, or the reason to drop it: by the official rules if the common vocabulary is given,
-    otherwise by the paper's."""
+    """Return the row's fact, or the reason to drop it: by the official rules with a vocabulary, else by the paper's."""
     relation, template, number, values = row
     # The subject of SQuAD's rows is the set's name; that of ConceptNet's is in `sub`.
     obj_label, sub_label = values.get("obj_label"), values.get("sub_label", values.get("sub"))

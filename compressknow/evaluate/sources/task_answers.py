@@ -87,8 +87,7 @@ def _measure_lengths(metric: str, choices: Sequence[str]) -> list[int]:
 def _read_choice(
     texts: Sequence[str], golds: Sequence[int], sample: Mapping[str, Any], correct: bool, lengths: Sequence[int]
 ) -> dict[str, Any]:
-    """Return fields of an answer among choices, which are ranked by log-likelihood divided by `lengths`; `golds` are
-    the indices of the right ones."""
+    """Return fields of an answer among choices, ranked by log-likelihood / `lengths`; `golds` index the right ones."""
     scores = np.array([score for score, _ in sample["filtered_resps"][: len(texts)]], dtype=np.float64)
     compared = scores / lengths
     order = np.argsort(-compared, kind="stable")
@@ -202,11 +201,9 @@ def cut_tail(text: str) -> str:
 
 
 def count_truncated(samples: Sequence[Mapping[str, Any]], lm: Any) -> int:
-    """Count the items whose context loses its beginning because it is too long for the model.
-
-    A causal model reads the context, and the continuation without its last token; an encoder only the context. If the
-    answer is generated, the context must leave room for it.
-    """
+    """Count the items whose context loses its beginning because it is too long for the model. A causal model reads the
+    context, which must leave room for a generated answer, and the continuation without its last token; an encoder only
+    the context."""
 
     def is_cut(arguments: Sequence[Any]) -> bool:
         text, room = str(arguments[0]), 0

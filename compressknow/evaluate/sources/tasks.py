@@ -157,15 +157,9 @@ class LmEvalTask(Task):
         return [path for name in names for path in _find_local_data(name) if path.resolve() not in known]
 
     def run(self, loaded: LanguageModel) -> tuple[list[Answer], ProbeEntry]:
-        """Run the task on a model with lm-eval; return the answers, and the probe's entry in ``probe.json``.
-
-        The model is not copied, moved or changed, and neither are the tokenizer and random states.
-
-        Raises
-        ------
-        UnsupportedError : a masked model, or a task that does not mark each item as right or wrong.
-        CompressknowError : the task's data is not available or cannot be read.
-        """
+        """Run the task on a model with lm-eval, leaving the model, its tokenizer and random states unchanged; return
+        the answers, and the probe's entry in ``probe.json``. Raises UnsupportedError for a masked model, or a task that
+        does not mark each item as right or wrong, CompressknowError if its data is not available or cannot be read."""
         self.check_family(loaded.family)
         with tempfile.TemporaryDirectory(prefix="compressknow-") as folder, silence(), _seed_random(loaded, self.seed):
             return _evaluate(loaded, self, build(self, Path(folder)))
@@ -186,10 +180,8 @@ def _find_data(name: str, entry: Any, folders: list[Path]) -> Path | None:
 
 
 def list_names_without(task: str) -> list[str] | None:
-    """Return names of lm-eval's own tasks if none of their files contains the name `task`; otherwise None.
-
-    This only searches the files, in a second, whereas reading lm-eval's index takes most of a minute.
-    """
+    """Return names of lm-eval's own tasks if none of their files contains the name `task`, in a second; otherwise None,
+    since reading lm-eval's index takes most of a minute."""
     spec = importlib.util.find_spec("lm_eval")
     word = re.compile(rb"(?<!\w)" + re.escape(escape_name(task).encode()) + rb"(?!\w)")
     names: dict[str, None] = {}
