@@ -246,15 +246,12 @@ class Int4Linear(EngineLinear):
             return functional.linear(x, weight, self.bias)
         # As in `Int8Linear`.
         with torch._C.DisableTorchFunction():
-            return self._multiply_packed(x)
-
-    def _multiply_packed(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-        scales, multiply = self.scales_and_zeros.to(torch.bfloat16), torch.ops.aten._weight_int4pack_mm_for_cpu
-        values: torch.Tensor = multiply(rows, self.packed, self.group_size, scales).to(x.dtype)
-        if self.bias is not None:
-            values += self.bias
-        return values.reshape(*x.shape[:-1], self.out_features)
+            rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
+            scales, multiply = self.scales_and_zeros.to(torch.bfloat16), torch.ops.aten._weight_int4pack_mm_for_cpu
+            values: torch.Tensor = multiply(rows, self.packed, self.group_size, scales).to(x.dtype)
+            if self.bias is not None:
+                values += self.bias
+            return values.reshape(*x.shape[:-1], self.out_features)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -83,10 +83,9 @@ def evaluate(
         advance(answered, total, pace.left)
 
     def answer(batch: Sequence[Query]) -> list[Answer]:
-        ids = [reference[query.fact.id] for query in batch] if reference is not None else None
-        if known is None:
-            return prompts.scorer.answer(batch, ids, measure_kl)
-        return prompts.scorer.rescore(batch, [known[query.fact.id] for query in batch], ids, measure_kl)
+        ids = None if reference is None else [reference[query.fact.id] for query in batch]
+        answers = None if known is None else [known[query.fact.id] for query in batch]
+        return prompts.scorer.answer(batch, ids, measure_kl, answers)
 
     for batch, answers in prompts.scorer.run_each(answer, remaining):
         yield answers

@@ -93,8 +93,9 @@ class ServedScorer(CausalScorer):
         batch: Sequence[Query],
         reference: Sequence[Ids] | None,
         measure_kl: MeasureKl | None = None,  # noqa: ARG002
+        known: Sequence[Answer] | None = None,  # noqa: ARG002
     ) -> list[Answer]:
-        """Answer the only query of a batch; `measure_kl` is not called, as servers are too slow for all tokens."""
+        """Answer the only query of a batch, without divergences: servers are too slow for all tokens."""
         (query,), wanted = batch, None if reference is None else [int(number) for number in reference[0]]
         text, first = self._write(query), self._served.predict(query.prompt, wanted or ())
         answer = self._choose(query, first) if query.options else self._judge(query, first, text)

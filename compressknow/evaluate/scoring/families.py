@@ -57,7 +57,7 @@ class MaskedScorer(Scorer):
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:  # noqa: ARG002
         # The model sees what follows anyway.
-        return tuple(self.encoder.answer(fact.before, text, fact.gap) for text in texts)
+        return super().encode_options(fact, texts, rest=False)
 
     def find_obstacle(self, fact: Fact) -> str | None:  # noqa: ARG002
         return None
@@ -199,10 +199,6 @@ class CausalScorer(DecodingScorer):
         # If the tokenizer drops the whole text, its special tokens are better than none.
         return self.encoder.begin(fact.before) or self.encoder.ids(fact.before, True)
 
-    def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
-        after = fact.after if rest else ""
-        return tuple(self.encoder.answer(fact.before, text + after, fact.gap) for text in texts)
-
     def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         read = self.read(batch, torch.tensor([query.prompt for query in batch], device=self.model.device))
         if self.reads_ahead and getattr(self.model.config, "is_decoder", None) is False:
@@ -246,11 +242,10 @@ class Seq2SeqScorer(DecodingScorer):
         return self.encoder.ids(fact.prompt.replace(BLANK, blank), True)
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
-        if self._sentinels:
-            close = self._sentinels[1:] if rest else ()
-            return tuple(self.encoder.answer(fact.before, text, fact.gap) + close for text in texts)
-        after = fact.after if rest else ""
-        return tuple(self.encoder.answer(fact.before, text + after, fact.gap) for text in texts)
+        if not self._sentinels:
+            return super().encode_options(fact, texts, rest=rest)
+        close = self._sentinels[1:] if rest else ()
+        return tuple(ids + close for ids in super().encode_options(fact, texts, rest=False))
 
     def find_shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:
         return len(prompt), len(self.begin(fact))

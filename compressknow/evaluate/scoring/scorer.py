@@ -99,7 +99,7 @@ class Encoder:
         return self.continuation(context.rpartition(" ")[2], gap + text)
 
     def _respell(self, text: str) -> str:
-        """Return the text encoded and decoded, unless that needs the unknown token: "são tomé" may become "sao tome"."""
+        """Return the text encoded and decoded, unless that needs the unknown token: "são tomé" becomes "sao tome"."""
         ids = self.ids(text)
         return text if self.tokenizer.unk_token_id in ids else self.decode(ids)
 
@@ -162,10 +162,6 @@ class Scorer(ABC):
         """Return the ids that the model reads first. Raise CompressknowError if a prompt cannot be used at all."""
 
     @abstractmethod
-    def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
-        """Return the ids to score for each of these answers; with those of the text after the blank if `rest`."""
-
-    @abstractmethod
     def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         """Return log-probabilities at the answer's first position, [batch, vocabulary], and the state for `finish`."""
 
@@ -186,6 +182,11 @@ class Scorer(ABC):
         """Return why this family cannot be evaluated on a fact, or None."""
         is_last = fact.before and not re.search(r"\w", fact.after)
         return None if fact.candidates or is_last else BLANK_NOT_LAST
+
+    def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
+        """Return the ids to score for each of these answers; with those of the text after the blank if `rest`."""
+        after = fact.after if rest else ""
+        return tuple(self.encoder.answer(fact.before, text + after, fact.gap) for text in texts)
 
     def find_shape(self, fact: Fact, prompt: Ids) -> tuple[int, ...]:  # noqa: ARG002
         return (len(prompt),)
@@ -228,38 +229,33 @@ class Scorer(ABC):
         return ((batch, work(batch)) for batch in batches)
 
     def answer(
-        self, batch: Sequence[Query], reference: Sequence[Ids] | None, measure_kl: MeasureKl | None = None
+        self,
+        batch: Sequence[Query],
+        reference: Sequence[Ids] | None,
+        measure_kl: MeasureKl | None = None,
+        known: Sequence[Answer] | None = None,
     ) -> list[Answer]:
-        """Answer queries of one shape; for each, store the log-probabilities of the ids in `reference`, by default this
-        model's most likely, at the answer's first position, and the divergence there that `measure_kl` returns."""
+        """Answer queries of one shape. At each answer's first position, store the log-probabilities of the ids in
+        `reference`, by default this model's most likely, and the divergence that `measure_kl` returns. Answers of this
+        model that are `known` get only these."""
         with torch.inference_mode():
             log_probs, state = self._begin(batch)
-            texts = self.produce(batch, log_probs, state)
-            answers = {
-                **self._answer_closed(batch, log_probs, state),
-                **self._answer_by_word(batch, log_probs),
-                **self._answer_freely(batch, log_probs, state, texts),
-            }
-            facts = [query.fact for query in batch]
-            graded = [add_grade(answers[i], facts[i], text, self.encoder.spelled) for i, text in enumerate(texts)]
-            return self._add_distributions(graded, log_probs, reference, measure_kl)
+            if known is None:
+                texts = self.produce(batch, log_probs, state)
+                answers = {
+                    **self._answer_closed(batch, log_probs, state),
+                    **self._answer_by_word(batch, log_probs),
+                    **self._answer_freely(batch, log_probs, state, texts),
+                }
+                facts = [query.fact for query in batch]
+                known = [add_grade(answers[i], facts[i], text, self.encoder.spelled) for i, text in enumerate(texts)]
+            return self._add_distributions(known, log_probs, reference, measure_kl)
 
     def generate_answers(self, batch: Sequence[Query]) -> list[str]:
         """Return the generated answers to queries of one shape: a choice, or the first sentence."""
         with torch.inference_mode():
             pairs = zip(batch, self.produce(batch, *self._begin(batch)), strict=True)
         return [find_choice(text, list_choices(query.fact), self.encoder.spelled) for query, text in pairs]
-
-    def rescore(
-        self,
-        batch: Sequence[Query],
-        answers: Sequence[Answer],
-        reference: Sequence[Ids] | None,
-        measure_kl: MeasureKl | None = None,
-    ) -> list[Answer]:
-        """Return this model's answers to a batch with the log-probabilities of other tokens; see `answer`."""
-        with torch.inference_mode():
-            return self._add_distributions(answers, self._begin(batch)[0], reference, measure_kl)
 
     def _begin(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         """Return what `read_first` does, after a test of the first two queries."""
