@@ -101,10 +101,6 @@ def export(
     Returns
     -------
     The content of ``output.json``: setup, source, versions, types and bytes by group of layers, hash.
-
-    Raises
-    ------
-    compressknow.CompressknowError : what is wrong, why, and what to try.
     """
     place = Path(output)
     # Checked before torch is imported, which takes seconds.

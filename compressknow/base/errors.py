@@ -9,14 +9,8 @@ from typing import Any
 
 
 class CompressknowError(Exception):
-    """Error that the user can act on; the command line prints it without a traceback.
-
-    Parameters
-    ----------
-    what : what is wrong and where, one sentence.
-    why : the reason, if `what` does not make it clear.
-    hint : what to try.
-    """
+    """Error that the user can act on, printed without a traceback: `what` is wrong and where, `why` if that does not
+    make it clear, and a `hint` what to try."""
 
     exit_code = 1
 

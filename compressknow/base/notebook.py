@@ -21,14 +21,7 @@ CELL = "padding:2px 10px;border-bottom:1px solid rgba(128,128,128,0.35);backgrou
 
 
 class Summary(NamedTuple):
-    """Summary of a result.
-
-    Attributes
-    ----------
-    title : kind of result, and its models.
-    verdict : a sentence, or nothing.
-    columns, rows : a table, which may be empty; its first column has names, the others have figures.
-    """
+    """Summary of a result: its kind and models, a sentence if any, and a table, whose first column has names."""
 
     title: str
     verdict: str = ""

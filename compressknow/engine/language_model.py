@@ -152,8 +152,7 @@ def count_embedding_rows(model: PreTrainedModel) -> int:
 
 
 def check_tokens(largest: int, rows: int, where: str) -> None:
-    """Raise CheckpointError for an id beyond the embedding. The vocabulary's size does not show it, as ids may have
-    gaps."""
+    """Raise CheckpointError for an id beyond the embedding; as ids may have gaps, their number does not show it."""
     if largest >= rows:
         raise CheckpointError(
             f"The tokenizer gives token {largest:,}, but the model's embedding has {rows:,} rows: they do not match.",
@@ -245,8 +244,7 @@ def find_named_family(config: Mapping[str, Any]) -> str | None:
 
 
 def find_family(model: PreTrainedModel) -> str | None:
-    """Return ``masked``, ``causal``, ``seq2seq`` or None, by a model's class; for remote code, by the names
-    in its config and of its class."""
+    """Return ``masked``, ``causal``, ``seq2seq`` or None, by a model's class; for remote code, by names of classes."""
     name = type(model).__name__
     if family := find_family_of_class(name):
         # Some classes that transformers lists as sequence-to-sequence transcribe speech; they continue a given text.

@@ -318,8 +318,7 @@ FEWER_ROWS = (16, 32, 64)
 def multiply_in_parts(
     x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor], fewer: Sequence[int] = ()
 ) -> torch.Tensor:
-    """Compute a product of rows [..., in] as [..., out], `ROWS` rows at a time, or the least of `fewer` that holds all
-    rows."""
+    """Compute a product of rows [..., in] as [..., out], by `ROWS` rows or the least of `fewer` that holds them all."""
     rows = x.reshape(-1, x.shape[-1])
     size = next((size for size in fewer if len(rows) <= size), ROWS)
     if len(rows) == size:

@@ -202,8 +202,7 @@ def _find_source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
 
 
 def _choose_unpacking(path: Path, config: Any) -> Any:
-    """Return the setting by which transformers unpacks weights while it loads them; None if it need not. Raises
-    UnsupportedError if it would unpack some of them wrongly."""
+    """Return how transformers is to unpack weights, or None. Raises UnsupportedError if it would do so wrongly."""
     from transformers import CompressedTensorsConfig, GgufConfig
 
     if path.suffix == ".gguf":

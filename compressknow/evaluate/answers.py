@@ -92,12 +92,8 @@ class Answer:
 
 @dataclass(frozen=True, repr=False)
 class Answers(SummaryRepr):
-    """Answers of one model, and the record of how they were obtained (the content of ``probe.json``).
-
-    Attributes
-    ----------
-    texts : results for running texts, which have no facts, by probe.
-    """
+    """Answers of one model, the record of how they were obtained (the content of ``probe.json``), and results for
+    running texts, which have no facts, by probe."""
 
     record: Record
     answers: tuple[Answer, ...]

@@ -205,8 +205,7 @@ def has_same_tokens(reference: Answers, loaded: Runtime) -> bool:
 
 
 def find_first_ids(reference: Answers, probe: Probe, prompts: Prompts) -> dict[str, Ids]:
-    """Map each fact's id to the original's most likely tokens at the answer's first position. Raises CompressknowError
-    if the original has not answered a fact."""
+    """Map each fact's id to the original's most likely first tokens. Raises CompressknowError if one is missing."""
     ids = {answer.fact_id: answer.first_ids for answer in reference.of(probe.name)}
     facts = [query.fact.id for batch in prompts.batches for query in batch]
     if missing := [fact for fact in facts if fact not in ids]:

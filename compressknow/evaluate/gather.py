@@ -306,8 +306,7 @@ def finish_answers(
 
 
 def open_matching(known: Answers | None, evaluation: Evaluation) -> list[Opened]:
-    """Open the named probes, by default those of the `known` answers, or atlas, with the sample of these answers.
-    Raises as `open_named` does."""
+    """Open the named probes, by default those of the `known` answers with their sample, as `open_named` does."""
     names, options = list(evaluation.probes) or (list(known.probes) if known else []), evaluation.options
     entries = list(known.record.probes.values()) if known else []
     # No sample was drawn from probes with fewer facts.

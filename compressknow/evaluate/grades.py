@@ -98,11 +98,7 @@ def cut(text: str, start: int = 0) -> str:
 
 def find_choice(text: str, choices: Sequence[str], spelled: Callable[[str], str] = str) -> str:
     """Return the longest choice that a greedy text begins with, preferring an exact match among equals; its first
-    sentence if there is none.
-
-    Parameters
-    ----------
-    spelled : returns a choice as the model's tokenizer decodes it ("são tomé" as "sao tome").
+    sentence if there is none. `spelled` returns a choice as the tokenizer decodes it ("são tomé" as "sao tome").
 
     >>> find_choice("New York City, of course", ["New York", "New York City"]), find_choice("a city. It", ["Paris"])
     ('New York City', 'a city')

@@ -387,8 +387,7 @@ class ModelHandle:
                 task.check_family(self.named_family)
 
     def copy_in_other_precision(self) -> ModelHandle | None:
-        """Return the model in bfloat16 if it runs in float32, and in float32 otherwise; None if its runtime offers only
-        one precision."""
+        """Return the model in bfloat16 if it runs in float32, else in float32; None outside of transformers."""
         if self.runtime.name != TRANSFORMERS:
             return None
         dtype = "bfloat16" if self.loaded.computed_in.startswith("float32") else "float32"

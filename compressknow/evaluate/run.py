@@ -86,21 +86,12 @@ def probe_model(
     """Evaluate a model on probes, and add the answers to those that `folder` already has.
 
     A probe is not evaluated again if the folder has answers for the same model, facts and reference; a stopped
-    evaluation resumes.
+    evaluation resumes. `wait` waits for another run that uses the folder; `overwrite` replaces answers to the same
+    probes that are to other facts, or were made with other settings.
 
-    Parameters
-    ----------
-    folder : an answers folder of this model, or a new one.
-    wait : wait for another run that uses the folder, instead of raising OutputError.
-    overwrite : replace answers to the same probes that are to other facts, or were made with other settings.
-
-    Raises
-    ------
-    OutputError : the folder has foreign files or answers of another model, has answers that may not be replaced, or is
-        in use by another run.
-    CompressknowError : the model or a probe does not match the reference; a weight is NaN or infinite; the model's
-        files change during the run.
-    """
+    Raises OutputError if the folder has foreign files, answers of another model or answers that may not be replaced, or
+    is in use by another run; CompressknowError if the model or a probe does not match the reference, a weight is NaN or
+    infinite, or the model's files change during the run."""
     check_unique(probes)
     handle.check_tasks(probes)
     handle.check_sound(on_progress)

@@ -40,8 +40,7 @@ _TEXT = "A long time ago, in a small town by the sea, there lived a young woman 
 
 
 def measure(located: LocatedModel, settings: Settings) -> Speed:
-    """Measure facts and tokens per second (medians), and peak memory in bytes, without that of libraries. Raises
-    CompressknowError if the measuring process fails."""
+    """Measure facts and tokens per second (medians), and peak memory. Raises CompressknowError if that fails."""
     arguments = [str(located.path), json.dumps(asdict(settings))]
     # Both processes use UTF-8 in any locale, and nothing is imported from the working directory.
     command = [sys.executable, "-P", "-X", "utf8", "-m", "compressknow.evaluate.speed", *arguments]

@@ -58,8 +58,7 @@ class TextReader(Protocol):
         vocabulary]."""
 
     def continue_texts(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """Continue prompts of equal length greedily: [prompts][tokens]; after a text has ended, the end token is
-        repeated, at no cost."""
+        """Continue prompts of one length greedily: [prompts][tokens]; after a text ends, its end token is repeated."""
 
     def ends(self, token: int) -> bool:
         """Return whether a text ends with this token."""

@@ -139,8 +139,7 @@ class DecodingScorer(Scorer):
     def read(
         self, batch: Sequence[Query], ids: torch.Tensor, encoder: Encoded | None = None
     ) -> tuple[torch.Tensor, Prefix]:
-        """Read the prefixes of a batch; return log-probabilities of the next token, [batch, vocabulary], and a `Prefix`
-        to continue from."""
+        """Read a batch of prefixes; return log-probabilities of the next token, [batch, vocabulary], and a `Prefix`."""
         if self.reads_ahead is None:
             self._test_model(batch[:2], ids[:2], select_encoded(encoder, slice(2)))
         logits, cache = self.forward(ids, None, encoder, 1)

@@ -166,8 +166,7 @@ class GgufReader:
         self._memory.release()
 
     def encode(self, text: str) -> tuple[list[int], list[int] | None]:
-        """Tokenize, with names of special tokens as ordinary text. The bytes are None if the pieces do not add up to
-        the text, for example because the tokenizer puts a space before it."""
+        """Tokenize, special tokens' names as text. The bytes are None if the pieces do not add up to the text."""
         ids = self._tokenizer.encode(text, special=False, parse_special=False)
         pieces = [self._tokenizer.decode_token(number) for number in ids]
         return ids, list(accumulate(map(len, pieces))) if b"".join(pieces) == text.encode() else None
