@@ -156,8 +156,7 @@ class Registry(Generic[Thing]):
         return self._loaded[name]
 
     def usable(self) -> tuple[dict[str, Thing], dict[str, CompressknowError]]:
-        """Return the usable entries by name, and the errors of unusable ones; a built-in name that is added too is in
-        both."""
+        """Return the usable entries by name, and the errors of the others; a built-in name that is added is in both."""
         entries: dict[str, Thing] = {}
         unusable: dict[str, CompressknowError] = {}
         for name in self:

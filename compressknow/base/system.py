@@ -129,8 +129,7 @@ def _reserve_room(path: Path, descriptor: int, size: int) -> None:
 
 
 def read_at(descriptor: int, buffer: memoryview, position: int) -> int:
-    """Fill `buffer` from byte `position` of a file, which threads may share; return the bytes read, fewer only at its
-    end."""
+    """Fill `buffer` from byte `position` of a file that threads may share; return the bytes read, fewer at its end."""
     done = 0
     while piece := buffer[done : done + _MOST_AT_ONCE]:
         if (count := _read_some(descriptor, piece, position + done)) == 0:

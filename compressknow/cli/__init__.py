@@ -87,8 +87,7 @@ class LazyGroup(click.Group):
         return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; on a usage error, note which options the project's file sets. With `--debug`, print the
-        traceback of any error."""
+        """Run the command; note which options a project's file sets on a usage error, and print any with `--debug`."""
         try:
             return super().invoke(ctx)
         except SystemExit as stop:

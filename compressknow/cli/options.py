@@ -438,8 +438,7 @@ def describe_project_defaults(command: click.Command, names: Iterable[str]) -> s
 
 def drop_recipe_conflicts(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Return the options; if there is a recipe, without those of `names` that the project's file sets. Raises
-    UsageError if one of `names` is on the command line along with a recipe, even with its default value: the recipe may
-    differ."""
+    UsageError if one of `names` is on the command line along with a recipe, even with its default value."""
     if options["recipe"] is None:
         return dict(options)
     from compressknow.compress.recipe import check_recipe_conflicts

@@ -70,8 +70,7 @@ class Int8Linear(EngineLinear):
     weight_scale : float [out, 1], or [1] for the whole weight.
     bias : float [out] or None.
     bits : width of an activation, 2 to 8.
-    per_token : if True, each token has its own scale and zero stays zero; else all tokens of an input share one scale
-        and one zero point.
+    per_token : whether each token has its own scale, and zero stays zero; else they share a scale and a zero point.
 
     Takes [..., in] and returns [..., out] in the same float dtype. Scales and integers are computed in that dtype as by
     compressed-tensors (`compute_dynamic_scales_and_zp`, `quantize`), except that it uses one scale for all tokens of an
@@ -260,8 +259,7 @@ class Int4Linear(EngineLinear):
 
     def integers(self) -> torch.Tensor:
         """Return int8 [out, in], from -8 to 7. The kernel's order (torch's `weight_to_int4pack_kernel` for AVX-512) is
-        by 64 outputs, input and output; a byte holds outputs n and n + 32. If fewer than 64 are left, it holds n and
-        n + 1."""
+        by 64 outputs, input and output; a byte holds outputs n and n + 32, or n and n + 1 if fewer than 64 are left."""
         size, end = self.in_features, self.out_features // _BLOCK * _BLOCK
         whole, rest = self.packed[:end].view(-1, size, _BLOCK // 2), self.packed[end:].view(size, -1)
         blocks = torch.cat([whole & 15, whole >> 4], dim=2).transpose(1, 2).reshape(end, size)

@@ -62,8 +62,7 @@ def load(
     """Load the model of a checkpoint folder, in eval mode; its class is the one that the config names.
 
     Quantized weights without a layer in `compressknow.engine.layers` are unpacked to floats here: transformers does so
-    only at the first forward of the whole model, so that `generate` fails if an encoder is called separately (T5,
-    BART).
+    only at the first forward of the whole model, so that `generate` fails if it calls the encoder first (T5, BART).
 
     Parameters
     ----------

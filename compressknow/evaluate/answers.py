@@ -53,12 +53,10 @@ class Answer:
     choices : the number of possible answers, for chance; None if any text is possible.
     first_ids, first_logp : distribution at the answer's first position: ids of the original's most likely tokens, and
         their log-probabilities in this model; all other tokens have the remaining probability. Empty for lm-eval.
-    first_kl : KL(original || this model) in nats at that position, over the whole vocabulary; None if it was not
-        measured.
+    first_kl : KL(original || this model) in nats at that position, over the whole vocabulary; None if not measured.
     produced : the greedily decoded answer: the candidate that the text begins with, else its first sentence; None if
         there is none (lm-eval, answers of older versions).
-    with_example : the same after one solved example of the relation; evaluated only if the original knew the fact and
-        this model does not.
+    with_example : the same after one solved example of the relation, if only the original knew the fact.
     grade : see `compressknow.evaluate.grades`; None if there is none.
     template : number of the wording, if each fact has several.
     total_logp : logarithm of the sum of the probabilities of all possible answers, at most 0.1 % too small; None if any

@@ -69,8 +69,7 @@ def evaluate(
     Parameters
     ----------
     reference : fact id -> token ids whose log-probabilities to store at the answer's first position: the original's.
-    done : ids of facts that are answered. Batches are skipped or run as a whole, so that a resumed run has the same
-        batches.
+    done : ids of facts that are answered. Batches are skipped or run as a whole, so that they do not change.
     known : fact id -> answer of this model, scored on other tokens: only its distribution is computed again.
     measure_kl : takes a batch's distributions over the whole vocabulary; see `compressknow.evaluate.distributions`.
     """

@@ -387,8 +387,7 @@ def evaluate_both(
     a: ModelHandle, b: ModelHandle, probes: Sequence[Opened], keep_in: Path, on_progress: Listener | None
 ) -> tuple[Direction, Direction]:
     """Evaluate both models in both directions, with one in memory at a time: each for its own answers, and on the
-    other's tokens. Answers in `keep_in` are reused. Raises CompressknowError if a model cannot be loaded or evaluated,
-    or if their vocabularies differ."""
+    other's tokens. Answers in `keep_in` are reused. Raises CompressknowError if one fails, or vocabularies differ."""
 
     def evaluate(model: ModelHandle, context: Context) -> Answers:
         listener = relabel_progress(on_progress, number=1 if model is a else 2, of=2)

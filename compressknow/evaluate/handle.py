@@ -63,14 +63,8 @@ class Transformers(Runtime):
 
     @classmethod
     def open(cls, located: LocatedModel, settings: Settings) -> Transformers:
-        return cls(
-            load_language_model(
-                located.path,
-                device=settings.device,
-                dtype=settings.computed_in,
-                trust_remote_code=settings.trust_remote_code,
-            )
-        )
+        trusted, dtype = settings.trust_remote_code, settings.computed_in
+        return cls(load_language_model(located.path, device=settings.device, dtype=dtype, trust_remote_code=trusted))
 
     def make_scorer(self, probe: Probe) -> Scorer:
         from compressknow.evaluate.scoring.families import make_scorer

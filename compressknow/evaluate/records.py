@@ -63,8 +63,7 @@ class NoiseFloor:
     kl_mean : mean KL divergence at the answer's first position, in nats over the whole vocabulary; None if the disk was
         too full to measure it, or the tokens differ.
     computed_in : the other precision, or the other runtime and its build.
-    read_otherwise : prompts that the runtime tokenizes differently from the model's own tokenizer; None for a
-        precision.
+    read_otherwise : prompts that the runtime tokenizes differently from the model's tokenizer; None for a precision.
     produced : the same with known meaning produced; None if the model cannot generate text.
     """
 
@@ -288,8 +287,7 @@ class Chunk:
     ids : int32 [scored], the scored tokens: the second half of the chunk without its first token.
     logp : float32 [scored], natural log-probability of each of them, given the tokens before it.
     top : int32 [scored], the most likely token at each position.
-    kl : float64 [scored], KL(original || this model) in nats over the whole vocabulary; None if the original's
-        distributions were not available.
+    kl : float64 [scored], KL(original || this model) in nats over the whole vocabulary; None if not measured.
     bytes : bytes of UTF-8 text in these tokens; None if the tokenizer does not tell.
     greedy : int32, greedy continuation of the first half of the chunk; empty for all but the first chunks.
     """

@@ -1,5 +1,4 @@
-"""Requests to a server: retried if that may help, with responses bounded in time and size and checked for their form,
-and with the API key in no message.
+"""Requests to a server: retried if that may help, with responses bounded and checked, and the API key in no message.
 
 requests and urllib3 decide when to wait and how long (`urllib3.util.Retry`).
 """
@@ -113,8 +112,7 @@ class Client:
         raise AssertionError
 
     def _read_body(self, path: str, response: requests.Response) -> bytes:
-        """Read a body. Raise TimeoutError if the whole body takes longer than the timeout, which requests applies only
-        to each part."""
+        """Read a body. Raise TimeoutError if all of it exceeds the timeout, which requests applies to each part."""
         end, body = time.monotonic() + self._timeout, bytearray()
         while piece := response.raw.read1(PIECE, decode_content=True):
             if time.monotonic() > end:

@@ -67,8 +67,7 @@ class ServedModel(abc.ABC):
     ----------
     name : name of the kind of server.
     scores : whether it returns log-probabilities; otherwise it only generates text.
-    greedy : options of a request for greedy text, without a penalty that the model's generation settings, or the
-        server's command line, may have.
+    greedy : options of a request for greedy text, without a penalty that the model or server may have by default.
     tokens : whether token ids are the model's; otherwise they are code points of characters.
     build : version of the server; None if it is not known.
     longest : maximum number of tokens in its context; None if it is not known.

@@ -156,8 +156,7 @@ class ProbeSource(ABC):
         return folder.is_dir()
 
     def find(self, name: str, part: str, data: Path | None) -> Path:
-        """Return the folder of the set: `data` itself, or one of the `folders` in it. Raises UsageError, with where to
-        get the set and where to put it."""
+        """Return the folder of the set: `data`, or one of the `folders` in it. Raises UsageError with what to do."""
 
         def find_in(folder: Path) -> Path | None:
             candidates = (folder, *(folder / own for own in self.folders))

@@ -210,8 +210,7 @@ class Lama(ProbeSource):
     `paper` follows the code of "The Cost of Compression" (NamburiSrinath/LLMCompression, utils.py): answers are tokens
     of the model's whole vocabulary, their case is ignored, each sentence is evaluated once per set, nothing else is
     dropped, and all facts count equally. This agrees with table 3 of the paper: its scores are fractions of 5,510 for
-    Google-RE, the number of distinct sentences from the templates (the set's own first sentences have 5,262 blanks),
-    and of 308 for SQuAD, whose 305 sentences have 308 blanks.
+    Google-RE, whose templates give as many distinct sentences, and of 308 for SQuAD, whose sentences have 308 blanks.
     """
 
     help = "LAMA's trex, google-re, squad or conceptnet (--data DIR)"

@@ -201,9 +201,8 @@ def cut_tail(text: str) -> str:
 
 
 def count_truncated(samples: Sequence[Mapping[str, Any]], lm: Any) -> int:
-    """Count the items whose context loses its beginning because it is too long for the model. A causal model reads the
-    context, which must leave room for a generated answer, and the continuation without its last token; an encoder only
-    the context."""
+    """Count the items whose context loses its beginning because it is too long for the model: a causal one also reads
+    the continuation without its last token, or needs room for the answer that it generates."""
 
     def is_cut(arguments: Sequence[Any]) -> bool:
         text, room = str(arguments[0]), 0
