@@ -10,18 +10,7 @@ import click
 
 from compressknow.base.format import NONE, clean, compare_sizes, write_size
 from compressknow.cli import NOTHING_WRITTEN, RESUMES, explain_interrupt, show_before_error
-from compressknow.cli.options import (
-    RUNS,
-    add_output_files,
-    answers_option,
-    command,
-    known_option,
-    no_facts_option,
-    option,
-    probe_options,
-    strict_option,
-    threads_option,
-)
+from compressknow.cli import options as opt
 from compressknow.cli.report import get_command, list_texts
 from compressknow.cli.terminal import WIDTH, ProgressLines, show, show_json, show_written, wrap
 from compressknow.pages.diff import pages
@@ -33,26 +22,26 @@ if TYPE_CHECKING:
     from compressknow.pages.parts import Table
 
 
-@command()
+@opt.command()
 @click.argument("a")
 @click.argument("b")
-@add_output_files("File, repeatable: .html, .md or .json.")
-@probe_options
-@known_option
-@option(
+@opt.add_output_files("File, repeatable: .html, .md or .json.")
+@opt.probe_options
+@opt.known_option
+@opt.option(
     "--fail-under",
     multiple=True,
     metavar="[NAME=]SHARE",
     help="Exit with 3 if B keeps less of A's knowledge: 0.95. Needs -p.",
 )
-@strict_option
-@no_facts_option
-@answers_option
-@option("--overwrite", is_flag=True, help="Replace files that compressknow wrote.")
-@threads_option
-@option("--revision", group=RUNS, help="Branch, tag or commit of A on the Hub.")
-@option("--revision-b", group=RUNS, help="Branch, tag or commit of B on the Hub.")
-@option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+@opt.strict_option
+@opt.no_facts_option
+@opt.answers_option
+@opt.option("--overwrite", is_flag=True, help="Replace files that compressknow wrote.")
+@opt.threads_option
+@opt.option("--revision", group=opt.RUNS, help="Branch, tag or commit of A on the Hub.")
+@opt.option("--revision-b", group=opt.RUNS, help="Branch, tag or commit of B on the Hub.")
+@opt.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def compare(a: str, b: str, output: tuple[Path, ...], probe: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Show how checkpoint B differs from A: in settings, structure, and weight by weight.
 

@@ -13,18 +13,7 @@ from compressknow.base.errors import UsageError
 from compressknow.base.format import count, write_percent, write_size
 from compressknow.base.packages import Registry
 from compressknow.cli import NOTHING_WRITTEN, check_upload, explain_interrupt, push_options, upload
-from compressknow.cli.options import (
-    HOW,
-    PATH,
-    Decorator,
-    checkpoint_options,
-    command,
-    drop_recipe_conflicts,
-    join_options,
-    make_recipe_option,
-    option,
-    threads_option,
-)
+from compressknow.cli import options as opt
 from compressknow.cli.terminal import WIDTH, ProgressLines, format_duration, show, show_json, wrap_whole
 from compressknow.compress.parameters import Parameter
 from compressknow.compress.pruning import METHODS
@@ -68,10 +57,10 @@ EPILOG += _list_names("Methods (--prune-method):", METHODS)
 EPILOG += _list_names("Schemes (--quantize):", SCHEMES)
 
 
-def _make_parameter_option(declared: Parameter) -> Decorator:
-    return option(
+def _make_parameter_option(declared: Parameter) -> opt.Decorator:
+    return opt.option(
         f"{declared.option}/--no-{declared.option[2:]}" if declared.default is True else declared.option,
-        group=HOW,
+        group=opt.HOW,
         default=declared.default,
         type=declared.kind,
         is_flag=declared.kind is bool,
@@ -92,17 +81,19 @@ def _check(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
     raise click.BadParameter(str(first_error), ctx, option)
 
 
-@command(epilog=EPILOG)
+@opt.command(epilog=EPILOG)
 @click.argument("model")
-@click.argument("output", type=PATH)
-@join_options(*map(make_recipe_option, OPTIONS), *(_make_parameter_option(first) for first, *_ in _PARAMETERS.values()))
-@option("--recipe", group=HOW, type=PATH, help="TOML file, manifest or converted folder to repeat.")
-@threads_option
-@checkpoint_options
+@click.argument("output", type=opt.PATH)
+@opt.join_options(
+    *map(opt.make_recipe_option, OPTIONS), *(_make_parameter_option(first) for first, *_ in _PARAMETERS.values())
+)
+@opt.option("--recipe", group=opt.HOW, type=opt.PATH, help="TOML file, manifest or converted folder to repeat.")
+@opt.threads_option
+@opt.checkpoint_options
 @push_options
-@option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
-@option("--overwrite", is_flag=True, help="Replace OUTPUT if convert wrote it.")
-@option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@opt.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
+@opt.option("--overwrite", is_flag=True, help="Replace OUTPUT if convert wrote it.")
+@opt.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.pass_context
 def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Prune and quantize MODEL, a local folder or a Hub id, into the new folder OUTPUT.
@@ -121,7 +112,7 @@ def convert(ctx: click.Context, /, model: str, output: Path, dry_run: bool, as_j
 
     repo, private = options.pop("push"), options.pop("private")
     check_upload(repo, private, dry_run=dry_run)
-    options = drop_recipe_conflicts(options, (*OPTIONS, *_PARAMETERS))
+    options = opt.drop_recipe_conflicts(options, (*OPTIONS, *_PARAMETERS))
     # Parameters that other packages add; the function has keywords for the rest.
     third_party_names = options.keys() - signature(run).parameters
     third_party = {name: options.pop(name) for name in _PARAMETERS if name in third_party_names}

@@ -11,23 +11,7 @@ import click
 
 from compressknow.base.format import clean, count, write_size
 from compressknow.cli import NOTHING_WRITTEN, check_upload, explain_interrupt, push_options, upload
-from compressknow.cli.options import (
-    CALIBRATION,
-    FIT,
-    HOW,
-    PATH,
-    RUNS,
-    WholeNumber,
-    add_calibration_options,
-    add_data_option,
-    add_guide_option,
-    checkpoint_options,
-    command,
-    drop_recipe_conflicts,
-    fit_options,
-    option,
-    read_type_of,
-)
+from compressknow.cli import options as opt
 from compressknow.cli.terminal import ProgressLines, show, show_json
 
 if TYPE_CHECKING:
@@ -45,43 +29,51 @@ Types (--type), bits per weight with scales:
 """
 
 
-@command(epilog=EPILOG)
+@opt.command(epilog=EPILOG)
 @click.argument("model")
-@click.argument("output", type=PATH)
-@option("--type", group=HOW, metavar="TYPE", help="Type of most weights; see below.  [default: q8_0]")
-@option(
+@click.argument("output", type=opt.PATH)
+@opt.option("--type", group=opt.HOW, metavar="TYPE", help="Type of most weights; see below.  [default: q8_0]")
+@opt.option(
     "--type-of",
-    group=HOW,
+    group=opt.HOW,
     multiple=True,
-    type=read_type_of,
+    type=opt.read_type_of,
     metavar="WHICH=TYPE",
     help="Type of a scope's tensors, such as attention=q8_0, or of those whose GGUF name matches; repeatable, the last "
     "one applies.",
 )
-@option("--size", group=FIT, metavar="SIZE", help="Maximum size of the file, such as 90MB; chooses the types.")
-@option("--bits", group=FIT, type=float, metavar="B", help="The same in bits per weight, over the whole file.")
-@add_guide_option(group=FIT)
-@option("--facts", group=FIT, multiple=True, metavar="PROBE", help="Facts that decide; repeatable.  [default: atlas]")
-@add_data_option(FIT)
-@fit_options
-@add_calibration_options(
+@opt.option("--size", group=opt.FIT, metavar="SIZE", help="Maximum size of the file, such as 90MB; chooses the types.")
+@opt.option("--bits", group=opt.FIT, type=float, metavar="B", help="The same in bits per weight, over the whole file.")
+@opt.add_guide_option(group=opt.FIT)
+@opt.option(
+    "--facts", group=opt.FIT, multiple=True, metavar="PROBE", help="Facts that decide; repeatable.  [default: atlas]"
+)
+@opt.add_data_option(opt.FIT)
+@opt.fit_options
+@opt.add_calibration_options(
     tokens="32768; with --size, 8192",
     help="Text for an importance matrix, or for --size: self (the model's own samples; the default with --size), "
     "FILE.txt, FILE.jsonl or hf:DATASET.",
 )
-@option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
-@option("--imatrix", group=CALIBRATION, type=PATH, help="Use this importance matrix of llama.cpp instead.")
-@option("--imatrix-out", group=CALIBRATION, type=PATH, help="Write the importance matrix there too.")
-@option("--recipe", group=HOW, type=PATH, help="TOML file with [export], or an export's record.")
-@option("--converter", group=RUNS, metavar="PATH", help="Folder of llama.cpp's convert_hf_to_gguf.py.")
-@option("--threads", group=RUNS, type=WholeNumber(1), help="Threads to quantize with.  [default: one per core]")
-@checkpoint_options
-@option("--modelfile", type=PATH, help="Write a Modelfile for Ollama there too.")
-@option("--smoke/--no-smoke", group=RUNS, default=True, help="Test the file with a prompt in llama.cpp.  [default: on]")
-@option("--overwrite", is_flag=True, help="Replace OUTPUT, if export wrote it.")
+@opt.option(
+    "--seed", group=opt.CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples."
+)
+@opt.option("--imatrix", group=opt.CALIBRATION, type=opt.PATH, help="Use this importance matrix of llama.cpp instead.")
+@opt.option("--imatrix-out", group=opt.CALIBRATION, type=opt.PATH, help="Write the importance matrix there too.")
+@opt.option("--recipe", group=opt.HOW, type=opt.PATH, help="TOML file with [export], or an export's record.")
+@opt.option("--converter", group=opt.RUNS, metavar="PATH", help="Folder of llama.cpp's convert_hf_to_gguf.py.")
+@opt.option(
+    "--threads", group=opt.RUNS, type=opt.WholeNumber(1), help="Threads to quantize with.  [default: one per core]"
+)
+@opt.checkpoint_options
+@opt.option("--modelfile", type=opt.PATH, help="Write a Modelfile for Ollama there too.")
+@opt.option(
+    "--smoke/--no-smoke", group=opt.RUNS, default=True, help="Test the file with a prompt in llama.cpp.  [default: on]"
+)
+@opt.option("--overwrite", is_flag=True, help="Replace OUTPUT, if export wrote it.")
 @push_options
-@option("--dry-run", is_flag=True, help="Show sizes and types by group; keep nothing.")
-@option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+@opt.option("--dry-run", is_flag=True, help="Show sizes and types by group; keep nothing.")
+@opt.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write MODEL, a local folder or a Hub id, as the GGUF file OUTPUT.
 
@@ -100,7 +92,7 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
     check_upload(repo, private, dry_run=dry_run)
     with explain_interrupt(NOTHING_WRITTEN):
         record = run(
-            model, output, dry_run=dry_run, on_progress=ProgressLines(), **drop_recipe_conflicts(options, OF_RECIPE)
+            model, output, dry_run=dry_run, on_progress=ProgressLines(), **opt.drop_recipe_conflicts(options, OF_RECIPE)
         )
     if as_json:
         show_json(record)

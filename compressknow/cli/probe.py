@@ -13,16 +13,7 @@ import click
 from compressknow.base.format import clean, count, share, write_percent
 from compressknow.base.reading import group_by
 from compressknow.cli import RESUMES, explain_interrupt
-from compressknow.cli.options import (
-    EVALUATE,
-    FOLDER,
-    add_output_folder,
-    command,
-    option,
-    probe_options,
-    revision_option,
-    server_options,
-)
+from compressknow.cli import options as opt
 from compressknow.cli.report import describe_grades
 from compressknow.cli.terminal import ProgressLines, pad, show, show_json, wrap
 from compressknow.comparison.text import compute_perplexity
@@ -36,20 +27,20 @@ if TYPE_CHECKING:
 COLUMNS = f"{'Probe':<32}{'Facts':>10}{'Right':>10}{'Share':>10}{'Chance':>9}{'Dropped':>9}"
 
 
-@command()
+@opt.command()
 @click.argument("model")
-@add_output_folder("Folder for the answers; a stopped run resumes.")
-@probe_options
-@server_options
-@option(
+@opt.add_output_folder("Folder for the answers; a stopped run resumes.")
+@opt.probe_options
+@opt.server_options
+@opt.option(
     "--reference",
-    group=EVALUATE,
-    type=FOLDER,
+    group=opt.EVALUATE,
+    type=opt.FOLDER,
     help="Answers folder of the original, to measure how far the distributions moved.",
 )
-@option("--overwrite", is_flag=True, help="Replace answers to other facts, or made with other settings.")
-@revision_option
-@option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+@opt.option("--overwrite", is_flag=True, help="Replace answers to other facts, or made with other settings.")
+@opt.revision_option
+@opt.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 def probe(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Evaluate MODEL on facts, and store its answers in a folder.
 

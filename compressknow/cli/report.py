@@ -12,43 +12,33 @@ import click
 from compressknow.base.files import escape_name
 from compressknow.base.format import clean, count, number, share, write_p_value, write_rate, write_size
 from compressknow.cli import RESUMES, explain_interrupt, show_before_error
-from compressknow.cli.options import (
-    EVALUATE,
-    RUNS,
-    add_output_files,
-    answers_option,
-    command,
-    known_option,
-    no_facts_option,
-    option,
-    probe_options,
-    server_options,
-    strict_option,
-)
+from compressknow.cli import options as opt
 from compressknow.cli.terminal import ProgressLines, pad, show, show_json, show_written, wrap, wrap_whole
 from compressknow.comparison.records import TextFigures
 from compressknow.pages.records import Card, Comparison, label_models, write_estimate
 from compressknow.pages.texts import summarize_text
 
 
-@command()
+@opt.command()
 @click.argument("original")
 @click.argument("compressed", nargs=-1, required=True)
-@add_output_files("Report file, repeatable: .html, .md, .json, .xml (JUnit).")
-@probe_options
-@server_options
-@known_option
-@option("--fail-under", multiple=True, metavar="[NAME=]SHARE", help="Exit with 3 if less is kept: 0.95, science=85%.")
-@strict_option
-@option("--early", is_flag=True, help="Evaluate only as many facts as --fail-under needs.", group=EVALUATE)
-@option("--within", metavar="SIZE", help="Recommend no model larger than this: 110MB.")
-@no_facts_option
-@option("--time", group=EVALUATE, is_flag=True, help="Measure each model's speed and memory too.")
-@option("--into-model-card", is_flag=True, help="Add the verdict to each COMPRESSED README.md.")
-@answers_option
-@option("--overwrite", is_flag=True, help="Replace report files that compressknow wrote.")
-@option("--revision", group=RUNS, help="Branch, tag or commit of ORIGINAL on the Hub.")
-@option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@opt.add_output_files("Report file, repeatable: .html, .md, .json, .xml (JUnit).")
+@opt.probe_options
+@opt.server_options
+@opt.known_option
+@opt.option(
+    "--fail-under", multiple=True, metavar="[NAME=]SHARE", help="Exit with 3 if less is kept: 0.95, science=85%."
+)
+@opt.strict_option
+@opt.option("--early", is_flag=True, help="Evaluate only as many facts as --fail-under needs.", group=opt.EVALUATE)
+@opt.option("--within", metavar="SIZE", help="Recommend no model larger than this: 110MB.")
+@opt.no_facts_option
+@opt.option("--time", group=opt.EVALUATE, is_flag=True, help="Measure each model's speed and memory too.")
+@opt.option("--into-model-card", is_flag=True, help="Add the verdict to each COMPRESSED README.md.")
+@opt.answers_option
+@opt.option("--overwrite", is_flag=True, help="Replace report files that compressknow wrote.")
+@opt.option("--revision", group=opt.RUNS, help="Branch, tag or commit of ORIGINAL on the Hub.")
+@opt.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def report(
     original: str,
     compressed: tuple[str, ...],

@@ -12,21 +12,7 @@ import click
 from compressknow.base.errors import GateNotMet
 from compressknow.base.format import clean, write_size
 from compressknow.cli import RESUMES, explain_interrupt
-from compressknow.cli.options import (
-    EVALUATE,
-    FIT,
-    FORM,
-    add_calibration_options,
-    add_guide_option,
-    add_output_folder,
-    command,
-    fit_options,
-    no_facts_option,
-    option,
-    read_share,
-    revision_option,
-    study_options,
-)
+from compressknow.cli import options as opt
 from compressknow.cli.report import get_command
 from compressknow.cli.terminal import WIDTH, ProgressLines, TableRows, show, show_json_text, wrap
 from compressknow.pages.records import write_estimate
@@ -38,23 +24,28 @@ COLUMNS = f"{'Weights':<40}{'Search facts kept (99.7 %)':<28}{'Size':>12}"
 HELD_OUT = f"{'Weights':<40}{'Held-out facts kept (99.7 %)':<28}{'Size':>12}"
 
 
-@command()
+@opt.command()
 @click.argument("model")
-@add_output_folder("Folder of the search; a stopped one resumes.")
-@option("--keep", group=FIT, type=read_share, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
-@option("--size", group=FIT, metavar="SIZE", help="Find the best file of this size instead, such as 90MB.")
-@option("--to", group=FIT, type=FORM, help="gguf or checkpoint.  [default: gguf for models that generate]")
-@add_guide_option(group=FIT, default="both")
-@fit_options
-@option(
-    "--minimize", group=FIT, default="bytes", metavar="WHAT", hidden=True, help="What is made smallest: bytes, always."
+@opt.add_output_folder("Folder of the search; a stopped one resumes.")
+@opt.option("--keep", group=opt.FIT, type=opt.read_share, metavar="SHARE", help="Knowledge to keep: 0.98, or 98%.")
+@opt.option("--size", group=opt.FIT, metavar="SIZE", help="Find the best file of this size instead, such as 90MB.")
+@opt.option("--to", group=opt.FIT, type=opt.FORM, help="gguf or checkpoint.  [default: gguf for models that generate]")
+@opt.add_guide_option(group=opt.FIT, default="both")
+@opt.fit_options
+@opt.option(
+    "--minimize",
+    group=opt.FIT,
+    default="bytes",
+    metavar="WHAT",
+    hidden=True,
+    help="What is made smallest: bytes, always.",
 )
-@add_calibration_options(tokens="8192")
-@option("--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Same as --probe, as export calls it.")
-@study_options
-@no_facts_option
-@revision_option
-@option("--json", "as_json", is_flag=True, help="Print the search as JSON.")
+@opt.add_calibration_options(tokens="8192")
+@opt.option("--facts", group=opt.EVALUATE, multiple=True, metavar="PROBE", help="Same as --probe, as export calls it.")
+@opt.study_options
+@opt.no_facts_option
+@opt.revision_option
+@opt.option("--json", "as_json", is_flag=True, help="Print the search as JSON.")
 def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Find the smallest file of MODEL that keeps a share of its knowledge, or the best of a size.
 

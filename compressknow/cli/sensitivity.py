@@ -12,19 +12,7 @@ import click
 
 from compressknow.base.format import clean, count, share
 from compressknow.cli import RESUMES, explain_interrupt
-from compressknow.cli.options import (
-    CALIBRATION,
-    EVALUATE,
-    FORM,
-    HOW,
-    add_calibration_options,
-    add_data_option,
-    add_guide_option,
-    add_output_files,
-    checkpoint_options,
-    command,
-    option,
-)
+from compressknow.cli import options as opt
 from compressknow.cli.report import list_arguments
 from compressknow.cli.terminal import WIDTH, ProgressLines, show, show_json_text, show_written, wrap
 
@@ -39,20 +27,25 @@ _BITS = 5.0
 _SHARED = ("guide", "facts", "data", "calibration", "calibration_tokens", "seed", "revision", "trust_remote_code")
 
 
-@command()
+@opt.command()
 @click.argument("model")
-@add_output_files("File, repeatable: .html, .md, .json or .csv.")
-@option(
-    "--to", group=HOW, type=FORM, help="Types of a GGUF file, or schemes of convert.  [default: gguf for causal models]"
+@opt.add_output_files("File, repeatable: .html, .md, .json or .csv.")
+@opt.option(
+    "--to",
+    group=opt.HOW,
+    type=opt.FORM,
+    help="Types of a GGUF file, or schemes of convert.  [default: gguf for causal models]",
 )
-@add_guide_option(group=HOW, default="both", help="What ranks weights: facts, text or both.  [default: both]")
-@option("--facts", group=EVALUATE, multiple=True, metavar="PROBE", help="Facts; repeatable.  [default: atlas]")
-@add_data_option(EVALUATE)
-@add_calibration_options(tokens="8192", default="self")
-@option("--seed", group=CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples.")
-@checkpoint_options
-@option("--overwrite", is_flag=True, help="Replace files that compressknow wrote.")
-@option("--json", "as_json", is_flag=True, help="Print the map as JSON.")
+@opt.add_guide_option(group=opt.HOW, default="both", help="What ranks weights: facts, text or both.  [default: both]")
+@opt.option("--facts", group=opt.EVALUATE, multiple=True, metavar="PROBE", help="Facts; repeatable.  [default: atlas]")
+@opt.add_data_option(opt.EVALUATE)
+@opt.add_calibration_options(tokens="8192", default="self")
+@opt.option(
+    "--seed", group=opt.CALIBRATION, type=int, default=0, show_default=True, help="Seed of the model's own samples."
+)
+@opt.checkpoint_options
+@opt.option("--overwrite", is_flag=True, help="Replace files that compressknow wrote.")
+@opt.option("--json", "as_json", is_flag=True, help="Print the map as JSON.")
 def sensitivity(model: str, output: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Show which weights of MODEL, a local folder or a Hub id, matter most to what it knows.
 

@@ -11,16 +11,7 @@ import click
 
 from compressknow.base.format import clean, count, slugify, write_percent, write_size
 from compressknow.cli import RESUMES, explain_interrupt
-from compressknow.cli.options import (
-    HOW,
-    add_output_folder,
-    command,
-    make_recipe_option,
-    option,
-    ray_options,
-    revision_option,
-    study_options,
-)
+from compressknow.cli import options as opt
 from compressknow.cli.report import get_command
 from compressknow.cli.terminal import ProgressLines, TableRows, pad, show, show_json_text, wrap
 from compressknow.pages.records import write_estimate
@@ -55,27 +46,29 @@ single cells:
 """
 
 
-@command(epilog=GRID)
+@opt.command(epilog=GRID)
 @click.argument("model")
-@add_output_folder("Folder of the study; a stopped one resumes.")
-@option(
+@opt.add_output_folder("Folder of the study; a stopped one resumes.")
+@opt.option(
     "--grid",
-    group=HOW,
+    group=opt.HOW,
     default="paper",
     show_default=True,
     metavar="FILE",
     help="paper, methods, or a TOML file; see below.",
 )
-@make_recipe_option("module_map", default=None, help="In paper and methods: structural or paper.  [default: paper]")
-@make_recipe_option("quantize", help="Scheme of the paper's grid.  [default: int8-paper]")
-@make_recipe_option("calibration")
-@make_recipe_option("calibration_tokens")
-@option("--no-facts", is_flag=True, expose_value=False, help="Accepted as in report, though a study shows no facts.")
-@option("--save", is_flag=True, help="Write each checkpoint too, into OUTPUT/models.")
-@ray_options
-@study_options
-@revision_option
-@option("--json", "as_json", is_flag=True, help="Print the study as JSON.")
+@opt.make_recipe_option("module_map", default=None, help="In paper and methods: structural or paper.  [default: paper]")
+@opt.make_recipe_option("quantize", help="Scheme of the paper's grid.  [default: int8-paper]")
+@opt.make_recipe_option("calibration")
+@opt.make_recipe_option("calibration_tokens")
+@opt.option(
+    "--no-facts", is_flag=True, expose_value=False, help="Accepted as in report, though a study shows no facts."
+)
+@opt.option("--save", is_flag=True, help="Write each checkpoint too, into OUTPUT/models.")
+@opt.ray_options
+@opt.study_options
+@opt.revision_option
+@opt.option("--json", "as_json", is_flag=True, help="Print the study as JSON.")
 def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """Convert MODEL by every recipe of a grid, in memory, and evaluate each result on the same facts.
 
