@@ -24,7 +24,7 @@ from compressknow.evaluate.evaluate import evaluate
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.sources import Opened
-from compressknow.evaluate.text import RunningText, choose_context, cut_chunks, list_keys, read_chunk
+from compressknow.evaluate.text import RunningText, TextChunks, list_keys
 
 if TYPE_CHECKING:
     import torch
@@ -75,14 +75,13 @@ class Distributions(contextlib.AbstractContextManager["Distributions"]):
         original = self._original
         stage = Stage("read", original.located.name, text.name, device=original.settings.device, again=True)
         with report_progress(on_progress, stage) as advance:
-            reader = original.make_reader()
-            context = choose_context(reader, text, answers.record.probes.get(text.name))
-            rows, chunks = self.find_rows(text), cut_chunks(reader, text, context)
+            rows = self.find_rows(text)
+            chunks = TextChunks(original.make_reader(), text, answers.record.probes.get(text.name))
             for number in range(len(chunks.ids)):
                 if rows.gave_up:
                     return
-                if not rows.holds(list_keys(number, context)):
-                    read_chunk(reader, chunks, number, rows.keep)
+                if not rows.holds(list_keys(number, chunks.context)):
+                    chunks.read(number, rows.keep)
                 advance(number + 1, len(chunks.ids))
 
     def _evaluate_facts(self, probe: Probe, answers: Answers, on_progress: Listener | None) -> None:

@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compressknow.base.errors import CompressknowError, UsageError
@@ -29,30 +29,22 @@ TIMED, LEAST = (4, 16), 320
 MOST_FURTHER = 64
 
 
-@dataclass(frozen=True)
 class Prompts:
-    """Facts of a probe as prompts for one model, in batches; and the number of facts dropped, by reason."""
+    """Facts of a scorer's probe as prompts for its model, in batches of a fixed order by length, so that these need no
+    padding; and the number of facts dropped, by reason."""
 
-    scorer: Scorer
-    batches: tuple[Sequence[Query], ...]
-    dropped: Mapping[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(len(batch) for batch in self.batches)
-
-
-def make_prompts(scorer: Scorer, batch_size: int = BATCH_SIZE) -> Prompts:
-    """Build the probe's prompts, in a fixed order by length, so that a batch needs no padding."""
-    queries: list[Query] = []
-    dropped: Counter[str] = Counter(scorer.probe.dropped)
-    for fact in scorer.probe.facts:
-        query = scorer.make_query(fact)
-        if isinstance(query, str):
-            dropped[query] += 1
-        else:
-            queries.append(query)
-    return Prompts(scorer, tuple(_cut_batches(scorer, queries, batch_size)), dict(dropped))
+    def __init__(self, scorer: Scorer, batch_size: int = BATCH_SIZE) -> None:
+        self.scorer = scorer
+        queries: list[Query] = []
+        dropped: Counter[str] = Counter(scorer.probe.dropped)
+        for fact in scorer.probe.facts:
+            query = scorer.make_query(fact)
+            if isinstance(query, str):
+                dropped[query] += 1
+            else:
+                queries.append(query)
+        self.batches = tuple(_cut_batches(scorer, queries, batch_size))
+        self.dropped, self.total = dict(dropped), sum(map(len, self.batches))
 
 
 def evaluate(

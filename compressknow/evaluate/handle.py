@@ -17,7 +17,7 @@ from compressknow.base.reading import check_unchanged, compute_sha256, find_mism
 from compressknow.engine.identity import TOKENIZER_FILES, Contents, LocatedModel, describe, read_contents
 from compressknow.engine.language_model import AUTO, CPU, LanguageModel, find_named_family, load_language_model
 from compressknow.engine.load import find_reason, load_tokenizer
-from compressknow.evaluate.evaluate import Prompts, make_prompts
+from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.records import ModelRecord
 from compressknow.evaluate.runtimes import LLAMA_CPP, SERVER, TRANSFORMERS, Runtime, Settings
@@ -349,7 +349,7 @@ class ModelHandle:
         loaded = self.loaded
         try:
             with translate_panics():
-                return make_prompts(loaded.make_scorer(probe), self.settings.batch_size)
+                return Prompts(loaded.make_scorer(probe), self.settings.batch_size)
         except PanicError as error:
             raise CheckpointError(
                 f"The tokenizer of {self.located.name} fails on the facts of {probe.name}.",

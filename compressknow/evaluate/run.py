@@ -58,14 +58,7 @@ from compressknow.evaluate.records import (
 )
 from compressknow.evaluate.runtimes import TRANSFORMERS
 from compressknow.evaluate.sources import Opened, Task
-from compressknow.evaluate.text import (
-    RunningText,
-    choose_context,
-    cut_chunks,
-    describe_divergence,
-    make_text_entry,
-    read_text,
-)
+from compressknow.evaluate.text import RunningText, TextChunks, describe_divergence
 
 # Answers or chunks.
 _Part = TypeVar("_Part")
@@ -273,16 +266,14 @@ class _Run:
     def _read_text(
         self, text: RunningText, parts: Path, known: Answers | None, advance: Advance, *, same_tokens: bool
     ) -> tuple[tuple[Chunk, ...], ProbeEntry]:
-        reader, context = self._handle.make_reader(), self._context
+        context = self._context
         original = context.reference.record.probes[text.name] if context.reference else None
-        chunks = cut_chunks(reader, text, choose_context(reader, text, original))
+        chunks = TextChunks(self._handle.make_reader(), text, original)
         measure_kl = context.choose_measure(text) if same_tokens else None
         read = {chunk.number: chunk for path in sorted(parts.glob("*.parquet")) for chunk in read_chunks(path)}
         if original and measure_kl:
             read = {number: chunk for number, chunk in read.items() if chunk.kl is not None}
-        new = read_text(
-            reader,
-            chunks,
+        new = chunks.read_all(
             done=read,
             known={chunk.number: chunk for chunk in known.texts.get(text.name, ())} if known else {},
             measure_kl=measure_kl,
@@ -291,10 +282,10 @@ class _Run:
         read |= {chunk.number: chunk for chunk in self._collect(([chunk] for chunk in new), parts, write_chunks)}
         all_read = tuple(read[number] for number in sorted(read))
         gave_up = context.distributions.find_rows(text).gave_up if context.distributions else None
-        compared = describe_divergence(
+        divergence = describe_divergence(
             all_read, reference=original is not None, same_tokens=same_tokens, gave_up=gave_up
         )
-        return all_read, make_text_entry(text, chunks, all_read, compared)
+        return all_read, chunks.make_entry(all_read, divergence)
 
     def _evaluate_facts(
         self, probe: Probe, parts: Path, known: Answers | None, context: Context, advance: Advance

@@ -131,19 +131,6 @@ def check_family(name: str, family: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class TextChunks:
-    """Text as one model's tokens, int32 [chunks, context], with BOS where it is read; and the bytes of text in the
-    scored tokens of each chunk, None if the tokenizer does not tell."""
-
-    ids: np.ndarray
-    bytes: tuple[int, ...] | None
-
-    @property
-    def context(self) -> int:
-        return int(self.ids.shape[1])
-
-
 def find_first_scored(context: int) -> int:
     """Return the position of the last token before the scored ones.
 
@@ -153,33 +140,111 @@ def find_first_scored(context: int) -> int:
     return context // 2
 
 
-def cut_chunks(reader: TextReader, text: RunningText, context: int) -> TextChunks:
-    """Cut the text into chunks of `context` tokens. Raises UsageError if it is too short for one, CheckpointError
-    if the model does not have one of the tokens."""
-    ids, ends = reader.encode(text.read(context))
-    if reader.bos is not None:
-        # BOS precedes the text too, and is counted.
-        ids, ends = [reader.bos, *ids], [0, *ends] if ends is not None else None
-    number = min(text.chunks, len(ids) // context)
-    if not number:
-        raise UsageError(
-            f"{text.path} is too short: {count(len(ids))} tokens, and a chunk takes {count(context)}.",
-            hint="Give a longer text, or a smaller --context.",
+def list_keys(number: int, context: int) -> list[str]:
+    """Return the keys of the distributions of a chunk's scored tokens."""
+    return [f"{number}:{position}" for position in range(context - 1 - find_first_scored(context))]
+
+
+class TextChunks:
+    """Chunks of a text, read by one model, with as many tokens as the text says, else as those of the `reference`, else
+    512 or all positions of the model.
+
+    Raises UsageError if the text is too short for one chunk, or the model for its tokens, CheckpointError if the model
+    does not have one of these.
+
+    Attributes
+    ----------
+    ids : int32 [chunks, context], with BOS where it is read.
+    """
+
+    def __init__(self, reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> None:
+        self._reader, self._text = reader, text
+        self.context = context = _choose_context(reader, text, reference)
+        self._first = find_first_scored(context)
+        ids, ends = reader.encode(text.read(context))
+        if reader.bos is not None:
+            # BOS precedes the text too, and is counted.
+            ids, ends = [reader.bos, *ids], [0, *ends] if ends is not None else None
+        number = min(text.chunks, len(ids) // context)
+        if not number:
+            raise UsageError(
+                f"{text.path} is too short: {count(len(ids))} tokens, and a chunk takes {count(context)}.",
+                hint="Give a longer text, or a smaller --context.",
+            )
+        self.ids = np.array(ids[: number * context], dtype=np.int32).reshape(number, context)
+        if reader.bos is not None:
+            self.ids[:, 0] = reader.bos
+        check_tokens(int(self.ids.max()), reader.rows, text.name)
+        # Bytes of the scored tokens of each chunk, which follow the first token of the second half.
+        self._bytes: list[int] | None = None
+        if ends is not None:
+            table = np.array(ends[: number * context]).reshape(number, context)
+            self._bytes = (table[:, -1] - table[:, self._first]).tolist()
+
+    def read_all(
+        self,
+        *,
+        done: Mapping[int, Chunk],
+        known: Mapping[int, Chunk],
+        measure_kl: MeasureKl | None,
+        advance: Advance,
+    ) -> Iterator[Chunk]:
+        """Yield the model's results for each chunk that is not `done`, in order. `known` chunks lack the divergences
+        that `measure_kl` returns: their greedy continuations are reused."""
+        total = len(self.ids)
+        remaining = [number for number in range(total) if number not in done]
+        advance(total - len(remaining), total)
+        continued = [number for number in remaining if number < CONTINUED]
+        greedy = {number: known[number].greedy.tolist() for number in continued if number in known}
+        if new := [number for number in continued if number not in greedy]:
+            most = self._reader.most
+            tokens = GREEDY_TOKENS if most is None else min(GREEDY_TOKENS, most - self._first)
+            prompts = [self.ids[number, : self._first].tolist() for number in new]
+            greedy |= dict(zip(new, self._reader.continue_texts(prompts, tokens), strict=True))
+        for read, number in enumerate(remaining, start=total - len(remaining) + 1):
+            yield replace(self.read(number, measure_kl), greedy=np.array(greedy.get(number, []), dtype=np.int32))
+            advance(read, total)
+
+    def read(self, number: int, measure_kl: MeasureKl | None) -> Chunk:
+        """Return the model's results for one chunk, without a continuation; `measure_kl` takes the distributions after
+        each scored token, and returns their divergences (see `compressknow.evaluate.distributions`)."""
+        import torch
+
+        ids = self.ids[number]
+        log_probs, scored = self._reader.compute_log_probs(ids.tolist(), self._first), ids[self._first + 1 :]
+        targets = torch.tensor(scored.tolist(), device=log_probs.device).unsqueeze(1)
+        divergences = measure_kl(list_keys(number, self.context), log_probs) if measure_kl else [None]
+        return Chunk(
+            number=number,
+            ids=scored,
+            logp=log_probs.gather(1, targets).squeeze(1).float().cpu().numpy(),
+            top=log_probs.argmax(-1).cpu().numpy().astype(np.int32),
+            kl=None if None in divergences else np.array(divergences, dtype=np.float64),
+            bytes=None if self._bytes is None else self._bytes[number],
+            greedy=np.array([], dtype=np.int32),
         )
-    cut = np.array(ids[: number * context], dtype=np.int32).reshape(number, context)
-    if reader.bos is not None:
-        cut[:, 0] = reader.bos
-    check_tokens(int(cut.max()), reader.rows, text.name)
-    lengths = None
-    if ends is not None:
-        # Bytes of the scored tokens, which follow the first token of the second half.
-        table = np.array(ends[: number * context]).reshape(number, context)
-        lengths = tuple((table[:, -1] - table[:, find_first_scored(context)]).tolist())
-    return TextChunks(cut, lengths)
+
+    def make_entry(self, read: Sequence[Chunk], divergence: str) -> ProbeEntry:
+        """Return the entry of ``probe.json``; `divergence` is what `describe_divergence` returns."""
+        text = self._text
+        return ProbeEntry(
+            protocol=PROTOCOL,
+            fingerprint=text.fingerprint(),
+            facts=0,
+            asked=0,
+            limit=text.limit,
+            source={"files": {text.path.name: text.sha256}},
+            text={
+                "context": self.context,
+                "chunks": len(read),
+                "tokens": sum(len(chunk.ids) for chunk in read),
+                "bytes": None if self._bytes is None else sum(self._bytes),
+                "divergence": divergence,
+            },
+        )
 
 
-def choose_context(reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> int:
-    """Choose the tokens per chunk: those of the text, else the original's, else 512 or all positions of the model."""
+def _choose_context(reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> int:
     context = text.context or (int((reference.text or {})["context"]) if reference else None)
     if context is None:
         return min(CONTEXT, reader.most or CONTEXT)
@@ -189,76 +254,6 @@ def choose_context(reader: TextReader, text: RunningText, reference: ProbeEntry 
             hint=f"Pass --context {reader.most} or less.",
         )
     return context
-
-
-def read_text(
-    reader: TextReader,
-    chunks: TextChunks,
-    *,
-    done: Mapping[int, Chunk],
-    known: Mapping[int, Chunk],
-    measure_kl: MeasureKl | None,
-    advance: Advance,
-) -> Iterator[Chunk]:
-    """Yield the model's results for each chunk that is not `done`, in order. `known` chunks lack the divergences that
-    `measure_kl` returns (see `compressknow.evaluate.distributions`): their greedy continuations are reused."""
-    total = len(chunks.ids)
-    remaining = [number for number in range(total) if number not in done]
-    advance(total - len(remaining), total)
-    continued = [number for number in remaining if number < CONTINUED]
-    greedy = {number: known[number].greedy.tolist() for number in continued if number in known}
-    if new := [number for number in continued if number not in greedy]:
-        middle = find_first_scored(chunks.context)
-        tokens = GREEDY_TOKENS if reader.most is None else min(GREEDY_TOKENS, reader.most - middle)
-        texts = reader.continue_texts([chunks.ids[number, :middle].tolist() for number in new], tokens)
-        greedy |= dict(zip(new, texts, strict=True))
-    for read, number in enumerate(remaining, start=total - len(remaining) + 1):
-        chunk = read_chunk(reader, chunks, number, measure_kl)
-        yield replace(chunk, greedy=np.array(greedy.get(number, []), dtype=np.int32))
-        advance(read, total)
-
-
-def read_chunk(reader: TextReader, chunks: TextChunks, number: int, measure_kl: MeasureKl | None) -> Chunk:
-    import torch
-
-    first = find_first_scored(chunks.context)
-    ids = chunks.ids[number]
-    log_probs, scored = reader.compute_log_probs(ids.tolist(), first), ids[first + 1 :]
-    targets = torch.tensor(scored.tolist(), device=log_probs.device).unsqueeze(1)
-    divergences = measure_kl(list_keys(number, chunks.context), log_probs) if measure_kl else [None]
-    return Chunk(
-        number=number,
-        ids=scored,
-        logp=log_probs.gather(1, targets).squeeze(1).float().cpu().numpy(),
-        top=log_probs.argmax(-1).cpu().numpy().astype(np.int32),
-        kl=None if None in divergences else np.array(divergences, dtype=np.float64),
-        bytes=chunks.bytes[number] if chunks.bytes is not None else None,
-        greedy=np.array([], dtype=np.int32),
-    )
-
-
-def list_keys(number: int, context: int) -> list[str]:
-    """Return the keys of the distributions of a chunk's scored tokens."""
-    return [f"{number}:{position}" for position in range(context - 1 - find_first_scored(context))]
-
-
-def make_text_entry(text: RunningText, chunks: TextChunks, read: tuple[Chunk, ...], compared: str) -> ProbeEntry:
-    """Return the entry of ``probe.json``; `compared` is what `describe_divergence` returns."""
-    return ProbeEntry(
-        protocol=PROTOCOL,
-        fingerprint=text.fingerprint(),
-        facts=0,
-        asked=0,
-        limit=text.limit,
-        source={"files": {text.path.name: text.sha256}},
-        text={
-            "context": chunks.context,
-            "chunks": len(read),
-            "tokens": sum(len(chunk.ids) for chunk in read),
-            "bytes": None if chunks.bytes is None else sum(chunks.bytes),
-            "divergence": compared,
-        },
-    )
 
 
 def describe_divergence(read: tuple[Chunk, ...], *, reference: bool, same_tokens: bool, gave_up: bool | None) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from compressknow.engine.language_model import LanguageModel
 from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.evaluate import evaluate, make_prompts
+from compressknow.evaluate.evaluate import Prompts, evaluate
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.ranking import TAIL
@@ -38,7 +38,7 @@ def evaluate_model(
     reference: Mapping[str, Any] | None = None,
 ) -> dict[str, Answer]:
     """Return the answers of the scorers by fact id."""
-    prompts = make_prompts(make_scorer(model, tokenizer, family, probe), batch_size)
+    prompts = Prompts(make_scorer(model, tokenizer, family, probe), batch_size)
     return {answer.fact_id: answer for answers in evaluate(prompts, reference=reference) for answer in answers}
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.evaluate.evaluate import make_prompts
+from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import Fact
 from compressknow.evaluate.scoring.decoding import DecodingScorer
 from compressknow.evaluate.scoring.families import make_scorer
@@ -106,7 +106,7 @@ def test_answers_are_one_token_of_the_vocabulary_or_of_given_words(lm: LanguageM
     full = make_probe(facts, vocabulary="full")
     answers = evaluate_lm(lm, full)
     assert answers.keys() == {fact.id for fact in one_word}
-    dropped = make_prompts(make_scorer(lm.model, lm.tokenizer, "causal", full)).dropped
+    dropped = Prompts(make_scorer(lm.model, lm.tokenizer, "causal", full)).dropped
     assert dropped == {SEVERAL_TOKENS: len(facts) - len(one_word)}
     tokens = [lm.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(lm.tokenizer))]
     words = ("forest", "marsh", "Velin", "Avish", "honey", "clay")
@@ -157,7 +157,7 @@ def test_free_answers_are_decoded_greedily(lm: LanguageModel, batch_size: int) -
 def test_a_free_answer_needs_the_blank_at_the_end_of_the_sentence(lm: LanguageModel) -> None:
     fact = replace(make_known_facts(closed=False)[0], prompt="The [MASK] lives in the forest.")
     probe = make_probe([fact], vocabulary="open")
-    assert make_prompts(make_scorer(lm.model, lm.tokenizer, "causal", probe)).dropped == {BLANK_NOT_LAST: 1}
+    assert Prompts(make_scorer(lm.model, lm.tokenizer, "causal", probe)).dropped == {BLANK_NOT_LAST: 1}
 
 
 @pytest.mark.parametrize(
@@ -209,6 +209,6 @@ def test_a_text_that_begins_with_the_blank_begins_with_eos_if_there_is_no_bos() 
     check_choices(answers, [fact], lambda fact, text: score_causal(model, tokenizer, fact, text, rest=True))
     tokenizer.eos_token = None
     others = make_word_facts()[:-1]
-    prompts = make_prompts(make_scorer(model, tokenizer, "causal", make_probe([*others, fact])))
+    prompts = Prompts(make_scorer(model, tokenizer, "causal", make_probe([*others, fact])))
     assert prompts.dropped == {NO_BEGINNING: 1}
     assert prompts.total == len(others)

@@ -11,7 +11,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from compressknow.evaluate.evaluate import make_prompts
+from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import NO_TOKENS, Encoder, Query
@@ -252,5 +252,5 @@ def test_a_fact_with_a_candidate_without_tokens_is_dropped(
 ) -> None:
     tokenizer = tokenizers["word pieces"]
     fact = replace(make_facts()[0], candidates=("Guinea", text))
-    prompts = make_prompts(make_scorer(_make_bert(len(tokenizer)), tokenizer, "masked", make_probe([fact])))
+    prompts = Prompts(make_scorer(_make_bert(len(tokenizer)), tokenizer, "masked", make_probe([fact])))
     assert prompts.dropped == {NO_TOKENS: 1}

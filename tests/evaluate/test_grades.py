@@ -18,7 +18,7 @@ import compressknow
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.answers import Answer
-from compressknow.evaluate.evaluate import add_examples, evaluate, make_prompts, put_after_example
+from compressknow.evaluate.evaluate import Prompts, add_examples, evaluate, put_after_example
 from compressknow.evaluate.facts import BLANK, Fact, Probe
 from compressknow.evaluate.grades import (
     DEMOTED,
@@ -103,7 +103,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def evaluate_facts(lm: LanguageModel, original: tuple[Answer, ...], probe: Probe | None = None) -> dict[str, Answer]:
     probe = probe or make_probe(make_known_facts())
     scorer = make_scorer(lm.model, lm.tokenizer, lm.family, probe)
-    answers = [answer for batch in evaluate(make_prompts(scorer, 24)) for answer in batch]
+    answers = [answer for batch in evaluate(Prompts(scorer, 24)) for answer in batch]
     return {answer.fact_id: answer for answer in add_examples(scorer, answers, original)}
 
 
@@ -163,7 +163,7 @@ def test_each_answer_after_an_example_is_that_of_a_plain_reference(case: Case) -
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_generated_texts_do_not_depend_on_the_batch(case: Case, batch_size: int) -> None:
     scorer = make_scorer(case.pruned.model, case.pruned.tokenizer, case.pruned.family, make_probe(make_known_facts()))
-    for batch in evaluate(make_prompts(scorer, batch_size)):
+    for batch in evaluate(Prompts(scorer, batch_size)):
         for found in batch:
             assert found.produced == case.after[found.fact_id].produced
 
@@ -381,4 +381,4 @@ def test_a_greedy_text_ends_at_the_last_position_of_the_model(tmp_path: Path) ->
     positions = len(tokenizer(facts[0].before).input_ids) + 2
     lm.tokenizer.model_max_length = lm.model.config.max_position_embeddings = positions
     scorer = make_scorer(lm.model, lm.tokenizer, "causal", make_probe(facts))
-    assert {answer.grade for batch in evaluate(make_prompts(scorer)) for answer in batch} <= {PRODUCED, RECOGNIZED}
+    assert {answer.grade for batch in evaluate(Prompts(scorer)) for answer in batch} <= {PRODUCED, RECOGNIZED}

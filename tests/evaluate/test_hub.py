@@ -15,7 +15,7 @@ import pytest
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.evaluate.sources import Options
-from compressknow.evaluate.sources.columns import KEYS, choose_columns, parse_columns
+from compressknow.evaluate.sources.columns import KEYS, Columns, parse_columns
 from tests.evaluate.layouts import open_probe, read_facts_file, read_hub_facts, write_jsonl
 
 PEOPLE = [
@@ -364,17 +364,17 @@ def test_map_options_are_parsed() -> None:
 
 def test_mapped_columns_come_before_recognized_ones() -> None:
     columns = ["prompt", "obj_label", "sub_label", "other"]
-    assert choose_columns(columns, {}, "t").of == {"prompt": "prompt", "object": "obj_label", "subject": "sub_label"}
-    assert choose_columns(columns, {"object": "other"}, "t").of["object"] == "other"
-    by_template = choose_columns(columns, {"template": "[X] is [Y]."}, "t")
+    assert Columns(columns, {}, "t").of == {"prompt": "prompt", "object": "obj_label", "subject": "sub_label"}
+    assert Columns(columns, {"object": "other"}, "t").of["object"] == "other"
+    by_template = Columns(columns, {"template": "[X] is [Y]."}, "t")
     assert "prompt" not in by_template.of
     assert by_template.names == ["sub_label", "obj_label"]
     # A template replaces those of PopQA, and LAMA's own names come before general ones.
-    popqa = choose_columns(["subj", "prop", "obj", "s_pop"], {"template": "[X] is [Y]."}, "t")
+    popqa = Columns(["subj", "prop", "obj", "s_pop"], {"template": "[X] is [Y]."}, "t")
     assert (popqa.known_as, popqa.templates) == ("PopQA", {})
     lama = "masked_sentence obj_label sub sub_label pred predicate_id relation id uuid"
-    of = choose_columns(lama.split(), {}, "t").of
+    of = Columns(lama.split(), {}, "t").of
     assert (of["subject"], of["relation"], of["id"]) == ("sub_label", "predicate_id", "uuid")
     with pytest.raises(UsageError, match="unknown key 'objects'"):
-        choose_columns(columns, {"objects": "other"}, "t")
+        Columns(columns, {"objects": "other"}, "t")
     assert set(by_template.of) <= set(KEYS)

@@ -13,7 +13,7 @@ import transformers as hf
 
 from compressknow.base.errors import CheckpointError, UnsupportedError
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.evaluate.evaluate import make_prompts
+from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.scoring.families import MaskedScorer, make_scorer
 from compressknow.evaluate.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
@@ -75,7 +75,7 @@ def test_without_candidates_the_answer_is_one_token_of_the_vocabulary(lm: Langua
     answers = evaluate_lm(lm, probe)
     one_word = [fact for fact in facts if " " not in fact.obj_label]
     assert answers.keys() == {fact.id for fact in one_word}
-    assert make_prompts(make_scorer(lm.model, lm.tokenizer, "masked", probe)).dropped == {
+    assert Prompts(make_scorer(lm.model, lm.tokenizer, "masked", probe)).dropped == {
         SEVERAL_TOKENS: len(facts) - len(one_word)
     }
     tokens = [lm.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(lm.tokenizer))]
@@ -104,7 +104,7 @@ def test_only_words_of_the_given_vocabulary_are_answered(lm: LanguageModel) -> N
     answers = evaluate_lm(lm, probe)
     answerable = [fact for fact in facts if fact.obj_label in words and " " not in fact.obj_label]
     assert answers.keys() == {fact.id for fact in answerable}
-    dropped = make_prompts(make_scorer(lm.model, lm.tokenizer, "masked", probe)).dropped
+    dropped = Prompts(make_scorer(lm.model, lm.tokenizer, "masked", probe)).dropped
     assert dropped == {NOT_IN_VOCABULARY: len(facts) - len(answerable)}
     ids = sorted(lm.tokenizer.convert_tokens_to_ids(list(words[:8])))
     texts = lm.tokenizer.convert_ids_to_tokens(ids)

@@ -9,7 +9,7 @@ import pytest
 from transformers import LEDConfig, LEDForConditionalGeneration
 
 from compressknow.engine.language_model import count_positions, load_language_model
-from compressknow.evaluate.evaluate import evaluate, make_prompts
+from compressknow.evaluate.evaluate import Prompts, evaluate
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import TOO_LONG, Query
 from tests.evaluate.layouts import read_facts_file
@@ -57,7 +57,7 @@ def test_a_prompt_that_is_too_long_is_dropped_and_counted(family: str, tmp_path:
     probe = read_facts_file(write_facts(tmp_path / "facts.jsonl"))
     long = replace(probe.facts[0], id="long", prompt="The capital " * 60 + probe.facts[0].prompt)
     fits = replace(probe.facts[0], id="fits", prompt="The capital " * 20 + probe.facts[0].prompt)
-    prompts = make_prompts(make_scorer(lm.model, lm.tokenizer, lm.family, replace(probe, facts=(long, fits))))
+    prompts = Prompts(make_scorer(lm.model, lm.tokenizer, lm.family, replace(probe, facts=(long, fits))))
     assert prompts.dropped == {TOO_LONG: 1}
     assert [answer.fact_id for batch in evaluate(prompts) for answer in batch] == ["fits"]
     # The longest answers fit too, and four tokens more if a model writes them freely.

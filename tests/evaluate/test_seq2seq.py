@@ -13,7 +13,7 @@ from transformers import T5Tokenizer, WhisperConfig, WhisperForConditionalGenera
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.engine.language_model import LanguageModel, find_decoder_start, load_language_model
-from compressknow.evaluate.evaluate import make_prompts
+from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.scoring.decoding import DecodingScorer
 from compressknow.evaluate.scoring.families import make_scorer
@@ -168,7 +168,7 @@ def test_bart_scores_only_the_answer_where_that_is_enough() -> None:
 def test_bart_gives_no_free_answer_in_the_middle_of_a_sentence() -> None:
     facts = [replace(fact, candidates=None) for fact in make_word_facts()]
     probe = make_probe(facts, vocabulary="open")
-    prompts = make_prompts(make_scorer(tiny("bart"), make_word_tokenizer(), "seq2seq", probe))
+    prompts = Prompts(make_scorer(tiny("bart"), make_word_tokenizer(), "seq2seq", probe))
     assert prompts.dropped == {BLANK_NOT_LAST: 2}
 
 

@@ -24,7 +24,7 @@ from compressknow.evaluate.distributions import DistributionFile
 from compressknow.evaluate.records import ALONE, MEASURED, NO_ROOM, Chunk
 from compressknow.evaluate.scoring.decoding import TransformersReader
 from compressknow.evaluate.sources import Options, open_all
-from compressknow.evaluate.text import GREEDY_TOKENS, RunningText, cut_chunks
+from compressknow.evaluate.text import GREEDY_TOKENS, RunningText, TextChunks
 from compressknow.pages.records import Card
 from tests.knowing import KNOWN_FACTS, save_trained, write_facts
 from tests.models import edit_config
@@ -137,22 +137,22 @@ def test_bytes_are_those_of_the_scored_text(root: Path, tmp_path: Path) -> None:
 
 def test_a_text_is_not_evaluated_twice(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = read_chunks(root / "llama", tmp_path / "answers", root / "facts.txt")
-    monkeypatch.setattr("compressknow.evaluate.run.read_text", None)
+    monkeypatch.setattr("compressknow.evaluate.run.TextChunks", None)
     again = read_chunks(root / "llama", tmp_path / "answers", root / "facts.txt")
     assert [chunk.logp.tolist() for chunk in first] == [chunk.logp.tolist() for chunk in again]
 
 
 def test_a_stopped_run_resumes_at_its_last_chunk(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compressknow.evaluate.run.SECONDS_BETWEEN_PARTS", -1.0)
-    read, numbers = text.read_chunk, []
+    read, numbers = text.TextChunks.read, []
 
-    def read_and_fail(reader: object, cut: object, number: int, whole: object) -> Chunk:
+    def read_and_fail(chunks: text.TextChunks, number: int, measure_kl: None) -> Chunk:
         numbers.append(number)
         if len(numbers) == 3:
             raise KeyboardInterrupt
-        return read(reader, cut, number, whole)  # type: ignore[arg-type]
+        return read(chunks, number, measure_kl)
 
-    monkeypatch.setattr(text, "read_chunk", read_and_fail)
+    monkeypatch.setattr(text.TextChunks, "read", read_and_fail)
     with pytest.raises(KeyboardInterrupt):
         read_chunks(root / "llama", tmp_path / "answers", root / "facts.txt")
     resumed = read_chunks(root / "llama", tmp_path / "answers", root / "facts.txt")
@@ -232,9 +232,9 @@ def test_a_token_beyond_the_embedding_is_refused(root: Path) -> None:
         def encode(self, text: str) -> tuple[list[int], None]:
             return [ord(character) % 16 for character in text], None
 
-    text = RunningText("text:facts.txt", root / "facts.txt", "0", 1000)
+    text = RunningText("text:facts.txt", root / "facts.txt", "0", 1000, CONTEXT)
     with pytest.raises(CheckpointError, match="the model's embedding has 10 rows"):
-        cut_chunks(Reader(), text, CONTEXT)  # type: ignore[arg-type]
+        TextChunks(Reader(), text, None)  # type: ignore[arg-type]
 
 
 def test_models_with_other_tokens_have_bits_per_byte_but_no_divergence(root: Path, tmp_path: Path) -> None:

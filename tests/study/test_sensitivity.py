@@ -24,7 +24,7 @@ from compressknow.compress.calibrate.backward import ScoredBatch, choose_factors
 from compressknow.compress.calibrate.model import BlockwiseUnsupported
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.engine.language_model import load_language_model
-from compressknow.evaluate.evaluate import evaluate, make_prompts
+from compressknow.evaluate.evaluate import Prompts, evaluate
 from compressknow.evaluate.facts import Fact, Probe
 from compressknow.evaluate.scoring.families import make_scorer
 from compressknow.evaluate.scoring.scorer import Query
@@ -91,7 +91,7 @@ def get_model(tmp_path_factory: pytest.TempPathFactory) -> GetModel:
                 words = tuple(sorted({fact.obj_label for fact in facts})) if answers_are == "words" else ()
                 probe = replace(probe, facts=facts, vocabulary=answers_are, words=words)
             scorer = make_scorer(loaded.model, loaded.tokenizer, loaded.family, probe)
-            prompts = make_prompts(scorer)
+            prompts = Prompts(scorer)
             answers = {answer.fact_id: answer for batch in evaluate(prompts) for answer in batch}
             scored = [ScoredFact(scorer, query, answers[query.fact.id]) for batch in prompts.batches for query in batch]
             logp = torch.tensor([value for each in scored for value in select_likeliest(each.answer.top5_logp)])

@@ -8,7 +8,6 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,28 +105,6 @@ def hash_files(paths: Iterable[Path], folder: Path) -> dict[str, str]:
 KEYS = ("subject", "object", "prompt", "template", "relation", "id", "popularity", "candidates", "school-subject")
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Columns of a table of facts.
-
-    `of` is {one of `KEYS`: name of a column}; `of["template"]` may be a template itself. `templates` are templates by
-    relation, if no column has any; `known_as` is the recognized kind of table."""
-
-    of: Mapping[str, str]
-    templates: Mapping[str, str]
-    known_as: str | None
-
-    @property
-    def fixed_template(self) -> str | None:
-        template = self.of.get("template", "")
-        return template if OBJECT in template else None
-
-    @property
-    def names(self) -> list[str]:
-        """Return the columns to read, without duplicates."""
-        return list(dict.fromkeys(name for name in self.of.values() if name != self.fixed_template))
-
-
 # Domains of PopQA's properties, with underscores for spaces.
 POPQA = map_relations(
     {
@@ -187,26 +164,40 @@ def check_key(key: str) -> None:
         raise UsageError(f"--map: unknown key {key!r}.", hint=f"{near}The keys are {', '.join(KEYS)}.")
 
 
-def choose_columns(names: Iterable[str], mapping: Mapping[str, str], where: str) -> Columns:
-    """Choose from the columns of a table by the user's `mapping`, then as for a recognized kind of table. Raises
-    UsageError, which lists the columns, if one does not exist or facts need more of them."""
-    present = set(names)
-    for key in mapping:
-        check_key(key)
-    kind, recognized, templates = _recognize(present)
-    if {"prompt", "template"} & set(mapping):
-        # The user's prompt or template replaces both.
-        recognized = {key: name for key, name in recognized.items() if key not in ("prompt", "template")}
-        templates = {}
-    columns = Columns({**recognized, **mapping}, templates, kind)
-    listing = f"Its columns are {', '.join(sorted(present))}." if present else "It has no columns."
-    if missing := [name for name in columns.names if name not in present]:
-        raise UsageError(f"{where} has no column {missing[0]!r}.", listing)
-    by_template = "prompt" not in columns.of and ("template" in columns.of or columns.templates)
-    for key in ("object", "subject" if by_template else "prompt"):
-        if key not in columns.of:
-            raise UsageError(f"{where}: which column is the {key}?", listing, f"Say --map {key}=COLUMN.")
-    return columns
+class Columns:
+    """Columns of a table of facts: those of the user's `mapping`, then as for a recognized kind of table. Raises
+    UsageError, which lists the columns, if one does not exist or facts need more of them.
+
+    `of` is {one of `KEYS`: name of a column}; `of["template"]` may be a template itself. `templates` are templates by
+    relation, if no column has any; `known_as` is the recognized kind of table."""
+
+    def __init__(self, names: Iterable[str], mapping: Mapping[str, str], where: str) -> None:
+        present = set(names)
+        for key in mapping:
+            check_key(key)
+        self.known_as, recognized, self.templates = _recognize(present)
+        if {"prompt", "template"} & set(mapping):
+            # The user's prompt or template replaces both.
+            recognized = {key: name for key, name in recognized.items() if key not in ("prompt", "template")}
+            self.templates = {}
+        self.of = {**recognized, **mapping}
+        listing = f"Its columns are {', '.join(sorted(present))}." if present else "It has no columns."
+        if missing := [name for name in self.names if name not in present]:
+            raise UsageError(f"{where} has no column {missing[0]!r}.", listing)
+        by_template = "prompt" not in self.of and ("template" in self.of or self.templates)
+        for key in ("object", "subject" if by_template else "prompt"):
+            if key not in self.of:
+                raise UsageError(f"{where}: which column is the {key}?", listing, f"Say --map {key}=COLUMN.")
+
+    @property
+    def fixed_template(self) -> str | None:
+        template = self.of.get("template", "")
+        return template if OBJECT in template else None
+
+    @property
+    def names(self) -> list[str]:
+        """Return the columns to read, without duplicates."""
+        return list(dict.fromkeys(name for name in self.of.values() if name != self.fixed_template))
 
 
 def _recognize(present: set[str]) -> tuple[str | None, dict[str, str], dict[str, str]]:

@@ -46,7 +46,6 @@ from compressknow.evaluate.sources import Options, ProbeSource
 from compressknow.evaluate.sources.columns import (
     POPQA,
     Columns,
-    choose_columns,
     parse_cell,
     read_csv_lines,
     read_json_lines,
@@ -240,7 +239,7 @@ class Hub(ProbeSource):
         splits = load_tables(part)
         split = _choose_split(list(splits), options.split, part)
         table = splits[split]
-        columns = choose_columns(table.column_names, options.columns, name)
+        columns = Columns(table.column_names, options.columns, name)
         rows = (_make_hub_fact(name, *row, columns) for row in enumerate(_read_rows(table, columns)))
         facts, dropped = collect_facts(rows, lambda fact: (fact.prompt, fact.obj_label), "same sentence and object")
         return Probe(

@@ -27,7 +27,7 @@ from compressknow.cli import main
 from compressknow.engine.identity import locate, locate_server
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.answers import PARTS, Answer, read_answers, read_table
-from compressknow.evaluate.evaluate import evaluate, make_prompts
+from compressknow.evaluate.evaluate import Prompts, evaluate
 from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
@@ -71,7 +71,7 @@ def serve(lm: LanguageModel) -> Iterator[Callable[[str], ModelServer]]:
 
 
 def evaluate_server(url: str, probe: Probe, settings: Settings = SETTINGS) -> dict[str, Answer]:
-    prompts = make_prompts(ModelHandle(locate(url), settings).loaded.make_scorer(probe), 32)
+    prompts = Prompts(ModelHandle(locate(url), settings).loaded.make_scorer(probe), 32)
     assert prompts.total == len(probe.facts)
     return {answer.fact_id: answer for answers in evaluate(prompts) for answer in answers}
 
@@ -125,7 +125,7 @@ def test_generated_answers_are_those_of_the_model_run_locally(
     remote, local = (
         {
             query.fact.id: text
-            for batch in make_prompts(scorer).batches
+            for batch in Prompts(scorer).batches
             for query, text in zip(batch, scorer.generate_answers(batch), strict=True)
         }
         for scorer in scorers
@@ -150,7 +150,7 @@ def test_a_blank_that_begins_the_prompt_follows_the_first_token(
     probe = make_probe([replace(make_known_facts()[0], prompt="[MASK] is the capital.")])
     check_similar(evaluate_server(serve("vllm").url, probe), evaluate_model(lm.model, lm.tokenizer, "causal", probe))
     scorer = ModelHandle(locate(serve("echo").url), SETTINGS).loaded.make_scorer(probe)
-    assert make_prompts(scorer).dropped == {NO_BEGINNING: 1}
+    assert Prompts(scorer).dropped == {NO_BEGINNING: 1}
 
 
 def test_vllm_returns_twenty_tokens_of_the_distribution_and_echo_none(
@@ -195,14 +195,14 @@ def test_facts_that_a_server_cannot_be_asked_are_dropped(
     scorer = ModelHandle(locate(serve(kind).url), SETTINGS).loaded.make_scorer(
         make_probe([replace(fact, prompt=prompt), *others])
     )
-    prompts = make_prompts(scorer)
+    prompts = Prompts(scorer)
     assert (prompts.total, prompts.dropped) == (2, {reason: 1})
 
 
 def test_facts_that_just_fit_in_the_context_are_evaluated(serve: Callable[[str], ModelServer]) -> None:
     (fact,) = make_known_facts()[:1]
     facts = [replace(fact, id=str(words), prompt=f"{'The ' * words}[MASK].") for words in range(55, 65)]
-    prompts = make_prompts(ModelHandle(locate(serve("vllm").url), SETTINGS).loaded.make_scorer(make_probe(facts)))
+    prompts = Prompts(ModelHandle(locate(serve("vllm").url), SETTINGS).loaded.make_scorer(make_probe(facts)))
     answers = [answer for batch in evaluate(prompts) for answer in batch]
     longest = max(len(query.prompt) + max(map(len, query.options)) for batch in prompts.batches for query in batch)
     # A request for their scores asks for another token.
@@ -240,7 +240,7 @@ def test_temporary_faults_are_retried(serve: Callable[[str], ModelServer], lm: L
     probe = make_probe(make_known_facts()[:4])
     loaded = ModelHandle(locate(server.url), SETTINGS).loaded
     server.faults["/v1/completions"] = list(faults)
-    prompts = make_prompts(loaded.make_scorer(probe))
+    prompts = Prompts(loaded.make_scorer(probe))
     answers = {answer.fact_id: answer for batch in evaluate(prompts) for answer in batch}
     assert server.faults["/v1/completions"] == []
     check_similar(answers, evaluate_model(lm.model, lm.tokenizer, "causal", probe))
@@ -340,7 +340,7 @@ def test_an_invalid_answer_is_refused(serve: Callable[[str], ModelServer], name:
     loaded = ModelHandle(locate(server.url), SETTINGS).loaded
     server.change, message = INVALID[name]
     with pytest.raises(CompressknowError, match=re.escape(message)) as raised:
-        list(evaluate(make_prompts(loaded.make_scorer(make_probe(make_known_facts()[:3])))))
+        list(evaluate(Prompts(loaded.make_scorer(make_probe(make_known_facts()[:3])))))
     assert raised.value.hint is not None
 
 
@@ -572,7 +572,7 @@ def test_a_server_that_stops_answering_is_not_called_missing(serve: Callable[[st
     # Open connections would outlive it.
     server.faults["/tokenize"] = ["cut"]
     with pytest.raises(CompressknowError, match=f"^{server.url} no longer answers.\nStart .* answers so far are kept"):
-        make_prompts(scorer)
+        Prompts(scorer)
 
 
 def test_errors_of_certificates_and_proxies_are_named(
