@@ -61,8 +61,7 @@ def compare(
     revision, revision_b : of a and of b, if they are hub ids.
     threads : tensors to compare at a time, by default one per core; the figures do not depend on it.
     command : the command line to show.
-    on_progress : called with each `compressknow.Progress`: in bytes for hashing and comparing weights, in facts for
-        evaluating; ``"bar"`` shows bars.
+    on_progress : called with each `compressknow.Progress`, in bytes or in facts; ``"bar"`` shows bars.
 
     Returns
     -------

@@ -65,8 +65,7 @@ def convert(
     threads: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
-    """Drop blocks and neurons of a checkpoint, prune and quantize it, and write it to a new folder of safetensors, with
-    a manifest and a model card.
+    """Drop blocks and neurons of a checkpoint, prune and quantize it, and write a new one with a manifest and a card.
 
     Parameters
     ----------
@@ -75,8 +74,7 @@ def convert(
     scope : which Linear layers: ``blocks`` (all in the transformer blocks), ``attention``, ``feed-forward``, ``final``,
         ``overall`` and the finer ones in ``compressknow.model.structure.SCOPES``.
     include, exclude, layers : regular expressions on module names, and blocks (``3``, ``"0-5"``), that narrow it.
-    drop_blocks : how many blocks of each stack to drop, or which: ``"20-23"``; the scopes ``encoder`` and ``decoder``
-        narrow it.
+    drop_blocks : how many blocks of each stack to drop, or which: ``"20-23"``; narrowed by ``encoder`` or ``decoder``.
     drop_neurons : share of the hidden units of each feed-forward block to drop; narrowed the same way.
     prune : share of the weights to zero, between 0 and 1.
     prune_method : a name of `compressknow.compress.pruning.METHODS`, by default ``l1-unstructured``.
@@ -90,8 +88,7 @@ def convert(
         ``.txt`` or ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default. `seed` also seeds
         the samples and the masking.
     parameters : parameters of third-party methods and schemes, by name.
-    recipe : the steps, instead of all the options above: a `Recipe`, its dict, or the path of a TOML file, a manifest
-        or a converted folder.
+    recipe : the steps, instead of the options above: a `Recipe`, its dict, a TOML file, a manifest or its folder.
     overwrite : replace `output` if convert wrote it, once the new one is complete.
     dry_run : write nothing; return the manifest as far as the headers of the weight files tell it.
     threads : tensors to process at a time, by default one per core; the output does not depend on it.

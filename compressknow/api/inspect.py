@@ -18,8 +18,7 @@ def inspect(
     module_map: ModuleMap = "structural",
     trust_remote_code: bool = False,
 ) -> Inspection:
-    """Count a checkpoint's Linear layers by group and by scope, from its configuration; only a few rows of each matrix
-    are read.
+    """Count a checkpoint's Linear layers by group and by scope, from its configuration and a few rows of each matrix.
 
     Parameters
     ----------

@@ -33,8 +33,7 @@ R = TypeVar("R")
 
 
 class RunKeywords(TypedDict, total=False):
-    """Keywords for what is evaluated and how a model is run: the fields of `compressknow.Options` and
-    `compressknow.Settings`.
+    """Keywords for what is evaluated, and how: the fields of `compressknow.Options` and `compressknow.Settings`.
 
     `map` assigns the columns of a table, by key or as ``KEY=COLUMN``; `no_noise_floor` skips the noise floor.
     """

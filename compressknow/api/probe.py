@@ -42,8 +42,7 @@ def probe(
     model : a local folder, ``FOLDER/FILE.gguf``, a hub id, or the address of a server, ``http://HOST:PORT``.
     output : the folder for the answers; answers of this model that are already in it are reused.
     probe : names, such as ``atlas`` (the default), ``lama:trex``, ``bear``, ``facts:mine.jsonl``, ``lm-eval:boolq``.
-    reference : answers folder of the original model: its most likely tokens are scored, so that the divergence of the
-        two distributions can be measured.
+    reference : answers folder of the original model, to measure the divergence of distributions on its likely tokens.
     overwrite : replace answers in `output` to the same probe that are to other facts, or were made with other settings.
     keywords : folder of the data, protocol, sample (``limit=300``), device, dtype, batch size: as on the command line.
         See `compressknow.Options` and `compressknow.Settings`; their `columns` is ``map`` here, `model` ``model_name``.

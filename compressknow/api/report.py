@@ -51,8 +51,7 @@ def report(
 
     Parameters
     ----------
-    original, compressed : local folders, ``FOLDER/FILE.gguf``, hub ids, addresses of servers, or answers folders that
-        `probe` wrote.
+    original, compressed : local folders, ``FOLDER/FILE.gguf``, hub ids, addresses of servers, or `probe`'s folders.
     probe : names; see `compressknow.probe`.
     output : files to write: ``.html``, ``.md``, ``.json``; ``.xml`` is JUnit's form, and a file called ``summary.md``
         is a summary of about 20 lines, both for CI.

@@ -53,8 +53,7 @@ def sensitivity(
     output : files to write: a page (``.html``, ``.md``), all figures (``.json``), a row per weight and type (``.csv``).
     to : the types: of a ``gguf`` file, the default for causal models, or the schemes of a ``checkpoint``.
     guide : what weights are ranked by: ``facts``, ``text`` or ``both``.
-    facts : probes, ``atlas`` by default; about 200 of their facts that the model knows are used. `data` is the folder
-        with LAMA and BEAR.
+    facts : probes, by default ``atlas``; about 200 facts that the model knows are used. `data` has LAMA and BEAR.
     calibration : the text: ``self`` (the model's own samples), the path of a ``.txt`` or ``.jsonl`` file, or
         ``hf:DATASET``; `calibration_tokens` of it, 8,192 by default. `seed` seeds the samples and the masking.
     revision : branch, tag or commit of a hub id.

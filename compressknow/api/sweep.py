@@ -74,8 +74,7 @@ def sweep(
         with the content of one.
     probe : names; see `compressknow.probe`. At least one must have facts: running texts give perplexities.
     options, settings, keywords : see `compressknow.probe`.
-    known : what counts as known; see `compressknow.report`. A study can be rewritten with the other value without
-        evaluating anything again.
+    known : what counts as known; see `compressknow.report`. It can be changed later without evaluating again.
     module_map, quantize : for the paper's grid, by default its authors' (``paper``, ``int8-paper``); `module_map` is
         also for the grid of methods.
     calibration, calibration_tokens : for the grid of methods; see `compressknow.convert`.

@@ -151,8 +151,7 @@ class Evaluation:
 def gather(
     original: str | Path, compressed: Sequence[str | Path], evaluation: Evaluation, *, revision: str | None = None
 ) -> tuple[Answers, list[Answers]]:
-    """Return the original's answers and those of each compressed model, to the same probes. `revision` is that of the
-    original, if it is a Hub id.
+    """Return the original's answers and those of each compressed model; `revision` is that of an original on the Hub.
 
     Models are evaluated on what is not stored yet, the original first: the others are scored on its most likely tokens,
     so that distributions can be compared. Answers folders are used unchanged. Raises CompressknowError if a model
