@@ -179,9 +179,8 @@ def gather(
             folder = choose_folder(evaluation.keep_in, side, context, probes)
             answers = probe_model(side, probes, folder, context, on_progress=listener, wait=True)
             if not gathered:
-                answers = NoiseFloors(side, folder, listener, distributions=distributions).add(
-                    probes, answers, sides[1:]
-                )
+                floors = NoiseFloors(side, folder, listener, distributions)
+                answers = floors.add(probes, answers, sides[1:])
             gathered.append(finish_answers(answers, side, context.reference, evaluation.timed, listener))
     return gathered[0], gathered[1:]
 
@@ -400,7 +399,7 @@ def evaluate_both(
     with Distributions(a, keep_in) as distributions_a, Distributions(b, keep_in) as distributions_b:
         of_a = evaluate(a, Context(distributions=distributions_a))
         folder = choose_folder(keep_in, a, Context(), probes)
-        of_a = NoiseFloors(a, folder, on_progress, distributions=distributions_a).add(probes, of_a, [b])
+        of_a = NoiseFloors(a, folder, on_progress, distributions_a).add(probes, of_a, [b])
         a.release()
         b_on_a = evaluate(b, Context(of_a, distributions=distributions_a))
         distributions_a.close()

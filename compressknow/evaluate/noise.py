@@ -40,15 +40,10 @@ class NoiseFloors:
     `distributions` are the original's, if this run keeps them; what they lack is computed for the sample."""
 
     def __init__(
-        self,
-        original: ModelHandle,
-        folder: Path,
-        on_progress: Listener | None = None,
-        *,
-        distributions: Distributions | None = None,
+        self, original: ModelHandle, folder: Path, listener: Listener | None, distributions: Distributions | None = None
     ) -> None:
-        self._original, self._distributions = original, distributions
-        self._folder, self._on_progress = folder, on_progress
+        self._original, self._folder, self._on_progress = original, folder, listener
+        self._distributions = distributions
 
     def add(self, probes: Sequence[Opened], answers: Answers, compared: Sequence[ModelHandle | Answers]) -> Answers:
         """Add the noise floors of another precision and, if it runs one of the `compared` models, of llama.cpp."""

@@ -182,12 +182,7 @@ class TextChunks:
             self._bytes = (table[:, -1] - table[:, self._first]).tolist()
 
     def read_all(
-        self,
-        *,
-        done: Mapping[int, Chunk],
-        known: Mapping[int, Chunk],
-        measure_kl: MeasureKl | None,
-        advance: Advance,
+        self, *, done: Mapping[int, Chunk], known: Mapping[int, Chunk], measure_kl: MeasureKl | None, advance: Advance
     ) -> Iterator[Chunk]:
         """Yield the model's results for each chunk that is not `done`, in order. `known` chunks lack the divergences
         that `measure_kl` returns: their greedy continuations are reused."""

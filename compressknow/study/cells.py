@@ -322,7 +322,7 @@ class StudyModel:
             ]
             for add in noise_floors:
                 for place, each in enumerate(probes):
-                    floors = NoiseFloors(handle, places[each.name], on_progress, distributions=distributions)
+                    floors = NoiseFloors(handle, places[each.name], on_progress, distributions)
                     parts[place] = add(floors, [each], parts[place])
             entries = {name: entry for part in parts for name, entry in part.record.probes.items()}
             texts = {name: chunks for part in parts for name, chunks in part.texts.items()}

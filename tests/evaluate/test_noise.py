@@ -171,7 +171,7 @@ def test_noise_floor_of_a_sample_is_not_stored_with_answers_to_another_one(tmp_p
         probe(model, tmp_path / "a", facts, options=options, settings=Settings(noise_floor=False), overwrite=True)
         for options in samples
     ]
-    floors = noise.NoiseFloors(ModelHandle(locate(model), Settings()), tmp_path / "a")
+    floors = noise.NoiseFloors(ModelHandle(locate(model), Settings()), tmp_path / "a", None)
     assert get_floor(floors.add_precision(open_all([facts], samples[0]), runs[0])).n == 10
     assert read_answers(tmp_path / "a").record.probes == runs[1].record.probes
 
