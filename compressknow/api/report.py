@@ -104,17 +104,18 @@ def report(
         timed=time,
         known=known,
         gated=[gate.of for gate in gates],
+        revision=revision,
         on_progress=resolve_progress(on_progress),
     )
     if not early:
-        before, after = gather(original, models, evaluation, revision=revision)
+        before, after = gather(original, models, evaluation)
         stop = None
     else:
         from compressknow.comparison.power import decide_gate
         from compressknow.evaluate.early import gather_early
 
         at_gate = partial(decide_gate, gates[0].least)
-        before, only, stop = gather_early(original, models[0], evaluation, at_gate, revision=revision)
+        before, only, stop = gather_early(original, models[0], evaluation, at_gate)
         after = [only]
     # Facts of tasks and of stored answers are only known now.
     check_names(before.answers, evaluation.gated)

@@ -32,12 +32,7 @@ FIRST, FURTHER = 32, 0.25
 
 
 def gather_early(
-    original: str | Path,
-    compressed: str | Path,
-    evaluation: gather.Evaluation,
-    decide: Decide[T],
-    *,
-    revision: str | None = None,
+    original: str | Path, compressed: str | Path, evaluation: gather.Evaluation, decide: Decide[T]
 ) -> tuple[Answers, Answers, T | None]:
     """Evaluate two models on facts in random order, by `evaluation.options.seed`, until `decide` returns a decision;
     return both models' answers to these facts, and the decision, None if all facts leave it open.
@@ -52,7 +47,7 @@ def gather_early(
         unseeded = replace(evaluation, options=replace(evaluation.options, seed=Options.seed))
         gather.check_none_evaluated([answers for answers in stored if answers], unseeded)
     probes = _select_facts(gather.open_matching(next(filter(None, stored), None), evaluation))
-    first, second = map(_Side, gather.open_models(models, revision, stored, evaluation, probes))
+    first, second = map(_Side, gather.open_models(models, stored, evaluation, probes))
     first.read_stored(evaluation.keep_in, probes, None)
     if first.stored or second.stored:
         second.read_stored(evaluation.keep_in, probes, first.stored)

@@ -136,6 +136,7 @@ class Evaluation:
     timed : whether to measure the speed and the memory of each model; this is not possible for answers folders.
     known : what counts as known, for `gather_early`; see `compressknow.evaluate.grades`.
     gated : name in each gate, for `check_gated`.
+    revision : of the original, if it is a Hub id.
     """
 
     probes: Sequence[str]
@@ -145,13 +146,14 @@ class Evaluation:
     timed: bool = False
     known: str = "recognized"
     gated: Sequence[str | None] = ()
+    revision: str | None = None
     on_progress: Listener | None = None
 
 
 def gather(
-    original: str | Path, compressed: Sequence[str | Path], evaluation: Evaluation, *, revision: str | None = None
+    original: str | Path, compressed: Sequence[str | Path], evaluation: Evaluation
 ) -> tuple[Answers, list[Answers]]:
-    """Return the original's answers and those of each compressed model; `revision` is that of an original on the Hub.
+    """Return the original's answers and those of each compressed model, to the same probes.
 
     Models are evaluated on what is not stored yet, the original first: the others are scored on its most likely tokens,
     so that distributions can be compared. Answers folders are used unchanged. Raises CompressknowError if a model
@@ -164,7 +166,7 @@ def gather(
         first, *others = [select_probes(answers, evaluation.probes) for answers in stored if answers]
         return first, others
     probes = open_matching(next(filter(None, stored), None), evaluation)
-    sides = open_models(models, revision, stored, evaluation, probes)
+    sides = open_models(models, stored, evaluation, probes)
     handles = [side for side in sides if isinstance(side, ModelHandle)]
     # The original's distributions are needed only for other models that are evaluated now.
     needed = handles[0] is sides[0] and len(handles) > 1 and handles[0].located.url is None
@@ -234,22 +236,18 @@ def read_if_stored(model: str | Path) -> Answers | None:
 
 
 def open_models(
-    models: Sequence[str | Path],
-    revision: str | None,
-    stored: Sequence[Answers | None],
-    evaluation: Evaluation,
-    probes: Sequence[Opened],
+    models: Sequence[str | Path], stored: Sequence[Answers | None], evaluation: Evaluation, probes: Sequence[Opened]
 ) -> list[Answers | ModelHandle]:
-    """Find, hash and check the models whose answers are not stored; select the answers of the others to these probes.
-    `revision` is the first model's. Raises as `make_handles`, `select_probes`, `check_facts` and `check_comparable` do,
-    and CheckpointError for NaN weights."""
+    """Find, hash and check the models without stored answers; select the answers of the others to these probes. Raises
+    as `make_handles`, `select_probes`, `check_facts` and `check_comparable` do, and CheckpointError for NaN weights."""
     stored = [answers and select_probes(answers, [probe.name for probe in probes]) for answers in stored]
     for answers in filter(None, stored):
         for probe in probes:
             check_facts(answers, probe)
-    pairs = enumerate(zip(models, stored, strict=True))
+    revisions = [evaluation.revision, *[None] * (len(models) - 1)]
     # Find all before evaluating the first, so that a wrong name fails at once.
-    located = [locate(model, None if index else revision) for index, (model, answers) in pairs if not answers]
+    rows = zip(models, revisions, stored, strict=True)
+    located = [locate(model, revision) for model, revision, answers in rows if not answers]
     handles = make_handles(located, evaluation.settings, probes, timed=evaluation.timed)
     remaining = iter(handles)
     sides = [answers or next(remaining) for answers in stored]
