@@ -46,12 +46,14 @@ class Transformers(Runtime):
     name = TRANSFORMERS
     language_model: LanguageModel
 
-    def __init__(self, language_model: LanguageModel) -> None:
-        self.language_model = language_model
-        self.family = language_model.family
-        self.architecture = type(language_model.model).__name__
-        self.computed_in = language_model.dtype
-        self.vocabulary, self.parameters = language_model.vocabulary, language_model.parameters
+    def __init__(self, located: LocatedModel, settings: Settings, made: LanguageModel | None = None) -> None:
+        """Load a model, unless it is `made` in memory."""
+        trusted, dtype = settings.trust_remote_code, settings.computed_in
+        self.language_model = loaded = made or load_language_model(
+            located.path, device=settings.device, dtype=dtype, trust_remote_code=trusted
+        )
+        self.family, self.architecture = loaded.family, type(loaded.model).__name__
+        self.computed_in, self.vocabulary, self.parameters = loaded.dtype, loaded.vocabulary, loaded.parameters
 
     @classmethod
     def reads(cls, located: LocatedModel) -> bool:
@@ -60,11 +62,6 @@ class Transformers(Runtime):
     @classmethod
     def resolve_settings(cls, settings: Settings) -> Settings:
         return settings.here()
-
-    @classmethod
-    def open(cls, located: LocatedModel, settings: Settings) -> Transformers:
-        trusted, dtype = settings.trust_remote_code, settings.computed_in
-        return cls(load_language_model(located.path, device=settings.device, dtype=dtype, trust_remote_code=trusted))
 
     def make_scorer(self, probe: Probe) -> Scorer:
         from compressknow.evaluate.scoring.families import make_scorer
@@ -290,7 +287,7 @@ class ModelHandle:
 
     @cached_property
     def loaded(self) -> Runtime:
-        loaded = self.runtime.open(self.located, self.settings)
+        loaded = self.runtime(self.located, self.settings)
         try:
             self.check_unchanged()
         except CheckpointError:

@@ -409,9 +409,8 @@ class CellHandle(ModelHandle):
         folder = self._study_model.save(self._cell, self._on_progress)
         variant = maker.read(folder) if folder else maker.make(plan, begin_stages(self._on_progress, self._cell.key))
         self._described = describe_variant(self._cell.key, variant)
-        return Transformers(
-            make_language_model(variant, tokenizer(), device=settings.device, dtype=settings.computed_in)
-        )
+        made = make_language_model(variant, tokenizer(), device=settings.device, dtype=settings.computed_in)
+        return Transformers(self.located, settings, made)
 
     def make_prompts(self, probe: Probe) -> Prompts:
         made, name = self._study_model.prompts, probe.fingerprint()

@@ -6,7 +6,7 @@ import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
 from compressknow.engine.identity import LocatedModel
@@ -122,10 +122,6 @@ class Runtime(abc.ABC):
     def key(cls) -> tuple[str, ...]:
         """Return what determines answers besides model and settings: name and build; nothing for transformers."""
         return ()
-
-    @classmethod
-    def open(cls, located: LocatedModel, settings: Settings) -> Self:
-        return cls(located, settings)
 
     @abc.abstractmethod
     def make_scorer(self, probe: Probe) -> Scorer:
