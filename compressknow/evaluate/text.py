@@ -37,14 +37,9 @@ _BYTES_PER_TOKEN = 64
 
 
 class TextReader(Protocol):
-    """Interface of runtimes to a causal model that reads running text.
-
-    Attributes
-    ----------
-    bos : token that replaces the first one of each chunk; None if the vocabulary wants none.
-    most : number of positions of the model; None if it is not limited.
-    rows : number of tokens that the model can read.
-    """
+    """Interface of runtimes to a causal model that reads running text. `bos` is the token that replaces the first one
+    of each chunk, None if the vocabulary wants none; `most` the number of positions, None if it is not limited; `rows`
+    the number of tokens that the model can read."""
 
     bos: int | None
     most: int | None
@@ -146,16 +141,11 @@ def list_keys(number: int, context: int) -> list[str]:
 
 
 class TextChunks:
-    """Chunks of a text, read by one model, with as many tokens as the text says, else as those of the `reference`, else
-    512 or all positions of the model.
+    """Chunks of a text as tokens of one model, `ids` [chunks, context] in int32, with BOS where it is read. The
+    `context` is that of the text, else of the `reference`, else 512 or all positions of the model.
 
     Raises UsageError if the text is too short for one chunk, or the model for its tokens, CheckpointError if the model
-    does not have one of these.
-
-    Attributes
-    ----------
-    ids : int32 [chunks, context], with BOS where it is read.
-    """
+    does not have one of these."""
 
     def __init__(self, reader: TextReader, text: RunningText, reference: ProbeEntry | None) -> None:
         self._reader, self._text = reader, text

@@ -21,7 +21,7 @@ from compressknow.evaluate.runtimes.client import Client, RequestRefused
 from compressknow.evaluate.runtimes.kinds import FirstToken, ServedModel, detect_server
 from compressknow.evaluate.scoring.families import CausalScorer
 from compressknow.evaluate.scoring.ranking import TOP, Ranking, Scores, make_answer, make_choice, rank_candidates
-from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, Ids, MeasureKl, Query
+from compressknow.evaluate.scoring.scorer import OPENING_TOKENS, SLACK_TOKENS, Ids, Query
 
 T = TypeVar("T")
 
@@ -88,13 +88,7 @@ class ServedScorer(CausalScorer):
         with ThreadPool(max(1, min(self._parallel, len(batches)))) as pool:
             yield from pool.imap_unordered(lambda batch: (batch, work(batch)), batches)
 
-    def answer(
-        self,
-        batch: Sequence[Query],
-        reference: Sequence[Ids] | None,
-        measure_kl: MeasureKl | None = None,  # noqa: ARG002
-        known: Sequence[Answer] | None = None,  # noqa: ARG002
-    ) -> list[Answer]:
+    def answer(self, batch: Sequence[Query], reference: Sequence[Ids] | None, *_: Any, **__: Any) -> list[Answer]:
         """Answer the only query of a batch, without divergences: servers are too slow for all tokens."""
         (query,), wanted = batch, None if reference is None else [int(number) for number in reference[0]]
         text, first = self._write(query), self._served.predict(query.prompt, wanted or ())

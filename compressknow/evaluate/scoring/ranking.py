@@ -26,13 +26,9 @@ Finish = Callable[[list[tuple[int, int]], Scores], Scores]
 class Ranking:
     """Candidates of one fact, with what is known about their scores.
 
-    Attributes
-    ----------
-    scores : [candidates], natural logarithms; upper bounds where `finished` is False.
-    finished : [candidates], whether the score is certainly that of the whole candidate.
-    gold : index of the object.
-    summed : whether to compute the sum of all candidates' probabilities too.
-    """
+    `scores` [candidates] are natural logarithms, and upper bounds where `finished` is False, which says whether a score
+    is certainly that of the whole candidate; `gold` is the index of the object. `summed` says whether to compute the
+    sum of all candidates' probabilities too."""
 
     scores: Scores
     finished: NDArray[np.bool_]
