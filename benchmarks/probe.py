@@ -133,7 +133,7 @@ def select_evenly(facts: Sequence[Any], count: int) -> list[Any]:
 def prepare_compressknow(part: str, language: Language, options: Namespace, *, greedy: bool = True) -> Run:
     """Return a function that answers with each fact's most likely token, and whether it is right; for BEAR and atlas
     with the answer, the object's rank and the best score."""
-    from compressknow.evaluate.evaluate import evaluate, make_prompts
+    from compressknow.evaluate.evaluate import Prompts, evaluate
     from compressknow.evaluate.scoring.families import make_scorer
 
     probe = open_probe(part, options)
@@ -142,7 +142,7 @@ def prepare_compressknow(part: str, language: Language, options: Namespace, *, g
         scorer: Any = make_scorer(*language, replace(probe, facts=tuple(select_evenly(probe.facts, count))))
         if not greedy:
             scorer.produce = lambda batch, *_: [""] * len(batch)
-        answers = (answer for batch in evaluate(make_prompts(scorer, batch_size)) for answer in batch)
+        answers = (answer for batch in evaluate(Prompts(scorer, batch_size)) for answer in batch)
         if part in ("paper", "int8"):
             return {answer.fact_id: [int(answer.first_ids[0]), answer.correct] for answer in answers}
         return {answer.fact_id: [answer.predicted, answer.rank, answer.top5_logp[0]] for answer in answers}
