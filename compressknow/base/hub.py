@@ -7,13 +7,12 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
 from compressknow.base.errors import CompressknowError, UsageError
 from compressknow.base.format import write_size
-from compressknow.base.progress import disable_bars
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -90,8 +89,7 @@ def upload(path: Path, repo: str, *, private: bool | None, message: str, card: s
     Hub's default: public, unless its organization differs. `bars` shows progress bars, on a terminal. Raises
     CompressknowError with the reason, and the command that repeats the upload; local files are unchanged."""
     retry_command = build_retry_command(path, repo, private)
-    show_bars = nullcontext() if bars and sys.stderr.isatty() else disable_bars()
-    with _explain_failures(path, repo, retry_command), _bound_requests(), show_bars:
+    with _explain_failures(path, repo, retry_command), _bound_requests(), _show_bars(bars):
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -145,6 +143,21 @@ def _bound_requests() -> Iterator[None]:
     finally:
         set_client_factory(factory)
         logs.set_verbosity(verbosity)
+
+
+@contextmanager
+def _show_bars(shown: bool) -> Iterator[None]:
+    # Not `disable_bars`: an upload also has a display without tqdm, which follows this switch.
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled() or (shown and sys.stderr.isatty()):
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 @contextmanager
