@@ -169,7 +169,7 @@ class Columns:
     UsageError, which lists the columns, if one does not exist or facts need more of them.
 
     `of` is {one of `KEYS`: name of a column}; `of["template"]` may be a template itself. `templates` are templates by
-    relation, if no column has any; `known_as` is the recognized kind of table."""
+    relation, if no column has any; `names` are the columns to read; `known_as` is the recognized kind of table."""
 
     def __init__(self, names: Iterable[str], mapping: Mapping[str, str], where: str) -> None:
         present = set(names)
@@ -181,6 +181,9 @@ class Columns:
             recognized = {key: name for key, name in recognized.items() if key not in ("prompt", "template")}
             self.templates = {}
         self.of = {**recognized, **mapping}
+        template = self.of.get("template", "")
+        self.fixed_template = template if OBJECT in template else None
+        self.names = list(dict.fromkeys(name for name in self.of.values() if name != self.fixed_template))
         listing = f"Its columns are {', '.join(sorted(present))}." if present else "It has no columns."
         if missing := [name for name in self.names if name not in present]:
             raise UsageError(f"{where} has no column {missing[0]!r}.", listing)
@@ -188,16 +191,6 @@ class Columns:
         for key in ("object", "subject" if by_template else "prompt"):
             if key not in self.of:
                 raise UsageError(f"{where}: which column is the {key}?", listing, f"Say --map {key}=COLUMN.")
-
-    @property
-    def fixed_template(self) -> str | None:
-        template = self.of.get("template", "")
-        return template if OBJECT in template else None
-
-    @property
-    def names(self) -> list[str]:
-        """Return the columns to read, without duplicates."""
-        return list(dict.fromkeys(name for name in self.of.values() if name != self.fixed_template))
 
 
 def _recognize(present: set[str]) -> tuple[str | None, dict[str, str], dict[str, str]]:

@@ -261,7 +261,7 @@ def _find_local_data(name: str) -> list[Path]:
 
 def build(task: LmEvalTask, folder: Path) -> dict[str, Any]:
     """Build lm-eval's task objects with their data: {"tasks": {NAME: task}, ...}. `folder` is for temporary files.
-    Raises CompressknowError if the data cannot be read, UnsupportedError for tasks that would fail in the end."""
+    Raises CompressknowError if the data cannot be read, UnsupportedError for tasks that fail only at the end."""
     try:
         if task.include is None:
             built = dict(read_own_tasks().load(task.task))
