@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
@@ -59,6 +58,8 @@ class ServedScorer(CausalScorer):
                 hint="Choose a probe with candidates or with free answers, such as atlas, bear or facts:FILE.jsonl.",
             )
         self._served, self._parallel = served, parallel
+        # Every request asks for a further token.
+        self._most = served.longest and served.longest - 1
 
     def make_query(self, fact: Fact) -> Query | str:
         """Return the query of any causal model; without candidates if the server only generates text."""
@@ -69,11 +70,6 @@ class ServedScorer(CausalScorer):
         prompt = self.encode_prompt(fact)
         (gold,) = self.encode_options(fact, [fact.obj_label], rest=False)
         return Query(fact, prompt, (), gold, (), self.find_shape(fact, prompt))
-
-    @cached_property
-    def _most(self) -> int | None:
-        # Every request asks for a further token.
-        return self._served.longest and self._served.longest - 1
 
     def split(self, batch: Sequence[Query]) -> Sequence[Sequence[Query]]:
         """Split the batch into single facts, so that each is counted and stored as soon as it is answered."""

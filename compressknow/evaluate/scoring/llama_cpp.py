@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import accumulate, islice
 from typing import Any
 
@@ -57,6 +56,7 @@ class LlamaCppScorer(CausalScorer):
         untyped: Any = model
         super().__init__(untyped, tokenizer, probe)
         self._gguf, self._memory = model, GrowingContext(model, SEQUENCES)
+        self._rows, self._most = model.rows, model.most_tokens
 
     def release(self) -> None:
         self._memory.release()
@@ -136,14 +136,6 @@ class LlamaCppScorer(CausalScorer):
     @property
     def architecture(self) -> str:
         return self._gguf.architecture
-
-    @cached_property
-    def _rows(self) -> int:
-        return self._gguf.rows
-
-    @cached_property
-    def _most(self) -> int | None:
-        return self._gguf.most_tokens
 
     def _reserve(self, batch: Sequence[Query]) -> LlamaContext:
         """Return a context with room for a batch's prompts and their continuations."""
