@@ -62,10 +62,6 @@ class MaskedScorer(Scorer):
     def find_obstacle(self, fact: Fact) -> str | None:  # noqa: ARG002
         return None
 
-    @cached_property
-    def one_token(self) -> bool:
-        return True
-
     def read_first(self, batch: Sequence[Query]) -> tuple[torch.Tensor, Any]:
         return self._compute_log_probs([(query.prompt, self._find_blank(query)) for query in batch]), batch
 
@@ -281,11 +277,7 @@ class Seq2SeqScorer(DecodingScorer):
 
     def begin(self, fact: Fact) -> Ids:
         """Return the decoder's tokens before the answer."""
-        return (self._start, *(self._sentinels[:1] or self.encoder.begin(fact.before)))
-
-    @cached_property
-    def _start(self) -> int:
-        return find_decoder_start(self.model)
+        return (find_decoder_start(self.model), *(self._sentinels[:1] or self.encoder.begin(fact.before)))
 
 
 def make_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, probe: Probe) -> Scorer:

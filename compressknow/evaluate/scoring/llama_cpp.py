@@ -55,8 +55,8 @@ class LlamaCppScorer(CausalScorer):
         tokenizer: Any = GgufTokenizer(model)
         untyped: Any = model
         super().__init__(untyped, tokenizer, probe)
-        self._gguf, self._memory = model, GrowingContext(model, SEQUENCES)
-        self._rows, self._most = model.rows, model.most_tokens
+        self._memory = GrowingContext(model, SEQUENCES)
+        self.architecture, self._rows, self._most = model.architecture, model.rows, model.most_tokens
 
     def release(self) -> None:
         self._memory.release()
@@ -132,10 +132,6 @@ class LlamaCppScorer(CausalScorer):
 
     def ends(self, token: int) -> bool:
         return bool(self.tokenizer.is_end(token))
-
-    @property
-    def architecture(self) -> str:
-        return self._gguf.architecture
 
     def _reserve(self, batch: Sequence[Query]) -> LlamaContext:
         """Return a context with room for a batch's prompts and their continuations."""

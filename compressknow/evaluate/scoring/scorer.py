@@ -148,7 +148,9 @@ class Scorer(ABC):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> None:
         self.model, self.tokenizer, self.probe = model, tokenizer, probe
-        self.encoder = Encoder(tokenizer)
+        self.encoder, self.architecture = Encoder(tokenizer), type(model).__name__
+        # Whether facts without candidates are answered by one token.
+        self.one_token = self.family == "masked" or probe.vocabulary in ("words", "full")
 
     def release(self) -> None:
         """Drop the model and what depends on its weights; `model` may then be set to one of the same architecture."""
@@ -310,10 +312,6 @@ class Scorer(ABC):
         longest = max(query.shape) + max(map(len, answers)) + (SLACK_TOKENS if is_free else 0)
         return TOO_LONG if self._most is not None and longest > self._most else None
 
-    @property
-    def architecture(self) -> str:
-        return type(self.model).__name__
-
     @cached_property
     def _rows(self) -> int:
         return count_embedding_rows(self.model)
@@ -321,11 +319,6 @@ class Scorer(ABC):
     @cached_property
     def _most(self) -> int | None:
         return count_positions(self.model, self.tokenizer)
-
-    @cached_property
-    def one_token(self) -> bool:
-        """Return whether facts without candidates are answered by one token."""
-        return self.probe.vocabulary in ("words", "full")
 
     @cached_property
     def allowed(self) -> NDArray[np.int64] | None:
