@@ -223,6 +223,7 @@ class ProgressLine:
     def __init__(self, stage: Stage, written: float) -> None:
         self.written = written
         self._stage, self._start = stage, time.monotonic()
+        self._number = f" ({stage.number} of {stage.of})" if stage.of > 1 else ""
         # None while the model is loaded.
         self._done_of_total: tuple[int, int] | None = None
         self._end: float | None = None
@@ -272,10 +273,6 @@ class ProgressLine:
         if self._stage.unit != "bytes":
             amount = f"{count(done)} of {count(total)} {self._stage.unit}"
         return f"{label}: {amount}, {format_duration(spent / done * (total - done))} left"
-
-    @property
-    def _number(self) -> str:
-        return f" ({self._stage.number} of {self._stage.of})" if self._stage.of > 1 else ""
 
     def _describe_facts(self) -> str:
         stage, now = self._stage, time.monotonic()
