@@ -103,8 +103,7 @@ def _evaluate_until(
 def _sample(probes: Sequence[Probe], names: Sequence[tuple[str, str]], seed: int) -> list[Probe]:
     """Return samples of the probes with these facts, given as (probe, fact id)."""
     sampled = frozenset(names)
-    subsets = [tuple(fact for fact in probe.facts if (probe.name, fact.id) in sampled) for probe in probes]
-    pairs = zip(probes, subsets, strict=True)
+    pairs = ((probe, tuple(fact for fact in probe.facts if (probe.name, fact.id) in sampled)) for probe in probes)
     return [replace(probe, facts=facts, limit=len(facts), seed=seed) for probe, facts in pairs if facts]
 
 
