@@ -49,7 +49,8 @@ class TextReader(Protocol):
         """Return ids without special tokens, and the bytes (UTF-8) up to the end of each, or None if not known."""
 
     def compute_log_probs(self, ids: Sequence[int], first: int) -> torch.Tensor:
-        """Return log-probabilities after the tokens from `first` to the last but one: float32, [tokens, vocabulary]."""
+        """Return log-probabilities after the tokens from `first` to the last but one: float32, [tokens - 1 - first,
+        vocabulary]."""
 
     def continue_texts(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """Continue prompts of one length greedily: [prompts][tokens]; after a text ends, its end token is repeated."""

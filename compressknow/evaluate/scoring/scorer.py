@@ -99,7 +99,8 @@ class Encoder:
         return self.continuation(context.rpartition(" ")[2], gap + text)
 
     def _respell(self, text: str) -> str:
-        """Return the text encoded and decoded, unless that needs the unknown token: "são tomé" becomes "sao tome"."""
+        """Return the text as the tokenizer spells it ("sao tome" for "são tomé" if uncased), unless that needs the
+        unknown token."""
         ids = self.ids(text)
         return text if self.tokenizer.unk_token_id in ids else self.decode(ids)
 
