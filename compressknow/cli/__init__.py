@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import importlib
 import io
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import click
@@ -149,7 +150,7 @@ def run(command: click.Command, args: list[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         # Read when torch is imported.
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-    _exit_orderly_on_signals()
+    _stop_orderly_on_signals()
     with fit_streams(), _repeat_dropped_signals():
         return _run(command, args)
 
@@ -242,17 +243,24 @@ def _report_os_error(error: OSError) -> int:
     return _report_failure(f"{error.strerror or error}{where}", hint)
 
 
-def _exit_orderly_on_signals() -> None:
-    """Turn signals into SystemExit, so that temporary folders are removed."""
+def _stop_orderly_on_signals() -> None:
+    """Turn signals into exceptions, so that temporary folders are removed, but not within an import: libraries catch
+    exceptions there, and fail later. A signal waits for the end of the import, a second one does not."""
+    waiting = set()
 
-    def exit_orderly(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        raise _Stopped(128 + number)
+    def stop(number: int, frame: FrameType | None) -> None:
+        if number not in waiting and any(map(_is_import, _list_code(frame))):
+            waiting.add(number)
+            _raise_later(number, _is_import)
+        else:
+            waiting.discard(number)
+            raise KeyboardInterrupt if number == signal.SIGINT else _Stopped(128 + number)
 
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
         # A signal that the caller has chosen to ignore (nohup) stays ignored.
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, exit_orderly)
+        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, stop)
 
 
 @contextmanager
@@ -264,23 +272,40 @@ def _repeat_dropped_signals() -> Iterator[None]:
         stop = dropped.exc_value
         if isinstance(stop, (KeyboardInterrupt, _Stopped)):
             number = int(str(stop.code)) - 128 if isinstance(stop, _Stopped) else signal.SIGINT
-            threading.Thread(target=again, args=(number, threading.get_ident()), daemon=True).start()
+            # The signal would be dropped in this hook, too.
+            _raise_later(number, lambda code: code is hook.__code__)
         else:
             before(dropped)
-
-    def again(number: int, thread: int) -> None:
-        # Wait until this hook has returned: the signal would be dropped in it.
-        while any(
-            frame.f_code is hook.__code__ for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))
-        ):
-            time.sleep(0.01)
-        signal.raise_signal(number)
 
     sys.unraisablehook = hook
     try:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def _raise_later(number: int, is_busy: Callable[[CodeType], bool]) -> None:
+    """Raise a signal in this thread once it runs no code that `is_busy`."""
+    this = threading.get_ident()
+
+    def wait() -> None:
+        while any(map(is_busy, _list_code(sys._current_frames().get(this)))):
+            time.sleep(0.01)
+        if sys.platform == "win32":
+            signal.raise_signal(number)
+        else:
+            signal.pthread_kill(this, number)
+
+    # Unlike `threading.Thread`, this takes no lock that the interrupted code may hold.
+    _thread.start_new_thread(wait, ())
+
+
+def _list_code(frame: FrameType | None) -> Iterator[CodeType]:
+    return (each.f_code for each, _ in traceback.walk_stack(frame)) if frame else iter(())
+
+
+def _is_import(code: CodeType) -> bool:
+    return code.co_filename == "<frozen importlib._bootstrap>"
 
 
 push_options = join_options(

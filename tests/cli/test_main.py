@@ -277,3 +277,36 @@ def test_signal_during_the_deletion_of_an_object_is_not_lost(
 
     assert run(command, []) == code
     assert capsys.readouterr().err.strip() == "Interrupted"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_waits_for_the_end_of_an_import(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """Libraries catch what interrupts their imports: `except BaseException`, and another error later."""
+    source = f"""
+        import os, time
+        try:
+            os.kill(os.getpid(), {int(number)})
+            time.sleep(0.1)
+        except BaseException as error:
+            raise ImportError("cannot load module more than once per process") from error
+    """
+    (tmp_path / "library.py").write_text(textwrap.dedent(source))
+    script = """
+        import sys, time, click
+        from compressknow.cli import run
+
+        def work():
+            import library
+            time.sleep(60)
+
+        sys.exit(run(click.Command("work", callback=work), []))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr.strip()) == (code, "Interrupted")
