@@ -161,13 +161,14 @@ class EvaluationSet:
     def check_enough_known(self, keep: float) -> None:
         """Raise GateNotMet if not even a file that keeps all facts would be certain to keep that share."""
         if (best := self.estimate_kept(self._answered, LEVEL).low or 0.0) < keep:
-            # Wilson's interval of n of n facts begins at n / (n + z^2).
-            least = ceil(compute_normal_quantile(LEVEL) ** 2 * keep / (1 - keep))
+            # An interval of n of n facts begins at n / (n + z^2), or with Student's t for facts of few relations.
+            square = self.known * (1 - best) / best if best else compute_normal_quantile(LEVEL) ** 2
+            needed = ceil(square * keep / (1 - keep))
             raise GateNotMet(
                 f"No file can be certain to keep {100 * keep:g} %: the model knows {count(self.known)} of the facts "
                 "that select it.",
-                f"If it kept all of them, only {share(best)} would be certain. At least {count(least)} are needed, and "
-                "more if they are of few relations.",
+                f"If it kept all of them, only {share(best)} would be certain. About {count(needed)} are needed, or "
+                "fewer of more relations.",
                 "Use more facts (a larger --limit), or lower --keep.",
             )
 
