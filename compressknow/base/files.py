@@ -219,7 +219,7 @@ def explain_write_error(path: Path, error: OSError) -> OutputError:
     hint = (
         f"Free some space, or {remedy}. Files that were complete before are unchanged."
         if full
-        else f"Change its permissions, or {remedy}."
+        else f"Make it writable, or {remedy}."
     )
     return OutputError(f"{path} cannot be written: {why}.", hint=hint)
 

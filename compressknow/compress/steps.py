@@ -374,7 +374,7 @@ class Calibration:
             return "hf"
         if isinstance(self.text, str) and Path(self.text).suffix.lower() in (".txt", ".jsonl"):
             return "file"
-        raise UsageError(f"There is no calibration text {self.text!r}.", hint=FORMS)
+        raise UsageError(f"A calibration text cannot be {self.text!r}.", hint=FORMS)
 
     @property
     def work(self) -> Literal["sample", "text"]:

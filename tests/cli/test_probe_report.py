@@ -71,10 +71,12 @@ def test_line_of_facts_in_the_help_is_valid(run: Run, tmp_path: Path) -> None:
 
 def test_facts_with_indistinguishable_candidates_are_dropped(run: Run, tmp_path: Path, models: Path) -> None:
     unknown = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris", "candidates": ["Paris", "Rome"]}
-    (tmp_path / "mine.jsonl").write_text(json.dumps(unknown))
-    result = run("probe", "{models}/llama", "-p", "facts:mine.jsonl", "-o", "answers")
-    assert result.code == 2
-    assert "1 dropped: the object and another candidate are the same tokens for this model" in result.err
+    spaced = unknown | {"obj_label": "the capital", "candidates": ["the capital", "the  capital"]}
+    for fact, reason in ((unknown, "the unknown token of this model's tokenizer"), (spaced, "the same tokens")):
+        (tmp_path / "mine.jsonl").write_text(json.dumps(fact))
+        result = run("probe", "{models}/llama", "-p", "facts:mine.jsonl", "-o", "answers")
+        assert result.code == 2
+        assert f"1 dropped: the object and another candidate are {reason}" in result.err
     (tmp_path / "more.jsonl").write_text(json.dumps(unknown) + "\n" + (models / "facts.jsonl").read_text())
     result = run("probe", "{models}/llama", "-p", "facts:more.jsonl", "-o", "answers")
     assert "  1 of 65 read dropped: the object and another candidate" in result.out

@@ -31,6 +31,7 @@ PIECE = 1 << 16
 CONNECT, LONGEST_PAUSE, FIRST_PAUSE = 10.0, 60.0, 0.5
 # Retries of a request that fails, and of one whose connection breaks.
 TRIES, READS = 5, 2
+REPEAT = "Then repeat the command: answers so far are kept."
 
 
 class RequestRefused(CompressknowError):
@@ -132,7 +133,7 @@ class Client:
         elif status == 404:
             hint = "It must have the model and /v1/completions, not only an API for chats."
         elif status in TEMPORARY:
-            hint = "Wait, lower --parallel, or look at the server's log."
+            hint = f"Wait, lower --parallel, or look at the server's log. {REPEAT}"
         return RequestRefused(f"{self.url} {what} (HTTP {status}).", self._find_message(content), hint, status=status)
 
     def _explain_failure(self, error: Exception) -> CompressknowError:
@@ -140,7 +141,7 @@ class Client:
         if isinstance(error, requests.Timeout | TimeoutError) or "Read timed out" in str(error):
             return CompressknowError(
                 f"{self.url} does not answer within {self._timeout:g} s.",
-                hint="Raise --timeout, lower --parallel, or look at the server's log.",
+                hint=f"Raise --timeout, lower --parallel, or look at the server's log. {REPEAT}",
             )
         if isinstance(error, requests.exceptions.SSLError):
             return CompressknowError(f"{self.url} has no certificate that can be trusted, or does not speak https.")
@@ -153,7 +154,7 @@ class Client:
         if self._has_answered:
             return CompressknowError(
                 f"{self.url} no longer answers.",
-                hint="Start the server again, and repeat the command: answers so far are kept.",
+                hint=f"Start the server again. {REPEAT}",
             )
         return CompressknowError(
             f"There is no server at {self.url}.", hint="Start it, and give the address that it prints: http://HOST:PORT"

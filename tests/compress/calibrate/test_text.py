@@ -273,8 +273,8 @@ def test_an_invalid_text_is_refused_with_its_path(
     ("text", "tokens", "message"),
     [
         ("none.txt", 640, "There is no calibration text none.txt"),
-        ("notes.pdf", 640, "There is no calibration text 'notes.pdf'"),
-        ("hf:", 640, "There is no calibration text 'hf:'"),
+        ("notes.pdf", 640, "A calibration text cannot be 'notes.pdf'"),
+        ("hf:", 640, "A calibration text cannot be 'hf:'"),
         ("hf:./nothing", 640, "There is no folder or file"),
         ("self", 0, "calibration: tokens must be a whole number of at least 1: 0"),
         ("self", 63, "63 calibration tokens do not fill a sequence of this model, of 64"),
