@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 def prepare_plan(
     model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Plan:
-    """Open a checkpoint and plan a recipe whose output is written to disk. Raises the errors of `open_complete` and
-    `VariantMaker.plan`."""
+    """Open a checkpoint, and plan a recipe whose output is written to disk, with the errors of `VariantMaker.plan`."""
     return VariantMaker(model, revision, trust_remote_code=trust_remote_code).plan(recipe, to_write=True)
 
 
@@ -54,8 +53,7 @@ def _plan_after_removal(removal: Removal, recipe: Recipe) -> Plan:
 def make_calibration_text(
     plan: Plan, *, trust_remote_code: bool = False, advance: Advance = ignore_advance
 ) -> CalibrationText | None:
-    """Return the text that a recipe is calibrated on; None if no step needs activations. Raises the errors of
-    `check_smoothable` and `read_calibration_text`."""
+    """Return the text that a recipe is calibrated on; None if no step needs activations."""
     if (calibration := plan.recipe.calibration) is None:
         return None
     from compressknow.compress.calibrate.smooth import check_smoothable
@@ -77,16 +75,12 @@ def execute(
 ) -> Manifest:
     """Execute a plan, and return the manifest that the output folder holds as `compressknow.json`.
 
-    Parameters
-    ----------
-    threads : how many tensors are processed at a time, by default one per core; the output's bytes do not depend on it.
-    begin : begins the stages for progress: ``choose`` if the text decides what is dropped, then ``calibrate`` if a step
-        that prunes or quantizes needs activations, otherwise ``convert``.
+    `threads` tensors are processed at a time, by default one per core. `begin` begins the stages: ``choose`` if the
+    text decides what is dropped, then ``calibrate`` if a step that prunes or quantizes needs activations, else
+    ``convert``.
 
-    Raises
-    ------
-    CheckpointError : a weight in scope is NaN or infinite, or a file of the checkpoint changed since it was opened.
-    OutputError : the output cannot be written.
+    Raises CheckpointError for a weight in scope that is NaN or infinite, or a file of the checkpoint that changed since
+    it was opened; OutputError if the output cannot be written.
     """
     with output:
         with TemporaryDirectory(dir=output.folder, prefix=".cut-") as cut_tensors:
@@ -129,7 +123,7 @@ def _complete_removal(
     plan: Plan, text: CalibrationText | None, folder: Path, threads: int | None, begin: Begin
 ) -> Plan:
     """Choose by the text which blocks and neurons are dropped, unless that is known, and plan the remaining steps. Cut
-    tensors are stored in `folder`, and read from there later. Raises the errors of `complete_removal`."""
+    tensors are stored in `folder`, and read from there later."""
     if plan.removal is None or plan.removal.is_decided:
         return plan
     from compressknow.compress.removal.calibrated import complete_removal
@@ -213,11 +207,8 @@ class VariantMaker:
         return self._structures[module_map]
 
     def plan(self, recipe: Recipe, *, to_write: bool = False) -> Plan:
-        """Plan a recipe, only from headers, and check that the output loads.
-
-        Raises the errors of `remove`, `make_plan` and `ensure_loadable`, and UnsupportedError if an adapter in the
-        folder would no longer fit the model.
-        """
+        """Plan a recipe, only from headers, and check that the output loads. Raises the errors of `remove` and
+        `make_plan`, and UnsupportedError for an adapter that would no longer fit, or an output that does not load."""
         folder = self.checkpoint.folder
         if (recipe.removals or recipe.smooths) and has_adapter(folder):
             raise UnsupportedError(
@@ -235,18 +226,17 @@ class VariantMaker:
 
     def make(self, plan: Plan, begin: Begin = ignore_progress) -> Variant:
         """Execute a plan in memory, with the tensors that `write` would write. `begin` begins the stage that makes the
-        text, unless it is known, and those of `execute`. Raises the errors of `get_text` and `execute`."""
+        text, unless it is known, and those of `execute`."""
         from compressknow.engine.load import Variant
 
         memory = InMemory(self._shared)
         manifest = execute(plan, memory, self.get_text(plan, begin), begin=begin)
-        nbytes = sum(lay_out(memory.plan.tensors, memory.plan.checkpoint.shards).sizes.values())
+        nbytes = sum(size for _, size, _ in lay_out(memory.plan.tensors, memory.plan.checkpoint.shards).values())
         config = build_config(memory.plan)
         return Variant(memory.tensors, config, manifest, nbytes, self.checkpoint.folder, self.tree)
 
     def write(self, recipe: Recipe, output: Path, render_card: RenderCard, begin: Begin) -> Manifest:
-        """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises the errors of `plan`,
-        `make` and `NewFolder`."""
+        """Write the checkpoint of a recipe into a new folder, in the stages of `make`."""
         plan = self.plan(recipe, to_write=True)
         folder = NewFolder(output, self.checkpoint, render_card=render_card)
         return execute(plan, folder, self.get_text(plan, begin), begin=begin)
@@ -263,8 +253,7 @@ class VariantMaker:
         return Variant(tensors, written.config, read_manifest(folder), nbytes, self.checkpoint.folder, self.tree)
 
     def get_text(self, plan: Plan, begin: Begin = ignore_progress) -> CalibrationText | None:
-        """Return the text that a plan is calibrated on, if any; it is made once for all recipes with the same settings.
-        Raises the errors of `make_calibration_text`."""
+        """Return the text that a plan is calibrated on, if any, made once for all recipes with the same settings."""
         if (calibration := plan.recipe.calibration) is None:
             return None
 

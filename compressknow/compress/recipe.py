@@ -30,14 +30,9 @@ from compressknow.model.structure import ModuleMap, check_module_map
 
 # The table of a recipe file that is for GGUF files: see `compressknow.gguf.choice`.
 EXPORT = "export"
+_ORDER: tuple[type[Step], ...] = (DropBlocks, DropNeurons, Prune, Quantize)
 # By the key that identifies a step, in the order of a recipe.
-STEPS: dict[str, type[Step]] = {
-    "drop_blocks": DropBlocks,
-    "drop_neurons": DropNeurons,
-    "prune": Prune,
-    "quantize": Quantize,
-}
-_ORDER = tuple(STEPS.values())
+STEPS = dict(zip(("drop_blocks", "drop_neurons", "prune", "quantize"), _ORDER, strict=True))
 
 
 @has_options
@@ -135,19 +130,24 @@ def read_calibration(values: Any, origin: str) -> Calibration | None:
     return Calibration(**values)
 
 
+def read_values(path: Path, hint: str) -> dict[str, Any]:
+    """Return the values of a JSON or TOML file, none if it is a list. Raises UsageError, with this `hint`, if it is
+    missing, or if it cannot be read."""
+    try:
+        values = read_json(path, MANIFEST) if path.suffix == ".json" else read_toml(path)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such recipe.", hint=hint) from None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
+    return values if isinstance(values, dict) else {}
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe from a TOML file, a manifest, or a converted folder that holds one. Raises UsageError if there is
     none, or if the manifest was edited."""
     if path.is_dir():
         path = path / MANIFEST_NAME
-    try:
-        values = read_json(path, MANIFEST) if path.suffix == ".json" else read_toml(path)
-    except FileNotFoundError:
-        hint = "Give a TOML file, a manifest or a converted folder."
-        raise UsageError(f"{path}: no such recipe.", hint=hint) from None
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
-    values = values if isinstance(values, dict) else {}
+    values = read_values(path, "Give a TOML file, a manifest or a converted folder.")
     # The hash in the record of an export, which has no list of tensors, is that of its file.
     if "tensors" in values and SEAL in values and values[SEAL] != hash_manifest(values):
         raise UsageError(
@@ -233,11 +233,9 @@ def list_parameters() -> dict[str, list[Parameter]]:
 
 
 def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, **options: Any) -> Recipe:
-    """Build a recipe from single options: at most one step of each kind, all with the same `where`.
-
-    The keys of `options` are in `OPTIONS`, without those of `where`, or in `SHARED`; None means not given. The method
-    and the scheme each take the `parameters` that they have.
-    """
+    """Build a recipe from single options: at most one step of each kind, all with the same `where`. The keys of
+    `options` are in `OPTIONS`, without those of `where`, or in `SHARED`; None means not given. The method and the
+    scheme each take the `parameters` that they have."""
     if misspelled := options.keys() - OPTIONS.keys() - set(SHARED):
         raise TypeError(f"There is no option {min(misspelled)}.")
     options = {name: value for name, value in options.items() if value is not None}

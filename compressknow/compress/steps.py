@@ -343,11 +343,9 @@ FORMS = "Give self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET
 
 @has_options
 class Calibration:
-    """Text that the model runs over, for steps that look at activations.
-
-    `text` is ``self`` (the model's own samples), the path of a .txt or .jsonl file, or ``hf:DATASET``; `tokens` is how
-    many of its tokens are used. `seed` is for the samples, and for the tokens that are masked.
-    """
+    """Text that the model runs over, for steps that look at activations: `text` is ``self`` (the model's own samples),
+    the path of a .txt or .jsonl file, or ``hf:DATASET``; `tokens` is how many of its tokens are used. `seed` is for the
+    samples, and for the tokens that are masked."""
 
     text: str = option(
         default=SELF,

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressknow.compress.blocks import Block, Reader, check_finite, make_magnitude_keys
+from compressknow.compress.blocks import Block, Keys, Reader, check_finite, make_magnitude_keys
 from compressknow.compress.pruning import BlockMask, EachBlock, Mask, Weights
 from compressknow.model.tensors import StoredTensor, get_torch_dtype
 
@@ -28,7 +28,6 @@ from compressknow.model.tensors import StoredTensor, get_torch_dtype
 DIGITS = {15: (15,), 31: (14, 17)}
 BATCH = 1 << 18
 
-Keys = npt.NDArray[np.signedinteger]
 # Yields the keys of the tensor at an index in blocks: int16 or int32, non-negative, of any shape.
 KeyReader = Callable[[int], Iterator[Keys]]
 
