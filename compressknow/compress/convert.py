@@ -7,13 +7,21 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.base.progress import Advance, Begin, count_progress, ignore_advance, ignore_progress
 from compressknow.compress.blocks import Pool, Reader
+from compressknow.compress.calibrate.compression import calibrate
+from compressknow.compress.calibrate.smooth import check_smoothable
+from compressknow.compress.calibrate.text import (
+    CalibrationText,
+    choose_name,
+    load_or_make_text,
+    read_calibration_text,
+)
 from compressknow.compress.manifest import Manifest, build_manifest
 from compressknow.compress.output import InMemory, NewFolder, RenderCard, lay_out
 from compressknow.compress.output_config import build_config, ensure_loadable
@@ -22,18 +30,16 @@ from compressknow.compress.process import TensorConverter, TensorStats, hash_fil
 from compressknow.compress.pruning import METHODS, Mask, Patterned
 from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
+from compressknow.compress.removal.calibrated import complete_removal
+from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
+from compressknow.engine.load import Variant
 from compressknow.model.checkpoint import ADAPTER_CONFIG, find_weight_files, has_adapter, open_checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
 from compressknow.model.manifest import read_manifest
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles
-
-if TYPE_CHECKING:
-    from compressknow.compress.calibrate.text import CalibrationText
-    from compressknow.compress.removal.smaller import Removal
-    from compressknow.engine.load import Variant
 
 
 def prepare_plan(
@@ -56,9 +62,6 @@ def make_calibration_text(
     """Return the text that a recipe is calibrated on; None if no step needs activations."""
     if (calibration := plan.recipe.calibration) is None:
         return None
-    from compressknow.compress.calibrate.smooth import check_smoothable
-    from compressknow.compress.calibrate.text import read_calibration_text
-
     check_smoothable(plan)
     # The folder's model writes the text, not one without blocks: that writes worse, and the text decides which to drop.
     folder, tree = plan.checkpoint.folder, plan.tree
@@ -105,8 +108,6 @@ def execute(
                         masks |= dict(zip((tensor.name for tensor in tensors), chosen, strict=True))
                 calibrated = None
                 if blockwise:
-                    from compressknow.compress.calibrate.compression import calibrate
-
                     assert text is not None
                     calibrated = calibrate(plan, converter, masks, text, advance)
                 done = {**weights.known, **(calibrated.measured if calibrated else {})}
@@ -126,8 +127,6 @@ def _complete_removal(
     tensors are stored in `folder`, and read from there later."""
     if plan.removal is None or plan.removal.is_decided:
         return plan
-    from compressknow.compress.removal.calibrated import complete_removal
-
     assert text is not None
     with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
         reader = Reader(pool, files, lambda _: None)
@@ -217,8 +216,6 @@ class VariantMaker:
                 f"Merge it into the model first, or remove {ADAPTER_CONFIG}.",
             )
         if recipe.removals:
-            from compressknow.compress.removal.smaller import remove
-
             return _plan_after_removal(remove(self.checkpoint, self.tree, recipe), recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
         # In memory, loading can fail only if weights are not stored under their own names.
@@ -227,8 +224,6 @@ class VariantMaker:
     def make(self, plan: Plan, begin: Begin = ignore_progress) -> Variant:
         """Execute a plan in memory, with the tensors that `write` would write. `begin` begins the stage that makes the
         text, unless it is known, and those of `execute`."""
-        from compressknow.engine.load import Variant
-
         memory = InMemory(self._shared)
         manifest = execute(plan, memory, self.get_text(plan, begin), begin=begin)
         nbytes = sum(size for _, size, _ in lay_out(memory.plan.tensors, memory.plan.checkpoint.shards).values())
@@ -243,10 +238,6 @@ class VariantMaker:
 
     def read(self, folder: Path) -> Variant:
         """Read a checkpoint that `write` wrote into the form that `make` returns; its tensors stay in the files."""
-        from safetensors.torch import load_file
-
-        from compressknow.engine.load import Variant
-
         written, files = open_checkpoint(folder), [folder / name for name in find_weight_files(folder)]
         tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
         nbytes = sum(file.stat().st_size for file in files)
@@ -256,8 +247,6 @@ class VariantMaker:
         """Return the text that a plan is calibrated on, if any, made once for all recipes with the same settings."""
         if (calibration := plan.recipe.calibration) is None:
             return None
-
-        from compressknow.compress.calibrate.text import choose_name, load_or_make_text
 
         def make() -> CalibrationText:
             with begin(calibration.work) as advance:

@@ -274,10 +274,8 @@ def _serialize_configs(plan: Plan) -> dict[str, bytes]:
 
 def list_carried_files(folder: Path) -> Iterator[str]:
     """Yield the files of a checkpoint that are copied: tokenizer, generation config, licence, code, and, including
-    their weights, further modules of sentence-transformers and adapters (LoRA).
-
-    Raises CheckpointError if one of them is a broken link, or a link to a path outside the checkpoint.
-    """
+    their weights, further modules of sentence-transformers and adapters (LoRA). Raises CheckpointError if one of them
+    is a broken link, or a link to a path outside the checkpoint."""
     modules = list_module_folders(folder)
     for name in walk_visible(folder):
         path = folder / name

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.pruning import METHODS, Weights
 from compressknow.compress.recipe import Recipe
+from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.schemes import SCHEMES, Scheme, Stored
 from compressknow.compress.sources import Sources
 from compressknow.compress.steps import Prune, Quantize, Step, count_pruned
@@ -24,9 +25,6 @@ from compressknow.model.loading import list_headers, load_report
 from compressknow.model.meta import rebuild_model
 from compressknow.model.structure import NOT_LINEAR, Action, LinearWeight, Structure, select
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
-
-if TYPE_CHECKING:
-    from compressknow.compress.removal.smaller import Removal
 
 
 @dataclass(frozen=True)
@@ -147,11 +145,9 @@ Steps = tuple[Prune | None, Quantize | None]
 
 
 def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure, recipe: Recipe) -> Plan:
-    """Plan a conversion. `model` is the checkpoint's module tree on the meta device, with its `structure`.
-
-    Raises UsageError for a scope, pattern or layer range that matches nothing, or steps that overlap; CheckpointError
-    for a missing weight in scope; UnsupportedError for a quantized input, or a weight without a quantized form.
-    """
+    """Plan a conversion. `model` is the checkpoint's module tree on the meta device, with its `structure`. Raises
+    UsageError for a scope, pattern or layer range that matches nothing, or steps that overlap; CheckpointError for a
+    missing weight in scope; UnsupportedError for a quantized input, or a weight without a quantized form."""
     sources = Sources(checkpoint, model, structure)
     recipe = replace(recipe, steps=tuple(_fit_parameters(structure, step) for step in recipe.steps))
     assigned = _assign_steps(structure, recipe)

@@ -380,10 +380,7 @@ class Int4(Packed):
 
     def arguments(self) -> dict[str, Any]:
         weights = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
-        return {
-            "weights": {**weights, "strategy": "group", "group_size": self.scale_per},
-            "input_activations": None,
-        }
+        return {"weights": {**weights, "strategy": "group", "group_size": self.scale_per}, "input_activations": None}
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Pack codes into int32 [rows, columns / 8]."""

@@ -168,10 +168,8 @@ def _find_stored_dtypes(
 
 
 def inspect_gguf(parts: Sequence[Path]) -> Inspection:
-    """Summarize the contents of a GGUF file, in one part or several, without reading weights.
-
-    Raises CheckpointError if it is damaged.
-    """
+    """Summarize the contents of a GGUF file, in one part or several, without reading weights. Raises CheckpointError if
+    it is damaged."""
     readers = [open_gguf(part) for part in parts]
     tensors = list_tensors(*readers)
     groups = find_groups(tensors)

@@ -1,7 +1,6 @@
 """Texts that a model writes itself, for its calibration.
 
-They are in the model's domain, whatever that is (a language, code, proteins), and need no download (Liu et al. 2023,
-"LLM-QAT: Data-Free Quantization Aware Training for Large Language Models", 2.1).
+They are in the model's domain, and need no download (Liu et al. 2023, "LLM-QAT", 2.1).
 """
 
 from __future__ import annotations
@@ -245,11 +244,8 @@ def write_samples(
 ) -> Pieces:
     """Return token ids of texts that the model of a checkpoint writes, `tokens` or more in total, without special
     tokens around them. On one machine, they do not depend on the number of threads. `advance` is called with the
-    numbers of tokens written and needed, by one thread at a time.
-
-    Raises UnsupportedError if the model cannot write, CheckpointError if its head is missing, CompressknowError if it
-    gives NaN.
-    """
+    numbers of tokens written and needed, by one thread at a time. Raises UnsupportedError if the model cannot write,
+    CheckpointError if its head is missing, CompressknowError if it gives NaN."""
     model = _load_model(folder, form, trust_remote_code)
     name = type(model).__name__
     written: Pieces = []

@@ -233,8 +233,6 @@ def walk(
 ) -> None:
     """Run the batches through the model in parallel, block by block, and let the visitor visit each block.
 
-    Every batch is computed by a single thread, so that results do not depend on the number of threads.
-
     `batches` are keyword arguments of the model's forward function: ``input_ids`` int64 [sequences, tokens], and
     ``decoder_input_ids`` if it has a decoder. `on_module` is called with each block, or lone layer, that has run.
 

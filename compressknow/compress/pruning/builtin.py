@@ -233,10 +233,8 @@ class SparseGPT(Patterned, Calibrated):
     def prune(
         self, weight: torch.Tensor, inputs: InputStatistics, amount: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Calibrated.prune`. A weight that is zero stays zero, whether it counts as pruned or not.
-
-        Raises CompressknowError naming the layer if X^T X cannot be inverted.
-        """
+        """See `Calibrated.prune`. A weight that is zero stays zero, whether it counts as pruned or not. Raises
+        CompressknowError naming the layer if X^T X cannot be inverted."""
         import torch
 
         from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, get_inverse
