@@ -23,7 +23,7 @@ from compressknow.compress.steps import Prune, Quantize, Step, count_pruned
 from compressknow.model.checkpoint import Checkpoint, list_some
 from compressknow.model.loading import list_headers, load_report
 from compressknow.model.meta import rebuild_model
-from compressknow.model.structure import NOT_LINEAR, Action, LinearWeight, Structure, select
+from compressknow.model.structure import NOT_LINEAR, LinearWeight, Structure, select
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
 
 
@@ -206,12 +206,8 @@ def _fit_parameters(structure: Structure, step: Step) -> Step:
 
 
 def _select_weights(structure: Structure, step: Prune | Quantize) -> tuple[LinearWeight, ...]:
-    where, action = step.where, _name_action(step)
-    return select(structure, where.scope, action, where.include, where.exclude, where.layers)
-
-
-def _name_action(step: Prune | Quantize) -> Action:
-    return "prune" if isinstance(step, Prune) else "quantize"
+    where = step.where
+    return select(structure, where.scope, step.action, where.include, where.exclude, where.layers)
 
 
 def _assign_steps(structure: Structure, recipe: Recipe) -> dict[LinearWeight, Steps]:
@@ -224,7 +220,7 @@ def _assign_steps(structure: Structure, recipe: Recipe) -> dict[LinearWeight, St
             prune, quantize = assigned.get(weight, (None, None))
             if (prune if isinstance(step, Prune) else quantize) is not None:
                 raise UsageError(
-                    f"Two steps would {_name_action(step)} {weight.module}.",
+                    f"Two steps would {step.action} {weight.module}.",
                     hint="Narrow the steps with exclude or layers, so that their scopes do not overlap.",
                 )
             assigned[weight] = (step, quantize) if isinstance(step, Prune) else (prune, step)

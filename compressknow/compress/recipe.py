@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -124,10 +124,15 @@ def read_calibration(values: Any, origin: str) -> Calibration | None:
     values = {"text": values} if isinstance(values, str) else values
     if not isinstance(values, dict):
         raise UsageError(f"{origin} must be a text, or a table of {', '.join(known)}.")
+    check_keys(values, known, origin)
+    return Calibration(**values)
+
+
+def check_keys(values: Mapping[str, Any], known: Sequence[str], origin: str) -> None:
+    """Raise UsageError if a table has a key that is not known."""
     if unknown := sorted(set(values) - set(known)):
         hint = f"{suggest_word(unknown[0], known)}Choose from {', '.join(known)}."
         raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=hint)
-    return Calibration(**values)
 
 
 def read_values(path: Path, hint: str) -> dict[str, Any]:
@@ -200,10 +205,7 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
     known = {"scope", *keys} - {actions[0]}
     if isinstance(step, Prune | Quantize):
         known |= {*where_keys, *(each.name for each in step.chosen.parameters())}
-    if unknown := sorted(set(values) - known):
-        names = sorted(known)
-        hint = f"{suggest_word(unknown[0], names)}Choose from {', '.join(names)}."
-        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=hint)
+    check_keys(values, sorted(known), origin)
     return replace(step, parameters=values) if isinstance(step, Prune | Quantize) else step
 
 
@@ -236,8 +238,6 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
     """Build a recipe from single options: at most one step of each kind, all with the same `where`. The keys of
     `options` are in `OPTIONS`, without those of `where`, or in `SHARED`; None means not given. The method and the
     scheme each take the `parameters` that they have."""
-    if misspelled := options.keys() - OPTIONS.keys() - set(SHARED):
-        raise TypeError(f"There is no option {min(misspelled)}.")
     options = {name: value for name, value in options.items() if value is not None}
     # Removal steps can be restricted only to one side of an encoder-decoder model.
     side = Where(where.scope) if set(where.scope) <= set(SIDES) else Where()

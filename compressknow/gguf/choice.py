@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
 from compressknow.base.packages import require
 from compressknow.base.reading import find_mismatch
-from compressknow.compress.recipe import EXPORT, read_calibration, read_values
+from compressknow.compress.recipe import EXPORT, check_keys, read_calibration, read_values
 from compressknow.compress.steps import Calibration
 from compressknow.model.structure import SCOPES, compile_pattern
 
@@ -55,9 +55,7 @@ def _list_members(enum: str, *prefixes: str) -> Iterator[tuple[str, int]]:
 
     numbers = _cffi_bindings.get_ffi().typeof(f"enum {enum}").relements
     for member, number in sorted(numbers.items(), key=lambda each: each[1]):
-        for prefix in prefixes:
-            if member.startswith(prefix):
-                yield member.removeprefix(prefix).lower(), number
+        yield from ((member.removeprefix(each).lower(), number) for each in prefixes if member.startswith(each))
 
 
 def _check_type(name: str, known: Collection[str], option: str) -> str:
@@ -177,9 +175,7 @@ def read_choice(path: Path, importance: Path | None = None) -> TypeChoice:
 
 
 def _parse_choice(values: Mapping[str, Any], origin: str) -> TypeChoice:
-    if unknown := sorted(set(values) - set(_KEYS)):
-        near = suggest_word(unknown[0], _KEYS)
-        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=f"{near}Choose from {', '.join(_KEYS)}.")
+    check_keys(values, _KEYS, origin)
     kind, types, matrix = values.get("type", DEFAULT), values.get("types", {}), values.get("imatrix")
     rules = list(map(list, types.items())) if isinstance(types, Mapping) else types
     form = {"type": str, "imatrix": (str, None), "types": [[str]]}

@@ -61,15 +61,11 @@ class Inspection(SummaryRepr, dict[str, Any]):
         return list(self["unplaced"])
 
     def _summary(self) -> Summary:
-        return Summary(
-            f"{clean(self.model, 60)}: {clean(self.architecture, 60)}",
-            f"{count(self.parameters['stored'])} parameters.",
-            ("Group", "Modules", "Stored", "As used"),
-            tuple(
-                (name, count(group["modules"]), count(group["stored"]), count(group["used"]))
-                for name, group in self.groups.items()
-            ),
-        )
+        title = f"{clean(self.model, 60)}: {clean(self.architecture, 60)}"
+        keys = ("modules", "stored", "used")
+        rows = [(name, *(count(group[key]) for key in keys)) for name, group in self.groups.items()]
+        verdict = f"{count(self.parameters['stored'])} parameters."
+        return Summary(title, verdict, ("Group", "Modules", "Stored", "As used"), rows)
 
 
 def inspect_checkpoint(

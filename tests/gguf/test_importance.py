@@ -24,9 +24,8 @@ from compressknow.compress.weights import Values, read_stored_weights
 from compressknow.gguf.choice import NEED_IMPORTANCE, list_file_types
 from compressknow.gguf.converter import quantize
 from compressknow.gguf.importance import Importance, check_model, check_source, read_importance, write_importance
-from compressknow.gguf.plain import find_same_channels, list_plain_tensors
 from compressknow.gguf.record import read_record
-from compressknow.gguf.tensors import Tensors, describe_tensors
+from compressknow.gguf.tensors import Tensors, describe_tensors, find_same_channels, list_plain_tensors
 from compressknow.model.gguf_file import Tensor, read_gguf
 from compressknow.model.loading import open_complete
 from compressknow.model.tensors import read_header
@@ -343,7 +342,7 @@ def test_channels_are_compared_in_whatever_form_the_converter_stores_a_weight(
 ) -> None:
     """It may permute, join, stack and transpose; channels in another order never match. Weights span several blocks."""
     monkeypatch.setattr("compressknow.compress.blocks.BLOCK_ELEMENTS", 64)
-    monkeypatch.setattr("compressknow.gguf.plain._BLOCK", 64)
+    monkeypatch.setattr("compressknow.gguf.tensors._BLOCK", 64)
     draw = np.random.default_rng(0).standard_normal
     shapes = {"permuted": (12, 40), "transposed": (40, 12), "key": (4, 40), "stacked": (3, 20, 8)}
     stored = {name: draw(shape, np.float32) for name, shape in (shapes | {"experts": (3, 8, 20)}).items()}
@@ -427,7 +426,7 @@ def test_a_matrix_fits_models_of_one_original_and_tensors_of_its_size() -> None:
     with pytest.raises(CheckpointError, match="it names pruned, and this one is other"):
         check_source(importance, ("other",), "m.gguf")
     for shape, fits in (((8, 4, 3), True), ((8, 4, 2), False), ((8, 4, 4), False), ((24, 4), True), ((8, 4), False)):
-        tensor = Tensor("blk.0.ffn_up_exps.weight", "f16", shape, 0, 0)
+        tensor = Tensor("blk.0.ffn_up_exps.weight", "f16", shape, 0)
         with nullcontext() if fits else pytest.raises(CheckpointError, match=r"24 channels in it, and \d+ here"):
             check_model(importance, {tensor.name: tensor}, "m.gguf")
 

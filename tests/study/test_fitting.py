@@ -46,10 +46,9 @@ def tensors(model: Path) -> Tensors:
         for weight in source.structure.linears
     }
     stored = {
-        name: Tensor(name, "bf16", weight.shape[::-1], prod(weight.shape), 2 * prod(weight.shape))
-        for name, (weight,) in weights.items()
+        name: Tensor(name, "bf16", weight.shape[::-1], 2 * prod(weight.shape)) for name, (weight,) in weights.items()
     }
-    stored["output_norm.weight"] = Tensor("output_norm.weight", "f32", (256,), 256, 1024)
+    stored["output_norm.weight"] = Tensor("output_norm.weight", "f32", (256,), 1024)
     return Tensors(source, stored, weights, {})
 
 

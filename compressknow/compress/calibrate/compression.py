@@ -234,7 +234,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         # In the passes of a pair, an expert may read different tokens.
         paired = {each.parameter for each in targets if _is_rounded_by_gptq(each) and not _is_expert(each)}
         return InputSums(
-            dict.fromkeys(tensor.parameter for tensor in targets),
+            [tensor.parameter for tensor in targets],
             products=any(map(_is_sum_of_products, targets)),
             peaks=any(tensor.quantize and tensor.quantize.smooth is not None for tensor in targets),
             check=self._converter.pool.check,

@@ -244,7 +244,7 @@ class _SmoothingTrial(Visitor):
         return self._blocks.get(module, ()) if self._find_kind(module) in self._untried else ()
 
     def get_sums(self, module: str) -> InputSums:
-        return InputSums(self.list_watched(module), products=False, peaks=False, check=self._pool.check)
+        return InputSums(self.list_watched(module), products=False, check=self._pool.check)
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:
         alphas, model = self._blocks[module], self._streamed.model
