@@ -42,6 +42,7 @@ from compressknow.gguf.importance import (
     write_importance,
 )
 from compressknow.gguf.llama_cpp import GgufModel, check_no_crash
+from compressknow.gguf.plain import PLAIN_DTYPES, find_same_channels, get_dtype, list_plain_tensors, write_plain
 from compressknow.gguf.record import (
     COUNTS,
     IMPORTANCE,
@@ -56,18 +57,7 @@ from compressknow.gguf.record import (
     read_record,
     write_with_metadata,
 )
-from compressknow.gguf.tensors import (
-    PLAIN_DTYPES,
-    Tensors,
-    count_by_group,
-    describe_tensors,
-    find_same_channels,
-    get_dtype,
-    list_plain_tensors,
-    measure_overhead,
-    resolve_types,
-    write_plain,
-)
+from compressknow.gguf.tensors import Tensors, count_by_group, describe_tensors, measure_overhead, resolve_types
 from compressknow.model.checkpoint import Checkpoint, check_inside
 from compressknow.model.gguf_file import read_gguf
 from compressknow.model.loading import open_complete

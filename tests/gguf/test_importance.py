@@ -24,8 +24,9 @@ from compressknow.compress.weights import Values, read_stored_weights
 from compressknow.gguf.choice import NEED_IMPORTANCE, list_file_types
 from compressknow.gguf.converter import quantize
 from compressknow.gguf.importance import Importance, check_model, check_source, read_importance, write_importance
+from compressknow.gguf.plain import find_same_channels, list_plain_tensors
 from compressknow.gguf.record import read_record
-from compressknow.gguf.tensors import Tensors, describe_tensors, find_same_channels, list_plain_tensors
+from compressknow.gguf.tensors import Tensors, describe_tensors
 from compressknow.model.gguf_file import Tensor, read_gguf
 from compressknow.model.loading import open_complete
 from compressknow.model.tensors import read_header
@@ -342,7 +343,7 @@ def test_channels_are_compared_in_whatever_form_the_converter_stores_a_weight(
 ) -> None:
     """It may permute, join, stack and transpose; channels in another order never match. Weights span several blocks."""
     monkeypatch.setattr("compressknow.compress.blocks.BLOCK_ELEMENTS", 64)
-    monkeypatch.setattr("compressknow.gguf.tensors._BLOCK", 64)
+    monkeypatch.setattr("compressknow.gguf.plain._BLOCK", 64)
     draw = np.random.default_rng(0).standard_normal
     shapes = {"permuted": (12, 40), "transposed": (40, 12), "key": (4, 40), "stacked": (3, 20, 8)}
     stored = {name: draw(shape, np.float32) for name, shape in (shapes | {"experts": (3, 8, 20)}).items()}
