@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from compressknow.base.errors import UsageError
 from compressknow.base.packages import Registry
@@ -68,21 +68,18 @@ class Pruned(NamedTuple):
 BlockMask = Callable[["Block"], "BoolArray | Pruned"]
 
 
-class Mask(Protocol):
-    """Pruned weights of one tensor."""
-
-    def start(self) -> BlockMask:
-        """Start at the first block of the tensor; this may happen several times."""
-
-
 @dataclass(frozen=True)
-class EachBlock:
+class Mask:
+    """Pruned weights of one tensor. `start` begins at its first block; this may happen several times."""
+
+    start: Callable[[], BlockMask]
+
+
+class EachBlock(Mask):
     """Mask whose blocks do not depend on each other: `pruned` returns the mask of any block."""
 
-    pruned: BlockMask
-
-    def start(self) -> BlockMask:
-        return self.pruned
+    def __init__(self, pruned: BlockMask) -> None:
+        super().__init__(lambda: pruned)
 
 
 class PruningMethod(Parametric, abc.ABC):
