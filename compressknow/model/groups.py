@@ -131,19 +131,17 @@ class _Tree:
         """Yield the weights that give logits in code that comes with a checkpoint and names no head (NeoBERT's)."""
         rows = getattr(self.model.config, "vocab_size", None)
         for name, module in self.modules.items():
-            is_inside = any(each in self.layers for each in (name, *list_parents(name)))
-            if isinstance(module, nn.Linear) and module.out_features == rows and not is_inside:
+            is_outside = self.layers.keys().isdisjoint((name, *list_parents(name)))
+            if isinstance(module, nn.Linear) and module.out_features == rows and is_outside:
                 yield id(module.weight)
 
     def in_tower(self, name: str) -> bool:
-        return any(each in self.towers for each in (name, *list_parents(name)))
+        return not self.towers.isdisjoint((name, *list_parents(name)))
 
     def is_between(self, name: str) -> bool:
         """Return whether a module is between the towers and the language model, in neither of these."""
         has_language = bool(self.towers) and any(not self.in_tower(part) for part in self.parts)
-        return has_language and not any(
-            each in self.parts or each in self.towers for each in (name, *list_parents(name))
-        )
+        return has_language and self.parts.union(self.towers).isdisjoint((name, *list_parents(name)))
 
     def _number_blocks(self) -> dict[str, int]:
         """Return the outermost blocks and their indices in the stack. Nested lists (Funnel's) are one stack."""

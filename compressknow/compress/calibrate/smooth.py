@@ -161,12 +161,10 @@ def divide_statistics(statistics: InputStatistics, factors: torch.Tensor) -> Inp
     def divide(products: torch.Tensor | None) -> torch.Tensor | None:
         return None if products is None else products / factors[:, None] / factors[None, :]
 
+    peaks = None if statistics.peaks is None else statistics.peaks / factors
+    products, drift = divide(statistics.products), divide(statistics.drift)
     return replace(
-        statistics,
-        squares=statistics.squares / factors.square(),
-        peaks=None if statistics.peaks is None else statistics.peaks / factors,
-        products=divide(statistics.products),
-        drift=divide(statistics.drift),
+        statistics, squares=statistics.squares / factors.square(), peaks=peaks, products=products, drift=drift
     )
 
 
