@@ -38,13 +38,11 @@ class TaskStopped(Exception):
 
 
 class Pool:
-    """Thread pool whose first error stops the rest: long tasks call `check` between blocks.
+    """Thread pool, by default of one thread per core, whose first error stops the rest: long tasks call `check` between
+    blocks. Raises UsageError for fewer than 1 thread.
 
     A signal handler may raise anywhere in the main thread. A lock written in Python would then stay locked, and threads
-    that need it would hang (`concurrent.futures` does, once in some hundred interruptions). So the main thread uses
-    only a queue written in C.
-
-    `threads` is one per core by default. Raises UsageError if it is not at least 1.
+    that need it would hang (as with `concurrent.futures`). So the main thread uses only a queue written in C.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -165,21 +163,25 @@ def get_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
-def view_bits(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
+# Integers that sort like non-negative floats with the same bits.
+Keys = npt.NDArray[np.signedinteger]
+
+
+def view_bits(values: torch.Tensor) -> Keys:
     """View the bits of a block as integers, in the same memory; numpy is several times as fast with these."""
     return values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
 
 
-def make_magnitude_keys(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
+def make_magnitude_keys(values: torch.Tensor) -> Keys:
     """Return non-negative integers that sort like the magnitudes of `values`, of the same shape."""
     bits = view_bits(values)
-    keys: npt.NDArray[np.signedinteger] = bits & np.iinfo(bits.dtype).max
+    keys: Keys = bits & np.iinfo(bits.dtype).max
     return keys
 
 
-def make_raw_keys(raw: memoryview, dtype: str) -> npt.NDArray[np.signedinteger]:
+def make_raw_keys(raw: memoryview, dtype: str) -> Keys:
     """Return an integer per element of `raw` bytes of a safetensors dtype: 0 for zeros, and for negative zeros."""
-    elements: npt.NDArray[np.signedinteger] = np.frombuffer(raw, f"i{DTYPE_SIZES[dtype]}")
+    elements: Keys = np.frombuffer(raw, f"i{DTYPE_SIZES[dtype]}")
     return elements & np.iinfo(elements.dtype).max if dtype in FLOATS else elements
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,14 +30,9 @@ from compressknow.model.structure import ModuleMap, check_module_map
 
 # The table of a recipe file that is for GGUF files: see `compressknow.gguf.choice`.
 EXPORT = "export"
+_ORDER: tuple[type[Step], ...] = (DropBlocks, DropNeurons, Prune, Quantize)
 # By the key that identifies a step, in the order of a recipe.
-STEPS: dict[str, type[Step]] = {
-    "drop_blocks": DropBlocks,
-    "drop_neurons": DropNeurons,
-    "prune": Prune,
-    "quantize": Quantize,
-}
-_ORDER = tuple(STEPS.values())
+STEPS = dict(zip(("drop_blocks", "drop_neurons", "prune", "quantize"), _ORDER, strict=True))
 
 
 @has_options
@@ -129,10 +124,27 @@ def read_calibration(values: Any, origin: str) -> Calibration | None:
     values = {"text": values} if isinstance(values, str) else values
     if not isinstance(values, dict):
         raise UsageError(f"{origin} must be a text, or a table of {', '.join(known)}.")
+    check_keys(values, known, origin)
+    return Calibration(**values)
+
+
+def check_keys(values: Mapping[str, Any], known: Sequence[str], origin: str) -> None:
+    """Raise UsageError if a table has a key that is not known."""
     if unknown := sorted(set(values) - set(known)):
         hint = f"{suggest_word(unknown[0], known)}Choose from {', '.join(known)}."
         raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=hint)
-    return Calibration(**values)
+
+
+def read_values(path: Path, hint: str) -> dict[str, Any]:
+    """Return the values of a JSON or TOML file, none if it is a list. Raises UsageError, with this `hint`, if it is
+    missing, or if it cannot be read."""
+    try:
+        values = read_json(path, MANIFEST) if path.suffix == ".json" else read_toml(path)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such recipe.", hint=hint) from None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
+    return values if isinstance(values, dict) else {}
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -140,14 +152,7 @@ def read_recipe(path: Path) -> Recipe:
     none, or if the manifest was edited."""
     if path.is_dir():
         path = path / MANIFEST_NAME
-    try:
-        values = read_json(path, MANIFEST) if path.suffix == ".json" else read_toml(path)
-    except FileNotFoundError:
-        hint = "Give a TOML file, a manifest or a converted folder."
-        raise UsageError(f"{path}: no such recipe.", hint=hint) from None
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
-    values = values if isinstance(values, dict) else {}
+    values = read_values(path, "Give a TOML file, a manifest or a converted folder.")
     # The hash in the record of an export, which has no list of tensors, is that of its file.
     if "tensors" in values and SEAL in values and values[SEAL] != hash_manifest(values):
         raise UsageError(
@@ -200,10 +205,7 @@ def _step_from_dict(values: dict[str, Any], origin: str) -> Step:
     known = {"scope", *keys} - {actions[0]}
     if isinstance(step, Prune | Quantize):
         known |= {*where_keys, *(each.name for each in step.chosen.parameters())}
-    if unknown := sorted(set(values) - known):
-        names = sorted(known)
-        hint = f"{suggest_word(unknown[0], names)}Choose from {', '.join(names)}."
-        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=hint)
+    check_keys(values, sorted(known), origin)
     return replace(step, parameters=values) if isinstance(step, Prune | Quantize) else step
 
 
@@ -233,13 +235,9 @@ def list_parameters() -> dict[str, list[Parameter]]:
 
 
 def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, **options: Any) -> Recipe:
-    """Build a recipe from single options: at most one step of each kind, all with the same `where`.
-
-    The keys of `options` are in `OPTIONS`, without those of `where`, or in `SHARED`; None means not given. The method
-    and the scheme each take the `parameters` that they have.
-    """
-    if misspelled := options.keys() - OPTIONS.keys() - set(SHARED):
-        raise TypeError(f"There is no option {min(misspelled)}.")
+    """Build a recipe from single options: at most one step of each kind, all with the same `where`. The keys of
+    `options` are in `OPTIONS`, without those of `where`, or in `SHARED`; None means not given. The method and the
+    scheme each take the `parameters` that they have."""
     options = {name: value for name, value in options.items() if value is not None}
     # Removal steps can be restricted only to one side of an encoder-decoder model.
     side = Where(where.scope) if set(where.scope) <= set(SIDES) else Where()

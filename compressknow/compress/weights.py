@@ -11,7 +11,7 @@ import torch
 from compressknow.compress.blocks import READABLE, Block, Reader, get_matrix_shape
 from compressknow.compress.schemes import dequantize, repeat_scales
 from compressknow.model.checkpoint import Checkpoint
-from compressknow.model.groups import read_structure
+from compressknow.model.groups import list_parents, read_structure
 from compressknow.model.loading import PACKED_DTYPES, NameMapping, find_packed_weights, find_suppliers
 from compressknow.model.meta import build_meta_model
 from compressknow.model.structure import LinearWeight, Structure
@@ -182,10 +182,7 @@ def _find_scale(parts: Mapping[str, StoredTensor], tensor: StoredTensor) -> Stor
 
 
 def read_stored_weights(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> StoredWeights:
-    """Read the headers of a checkpoint's stored weights.
-
-    Raises CheckpointError if it has no weights, or its config builds no model.
-    """
+    """Read the headers of a checkpoint's stored weights. Raises CheckpointError if it has none, or builds no model."""
     checkpoint.check_has_weights()
     model = build_meta_model(checkpoint.folder, trust_remote_code=trust_remote_code, tensor_names=checkpoint.tensors)
     structure, naming = read_structure(model), NameMapping(model)
@@ -201,7 +198,7 @@ def read_stored_weights(checkpoint: Checkpoint, *, trust_remote_code: bool = Fal
         binding = bound.get(name)
         if binding and not binding.reshaped:
             own[binding.parameter] = tensor
-        elif binding is None and quantized and (module := _find_module(name, modules)):
+        elif binding is None and quantized and (module := next(filter(modules.__contains__, list_parents(name)), None)):
             parts.setdefault(module, {})[name] = tensor
         else:
             own[name] = tensor
@@ -218,11 +215,3 @@ def read_stored_weights(checkpoint: Checkpoint, *, trust_remote_code: bool = Fal
     # A packed final layer has its own values even if it was tied.
     supply = own | {parameter: checkpoint.tensors[name] for parameter, name in stored.items()} | quantized_weights
     return StoredWeights(checkpoint.name, model.config.to_dict(), structure, own, supply, loaded_to, parts, unpacked)
-
-
-def _find_module(name: str, modules: set[str]) -> str | None:
-    """Return the innermost module that contains a name."""
-    while name := name.rpartition(".")[0]:
-        if name in modules:
-            return name
-    return None

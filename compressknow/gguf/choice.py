@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
 from compressknow.base.packages import require
-from compressknow.base.reading import MANIFEST, find_mismatch, read_json, read_toml
-from compressknow.compress.recipe import EXPORT, read_calibration
+from compressknow.base.reading import find_mismatch
+from compressknow.compress.recipe import EXPORT, check_keys, read_calibration, read_values
 from compressknow.compress.steps import Calibration
 from compressknow.model.structure import SCOPES, compile_pattern
 
@@ -55,9 +55,7 @@ def _list_members(enum: str, *prefixes: str) -> Iterator[tuple[str, int]]:
 
     numbers = _cffi_bindings.get_ffi().typeof(f"enum {enum}").relements
     for member, number in sorted(numbers.items(), key=lambda each: each[1]):
-        for prefix in prefixes:
-            if member.startswith(prefix):
-                yield member.removeprefix(prefix).lower(), number
+        yield from ((member.removeprefix(each).lower(), number) for each in prefixes if member.startswith(each))
 
 
 def _check_type(name: str, known: Collection[str], option: str) -> str:
@@ -168,25 +166,16 @@ def read_choice(path: Path, importance: Path | None = None) -> TypeChoice:
     """Read the table ``[export]`` of a TOML file, or the record of an export; `importance` is a matrix to use in place
     of its own. Raises UsageError if there is none or it is malformed, or if the recorded export read a matrix, which no
     record holds, and none is given."""
-    try:
-        if path.suffix == ".json":
-            values = _parse_record(read_json(path, MANIFEST), importance)
-        else:
-            values = read_toml(path).get(EXPORT)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such recipe.", hint="Give a TOML file or the record of an export.") from None
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path} cannot be read as a recipe: {error}") from None
-    if not isinstance(values, Mapping):
+    values = read_values(path, "Give a TOML file or the record of an export.")
+    table = _parse_record(values, importance) if path.suffix == ".json" else values.get(EXPORT)
+    if not isinstance(table, Mapping):
         raise UsageError(f"{path} has no table [export].", hint='Write [export] and type = "q4_k_m" under it.')
     matrix = {} if importance is None else {"imatrix": str(importance)}
-    return _parse_choice({**values, **matrix}, f"{path}, [export]")
+    return _parse_choice({**table, **matrix}, f"{path}, [export]")
 
 
 def _parse_choice(values: Mapping[str, Any], origin: str) -> TypeChoice:
-    if unknown := sorted(set(values) - set(_KEYS)):
-        near = suggest_word(unknown[0], _KEYS)
-        raise UsageError(f"{origin}: unknown key {unknown[0]!r}.", hint=f"{near}Choose from {', '.join(_KEYS)}.")
+    check_keys(values, _KEYS, origin)
     kind, types, matrix = values.get("type", DEFAULT), values.get("types", {}), values.get("imatrix")
     rules = list(map(list, types.items())) if isinstance(types, Mapping) else types
     form = {"type": str, "imatrix": (str, None), "types": [[str]]}
@@ -198,9 +187,9 @@ def _parse_choice(values: Mapping[str, Any], origin: str) -> TypeChoice:
     return TypeChoice(kind, pairs, calibration, None if matrix is None else Path(matrix))
 
 
-def _parse_record(record: Any, matrix: Path | None) -> dict[str, Any] | None:
+def _parse_record(record: Mapping[str, Any], matrix: Path | None) -> dict[str, Any] | None:
     """Return the choice in a record as values of the table ``[export]``; None if there is none."""
-    if not isinstance(record, Mapping) or "type" not in record:
+    if "type" not in record:
         return None
     values = {key: record[key] for key in ("type", "types") if key in record}
     importance = record.get("importance")

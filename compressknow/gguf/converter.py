@@ -49,11 +49,9 @@ def find_converter(
     place: str | Path | None = None, *, fetch: bool = False, on_progress: Listener | None = None
 ) -> Path:
     """Return the converter's script: at `place`, else from the environment variable, else the fetched one, which is
-    fetched now if it is missing and `fetch` is True.
-
-    Raises NotInstalled if there is none, or it cannot be fetched, OutputError if it cannot be written to the cache,
-    CompressknowError if a library that it imports is not installed.
-    """
+    fetched now if it is missing and `fetch` is True. Raises NotInstalled if there is none, or it cannot be fetched,
+    OutputError if it cannot be written to the cache, CompressknowError if a library that it imports is not
+    installed."""
     require("sentencepiece")
     for option, folder in (("--converter", place), (VARIABLE, os.environ.get(VARIABLE))):
         if folder:
@@ -123,8 +121,7 @@ def check_architecture(architecture: str, converter: Path) -> None:
     known = _list_architectures(converter)
     if architecture not in known:
         raise UnsupportedError(
-            f"llama.cpp's converter does not know {architecture}.",
-            hint=f"It knows {', '.join(known)}. {_NEWER}",
+            f"llama.cpp's converter does not know {architecture}.", hint=f"It knows {', '.join(known)}. {_NEWER}"
         )
 
 

@@ -85,12 +85,7 @@ def gather_inputs(
     statistics: dict[Key, InputStatistics] = {}
     with begin("gather") as advance:
         observe(
-            checkpoint,
-            tree,
-            [text.batches],
-            lambda seen, *_: statistics.update(seen),
-            threads=threads,
-            advance=advance,
+            checkpoint, tree, [text.batches], lambda seen, *_: statistics.update(seen), threads=threads, advance=advance
         )
     return statistics, text
 

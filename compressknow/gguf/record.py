@@ -23,12 +23,11 @@ from compressknow.base.files import (
 from compressknow.base.format import clean, count, write_size
 from compressknow.base.notebook import Summary, SummaryRepr
 from compressknow.base.progress import Advance, count_progress, ignore_advance, silence_libraries
-from compressknow.base.reading import MANIFEST, find_mismatch
 from compressknow.base.system import hold_signals, move, sync_folder
 from compressknow.compress.staging import Staging, check_overlap
 from compressknow.engine.identity import SOURCE_FORM, get_record_path
 from compressknow.gguf.choice import TypeChoice
-from compressknow.model.checkpoint import read_json
+from compressknow.model import manifest
 from compressknow.model.gguf_file import open_gguf, read_value
 
 if TYPE_CHECKING:
@@ -99,8 +98,7 @@ class NewFile(Staging):
 
 def finish(output: Path, folder: Path, extras: Mapping[str, Path]) -> None:
     """Complete the commit of a dead run: if it had moved its file to `output`, move the rest; if it had only taken the
-    old file's record away, put that back. The dead run's extra files go to this run's `extras` (--imatrix-out,
-    --modelfile), unless a file is there."""
+    old file's record away, put that back. Extra files go to this run's `extras`, unless a file is there."""
     made, old, record = get_record_path(folder / output.name), folder / OLD_RECORD, get_record_path(output)
     if os.path.lexists(record) or not output.is_file():
         return
@@ -262,15 +260,7 @@ def read_record(output: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"There is no {path.name} next to {output}.", hint="Give a file that `compressknow export` wrote."
         )
-    record = read_json(path, MANIFEST)
-    if record.get("schema") != SCHEMA:
-        raise CheckpointError(
-            f"{path} has schema {record.get('schema')!r}, but this version reads schema {SCHEMA}.",
-            hint="Read it with the version that wrote it (see `versions` in it).",
-        )
-    if mismatch := find_mismatch(record, FORM):
-        raise CheckpointError(f"{path} is damaged: {mismatch}.", hint="Export it again.")
-    return record
+    return manifest.read_record(path, SCHEMA, FORM, "Export it again.")
 
 
 def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verification:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -79,18 +79,23 @@ def resolve_types(tensors: Tensors, types: Iterable[tuple[str, str]], option: st
 
 def describe_tensors(reader: Any, source: StoredWeights) -> Tensors:
     """Return the content of an open GGUF file, except the values of its weights."""
-    tensors = list_tensors(reader)
-    weights: dict[str, list[LinearWeight]] = {}
+    tensors, name_map = list_tensors(reader), _get_name_map(reader)
+    parts = group_by(source.loaded_to, source.loaded_to.__getitem__)
+    # Ordered sets: a tensor may hold several weights (experts, merged projections), and a weight be in several tensors.
+    weights: dict[str, dict[LinearWeight, None]] = {}
     stored: dict[str, dict[str, None]] = {}
-    for weight, name, stored_names in _map_weights(_get_name_map(reader), source, tensors):
-        weights.setdefault(name, []).append(weight)
-        stored.setdefault(name, {}).update(dict.fromkeys(stored_names))
+    for weight in source.structure.linears if name_map else ():
+        supplier = source.supply.get(weight.parameter)
+        for name in parts.get(weight.parameter) or ([supplier.name] if supplier else []):
+            for each in (name, weight.parameter):
+                tensor = name_map.get_name(EXPERT.sub("experts.", each), try_suffixes=_SUFFIXES)
+                if tensor in tensors:
+                    weights.setdefault(tensor, {})[weight] = None
+                    stored.setdefault(tensor, {})[name] = None
+                    break
+    by_tensor = {name: tuple(each) for name, each in weights.items()}
     return Tensors(
-        source,
-        tensors,
-        {name: tuple(each) for name, each in weights.items()},
-        {name: tuple(each) for name, each in stored.items()},
-        int(reader.data_offset),
+        source, tensors, by_tensor, {name: tuple(each) for name, each in stored.items()}, int(reader.data_offset)
     )
 
 
@@ -102,26 +107,6 @@ def _get_name_map(reader: Any) -> Any:
     arch = next((arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name), None)
     blocks = [field.contents() for key, field in reader.fields.items() if key.endswith("block_count")]
     return gguf.get_tensor_name_map(arch, max(blocks, default=0)) if arch is not None else None
-
-
-def _map_weights(
-    name_map: Any, source: StoredWeights, tensors: Mapping[str, Tensor]
-) -> Iterator[tuple[LinearWeight, str, list[str]]]:
-    """Yield each Linear weight with a tensor that contains it, or a part of it, and the stored names of these."""
-    parts = group_by(source.loaded_to, source.loaded_to.__getitem__)
-    for weight in source.structure.linears if name_map else ():
-        supplier = source.supply.get(weight.parameter)
-        stored_names = parts.get(weight.parameter) or ([supplier.name] if supplier else [])
-        by_tensor: dict[str, list[str]] = {}
-        for name in stored_names:
-            mapped = (
-                name_map.get_name(EXPERT.sub("experts.", each), try_suffixes=_SUFFIXES)
-                for each in (name, weight.parameter)
-            )
-            if (tensor := next((each for each in mapped if each in tensors), None)) is not None:
-                by_tensor.setdefault(tensor, []).append(name)
-        for tensor, names in by_tensor.items():
-            yield weight, tensor, names
 
 
 def count_by_group(tensors: Tensors, types: Mapping[str, str] | None = None) -> dict[str, dict[str, dict[str, int]]]:

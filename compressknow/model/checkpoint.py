@@ -117,11 +117,9 @@ class Checkpoint:
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
     """Open a local folder, or a hub id with its branch, tag or commit. Reads headers, never tensor data. Without
-    `weights`, it reads only the config, and downloads only that and the model's own code.
-
-    Raises CheckpointError if there is no such folder or id, if config.json is missing or not an object, or if weight
-    files are missing or damaged.
-    """
+    `weights`, it reads only the config, and downloads only that and the model's own code. Raises CheckpointError if
+    there is no such folder or id, if config.json is missing or not an object, or if weight files are missing or
+    damaged."""
     check_is_checkpoint(model)
     check_revision(model, revision)
     folder, commit = (Path(model), None) if Path(model).is_dir() else _download(str(model), revision, weights)

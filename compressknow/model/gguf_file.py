@@ -196,8 +196,11 @@ class Tensor:
     name: str
     type: str
     shape: tuple[int, ...]
-    numel: int
     nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def layer(self) -> int | None:
@@ -241,13 +244,7 @@ def open_gguf(path: Path) -> Any:
 def list_tensors(*readers: Any) -> dict[str, Tensor]:
     """Return the tensors of a file by name, from all its parts, without reading their values."""
     return {
-        each.name: Tensor(
-            each.name,
-            each.tensor_type.name.lower(),
-            tuple(int(length) for length in each.shape),
-            int(each.n_elements),
-            int(each.n_bytes),
-        )
+        each.name: Tensor(each.name, each.tensor_type.name.lower(), tuple(map(int, each.shape)), int(each.n_bytes))
         for reader in readers
         for each in reader.tensors
     }

@@ -122,7 +122,7 @@ class _Tree:
 
     def place(self, name: str) -> tuple[_Steps, int | None]:
         """Return the modules around a module, the root first, and the index of its block in the stack, if any."""
-        parents = [*_list_parents(name), ""][::-1]
+        parents = [*list_parents(name), ""][::-1]
         steps = [(each.rpartition(".")[2], type(self.modules[each]).__name__) for each in parents]
         layer = next((self.layers[each] for each in (*parents, name) if each in self.layers), None)
         return steps, layer
@@ -131,26 +131,24 @@ class _Tree:
         """Yield the weights that give logits in code that comes with a checkpoint and names no head (NeoBERT's)."""
         rows = getattr(self.model.config, "vocab_size", None)
         for name, module in self.modules.items():
-            is_inside = any(each in self.layers for each in (name, *_list_parents(name)))
-            if isinstance(module, nn.Linear) and module.out_features == rows and not is_inside:
+            is_outside = self.layers.keys().isdisjoint((name, *list_parents(name)))
+            if isinstance(module, nn.Linear) and module.out_features == rows and is_outside:
                 yield id(module.weight)
 
     def in_tower(self, name: str) -> bool:
-        return any(each in self.towers for each in (name, *_list_parents(name)))
+        return not self.towers.isdisjoint((name, *list_parents(name)))
 
     def is_between(self, name: str) -> bool:
         """Return whether a module is between the towers and the language model, in neither of these."""
         has_language = bool(self.towers) and any(not self.in_tower(part) for part in self.parts)
-        return has_language and not any(
-            each in self.parts or each in self.towers for each in (name, *_list_parents(name))
-        )
+        return has_language and self.parts.union(self.towers).isdisjoint((name, *list_parents(name)))
 
     def _number_blocks(self) -> dict[str, int]:
         """Return the outermost blocks and their indices in the stack. Nested lists (Funnel's) are one stack."""
         layers: dict[str, int] = {}
         counts: Counter[str] = Counter()
         for name in self.modules:
-            is_outermost = self._is_block(name) and not any(parent in layers for parent in _list_parents(name))
+            is_outermost = self._is_block(name) and not any(parent in layers for parent in list_parents(name))
             if is_outermost and not self.is_between(name):
                 stack = re.split(r"\.\d+(?:\.|$)", name)[0]
                 layers[name] = counts[stack]
@@ -165,7 +163,8 @@ class _Tree:
         return attribute.isdigit() and in_list and is_custom and any(True for _ in module.children())
 
 
-def _list_parents(name: str) -> Iterator[str]:
+def list_parents(name: str) -> Iterator[str]:
+    """Yield the modules that contain a name, except the root, the innermost first."""
     while name := name.rpartition(".")[0]:
         yield name
 
@@ -203,7 +202,7 @@ def _place_weight(tree: _Tree, holders: list[str], kind: Kind, name: str) -> Lin
     steps, layer = tree.place(module)
     group = _group(tree, module, parameter, steps, layer is not None)
     # Each part of a composite model has its own config: the nearest one determines how its blocks are run.
-    parents = (tree.modules[parent] for parent in (*_list_parents(module), ""))
+    parents = (tree.modules[parent] for parent in (*list_parents(module), ""))
     config = next(each.config for each in parents if hasattr(each, "config"))
     # Zamba2's shared block holds an adapter for each of its uses, and applies only that one.
     is_once = group == "final" or "_adapter_list." in module

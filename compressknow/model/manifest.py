@@ -53,18 +53,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a converted folder. Raises CheckpointError if there is none, or it has another schema or
     form."""
     check_converted(folder)
-    path = folder / MANIFEST_NAME
-    manifest = read_json(path, MANIFEST)
-    if manifest.get("schema") != SCHEMA:
+    path, hint = folder / MANIFEST_NAME, "Copy or download it again, or convert the model again."
+    manifest = read_record(path, SCHEMA, FORM, hint)
+    if fault := next(_find_faults(manifest), None):
+        raise CheckpointError(f"{path} is damaged: {fault}.", hint=hint)
+    return manifest
+
+
+def read_record(path: Path, schema: int, form: Mapping[str, Any], hint: str) -> dict[str, Any]:
+    """Read a JSON file. Raises CheckpointError if it has another schema, or another form, with this `hint`."""
+    record = read_json(path, MANIFEST)
+    if record.get("schema") != schema:
         raise CheckpointError(
-            f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}.",
+            f"{path} has schema {record.get('schema')!r}, but this version reads schema {schema}.",
             hint="Read it with the version that wrote it (see `versions` in it).",
         )
-    if fault := find_mismatch(manifest, FORM) or next(_find_faults(manifest), None):
-        raise CheckpointError(
-            f"{path} is damaged: {fault}.", hint="Copy or download it again, or convert the model again."
-        )
-    return manifest
+    if mismatch := find_mismatch(record, form):
+        raise CheckpointError(f"{path} is damaged: {mismatch}.", hint=hint)
+    return record
 
 
 def _find_faults(manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -400,9 +400,8 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # torch.cat takes a list of tensors.
-        values = [
-            each for one in (*args, *kwargs.values()) for each in (one if isinstance(one, list | tuple) else [one])
-        ]
+        lists = (one if isinstance(one, list | tuple) else [one] for one in (*args, *kwargs.values()))
+        values = [each for one in lists for each in one]
         for name, weight in self.substitutes.items():
             if any(each is weight for each in values) and func not in _METADATA:
                 if func == torch.Tensor.dtype.__get__:  # type: ignore[attr-defined]

@@ -61,15 +61,11 @@ class Inspection(SummaryRepr, dict[str, Any]):
         return list(self["unplaced"])
 
     def _summary(self) -> Summary:
-        return Summary(
-            f"{clean(self.model, 60)}: {clean(self.architecture, 60)}",
-            f"{count(self.parameters['stored'])} parameters.",
-            ("Group", "Modules", "Stored", "As used"),
-            tuple(
-                (name, count(group["modules"]), count(group["stored"]), count(group["used"]))
-                for name, group in self.groups.items()
-            ),
-        )
+        title = f"{clean(self.model, 60)}: {clean(self.architecture, 60)}"
+        keys = ("modules", "stored", "used")
+        rows = [(name, *(count(group[key]) for key in keys)) for name, group in self.groups.items()]
+        verdict = f"{count(self.parameters['stored'])} parameters."
+        return Summary(title, verdict, ("Group", "Modules", "Stored", "As used"), rows)
 
 
 def inspect_checkpoint(
@@ -168,10 +164,8 @@ def _find_stored_dtypes(
 
 
 def inspect_gguf(parts: Sequence[Path]) -> Inspection:
-    """Summarize the contents of a GGUF file, in one part or several, without reading weights.
-
-    Raises CheckpointError if it is damaged.
-    """
+    """Summarize the contents of a GGUF file, in one part or several, without reading weights. Raises CheckpointError if
+    it is damaged."""
     readers = [open_gguf(part) for part in parts]
     tensors = list_tensors(*readers)
     groups = find_groups(tensors)

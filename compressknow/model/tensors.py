@@ -294,11 +294,9 @@ _NAMES_BY_TORCHS = {torch_name: name for name, torch_name in TORCH_NAMES.items()
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a PyTorch checkpoint by name, in its order. In zip archives with plain storages (PyTorch
-    1.6 and later), only the offsets are read; other tensors, or those not row-major, are loaded into memory.
-
-    Raises CheckpointError if the pickle contains more than tensors (it could run code), is damaged, or holds no flat
-    state dict.
-    """
+    1.6 and later), only the offsets are read; other tensors, or those not row-major, are loaded into memory. Raises
+    CheckpointError if the pickle contains more than tensors (it could run code), is damaged, or holds no flat state
+    dict."""
     if records := _list_records_in_place(path):
         state = _load_pickle(path, map_location="meta")
         if all(_is_in_place(records, tensor) for tensor in state.values()):

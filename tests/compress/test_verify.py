@@ -271,8 +271,8 @@ def test_a_changed_manifest_gives_a_verdict_or_a_message(converted_folder: Path,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda manifest: manifest.update(schema=99), "has schema 99, this version reads 1"),
-        (lambda manifest: manifest.pop("schema"), "has schema None, this version reads 1"),
+        (lambda manifest: manifest.update(schema=99), "has schema 99, but this version reads schema 1"),
+        (lambda manifest: manifest.pop("schema"), "has schema None, but this version reads schema 1"),
         (lambda manifest: manifest["tensors"][0].update(stored=[{}]), "damaged: tensors[0].stored[0].name is missing"),
         (lambda manifest: manifest.update(calibration={}), "is damaged: calibration.kind is missing"),
         (lambda manifest: manifest.update(removed={}), "is damaged: removed.parameters is missing"),

@@ -427,7 +427,7 @@ def test_a_matrix_fits_models_of_one_original_and_tensors_of_its_size() -> None:
     with pytest.raises(CheckpointError, match="it names pruned, and this one is other"):
         check_source(importance, ("other",), "m.gguf")
     for shape, fits in (((8, 4, 3), True), ((8, 4, 2), False), ((8, 4, 4), False), ((24, 4), True), ((8, 4), False)):
-        tensor = Tensor("blk.0.ffn_up_exps.weight", "f16", shape, 0, 0)
+        tensor = Tensor("blk.0.ffn_up_exps.weight", "f16", shape, 0)
         with nullcontext() if fits else pytest.raises(CheckpointError, match=r"24 channels in it, and \d+ here"):
             check_model(importance, {tensor.name: tensor}, "m.gguf")
 

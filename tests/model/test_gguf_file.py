@@ -23,7 +23,7 @@ PLACES = {
 
 
 def make_tensor(name: str, *shape: int) -> Tensor:
-    return Tensor(name, "f16", shape, 0, 0)
+    return Tensor(name, "f16", shape, 0)
 
 
 def test_a_tensor_has_the_group_and_layer_of_its_name() -> None:

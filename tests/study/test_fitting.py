@@ -46,10 +46,9 @@ def tensors(model: Path) -> Tensors:
         for weight in source.structure.linears
     }
     stored = {
-        name: Tensor(name, "bf16", weight.shape[::-1], prod(weight.shape), 2 * prod(weight.shape))
-        for name, (weight,) in weights.items()
+        name: Tensor(name, "bf16", weight.shape[::-1], 2 * prod(weight.shape)) for name, (weight,) in weights.items()
     }
-    stored["output_norm.weight"] = Tensor("output_norm.weight", "f32", (256,), 256, 1024)
+    stored["output_norm.weight"] = Tensor("output_norm.weight", "f32", (256,), 1024)
     return Tensors(source, stored, weights, {})
 
 
@@ -266,7 +265,7 @@ def test_facts_may_be_those_of_a_downloaded_data_set(tmp_path: Path) -> None:
 
 def test_a_file_declares_the_quantized_type_of_most_parameters() -> None:
     sizes = {"a": ("f16", 100), "b": ("q4_k", 30), "c": ("q8_0", 10), "d": ("q8_0", 10)}
-    rows = {name: Tensor(name, "bf16", (numel,), numel, 2 * numel) for name, (_, numel) in sizes.items()}
+    rows = {name: Tensor(name, "bf16", (numel,), 2 * numel) for name, (_, numel) in sizes.items()}
     types = {name: kind for name, (kind, _) in sizes.items()}
     assert find_main_type(types, Tensors(None, rows, {}, {})) == "q4_k_s"
     assert find_main_type(types | {"b": "q8_0"}, Tensors(None, rows, {}, {})) == "q8_0"

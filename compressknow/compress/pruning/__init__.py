@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from compressknow.base.errors import UsageError
 from compressknow.base.packages import Registry
@@ -68,21 +68,18 @@ class Pruned(NamedTuple):
 BlockMask = Callable[["Block"], "BoolArray | Pruned"]
 
 
-class Mask(Protocol):
-    """Pruned weights of one tensor."""
-
-    def start(self) -> BlockMask:
-        """Start at the first block of the tensor; this may happen several times."""
-
-
 @dataclass(frozen=True)
-class EachBlock:
+class Mask:
+    """Pruned weights of one tensor. `start` begins at its first block; this may happen several times."""
+
+    start: Callable[[], BlockMask]
+
+
+class EachBlock(Mask):
     """Mask whose blocks do not depend on each other: `pruned` returns the mask of any block."""
 
-    pruned: BlockMask
-
-    def start(self) -> BlockMask:
-        return self.pruned
+    def __init__(self, pruned: BlockMask) -> None:
+        super().__init__(lambda: pruned)
 
 
 class PruningMethod(Parametric, abc.ABC):
@@ -174,22 +171,15 @@ METHODS: Registry[PruningMethod] = Registry(
 TOLERANCE = 1e-4
 
 
-class Pattern(NamedTuple):
-    """N:M sparsity: `pruned` of each `of` neighbouring weights are zeroed."""
-
-    pruned: int
-    of: int
-
-
-def parse_pattern(text: Any) -> Pattern | None:
-    """Parse a pattern such as ``2:4``; None if it is not one.
+def parse_pattern(text: Any) -> tuple[int, int] | None:
+    """Parse a pattern such as ``2:4``: how many of how many neighbouring weights are zeroed; None if it is not one.
 
     >>> parse_pattern("1:4"), parse_pattern("4:2")
-    (Pattern(pruned=3, of=4), None)
+    ((3, 4), None)
     """
     match = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", text) if isinstance(text, str) else None
     keep, of = map(int, match.groups()) if match else (0, 0)
-    return Pattern(of - keep, of) if keep < of else None
+    return (of - keep, of) if keep < of else None
 
 
 class Patterned(PruningMethod):
@@ -210,7 +200,7 @@ class Patterned(PruningMethod):
         return " ".join([self.name, *others, self.pattern or ""]).strip()
 
     @property
-    def groups(self) -> Pattern | None:
+    def groups(self) -> tuple[int, int] | None:
         return parse_pattern(self.pattern)
 
     @property
@@ -221,13 +211,13 @@ class Patterned(PruningMethod):
         """See `PruningMethod.count`; with a pattern, its groups decide the count."""
         if self.groups is None:
             return super().count(weights, amount)
-        return weights.tensor.numel // self.groups.of * self.groups.pruned
+        pruned, of = self.groups
+        return weights.tensor.numel // of * pruned
 
     def check(self, amount: float) -> None:
         """Raise UsageError if the amount is not the pattern's."""
-        if self.groups is None:
-            return
-        right = self.groups.pruned / self.groups.of
+        pruned, of = self.groups or (amount, 1)
+        right = pruned / of
         if abs(amount - right) > TOLERANCE:
             raise UsageError(
                 f"The pattern {self.pattern} prunes {right:.4g} of the weights, not {amount:.4g}.",
@@ -237,6 +227,6 @@ class Patterned(PruningMethod):
     def misfit(self, weights: Weights) -> str | None:
         """See `PruningMethod.misfit`; the inputs must fill whole groups."""
         inputs = weights.matrices[1 + weights.axis(1)]
-        if self.groups is None or inputs % self.groups.of == 0:
+        if self.groups is None or inputs % self.groups[1] == 0:
             return None
-        return f"Its {inputs:,} input channels are not a multiple of {self.groups.of}."
+        return f"Its {inputs:,} input channels are not a multiple of {self.groups[1]}."

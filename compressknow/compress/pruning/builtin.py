@@ -16,9 +16,8 @@ from compressknow.compress.pruning import Calibrated, Mask, Needs, Patterned, Pr
 if TYPE_CHECKING:
     import torch
 
-    from compressknow.compress.blocks import Block, Reader
+    from compressknow.compress.blocks import Block, Keys, Reader
     from compressknow.compress.calibrate.gathering import InputStatistics
-    from compressknow.compress.pruning.masks import Keys
 
 
 FLOAT_ONE_BITS = 0x3F800000
@@ -48,8 +47,9 @@ class L1Unstructured(Patterned, Unstructured):
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
         from compressknow.compress.pruning.masks import mask_groups, smallest_magnitudes
 
-        if (groups := self.groups) is not None:
-            return reader.pool.map(lambda each: mask_groups(reader, each, groups.of, groups.pruned), weights)
+        if self.groups is not None:
+            pruned, of = self.groups
+            return reader.pool.map(lambda each: mask_groups(reader, each, of, pruned), weights)
         return smallest_magnitudes(reader, weights, self.count_all(weights, amount))
 
 
@@ -207,7 +207,8 @@ class Wanda(Patterned, Calibrated):
         keys = make_score_keys(weight.abs() * inputs.squares.sqrt(), weight == 0)
         if self.groups is None:
             return torch.from_numpy(mask_smallest_of_rows(keys, round(amount * keys.shape[1]))), None
-        pruned = mask_smallest_of_rows(keys.reshape(-1, self.groups.of), self.groups.pruned)
+        number, of = self.groups
+        pruned = mask_smallest_of_rows(keys.reshape(-1, of), number)
         return torch.from_numpy(pruned).view(weight.shape), None
 
 
@@ -232,10 +233,8 @@ class SparseGPT(Patterned, Calibrated):
     def prune(
         self, weight: torch.Tensor, inputs: InputStatistics, amount: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Calibrated.prune`. A weight that is zero stays zero, whether it counts as pruned or not.
-
-        Raises CompressknowError naming the layer if X^T X cannot be inverted.
-        """
+        """See `Calibrated.prune`. A weight that is zero stays zero, whether it counts as pruned or not. Raises
+        CompressknowError naming the layer if X^T X cannot be inverted."""
         import torch
 
         from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, get_inverse
@@ -254,7 +253,7 @@ class SparseGPT(Patterned, Calibrated):
             scores = block.square().div_(divisors[span, None])
             keys = make_score_keys(scores.T.contiguous(), zero[span].T)
             if self.groups:
-                chosen = mask_smallest_of_rows(keys, self.groups.pruned)
+                chosen = mask_smallest_of_rows(keys, self.groups[0])
             else:
                 count = round(amount * rows * span.stop) - round(amount * rows * first)
                 chosen = mask_smallest_of_rows(keys.reshape(1, -1), count).reshape(keys.shape)
@@ -265,7 +264,8 @@ class SparseGPT(Patterned, Calibrated):
 
         levels: list[Level] = [(BLOCK, choose), (FINE, None)]
         if self.groups:
-            fine = self.groups.of * max(1, FINE // self.groups.of)
-            levels = [(fine * max(1, BLOCK // fine), None), (fine, None), (self.groups.of, choose)]
+            of = self.groups[1]
+            fine = of * max(1, FINE // of)
+            levels = [(fine * max(1, BLOCK // fine), None), (fine, None), (of, choose)]
         compensate(columns, factor, levels, zero_pruned)
         return pruned.T.contiguous(), values.T.contiguous()
