@@ -32,12 +32,13 @@ USES = {
         """
 import sys
 from pathlib import Path
+from compressknow.compress.output import FileLayout
 from compressknow.compress.output import OutputFiles
 from compressknow.compress.blocks import Pool
 """,
         """
 with Pool(1) as pool:
-    outputs = OutputFiles(Path(sys.argv[1]), {"a.safetensors": (b"header", 99, {})})
+    outputs = OutputFiles(Path(sys.argv[1]), FileLayout({"a.safetensors": b"header"}, {"a.safetensors": 99}, {}, None))
     outputs.complete(pool, {})
     outputs.close()
 print((Path(sys.argv[1]) / "a.safetensors").read_bytes()[:6].decode())

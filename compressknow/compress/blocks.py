@@ -38,11 +38,13 @@ class TaskStopped(Exception):
 
 
 class Pool:
-    """Thread pool, by default of one thread per core, whose first error stops the rest: long tasks call `check` between
-    blocks. Raises UsageError for fewer than 1 thread.
+    """Thread pool whose first error stops the rest: long tasks call `check` between blocks.
 
     A signal handler may raise anywhere in the main thread. A lock written in Python would then stay locked, and threads
-    that need it would hang (as with `concurrent.futures`). So the main thread uses only a queue written in C.
+    that need it would hang (`concurrent.futures` does, once in some hundred interruptions). So the main thread uses
+    only a queue written in C.
+
+    `threads` is one per core by default. Raises UsageError if it is not at least 1.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -163,25 +165,21 @@ def get_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
-# Integers that sort like non-negative floats with the same bits.
-Keys = npt.NDArray[np.signedinteger]
-
-
-def view_bits(values: torch.Tensor) -> Keys:
+def view_bits(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
     """View the bits of a block as integers, in the same memory; numpy is several times as fast with these."""
     return values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
 
 
-def make_magnitude_keys(values: torch.Tensor) -> Keys:
+def make_magnitude_keys(values: torch.Tensor) -> npt.NDArray[np.signedinteger]:
     """Return non-negative integers that sort like the magnitudes of `values`, of the same shape."""
     bits = view_bits(values)
-    keys: Keys = bits & np.iinfo(bits.dtype).max
+    keys: npt.NDArray[np.signedinteger] = bits & np.iinfo(bits.dtype).max
     return keys
 
 
-def make_raw_keys(raw: memoryview, dtype: str) -> Keys:
+def make_raw_keys(raw: memoryview, dtype: str) -> npt.NDArray[np.signedinteger]:
     """Return an integer per element of `raw` bytes of a safetensors dtype: 0 for zeros, and for negative zeros."""
-    elements: Keys = np.frombuffer(raw, f"i{DTYPE_SIZES[dtype]}")
+    elements: npt.NDArray[np.signedinteger] = np.frombuffer(raw, f"i{DTYPE_SIZES[dtype]}")
     return elements & np.iinfo(elements.dtype).max if dtype in FLOATS else elements
 
 

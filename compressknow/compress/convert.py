@@ -7,21 +7,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.base.progress import Advance, Begin, count_progress, ignore_advance, ignore_progress
 from compressknow.compress.blocks import Pool, Reader
-from compressknow.compress.calibrate.compression import calibrate
-from compressknow.compress.calibrate.smooth import check_smoothable
-from compressknow.compress.calibrate.text import (
-    CalibrationText,
-    choose_name,
-    load_or_make_text,
-    read_calibration_text,
-)
 from compressknow.compress.manifest import Manifest, build_manifest
 from compressknow.compress.output import InMemory, NewFolder, RenderCard, lay_out
 from compressknow.compress.output_config import build_config, ensure_loadable
@@ -30,10 +22,7 @@ from compressknow.compress.process import TensorConverter, TensorStats, hash_fil
 from compressknow.compress.pruning import METHODS, Mask, Patterned
 from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.removal.calibrated import complete_removal
-from compressknow.compress.removal.smaller import Removal, remove
 from compressknow.compress.steps import Calibration, Prune, Quantize, choose_masks, count_pruned
-from compressknow.engine.load import Variant
 from compressknow.model.checkpoint import ADAPTER_CONFIG, find_weight_files, has_adapter, open_checkpoint
 from compressknow.model.groups import read_structure
 from compressknow.model.loading import open_complete
@@ -41,11 +30,17 @@ from compressknow.model.manifest import read_manifest
 from compressknow.model.structure import ModuleMap, Structure
 from compressknow.model.tensors import OpenFiles
 
+if TYPE_CHECKING:
+    from compressknow.compress.calibrate.text import CalibrationText
+    from compressknow.compress.removal.smaller import Removal
+    from compressknow.engine.load import Variant
+
 
 def prepare_plan(
     model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Plan:
-    """Open a checkpoint, and plan a recipe whose output is written to disk, with the errors of `VariantMaker.plan`."""
+    """Open a checkpoint and plan a recipe whose output is written to disk. Raises the errors of `open_complete` and
+    `VariantMaker.plan`."""
     return VariantMaker(model, revision, trust_remote_code=trust_remote_code).plan(recipe, to_write=True)
 
 
@@ -59,9 +54,13 @@ def _plan_after_removal(removal: Removal, recipe: Recipe) -> Plan:
 def make_calibration_text(
     plan: Plan, *, trust_remote_code: bool = False, advance: Advance = ignore_advance
 ) -> CalibrationText | None:
-    """Return the text that a recipe is calibrated on; None if no step needs activations."""
+    """Return the text that a recipe is calibrated on; None if no step needs activations. Raises the errors of
+    `check_smoothable` and `read_calibration_text`."""
     if (calibration := plan.recipe.calibration) is None:
         return None
+    from compressknow.compress.calibrate.smooth import check_smoothable
+    from compressknow.compress.calibrate.text import read_calibration_text
+
     check_smoothable(plan)
     # The folder's model writes the text, not one without blocks: that writes worse, and the text decides which to drop.
     folder, tree = plan.checkpoint.folder, plan.tree
@@ -78,12 +77,16 @@ def execute(
 ) -> Manifest:
     """Execute a plan, and return the manifest that the output folder holds as `compressknow.json`.
 
-    `threads` tensors are processed at a time, by default one per core. `begin` begins the stages: ``choose`` if the
-    text decides what is dropped, then ``calibrate`` if a step that prunes or quantizes needs activations, else
-    ``convert``.
+    Parameters
+    ----------
+    threads : how many tensors are processed at a time, by default one per core; the output's bytes do not depend on it.
+    begin : begins the stages for progress: ``choose`` if the text decides what is dropped, then ``calibrate`` if a step
+        that prunes or quantizes needs activations, otherwise ``convert``.
 
-    Raises CheckpointError for a weight in scope that is NaN or infinite, or a file of the checkpoint that changed since
-    it was opened; OutputError if the output cannot be written.
+    Raises
+    ------
+    CheckpointError : a weight in scope is NaN or infinite, or a file of the checkpoint changed since it was opened.
+    OutputError : the output cannot be written.
     """
     with output:
         with TemporaryDirectory(dir=output.folder, prefix=".cut-") as cut_tensors:
@@ -108,6 +111,8 @@ def execute(
                         masks |= dict(zip((tensor.name for tensor in tensors), chosen, strict=True))
                 calibrated = None
                 if blockwise:
+                    from compressknow.compress.calibrate.compression import calibrate
+
                     assert text is not None
                     calibrated = calibrate(plan, converter, masks, text, advance)
                 done = {**weights.known, **(calibrated.measured if calibrated else {})}
@@ -124,9 +129,11 @@ def _complete_removal(
     plan: Plan, text: CalibrationText | None, folder: Path, threads: int | None, begin: Begin
 ) -> Plan:
     """Choose by the text which blocks and neurons are dropped, unless that is known, and plan the remaining steps. Cut
-    tensors are stored in `folder`, and read from there later."""
+    tensors are stored in `folder`, and read from there later. Raises the errors of `complete_removal`."""
     if plan.removal is None or plan.removal.is_decided:
         return plan
+    from compressknow.compress.removal.calibrated import complete_removal
+
     assert text is not None
     with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
         reader = Reader(pool, files, lambda _: None)
@@ -206,8 +213,11 @@ class VariantMaker:
         return self._structures[module_map]
 
     def plan(self, recipe: Recipe, *, to_write: bool = False) -> Plan:
-        """Plan a recipe, only from headers, and check that the output loads. Raises the errors of `remove` and
-        `make_plan`, and UnsupportedError for an adapter that would no longer fit, or an output that does not load."""
+        """Plan a recipe, only from headers, and check that the output loads.
+
+        Raises the errors of `remove`, `make_plan` and `ensure_loadable`, and UnsupportedError if an adapter in the
+        folder would no longer fit the model.
+        """
         folder = self.checkpoint.folder
         if (recipe.removals or recipe.smooths) and has_adapter(folder):
             raise UnsupportedError(
@@ -216,6 +226,8 @@ class VariantMaker:
                 f"Merge it into the model first, or remove {ADAPTER_CONFIG}.",
             )
         if recipe.removals:
+            from compressknow.compress.removal.smaller import remove
+
             return _plan_after_removal(remove(self.checkpoint, self.tree, recipe), recipe)
         plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
         # In memory, loading can fail only if weights are not stored under their own names.
@@ -223,30 +235,40 @@ class VariantMaker:
 
     def make(self, plan: Plan, begin: Begin = ignore_progress) -> Variant:
         """Execute a plan in memory, with the tensors that `write` would write. `begin` begins the stage that makes the
-        text, unless it is known, and those of `execute`."""
+        text, unless it is known, and those of `execute`. Raises the errors of `get_text` and `execute`."""
+        from compressknow.engine.load import Variant
+
         memory = InMemory(self._shared)
         manifest = execute(plan, memory, self.get_text(plan, begin), begin=begin)
-        nbytes = sum(size for _, size, _ in lay_out(memory.plan.tensors, memory.plan.checkpoint.shards).values())
+        nbytes = sum(lay_out(memory.plan.tensors, memory.plan.checkpoint.shards).sizes.values())
         config = build_config(memory.plan)
         return Variant(memory.tensors, config, manifest, nbytes, self.checkpoint.folder, self.tree)
 
     def write(self, recipe: Recipe, output: Path, render_card: RenderCard, begin: Begin) -> Manifest:
-        """Write the checkpoint of a recipe into a new folder, in the stages of `make`."""
+        """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises the errors of `plan`,
+        `make` and `NewFolder`."""
         plan = self.plan(recipe, to_write=True)
         folder = NewFolder(output, self.checkpoint, render_card=render_card)
         return execute(plan, folder, self.get_text(plan, begin), begin=begin)
 
     def read(self, folder: Path) -> Variant:
         """Read a checkpoint that `write` wrote into the form that `make` returns; its tensors stay in the files."""
+        from safetensors.torch import load_file
+
+        from compressknow.engine.load import Variant
+
         written, files = open_checkpoint(folder), [folder / name for name in find_weight_files(folder)]
         tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
         nbytes = sum(file.stat().st_size for file in files)
         return Variant(tensors, written.config, read_manifest(folder), nbytes, self.checkpoint.folder, self.tree)
 
     def get_text(self, plan: Plan, begin: Begin = ignore_progress) -> CalibrationText | None:
-        """Return the text that a plan is calibrated on, if any, made once for all recipes with the same settings."""
+        """Return the text that a plan is calibrated on, if any; it is made once for all recipes with the same settings.
+        Raises the errors of `make_calibration_text`."""
         if (calibration := plan.recipe.calibration) is None:
             return None
+
+        from compressknow.compress.calibrate.text import choose_name, load_or_make_text
 
         def make() -> CalibrationText:
             with begin(calibration.work) as advance:

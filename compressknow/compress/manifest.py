@@ -66,18 +66,28 @@ class Manifest(SummaryRepr, dict[str, Any]):
         return list(self["runtimes"])
 
     def _summary(self) -> Summary:
-        totals, sizes = self.totals, ("bytes_before", "bytes_after")
-        weights, (before, after) = totals["parameters"], (write_size(totals[key]) for key in sizes)
+        totals = self.totals
+        weights = totals["parameters"]
         pruned = "an unknown number" if totals["pruned"] is None else write_percent(totals["pruned"], weights)
-        quantized = write_percent(totals["quantized"], weights)
-        verdict = f"{before} before, {after} after; of {count(weights)} weights {pruned} pruned, {quantized} quantized."
-        rows = []
-        for name, counts in self.groups.items():
-            numbers = (counts[key] for key in ("parameters", "pruned", "quantized"))
-            texts = (NONE if number is None else count(number) for number in numbers)
-            rows.append((name, *texts, *(write_size(counts[key]) for key in sizes)))
-        title = f"Manifest: {clean(self.setup, 60)} of {clean(self.source['name'], 60)}"
-        return Summary(title, verdict, ("Group", "Parameters", "Pruned", "Quantized", "Before", "After"), rows)
+        changed = (
+            f"of {count(weights)} weights {pruned} pruned, {write_percent(totals['quantized'], weights)} quantized"
+        )
+        return Summary(
+            f"Manifest: {clean(self.setup, 60)} of {clean(self.source['name'], 60)}",
+            f"{write_size(totals['bytes_before'])} before, {write_size(totals['bytes_after'])} after; {changed}.",
+            ("Group", "Parameters", "Pruned", "Quantized", "Before", "After"),
+            tuple(
+                (
+                    name,
+                    count(counts["parameters"]),
+                    NONE if counts["pruned"] is None else count(counts["pruned"]),
+                    count(counts["quantized"]),
+                    write_size(counts["bytes_before"]),
+                    write_size(counts["bytes_after"]),
+                )
+                for name, counts in self.groups.items()
+            ),
+        )
 
 
 def read_versions() -> dict[str, str]:
@@ -209,10 +219,12 @@ def count_weights(rows: Iterable[dict[str, Any]], left_out: Iterable[dict[str, A
     for row in rows:
         total["parameters"] += row["numel"]
         total["in_scope"] += row["numel"] if row["in_scope"] else 0
-        total["quantized"] += row["numel"] if row["scheme"] else 0
+        total["pruned"] += row["pruned"]
+        total["zeros_before"] += row.get("zeros_before", 0)
         total["zeros_after"] += row.get("zeros", 0)
-        for key in ("pruned", "zeros_before", "bytes_before", "bytes_after"):
-            total[key] += row.get(key, 0)
+        total["quantized"] += row["numel"] if row["scheme"] else 0
+        total["bytes_before"] += row["bytes_before"]
+        total["bytes_after"] += row["bytes_after"]
     total["bytes_before"] += sum(row["bytes_before"] for row in left_out)
     return total
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path, PurePath
@@ -141,12 +142,18 @@ class InMemory:
     def publish(self, manifest: Manifest) -> None: ...
 
 
-# By weight file: its first bytes, its size, and the offset of each tensor.
-FileLayout = Mapping[str, tuple[bytes, int, Mapping[str, int]]]
+@dataclass(frozen=True)
+class FileLayout:
+    """Header (first bytes) and total size of each weight file, each tensor's file and offset, and the index, if any."""
+
+    headers: dict[str, bytes]
+    sizes: dict[str, int]
+    places: dict[str, tuple[str, int]]
+    index: dict[str, Any] | None
 
 
 def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> FileLayout:
-    """Lay out a safetensors file for each file of the source that still has tensors.
+    """Lay out a safetensors file for each file of the source that still has tensors, and an index if there are several.
 
     Within a file, tensors are sorted by the width of their dtype, widest first, as the safetensors library does: so all
     are aligned without holes, which the format forbids.
@@ -165,16 +172,16 @@ def lay_out(tensors: Sequence[PlannedTensor], shards: Sequence[str]) -> FileLayo
     for tensor in tensors:
         file = names[shard_of[tensor.source.file]]
         by_file[file] += [(name, part.dtype, part.shape) for name, part in tensor.written]
-    for entries in by_file.values():
+    layout = FileLayout({}, {}, {}, None)
+    for file, entries in by_file.items():
         entries.sort(key=lambda entry: -DTYPE_SIZES[entry[1]])
-    return {file: lay_out_file(entries) for file, entries in by_file.items()}
-
-
-def _build_index(layout: FileLayout) -> dict[str, Any]:
-    """Return the index of several weight files."""
-    total = sum(size - len(header) for header, size, _ in layout.values())
-    weight_map = {name: file for file, (*_, offsets) in layout.items() for name in offsets}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        layout.headers[file], layout.sizes[file], offsets = lay_out_file(entries)
+        layout.places.update({name: (file, offset) for name, offset in offsets.items()})
+    if len(by_file) < 2:
+        return layout
+    total = sum(layout.sizes.values()) - sum(map(len, layout.headers.values()))
+    weight_map = {name: file for name, (file, _) in sorted(layout.places.items())}
+    return replace(layout, index={"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def lay_out_file(entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int, dict[str, int]]:
@@ -199,14 +206,14 @@ class OutputFiles:
     known: ClassVar[Mapping[str, TensorStats]] = {}
 
     def __init__(self, folder: Path, layout: FileLayout) -> None:
-        self._places = {name: (file, offset) for file, (*_, at) in layout.items() for name, offset in at.items()}
+        self._layout = layout
         self._descriptors: dict[str, int] = {}
         self._failure: OSError | None = None
         self._flushing: RepeatingThread | None = None
         try:
-            for name, (header, size, _) in layout.items():
+            for name, size in layout.sizes.items():
                 descriptor = self._descriptors[name] = create_file(folder / name, size)
-                write_at(descriptor, memoryview(header), 0)
+                write_at(descriptor, memoryview(layout.headers[name]), 0)
         except BaseException:
             self.close()
             raise
@@ -219,7 +226,7 @@ class OutputFiles:
         self.close()
 
     def writer(self, tensor_name: str) -> TensorWriter:
-        file, offset = self._places[tensor_name]
+        file, offset = self._layout.places[tensor_name]
         return TensorWriter(partial(write_at, self._descriptors[file]), offset)
 
     def complete(self, pool: Pool, measured: Mapping[str, TensorStats]) -> None:  # noqa: ARG002
@@ -253,7 +260,7 @@ def list_files(plan: Plan) -> dict[str, int | None]:
     """Return the sizes of the files that an output will hold, in bytes; None if a size depends on the weights."""
     source = plan.checkpoint.folder
     return {
-        **{name: size for name, (_, size, _) in lay_out(plan.tensors, plan.checkpoint.shards).items()},
+        **lay_out(plan.tensors, plan.checkpoint.shards).sizes,
         **{name: (source / name).stat().st_size for name in list_carried_files(source)},
         **{name: len(content) for name, content in _serialize_configs(plan).items()},
         **dict.fromkeys((CARD_NAME, MANIFEST_NAME)),
@@ -266,16 +273,17 @@ def _serialize_configs(plan: Plan) -> dict[str, bytes]:
     quantization = config.get("quantization_config")
     loading = build_loading_settings(plan.checkpoint.folder, quantization) if quantization else {}
     layout = lay_out(plan.tensors, plan.checkpoint.shards)
-    index = {SAFETENSORS_INDEX: _build_index(layout)} if len(layout) > 1 else {}
-    contents = {"config.json": config, **index, **loading}
+    contents = {"config.json": config, **({SAFETENSORS_INDEX: layout.index} if layout.index else {}), **loading}
     texts = {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in contents.items()}
     return {name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
 
 
 def list_carried_files(folder: Path) -> Iterator[str]:
     """Yield the files of a checkpoint that are copied: tokenizer, generation config, licence, code, and, including
-    their weights, further modules of sentence-transformers and adapters (LoRA). Raises CheckpointError if one of them
-    is a broken link, or a link to a path outside the checkpoint."""
+    their weights, further modules of sentence-transformers and adapters (LoRA).
+
+    Raises CheckpointError if one of them is a broken link, or a link to a path outside the checkpoint.
+    """
     modules = list_module_folders(folder)
     for name in walk_visible(folder):
         path = folder / name

@@ -1,8 +1,11 @@
 """Description of quantized layers in config.json, and a check on the meta device that an output loads with it.
 
 A target that begins with ``re:`` is a pattern, matched from the start of a module's name (by transformers and by vLLM);
-any other is a whole name, or the class of a module. Patterns here match with and without the base model's prefix, as
-``bert.encoder.layer.0`` in BertForMaskedLM is ``encoder.layer.0`` in BertModel.
+any other is a whole name, or the class of a module. Patterns here match with and without the base model's prefix:
+``bert.encoder.layer.0`` in BertForMaskedLM is ``encoder.layer.0`` in BertModel, which AutoModel, pipelines and
+sentence-transformers load.
+
+The check does not depend on the scheme: it runs the quantizer that the config names.
 """
 
 from __future__ import annotations
@@ -32,8 +35,12 @@ _NUMBERS = re.compile(r"\(\?:(\d+(?:\|\d+)*)\)")
 
 
 def build_target_patterns(modules: Iterable[str], prefix: str, others: Iterable[str] = ()) -> list[str]:
-    """Return patterns that match the named modules and no `others`, one for all that differ only in numbers. `prefix`
-    is the attribute under which the model holds its base model.
+    """Return patterns that match the named modules and no `others`, one for all that differ only in numbers.
+
+    Parameters
+    ----------
+    modules, others : names in the module tree of the whole model.
+    prefix : the attribute under which the model holds its base model; other classes of the model may not have it.
 
     >>> build_target_patterns(["bert.encoder.layer.0.output.dense", "bert.encoder.layer.2.output.dense"], "bert")
     ['re:^(?:bert\\\\.)?encoder\\\\.layer\\\\.(?:0|2)\\\\.output\\\\.dense$']
@@ -89,7 +96,8 @@ def build_quantization_config(
     targets: Mapping[Scheme, Sequence[str]], ignore: Sequence[str], version: str, prefix: str = ""
 ) -> dict[str, Any]:
     """Return `quantization_config` of config.json, with exactly the named modules of each scheme as targets, and all
-    other Linear modules as ignored (vLLM rejects a Linear that is in neither list)."""
+    other Linear modules as ignored (vLLM rejects a Linear that is in neither list). `prefix` is that of the base model,
+    as in `build_target_patterns`."""
     linears = {*ignore, *(name for names in targets.values() for name in names)}
     ordered = sorted(targets.items(), key=lambda item: (item[0].name, repr(item[0].values())))
     groups = {

@@ -9,22 +9,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.compress.pruning import METHODS, Weights
 from compressknow.compress.recipe import Recipe
-from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.schemes import SCHEMES, Scheme, Stored
 from compressknow.compress.sources import Sources
 from compressknow.compress.steps import Prune, Quantize, Step, count_pruned
 from compressknow.model.checkpoint import Checkpoint, list_some
 from compressknow.model.loading import list_headers, load_report
 from compressknow.model.meta import rebuild_model
-from compressknow.model.structure import NOT_LINEAR, LinearWeight, Structure, select
+from compressknow.model.structure import NOT_LINEAR, Action, LinearWeight, Structure, select
 from compressknow.model.tensors import DTYPE_SIZES, StoredTensor
+
+if TYPE_CHECKING:
+    from compressknow.compress.removal.smaller import Removal
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class PlannedTensor:
 
     `transposed` says that the last axis of a weight is its output. If it is changed, `module` is the Linear that it is
     the weight of, and `parameter` its name in the module tree. The source of a `created` one only has it under a tied
-    name. `weight` says that it is a parameter. `sharing` names further modules with the same weight: a loader ties
-    these, but gives each a scale of its own.
+    name. `weight` says that it is a parameter of the module tree. `sharing` names further modules with the same weight:
+    a loader ties their weights, but gives each a scale of its own.
     """
 
     name: str
@@ -71,7 +73,8 @@ class PlannedTensor:
             return self.scheme.stored(self.source.shape, self.source.dtype)
 
     def names(self, part: Stored) -> tuple[str, ...]:
-        """Return the names under which a part is written: its own and, except for the values, those of `sharing`."""
+        """Return the names under which a part is written: its own and, except for the values, which a loader ties,
+        those of modules that share the weight."""
         sharing = self.sharing if part is not self.stored[0] else ()
         return self.name + part.suffix, *(f"{module}.weight{part.suffix}" for module in sharing)
 
@@ -145,9 +148,12 @@ Steps = tuple[Prune | None, Quantize | None]
 
 
 def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structure, recipe: Recipe) -> Plan:
-    """Plan a conversion. `model` is the checkpoint's module tree on the meta device, with its `structure`. Raises
-    UsageError for a scope, pattern or layer range that matches nothing, or steps that overlap; CheckpointError for a
-    missing weight in scope; UnsupportedError for a quantized input, or a weight without a quantized form."""
+    """Plan a conversion. `model` is the checkpoint's module tree on the meta device, with its `structure`.
+
+    Raises UsageError if a scope, pattern or layer range matches nothing, or two steps prune or quantize the same
+    weight, CheckpointError if a weight in scope is missing, UnsupportedError if the input is quantized already,
+    or a weight has no quantized form that loads and runs correctly.
+    """
     sources = Sources(checkpoint, model, structure)
     recipe = replace(recipe, steps=tuple(_fit_parameters(structure, step) for step in recipe.steps))
     assigned = _assign_steps(structure, recipe)
@@ -169,12 +175,12 @@ def make_plan(checkpoint: Checkpoint, model: PreTrainedModel, structure: Structu
     unchanged = _plan_unchanged(sources, structure, {t.name for t in changed}, needed)
     # In the order of the source, with created tensors after those that they were tied to.
     tensors = sorted([*changed, *unchanged], key=lambda t: (sources.position[t.source.name], t.created, t.name))
-
-    if blind := next((tensor for tensor in changed if tensor.group == "vision" and tensor.is_calibrated), None):
-        raise UnsupportedError(
-            f"{blind.module} cannot be calibrated: it reads no text.",
-            hint="Use --scope vision only with methods that need no calibration.",
-        )
+    for tensor in tensors:
+        if tensor.group == "vision" and tensor.is_calibrated:
+            raise UnsupportedError(
+                f"{tensor.module} cannot be calibrated: it reads no text.",
+                hint="Use --scope vision only with methods that need no calibration.",
+            )
     targets: dict[Scheme, tuple[str, ...]] = {}
     for tensor in changed:
         if tensor.scheme:
@@ -206,8 +212,12 @@ def _fit_parameters(structure: Structure, step: Step) -> Step:
 
 
 def _select_weights(structure: Structure, step: Prune | Quantize) -> tuple[LinearWeight, ...]:
-    where = step.where
-    return select(structure, where.scope, step.action, where.include, where.exclude, where.layers)
+    where, action = step.where, _name_action(step)
+    return select(structure, where.scope, action, where.include, where.exclude, where.layers)
+
+
+def _name_action(step: Prune | Quantize) -> Action:
+    return "prune" if isinstance(step, Prune) else "quantize"
 
 
 def _assign_steps(structure: Structure, recipe: Recipe) -> dict[LinearWeight, Steps]:
@@ -220,7 +230,7 @@ def _assign_steps(structure: Structure, recipe: Recipe) -> dict[LinearWeight, St
             prune, quantize = assigned.get(weight, (None, None))
             if (prune if isinstance(step, Prune) else quantize) is not None:
                 raise UsageError(
-                    f"Two steps would {step.action} {weight.module}.",
+                    f"Two steps would {_name_action(step)} {weight.module}.",
                     hint="Narrow the steps with exclude or layers, so that their scopes do not overlap.",
                 )
             assigned[weight] = (step, quantize) if isinstance(step, Prune) else (prune, step)
@@ -277,8 +287,8 @@ def _plan_changed(weight: LinearWeight, steps: Steps, sources: Sources) -> Itera
 def _plan_unchanged(
     sources: Sources, structure: Structure, changed: set[str], needed: Mapping[str, str]
 ) -> Iterator[PlannedTensor]:
-    """Yield the tensors that are copied: stored ones that are not changed, and the `needed` parameters (with their tied
-    sources) that are not stored under their own names."""
+    """Yield the tensors that are copied: all stored tensors that are not changed, and the `needed` parameters (by name,
+    with their tied source) that are not stored under their own names."""
     distinct = list(sources.distinct())
     for stored in distinct:
         if stored.name not in changed:
@@ -295,7 +305,10 @@ def _plan_unchanged(
 
 def _check_sharing(changed: Iterable[PlannedTensor], extra: Mapping[str, str], structure: Structure) -> None:
     """Raise UnsupportedError if modules that share a changed weight would no longer do so."""
-    if shared := [t.module or "" for t in changed if any(f"{module}.weight" in extra for module in t.sharing)]:
+    shared = [
+        tensor.module or "" for tensor in changed if any(f"{module}.weight" in extra for module in tensor.sharing)
+    ]
+    if shared:
         raise UnsupportedError(
             f"The final layer of {structure.architecture} cannot be untied from its embedding while "
             f"{list_some(shared)} are compressed too.",
@@ -325,8 +338,8 @@ def untie_config(config: dict[str, Any], model: PreTrainedModel) -> dict[str, An
 
 
 def _find_untied(model: PreTrainedModel, config: dict[str, Any], path: Path, supplied: set[str]) -> dict[str, str]:
-    """Return the parameters that the untied model no longer shares, with the names that they were tied to. In BERT,
-    untying the decoder's weight unties its bias, too."""
+    """Return the parameters that the untied model no longer shares, with the names that they were tied to; the source
+    may hold only one of a pair. In BERT, untying the decoder's weight unties its bias, too."""
     still_tied = rebuild_model(model, config, path).all_tied_weights_keys
     return {
         name: source

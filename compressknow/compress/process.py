@@ -19,7 +19,6 @@ from compressknow.base.reading import open_regular
 from compressknow.compress.blocks import (
     FLOATS,
     Block,
-    Keys,
     Pool,
     Progress,
     Reader,
@@ -46,8 +45,8 @@ class TensorStats:
     """Counts, errors and hashes of one converted tensor.
 
     `norm` is ||original|| (Frobenius; 0 if it holds no floats), `relative_error` ||written - original|| / ||original||
-    with the written weights dequantized. `sha256` is that of the written values, `other_sha256` of its other parts, by
-    suffix. `refilled` counts zeros of the source that became non-zero.
+    with the written weights dequantized. `sha256` is the hash of the written values, `other_sha256` has those of its
+    scales and anything else its scheme stores, by suffix. `refilled` counts zeros of the source that became non-zero.
     """
 
     zeros_before: int
@@ -106,7 +105,8 @@ class TensorConverter(Reader):
         Parameters
         ----------
         whole : process it as one block, if rows depend on each other or each call of `rounding` is slow to start.
-        rounding, fit : round values to the grid of the scheme, and fit scales of groups [rows, groups] to them.
+        rounding : rounds values to the grid of the scheme.
+        fit : computes the scales of groups [rows, groups], instead of taking those from the largest magnitudes.
         factors : multipliers of input channels [columns], applied before rounding.
         see : called with the rows of each block and its values as written (float32, dequantized).
 
@@ -308,9 +308,10 @@ class _Tally:
         return TensorStats(self.zeros_before, self.zeros, self.pruned, norm, error, sha256, other_sha256, self.refilled)
 
 
-def _find_largest(keys: Keys, span: int | None) -> Keys:
+def _find_largest(keys: npt.NDArray[np.signedinteger], span: int | None) -> npt.NDArray[np.signedinteger]:
     """Return the largest key of each group of `span` columns [rows, groups]; by default, of each row."""
-    largest: Keys = (keys[:, None] if span is None else keys.reshape(len(keys), -1, span)).max(axis=2, initial=0)
+    groups = keys[:, None] if span is None else keys.reshape(len(keys), -1, span)
+    largest: npt.NDArray[np.signedinteger] = groups.max(axis=2, initial=0)
     return largest
 
 
@@ -348,7 +349,8 @@ def _extract(values: torch.Tensor, pruned: npt.NDArray[np.bool_]) -> torch.Tenso
 def _sum_squares(values: torch.Tensor) -> float:
     """Return the sum of squares of a block [rows, columns]."""
     energy = float(torch.linalg.vector_norm(values.to(torch.float32), dim=1).to(torch.float64).square_().sum())
-    return energy if SMALLEST_ENERGY < energy < math.inf else float(values.to(torch.float64).square_().sum())
+    in_range = SMALLEST_ENERGY < energy < math.inf
+    return energy if in_range else float(values.to(torch.float64).square_().sum())
 
 
 def hash_file(pool: Pool, path: Path, progress: Progress | None = None) -> str:

@@ -30,9 +30,14 @@ from compressknow.model.structure import ModuleMap, check_module_map
 
 # The table of a recipe file that is for GGUF files: see `compressknow.gguf.choice`.
 EXPORT = "export"
-_ORDER: tuple[type[Step], ...] = (DropBlocks, DropNeurons, Prune, Quantize)
 # By the key that identifies a step, in the order of a recipe.
-STEPS = dict(zip(("drop_blocks", "drop_neurons", "prune", "quantize"), _ORDER, strict=True))
+STEPS: dict[str, type[Step]] = {
+    "drop_blocks": DropBlocks,
+    "drop_neurons": DropNeurons,
+    "prune": Prune,
+    "quantize": Quantize,
+}
+_ORDER = tuple(STEPS.values())
 
 
 @has_options

@@ -1,8 +1,8 @@
 """Quantization schemes, which store weights in few bits in the layout of compressed-tensors, and the built-in ones.
 
 The conversion gets scales from a scheme, rounds the weights to its grid (`round_to_nearest`, or
-`calibrate.compensation.round_by_gptq`), and writes the codes as `pack` returns them. The manifest of a converted
-checkpoint determines what runs it (`list_runtimes`).
+`calibrate.compensation.round_by_gptq`), and writes the codes as `pack` returns them. A scheme also has its names, and
+its limits in vLLM. The manifest of a converted checkpoint determines what runs it (`list_runtimes`).
 """
 
 from __future__ import annotations
@@ -190,14 +190,7 @@ _INT = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "grou
 _DYNAMIC = {"type": "int", "dynamic": True, "group_size": None}
 
 
-class InVllm(Scheme):
-    """Scheme for which vLLM has kernels."""
-
-    def vllm_obstacle(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
-        return None
-
-
-class Int8(InVllm):
+class Int8(Scheme):
     """Symmetric 8-bit weights, and 8-bit activations with a scale per token.
 
     Bit for bit what compressed-tensors computes (`calculate_qparams`, `quantize`): scale = absmax / 127.5 in the
@@ -216,6 +209,9 @@ class Int8(InVllm):
             "weights": {**_INT, "strategy": "channel"},
             "input_activations": {**_DYNAMIC, "num_bits": 8, "strategy": "token", "symmetric": True},
         }
+
+    def vllm_obstacle(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
+        return None
 
     def vllm_limit(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
         return "not on Blackwell GPUs: no int8"
@@ -255,7 +251,7 @@ class Int8Paper(Scheme):
         return values.float() * scales.float().reciprocal()
 
 
-class Packed(InVllm):
+class Packed(Scheme):
     """Integers of a row packed into words of 32 bits, as compressed-tensors packs them; unpacking needs the shape."""
 
     format = "pack-quantized"
@@ -303,7 +299,7 @@ LARGEST = 448
 _FLOAT = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
 
 
-class Fp8(InVllm):
+class Fp8(Scheme):
     """Weights and activations as 8-bit floats (e4m3), whose values are denser near zero.
 
     Bit for bit what compressed-tensors computes (`calculate_qparams`, `quantize`): scale = absmax / 448 in the weight's
@@ -332,6 +328,9 @@ class Fp8(InVllm):
         import torch
 
         return steps.clamp_(self.lowest, self.highest).to(torch.float8_e4m3fn)
+
+    def vllm_obstacle(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
+        return None
 
     def vllm_limit(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
         # Ada and Hopper are the first GPUs that can multiply these floats.
@@ -380,7 +379,10 @@ class Int4(Packed):
 
     def arguments(self) -> dict[str, Any]:
         weights = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
-        return {"weights": {**weights, "strategy": "group", "group_size": self.scale_per}, "input_activations": None}
+        return {
+            "weights": {**weights, "strategy": "group", "group_size": self.scale_per},
+            "input_activations": None,
+        }
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Pack codes into int32 [rows, columns / 8]."""
@@ -389,6 +391,9 @@ class Int4(Packed):
         # View two bytes as one 16-bit integer, the first in its lower half, and join their 4 bits into one byte.
         pairs = (codes + OFFSET).view(torch.int16)
         return (pairs | pairs >> 4).to(torch.uint8).view(torch.int32)
+
+    def vllm_obstacle(self, shapes: Iterable[tuple[int, ...]]) -> str | None:  # noqa: ARG002
+        return None
 
     def vllm_limit(self, shapes: Iterable[tuple[int, ...]]) -> str | None:
         # Only GPUs take other sizes; in bfloat16, the kernel for CPUs loses much accuracy (`make test-vllm`).

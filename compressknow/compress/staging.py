@@ -1,7 +1,7 @@
 """Output folder that appears whole or not at all: written next to its place, renamed at the end.
 
-A run that dies leaves its staging folder and a lock that nobody holds any more; the next run for the same output
-removes both, and puts back what an interrupted `--overwrite` had moved aside.
+A run that dies leaves its staging folder behind, and next to it a lock that nobody holds any more; the next run for the
+same output removes both, and puts back what an interrupted `--overwrite` had moved aside.
 """
 
 from __future__ import annotations

@@ -222,7 +222,6 @@ class Prune:
     dim: int = 0
     seed: int = 0
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    action: ClassVar[Literal["prune"]] = "prune"
 
     def __post_init__(self) -> None:
         make_fields_plain(self)
@@ -287,7 +286,6 @@ class Quantize:
     smooth: float | None = option(
         default=None, help="Move outliers of activations into weights: 0.5.", kind=float, metavar="ALPHA", is_share=True
     )
-    action: ClassVar[Literal["quantize"]] = "quantize"
 
     def __post_init__(self) -> None:
         make_fields_plain(self)
@@ -345,9 +343,11 @@ FORMS = "Give self (the model's own samples), FILE.txt, FILE.jsonl or hf:DATASET
 
 @has_options
 class Calibration:
-    """Text that the model runs over, for steps that look at activations: `text` is ``self`` (the model's own samples),
-    the path of a .txt or .jsonl file, or ``hf:DATASET``; `tokens` is how many of its tokens are used. `seed` is for the
-    samples, and for the tokens that are masked."""
+    """Text that the model runs over, for steps that look at activations.
+
+    `text` is ``self`` (the model's own samples), the path of a .txt or .jsonl file, or ``hf:DATASET``; `tokens` is how
+    many of its tokens are used. `seed` is for the samples, and for the tokens that are masked.
+    """
 
     text: str = option(
         default=SELF,

@@ -28,7 +28,6 @@ from compressknow.compress.weights import StoredWeights, Values, read_stored_wei
 from compressknow.engine.identity import find_source, get_record_path, locate, read_contents
 from compressknow.engine.load import find_family_of_class, load_tokenizer
 from compressknow.gguf.choice import FLOATS, SizeFit, TypeChoice, estimate_bytes, find_base_type, list_file_types
-from compressknow.gguf.context import complete_prompt, find_text_read_otherwise
 from compressknow.gguf.converter import check_architecture, convert, quantize, read_planned_types, read_version
 from compressknow.gguf.gptq import round_file
 from compressknow.gguf.importance import (
@@ -41,7 +40,6 @@ from compressknow.gguf.importance import (
     read_importance,
     write_importance,
 )
-from compressknow.gguf.llama_cpp import GgufModel, check_no_crash
 from compressknow.gguf.plain import PLAIN_DTYPES, find_same_channels, get_dtype, list_plain_tensors, write_plain
 from compressknow.gguf.record import (
     COUNTS,
@@ -273,6 +271,9 @@ def write(
         if modelfile:
             new.write(MODELFILE, modelfile.encode())
         if smoke and find_family_of_class(export.source.structure.architecture) == "causal":
+            from compressknow.gguf.context import complete_prompt, find_text_read_otherwise
+            from compressknow.gguf.llama_cpp import GgufModel, check_no_crash
+
             with _name_output(new.file, output):
                 check_no_crash(new.file)
                 with closing(GgufModel(new.file, trial=True)) as model:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,16 @@ from compressknow.model.loading import open_complete
 _MOST = 1 << 23
 
 
+class Field(NamedTuple):
+    """Position of some bits of each code in a block: `bits` of them, from bit `low` on, in the bytes from `offset` on.
+    A byte has bits of codes that are `width` apart, the first code's lowest (ggml-quants.c)."""
+
+    offset: int
+    low: int
+    bits: int
+    width: int
+
+
 @dataclass(frozen=True)
 class CodeLayout:
     """Layout of a type's codes.
@@ -46,32 +56,30 @@ class CodeLayout:
     ----------
     width : weights in a block.
     codes : smallest and largest code. A weight is its block's offset plus its code times the step.
-    fields : where a block holds some bits of each code: the first byte; the lowest of these bits, and their number; and
-        how far codes are apart that share a byte, which has the first code's bits lowest (ggml-quants.c).
     levels : values of the codes in steps, in place of the codes and the offset; None if they are linear.
     """
 
     width: int
     codes: tuple[int, int]
-    fields: tuple[tuple[int, int, int, int], ...]
+    fields: tuple[Field, ...]
     levels: tuple[int, ...] | None = None
 
 
 # Values of the 16 codes of iq4_nl and iq4_xs.
 _NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 LAYOUTS = {
-    "q4_0": CodeLayout(32, (0, 15), ((2, 0, 4, 16),)),
-    "q4_1": CodeLayout(32, (0, 15), ((4, 0, 4, 16),)),
-    "q5_0": CodeLayout(32, (0, 31), ((6, 0, 4, 16), (2, 4, 1, 1))),
-    "q5_1": CodeLayout(32, (0, 31), ((8, 0, 4, 16), (4, 4, 1, 1))),
-    "q8_0": CodeLayout(32, (-127, 127), ((2, 0, 8, 32),)),
-    "iq4_nl": CodeLayout(32, (0, 15), ((2, 0, 4, 16),), _NONLINEAR),
-    "iq4_xs": CodeLayout(256, (0, 15), ((8, 0, 4, 16),), _NONLINEAR),
-    "q2_k": CodeLayout(256, (0, 3), ((16, 0, 2, 32),)),
-    "q3_k": CodeLayout(256, (0, 7), ((32, 0, 2, 32), (0, 2, 1, 32))),
-    "q4_k": CodeLayout(256, (0, 15), ((16, 0, 4, 32),)),
-    "q5_k": CodeLayout(256, (0, 31), ((48, 0, 4, 32), (16, 4, 1, 32))),
-    "q6_k": CodeLayout(256, (0, 63), ((0, 0, 4, 64), (128, 4, 2, 32))),
+    "q4_0": CodeLayout(32, (0, 15), (Field(2, 0, 4, 16),)),
+    "q4_1": CodeLayout(32, (0, 15), (Field(4, 0, 4, 16),)),
+    "q5_0": CodeLayout(32, (0, 31), (Field(6, 0, 4, 16), Field(2, 4, 1, 1))),
+    "q5_1": CodeLayout(32, (0, 31), (Field(8, 0, 4, 16), Field(4, 4, 1, 1))),
+    "q8_0": CodeLayout(32, (-127, 127), (Field(2, 0, 8, 32),)),
+    "iq4_nl": CodeLayout(32, (0, 15), (Field(2, 0, 4, 16),), _NONLINEAR),
+    "iq4_xs": CodeLayout(256, (0, 15), (Field(8, 0, 4, 16),), _NONLINEAR),
+    "q2_k": CodeLayout(256, (0, 3), (Field(16, 0, 2, 32),)),
+    "q3_k": CodeLayout(256, (0, 7), (Field(32, 0, 2, 32), Field(0, 2, 1, 32))),
+    "q4_k": CodeLayout(256, (0, 15), (Field(16, 0, 4, 32),)),
+    "q5_k": CodeLayout(256, (0, 31), (Field(48, 0, 4, 32), Field(16, 4, 1, 32))),
+    "q6_k": CodeLayout(256, (0, 63), (Field(0, 0, 4, 64), Field(128, 4, 2, 32))),
 }
 
 
@@ -85,84 +93,99 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
 
     Raises CompressknowError, which names the layer, if X^T X cannot be inverted.
     """
-    width = LAYOUTS[kind].width
+    layout = LAYOUTS[kind]
     # Blocks with the largest inputs first, and likewise the columns in each.
-    blocks = inputs.squares.reshape(-1, width)
+    blocks = inputs.squares.reshape(-1, layout.width)
     first = torch.argsort(blocks.sum(dim=1), descending=True, stable=True)
     within = torch.argsort(blocks, dim=1, descending=True, stable=True)
-    order = (first[:, None] * width + within[first]).reshape(-1)
+    order = (first[:, None] * layout.width + within[first]).reshape(-1)
     factor = factor_inverse(inputs, order)
     importance = (inputs.squares / max(inputs.tokens, 1)).to(torch.float32)
+    step = max(_MOST // weight.shape[1], 1)
     parts = []
-    # Rows are rounded independently of each other.
-    for rows in torch.split(weight, max(_MOST // weight.shape[1], 1)):
+    for rows in torch.split(weight, step):
         columns, moves = rows.T[order].contiguous(), find_moves(rows, inputs, factor, order)
         if moves is not None:
             columns.addmm_(factor.T, moves)
-        parts.append(_round_columns(kind, columns, factor, importance, order))
+        parts.append(_Rows(kind, layout, columns, importance, order).round(factor))
     return np.concatenate(parts)
 
 
-def _round_columns(
-    kind: str, columns: torch.Tensor, factor: torch.Tensor, importance: torch.Tensor, order: torch.Tensor
-) -> Bytes:
-    """Return weights [in, out], their columns in this order, as bytes, uint8 [out, bytes per row]."""
-    layout = LAYOUTS[kind]
-    width, levels = layout.width, None if layout.levels is None else torch.tensor(layout.levels, dtype=torch.float32)
-    codes, blocks = torch.empty(columns.shape, dtype=torch.int16), dict[int, Bytes]()
-    # The first column of the current block, and the offset and step of each of its weights [width, out].
-    grid = 0, torch.empty(0), torch.empty(0)
+class _Rows:
+    """Rows of a weight, which are rounded independently of others."""
 
-    def fix_grid(first: int, values: torch.Tensor) -> None:
-        nonlocal grid
-        start = int(order[first : first + width].min())
-        within = order[first : first + width] - start
+    def __init__(
+        self, kind: str, layout: CodeLayout, columns: torch.Tensor, importance: torch.Tensor, order: torch.Tensor
+    ) -> None:
+        self._kind, self._layout, self._order, self._importance = kind, layout, order, importance
+        self._columns = columns
+        self._codes = torch.empty(columns.shape, dtype=torch.int16)
+        self._blocks: dict[int, Bytes] = {}
+        self._levels = None if layout.levels is None else torch.tensor(layout.levels, dtype=torch.float32)
+        self._offset = self._step = torch.empty(0)
+        self._first = 0
+
+    def round(self, factor: torch.Tensor) -> Bytes:
+        """Return the rows as bytes, uint8 [rows, bytes per row]."""
+        width = self._layout.width
+        outer: list[Level] = [(BLOCK, None)] if width < BLOCK else []
+        compensate(self._columns, factor, [*outer, (width, self._fix_grid), (FINE, None)], self._round_column)
+        blocks = np.stack([self._blocks[number] for number in range(len(self._order) // width)], axis=1)
+        rows = blocks.shape[0]
+        codes = self._codes.T.contiguous().numpy().reshape(-1, width)
+        return pack(blocks.reshape(len(codes), -1), codes, self._layout).reshape(rows, -1)
+
+    def _fix_grid(self, first: int, values: torch.Tensor) -> None:
+        """Set the grid of a block from its values [columns, rows]."""
+        width = self._layout.width
+        order = self._order[first : first + width]
+        start = int(order.min())
         natural = torch.empty_like(values)
-        natural[within] = values
-        block = quantize(natural.T.numpy(), kind, importance[start : start + width].numpy())
-        blocks[start // width] = block
+        natural[order - start] = values
+        importance = self._importance[start : start + width]
+        blocks = quantize(natural.T.numpy(), self._kind, importance.numpy())
+        self._blocks[start // width] = blocks
         # Dequantizing two codes, or the one whose level is 1, gives the grid without knowing the format of scales.
-        if layout.levels is None:
-            offset = _read_code(block, 0, kind)[within]
-            grid = first, offset, _read_code(block, 1, kind)[within] - offset
+        if self._layout.levels is None:
+            self._offset = self._read_code(blocks, 0)[order - start]
+            self._step = self._read_code(blocks, 1)[order - start] - self._offset
         else:
-            grid = first, torch.empty(0), _read_code(block, layout.levels.index(1), kind)[within]
+            self._step = self._read_code(blocks, self._layout.levels.index(1))[order - start]
+        self._first = first
 
-    def round_column(column: int, values: torch.Tensor) -> torch.Tensor:
-        first, offsets, steps = grid
-        step = steps[column - first]
+    def _read_code(self, blocks: Bytes, code: int) -> torch.Tensor:
+        """Return the value of a code for each weight, float32 [width, rows]."""
+        codes = np.full((len(blocks), self._layout.width), code, np.int16)
+        packed = pack(blocks, codes, self._layout)
+        return torch.from_numpy(dequantize(packed, self._kind, codes.shape)).T
+
+    def _round_column(self, column: int, values: torch.Tensor) -> torch.Tensor:
+        index = column - self._first
+        step = self._step[index]
         inverse = torch.where(step == 0, 0, 1 / step)
-        if levels is None:
-            offset = offsets[column - first]
-            code = ((values - offset) * inverse).round_().clamp_(*layout.codes)
+        if self._levels is None:
+            offset = self._offset[index]
+            code = ((values - offset) * inverse).round_().clamp_(*self._layout.codes)
             rounded = offset + step * code
         else:
-            code = torch.bucketize(values * inverse, (levels[1:] + levels[:-1]) / 2)
-            rounded = step * levels[code]
-        codes[order[column]] = code.to(torch.int16)
+            code = torch.bucketize(values * inverse, (self._levels[1:] + self._levels[:-1]) / 2)
+            rounded = step * self._levels[code]
+        self._codes[self._order[column]] = code.to(torch.int16)
         return rounded
-
-    outer: list[Level] = [(BLOCK, None)] if width < BLOCK else []
-    compensate(columns, factor, [*outer, (width, fix_grid), (FINE, None)], round_column)
-    stored = np.stack([blocks[number] for number in range(len(order) // width)], axis=1)
-    by_block = codes.T.contiguous().numpy().reshape(-1, width)
-    return pack(stored.reshape(len(by_block), -1), by_block, layout).reshape(len(stored), -1)
-
-
-def _read_code(blocks: Bytes, code: int, kind: str) -> torch.Tensor:
-    """Return the value of a code for each weight of blocks, float32 [width, blocks]."""
-    codes = np.full((len(blocks), LAYOUTS[kind].width), code, np.int16)
-    return torch.from_numpy(dequantize(pack(blocks, codes, LAYOUTS[kind]), kind, codes.shape)).T
 
 
 def pack(blocks: Bytes, codes: npt.NDArray[np.int16], layout: CodeLayout) -> Bytes:
     """Return blocks, uint8 [blocks, bytes], with their codes replaced by these, [blocks, width]; scales are kept."""
     packed = blocks.copy()
-    for first, low, bits, apart in layout.fields:
-        parts = ((codes >> low) & ((1 << bits) - 1)).astype(np.uint8).reshape(len(codes), -1, 8 // bits, apart)
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-        stored = np.bitwise_or.reduce(parts << shifts, axis=2).reshape(len(codes), -1)
-        packed[:, first : first + stored.shape[1]] = stored
+    for field in layout.fields:
+        parts = 8 // field.bits
+        mask = (1 << field.bits) - 1
+        bits = ((codes >> field.low) & mask).astype(np.uint8).reshape(len(codes), -1, parts, field.width)
+        stored = np.zeros((len(codes), bits.shape[1], field.width), np.uint8)
+        for part in range(parts):
+            stored |= bits[:, :, part] << np.uint8(part * field.bits)
+        flat = stored.reshape(len(codes), -1)
+        packed[:, field.offset : field.offset + flat.shape[1]] = flat
     return packed
 
 

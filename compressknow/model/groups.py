@@ -141,7 +141,9 @@ class _Tree:
     def is_between(self, name: str) -> bool:
         """Return whether a module is between the towers and the language model, in neither of these."""
         has_language = bool(self.towers) and any(not self.in_tower(part) for part in self.parts)
-        return has_language and self.parts.union(self.towers).isdisjoint((name, *list_parents(name)))
+        return has_language and not any(
+            each in self.parts or each in self.towers for each in (name, *list_parents(name))
+        )
 
     def _number_blocks(self) -> dict[str, int]:
         """Return the outermost blocks and their indices in the stack. Nested lists (Funnel's) are one stack."""

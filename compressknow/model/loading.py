@@ -190,9 +190,12 @@ def find_suppliers(checkpoint: Checkpoint, bound: Mapping[str, Binding], tied: M
         elif source in supply:
             supply[target] = supply[source]
     # A checkpoint may hold only the target of a tie. The source, and others tied to it, then get its values.
-    for given, missing in (*tied.items(), *((source, target) for target, source in tied.items())):
-        if missing not in supply and given in supply:
-            supply[missing] = supply[given]
+    for target, source in tied.items():
+        if source not in supply and target in supply:
+            supply[source] = supply[target]
+    for target, source in tied.items():
+        if target not in supply and source in supply:
+            supply[target] = supply[source]
     return supply
 
 

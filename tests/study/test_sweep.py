@@ -393,7 +393,7 @@ def test_calibrated_cells_share_one_text_and_equal_those_of_convert(
         calls.append(options)
         return read_calibration_text(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("compressknow.compress.convert.read_calibration_text", read_and_count)
+    monkeypatch.setattr("compressknow.compress.calibrate.text.read_calibration_text", read_and_count)
     results = []
 
     class Stop(BaseException):

@@ -1,11 +1,11 @@
 """Gradients of scores, block by block: every block is read once in the forward and once in the backward pass.
 
-In the backward pass a block runs again, with gradients that are passed on to the block before it. For each weight this
-gives the inputs x and the gradients g at its outputs, never a gradient of the weight's own size: to first order, a
-change D of the weight moves a score by the sum of g . D x over the tokens.
+A pass keeps the arguments of each block; in the backward pass a block runs again with gradients, which are passed on to
+the block before it. For each weight this gives the inputs x and the gradients g at its outputs, never a gradient of the
+weight's own size: to first order, a change D of the weight moves a score by the sum of g . D x over the tokens.
 
-Each row of a batch may have several scores, called directions. Between blocks, the model computes on a copy of the row
-per direction; inside a block the copies run as one, and only gradients are computed per direction.
+Each row of a batch may have several scores, called directions. Between blocks, the model computes on one copy of the
+row per direction; inside a block the copies run as one, and only the gradients are computed per direction.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
 
 from compressknow.base.system import trim_heap
 from compressknow.compress.calibrate.gathering import OPERANDS
@@ -32,6 +31,10 @@ from compressknow.compress.calibrate.model import (
     translate_failures,
 )
 from compressknow.model.structure import LinearWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 # Dtype of stored gradients and block inputs, which take most of the memory.
 GRADIENTS = torch.bfloat16
@@ -91,7 +94,10 @@ def compute_gradients(
     streamed: StreamedModel, weights: Sequence[LinearWeight], batches: Sequence[ScoredBatch], visit: Visit
 ) -> list[torch.Tensor]:
     """Return the scores of each batch, [rows, directions]; in the backward pass, `visit` each block, single layer and
-    embedding. Raises BlockwiseUnsupported if the model does not run block by block."""
+    embedding.
+
+    Raises BlockwiseUnsupported if the model does not run block by block.
+    """
     output = streamed.model.get_output_embeddings()
     head = next((name for name, module in streamed.model.named_modules() if module is output), None)
     if head is None:
@@ -119,8 +125,8 @@ def _run(
     visit: Visit,
     head: str,
 ) -> None:
-    """Advance all passes together, from block to block, and back. At the head, whose gradients are large, passes run
-    one after the other."""
+    """Advance all passes together, from block to block, and back. At the head, one pass after the other runs forward
+    and back, since its gradients there are as large as the vocabulary."""
     waiting = {each: call for each in passes if (call := each.advance()) is not None}
     returned = set[int]()
     while waiting:
@@ -187,7 +193,8 @@ def _split(nested: Any) -> tuple[_Fill, list[torch.Tensor]]:
 
 
 class _Call(NamedTuple):
-    """Call of a module with one copy of each row; in the backward pass, also with the `gradients` at its outputs."""
+    """Call of a module with one copy of each row; in the backward pass (`is_back`), also with the `gradients` at its
+    outputs, and which of its inputs need some."""
 
     module: str
     inputs: Sequence[torch.Tensor]

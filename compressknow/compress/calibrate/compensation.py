@@ -1,8 +1,8 @@
 """Compensation of errors by later columns, which GPTQ and SparseGPT share, and GPTQ for the grid of a scheme.
 
 In GPTQ (arXiv 2210.17323, algorithm 1) and SparseGPT (arXiv 2301.00774, algorithm 1), with U the upper factor of the
-inverse of X^T X, the error of column i divided by U_ii, times row i of U, is subtracted from the columns after it.
-Columns come in blocks, whose errors reach the rest of the matrix as one product.
+inverse of X^T X, the error of column i divided by U_ii, times row i of U, is subtracted from the columns after it. This
+minimizes ||X (W - W')^T||. Columns come in blocks, whose errors reach the rest of the matrix as one product.
 
 GPTQ does not change the scales it is given; those of groups are fitted before (`fit_scales`). Columns whose inputs have
 the largest squares come first, when most others can still compensate for them; each keeps the scale of its own group.
@@ -146,7 +146,8 @@ def fit_scales(values: torch.Tensor, scales: torch.Tensor, scheme: Scheme, input
     """Return the scales of groups of weights [out, in] with which rounding to nearest changes outputs least, [out,
     groups] in the dtype of `scales`, of which they are 60 to 108 %.
 
-    For independent inputs, that is the sum of the squared errors of weights, each times the mean square of its input.
+    For independent inputs, the squared error of a layer's outputs is the sum of the squared errors of its weights, each
+    times the mean square of its input. This is a good criterion for GPTQ too, although it compensates for errors.
     """
     rows = max(_CHUNK // values.shape[1], 1)
     importance = (inputs.squares / max(inputs.tokens, 1)).reshape(scales.shape[1], -1)

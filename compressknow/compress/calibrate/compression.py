@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,10 +27,12 @@ from compressknow.compress.calibrate.walk import TargetVisitor, Visitor, run_tex
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import TensorConverter, TensorStats, read_pruned
 from compressknow.compress.pruning import EachBlock, Mask, Pruned
-from compressknow.compress.removal.smaller import Removal
 from compressknow.compress.steps import Prune, Quantize, prune_matrix
 from compressknow.model.groups import read_structure
 from compressknow.model.structure import LinearWeight, Structure
+
+if TYPE_CHECKING:
+    from compressknow.compress.removal.smaller import Removal
 
 # Size and number of the matrix products that are timed to estimate the speed.
 TRIAL, TRIALS = 512, 8
@@ -120,8 +122,9 @@ def _is_rounded_by_gptq(tensor: PlannedTensor) -> bool:
 def _looks_back(tensors: Sequence[PlannedTensor]) -> bool:
     """Return True if GPTQ compensates for the rounding errors of earlier layers.
 
-    It does not compensate for pruning, which would overfit to the text: the pruned model is taken as the original. With
-    calibrated pruning there is no such model.
+    It does not compensate for pruning, which would overfit the remaining weights to the text: the pruned model is taken
+    as the original. With calibrated pruning there is no such model, since each layer is pruned by its inputs from
+    layers that are already rounded.
     """
     is_pruned = any(tensor.prune and tensor.prune.calibrated for tensor in tensors)
     return not is_pruned and any(map(_is_rounded_by_gptq, tensors))
@@ -180,8 +183,10 @@ def calibrate(
 ) -> CalibrationResult:
     """Compress and write all weights in scope, block by block, each by its inputs on the text after all blocks before
     it are compressed. `masks` are those of methods without calibration, by tensor name; `advance` is called with the
-    number of finished blocks, and of all blocks. Raises CompressknowError if a block gives NaN or needs more memory
-    than there is."""
+    number of finished blocks, and of all blocks.
+
+    Raises CompressknowError if a block gives NaN or needs more memory than there is.
+    """
     result = CalibrationResult()
     several, once = smooth.split_scope(plan)
 
@@ -234,7 +239,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         # In the passes of a pair, an expert may read different tokens.
         paired = {each.parameter for each in targets if _is_rounded_by_gptq(each) and not _is_expert(each)}
         return InputSums(
-            [tensor.parameter for tensor in targets],
+            dict.fromkeys(tensor.parameter for tensor in targets),
             products=any(map(_is_sum_of_products, targets)),
             peaks=any(tensor.quantize and tensor.quantize.smooth is not None for tensor in targets),
             check=self._converter.pool.check,

@@ -145,12 +145,12 @@ class InputSums:
         order: Iterable[str],
         *,
         products: bool,
-        peaks: bool = False,
+        peaks: bool,
         check: Callable[[], None],
         paired: Collection[str] | None = None,
         texts: Sequence[int] = (),
     ) -> None:
-        self._order = {name: place for place, name in enumerate(dict.fromkeys(order))}
+        self._order = {name: place for place, name in enumerate(order)}
         self._paired = paired
         # The number of the text of each batch, if there are several texts.
         self._text_of = [number for number, batches in enumerate(texts) for _ in range(batches)]

@@ -1,6 +1,7 @@
 """Model with one block in memory, and passes through it that stop before each block.
 
-Each pass runs the model's own code in a thread, so nothing is assumed about masks, positions, caches or encoders.
+Each pass runs the model's own code in a thread, so nothing is assumed here about masks, positions, caches or encoders:
+any model whose blocks are modules can be run this way, with many batches side by side.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Texts that a model writes itself, for its calibration.
 
-They are in the model's domain, and need no download (Liu et al. 2023, "LLM-QAT", 2.1).
+They are in the model's domain, whatever that is (a language, code, proteins), and need no download (Liu et al. 2023,
+"LLM-QAT: Data-Free Quantization Aware Training for Large Language Models", 2.1).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,20 +28,20 @@ from compressknow.engine.load import find_reason
 Pieces = list[list[int]]
 
 
+@dataclass
 class Writer(abc.ABC):
     """Writer of texts in batches, each with its own random generator; `wanted` is the number of tokens needed in total.
     `check` raises if the work must stop; `on_written` is called with the number of tokens written since the last call.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        form: SequenceFormat,
-        wanted: int,
-        check: Callable[[], None],
-        on_written: Callable[[int], None],
-    ) -> None:
-        self.model, self.form, self.wanted, self.check, self.on_written = model, form, wanted, check, on_written
+    model: PreTrainedModel
+    form: SequenceFormat
+    wanted: int
+    check: Callable[[], None]
+    on_written: Callable[[int], None]
+
+    def __post_init__(self) -> None:
+        form = self.form
         self.rows, self.tokens = self.choose_size()
         # Tokens that are never drawn, since they are not text: bool [rows of the embedding].
         self.barred = torch.ones(form.rows, dtype=torch.bool)
@@ -163,9 +165,12 @@ class FillingWriter(Writer):
     # Blanks that are filled together, in as many texts as that takes.
     BATCH = 256
 
-    def choose_size(self) -> tuple[int, int]:
+    def __post_init__(self) -> None:
         self.ordinary = frozenset(self.form.known)
         self.blanks = min(self.BLANKS, len(self.form.marks) - 1) if self.form.has_sentinels else self.BLANKS
+        super().__post_init__()
+
+    def choose_size(self) -> tuple[int, int]:
         tokens = self.blanks * self.PASSES
         return min(self.BATCH // self.blanks, -(-self.wanted // tokens)), tokens
 
@@ -240,8 +245,11 @@ def write_samples(
 ) -> Pieces:
     """Return token ids of texts that the model of a checkpoint writes, `tokens` or more in total, without special
     tokens around them. On one machine, they do not depend on the number of threads. `advance` is called with the
-    numbers of tokens written and needed, by one thread at a time. Raises UnsupportedError if the model cannot write,
-    CheckpointError if its head is missing, CompressknowError if it gives NaN."""
+    numbers of tokens written and needed, by one thread at a time.
+
+    Raises UnsupportedError if the model cannot write, CheckpointError if its head is missing, CompressknowError if it
+    gives NaN.
+    """
     model = _load_model(folder, form, trust_remote_code)
     name = type(model).__name__
     written: Pieces = []

@@ -67,8 +67,10 @@ class SequenceFormat:
 
 
 def find_sequence_format(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SequenceFormat:
-    """Find the format of a model's sequences; `model` may be a module tree on the meta device. Raises UnsupportedError
-    if it reads no text or only a few tokens, or writes in another vocabulary than it reads."""
+    """Find the format of a model's sequences; `model` may be a module tree on the meta device.
+
+    Raises UnsupportedError if it reads no text or only a few tokens, or writes in another vocabulary than it reads.
+    """
     if _has_two_vocabularies(tokenizer):
         raise UnsupportedError(
             f"{type(model).__name__} cannot be calibrated: it writes in another vocabulary than it reads.",

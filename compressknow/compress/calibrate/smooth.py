@@ -161,10 +161,12 @@ def divide_statistics(statistics: InputStatistics, factors: torch.Tensor) -> Inp
     def divide(products: torch.Tensor | None) -> torch.Tensor | None:
         return None if products is None else products / factors[:, None] / factors[None, :]
 
-    peaks = None if statistics.peaks is None else statistics.peaks / factors
-    products, drift = divide(statistics.products), divide(statistics.drift)
     return replace(
-        statistics, squares=statistics.squares / factors.square(), peaks=peaks, products=products, drift=drift
+        statistics,
+        squares=statistics.squares / factors.square(),
+        peaks=None if statistics.peaks is None else statistics.peaks / factors,
+        products=divide(statistics.products),
+        drift=divide(statistics.drift),
     )
 
 
@@ -242,7 +244,7 @@ class _SmoothingTrial(Visitor):
         return self._blocks.get(module, ()) if self._find_kind(module) in self._untried else ()
 
     def get_sums(self, module: str) -> InputSums:
-        return InputSums(self.list_watched(module), products=False, check=self._pool.check)
+        return InputSums(self.list_watched(module), products=False, peaks=False, check=self._pool.check)
 
     def visit(self, module: str, rerun: Callable[[], Any]) -> None:
         alphas, model = self._blocks[module], self._streamed.model

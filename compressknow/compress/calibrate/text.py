@@ -166,7 +166,8 @@ def read_calibration_text(
 ) -> CalibrationText:
     """Return the text to calibrate a checkpoint on, the same for the same arguments on one machine.
 
-    Sequences have 512 tokens, or fewer if the model has fewer positions or sentinels.
+    Sequences have 512 tokens, or fewer if the model has fewer positions or sentinels. Texts follow one another in them,
+    separated by the tokenizer's separator.
 
     Parameters
     ----------
@@ -309,7 +310,7 @@ _WORD = re.compile(r"[^\W_]+")
 def count_facts(texts: Iterable[str], pairs: Iterable[tuple[str, str]]) -> int:
     """Count the facts that texts contain: pairs of names, of subject and object, that occur in the same sentence.
 
-    Names are compared as words, without case, accents and punctuation.
+    Names are compared as words, without case, accents and punctuation. A pair that is given twice counts twice.
 
     >>> text = "Paris, the capital of France, lies on the Seine. Rome does not."
     >>> count_facts([text], [("France", "paris"), ("Rome", "Seine"), ("Rom", "not")])

@@ -233,6 +233,8 @@ def walk(
 ) -> None:
     """Run the batches through the model in parallel, block by block, and let the visitor visit each block.
 
+    Every batch is computed by a single thread, so that results do not depend on the number of threads.
+
     `batches` are keyword arguments of the model's forward function: ``input_ids`` int64 [sequences, tokens], and
     ``decoder_input_ids`` if it has a decoder. `on_module` is called with each block, or lone layer, that has run.
 
@@ -398,9 +400,14 @@ class _Observer(TargetVisitor[LinearWeight]):
     def make_sums(self, targets: Sequence[LinearWeight]) -> InputSums:
         # In the passes of a pair, an expert may read different tokens.
         paired = {weight.parameter for weight in targets if weight.kind != "experts"} if self.pairs else None
-        names = [weight.parameter for weight in targets]
-        texts = [batches * (1 + self.pairs) for batches in self._texts] if len(self._texts) > 1 else ()
-        return InputSums(names, products=self._products, check=self._pool.check, paired=paired, texts=texts)
+        return InputSums(
+            dict.fromkeys(weight.parameter for weight in targets),
+            products=self._products,
+            peaks=False,
+            check=self._pool.check,
+            paired=paired,
+            texts=[batches * (1 + self.pairs) for batches in self._texts] if len(self._texts) > 1 else (),
+        )
 
     def keeps_output(self, module: str, batch: int) -> bool:
         return module in self._streamed.blocks and not (self.pairs and batch % 2)

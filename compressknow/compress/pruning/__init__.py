@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from compressknow.base.errors import UsageError
 from compressknow.base.packages import Registry
@@ -68,18 +68,21 @@ class Pruned(NamedTuple):
 BlockMask = Callable[["Block"], "BoolArray | Pruned"]
 
 
+class Mask(Protocol):
+    """Pruned weights of one tensor."""
+
+    def start(self) -> BlockMask:
+        """Start at the first block of the tensor; this may happen several times."""
+
+
 @dataclass(frozen=True)
-class Mask:
-    """Pruned weights of one tensor. `start` begins at its first block; this may happen several times."""
-
-    start: Callable[[], BlockMask]
-
-
-class EachBlock(Mask):
+class EachBlock:
     """Mask whose blocks do not depend on each other: `pruned` returns the mask of any block."""
 
-    def __init__(self, pruned: BlockMask) -> None:
-        super().__init__(lambda: pruned)
+    pruned: BlockMask
+
+    def start(self) -> BlockMask:
+        return self.pruned
 
 
 class PruningMethod(Parametric, abc.ABC):
@@ -171,15 +174,22 @@ METHODS: Registry[PruningMethod] = Registry(
 TOLERANCE = 1e-4
 
 
-def parse_pattern(text: Any) -> tuple[int, int] | None:
-    """Parse a pattern such as ``2:4``: how many of how many neighbouring weights are zeroed; None if it is not one.
+class Pattern(NamedTuple):
+    """N:M sparsity: `pruned` of each `of` neighbouring weights are zeroed."""
+
+    pruned: int
+    of: int
+
+
+def parse_pattern(text: Any) -> Pattern | None:
+    """Parse a pattern such as ``2:4``; None if it is not one.
 
     >>> parse_pattern("1:4"), parse_pattern("4:2")
-    ((3, 4), None)
+    (Pattern(pruned=3, of=4), None)
     """
     match = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", text) if isinstance(text, str) else None
     keep, of = map(int, match.groups()) if match else (0, 0)
-    return (of - keep, of) if keep < of else None
+    return Pattern(of - keep, of) if keep < of else None
 
 
 class Patterned(PruningMethod):
@@ -200,7 +210,7 @@ class Patterned(PruningMethod):
         return " ".join([self.name, *others, self.pattern or ""]).strip()
 
     @property
-    def groups(self) -> tuple[int, int] | None:
+    def groups(self) -> Pattern | None:
         return parse_pattern(self.pattern)
 
     @property
@@ -211,13 +221,13 @@ class Patterned(PruningMethod):
         """See `PruningMethod.count`; with a pattern, its groups decide the count."""
         if self.groups is None:
             return super().count(weights, amount)
-        pruned, of = self.groups
-        return weights.tensor.numel // of * pruned
+        return weights.tensor.numel // self.groups.of * self.groups.pruned
 
     def check(self, amount: float) -> None:
         """Raise UsageError if the amount is not the pattern's."""
-        pruned, of = self.groups or (amount, 1)
-        right = pruned / of
+        if self.groups is None:
+            return
+        right = self.groups.pruned / self.groups.of
         if abs(amount - right) > TOLERANCE:
             raise UsageError(
                 f"The pattern {self.pattern} prunes {right:.4g} of the weights, not {amount:.4g}.",
@@ -227,6 +237,6 @@ class Patterned(PruningMethod):
     def misfit(self, weights: Weights) -> str | None:
         """See `PruningMethod.misfit`; the inputs must fill whole groups."""
         inputs = weights.matrices[1 + weights.axis(1)]
-        if self.groups is None or inputs % self.groups[1] == 0:
+        if self.groups is None or inputs % self.groups.of == 0:
             return None
-        return f"Its {inputs:,} input channels are not a multiple of {self.groups[1]}."
+        return f"Its {inputs:,} input channels are not a multiple of {self.groups.of}."

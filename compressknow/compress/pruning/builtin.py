@@ -16,8 +16,9 @@ from compressknow.compress.pruning import Calibrated, Mask, Needs, Patterned, Pr
 if TYPE_CHECKING:
     import torch
 
-    from compressknow.compress.blocks import Block, Keys, Reader
+    from compressknow.compress.blocks import Block, Reader
     from compressknow.compress.calibrate.gathering import InputStatistics
+    from compressknow.compress.pruning.masks import Keys
 
 
 FLOAT_ONE_BITS = 0x3F800000
@@ -47,9 +48,8 @@ class L1Unstructured(Patterned, Unstructured):
     def choose(self, reader: Reader, weights: Sequence[Weights], amount: float) -> Sequence[Mask]:
         from compressknow.compress.pruning.masks import mask_groups, smallest_magnitudes
 
-        if self.groups is not None:
-            pruned, of = self.groups
-            return reader.pool.map(lambda each: mask_groups(reader, each, of, pruned), weights)
+        if (groups := self.groups) is not None:
+            return reader.pool.map(lambda each: mask_groups(reader, each, groups.of, groups.pruned), weights)
         return smallest_magnitudes(reader, weights, self.count_all(weights, amount))
 
 
@@ -207,8 +207,7 @@ class Wanda(Patterned, Calibrated):
         keys = make_score_keys(weight.abs() * inputs.squares.sqrt(), weight == 0)
         if self.groups is None:
             return torch.from_numpy(mask_smallest_of_rows(keys, round(amount * keys.shape[1]))), None
-        number, of = self.groups
-        pruned = mask_smallest_of_rows(keys.reshape(-1, of), number)
+        pruned = mask_smallest_of_rows(keys.reshape(-1, self.groups.of), self.groups.pruned)
         return torch.from_numpy(pruned).view(weight.shape), None
 
 
@@ -233,8 +232,10 @@ class SparseGPT(Patterned, Calibrated):
     def prune(
         self, weight: torch.Tensor, inputs: InputStatistics, amount: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Calibrated.prune`. A weight that is zero stays zero, whether it counts as pruned or not. Raises
-        CompressknowError naming the layer if X^T X cannot be inverted."""
+        """See `Calibrated.prune`. A weight that is zero stays zero, whether it counts as pruned or not.
+
+        Raises CompressknowError naming the layer if X^T X cannot be inverted.
+        """
         import torch
 
         from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, get_inverse
@@ -253,7 +254,7 @@ class SparseGPT(Patterned, Calibrated):
             scores = block.square().div_(divisors[span, None])
             keys = make_score_keys(scores.T.contiguous(), zero[span].T)
             if self.groups:
-                chosen = mask_smallest_of_rows(keys, self.groups[0])
+                chosen = mask_smallest_of_rows(keys, self.groups.pruned)
             else:
                 count = round(amount * rows * span.stop) - round(amount * rows * first)
                 chosen = mask_smallest_of_rows(keys.reshape(1, -1), count).reshape(keys.shape)
@@ -264,8 +265,7 @@ class SparseGPT(Patterned, Calibrated):
 
         levels: list[Level] = [(BLOCK, choose), (FINE, None)]
         if self.groups:
-            of = self.groups[1]
-            fine = of * max(1, FINE // of)
-            levels = [(fine * max(1, BLOCK // fine), None), (fine, None), (of, choose)]
+            fine = self.groups.of * max(1, FINE // self.groups.of)
+            levels = [(fine * max(1, BLOCK // fine), None), (fine, None), (self.groups.of, choose)]
         compensate(columns, factor, levels, zero_pruned)
         return pruned.T.contiguous(), values.T.contiguous()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressknow.compress.blocks import Block, Keys, Reader, check_finite, make_magnitude_keys
+from compressknow.compress.blocks import Block, Reader, check_finite, make_magnitude_keys
 from compressknow.compress.pruning import BlockMask, EachBlock, Mask, Weights
 from compressknow.model.tensors import StoredTensor, get_torch_dtype
 
@@ -27,6 +28,7 @@ from compressknow.model.tensors import StoredTensor, get_torch_dtype
 DIGITS = {15: (15,), 31: (14, 17)}
 BATCH = 1 << 18
 
+Keys = npt.NDArray[np.signedinteger]
 # Yields the keys of the tensor at an index in blocks: int16 or int32, non-negative, of any shape.
 KeyReader = Callable[[int], Iterator[Keys]]
 
@@ -103,21 +105,28 @@ BoolArray = npt.NDArray[np.bool_]
 KeyMaker = Callable[[], Callable[[Block], Keys]]
 
 
-def _start_mask(key: int, ties: int, maker: KeyMaker) -> BlockMask:
-    """Start the mask of the weights with keys below `key`, and of the first `ties` weights with exactly this key."""
-    keys_of = maker()
+@dataclass(frozen=True)
+class KeyMask:
+    """Mask of the weights with keys below `key`, and of the first `ties` weights with exactly this key."""
 
-    def mask(block: Block) -> BoolArray:
-        nonlocal ties
-        keys = keys_of(block)
-        pruned: BoolArray = keys < key
-        if ties:
-            equal = np.flatnonzero(keys == key)[:ties]
-            pruned.reshape(-1)[equal] = True
-            ties -= len(equal)
-        return pruned
+    key: int
+    ties: int
+    keys_of: KeyMaker
 
-    return mask
+    def start(self) -> BlockMask:
+        ties, keys_of = self.ties, self.keys_of()
+
+        def mask(block: Block) -> BoolArray:
+            nonlocal ties
+            keys = keys_of(block)
+            pruned: BoolArray = keys < self.key
+            if ties:
+                equal = np.flatnonzero(keys == self.key)[:ties]
+                pruned.reshape(-1)[equal] = True
+                ties -= len(equal)
+            return pruned
+
+        return mask
 
 
 def smallest(
@@ -128,7 +137,7 @@ def smallest(
     amounts: int | Sequence[int],
     *,
     are_magnitudes: bool = False,
-) -> list[Mask]:
+) -> list[KeyMask]:
     """Mask the weights with the smallest keys: `amounts` is their number over all tensors, or in each tensor.
 
     `makers` give the keys of each tensor, non-negative and as wide as a float of the dtype `common` without its sign.
@@ -148,17 +157,17 @@ def smallest(
     bits = 8 * common.itemsize - 1
     if isinstance(amounts, int):
         key, ties = select_smallest(reader.pool.map, len(tensors), amounts, bits, keys)
-        return [Mask(partial(_start_mask, key, each, maker)) for each, maker in zip(ties, makers, strict=True)]
+        return [KeyMask(key, each, maker) for each, maker in zip(ties, makers, strict=True)]
 
-    def select_alone(index: int) -> Mask:
+    def select_alone(index: int) -> KeyMask:
         run_in_turn = lambda task, items: [task(item) for item in items]  # noqa: E731
         key, (ties,) = select_smallest(run_in_turn, 1, amounts[index], bits, lambda _: keys(index))
-        return Mask(partial(_start_mask, key, ties, makers[index]))
+        return KeyMask(key, ties, makers[index])
 
     return reader.pool.map(select_alone, range(len(tensors)))
 
 
-def smallest_magnitudes(reader: Reader, weights: Sequence[Weights], amounts: int | Sequence[int]) -> list[Mask]:
+def smallest_magnitudes(reader: Reader, weights: Sequence[Weights], amounts: int | Sequence[int]) -> list[KeyMask]:
     """Mask the weights with the smallest magnitudes, as `smallest` does. They are compared in the tensors' dtype, in
     float32 if there are several."""
     dtypes = {each.tensor.dtype for each in weights}

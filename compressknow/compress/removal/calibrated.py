@@ -178,7 +178,7 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
         self.fitted: dict[str, StoredTensor] = {}
 
     def make_sums(self, targets: Sequence[LinearWeight]) -> InputSums:
-        return InputSums([down.parameter for down in targets], products=True, check=self._pool.check)
+        return InputSums([down.parameter for down in targets], products=True, peaks=False, check=self._pool.check)
 
     def act(self, targets: Sequence[LinearWeight], sums: InputSums, *_: Any) -> None:
         for down, (numbers, weight) in zip(targets, self._pool.map(partial(self._fit, sums), targets), strict=True):

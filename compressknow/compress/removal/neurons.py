@@ -39,9 +39,12 @@ class DroppedNeurons:
 
 
 def select_neurons(step: DropNeurons, settings: Config, structure: Structure) -> list[DroppedNeurons]:
-    """Select the settings and networks from which a step drops neurons. Raises UnsupportedError if no setting is only
-    the width of the feed-forward blocks, or their layers are not plain Linears; UsageError if the amount would drop
-    none or all, or if the step's scope names a side that the model lacks, or one of two that share one width."""
+    """Select the settings and networks from which a step drops neurons.
+
+    Raises UnsupportedError if no setting is only the width of the feed-forward blocks, or their layers are not plain
+    Linears; UsageError if the amount would drop none or all, or if the step's scope names a side that the model lacks,
+    or one of two that share one width.
+    """
     linears = {w.parameter: w for w in structure.linears if w.group == "feed-forward" and w.layer is not None}
     biases = {f"{weight.module}.bias" for weight in linears.values()} & settings.shapes.keys()
     widths = find_widths(settings, linears.keys() | biases)
@@ -145,8 +148,10 @@ def drop_neurons(
     checkpoint: Checkpoint, settings: Config, drops: Sequence[DroppedNeurons]
 ) -> tuple[Checkpoint, PreTrainedModel, dict[str, Cut]]:
     """Drop neurons before it is known which; return the checkpoint with fewer neurons, its module tree, and the cuts by
-    stored name. The cut tensors of the checkpoint have the new shapes, but cannot be read. Raises UnsupportedError if
-    the checkpoint does not store a float tensor for each projection."""
+    stored name. The cut tensors of the checkpoint have the new shapes, but cannot be read.
+
+    Raises UnsupportedError if the checkpoint does not store a float tensor for each projection.
+    """
     whole = settings.whole
     for drop in drops:
         whole = set_at(whole, drop.keys, drop.after)

@@ -127,7 +127,7 @@ def test_unsmoothable_models_are_refused_before_they_write_a_text(
 ) -> None:
     bert, albert = save_trained("bert", tmp_path / "bert"), save_tiny("albert", tmp_path / "albert")
     capsys.readouterr()
-    monkeypatch.setattr("compressknow.compress.convert.read_calibration_text", pytest.fail)
+    monkeypatch.setattr("compressknow.compress.calibrate.text.read_calibration_text", pytest.fail)
     assert "Nothing in bert.encoder.layer.0 can be smoothed" in refusal(bert, "--quantize", "int8", "--smooth", "0.5")
     assert "share their weights" in refusal(albert, "--quantize", "int8", "--smooth", "0.5")
 
@@ -152,7 +152,7 @@ def test_an_unsmoothable_block_is_named_before_the_text_is_read(
     refusal: Refusal,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("compressknow.compress.convert.read_calibration_text", pytest.fail)
+    monkeypatch.setattr("compressknow.compress.calibrate.text.read_calibration_text", pytest.fail)
     smooth = ["--quantize", "int8", "--smooth", "0.5", "--calibration", str(notes)]
     message = refusal(llama, *smooth, *options, *(["--dry-run"] if dry_run else []))
     assert f"Nothing in {module} can be smoothed" in message
