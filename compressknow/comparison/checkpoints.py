@@ -72,10 +72,8 @@ def find_other_files(a: LocatedModel, b: LocatedModel) -> Iterator[str]:
         return
     excluded = {"config.json", *find_weight_files(a.path), *find_weight_files(b.path)}
     for name in sorted({path.name for located in (a, b) for path in located.files} - excluded):
-        hashes = [
-            compute_sha256(located.path / name) if (located.path / name).is_file() else None for located in (a, b)
-        ]
-        if hashes[0] != hashes[1]:
+        places = (located.path / name for located in (a, b))
+        if len({compute_sha256(place) if place.is_file() else None for place in places}) > 1:
             yield name
 
 

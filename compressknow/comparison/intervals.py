@@ -171,12 +171,11 @@ def correct_for_chance(kept: Estimate, chance: float | None) -> Estimate:
 
 
 def average_relations(relations: Sequence[Counts]) -> tuple[Estimate, Estimate, Estimate]:
-    """Return the accuracy of the original, of the compressed model, and their difference, as means over relations;
-    those without facts are left out.
+    """Return the accuracy of the original, of the compressed model, and their difference, as means over relations with
+    facts.
 
     Intervals are percentiles 2.5 and 97.5 of a stratified paired bootstrap with `RESAMPLES` samples (Efron and
-    Tibshirani 1993, chapter 13). Resampling a relation's facts in pairs is the same as drawing its four counts from a
-    multinomial distribution, so only counts are drawn. The order of relations affects only the random draws. If all
+    Tibshirani 1993, chapter 13): each relation's four counts are drawn from a multinomial distribution. If all
     resamples are equal (with one fact per relation, say), the spread is not known, and there is no interval.
     """
     table = np.array([[c.both, c.lost, c.gained, c.neither] for c in relations if c.n], dtype=np.int64).reshape(-1, 4)
@@ -219,8 +218,7 @@ def list_clusters(relations: Sequence[Counts]) -> list[Counts]:
 
 
 def number_clusters(facts: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Return the number of each fact's cluster, from 0, given facts as (probe, relation). The cluster is the relation
-    or, in a probe of one relation, the fact."""
+    """Return each fact's cluster number, from 0, by (probe, relation); in a probe of one relation, each has its own."""
     relations = Counter(probe for probe, _ in set(facts))
     names = [fact if relations[fact[0]] > 1 else index for index, fact in enumerate(facts)]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
@@ -428,14 +426,12 @@ def compare_rates(
     first: np.ndarray, second: np.ndarray, cluster: np.ndarray, millions: tuple[float, float]
 ) -> tuple[Estimate, float | None]:
     """Return how much more the second of two forms loses than the first, per million changed parameters: the mean over
-    facts with its interval over clusters, and a two-sided p-value; see `_estimate_mean`.
+    facts with its interval over clusters, and a two-sided p-value; see `_estimate_mean`. `first` and `second` are 1 for
+    each fact that the form lost, -1 for one that it gained, and otherwise 0; `cluster` is the number of each fact's
+    cluster, from 0. `millions` is the number of parameters that each form changed.
 
-    A form that changed few parameters may lose no fact by chance, which would then seem certain. So if a form changed
-    fewer facts than the common rate predicts, the variance is raised to that of the predicted number of independent
-    facts.
-
-    `first` and `second` are 1 for each fact that the form lost, -1 for one that it gained, and otherwise 0; `cluster`
-    is the number of each fact's cluster, from 0. `millions` is the number of parameters that each form changed.
+    A form that changed few parameters may lose no fact by chance. So if a form changed fewer facts than the common rate
+    predicts, the variance is raised to that of the predicted number of independent facts.
     """
     if not len(first) or not all(millions):
         return Estimate(None), None

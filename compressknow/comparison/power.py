@@ -196,9 +196,8 @@ def decide_gate(gate: float, known: np.ndarray, kept: np.ndarray, of: int) -> Ea
 
 
 def compute_capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logarithm of both players' capital after each fact, [..., facts]: of the one that bets on a share
-    above the gate, and of the one that bets on a share below. Each begins with 1. `known` and `both` (bool) are in the
-    order of drawing, [..., facts].
+    """Return the logarithm of the capital, 1 at first, of the player that bets on a share above the gate, and of the
+    one that bets on one below, after each fact, [..., facts]; `known` and `both` (bool) are in the order of drawing.
 
     Each known fact adds kept - gate, others add 0; over all facts the sum is 0 if the share equals the gate. So the
     mean of the remaining facts is known before each draw, which makes a bet on a higher value fair.
@@ -209,14 +208,12 @@ def compute_capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) 
     added = known * (whole * both.astype(np.int64) - part)
     before, remaining = np.cumsum(added, axis=-1) - added, of - np.arange(added.shape[-1])
     value, mean = added + part, part * remaining - before
-    return _compute_capital(value, mean, remaining), _compute_capital(
-        whole - value, whole * remaining - mean, remaining
-    )
+    above = _compute_capital(value, mean, remaining)
+    return above, _compute_capital(whole - value, whole * remaining - mean, remaining)
 
 
 def _compute_capital(value: np.ndarray, mean: np.ndarray, remaining: np.ndarray) -> np.ndarray:
-    """Return the logarithm of what is won by bets that a value is larger than mean / remaining. Where that mean cannot
-    be, the bet is won forever."""
+    """Return the logarithm of what bets win that a value exceeds mean / remaining: all, if that mean cannot be."""
     possible = mean > 0
     odds = np.where(possible, value * remaining, 1) / np.where(possible, mean, 1)
     bets = FRACTIONS.reshape(-1, *[1] * odds.ndim)

@@ -90,11 +90,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class KlFigures:
-    """Divergence (nats) of the distribution at the answer's first position, over the `n` facts that have one.
-
-    `rest` is the mean probability, before and after, of the tokens that count as one: changes among them are not
-    measured, so the divergences are lower bounds. None if divergences are over the whole vocabulary.
-    """
+    """Divergence (nats) of the distribution at the answer's first position, over the `n` facts that have one. `rest` is
+    the mean probability, before and after, of tokens that count as one, which makes the divergences lower bounds; None
+    if divergences are over the whole vocabulary."""
 
     n: int
     kl_mean: float
@@ -164,12 +162,9 @@ class Confidence:
 
 @dataclass(frozen=True, slots=True)
 class EarlyStop:
-    """Gate that was decided by the first `facts` of all `of` facts in random order; the original knew `known` of these.
-    `level` is the allowed probability of a wrong decision.
-
-    `kept` is the share of these known facts, with its confidence sequence, which is valid at every look. `met` is
-    whether the share of all facts is at least the gate.
-    """
+    """Gate that was decided by the first `facts` of all `of` facts in random order; the original knew `known` of these,
+    and the share of all is at least the gate if `met`. `level` is the allowed probability of a wrong decision, `kept`
+    the share of the known facts, with its confidence sequence, which is valid at every look."""
 
     gate: float
     level: float
@@ -196,10 +191,8 @@ class GradeCounts:
 
 @dataclass(frozen=True, slots=True)
 class ProbeFigures:
-    """Figures of one probe for the original and a compressed model, paired by fact.
-
-    `kept` has the preferred interval: over relations if there are enough of them, else the simple one.
-    """
+    """Figures of one probe, paired by fact; the interval of `kept` is over relations if there are enough, else the
+    simple one."""
 
     probe: str
     protocol: str

@@ -143,6 +143,20 @@ def make_groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bar
     return Table(caption, (kind, *_GROUP_COLUMNS), rows, bars=drawn, bars_after=5, sortable=len(groups) > 1)
 
 
+def make_overview_table(
+    caption: str,
+    columns: Iterable[tuple[str, Sequence[str]]],
+    kept: Sequence[Estimate],
+    *,
+    bars_after: int,
+    links: tuple[str, ...] = (),
+) -> Table:
+    """Return a table of columns, each a name and its cells, with the original on top; bars show what others `kept`."""
+    names, cells = zip(*columns, strict=True)
+    rows, bars = tuple(zip(*cells, strict=True)), (None, *kept)
+    return Table(caption, names, rows, bars, bars_after, links, pinned=1, sortable=len(kept) > 1, captioned=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Text(Part):
     """Paragraph."""
@@ -219,8 +233,7 @@ class Remarks(Part):
 
 @dataclass(frozen=True, slots=True)
 class Facts(Part):
-    """Facts and answers, one fact per row. `shade` is the style of the last answer. In HTML, the last column is small
-    print under the first."""
+    """Facts and answers, a fact per row; HTML has the last column under the first. `shade` styles the last answer."""
 
     table: Table
     shade: str = ""
@@ -382,9 +395,8 @@ def make_fact_parts(
         return
     yield Facts(Table(caption, columns, rows[:shown], prose=True), shade)
     if rest := rows[shown:]:
-        yield Folded(
-            f"{count(len(rest))} more", (Facts(Table(f"{caption}, continued", columns, rest, prose=True), shade),)
-        )
+        continued = Table(f"{caption}, continued", columns, rest, prose=True)
+        yield Folded(f"{count(len(rest))} more", (Facts(continued, shade),))
     if left_out:
         yield make_rest_note(left_out)
 

@@ -268,8 +268,7 @@ def write_range(low: float, high: float, write: Callable[[float], str] = share) 
 
 
 def label_models(comparisons: Sequence[Comparison], *, numbered: bool = False) -> list[str]:
-    """Return a label for each compressed model: its setup, with its name or number if the setup is ambiguous; if
-    `numbered`, each of several has a number."""
+    """Return each model's setup, with its name or number if that is ambiguous or, of several, `numbered`."""
     names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     repeated = Counter(setups)

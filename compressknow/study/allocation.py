@@ -277,8 +277,7 @@ def _list_parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: st
 
 
 def pin_types(table: OptionTable, pins: Mapping[str, str], rows: Mapping[str, int]) -> OptionTable:
-    """Return the table with only the fixed type of pinned tensors. Raises UsageError for one that is not an option;
-    `rows` has the weights per row."""
+    """Leave pinned tensors only their type; `rows` has the weights per row. Raises UsageError if it is no option."""
     for name, kind in pins.items():
         if name in table and kind not in table[name]:
             raise UsageError(

@@ -57,10 +57,8 @@ _NAMED = 3
 @dataclass(frozen=True)
 class SearchRequest:
     """Options of a search: the share of knowledge to `keep` or the `size` of the file in bytes; one of `FORMS`, or None
-    for the model's default; what guides the choice of types; and `must`, rules for types that are fixed.
-
-    Raises UsageError for invalid ones.
-    """
+    for the model's default; what guides the choice of types; and `must`, rules for types that are fixed. Raises
+    UsageError for invalid ones."""
 
     keep: float | None
     size: int | None
@@ -127,10 +125,8 @@ class FileFormat(ABC):
     @property
     def _sizes(self) -> list[list[list[int]]]:
         """Return, for each table, the bytes of each choice's options, ascending."""
-        return [
-            [sorted(option.nbytes for option in options.values()) for options in table.values()]
-            for table in self.tables
-        ]
+        choices = (table.values() for table in self.tables)
+        return [[sorted(option.nbytes for option in options.values()) for options in of_table] for of_table in choices]
 
     def check(self, budget: int) -> None:
         """Raise UsageError if no file is that small, or if the unquantized model already is."""
@@ -182,8 +178,7 @@ class FileFormat(ABC):
 
 
 class GgufFormat(FileFormat):
-    """GGUF files. `job` is an export whose intermediate float file is written already; `tensors` and `overhead`
-    describe that file."""
+    """GGUF files. `job` is an export whose float file is written; `tensors` and `overhead` describe that file."""
 
     name, file_name = GGUF, "model.gguf"
 
@@ -404,10 +399,8 @@ def build_rules(types: Mapping[str, str]) -> dict[str, list[str]]:
 def open_format(
     model: StudyModel, request: SearchRequest, folder: Path, begin: Begin, on_progress: Listener | None = None
 ) -> Iterator[FileFormat]:
-    """Yield the file format of a search; the intermediate file of GGUF files is in `folder` meanwhile.
-
-    Raises CompressknowError if the model cannot be written in it.
-    """
+    """Yield the file format of a search; the intermediate file of GGUF files is in `folder` meanwhile. Raises
+    CompressknowError if the model cannot be written in it."""
     from compressknow.engine.language_model import find_family
 
     form = request.to or (GGUF if find_family(model.maker.tree) == "causal" else CHECKPOINT)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compressknow.base.errors import UnsupportedError
 from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, report_progress
-from compressknow.base.reading import hash_json
+from compressknow.base.reading import group_by, hash_json
 from compressknow.compress.calibrate.backward import ScoredBatch
 from compressknow.compress.calibrate.model import BlockwiseUnsupported
 from compressknow.compress.calibrate.text import CalibrationText, load_or_make_text, read_calibration_text
@@ -36,7 +36,7 @@ from compressknow.engine.language_model import find_family
 from compressknow.engine.load import load_tokenizer
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.distributions import Context
-from compressknow.evaluate.facts import Fact, Probe
+from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.gather import find_answers_folder
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import probe_model
@@ -99,15 +99,9 @@ def measure_guides(
     tokenizer = load_tokenizer(model.path, trust_remote_code=trusted)
     text = _get_text(handle, tree, calibration, on_progress)
     scored = _score_facts(tree, tokenizer, answers, known)
-    guidance = Guidance(
-        roundings.form,
-        roundings.types,
-        facts=len(scored),
-        fingerprint=hash_facts(known) if scored else None,
-        ids=tuple((each.answer.probe, each.answer.fact_id) for each in scored),
-        tokens=min(text.tokens, TOKENS),
-        text=text.sha256,
-    )
+    ids = tuple((each.answer.probe, each.answer.fact_id) for each in scored)
+    fingerprint, tokens = hash_facts(known) if scored else None, min(text.tokens, TOKENS)
+    guidance = Guidance(roundings.form, roundings.types, len(scored), fingerprint, tokens, text.sha256, ids)
     texts = batch_text(_cut_text(text), find_family(tree) or "", tokenizer.mask_token_id)
     sensitivity = _measure_sensitivity(handle, checkpoint, tree, roundings, guidance, scored, texts, on_progress)
     # The last token of a fact's object predicts nothing.
@@ -118,17 +112,13 @@ def measure_guides(
 def select_known_facts(answers: Answers, probes: Sequence[Probe]) -> list[Probe]:
     """Return at most `FACTS` facts that a model answered right, evenly over relations, in the order of the probe."""
     right = {(answer.probe, answer.fact_id) for answer in answers.answers if answer.correct}
-    by_relation: dict[tuple[str, str], list[Fact]] = {}
-    for probe in probes:
-        for fact in probe.facts:
-            if (probe.name, fact.id) in right:
-                by_relation.setdefault((probe.name, fact.relation), []).append(fact)
-    turns = [(turn, name, fact) for (name, _), facts in by_relation.items() for turn, fact in enumerate(facts)]
-    turns.sort(key=lambda each: each[0])
-    selected = [
-        replace(probe, facts=tuple(fact for _, name, fact in turns[:FACTS] if name == probe.name)) for probe in probes
+    known = [(probe.name, fact) for probe in probes for fact in probe.facts if (probe.name, fact.id) in right]
+    by_relation = group_by(known, lambda each: (each[0], each[1].relation))
+    turns = sorted((turn for of in by_relation.values() for turn in enumerate(of)), key=lambda turn: turn[0])
+    facts = group_by((each for _, each in turns[:FACTS]), lambda each: each[0])
+    return [
+        replace(probe, facts=tuple(fact for _, fact in facts[probe.name])) for probe in probes if probe.name in facts
     ]
-    return [probe for probe in selected if probe.facts]
 
 
 def hash_facts(probes: Iterable[Probe]) -> str:

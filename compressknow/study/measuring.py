@@ -174,11 +174,8 @@ class ScoreChanges:
 
     def _compute_per_error(self, name: str, measured: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return two losses of each fact per squared error of a weight, float64 [facts], averaged over the measured
-        types: KL in nats, and the squared change of its margin. None if there are no facts.
-
-        The effect of a single rounding on some facts is partly luck. So types are compared by their errors, and weights
-        by the effects of all measured types.
-        """
+        types, because the effect of a single one is partly luck: KL in nats, and the squared change of its margin. None
+        if there are no facts."""
         if (name, measured[0]) not in self.facts:
             return None
         types = [type for type in measured if self.errors[name, type] > 0] or measured[:1]
@@ -248,10 +245,8 @@ def measure(
     advance: Advance = ignore_advance,
 ) -> ScoreChanges:
     """Measure all Linear weights of a model, and for GGUF files the embedding, in one forward and one backward pass.
-
     Types whose rounding takes an importance use that of the same tokens: the mean squares of a weight's inputs from
-    facts and from text, each normalized.
-    """
+    facts and from text, each normalized."""
     structure = read_structure(tree)
     sources = Sources(checkpoint, tree, structure)
     # Experts are left out: their inputs do not show which rows the tokens belong to.
@@ -348,8 +343,7 @@ class _Measurer:
         of_rows: torch.Tensor,
         of_columns: torch.Tensor,
     ) -> None:
-        """Add a weight's squared errors by type, weighted by row [out] and column [in], for the most important rows and
-        some of the others."""
+        """Add squared errors by type, weighted by row [out] and column [in], of the important rows and some more."""
         order = of_rows.argsort(descending=True, stable=True)
         selected = torch.cat([order[:FIRST_ROWS], order[FIRST_ROWS::STRIDE]])
         rows = weight[selected]
@@ -401,6 +395,5 @@ class _Measurer:
 
 
 def _contract(gradients: torch.Tensor, products: torch.Tensor, types: int) -> torch.Tensor:
-    """Sum g . y over tokens: [rows, directions, tokens, out] and [rows, tokens, out x types] give float32 [rows,
-    directions, types]."""
+    """Sum [rows, directions, tokens, out] . [rows, tokens, out x types] to float32 [rows, directions, types]."""
     return torch.bmm(gradients.flatten(2).to(products.dtype), products.reshape(len(products), -1, types)).float()

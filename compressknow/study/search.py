@@ -1,5 +1,4 @@
-"""Search for the smallest file that keeps enough: some facts guide it, others select the winner, a third part grades
-it."""
+"""Search for the smallest file that keeps enough: facts guide it, others select the winner, a third part grades it."""
 
 from __future__ import annotations
 
@@ -61,12 +60,8 @@ class Parts(NamedTuple):
 
 def split_facts(probe: Opened, seed: int) -> Parts:
     """Split facts by the seed: a third to select by, a third to grade by, and some of the remaining third to search
-    with.
-
-    Whole relations are dealt, evenly over domains, if each third gets enough of them: facts of one relation are lost
-    together, so a file that is lucky with a relation is lucky with all its facts. Otherwise, facts of each relation
-    are.
-    """
+    with. Whole relations are dealt, evenly over domains, if each third gets enough of them, because facts of one are
+    lost together; otherwise, facts of each relation."""
     source = find_source(probe.name)
     if not isinstance(probe, Probe) or (source and not source.held_out):
         can = [kind for kind, source in list_usable() if source.held_out]
@@ -229,8 +224,7 @@ class SizeSearch:
         return next((each for each in self.confirmed if is_enough(each.trial.held_out, self.keep)), None)
 
     def explore(self) -> None:
-        """Bisect the predicted loss, between the smallest and the largest size, for the largest loss that keeps
-        enough."""
+        """Bisect the predicted loss, between smallest and largest size, for the largest that keeps enough."""
         worst, best = ends = [self._choose(nbytes) for nbytes in self._sizes]
         for _ in range(HALVINGS):
             if best.nbytes <= (1 + NEAR) * worst.nbytes:
@@ -396,14 +390,8 @@ class CandidateHandle(ModelHandle):
         self._candidates, self._allocation = candidates, allocation
         form, original = candidates.form, candidates.original
         # The hash is of what the file is made of, so that it need not exist.
-        parts: list[Any] = [
-            __version__,
-            original.sha256,
-            form.name,
-            *form.list_decisive(),
-            sorted(allocation.types.items()),
-        ]
-        self.sha256 = hash_json(parts)
+        types = sorted(allocation.types.items())
+        self.sha256 = hash_json([__version__, original.sha256, form.name, *form.list_decisive(), types])
         self.made = candidates.folder / self.sha256[:16] / form.file_name
         super().__init__(LocatedModel(form.name, self.made), candidates.settings)
 

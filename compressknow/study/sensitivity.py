@@ -199,8 +199,7 @@ def check_guide(guide: str) -> None:
 
 
 def can_guide(number: int, facts: str, guide: Guide, *, is_search: bool) -> bool:
-    """Return whether `number` facts are enough to guide. Raises UsageError if they are not but facts must guide; its
-    message begins with `facts`."""
+    """Return whether `number` facts can guide. Raises UsageError, which begins with `facts`, if not but they must."""
     if number < FEWEST and guide != "text":
         raise UsageError(
             f"{facts}, and {FEWEST} are needed to guide.",
@@ -211,8 +210,7 @@ def can_guide(number: int, facts: str, guide: Guide, *, is_search: bool) -> bool
 
 
 def open_facts(names: str | Sequence[str] | None, data: str | Path | None) -> list[Probe]:
-    """Open the probes whose facts guide, by default atlas; `data` is the folder of downloaded data sets. Raises
-    UsageError for texts and tasks."""
+    """Open the probes whose facts guide; `data` is the folder of data sets. Raises UsageError for texts and tasks."""
     probes = []
     for each in open_named(names, Options(data=None if data is None else Path(data))):
         if not isinstance(each, Probe):

@@ -68,17 +68,14 @@ def make_card(
     CompressknowError : a compressed model is of another family or vocabulary, shares no probe with the original, or
         was evaluated on other prompts; the answers do not record what is ``produced``.
     """
-    original, *compressed = (apply_reading(answers, known) for answers in (original, *compressed))
-    by_wording = [original, *compressed]
-    original, *compressed = map(merge_wordings, by_wording)
+    first, *others = (apply_reading(answers, known) for answers in (original, *compressed))
+    original, *compressed = map(merge_wordings, (first, *others))
     model = read_model_facts(original.record.model)
     comparisons = []
-    for answers, wordings in zip(compressed, by_wording[1:], strict=True):
+    for answers, wordings in zip(compressed, others, strict=True):
         compared = compare(original, answers, show_facts=show_facts, early=early, path=path, gates=gates)
         # The figures of each wording come from the answers before wordings are merged.
-        probes = (
-            replace(p, **compare_wordings(by_wording[0].of(p.probe), wordings.of(p.probe))) for p in compared.probes
-        )
+        probes = (replace(p, **compare_wordings(first.of(p.probe), wordings.of(p.probe))) for p in compared.probes)
         compared = replace(compared, probes=tuple(probes))
         comparisons.append(add_sections(model, compared, (original, answers), show_facts=show_facts))
     # Warnings common to all models are given once, for the whole card.
@@ -159,20 +156,15 @@ def compare(
     texts = tuple(_compare_text(original, compressed, name) for name in common if name not in probes)
     figures, pairs = [], []
     for probe in probes:
-        sides = original.of(probe), compressed.of(probe)
-        entries = original.record.probes[probe], compressed.record.probes[probe]
-        figures.append(compare_probe(*sides, *entries, probe=probe, ran_in=compressed.record.model.ran_in))
-        pairs += pair_answers(probe, *sides, *entries) if show_facts else []
+        figures.append(compare_probe(original, compressed, probe))
+        pairs += pair_answers(original, compressed, probe) if show_facts else []
     lost, gained = list_changed_facts(pairs)
     counts = sum((probe.counts for probe in figures), Counts())
     graded = verdict.grade_domains(figures)
     sure = measure_certainty([[group.counts for group in probe.by_relation] for probe in figures])
     kept = estimate_proportion(counts.both, counts.known_before).or_by_relation(sure.kept)
-    outcome = (
-        verdict.write_verdict(before.name, counts, kept, sure) + warnings.compare_with_rounding(figures)
-        if probes
-        else ""
-    )
+    outcome = verdict.write_verdict(before.name, counts, kept, sure) if probes else ""
+    outcome += warnings.compare_with_rounding(figures)
     compared = Comparison(
         model=model,
         verdict=" ".join(filter(None, (outcome, *map(write_sentence, texts), verdict.describe_early(early, counts.n)))),

@@ -111,10 +111,8 @@ def chart_setups(comparisons: Sequence[Comparison], names: Sequence[str], id: st
 
 
 def split_setups(comparisons: Sequence[Comparison]) -> tuple[tuple[Line, ...], tuple[int, ...]]:
-    """Return a line for each scope that was pruned by at least two amounts, and the indices of all other comparisons.
-
-    Scopes beyond the number of line styles are left to the bars.
-    """
+    """Return a line for each scope that was pruned by several amounts, up to the number of line styles, and the indices
+    of all other comparisons."""
     amounts: dict[str, dict[float, int]] = {}
     for place, comparison in enumerate(comparisons):
         match = _AMOUNT.fullmatch(comparison.model.setup or "")
@@ -292,27 +290,18 @@ def _show_overview(card: Card, names: tuple[str, ...], *, charts: bool) -> Itera
 
 def _tabulate_overview(card: Card, names: tuple[str, ...]) -> parts.Table:
     marks = gate.mark_models(card.decision, names) if card.decision else [NONE] * len(names)
-    models = [card.original, *(each.model for each in card.comparisons)]
+    models, kept = [card.original, *(each.model for each in card.comparisons)], [each.kept for each in card.comparisons]
     columns = [
         ("Model", ["original", *names]),
         ("Size", [write_size(model.bytes) for model in models]),
-        ("Kept", ["", *(write_estimate(each.kept) for each in card.comparisons)]),
+        ("Kept", ["", *map(write_estimate, kept)]),
         ("Among these", ["", *marks]),
         *_list_gate_columns(card),
         *_list_run_columns(models),
         *_list_result_columns(card.comparisons),
     ]
-    return parts.Table(
-        caption="Every compressed model at a glance",
-        columns=tuple(name for name, _ in columns),
-        rows=tuple(zip(*(cells for _, cells in columns), strict=True)),
-        bars=(None, *(each.kept for each in card.comparisons)),
-        bars_after=2,
-        links=("", *(f"m{i}-top" for i in range(1, len(names) + 1))),
-        pinned=1,
-        sortable=True,
-        captioned=False,
-    )
+    links = ("", *(f"m{i}-top" for i in range(1, len(names) + 1)))
+    return parts.make_overview_table("Every compressed model at a glance", columns, kept, bars_after=2, links=links)
 
 
 def _list_gate_columns(card: Card) -> Iterator[tuple[str, list[str]]]:

@@ -226,10 +226,8 @@ MOST = 20_000  # facts: the largest number that is worth evaluating for one shar
 
 
 def write_advice(comparison: Comparison, path: str | None = None, least: float = ENOUGH) -> str:
-    """Return the advice; empty if the numbers support none. `path` is where the user has the model's source.
-
-    The interval must lie on one side of `least`, or the gate must have been decided early.
-    """
+    """Return the advice; empty if the numbers support none: the interval must lie on one side of `least`, unless the
+    gate was decided early. `path` is where the user has the model's source."""
     counts, gate = comparison.counts, comparison.early.gate if comparison.early else least
     if not counts.known_before:
         return "Next: choose facts that the original knows (-p PROBE); it knew none of these." if counts.n else ""
@@ -314,9 +312,8 @@ def advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
 def is_larger_by_final_layer(groups: Mapping[str, Mapping[str, Any]]) -> bool:
     """Return whether a model is larger than its source because its final layer no longer shares its weight with the
     embedding. `groups` have ``bytes_before`` and ``bytes_after``."""
-    before, after = (
-        {name: group.get(key) or 0 for name, group in groups.items()} for key in ("bytes_before", "bytes_after")
-    )
+    keys = "bytes_before", "bytes_after"
+    before, after = ({name: group.get(key) or 0 for name, group in groups.items()} for key in keys)
     is_untied = not before.get("final") and after.get("final", 0) > 0
     return is_untied and sum(after.values()) > sum(before.values())
 

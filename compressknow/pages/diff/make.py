@@ -253,7 +253,7 @@ def _pair_answers(a: Answers, b: Answers) -> list[Pair]:
         pair
         for probe, entry in a.record.probes.items()
         if not entry.text
-        for pair in pair_answers(probe, a.of(probe), b.of(probe), entry, b.record.probes[probe])
+        for pair in pair_answers(a, b, probe)
         if pair[0].predicted != pair[1].predicted or pair[0].correct != pair[1].correct
     ]
 

@@ -64,10 +64,8 @@ def make_comparison_page(
     a, b = name_both(comparison.a, comparison.b)
     difference = comparison.difference
     forward = comparison.behaviour.b_against_a if comparison.behaviour else None
-    origin = (
-        parts.Entries(_describe_checkpoint(comparison.a), "A"),
-        parts.Entries(_describe_checkpoint(comparison.b), "B"),
-    )
+    sides = (("A", comparison.a), ("B", comparison.b))
+    origin = tuple(parts.Entries(_describe_checkpoint(side), title) for title, side in sides)
     method = (*METHOD, *(clean(sentence, 2000) for sentence in (forward.method if forward else ())))
     how = parts.PageSection("how", "How it was made", parts.show_run(comparison.command, comparison.versions))
     weights: tuple[parts.PageSection, ...] = ()
@@ -118,13 +116,10 @@ def _write_headline(comparison: CheckpointComparison) -> str:
 
 
 def _describe_checkpoint(side: ModelRecord) -> tuple[parts.Entry, ...]:
-    text = [parts.Entry("Calibrated on", clean(describe_text(side.calibration), 200))] if side.calibration else []
-    return (
-        *parts.list_origin(side),
-        *text,
-        parts.Entry("Type", clean(side.dtype, 60)),
-        parts.Entry("Size", write_size(side.bytes)),
-    )
+    entries = parts.list_origin(side)
+    if side.calibration:
+        entries.append(parts.Entry("Calibrated on", clean(describe_text(side.calibration), 200)))
+    return (*entries, parts.Entry("Type", clean(side.dtype, 60)), parts.Entry("Size", write_size(side.bytes)))
 
 
 def _show_behaviour(
@@ -167,20 +162,16 @@ def _show_texts(behaviour: Behaviour) -> Iterator[parts.Part]:
 def _show_knowledge(probes: tuple[Both, ...]) -> Iterator[parts.Part]:
     if probes:
         yield build_figures_table(probes)
-    for forward, _ in probes:
-        if forward.knowing:
-            yield make_grades_table(
-                forward.knowing, f"{clean(forward.probe, 60)}: grades of knowing of A (rows) and of B", "A"
-            )
     tables = []
     for forward, backward in probes:
         name = clean(forward.probe, 60)
-        if forward.by_subject:
-            tables.append(_build_groups_table(f"{name} by domain", "Domain", forward.by_subject, backward.by_subject))
-        if forward.by_relation:
-            tables.append(
-                _build_groups_table(f"{name} by relation", "Relation", forward.by_relation, backward.by_relation)
-            )
+        if forward.knowing:
+            yield make_grades_table(forward.knowing, f"{name}: grades of knowing of A (rows) and of B", "A")
+        for kind, groups, others in (
+            ("Domain", forward.by_subject, backward.by_subject),
+            ("Relation", forward.by_relation, backward.by_relation),
+        ):
+            tables += [_build_groups_table(f"{name} by {kind.lower()}", kind, groups, others)] if groups else []
     if tables:
         yield parts.Folded("By domain and by relation", tuple(tables))
 

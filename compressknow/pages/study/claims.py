@@ -26,11 +26,9 @@ Figure = Callable[[float], Estimate]
 @dataclass(frozen=True, slots=True)
 class CellComparison:
     """Comparison of two cells by fact, over all probes that both have; a claim says that `less` hurts less than `more`.
-
-    It is `at_floor`, and does not count, if neither cell is clearly better than a model that has forgotten everything:
-    then nothing is left to compare, and right answers are due to chance or habit. `rate` is how much more accuracy
-    `more` loses than `less`, per million parameters that each changed (quantized, or else pruned).
-    """
+    It is `at_floor`, and does not count, if neither cell is clearly better than a model that has forgotten everything.
+    `rate` is how much more accuracy `more` loses, per million parameters that each changed (quantized, or else
+    pruned)."""
 
     less: str  # the cells' keys
     more: str
@@ -62,11 +60,8 @@ def _get_direction(change: float, p: float | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Figure that a claim says is below a limit.
-
-    `p` is the two-sided p-value for a figure equal to the limit: the interval of level 1 - p ends there. None if the
-    figure has no interval.
-    """
+    """Figure that a claim says is below a limit. `p` is the two-sided p-value for a figure equal to the limit: the
+    interval of level 1 - p ends there. None if the figure has no interval."""
 
     of: str  # subject of the figure: a cell's key, or words
     value: Estimate

@@ -118,9 +118,8 @@ def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[parts.Page
     run = parts.show_run(study.command, study.versions, (*parts.list_identity(study.original), *_describe_run(study)))
     yield parts.PageSection("found", "What was found", tuple(_show_conclusions(study, conclusions, charts)))
     shown = {each.chart for each in conclusions}
-    yield parts.PageSection(
-        "charts", "Charts", tuple(_show_charts([chart for chart in charts if chart.name not in shown]))
-    )
+    others = [chart for chart in charts if chart.name not in shown]
+    yield parts.PageSection("charts", "Charts", tuple(_show_charts(others)))
     title = "The paper's ten findings, tested on this model"
     yield parts.PageSection("findings", title, tuple(_show_findings(study, findings)))
     yield parts.PageSection("methods", "The findings by method", tuple(_show_methods(by_method)))
@@ -153,11 +152,9 @@ def _show_charts(charts: Sequence[Chart]) -> Iterator[parts.Part]:
             yield parts.Charts(tuple(_show_chart(chart) for chart in means if chart.scale == scale))
         yield parts.Note(_BARS)
     if by_probe := [chart for chart in charts if chart.by_probe]:
-        panels = [
-            parts.Charts(tuple(parts.Drawn(svg, probe) for probe, svg in chart.panels), chart.title)
-            for chart in by_probe
-        ]
-        yield parts.Folded("The same for each probe", (parts.Note("The plots of a figure have one scale."), *panels))
+        drawn = [(tuple(parts.Drawn(svg, probe) for probe, svg in chart.panels), chart.title) for chart in by_probe]
+        note = parts.Note("The plots of a figure have one scale.")
+        yield parts.Folded("The same for each probe", (note, *(parts.Charts(*each) for each in drawn)))
 
 
 def _show_chart(chart: Chart) -> parts.Drawn:
@@ -280,11 +277,8 @@ def _describe_run(study: Study) -> tuple[parts.Entry, ...]:
 
 
 def build_paper_tables(study: Study) -> tuple[parts.Table, ...]:
-    """Return table 3 (encoder-only, in %), 4 (decoder-only) or 5 (encoder-decoder, shares of 1), one for each scheme.
-
-    "Baseline" is the original itself, as in the paper; accuracies are averaged by each probe's protocol. Missing
-    cells are "-"; a scheme without cells is left out.
-    """
+    """Return table 3 (encoder-only, in %), 4 (decoder-only) or 5 (encoder-decoder, shares of 1), for each scheme that
+    has cells. "Baseline" is the original; accuracies are averaged by each probe's protocol; missing cells are "-"."""
     family = study.original.family or ""
     in_percent = family == "masked"
     unit = "accuracy in %" if in_percent else "accuracy"
@@ -319,50 +313,30 @@ def average_accuracy(cell: StudyCell, probe: str) -> float | None:
 
 def build_cells_table(study: Study) -> parts.Table:
     """Return every cell, the original on top: settings that vary, what it keeps, accuracies, changes, sizes."""
-    names = study.name_cells()
     settings = [name for name in study.list_varying_settings() if name not in MAIN_SETTINGS]
-    original = {f.text: f.original.value for cell in study.cells for f in cell.comparison.texts}
-    compressed = [{f.text: f.compressed.value for f in cell.comparison.texts} for cell in study.cells]
-    columns = [
-        ("Setup", ["original", *names.values()]),
-        *(
-            (
-                clean(name, 30).replace("_", " ").capitalize(),
-                ["", *(format_setting(name, c.settings[name]) if name in c.settings else "" for c in study.cells)],
-            )
-            for name in settings
-        ),
-        ("Kept", ["", *(write_estimate(cell.comparison.kept) for cell in study.cells)]),
-        *(
-            (
-                parts.name_accuracy(p.name, p.average),
-                [share(p.accuracy), *(share(average_accuracy(c, p.name)) for c in study.cells)],
-            )
-            for p in study.probes
-        ),
-        *(
-            (
-                f"Perplexity, {clean(text, 40)}",
-                [write_measurement(each.get(text), 2) for each in (original, *compressed)],
-            )
-            for text in original
-        ),
-        ("p", ["", *(parts.write_bare_p(cell.comparison.certainty.test.p) for cell in study.cells)]),
-        ("Pruned", ["", *(_write_millions(cell.totals["pruned"]) for cell in study.cells)]),
-        ("Quantized", ["", *(_write_millions(cell.totals["quantized"]) for cell in study.cells)]),
-        ("Size", [write_size(m.bytes) for m in (study.original, *(cell.comparison.model for cell in study.cells))]),
-        ("Sparse size", ["", *(write_size(cell.totals["sparse_bytes"]) for cell in study.cells)]),
-    ]
-    return parts.Table(
-        "Every cell, and what it keeps",
-        tuple(name for name, _ in columns),
-        tuple(zip(*(cells for _, cells in columns), strict=True)),
-        bars=(None, *(cell.comparison.kept for cell in study.cells)),
-        bars_after=1 + len(settings),
-        pinned=1,
-        sortable=len(study.cells) > 1,
-        captioned=False,
-    )
+    columns, kept = _list_columns(study, settings), [cell.comparison.kept for cell in study.cells]
+    return parts.make_overview_table("Every cell, and what it keeps", columns, kept, bars_after=1 + len(settings))
+
+
+def _list_columns(study: Study, settings: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    cells, comparisons = study.cells, [cell.comparison for cell in study.cells]
+    yield "Setup", ["original", *study.name_cells().values()]
+    for name in settings:
+        values = (format_setting(name, cell.settings[name]) if name in cell.settings else "" for cell in cells)
+        yield clean(name, 30).replace("_", " ").capitalize(), ["", *values]
+    yield "Kept", ["", *(write_estimate(each.kept) for each in comparisons)]
+    for probe in study.probes:
+        after = (share(average_accuracy(cell, probe.name)) for cell in cells)
+        yield parts.name_accuracy(probe.name, probe.average), [share(probe.accuracy), *after]
+    original = {f.text: f.original.value for each in comparisons for f in each.texts}
+    compressed = [{f.text: f.compressed.value for f in each.texts} for each in comparisons]
+    for text in original:
+        yield f"Perplexity, {clean(text, 40)}", [write_measurement(e.get(text), 2) for e in (original, *compressed)]
+    yield "p", ["", *(parts.write_bare_p(each.certainty.test.p) for each in comparisons)]
+    yield "Pruned", ["", *(_write_millions(cell.totals["pruned"]) for cell in cells)]
+    yield "Quantized", ["", *(_write_millions(cell.totals["quantized"]) for cell in cells)]
+    yield "Size", [write_size(model.bytes) for model in (study.original, *(each.model for each in comparisons))]
+    yield "Sparse size", ["", *(write_size(cell.totals["sparse_bytes"]) for cell in cells)]
 
 
 def _write_millions(weights: int) -> str:
@@ -376,9 +350,7 @@ def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> parts.
     rows = tuple(
         (
             f"{finding.id} {names[pair.less]} / {names[pair.more]}",
-            count(pair.counts.n),
-            count(pair.counts.lost),
-            count(pair.counts.gained),
+            *map(count, (pair.counts.n, pair.counts.lost, pair.counts.gained)),
             parts.write_bare_p(pair.p),
             "not counted" if pair.at_floor else parts.write_bare_p(pair.p_holm),
             write_estimate(pair.rate, lambda points: number(100 * points)),
@@ -387,19 +359,10 @@ def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> parts.
         for finding in findings
         for pair in finding.comparisons
     )
-    columns = (
-        "Finding: said to hurt less / more",
-        "Facts",
-        "Only the first right",
-        "Only the second right",
-        "p",
-        "p (Holm)",
-        "More points lost per million",
-        "p of that (Holm)",
-    )
-    return (
-        parts.Table("Comparisons behind the findings, paired by fact", columns, rows, sortable=True) if rows else None
-    )
+    counts = ("Facts", "Only the first right", "Only the second right", "p", "p (Holm)")
+    columns = ("Finding: said to hurt less / more", *counts, "More points lost per million", "p of that (Holm)")
+    caption = "Comparisons behind the findings, paired by fact"
+    return parts.Table(caption, columns, rows, sortable=True) if rows else None
 
 
 def build_bounds_table(study: Study, findings: Sequence[Finding]) -> parts.Table | None:
@@ -410,8 +373,7 @@ def build_bounds_table(study: Study, findings: Sequence[Finding]) -> parts.Table
             f"{finding.id} {names.get(bound.of, bound.of)}",
             write_estimate(bound.value),
             share(bound.limit),
-            parts.write_bare_p(bound.p),
-            parts.write_bare_p(finding.p_holm),
+            *map(parts.write_bare_p, (bound.p, finding.p_holm)),
         )
         for finding in findings
         for bound in finding.bounds
@@ -424,11 +386,9 @@ SCHEMA = 1
 
 
 def write_study(study: Study, folder: Path) -> None:
-    """Write the study into an existing folder, each file atomically, the page last.
-
-    The files are ``study.html``, ``study.md``, ``study.json``, ``cells.parquet``, ``cells.csv`` and ``figures/*.svg``.
-    Those of an earlier state of the study are replaced; obsolete figures are removed.
-    """
+    """Write ``study.html``, ``study.md``, ``study.json``, ``cells.parquet``, ``cells.csv`` and ``figures/*.svg`` into
+    an existing folder, each atomically, the page last, in place of those of an earlier state; obsolete figures are
+    removed."""
     charts, rows = draw_charts(study), tidy_rows(study)
     write_whole(folder / "cells.csv", to_csv(rows))
     write_whole(folder / "cells.parquet", to_parquet(rows))

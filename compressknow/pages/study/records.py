@@ -61,11 +61,9 @@ class StudyProbe:
 
     @property
     def floor(self) -> float:
-        """Accuracy of a model that has forgotten everything: the paper's "zero or the majority baseline".
-
-        The majority baseline if there are few answers to choose from (BoolQ, PIQA, WinoGrande), else the accuracy of
-        guessing, or 0 if any text is allowed.
-        """
+        """Accuracy of a model that has forgotten everything ("zero or the majority baseline"): the majority baseline
+        with few answers to choose from (BoolQ, PIQA, WinoGrande), else that of guessing, or 0 if any text is
+        allowed."""
         if self.chance is None:
             return 0.0
         return max(self.chance, self.majority or 0.0) if self.chance >= 1 / _FEW_ANSWERS else self.chance
@@ -187,10 +185,8 @@ class Study(Tabular):
                 names[cell.key] += f" ({clean(cell.scheme, 20)})"
         repeated = Counter(names.values())
         named = {cell.key for cell in self.cells if not cell.key.startswith(slugify(cell.setup))}
-        return {
-            key: f"{name} [{clean(key, 60)}]" if repeated[name] > 1 or key in named else name
-            for key, name in names.items()
-        }
+        ambiguous = {key for key, name in names.items() if repeated[name] > 1} | named
+        return {key: f"{name} [{clean(key, 60)}]" if key in ambiguous else name for key, name in names.items()}
 
     def _rows(self) -> list[dict[str, Any]]:
         return tidy_rows(self)

@@ -21,12 +21,10 @@ CLIFF = 0.90  # the cliff is at the first amount that keeps less than this share
 
 @dataclass(frozen=True, slots=True)
 class LossRanking:
-    """Order of what hurts least: modules at a level of pruning, or the methods that prune a module.
-
-    It is `clear` if the first is significantly better than each of the others at one amount or more, and never worse
-    (a paired test by relation at each amount, Holm over all that the study says of what hurts least or most);
-    likewise, `clear_worst` for the last. That is only stated of methods: for modules, the paper's F4 and F7 state it.
-    """
+    """Order of what hurts least: modules at a level of pruning, or the methods that prune a module. It is `clear` if
+    the first is significantly better than each of the others at one amount or more, and never worse (a paired test by
+    relation at each amount, Holm over all such claims); likewise, `clear_worst` for the last, which is only stated of
+    methods."""
 
     level: str  # "10 to 30 %", "30 to 50 %" (30 itself belongs to the level below), "more than 50 %"; or the module
     amounts: tuple[float, ...]  # in percent, those by which all of them were pruned; empty for quantized ones
@@ -46,11 +44,9 @@ class LossRanking:
 
 @dataclass(frozen=True, slots=True)
 class Cliff:
-    """Point where knowledge kept falls off as a module is pruned; amounts are those of the grid, in percent.
-
-    It is `clear` if the whole interval at `below` lies below `CLIFF` or, if no amount is so low, the intervals of all
-    amounts lie above (95 % over all cliffs of the study).
-    """
+    """Point where knowledge kept falls off as a module is pruned; amounts are those of the grid, in percent. It is
+    `clear` if the interval at `below` lies below `CLIFF` or, if no amount is so low, all lie above (95 % over all
+    cliffs)."""
 
     module: str
     below: float | None  # the first amount at which less than `CLIFF` is kept; None if none is so low

@@ -177,9 +177,8 @@ class Grades(Section):
         if not graded or context.limits.relations is not None:
             return
         for probe, knowing in graded:
-            yield make_grades_table(
-                knowing, f"{clean(probe.probe, 60)}: the original's grades (rows), and what they became"
-            )
+            name = clean(probe.probe, 60)
+            yield make_grades_table(knowing, f"{name}: the original's grades (rows), and what they became")
             if sentences := " ".join(_describe_grades(knowing)):
                 yield Note(sentences)
         yield Note("The glossary explains the grades.")
@@ -187,11 +186,9 @@ class Grades(Section):
 
 def make_grades_table(knowing: GradeCounts, caption: str, who: str = "Original") -> Table:
     """Tabulate facts by the grades of one model, `who`, in rows, and of the other in columns."""
-    rows = [
-        (grade, *(count(knowing.moved[grade, after]) for after in GRADES), count(knowing.original[grade]))
-        for grade in GRADES
-    ]
-    total = ("all", *(count(knowing.compressed[grade]) for grade in GRADES), count(sum(knowing.original.values())))
+    moved, before = knowing.moved, knowing.original
+    rows = [(grade, *(count(moved[grade, after]) for after in GRADES), count(before[grade])) for grade in GRADES]
+    total = ("all", *(count(knowing.compressed[grade]) for grade in GRADES), count(sum(before.values())))
     return Table(caption, (who, *GRADES, "all"), (*rows, total))
 
 
@@ -335,14 +332,8 @@ def _chart_calibration(name: str, side: str, bins: Sequence[ReliabilityBin]) -> 
         for each in bins
         if each.facts
     )
-    title = f"Calibration of the {side.lower()} model, {name}"
-    return Chart(
-        title,
-        f"{description[:1].upper()}{description[1:]}.",
-        partial(_draw_calibration, bins=bins),
-        height=300,
-        heading=side,
-    )
+    title, text = f"Calibration of the {side.lower()} model, {name}", f"{description[:1].upper()}{description[1:]}."
+    return Chart(title, text, partial(_draw_calibration, bins=bins), height=300, heading=side)
 
 
 def _draw_calibration(plot: Axes, bins: Sequence[ReliabilityBin]) -> None:

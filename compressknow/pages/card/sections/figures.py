@@ -242,24 +242,16 @@ class HowSure(Section):
         if not columns or context.limits.relations is not None:
             return
         rows = tuple((name, *(write(counts, sure) for _, counts, sure in columns)) for name, write in _ROWS)
-        yield Table(
-            "Intervals and smallest detectable loss",
-            ("Estimate", *(each[0] for each in columns)),
-            rows,
-            captioned=False,
-        )
+        heads = ("Estimate", *(name for name, *_ in columns))
+        yield Table("Intervals and smallest detectable loss", heads, rows, captioned=False)
         for name, _, sure in columns:
-            where, relations = f" of {name}" if len(columns) > 1 else "", sure.relations
+            facts, relations = f"known facts{f' of {name}' * (len(columns) > 1)}", sure.relations
             if relations == 1:
-                yield Note(f"All known facts{where} belong to one relation, so there is no interval over relations.")
+                yield Note(f"All {facts} belong to one relation, so there is no interval over relations.")
             elif relations < FEWEST:
-                yield Note(
-                    f"The known facts{where} belong to {relations} relations: too few for an interval over these."
-                )
+                yield Note(f"The {facts} belong to {relations} relations: too few for an interval over these.")
             elif sure.kept.low is None:
-                yield Note(
-                    f"No two known facts{where} count as related: an interval over relations would be the simple one."
-                )
+                yield Note(f"No two {facts} count as related: an interval over relations would be the simple one.")
 
 
 def _write_interval(figure: Estimate, write: Callable[[float], str] = share) -> str:
@@ -309,10 +301,8 @@ class Layers(Section):
             source = model.source or {}
             # A model made from the same source as the original matches, too.
             if context.comparison.source_matches is not None and source.get("sha256") != context.original.sha256:
-                name = clean(source.get("name"), 80)
-                yield Note(
-                    f"The table describes the step from {name}, which this model was made from, not from the original."
-                )
+                step = f"the step from {clean(source.get('name'), 80)}, which this model was made from"
+                yield Note(f"The table describes {step}, not from the original.")
         if removed := " ".join(describe_removed(model.removed)):
             yield Note(clean(removed, 1000))
         sentences = [*describe_calibration(model.calibration)]
@@ -333,14 +323,8 @@ def _make_group_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
     def part(key: str) -> str:
         return write_percent(int(group[key]), parameters) if group.get(key) is not None else NONE
 
-    return (
-        clean(name, 60),
-        count(parameters),
-        part("zeros_after"),
-        part("pruned"),
-        part("quantized"),
-        number(group.get("relative_error"), 4),
-    )
+    parts = map(part, ("zeros_after", "pruned", "quantized"))
+    return clean(name, 60), count(parameters), *parts, number(group.get("relative_error"), 4)
 
 
 class Speed(Section):
