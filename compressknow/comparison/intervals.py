@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from compressknow.comparison.records import Counts, Estimate, PairedTest
+from compressknow.comparison.records import Counts, Estimate
 
 RESAMPLES = 10_000
 SEED = 0
@@ -238,7 +238,17 @@ def tally(first: np.ndarray, second: np.ndarray, cluster: np.ndarray) -> list[Co
     return [Counts(*row) for row in table[:, [3, 2, 1, 0]].tolist()]
 
 
-def run_paired_test(clusters: Sequence[Counts]) -> PairedTest:
+def find_unit(clusters: Sequence[Counts]) -> str:
+    """Return what is sampled independently: ``relation`` if there are enough, and some have several facts; or ``fact``.
+
+    >>> find_unit([Counts(both=2)] * 5), find_unit([Counts(both=2)] * 4), find_unit([Counts(both=1)] * 5)
+    ('relation', 'fact', 'fact')
+    """
+    sizes = [cluster.n for cluster in clusters if cluster.n]
+    return "relation" if FEWEST <= len(sizes) < sum(sizes) else "fact"
+
+
+def run_paired_test(clusters: Sequence[Counts]) -> float | None:
     """Test whether facts are lost as often as gained, two-sided, given that facts of a cluster are correlated.
 
     With 10 clusters or more, the test is by sign flips: under the null hypothesis, the net change of each cluster could
@@ -250,15 +260,14 @@ def run_paired_test(clusters: Sequence[Counts]) -> PairedTest:
     Statistics in Medicine 22, 2417-2428), sign flips are exact, and lose no power if clusters do not matter.
 
     >>> run_paired_test([Counts(lost=9, gained=2)]), run_paired_test([Counts(lost=3)] * 8 + [Counts(gained=3)] * 2)
-    (PairedTest(p=0.06542..., unit='fact'), PairedTest(p=0.109375, unit='relation'))
+    (0.06542..., 0.109375)
     """
     table = np.array([(c.both, c.lost, c.gained, c.neither) for c in clusters if c.n], dtype=np.int64).reshape(-1, 4)
     changes, sizes = table[:, 2] - table[:, 1], table.sum(axis=1)
     exact = run_mcnemar(Counts(*table.sum(axis=0).tolist()))
-    if exact is None or not FEWEST <= len(sizes) < sizes.sum():
-        return PairedTest(exact, "fact")
-    p = _flip_signs(changes) if len(sizes) >= FEWEST_SIGNS else max(exact, _jackknife(changes, sizes))
-    return PairedTest(p, "relation")
+    if exact is None or find_unit(clusters) == "fact":
+        return exact
+    return _flip_signs(changes) if len(sizes) >= FEWEST_SIGNS else max(exact, _jackknife(changes, sizes))
 
 
 def _flip_signs(changes: np.ndarray) -> float:
@@ -389,7 +398,7 @@ def estimate_difference_by_cluster(clusters: Sequence[Counts], level: float = 0.
     total = sum(clusters, Counts())
     if not total.n:
         return Estimate(None)
-    if not FEWEST <= sum(cluster.n > 0 for cluster in clusters) < total.n:
+    if find_unit(clusters) == "fact":
         return Estimate((total.gained - total.lost) / total.n)
     effect, _, degrees = design_of_change(clusters)
     return _estimate_difference(total, total.n / effect, _compute_quantile(degrees, level))

@@ -100,7 +100,8 @@ def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
     clusters = [cluster for relations in probes for cluster in intervals.list_clusters(relations)]
     total, change = sum(clusters, Counts()), intervals.design_of_change(clusters)
     return Certainty(
-        test=intervals.run_paired_test(clusters),
+        p=intervals.run_paired_test(clusters),
+        unit=intervals.find_unit(clusters),
         relations=sum(bool(relation.known_before) for relations in probes for relation in relations),
         kept=intervals.estimate_kept_by_cluster(clusters),
         difference=intervals.estimate_difference_by_cluster(clusters),
@@ -165,7 +166,7 @@ def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
         counts=total,
         relations=clusters,
         kept=intervals.estimate_kept(clusters),
-        p=intervals.run_paired_test(clusters).p,
+        p=intervals.run_paired_test(clusters),
         p_holm=None,
         answer_changed=_share_changed(pairs),
         chance=_estimate_chance(pairs),
@@ -332,7 +333,7 @@ def rank_models(
     cluster = intervals.number_clusters([(fact.probe, fact.relation) for fact in facts])
     pairs = list(combinations(range(len(models)), 2))
     adjusted = intervals.adjust_holm(
-        [intervals.run_paired_test(intervals.tally(keeps[one], keeps[other], cluster)).p for one, other in pairs]
+        [intervals.run_paired_test(intervals.tally(keeps[one], keeps[other], cluster)) for one, other in pairs]
     )
     different = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < SIGNIFICANT}
     known = [int(each.sum()) for each in keeps]

@@ -66,15 +66,6 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class PairedTest:
-    """Test of whether facts are lost as often as gained: the two-sided p-value (None without facts), and its sampling
-    unit, ``fact`` or ``relation``."""
-
-    p: float | None
-    unit: str
-
-
-@dataclass(frozen=True, slots=True)
 class Group:
     """Facts of one relation, domain or popularity bin."""
 
@@ -110,7 +101,8 @@ class KlFigures:
 class Certainty:
     """Certainty of figures, given that facts of a relation are correlated, and the power of this number of facts."""
 
-    test: PairedTest = PairedTest(None, "fact")  # by relation if there are several
+    p: float | None = None  # two-sided, of the test of whether facts are lost as often as gained; None without facts
+    unit: str = "fact"  # what that test samples, ``fact`` or ``relation``
     relations: int = 0  # those of which the original knew a fact; with fewer than five there are no intervals
     # Knowledge kept and the difference in accuracy, with their intervals over relations.
     kept: Estimate = Estimate(None)

@@ -233,7 +233,7 @@ def _make_frame_row(model: ModelRecord, probe: ProbeFigures) -> dict[str, Any]:
         **{"lost": counts.lost, "gained": counts.gained},
         **{"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high},
         **{"accuracy_original": probe.accuracy_original.value, "accuracy_compressed": probe.accuracy_compressed.value},
-        **{"p": probe.certainty.test.p, "mcnemar_p": run_mcnemar(counts), "answer_changed": probe.answer_changed},
+        **{"p": probe.certainty.p, "mcnemar_p": run_mcnemar(counts), "answer_changed": probe.answer_changed},
     }
 
 
@@ -290,11 +290,8 @@ def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, An
     """Return one compressed model against the original, as plain values."""
     model = comparison.model
     values = {
-        "setup": model.setup,
-        "source": model.source,
-        "source_matches": comparison.source_matches,
-        "model": _dump_run_model(model),
-        "verdict": comparison.verdict,
+        **{"setup": model.setup, "source": model.source, "source_matches": comparison.source_matches},
+        **{"model": _dump_run_model(model), "verdict": comparison.verdict},
         **as_json.dump_counts(comparison.counts),
         **as_json.dump_kept(comparison.counts),
         **as_json.dump_certainty(comparison.certainty),
@@ -330,17 +327,12 @@ def _dump_run_model(model: ModelRecord) -> dict[str, Any]:
 def _dump_recommendation(decision: Recommendation, names: Sequence[str]) -> dict[str, Any]:
     name: Mapping[int | None, str] = dict(enumerate(names))
     return {
-        "model": name.get(decision.place),
-        "place": decision.place,
-        "reason": decision.reason,
+        **{"model": name.get(decision.place), "place": decision.place, "reason": decision.reason},
         "within": decision.within,
         "standings": [
             {
-                "model": name[place],
-                "keeps": each.keeps,
-                "beaten_by": name.get(each.beaten_by),
-                "surely": each.is_surely_beaten,
-                "not_told_from": [name[other] for other in each.alike],
+                **{"model": name[place], "keeps": each.keeps, "beaten_by": name.get(each.beaten_by)},
+                **{"surely": each.is_surely_beaten, "not_told_from": [name[other] for other in each.alike]},
             }
             for place, each in enumerate(decision.standings)
         ],

@@ -33,7 +33,7 @@ class TestCounts:
         assert figures.accuracy_original.value == 0.5
         assert figures.accuracy_compressed.value == 0.45
         assert figures.difference.value == pytest.approx(-0.05)
-        assert figures.certainty.test.p == 1.0  # 2 against 1
+        assert figures.certainty.p == 1.0  # 2 against 1
 
     def test_answers_are_paired_by_fact_not_by_order(self) -> None:
         before, after = make_rows(both=3, lost=2, gained=1, neither=4)
@@ -43,7 +43,7 @@ class TestCounts:
         figures = compare([[], []])
         assert figures.counts == Counts()
         assert figures.kept == figures.difference == figures.macro_difference == Estimate(None)
-        assert figures.certainty.test.p is figures.answer_changed is None
+        assert figures.certainty.p is figures.answer_changed is None
         assert figures.movement is figures.mrr is figures.confidence is None
 
     @settings(max_examples=30, deadline=None)

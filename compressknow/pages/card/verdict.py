@@ -59,10 +59,8 @@ def write_verdict(original: str, counts: Counts, kept: Estimate, certainty: Cert
     `kept` has the interval to report, `certainty` the paired test and the smallest detectable loss.
 
     >>> from compressknow.comparison.intervals import estimate_proportion, run_mcnemar
-    >>> from compressknow.comparison.records import PairedTest
     >>> counts = Counts(both=90, lost=10, gained=1, neither=99)
-    >>> certainty = Certainty(PairedTest(run_mcnemar(counts), "fact"))
-    >>> print(write_verdict("bert", counts, estimate_proportion(90, 100), certainty))
+    >>> print(write_verdict("bert", counts, estimate_proportion(90, 100), Certainty(run_mcnemar(counts))))
     Keeps 90 of 100 facts that bert knew (90.0 %, interval 82.6 to 94.5 %): it forgot 10 and gained 1, a net \
 loss that chance does not explain (p = 0.012).
     """
@@ -73,7 +71,7 @@ loss that chance does not explain (p = 0.012).
         gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
         return f"{name} knew none of {count_facts(counts.n)}, so there is nothing to keep{gained}."
     interval = f"({write_percent(counts.both, counts.known_before)}{_write_ends(kept, 'interval')})"
-    sentence = _write_kept(name, counts, interval, certainty.test.p)
+    sentence = _write_kept(name, counts, interval, certainty.p)
     return f"{sentence} {describe_power(counts, certainty)}".rstrip()
 
 

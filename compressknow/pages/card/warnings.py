@@ -322,7 +322,7 @@ def warn_of_early(early: EarlyStop | None) -> Iterator[str]:
 
 def _warn_of_few_relations(probe: ProbeFigures, who: str) -> Iterator[str]:
     if 1 < (relations := probe.certainty.relations) < FEWEST:
-        by_fact = probe.certainty.test.unit == "fact"
+        by_fact = probe.certainty.unit == "fact"
         figures = "intervals and p-values treat" if by_fact else "the interval of what is kept treats"
         yield (
             f"{who} knew facts of only {relations} relations of {clean(probe.probe, 60)}. Facts of one relation are "

@@ -267,7 +267,7 @@ _FIGURES: tuple[tuple[str, Callable[[ProbeFigures, ProbeFigures], str]], ...] = 
     ("Of what A knows, B keeps", lambda forward, _: write_estimate(forward.kept)),
     ("Of what B knows, A keeps", lambda _, backward: write_estimate(backward.kept)),
     ("Flips (known by only one)", lambda forward, _: share(forward.counts.flips)),
-    ("Is one better?", lambda forward, _: write_p_value(forward.certainty.test.p)),
+    ("Is one better?", lambda forward, _: write_p_value(forward.certainty.p)),
     ("Top answer differs", lambda forward, _: share(forward.answer_changed)),
     ("Mean reciprocal rank, A and B", lambda forward, _: write_pair(forward.mrr, number, ", ")),
     ("Right answer among the top 5, A and B", lambda forward, _: write_pair(forward.p_at_5, share, ", ")),
@@ -496,9 +496,6 @@ def _dump_behaviour(behaviour: Behaviour, show_facts: bool) -> dict[str, Any]:
 def _dump_answers(a: Answer, b: Answer) -> dict[str, Any]:
     return {
         **{name: getattr(a, name) for name in ("probe", "fact_id", "relation", "subject", "prompt", "gold")},
-        "known_by": name_knower(a, b),
-        "top_a": list(_list_best(a)),
-        "top_b": list(_list_best(b)),
-        "rank_a": a.rank,
-        "rank_b": b.rank,
+        **{"known_by": name_knower(a, b), "top_a": list(_list_best(a)), "top_b": list(_list_best(b))},
+        **{"rank_a": a.rank, "rank_b": b.rank},
     }

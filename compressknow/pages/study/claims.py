@@ -151,7 +151,7 @@ def compare_cells(study: Study, less: StudyCell, more: StudyCell, part: str = ""
     clusters = intervals.tally(first, second, cluster)
     known = [probe for probe in probes if _is_known(probe)]
     at_floor = not any(_is_above_floor([(p, cell.correct[p.name]) for p in known]) for cell in (less, more))
-    counts, p = sum(clusters, Counts()), intervals.run_paired_test(clusters).p
+    counts, p = sum(clusters, Counts()), intervals.run_paired_test(clusters)
     return CellComparison(less.key, more.key, part, counts, p, at_floor, rate, rate_p)
 
 

@@ -18,11 +18,11 @@ from compressknow.base.format import NONE, clean, count, dump_json, number, shar
 from compressknow.comparison.intervals import run_mcnemar
 from compressknow.compress.steps import PAPER_SCOPES
 from compressknow.pages import parts
-from compressknow.pages.as_json import dump_interval, dump_kept, dump_model
+from compressknow.pages.as_json import dump_interval, dump_kept, dump_model, estimate_to_json
 from compressknow.pages.card.verdict import count_facts, join_words
 from compressknow.pages.card.warnings import warn_of_facts_in_text, warn_of_grades, warn_of_known
 from compressknow.pages.pages import read_source, render_html, render_markdown, write_files
-from compressknow.pages.records import write_estimate
+from compressknow.pages.records import Comparison, write_estimate
 from compressknow.pages.study import summary
 from compressknow.pages.study.charts import Chart, draw_charts, is_chart
 from compressknow.pages.study.claims import CellComparison
@@ -332,7 +332,7 @@ def _list_columns(study: Study, settings: Sequence[str]) -> Iterator[tuple[str, 
     compressed = [{f.text: f.compressed.value for f in each.texts} for each in comparisons]
     for text in original:
         yield f"Perplexity, {clean(text, 40)}", [write_measurement(e.get(text), 2) for e in (original, *compressed)]
-    yield "p", ["", *(parts.write_bare_p(each.certainty.test.p) for each in comparisons)]
+    yield "p", ["", *(parts.write_bare_p(each.certainty.p) for each in comparisons)]
     yield "Pruned", ["", *(_write_millions(cell.totals["pruned"]) for cell in cells)]
     yield "Quantized", ["", *(_write_millions(cell.totals["quantized"]) for cell in cells)]
     yield "Size", [write_size(model.bytes) for model in (study.original, *(each.model for each in comparisons))]
@@ -435,19 +435,17 @@ def dump_study(study: Study) -> dict[str, Any]:
         "changes": describe_changes(by_method),
         "hurts_least": [asdict(least) for least in summary.rank_cells(study)["modules"]],
         "cliffs": [asdict(cliff) for cliff in summary.find_cliffs(study)],
-        "kept": {
-            cell.key: dump_kept(cell.comparison.counts)
-            | {
-                "kept_cluster_interval": dump_interval(cell.comparison.certainty.kept),
-                "p": cell.comparison.certainty.test.p,
-            }
-            for cell in study.cells
-        },
+        "kept": {cell.key: _dump_kept(cell.comparison) for cell in study.cells},
         "cells": tidy_rows(study),
         "method": list(study.method),
         "versions": dict(study.versions),
         "command": study.command,
     }
+
+
+def _dump_kept(comparison: Comparison) -> dict[str, Any]:
+    sure = comparison.certainty
+    return dump_kept(comparison.counts) | {"kept_cluster_interval": dump_interval(sure.kept), "p": sure.p}
 
 
 def _dump_finding(finding: Finding) -> dict[str, Any]:
@@ -456,32 +454,21 @@ def _dump_finding(finding: Finding) -> dict[str, Any]:
         **{key: getattr(finding, key) for key in keys},
         "comparisons": [_dump_comparison(pair) for pair in finding.comparisons],
         "limits": [
-            {"of": bound.of, "value": bound.value.value, "interval": dump_interval(bound.value)}
-            | {"limit": bound.limit, "p": bound.p}
-            for bound in finding.bounds
+            {**{"of": b.of, "value": b.value.value, "interval": dump_interval(b.value)}, "limit": b.limit, "p": b.p}
+            for b in finding.bounds
         ],
         "limits_p_holm": finding.p_holm,
     }
 
 
 def _dump_comparison(pair: CellComparison) -> dict[str, Any]:
+    counts = pair.counts
     return {
-        "less": pair.less,
-        "more": pair.more,
-        "part": pair.part,
-        "n": pair.counts.n,
-        "both": pair.counts.both,
-        "only_less": pair.counts.lost,
-        "only_more": pair.counts.gained,
-        "neither": pair.counts.neither,
-        "mcnemar_p": run_mcnemar(pair.counts),
-        "p": pair.p,
-        "p_holm": pair.p_holm,
-        "at_floor": pair.at_floor,
-        "per_million": pair.rate.value,
-        "per_million_interval": dump_interval(pair.rate),
-        "per_million_p": pair.rate_p,
-        "per_million_p_holm": pair.rate_p_holm,
+        **{"less": pair.less, "more": pair.more, "part": pair.part},
+        **{"n": counts.n, "both": counts.both, "only_less": counts.lost, "only_more": counts.gained},
+        **{"neither": counts.neither, "mcnemar_p": run_mcnemar(counts), "p": pair.p, "p_holm": pair.p_holm},
+        **{"at_floor": pair.at_floor, **estimate_to_json("per_million", pair.rate)},
+        **{"per_million_p": pair.rate_p, "per_million_p_holm": pair.rate_p_holm},
     }
 
 

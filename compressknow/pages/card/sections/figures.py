@@ -173,7 +173,7 @@ _FIGURES: tuple[tuple[str, Callable[[ProbeFigures], str], str | None], ...] = (
     ("Lost", lambda p: write_part(p.counts.lost, p.counts.known_before), ""),
     ("Gained", lambda p: write_part(p.counts.gained, p.counts.gained + p.counts.neither), ""),
     ("Flips (lost or gained)", lambda p: share(p.counts.flips), _NO_FACTS),
-    ("Net change against chance", lambda p: write_p_value(p.certainty.test.p), "no fact was lost or gained."),
+    ("Net change against chance", lambda p: write_p_value(p.certainty.p), "no fact was lost or gained."),
     ("Top answer changed", lambda p: share(p.answer_changed), _NO_FACTS),
     ("Top answer changed by rounding alone", lambda p: _write_changes(p.noise_floor), _NO_NOISE),
     ("Top answer changed by the runtime alone", lambda p: _write_changes(p.runtime_noise_floor), None),
@@ -273,7 +273,7 @@ _ROWS: tuple[tuple[str, Callable[[Counts, Certainty], str]], ...] = (
     ("Difference of accuracy, interval over relations", lambda _, sure: _write_interval(sure.difference, write_points)),
     (
         "Net change against chance, by relation",
-        lambda _, sure: write_p_value(sure.test.p) if sure.test.unit == "relation" else NONE,
+        lambda _, sure: write_p_value(sure.p) if sure.unit == "relation" else NONE,
     ),
     ("Net change against chance, facts as independent", lambda counts, _: write_p_value(run_mcnemar(counts))),
     ("Smallest detectable net loss", lambda _, sure: share(sure.smallest_loss)),
