@@ -15,15 +15,8 @@ import torch
 from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Advance, Listener, Stage, count_progress, ignore_advance, report_progress
 from compressknow.base.reading import compute_sha256
+from compressknow.comparison import weights
 from compressknow.comparison.diff import CheckpointDiff, ConfigChange, DiffSums, StructureChange, TensorDiff
-from compressknow.comparison.weights import (
-    LostNeurons,
-    align,
-    diff_values,
-    read_lost_neurons,
-    renumber_blocks,
-    sum_values,
-)
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.output_config import count_targets
 from compressknow.compress.weights import StoredWeights, Values, read_stored_weights
@@ -94,9 +87,9 @@ def diff_checkpoints(
     _check_architectures((side_a.name, side_b.name), architectures, hint)
     # Without a manifest of `convert`, nothing was removed.
     manifest_a, manifest_b = (read_manifest(c.folder) if (c.folder / MANIFEST_NAME).is_file() else {} for c in (a, b))
-    lost = read_lost_neurons(manifest_a, side_a), read_lost_neurons(manifest_b, side_b)
+    lost = weights.read_lost_neurons(manifest_a, side_a), weights.read_lost_neurons(manifest_b, side_b)
     old_a, old_b = (side_a, manifest_a), (side_b, manifest_b)
-    side_a, side_b = renumber_blocks(*old_a, *old_b), renumber_blocks(*old_b, *old_a)
+    side_a, side_b = weights.renumber_blocks(*old_a, *old_b), weights.renumber_blocks(*old_b, *old_a)
     pairs = list(_pair_values(side_a, side_b, *lost))
     total = sum(values.bytes_read for _, *both in pairs for values in both)
     with Pool(threads) as pool, OpenFiles() as files:
@@ -131,9 +124,9 @@ def _list_names(a: StoredWeights, b: StoredWeights) -> list[str]:
 
 
 def _pair_values(
-    a: StoredWeights, b: StoredWeights, lost_a: Mapping[str, LostNeurons], lost_b: Mapping[str, LostNeurons]
+    a: StoredWeights, b: StoredWeights, *lost: Mapping[str, weights.LostNeurons]
 ) -> Iterator[tuple[str, Values, Values]]:
-    """Yield each parameter's name and its values in both checkpoints, with equal shapes."""
+    """Yield each parameter's name and its values in both checkpoints, which `lost` neurons, with equal shapes."""
     seen: set[tuple[str, str]] = set()
     for name in _list_names(a, b):
         # At least one of them must store values under this name, not share those of another.
@@ -143,7 +136,7 @@ def _pair_values(
         if values_a is None or values_b is None:
             continue
         stored = (values_a.tensor.name, values_b.tensor.name)
-        aligned = align(values_a, values_b, lost_a.get(stored[0]), lost_b.get(stored[1]))
+        aligned = weights.align(values_a, values_b, *(of.get(tensor) for of, tensor in zip(lost, stored, strict=True)))
         # Two names of a tie: one checkpoint stores the first, the other the second.
         if aligned and stored not in seen:
             seen.add(stored)
@@ -153,7 +146,7 @@ def _pair_values(
 def _diff_tensor(
     reader: Reader, a: StoredWeights, b: StoredWeights, name: str, values_a: Values, values_b: Values
 ) -> TensorDiff:
-    sums, same = diff_values(reader, values_a, values_b)
+    sums, same = weights.diff_values(reader, values_a, values_b)
     linear = a.linear(name) or b.linear(name)
     in_block = linear is not None and linear.layer is not None
     return TensorDiff(
@@ -305,7 +298,7 @@ def _diff_gguf_values(a: Any, b: Any) -> tuple[DiffSums, bool]:
     sums, step = DiffSums(), max(_VALUES // int(a.shape[0]), 1)
     for start in range(0, len(rows_a), step):
         x = _unpack(rows_a[start : start + step], a.tensor_type)
-        sums += sum_values(x, x if same else _unpack(rows_b[start : start + step], b.tensor_type))
+        sums += weights.sum_values(x, x if same else _unpack(rows_b[start : start + step], b.tensor_type))
     return sums, same
 
 

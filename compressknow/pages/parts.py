@@ -129,18 +129,13 @@ def write_bare_p(p: float | None) -> str:
 
 def make_groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bars: bool = True) -> Table:
     """Return a table with one row per group; `kind` is the header of their names."""
-    rows = tuple(
-        (
-            clean(group.name, 80),
-            *map(count, (group.counts.n, group.counts.known_before, group.counts.lost, group.counts.gained)),
-            write_estimate(group.kept),
-            share(group.answer_changed),
-            write_bare_p(group.p_holm),
-        )
-        for group in groups
-    )
+    rows = []
+    for group in groups:
+        facts = map(count, (group.counts.n, group.counts.known_before, group.counts.lost, group.counts.gained))
+        changes = write_estimate(group.kept), share(group.answer_changed), write_bare_p(group.p_holm)
+        rows.append((clean(group.name, 80), *facts, *changes))
     drawn = tuple(group.kept for group in groups) if bars else ()
-    return Table(caption, (kind, *_GROUP_COLUMNS), rows, bars=drawn, bars_after=5, sortable=len(groups) > 1)
+    return Table(caption, (kind, *_GROUP_COLUMNS), tuple(rows), drawn, bars_after=5, sortable=len(groups) > 1)
 
 
 def make_overview_table(

@@ -208,11 +208,11 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, exper
     least += (of_experts := estimate_bytes(UNMEASURED, experts))
     if budget < least:
         given, smallest = write_two_sizes(budget, least)
+        size = write_size(of_experts)
+        why = f"Experts are not measured, and have 8 bits, {size}: --must _exps=q4_k gives them fewer."
         raise UsageError(
             f"{given} is too small: even in llama.cpp's smallest types, the weights alone take {smallest}.",
-            f"Experts are not measured, and have 8 bits, {write_size(of_experts)}: --must _exps=q4_k gives them fewer."
-            if experts
-            else None,
+            why if experts else None,
             "Give more, in units: 90MB, 1.5GB.",
         )
     check_below_whole(budget, whole)

@@ -293,15 +293,12 @@ class CheckpointFormat(FileFormat):
         if not self._is_uniform:
             return [self.table]
         kinds = [kind for kind in reversed(self.roundings.types) if any(kind in each for each in self.table.values())]
-        return [
-            {
-                name: options
-                if len(options) == 1
-                else {each: options[each] for each in (NONE, kind) if each in options}
-                for name, options in self.table.items()
-            }
-            for kind in kinds
-        ]
+
+        def limit(options: Mapping[str, allocation.TypeOption], kind: str) -> Mapping[str, allocation.TypeOption]:
+            few = {each: options[each] for each in (NONE, kind) if each in options}
+            return options if len(options) == 1 else few
+
+        return [{name: limit(options, kind) for name, options in self.table.items()} for kind in kinds]
 
     def predict_losses(self, sensitivity: Sensitivity) -> allocation.OptionTable:
         rows = sensitivity.kl(self._guide)

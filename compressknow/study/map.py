@@ -365,17 +365,12 @@ def _tabulate_weights(caption: str, weights: Weights, map: Map) -> parts.Table:
 
 def _tabulate_sums(map: Map, caption: str, kind: str, groups: Mapping[str, Weights]) -> parts.Table:
     saved = sum(row.saved for row in map.sensitivity.rows)
-    rows = tuple(
-        (
-            clean(name, 60),
-            format_millinats(compute_kl_per_mb(weights, map.guide)),
-            share(compute_risk(weights)),
-            share(sum(row.saved for row in weights) / saved),
-        )
-        for name, weights in groups.items()
-    )
+    rows = []
+    for name, weights in groups.items():
+        kl, part = format_millinats(compute_kl_per_mb(weights, map.guide)), sum(row.saved for row in weights) / saved
+        rows.append((clean(name, 60), kl, share(compute_risk(weights)), share(part)))
     columns = (kind, "KL per MB saved", "Facts at risk", "Share of the bytes")
-    return parts.Table(caption, columns, rows, sortable=len(rows) > 1)
+    return parts.Table(caption, columns, tuple(rows), sortable=len(rows) > 1)
 
 
 def _plot_sizes(map: Map) -> Iterator[parts.Part]:

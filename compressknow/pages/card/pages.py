@@ -74,15 +74,9 @@ def chart_costs(card: Card, names: Sequence[str]) -> Iterator[Tradeoff]:
             name = f"the original, in {runtime}"
             marks.append(Mark(amount, Estimate(1), name, f"{name}, {written}"))
             looks[name] = ("D", INK, 6.0)
-        yield Tradeoff(
-            f"Knowledge kept by {title}",
-            axis,
-            marks,
-            looks,
-            edge=kinds,
-            more_is_better=get_cost is _get_speed,
-            rounding=estimate_rounding_kept(list_probes(card.comparisons)).value,
-        )
+        rounding = estimate_rounding_kept(list_probes(card.comparisons)).value
+        has_speed, title = get_cost is _get_speed, f"Knowledge kept by {title}"
+        yield Tradeoff(title, axis, marks, looks, edge=kinds, more_is_better=has_speed, rounding=rounding)
 
 
 # Costs of a model: its value on the axis, the same as text, and the runtime.
@@ -248,15 +242,10 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
 
 
 def _make_grades_section(card: Card, comparison: Comparison, id: str) -> parts.PageSection:
-    rows = [
-        (
-            clean(grade.subject, 80),
-            *_write_kept(grade.counts, grade.written),
-            clean(grade.grade, 4),
-            clean(grade.range or "", 20),
-        )
-        for grade in comparison.grades
-    ]
+    rows = []
+    for grade in comparison.grades:
+        letters = clean(grade.grade, 4), clean(grade.range or "", 20)
+        rows.append((clean(grade.subject, 80), *_write_kept(grade.counts, grade.written), *letters))
     # The same digits as in the verdict, because the advice depends on this share.
     kept = write_estimate(comparison.kept, partial(share_against, limits=[ENOUGH]))
     rows.append(("All domains", *_write_kept(comparison.counts, kept), "", ""))

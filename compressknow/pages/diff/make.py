@@ -55,15 +55,12 @@ class CheckpointComparison(SummaryRepr):
     def _summary(self) -> Summary:
         names = [f"{clean(side.name, 40)} ({write_size(side.bytes)})" for side in (self.a, self.b)]
         sums = sum_by(self.difference, lambda tensor: tensor.group) if self.difference else {}
-        return Summary(
-            f"CheckpointComparison: {names[1]} against {names[0]}",
-            self.verdict,
-            ("Group", "Weights", "Zeros before", "Zeros after", "Relative error"),
-            tuple(
-                (group, count(s.numel), count(s.zeros_a), count(s.zeros_b), number(s.relative_error))
-                for group, s in sums.items()
-            ),
+        rows = tuple(
+            (group, count(s.numel), count(s.zeros_a), count(s.zeros_b), number(s.relative_error))
+            for group, s in sums.items()
         )
+        columns = ("Group", "Weights", "Zeros before", "Zeros after", "Relative error")
+        return Summary(f"CheckpointComparison: {names[1]} against {names[0]}", self.verdict, columns, rows)
 
 
 def sum_by(difference: CheckpointDiff, key: Callable[[TensorDiff], Key | None]) -> dict[Key, DiffSums]:

@@ -239,21 +239,13 @@ def _write_best(answered: Answer) -> str:
 def _build_groups_table(
     caption: str, kind: str, forward: tuple[Group, ...], backward: tuple[Group, ...]
 ) -> parts.Table:
-    others = {group.name: group for group in backward}
-    rows = tuple(
-        (
-            clean(group.name, 80),
-            count(group.counts.n),
-            count(group.counts.known_before),
-            share(group.kept.value),
-            count(group.counts.known_after),
-            share(others[group.name].kept.value),
-            share(group.answer_changed),
-            parts.write_bare_p(group.p_holm),
-        )
-        for group in forward
-    )
-    return parts.Table(caption, (kind, *_GROUP_COLUMNS), rows, sortable=len(rows) > 1)
+    kept_by_a, rows = {group.name: group.kept for group in backward}, []
+    for group in forward:
+        known_by_a = count(group.counts.known_before), share(group.kept.value)
+        known_by_b = count(group.counts.known_after), share(kept_by_a[group.name].value)
+        differ = share(group.answer_changed), parts.write_bare_p(group.p_holm)
+        rows.append((clean(group.name, 80), count(group.counts.n), *known_by_a, *known_by_b, *differ))
+    return parts.Table(caption, (kind, *_GROUP_COLUMNS), tuple(rows), sortable=len(rows) > 1)
 
 
 _FIGURES: tuple[tuple[str, Callable[[ProbeFigures, ProbeFigures], str]], ...] = (
@@ -318,16 +310,10 @@ def build_sums_table(
 
 def build_sums_row(name: str, sums: DiffSums) -> tuple[str, ...]:
     """Return a row of the name of some weights and their figures."""
-    return (
-        clean(name, 120),
-        count(sums.numel),
-        write_percent(sums.zeros_a, sums.numel),
-        write_percent(sums.zeros_b, sums.numel),
-        number(sums.relative_error, 4),
-        format_cosine(sums.cosine),
-        NONE if sums.snr_db is None else f"{number(sums.snr_db, 1)} dB",
-        number(sums.largest_change, 4),
-    )
+    zeros = (write_percent(part, sums.numel) for part in (sums.zeros_a, sums.zeros_b))
+    noise = NONE if sums.snr_db is None else f"{number(sums.snr_db, 1)} dB"
+    change = number(sums.relative_error, 4), format_cosine(sums.cosine), noise, number(sums.largest_change, 4)
+    return clean(name, 120), count(sums.numel), *zeros, *change
 
 
 def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[parts.Part]:
@@ -374,20 +360,15 @@ def build_structure_table(difference: CheckpointDiff) -> parts.Table | None:
     by_form = group_by(
         difference.structure, lambda change: (change.kind, change.a.partition(" [")[0], change.b.partition(" [")[0])
     )
-    rows = tuple(
-        (
-            _KINDS[kind],
-            count(len(changes)),
-            # The full form for one tensor; for several, what they share.
-            clean(changes[0].a if len(changes) == 1 else a),
-            clean(changes[0].b if len(changes) == 1 else b),
-            ", ".join(clean(change.name, 80) for change in changes[:_EXAMPLES])
-            + (", …" if len(changes) > _EXAMPLES else ""),
-        )
-        for (kind, a, b), changes in by_form.items()
-    )
+    rows = []
+    for (kind, *shared), changes in by_form.items():
+        # The full form for one tensor; for several, what they share.
+        forms = (changes[0].a, changes[0].b) if len(changes) == 1 else shared
+        names = [clean(change.name, 80) for change in changes[:_EXAMPLES]]
+        names += ["…"] if len(changes) > _EXAMPLES else []
+        rows.append((_KINDS[kind], count(len(changes)), *map(clean, forms), ", ".join(names)))
     columns = ("What", "Tensors", "A", "B", "Which")
-    return parts.Table("Tensors that are stored differently", columns, rows, prose=True) if rows else None
+    return parts.Table("Tensors that are stored differently", columns, tuple(rows), prose=True) if rows else None
 
 
 def _name_block(tensor: TensorDiff) -> str | None:

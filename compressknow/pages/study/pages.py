@@ -178,15 +178,9 @@ def _show_findings(study: Study, findings: Sequence[Finding]) -> Iterator[parts.
 
 def _show_finding(finding: Finding) -> tuple[str, ...]:
     families = ", ".join(FAMILIES[family] for family in finding.families)
-    return (
-        finding.id,
-        finding.claim,
-        "all families" if set(finding.families) == set(FAMILIES) else families,
-        finding.answer,
-        finding.why,
-        "" if finding.statistic == NONE else finding.statistic,
-        finding.per_million,
-    )
+    families = "all families" if set(finding.families) == set(FAMILIES) else families
+    statistic = "" if finding.statistic == NONE else finding.statistic
+    return finding.id, finding.claim, families, finding.answer, finding.why, statistic, finding.per_million
 
 
 def _show_methods(by_method: FindingsByMethod) -> Iterator[parts.Part]:
@@ -368,18 +362,13 @@ def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> parts.
 def build_bounds_table(study: Study, findings: Sequence[Finding]) -> parts.Table | None:
     """Return every figure that a finding compares with a limit."""
     names = study.name_cells()
-    rows = tuple(
-        (
-            f"{finding.id} {names.get(bound.of, bound.of)}",
-            write_estimate(bound.value),
-            share(bound.limit),
-            *map(parts.write_bare_p, (bound.p, finding.p_holm)),
-        )
-        for finding in findings
-        for bound in finding.bounds
-    )
+    rows = []
+    for finding in findings:
+        for bound in finding.bounds:
+            name, p_values = names.get(bound.of, bound.of), map(parts.write_bare_p, (bound.p, finding.p_holm))
+            rows.append((f"{finding.id} {name}", write_estimate(bound.value), share(bound.limit), *p_values))
     columns = ("Finding", "Figure (95 %)", "Limit", "p for the limit", "p of the finding (Holm)")
-    return parts.Table("Figures compared with a limit", columns, rows) if rows else None
+    return parts.Table("Figures compared with a limit", columns, tuple(rows)) if rows else None
 
 
 SCHEMA = 1

@@ -196,21 +196,13 @@ class Study(Tabular):
         failed += f", {count(len(self.refused))} refused" if self.refused else ""
         probes = ", ".join(clean(probe.name, 40) for probe in self.probes)
         cells = "1 cell" if len(self.cells) == 1 else f"{count(len(self.cells))} cells"
-        names = self.name_cells()
-        return Summary(
-            f"Study: {clean(self.original.name, 60)}",
-            f"{cells}{failed}; evaluated on {probes or 'nothing'}.",
-            ("Setup", "Kept (95 % interval)", "On disk", "Sparse"),
-            tuple(
-                (
-                    names[cell.key],
-                    write_estimate(cell.comparison.kept),
-                    write_size(cell.comparison.model.bytes),
-                    write_size(cell.totals["sparse_bytes"]),
-                )
-                for cell in self.cells
-            ),
-        )
+        names, rows = self.name_cells(), []
+        for cell in self.cells:
+            sizes = write_size(cell.comparison.model.bytes), write_size(cell.totals["sparse_bytes"])
+            rows.append((names[cell.key], write_estimate(cell.comparison.kept), *sizes))
+        verdict = f"{cells}{failed}; evaluated on {probes or 'nothing'}."
+        columns = ("Setup", "Kept (95 % interval)", "On disk", "Sparse")
+        return Summary(f"Study: {clean(self.original.name, 60)}", verdict, columns, tuple(rows))
 
 
 _TEXT, _SHARE, _COUNT, _FLAG = "string", "double", "int64", "bool"

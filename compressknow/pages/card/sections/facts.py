@@ -59,17 +59,10 @@ class Lost(Section):
             recovery = ", comes back with one example" if fact.with_example else ""
             grade = clean(fact.grade_after, 20) + recovery if fact.grade_after else NONE
             ranks = f"{write_rank(fact.rank_before)} → {write_rank(fact.rank_after)}"
-            rows.append(
-                (
-                    write_prompt(fact.prompt),
-                    clean(fact.gold),
-                    answer(fact.before),
-                    answer(fact.after),
-                    ranks if fact.rank_before or fact.rank_after else NONE,
-                    *([grade] if graded else []),
-                    clean(fact.relation, 60),
-                )
-            )
+            ranks = ranks if fact.rank_before or fact.rank_after else NONE
+            answers = clean(fact.gold), answer(fact.before), answer(fact.after)
+            further = [ranks, *([grade] if graded else []), clean(fact.relation, 60)]
+            rows.append((write_prompt(fact.prompt), *answers, *further))
         columns, left_out = _GRADED if graded else _COLUMNS, len(facts) - len(rows)
         shown = context.limits.shown
         yield from make_fact_parts(self.caption, columns, tuple(rows), shown, left_out=left_out, shade=self.which)
@@ -238,15 +231,8 @@ class ByWording(Section):
 
 
 def _make_wording_row(name: str, counts: Counts, kept: Estimate) -> tuple[str, ...]:
-    return (
-        name,
-        count(counts.n),
-        write_percent(counts.known_before, counts.n),
-        write_percent(counts.known_after, counts.n),
-        count(counts.lost),
-        count(counts.gained),
-        write_estimate(kept),
-    )
+    right = (write_percent(known, counts.n) for known in (counts.known_before, counts.known_after))
+    return name, count(counts.n), *right, count(counts.lost), count(counts.gained), write_estimate(kept)
 
 
 _BINS = ("Confidence", "Original's answers", "Right", "Compressed model's answers", "Right")
@@ -294,22 +280,12 @@ class Confident(Section):
 
 
 def _tabulate_thirds(name: str, thirds: Sequence[Tertile]) -> Table:
-    return Table(
-        f"{name}: kept by the original's confidence",
-        ("Original's answer", "Its confidence", "Known before", "Lost", "Kept"),
-        tuple(
-            (
-                clean(third.name, 40),
-                write_range(third.low, third.high),
-                count(third.counts.known_before),
-                count(third.counts.lost),
-                write_estimate(third.kept),
-            )
-            for third in thirds
-        ),
-        bars=tuple(third.kept for third in thirds),
-        bars_after=4,
-    )
+    columns, rows = ("Original's answer", "Its confidence", "Known before", "Lost", "Kept"), []
+    for third in thirds:
+        facts = count(third.counts.known_before), count(third.counts.lost)
+        rows.append((clean(third.name, 40), write_range(third.low, third.high), *facts, write_estimate(third.kept)))
+    bars = tuple(third.kept for third in thirds)
+    return Table(f"{name}: kept by the original's confidence", columns, tuple(rows), bars, bars_after=4)
 
 
 def _describe_wrong(name: str, confidence: Confidence) -> str:

@@ -332,17 +332,11 @@ class Speed(Section):
     order = 70
 
     def parts(self, context: Context) -> Iterator[Part]:
-        rows = tuple(
-            (
-                who,
-                clean(name_deployment(model), 60),
-                clean(model.speed.device, 60),
-                write_rate(model.speed.facts_per_second),
-                write_rate(model.speed.tokens_per_second),
-                write_size(model.speed.peak_bytes),
-            )
-            for who, model in (("original", context.original), ("compressed", context.comparison.model))
-            if model.speed
-        )
+        rows = []
+        for who, model in (("original", context.original), ("compressed", context.comparison.model)):
+            if speed := model.speed:
+                rates = map(write_rate, (speed.facts_per_second, speed.tokens_per_second))
+                place = clean(name_deployment(model), 60), clean(speed.device, 60)
+                rows.append((who, *place, *rates, write_size(speed.peak_bytes)))
         if rows:
-            yield Table("Speed and memory, measured on this machine", _COLUMNS, rows)
+            yield Table("Speed and memory, measured on this machine", _COLUMNS, tuple(rows))
