@@ -78,9 +78,8 @@ def diff_checkpoints(
     threads: int | None = None,
     advance: Advance = ignore_advance,
 ) -> CheckpointDiff:
-    """Compare two checkpoints, with one block per thread in memory; figures do not depend on the number of threads.
-    Raises CheckpointError if one has no weights, or no model can be built from its config; CompressknowError if their
-    architectures differ."""
+    """Compare two checkpoints, with one block per thread in memory. Raises CheckpointError if one has no weights, or no
+    model can be built from its config; CompressknowError if their architectures differ."""
     side_a, side_b = (read_stored_weights(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
     architectures = side_a.structure.architecture, side_b.structure.architecture
     hint = "Compare an original with its conversion, or two checkpoints made from the same original."

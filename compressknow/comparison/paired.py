@@ -84,13 +84,9 @@ def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
         "difference": intervals.estimate_difference(total),
         "kept": kept,
         "kept_above_chance": intervals.correct_for_chance(kept, chance),
-        "macro_original": before,
-        "macro_compressed": after,
-        "macro_difference": difference,
-        "drop_absolute": drop_absolute,
-        "drop_relative": drop_relative,
-        "by_relation": by_relation,
-        "certainty": measure_certainty([relations]),
+        **{"macro_original": before, "macro_compressed": after, "macro_difference": difference},
+        **{"drop_absolute": drop_absolute, "drop_relative": drop_relative},
+        **{"by_relation": by_relation, "certainty": measure_certainty([relations])},
     }
 
 
@@ -111,8 +107,7 @@ def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
 
 
 def list_changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple[ChangedFact, ...]]:
-    """Return the facts lost and gained, by domain and relation; then by how far the gold fell (lost) or rose (gained)
-    in log-probability, the farthest first."""
+    """Return the facts lost and gained, by domain and relation; those whose gold moved farthest come first."""
     pairs = list(pairs)
     lost = sorted((pair for pair in pairs if pair[0].correct and not pair[1].correct), key=lambda p: _order(p, 1))
     gained = sorted((pair for pair in pairs if pair[1].correct and not pair[0].correct), key=lambda p: _order(p, -1))
@@ -312,9 +307,8 @@ def _check_facts(probe: str, original: Mapping[str, Answer], compressed: Mapping
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Standing of a model among the others: how many of the original's facts it keeps; the place of a model that keeps
-    more in no more bytes, if known, and whether a test tells them apart; and the places of models that no test tells
-    from it, those that keep more first."""
+    """Standing of a model: how many of the original's facts it keeps; the place of a model that keeps more in no more
+    bytes, if known, and whether a test tells them apart; and the places of models that no test tells from it."""
 
     keeps: int
     beaten_by: int | None

@@ -24,18 +24,13 @@ _STANDARD_DEVIATIONS = 6
 
 
 def compute_power(known: float, loss: float, gained: float, unknown: float) -> float:
-    """Return the probability that the exact McNemar test, two-sided at 5 %, detects a net loss.
+    """Return the probability that the exact McNemar test, two-sided at 5 %, detects a net loss, given as a share (0 to
+    1) of the `known` facts, for as many that the original knows and `unknown` others. `gained` (0 or more) facts per
+    known one are gained, and as many lost in addition.
 
-    A share of all facts is lost and a share gained, independently. So the number of changed facts is binomial, as is
-    the number of lost ones among these; the result is the sum over all outcomes that the test rejects (Duffy 1984,
-    "Asymptotic and exact power for the McNemar test and its analogue with R controls per case", Biometrics 40,
-    1005-1015).
-
-    Parameters
-    ----------
-    known, unknown : number of facts that the original knows and does not know.
-    loss : net loss as a share of the known facts, 0 to 1.
-    gained : facts gained per known one, 0 or more; as many are lost in addition to the net loss.
+    Facts are lost and gained independently. So the number of changed facts is binomial, as is the number of lost ones
+    among these; the result is the sum over all outcomes that the test rejects (Duffy 1984, "Asymptotic and exact power
+    for the McNemar test and its analogue with R controls per case", Biometrics 40, 1005-1015).
     """
     from scipy.special import bdtr
 
@@ -167,16 +162,15 @@ _FINEST = 1 << 20
 
 def decide_gate(gate: float, known: np.ndarray, kept: np.ndarray, of: int) -> EarlyStop | None:
     """Decide whether the share kept of all facts is at least the gate, as soon as possible; None if it is still open.
+    `known` and `kept` (bool) are whether the original, and the compressed model, knows each fact so far, in random
+    order without replacement, of all `of`.
 
-    The share is that of kept facts among the known ones of all `of` facts, which are drawn without replacement in
-    random order. Two players bet, one that the share is above the gate and one that it is below. If it equals the gate,
-    neither can expect to win, and the probability that one ever multiplies its capital by 2 / LEVEL is at most
-    LEVEL / 2, however often one looks (Ville's inequality): a player who does has refuted the gate. This is the hedged
-    capital of Waudby-Smith and Ramdas 2023 ("Estimating means of bounded random variables by betting", JRSS B, arXiv
-    2010.09686, section 4.4) for draws without replacement (section 5.1), with capital spread over fixed fractions
-    (section B.4, dKelly). When all facts are drawn, the share is known exactly.
-
-    `known` and `kept` (bool) are whether the original, and the compressed model, knows each fact so far, in order.
+    Two players bet, one that the share of kept facts among known ones is above the gate, and one that it is below. If
+    it equals the gate, the probability that one ever multiplies its capital by 2 / LEVEL is at most LEVEL / 2, however
+    often one looks (Ville's inequality): a player who does has refuted the gate. This is the hedged capital of
+    Waudby-Smith and Ramdas 2023 ("Estimating means of bounded random variables by betting", JRSS B, arXiv 2010.09686,
+    sections 4.4 and 5.1), spread over fixed fractions (section B.4, dKelly). When all facts are drawn, the share is
+    known exactly.
     """
     both, drawn = known & kept, len(known)
     above, below = compute_capitals(known, both, gate, of)

@@ -183,8 +183,7 @@ class GradeCounts:
 
 @dataclass(frozen=True, slots=True)
 class ProbeFigures:
-    """Figures of one probe, paired by fact; the interval of `kept` is over relations if there are enough, else the
-    simple one."""
+    """Figures of one probe, paired by fact; `kept` has its interval over relations if there are enough."""
 
     probe: str
     protocol: str

@@ -109,8 +109,7 @@ def _renumber_weight(weight: LinearWeight, parameter: str) -> LinearWeight:
 
 @dataclass(frozen=True)
 class LostNeurons:
-    """Neurons lost along an axis of a tensor. There were `before` neurons with `each` entries per neuron, one
-    projection after the other; those in `dropped` were removed."""
+    """Neurons lost along an axis: of `before`, with `each` entries per neuron, one projection after the other."""
 
     axis: int
     each: int

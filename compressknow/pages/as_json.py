@@ -1,7 +1,4 @@
-"""Figures as values for JSON, under stable names.
-
-Unknown values are None; an interval is [low, high].
-"""
+"""Figures as values for JSON, under stable names: unknown values are None, intervals [low, high]."""
 
 from __future__ import annotations
 
@@ -59,9 +56,7 @@ def dump_clusters(counts: records.Counts, relations: Sequence[records.Counts]) -
 def dump_certainty(certainty: records.Certainty) -> dict[str, Any]:
     """Return the certainty of the figures next to it."""
     return {
-        "p": certainty.p,
-        "p_by": certainty.unit,
-        "clusters": certainty.relations,
+        **{"p": certainty.p, "p_by": certainty.unit, "clusters": certainty.relations},
         "kept_cluster_interval": dump_interval(certainty.kept),
         "difference_cluster_interval": dump_interval(certainty.difference),
         "smallest_detectable_loss": certainty.smallest_loss,

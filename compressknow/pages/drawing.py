@@ -91,15 +91,10 @@ def draw_lines(
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
 ) -> str:
-    """Draw a figure against the amount pruned, one line per scope; at most as many lines as there are markers.
-
-    Parameters
-    ----------
-    start : the figure of the original, from which lines of pruned models begin at 0 % (0 to 1).
-    levels : reference lines across the chart, by name, such as the majority baseline (0 to 1).
-    unit : `PERCENT`, or `POINTS` for differences of percentages.
-    within : the range that the axis covers at least, as from `find_reach`, so that charts in a row share a scale.
-    """
+    """Draw a figure against the amount pruned, a line per scope, at most as many as there are markers; lines of pruned
+    models begin at 0 % with the original's figure, `start` (0 to 1). `levels` are reference lines across the chart by
+    name, such as the majority baseline (0 to 1). `unit` is `PERCENT`, or `POINTS` for differences of percentages. The
+    axis covers at least the range `within`, as from `find_reach`, so that charts in a row share a scale."""
     description = "; ".join(
         f"{clean(line.scope, 40)}: "
         + ", ".join(f"{write_value(y.value, unit)} at {amount:g} %" for amount, y in line.points)

@@ -190,8 +190,7 @@ def describe_runtimes(manifest: Mapping[str, Any]) -> str:
 
 
 def has_packed_encoder(manifest: Mapping[str, Any]) -> bool:
-    """Return whether `generate` fails after plain `from_pretrained`: it calls the encoder, whose quantized layers
-    transformers unpacks only when the whole model is called."""
+    """Return whether `generate` fails after plain `from_pretrained`: it calls the encoder without unpacking it."""
     source = manifest["source"]
     generates = find_auto_class(source["architecture"], source["model_type"]) == "AutoModelForSeq2SeqLM"
     in_encoder = (row["scheme"] and "encoder" in row["name"].split(".") for row in manifest["tensors"])
@@ -345,8 +344,7 @@ def write_into_model_cards(card: Card, models: Sequence[str | Path]) -> None:
 
 
 def add_report(text: str, original: ModelRecord, comparison: Comparison) -> str:
-    """Return a model card with the report in it, and its results in the metadata. Raises OutputError if the metadata
-    cannot be read, because writing would lose it."""
+    """Return a model card with the report and its results. Raises OutputError if its metadata cannot be read."""
     from compressknow.pages.records import write_estimate
 
     report = render("model_card_report.md.j2", original=original, comparison=comparison, write_estimate=write_estimate)

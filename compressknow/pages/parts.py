@@ -286,8 +286,7 @@ class Beside(Part):
 
 @dataclass(frozen=True, slots=True)
 class Folded(Part):
-    """Parts under a title, unfolded by a click. Markdown shows them if `in_text`, with the title above code and terms,
-    which have no caption."""
+    """Parts under a title, unfolded by a click; in Markdown if `in_text`, where code and terms have the title."""
 
     title: str
     parts: tuple[Part, ...]
@@ -296,8 +295,7 @@ class Folded(Part):
 
 @dataclass(frozen=True, slots=True)
 class Graded(Part):
-    """Report card, whose last row is for all domains. Each row has a name, facts known before, share kept, interval,
-    grade, and the grades that the interval spans."""
+    """Report card, all domains last: name, facts known before, share kept, interval, grade, grades spanned."""
 
     rows: tuple[tuple[str, str, str, str, str, str], ...]
     bars: tuple[Estimate, ...]  # share kept, by row

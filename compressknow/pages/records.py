@@ -168,10 +168,7 @@ class Recommendation:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Card(Tabular):
-    """Report card of one original against one or several compressed models.
-
-    Its rows are those of each compressed model and probe: counts, shares and their intervals.
-    """
+    """Report card of one original against compressed models; its rows are those of each model and probe."""
 
     verdict: str
     original: ModelRecord
@@ -192,9 +189,7 @@ class Card(Tabular):
         `show_facts`, it contains no text of facts.
         """
         return {
-            "schema": SCHEMA,
-            "verdict": self.verdict,
-            "known": self.known,
+            **{"schema": SCHEMA, "verdict": self.verdict, "known": self.known},
             "recommended": _dump_recommendation(self.decision, name_models(self)) if self.decision else None,
             "gates": [
                 {
@@ -205,10 +200,8 @@ class Card(Tabular):
             ],
             "original": _dump_run_model(self.original),
             "compressed": [dump_comparison(each, show_facts=self.show_facts) for each in self.comparisons],
-            "warnings": list(self.warnings),
-            "method": list(self.method),
-            "versions": dict(self.versions),
-            "command": self.command,
+            **{"warnings": list(self.warnings), "method": list(self.method)},
+            **{"versions": dict(self.versions), "command": self.command},
         }
 
     def _rows(self) -> list[dict[str, Any]]:

@@ -58,9 +58,8 @@ def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[
 
 
 def make_standalone(panels: Sequence[tuple[str, str]], title: str, style: str) -> str:
-    """Return elements of `make_inline` as one file: a title, then two panels per row, in the light and dark colours of
-    the page's style sheet. A panel is its heading (may be empty) and the element.
-    """
+    """Return elements of `make_inline`, each with a heading (may be empty), as one file: a title, then two panels per
+    row, in the light and dark colours of the page's style sheet."""
     root = ElementTree.Element("svg", {"xmlns": "http://www.w3.org/2000/svg"})
     ElementTree.SubElement(root, "title").text = title
     ElementTree.SubElement(root, "style").text = _write_colours(style)
@@ -184,9 +183,7 @@ def _unwrap(parent: ElementTree.Element) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Figures by block (rows) and by module in the block (columns); None if there is no figure. A row of one figure
-    is as wide as all columns.
-    """
+    """Figures, or None, by block and by module in it; a row of one figure is as wide as all columns."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]

@@ -127,15 +127,12 @@ def _describe_cell(cell: Cell, *, has_texts: bool) -> dict[str, Any]:
         seed = f", seed {text.seed}" if text.seed else ""
         on = f" on {text.text}, {count(text.tokens)} tokens{seed}"
     return {
-        "key": cell.key,
-        "setup": cell.recipe.setup,
+        **{"key": cell.key, "setup": cell.recipe.setup, "settings": cell.settings},
         "scope": "+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope)),
-        "method": prune.method if prune else None,
-        "amount": prune.amount if prune else None,
+        **{"method": prune.method if prune else None, "amount": prune.amount if prune else None},
         "scheme": quantize.scheme if quantize else None,
         "pruning": f"{cell.pruning}{on if prune and prune.calibrated else ''}" if prune else None,
         "quantization": f"{cell.quantization}{on if quantize and quantize.calibrated else ''}" if quantize else None,
-        "settings": cell.settings,
     }
 
 
@@ -180,12 +177,10 @@ def check_study_folder(folder: Path) -> None:
 def claim(
     folder: Path, original: ModelHandle, known: str | None = None, probes: Sequence[Opened] = ()
 ) -> Iterator[None]:
-    """Lock a folder for a study of this model: a new one, or one with an earlier run of the study. A search passes
-    what counts as `known`, which decides what it tries, and a sweep its probes.
-
-    Raises OutputError if the folder is a file, is in use, or holds something else: a study of another model or version,
-    or on other facts of a probe; an older search, or one with another reading of known.
-    """
+    """Lock a folder for a study of this model: a new one, or one with an earlier run of the study. A search passes what
+    counts as `known`, which decides what it tries, and a sweep its probes. Raises OutputError if the folder is a file,
+    is in use, or holds something else: a study of another model or version, or on other facts of a probe; an older
+    search, or one with another reading of known."""
     check_study_folder(folder)
     record = folder / RECORD
     with claim_folder(folder, wait=False, worthless=(RECORD,)):

@@ -75,14 +75,10 @@ def measure_guides(
     answers: Answers | None = None,
 ) -> tuple[Sensitivity, tuple[Batches, ...]]:
     """Measure what guides the types of a checkpoint's weights, unless it is stored: facts, even if only text guides,
-    and the first `TOKENS` of the text of `calibration`. `answers` are the model's answers to all probes; by default it
-    is evaluated on some facts of each.
-
-    Returns the sensitivity of the weights, and batches of token ids for GPTQ: those of facts with their objects, if a
-    causal model knows any, and those of the text.
-
-    Raises UsageError if facts are to guide and the model knows fewer than 30.
-    """
+    and the first `TOKENS` of the text of `calibration`. `answers` are the model's to all probes; by default it is
+    evaluated on some facts of each. Return the sensitivity of the weights, and batches of token ids for GPTQ: those of
+    facts with their objects, if a causal model knows any, and those of the text. Raises UsageError if facts are to
+    guide and the model knows fewer than 30."""
     model, trusted = handle.located, handle.settings.trust_remote_code
     is_search = answers is not None
     if answers is None:

@@ -137,8 +137,7 @@ def compute_kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) ->
 
 
 def compute_risk(rows: Weights) -> float | None:
-    """Return the share of facts that the model is expected to forget if some weights are rounded to 4 bits: the sum of
-    their shares, at most 1. None if no facts guided."""
+    """Return the share of facts that the model may forget if weights are rounded to 4 bits; None if none guided."""
     shares = [row.by_type[row.compared].at_risk for row in rows]
     return None if None in shares else min(1.0, sum(share for share in shares if share is not None))
 

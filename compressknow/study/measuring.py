@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from compressknow.base.progress import Advance, ignore_advance
+from compressknow.base.reading import group_by
 from compressknow.comparison.checkpoints import name_in_block
 from compressknow.compress.calibrate.backward import FACTORS, Product, ScoredBatch, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
@@ -245,8 +246,7 @@ def measure(
     advance: Advance = ignore_advance,
 ) -> ScoreChanges:
     """Measure all Linear weights of a model, and for GGUF files the embedding, in one forward and one backward pass.
-    Types whose rounding takes an importance use that of the same tokens: the mean squares of a weight's inputs from
-    facts and from text, each normalized."""
+    The importance for rounding is the mean squares of a weight's inputs from facts and from text, each normalized."""
     structure = read_structure(tree)
     sources = Sources(checkpoint, tree, structure)
     # Experts are left out: their inputs do not show which rows the tokens belong to.
@@ -370,17 +370,10 @@ class _Measurer:
 
     def _sum_halves(self, products: Sequence[Product], values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the normalized sum of a vector per product; facts and text have equal weight."""
-        halves = []
-        for is_text in (False, True):
-            half = [
-                value
-                for each, value in zip(products, values, strict=True)
-                if (each.batch >= len(self._fact_batches.batches)) is is_text
-            ]
-            if half:
-                total = torch.stack(half).sum(0)
-                halves.append(total / total.mean())
-        return torch.stack(halves).mean(0)
+        facts = len(self._fact_batches.batches)
+        halves = group_by(zip(products, values, strict=True), lambda each: each[0].batch >= facts)
+        totals = [torch.stack([value for _, value in half]).sum(0) for half in halves.values()]
+        return torch.stack([total / total.mean() for total in totals]).mean(0)
 
     def _add_changes(self, name: str, types: Sequence[str], batch: int, changes: torch.Tensor) -> None:
         """Add changes of a batch's scores, [rows, directions, types]."""

@@ -82,8 +82,7 @@ def split_facts(probe: Opened, seed: int) -> Parts:
 
 
 def _deal(facts: Sequence[Fact], seed: int, *, whole: bool) -> list[tuple[Fact, ...]]:
-    """Deal facts into three equal parts, all wordings of a fact into the same one: `whole` relations, domain by domain,
-    or single facts, relation by relation."""
+    """Deal facts into equal parts: `whole` relations, by domain, or single facts, with all wordings, by relation."""
     units: dict[tuple[str, str], set[str]] = {}
     # A relation with facts of several domains counts for the domain of its first fact, because it is dealt whole.
     domains = {fact.relation: fact.subject for fact in reversed(facts)}

@@ -88,9 +88,8 @@ def check_gates(gates: Sequence[Gate], *, strict: bool = False, early: bool = Fa
 
 
 def hold_to_gates(result: object, card: Card) -> None:
-    """Check every compressed model against each gate of a card; errors carry the caller's `result`.
-
-    A model whose interval spans a strict gate has neither met nor missed it.
+    """Check every compressed model against each gate of a card; errors carry the caller's `result`. A model whose
+    interval spans a strict gate has neither met nor missed it.
 
     Raises GateNotMet if a model keeps less, or if the original knew nothing that could be kept; GateUndecided if that
     is undecided for one model and all others meet it; UsageError if no facts were evaluated.

@@ -53,20 +53,14 @@ def make_card(
 ) -> Card:
     """Compare each compressed model with the original, over the probes that both were evaluated on.
 
-    Parameters
-    ----------
-    show_facts : False leaves the text of every fact out of the card.
-    known : what counts as known: ``recognized`` (or better) or only ``produced``.
-    command : the command line to show.
-    early : how a gate was decided before all facts were evaluated, if it was; for one compressed model only.
-    path : the original as the user gave it, where that can be converted.
-    gates, within : what decides which of several models is recommended; see `card.gate.recommend_model`. The advice on
-        each model follows the gates too.
+    Without `show_facts`, the card has no text of a fact. `known` is what counts as known: ``recognized`` (or better) or
+    only ``produced``. `command` is the command line to show; `early` how a gate was decided before all facts were
+    evaluated, for one compressed model only; `path` the original as the user gave it, where that can be converted.
+    `gates` and `within` decide which of several models is recommended (see `card.gate.recommend_model`); the advice on
+    each follows the gates too.
 
-    Raises
-    ------
-    CompressknowError : a compressed model is of another family or vocabulary, shares no probe with the original, or
-        was evaluated on other prompts; the answers do not record what is ``produced``.
+    Raises CompressknowError if a compressed model is of another family or vocabulary, shares no probe with the
+    original, or was evaluated on other prompts, or if the answers do not record what is ``produced``.
     """
     first, *others = (apply_reading(answers, known) for answers in (original, *compressed))
     original, *compressed = map(merge_wordings, (first, *others))

@@ -1,6 +1,4 @@
-"""Page of a comparison of two checkpoints, in knowledge of the same facts, weights, settings and structure, as
-self-contained HTML, Markdown and JSON.
-"""
+"""Page of a comparison of two checkpoints, in knowledge, weights, settings and structure: HTML, Markdown, JSON."""
 
 from __future__ import annotations
 
@@ -413,17 +411,14 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
     """Return plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order; unknown values are None."""
     behaviour = comparison.behaviour
     return {
-        "schema": SCHEMA,
-        "verdict": comparison.verdict,
-        "identical": comparison.identical,
+        **{"schema": SCHEMA, "verdict": comparison.verdict, "identical": comparison.identical},
         "a": _dump_checkpoint(comparison.a),
         "b": _dump_checkpoint(comparison.b),
         "files": list(comparison.files),
         **_dump_difference(comparison.difference),
         "behaviour": _dump_behaviour(behaviour, comparison.show_facts) if behaviour else None,
         "warnings": list(comparison.warnings),
-        "versions": dict(comparison.versions),
-        "command": comparison.command,
+        **{"versions": dict(comparison.versions), "command": comparison.command},
     }
 
 

@@ -75,9 +75,8 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Evidence for one claim: comparisons of cells in all of its `parts`, or figures that must be below limits, which
-    have the joint p-value `p_holm`. The claim cannot hold if a cell is `missing`: the one most likely to contradict it.
-    """
+    """Evidence for one claim: comparisons of cells in all of its `parts`, or figures that must be below limits, with
+    the joint p-value `p_holm`. It cannot hold if a cell is `missing`: the one most likely to contradict it."""
 
     comparisons: tuple[CellComparison, ...] = ()
     parts: tuple[str, ...] = ("",)

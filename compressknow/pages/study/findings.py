@@ -110,11 +110,9 @@ def _claim_order(
     study: Study, select: Callable[[Study, str], Mapping[Any, StudyCell]], less: Mapping[str, str], more: str
 ) -> claims.Claim:
     """Claim F2, F3, F4, F6, F7, F9: pruned by equal amounts, or quantized by one scheme, each scope (F9: method) of
-    `less` hurts less than `more`.
-
-    A paired test compares the two cells at each amount, or of each scheme, that `select` returns; see
-    `claims.answer_claim`. Each of `less`, which has the part of the claim, must be shown to hurt less at one or more.
-    """
+    `less` hurts less than `more`. A paired test compares the two cells at each amount, or of each scheme, that `select`
+    returns; see `claims.answer_claim`. Each of `less`, which has the part of the claim, must be shown at one or
+    more."""
     others = select(study, more)
     comparisons = [
         claims.compare_cells(study, cell, others[key], part)

@@ -413,9 +413,7 @@ def dump_study(study: Study) -> dict[str, Any]:
         methods.setdefault(kind, {})[name] = {id: _dump_finding(each) for id, each in of_method.items()}
     of_probe = ("n", "average", "accuracy", "majority", "chance", "templates", "protocol", "limit", "seed")
     return {
-        "schema": SCHEMA,
-        "verdict": summary.write_verdict(study),
-        "known": study.known,
+        **{"schema": SCHEMA, "verdict": summary.write_verdict(study), "known": study.known},
         "found": [asdict(each) for each in summary.draw_conclusions(study, findings)],
         "original": dump_model(study.original),
         "probes": {probe.name: {key: getattr(probe, key) for key in of_probe} for probe in study.probes},
@@ -426,9 +424,7 @@ def dump_study(study: Study) -> dict[str, Any]:
         "cliffs": [asdict(cliff) for cliff in summary.find_cliffs(study)],
         "kept": {cell.key: _dump_kept(cell.comparison) for cell in study.cells},
         "cells": tidy_rows(study),
-        "method": list(study.method),
-        "versions": dict(study.versions),
-        "command": study.command,
+        **{"method": list(study.method), "versions": dict(study.versions), "command": study.command},
     }
 
 

@@ -61,9 +61,8 @@ class StudyProbe:
 
     @property
     def floor(self) -> float:
-        """Accuracy of a model that has forgotten everything ("zero or the majority baseline"): the majority baseline
-        with few answers to choose from (BoolQ, PIQA, WinoGrande), else that of guessing, or 0 if any text is
-        allowed."""
+        """Accuracy of a model that has forgotten everything: the majority baseline with few answers to choose from
+        (BoolQ, PIQA, WinoGrande), else that of guessing, or 0 if any text is allowed."""
         if self.chance is None:
             return 0.0
         return max(self.chance, self.majority or 0.0) if self.chance >= 1 / _FEW_ANSWERS else self.chance
@@ -226,9 +225,7 @@ _LONGEST = 2000  # characters of an error
 def tidy_rows(study: Study) -> list[dict[str, Any]]:
     """Return one row per cell and probe or running text, in the order of the grid; failed cells come last, and unknown
     values are None. In addition to `COLUMNS`, there is a column for each setting of any cell (``layers``, ...).
-
-    Accuracies are averaged as the probe's protocol does; `status` is ``ok``, ``failed`` or ``refused``.
-    """
+    Accuracies are averaged as the probe's protocol does; `status` is ``ok``, ``failed`` or ``refused``."""
     rows = []
     for cell in study.cells:
         rows += [_build_probe_row(cell, probe, study.known) for probe in cell.comparison.probes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, pairwise, starmap
 from typing import TypeVar
 
 from compressknow.base.format import clean, count, share, write_points
@@ -264,24 +264,15 @@ def draw_conclusions(study: Study, findings: Sequence[Finding]) -> tuple[Conclus
     """Return, by chart, the study's own findings, then the paper's findings that it has cells for."""
     orders, axes = rank_cells(study), study.find_axes()
     by = f" ({_PAPER_METHOD})" if len(study.list_methods()) > 1 else ""
-    conclusions = [
-        *(
-            _conclude_modules(f"Pruned by {each.level}{by}", each, _name_kept(each.amounts), _KEPT)
-            for each in orders["modules"]
-        ),
-        *(_conclude_cliff(cliff, _KEPT, by) for cliff in find_cliffs(study)),
-        *(_conclude_method(study, each) for each in orders["methods"]),
-        *(
-            _conclude_modules(f"Quantized by {clean(each.level, 60)}", each, "kept", _QUANTIZED)
-            for each in orders["schemes"]
-        ),
-        *(
-            Conclusion(each.id, each.claim, each.answer, each.numbers, _CHARTS[each.id])
-            for each in findings
-            if each.answer != NOT_EVALUATED and each.has_cells
-        ),
-        *chain.from_iterable(_conclude_axis(study, axis, orders[axis.chart]) for axis in axes),
-    ]
+    modules = [(f"Pruned by {each.level}{by}", each, _name_kept(each.amounts), _KEPT) for each in orders["modules"]]
+    schemes = [(f"Quantized by {clean(each.level, 60)}", each, "kept", _QUANTIZED) for each in orders["schemes"]]
+    conclusions = list(starmap(_conclude_modules, modules))
+    conclusions += [_conclude_cliff(cliff, _KEPT, by) for cliff in find_cliffs(study)]
+    conclusions += [_conclude_method(study, each) for each in orders["methods"]]
+    conclusions += starmap(_conclude_modules, schemes)
+    tested = [finding for finding in findings if finding.answer != NOT_EVALUATED and finding.has_cells]
+    conclusions += [Conclusion(f.id, f.claim, f.answer, f.numbers, _CHARTS[f.id]) for f in tested]
+    conclusions += chain.from_iterable(_conclude_axis(study, axis, orders[axis.chart]) for axis in axes)
     order = (_KEPT, "pruning-drop", *_METHODS.values(), _METHODS_ALONE, *_CHARTS.values(), *(a.chart for a in axes))
     return tuple(sorted(conclusions, key=lambda each: order.index(each.chart)))
 
