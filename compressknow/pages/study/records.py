@@ -13,6 +13,7 @@ from typing import Any
 
 from compressknow.base.format import clean, count, slugify, write_size
 from compressknow.base.notebook import Summary, Tabular
+from compressknow.base.reading import group_by
 from compressknow.comparison.intervals import run_mcnemar
 from compressknow.comparison.records import ProbeFigures, TextFigures
 from compressknow.compress.pruning import METHODS
@@ -163,11 +164,8 @@ class Study(Tabular):
 
     def list_varying_settings(self) -> list[str]:
         """Return the settings that have several values among the cells."""
-        values: dict[str, set[Setting]] = {}
-        for cell in self.cells:
-            for name, value in cell.settings.items():
-                values.setdefault(name, set()).add(value)
-        return [name for name, different in values.items() if len(different) > 1]
+        settings = group_by((pair for cell in self.cells for pair in cell.settings.items()), lambda pair: pair[0])
+        return [name for name, pairs in settings.items() if len(set(pairs)) > 1]
 
     def find_axes(self) -> tuple[Axis, ...]:
         """Return an axis for each setting in which some cells differ, and in nothing else, in the order of recipes."""
@@ -327,13 +325,9 @@ class Axis:
 
     def pair_groups(self) -> Iterable[dict[str, list[StudyCell]]]:
         """Return, for groups with the same values, their cells with a share kept, by value in the same order."""
-        by_values: dict[frozenset[str], dict[str, list[StudyCell]]] = {}
-        for _, group in self.groups:
-            known = {value: cell for value, cell in group.items() if cell.comparison.kept.value is not None}
-            cells = by_values.setdefault(frozenset(known), {value: [] for value in known})
-            for value, cell in known.items():
-                cells[value].append(cell)
-        return by_values.values()
+        known = [{v: cell for v, cell in of.items() if cell.comparison.kept.value is not None} for _, of in self.groups]
+        alike = group_by(known, frozenset).values()
+        return [{value: [each[value] for each in groups] for value in groups[0]} for groups in alike]
 
 
 def _make_axis(study: Study, name: str) -> Axis:

@@ -8,6 +8,7 @@ from itertools import chain, pairwise, starmap
 from typing import TypeVar
 
 from compressknow.base.format import clean, count, share, write_points
+from compressknow.base.reading import group_by
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.records import write_range
 from compressknow.pages.study.charts import draw_by_method
@@ -194,12 +195,10 @@ def write_verdict(study: Study) -> str:
 
 def _summarize_modules(least: Sequence[LossRanking]) -> str:
     """Say which module hurts least, grouping levels with the same answer."""
-    by_module: dict[str, list[str]] = {}
-    for each in least:
-        by_module.setdefault(each.best if each.clear else "", []).append(each.level)
+    by_module = group_by(least, lambda each: each.best if each.clear else "no module clearly")
     return "; ".join(
-        f"pruned by {join_words(levels)}, {f'{module} hurts least' if module else 'no module clearly hurts least'}"
-        for module, levels in by_module.items()
+        f"pruned by {join_words([each.level for each in of_module])}, {module} hurts least"
+        for module, of_module in by_module.items()
     )
 
 
