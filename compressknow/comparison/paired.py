@@ -203,11 +203,8 @@ def _measure_movement(pairs: Sequence[Pair]) -> KlFigures | None:
     exact = [after.first_kl for _, after in pairs if after.first_kl is not None]
     if len(exact) == len(pairs):
         return _summarize_movement(np.array([value for value in exact if math.isfinite(value)]), None)
-    by_size: dict[int, list[Pair]] = {}
-    for pair in pairs:
-        size = len(pair[0].first_ids)
-        if size and size == len(pair[1].first_ids):
-            by_size.setdefault(size, []).append(pair)
+    same_size = (pair for pair in pairs if len(pair[0].first_ids) == len(pair[1].first_ids))
+    by_size = group_by(same_size, lambda pair: len(pair[0].first_ids) or None)
     blocks = [group[start : start + _BLOCK] for group in by_size.values() for start in range(0, len(group), _BLOCK)]
     rows = np.concatenate([_measure_divergence(block) for block in blocks]) if blocks else np.empty((0, 3))
     rows = rows[np.isfinite(rows[:, 0])]

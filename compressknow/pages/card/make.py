@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import clean, count
+from compressknow.base.reading import group_by
 from compressknow.comparison.distributions import CALIBRATION_BINS, POPULARITY_BINS, compare_wordings
 from compressknow.comparison.intervals import FEWEST, FEWEST_SIGNS, RESAMPLES, SEED, estimate_proportion
 from compressknow.comparison.paired import compare_probe, list_changed_facts, measure_certainty, pair_answers
@@ -108,16 +109,11 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
     if any(c.probes for c in comparisons):
         alike = max(decision.standings, key=lambda each: each.keeps).alike if decision else None
         sentences.append(verdict.write_joint_verdict(name, comparisons, alike))
-    labels = label_models(comparisons)
-    texts = {figures.text: figures.original for c in comparisons for figures in c.texts}
-    for text, before in texts.items():
-        compressed = [
-            (label, figures.compressed)
-            for label, comparison in zip(labels, comparisons, strict=True)
-            for figures in comparison.texts
-            if figures.text == text
-        ]
-        sentences.append(write_joint_sentence(text, before, compressed))
+    labelled = zip(label_models(comparisons), comparisons, strict=True)
+    read = [(label, figures) for label, comparison in labelled for figures in comparison.texts]
+    for text, of_text in group_by(read, lambda each: each[1].text).items():
+        compressed = [(label, figures.compressed) for label, figures in of_text]
+        sentences.append(write_joint_sentence(text, of_text[0][1].original, compressed))
     return " ".join(sentences)
 
 

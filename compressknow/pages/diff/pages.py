@@ -412,9 +412,7 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
     behaviour = comparison.behaviour
     return {
         **{"schema": SCHEMA, "verdict": comparison.verdict, "identical": comparison.identical},
-        "a": _dump_checkpoint(comparison.a),
-        "b": _dump_checkpoint(comparison.b),
-        "files": list(comparison.files),
+        **{"a": _dump_checkpoint(comparison.a), "b": _dump_checkpoint(comparison.b), "files": list(comparison.files)},
         **_dump_difference(comparison.difference),
         "behaviour": _dump_behaviour(behaviour, comparison.show_facts) if behaviour else None,
         "warnings": list(comparison.warnings),

@@ -15,6 +15,7 @@ from typing import Any
 
 from compressknow.base.files import write_whole
 from compressknow.base.format import NONE, clean, count, dump_json, number, share, write_size
+from compressknow.base.reading import group_by
 from compressknow.comparison.intervals import run_mcnemar
 from compressknow.compress.steps import PAPER_SCOPES
 from compressknow.pages import parts
@@ -216,13 +217,10 @@ def _show_cells(study: Study) -> Iterator[parts.Part]:
     yield build_cells_table(study)
     yield parts.Note(_CELLS, drawn=parts.BAR)
     common, names = _find_common_warnings(study), study.name_cells()
-    single: dict[str, list[str]] = {}
-    for cell in study.cells:
-        for warning in _list_warnings(study, cell):
-            if warning not in common:
-                single.setdefault(clean(warning, 1000), []).append(names[cell.key])
+    warnings = [(names[cell.key], warning) for cell in study.cells for warning in _list_warnings(study, cell)]
+    single = group_by(warnings, lambda each: None if each[1] in common else clean(each[1], 1000))
     if single:
-        terms = tuple((", ".join(cells), "", warning) for warning, cells in single.items())
+        terms = tuple((", ".join(name for name, _ in of), "", warning) for warning, of in single.items())
         yield parts.Folded("Warnings about single cells", (parts.Terms(terms),))
 
 

@@ -204,11 +204,8 @@ def _summarize_modules(least: Sequence[LossRanking]) -> str:
 
 def _summarize_methods(least: Sequence[LossRanking]) -> str:
     """Name the methods that clearly hurt least or most, with their modules."""
-    modules: dict[str, list[str]] = {}
-    for each in least:
-        if each.clear or each.clear_worst:
-            modules.setdefault(clean(each.claim, 80), []).append(IN_WORDS[each.level])
-    claims = [f"{claim} ({join_words(names)})" for claim, names in modules.items()]
+    clear = group_by(least, lambda each: clean(each.claim, 80) if each.clear or each.clear_worst else None)
+    claims = [f"{claim} ({join_words([IN_WORDS[each.level] for each in of])})" for claim, of in clear.items()]
     return f"of the methods that prune, {join_words(claims) or 'none clearly hurts least'}"
 
 
