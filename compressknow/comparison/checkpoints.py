@@ -37,12 +37,9 @@ _GGUF_NOISE = (
     *("GGUF.", "general.name", "general.file_type", "general.quantization_version"),
     *("compressknow.", "quantize.", "split."),
 )
-# Summarized, since its layers and groups would hide everything else.
-_QUANTIZATION = "quantization_config"
-# Values of a GGUF tensor to unpack at a time.
-_VALUES = 1 << 22
-# Longer values of a GGUF file are shown as a hash.
-_LONGEST = 80
+_QUANTIZATION = "quantization_config"  # summarized, since its layers and groups would hide everything else
+_VALUES = 1 << 22  # values of a GGUF tensor to unpack at a time
+_LONGEST = 80  # longer values of a GGUF file are shown as a hash
 
 
 def diff_models(

@@ -147,8 +147,7 @@ def name_popularity_bins(bins: int) -> list[str]:
 
 
 THIRDS = ("most confident third", "middle third", "least confident third")
-# Minimum of known facts in a third.
-FEWEST = 10
+FEWEST = 10  # minimum of known facts in a third
 
 
 def get_confidence(answer: Answer) -> float | None:

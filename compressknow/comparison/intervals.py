@@ -21,8 +21,7 @@ from compressknow.comparison.records import Counts, Estimate
 RESAMPLES = 10_000
 SEED = 0
 _QUANTILES = (2.5, 97.5)
-# Relations to draw at a time, over all resamples: 8 MB of counts.
-_DRAWN_AT_A_TIME = 1 << 18
+_DRAWN_AT_A_TIME = 1 << 18  # relations to draw at a time, over all resamples: 8 MB of counts
 
 
 def estimate_proportion(part: int, whole: int, level: float = 0.95) -> Estimate:
@@ -205,8 +204,7 @@ def _average_relations(counts: np.ndarray, sizes: np.ndarray) -> list[np.ndarray
 
 # Minimum of relations to estimate how they differ; with fewer, facts count as independent, and pages warn about it.
 FEWEST = 5
-# Minimum of relations for sign flips; with fewer, the smallest possible p-value is too large.
-FEWEST_SIGNS = 10
+FEWEST_SIGNS = 10  # minimum of relations for sign flips; with fewer, the smallest possible p-value is too large
 
 
 def list_clusters(relations: Sequence[Counts]) -> list[Counts]:

@@ -34,8 +34,7 @@ from compressknow.evaluate.facts import DOMAINS
 from compressknow.evaluate.grades import average_known
 from compressknow.evaluate.records import ProbeEntry
 
-# Facts whose distributions are in memory as float64 at a time: 4,096 x 257 numbers are 8 MB.
-_BLOCK = 4096
+_BLOCK = 4096  # facts whose distributions are in memory as float64 at a time: 4,096 x 257 numbers are 8 MB
 
 
 def compare_probe(original: Answers, compressed: Answers, probe: str) -> ProbeFigures:

@@ -16,8 +16,7 @@ from compressknow.comparison.records import Counts, EarlyStop, Estimate
 
 # LEVEL is the allowed probability of a wrong result, of the test and at a gate.
 POWER, LEVEL = 0.8, 0.05
-# The loss for which the required facts are reported, as a share of the known facts.
-SMALL = 0.02
+SMALL = 0.02  # the loss for which the required facts are reported, as a share of the known facts
 # More facts than any probe has.
 _MOST = 1 << 17
 _STANDARD_DEVIATIONS = 6
@@ -156,8 +155,7 @@ def _find_least(suffices: Callable[[int], bool]) -> int | None:
 # Fractions of the capital to bet, each by one part of it: from 1/2 to 1/1024, in half octaves.
 FRACTIONS = 2.0 ** -np.arange(1.0, 10.5, 0.5)
 _STEPS = 30
-# Largest denominator of a gate as a fraction: more facts than any probe has.
-_FINEST = 1 << 20
+_FINEST = 1 << 20  # largest denominator of a gate as a fraction: more facts than any probe has
 
 
 def decide_gate(gate: float, known: np.ndarray, kept: np.ndarray, of: int) -> EarlyStop | None:

@@ -286,10 +286,8 @@ def move_apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[f
 
 # Units of a chart for a narrow screen, and of one that fills the page.
 _NARROW, _BROAD = (300, WIDTH), (380, 1080)
-# Minimum span of an axis of kept knowledge in points, so that similar models stay close.
-_SPAN = 20
-# Longer names in the legend of a narrow chart get a line each.
-_LONG = 32
+_SPAN = 20  # minimum span of an axis of kept knowledge in points, so that similar models stay close
+_LONG = 32  # longer names in the legend of a narrow chart get a line each
 # Width of a digit, height of a line, and distances of a label from its mark, in units of the drawing.
 _DIGIT, _LINE, _STEPS = 6.6, 11.0, (9, 14, 20)
 _WAYS = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))

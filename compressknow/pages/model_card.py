@@ -38,10 +38,8 @@ if TYPE_CHECKING:
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _KEY = "model-index"
-# Share of zeros that became non-zero above which a warning is given.
-_REFILLED_SHARE = 0.01
-# The metric that distinguishes the results of an earlier report from the user's own.
-_OURS = "knowledge-kept"
+_REFILLED_SHARE = 0.01  # share of zeros that became non-zero above which a warning is given
+_OURS = "knowledge-kept"  # the metric that distinguishes the results of an earlier report from the user's own
 
 
 def make_model_card(manifest: Mapping[str, Any], source: Path) -> str:

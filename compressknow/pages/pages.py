@@ -34,10 +34,8 @@ _FOLDERS = (_PACKAGE / "templates", _PACKAGE.parent / "templates")
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]#|~$]|^[-+])")
 _BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:[kMG]B|dB|points)\b)")
-# An option in a sentence.
-_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-# A p-value, as HTML has it: p &lt; 0.001.
-_P_VALUE = re.compile(r"\bp (=|&[lg]t;) (?=\d)")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")  # an option in a sentence
+_P_VALUE = re.compile(r"\bp (=|&[lg]t;) (?=\d)")  # a p-value, as HTML has it: p &lt; 0.001
 # A person, an address, an issue.
 _MENTION = re.compile(r"@(?=\w)|(?:#|\bGH-)(?=\d)", re.IGNORECASE)
 _LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of report.json
 NAME_CHARACTERS = 80  # maximum length of a name in a sentence
-# The minimum share kept for each grade, in percent.
-SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
+SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))  # the minimum share kept for each grade, in percent
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,7 @@ from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.records import write_estimate
 from compressknow.pages.svg import Grid, draw_heat_map, shorten_names
 
-# A search's page is short enough to have no table of contents.
-_ALL = 99
+_ALL = 99  # a search's page is short enough to have no table of contents
 # Name of a weight in a layer: its stack, the layer's number and the module there.
 _IN_LAYER = re.compile(r"(.*?)\.(\d+)\.(.*?)(?:\.weight)?", re.DOTALL)
 # Bits at which the shades of the map of types change.

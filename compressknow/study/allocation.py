@@ -28,8 +28,7 @@ STEPS = 1 << 15
 _NAMED = 3
 _MOST_BITS = 16
 PIN_LESS = "Leave out one of the --must options."
-# The type of weights that were not measured.
-UNMEASURED = "q8_0"
+UNMEASURED = "q8_0"  # the type of weights that were not measured
 
 
 def check_below_whole(budget: int, whole: int, hint: str = "Give less.") -> None:

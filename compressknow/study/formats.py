@@ -38,20 +38,16 @@ if TYPE_CHECKING:
 
 
 GGUF, CHECKPOINT = FORMS = ("gguf", "checkpoint")
-# Packages that making a GGUF file needs.
-NEEDED = ("llama_cpp_py_sync", "gguf", "sentencepiece")
+NEEDED = ("llama_cpp_py_sync", "gguf", "sentencepiece")  # packages that making a GGUF file needs
 # A hint for weights of a checkpoint that cannot be quantized.
 _CANNOT_QUANTIZE = (
     "Search for a GGUF file (--to gguf), if it generates text, or leave them as they are: --must PATTERN=none."
 )
-# The type of a weight that stays as it is.
-NONE = "none"
+NONE = "none"  # the type of a weight that stays as it is
 # Bytes per tensor in a safetensors header, besides its name; tensors that a quantized weight becomes.
 _HEADER, _PARTS = 130, 3
-# Bytes of the tensor that holds the shape of a packed one.
-_SHAPE = 16
-# Types named in a summary line.
-_NAMED = 3
+_SHAPE = 16  # bytes of the tensor that holds the shape of a packed one
+_NAMED = 3  # types named in a summary line
 
 
 @dataclass(frozen=True)

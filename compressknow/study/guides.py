@@ -49,20 +49,16 @@ from compressknow.model.loading import open_complete
 from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, FactBatches, Roundings, measure
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, can_guide, read_sensitivity, write_sensitivity
 
-# Maximum facts that guide.
-FACTS = 200
-# Facts to evaluate: enough even if a small model knows only half of them.
-EVALUATED = 400
+FACTS = 200  # maximum facts that guide
+EVALUATED = 400  # facts to evaluate: enough even if a small model knows only half of them
 # Share of the probability of a fact's best five candidates that is enough: other candidates hardly affect KL.
 MASS = 0.95
-# Tokens of text that guide: more would add little and take long.
-TOKENS = 2_048
+TOKENS = 2_048  # tokens of text that guide: more would add little and take long
 # Decoder rows whose lengths differ by less than this many tokens are padded at the end, which affects nothing.
 SPREAD = 4
 # Per row of text: tokens, scored positions, and draws for each. More rows help more than more positions.
 TEXT_LENGTH, TEXT_POSITIONS, TEXT_DRAWS = 64, 16, 2
-# Rows of text per batch: for each draw, the logits of that many rows are in memory at once.
-TEXT_ROWS = 8
+TEXT_ROWS = 8  # rows of text per batch: for each draw, the logits of that many rows are in memory at once
 
 
 def measure_guides(

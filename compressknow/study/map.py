@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".html", ".md", ".json", ".csv")
 COLUMNS = "name group stack layer module rows columns type bytes kl_facts kl_text at_risk".split()
-# Sizes on the curve, in equal ratios from the smallest to the largest.
-BUDGETS = 20
+BUDGETS = 20  # sizes on the curve, in equal ratios from the smallest to the largest
 # llama.cpp's fallbacks for rows that a type does not fit; that of q5_k is not among our candidates.
 _FALLBACKS = {"q6_k": "q8_0", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl"}
 

@@ -121,14 +121,11 @@ def parse_scheme(name: str) -> Scheme:
     return SCHEMES[kind].with_values({"group_size": int(size)}) if size else SCHEMES[kind]
 
 
-# Rows of a weight that are rounded and multiplied at a time, because a head has as many as the vocabulary.
-BAND = 2048
+BAND = 2048  # rows of a weight that are rounded and multiplied at a time, because a head has as many as the vocabulary
 # Rows of a weight whose errors are measured: this many of the most important ones, and one in `STRIDE` of the others.
 FIRST_ROWS, STRIDE = 64, 16
-# Share of the pieces of a text that a mean leaves out: those that change most.
-TRIMMED = 0.1
-# Minimum number of facts for the mean of a domain.
-FEWEST_OF_A_DOMAIN = 5
+TRIMMED = 0.1  # share of the pieces of a text that a mean leaves out: those that change most
+FEWEST_OF_A_DOMAIN = 5  # minimum number of facts for the mean of a domain
 
 
 @dataclass(frozen=True)

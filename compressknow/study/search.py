@@ -37,8 +37,7 @@ from compressknow.study.allocation import Allocation
 from compressknow.study.cells import CELLS, ORIGINAL, AddNoiseFloor, StudyModel, grade
 from compressknow.study.formats import GGUF, FileFormat, SearchRequest
 
-# The facts are split into parts to search with, to select by and to grade by.
-_THIRDS = 3
+_THIRDS = 3  # the facts are split into parts to search with, to select by and to grade by
 # Maximum facts of a probe to search with. They guide the search without deciding it, and each file takes longer with
 # more of them. With fewer, less than a quarter of searches succeed if relations differ a lot (ICC 0.3).
 SEARCHED = 450
@@ -173,10 +172,8 @@ class EvaluationSet:
 
 # Files that are tried: one per halving of the predicted loss, and an end of the range if it was not reached.
 HALVINGS = 7
-# Budgets closer than this share count as equal.
-CLOSE = 0.005
-# Sizes closer than this share cannot be told apart by the search facts.
-NEAR = 0.03
+CLOSE = 0.005  # budgets closer than this share count as equal
+NEAR = 0.03  # sizes closer than this share cannot be told apart by the search facts
 # Number of files that may be evaluated on the held-out facts: each widens the intervals that decide. The second is
 # predicted to lose `APART` times as much as the first, or it would fail too; the third, which is the last, `APART`
 # squared times as much as the second. (The next file depends on the one before, but not on what that kept; otherwise

@@ -25,10 +25,8 @@ from compressknow.model.manifest import SEAL, hash_manifest, seal_manifest
 Guide = Literal["facts", "text", "both"]
 GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
 SCHEMA = 4
-# Minimum number of facts that distinguish weights.
-FEWEST = 30
-# Default number of tokens of the text that guides.
-FIT_TOKENS = 8_192
+FEWEST = 30  # minimum number of facts that distinguish weights
+FIT_TOKENS = 8_192  # default number of tokens of the text that guides
 # Types of 4 bits: weights are compared by the first one that fits their rows.
 FOUR_BITS = ("q4_0", "int4/64", "int4/32", "int4/128")
 

@@ -34,8 +34,7 @@ _SCORING = {
     "log-probability of all its tokens.",
 }
 _REQUIRED = ("name", "sha256", "architecture", "family")
-# Fields that a server may leave out.
-_OF_FILES = ("parameters", "bytes", "dtype")
+_OF_FILES = ("parameters", "bytes", "dtype")  # fields that a server may leave out
 # Figures of a model that produces NaN support no advice on compression.
 _REPAIR = "Next: find an intact copy of the model that produces NaN; these figures mean nothing."
 

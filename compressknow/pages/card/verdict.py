@@ -177,8 +177,7 @@ def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike:
     return f"{sentence} {count(len(alike))} cannot be told apart from the best: {named}."
 
 
-# Maximum number of names in a sentence.
-_NAMED = 4
+_NAMED = 4  # maximum number of names in a sentence
 
 
 def join_names(names: Sequence[str]) -> str:

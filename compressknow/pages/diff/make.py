@@ -233,8 +233,7 @@ def _list_warnings(direction: Direction, of_b: Answers, forward: Card, backward:
         yield from list_text_warnings(figures, ("A", "B"))
 
 
-# In the order in which pages show facts.
-_KNOWERS = ("only A", "only B", "neither", "both")
+_KNOWERS = ("only A", "only B", "neither", "both")  # in the order in which pages show facts
 
 
 def name_knower(a: Answer, b: Answer) -> str:
