@@ -138,15 +138,13 @@ def make_groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bar
     return Table(caption, (kind, *_GROUP_COLUMNS), tuple(rows), drawn, bars_after=5, sortable=len(groups) > 1)
 
 
+Columns = Iterable[tuple[str, Sequence[str]]]  # name and cells of each
+
+
 def make_overview_table(
-    caption: str,
-    columns: Iterable[tuple[str, Sequence[str]]],
-    kept: Sequence[Estimate],
-    *,
-    bars_after: int,
-    links: tuple[str, ...] = (),
+    caption: str, columns: Columns, kept: Sequence[Estimate], *, bars_after: int, links: tuple[str, ...] = ()
 ) -> Table:
-    """Return a table of columns, each a name and its cells, with the original on top; bars show what others `kept`."""
+    """Return a table of columns with the original on top; bars show what others `kept`."""
     names, cells = zip(*columns, strict=True)
     rows, bars = tuple(zip(*cells, strict=True)), (None, *kept)
     return Table(caption, names, rows, bars, bars_after, links, pinned=1, sortable=len(kept) > 1, captioned=False)
@@ -373,22 +371,14 @@ def write_prompt(prompt: str) -> str:
     return clean(prompt.replace(BLANK, "___"), 300)
 
 
-def make_fact_parts(
-    caption: str,
-    columns: tuple[str, ...],
-    rows: tuple[tuple[str, ...], ...],
-    shown: int,
-    *,
-    left_out: int,
-    shade: str = "",
-) -> Iterator[Part]:
-    """Yield facts, with those beyond `shown` folded, and a note on those `left_out`."""
-    if not rows:
+def make_fact_parts(table: Table, shown: int, *, left_out: int, shade: str = "") -> Iterator[Part]:
+    """Yield a table of facts, with those beyond `shown` folded, and a note on those `left_out`."""
+    if not table.rows:
         yield Text("None.")
         return
-    yield Facts(Table(caption, columns, rows[:shown], prose=True), shade)
-    if rest := rows[shown:]:
-        continued = Table(f"{caption}, continued", columns, rest, prose=True)
+    yield Facts(replace(table, rows=table.rows[:shown]), shade)
+    if rest := table.rows[shown:]:
+        continued = replace(table, caption=f"{table.caption}, continued", rows=rest)
         yield Folded(f"{count(len(rest))} more", (Facts(continued, shade),))
     if left_out:
         yield make_rest_note(left_out)

@@ -219,7 +219,8 @@ def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator
         )
         for a, b in answers[:limit]
     )
-    return parts.make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows))
+    table = parts.Table(_ANSWERS, _COLUMNS, rows, prose=True)
+    return parts.make_fact_parts(table, shown, left_out=len(answers) - len(rows))
 
 
 def _list_best(answered: Answer) -> tuple[str, ...]:

@@ -63,9 +63,9 @@ class Lost(Section):
             answers = clean(fact.gold), answer(fact.before), answer(fact.after)
             further = [ranks, *([grade] if graded else []), clean(fact.relation, 60)]
             rows.append((write_prompt(fact.prompt), *answers, *further))
-        columns, left_out = _GRADED if graded else _COLUMNS, len(facts) - len(rows)
-        shown = context.limits.shown
-        yield from make_fact_parts(self.caption, columns, tuple(rows), shown, left_out=left_out, shade=self.which)
+        table = Table(self.caption, _GRADED if graded else _COLUMNS, tuple(rows), prose=True)
+        left_out = len(facts) - len(rows)
+        yield from make_fact_parts(table, context.limits.shown, left_out=left_out, shade=self.which)
 
 
 class Gained(Lost):
