@@ -41,6 +41,8 @@ _QUANTIZATION = "quantization_config"  # summarized, since its layers and groups
 _VALUES = 1 << 22  # values of a GGUF tensor to unpack at a time
 _LONGEST = 80  # longer values of a GGUF file are shown as a hash
 
+_Place = tuple[str | None, int | None, str | None]  # stack, number and module of a Linear weight in a block
+
 
 def diff_models(
     a: LocatedModel, b: LocatedModel, *, trust_remote_code: bool, threads: int | None, on_progress: Listener | None
@@ -144,21 +146,12 @@ def _diff_tensor(
 ) -> TensorDiff:
     sums, same = weights.diff_values(reader, values_a, values_b)
     linear = a.linear(name) or b.linear(name)
-    in_block = linear is not None and linear.layer is not None
-    return TensorDiff(
-        name=name,
-        group=NOT_LINEAR if linear is None else linear.group or "other",
-        stack=linear.stack if linear and in_block else None,
-        layer=linear.layer if linear and in_block else None,
-        module=name_in_block(name) if in_block else None,
-        shape=values_a.shape,
-        dtype_a=values_a.tensor.dtype,
-        dtype_b=values_b.tensor.dtype,
-        bytes_a=values_a.nbytes,
-        bytes_b=values_b.nbytes,
-        same_bytes=same,
-        sums=sums,
-    )
+    group = NOT_LINEAR if linear is None else linear.group or "other"
+    place: _Place = (None, None, None)
+    if linear and linear.layer is not None:
+        place = linear.stack, linear.layer, name_in_block(name)
+    dtypes, sizes = (values_a.tensor.dtype, values_b.tensor.dtype), (values_a.nbytes, values_b.nbytes)
+    return TensorDiff(name, group, *place, values_a.shape, *dtypes, *sizes, same, sums)
 
 
 def name_in_block(name: str) -> str:
@@ -270,21 +263,12 @@ _STACKS = {"enc": "encoder", "dec": "decoder"}
 def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: DiffSums, same: bool) -> TensorDiff:
     # As in a checkpoint, embeddings and vectors are not Linear weights.
     is_linear = group not in (EMBEDDING, NOT_LINEAR)
-    in_block = is_linear and a.layer is not None
-    return TensorDiff(
-        name=a.name,
-        group=group if is_linear else NOT_LINEAR,
-        stack=_STACKS.get(a.name.partition(".")[0]) if in_block else None,
-        layer=a.layer if in_block else None,
-        module=a.name.partition("blk.")[2].partition(".")[2].removesuffix(".weight") if in_block else None,
-        shape=a.shape[::-1],
-        dtype_a=a.type,
-        dtype_b=b.type,
-        bytes_a=a.nbytes,
-        bytes_b=b.nbytes,
-        same_bytes=same,
-        sums=sums,
-    )
+    place: _Place = (None, None, None)
+    if is_linear and a.layer is not None:
+        module = a.name.partition("blk.")[2].partition(".")[2].removesuffix(".weight")
+        place = _STACKS.get(a.name.partition(".")[0]), a.layer, module
+    group = group if is_linear else NOT_LINEAR
+    return TensorDiff(a.name, group, *place, a.shape[::-1], a.type, b.type, a.nbytes, b.nbytes, same, sums)
 
 
 def _diff_gguf_values(a: Any, b: Any) -> tuple[DiffSums, bool]:

@@ -143,6 +143,7 @@ def _write_moves(floor: NoiseFloor | None) -> str:
 
 _NO_FACTS = "there is nothing to count."
 _NOTHING_KNOWN = "the original knew none of the facts."
+_NO_CHANCE = "the answer is free text, so nothing is right by chance, or " + _NOTHING_KNOWN
 _NO_DISTRIBUTION = "the answers hold no distribution over tokens."
 _LOGP = "Change of the right answer's log-probability"
 _NO_LOGP = "the answers hold no probability of the right answer."
@@ -165,11 +166,7 @@ _FIGURES: tuple[tuple[str, Callable[[ProbeFigures], str], str | None], ...] = (
     ("Mean over relations after", lambda p: write_estimate(p.macro_compressed), _FEW_RELATIONS),
     ("Difference of these means", lambda p: write_estimate(p.macro_difference, write_points), _FEW_RELATIONS),
     ("Knowledge kept", lambda p: write_estimate(p.kept), _NOTHING_KNOWN),
-    (
-        "Kept above chance",
-        lambda p: write_estimate(p.kept_above_chance),
-        "the answer is free text, so nothing is right by chance, or the original knew none of the facts.",
-    ),
+    ("Kept above chance", lambda p: write_estimate(p.kept_above_chance), _NO_CHANCE),
     ("Lost", lambda p: write_part(p.counts.lost, p.counts.known_before), ""),
     ("Gained", lambda p: write_part(p.counts.gained, p.counts.gained + p.counts.neither), ""),
     ("Flips (lost or gained)", lambda p: share(p.counts.flips), _NO_FACTS),
@@ -258,29 +255,18 @@ def _write_interval(figure: Estimate, write: Callable[[float], str] = share) -> 
     return NONE if figure.low is None else write_estimate(figure, write)
 
 
+# What is written of the counts and the certainty of some facts.
 _ROWS: tuple[tuple[str, Callable[[Counts, Certainty], str]], ...] = (
-    ("Known facts", lambda counts, _: count(counts.known_before)),
-    ("Relations with known facts", lambda _, sure: count(sure.relations)),
-    (
-        "Knowledge kept, simple interval",
-        lambda counts, _: _write_interval(estimate_proportion(counts.both, counts.known_before)),
-    ),
-    ("Knowledge kept, interval over relations", lambda _, sure: _write_interval(sure.kept)),
-    (
-        "Difference of accuracy, simple interval",
-        lambda counts, _: write_estimate(estimate_difference(counts), write_points),
-    ),
-    ("Difference of accuracy, interval over relations", lambda _, sure: _write_interval(sure.difference, write_points)),
-    (
-        "Net change against chance, by relation",
-        lambda _, sure: write_p_value(sure.p) if sure.unit == "relation" else NONE,
-    ),
-    ("Net change against chance, facts as independent", lambda counts, _: write_p_value(run_mcnemar(counts))),
-    ("Smallest detectable net loss", lambda _, sure: share(sure.smallest_loss)),
-    (
-        "Known facts to detect a net loss of 2 %",
-        lambda _, sure: NONE if sure.facts_for_two is None else count(sure.facts_for_two),
-    ),
+    ("Known facts", lambda c, _: count(c.known_before)),
+    ("Relations with known facts", lambda _, s: count(s.relations)),
+    ("Knowledge kept, simple interval", lambda c, _: _write_interval(estimate_proportion(c.both, c.known_before))),
+    ("Knowledge kept, interval over relations", lambda _, s: _write_interval(s.kept)),
+    ("Difference of accuracy, simple interval", lambda c, _: write_estimate(estimate_difference(c), write_points)),
+    ("Difference of accuracy, interval over relations", lambda _, s: _write_interval(s.difference, write_points)),
+    ("Net change against chance, by relation", lambda _, s: write_p_value(s.p) if s.unit == "relation" else NONE),
+    ("Net change against chance, facts as independent", lambda c, _: write_p_value(run_mcnemar(c))),
+    ("Smallest detectable net loss", lambda _, s: share(s.smallest_loss)),
+    ("Known facts to detect a net loss of 2 %", lambda _, s: count(s.facts_for_two) if s.facts_for_two else NONE),
 )
 
 
