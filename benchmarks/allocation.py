@@ -185,7 +185,7 @@ def print_row(
     counts = tally(before, after, number_clusters([(answer.probe, answer.relation) for answer in known.values()]))
     total, seconds = sum(counts, Counts()), file.with_suffix(".seconds")
     kl = statistics.fmean(compute_kl(answer, answers[fact]) for fact, answer in known.items())
-    p = run_paired_test(counts).p if total.lost or total.gained else None
+    p = run_paired_test(counts) if total.lost or total.gained else None
     minutes = float(seconds.read_text()) / 60 if seconds.exists() else float("nan")
     print(
         f"{name:<26}{file.stat().st_size / 1e6:>8.2f}{after.mean():>9.1%}{kl:>8.3f}{total.lost:>7}"

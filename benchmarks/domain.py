@@ -55,7 +55,7 @@ def main() -> None:
         total = sum(counts, Counts())
         print(
             f"{name}: {by_all.mean():.1%} -> {by_domain.mean():.1%} of {selected.sum()}, {total.lost} worse, "
-            f"{total.gained} better, {write_p_value(run_paired_test(counts).p)}"
+            f"{total.gained} better, {write_p_value(run_paired_test(counts))}"
         )
 
 

@@ -158,7 +158,7 @@ def _list_probes(comparison: Comparison) -> Iterator[str]:
             f"after {share(probe.accuracy_compressed.value)}"
         )
         yield from wrap(
-            f"  lost {count(counts.lost)}, gained {count(counts.gained)} ({write_p_value(probe.certainty.test.p)}); "
+            f"  lost {count(counts.lost)}, gained {count(counts.gained)} ({write_p_value(probe.certainty.p)}); "
             f"answers changed {share(probe.answer_changed)}"
         )
         if probe.movement:

@@ -115,11 +115,8 @@ def compute_percentiles(values: np.ndarray | Sequence[float], percentiles: Mappi
 
 
 def assign_popularity_bins(popularity: Sequence[float | None]) -> list[str | None]:
-    """Return the popularity bin of each fact: "top 20 %", "20 to 40 %", ... "bottom 20 %"; None if it has none.
-
-    Bins are of about equal size, at most five, with at least 20 facts in each; equally popular facts are in the same
-    bin. If fewer than two such bins are possible, no fact has one.
-    """
+    """Return each fact's popularity bin: "top 20 %", "20 to 40 %", ... "bottom 20 %". There are at most five, of about
+    equal size and 20 facts or more; equally popular facts share one. With fewer than two, facts have None."""
     values = np.array([np.nan if value is None else value for value in popularity], dtype=np.float64)
     known = np.isfinite(values)
     for bins in range(min(POPULARITY_BINS, int(known.sum()) // POPULARITY_FACTS), 1, -1):
@@ -150,17 +147,12 @@ def name_popularity_bins(bins: int) -> list[str]:
 
 
 THIRDS = ("most confident third", "middle third", "least confident third")
-# Minimum of known facts in a third.
-FEWEST = 10
+FEWEST = 10  # minimum of known facts in a third
 
 
 def get_confidence(answer: Answer) -> float | None:
-    """Return the probability of a model's answer among all possible ones, 0 to 1: the softmax of their scores. (Among
-    all texts, a long answer has a tiny probability even if the model has no doubt.)
-
-    None if any text is possible, if the sum over all answers is not known (answers of older versions to more than
-    five), and for a broken model that returns NaN, about which there is a warning.
-    """
+    """Return the probability of a model's answer among all possible ones, 0 to 1: the softmax of their scores. None if
+    any text is possible, if the sum over all answers is not known (older versions), or if the model returns NaN."""
     logp, total = answer.top5_logp, answer.total_logp
     if answer.choices is None or not logp or not math.isfinite(logp[0]):
         return None
@@ -252,8 +244,7 @@ def count_pairs(pairs: Sequence[tuple[Answer, Answer]]) -> Counts:
 
 
 def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -> dict[str, Any]:
-    """Return the figures of each wording of a probe, given answers to all of them, as fields of `ProbeFigures`; none if
-    there is only one wording."""
+    """Return the figures of each of several wordings of a probe, from all answers, as fields of `ProbeFigures`."""
     after = {answer.fact_id: answer for answer in compressed}
     pairs = [(answer, after[answer.fact_id]) for answer in original if answer.fact_id in after]
     templates = sorted({answer.template for answer, _ in pairs if answer.template is not None})
@@ -267,9 +258,8 @@ def compare_wordings(original: Sequence[Answer], compressed: Sequence[Answer]) -
 
 
 def measure_consistency(answers: Iterable[Answer]) -> float | None:
-    """Return the mean share of a fact's pairs of wordings with the same answer, over facts with two wordings or more
-    (Elazar et al. 2021, "Measuring and Improving Consistency in Pretrained Language Models", section 3). None if there
-    are none."""
+    """Return the mean share of a fact's pairs of wordings with the same answer (Elazar et al. 2021, "Measuring and
+    Improving Consistency in Pretrained Language Models", section 3); None if no fact has two wordings."""
     shares = []
     for wordings in group_by_fact(answers).values():
         equal = [one.predicted == other.predicted for one, other in combinations(wordings, 2)]

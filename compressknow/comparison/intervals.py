@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from compressknow.comparison.records import Counts, Estimate, PairedTest
+from compressknow.comparison.records import Counts, Estimate
 
 RESAMPLES = 10_000
 SEED = 0
 _QUANTILES = (2.5, 97.5)
-# Relations to draw at a time, over all resamples: 8 MB of counts.
-_DRAWN_AT_A_TIME = 1 << 18
+_DRAWN_AT_A_TIME = 1 << 18  # relations to draw at a time, over all resamples: 8 MB of counts
 
 
 def estimate_proportion(part: int, whole: int, level: float = 0.95) -> Estimate:
@@ -171,12 +170,11 @@ def correct_for_chance(kept: Estimate, chance: float | None) -> Estimate:
 
 
 def average_relations(relations: Sequence[Counts]) -> tuple[Estimate, Estimate, Estimate]:
-    """Return the accuracy of the original, of the compressed model, and their difference, as means over relations;
-    those without facts are left out.
+    """Return the accuracy of the original, of the compressed model, and their difference, as means over relations with
+    facts.
 
     Intervals are percentiles 2.5 and 97.5 of a stratified paired bootstrap with `RESAMPLES` samples (Efron and
-    Tibshirani 1993, chapter 13). Resampling a relation's facts in pairs is the same as drawing its four counts from a
-    multinomial distribution, so only counts are drawn. The order of relations affects only the random draws. If all
+    Tibshirani 1993, chapter 13): each relation's four counts are drawn from a multinomial distribution. If all
     resamples are equal (with one fact per relation, say), the spread is not known, and there is no interval.
     """
     table = np.array([[c.both, c.lost, c.gained, c.neither] for c in relations if c.n], dtype=np.int64).reshape(-1, 4)
@@ -206,8 +204,7 @@ def _average_relations(counts: np.ndarray, sizes: np.ndarray) -> list[np.ndarray
 
 # Minimum of relations to estimate how they differ; with fewer, facts count as independent, and pages warn about it.
 FEWEST = 5
-# Minimum of relations for sign flips; with fewer, the smallest possible p-value is too large.
-FEWEST_SIGNS = 10
+FEWEST_SIGNS = 10  # minimum of relations for sign flips; with fewer, the smallest possible p-value is too large
 
 
 def list_clusters(relations: Sequence[Counts]) -> list[Counts]:
@@ -219,8 +216,7 @@ def list_clusters(relations: Sequence[Counts]) -> list[Counts]:
 
 
 def number_clusters(facts: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Return the number of each fact's cluster, from 0, given facts as (probe, relation). The cluster is the relation
-    or, in a probe of one relation, the fact."""
+    """Return each fact's cluster number, from 0, by (probe, relation); in a probe of one relation, each has its own."""
     relations = Counter(probe for probe, _ in set(facts))
     names = [fact if relations[fact[0]] > 1 else index for index, fact in enumerate(facts)]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
@@ -240,7 +236,17 @@ def tally(first: np.ndarray, second: np.ndarray, cluster: np.ndarray) -> list[Co
     return [Counts(*row) for row in table[:, [3, 2, 1, 0]].tolist()]
 
 
-def run_paired_test(clusters: Sequence[Counts]) -> PairedTest:
+def find_unit(clusters: Sequence[Counts]) -> str:
+    """Return what is sampled independently: ``relation`` if there are enough, and some have several facts; or ``fact``.
+
+    >>> find_unit([Counts(both=2)] * 5), find_unit([Counts(both=2)] * 4), find_unit([Counts(both=1)] * 5)
+    ('relation', 'fact', 'fact')
+    """
+    sizes = [cluster.n for cluster in clusters if cluster.n]
+    return "relation" if FEWEST <= len(sizes) < sum(sizes) else "fact"
+
+
+def run_paired_test(clusters: Sequence[Counts]) -> float | None:
     """Test whether facts are lost as often as gained, two-sided, given that facts of a cluster are correlated.
 
     With 10 clusters or more, the test is by sign flips: under the null hypothesis, the net change of each cluster could
@@ -252,15 +258,14 @@ def run_paired_test(clusters: Sequence[Counts]) -> PairedTest:
     Statistics in Medicine 22, 2417-2428), sign flips are exact, and lose no power if clusters do not matter.
 
     >>> run_paired_test([Counts(lost=9, gained=2)]), run_paired_test([Counts(lost=3)] * 8 + [Counts(gained=3)] * 2)
-    (PairedTest(p=0.06542..., unit='fact'), PairedTest(p=0.109375, unit='relation'))
+    (0.06542..., 0.109375)
     """
     table = np.array([(c.both, c.lost, c.gained, c.neither) for c in clusters if c.n], dtype=np.int64).reshape(-1, 4)
     changes, sizes = table[:, 2] - table[:, 1], table.sum(axis=1)
     exact = run_mcnemar(Counts(*table.sum(axis=0).tolist()))
-    if exact is None or not FEWEST <= len(sizes) < sizes.sum():
-        return PairedTest(exact, "fact")
-    p = _flip_signs(changes) if len(sizes) >= FEWEST_SIGNS else max(exact, _jackknife(changes, sizes))
-    return PairedTest(p, "relation")
+    if exact is None or find_unit(clusters) == "fact":
+        return exact
+    return _flip_signs(changes) if len(sizes) >= FEWEST_SIGNS else max(exact, _jackknife(changes, sizes))
 
 
 def _flip_signs(changes: np.ndarray) -> float:
@@ -391,7 +396,7 @@ def estimate_difference_by_cluster(clusters: Sequence[Counts], level: float = 0.
     total = sum(clusters, Counts())
     if not total.n:
         return Estimate(None)
-    if not FEWEST <= sum(cluster.n > 0 for cluster in clusters) < total.n:
+    if find_unit(clusters) == "fact":
         return Estimate((total.gained - total.lost) / total.n)
     effect, _, degrees = design_of_change(clusters)
     return _estimate_difference(total, total.n / effect, _compute_quantile(degrees, level))
@@ -428,14 +433,12 @@ def compare_rates(
     first: np.ndarray, second: np.ndarray, cluster: np.ndarray, millions: tuple[float, float]
 ) -> tuple[Estimate, float | None]:
     """Return how much more the second of two forms loses than the first, per million changed parameters: the mean over
-    facts with its interval over clusters, and a two-sided p-value; see `_estimate_mean`.
+    facts with its interval over clusters, and a two-sided p-value; see `_estimate_mean`. `first` and `second` are 1 for
+    each fact that the form lost, -1 for one that it gained, and otherwise 0; `cluster` is the number of each fact's
+    cluster, from 0. `millions` is the number of parameters that each form changed.
 
-    A form that changed few parameters may lose no fact by chance, which would then seem certain. So if a form changed
-    fewer facts than the common rate predicts, the variance is raised to that of the predicted number of independent
-    facts.
-
-    `first` and `second` are 1 for each fact that the form lost, -1 for one that it gained, and otherwise 0; `cluster`
-    is the number of each fact's cluster, from 0. `millions` is the number of parameters that each form changed.
+    A form that changed few parameters may lose no fact by chance. So if a form changed fewer facts than the common rate
+    predicts, the variance is raised to that of the predicted number of independent facts.
     """
     if not len(first) or not all(millions):
         return Estimate(None), None

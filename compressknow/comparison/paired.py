@@ -29,45 +29,34 @@ from compressknow.comparison.distributions import (
 )
 from compressknow.comparison.power import count_facts_to_show, find_smallest_loss
 from compressknow.comparison.records import Certainty, ChangedFact, Counts, Estimate, Group, KlFigures, ProbeFigures
-from compressknow.evaluate.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answer
+from compressknow.evaluate.answers import REFERENCE_TOKENS, SERVER_TOKENS, Answer, Answers
 from compressknow.evaluate.facts import DOMAINS
 from compressknow.evaluate.grades import average_known
 from compressknow.evaluate.records import ProbeEntry
 
-# Facts whose distributions are in memory as float64 at a time: 4,096 x 257 numbers are 8 MB.
-_BLOCK = 4096
+_BLOCK = 4096  # facts whose distributions are in memory as float64 at a time: 4,096 x 257 numbers are 8 MB
 
 
-def compare_probe(
-    original: Sequence[Answer],
-    compressed: Sequence[Answer],
-    entry_original: ProbeEntry,
-    entry_compressed: ProbeEntry,
-    *,
-    probe: str,
-    ran_in: str,
-) -> ProbeFigures:
-    """Return all figures of one probe from both models' answers, in any order, and its entries in each ``probe.json``.
-    `ran_in` is the compressed model's runtime and build, which selects the noise floor. Raises CompressknowError if the
-    two were evaluated on different prompts."""
-    pairs = pair_answers(probe, original, compressed, entry_original, entry_compressed)
+def compare_probe(original: Answers, compressed: Answers, probe: str) -> ProbeFigures:
+    """Return all figures of one probe. Raises CompressknowError if the two were evaluated on different prompts."""
+    pairs, entry = pair_answers(original, compressed, probe), original.record.probes[probe]
     by_subject = _group_pairs(pairs, lambda answer: answer.subject)
     changes = [change for pair in pairs if (change := _measure_logp_change(pair)) is not None]
     # Whether both models were scored on the most likely tokens of the same model.
-    has_same_reference = entry_original.reference is not None and entry_original.reference == entry_compressed.reference
+    has_same_reference = entry.reference is not None and entry.reference == compressed.record.probes[probe].reference
     return ProbeFigures(
         probe=probe,
-        protocol=entry_original.protocol,
-        average=entry_original.average,
-        chance=entry_original.chance,
-        majority=entry_original.majority,
-        facts_read=entry_original.facts,
-        dropped=dict(sorted(entry_original.dropped.items())),
-        limit=entry_original.limit,
-        seed=entry_original.seed or 0,
-        noise_floor=entry_original.noise_floor,
-        runtime_noise_floor=entry_original.runtime_noise_floors.get(ran_in),
-        **_measure_shares(pairs, entry_original.average),
+        protocol=entry.protocol,
+        average=entry.average,
+        chance=entry.chance,
+        majority=entry.majority,
+        facts_read=entry.facts,
+        dropped=dict(sorted(entry.dropped.items())),
+        limit=entry.limit,
+        seed=entry.seed or 0,
+        noise_floor=entry.noise_floor,
+        runtime_noise_floor=entry.runtime_noise_floors.get(compressed.record.model.ran_in),
+        **_measure_shares(pairs, entry.average),
         answer_changed=_share_changed(pairs),
         movement=_measure_movement(pairs) if has_same_reference else None,
         logp_change=compute_percentiles(changes, PERCENTILES) if changes else None,
@@ -85,6 +74,7 @@ def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
     relations = [group.counts for group in by_relation]
     before, after, difference = intervals.average_relations(relations)
     kept = intervals.estimate_kept(intervals.list_clusters(relations))
+    chance = _estimate_chance([pair for pair in pairs if pair[0].correct])
     drop_absolute, drop_relative = _compute_drop(total, (before, difference) if average == "macro" else None)
     return {
         "counts": total,
@@ -92,16 +82,10 @@ def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
         "accuracy_compressed": intervals.estimate_proportion(total.known_after, total.n),
         "difference": intervals.estimate_difference(total),
         "kept": kept,
-        "kept_above_chance": intervals.correct_for_chance(
-            kept, _estimate_chance([pair for pair in pairs if pair[0].correct])
-        ),
-        "macro_original": before,
-        "macro_compressed": after,
-        "macro_difference": difference,
-        "drop_absolute": drop_absolute,
-        "drop_relative": drop_relative,
-        "by_relation": by_relation,
-        "certainty": measure_certainty([relations]),
+        "kept_above_chance": intervals.correct_for_chance(kept, chance),
+        **{"macro_original": before, "macro_compressed": after, "macro_difference": difference},
+        **{"drop_absolute": drop_absolute, "drop_relative": drop_relative},
+        **{"by_relation": by_relation, "certainty": measure_certainty([relations])},
     }
 
 
@@ -111,7 +95,8 @@ def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
     clusters = [cluster for relations in probes for cluster in intervals.list_clusters(relations)]
     total, change = sum(clusters, Counts()), intervals.design_of_change(clusters)
     return Certainty(
-        test=intervals.run_paired_test(clusters),
+        p=intervals.run_paired_test(clusters),
+        unit=intervals.find_unit(clusters),
         relations=sum(bool(relation.known_before) for relations in probes for relation in relations),
         kept=intervals.estimate_kept_by_cluster(clusters),
         difference=intervals.estimate_difference_by_cluster(clusters),
@@ -121,8 +106,7 @@ def measure_certainty(probes: Sequence[Sequence[Counts]]) -> Certainty:
 
 
 def list_changed_facts(pairs: Iterable[Pair]) -> tuple[tuple[ChangedFact, ...], tuple[ChangedFact, ...]]:
-    """Return the facts lost and gained, by domain and relation; then by how far the gold fell (lost) or rose (gained)
-    in log-probability, the farthest first."""
+    """Return the facts lost and gained, by domain and relation; those whose gold moved farthest come first."""
     pairs = list(pairs)
     lost = sorted((pair for pair in pairs if pair[0].correct and not pair[1].correct), key=lambda p: _order(p, 1))
     gained = sorted((pair for pair in pairs if pair[1].correct and not pair[0].correct), key=lambda p: _order(p, -1))
@@ -176,7 +160,7 @@ def _make_group(name: str, pairs: Sequence[Pair]) -> Group:
         counts=total,
         relations=clusters,
         kept=intervals.estimate_kept(clusters),
-        p=intervals.run_paired_test(clusters).p,
+        p=intervals.run_paired_test(clusters),
         p_holm=None,
         answer_changed=_share_changed(pairs),
         chance=_estimate_chance(pairs),
@@ -218,11 +202,8 @@ def _measure_movement(pairs: Sequence[Pair]) -> KlFigures | None:
     exact = [after.first_kl for _, after in pairs if after.first_kl is not None]
     if len(exact) == len(pairs):
         return _summarize_movement(np.array([value for value in exact if math.isfinite(value)]), None)
-    by_size: dict[int, list[Pair]] = {}
-    for pair in pairs:
-        size = len(pair[0].first_ids)
-        if size and size == len(pair[1].first_ids):
-            by_size.setdefault(size, []).append(pair)
+    same_size = (pair for pair in pairs if len(pair[0].first_ids) == len(pair[1].first_ids))
+    by_size = group_by(same_size, lambda pair: len(pair[0].first_ids) or None)
     blocks = [group[start : start + _BLOCK] for group in by_size.values() for start in range(0, len(group), _BLOCK)]
     rows = np.concatenate([_measure_divergence(block) for block in blocks]) if blocks else np.empty((0, 3))
     rows = rows[np.isfinite(rows[:, 0])]
@@ -260,10 +241,8 @@ def _measure_logp_change(pair: Pair) -> float | None:
 
 
 def _measure_ranks(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return MRR, P@5, and the number of lost facts whose gold is still among the five most likely answers.
-
-    The latter two are None if all facts have at most five possible answers, which would be meaningless.
-    """
+    """Return MRR, P@5, and the number of lost facts whose gold is still among the five most likely answers; the latter
+    two are None if no fact has more than five possible answers."""
     before, after = ([each.rank for each in answers] for answers in (zip(*pairs, strict=True) if pairs else ((), ())))
     has_few = all(pair[0].choices is not None and pair[0].choices <= 5 for pair in pairs)
     still = [b.rank for a, b in pairs if a.correct and not b.correct and b.rank is not None and b.rank <= 5]
@@ -286,17 +265,10 @@ Pair = tuple[Answer, Answer]
 _SETTINGS = {"protocol": "protocol", "limit": "--limit", "seed": "--seed", "facts": "facts read"}
 
 
-def pair_answers(
-    probe: str,
-    original: Sequence[Answer],
-    compressed: Sequence[Answer],
-    entry_original: ProbeEntry,
-    entry_compressed: ProbeEntry,
-) -> list[Pair]:
-    """Pair the answers to the same facts, sorted by the facts' ids. Raises CompressknowError if protocols, fingerprints
-    or facts differ."""
-    _check_prompts(probe, entry_original, entry_compressed)
-    before, after = ({answer.fact_id: answer for answer in answers} for answers in (original, compressed))
+def pair_answers(original: Answers, compressed: Answers, probe: str) -> list[Pair]:
+    """Pair answers by fact, sorted by id. Raises CompressknowError if protocols, fingerprints or facts differ."""
+    _check_prompts(probe, original.record.probes[probe], compressed.record.probes[probe])
+    before, after = ({answer.fact_id: answer for answer in side.of(probe)} for side in (original, compressed))
     _check_facts(probe, before, after)
     return [(before[fact], after[fact]) for fact in sorted(before)]
 
@@ -331,9 +303,8 @@ def _check_facts(probe: str, original: Mapping[str, Answer], compressed: Mapping
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Standing of a model among the others: how many of the original's facts it keeps; the place of a model that keeps
-    more in no more bytes, if known, and whether a test tells them apart; and the places of models that no test tells
-    from it, those that keep more first."""
+    """Standing of a model: how many of the original's facts it keeps; the place of a model that keeps more in no more
+    bytes, if known, and whether a test tells them apart; and the places of models that no test tells from it."""
 
     keeps: int
     beaten_by: int | None
@@ -352,7 +323,7 @@ def rank_models(
     cluster = intervals.number_clusters([(fact.probe, fact.relation) for fact in facts])
     pairs = list(combinations(range(len(models)), 2))
     adjusted = intervals.adjust_holm(
-        [intervals.run_paired_test(intervals.tally(keeps[one], keeps[other], cluster)).p for one, other in pairs]
+        [intervals.run_paired_test(intervals.tally(keeps[one], keeps[other], cluster)) for one, other in pairs]
     )
     different = {pair for pair, p in zip(pairs, adjusted, strict=True) if p is not None and p < SIGNIFICANT}
     known = [int(each.sum()) for each in keeps]

@@ -16,26 +16,20 @@ from compressknow.comparison.records import Counts, EarlyStop, Estimate
 
 # LEVEL is the allowed probability of a wrong result, of the test and at a gate.
 POWER, LEVEL = 0.8, 0.05
-# The loss for which the required facts are reported, as a share of the known facts.
-SMALL = 0.02
+SMALL = 0.02  # the loss for which the required facts are reported, as a share of the known facts
 # More facts than any probe has.
 _MOST = 1 << 17
 _STANDARD_DEVIATIONS = 6
 
 
 def compute_power(known: float, loss: float, gained: float, unknown: float) -> float:
-    """Return the probability that the exact McNemar test, two-sided at 5 %, detects a net loss.
+    """Return the probability that the exact McNemar test, two-sided at 5 %, detects a net loss, given as a share (0 to
+    1) of the `known` facts, for as many that the original knows and `unknown` others. `gained` (0 or more) facts per
+    known one are gained, and as many lost in addition.
 
-    A share of all facts is lost and a share gained, independently. So the number of changed facts is binomial, as is
-    the number of lost ones among these; the result is the sum over all outcomes that the test rejects (Duffy 1984,
-    "Asymptotic and exact power for the McNemar test and its analogue with R controls per case", Biometrics 40,
-    1005-1015).
-
-    Parameters
-    ----------
-    known, unknown : number of facts that the original knows and does not know.
-    loss : net loss as a share of the known facts, 0 to 1.
-    gained : facts gained per known one, 0 or more; as many are lost in addition to the net loss.
+    Facts are lost and gained independently. So the number of changed facts is binomial, as is the number of lost ones
+    among these; the result is the sum over all outcomes that the test rejects (Duffy 1984, "Asymptotic and exact power
+    for the McNemar test and its analogue with R controls per case", Biometrics 40, 1005-1015).
     """
     from scipy.special import bdtr
 
@@ -161,22 +155,20 @@ def _find_least(suffices: Callable[[int], bool]) -> int | None:
 # Fractions of the capital to bet, each by one part of it: from 1/2 to 1/1024, in half octaves.
 FRACTIONS = 2.0 ** -np.arange(1.0, 10.5, 0.5)
 _STEPS = 30
-# Largest denominator of a gate as a fraction: more facts than any probe has.
-_FINEST = 1 << 20
+_FINEST = 1 << 20  # largest denominator of a gate as a fraction: more facts than any probe has
 
 
 def decide_gate(gate: float, known: np.ndarray, kept: np.ndarray, of: int) -> EarlyStop | None:
     """Decide whether the share kept of all facts is at least the gate, as soon as possible; None if it is still open.
+    `known` and `kept` (bool) are whether the original, and the compressed model, knows each fact so far, in random
+    order without replacement, of all `of`.
 
-    The share is that of kept facts among the known ones of all `of` facts, which are drawn without replacement in
-    random order. Two players bet, one that the share is above the gate and one that it is below. If it equals the gate,
-    neither can expect to win, and the probability that one ever multiplies its capital by 2 / LEVEL is at most
-    LEVEL / 2, however often one looks (Ville's inequality): a player who does has refuted the gate. This is the hedged
-    capital of Waudby-Smith and Ramdas 2023 ("Estimating means of bounded random variables by betting", JRSS B, arXiv
-    2010.09686, section 4.4) for draws without replacement (section 5.1), with capital spread over fixed fractions
-    (section B.4, dKelly). When all facts are drawn, the share is known exactly.
-
-    `known` and `kept` (bool) are whether the original, and the compressed model, knows each fact so far, in order.
+    Two players bet, one that the share of kept facts among known ones is above the gate, and one that it is below. If
+    it equals the gate, the probability that one ever multiplies its capital by 2 / LEVEL is at most LEVEL / 2, however
+    often one looks (Ville's inequality): a player who does has refuted the gate. This is the hedged capital of
+    Waudby-Smith and Ramdas 2023 ("Estimating means of bounded random variables by betting", JRSS B, arXiv 2010.09686,
+    sections 4.4 and 5.1), spread over fixed fractions (section B.4, dKelly). When all facts are drawn, the share is
+    known exactly.
     """
     both, drawn = known & kept, len(known)
     above, below = compute_capitals(known, both, gate, of)
@@ -196,9 +188,8 @@ def decide_gate(gate: float, known: np.ndarray, kept: np.ndarray, of: int) -> Ea
 
 
 def compute_capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logarithm of both players' capital after each fact, [..., facts]: of the one that bets on a share
-    above the gate, and of the one that bets on a share below. Each begins with 1. `known` and `both` (bool) are in the
-    order of drawing, [..., facts].
+    """Return the logarithm of the capital, 1 at first, of the player that bets on a share above the gate, and of the
+    one that bets on one below, after each fact, [..., facts]; `known` and `both` (bool) are in the order of drawing.
 
     Each known fact adds kept - gate, others add 0; over all facts the sum is 0 if the share equals the gate. So the
     mean of the remaining facts is known before each draw, which makes a bet on a higher value fair.
@@ -209,14 +200,12 @@ def compute_capitals(known: np.ndarray, both: np.ndarray, gate: float, of: int) 
     added = known * (whole * both.astype(np.int64) - part)
     before, remaining = np.cumsum(added, axis=-1) - added, of - np.arange(added.shape[-1])
     value, mean = added + part, part * remaining - before
-    return _compute_capital(value, mean, remaining), _compute_capital(
-        whole - value, whole * remaining - mean, remaining
-    )
+    above = _compute_capital(value, mean, remaining)
+    return above, _compute_capital(whole - value, whole * remaining - mean, remaining)
 
 
 def _compute_capital(value: np.ndarray, mean: np.ndarray, remaining: np.ndarray) -> np.ndarray:
-    """Return the logarithm of what is won by bets that a value is larger than mean / remaining. Where that mean cannot
-    be, the bet is won forever."""
+    """Return the logarithm of what bets win that a value exceeds mean / remaining: all, if that mean cannot be."""
     possible = mean > 0
     odds = np.where(possible, value * remaining, 1) / np.where(possible, mean, 1)
     bets = FRACTIONS.reshape(-1, *[1] * odds.ndim)

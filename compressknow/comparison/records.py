@@ -66,15 +66,6 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class PairedTest:
-    """Test of whether facts are lost as often as gained: the two-sided p-value (None without facts), and its sampling
-    unit, ``fact`` or ``relation``."""
-
-    p: float | None
-    unit: str
-
-
-@dataclass(frozen=True, slots=True)
 class Group:
     """Facts of one relation, domain or popularity bin."""
 
@@ -90,11 +81,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class KlFigures:
-    """Divergence (nats) of the distribution at the answer's first position, over the `n` facts that have one.
-
-    `rest` is the mean probability, before and after, of the tokens that count as one: changes among them are not
-    measured, so the divergences are lower bounds. None if divergences are over the whole vocabulary.
-    """
+    """Divergence (nats) of the distribution at the answer's first position, over the `n` facts that have one. `rest` is
+    the mean probability, before and after, of tokens that count as one, which makes the divergences lower bounds; None
+    if divergences are over the whole vocabulary."""
 
     n: int
     kl_mean: float
@@ -112,7 +101,8 @@ class KlFigures:
 class Certainty:
     """Certainty of figures, given that facts of a relation are correlated, and the power of this number of facts."""
 
-    test: PairedTest = PairedTest(None, "fact")  # by relation if there are several
+    p: float | None = None  # two-sided, of the test of whether facts are lost as often as gained; None without facts
+    unit: str = "fact"  # what that test samples, ``fact`` or ``relation``
     relations: int = 0  # those of which the original knew a fact; with fewer than five there are no intervals
     # Knowledge kept and the difference in accuracy, with their intervals over relations.
     kept: Estimate = Estimate(None)
@@ -164,12 +154,9 @@ class Confidence:
 
 @dataclass(frozen=True, slots=True)
 class EarlyStop:
-    """Gate that was decided by the first `facts` of all `of` facts in random order; the original knew `known` of these.
-    `level` is the allowed probability of a wrong decision.
-
-    `kept` is the share of these known facts, with its confidence sequence, which is valid at every look. `met` is
-    whether the share of all facts is at least the gate.
-    """
+    """Gate that was decided by the first `facts` of all `of` facts in random order; the original knew `known` of these,
+    and the share of all is at least the gate if `met`. `level` is the allowed probability of a wrong decision, `kept`
+    the share of the known facts, with its confidence sequence, which is valid at every look."""
 
     gate: float
     level: float
@@ -196,10 +183,7 @@ class GradeCounts:
 
 @dataclass(frozen=True, slots=True)
 class ProbeFigures:
-    """Figures of one probe for the original and a compressed model, paired by fact.
-
-    `kept` has the preferred interval: over relations if there are enough of them, else the simple one.
-    """
+    """Figures of one probe, paired by fact; `kept` has its interval over relations if there are enough."""
 
     probe: str
     protocol: str

@@ -109,8 +109,7 @@ def _renumber_weight(weight: LinearWeight, parameter: str) -> LinearWeight:
 
 @dataclass(frozen=True)
 class LostNeurons:
-    """Neurons lost along an axis of a tensor. There were `before` neurons with `each` entries per neuron, one
-    projection after the other; those in `dropped` were removed."""
+    """Neurons lost along an axis: of `before`, with `each` entries per neuron, one projection after the other."""
 
     axis: int
     each: int
@@ -125,23 +124,17 @@ class LostNeurons:
 
 
 def read_lost_neurons(manifest: Mapping[str, Any], side: StoredWeights) -> dict[str, LostNeurons]:
-    """Return the neurons that tensors of a converted checkpoint lost, by stored name, as far as its manifest lists
-    them."""
-    entries = manifest.get("removed", {}).get("neurons", [])
-    dropped = [
-        (entry, _get_block(module), neurons)
-        for entry in entries
-        for module, neurons in list_dropped_neurons(entry).items()
-    ]
+    """Return the neurons that tensors of a checkpoint lost, by stored name, as far as its manifest lists them."""
+    dropped: dict[tuple[str, int] | None, list[tuple[Any, tuple[range, ...]]]] = {}
+    for entry in manifest.get("removed", {}).get("neurons", []):
+        for module, neurons in list_dropped_neurons(entry).items():
+            dropped.setdefault(_get_block(module), []).append((entry, neurons))
     rows = {row["name"]: row for row in manifest["tensors"] if "shape_before" in row} if dropped else {}
     lost: dict[str, LostNeurons] = {}
     for parameter, tensor in side.own.items():
-        if (row := rows.get(tensor.name)) is not None:
-            candidates = (
-                _find_axis(row, entry, neurons) for entry, block, neurons in dropped if block == _get_block(parameter)
-            )
-            if first := next(filter(None, candidates), None):
-                lost[tensor.name] = first
+        for entry, neurons in dropped.get(_get_block(parameter), ()) if tensor.name in rows else ():
+            if found := _find_axis(rows[tensor.name], entry, neurons):
+                lost.setdefault(tensor.name, found)
     return lost
 
 

@@ -31,21 +31,13 @@ _SETTINGS: Any = {
     "font.size": 11,
     "text.parse_math": False,  # a dollar sign in a name is not a formula
     "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), RULE),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), MUTED),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
     "axes.facecolor": "none",
     "axes.axisbelow": True,  # the grid, under what is drawn
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "grid.color": RULE,
     "grid.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
     "xtick.major.pad": 8,  # otherwise the first labels of the two axes touch
     "svg.hashsalt": "compressknow",
 }
@@ -99,15 +91,10 @@ def draw_lines(
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
 ) -> str:
-    """Draw a figure against the amount pruned, one line per scope; at most as many lines as there are markers.
-
-    Parameters
-    ----------
-    start : the figure of the original, from which lines of pruned models begin at 0 % (0 to 1).
-    levels : reference lines across the chart, by name, such as the majority baseline (0 to 1).
-    unit : `PERCENT`, or `POINTS` for differences of percentages.
-    within : the range that the axis covers at least, as from `find_reach`, so that charts in a row share a scale.
-    """
+    """Draw a figure against the amount pruned, a line per scope, at most as many as there are markers; lines of pruned
+    models begin at 0 % with the original's figure, `start` (0 to 1). `levels` are reference lines across the chart by
+    name, such as the majority baseline (0 to 1). `unit` is `PERCENT`, or `POINTS` for differences of percentages. The
+    axis covers at least the range `within`, as from `find_reach`, so that charts in a row share a scale."""
     description = "; ".join(
         f"{clean(line.scope, 40)}: "
         + ", ".join(f"{write_value(y.value, unit)} at {amount:g} %" for amount, y in line.points)
@@ -299,10 +286,8 @@ def move_apart(places: Sequence[float], gap: float, bottom: float = 0) -> list[f
 
 # Units of a chart for a narrow screen, and of one that fills the page.
 _NARROW, _BROAD = (300, WIDTH), (380, 1080)
-# Minimum span of an axis of kept knowledge in points, so that similar models stay close.
-_SPAN = 20
-# Longer names in the legend of a narrow chart get a line each.
-_LONG = 32
+_SPAN = 20  # minimum span of an axis of kept knowledge in points, so that similar models stay close
+_LONG = 32  # longer names in the legend of a narrow chart get a line each
 # Width of a digit, height of a line, and distances of a label from its mark, in units of the drawing.
 _DIGIT, _LINE, _STEPS = 6.6, 11.0, (9, 14, 20)
 _WAYS = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))

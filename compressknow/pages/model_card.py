@@ -38,10 +38,8 @@ if TYPE_CHECKING:
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _KEY = "model-index"
-# Share of zeros that became non-zero above which a warning is given.
-_REFILLED_SHARE = 0.01
-# The metric that distinguishes the results of an earlier report from the user's own.
-_OURS = "knowledge-kept"
+_REFILLED_SHARE = 0.01  # share of zeros that became non-zero above which a warning is given
+_OURS = "knowledge-kept"  # the metric that distinguishes the results of an earlier report from the user's own
 
 
 def make_model_card(manifest: Mapping[str, Any], source: Path) -> str:
@@ -190,8 +188,7 @@ def describe_runtimes(manifest: Mapping[str, Any]) -> str:
 
 
 def has_packed_encoder(manifest: Mapping[str, Any]) -> bool:
-    """Return whether `generate` fails after plain `from_pretrained`: it calls the encoder, whose quantized layers
-    transformers unpacks only when the whole model is called."""
+    """Return whether `generate` fails after plain `from_pretrained`: it calls the encoder without unpacking it."""
     source = manifest["source"]
     generates = find_auto_class(source["architecture"], source["model_type"]) == "AutoModelForSeq2SeqLM"
     in_encoder = (row["scheme"] and "encoder" in row["name"].split(".") for row in manifest["tensors"])
@@ -203,13 +200,11 @@ def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
     totals = manifest["totals"]
     before, after = totals["bytes_before"], totals["bytes_after"]
     if after > before:
-        cause = (
-            "the final layer no longer shares its weight with the embedding, so the matrix is stored twice. The scope "
-            "`blocks` excludes it"
-            if manifest.get("untied")
-            else "the scales of its narrow layers take more than "
-            f"{choose_word(find_schemes(_list_schemes(manifest)))} saves"
-        )
+        word = choose_word(find_schemes(_list_schemes(manifest)))
+        cause = f"the scales of its narrow layers take more than {word} saves"
+        if manifest.get("untied"):
+            cause = "the final layer no longer shares its weight with the embedding, so the matrix is stored twice. "
+            cause += "The scope `blocks` excludes it"
         yield f"The output is larger than the input ({write_size(after)} against {write_size(before)}): {cause}."
     # A dry run does not count zeros.
     if totals["pruned"] and totals.get("zeros_after", -1) == totals.get("zeros_before"):
@@ -347,8 +342,7 @@ def write_into_model_cards(card: Card, models: Sequence[str | Path]) -> None:
 
 
 def add_report(text: str, original: ModelRecord, comparison: Comparison) -> str:
-    """Return a model card with the report in it, and its results in the metadata. Raises OutputError if the metadata
-    cannot be read, because writing would lose it."""
+    """Return a model card with the report and its results. Raises OutputError if its metadata cannot be read."""
     from compressknow.pages.records import write_estimate
 
     report = render("model_card_report.md.j2", original=original, comparison=comparison, write_estimate=write_estimate)

@@ -34,10 +34,8 @@ _FOLDERS = (_PACKAGE / "templates", _PACKAGE.parent / "templates")
 
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]#|~$]|^[-+])")
 _BEFORE_UNIT = re.compile(r"(?<=\d) (?=%|(?:[kMG]B|dB|points)\b)")
-# An option in a sentence.
-_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-# A p-value, as HTML has it: p &lt; 0.001.
-_P_VALUE = re.compile(r"\bp (=|&[lg]t;) (?=\d)")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")  # an option in a sentence
+_P_VALUE = re.compile(r"\bp (=|&[lg]t;) (?=\d)")  # a p-value, as HTML has it: p &lt; 0.001
 # A person, an address, an issue.
 _MENTION = re.compile(r"@(?=\w)|(?:#|\bGH-)(?=\d)", re.IGNORECASE)
 _LIST_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
@@ -152,10 +150,8 @@ def _make_environment() -> Environment:
         finalize=_finish,
     )
     environment.filters.update(md=escape_markdown, code=to_code_span, block=to_code_block, yaml=to_yaml)
-    environment.filters.update(isolated=isolate, options=keep_options_whole, sentence=to_markdown)
-    environment.filters.update(
-        count=count, number=number, percent=write_percent, size=write_size, smaller=compare_sizes
-    )
+    environment.filters.update(isolated=isolate, options=keep_options_whole, sentence=to_markdown, count=count)
+    environment.filters.update(number=number, percent=write_percent, size=write_size, smaller=compare_sizes)
     return environment
 
 
@@ -198,8 +194,7 @@ def require_for(outputs: Sequence[Path], *modules: str) -> None:
 
 
 def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence[str] = FORMATS) -> None:
-    """Raise, before any work, if an output has an unknown format, already exists, would replace a file that is not a
-    page, or cannot be written."""
+    """Raise if an output has an unknown format, exists, would replace something else, or cannot be written."""
     for path in outputs:
         if path.suffix.lower() not in formats:
             raise UsageError(
@@ -221,12 +216,11 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence
 def _check_ours(path: Path) -> None:
     """Raise OutputError if --overwrite would replace a file that is not a report, or one in a checkpoint."""
     if (path.resolve().parent / "config.json").exists():
-        why, hint = "is in a checkpoint folder", "Choose a name outside the checkpoint."
-    elif not path.is_file() or not _is_marked(path):
-        why, hint = "was not written by compressknow", "Remove it yourself, or choose another name."
-    else:
-        return
-    raise OutputError(f"{path} {why}: not overwritten.", hint=hint)
+        hint = "Choose a name outside the checkpoint."
+        raise OutputError(f"{path} is in a checkpoint folder: not overwritten.", hint=hint)
+    if not path.is_file() or not _is_marked(path):
+        hint = "Remove it yourself, or choose another name."
+        raise OutputError(f"{path} was not written by compressknow: not overwritten.", hint=hint)
 
 
 def _is_marked(path: Path) -> bool:

@@ -129,18 +129,25 @@ def write_bare_p(p: float | None) -> str:
 
 def make_groups_table(groups: tuple[Group, ...], kind: str, caption: str, *, bars: bool = True) -> Table:
     """Return a table with one row per group; `kind` is the header of their names."""
-    rows = tuple(
-        (
-            clean(group.name, 80),
-            *map(count, (group.counts.n, group.counts.known_before, group.counts.lost, group.counts.gained)),
-            write_estimate(group.kept),
-            share(group.answer_changed),
-            write_bare_p(group.p_holm),
-        )
-        for group in groups
-    )
+    rows = []
+    for group in groups:
+        facts = map(count, (group.counts.n, group.counts.known_before, group.counts.lost, group.counts.gained))
+        changes = write_estimate(group.kept), share(group.answer_changed), write_bare_p(group.p_holm)
+        rows.append((clean(group.name, 80), *facts, *changes))
     drawn = tuple(group.kept for group in groups) if bars else ()
-    return Table(caption, (kind, *_GROUP_COLUMNS), rows, bars=drawn, bars_after=5, sortable=len(groups) > 1)
+    return Table(caption, (kind, *_GROUP_COLUMNS), tuple(rows), drawn, bars_after=5, sortable=len(groups) > 1)
+
+
+Columns = Iterable[tuple[str, Sequence[str]]]  # name and cells of each
+
+
+def make_overview_table(
+    caption: str, columns: Columns, kept: Sequence[Estimate], *, bars_after: int, links: tuple[str, ...] = ()
+) -> Table:
+    """Return a table of columns with the original on top; bars show what others `kept`."""
+    names, cells = zip(*columns, strict=True)
+    rows, bars = tuple(zip(*cells, strict=True)), (None, *kept)
+    return Table(caption, names, rows, bars, bars_after, links, pinned=1, sortable=len(kept) > 1, captioned=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +226,7 @@ class Remarks(Part):
 
 @dataclass(frozen=True, slots=True)
 class Facts(Part):
-    """Facts and answers, one fact per row. `shade` is the style of the last answer. In HTML, the last column is small
-    print under the first."""
+    """Facts and answers, a fact per row; HTML has the last column under the first. `shade` styles the last answer."""
 
     table: Table
     shade: str = ""
@@ -278,8 +284,7 @@ class Beside(Part):
 
 @dataclass(frozen=True, slots=True)
 class Folded(Part):
-    """Parts under a title, unfolded by a click. Markdown shows them if `in_text`, with the title above code and terms,
-    which have no caption."""
+    """Parts under a title, unfolded by a click; in Markdown if `in_text`, where code and terms have the title."""
 
     title: str
     parts: tuple[Part, ...]
@@ -288,8 +293,7 @@ class Folded(Part):
 
 @dataclass(frozen=True, slots=True)
 class Graded(Part):
-    """Report card, whose last row is for all domains. Each row has a name, facts known before, share kept, interval,
-    grade, and the grades that the interval spans."""
+    """Report card, all domains last: name, facts known before, share kept, interval, grade, grades spanned."""
 
     rows: tuple[tuple[str, str, str, str, str, str], ...]
     bars: tuple[Estimate, ...]  # share kept, by row
@@ -367,24 +371,15 @@ def write_prompt(prompt: str) -> str:
     return clean(prompt.replace(BLANK, "___"), 300)
 
 
-def make_fact_parts(
-    caption: str,
-    columns: tuple[str, ...],
-    rows: tuple[tuple[str, ...], ...],
-    shown: int,
-    *,
-    left_out: int,
-    shade: str = "",
-) -> Iterator[Part]:
-    """Yield facts, with those beyond `shown` folded, and a note on those `left_out`."""
-    if not rows:
+def make_fact_parts(table: Table, shown: int, *, left_out: int, shade: str = "") -> Iterator[Part]:
+    """Yield a table of facts, with those beyond `shown` folded, and a note on those `left_out`."""
+    if not table.rows:
         yield Text("None.")
         return
-    yield Facts(Table(caption, columns, rows[:shown], prose=True), shade)
-    if rest := rows[shown:]:
-        yield Folded(
-            f"{count(len(rest))} more", (Facts(Table(f"{caption}, continued", columns, rest, prose=True), shade),)
-        )
+    yield Facts(replace(table, rows=table.rows[:shown]), shade)
+    if rest := table.rows[shown:]:
+        continued = replace(table, caption=f"{table.caption}, continued", rows=rest)
+        yield Folded(f"{count(len(rest))} more", (Facts(continued, shade),))
     if left_out:
         yield make_rest_note(left_out)
 

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of report.json
 NAME_CHARACTERS = 80  # maximum length of a name in a sentence
-# The minimum share kept for each grade, in percent.
-SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))
+SCALE = (("A+", 99), ("A", 97), ("B", 93), ("C", 85), ("D", 70))  # the minimum share kept for each grade, in percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +167,7 @@ class Recommendation:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Card(Tabular):
-    """Report card of one original against one or several compressed models.
-
-    Its rows are those of each compressed model and probe: counts, shares and their intervals.
-    """
+    """Report card of one original against compressed models; its rows are those of each model and probe."""
 
     verdict: str
     original: ModelRecord
@@ -192,9 +188,7 @@ class Card(Tabular):
         `show_facts`, it contains no text of facts.
         """
         return {
-            "schema": SCHEMA,
-            "verdict": self.verdict,
-            "known": self.known,
+            **{"schema": SCHEMA, "verdict": self.verdict, "known": self.known},
             "recommended": _dump_recommendation(self.decision, name_models(self)) if self.decision else None,
             "gates": [
                 {
@@ -205,10 +199,8 @@ class Card(Tabular):
             ],
             "original": _dump_run_model(self.original),
             "compressed": [dump_comparison(each, show_facts=self.show_facts) for each in self.comparisons],
-            "warnings": list(self.warnings),
-            "method": list(self.method),
-            "versions": dict(self.versions),
-            "command": self.command,
+            **{"warnings": list(self.warnings), "method": list(self.method)},
+            **{"versions": dict(self.versions), "command": self.command},
         }
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -233,7 +225,7 @@ def _make_frame_row(model: ModelRecord, probe: ProbeFigures) -> dict[str, Any]:
         **{"lost": counts.lost, "gained": counts.gained},
         **{"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high},
         **{"accuracy_original": probe.accuracy_original.value, "accuracy_compressed": probe.accuracy_compressed.value},
-        **{"p": probe.certainty.test.p, "mcnemar_p": run_mcnemar(counts), "answer_changed": probe.answer_changed},
+        **{"p": probe.certainty.p, "mcnemar_p": run_mcnemar(counts), "answer_changed": probe.answer_changed},
     }
 
 
@@ -268,8 +260,7 @@ def write_range(low: float, high: float, write: Callable[[float], str] = share) 
 
 
 def label_models(comparisons: Sequence[Comparison], *, numbered: bool = False) -> list[str]:
-    """Return a label for each compressed model: its setup, with its name or number if the setup is ambiguous; if
-    `numbered`, each of several has a number."""
+    """Return each model's setup, with its name or number if that is ambiguous or, of several, `numbered`."""
     names = [clean(comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     setups = [clean(comparison.model.setup or comparison.model.name, NAME_CHARACTERS) for comparison in comparisons]
     repeated = Counter(setups)
@@ -291,11 +282,8 @@ def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, An
     """Return one compressed model against the original, as plain values."""
     model = comparison.model
     values = {
-        "setup": model.setup,
-        "source": model.source,
-        "source_matches": comparison.source_matches,
-        "model": _dump_run_model(model),
-        "verdict": comparison.verdict,
+        **{"setup": model.setup, "source": model.source, "source_matches": comparison.source_matches},
+        **{"model": _dump_run_model(model), "verdict": comparison.verdict},
         **as_json.dump_counts(comparison.counts),
         **as_json.dump_kept(comparison.counts),
         **as_json.dump_certainty(comparison.certainty),
@@ -331,17 +319,12 @@ def _dump_run_model(model: ModelRecord) -> dict[str, Any]:
 def _dump_recommendation(decision: Recommendation, names: Sequence[str]) -> dict[str, Any]:
     name: Mapping[int | None, str] = dict(enumerate(names))
     return {
-        "model": name.get(decision.place),
-        "place": decision.place,
-        "reason": decision.reason,
+        **{"model": name.get(decision.place), "place": decision.place, "reason": decision.reason},
         "within": decision.within,
         "standings": [
             {
-                "model": name[place],
-                "keeps": each.keeps,
-                "beaten_by": name.get(each.beaten_by),
-                "surely": each.is_surely_beaten,
-                "not_told_from": [name[other] for other in each.alike],
+                **{"model": name[place], "keeps": each.keeps, "beaten_by": name.get(each.beaten_by)},
+                **{"surely": each.is_surely_beaten, "not_told_from": [name[other] for other in each.alike]},
             }
             for place, each in enumerate(decision.standings)
         ],

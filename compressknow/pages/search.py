@@ -23,8 +23,7 @@ from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.records import write_estimate
 from compressknow.pages.svg import Grid, draw_heat_map, shorten_names
 
-# A search's page is short enough to have no table of contents.
-_ALL = 99
+_ALL = 99  # a search's page is short enough to have no table of contents
 # Name of a weight in a layer: its stack, the layer's number and the module there.
 _IN_LAYER = re.compile(r"(.*?)\.(\d+)\.(.*?)(?:\.weight)?", re.DOTALL)
 # Bits at which the shades of the map of types change.
@@ -119,14 +118,11 @@ class Search(notebook.Tabular):
         else:
             kept = _write_kept(self.winner.graded)
             outcome = f"{write_size(self.winner.bytes)}, the original {write_size(self.bytes)}: {kept} kept."
-        return notebook.Summary(
-            f"Search: the smallest {name} that keeps {share(self.keep)}"
-            if self.keep is not None
-            else f"Search: the best {name} of {write_size(self.budget or 0)}",
-            outcome,
-            ("Weights", f"Kept of {count(self.known_held_out)} known held-out facts", "Size"),
-            tuple((each.setup, _write_kept(each.held_out), write_size(each.bytes)) for each in self.confirmed),
-        )
+        title = f"Search: the best {name} of {write_size(self.budget or 0)}"
+        title = title if self.keep is None else f"Search: the smallest {name} that keeps {share(self.keep)}"
+        columns = ("Weights", f"Kept of {count(self.known_held_out)} known held-out facts", "Size")
+        rows = tuple((each.setup, _write_kept(each.held_out), write_size(each.bytes)) for each in self.confirmed)
+        return notebook.Summary(title, outcome, columns, rows)
 
 
 def render_search_html(search: Search) -> str:
@@ -159,9 +155,8 @@ def _make_sections(search: Search) -> Iterator[parts.PageSection]:
         bar = f"The bar shows the share kept, and the line on it the {100 * search.level:.3g} % interval."
         yield parts.PageSection("tried", "All files", (table, parts.Note("", drawn=bar)), look="wide")
     entries = (*parts.list_identity(search.original), parts.Entry("Seed", str(search.seed)))
-    yield parts.PageSection(
-        "method", "Method and limits", (parts.Sentences(tuple(_describe_method(search))),), look="text"
-    )
+    method = parts.Sentences(tuple(_describe_method(search)))
+    yield parts.PageSection("method", "Method and limits", (method,), look="text")
     yield parts.PageSection("run", "The run", parts.show_run(search.command, search.versions, entries), look="text")
 
 
@@ -180,9 +175,8 @@ def _show_types(winner: Trial, recipe: str, form: str) -> Iterator[parts.Part]:
     title = "Bits of weights by layer and module"
     yield from parts.draw_twice(partial(draw_heat_map, grid, title, bounds=_BITS, write=lambda n: f"{n:g}"), "types")
     yield parts.Note("", drawn=f"{_BITS_NOTE} {_SCALES_NOTES[form]}")
-    rows = tuple(
-        (name, *(clean(row.get(module, ""), 40) for module in (*modules, *outside))) for name, row in types.items()
-    )
+    places = (*modules, *outside)
+    rows = tuple((name, *(clean(row.get(place, ""), 40) for place in places)) for name, row in types.items())
     columns = ("Layer", *heads, *("outside" for _ in outside))
     table = parts.Table("Types by layer and module", columns, rows, prose=True)
     yield parts.Folded("The map as a table of types", (table,))
@@ -345,19 +339,15 @@ _LOOKS = {_TRIED: ("o", SERIES[0], 5.0), _WINNER: ("*", INK, 13.0)}
 
 
 def _make_tradeoff(search: Search) -> Tradeoff:
-    marks = [
-        Mark(each.bytes / 1e6, each.kept, _TRIED, _describe_trial(each))
-        for each in search.tried
-        if each.kept.value is not None
-    ]
-    if (won := search.winner) and won.kept.value is not None:
-        marks.append(Mark(won.bytes / 1e6, won.kept, _WINNER, f"{_WINNER}, {_describe_trial(won)}"))
+    marks = []
+    trials = [(each, _TRIED, "") for each in search.tried]
+    trials += [(search.winner, _WINNER, f"{_WINNER}, ")] if search.winner else []
+    for trial, kind, prefix in trials:
+        if trial.kept.value is not None:
+            text = f"{prefix}{write_size(trial.bytes)} {share(trial.kept.value)}, {clean(trial.setup, 60)}"
+            marks.append(Mark(trial.bytes / 1e6, trial.kept, kind, text))
     title, keep, rounding = "Knowledge kept by size", search.keep, search.rounding
     return Tradeoff(title, "size, MB", marks, _LOOKS, edge=(_TRIED,), keep=keep, rounding=rounding)
-
-
-def _describe_trial(trial: Trial) -> str:
-    return f"{write_size(trial.bytes)} {share(trial.kept.value)}, {clean(trial.setup, 60)}"
 
 
 SCHEMA = 2

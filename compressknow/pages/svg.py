@@ -32,47 +32,34 @@ _DECIMALS = re.compile(r"-?\d+\.\d+")
 
 
 def make_inline(raw: str, id: str, title: str, description: str, hover: Mapping[str, str] = {}) -> str:
-    """Return `raw` as an element for HTML, with a title and a description for screen readers.
-
-    No other id on the page may begin with `id`. Title and description are plain text, escaped here;
-    `hover` has the tooltip of each mark by its gid.
-    """
+    """Return `raw` as an element for HTML, with a title and a description for screen readers, which are escaped here.
+    No other id on the page may begin with `id`. `hover` has the tooltip of each mark by its gid."""
     root = ElementTree.fromstring(_UNSEEN.sub(lambda match: clean(match.group()), raw))
     for element in root.iter():
         element.tag = _strip_namespace(element.tag)
     for parent in list(root.iter()):
         for child in [each for each in parent if each.tag in ("metadata", "style")]:
             parent.remove(child)
-    marks = [
-        (mark, hover[name])
-        for group in root.iter("g")
-        if (name := group.get("id", "")) in hover
-        for mark in group.iter("use")
-    ]
+    marks = [(mark, hover.get(group.get("id", ""))) for group in root.iter("g") for mark in group.iter("use")]
     referenced = {name for element in root.iter() for name in _list_references(element)}
     for element in root.iter():
         _clean(element, referenced, id)
     for mark, tooltip in marks:
-        ElementTree.SubElement(mark, "title").text = tooltip
+        if tooltip is not None:
+            ElementTree.SubElement(mark, "title").text = tooltip
     _unwrap(root)
-    root.attrib = {
-        "class": "chart",
-        "id": id,
-        "viewBox": root.get("viewBox", ""),
-        "role": "img",
-        "aria-labelledby": f"{id}-title {id}-desc",
-    }
-    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
+    root.attrib = {"class": "chart", "id": id, "viewBox": root.get("viewBox", ""), "role": "img"}
+    root.set("aria-labelledby", f"{id}-title {id}-desc")
+    for tag, text in (("desc", description), ("title", title)):
         named = ElementTree.Element(tag, {"id": f"{id}-{tag}"})
         named.text = clean_lines(text)
-        root.insert(place, named)
+        root.insert(0, named)
     return ElementTree.tostring(root, encoding="unicode")
 
 
 def make_standalone(panels: Sequence[tuple[str, str]], title: str, style: str) -> str:
-    """Return elements of `make_inline` as one file: a title, then two panels per row, in the light and dark colours of
-    the page's style sheet. A panel is its heading (may be empty) and the element.
-    """
+    """Return elements of `make_inline`, each with a heading (may be empty), as one file: a title, then two panels per
+    row, in the light and dark colours of the page's style sheet."""
     root = ElementTree.Element("svg", {"xmlns": "http://www.w3.org/2000/svg"})
     ElementTree.SubElement(root, "title").text = title
     ElementTree.SubElement(root, "style").text = _write_colours(style)
@@ -196,9 +183,7 @@ def _unwrap(parent: ElementTree.Element) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Figures by block (rows) and by module in the block (columns); None if there is no figure. A row of one figure
-    is as wide as all columns.
-    """
+    """Figures, or None, by block and by module in it; a row of one figure is as wide as all columns."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -246,11 +231,8 @@ def draw_heat_map(
     write: Callable[[float], str] = lambda figure: number(figure, 4),
 ) -> str | None:
     """Return the map as an element for HTML, for the full width if `broad` or for a narrow screen, with figures as
-    written by `write`; None if all are 0.
-
-    No other id on the page may begin with `id`. `bounds` are the figures at which the shades change, by default those
-    that `find_bounds` returns for the grid.
-    """
+    written by `write`; None if all are 0. No other id on the page may begin with `id`. The shades change at the figures
+    `bounds`, by default those of `find_bounds` for the grid."""
     if not grid.figures:
         return None
     bounds = bounds or find_bounds(grid.figures)

@@ -24,14 +24,7 @@ _WHY = {
     OTHER_TOKENS: "the two models split the text into different tokens. Perplexities per token are not comparable: "
     "compare the bits per byte",
 }
-_PERCENTILES = (
-    ("p50", "median"),
-    ("p90", "90th"),
-    ("p95", "95th"),
-    ("p99", "99th"),
-    ("p99_9", "99.9th"),
-    ("max", "largest"),
-)
+_PERCENTILES = {"p50": "median", "p90": "90th", "p95": "95th", "p99": "99th", "p99_9": "99.9th", "max": "largest"}
 # Smaller divergences, in nats, have a bar of no length: they are rounding errors of 16-bit and float32 numbers.
 _LEAST = 1e-7
 METHOD = (
@@ -160,7 +153,7 @@ def _make_moved_table(moved: TextChange, name: str, names: tuple[str, str]) -> T
         ("KL, mean", write_measurement(moved.kl, 4)),
         *(
             (f"KL, {label} percentile" if label[0].isdigit() else f"KL, {label}", number(kl[key], 4) if kl else NONE)
-            for key, label in _PERCENTILES
+            for key, label in _PERCENTILES.items()
         ),
         ("Same top token", write_measurement(moved.same_top, 1, " %")),
         ("Change in probability of the text's token, mean", write_measurement(moved.change, 2, " points")),
@@ -179,9 +172,9 @@ def _make_moved_table(moved: TextChange, name: str, names: tuple[str, str]) -> T
 def _chart_kl(moved: TextChange, name: str, names: tuple[str, str]) -> Chart | None:
     """Chart KL by percentile, on a logarithmic scale; None if it was not measured, or nothing moved."""
     kl = moved.kl_percentiles
-    if not kl or not all(math.isfinite(kl[key]) for key, _ in _PERCENTILES) or kl["p99_9"] <= _LEAST:
+    if not kl or not all(math.isfinite(kl[key]) for key in _PERCENTILES) or kl["p99_9"] <= _LEAST:
         return None
-    values = [(label, kl[key]) for key, label in _PERCENTILES]
+    values = [(label, kl[key]) for key, label in _PERCENTILES.items()]
     figures = ", ".join(f"{label} {number(value, 5)}" for label, value in values)
     title = f"KL({names[0]}‖{names[1]}) by percentile of tokens, {name}"
     return Chart(title, f"In nats: {figures}.", lambda plot: _draw(plot, values), height=210)

@@ -28,8 +28,7 @@ STEPS = 1 << 15
 _NAMED = 3
 _MOST_BITS = 16
 PIN_LESS = "Leave out one of the --must options."
-# The type of weights that were not measured.
-UNMEASURED = "q8_0"
+UNMEASURED = "q8_0"  # the type of weights that were not measured
 
 
 def check_below_whole(budget: int, whole: int, hint: str = "Give less.") -> None:
@@ -208,11 +207,11 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, exper
     least += (of_experts := estimate_bytes(UNMEASURED, experts))
     if budget < least:
         given, smallest = write_two_sizes(budget, least)
+        size = write_size(of_experts)
+        why = f"Experts are not measured, and have 8 bits, {size}: --must _exps=q4_k gives them fewer."
         raise UsageError(
             f"{given} is too small: even in llama.cpp's smallest types, the weights alone take {smallest}.",
-            f"Experts are not measured, and have 8 bits, {write_size(of_experts)}: --must _exps=q4_k gives them fewer."
-            if experts
-            else None,
+            why if experts else None,
             "Give more, in units: 90MB, 1.5GB.",
         )
     check_below_whole(budget, whole)
@@ -277,8 +276,7 @@ def _list_parameters(sensitivity: Sensitivity | None, tensors: Tensors, name: st
 
 
 def pin_types(table: OptionTable, pins: Mapping[str, str], rows: Mapping[str, int]) -> OptionTable:
-    """Return the table with only the fixed type of pinned tensors. Raises UsageError for one that is not an option;
-    `rows` has the weights per row."""
+    """Leave pinned tensors only their type; `rows` has the weights per row. Raises UsageError if it is no option."""
     for name, kind in pins.items():
         if name in table and kind not in table[name]:
             raise UsageError(

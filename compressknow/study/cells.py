@@ -90,12 +90,11 @@ def build_study(
     """Return the record of a study, in the order of its grid, from answers that are graded by `known`."""
     has_texts = len({each.cell.recipe.calibration for each in results if each.answers is not None} - {None}) > 1
     cells: list[StudyCell] = []
-    failed: list[FailedCell] = []
-    refused: list[FailedCell] = []
+    failed: dict[bool, list[FailedCell]] = {False: [], True: []}  # by whether they were refused
     for result in results:
         described = _describe_cell(result.cell, has_texts=has_texts)
         if result.answers is None or result.comparison is None:
-            (refused if result.refused else failed).append(FailedCell(**described, why=result.why or "unknown"))
+            failed[result.refused].append(FailedCell(**described, why=result.why or "unknown"))
             continue
         right = {(answer.probe, answer.fact_id): answer.correct for answer in result.answers.answers}
         correct = {
@@ -111,8 +110,8 @@ def build_study(
         original=read_model_facts(original.record.model),
         probes=tuple(_build_probe(original, figures[name]) for name in original.probes if name in figures),
         cells=tuple(cells),
-        failed=tuple(failed),
-        refused=tuple(refused),
+        failed=tuple(failed[False]),
+        refused=tuple(failed[True]),
         versions=dict(original.record.versions),
         command=command,
         method=describe_method(original, comparisons),
@@ -128,15 +127,12 @@ def _describe_cell(cell: Cell, *, has_texts: bool) -> dict[str, Any]:
         seed = f", seed {text.seed}" if text.seed else ""
         on = f" on {text.text}, {count(text.tokens)} tokens{seed}"
     return {
-        "key": cell.key,
-        "setup": cell.recipe.setup,
+        **{"key": cell.key, "setup": cell.recipe.setup, "settings": cell.settings},
         "scope": "+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope)),
-        "method": prune.method if prune else None,
-        "amount": prune.amount if prune else None,
+        **{"method": prune.method if prune else None, "amount": prune.amount if prune else None},
         "scheme": quantize.scheme if quantize else None,
         "pruning": f"{cell.pruning}{on if prune and prune.calibrated else ''}" if prune else None,
         "quantization": f"{cell.quantization}{on if quantize and quantize.calibrated else ''}" if quantize else None,
-        "settings": cell.settings,
     }
 
 
@@ -181,12 +177,10 @@ def check_study_folder(folder: Path) -> None:
 def claim(
     folder: Path, original: ModelHandle, known: str | None = None, probes: Sequence[Opened] = ()
 ) -> Iterator[None]:
-    """Lock a folder for a study of this model: a new one, or one with an earlier run of the study. A search passes
-    what counts as `known`, which decides what it tries, and a sweep its probes.
-
-    Raises OutputError if the folder is a file, is in use, or holds something else: a study of another model or version,
-    or on other facts of a probe; an older search, or one with another reading of known.
-    """
+    """Lock a folder for a study of this model: a new one, or one with an earlier run of the study. A search passes what
+    counts as `known`, which decides what it tries, and a sweep its probes. Raises OutputError if the folder is a file,
+    is in use, or holds something else: a study of another model or version, or on other facts of a probe; an older
+    search, or one with another reading of known."""
     check_study_folder(folder)
     record = folder / RECORD
     with claim_folder(folder, wait=False, worthless=(RECORD,)):

@@ -38,29 +38,23 @@ if TYPE_CHECKING:
 
 
 GGUF, CHECKPOINT = FORMS = ("gguf", "checkpoint")
-# Packages that making a GGUF file needs.
-NEEDED = ("llama_cpp_py_sync", "gguf", "sentencepiece")
+NEEDED = ("llama_cpp_py_sync", "gguf", "sentencepiece")  # packages that making a GGUF file needs
 # A hint for weights of a checkpoint that cannot be quantized.
 _CANNOT_QUANTIZE = (
     "Search for a GGUF file (--to gguf), if it generates text, or leave them as they are: --must PATTERN=none."
 )
-# The type of a weight that stays as it is.
-NONE = "none"
+NONE = "none"  # the type of a weight that stays as it is
 # Bytes per tensor in a safetensors header, besides its name; tensors that a quantized weight becomes.
 _HEADER, _PARTS = 130, 3
-# Bytes of the tensor that holds the shape of a packed one.
-_SHAPE = 16
-# Types named in a summary line.
-_NAMED = 3
+_SHAPE = 16  # bytes of the tensor that holds the shape of a packed one
+_NAMED = 3  # types named in a summary line
 
 
 @dataclass(frozen=True)
 class SearchRequest:
     """Options of a search: the share of knowledge to `keep` or the `size` of the file in bytes; one of `FORMS`, or None
-    for the model's default; what guides the choice of types; and `must`, rules for types that are fixed.
-
-    Raises UsageError for invalid ones.
-    """
+    for the model's default; what guides the choice of types; and `must`, rules for types that are fixed. Raises
+    UsageError for invalid ones."""
 
     keep: float | None
     size: int | None
@@ -127,10 +121,8 @@ class FileFormat(ABC):
     @property
     def _sizes(self) -> list[list[list[int]]]:
         """Return, for each table, the bytes of each choice's options, ascending."""
-        return [
-            [sorted(option.nbytes for option in options.values()) for options in table.values()]
-            for table in self.tables
-        ]
+        choices = (table.values() for table in self.tables)
+        return [[sorted(option.nbytes for option in options.values()) for options in of_table] for of_table in choices]
 
     def check(self, budget: int) -> None:
         """Raise UsageError if no file is that small, or if the unquantized model already is."""
@@ -182,8 +174,7 @@ class FileFormat(ABC):
 
 
 class GgufFormat(FileFormat):
-    """GGUF files. `job` is an export whose intermediate float file is written already; `tensors` and `overhead`
-    describe that file."""
+    """GGUF files. `job` is an export whose float file is written; `tensors` and `overhead` describe that file."""
 
     name, file_name = GGUF, "model.gguf"
 
@@ -298,15 +289,12 @@ class CheckpointFormat(FileFormat):
         if not self._is_uniform:
             return [self.table]
         kinds = [kind for kind in reversed(self.roundings.types) if any(kind in each for each in self.table.values())]
-        return [
-            {
-                name: options
-                if len(options) == 1
-                else {each: options[each] for each in (NONE, kind) if each in options}
-                for name, options in self.table.items()
-            }
-            for kind in kinds
-        ]
+
+        def limit(options: Mapping[str, allocation.TypeOption], kind: str) -> Mapping[str, allocation.TypeOption]:
+            few = {each: options[each] for each in (NONE, kind) if each in options}
+            return options if len(options) == 1 else few
+
+        return [{name: limit(options, kind) for name, options in self.table.items()} for kind in kinds]
 
     def predict_losses(self, sensitivity: Sensitivity) -> allocation.OptionTable:
         rows = sensitivity.kl(self._guide)
@@ -404,10 +392,8 @@ def build_rules(types: Mapping[str, str]) -> dict[str, list[str]]:
 def open_format(
     model: StudyModel, request: SearchRequest, folder: Path, begin: Begin, on_progress: Listener | None = None
 ) -> Iterator[FileFormat]:
-    """Yield the file format of a search; the intermediate file of GGUF files is in `folder` meanwhile.
-
-    Raises CompressknowError if the model cannot be written in it.
-    """
+    """Yield the file format of a search; the intermediate file of GGUF files is in `folder` meanwhile. Raises
+    CompressknowError if the model cannot be written in it."""
     from compressknow.engine.language_model import find_family
 
     form = request.to or (GGUF if find_family(model.maker.tree) == "causal" else CHECKPOINT)

@@ -129,11 +129,8 @@ def list_cells(
     calibration_tokens: int | None = None,
 ) -> tuple[Cell, ...]:
     """Return the cells of ``paper``, ``methods``, a TOML file or the content of one; `opened` returns the model, if it
-    is needed.
-
-    Raises UsageError if the grid is invalid, or for options that do not apply to it; and as `hash_text` does for its
-    calibration texts.
-    """
+    is needed. Raises UsageError if the grid is invalid, or for options that do not apply to it; and as `hash_text`
+    does."""
     text = {"calibration": calibration, "calibration_tokens": calibration_tokens}
     supported = {PAPER: ("module_map", "quantize"), METHODS_GRID: ("module_map", *CALIBRATED)}.get(str(grid), ())
     for name, value in {"module_map": module_map, "quantize": quantize, **text}.items():
@@ -159,13 +156,10 @@ def list_cells(
 def build_paper_grid(
     structure: Structure, *, module_map: ModuleMap = "paper", scheme: str = PAPER_SCHEME
 ) -> tuple[Cell, ...]:
-    """Return the paper's grid: GP 10-90 %, GQ and GPQ 20/40 % of attention, feed-forward and overall, the final layer
-    pruned by 20/40 % (L1-structured and L1-unstructured), and, for encoder-decoder models, each kind of attention
-    (figure 8).
-
-    Scopes that the model lacks are left out. By default, module map and scheme are those of the authors' code; the
-    scheme's parameters are as close to its defaults as fits all layers.
-    """
+    """Return the paper's grid, without scopes that the model lacks: GP 10-90 %, GQ and GPQ 20/40 % of attention,
+    feed-forward and overall, the final layer pruned by 20/40 % (L1-structured and L1-unstructured), and, for
+    encoder-decoder models, each kind of attention (figure 8). By default, module map and scheme are those of the
+    authors' code; the scheme's parameters are as close to its defaults as fits all layers."""
     quantized: dict[str, Any] = {"quantize": scheme, "parameters": fit_parameters(structure, scheme) or {}}
 
     def recipe(scope: str, **options: Any) -> Recipe:
@@ -184,11 +178,9 @@ def build_paper_grid(
 
 def build_methods_grid(model: VariantMaker, module_map: ModuleMap, text: Mapping[str, Any]) -> tuple[Cell, ...]:
     """Return attention, feed-forward and overall, each pruned by 20 to 60 % (L1, Wanda, SparseGPT), quantized (int8,
-    int8 smoothed, int4 to nearest and by GPTQ), and pruned by half and then quantized to int4 by GPTQ.
-
-    int4 has the largest groups that divide all layers. Recipes that the model does not support are left out. `text` has
-    the calibration arguments of `build_recipe`.
-    """
+    int8 smoothed, int4 to nearest and by GPTQ), and pruned by half and quantized to int4 by GPTQ, as far as the model
+    supports it. int4 has the largest groups that divide all layers. `text` has the calibration arguments of
+    `build_recipe`."""
     structure = model.structure(module_map)
     groups = fit_parameters(structure, "int4")
 
@@ -232,8 +224,7 @@ def read_grid(path: Path) -> tuple[Cell, ...]:
 
 
 def build_grid(values: Mapping[str, Any], name: str) -> tuple[Cell, ...]:
-    """Return the cells of a grid: the product of its axes, and its named cells. Raises UsageError if it is empty or
-    contradictory, or has unknown keys."""
+    """Return the product of a grid's axes, and its named cells. Raises UsageError if there are none, or bad keys."""
     if unknown := sorted(set(values) - {"axes", "cells"}):
         raise UsageError(f"{name}: unknown key {unknown[0]!r}.", hint=FORMAT)
     axes, named = values.get("axes", {}), values.get("cells", [])

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compressknow.base.errors import UnsupportedError
 from compressknow.base.files import find_cache_folder
 from compressknow.base.progress import Listener, Stage, report_progress
-from compressknow.base.reading import hash_json
+from compressknow.base.reading import group_by, hash_json
 from compressknow.compress.calibrate.backward import ScoredBatch
 from compressknow.compress.calibrate.model import BlockwiseUnsupported
 from compressknow.compress.calibrate.text import CalibrationText, load_or_make_text, read_calibration_text
@@ -36,7 +36,7 @@ from compressknow.engine.language_model import find_family
 from compressknow.engine.load import load_tokenizer
 from compressknow.evaluate.answers import Answer, Answers
 from compressknow.evaluate.distributions import Context
-from compressknow.evaluate.facts import Fact, Probe
+from compressknow.evaluate.facts import Probe
 from compressknow.evaluate.gather import find_answers_folder
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import probe_model
@@ -49,20 +49,16 @@ from compressknow.model.loading import open_complete
 from compressknow.study.measuring import FEWEST_OF_A_DOMAIN, FactBatches, Roundings, measure
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, can_guide, read_sensitivity, write_sensitivity
 
-# Maximum facts that guide.
-FACTS = 200
-# Facts to evaluate: enough even if a small model knows only half of them.
-EVALUATED = 400
+FACTS = 200  # maximum facts that guide
+EVALUATED = 400  # facts to evaluate: enough even if a small model knows only half of them
 # Share of the probability of a fact's best five candidates that is enough: other candidates hardly affect KL.
 MASS = 0.95
-# Tokens of text that guide: more would add little and take long.
-TOKENS = 2_048
+TOKENS = 2_048  # tokens of text that guide: more would add little and take long
 # Decoder rows whose lengths differ by less than this many tokens are padded at the end, which affects nothing.
 SPREAD = 4
 # Per row of text: tokens, scored positions, and draws for each. More rows help more than more positions.
 TEXT_LENGTH, TEXT_POSITIONS, TEXT_DRAWS = 64, 16, 2
-# Rows of text per batch: for each draw, the logits of that many rows are in memory at once.
-TEXT_ROWS = 8
+TEXT_ROWS = 8  # rows of text per batch: for each draw, the logits of that many rows are in memory at once
 
 
 def measure_guides(
@@ -75,14 +71,10 @@ def measure_guides(
     answers: Answers | None = None,
 ) -> tuple[Sensitivity, tuple[Batches, ...]]:
     """Measure what guides the types of a checkpoint's weights, unless it is stored: facts, even if only text guides,
-    and the first `TOKENS` of the text of `calibration`. `answers` are the model's answers to all probes; by default it
-    is evaluated on some facts of each.
-
-    Returns the sensitivity of the weights, and batches of token ids for GPTQ: those of facts with their objects, if a
-    causal model knows any, and those of the text.
-
-    Raises UsageError if facts are to guide and the model knows fewer than 30.
-    """
+    and the first `TOKENS` of the text of `calibration`. `answers` are the model's to all probes; by default it is
+    evaluated on some facts of each. Return the sensitivity of the weights, and batches of token ids for GPTQ: those of
+    facts with their objects, if a causal model knows any, and those of the text. Raises UsageError if facts are to
+    guide and the model knows fewer than 30."""
     model, trusted = handle.located, handle.settings.trust_remote_code
     is_search = answers is not None
     if answers is None:
@@ -99,15 +91,9 @@ def measure_guides(
     tokenizer = load_tokenizer(model.path, trust_remote_code=trusted)
     text = _get_text(handle, tree, calibration, on_progress)
     scored = _score_facts(tree, tokenizer, answers, known)
-    guidance = Guidance(
-        roundings.form,
-        roundings.types,
-        facts=len(scored),
-        fingerprint=hash_facts(known) if scored else None,
-        ids=tuple((each.answer.probe, each.answer.fact_id) for each in scored),
-        tokens=min(text.tokens, TOKENS),
-        text=text.sha256,
-    )
+    ids = tuple((each.answer.probe, each.answer.fact_id) for each in scored)
+    fingerprint, tokens = hash_facts(known) if scored else None, min(text.tokens, TOKENS)
+    guidance = Guidance(roundings.form, roundings.types, len(scored), fingerprint, tokens, text.sha256, ids)
     texts = batch_text(_cut_text(text), find_family(tree) or "", tokenizer.mask_token_id)
     sensitivity = _measure_sensitivity(handle, checkpoint, tree, roundings, guidance, scored, texts, on_progress)
     # The last token of a fact's object predicts nothing.
@@ -118,17 +104,13 @@ def measure_guides(
 def select_known_facts(answers: Answers, probes: Sequence[Probe]) -> list[Probe]:
     """Return at most `FACTS` facts that a model answered right, evenly over relations, in the order of the probe."""
     right = {(answer.probe, answer.fact_id) for answer in answers.answers if answer.correct}
-    by_relation: dict[tuple[str, str], list[Fact]] = {}
-    for probe in probes:
-        for fact in probe.facts:
-            if (probe.name, fact.id) in right:
-                by_relation.setdefault((probe.name, fact.relation), []).append(fact)
-    turns = [(turn, name, fact) for (name, _), facts in by_relation.items() for turn, fact in enumerate(facts)]
-    turns.sort(key=lambda each: each[0])
-    selected = [
-        replace(probe, facts=tuple(fact for _, name, fact in turns[:FACTS] if name == probe.name)) for probe in probes
+    known = [(probe.name, fact) for probe in probes for fact in probe.facts if (probe.name, fact.id) in right]
+    by_relation = group_by(known, lambda each: (each[0], each[1].relation))
+    turns = sorted((turn for of in by_relation.values() for turn in enumerate(of)), key=lambda turn: turn[0])
+    facts = group_by((each for _, each in turns[:FACTS]), lambda each: each[0])
+    return [
+        replace(probe, facts=tuple(fact for _, fact in facts[probe.name])) for probe in probes if probe.name in facts
     ]
-    return [probe for probe in selected if probe.facts]
 
 
 def hash_facts(probes: Iterable[Probe]) -> str:

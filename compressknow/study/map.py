@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".html", ".md", ".json", ".csv")
 COLUMNS = "name group stack layer module rows columns type bytes kl_facts kl_text at_risk".split()
-# Sizes on the curve, in equal ratios from the smallest to the largest.
-BUDGETS = 20
+BUDGETS = 20  # sizes on the curve, in equal ratios from the smallest to the largest
 # llama.cpp's fallbacks for rows that a type does not fit; that of q5_k is not among our candidates.
 _FALLBACKS = {"q6_k": "q8_0", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl"}
 
@@ -55,10 +54,8 @@ class Map:
     @cached_property
     def _placed(self) -> list[TensorSensitivity]:
         """Return the weights in order of place: encoder, decoder, outside. (The last layer was measured first.)"""
-        stacks = {"encoder": "", None: ""}
-        return sorted(
-            self.sensitivity.rows, key=lambda row: (row.layer is None, stacks.get(row.stack, "decoder"), row.layer or 0)
-        )
+        first = ("encoder", None)
+        return sorted(self.sensitivity.rows, key=lambda r: (r.layer is None, r.stack not in first, r.layer or 0))
 
     def by_layer(self) -> Mapping[str, Weights]:
         """Return the weights of each layer, and of each group outside the layers."""
@@ -115,8 +112,7 @@ class Map:
 
     @cached_property
     def uniform(self) -> dict[str, TypeOption]:
-        """Return bytes and KL with all weights of one type, largest type first; only types that all rows fit, with
-        llama.cpp's fallbacks."""
+        """Return bytes and KL by type of all weights, largest first, if all rows fit it or llama.cpp's fallback."""
         sizes = {}
         for type in self.sensitivity.guidance.types:
             chosen = [options.get(type) or options.get(_FALLBACKS.get(type, type)) for options in self.table.values()]
@@ -134,16 +130,13 @@ class Map:
 
 def compute_kl_per_mb(rows: Weights, guide: Guide, domain: str | None = None) -> float:
     """Return the KL, over all facts or those of a domain, per MB that rounding some weights to 4 bits saves."""
-    kl = sum(
-        row.by_type[row.compared].kl(guide) * (1.0 if domain is None else row.by_domain.get(domain, 1.0))
-        for row in rows
-    )
+    times = [1.0 if domain is None else row.by_domain.get(domain, 1.0) for row in rows]
+    kl = sum(row.by_type[row.compared].kl(guide) * each for row, each in zip(rows, times, strict=True))
     return kl / sum(row.saved for row in rows) * 1e6
 
 
 def compute_risk(rows: Weights) -> float | None:
-    """Return the share of facts that the model is expected to forget if some weights are rounded to 4 bits: the sum of
-    their shares, at most 1. None if no facts guided."""
+    """Return the share of facts that the model may forget if weights are rounded to 4 bits; None if none guided."""
     shares = [row.by_type[row.compared].at_risk for row in rows]
     return None if None in shares else min(1.0, sum(share for share in shares if share is not None))
 
@@ -241,10 +234,9 @@ def build_page(map: Map, *, charts: bool) -> parts.Page:
         ("method", "Method and limits"): [parts.Sentences(_describe_method(map))],
         ("run", "The run"): parts.show_run(None, {"compressknow": __version__}, tuple(_list_run(map))),
     }
+    looks = {"method": "text", "run": "text"}
     shown = (
-        parts.PageSection(
-            id, title, tuple(parts.draw_charts(section, id, charts)), look="text" if id in ("method", "run") else "wide"
-        )
+        parts.PageSection(id, title, tuple(parts.draw_charts(section, id, charts)), look=looks.get(id, "wide"))
         for (id, title), section in sections.items()
     )
     return parts.Page(
@@ -253,7 +245,6 @@ def build_page(map: Map, *, charts: bool) -> parts.Page:
         headline=write_headline(map),
         verdict=write_verdict(map),
         sections=tuple(section for section in shown if section.parts),
-        unlisted=0,
     )
 
 
@@ -278,8 +269,7 @@ def write_verdict(map: Map) -> str:
 
 
 def _share_of_top_tenth(map: Map) -> float:
-    """Return the share of the loss at 4 bits that the most sensitive tenth of the bytes causes (the last weight in
-    part)."""
+    """Return the share of the loss at 4 bits that the most sensitive tenth of the bytes causes."""
     saved = [0, *accumulate(row.saved for row in map.ranked)]
     losses = [0.0, *accumulate(row.by_type[row.compared].kl(map.guide) for row in map.ranked)]
     return float(np.interp(saved[-1] / 10, saved, losses)) / losses[-1] if losses[-1] else 0.0
@@ -296,10 +286,8 @@ def _build_maps(map: Map) -> Iterator[parts.Part]:
     if not figures:
         return
     bounds = find_bounds(figures)
-    svgs = {
-        name: draw_heat_map(grid, f"KL per MB saved: {name}", f"map-{i}", False, bounds=bounds, write=format_millinats)
-        for i, (name, grid) in enumerate(grids.items())
-    }
+    draw = partial(draw_heat_map, broad=False, bounds=bounds, write=format_millinats)
+    svgs = {name: draw(grid, f"KL per MB saved: {name}", f"map-{i}") for i, (name, grid) in enumerate(grids.items())}
     yield parts.Charts(tuple(parts.Drawn(svg, title=name) for name, svg in svgs.items() if svg))
     yield parts.Note("", drawn=_MAP_NOTE)
     tables = tuple(
@@ -319,29 +307,24 @@ def _list_grids(map: Map) -> Iterator[tuple[str, Grid]]:
     if guidance.tokens:
         yield "Text", map.grid(partial(compute_kl_per_mb, guide="text"))
     for domain, known in sorted(map.sensitivity.domains.items(), key=lambda each: (-each[1], each[0])):
-        name = clean(domain, 40)
-        yield (
-            f"{name[:1].upper()}{name[1:]}: {count(known)} facts",
-            map.grid(partial(compute_kl_per_mb, guide="facts", domain=domain)),
-        )
+        name, figure = clean(domain, 40), partial(compute_kl_per_mb, guide="facts", domain=domain)
+        yield f"{name[:1].upper()}{name[1:]}: {count(known)} facts", map.grid(figure)
 
 
 def _build_risk(map: Map) -> Iterator[parts.Part]:
     if not map.sensitivity.guidance.facts:
         return
     grid = map.grid(compute_risk)
-    if svg := draw_heat_map(
-        grid, "Facts at risk by layer and module, in percent", "risk-map", False, write=_format_risk
-    ):
-        yield parts.Charts((parts.Drawn(svg),))
-        yield parts.Note("", drawn=_RISK_NOTE)
-    if not grid.figures:
-        yield parts.Text(
-            "None: the model is so sure of what it knows that no single weight rounded to 4 bits changes an answer."
-        )
+    title = "Facts at risk by layer and module, in percent"
+    svg = draw_heat_map(grid, title, "risk-map", False, write=_format_risk)
+    if svg is None:
+        sure = "the model is so sure of what it knows that no single weight rounded to 4 bits changes an answer"
+        yield parts.Text(f"None: {sure}.")
         return
-    caption = "Facts at risk by layer and module, in percent, if only that weight is rounded to 4 bits"
-    yield parts.Folded("The map as a table", (_tabulate_grid(caption, grid, _format_risk),))
+    yield parts.Charts((parts.Drawn(svg),))
+    yield parts.Note("", drawn=_RISK_NOTE)
+    table = _tabulate_grid(f"{title}, if only that weight is rounded to 4 bits", grid, _format_risk)
+    yield parts.Folded("The map as a table", (table,))
 
 
 def _tabulate_grid(caption: str, grid: Grid, write: Callable[[float], str]) -> parts.Table:
@@ -380,24 +363,17 @@ def _tabulate_weights(caption: str, weights: Weights, map: Map) -> parts.Table:
 
 def _tabulate_sums(map: Map, caption: str, kind: str, groups: Mapping[str, Weights]) -> parts.Table:
     saved = sum(row.saved for row in map.sensitivity.rows)
-    rows = tuple(
-        (
-            clean(name, 60),
-            format_millinats(compute_kl_per_mb(weights, map.guide)),
-            share(compute_risk(weights)),
-            share(sum(row.saved for row in weights) / saved),
-        )
-        for name, weights in groups.items()
-    )
+    rows = []
+    for name, weights in groups.items():
+        kl, part = format_millinats(compute_kl_per_mb(weights, map.guide)), sum(row.saved for row in weights) / saved
+        rows.append((clean(name, 60), kl, share(compute_risk(weights)), share(part)))
     columns = (kind, "KL per MB saved", "Facts at risk", "Share of the bytes")
-    return parts.Table(caption, columns, rows, sortable=len(rows) > 1)
+    return parts.Table(caption, columns, tuple(rows), sortable=len(rows) > 1)
 
 
 def _plot_sizes(map: Map) -> Iterator[parts.Part]:
-    sizes = tuple(
-        (type, write_size(nbytes), number(kl), number(map.at(nbytes).loss))
-        for type, (nbytes, kl) in map.uniform.items()
-    )
+    uniform = map.uniform.items()
+    sizes = tuple((type, write_size(size), number(kl), number(map.at(size).loss)) for type, (size, kl) in uniform)
     columns = ("All weights of one type", "Size of the weights", "Predicted KL", "A type for each")
     ends = " to ".join(f"{number(kl)} at {write_size(nbytes)}" for nbytes, kl in (map.frontier[0], map.frontier[-1]))
     text = f"From {ends}. The table next to the chart has the sizes of single types."

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from compressknow.base.progress import Advance, ignore_advance
+from compressknow.base.reading import group_by
 from compressknow.comparison.checkpoints import name_in_block
 from compressknow.compress.calibrate.backward import FACTORS, Product, ScoredBatch, compute_gradients
 from compressknow.compress.calibrate.model import StreamedModel
@@ -120,14 +121,11 @@ def parse_scheme(name: str) -> Scheme:
     return SCHEMES[kind].with_values({"group_size": int(size)}) if size else SCHEMES[kind]
 
 
-# Rows of a weight that are rounded and multiplied at a time, because a head has as many as the vocabulary.
-BAND = 2048
+BAND = 2048  # rows of a weight that are rounded and multiplied at a time, because a head has as many as the vocabulary
 # Rows of a weight whose errors are measured: this many of the most important ones, and one in `STRIDE` of the others.
 FIRST_ROWS, STRIDE = 64, 16
-# Share of the pieces of a text that a mean leaves out: those that change most.
-TRIMMED = 0.1
-# Minimum number of facts for the mean of a domain.
-FEWEST_OF_A_DOMAIN = 5
+TRIMMED = 0.1  # share of the pieces of a text that a mean leaves out: those that change most
+FEWEST_OF_A_DOMAIN = 5  # minimum number of facts for the mean of a domain
 
 
 @dataclass(frozen=True)
@@ -174,11 +172,8 @@ class ScoreChanges:
 
     def _compute_per_error(self, name: str, measured: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return two losses of each fact per squared error of a weight, float64 [facts], averaged over the measured
-        types: KL in nats, and the squared change of its margin. None if there are no facts.
-
-        The effect of a single rounding on some facts is partly luck. So types are compared by their errors, and weights
-        by the effects of all measured types.
-        """
+        types, because the effect of a single one is partly luck: KL in nats, and the squared change of its margin. None
+        if there are no facts."""
         if (name, measured[0]) not in self.facts:
             return None
         types = [type for type in measured if self.errors[name, type] > 0] or measured[:1]
@@ -248,10 +243,7 @@ def measure(
     advance: Advance = ignore_advance,
 ) -> ScoreChanges:
     """Measure all Linear weights of a model, and for GGUF files the embedding, in one forward and one backward pass.
-
-    Types whose rounding takes an importance use that of the same tokens: the mean squares of a weight's inputs from
-    facts and from text, each normalized.
-    """
+    The importance for rounding is the mean squares of a weight's inputs from facts and from text, each normalized."""
     structure = read_structure(tree)
     sources = Sources(checkpoint, tree, structure)
     # Experts are left out: their inputs do not show which rows the tokens belong to.
@@ -348,8 +340,7 @@ class _Measurer:
         of_rows: torch.Tensor,
         of_columns: torch.Tensor,
     ) -> None:
-        """Add a weight's squared errors by type, weighted by row [out] and column [in], for the most important rows and
-        some of the others."""
+        """Add squared errors by type, weighted by row [out] and column [in], of the important rows and some more."""
         order = of_rows.argsort(descending=True, stable=True)
         selected = torch.cat([order[:FIRST_ROWS], order[FIRST_ROWS::STRIDE]])
         rows = weight[selected]
@@ -376,17 +367,10 @@ class _Measurer:
 
     def _sum_halves(self, products: Sequence[Product], values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the normalized sum of a vector per product; facts and text have equal weight."""
-        halves = []
-        for is_text in (False, True):
-            half = [
-                value
-                for each, value in zip(products, values, strict=True)
-                if (each.batch >= len(self._fact_batches.batches)) is is_text
-            ]
-            if half:
-                total = torch.stack(half).sum(0)
-                halves.append(total / total.mean())
-        return torch.stack(halves).mean(0)
+        facts = len(self._fact_batches.batches)
+        halves = group_by(zip(products, values, strict=True), lambda each: each[0].batch >= facts)
+        totals = [torch.stack([value for _, value in half]).sum(0) for half in halves.values()]
+        return torch.stack([total / total.mean() for total in totals]).mean(0)
 
     def _add_changes(self, name: str, types: Sequence[str], batch: int, changes: torch.Tensor) -> None:
         """Add changes of a batch's scores, [rows, directions, types]."""
@@ -401,6 +385,5 @@ class _Measurer:
 
 
 def _contract(gradients: torch.Tensor, products: torch.Tensor, types: int) -> torch.Tensor:
-    """Sum g . y over tokens: [rows, directions, tokens, out] and [rows, tokens, out x types] give float32 [rows,
-    directions, types]."""
+    """Sum [rows, directions, tokens, out] . [rows, tokens, out x types] to float32 [rows, directions, types]."""
     return torch.bmm(gradients.flatten(2).to(products.dtype), products.reshape(len(products), -1, types)).float()

@@ -65,9 +65,7 @@ Run = Callable[[CellBatch], Generator[CellResult]]
 @contextmanager
 def open_runner(ray: RayOptions | None, on_progress: Listener | None) -> Iterator[Run]:
     """Yield a function that runs batches: cell by cell in this process, or on the cluster while the context lasts.
-
-    Raises CompressknowError if the cluster does not answer, UsageError if no task could ever start there.
-    """
+    Raises CompressknowError if the cluster does not answer, UsageError if no task could ever start there."""
     if ray is None:
         yield partial(_run_here, on_progress)
         return
@@ -143,8 +141,7 @@ def _run_on_ray(ray: Any, where: RayOptions, on_progress: Listener | None, batch
 def _collect(
     ray: Any, batch: CellBatch, pending: dict[Any, tuple[Cell, Opened]], on_progress: Listener | None
 ) -> Generator[CellResult]:
-    """Yield a cell's result once all of its probes are answered. The facts of all cells are one stage, which restarts
-    after each result."""
+    """Yield a cell's result once all of its probes are answered; after each, the stage of all facts restarts."""
     failed: dict[Cell, BaseException] = {}
     remaining = Counter(cell for cell, _ in pending.values())
     yield from (_evaluate(batch, cell) for cell in batch.cells if not remaining[cell])
@@ -206,8 +203,7 @@ def _run(
     reference: Answers,
     text: CalibrationText | None,
 ) -> dict[str, bytes]:
-    """Return the files of the answers folder, in a worker; `original` is a path or Hub id, its revision, its SHA-256
-    and its settings."""
+    """Return the answers' files, in a worker; `original` is a path or Hub id, its revision, SHA-256 and settings."""
     import torch
 
     torch.set_num_threads(threads)

@@ -1,5 +1,4 @@
-"""Search for the smallest file that keeps enough: some facts guide it, others select the winner, a third part grades
-it."""
+"""Search for the smallest file that keeps enough: facts guide it, others select the winner, a third part grades it."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ from compressknow.study.allocation import Allocation
 from compressknow.study.cells import CELLS, ORIGINAL, AddNoiseFloor, StudyModel, grade
 from compressknow.study.formats import GGUF, FileFormat, SearchRequest
 
-# The facts are split into parts to search with, to select by and to grade by.
-_THIRDS = 3
+_THIRDS = 3  # the facts are split into parts to search with, to select by and to grade by
 # Maximum facts of a probe to search with. They guide the search without deciding it, and each file takes longer with
 # more of them. With fewer, less than a quarter of searches succeed if relations differ a lot (ICC 0.3).
 SEARCHED = 450
@@ -61,12 +59,8 @@ class Parts(NamedTuple):
 
 def split_facts(probe: Opened, seed: int) -> Parts:
     """Split facts by the seed: a third to select by, a third to grade by, and some of the remaining third to search
-    with.
-
-    Whole relations are dealt, evenly over domains, if each third gets enough of them: facts of one relation are lost
-    together, so a file that is lucky with a relation is lucky with all its facts. Otherwise, facts of each relation
-    are.
-    """
+    with. Whole relations are dealt, evenly over domains, if each third gets enough of them, because facts of one are
+    lost together; otherwise, facts of each relation."""
     source = find_source(probe.name)
     if not isinstance(probe, Probe) or (source and not source.held_out):
         can = [kind for kind, source in list_usable() if source.held_out]
@@ -87,8 +81,7 @@ def split_facts(probe: Opened, seed: int) -> Parts:
 
 
 def _deal(facts: Sequence[Fact], seed: int, *, whole: bool) -> list[tuple[Fact, ...]]:
-    """Deal facts into three equal parts, all wordings of a fact into the same one: `whole` relations, domain by domain,
-    or single facts, relation by relation."""
+    """Deal facts into equal parts: `whole` relations, by domain, or single facts, with all wordings, by relation."""
     units: dict[tuple[str, str], set[str]] = {}
     # A relation with facts of several domains counts for the domain of its first fact, because it is dealt whole.
     domains = {fact.relation: fact.subject for fact in reversed(facts)}
@@ -180,10 +173,8 @@ class EvaluationSet:
 
 # Files that are tried: one per halving of the predicted loss, and an end of the range if it was not reached.
 HALVINGS = 7
-# Budgets closer than this share count as equal.
-CLOSE = 0.005
-# Sizes closer than this share cannot be told apart by the search facts.
-NEAR = 0.03
+CLOSE = 0.005  # budgets closer than this share count as equal
+NEAR = 0.03  # sizes closer than this share cannot be told apart by the search facts
 # Number of files that may be evaluated on the held-out facts: each widens the intervals that decide. The second is
 # predicted to lose `APART` times as much as the first, or it would fail too; the third, which is the last, `APART`
 # squared times as much as the second. (The next file depends on the one before, but not on what that kept; otherwise
@@ -230,8 +221,7 @@ class SizeSearch:
         return next((each for each in self.confirmed if is_enough(each.trial.held_out, self.keep)), None)
 
     def explore(self) -> None:
-        """Bisect the predicted loss, between the smallest and the largest size, for the largest loss that keeps
-        enough."""
+        """Bisect the predicted loss, between smallest and largest size, for the largest that keeps enough."""
         worst, best = ends = [self._choose(nbytes) for nbytes in self._sizes]
         for _ in range(HALVINGS):
             if best.nbytes <= (1 + NEAR) * worst.nbytes:
@@ -397,14 +387,8 @@ class CandidateHandle(ModelHandle):
         self._candidates, self._allocation = candidates, allocation
         form, original = candidates.form, candidates.original
         # The hash is of what the file is made of, so that it need not exist.
-        parts: list[Any] = [
-            __version__,
-            original.sha256,
-            form.name,
-            *form.list_decisive(),
-            sorted(allocation.types.items()),
-        ]
-        self.sha256 = hash_json(parts)
+        types = sorted(allocation.types.items())
+        self.sha256 = hash_json([__version__, original.sha256, form.name, *form.list_decisive(), types])
         self.made = candidates.folder / self.sha256[:16] / form.file_name
         super().__init__(LocatedModel(form.name, self.made), candidates.settings)
 

@@ -25,10 +25,8 @@ from compressknow.model.manifest import SEAL, hash_manifest, seal_manifest
 Guide = Literal["facts", "text", "both"]
 GUIDES: tuple[Guide, ...] = ("facts", "text", "both")
 SCHEMA = 4
-# Minimum number of facts that distinguish weights.
-FEWEST = 30
-# Default number of tokens of the text that guides.
-FIT_TOKENS = 8_192
+FEWEST = 30  # minimum number of facts that distinguish weights
+FIT_TOKENS = 8_192  # default number of tokens of the text that guides
 # Types of 4 bits: weights are compared by the first one that fits their rows.
 FOUR_BITS = ("q4_0", "int4/64", "int4/32", "int4/128")
 
@@ -199,8 +197,7 @@ def check_guide(guide: str) -> None:
 
 
 def can_guide(number: int, facts: str, guide: Guide, *, is_search: bool) -> bool:
-    """Return whether `number` facts are enough to guide. Raises UsageError if they are not but facts must guide; its
-    message begins with `facts`."""
+    """Return whether `number` facts can guide. Raises UsageError, which begins with `facts`, if not but they must."""
     if number < FEWEST and guide != "text":
         raise UsageError(
             f"{facts}, and {FEWEST} are needed to guide.",
@@ -211,8 +208,7 @@ def can_guide(number: int, facts: str, guide: Guide, *, is_search: bool) -> bool
 
 
 def open_facts(names: str | Sequence[str] | None, data: str | Path | None) -> list[Probe]:
-    """Open the probes whose facts guide, by default atlas; `data` is the folder of downloaded data sets. Raises
-    UsageError for texts and tasks."""
+    """Open the probes whose facts guide; `data` is the folder of data sets. Raises UsageError for texts and tasks."""
     probes = []
     for each in open_named(names, Options(data=None if data is None else Path(data))):
         if not isinstance(each, Probe):

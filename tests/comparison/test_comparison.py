@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressknow.base.errors import CompressknowError
-from compressknow.comparison.paired import compare_probe, list_changed_facts
+from compressknow.comparison.paired import list_changed_facts
 from compressknow.comparison.records import Counts, Estimate, ProbeFigures
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.grades import DEMOTED, GONE, PRODUCED, RECOGNIZED
-from tests.pages.answering import make_answer, make_entry, make_rows
+from tests.pages.answering import compare_rows, make_answer, make_entry, make_rows
 
 
 def compare(rows: Any, **changes: Any) -> ProbeFigures:
-    return compare_probe(*rows, make_entry(**changes), make_entry(**changes), probe="atlas", ran_in="")
+    return compare_rows(*rows, make_entry(**changes))
 
 
 class TestCounts:
@@ -33,17 +33,17 @@ class TestCounts:
         assert figures.accuracy_original.value == 0.5
         assert figures.accuracy_compressed.value == 0.45
         assert figures.difference.value == pytest.approx(-0.05)
-        assert figures.certainty.test.p == 1.0  # 2 against 1
+        assert figures.certainty.p == 1.0  # 2 against 1
 
     def test_answers_are_paired_by_fact_not_by_order(self) -> None:
         before, after = make_rows(both=3, lost=2, gained=1, neither=4)
         assert compare((before, after[::-1])).counts == Counts(3, 2, 1, 4)
 
     def test_without_facts_figures_are_missing(self) -> None:
-        figures = compare_probe([], [], make_entry(), make_entry(), probe="atlas", ran_in="")
+        figures = compare([[], []])
         assert figures.counts == Counts()
         assert figures.kept == figures.difference == figures.macro_difference == Estimate(None)
-        assert figures.certainty.test.p is figures.answer_changed is None
+        assert figures.certainty.p is figures.answer_changed is None
         assert figures.movement is figures.mrr is figures.confidence is None
 
     @settings(max_examples=30, deadline=None)
@@ -51,10 +51,10 @@ class TestCounts:
     def test_order_does_not_matter_and_groups_add_up(self, cells: tuple[int, ...], shuffler: random.Random) -> None:
         rows = make_rows(*cells)
         rows = tuple([replace(row, popularity=float(number)) for number, row in enumerate(side)] for side in rows)
-        figures = compare_probe(*rows, make_entry(), make_entry(), probe="atlas", ran_in="")
+        figures = compare(rows)
         for side in rows:
             shuffler.shuffle(side)
-        assert compare_probe(*rows, make_entry(), make_entry(), probe="atlas", ran_in="") == figures
+        assert compare(rows) == figures
         for groups in (figures.by_relation, figures.by_subject, figures.by_popularity):
             assert sum((group.counts for group in groups), Counts()) == (figures.counts if groups else Counts())
 
@@ -190,10 +190,7 @@ class TestMovement:
 
     def test_no_divergence_over_different_tokens(self) -> None:
         rows = make_rows(both=2)
-        assert (
-            compare_probe(*rows, make_entry(), make_entry(reference="b" * 64), probe="atlas", ran_in="").movement
-            is None
-        )
+        assert compare_rows(*rows, make_entry(), make_entry(reference="b" * 64)).movement is None
         before, after = rows
         after[0] = replace(after[0], first_ids=(5, 8))
         movement = compare((before, after)).movement
@@ -314,20 +311,18 @@ class TestIncomparable:
         with pytest.raises(
             CompressknowError, match=r"evaluated on atlas in the same way.*\n.*protocol closed/1 and paper/1"
         ):
-            compare_probe(
-                *rows, make_entry(), make_entry(protocol="paper/1", fingerprint="e" * 64), probe="atlas", ran_in=""
-            )
+            compare_rows(*rows, make_entry(), make_entry(protocol="paper/1", fingerprint="e" * 64))
 
     def test_refuses_other_prompts(self) -> None:
         rows = make_rows(both=1)
         with pytest.raises(CompressknowError, match=r"--limit None and 50"):
-            compare_probe(*rows, make_entry(), make_entry(fingerprint="e" * 64, limit=50), probe="atlas", ran_in="")
+            compare_rows(*rows, make_entry(), make_entry(fingerprint="e" * 64, limit=50))
         with pytest.raises(CompressknowError, match=r"prompts or candidates themselves"):
-            compare_probe(*rows, make_entry(), make_entry(fingerprint="e" * 64), probe="atlas", ran_in="")
+            compare_rows(*rows, make_entry(), make_entry(fingerprint="e" * 64))
 
     def test_refuses_other_facts(self) -> None:
         before, after = make_rows(both=3)
         with pytest.raises(
             CompressknowError, match=r"2 only the original, 0 only the compressed model \(such as 'fact-0001'"
         ):
-            compare_probe(before, after[:1], make_entry(), make_entry(), probe="atlas", ran_in="")
+            compare((before, after[:1]))

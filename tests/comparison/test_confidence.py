@@ -16,8 +16,7 @@ from compressknow.comparison.distributions import (
     split_by_confidence,
 )
 from compressknow.comparison.intervals import estimate_proportion
-from compressknow.comparison.paired import compare_probe
-from tests.pages.answering import make_answer, make_entry, make_rows
+from tests.pages.answering import compare_rows, make_answer, make_rows
 
 
 def make_confident_answer(number: int, probability: float, correct: bool, **changes: object) -> object:
@@ -106,5 +105,5 @@ def test_needs_probabilities_and_twenty_facts() -> None:
 
 def test_figures_of_a_probe_include_confidence() -> None:
     rows = make_rows(60, 10, 5, 25)
-    figures = compare_probe(*rows, make_entry(), make_entry(), probe="atlas", ran_in="")
+    figures = compare_rows(*rows)
     assert figures.confidence == compare_confidence(list(zip(*rows, strict=True)))

@@ -120,7 +120,7 @@ def test_the_smallest_loss_of_different_relations_is_shown_with_the_intended_pow
     rng = np.random.default_rng(5)
     loss = find_median_smallest_loss(draw_relations(rng, icc, 0) for _ in range(60))
     samples = [draw_relations(rng, icc, loss) for _ in range(400)]
-    shown = [run_paired_test(c).p < 0.05 and sum(each.lost - each.gained for each in c) > 0 for c in samples]
+    shown = [run_paired_test(c) < 0.05 and sum(each.lost - each.gained for each in c) > 0 for c in samples]
     assert abs(sum(shown) / len(shown) - POWER) < 0.1
 
 
@@ -133,7 +133,7 @@ def test_the_smallest_loss_of_relations_without_gains_is_shown_with_the_intended
 
     loss = find_median_smallest_loss(lose(0.03) for _ in range(60))
     samples = [lose(loss) for _ in range(400)]
-    assert sum(run_paired_test(c).p < 0.05 for c in samples) / len(samples) > POWER - 0.1
+    assert sum(run_paired_test(c) < 0.05 for c in samples) / len(samples) > POWER - 0.1
 
 
 def find_median_smallest_loss(samples: Iterable[list[Counts]]) -> float:

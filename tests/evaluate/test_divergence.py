@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from compressknow.comparison.paired import compare_probe
 from compressknow.comparison.records import KlFigures
 from compressknow.evaluate.records import ProbeEntry
 from tests.evaluate.references import evaluate_model, make_probe, make_word_facts, make_word_tokenizer
 from tests.models import tiny
+from tests.pages.answering import compare_rows
 
 
 def perturb(model: PreTrainedModel) -> PreTrainedModel:
@@ -39,7 +39,7 @@ def measure_movement(before: PreTrainedModel, after: PreTrainedModel) -> tuple[K
             p, q = (model(input_ids=ids).logits[0, -1].double().log_softmax(-1) for model in (before, after))
         divergences.append(float(functional.kl_div(q, p, log_target=True, reduction="sum")))
     entry = ProbeEntry(protocol="p/1", fingerprint="f", facts=1, asked=1, reference="a")
-    figures = compare_probe(list(originals.values()), list(others.values()), entry, entry, probe="atlas", ran_in="")
+    figures = compare_rows(list(originals.values()), list(others.values()), entry)
     assert figures.movement is not None
     return figures.movement, float(np.mean(divergences))
 

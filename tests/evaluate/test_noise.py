@@ -12,7 +12,6 @@ import pytest
 
 from compressknow import Options, Settings, probe, report
 from compressknow.comparison.distributions import compute_kl
-from compressknow.comparison.paired import compare_probe
 from compressknow.comparison.records import Counts
 from compressknow.engine.identity import locate
 from compressknow.evaluate import noise
@@ -24,7 +23,7 @@ from compressknow.evaluate.records import NoiseFloor
 from compressknow.evaluate.sources import open_all
 from compressknow.pages.card.warnings import compare_with_rounding
 from tests.knowing import save_trained, write_bear, write_facts
-from tests.pages.answering import make_answer, make_answers, make_entry, make_rows
+from tests.pages.answering import compare_rows, make_answer, make_answers, make_rows
 
 BF16 = Settings(dtype="bfloat16", noise_floor=False)
 
@@ -199,9 +198,7 @@ def test_every_format_of_the_card_shows_the_noise_floor(tmp_path: Path) -> None:
 
 
 def test_the_verdict_compares_changes_with_the_noise_floor() -> None:
-    figures = replace(
-        compare_probe(*make_rows(80, 20), make_entry(), make_entry(), probe="atlas", ran_in=""), answer_changed=0.25
-    )
+    figures = replace(compare_rows(*make_rows(80, 20)), answer_changed=0.25)
     few, many = (NoiseFloor(200, changed, 100, 1, 0, 0.001, "bfloat16") for changed in (4, 60))
     assert compare_with_rounding([replace(figures, noise_floor=None)]) == ""
     text = compare_with_rounding([replace(figures, noise_floor=few)])

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from compressknow.comparison.paired import compare_probe
+from compressknow.comparison.records import ProbeFigures
 from compressknow.evaluate.answers import SCHEMA_VERSION, Answer, Answers
 from compressknow.evaluate.records import ModelRecord, ProbeEntry, Record
 
@@ -103,3 +105,13 @@ def make_runs(rows: Sequence[Sequence[Answer]], **changes: Any) -> tuple[Answers
         name="tiny-bert-int8", sha256=COMPRESSED_HASH, bytes=1_100_000, setup="Overall_GQ", **changes
     )
     return make_answers(rows[0]), make_answers(rows[1], compressed)
+
+
+def compare_rows(
+    before: Sequence[Answer], after: Sequence[Answer], entry: ProbeEntry | None = None, other: ProbeEntry | None = None
+) -> ProbeFigures:
+    """Return the figures of one probe; by default, both models have the same entry."""
+    probe, entry = before[0].probe if before else "atlas", entry or make_entry()
+    return compare_probe(
+        make_answers(before, probes={probe: entry}), make_answers(after, probes={probe: other or entry}), probe
+    )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
+from itertools import starmap
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
@@ -32,9 +33,9 @@ def parse_gates(values: float | str | Sequence[float | str] | None, *, strict: b
     >>> parse_gates([0.9, "science=85%"])
     (Gate(least=0.9, of=None, strict=False), Gate(least=0.85, of='science', strict=False))
     """
-    listed: list[Any] = [] if values is None else [values]
-    if isinstance(values, Sequence) and not isinstance(values, str):
-        listed = list(values)
+    listed: Any = [] if values is None else values
+    if isinstance(listed, str) or not isinstance(listed, Sequence):
+        listed = [listed]
     gates = [_parse(value, strict=strict) for value in listed]
     if twice := next((gate for place, gate in enumerate(gates) if gate.of in [g.of for g in gates[:place]]), None):
         raise UsageError(f"--fail-under is given twice for {twice.of or 'all facts'}.", hint="Leave out one of them.")
@@ -87,9 +88,8 @@ def check_gates(gates: Sequence[Gate], *, strict: bool = False, early: bool = Fa
 
 
 def hold_to_gates(result: object, card: Card) -> None:
-    """Check every compressed model against each gate of a card; errors carry the caller's `result`.
-
-    A model whose interval spans a strict gate has neither met nor missed it.
+    """Check every compressed model against each gate of a card; errors carry the caller's `result`. A model whose
+    interval spans a strict gate has neither met nor missed it.
 
     Raises GateNotMet if a model keeps less, or if the original knew nothing that could be kept; GateUndecided if that
     is undecided for one model and all others meet it; UsageError if no facts were evaluated.
@@ -114,9 +114,7 @@ def hold_to_gates(result: object, card: Card) -> None:
             hint = "Choose facts that the original knows (-p PROBE)."
         elif all(is_at_chance(c) for _, c, _ in failed):
             hint = f"Evaluate more facts, or another probe (-p): {AT_CHANCE}"
-        unmet = GateNotMet(
-            f"{opening}: {'; '.join(_describe_shortfall(label, c, gate) for label, c, gate in failed)}.", hint=hint
-        )
+        unmet = GateNotMet(f"{opening}: {'; '.join(starmap(_describe_shortfall, failed))}.", hint=hint)
     elif unsure := [(label, c, gate) for label, c, gate, met in judged if met is None]:
         shares = (
             f"{f'of {gate.of}, ' if gate.of else ''}{label} keeps {_write_kept(c, gate)}" for label, c, gate in unsure
@@ -276,11 +274,8 @@ def recommend_model(
         one, several = "that keeps as much", f"that no test distinguishes from {labels[best]}, which keeps most"
     # The best of equally small ones.
     taken = min(enough, key=lambda place: (sound[place], -standing[place].keeps))
-    choice = (
-        f"the only model{at_most} {one}"
-        if len(enough) == 1
-        else f"the smallest of {count(len(enough))} models{at_most} {several}"
-    )
+    choice = f"the smallest of {count(len(enough))} models{at_most} {several}"
+    choice = choice if len(enough) > 1 else f"the only model{at_most} {one}"
     alike = join_names([f"{labels[place]} ({write_size(sizes[place])})" for place in standing[taken].alike])
     rivals = "the other" if len(comparisons) == 2 else "each of the others"
     others = f"No test distinguishes it from {alike}." if alike else f"What {rivals} keeps differs by more than chance."

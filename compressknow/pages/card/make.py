@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from compressknow.base.errors import CompressknowError
 from compressknow.base.format import clean, count
+from compressknow.base.reading import group_by
 from compressknow.comparison.distributions import CALIBRATION_BINS, POPULARITY_BINS, compare_wordings
 from compressknow.comparison.intervals import FEWEST, FEWEST_SIGNS, RESAMPLES, SEED, estimate_proportion
 from compressknow.comparison.paired import compare_probe, list_changed_facts, measure_certainty, pair_answers
@@ -33,8 +34,7 @@ _SCORING = {
     "log-probability of all its tokens.",
 }
 _REQUIRED = ("name", "sha256", "architecture", "family")
-# Fields that a server may leave out.
-_OF_FILES = ("parameters", "bytes", "dtype")
+_OF_FILES = ("parameters", "bytes", "dtype")  # fields that a server may leave out
 # Figures of a model that produces NaN support no advice on compression.
 _REPAIR = "Next: find an intact copy of the model that produces NaN; these figures mean nothing."
 
@@ -53,32 +53,23 @@ def make_card(
 ) -> Card:
     """Compare each compressed model with the original, over the probes that both were evaluated on.
 
-    Parameters
-    ----------
-    show_facts : False leaves the text of every fact out of the card.
-    known : what counts as known: ``recognized`` (or better) or only ``produced``.
-    command : the command line to show.
-    early : how a gate was decided before all facts were evaluated, if it was; for one compressed model only.
-    path : the original as the user gave it, where that can be converted.
-    gates, within : what decides which of several models is recommended; see `card.gate.recommend_model`. The advice on
-        each model follows the gates too.
+    Without `show_facts`, the card has no text of a fact. `known` is what counts as known: ``recognized`` (or better) or
+    only ``produced``. `command` is the command line to show; `early` how a gate was decided before all facts were
+    evaluated, for one compressed model only; `path` the original as the user gave it, where that can be converted.
+    `gates` and `within` decide which of several models is recommended (see `card.gate.recommend_model`); the advice on
+    each follows the gates too.
 
-    Raises
-    ------
-    CompressknowError : a compressed model is of another family or vocabulary, shares no probe with the original, or
-        was evaluated on other prompts; the answers do not record what is ``produced``.
+    Raises CompressknowError if a compressed model is of another family or vocabulary, shares no probe with the
+    original, or was evaluated on other prompts, or if the answers do not record what is ``produced``.
     """
-    original, *compressed = (apply_reading(answers, known) for answers in (original, *compressed))
-    by_wording = [original, *compressed]
-    original, *compressed = map(merge_wordings, by_wording)
+    first, *others = (apply_reading(answers, known) for answers in (original, *compressed))
+    original, *compressed = map(merge_wordings, (first, *others))
     model = read_model_facts(original.record.model)
     comparisons = []
-    for answers, wordings in zip(compressed, by_wording[1:], strict=True):
+    for answers, wordings in zip(compressed, others, strict=True):
         compared = compare(original, answers, show_facts=show_facts, early=early, path=path, gates=gates)
         # The figures of each wording come from the answers before wordings are merged.
-        probes = (
-            replace(p, **compare_wordings(by_wording[0].of(p.probe), wordings.of(p.probe))) for p in compared.probes
-        )
+        probes = (replace(p, **compare_wordings(first.of(p.probe), wordings.of(p.probe))) for p in compared.probes)
         compared = replace(compared, probes=tuple(probes))
         comparisons.append(add_sections(model, compared, (original, answers), show_facts=show_facts))
     # Warnings common to all models are given once, for the whole card.
@@ -117,16 +108,11 @@ def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], d
     if any(c.probes for c in comparisons):
         alike = max(decision.standings, key=lambda each: each.keeps).alike if decision else None
         sentences.append(verdict.write_joint_verdict(name, comparisons, alike))
-    labels = label_models(comparisons)
-    texts = {figures.text: figures.original for c in comparisons for figures in c.texts}
-    for text, before in texts.items():
-        compressed = [
-            (label, figures.compressed)
-            for label, comparison in zip(labels, comparisons, strict=True)
-            for figures in comparison.texts
-            if figures.text == text
-        ]
-        sentences.append(write_joint_sentence(text, before, compressed))
+    labelled = zip(label_models(comparisons), comparisons, strict=True)
+    read = [(label, figures) for label, comparison in labelled for figures in comparison.texts]
+    for text, of_text in group_by(read, lambda each: each[1].text).items():
+        compressed = [(label, figures.compressed) for label, figures in of_text]
+        sentences.append(write_joint_sentence(text, of_text[0][1].original, compressed))
     return " ".join(sentences)
 
 
@@ -159,20 +145,15 @@ def compare(
     texts = tuple(_compare_text(original, compressed, name) for name in common if name not in probes)
     figures, pairs = [], []
     for probe in probes:
-        sides = original.of(probe), compressed.of(probe)
-        entries = original.record.probes[probe], compressed.record.probes[probe]
-        figures.append(compare_probe(*sides, *entries, probe=probe, ran_in=compressed.record.model.ran_in))
-        pairs += pair_answers(probe, *sides, *entries) if show_facts else []
+        figures.append(compare_probe(original, compressed, probe))
+        pairs += pair_answers(original, compressed, probe) if show_facts else []
     lost, gained = list_changed_facts(pairs)
     counts = sum((probe.counts for probe in figures), Counts())
     graded = verdict.grade_domains(figures)
     sure = measure_certainty([[group.counts for group in probe.by_relation] for probe in figures])
     kept = estimate_proportion(counts.both, counts.known_before).or_by_relation(sure.kept)
-    outcome = (
-        verdict.write_verdict(before.name, counts, kept, sure) + warnings.compare_with_rounding(figures)
-        if probes
-        else ""
-    )
+    outcome = verdict.write_verdict(before.name, counts, kept, sure) if probes else ""
+    outcome += warnings.compare_with_rounding(figures)
     compared = Comparison(
         model=model,
         verdict=" ".join(filter(None, (outcome, *map(write_sentence, texts), verdict.describe_early(early, counts.n)))),

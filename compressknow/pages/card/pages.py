@@ -74,15 +74,9 @@ def chart_costs(card: Card, names: Sequence[str]) -> Iterator[Tradeoff]:
             name = f"the original, in {runtime}"
             marks.append(Mark(amount, Estimate(1), name, f"{name}, {written}"))
             looks[name] = ("D", INK, 6.0)
-        yield Tradeoff(
-            f"Knowledge kept by {title}",
-            axis,
-            marks,
-            looks,
-            edge=kinds,
-            more_is_better=get_cost is _get_speed,
-            rounding=estimate_rounding_kept(list_probes(card.comparisons)).value,
-        )
+        rounding = estimate_rounding_kept(list_probes(card.comparisons)).value
+        has_speed, title = get_cost is _get_speed, f"Knowledge kept by {title}"
+        yield Tradeoff(title, axis, marks, looks, edge=kinds, more_is_better=has_speed, rounding=rounding)
 
 
 # Costs of a model: its value on the axis, the same as text, and the runtime.
@@ -111,10 +105,8 @@ def chart_setups(comparisons: Sequence[Comparison], names: Sequence[str], id: st
 
 
 def split_setups(comparisons: Sequence[Comparison]) -> tuple[tuple[Line, ...], tuple[int, ...]]:
-    """Return a line for each scope that was pruned by at least two amounts, and the indices of all other comparisons.
-
-    Scopes beyond the number of line styles are left to the bars.
-    """
+    """Return a line for each scope that was pruned by several amounts, up to the number of line styles, and the indices
+    of all other comparisons."""
     amounts: dict[str, dict[float, int]] = {}
     for place, comparison in enumerate(comparisons):
         match = _AMOUNT.fullmatch(comparison.model.setup or "")
@@ -250,15 +242,10 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
 
 
 def _make_grades_section(card: Card, comparison: Comparison, id: str) -> parts.PageSection:
-    rows = [
-        (
-            clean(grade.subject, 80),
-            *_write_kept(grade.counts, grade.written),
-            clean(grade.grade, 4),
-            clean(grade.range or "", 20),
-        )
-        for grade in comparison.grades
-    ]
+    rows = []
+    for grade in comparison.grades:
+        letters = clean(grade.grade, 4), clean(grade.range or "", 20)
+        rows.append((clean(grade.subject, 80), *_write_kept(grade.counts, grade.written), *letters))
     # The same digits as in the verdict, because the advice depends on this share.
     kept = write_estimate(comparison.kept, partial(share_against, limits=[ENOUGH]))
     rows.append(("All domains", *_write_kept(comparison.counts, kept), "", ""))
@@ -292,27 +279,18 @@ def _show_overview(card: Card, names: tuple[str, ...], *, charts: bool) -> Itera
 
 def _tabulate_overview(card: Card, names: tuple[str, ...]) -> parts.Table:
     marks = gate.mark_models(card.decision, names) if card.decision else [NONE] * len(names)
-    models = [card.original, *(each.model for each in card.comparisons)]
+    models, kept = [card.original, *(each.model for each in card.comparisons)], [each.kept for each in card.comparisons]
     columns = [
         ("Model", ["original", *names]),
         ("Size", [write_size(model.bytes) for model in models]),
-        ("Kept", ["", *(write_estimate(each.kept) for each in card.comparisons)]),
+        ("Kept", ["", *map(write_estimate, kept)]),
         ("Among these", ["", *marks]),
         *_list_gate_columns(card),
         *_list_run_columns(models),
         *_list_result_columns(card.comparisons),
     ]
-    return parts.Table(
-        caption="Every compressed model at a glance",
-        columns=tuple(name for name, _ in columns),
-        rows=tuple(zip(*(cells for _, cells in columns), strict=True)),
-        bars=(None, *(each.kept for each in card.comparisons)),
-        bars_after=2,
-        links=("", *(f"m{i}-top" for i in range(1, len(names) + 1))),
-        pinned=1,
-        sortable=True,
-        captioned=False,
-    )
+    links = ("", *(f"m{i}-top" for i in range(1, len(names) + 1)))
+    return parts.make_overview_table("Every compressed model at a glance", columns, kept, bars_after=2, links=links)
 
 
 def _list_gate_columns(card: Card) -> Iterator[tuple[str, list[str]]]:

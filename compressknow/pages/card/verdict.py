@@ -59,10 +59,8 @@ def write_verdict(original: str, counts: Counts, kept: Estimate, certainty: Cert
     `kept` has the interval to report, `certainty` the paired test and the smallest detectable loss.
 
     >>> from compressknow.comparison.intervals import estimate_proportion, run_mcnemar
-    >>> from compressknow.comparison.records import PairedTest
     >>> counts = Counts(both=90, lost=10, gained=1, neither=99)
-    >>> certainty = Certainty(PairedTest(run_mcnemar(counts), "fact"))
-    >>> print(write_verdict("bert", counts, estimate_proportion(90, 100), certainty))
+    >>> print(write_verdict("bert", counts, estimate_proportion(90, 100), Certainty(run_mcnemar(counts))))
     Keeps 90 of 100 facts that bert knew (90.0 %, interval 82.6 to 94.5 %): it forgot 10 and gained 1, a net \
 loss that chance does not explain (p = 0.012).
     """
@@ -73,7 +71,7 @@ loss that chance does not explain (p = 0.012).
         gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
         return f"{name} knew none of {count_facts(counts.n)}, so there is nothing to keep{gained}."
     interval = f"({write_percent(counts.both, counts.known_before)}{_write_ends(kept, 'interval')})"
-    sentence = _write_kept(name, counts, interval, certainty.test.p)
+    sentence = _write_kept(name, counts, interval, certainty.p)
     return f"{sentence} {describe_power(counts, certainty)}".rstrip()
 
 
@@ -179,8 +177,7 @@ def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike:
     return f"{sentence} {count(len(alike))} cannot be told apart from the best: {named}."
 
 
-# Maximum number of names in a sentence.
-_NAMED = 4
+_NAMED = 4  # maximum number of names in a sentence
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -226,10 +223,8 @@ MOST = 20_000  # facts: the largest number that is worth evaluating for one shar
 
 
 def write_advice(comparison: Comparison, path: str | None = None, least: float = ENOUGH) -> str:
-    """Return the advice; empty if the numbers support none. `path` is where the user has the model's source.
-
-    The interval must lie on one side of `least`, or the gate must have been decided early.
-    """
+    """Return the advice; empty if the numbers support none: the interval must lie on one side of `least`, unless the
+    gate was decided early. `path` is where the user has the model's source."""
     counts, gate = comparison.counts, comparison.early.gate if comparison.early else least
     if not counts.known_before:
         return "Next: choose facts that the original knows (-p PROBE); it knew none of these." if counts.n else ""
@@ -314,9 +309,8 @@ def advise_less(comparison: Comparison, reason: str, path: str | None) -> str:
 def is_larger_by_final_layer(groups: Mapping[str, Mapping[str, Any]]) -> bool:
     """Return whether a model is larger than its source because its final layer no longer shares its weight with the
     embedding. `groups` have ``bytes_before`` and ``bytes_after``."""
-    before, after = (
-        {name: group.get(key) or 0 for name, group in groups.items()} for key in ("bytes_before", "bytes_after")
-    )
+    keys = "bytes_before", "bytes_after"
+    before, after = ({name: group.get(key) or 0 for name, group in groups.items()} for key in keys)
     is_untied = not before.get("final") and after.get("final", 0) > 0
     return is_untied and sum(after.values()) > sum(before.values())
 

@@ -37,8 +37,7 @@ def warn_of_known(known: str) -> Iterator[str]:
 
 
 def warn_of_size(original: ModelRecord, comparisons: Sequence[Comparison], within: int | None) -> Iterator[str]:
-    """Warn if models are larger than the original, or a single one than allowed; of several, the recommendation says
-    that."""
+    """Warn if models are larger than the original, or a single one is larger than allowed."""
     for model in (comparison.model for comparison in comparisons):
         if original.bytes and model.bytes and model.bytes > LARGER * original.bytes:
             cause = ": its final layer no longer shares its weight with the embedding. --scope blocks leaves it out."
@@ -193,10 +192,8 @@ def warn_of_runs(original: Answers, compressed: Answers, probes: Iterable[str]) 
         if name in after and before[name] != after[name]
     ]
     if differing:
-        yield (
-            f"The two models were evaluated with different versions ({', '.join(differing)}), which may change answers "
-            "too."
-        )
+        listed = ", ".join(differing)
+        yield f"The two models were evaluated with different versions ({listed}), which may change answers too."
     yield from warn_of_runtimes(original, compressed)
     for who, these, others in (("original", original, compressed), ("compressed model", compressed, original)):
         only = [clean(probe, 60) for probe in these.probes if probe not in others.probes]
@@ -271,11 +268,8 @@ def warn_of_server(who: str, answers: Answers) -> Iterator[str]:
         return
     tokens = max((len(answer.first_ids) for answer in answers.answers), default=0)
     if not tokens:
-        returns = (
-            "returns probabilities only for its own most likely tokens"
-            if runtime.get("distribution")
-            else "returns no tokens"
-        )
+        of_its_own = "returns probabilities only for its own most likely tokens"
+        returns = of_its_own if runtime.get("distribution") else "returns no tokens"
         yield f"The server of {who} {returns}: how far distributions moved is left out."
     elif tokens < REFERENCE_TOKENS:
         yield (
@@ -328,7 +322,7 @@ def warn_of_early(early: EarlyStop | None) -> Iterator[str]:
 
 def _warn_of_few_relations(probe: ProbeFigures, who: str) -> Iterator[str]:
     if 1 < (relations := probe.certainty.relations) < FEWEST:
-        by_fact = probe.certainty.test.unit == "fact"
+        by_fact = probe.certainty.unit == "fact"
         figures = "intervals and p-values treat" if by_fact else "the interval of what is kept treats"
         yield (
             f"{who} knew facts of only {relations} relations of {clean(probe.probe, 60)}. Facts of one relation are "
@@ -392,9 +386,8 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
                 [estimate_proportion(floor.changed, floor.n) for floor, _ in floors], [number for _, number in floors]
             )
             could_be_all |= 0 < changed <= (alone.high or 0.0) * facts
-            tokens = (
-                ", which splits text into other tokens," if any(floor.read_otherwise for floor, _ in floors) else ""
-            )
+            is_split = any(floor.read_otherwise for floor, _ in floors)
+            tokens = ", which splits text into other tokens," if is_split else ""
             parts.append(f"{name} alone{tokens} changes {write_estimate(alone)}")
     explained = ", which could be all of it" if could_be_all else ""
     return f" Of its answers, {write_percent(changed, facts)} differ; {', '.join(parts)}{explained}."

@@ -55,15 +55,12 @@ class CheckpointComparison(SummaryRepr):
     def _summary(self) -> Summary:
         names = [f"{clean(side.name, 40)} ({write_size(side.bytes)})" for side in (self.a, self.b)]
         sums = sum_by(self.difference, lambda tensor: tensor.group) if self.difference else {}
-        return Summary(
-            f"CheckpointComparison: {names[1]} against {names[0]}",
-            self.verdict,
-            ("Group", "Weights", "Zeros before", "Zeros after", "Relative error"),
-            tuple(
-                (group, count(s.numel), count(s.zeros_a), count(s.zeros_b), number(s.relative_error))
-                for group, s in sums.items()
-            ),
+        rows = tuple(
+            (group, count(s.numel), count(s.zeros_a), count(s.zeros_b), number(s.relative_error))
+            for group, s in sums.items()
         )
+        columns = ("Group", "Weights", "Zeros before", "Zeros after", "Relative error")
+        return Summary(f"CheckpointComparison: {names[1]} against {names[0]}", self.verdict, columns, rows)
 
 
 def sum_by(difference: CheckpointDiff, key: Callable[[TensorDiff], Key | None]) -> dict[Key, DiffSums]:
@@ -236,8 +233,7 @@ def _list_warnings(direction: Direction, of_b: Answers, forward: Card, backward:
         yield from list_text_warnings(figures, ("A", "B"))
 
 
-# In the order in which pages show facts.
-_KNOWERS = ("only A", "only B", "neither", "both")
+_KNOWERS = ("only A", "only B", "neither", "both")  # in the order in which pages show facts
 
 
 def name_knower(a: Answer, b: Answer) -> str:
@@ -253,7 +249,7 @@ def _pair_answers(a: Answers, b: Answers) -> list[Pair]:
         pair
         for probe, entry in a.record.probes.items()
         if not entry.text
-        for pair in pair_answers(probe, a.of(probe), b.of(probe), entry, b.record.probes[probe])
+        for pair in pair_answers(a, b, probe)
         if pair[0].predicted != pair[1].predicted or pair[0].correct != pair[1].correct
     ]
 

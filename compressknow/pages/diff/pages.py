@@ -1,6 +1,4 @@
-"""Page of a comparison of two checkpoints, in knowledge of the same facts, weights, settings and structure, as
-self-contained HTML, Markdown and JSON.
-"""
+"""Page of a comparison of two checkpoints, in knowledge, weights, settings and structure: HTML, Markdown, JSON."""
 
 from __future__ import annotations
 
@@ -64,10 +62,8 @@ def make_comparison_page(
     a, b = name_both(comparison.a, comparison.b)
     difference = comparison.difference
     forward = comparison.behaviour.b_against_a if comparison.behaviour else None
-    origin = (
-        parts.Entries(_describe_checkpoint(comparison.a), "A"),
-        parts.Entries(_describe_checkpoint(comparison.b), "B"),
-    )
+    sides = (("A", comparison.a), ("B", comparison.b))
+    origin = tuple(parts.Entries(_describe_checkpoint(side), title) for title, side in sides)
     method = (*METHOD, *(clean(sentence, 2000) for sentence in (forward.method if forward else ())))
     how = parts.PageSection("how", "How it was made", parts.show_run(comparison.command, comparison.versions))
     weights: tuple[parts.PageSection, ...] = ()
@@ -118,13 +114,10 @@ def _write_headline(comparison: CheckpointComparison) -> str:
 
 
 def _describe_checkpoint(side: ModelRecord) -> tuple[parts.Entry, ...]:
-    text = [parts.Entry("Calibrated on", clean(describe_text(side.calibration), 200))] if side.calibration else []
-    return (
-        *parts.list_origin(side),
-        *text,
-        parts.Entry("Type", clean(side.dtype, 60)),
-        parts.Entry("Size", write_size(side.bytes)),
-    )
+    entries = parts.list_origin(side)
+    if side.calibration:
+        entries.append(parts.Entry("Calibrated on", clean(describe_text(side.calibration), 200)))
+    return (*entries, parts.Entry("Type", clean(side.dtype, 60)), parts.Entry("Size", write_size(side.bytes)))
 
 
 def _show_behaviour(
@@ -167,20 +160,16 @@ def _show_texts(behaviour: Behaviour) -> Iterator[parts.Part]:
 def _show_knowledge(probes: tuple[Both, ...]) -> Iterator[parts.Part]:
     if probes:
         yield build_figures_table(probes)
-    for forward, _ in probes:
-        if forward.knowing:
-            yield make_grades_table(
-                forward.knowing, f"{clean(forward.probe, 60)}: grades of knowing of A (rows) and of B", "A"
-            )
     tables = []
     for forward, backward in probes:
         name = clean(forward.probe, 60)
-        if forward.by_subject:
-            tables.append(_build_groups_table(f"{name} by domain", "Domain", forward.by_subject, backward.by_subject))
-        if forward.by_relation:
-            tables.append(
-                _build_groups_table(f"{name} by relation", "Relation", forward.by_relation, backward.by_relation)
-            )
+        if forward.knowing:
+            yield make_grades_table(forward.knowing, f"{name}: grades of knowing of A (rows) and of B", "A")
+        for kind, groups, others in (
+            ("Domain", forward.by_subject, backward.by_subject),
+            ("Relation", forward.by_relation, backward.by_relation),
+        ):
+            tables += [_build_groups_table(f"{name} by {kind.lower()}", kind, groups, others)] if groups else []
     if tables:
         yield parts.Folded("By domain and by relation", tuple(tables))
 
@@ -230,7 +219,8 @@ def _show_answers(answers: tuple[Pair, ...], limit: int, shown: int) -> Iterator
         )
         for a, b in answers[:limit]
     )
-    return parts.make_fact_parts(_ANSWERS, _COLUMNS, rows, shown, left_out=len(answers) - len(rows))
+    table = parts.Table(_ANSWERS, _COLUMNS, rows, prose=True)
+    return parts.make_fact_parts(table, shown, left_out=len(answers) - len(rows))
 
 
 def _list_best(answered: Answer) -> tuple[str, ...]:
@@ -248,21 +238,13 @@ def _write_best(answered: Answer) -> str:
 def _build_groups_table(
     caption: str, kind: str, forward: tuple[Group, ...], backward: tuple[Group, ...]
 ) -> parts.Table:
-    others = {group.name: group for group in backward}
-    rows = tuple(
-        (
-            clean(group.name, 80),
-            count(group.counts.n),
-            count(group.counts.known_before),
-            share(group.kept.value),
-            count(group.counts.known_after),
-            share(others[group.name].kept.value),
-            share(group.answer_changed),
-            parts.write_bare_p(group.p_holm),
-        )
-        for group in forward
-    )
-    return parts.Table(caption, (kind, *_GROUP_COLUMNS), rows, sortable=len(rows) > 1)
+    kept_by_a, rows = {group.name: group.kept for group in backward}, []
+    for group in forward:
+        known_by_a = count(group.counts.known_before), share(group.kept.value)
+        known_by_b = count(group.counts.known_after), share(kept_by_a[group.name].value)
+        differ = share(group.answer_changed), parts.write_bare_p(group.p_holm)
+        rows.append((clean(group.name, 80), count(group.counts.n), *known_by_a, *known_by_b, *differ))
+    return parts.Table(caption, (kind, *_GROUP_COLUMNS), tuple(rows), sortable=len(rows) > 1)
 
 
 _FIGURES: tuple[tuple[str, Callable[[ProbeFigures, ProbeFigures], str]], ...] = (
@@ -276,7 +258,7 @@ _FIGURES: tuple[tuple[str, Callable[[ProbeFigures, ProbeFigures], str]], ...] = 
     ("Of what A knows, B keeps", lambda forward, _: write_estimate(forward.kept)),
     ("Of what B knows, A keeps", lambda _, backward: write_estimate(backward.kept)),
     ("Flips (known by only one)", lambda forward, _: share(forward.counts.flips)),
-    ("Is one better?", lambda forward, _: write_p_value(forward.certainty.test.p)),
+    ("Is one better?", lambda forward, _: write_p_value(forward.certainty.p)),
     ("Top answer differs", lambda forward, _: share(forward.answer_changed)),
     ("Mean reciprocal rank, A and B", lambda forward, _: write_pair(forward.mrr, number, ", ")),
     ("Right answer among the top 5, A and B", lambda forward, _: write_pair(forward.p_at_5, share, ", ")),
@@ -327,16 +309,10 @@ def build_sums_table(
 
 def build_sums_row(name: str, sums: DiffSums) -> tuple[str, ...]:
     """Return a row of the name of some weights and their figures."""
-    return (
-        clean(name, 120),
-        count(sums.numel),
-        write_percent(sums.zeros_a, sums.numel),
-        write_percent(sums.zeros_b, sums.numel),
-        number(sums.relative_error, 4),
-        format_cosine(sums.cosine),
-        NONE if sums.snr_db is None else f"{number(sums.snr_db, 1)} dB",
-        number(sums.largest_change, 4),
-    )
+    zeros = (write_percent(part, sums.numel) for part in (sums.zeros_a, sums.zeros_b))
+    noise = NONE if sums.snr_db is None else f"{number(sums.snr_db, 1)} dB"
+    change = number(sums.relative_error, 4), format_cosine(sums.cosine), noise, number(sums.largest_change, 4)
+    return clean(name, 120), count(sums.numel), *zeros, *change
 
 
 def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[parts.Part]:
@@ -383,20 +359,15 @@ def build_structure_table(difference: CheckpointDiff) -> parts.Table | None:
     by_form = group_by(
         difference.structure, lambda change: (change.kind, change.a.partition(" [")[0], change.b.partition(" [")[0])
     )
-    rows = tuple(
-        (
-            _KINDS[kind],
-            count(len(changes)),
-            # The full form for one tensor; for several, what they share.
-            clean(changes[0].a if len(changes) == 1 else a),
-            clean(changes[0].b if len(changes) == 1 else b),
-            ", ".join(clean(change.name, 80) for change in changes[:_EXAMPLES])
-            + (", …" if len(changes) > _EXAMPLES else ""),
-        )
-        for (kind, a, b), changes in by_form.items()
-    )
+    rows = []
+    for (kind, *shared), changes in by_form.items():
+        # The full form for one tensor; for several, what they share.
+        forms = (changes[0].a, changes[0].b) if len(changes) == 1 else shared
+        names = [clean(change.name, 80) for change in changes[:_EXAMPLES]]
+        names += ["…"] if len(changes) > _EXAMPLES else []
+        rows.append((_KINDS[kind], count(len(changes)), *map(clean, forms), ", ".join(names)))
     columns = ("What", "Tensors", "A", "B", "Which")
-    return parts.Table("Tensors that are stored differently", columns, rows, prose=True) if rows else None
+    return parts.Table("Tensors that are stored differently", columns, tuple(rows), prose=True) if rows else None
 
 
 def _name_block(tensor: TensorDiff) -> str | None:
@@ -441,17 +412,12 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
     """Return plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order; unknown values are None."""
     behaviour = comparison.behaviour
     return {
-        "schema": SCHEMA,
-        "verdict": comparison.verdict,
-        "identical": comparison.identical,
-        "a": _dump_checkpoint(comparison.a),
-        "b": _dump_checkpoint(comparison.b),
-        "files": list(comparison.files),
+        **{"schema": SCHEMA, "verdict": comparison.verdict, "identical": comparison.identical},
+        **{"a": _dump_checkpoint(comparison.a), "b": _dump_checkpoint(comparison.b), "files": list(comparison.files)},
         **_dump_difference(comparison.difference),
         "behaviour": _dump_behaviour(behaviour, comparison.show_facts) if behaviour else None,
         "warnings": list(comparison.warnings),
-        "versions": dict(comparison.versions),
-        "command": comparison.command,
+        **{"versions": dict(comparison.versions), "command": comparison.command},
     }
 
 
@@ -505,9 +471,6 @@ def _dump_behaviour(behaviour: Behaviour, show_facts: bool) -> dict[str, Any]:
 def _dump_answers(a: Answer, b: Answer) -> dict[str, Any]:
     return {
         **{name: getattr(a, name) for name in ("probe", "fact_id", "relation", "subject", "prompt", "gold")},
-        "known_by": name_knower(a, b),
-        "top_a": list(_list_best(a)),
-        "top_b": list(_list_best(b)),
-        "rank_a": a.rank,
-        "rank_b": b.rank,
+        **{"known_by": name_knower(a, b), "top_a": list(_list_best(a)), "top_b": list(_list_best(b))},
+        **{"rank_a": a.rank, "rank_b": b.rank},
     }

@@ -62,10 +62,8 @@ def find_baselines(study: Study) -> dict[str, float]:
 def find_marks(study: Study) -> dict[str, float]:
     """Return reference lines for kept knowledge: guessing, and what rounding alone keeps."""
     guessing = _compute_mean([probe.chance for probe in study.probes])
-    probes = list_probes(cell.comparison for cell in study.cells)
-    by_rounding = _compute_mean(
-        [estimate_rounding_kept([probe]).value for probe in probes if probe.counts.known_before]
-    )
+    known = (p for p in list_probes(cell.comparison for cell in study.cells) if p.counts.known_before)
+    by_rounding = _compute_mean([estimate_rounding_kept([probe]).value for probe in known])
     return ({} if guessing is None else {"guessing": guessing}) | mark_rounding(by_rounding)
 
 

@@ -26,11 +26,9 @@ Figure = Callable[[float], Estimate]
 @dataclass(frozen=True, slots=True)
 class CellComparison:
     """Comparison of two cells by fact, over all probes that both have; a claim says that `less` hurts less than `more`.
-
-    It is `at_floor`, and does not count, if neither cell is clearly better than a model that has forgotten everything:
-    then nothing is left to compare, and right answers are due to chance or habit. `rate` is how much more accuracy
-    `more` loses than `less`, per million parameters that each changed (quantized, or else pruned).
-    """
+    It is `at_floor`, and does not count, if neither cell is clearly better than a model that has forgotten everything.
+    `rate` is how much more accuracy `more` loses, per million parameters that each changed (quantized, or else
+    pruned)."""
 
     less: str  # the cells' keys
     more: str
@@ -62,11 +60,8 @@ def _get_direction(change: float, p: float | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Figure that a claim says is below a limit.
-
-    `p` is the two-sided p-value for a figure equal to the limit: the interval of level 1 - p ends there. None if the
-    figure has no interval.
-    """
+    """Figure that a claim says is below a limit. `p` is the two-sided p-value for a figure equal to the limit: the
+    interval of level 1 - p ends there. None if the figure has no interval."""
 
     of: str  # subject of the figure: a cell's key, or words
     value: Estimate
@@ -80,9 +75,8 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Evidence for one claim: comparisons of cells in all of its `parts`, or figures that must be below limits, which
-    have the joint p-value `p_holm`. The claim cannot hold if a cell is `missing`: the one most likely to contradict it.
-    """
+    """Evidence for one claim: comparisons of cells in all of its `parts`, or figures that must be below limits, with
+    the joint p-value `p_holm`. It cannot hold if a cell is `missing`: the one most likely to contradict it."""
 
     comparisons: tuple[CellComparison, ...] = ()
     parts: tuple[str, ...] = ("",)
@@ -156,7 +150,7 @@ def compare_cells(study: Study, less: StudyCell, more: StudyCell, part: str = ""
     clusters = intervals.tally(first, second, cluster)
     known = [probe for probe in probes if _is_known(probe)]
     at_floor = not any(_is_above_floor([(p, cell.correct[p.name]) for p in known]) for cell in (less, more))
-    counts, p = sum(clusters, Counts()), intervals.run_paired_test(clusters).p
+    counts, p = sum(clusters, Counts()), intervals.run_paired_test(clusters)
     return CellComparison(less.key, more.key, part, counts, p, at_floor, rate, rate_p)
 
 

@@ -61,8 +61,7 @@ FindingsByMethod = Mapping[tuple[str, str], Mapping[str, Finding]]
 
 
 def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMethod]:
-    """Return all ten in order and, if the study has several methods, those that each method has cells for, tested as if
-    the cells were of the paper's method."""
+    """Return all ten and, if the study has several methods, those with cells of each, tested as if of the paper's."""
     studies = {("", ""): study} | _split_by_method(study)
     applicable = [each for each in _TESTS if study.original.family in each[0].families]
     adjusted = iter(claims.adjust_claims([test(each) for each in studies.values() for _, test in applicable]))
@@ -75,10 +74,8 @@ def evaluate_findings(study: Study) -> tuple[tuple[Finding, ...], FindingsByMeth
     for finding, _ in _TESTS:
         families = " and ".join(FAMILIES[family] for family in finding.families)
         of_paper.setdefault(finding.id, replace(finding, why=f"The paper claims it for {families} models."))
-    return (
-        tuple(of_paper[finding.id] for finding, _ in _TESTS),
-        {of: findings for of, findings in by_method.items() if findings},
-    )
+    in_order = tuple(of_paper[finding.id] for finding, _ in _TESTS)
+    return in_order, {of: findings for of, findings in by_method.items() if findings}
 
 
 def _split_by_method(study: Study) -> dict[tuple[str, str], Study]:
@@ -113,11 +110,9 @@ def _claim_order(
     study: Study, select: Callable[[Study, str], Mapping[Any, StudyCell]], less: Mapping[str, str], more: str
 ) -> claims.Claim:
     """Claim F2, F3, F4, F6, F7, F9: pruned by equal amounts, or quantized by one scheme, each scope (F9: method) of
-    `less` hurts less than `more`.
-
-    A paired test compares the two cells at each amount, or of each scheme, that `select` returns; see
-    `claims.answer_claim`. Each of `less`, which has the part of the claim, must be shown to hurt less at one or more.
-    """
+    `less` hurts less than `more`. A paired test compares the two cells at each amount, or of each scheme, that `select`
+    returns; see `claims.answer_claim`. Each of `less`, which has the part of the claim, must be shown at one or
+    more."""
     others = select(study, more)
     comparisons = [
         claims.compare_cells(study, cell, others[key], part)
@@ -161,10 +156,7 @@ def _claim_high_rapid(study: Study) -> claims.Claim:
 
 def _claim_attention_pruned_and_quantized(study: Study) -> claims.Claim:
     """Claim F8: pruned by 20 % and quantized, attention hurts less than feed-forward; at 40 % too, except in
-    encoder-decoder models, where it hurts more.
-
-    A paired test for each amount and scheme. The claim must be shown at both amounts, for one scheme or more.
-    """
+    encoder-decoder models, where it hurts more. This must be shown at both amounts, for one scheme or more."""
     order = (_ATTENTION, _FEED_FORWARD)
     reverse = order[::-1] if study.original.family == "seq2seq" else order
     comparisons = []
@@ -177,10 +169,8 @@ def _claim_attention_pruned_and_quantized(study: Study) -> claims.Claim:
 
 
 def _claim_final_near_baseline(study: Study) -> claims.Claim:
-    """Claim F10: the final layer pruned by 20 % leaves less than `NEAR` of what the original knows beyond the baseline.
-
-    The whole interval must be below for every method of the study; the claim fails if one, adjusted, is above.
-    """
+    """Claim F10: the final layer pruned by 20 % leaves less than `NEAR` of what the original knows beyond the baseline:
+    the whole interval is below for every method of the study. The claim fails if one, adjusted, is above."""
     cells = [_select_final(study, method).get(20) for method in (UNSTRUCTURED, STRUCTURED)]
     bounds = [claims.hold_to_limit(cell.key, claims.measure_remaining(study, cell), NEAR) for cell in cells if cell]
     return claims.Claim(bounds=tuple(bounds))

@@ -15,14 +15,15 @@ from typing import Any
 
 from compressknow.base.files import write_whole
 from compressknow.base.format import NONE, clean, count, dump_json, number, share, write_size
+from compressknow.base.reading import group_by
 from compressknow.comparison.intervals import run_mcnemar
 from compressknow.compress.steps import PAPER_SCOPES
 from compressknow.pages import parts
-from compressknow.pages.as_json import dump_interval, dump_kept, dump_model
+from compressknow.pages.as_json import dump_interval, dump_kept, dump_model, estimate_to_json
 from compressknow.pages.card.verdict import count_facts, join_words
 from compressknow.pages.card.warnings import warn_of_facts_in_text, warn_of_grades, warn_of_known
 from compressknow.pages.pages import read_source, render_html, render_markdown, write_files
-from compressknow.pages.records import write_estimate
+from compressknow.pages.records import Comparison, write_estimate
 from compressknow.pages.study import summary
 from compressknow.pages.study.charts import Chart, draw_charts, is_chart
 from compressknow.pages.study.claims import CellComparison
@@ -118,9 +119,8 @@ def _make_sections(study: Study, charts: Sequence[Chart]) -> Iterator[parts.Page
     run = parts.show_run(study.command, study.versions, (*parts.list_identity(study.original), *_describe_run(study)))
     yield parts.PageSection("found", "What was found", tuple(_show_conclusions(study, conclusions, charts)))
     shown = {each.chart for each in conclusions}
-    yield parts.PageSection(
-        "charts", "Charts", tuple(_show_charts([chart for chart in charts if chart.name not in shown]))
-    )
+    others = [chart for chart in charts if chart.name not in shown]
+    yield parts.PageSection("charts", "Charts", tuple(_show_charts(others)))
     title = "The paper's ten findings, tested on this model"
     yield parts.PageSection("findings", title, tuple(_show_findings(study, findings)))
     yield parts.PageSection("methods", "The findings by method", tuple(_show_methods(by_method)))
@@ -153,11 +153,9 @@ def _show_charts(charts: Sequence[Chart]) -> Iterator[parts.Part]:
             yield parts.Charts(tuple(_show_chart(chart) for chart in means if chart.scale == scale))
         yield parts.Note(_BARS)
     if by_probe := [chart for chart in charts if chart.by_probe]:
-        panels = [
-            parts.Charts(tuple(parts.Drawn(svg, probe) for probe, svg in chart.panels), chart.title)
-            for chart in by_probe
-        ]
-        yield parts.Folded("The same for each probe", (parts.Note("The plots of a figure have one scale."), *panels))
+        drawn = [(tuple(parts.Drawn(svg, probe) for probe, svg in chart.panels), chart.title) for chart in by_probe]
+        note = parts.Note("The plots of a figure have one scale.")
+        yield parts.Folded("The same for each probe", (note, *(parts.Charts(*each) for each in drawn)))
 
 
 def _show_chart(chart: Chart) -> parts.Drawn:
@@ -181,15 +179,9 @@ def _show_findings(study: Study, findings: Sequence[Finding]) -> Iterator[parts.
 
 def _show_finding(finding: Finding) -> tuple[str, ...]:
     families = ", ".join(FAMILIES[family] for family in finding.families)
-    return (
-        finding.id,
-        finding.claim,
-        "all families" if set(finding.families) == set(FAMILIES) else families,
-        finding.answer,
-        finding.why,
-        "" if finding.statistic == NONE else finding.statistic,
-        finding.per_million,
-    )
+    families = "all families" if set(finding.families) == set(FAMILIES) else families
+    statistic = "" if finding.statistic == NONE else finding.statistic
+    return finding.id, finding.claim, families, finding.answer, finding.why, statistic, finding.per_million
 
 
 def _show_methods(by_method: FindingsByMethod) -> Iterator[parts.Part]:
@@ -225,13 +217,10 @@ def _show_cells(study: Study) -> Iterator[parts.Part]:
     yield build_cells_table(study)
     yield parts.Note(_CELLS, drawn=parts.BAR)
     common, names = _find_common_warnings(study), study.name_cells()
-    single: dict[str, list[str]] = {}
-    for cell in study.cells:
-        for warning in _list_warnings(study, cell):
-            if warning not in common:
-                single.setdefault(clean(warning, 1000), []).append(names[cell.key])
+    warnings = [(names[cell.key], warning) for cell in study.cells for warning in _list_warnings(study, cell)]
+    single = group_by(warnings, lambda each: None if each[1] in common else clean(each[1], 1000))
     if single:
-        terms = tuple((", ".join(cells), "", warning) for warning, cells in single.items())
+        terms = tuple((", ".join(name for name, _ in of), "", warning) for warning, of in single.items())
         yield parts.Folded("Warnings about single cells", (parts.Terms(terms),))
 
 
@@ -280,11 +269,8 @@ def _describe_run(study: Study) -> tuple[parts.Entry, ...]:
 
 
 def build_paper_tables(study: Study) -> tuple[parts.Table, ...]:
-    """Return table 3 (encoder-only, in %), 4 (decoder-only) or 5 (encoder-decoder, shares of 1), one for each scheme.
-
-    "Baseline" is the original itself, as in the paper; accuracies are averaged by each probe's protocol. Missing
-    cells are "-"; a scheme without cells is left out.
-    """
+    """Return table 3 (encoder-only, in %), 4 (decoder-only) or 5 (encoder-decoder, shares of 1), for each scheme that
+    has cells. "Baseline" is the original; accuracies are averaged by each probe's protocol; missing cells are "-"."""
     family = study.original.family or ""
     in_percent = family == "masked"
     unit = "accuracy in %" if in_percent else "accuracy"
@@ -319,50 +305,30 @@ def average_accuracy(cell: StudyCell, probe: str) -> float | None:
 
 def build_cells_table(study: Study) -> parts.Table:
     """Return every cell, the original on top: settings that vary, what it keeps, accuracies, changes, sizes."""
-    names = study.name_cells()
     settings = [name for name in study.list_varying_settings() if name not in MAIN_SETTINGS]
-    original = {f.text: f.original.value for cell in study.cells for f in cell.comparison.texts}
-    compressed = [{f.text: f.compressed.value for f in cell.comparison.texts} for cell in study.cells]
-    columns = [
-        ("Setup", ["original", *names.values()]),
-        *(
-            (
-                clean(name, 30).replace("_", " ").capitalize(),
-                ["", *(format_setting(name, c.settings[name]) if name in c.settings else "" for c in study.cells)],
-            )
-            for name in settings
-        ),
-        ("Kept", ["", *(write_estimate(cell.comparison.kept) for cell in study.cells)]),
-        *(
-            (
-                parts.name_accuracy(p.name, p.average),
-                [share(p.accuracy), *(share(average_accuracy(c, p.name)) for c in study.cells)],
-            )
-            for p in study.probes
-        ),
-        *(
-            (
-                f"Perplexity, {clean(text, 40)}",
-                [write_measurement(each.get(text), 2) for each in (original, *compressed)],
-            )
-            for text in original
-        ),
-        ("p", ["", *(parts.write_bare_p(cell.comparison.certainty.test.p) for cell in study.cells)]),
-        ("Pruned", ["", *(_write_millions(cell.totals["pruned"]) for cell in study.cells)]),
-        ("Quantized", ["", *(_write_millions(cell.totals["quantized"]) for cell in study.cells)]),
-        ("Size", [write_size(m.bytes) for m in (study.original, *(cell.comparison.model for cell in study.cells))]),
-        ("Sparse size", ["", *(write_size(cell.totals["sparse_bytes"]) for cell in study.cells)]),
-    ]
-    return parts.Table(
-        "Every cell, and what it keeps",
-        tuple(name for name, _ in columns),
-        tuple(zip(*(cells for _, cells in columns), strict=True)),
-        bars=(None, *(cell.comparison.kept for cell in study.cells)),
-        bars_after=1 + len(settings),
-        pinned=1,
-        sortable=len(study.cells) > 1,
-        captioned=False,
-    )
+    columns, kept = _list_columns(study, settings), [cell.comparison.kept for cell in study.cells]
+    return parts.make_overview_table("Every cell, and what it keeps", columns, kept, bars_after=1 + len(settings))
+
+
+def _list_columns(study: Study, settings: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    cells, comparisons = study.cells, [cell.comparison for cell in study.cells]
+    yield "Setup", ["original", *study.name_cells().values()]
+    for name in settings:
+        values = (format_setting(name, cell.settings[name]) if name in cell.settings else "" for cell in cells)
+        yield clean(name, 30).replace("_", " ").capitalize(), ["", *values]
+    yield "Kept", ["", *(write_estimate(each.kept) for each in comparisons)]
+    for probe in study.probes:
+        after = (share(average_accuracy(cell, probe.name)) for cell in cells)
+        yield parts.name_accuracy(probe.name, probe.average), [share(probe.accuracy), *after]
+    original = {f.text: f.original.value for each in comparisons for f in each.texts}
+    compressed = [{f.text: f.compressed.value for f in each.texts} for each in comparisons]
+    for text in original:
+        yield f"Perplexity, {clean(text, 40)}", [write_measurement(e.get(text), 2) for e in (original, *compressed)]
+    yield "p", ["", *(parts.write_bare_p(each.certainty.p) for each in comparisons)]
+    yield "Pruned", ["", *(_write_millions(cell.totals["pruned"]) for cell in cells)]
+    yield "Quantized", ["", *(_write_millions(cell.totals["quantized"]) for cell in cells)]
+    yield "Size", [write_size(model.bytes) for model in (study.original, *(each.model for each in comparisons))]
+    yield "Sparse size", ["", *(write_size(cell.totals["sparse_bytes"]) for cell in cells)]
 
 
 def _write_millions(weights: int) -> str:
@@ -376,9 +342,7 @@ def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> parts.
     rows = tuple(
         (
             f"{finding.id} {names[pair.less]} / {names[pair.more]}",
-            count(pair.counts.n),
-            count(pair.counts.lost),
-            count(pair.counts.gained),
+            *map(count, (pair.counts.n, pair.counts.lost, pair.counts.gained)),
             parts.write_bare_p(pair.p),
             "not counted" if pair.at_floor else parts.write_bare_p(pair.p_holm),
             write_estimate(pair.rate, lambda points: number(100 * points)),
@@ -387,48 +351,31 @@ def build_comparisons_table(study: Study, findings: Sequence[Finding]) -> parts.
         for finding in findings
         for pair in finding.comparisons
     )
-    columns = (
-        "Finding: said to hurt less / more",
-        "Facts",
-        "Only the first right",
-        "Only the second right",
-        "p",
-        "p (Holm)",
-        "More points lost per million",
-        "p of that (Holm)",
-    )
-    return (
-        parts.Table("Comparisons behind the findings, paired by fact", columns, rows, sortable=True) if rows else None
-    )
+    counts = ("Facts", "Only the first right", "Only the second right", "p", "p (Holm)")
+    columns = ("Finding: said to hurt less / more", *counts, "More points lost per million", "p of that (Holm)")
+    caption = "Comparisons behind the findings, paired by fact"
+    return parts.Table(caption, columns, rows, sortable=True) if rows else None
 
 
 def build_bounds_table(study: Study, findings: Sequence[Finding]) -> parts.Table | None:
     """Return every figure that a finding compares with a limit."""
     names = study.name_cells()
-    rows = tuple(
-        (
-            f"{finding.id} {names.get(bound.of, bound.of)}",
-            write_estimate(bound.value),
-            share(bound.limit),
-            parts.write_bare_p(bound.p),
-            parts.write_bare_p(finding.p_holm),
-        )
-        for finding in findings
-        for bound in finding.bounds
-    )
+    rows = []
+    for finding in findings:
+        for bound in finding.bounds:
+            name, p_values = names.get(bound.of, bound.of), map(parts.write_bare_p, (bound.p, finding.p_holm))
+            rows.append((f"{finding.id} {name}", write_estimate(bound.value), share(bound.limit), *p_values))
     columns = ("Finding", "Figure (95 %)", "Limit", "p for the limit", "p of the finding (Holm)")
-    return parts.Table("Figures compared with a limit", columns, rows) if rows else None
+    return parts.Table("Figures compared with a limit", columns, tuple(rows)) if rows else None
 
 
 SCHEMA = 1
 
 
 def write_study(study: Study, folder: Path) -> None:
-    """Write the study into an existing folder, each file atomically, the page last.
-
-    The files are ``study.html``, ``study.md``, ``study.json``, ``cells.parquet``, ``cells.csv`` and ``figures/*.svg``.
-    Those of an earlier state of the study are replaced; obsolete figures are removed.
-    """
+    """Write ``study.html``, ``study.md``, ``study.json``, ``cells.parquet``, ``cells.csv`` and ``figures/*.svg`` into
+    an existing folder, each atomically, the page last, in place of those of an earlier state; obsolete figures are
+    removed."""
     charts, rows = draw_charts(study), tidy_rows(study)
     write_whole(folder / "cells.csv", to_csv(rows))
     write_whole(folder / "cells.parquet", to_parquet(rows))
@@ -464,9 +411,7 @@ def dump_study(study: Study) -> dict[str, Any]:
         methods.setdefault(kind, {})[name] = {id: _dump_finding(each) for id, each in of_method.items()}
     of_probe = ("n", "average", "accuracy", "majority", "chance", "templates", "protocol", "limit", "seed")
     return {
-        "schema": SCHEMA,
-        "verdict": summary.write_verdict(study),
-        "known": study.known,
+        **{"schema": SCHEMA, "verdict": summary.write_verdict(study), "known": study.known},
         "found": [asdict(each) for each in summary.draw_conclusions(study, findings)],
         "original": dump_model(study.original),
         "probes": {probe.name: {key: getattr(probe, key) for key in of_probe} for probe in study.probes},
@@ -475,19 +420,15 @@ def dump_study(study: Study) -> dict[str, Any]:
         "changes": describe_changes(by_method),
         "hurts_least": [asdict(least) for least in summary.rank_cells(study)["modules"]],
         "cliffs": [asdict(cliff) for cliff in summary.find_cliffs(study)],
-        "kept": {
-            cell.key: dump_kept(cell.comparison.counts)
-            | {
-                "kept_cluster_interval": dump_interval(cell.comparison.certainty.kept),
-                "p": cell.comparison.certainty.test.p,
-            }
-            for cell in study.cells
-        },
+        "kept": {cell.key: _dump_kept(cell.comparison) for cell in study.cells},
         "cells": tidy_rows(study),
-        "method": list(study.method),
-        "versions": dict(study.versions),
-        "command": study.command,
+        **{"method": list(study.method), "versions": dict(study.versions), "command": study.command},
     }
+
+
+def _dump_kept(comparison: Comparison) -> dict[str, Any]:
+    sure = comparison.certainty
+    return dump_kept(comparison.counts) | {"kept_cluster_interval": dump_interval(sure.kept), "p": sure.p}
 
 
 def _dump_finding(finding: Finding) -> dict[str, Any]:
@@ -496,32 +437,21 @@ def _dump_finding(finding: Finding) -> dict[str, Any]:
         **{key: getattr(finding, key) for key in keys},
         "comparisons": [_dump_comparison(pair) for pair in finding.comparisons],
         "limits": [
-            {"of": bound.of, "value": bound.value.value, "interval": dump_interval(bound.value)}
-            | {"limit": bound.limit, "p": bound.p}
-            for bound in finding.bounds
+            {**{"of": b.of, "value": b.value.value, "interval": dump_interval(b.value)}, "limit": b.limit, "p": b.p}
+            for b in finding.bounds
         ],
         "limits_p_holm": finding.p_holm,
     }
 
 
 def _dump_comparison(pair: CellComparison) -> dict[str, Any]:
+    counts = pair.counts
     return {
-        "less": pair.less,
-        "more": pair.more,
-        "part": pair.part,
-        "n": pair.counts.n,
-        "both": pair.counts.both,
-        "only_less": pair.counts.lost,
-        "only_more": pair.counts.gained,
-        "neither": pair.counts.neither,
-        "mcnemar_p": run_mcnemar(pair.counts),
-        "p": pair.p,
-        "p_holm": pair.p_holm,
-        "at_floor": pair.at_floor,
-        "per_million": pair.rate.value,
-        "per_million_interval": dump_interval(pair.rate),
-        "per_million_p": pair.rate_p,
-        "per_million_p_holm": pair.rate_p_holm,
+        **{"less": pair.less, "more": pair.more, "part": pair.part},
+        **{"n": counts.n, "both": counts.both, "only_less": counts.lost, "only_more": counts.gained},
+        **{"neither": counts.neither, "mcnemar_p": run_mcnemar(counts), "p": pair.p, "p_holm": pair.p_holm},
+        **{"at_floor": pair.at_floor, **estimate_to_json("per_million", pair.rate)},
+        **{"per_million_p": pair.rate_p, "per_million_p_holm": pair.rate_p_holm},
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from compressknow.base.format import clean, count, slugify, write_size
 from compressknow.base.notebook import Summary, Tabular
+from compressknow.base.reading import group_by
 from compressknow.comparison.intervals import run_mcnemar
 from compressknow.comparison.records import ProbeFigures, TextFigures
 from compressknow.compress.pruning import METHODS
@@ -61,11 +62,8 @@ class StudyProbe:
 
     @property
     def floor(self) -> float:
-        """Accuracy of a model that has forgotten everything: the paper's "zero or the majority baseline".
-
-        The majority baseline if there are few answers to choose from (BoolQ, PIQA, WinoGrande), else the accuracy of
-        guessing, or 0 if any text is allowed.
-        """
+        """Accuracy of a model that has forgotten everything: the majority baseline with few answers to choose from
+        (BoolQ, PIQA, WinoGrande), else that of guessing, or 0 if any text is allowed."""
         if self.chance is None:
             return 0.0
         return max(self.chance, self.majority or 0.0) if self.chance >= 1 / _FEW_ANSWERS else self.chance
@@ -166,11 +164,8 @@ class Study(Tabular):
 
     def list_varying_settings(self) -> list[str]:
         """Return the settings that have several values among the cells."""
-        values: dict[str, set[Setting]] = {}
-        for cell in self.cells:
-            for name, value in cell.settings.items():
-                values.setdefault(name, set()).add(value)
-        return [name for name, different in values.items() if len(different) > 1]
+        settings = group_by((pair for cell in self.cells for pair in cell.settings.items()), lambda pair: pair[0])
+        return [name for name, pairs in settings.items() if len(set(pairs)) > 1]
 
     def find_axes(self) -> tuple[Axis, ...]:
         """Return an axis for each setting in which some cells differ, and in nothing else, in the order of recipes."""
@@ -187,10 +182,8 @@ class Study(Tabular):
                 names[cell.key] += f" ({clean(cell.scheme, 20)})"
         repeated = Counter(names.values())
         named = {cell.key for cell in self.cells if not cell.key.startswith(slugify(cell.setup))}
-        return {
-            key: f"{name} [{clean(key, 60)}]" if repeated[name] > 1 or key in named else name
-            for key, name in names.items()
-        }
+        ambiguous = {key for key, name in names.items() if repeated[name] > 1} | named
+        return {key: f"{name} [{clean(key, 60)}]" if key in ambiguous else name for key, name in names.items()}
 
     def _rows(self) -> list[dict[str, Any]]:
         return tidy_rows(self)
@@ -200,21 +193,13 @@ class Study(Tabular):
         failed += f", {count(len(self.refused))} refused" if self.refused else ""
         probes = ", ".join(clean(probe.name, 40) for probe in self.probes)
         cells = "1 cell" if len(self.cells) == 1 else f"{count(len(self.cells))} cells"
-        names = self.name_cells()
-        return Summary(
-            f"Study: {clean(self.original.name, 60)}",
-            f"{cells}{failed}; evaluated on {probes or 'nothing'}.",
-            ("Setup", "Kept (95 % interval)", "On disk", "Sparse"),
-            tuple(
-                (
-                    names[cell.key],
-                    write_estimate(cell.comparison.kept),
-                    write_size(cell.comparison.model.bytes),
-                    write_size(cell.totals["sparse_bytes"]),
-                )
-                for cell in self.cells
-            ),
-        )
+        names, rows = self.name_cells(), []
+        for cell in self.cells:
+            sizes = write_size(cell.comparison.model.bytes), write_size(cell.totals["sparse_bytes"])
+            rows.append((names[cell.key], write_estimate(cell.comparison.kept), *sizes))
+        verdict = f"{cells}{failed}; evaluated on {probes or 'nothing'}."
+        columns = ("Setup", "Kept (95 % interval)", "On disk", "Sparse")
+        return Summary(f"Study: {clean(self.original.name, 60)}", verdict, columns, tuple(rows))
 
 
 _TEXT, _SHARE, _COUNT, _FLAG = "string", "double", "int64", "bool"
@@ -238,9 +223,7 @@ _LONGEST = 2000  # characters of an error
 def tidy_rows(study: Study) -> list[dict[str, Any]]:
     """Return one row per cell and probe or running text, in the order of the grid; failed cells come last, and unknown
     values are None. In addition to `COLUMNS`, there is a column for each setting of any cell (``layers``, ...).
-
-    Accuracies are averaged as the probe's protocol does; `status` is ``ok``, ``failed`` or ``refused``.
-    """
+    Accuracies are averaged as the probe's protocol does; `status` is ``ok``, ``failed`` or ``refused``."""
     rows = []
     for cell in study.cells:
         rows += [_build_probe_row(cell, probe, study.known) for probe in cell.comparison.probes]
@@ -272,24 +255,15 @@ def infer_type(values: Sequence[Setting]) -> str:
 
 
 def _build_probe_row(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str, Any]:
-    before, after = get_headline_accuracy(probe)
+    (before, after), kept, moved = get_headline_accuracy(probe), probe.kept, probe.movement
     return _build_cell_columns(cell) | {
-        "probe": clean(probe.probe),
-        "known": known,
-        "n": probe.counts.n,
-        **asdict(probe.counts),
-        "accuracy_original": before.value,
-        "accuracy_compressed": after.value,
-        "drop_absolute": probe.drop_absolute,
-        "drop_relative": probe.drop_relative,
-        "kept": probe.kept.value,
-        "kept_low": probe.kept.low,
-        "kept_high": probe.kept.high,
-        "mcnemar_p": run_mcnemar(probe.counts),
-        "p": probe.certainty.test.p,
-        "answer_changed": probe.answer_changed,
-        "kl_mean": probe.movement.kl_mean if probe.movement else None,
-        "kl_is_lower_bound": probe.movement.is_lower_bound if probe.movement else None,
+        **{"probe": clean(probe.probe), "known": known, "n": probe.counts.n, **asdict(probe.counts)},
+        **{"accuracy_original": before.value, "accuracy_compressed": after.value},
+        **{"drop_absolute": probe.drop_absolute, "drop_relative": probe.drop_relative},
+        **{"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high},
+        **{"mcnemar_p": run_mcnemar(probe.counts), "p": probe.certainty.p, "answer_changed": probe.answer_changed},
+        "kl_mean": moved.kl_mean if moved else None,
+        "kl_is_lower_bound": moved.is_lower_bound if moved else None,
     }
 
 
@@ -351,13 +325,9 @@ class Axis:
 
     def pair_groups(self) -> Iterable[dict[str, list[StudyCell]]]:
         """Return, for groups with the same values, their cells with a share kept, by value in the same order."""
-        by_values: dict[frozenset[str], dict[str, list[StudyCell]]] = {}
-        for _, group in self.groups:
-            known = {value: cell for value, cell in group.items() if cell.comparison.kept.value is not None}
-            cells = by_values.setdefault(frozenset(known), {value: [] for value in known})
-            for value, cell in known.items():
-                cells[value].append(cell)
-        return by_values.values()
+        known = [{v: cell for v, cell in of.items() if cell.comparison.kept.value is not None} for _, of in self.groups]
+        alike = group_by(known, frozenset).values()
+        return [{value: [each[value] for each in groups] for value in groups[0]} for groups in alike]
 
 
 def _make_axis(study: Study, name: str) -> Axis:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, pairwise, starmap
 from typing import TypeVar
 
 from compressknow.base.format import clean, count, share, write_points
+from compressknow.base.reading import group_by
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.records import write_range
 from compressknow.pages.study.charts import draw_by_method
@@ -21,12 +22,10 @@ CLIFF = 0.90  # the cliff is at the first amount that keeps less than this share
 
 @dataclass(frozen=True, slots=True)
 class LossRanking:
-    """Order of what hurts least: modules at a level of pruning, or the methods that prune a module.
-
-    It is `clear` if the first is significantly better than each of the others at one amount or more, and never worse
-    (a paired test by relation at each amount, Holm over all that the study says of what hurts least or most);
-    likewise, `clear_worst` for the last. That is only stated of methods: for modules, the paper's F4 and F7 state it.
-    """
+    """Order of what hurts least: modules at a level of pruning, or the methods that prune a module. It is `clear` if
+    the first is significantly better than each of the others at one amount or more, and never worse (a paired test by
+    relation at each amount, Holm over all such claims); likewise, `clear_worst` for the last, which is only stated of
+    methods."""
 
     level: str  # "10 to 30 %", "30 to 50 %" (30 itself belongs to the level below), "more than 50 %"; or the module
     amounts: tuple[float, ...]  # in percent, those by which all of them were pruned; empty for quantized ones
@@ -46,11 +45,9 @@ class LossRanking:
 
 @dataclass(frozen=True, slots=True)
 class Cliff:
-    """Point where knowledge kept falls off as a module is pruned; amounts are those of the grid, in percent.
-
-    It is `clear` if the whole interval at `below` lies below `CLIFF` or, if no amount is so low, the intervals of all
-    amounts lie above (95 % over all cliffs of the study).
-    """
+    """Point where knowledge kept falls off as a module is pruned; amounts are those of the grid, in percent. It is
+    `clear` if the interval at `below` lies below `CLIFF` or, if no amount is so low, all lie above (95 % over all
+    cliffs)."""
 
     module: str
     below: float | None  # the first amount at which less than `CLIFF` is kept; None if none is so low
@@ -198,22 +195,17 @@ def write_verdict(study: Study) -> str:
 
 def _summarize_modules(least: Sequence[LossRanking]) -> str:
     """Say which module hurts least, grouping levels with the same answer."""
-    by_module: dict[str, list[str]] = {}
-    for each in least:
-        by_module.setdefault(each.best if each.clear else "", []).append(each.level)
+    by_module = group_by(least, lambda each: each.best if each.clear else "no module clearly")
     return "; ".join(
-        f"pruned by {join_words(levels)}, {f'{module} hurts least' if module else 'no module clearly hurts least'}"
-        for module, levels in by_module.items()
+        f"pruned by {join_words([each.level for each in of_module])}, {module} hurts least"
+        for module, of_module in by_module.items()
     )
 
 
 def _summarize_methods(least: Sequence[LossRanking]) -> str:
     """Name the methods that clearly hurt least or most, with their modules."""
-    modules: dict[str, list[str]] = {}
-    for each in least:
-        if each.clear or each.clear_worst:
-            modules.setdefault(clean(each.claim, 80), []).append(IN_WORDS[each.level])
-    claims = [f"{claim} ({join_words(names)})" for claim, names in modules.items()]
+    clear = group_by(least, lambda each: clean(each.claim, 80) if each.clear or each.clear_worst else None)
+    claims = [f"{claim} ({join_words([IN_WORDS[each.level] for each in of])})" for claim, of in clear.items()]
     return f"of the methods that prune, {join_words(claims) or 'none clearly hurts least'}"
 
 
@@ -268,24 +260,15 @@ def draw_conclusions(study: Study, findings: Sequence[Finding]) -> tuple[Conclus
     """Return, by chart, the study's own findings, then the paper's findings that it has cells for."""
     orders, axes = rank_cells(study), study.find_axes()
     by = f" ({_PAPER_METHOD})" if len(study.list_methods()) > 1 else ""
-    conclusions = [
-        *(
-            _conclude_modules(f"Pruned by {each.level}{by}", each, _name_kept(each.amounts), _KEPT)
-            for each in orders["modules"]
-        ),
-        *(_conclude_cliff(cliff, _KEPT, by) for cliff in find_cliffs(study)),
-        *(_conclude_method(study, each) for each in orders["methods"]),
-        *(
-            _conclude_modules(f"Quantized by {clean(each.level, 60)}", each, "kept", _QUANTIZED)
-            for each in orders["schemes"]
-        ),
-        *(
-            Conclusion(each.id, each.claim, each.answer, each.numbers, _CHARTS[each.id])
-            for each in findings
-            if each.answer != NOT_EVALUATED and each.has_cells
-        ),
-        *chain.from_iterable(_conclude_axis(study, axis, orders[axis.chart]) for axis in axes),
-    ]
+    modules = [(f"Pruned by {each.level}{by}", each, _name_kept(each.amounts), _KEPT) for each in orders["modules"]]
+    schemes = [(f"Quantized by {clean(each.level, 60)}", each, "kept", _QUANTIZED) for each in orders["schemes"]]
+    conclusions = list(starmap(_conclude_modules, modules))
+    conclusions += [_conclude_cliff(cliff, _KEPT, by) for cliff in find_cliffs(study)]
+    conclusions += [_conclude_method(study, each) for each in orders["methods"]]
+    conclusions += starmap(_conclude_modules, schemes)
+    tested = [finding for finding in findings if finding.answer != NOT_EVALUATED and finding.has_cells]
+    conclusions += [Conclusion(f.id, f.claim, f.answer, f.numbers, _CHARTS[f.id]) for f in tested]
+    conclusions += chain.from_iterable(_conclude_axis(study, axis, orders[axis.chart]) for axis in axes)
     order = (_KEPT, "pruning-drop", *_METHODS.values(), _METHODS_ALONE, *_CHARTS.values(), *(a.chart for a in axes))
     return tuple(sorted(conclusions, key=lambda each: order.index(each.chart)))
 

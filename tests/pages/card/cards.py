@@ -14,7 +14,6 @@ from compressknow.comparison.records import (
     GradeCounts,
     Group,
     KlFigures,
-    PairedTest,
     ProbeFigures,
     ReliabilityBin,
     Tertile,
@@ -186,9 +185,9 @@ def make_confidence(counts: Counts) -> Confidence:
 
 def make_certainty(kept: Estimate, relations: int) -> Certainty:
     if kept.value is None or relations < 5:
-        return Certainty(PairedTest(0.0031, "relation"), relations, kept, Estimate(-0.04), 0.0421, 1844)
-    test, difference = PairedTest(2.3e-7, "relation"), Estimate(-0.04, -0.071, -0.012)
-    return Certainty(test, relations, Estimate(kept.value, 0.871, 0.956), difference, 0.0312, 1713)
+        return Certainty(0.0031, "relation", relations, kept, Estimate(-0.04), 0.0421, 1844)
+    kept, difference = Estimate(kept.value, 0.871, 0.956), Estimate(-0.04, -0.071, -0.012)
+    return Certainty(2.3e-7, "relation", relations, kept, difference, 0.0312, 1713)
 
 
 def make_grade_counts(counts: Counts) -> GradeCounts:

@@ -11,11 +11,12 @@ from compressknow.comparison.intervals import (
     design_of_change,
     estimate_kept_by_cluster,
     estimate_proportion,
+    find_unit,
     run_mcnemar,
     run_paired_test,
 )
 from compressknow.comparison.power import count_facts_to_show, find_smallest_loss
-from compressknow.comparison.records import Counts, EarlyStop, Estimate, PairedTest
+from compressknow.comparison.records import Counts, EarlyStop, Estimate
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_markdown
 from compressknow.pages.records import Card
@@ -48,7 +49,7 @@ def test_json_has_the_figures_of_the_statistics() -> None:
         assert figures["kept_interval"] == [simple.low, simple.high]
         assert figures["smallest_detectable_loss"] == find_smallest_loss(total, design_of_change(relations))
         assert figures["known_facts_for_2_points"] == count_facts_to_show(total, design=design_of_change(relations))
-        assert PairedTest(figures["p"], figures["p_by"]) == run_paired_test(relations)
+        assert (figures["p"], figures["p_by"]) == (run_paired_test(relations), find_unit(relations))
         assert figures["mcnemar_p"] == run_mcnemar(total)
 
 
@@ -93,7 +94,7 @@ def test_warning_if_too_few_relations_have_known_facts() -> None:
     sides = [[make_answer(n, cell[side], relation=f"r{n % 8}") for n, cell in enumerate(cells)] for side in (0, 1)]
     original, compressed = make_runs(sides)
     (comparison,) = make_card(original, [compressed]).comparisons
-    assert comparison.certainty.test.unit == "relation"
+    assert comparison.certainty.unit == "relation"
     (warning,) = comparison.warnings
     assert warning.startswith("The original knew facts of only 3 relations of atlas")
     assert "the interval of what is kept treats facts as independent" in warning

@@ -8,18 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressknow.comparison.paired import compare_probe
-from compressknow.comparison.records import Counts, ProbeFigures
-from compressknow.evaluate.answers import Answer
+from compressknow.comparison.records import Counts
 from compressknow.pages.card.make import compare
 from compressknow.pages.card.verdict import find_grade, grade_domains
-from tests.pages.answering import make_answer, make_answers, make_entry, make_rows
+from tests.pages.answering import compare_rows, make_answer, make_answers, make_entry, make_rows
 
 PROBES = ("atlas", "lm-eval:piqa")
-
-
-def compare_rows(before: list[Answer], after: list[Answer]) -> ProbeFigures:
-    return compare_probe(before, after, make_entry(), make_entry(), probe="atlas", ran_in="")
 
 
 @pytest.mark.parametrize(

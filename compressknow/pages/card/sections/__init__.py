@@ -205,11 +205,9 @@ def _measure(
     """Return what a section measures, by probe. Raises TypeError or ValueError for what JSON cannot hold."""
     if type(section).measure is Section.measure:
         return {}
-    original, compressed = answers
     figures = {}
     for probe in (each.probe for each in comparison.probes):
-        entries = original.record.probes[probe], compressed.record.probes[probe]
-        pairs = pair_answers(probe, original.of(probe), compressed.of(probe), *entries)
+        pairs, entries = pair_answers(*answers, probe), (side.record.probes[probe] for side in answers)
         figures[probe] = section.measure(ProbeAnswers(probe, tuple(pairs), *entries))
     if any(name in probe_to_json(probe) for probe in comparison.probes):
         raise ValueError("report.json has that name for something else")

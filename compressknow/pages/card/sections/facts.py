@@ -59,20 +59,13 @@ class Lost(Section):
             recovery = ", comes back with one example" if fact.with_example else ""
             grade = clean(fact.grade_after, 20) + recovery if fact.grade_after else NONE
             ranks = f"{write_rank(fact.rank_before)} → {write_rank(fact.rank_after)}"
-            rows.append(
-                (
-                    write_prompt(fact.prompt),
-                    clean(fact.gold),
-                    answer(fact.before),
-                    answer(fact.after),
-                    ranks if fact.rank_before or fact.rank_after else NONE,
-                    *([grade] if graded else []),
-                    clean(fact.relation, 60),
-                )
-            )
-        columns, left_out = _GRADED if graded else _COLUMNS, len(facts) - len(rows)
-        shown = context.limits.shown
-        yield from make_fact_parts(self.caption, columns, tuple(rows), shown, left_out=left_out, shade=self.which)
+            ranks = ranks if fact.rank_before or fact.rank_after else NONE
+            answers = clean(fact.gold), answer(fact.before), answer(fact.after)
+            further = [ranks, *([grade] if graded else []), clean(fact.relation, 60)]
+            rows.append((write_prompt(fact.prompt), *answers, *further))
+        table = Table(self.caption, _GRADED if graded else _COLUMNS, tuple(rows), prose=True)
+        left_out = len(facts) - len(rows)
+        yield from make_fact_parts(table, context.limits.shown, left_out=left_out, shade=self.which)
 
 
 class Gained(Lost):
@@ -177,9 +170,8 @@ class Grades(Section):
         if not graded or context.limits.relations is not None:
             return
         for probe, knowing in graded:
-            yield make_grades_table(
-                knowing, f"{clean(probe.probe, 60)}: the original's grades (rows), and what they became"
-            )
+            name = clean(probe.probe, 60)
+            yield make_grades_table(knowing, f"{name}: the original's grades (rows), and what they became")
             if sentences := " ".join(_describe_grades(knowing)):
                 yield Note(sentences)
         yield Note("The glossary explains the grades.")
@@ -187,11 +179,9 @@ class Grades(Section):
 
 def make_grades_table(knowing: GradeCounts, caption: str, who: str = "Original") -> Table:
     """Tabulate facts by the grades of one model, `who`, in rows, and of the other in columns."""
-    rows = [
-        (grade, *(count(knowing.moved[grade, after]) for after in GRADES), count(knowing.original[grade]))
-        for grade in GRADES
-    ]
-    total = ("all", *(count(knowing.compressed[grade]) for grade in GRADES), count(sum(knowing.original.values())))
+    moved, before = knowing.moved, knowing.original
+    rows = [(grade, *(count(moved[grade, after]) for after in GRADES), count(before[grade])) for grade in GRADES]
+    total = ("all", *(count(knowing.compressed[grade]) for grade in GRADES), count(sum(before.values())))
     return Table(caption, (who, *GRADES, "all"), (*rows, total))
 
 
@@ -241,15 +231,8 @@ class ByWording(Section):
 
 
 def _make_wording_row(name: str, counts: Counts, kept: Estimate) -> tuple[str, ...]:
-    return (
-        name,
-        count(counts.n),
-        write_percent(counts.known_before, counts.n),
-        write_percent(counts.known_after, counts.n),
-        count(counts.lost),
-        count(counts.gained),
-        write_estimate(kept),
-    )
+    right = (write_percent(known, counts.n) for known in (counts.known_before, counts.known_after))
+    return name, count(counts.n), *right, count(counts.lost), count(counts.gained), write_estimate(kept)
 
 
 _BINS = ("Confidence", "Original's answers", "Right", "Compressed model's answers", "Right")
@@ -297,22 +280,12 @@ class Confident(Section):
 
 
 def _tabulate_thirds(name: str, thirds: Sequence[Tertile]) -> Table:
-    return Table(
-        f"{name}: kept by the original's confidence",
-        ("Original's answer", "Its confidence", "Known before", "Lost", "Kept"),
-        tuple(
-            (
-                clean(third.name, 40),
-                write_range(third.low, third.high),
-                count(third.counts.known_before),
-                count(third.counts.lost),
-                write_estimate(third.kept),
-            )
-            for third in thirds
-        ),
-        bars=tuple(third.kept for third in thirds),
-        bars_after=4,
-    )
+    columns, rows = ("Original's answer", "Its confidence", "Known before", "Lost", "Kept"), []
+    for third in thirds:
+        facts = count(third.counts.known_before), count(third.counts.lost)
+        rows.append((clean(third.name, 40), write_range(third.low, third.high), *facts, write_estimate(third.kept)))
+    bars = tuple(third.kept for third in thirds)
+    return Table(f"{name}: kept by the original's confidence", columns, tuple(rows), bars, bars_after=4)
 
 
 def _describe_wrong(name: str, confidence: Confidence) -> str:
@@ -335,14 +308,8 @@ def _chart_calibration(name: str, side: str, bins: Sequence[ReliabilityBin]) -> 
         for each in bins
         if each.facts
     )
-    title = f"Calibration of the {side.lower()} model, {name}"
-    return Chart(
-        title,
-        f"{description[:1].upper()}{description[1:]}.",
-        partial(_draw_calibration, bins=bins),
-        height=300,
-        heading=side,
-    )
+    title, text = f"Calibration of the {side.lower()} model, {name}", f"{description[:1].upper()}{description[1:]}."
+    return Chart(title, text, partial(_draw_calibration, bins=bins), height=300, heading=side)
 
 
 def _draw_calibration(plot: Axes, bins: Sequence[ReliabilityBin]) -> None:

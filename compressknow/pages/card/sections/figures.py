@@ -143,6 +143,7 @@ def _write_moves(floor: NoiseFloor | None) -> str:
 
 _NO_FACTS = "there is nothing to count."
 _NOTHING_KNOWN = "the original knew none of the facts."
+_NO_CHANCE = "the answer is free text, so nothing is right by chance, or " + _NOTHING_KNOWN
 _NO_DISTRIBUTION = "the answers hold no distribution over tokens."
 _LOGP = "Change of the right answer's log-probability"
 _NO_LOGP = "the answers hold no probability of the right answer."
@@ -165,15 +166,11 @@ _FIGURES: tuple[tuple[str, Callable[[ProbeFigures], str], str | None], ...] = (
     ("Mean over relations after", lambda p: write_estimate(p.macro_compressed), _FEW_RELATIONS),
     ("Difference of these means", lambda p: write_estimate(p.macro_difference, write_points), _FEW_RELATIONS),
     ("Knowledge kept", lambda p: write_estimate(p.kept), _NOTHING_KNOWN),
-    (
-        "Kept above chance",
-        lambda p: write_estimate(p.kept_above_chance),
-        "the answer is free text, so nothing is right by chance, or the original knew none of the facts.",
-    ),
+    ("Kept above chance", lambda p: write_estimate(p.kept_above_chance), _NO_CHANCE),
     ("Lost", lambda p: write_part(p.counts.lost, p.counts.known_before), ""),
     ("Gained", lambda p: write_part(p.counts.gained, p.counts.gained + p.counts.neither), ""),
     ("Flips (lost or gained)", lambda p: share(p.counts.flips), _NO_FACTS),
-    ("Net change against chance", lambda p: write_p_value(p.certainty.test.p), "no fact was lost or gained."),
+    ("Net change against chance", lambda p: write_p_value(p.certainty.p), "no fact was lost or gained."),
     ("Top answer changed", lambda p: share(p.answer_changed), _NO_FACTS),
     ("Top answer changed by rounding alone", lambda p: _write_changes(p.noise_floor), _NO_NOISE),
     ("Top answer changed by the runtime alone", lambda p: _write_changes(p.runtime_noise_floor), None),
@@ -242,53 +239,34 @@ class HowSure(Section):
         if not columns or context.limits.relations is not None:
             return
         rows = tuple((name, *(write(counts, sure) for _, counts, sure in columns)) for name, write in _ROWS)
-        yield Table(
-            "Intervals and smallest detectable loss",
-            ("Estimate", *(each[0] for each in columns)),
-            rows,
-            captioned=False,
-        )
+        heads = ("Estimate", *(name for name, *_ in columns))
+        yield Table("Intervals and smallest detectable loss", heads, rows, captioned=False)
         for name, _, sure in columns:
-            where, relations = f" of {name}" if len(columns) > 1 else "", sure.relations
+            facts, relations = f"known facts{f' of {name}' * (len(columns) > 1)}", sure.relations
             if relations == 1:
-                yield Note(f"All known facts{where} belong to one relation, so there is no interval over relations.")
+                yield Note(f"All {facts} belong to one relation, so there is no interval over relations.")
             elif relations < FEWEST:
-                yield Note(
-                    f"The known facts{where} belong to {relations} relations: too few for an interval over these."
-                )
+                yield Note(f"The {facts} belong to {relations} relations: too few for an interval over these.")
             elif sure.kept.low is None:
-                yield Note(
-                    f"No two known facts{where} count as related: an interval over relations would be the simple one."
-                )
+                yield Note(f"No two {facts} count as related: an interval over relations would be the simple one.")
 
 
 def _write_interval(figure: Estimate, write: Callable[[float], str] = share) -> str:
     return NONE if figure.low is None else write_estimate(figure, write)
 
 
+# What is written of the counts and the certainty of some facts.
 _ROWS: tuple[tuple[str, Callable[[Counts, Certainty], str]], ...] = (
-    ("Known facts", lambda counts, _: count(counts.known_before)),
-    ("Relations with known facts", lambda _, sure: count(sure.relations)),
-    (
-        "Knowledge kept, simple interval",
-        lambda counts, _: _write_interval(estimate_proportion(counts.both, counts.known_before)),
-    ),
-    ("Knowledge kept, interval over relations", lambda _, sure: _write_interval(sure.kept)),
-    (
-        "Difference of accuracy, simple interval",
-        lambda counts, _: write_estimate(estimate_difference(counts), write_points),
-    ),
-    ("Difference of accuracy, interval over relations", lambda _, sure: _write_interval(sure.difference, write_points)),
-    (
-        "Net change against chance, by relation",
-        lambda _, sure: write_p_value(sure.test.p) if sure.test.unit == "relation" else NONE,
-    ),
-    ("Net change against chance, facts as independent", lambda counts, _: write_p_value(run_mcnemar(counts))),
-    ("Smallest detectable net loss", lambda _, sure: share(sure.smallest_loss)),
-    (
-        "Known facts to detect a net loss of 2 %",
-        lambda _, sure: NONE if sure.facts_for_two is None else count(sure.facts_for_two),
-    ),
+    ("Known facts", lambda c, _: count(c.known_before)),
+    ("Relations with known facts", lambda _, s: count(s.relations)),
+    ("Knowledge kept, simple interval", lambda c, _: _write_interval(estimate_proportion(c.both, c.known_before))),
+    ("Knowledge kept, interval over relations", lambda _, s: _write_interval(s.kept)),
+    ("Difference of accuracy, simple interval", lambda c, _: write_estimate(estimate_difference(c), write_points)),
+    ("Difference of accuracy, interval over relations", lambda _, s: _write_interval(s.difference, write_points)),
+    ("Net change against chance, by relation", lambda _, s: write_p_value(s.p) if s.unit == "relation" else NONE),
+    ("Net change against chance, facts as independent", lambda c, _: write_p_value(run_mcnemar(c))),
+    ("Smallest detectable net loss", lambda _, s: share(s.smallest_loss)),
+    ("Known facts to detect a net loss of 2 %", lambda _, s: count(s.facts_for_two) if s.facts_for_two else NONE),
 )
 
 
@@ -309,10 +287,8 @@ class Layers(Section):
             source = model.source or {}
             # A model made from the same source as the original matches, too.
             if context.comparison.source_matches is not None and source.get("sha256") != context.original.sha256:
-                name = clean(source.get("name"), 80)
-                yield Note(
-                    f"The table describes the step from {name}, which this model was made from, not from the original."
-                )
+                step = f"the step from {clean(source.get('name'), 80)}, which this model was made from"
+                yield Note(f"The table describes {step}, not from the original.")
         if removed := " ".join(describe_removed(model.removed)):
             yield Note(clean(removed, 1000))
         sentences = [*describe_calibration(model.calibration)]
@@ -333,14 +309,8 @@ def _make_group_row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
     def part(key: str) -> str:
         return write_percent(int(group[key]), parameters) if group.get(key) is not None else NONE
 
-    return (
-        clean(name, 60),
-        count(parameters),
-        part("zeros_after"),
-        part("pruned"),
-        part("quantized"),
-        number(group.get("relative_error"), 4),
-    )
+    parts = map(part, ("zeros_after", "pruned", "quantized"))
+    return clean(name, 60), count(parameters), *parts, number(group.get("relative_error"), 4)
 
 
 class Speed(Section):
@@ -348,17 +318,11 @@ class Speed(Section):
     order = 70
 
     def parts(self, context: Context) -> Iterator[Part]:
-        rows = tuple(
-            (
-                who,
-                clean(name_deployment(model), 60),
-                clean(model.speed.device, 60),
-                write_rate(model.speed.facts_per_second),
-                write_rate(model.speed.tokens_per_second),
-                write_size(model.speed.peak_bytes),
-            )
-            for who, model in (("original", context.original), ("compressed", context.comparison.model))
-            if model.speed
-        )
+        rows = []
+        for who, model in (("original", context.original), ("compressed", context.comparison.model)):
+            if speed := model.speed:
+                rates = map(write_rate, (speed.facts_per_second, speed.tokens_per_second))
+                place = clean(name_deployment(model), 60), clean(speed.device, 60)
+                rows.append((who, *place, *rates, write_size(speed.peak_bytes)))
         if rows:
-            yield Table("Speed and memory, measured on this machine", _COLUMNS, rows)
+            yield Table("Speed and memory, measured on this machine", _COLUMNS, tuple(rows))
