@@ -83,9 +83,13 @@ def _measure_shares(pairs: Sequence[Pair], average: str) -> dict[str, Any]:
         "difference": intervals.estimate_difference(total),
         "kept": kept,
         "kept_above_chance": intervals.correct_for_chance(kept, chance),
-        **{"macro_original": before, "macro_compressed": after, "macro_difference": difference},
-        **{"drop_absolute": drop_absolute, "drop_relative": drop_relative},
-        **{"by_relation": by_relation, "certainty": measure_certainty([relations])},
+        "macro_original": before,
+        "macro_compressed": after,
+        "macro_difference": difference,
+        "drop_absolute": drop_absolute,
+        "drop_relative": drop_relative,
+        "by_relation": by_relation,
+        "certainty": measure_certainty([relations]),
     }
 
 

@@ -56,7 +56,9 @@ def dump_clusters(counts: records.Counts, relations: Sequence[records.Counts]) -
 def dump_certainty(certainty: records.Certainty) -> dict[str, Any]:
     """Return the certainty of the figures next to it."""
     return {
-        **{"p": certainty.p, "p_by": certainty.unit, "clusters": certainty.relations},
+        "p": certainty.p,
+        "p_by": certainty.unit,
+        "clusters": certainty.relations,
         "kept_cluster_interval": dump_interval(certainty.kept),
         "difference_cluster_interval": dump_interval(certainty.difference),
         "smallest_detectable_loss": certainty.smallest_loss,
@@ -78,8 +80,12 @@ def dump_groups(groups: tuple[records.Group, ...]) -> dict[str, dict[str, Any]]:
     return {
         group.name: {
             **dump_clusters(group.counts, group.relations),
-            **{"mcnemar_p_holm": adjusted, "p": group.p, "p_holm": group.p_holm},
-            **{"flips": group.counts.flips, "answer_changed": group.answer_changed, "chance": group.chance},
+            "mcnemar_p_holm": adjusted,
+            "p": group.p,
+            "p_holm": group.p_holm,
+            "flips": group.counts.flips,
+            "answer_changed": group.answer_changed,
+            "chance": group.chance,
         }
         for group, adjusted in zip(groups, exact, strict=True)
     }
@@ -99,7 +105,9 @@ def probe_to_json(probe: records.ProbeFigures) -> dict[str, Any]:
         **_dump_pair("consistency", probe.consistency),
         **_dump_confidence(confidence),
         **dump_certainty(probe.certainty),
-        **{"protocol": probe.protocol, "average": probe.average, **dump_counts(probe.counts)},
+        "protocol": probe.protocol,
+        "average": probe.average,
+        **dump_counts(probe.counts),
         **estimate_to_json("accuracy_original", probe.accuracy_original),
         **estimate_to_json("accuracy_compressed", probe.accuracy_compressed),
         **estimate_to_json("difference", probe.difference),
@@ -119,10 +127,15 @@ def probe_to_json(probe: records.ProbeFigures) -> dict[str, Any]:
         "lost_still_in_top5": probe.lost_still_in_top5,
         **_dump_pair("ece", confidence.ece if confidence else None),
         **_dump_pair("brier", confidence.brier if confidence else None),
-        **{"chance": probe.chance, "majority": probe.majority},
-        **{"drop_absolute": probe.drop_absolute, "drop_relative": probe.drop_relative},
+        "chance": probe.chance,
+        "majority": probe.majority,
+        "drop_absolute": probe.drop_absolute,
+        "drop_relative": probe.drop_relative,
         "by_subject": dump_groups(probe.by_subject),
-        **{"facts_read": probe.facts_read, "dropped": dict(probe.dropped), "limit": probe.limit, "seed": probe.seed},
+        "facts_read": probe.facts_read,
+        "dropped": dict(probe.dropped),
+        "limit": probe.limit,
+        "seed": probe.seed,
     }
     return dict(sorted(values.items(), key=lambda item: isinstance(item[1], Mapping)))
 
@@ -154,7 +167,8 @@ def _dump_knowing(knowing: records.GradeCounts | None) -> dict[str, Any] | None:
     if knowing is None:
         return None
     return {
-        **{"original": dict(knowing.original), "compressed": dict(knowing.compressed)},
+        "original": dict(knowing.original),
+        "compressed": dict(knowing.compressed),
         "moved": {f"{before}>{after}": facts for (before, after), facts in knowing.moved.items()},
         "with_example": {"n": knowing.shown, "produced": knowing.back},
     }

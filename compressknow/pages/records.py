@@ -188,7 +188,9 @@ class Card(Tabular):
         `show_facts`, it contains no text of facts.
         """
         return {
-            **{"schema": SCHEMA, "verdict": self.verdict, "known": self.known},
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            "known": self.known,
             "recommended": _dump_recommendation(self.decision, name_models(self)) if self.decision else None,
             "gates": [
                 {
@@ -199,8 +201,10 @@ class Card(Tabular):
             ],
             "original": _dump_run_model(self.original),
             "compressed": [dump_comparison(each, show_facts=self.show_facts) for each in self.comparisons],
-            **{"warnings": list(self.warnings), "method": list(self.method)},
-            **{"versions": dict(self.versions), "command": self.command},
+            "warnings": list(self.warnings),
+            "method": list(self.method),
+            "versions": dict(self.versions),
+            "command": self.command,
         }
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -225,7 +229,9 @@ def _make_frame_row(model: ModelRecord, probe: ProbeFigures) -> dict[str, Any]:
         **{"lost": counts.lost, "gained": counts.gained},
         **{"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high},
         **{"accuracy_original": probe.accuracy_original.value, "accuracy_compressed": probe.accuracy_compressed.value},
-        **{"p": probe.certainty.p, "mcnemar_p": run_mcnemar(counts), "answer_changed": probe.answer_changed},
+        "p": probe.certainty.p,
+        "mcnemar_p": run_mcnemar(counts),
+        "answer_changed": probe.answer_changed,
     }
 
 
@@ -282,8 +288,11 @@ def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, An
     """Return one compressed model against the original, as plain values."""
     model = comparison.model
     values = {
-        **{"setup": model.setup, "source": model.source, "source_matches": comparison.source_matches},
-        **{"model": _dump_run_model(model), "verdict": comparison.verdict},
+        "setup": model.setup,
+        "source": model.source,
+        "source_matches": comparison.source_matches,
+        "model": _dump_run_model(model),
+        "verdict": comparison.verdict,
         **as_json.dump_counts(comparison.counts),
         **as_json.dump_kept(comparison.counts),
         **as_json.dump_certainty(comparison.certainty),
@@ -319,12 +328,17 @@ def _dump_run_model(model: ModelRecord) -> dict[str, Any]:
 def _dump_recommendation(decision: Recommendation, names: Sequence[str]) -> dict[str, Any]:
     name: Mapping[int | None, str] = dict(enumerate(names))
     return {
-        **{"model": name.get(decision.place), "place": decision.place, "reason": decision.reason},
+        "model": name.get(decision.place),
+        "place": decision.place,
+        "reason": decision.reason,
         "within": decision.within,
         "standings": [
             {
-                **{"model": name[place], "keeps": each.keeps, "beaten_by": name.get(each.beaten_by)},
-                **{"surely": each.is_surely_beaten, "not_told_from": [name[other] for other in each.alike]},
+                "model": name[place],
+                "keeps": each.keeps,
+                "beaten_by": name.get(each.beaten_by),
+                "surely": each.is_surely_beaten,
+                "not_told_from": [name[other] for other in each.alike],
             }
             for place, each in enumerate(decision.standings)
         ],

@@ -127,9 +127,12 @@ def _describe_cell(cell: Cell, *, has_texts: bool) -> dict[str, Any]:
         seed = f", seed {text.seed}" if text.seed else ""
         on = f" on {text.text}, {count(text.tokens)} tokens{seed}"
     return {
-        **{"key": cell.key, "setup": cell.recipe.setup, "settings": cell.settings},
+        "key": cell.key,
+        "setup": cell.recipe.setup,
+        "settings": cell.settings,
         "scope": "+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope)),
-        **{"method": prune.method if prune else None, "amount": prune.amount if prune else None},
+        "method": prune.method if prune else None,
+        "amount": prune.amount if prune else None,
         "scheme": quantize.scheme if quantize else None,
         "pruning": f"{cell.pruning}{on if prune and prune.calibrated else ''}" if prune else None,
         "quantization": f"{cell.quantization}{on if quantize and quantize.calibrated else ''}" if quantize else None,

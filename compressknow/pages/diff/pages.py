@@ -412,12 +412,17 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
     """Return plain values for ``json.dumps(..., allow_nan=False)``, in a fixed order; unknown values are None."""
     behaviour = comparison.behaviour
     return {
-        **{"schema": SCHEMA, "verdict": comparison.verdict, "identical": comparison.identical},
-        **{"a": _dump_checkpoint(comparison.a), "b": _dump_checkpoint(comparison.b), "files": list(comparison.files)},
+        "schema": SCHEMA,
+        "verdict": comparison.verdict,
+        "identical": comparison.identical,
+        "a": _dump_checkpoint(comparison.a),
+        "b": _dump_checkpoint(comparison.b),
+        "files": list(comparison.files),
         **_dump_difference(comparison.difference),
         "behaviour": _dump_behaviour(behaviour, comparison.show_facts) if behaviour else None,
         "warnings": list(comparison.warnings),
-        **{"versions": dict(comparison.versions), "command": comparison.command},
+        "versions": dict(comparison.versions),
+        "command": comparison.command,
     }
 
 
@@ -471,6 +476,9 @@ def _dump_behaviour(behaviour: Behaviour, show_facts: bool) -> dict[str, Any]:
 def _dump_answers(a: Answer, b: Answer) -> dict[str, Any]:
     return {
         **{name: getattr(a, name) for name in ("probe", "fact_id", "relation", "subject", "prompt", "gold")},
-        **{"known_by": name_knower(a, b), "top_a": list(_list_best(a)), "top_b": list(_list_best(b))},
-        **{"rank_a": a.rank, "rank_b": b.rank},
+        "known_by": name_knower(a, b),
+        "top_a": list(_list_best(a)),
+        "top_b": list(_list_best(b)),
+        "rank_a": a.rank,
+        "rank_b": b.rank,
     }

@@ -411,7 +411,9 @@ def dump_study(study: Study) -> dict[str, Any]:
         methods.setdefault(kind, {})[name] = {id: _dump_finding(each) for id, each in of_method.items()}
     of_probe = ("n", "average", "accuracy", "majority", "chance", "templates", "protocol", "limit", "seed")
     return {
-        **{"schema": SCHEMA, "verdict": summary.write_verdict(study), "known": study.known},
+        "schema": SCHEMA,
+        "verdict": summary.write_verdict(study),
+        "known": study.known,
         "found": [asdict(each) for each in summary.draw_conclusions(study, findings)],
         "original": dump_model(study.original),
         "probes": {probe.name: {key: getattr(probe, key) for key in of_probe} for probe in study.probes},
@@ -422,7 +424,9 @@ def dump_study(study: Study) -> dict[str, Any]:
         "cliffs": [asdict(cliff) for cliff in summary.find_cliffs(study)],
         "kept": {cell.key: _dump_kept(cell.comparison) for cell in study.cells},
         "cells": tidy_rows(study),
-        **{"method": list(study.method), "versions": dict(study.versions), "command": study.command},
+        "method": list(study.method),
+        "versions": dict(study.versions),
+        "command": study.command,
     }
 
 
@@ -437,7 +441,7 @@ def _dump_finding(finding: Finding) -> dict[str, Any]:
         **{key: getattr(finding, key) for key in keys},
         "comparisons": [_dump_comparison(pair) for pair in finding.comparisons],
         "limits": [
-            {**{"of": b.of, "value": b.value.value, "interval": dump_interval(b.value)}, "limit": b.limit, "p": b.p}
+            {"of": b.of, "value": b.value.value, "interval": dump_interval(b.value), "limit": b.limit, "p": b.p}
             for b in finding.bounds
         ],
         "limits_p_holm": finding.p_holm,
@@ -447,11 +451,21 @@ def _dump_finding(finding: Finding) -> dict[str, Any]:
 def _dump_comparison(pair: CellComparison) -> dict[str, Any]:
     counts = pair.counts
     return {
-        **{"less": pair.less, "more": pair.more, "part": pair.part},
-        **{"n": counts.n, "both": counts.both, "only_less": counts.lost, "only_more": counts.gained},
-        **{"neither": counts.neither, "mcnemar_p": run_mcnemar(counts), "p": pair.p, "p_holm": pair.p_holm},
-        **{"at_floor": pair.at_floor, **estimate_to_json("per_million", pair.rate)},
-        **{"per_million_p": pair.rate_p, "per_million_p_holm": pair.rate_p_holm},
+        "less": pair.less,
+        "more": pair.more,
+        "part": pair.part,
+        "n": counts.n,
+        "both": counts.both,
+        "only_less": counts.lost,
+        "only_more": counts.gained,
+        "neither": counts.neither,
+        "mcnemar_p": run_mcnemar(counts),
+        "p": pair.p,
+        "p_holm": pair.p_holm,
+        "at_floor": pair.at_floor,
+        **estimate_to_json("per_million", pair.rate),
+        "per_million_p": pair.rate_p,
+        "per_million_p_holm": pair.rate_p_holm,
     }
 
 

@@ -257,11 +257,20 @@ def infer_type(values: Sequence[Setting]) -> str:
 def _build_probe_row(cell: StudyCell, probe: ProbeFigures, known: str) -> dict[str, Any]:
     (before, after), kept, moved = get_headline_accuracy(probe), probe.kept, probe.movement
     return _build_cell_columns(cell) | {
-        **{"probe": clean(probe.probe), "known": known, "n": probe.counts.n, **asdict(probe.counts)},
-        **{"accuracy_original": before.value, "accuracy_compressed": after.value},
-        **{"drop_absolute": probe.drop_absolute, "drop_relative": probe.drop_relative},
-        **{"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high},
-        **{"mcnemar_p": run_mcnemar(probe.counts), "p": probe.certainty.p, "answer_changed": probe.answer_changed},
+        "probe": clean(probe.probe),
+        "known": known,
+        "n": probe.counts.n,
+        **asdict(probe.counts),
+        "accuracy_original": before.value,
+        "accuracy_compressed": after.value,
+        "drop_absolute": probe.drop_absolute,
+        "drop_relative": probe.drop_relative,
+        "kept": kept.value,
+        "kept_low": kept.low,
+        "kept_high": kept.high,
+        "mcnemar_p": run_mcnemar(probe.counts),
+        "p": probe.certainty.p,
+        "answer_changed": probe.answer_changed,
         "kl_mean": moved.kl_mean if moved else None,
         "kl_is_lower_bound": moved.is_lower_bound if moved else None,
     }
