@@ -15,8 +15,15 @@ import torch
 from compressknow.base.errors import CompressknowError
 from compressknow.base.progress import Advance, Listener, Stage, count_progress, ignore_advance, report_progress
 from compressknow.base.reading import compute_sha256
-from compressknow.comparison import weights
 from compressknow.comparison.diff import CheckpointDiff, ConfigChange, DiffSums, StructureChange, TensorDiff
+from compressknow.comparison.weights import (
+    LostNeurons,
+    align,
+    diff_values,
+    read_lost_neurons,
+    renumber_blocks,
+    sum_values,
+)
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.output_config import count_targets
 from compressknow.compress.weights import StoredWeights, Values, read_stored_weights
@@ -37,11 +44,12 @@ _GGUF_NOISE = (
     *("GGUF.", "general.name", "general.file_type", "general.quantization_version"),
     *("compressknow.", "quantize.", "split."),
 )
-_QUANTIZATION = "quantization_config"  # summarized, since its layers and groups would hide everything else
-_VALUES = 1 << 22  # values of a GGUF tensor to unpack at a time
-_LONGEST = 80  # longer values of a GGUF file are shown as a hash
-
-_Place = tuple[str | None, int | None, str | None]  # stack, number and module of a Linear weight in a block
+# Summarized, since its layers and groups would hide everything else.
+_QUANTIZATION = "quantization_config"
+# Values of a GGUF tensor to unpack at a time.
+_VALUES = 1 << 22
+# Longer values of a GGUF file are shown as a hash.
+_LONGEST = 80
 
 
 def diff_models(
@@ -64,8 +72,10 @@ def find_other_files(a: LocatedModel, b: LocatedModel) -> Iterator[str]:
         return
     excluded = {"config.json", *find_weight_files(a.path), *find_weight_files(b.path)}
     for name in sorted({path.name for located in (a, b) for path in located.files} - excluded):
-        places = (located.path / name for located in (a, b))
-        if len({compute_sha256(place) if place.is_file() else None for place in places}) > 1:
+        hashes = [
+            compute_sha256(located.path / name) if (located.path / name).is_file() else None for located in (a, b)
+        ]
+        if hashes[0] != hashes[1]:
             yield name
 
 
@@ -77,17 +87,18 @@ def diff_checkpoints(
     threads: int | None = None,
     advance: Advance = ignore_advance,
 ) -> CheckpointDiff:
-    """Compare two checkpoints, with one block per thread in memory. Raises CheckpointError if one has no weights, or no
-    model can be built from its config; CompressknowError if their architectures differ."""
+    """Compare two checkpoints, with one block per thread in memory; figures do not depend on the number of threads.
+    Raises CheckpointError if one has no weights, or no model can be built from its config; CompressknowError if their
+    architectures differ."""
     side_a, side_b = (read_stored_weights(checkpoint, trust_remote_code=trust_remote_code) for checkpoint in (a, b))
     architectures = side_a.structure.architecture, side_b.structure.architecture
     hint = "Compare an original with its conversion, or two checkpoints made from the same original."
     _check_architectures((side_a.name, side_b.name), architectures, hint)
     # Without a manifest of `convert`, nothing was removed.
     manifest_a, manifest_b = (read_manifest(c.folder) if (c.folder / MANIFEST_NAME).is_file() else {} for c in (a, b))
-    lost = weights.read_lost_neurons(manifest_a, side_a), weights.read_lost_neurons(manifest_b, side_b)
+    lost = read_lost_neurons(manifest_a, side_a), read_lost_neurons(manifest_b, side_b)
     old_a, old_b = (side_a, manifest_a), (side_b, manifest_b)
-    side_a, side_b = weights.renumber_blocks(*old_a, *old_b), weights.renumber_blocks(*old_b, *old_a)
+    side_a, side_b = renumber_blocks(*old_a, *old_b), renumber_blocks(*old_b, *old_a)
     pairs = list(_pair_values(side_a, side_b, *lost))
     total = sum(values.bytes_read for _, *both in pairs for values in both)
     with Pool(threads) as pool, OpenFiles() as files:
@@ -122,9 +133,9 @@ def _list_names(a: StoredWeights, b: StoredWeights) -> list[str]:
 
 
 def _pair_values(
-    a: StoredWeights, b: StoredWeights, *lost: Mapping[str, weights.LostNeurons]
+    a: StoredWeights, b: StoredWeights, lost_a: Mapping[str, LostNeurons], lost_b: Mapping[str, LostNeurons]
 ) -> Iterator[tuple[str, Values, Values]]:
-    """Yield each parameter's name and its values in both checkpoints, which `lost` neurons, with equal shapes."""
+    """Yield each parameter's name and its values in both checkpoints, with equal shapes."""
     seen: set[tuple[str, str]] = set()
     for name in _list_names(a, b):
         # At least one of them must store values under this name, not share those of another.
@@ -134,7 +145,7 @@ def _pair_values(
         if values_a is None or values_b is None:
             continue
         stored = (values_a.tensor.name, values_b.tensor.name)
-        aligned = weights.align(values_a, values_b, *(of.get(tensor) for of, tensor in zip(lost, stored, strict=True)))
+        aligned = align(values_a, values_b, lost_a.get(stored[0]), lost_b.get(stored[1]))
         # Two names of a tie: one checkpoint stores the first, the other the second.
         if aligned and stored not in seen:
             seen.add(stored)
@@ -144,14 +155,23 @@ def _pair_values(
 def _diff_tensor(
     reader: Reader, a: StoredWeights, b: StoredWeights, name: str, values_a: Values, values_b: Values
 ) -> TensorDiff:
-    sums, same = weights.diff_values(reader, values_a, values_b)
+    sums, same = diff_values(reader, values_a, values_b)
     linear = a.linear(name) or b.linear(name)
-    group = NOT_LINEAR if linear is None else linear.group or "other"
-    place: _Place = (None, None, None)
-    if linear and linear.layer is not None:
-        place = linear.stack, linear.layer, name_in_block(name)
-    dtypes, sizes = (values_a.tensor.dtype, values_b.tensor.dtype), (values_a.nbytes, values_b.nbytes)
-    return TensorDiff(name, group, *place, values_a.shape, *dtypes, *sizes, same, sums)
+    in_block = linear is not None and linear.layer is not None
+    return TensorDiff(
+        name=name,
+        group=NOT_LINEAR if linear is None else linear.group or "other",
+        stack=linear.stack if linear and in_block else None,
+        layer=linear.layer if linear and in_block else None,
+        module=name_in_block(name) if in_block else None,
+        shape=values_a.shape,
+        dtype_a=values_a.tensor.dtype,
+        dtype_b=values_b.tensor.dtype,
+        bytes_a=values_a.nbytes,
+        bytes_b=values_b.nbytes,
+        same_bytes=same,
+        sums=sums,
+    )
 
 
 def name_in_block(name: str) -> str:
@@ -263,12 +283,21 @@ _STACKS = {"enc": "encoder", "dec": "decoder"}
 def _diff_gguf_tensor(group: str, a: Tensor, b: Tensor, sums: DiffSums, same: bool) -> TensorDiff:
     # As in a checkpoint, embeddings and vectors are not Linear weights.
     is_linear = group not in (EMBEDDING, NOT_LINEAR)
-    place: _Place = (None, None, None)
-    if is_linear and a.layer is not None:
-        module = a.name.partition("blk.")[2].partition(".")[2].removesuffix(".weight")
-        place = _STACKS.get(a.name.partition(".")[0]), a.layer, module
-    group = group if is_linear else NOT_LINEAR
-    return TensorDiff(a.name, group, *place, a.shape[::-1], a.type, b.type, a.nbytes, b.nbytes, same, sums)
+    in_block = is_linear and a.layer is not None
+    return TensorDiff(
+        name=a.name,
+        group=group if is_linear else NOT_LINEAR,
+        stack=_STACKS.get(a.name.partition(".")[0]) if in_block else None,
+        layer=a.layer if in_block else None,
+        module=a.name.partition("blk.")[2].partition(".")[2].removesuffix(".weight") if in_block else None,
+        shape=a.shape[::-1],
+        dtype_a=a.type,
+        dtype_b=b.type,
+        bytes_a=a.nbytes,
+        bytes_b=b.nbytes,
+        same_bytes=same,
+        sums=sums,
+    )
 
 
 def _diff_gguf_values(a: Any, b: Any) -> tuple[DiffSums, bool]:
@@ -278,7 +307,7 @@ def _diff_gguf_values(a: Any, b: Any) -> tuple[DiffSums, bool]:
     sums, step = DiffSums(), max(_VALUES // int(a.shape[0]), 1)
     for start in range(0, len(rows_a), step):
         x = _unpack(rows_a[start : start + step], a.tensor_type)
-        sums += weights.sum_values(x, x if same else _unpack(rows_b[start : start + step], b.tensor_type))
+        sums += sum_values(x, x if same else _unpack(rows_b[start : start + step], b.tensor_type))
     return sums, same
 
 
