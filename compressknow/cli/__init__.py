@@ -243,18 +243,22 @@ def _report_os_error(error: OSError) -> int:
     return _report_failure(f"{error.strerror or error}{where}", hint)
 
 
+# Signals that wait for the end of an import.
+_waiting: set[int] = set()
+
+
 def _stop_orderly_on_signals() -> None:
     """Turn signals into exceptions, so that temporary folders are removed, but not within an import: libraries catch
-    exceptions there, and fail later. A signal waits for the end of the import, a second one does not."""
-    waiting = set()
+    exceptions there, and fail later. A signal waits for the end of the import; a second one ends the process."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if number not in waiting and any(map(_is_import, _list_code(frame))):
-            waiting.add(number)
-            _raise_later(number, _is_import)
-        else:
-            waiting.discard(number)
+        if not any(map(_is_import, _list_code(frame))):
             raise KeyboardInterrupt if number == signal.SIGINT else _Stopped(128 + number)
+        if number in _waiting:
+            show("Interrupted", err=True)
+            os._exit(128 + number)
+        _waiting.add(number)
+        _raise_later(number, _is_import)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
@@ -291,6 +295,7 @@ def _raise_later(number: int, is_busy: Callable[[CodeType], bool]) -> None:
     def wait() -> None:
         while any(map(is_busy, _list_code(sys._current_frames().get(this)))):
             time.sleep(0.01)
+        _waiting.discard(number)
         if sys.platform == "win32":
             signal.raise_signal(number)
         else:

@@ -279,14 +279,19 @@ def test_signal_during_the_deletion_of_an_object_is_not_lost(
     assert capsys.readouterr().err.strip() == "Interrupted"
 
 
+@pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_waits_for_the_end_of_an_import(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    """Libraries catch what interrupts their imports: `except BaseException`, and another error later."""
+def test_signal_waits_for_the_end_of_an_import(number: signal.Signals, code: int, second: bool, tmp_path: Path) -> None:
+    """Libraries catch what interrupts their imports: `except BaseException`, and another error later. A second signal
+    ends the process at once."""
     source = f"""
         import os, time
         try:
             os.kill(os.getpid(), {int(number)})
             time.sleep(0.1)
+            if {second}:
+                os.kill(os.getpid(), {int(number)})
+                time.sleep(60)
         except BaseException as error:
             raise ImportError("cannot load module more than once per process") from error
     """
