@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.files import escape_name
-from compressknow.base.packages import GGUF_TRANSFORMERS, can_read_gguf, require
+from compressknow.base.packages import GGUF_TRANSFORMERS, can_read_gguf, is_installed
 from compressknow.base.progress import silence_libraries, translate_panics
 from compressknow.base.reading import NotReadable
 from compressknow.model.checkpoint import has_adapter, list_config_groups, list_some, read_json
@@ -89,9 +89,7 @@ def load(
             # As for the module tree, prefer transformers' own class.
             raw = read_json(path / "config.json")
             trust_remote_code = needs_own_code(raw, str((raw.get("architectures") or [None])[0]))
-        if has_adapter(path):
-            # Otherwise transformers would load the model without it.
-            require("peft")
+        _require_peft(path)
         source = _find_source(path, trust_remote_code)
         config = AutoConfig.from_pretrained(**source)
         named, model_class = _find_class(config, trust_remote_code, language_model)
@@ -121,11 +119,18 @@ def load_variant(
         model = _load_whole(model_class, path, **source, config=config, dtype=dtype or "auto")
         if model.can_generate() and (path / "generation_config.json").is_file():
             model.generation_config = type(model.generation_config).from_pretrained(path)
+        _require_peft(path)
         if has_adapter(path):
-            require("peft")
             model.load_adapter(str(path))
         _unpack(model, device)
         return model.to(device).eval()
+
+
+def _require_peft(path: Path) -> None:
+    """Raise CompressknowError for an adapter that transformers would leave out."""
+    if has_adapter(path) and not is_installed("peft"):
+        hint = "Install it with: pip install peft"
+        raise CompressknowError(f"{path} also holds an adapter (LoRA), and peft is not installed.", hint=hint)
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -97,7 +97,9 @@ class Checkpoint:
         check_unchanged(self.states)
 
     def check_has_weights(self) -> None:
-        """Raise CheckpointError if its folder has only a config."""
+        """Raise CheckpointError if its folder has only a config, or an adapter."""
+        if not self.tensors and has_adapter(self.folder):
+            raise CheckpointError(f"{self.folder} is an adapter (LoRA), not a model.", hint=MERGE)
         if not self.tensors:
             variants = [path.name for path in self.folder.glob("model.*.safetensors")]
             raise CheckpointError(

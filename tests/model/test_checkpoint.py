@@ -352,6 +352,11 @@ def test_a_config_alone_opens_without_tensors(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     assert (checkpoint.name, checkpoint.tensors, checkpoint.shards) == ("llama", {}, ())
     assert checkpoint.config["architectures"] == ["LlamaForCausalLM"]
+    with pytest.raises(CheckpointError, match="has no weights"):
+        checkpoint.check_has_weights()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is an adapter \(LoRA\)"):
+        checkpoint.check_has_weights()
 
 
 # --- the Hub's cache --------------------------------------------------------------------------------------------------
