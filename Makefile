@@ -4,8 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# One worker more than cores: some tests wait for processes, servers and browsers.
-TESTS := $(BIN)/python -m pytest -n 3 --dist worksteal
+TESTS := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-all test-lowest test-vllm checks faults lint style types-linux types-win32 types-darwin format docs bench clean
 .DELETE_ON_ERROR:
@@ -27,7 +26,7 @@ checks:
 # The same tests with the lowest versions that tests/lowest.txt names, in an environment of their own (7 GB: torch with CUDA).
 test-lowest:
 	$(MAKE) VENV=.venv-lowest CONSTRAINT='--constraint tests/lowest.txt' .venv-lowest/.stamp-dev
-	.venv-lowest/bin/python -m pytest -n 3 --dist worksteal -m 'not long'
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m 'not long'
 
 .venv-lowest/.stamp-dev: tests/lowest.txt
 
