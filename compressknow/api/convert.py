@@ -97,6 +97,10 @@ def convert(
     Returns
     -------
     The manifest: what was done, in total, by group and by tensor; a dict, with properties for its entries.
+
+    Raises
+    ------
+    compressknow.CompressknowError : what is wrong, why, and what to try.
     """
     chosen = _choose_recipe(locals())
     # Check both paths before torch is imported, which takes seconds.

