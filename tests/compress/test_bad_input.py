@@ -262,7 +262,7 @@ def test_an_output_in_a_read_only_folder_is_refused(source: Path, refusal: Refus
     for output in (read_only_folder / "out", read_only_folder / "new" / "out"):
         message = refusal(source, *PRUNE, output=output)
         assert message.startswith(f"Error: {output} cannot be written: ")
-        assert "choose another place" in message
+        assert "Make it writable, or choose another place." in message
 
 
 def test_a_pickle_that_could_run_code_is_refused(source: Path, refusal: Refusal, tmp_path: Path) -> None:

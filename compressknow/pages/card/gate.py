@@ -274,8 +274,10 @@ def recommend_model(
         one, several = "that keeps as much", f"that no test distinguishes from {labels[best]}, which keeps most"
     # The best of equally small ones.
     taken = min(enough, key=lambda place: (sound[place], -standing[place].keeps))
-    choice = f"the smallest of {count(len(enough))} models{at_most} {several}"
-    choice = choice if len(enough) > 1 else f"the only model{at_most} {one}"
+    if len(enough) == 1:
+        choice = f"the only model{at_most} {one}"
+    else:
+        choice = f"the smallest of {count(len(enough))} models{at_most} {several}"
     alike = join_names([f"{labels[place]} ({write_size(sizes[place])})" for place in standing[taken].alike])
     rivals = "the other" if len(comparisons) == 2 else "each of the others"
     others = f"No test distinguishes it from {alike}." if alike else f"What {rivals} keeps differs by more than chance."

@@ -460,7 +460,7 @@ def test_a_lone_surrogate_is_stored_as_a_replacement_character(
     [
         ("hang", "does not answer within 0.3 s"),
         ("trickle", "does not answer within 0.3 s"),
-        (500, r"answers with an error \(HTTP 500\)\.\n  It says: not now\n  Wait, lower --parallel"),
+        (500, r"answers with an error \(HTTP 500\)\.\n  It says: not now\n  Wait, .*: answers so far are kept\.\n"),
         (403, r"requires a key \(HTTP 403\)"),
         (418, r"answers with an error \(HTTP 418\)"),
         ((307, {"Location": "http://127.0.0.1:9"}), r"redirects to another address \(HTTP 307\)"),
