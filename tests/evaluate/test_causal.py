@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
-from compressknow.evaluate.evaluate import Prompts
+from compressknow.evaluate.evaluate import LEAST, Prompts, evaluate
 from compressknow.evaluate.facts import Fact
 from compressknow.evaluate.scoring.decoding import DecodingScorer
 from compressknow.evaluate.scoring.families import make_scorer
@@ -152,6 +152,18 @@ def test_free_answers_are_decoded_greedily(lm: LanguageModel, batch_size: int) -
         others = np.argsort(-expected)[1:5]
         assert answer.top5[1:] == tuple(lm.tokenizer.decode([token], skip_special_tokens=True) for token in others)
         assert answer.choices is None
+
+
+def test_time_left_is_estimated_before_the_first_batch_of_many_facts(lm: LanguageModel) -> None:
+    known = make_known_facts()
+    facts = tuple(replace(known[number % len(known)], id=str(number)) for number in range(LEAST))
+    progress: list[tuple[float | None, ...]] = []
+    scorer = make_scorer(lm.model, lm.tokenizer, lm.family, make_probe(facts))
+    next(evaluate(Prompts(scorer), advance=lambda *done: progress.append(done)))
+    start, (done, total, left) = progress
+    assert start == (done, total) == (0, LEAST)
+    assert left is not None
+    assert left > 0
 
 
 def test_a_free_answer_needs_the_blank_at_the_end_of_the_sentence(lm: LanguageModel) -> None:
