@@ -217,7 +217,7 @@ def warn_of_runtimes(original: Answers, compressed: Answers) -> Iterator[str]:
     if before.ran_in != after.ran_in:
         names, ran_in = ([clean(getattr(model, key), 80) for model in (before, after)] for key in ("name", "ran_in"))
         yield (
-            f"{names[0]} ran in {ran_in[0]}, {names[1]} in {ran_in[1]}: part of the change is due to the runtime. "
+            f"{names[0]} ran in {ran_in[0]}, {names[1]} in {ran_in[1]}: part of the change may be due to the runtime. "
             f"{_describe_runtimes_part(original, compressed)}"
         )
     if not _have_same_tokens(before, after):
