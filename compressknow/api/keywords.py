@@ -84,7 +84,6 @@ def build_run_options(
     of_settings = {each.name for each in fields(Settings)}
     running = {name: value for name, value in named.items() if name in of_settings}
     facts = {name: value for name, value in named.items() if name not in of_settings}
-    facts |= {name: Path(facts[name]) for name in ("data", "tasks") if facts.get(name) is not None}
     if not isinstance(facts.get("columns", {}), Mapping):
         columns = [facts["columns"]] if isinstance(facts["columns"], str) else facts["columns"]
         check_type("map", columns, Sequence, "a mapping, or texts like KEY=COLUMN")

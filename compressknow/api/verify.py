@@ -64,6 +64,6 @@ def _verify_gguf(path: Path, listener: Listener | None, check: bool) -> Verifica
         raise VerificationError(
             f"{path} differs from its record.",
             why="\n".join(map(str, result.differences)),
-            hint="Copy or download it again, or export the model again: the record holds the types (--recipe).",
+            hint="Copy or download it and its record again, or export the model again.",
         )
     return result

@@ -147,7 +147,7 @@ def _end(study: Study, output: Path) -> Iterator[str]:
     if conclusions := draw_conclusions(study, evaluate_findings(study)[0]):
         yield ""
     for each in conclusions:
-        yield from wrap(str(each), break_on_hyphens=False)
+        yield from wrap(str(each))
     yield ""
     yield f"Written: {output}/study.html, study.md, study.json, cells.csv, cells.parquet"
     total = count(len(study.failed) + len(study.refused) + len(study.cells))

@@ -54,13 +54,14 @@ def show_written(files: Sequence[Path]) -> None:
 def wrap(text: str, indent: str = "  ", **options: Any) -> list[str]:
     """Return the lines of a text, those after the first indented; `options` are those of `textwrap`."""
     # A number and its % stay on one line.
-    lines = textwrap.wrap(text.replace(" %", "\0%"), WIDTH, subsequent_indent=indent, **options)
+    text = text.replace(" %", "\0%")
+    lines = textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, **options)
     return [line.replace("\0", " ") for line in lines]
 
 
 def wrap_whole(text: str) -> list[str]:
     """Return the lines of a text without breaking words, such as those of a command."""
-    return wrap(text, indent="", break_long_words=False, break_on_hyphens=False)
+    return wrap(text, indent="", break_long_words=False)
 
 
 def pad(name: str, width: int, after: str = "") -> str:

@@ -153,18 +153,17 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None) -> None:
     check_overlap(output, source)
     if not os.path.lexists(output):
         return
-    if not overwrite:
-        raise OutputError(f"{output} exists already.", hint="Choose another OUTPUT, or pass --overwrite to replace it.")
     if output.is_symlink():
-        raise OutputError(
-            f"{output} is a link: not overwritten.", hint="Give the folder that it points to, or remove it."
-        )
+        raise OutputError(f"{output} is a link: not overwritten.", hint="Remove it yourself, or choose another OUTPUT.")
     is_replaceable = output.is_dir() and ((output / MANIFEST_NAME).is_file() or not any(output.iterdir()))
     if not is_replaceable:
         raise OutputError(
-            f"{output} was not written by compressknow (it has no {MANIFEST_NAME}): not overwritten.",
+            f"{output} exists already, and was not written by compressknow (it has no {MANIFEST_NAME}): "
+            "not overwritten.",
             hint="Remove it yourself, or choose another OUTPUT.",
         )
+    if not overwrite:
+        raise OutputError(f"{output} exists already.", hint="Choose another OUTPUT, or pass --overwrite to replace it.")
 
 
 def _make_prefix(output: Path, kind: str) -> str:

@@ -52,6 +52,7 @@ from compressknow.gguf.record import (
     check_room,
     collect_versions,
     compare_to_record,
+    hash_record,
     read_record,
     write_with_metadata,
 )
@@ -264,6 +265,7 @@ def write(
         nbytes, sha256 = new.file.stat().st_size, compute_sha256(new.file)
         _check_size(export, nbytes)
         record = ExportRecord({**record, "bytes": nbytes, "sha256": sha256})
+        record["record_sha256"] = hash_record(record)
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         new.write(get_record_path(new.file).name, text.encode("utf-8", "backslashreplace"))
         if extras and IMPORTANCE in extras:

@@ -42,7 +42,7 @@ COUNTS = {"tensors": int, "parameters": int, "bytes": int}
 FORM = {
     **{"setup": str, "type": str, "types": [[str]], "versions": {str: str}, "groups": {str: {str: COUNTS}}},
     **{"source": SOURCE_FORM, "totals": COUNTS},
-    **{"sha256?": str, "bytes?": int, "importance?": {}, "recipe?": {}, "fit?": {}},
+    **{"sha256?": str, "bytes?": int, "importance?": {}, "recipe?": {}, "fit?": {}, "record_sha256?": str},
 }
 # Names in the working folder: companions of the file, and the record of the file that is overwritten.
 IMPORTANCE, MODELFILE, OLD_RECORD = "importance", "modelfile", "old"
@@ -122,13 +122,14 @@ def check_destination(output: Path, *, overwrite: bool, source: Path | None) -> 
         if os.path.lexists(record) and not overwrite:
             raise OutputError(f"{record} exists already.", hint="Choose another OUTPUT, or pass --overwrite.")
         return
-    if not overwrite:
-        raise OutputError(f"{output} exists already.", hint="Choose another OUTPUT, or pass --overwrite to replace it.")
     if output.is_symlink() or not output.is_file() or not record.is_file():
         raise OutputError(
-            f"{output} was not written by compressknow (there is no {record.name} next to it): not overwritten.",
+            f"{output} exists already, and was not written by compressknow (there is no {record.name} next to it): "
+            "not overwritten.",
             hint="Remove it yourself, or choose another OUTPUT.",
         )
+    if not overwrite:
+        raise OutputError(f"{output} exists already.", hint="Choose another OUTPUT, or pass --overwrite to replace it.")
 
 
 def check_extra(
@@ -139,12 +140,13 @@ def check_extra(
     if path.resolve() in (output.resolve(), get_record_path(output).resolve()):
         raise UsageError(f"{option} and OUTPUT have the same name.", hint="Give them different names.")
     check_links(path)
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise OutputError(f"{path} exists already.", hint=f"Choose another {option}, or pass --overwrite.")
-    if path.exists() and not is_ours(path):
+    if path.exists() and (path.is_dir() or not is_ours(path)):
         raise OutputError(
-            f"{path} is not {what}: not overwritten.", hint=f"Remove it yourself, or choose another {option}."
+            f"{path} exists already, and is not {what}: not overwritten.",
+            hint=f"Remove it yourself, or choose another {option}.",
         )
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already.", hint=f"Choose another {option}, or pass --overwrite.")
     if path.parent.is_dir():
         check_writable(path)
     # The folder of the output will be created.
@@ -263,9 +265,14 @@ def read_record(output: Path) -> dict[str, Any]:
     return manifest.read_record(path, SCHEMA, FORM, "Export it again.")
 
 
+def hash_record(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a record's entries, except those of the two hashes: see `manifest.hash_manifest`."""
+    return manifest.hash_manifest({key: value for key, value in record.items() if key != "record_sha256"})
+
+
 def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verification:
-    """Compare a GGUF file's hash and metadata with its record. Raises CheckpointError if it has no record, or one that
-    this version cannot read."""
+    """Compare a GGUF file's hash and metadata with its record, and the record with its own hash, if it has one. Raises
+    CheckpointError if the file has no record, or one that this version cannot read."""
     record = read_record(path)
     # After reading the record, since they import torch, which takes a second.
     from compressknow.compress.blocks import Pool
@@ -282,4 +289,6 @@ def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verif
         reader, name = open_gguf(path), get_record_path(path).name
         edited = [key for key, value in build_metadata(record).items() if read_value(reader, key) != value]
         differences = [Difference(name, None, f"it was edited: {key} differs in the file") for key in edited]
+        if not edited and record.get("record_sha256", own := hash_record(record)) != own:
+            differences = [Difference(name, None, "it was edited: its record_sha256 does not match its contents")]
     return Verification(record["totals"]["tensors"], 1, nbytes, tuple(differences))

@@ -202,10 +202,10 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence
                 hint="Give -o several times for several formats.",
             )
         check_links(path)
-        if path.is_dir() or (path.exists() and not overwrite):
-            raise OutputError(f"{path} exists already.", hint="Choose another name, or pass --overwrite.")
         if path.exists():
             _check_ours(path)
+            if not overwrite:
+                raise OutputError(f"{path} exists already.", hint="Choose another name, or pass --overwrite.")
         if not path.parent.is_dir():
             raise OutputError(f"{path.parent}: no such folder.", hint="Create it first, or choose another folder.")
         check_writable(path)
@@ -214,13 +214,13 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool, formats: Sequence
 
 
 def _check_ours(path: Path) -> None:
-    """Raise OutputError if --overwrite would replace a file that is not a report, or one in a checkpoint."""
+    """Raise OutputError for a file that is not a report, or one in a checkpoint: not even --overwrite replaces it."""
     if (path.resolve().parent / "config.json").exists():
         hint = "Choose a name outside the checkpoint."
         raise OutputError(f"{path} is in a checkpoint folder: not overwritten.", hint=hint)
     if not path.is_file() or not _is_marked(path):
         hint = "Remove it yourself, or choose another name."
-        raise OutputError(f"{path} was not written by compressknow: not overwritten.", hint=hint)
+        raise OutputError(f"{path} exists already, and was not written by compressknow: not overwritten.", hint=hint)
 
 
 def _is_marked(path: Path) -> bool:

@@ -421,13 +421,15 @@ def test_bad_input_is_one_message_and_writes_nothing(run: Run, models: Path, tmp
 
 def test_existing_output_is_replaced_only_with_overwrite(run: Run, tmp_path: Path) -> None:
     (tmp_path / "c.md").write_text("mine")
-    check_refused(run(*LLAMAS, "-o", "c.html", "-o", "c.md"), 1, "c.md exists already", "--overwrite")
+    mine = "c.md exists already, and was not written by compressknow"
+    check_refused(run(*LLAMAS, "-o", "c.html", "-o", "c.md"), 1, mine)
     assert [path.name for path in tmp_path.iterdir()] == ["c.md"]
     assert (tmp_path / "c.md").read_text() == "mine"
-    check_refused(run(*LLAMAS, "-o", "c.md", "--overwrite"), 1, "c.md was not written by compressknow")
+    check_refused(run(*LLAMAS, "-o", "c.md", "--overwrite"), 1, mine)
     (tmp_path / "c.md").unlink()
     pages = [f"-oc{suffix}" for suffix in (".html", ".md", ".json")]
     assert run(*LLAMAS, *pages).code == 0
+    check_refused(run(*LLAMAS, *pages), 1, "c.html exists already", "--overwrite")
     assert run(*LLAMAS, *pages, "--overwrite").code == 0
     assert "Relative error" in (tmp_path / "c.md").read_text()
 

@@ -339,14 +339,16 @@ def test_model_that_computes_nan_is_reported_as_broken(run: Run, model: Callable
 
 def test_existing_output_is_replaced_only_with_overwrite(run: Run, tmp_path: Path) -> None:
     (tmp_path / "report.md").write_text("mine")
-    check_refused(run(*REPORT, "-o", "report.html", "-o", "report.md"), 1, "report.md exists already", "--overwrite")
+    mine = "report.md exists already, and was not written by compressknow"
+    check_refused(run(*REPORT, "-o", "report.html", "-o", "report.md"), 1, mine)
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
     assert (tmp_path / "report.md").read_text() == "mine"
-    check_refused(run(*REPORT, "-o", "report.md", "--overwrite"), 1, "report.md was not written by compressknow")
+    check_refused(run(*REPORT, "-o", "report.md", "--overwrite"), 1, mine)
     assert (tmp_path / "report.md").read_text() == "mine"
     (tmp_path / "report.md").unlink()
     pages = [f"-oreport{suffix}" for suffix in (".html", ".md", ".json")]
     assert run(*REPORT, *pages).code == 0
+    check_refused(run(*REPORT, *pages), 1, "report.html exists already", "--overwrite")
     (tmp_path / "report.md").write_text((tmp_path / "report.md").read_text().replace("Keeps", "Kept"))
     assert run(*REPORT, *pages, "--overwrite").code == 0
     assert "Keeps" in (tmp_path / "report.md").read_text()
@@ -367,7 +369,9 @@ def test_files_of_others_are_never_overwritten(run: Run, tmp_path: Path, name: s
     (tmp_path / name).write_text('{"schema": 1, "setup": "compressknow"}' if name.startswith("mine") else "")
     before = (tmp_path / name).read_bytes()
     check_refused(
-        run(*REPORT, "-o", name, "--overwrite"), 1, f"{name} was not written by compressknow: not overwritten"
+        run(*REPORT, "-o", name, "--overwrite"),
+        1,
+        f"{name} exists already, and was not written by compressknow: not overwritten",
     )
     assert (tmp_path / name).read_bytes() == before
 

@@ -98,7 +98,7 @@ CASES = [
     Case("export {}/model {}/new.gguf --calibration self --imatrix-out {}/nowhere/i", "no such folder"),
     Case(
         "export {}/model {}/new.gguf --calibration self --overwrite --imatrix-out {}/model/config.json",
-        "config.json is not an importance matrix: not overwritten",
+        "config.json exists already, and is not an importance matrix: not overwritten",
     ),
     Case("export {}/model {}/dangling/new.gguf", "is a link that leads nowhere"),
     Case("export {}/model {}/new", "Name it new.gguf"),

@@ -563,6 +563,11 @@ def test_verify_reports_a_changed_file_or_record(tmp_path: Path, capsys: pytest.
     record.write_text(record.read_text().replace("q8_0 (attention f16)", "q8_0"))
     with pytest.raises(VerificationError, match=r"compressknow\.setup differs in the file"):
         compressknow.verify(tmp_path / "b.gguf")
+    record = tmp_path / "exact.gguf.json"
+    record.write_text((written := record.read_text()).replace('"tensors": 21', '"tensors": 9999'))
+    with pytest.raises(VerificationError, match="its record_sha256 does not match"):
+        compressknow.verify(output)
+    record.write_text(written)
     changed = bytearray(output.read_bytes())
     changed[-1] ^= 1
     output.write_bytes(changed)

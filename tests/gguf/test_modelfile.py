@@ -123,7 +123,7 @@ def test_export_writes_a_modelfile_and_prints_next_commands(tmp_path: Path, caps
     assert "Be brief" in modelfile.read_text()
     assert main([*command, "--overwrite"]) == 0
     modelfile.write_text("mine")
-    with pytest.raises(OutputError, match="is not a Modelfile: not overwritten"):
+    with pytest.raises(OutputError, match="exists already, and is not a Modelfile: not overwritten"):
         compressknow.export(source, output, modelfile=modelfile, overwrite=True)
     with pytest.raises(UsageError, match="have the same name"):
         compressknow.export(source, tmp_path / "other.gguf", modelfile=tmp_path / "other.gguf")

@@ -58,6 +58,9 @@ class Options:
                     object.__setattr__(self, name, operator.index(value))
             except TypeError:
                 raise UsageError(f"--{name} must be a whole number: {value!r}.") from None
+        for name in ("data", "tasks"):
+            if (folder := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(folder))
 
     def list_changed(self) -> list[str]:
         """Return the names of options that differ from their defaults."""

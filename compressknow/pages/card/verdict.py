@@ -336,9 +336,11 @@ def find_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> tupl
     steps = recipe.steps
     changed = (
         _halve(steps, DropBlocks, "blocks", "drop {half} blocks instead of {most}", 1)
+        or _leave_out(steps, DropBlocks, "drop no blocks")
         or _halve(steps, DropNeurons, "amount", "drop {half} of the neurons instead of {most}", LEAST)
+        or _leave_out(steps, DropNeurons, "drop no neurons")
         or _halve(steps, Prune, "amount", "prune {half} of the weights instead of {most}", LEAST)
-        or _leave_out(steps)
+        or _leave_out(steps, Prune, "do not prune")
         or _round_finer(steps)
         or _spare_worst(steps, groups)
     )
@@ -349,12 +351,9 @@ def find_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> tupl
     return change, replace(recipe, steps=tuple(milder), calibration=calibration)
 
 
-def _leave_out(steps: Sequence[Step]) -> _Change | None:
-    for kind, change in ((Prune, "do not prune"), (DropNeurons, "drop no neurons"), (DropBlocks, "drop no blocks")):
-        others = [step for step in steps if not isinstance(step, kind)]
-        if 0 < len(others) < len(steps):
-            return change, others
-    return None
+def _leave_out(steps: Sequence[Step], kind: type[Step], change: str) -> _Change | None:
+    others = [step for step in steps if not isinstance(step, kind)]
+    return (change, others) if 0 < len(others) < len(steps) else None
 
 
 def _halve(steps: Sequence[Step], kind: type[Step], name: str, change: str, least: float) -> _Change | None:

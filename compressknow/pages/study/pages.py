@@ -202,6 +202,11 @@ def _show_methods(by_method: FindingsByMethod) -> Iterator[parts.Part]:
 def _show_paper_tables(study: Study) -> Iterator[parts.Part]:
     if tables := build_paper_tables(study):
         note = "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
+        if any(cell.settings["module_map"] != "paper" for cell in study.cells):
+            note += (
+                " Attention and feed-forward are those of the structural module map; the paper's differs for BERT and "
+                "RoBERTa (--module-map paper)."
+            )
         if known := [p for p in study.probes if p.majority is not None]:
             # Shown as above the paper's tables 4 and 5, in the unit of the table.
             in_percent = study.original.family == "masked"

@@ -215,6 +215,8 @@ class TestMilderRecipe:
     def test_fewer_blocks_and_neurons_are_dropped(self) -> None:
         assert find_change(Recipe((DropBlocks(5),))) == "drop 2 blocks instead of 5"
         assert find_change(Recipe((DropBlocks("3-5"), Quantize("int8-weights", ATTENTION)))) == "drop no blocks"
+        named = Recipe((DropBlocks("3-5"), Prune(0.3), Quantize("int4")))
+        assert find_change(named) == "drop no blocks"  # which lose more than pruning
         assert find_change(Recipe((DropNeurons(0.3),))) == "drop 15 % of the neurons instead of 30 %"
 
 
