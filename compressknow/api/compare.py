@@ -119,7 +119,7 @@ def compare(
         ModelRecord.from_dict({**describe(second.located), "sha256": second.sha256}),
         difference,
         behaviour,
-        files=tuple(find_other_files(first.located, second.located)),
+        files=dict(find_other_files(first.located, second.located)),
         show_facts=not no_facts,
         command=command,
     )

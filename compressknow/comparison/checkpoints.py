@@ -66,8 +66,8 @@ def diff_models(
         return diff_checkpoints(*opened, trust_remote_code=trust_remote_code, threads=threads, advance=advance)
 
 
-def find_other_files(a: LocatedModel, b: LocatedModel) -> Iterator[str]:
-    """Yield small files that differ and affect answers too: of the tokenizer, and modelling code."""
+def find_other_files(a: LocatedModel, b: LocatedModel) -> Iterator[tuple[str, tuple[bool, bool]]]:
+    """Yield small files that differ and affect answers too, of the tokenizer and modelling code, and who has each."""
     if ".gguf" in (a.path.suffix, b.path.suffix):
         return
     excluded = {"config.json", *find_weight_files(a.path), *find_weight_files(b.path)}
@@ -76,7 +76,7 @@ def find_other_files(a: LocatedModel, b: LocatedModel) -> Iterator[str]:
             compute_sha256(located.path / name) if (located.path / name).is_file() else None for located in (a, b)
         ]
         if hashes[0] != hashes[1]:
-            yield name
+            yield name, (hashes[0] is not None, hashes[1] is not None)
 
 
 def diff_checkpoints(

@@ -440,6 +440,8 @@ def test_models_of_different_vocabularies_are_compared_only_by_weights(run: Run,
     path.write_text(path.read_text().replace('"capital"', '"Capital"'))
     assert "The weights of llama and other are identical" in run("{models}/llama", "other").out
     check_refused(run("{models}/llama", "other", *FACTS), 1, "they differ in vocabulary")
+    path.unlink()
+    assert "  tokenizer.json: exists -> none" in run("{models}/llama", "other").out
 
 
 def test_control_characters_and_markup_of_names_are_escaped(run: Run, tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ class CheckpointComparison(SummaryRepr):
     a: ModelRecord
     b: ModelRecord
     identical: bool
-    files: tuple[str, ...]  # differing files other than weights and config, such as those of the tokenizer
+    # Differing files other than weights and config, such as those of the tokenizer, and whether a and b have each.
+    files: Mapping[str, tuple[bool, bool]]
     difference: CheckpointDiff | None
     behaviour: Behaviour | None  # None if nothing was evaluated
     warnings: tuple[str, ...]
@@ -83,7 +84,7 @@ def make_comparison(
     difference: CheckpointDiff | None,
     behaviour: Behaviour | None,
     *,
-    files: Sequence[str] = (),
+    files: Mapping[str, tuple[bool, bool]],
     show_facts: bool = True,
     command: str | None = None,
 ) -> CheckpointComparison:
@@ -94,7 +95,7 @@ def make_comparison(
         a=a,
         b=b,
         identical=identical,
-        files=tuple(files),
+        files=files,
         difference=difference,
         behaviour=behaviour,
         warnings=tuple(list_warnings(a, b, identical, difference, behaviour)),

@@ -134,7 +134,9 @@ def _show_behaviour(
         yield parts.PageSection("compare-answers", "Answers side by side", tuple(answers))
 
 
-def _show_difference(difference: CheckpointDiff, files: tuple[str, ...], tensors: int) -> Iterator[parts.PageSection]:
+def _show_difference(
+    difference: CheckpointDiff, files: Mapping[str, tuple[bool, bool]], tensors: int
+) -> Iterator[parts.PageSection]:
     if difference.total.energy_change or not difference.total.finite:
         yield parts.PageSection("compare-map", "By layer and module", tuple(_show_map(difference)))
         if layers := sum_layers(difference):
@@ -334,12 +336,15 @@ def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[parts.Part
         yield parts.Folded("1 tensor that differs" if len(rows) == 1 else several, (table, *rest))
 
 
-def build_settings_table(difference: CheckpointDiff, files: tuple[str, ...]) -> parts.Table | None:
+def build_settings_table(difference: CheckpointDiff, files: Mapping[str, tuple[bool, bool]]) -> parts.Table | None:
     """Return the settings that differ, and the files besides config and weights that do."""
     rows = tuple(
         (clean(change.key, 80), *(NONE if value is None else clean(value, 200) for value in (change.a, change.b)))
         for change in difference.config
-    ) + tuple((clean(name, 80), "differs", "differs") for name in files)
+    ) + tuple(
+        (clean(name, 80), *(("differs" if all(has) else "exists") if each else NONE for each in has))
+        for name, has in files.items()
+    )
     return parts.Table("Settings that differ", ("Setting", "A", "B"), rows, prose=True) if rows else None
 
 

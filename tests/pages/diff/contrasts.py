@@ -72,7 +72,7 @@ def make_comparison(*, facts: bool = True, show_facts: bool = True, layers: int 
         a=a,
         b=b,
         identical=False,
-        files=("tokenizer.json",),
+        files={"chat_template.jinja": (True, False), "tokenizer.json": (True, True)},
         difference=difference,
         behaviour=behaviour,
         warnings=("1 weight is packed.",),
@@ -86,4 +86,4 @@ def make_identical_comparison() -> CheckpointComparison:
     """Return the comparison of a checkpoint with itself."""
     comparison = make_comparison(facts=False)
     verdict = write_verdict((comparison.a.name, comparison.b.name), True, None, None)
-    return replace(comparison, identical=True, difference=None, files=(), warnings=(), verdict=verdict)
+    return replace(comparison, identical=True, difference=None, files={}, warnings=(), verdict=verdict)

@@ -85,6 +85,7 @@ def test_differences_in_structure_and_settings_are_listed() -> None:
     assert read_rows(page, "Settings that differ")[1:] == [
         ["d_ff", "48", "-"],
         ["rope.theta", '"x"', "5"],
+        ["chat_template.jinja", "exists", "-"],
         ["tokenizer.json", "differs", "differs"],
     ]
 
@@ -259,7 +260,7 @@ def make_hostile(text: str) -> CheckpointComparison:
         comparison,
         a=replace(comparison.a, name=next(numbered), revision=text, dtype=text, setup=text, quantization=text),
         b=replace(comparison.b, name=next(numbered), revision=text, dtype=text, setup=text, source={"name": text}),
-        files=(text,),
+        files={text: (True, True)},
         verdict=text,
         warnings=(text,),
         command=text,
