@@ -157,5 +157,5 @@ def _end(study: Study, output: Path) -> Iterator[str]:
         yield from wrap(f"{refused}; the study lists the reasons.", indent="")
     if study.failed:
         yield ""
-        failed = f"{count(len(study.failed))} of {total} cells failed"
-        yield from wrap(f"! {failed}; the study lists the reasons. Repeat the command to retry them.", indent="")
+        failed = f"{count(len(study.failed))} of {total} cells failed; the study lists the reasons"
+        yield from wrap(f"! {failed}. Follow any advice in them, then repeat the command.", indent="")

@@ -276,7 +276,7 @@ class _Measurer:
         self._fact_batches, self._texts = facts, texts
         self._starts = [sum(len(text.positions) for text in texts[:number]) for number in range(len(texts) + 1)]
         self.changes = ScoreChanges({}, torch.zeros(len(facts.facts)), facts.facts, {}, {}, {}, {})
-        self._done = 0
+        self._visited = set[str]()
 
     def visit(self, module: str, products: Mapping[str, Sequence[Product]]) -> None:
         """Add the effects of rounding a module's weights; see `compressknow.compress.calibrate.backward.Visit`."""
@@ -289,8 +289,10 @@ class _Measurer:
             elif self._roundings.form == "gguf" and self._roundings.list_legal(weight.shape):
                 scale = getattr(self._streamed.model.get_submodule(module), "embed_scale", 1.0)
                 self._add_lookups(parameter, weight, of_weight, float(scale))
-        self._done += 1
-        self._advance(self._done, len(self._streamed.blocks))
+        # Layers outside the blocks are not counted, and blocks that share their weights (ALBERT) are one.
+        if module in self._streamed.blocks:
+            self._visited.add(module)
+            self._advance(len(self._visited), len(self._streamed.blocks))
 
     def _add_linear(self, linear: LinearWeight, weight: torch.Tensor, products: Sequence[Product]) -> None:
         if self._roundings.form == "checkpoint" and linear.parameter in self._structure.tied:

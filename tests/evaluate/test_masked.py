@@ -16,7 +16,7 @@ from compressknow.engine.language_model import LanguageModel, load_language_mode
 from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.scoring.families import MaskedScorer, make_scorer
-from compressknow.evaluate.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS
+from compressknow.evaluate.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS, UNKNOWN_TOKEN
 from tests.evaluate.references import (
     CLOSE,
     check_answer,
@@ -71,12 +71,13 @@ def compute_mask_log_probs(lm: LanguageModel, fact: Fact) -> np.ndarray:
 @pytest.mark.parametrize("vocabulary", ["full", "open"])
 def test_without_candidates_the_answer_is_one_token_of_the_vocabulary(lm: LanguageModel, vocabulary: str) -> None:
     facts = [replace(fact, popularity=n + 1.0) for n, fact in enumerate(make_known_facts(closed=False))]
-    probe = make_probe(facts, vocabulary=vocabulary)
+    probe = make_probe([*facts, replace(facts[0], id="unknown", obj_label="Zorro")], vocabulary=vocabulary)
     answers = evaluate_lm(lm, probe)
     one_word = [fact for fact in facts if " " not in fact.obj_label]
     assert answers.keys() == {fact.id for fact in one_word}
     assert Prompts(make_scorer(lm.model, lm.tokenizer, "masked", probe)).dropped == {
-        SEVERAL_TOKENS: len(facts) - len(one_word)
+        SEVERAL_TOKENS: len(facts) - len(one_word),
+        UNKNOWN_TOKEN: 1,
     }
     tokens = [lm.tokenizer.decode([number], skip_special_tokens=True) for number in range(len(lm.tokenizer))]
     for fact in one_word:

@@ -292,7 +292,8 @@ def test_failed_cell_is_recorded_and_the_others_are_evaluated(llama: Workspace, 
     assert recipe == ["attention", "wanda", "0.3", str(text)]
     out = " ".join(capsys.readouterr().out.split())
     assert "Att wanda 30% [att-wanda-30-short.txt]: failed" in out
-    assert "1 of 2 cells failed" in out
+    advice = "Follow any advice in them, then repeat the command."
+    assert f"1 of 2 cells failed; the study lists the reasons. {advice}" in out
     # The next run evaluates only this cell again.
     times = {path: path.stat().st_mtime_ns for path in (llama.folder / "failing").rglob("answers.parquet")}
     text.write_text("\n".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS * 8), encoding="utf-8")
@@ -517,7 +518,7 @@ def test_cell_of_a_scope_that_the_model_lacks_is_refused(llama: Workspace, capsy
     out = " ".join(capsys.readouterr().out.split())
     assert "CrossAtt_GP 30%: refused" in out
     assert "Not supported by this model: 1 of 2 cells; the study lists the reasons." in out
-    assert "Repeat the command" not in out
+    assert "repeat the command" not in out
 
 
 def test_folder_of_another_study_is_refused(llama: Workspace, capsys: Capsys) -> None:

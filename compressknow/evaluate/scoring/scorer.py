@@ -52,7 +52,8 @@ SEVERAL_TOKENS = "the object is several tokens of this model"
 NOT_IN_VOCABULARY = "the object is no single word of the common vocabulary for this model"
 NO_TOKENS = "an answer has no tokens in this model's vocabulary"
 SAME_TOKENS = "the object and another candidate are the same tokens for this model"
-UNKNOWN_TOKEN = "the object and another candidate are the unknown token of this model's tokenizer"
+UNKNOWN_TOKEN = "the object is the unknown token of this model's tokenizer"
+UNKNOWN_TOKENS = "the object and another candidate are the unknown token of this model's tokenizer"
 TOO_LONG = "the prompt is longer than this model reads"
 NO_BEGINNING = "the blank begins the prompt, and this model has no token to begin a text with"
 BLANK_NOT_LAST = "the blank is not at the end of the prompt"
@@ -216,7 +217,10 @@ class Scorer(ABC):
             aliases = self._find_aliases(fact)
             gold = aliases[:1]
             if not gold and not self.probe.keep_unanswerable:
-                return NOT_IN_VOCABULARY if self.probe.vocabulary == "words" else SEVERAL_TOKENS
+                if self.probe.vocabulary == "words":
+                    return NOT_IN_VOCABULARY
+                ids = self.encoder.answer(fact.before, fact.obj_label, fact.gap)
+                return UNKNOWN_TOKEN if ids == (self.tokenizer.unk_token_id,) else SEVERAL_TOKENS
         else:
             (gold,) = self.encode_options(fact, [fact.obj_label], rest=False)
         query = Query(fact, prompt, options, gold, aliases, self.find_shape(fact, prompt))
@@ -310,7 +314,7 @@ class Scorer(ABC):
         if (query.options or is_free) and not all(answers):
             return NO_TOKENS
         if query.options.count(query.gold) > 1:
-            return UNKNOWN_TOKEN if self.tokenizer.unk_token_id in query.gold else SAME_TOKENS
+            return UNKNOWN_TOKENS if self.tokenizer.unk_token_id in query.gold else SAME_TOKENS
         longest = max(query.shape) + max(map(len, answers)) + (SLACK_TOKENS if is_free else 0)
         return TOO_LONG if self._most is not None and longest > self._most else None
 
