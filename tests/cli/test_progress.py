@@ -185,6 +185,11 @@ def test_number_and_percent_sign_stay_on_one_line() -> None:
     assert wrap(f"{filled} 2 %.", indent="") == [filled, "2 %."]
 
 
+def test_a_name_with_hyphens_stays_on_one_line() -> None:
+    filled, path = "x" * (WIDTH - 8), "study/cells/att-gp-50"
+    assert wrap(f"{filled} {path}", indent="") == [filled, path]
+
+
 def test_control_characters_of_a_name_are_not_written() -> None:
     line = ProgressLine(Stage("evaluate", "\x1b[31mred", "atlas", facts=1), 0.0)
     assert "\x1b" not in line.text()

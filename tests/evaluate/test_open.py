@@ -27,6 +27,7 @@ def get_message(name: str, **settings: object) -> str:
 def test_lama_is_found_in_the_folder_or_in_one_of_its_name(tmp_path: Path, inside: str) -> None:
     write_lama(tmp_path / inside)
     assert len(open_probe("lama:trex", Options(data=tmp_path)).facts) == 4
+    assert Options(data=str(tmp_path)) == Options(data=tmp_path)  # type: ignore[arg-type]
     assert open_probe("lama:trex", Options(data=tmp_path, protocol="paper")).protocol == "lama-paper/1"
 
 
