@@ -227,8 +227,8 @@ def recommend_model(
     within: int | None = None,
     broken: Collection[int] = (),
 ) -> Recommendation | None:
-    """Choose the smallest model that keeps enough; None if the models were not evaluated on the same facts, or the
-    original knew none.
+    """Choose the smallest model that keeps enough, or no model if the original is at chance; None if the models were
+    not evaluated on the same facts, or the original knew none.
 
     The gates define enough. Without gates, it is what rounding alone keeps, within both intervals; if that is unknown
     or no model keeps it, it is what no test distinguishes from the model that keeps most. `within` is the maximum size
@@ -246,6 +246,8 @@ def recommend_model(
     fitting = [place for place, size in sound.items() if within is None or size <= within]
     if not sound:
         return conclude(None, "None is recommended: no working model has a known size.")
+    if all(map(is_at_chance, comparisons)):
+        return conclude(None, f"None is recommended. Evaluate more facts, or another probe (-p): {AT_CHANCE}")
     if not fitting:
         least, suffix = min(sound, key=sound.__getitem__), " without NaN" if broken else ""
         return conclude(

@@ -24,7 +24,7 @@ from compressknow.pages.card.gate import (
 )
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown
-from compressknow.pages.records import Card
+from compressknow.pages.records import Card, Gate
 from tests.pages.answering import make_answer, make_answers, make_entry, make_model, make_rows, make_runs
 from tests.pages.card.test_make import compare_counts
 
@@ -329,6 +329,18 @@ class TestDecision:
             decision = make_card(original, [small, large], gates=parse_gates(gates)).decision
             assert decision is not None
             assert decision.reason.startswith(f"Take {recommended} (")
+
+    @pytest.mark.parametrize("gates", [(), parse_gates(0.5)])
+    def test_no_model_is_recommended_if_the_original_is_at_chance(self, gates: tuple[Gate, ...]) -> None:
+        before, after = make_rows(14, 1, 0, 85)
+        others = [make_answers(side, make_model(sha256=f"{at:064d}")) for at, side in enumerate((after, before))]
+        decision = make_card(make_answers(before), others, gates=gates).decision
+        assert decision is not None
+        assert (decision.place, decision.reason) == (
+            None,
+            "None is recommended. Evaluate more facts, or another probe (-p): the original itself may know little, so "
+            "what is kept says little.",
+        )
 
     @pytest.mark.parametrize("within", [200_000, 250_000])
     def test_recommended_model_fits_the_size_limit(self, within: int) -> None:
