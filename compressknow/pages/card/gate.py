@@ -270,21 +270,24 @@ def recommend_model(
         floor = f"rounding alone, which keeps {write_estimate(rounding)}" if rounding.value is not None else ""
         enough = [place for place in fitting if _may_keep_as_much(comparisons[place].kept, rounding)]
         one = several = f"that the intervals do not distinguish from {floor}"
-    if not enough:
+    if keeps_most := not enough:
         enough = [best, *(place for place in standing[best].alike if place in fitting)]
         before = f"none keeps as much as {floor}; " if floor else ""
-        one, several = "that keeps as much", f"that no test distinguishes from {labels[best]}, which keeps most"
+        several = f"that no test distinguishes from {labels[best]}, which keeps most"
     # The best of equally small ones.
     taken = min(enough, key=lambda place: (sound[place], -standing[place].keeps))
-    if len(enough) == 1:
-        choice = f"the only model{at_most} {one}"
+    if keeps_most and taken == best:
+        choice = f"keeps most{f' among those{at_most}' if at_most else ''}"
+        choice += ", and of the models that no test distinguishes from it, none is smaller" if len(enough) > 1 else ""
+    elif len(enough) == 1:
+        choice = f"is the only model{at_most} {one}"
     else:
-        choice = f"the smallest of {count(len(enough))} models{at_most} {several}"
+        choice = f"is the smallest of {count(len(enough))} models{at_most} {several}"
     alike = join_names([f"{labels[place]} ({write_size(sizes[place])})" for place in standing[taken].alike])
     rivals = "the other" if len(comparisons) == 2 else "each of the others"
     others = f"No test distinguishes it from {alike}." if alike else f"What {rivals} keeps differs by more than chance."
     kept = write_estimate(comparisons[taken].kept)
-    reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it is {choice}. It keeps {kept}. {others}"
+    reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it {choice}. It keeps {kept}. {others}"
     return conclude(taken, reason)
 
 

@@ -364,7 +364,23 @@ class TestDecision:
         assert f"it is the smallest of 2 models that the intervals do not distinguish from {floor}." in decision.reason
         worse = make_card(before, models[2:] + models[2:]).decision
         assert worse is not None
-        assert f"none keeps as much as {floor}; it is the" in worse.reason
+        assert f"none keeps as much as {floor}; it keeps most, and of the models that" in worse.reason
+
+    @pytest.mark.parametrize(
+        ("kept", "within", "reason"),
+        [
+            ((199, 198), None, "is the smallest of 2 models that no test distinguishes from keeps 199, which keeps"),
+            ((198, 199), None, "keeps most, and of the models that no test distinguishes from it, none is smaller."),
+            ((150, 199), None, "keeps most."),
+            ((199, 198), 100_000, "keeps most among those of at most 100.0 kB."),
+        ],
+    )
+    def test_without_a_threshold_the_reason_names_the_model_that_keeps_most(
+        self, kept: tuple[int, ...], within: int | None, reason: str
+    ) -> None:
+        decision = make_card_of_several(*kept, sizes=(200_000, 100_000), within=within).decision
+        assert decision is not None
+        assert f"(100.0 kB): it {reason} " in decision.reason
 
     def test_one_lost_fact_is_accepted_if_rounding_lost_none(self) -> None:
         decision = make_card(*make_runs_with_noise_floor(known=60, lost=0)).decision
