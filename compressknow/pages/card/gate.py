@@ -109,7 +109,7 @@ def hold_to_gates(result: object, card: Card) -> None:
         is_known = any(gate.measure_kept(c)[0].known_before for _, c, gate in failed)
         share = describe_share(gate for *_, gate in failed)
         opening = f"Less than {share} is kept" if is_known else f"It cannot be judged whether {share} is kept"
-        hint = "The report lists the lost facts and the domains; compress less, or lower --fail-under."
+        hint = "A report (-o report.html) lists the lost facts and the domains; compress less, or lower --fail-under."
         if not is_known:
             hint = "Choose facts that the original knows (-p PROBE)."
         elif all(is_at_chance(c) for _, c, _ in failed):
