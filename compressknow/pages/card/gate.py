@@ -109,7 +109,7 @@ def hold_to_gates(result: object, card: Card) -> None:
         is_known = any(gate.measure_kept(c)[0].known_before for _, c, gate in failed)
         share = describe_share(gate for *_, gate in failed)
         opening = f"Less than {share} is kept" if is_known else f"It cannot be judged whether {share} is kept"
-        hint = "The report lists the lost facts and the domains; compress less, or lower --fail-under."
+        hint = "A report (-o report.html) lists the lost facts and the domains; compress less, or lower --fail-under."
         if not is_known:
             hint = "Choose facts that the original knows (-p PROBE)."
         elif all(is_at_chance(c) for _, c, _ in failed):
@@ -227,8 +227,8 @@ def recommend_model(
     within: int | None = None,
     broken: Collection[int] = (),
 ) -> Recommendation | None:
-    """Choose the smallest model that keeps enough; None if the models were not evaluated on the same facts, or the
-    original knew none.
+    """Choose the smallest model that keeps enough, or no model if the original is at chance; None if the models were
+    not evaluated on the same facts, or the original knew none.
 
     The gates define enough. Without gates, it is what rounding alone keeps, within both intervals; if that is unknown
     or no model keeps it, it is what no test distinguishes from the model that keeps most. `within` is the maximum size
@@ -246,6 +246,8 @@ def recommend_model(
     fitting = [place for place, size in sound.items() if within is None or size <= within]
     if not sound:
         return conclude(None, "None is recommended: no working model has a known size.")
+    if all(map(is_at_chance, comparisons)):
+        return conclude(None, f"None is recommended. Evaluate more facts, or another probe (-p): {AT_CHANCE}")
     if not fitting:
         least, suffix = min(sound, key=sound.__getitem__), " without NaN" if broken else ""
         return conclude(
@@ -268,21 +270,24 @@ def recommend_model(
         floor = f"rounding alone, which keeps {write_estimate(rounding)}" if rounding.value is not None else ""
         enough = [place for place in fitting if _may_keep_as_much(comparisons[place].kept, rounding)]
         one = several = f"that the intervals do not distinguish from {floor}"
-    if not enough:
+    if keeps_most := not enough:
         enough = [best, *(place for place in standing[best].alike if place in fitting)]
         before = f"none keeps as much as {floor}; " if floor else ""
-        one, several = "that keeps as much", f"that no test distinguishes from {labels[best]}, which keeps most"
+        several = f"that no test distinguishes from {labels[best]}, which keeps most"
     # The best of equally small ones.
     taken = min(enough, key=lambda place: (sound[place], -standing[place].keeps))
-    if len(enough) == 1:
-        choice = f"the only model{at_most} {one}"
+    if keeps_most and taken == best:
+        choice = f"keeps most{f' among those{at_most}' if at_most else ''}"
+        choice += ", and of the models that no test distinguishes from it, none is smaller" if len(enough) > 1 else ""
+    elif len(enough) == 1:
+        choice = f"is the only model{at_most} {one}"
     else:
-        choice = f"the smallest of {count(len(enough))} models{at_most} {several}"
+        choice = f"is the smallest of {count(len(enough))} models{at_most} {several}"
     alike = join_names([f"{labels[place]} ({write_size(sizes[place])})" for place in standing[taken].alike])
     rivals = "the other" if len(comparisons) == 2 else "each of the others"
     others = f"No test distinguishes it from {alike}." if alike else f"What {rivals} keeps differs by more than chance."
     kept = write_estimate(comparisons[taken].kept)
-    reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it is {choice}. It keeps {kept}. {others}"
+    reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it {choice}. It keeps {kept}. {others}"
     return conclude(taken, reason)
 
 

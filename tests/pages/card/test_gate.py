@@ -24,7 +24,7 @@ from compressknow.pages.card.gate import (
 )
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import render_html, render_markdown
-from compressknow.pages.records import Card
+from compressknow.pages.records import Card, Gate
 from tests.pages.answering import make_answer, make_answers, make_entry, make_model, make_rows, make_runs
 from tests.pages.card.test_make import compare_counts
 
@@ -43,8 +43,10 @@ class TestGate:
         check(compare_counts(949, 51), "94.9%")
 
     def test_share_just_below_the_gate_misses_it(self) -> None:
-        with pytest.raises(GateNotMet, match=r"Less than 95 % .* Overall_GQ keeps 18,999 of 20,000 \(94\.99 %\)"):
+        with pytest.raises(GateNotMet, match=r"Less than 95 % .*_GQ keeps 18,999 of 20,000 \(94\.99 %\)") as caught:
             check(compare_counts(18_999, 1001), 0.95)
+        # No report may have been written.
+        assert str(caught.value.hint).startswith("A report (-o report.html) lists the lost facts and the domains;")
 
     def test_every_model_must_meet_the_gate(self) -> None:
         original, good = make_runs(make_rows(95, 5))
@@ -330,6 +332,18 @@ class TestDecision:
             assert decision is not None
             assert decision.reason.startswith(f"Take {recommended} (")
 
+    @pytest.mark.parametrize("gates", [(), parse_gates(0.5)])
+    def test_no_model_is_recommended_if_the_original_is_at_chance(self, gates: tuple[Gate, ...]) -> None:
+        before, after = make_rows(14, 1, 0, 85)
+        others = [make_answers(side, make_model(sha256=f"{at:064d}")) for at, side in enumerate((after, before))]
+        decision = make_card(make_answers(before), others, gates=gates).decision
+        assert decision is not None
+        assert (decision.place, decision.reason) == (
+            None,
+            "None is recommended. Evaluate more facts, or another probe (-p): the original itself may know little, so "
+            "what is kept says little.",
+        )
+
     @pytest.mark.parametrize("within", [200_000, 250_000])
     def test_recommended_model_fits_the_size_limit(self, within: int) -> None:
         card = make_card_of_several(199, 192, sizes=(300_000, 200_000), within=within)
@@ -352,7 +366,23 @@ class TestDecision:
         assert f"it is the smallest of 2 models that the intervals do not distinguish from {floor}." in decision.reason
         worse = make_card(before, models[2:] + models[2:]).decision
         assert worse is not None
-        assert f"none keeps as much as {floor}; it is the" in worse.reason
+        assert f"none keeps as much as {floor}; it keeps most, and of the models that" in worse.reason
+
+    @pytest.mark.parametrize(
+        ("kept", "within", "reason"),
+        [
+            ((199, 198), None, "is the smallest of 2 models that no test distinguishes from keeps 199, which keeps"),
+            ((198, 199), None, "keeps most, and of the models that no test distinguishes from it, none is smaller."),
+            ((150, 199), None, "keeps most."),
+            ((199, 198), 100_000, "keeps most among those of at most 100.0 kB."),
+        ],
+    )
+    def test_without_a_threshold_the_reason_names_the_model_that_keeps_most(
+        self, kept: tuple[int, ...], within: int | None, reason: str
+    ) -> None:
+        decision = make_card_of_several(*kept, sizes=(200_000, 100_000), within=within).decision
+        assert decision is not None
+        assert f"(100.0 kB): it {reason} " in decision.reason
 
     def test_one_lost_fact_is_accepted_if_rounding_lost_none(self) -> None:
         decision = make_card(*make_runs_with_noise_floor(known=60, lost=0)).decision
