@@ -204,8 +204,8 @@ def _show_paper_tables(study: Study) -> Iterator[parts.Part]:
         note = "The layout is the paper's. Baseline is the original; a dash marks a cell that the study does not have."
         if any(cell.settings["module_map"] != "paper" for cell in study.cells):
             note += (
-                " Attention and feed-forward are those of the structural module map; the paper's differs for BERT and "
-                "RoBERTa (--module-map paper)."
+                " Attention and feed-forward are those of the structural module map; the paper's map differs from it "
+                "for BERT and RoBERTa."
             )
         if known := [p for p in study.probes if p.majority is not None]:
             # Shown as above the paper's tables 4 and 5, in the unit of the table.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -50,6 +51,14 @@ def test_table_3_gives_encoder_only_models_in_percent() -> None:
     dashes = ("-",) * 5
     assert table.rows == (("tiny-bert", "lama:trex", "77.778", "-", "66.667", "-", *dashes, "34.444"),)
     assert "Majority baselines in %: lama:trex 5.000." in render_study_markdown(study)
+
+
+def test_tables_say_if_attention_is_not_that_of_the_paper() -> None:
+    study, differs = make_study([gq("attention", range(60))]), "the paper's map differs from it for BERT"
+    assert differs in render_study_markdown(study)
+    (cell,) = study.cells
+    of_paper = replace(cell, settings={**cell.settings, "module_map": "paper"})
+    assert differs not in render_study_markdown(replace(study, cells=(of_paper,)))
 
 
 @pytest.mark.parametrize(("family", "number"), [("causal", 4), ("seq2seq", 5)])
