@@ -215,15 +215,22 @@ def test_a_model_published_quantized_must_be_dequantized_first(
     assert getattr(hf, unpacker)(dequantize=True).dequantize
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "link to nowhere"])
-def test_an_existing_output_is_refused(source: Path, refusal: Refusal, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("folder", "or pass --overwrite to replace it"),
+        ("file", "out exists already, and was not written by compressknow"),
+        ("link to nowhere", "out is a link"),
+    ],
+)
+def test_an_existing_output_is_refused(source: Path, refusal: Refusal, tmp_path: Path, kind: str, message: str) -> None:
     if kind == "folder":
         (tmp_path / "out").mkdir()
     elif kind == "file":
         (tmp_path / "out").write_text("precious")
     else:
         (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    assert "--overwrite" in refusal(source, *PRUNE)
+    assert message in refusal(source, *PRUNE)
 
 
 def test_an_output_that_overlaps_the_input_is_refused(source: Path, refusal: Refusal, tmp_path: Path) -> None:
