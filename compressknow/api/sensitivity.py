@@ -83,30 +83,31 @@ def sensitivity(
     handle = ModelHandle(locate(model, revision), Settings(trust_remote_code=trust_remote_code))
     from compressknow.study.guides import measure_guides
 
-    roundings = _open_roundings(handle.located, to, trusted=trust_remote_code)
+    roundings = _open_roundings(handle.located, to, guide, text, trusted=trust_remote_code)
     result, _ = measure_guides(handle, probes, text, guide, roundings, resolve_progress(on_progress))
     if files:
         write_map(Map(handle.located.name, result, guide), files, overwrite=overwrite)
     return result
 
 
-def _open_roundings(model: LocatedModel, to: Form | None, *, trusted: bool) -> Roundings:
+def _open_roundings(
+    model: LocatedModel, to: Form | None, guide: Guide, text: Calibration, *, trusted: bool
+) -> Roundings:
     """Return the candidate types. Raises CompressknowError for a model that has none, or is quantized already."""
+    from compressknow.compress.convert import VariantMaker
     from compressknow.compress.sources import Sources
-    from compressknow.model.groups import read_structure
-    from compressknow.model.loading import open_complete
-    from compressknow.study.measuring import GgufRoundings, SchemeRoundings
+    from compressknow.study.formats import CHECKPOINT, CheckpointFormat, SearchRequest
+    from compressknow.study.measuring import GgufRoundings
 
-    checkpoint, tree = open_complete(model.path, trust_remote_code=trusted)
-    structure = read_structure(tree)
-    # It raises an error for quantized weights.
-    sources = Sources(checkpoint, tree, structure)
-    family = find_family(tree)
+    maker = VariantMaker(model.path, trust_remote_code=trusted)
+    family = find_family(maker.tree)
     if to == "gguf" and family != "causal":
         raise UnsupportedError(
             f"{model.name} is not a causal language model: there is no GGUF file of it.", hint="Give --to checkpoint."
         )
     if family != "causal" or to == "checkpoint":
-        return SchemeRoundings(stored.dtype for weight in structure.linears for stored in sources.of(weight))
+        return CheckpointFormat(maker, SearchRequest(None, 1, CHECKPOINT, guide, (), "nearest", text)).roundings
     require("llama_cpp_py_sync")
+    # It raises an error for quantized weights.
+    Sources(maker.checkpoint, maker.tree, maker.structure())
     return GgufRoundings()

@@ -125,7 +125,7 @@ def _describe_result(result: CellResult) -> Iterator[str]:
         name += f" [{key}]"
     if result.answers is None:
         outcome = "refused" if result.refused else "failed"
-        yield from wrap(f"{name}: {outcome}: {clean(result.why, 300)}")
+        yield from wrap(f"{name}: {outcome}: {clean(result.why, 1000)}")
         return
     if (cell := pad(name, NAME)).rstrip() != name:
         # Several could look the same when cut off.

@@ -159,6 +159,8 @@ def _load(plan: Plan) -> None:
     report = load_report(type(tree), parse_config(tree, copy.deepcopy(build_config(plan))), headers)
     if fault := _find_fault(report, plan):
         hint = "Prune only, or narrow --scope (or --exclude) to other layers."
+        if len(plan.targets) > 1:
+            hint = "Use one scheme and group size for all layers: in some families (T5), transformers loads no two."
         if report.conversion_failed:
             hint = PRUNE_OR_EXPORT
         if added := next((scheme.name for scheme in plan.targets if SCHEMES.is_added(scheme.name)), None):

@@ -46,7 +46,8 @@ class Answer:
     Attributes
     ----------
     predicted : text of the most likely answer; `top5` are the five most likely ones, best first, and `top5_logp` their
-        log-probabilities (natural logarithm).
+        log-probabilities (natural logarithm). Of a free answer: the text with the log-probability of its first token,
+        and the next most likely first tokens that read otherwise.
     rank : rank of the object, 1 for the most likely answer; None if it is not a possible answer or ranks do not apply.
         Of a free answer: 1 if it is right, else that of the object's first token.
     logp_gold : log-probability of the object; None if it is not a possible answer.

@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from compressknow.base.errors import UsageError
 from compressknow.base.format import write_size, write_two_sizes
+from compressknow.base.reading import group_by
+from compressknow.compress.schemes import FUSED
 from compressknow.gguf.choice import FLOATS, Fitted, Rounding, check_types, estimate_bytes
 from compressknow.gguf.grids import CANDIDATES, get_nbytes, list_legal_types
 from compressknow.gguf.tensors import Tensors, align, is_matrix, resolve_types
@@ -29,6 +31,7 @@ _NAMED = 3
 _MOST_BITS = 16
 PIN_LESS = "Leave out one of the --must options."
 UNMEASURED = "q8_0"  # the type of weights that were not measured
+NONE = "none"  # the type of a weight of a checkpoint that stays as it is
 
 
 def check_below_whole(budget: int, whole: int, hint: str = "Give less.") -> None:
@@ -88,6 +91,51 @@ def allocate(table: OptionTable, budget: int, *, overhead: int = 0) -> Allocatio
     options = [by_type[kind] for by_type, kind in zip(tensors, chosen, strict=True)]
     nbytes = overhead + sum(option.nbytes for option in options)
     return Allocation(dict(zip(table, chosen, strict=True)), nbytes, sum(option.loss for option in options))
+
+
+def allocate_from(tables: Iterable[OptionTable], budget: int, *, overhead: int = 0) -> Allocation:
+    """Choose like `allocate`, from the table that loses least. Raises UsageError if none has a choice that small."""
+    possible: list[Allocation] = []
+    errors: list[UsageError] = []
+    for table in tables:
+        try:
+            possible.append(allocate(table, budget, overhead=overhead))
+        except UsageError as error:
+            errors.append(error)
+    if not possible:
+        raise errors[0]
+    return min(possible, key=lambda each: (each.loss, each.nbytes))
+
+
+def split_by_type(table: OptionTable, types: Iterable[str]) -> list[OptionTable]:
+    """Return a table for each type, in which weights have that type or stay as they are; so do those with one option.
+
+    >>> q8, q4, none = TypeOption(8, 0.1), TypeOption(4, 0.3), TypeOption(16, 0.0)
+    >>> [list(each["one"]) for each in split_by_type({"one": {"none": none, "q8": q8, "q4": q4}}, ["q8", "q4"])]
+    [['none', 'q8'], ['none', 'q4']]
+    """
+    kinds = [kind for kind in types if any(kind in options for options in table.values())]
+    return [
+        {
+            name: options if len(options) == 1 else {each: options[each] for each in (NONE, kind) if each in options}
+            for name, options in table.items()
+        }
+        for kind in kinds
+    ]
+
+
+def group_fused(modules: Iterable[str]) -> dict[str, list[str]]:
+    """Group modules that must share a type, because vLLM fuses them into one matrix; by name of the group.
+
+    >>> group_fused(["0.q_proj", "0.k_proj", "0.o_proj", "1.q_proj"])
+    {'0.q_proj, 0.k_proj': ['0.q_proj', '0.k_proj'], '0.o_proj': ['0.o_proj'], '1.q_proj': ['1.q_proj']}
+    """
+
+    def find_unit(module: str) -> tuple[str, ...]:
+        parent, _, leaf = module.rpartition(".")
+        return parent, *next((parts for parts in FUSED if leaf in parts), (leaf,))
+
+    return {", ".join(unit): unit for unit in group_by(modules, find_unit).values()}
 
 
 def join_options(table: OptionTable, units: Mapping[str, Sequence[str]]) -> OptionTable:

@@ -6,7 +6,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -17,9 +17,7 @@ from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
 from compressknow.base.format import share
 from compressknow.base.packages import require
 from compressknow.base.progress import Begin, Listener
-from compressknow.base.reading import group_by
 from compressknow.compress.recipe import EXPORT, Recipe, to_toml
-from compressknow.compress.schemes import FUSED
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.gguf.choice import Rounding, SizeFit, TypeChoice
@@ -28,10 +26,12 @@ from compressknow.gguf.tensors import Tensors, align, describe_tensors
 from compressknow.model.gguf_file import read_gguf
 from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern
 from compressknow.study import allocation
+from compressknow.study.allocation import NONE
 from compressknow.study.sensitivity import Guidance, Guide, Sensitivity, check_guide, name_guide
 
 if TYPE_CHECKING:
     from compressknow.compress.calibrate.walk import Batches
+    from compressknow.compress.convert import VariantMaker
     from compressknow.gguf.export import ExportPlan
     from compressknow.study.cells import StudyModel
     from compressknow.study.measuring import Roundings
@@ -43,7 +43,6 @@ NEEDED = ("llama_cpp_py_sync", "gguf", "sentencepiece")  # packages that making 
 _CANNOT_QUANTIZE = (
     "Search for a GGUF file (--to gguf), if it generates text, or leave them as they are: --must PATTERN=none."
 )
-NONE = "none"  # the type of a weight that stays as it is
 # Bytes per tensor in a safetensors header, besides its name; tensors that a quantized weight becomes.
 _HEADER, _PARTS = 130, 3
 _SHAPE = 16  # bytes of the tensor that holds the shape of a packed one
@@ -132,14 +131,7 @@ class FileFormat(ABC):
     def choose(self, budget: int) -> allocation.Allocation:
         """Return the types predicted to lose least within so many bytes. Raises UsageError if none fit."""
         if budget not in self._chosen:
-            possible: list[allocation.Allocation] = []
-            for table in self.tables:
-                try:
-                    possible.append(allocation.allocate(table, budget, overhead=self.overhead))
-                except UsageError:
-                    if budget < self.floor:
-                        raise
-            self._chosen[budget] = min(possible, key=lambda each: (each.loss, each.nbytes))
+            self._chosen[budget] = allocation.allocate_from(self.tables, budget, overhead=self.overhead)
         return self._chosen[budget]
 
     def learn(self, sensitivity: Sensitivity, texts: tuple[Batches, ...]) -> None:
@@ -226,15 +218,14 @@ class CheckpointFormat(FileFormat):
 
     name, file_name = CHECKPOINT, "model"
 
-    def __init__(self, model: StudyModel, request: SearchRequest) -> None:
+    def __init__(self, maker: VariantMaker, request: SearchRequest) -> None:
         from compressknow.compress.sources import Sources
         from compressknow.model.tensors import DTYPE_SIZES
         from compressknow.study.measuring import SchemeRoundings
 
-        self._model, self._guide = model, request.guide
+        self._maker, self._guide = maker, request.guide
         self._calibration = None if request.rounding == "nearest" else request.text
         self.label = f"{name_guide(request.guide)}, rounded {'by GPTQ' if self._calibration else 'to nearest'}"
-        maker = model.maker
         structure = maker.structure()
         sources = Sources(maker.checkpoint, maker.tree, structure)
         stored = list(sources.distinct())
@@ -256,7 +247,7 @@ class CheckpointFormat(FileFormat):
             for kind in self.roundings.list_legal(shape):
                 table[module][kind] = allocation.TypeOption(self.roundings.nbytes(kind, shape) + _SHAPE, 0.0)
         self._options = allocation.pin_types(table, _resolve_modules(self._weights, request.must), rows)
-        self._units = _list_units(self._weights)
+        self._units = allocation.group_fused(self._weights)
         whole = sum(each.nbytes for each in stored) + header
         super().__init__(
             allocation.join_options(self._options, self._units),
@@ -264,7 +255,7 @@ class CheckpointFormat(FileFormat):
             whole,
             {module: prod(weight.shape) for module, weight in self._weights.items()},
         )
-        self._is_uniform = not self._takes_several()
+        self.roundings.has_one_type = not self._takes_several()
         # Fail before anything is measured.
         try:
             maker.plan(self._build_recipe(self.choose(self.floor).types))
@@ -279,22 +270,16 @@ class CheckpointFormat(FileFormat):
         types = dict.fromkeys(self._units[several[0]], list(self.table[several[0]])[-1])
         types |= dict.fromkeys(self._units[several[-1]], list(self.table[several[-1]])[1])
         try:
-            self._model.maker.plan(self._build_recipe(types))
+            self._maker.plan(self._build_recipe(types))
         except UnsupportedError:
             return False
         return True
 
     @property
     def tables(self) -> list[allocation.OptionTable]:
-        if not self._is_uniform:
+        if not self.roundings.has_one_type:
             return [self.table]
-        kinds = [kind for kind in reversed(self.roundings.types) if any(kind in each for each in self.table.values())]
-
-        def limit(options: Mapping[str, allocation.TypeOption], kind: str) -> Mapping[str, allocation.TypeOption]:
-            few = {each: options[each] for each in (NONE, kind) if each in options}
-            return options if len(options) == 1 else few
-
-        return [{name: limit(options, kind) for name, options in self.table.items()} for kind in kinds]
+        return allocation.split_by_type(self.table, reversed(self.roundings.types))
 
     def predict_losses(self, sensitivity: Sensitivity) -> allocation.OptionTable:
         rows = sensitivity.kl(self._guide)
@@ -314,7 +299,7 @@ class CheckpointFormat(FileFormat):
     def make(self, chosen: allocation.Allocation, place: Path, begin: Begin) -> None:
         from compressknow.pages.model_card import make_model_card
 
-        self._model.maker.write(self._build_recipe(chosen.types), place, make_model_card, begin)
+        self._maker.write(self._build_recipe(chosen.types), place, make_model_card, begin)
 
     def list_decisive(self) -> list[Any]:
         return [asdict(self._calibration)] if self._calibration else []
@@ -334,16 +319,6 @@ class CheckpointFormat(FileFormat):
             if kind in schemes
         )
         return Recipe(tuple(steps), calibration=self._calibration)
-
-
-def _list_units(modules: Iterable[str]) -> dict[str, list[str]]:
-    """Group modules that must share a scheme, because vLLM fuses them into one matrix; by name of the group."""
-
-    def find_unit(module: str) -> tuple[str, ...]:
-        parent, _, leaf = module.rpartition(".")
-        return parent, *next((parts for parts in FUSED if leaf in parts), (leaf,))
-
-    return {", ".join(unit): unit for unit in group_by(modules, find_unit).values()}
 
 
 def _resolve_modules(weights: Mapping[str, LinearWeight], must: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -398,7 +373,7 @@ def open_format(
 
     form = request.to or (GGUF if find_family(model.maker.tree) == "causal" else CHECKPOINT)
     if form == CHECKPOINT:
-        yield CheckpointFormat(model, request)
+        yield CheckpointFormat(model.maker, request)
         return
     require(*NEEDED)
     from compressknow.compress.sources import check_usable

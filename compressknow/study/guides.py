@@ -41,6 +41,7 @@ from compressknow.evaluate.gather import find_answers_folder
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.run import probe_model
 from compressknow.evaluate.scoring.families import MaskedScorer, Seq2SeqScorer, make_scorer
+from compressknow.evaluate.scoring.ranking import TOP
 from compressknow.evaluate.scoring.scorer import Ids, Query, Scorer
 from compressknow.gguf.gptq import batch_sequences
 from compressknow.model.checkpoint import Checkpoint
@@ -93,7 +94,8 @@ def measure_guides(
     scored = _score_facts(tree, tokenizer, answers, known)
     ids = tuple((each.answer.probe, each.answer.fact_id) for each in scored)
     fingerprint, tokens = hash_facts(known) if scored else None, min(text.tokens, TOKENS)
-    guidance = Guidance(roundings.form, roundings.types, len(scored), fingerprint, tokens, text.sha256, ids)
+    measured_with = (len(scored), fingerprint, tokens, text.sha256, ids)
+    guidance = Guidance(roundings.form, roundings.types, *measured_with, roundings.has_one_type)
     texts = batch_text(_cut_text(text), find_family(tree) or "", tokenizer.mask_token_id)
     sensitivity = _measure_sensitivity(handle, checkpoint, tree, roundings, guidance, scored, texts, on_progress)
     # The last token of a fact's object predicts nothing.
@@ -232,7 +234,7 @@ def _list_best(scorer: Scorer, query: Query, answer: Answer) -> list[Ids]:
         logp = list(answer.top5_logp)
     else:
         likeliest = zip(map(int, answer.first_ids), answer.first_logp, strict=True)
-        allowed = [each for each in likeliest if scorer.allowed is None or each[0] in scorer.words][: len(answer.top5)]
+        allowed = [each for each in likeliest if scorer.allowed is None or each[0] in scorer.words][:TOP]
         best, logp = [(token,) for token, _ in allowed], [logp for _, logp in allowed]
     shares = torch.tensor(logp).softmax(0).cumsum(0)
     return best[: max(2, 1 + int((shares < MASS).sum()))]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -18,11 +19,20 @@ import numpy as np
 from compressknow._version import __version__
 from compressknow.base.format import clean, count, number, share, write_size
 from compressknow.base.reading import group_by
+from compressknow.model.structure import LANGUAGE
 from compressknow.pages import parts
 from compressknow.pages.drawing import INK, MUTED, SERIES, draw_labels
 from compressknow.pages.pages import render_html, render_markdown, write_files
 from compressknow.pages.svg import Grid, draw_heat_map, find_bounds, shorten_names
-from compressknow.study.allocation import OptionTable, TypeOption, allocate
+from compressknow.study.allocation import (
+    NONE,
+    OptionTable,
+    TypeOption,
+    allocate_from,
+    group_fused,
+    join_options,
+    split_by_type,
+)
 from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity, name_guide
 
 if TYPE_CHECKING:
@@ -87,25 +97,48 @@ class Map:
         sums = {name: sum(by_domain.get(name, 0.0) * kl for by_domain, kl in losses) for name in domains}
         return {name: loss / total for name, loss in sums.items() if loss}
 
+    @cached_property
+    def _chosen(self) -> Weights:
+        """Return the weights that have a type in a file: in a checkpoint, as in a search, only those of the blocks."""
+        if self.sensitivity.guidance.form == "gguf":
+            return self.sensitivity.rows
+        return [row for row in self.sensitivity.rows if row.group in LANGUAGE and row.layer is not None]
+
     @property
     def others(self) -> int:
         """Return the bytes of weights that always have 16 bits: norms, biases, weights that were not measured."""
-        return 2 * self.sensitivity.others
+        measured = sum(prod(row.shape) for row in self.sensitivity.rows)
+        return 2 * (self.sensitivity.others + measured - sum(prod(row.shape) for row in self._chosen))
 
     @cached_property
     def table(self) -> OptionTable:
-        """Return the bytes and predicted loss of each weight by type."""
-        return {
+        """Return the bytes and predicted loss by type of each weight, or of those of a checkpoint that share a type."""
+        table = {
             row.name: {name: TypeOption(each.bytes, each.kl(self.guide)) for name, each in row.by_type.items()}
-            for row in self.sensitivity.rows
+            for row in self._chosen
         }
+        if self.sensitivity.guidance.form == "gguf":
+            return table
+        exact = {row.name: TypeOption(2 * prod(row.shape), 0.0) for row in self._chosen}
+        by_module = {name.removesuffix(".weight"): {NONE: exact[name], **options} for name, options in table.items()}
+        return join_options(by_module, group_fused(by_module))
+
+    @property
+    def _tables(self) -> list[OptionTable]:
+        """Return the tables from one of which types are chosen."""
+        guidance = self.sensitivity.guidance
+        return split_by_type(self.table, guidance.types) if guidance.has_one_type else [self.table]
 
     @cached_property
     def frontier(self) -> tuple[TypeOption, ...]:
         """Return the minimum total KL at sizes from the smallest to the largest, with a type chosen for each weight."""
-        low, high = (
-            self.others + sum(end(option.nbytes for option in options.values()) for options in self.table.values())
-            for end in (min, max)
+        low = self.others + min(
+            sum(min(option.nbytes for option in options.values()) for options in table.values())
+            for table in self._tables
+        )
+        high = self.others + sum(
+            max(option.nbytes for kind, option in options.items() if kind != NONE or len(options) == 1)
+            for options in self.table.values()
         )
         budgets = {round(low * (high / low) ** (step / (BUDGETS - 1))) for step in range(BUDGETS)}
         return tuple(sorted({self.at(budget) for budget in budgets}))
@@ -124,7 +157,7 @@ class Map:
 
     def at(self, nbytes: int) -> TypeOption:
         """Return the minimum KL within `nbytes`."""
-        least = allocate(self.table, nbytes, overhead=self.others)
+        least = allocate_from(self._tables, nbytes, overhead=self.others)
         return TypeOption(least.nbytes, least.loss)
 
 
@@ -419,6 +452,15 @@ def _describe_method(map: Map) -> tuple[str, ...]:
         "All weights of one type means what llama-quantize --pure writes, with llama.cpp's fallbacks if a row does not "
         "fit the type (q5_0 for q4_k, q8_0 for q6_k, iq4_nl for q3_k and q2_k). Mixtures such as q4_k_m differ.",
     )
+    one_type = (
+        ", and all others have one type, because transformers loads no two schemes in a model of this family"
+        if guidance.has_one_type
+        else ""
+    )
+    checkpoint = (
+        "Sizes are those of checkpoints as search makes them: weights outside the blocks stay as they are, and others "
+        f"may; those that vLLM joins (q, k and v; gate and up) have the same type{one_type}.",
+    )
     compared = " or ".join(sorted({row.compared for row in map.sensitivity.rows}))
     rounded, both = [row.by_type[row.compared] for row in map.ranked], []
     if map.guide == "both" and (total := sum(each.kl("both") for each in rounded)):
@@ -436,7 +478,7 @@ def _describe_method(map: Map) -> tuple[str, ...]:
         f"Weights are compared by rounding them to {compared}, and by the bytes that this saves against 16 bits. Other "
         "types are predicted from their squared errors.",
         *both,
-        *(fallbacks if guidance.form == "gguf" else ()),
+        *(fallbacks if guidance.form == "gguf" else checkpoint),
     )
 
 

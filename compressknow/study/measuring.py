@@ -52,6 +52,7 @@ class Roundings(ABC):
 
     form: ClassVar[Literal["gguf", "checkpoint"]]
     types: ClassVar[tuple[str, ...]]
+    has_one_type: bool = False  # see `Guidance`
 
     @abstractmethod
     def list_legal(self, shape: Sequence[int]) -> tuple[str, ...]:

@@ -221,13 +221,17 @@ class SizeSearch:
         return next((each for each in self.confirmed if is_enough(each.trial.held_out, self.keep)), None)
 
     def explore(self) -> None:
-        """Bisect the predicted loss, between smallest and largest size, for the largest that keeps enough."""
+        """Bisect the predicted loss for the largest that keeps enough; the size where no file loses about that much."""
         worst, best = ends = [self._choose(nbytes) for nbytes in self._sizes]
         for _ in range(HALVINGS):
             if best.nbytes <= (1 + NEAR) * worst.nbytes:
                 break
             middle = self._find_losing(sqrt(worst.loss * best.loss), worst.nbytes, best.nbytes)
-            if any(each.allocation.types == middle.types for each in self.tried):
+            tried = [each.allocation.types for each in self.tried]
+            if middle.types in tried:
+                # No file loses about that much: predictions jump where a few large weights, or all, change their type.
+                middle = self._choose((worst.nbytes + best.nbytes) // 2)
+            if middle.types in tried:
                 break
             if is_enough(self._try_file(middle).trial.kept, self.keep):
                 best = middle

@@ -116,6 +116,8 @@ class Guidance:
     tokens: int = 0  # number of tokens of text
     text: str | None = None  # a hash of the text
     ids: tuple[tuple[str, str], ...] = ()  # the facts' probes and ids
+    # Whether a checkpoint can have only one of the types, besides weights that stay as they are (T5).
+    has_one_type: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True, repr=False)

@@ -222,8 +222,9 @@ def unpack_weights(folder: Path) -> dict[str, Tensor]:
 def test_mixed_schemes_that_cannot_be_unpacked_on_loading_are_refused(name: str, other: str, tmp_path: Path) -> None:
     save_tiny(name, tmp_path / "in")
     (tmp_path / "mixed.toml").write_text(RECIPE.format(other=other))
-    with pytest.raises(UnsupportedError, match="transformers could not load the output"):
+    with pytest.raises(UnsupportedError, match="transformers could not load the output") as error:
         compressknow.convert(tmp_path / "in", tmp_path / "out", recipe=tmp_path / "mixed.toml")
+    assert "Use one scheme and group size" in (error.value.hint or "")
     assert not (tmp_path / "out").exists()
 
 

@@ -137,6 +137,22 @@ def test_frontier_has_the_least_loss_and_uniform_types_are_no_better() -> None:
     assert map.frontier[-1].nbytes == uniform["q8_0"].nbytes
 
 
+def test_types_of_a_checkpoint_are_chosen_as_in_a_search() -> None:
+    guidance = replace(make_sensitivity().guidance, form="checkpoint")
+    several, one = (make_map(guidance=replace(guidance, has_one_type=each)) for each in (False, True))
+    # Two projections of a layer share a type; the head stays as it is.
+    assert len(several.table) == 6 * 2
+    blocks = make_sensitivity().rows[1:]
+    q8_0 = 2 * (5000 + 256 * 1024) + sum(row.by_type["q8_0"].bytes for row in blocks)
+    for map in (several, one):
+        assert map.frontier[-1].nbytes == map.uniform["q8_0"].nbytes == q8_0
+        assert map.frontier[0].nbytes == map.uniform["q3_k"].nbytes
+    # Below, one weight of q6_k is enough if there may be several types; otherwise, none has more than 6.6 bits.
+    assert one.at(q8_0 - 1).loss > 2 * several.at(q8_0 - 1).loss
+    assert "transformers loads no two schemes" in render_map_markdown(one)
+    assert "transformers loads no two schemes" not in render_map_markdown(several)
+
+
 def test_type_that_does_not_fit_every_row_uses_llama_cpps_fallback_or_is_left_out() -> None:
     rows = make_sensitivity().rows
     narrow = {kind: each for kind, each in rows[1].by_type.items() if kind in ("q8_0", "q4_0")}

@@ -25,6 +25,7 @@ from compressknow.base.packages import can_read_gguf
 from compressknow.base.progress import Progress, ignore_progress
 from compressknow.cli import main
 from compressknow.comparison.intervals import FEWEST_SIGNS
+from compressknow.compress.convert import VariantMaker
 from compressknow.compress.recipe import read_recipe
 from compressknow.compress.steps import Calibration
 from compressknow.evaluate.answers import read_answers
@@ -547,7 +548,7 @@ def test_options_of_a_search_are_those_that_are_given(llama: Workspace) -> None:
 
 def test_format_predicts_the_sizes_of_converted_checkpoints_and_their_losses(llama: Workspace, tmp_path: Path) -> None:
     request = SearchRequest(None, 1, "checkpoint", "text", (), "nearest", Calibration(llama.text, 256))
-    form = CheckpointFormat(StudyModel(llama.model, Settings()), request)
+    form = CheckpointFormat(VariantMaker(llama.model), request)
     for scheme, options, nbytes in (("int8-weights", {}, form.ceiling), ("int4", {"group_size": 64}, form.floor)):
         compressknow.convert(llama.model, tmp_path / scheme, quantize=scheme, **options)
         # Sizes are bounds: headers are estimated.
@@ -588,8 +589,9 @@ def test_winner_names_its_hub_id_and_commit(
 def test_checkpoint_of_one_scheme_has_the_one_that_loses_least(tmp_path: Path) -> None:
     """transformers unpacks T5's weights when it loads them, which it does for one scheme only."""
     tiny_model("t5", "T5ForConditionalGeneration").save_pretrained(tmp_path)
-    model = StudyModel(tmp_path, Settings())
-    form = CheckpointFormat(model, SearchRequest(0.9, None, "checkpoint", "facts", (), None, Calibration()))
+    request = SearchRequest(0.9, None, "checkpoint", "facts", (), None, Calibration())
+    form = CheckpointFormat(VariantMaker(tmp_path), request)
+    assert form.roundings.has_one_type
     kl = {"int8-weights": 0.01, "int4/32": 0.5}
     by_type = {kind: Rounding(0, facts=loss) for kind, loss in kl.items()}
     rows = [TensorSensitivity(f"{name}.weight", (1, 1), "other", 0, by_type) for name in form.table]

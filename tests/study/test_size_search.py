@@ -112,6 +112,21 @@ def test_file_that_keeps_most_is_confirmed_if_none_keeps_enough() -> None:
     assert search.winner is None
 
 
+def test_sizes_are_bisected_where_predictions_jump() -> None:
+    """The largest file loses a thousandth of the next smaller one: no file loses about their mean."""
+
+    def choose_or_jump(budget: int) -> Allocation:
+        file = choose(budget)
+        return file if budget < CEILING else replace(file, loss=file.loss / 1000)
+
+    evaluate = Evaluator(2_000_000)
+    search = SizeSearch(0.9, (FLOOR, CEILING), choose_or_jump, evaluate)
+    search.explore()
+    smallest = min(file.nbytes for file in evaluate.files if file.nbytes >= 2_000_000)
+    assert smallest <= 1.04 * 2_000_000
+    assert len(evaluate.files) <= HALVINGS + 1
+
+
 def test_equal_files_are_evaluated_once() -> None:
     evaluate = Evaluator(0)
     search = SizeSearch(0.9, (FLOOR, FLOOR), lambda _: choose(FLOOR), evaluate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,7 @@ def make_choice(fact: Fact, ranking: Ranking) -> Answer:
     )
 
 
-def make_answer(fact: Fact, top: tuple[str, ...], top_logp: Scores, **further: Any) -> Answer:
+def make_answer(fact: Fact, top: tuple[str, ...], top_logp: Iterable[float], **further: Any) -> Answer:
     """Return the answer to a fact from the best texts, their log-probabilities, and `further` fields."""
     return Answer(
         probe=fact.probe,

@@ -403,7 +403,10 @@ class Scorer(ABC):
             # T5's sentinel once more.
             rank = 1 if correct and rank is not None else rank
             best = find_best(scores)
-            tokens = (text, *(self.encoder.decode([token]) for token in best[1:]))
+            # Likely first tokens, of which the text may itself be one, after T5's sentinel.
+            top = {text: scores[best[0]]}
+            for token in best[1:]:
+                top.setdefault(self.encoder.decode([token]), scores[token])
             fields = {"correct": correct and rank is not None, "rank": rank, "logp_gold": float(scores[first] + logp)}
-            answers[index] = make_answer(query.fact, tokens, scores[best], choices=None, **fields)
+            answers[index] = make_answer(query.fact, tuple(top), top.values(), choices=None, **fields)
         return answers

@@ -234,7 +234,8 @@ def _write_best(answered: Answer) -> str:
     """Write the most likely answers, and the rank of the right one if it is not among them."""
     best, rank = _list_best(answered), answered.rank
     named = ", ".join(answer(clean(each, 60)) for each in best)
-    return f"{named} (the right one is {write_rank(rank)})" if rank and rank > len(best) else named
+    is_further = rank and rank > len(best) and answered.gold not in best
+    return f"{named} (the right one is {write_rank(rank)})" if is_further else named
 
 
 def _build_groups_table(
