@@ -107,6 +107,22 @@ def test_free_answers_are_decoded_greedily_up_to_the_next_sentinel(lm: LanguageM
         assert answer.top5_logp == pytest.approx(np.sort(compute_sentinel_log_probs(lm, fact))[::-1][:5], abs=CLOSE)
 
 
+def test_the_most_likely_answers_are_all_different() -> None:
+    """A damaged model may write the first sentinel again, which reads as nothing, like the end of the text."""
+    model, tokenizer = tiny("t5-gated"), make_word_tokenizer("$A </s>", sentinels=True)
+    likely = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "w1", "</s>", "<extra_id_1>", "w2"])
+    model.lm_head = torch.nn.Linear(model.lm_head.in_features, len(tokenizer))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.bias.data.zero_()[likely] = torch.tensor([5.0, 4, 3, 2, 1])
+    facts = [replace(fact, candidates=None) for fact in make_word_facts()]
+    answers = evaluate_model(model, tokenizer, "seq2seq", make_probe(facts, vocabulary="open"))
+    logp = model.lm_head.bias.log_softmax(0)[likely].tolist()
+    for answer in answers.values():
+        assert answer.predicted == ""
+        assert answer.top5 == ("", "w1", "w2")
+        assert answer.top5_logp == pytest.approx([logp[0], logp[1], logp[4]], abs=CLOSE)
+
+
 @pytest.mark.parametrize("name", ["t5-gated", "t5-tied"])
 @pytest.mark.parametrize("score_rest", [False, True])
 def test_t5_agrees_with_the_plain_reference(name: str, score_rest: bool) -> None:
