@@ -97,17 +97,22 @@ def _open_roundings(
     from compressknow.compress.convert import VariantMaker
     from compressknow.compress.sources import Sources
     from compressknow.study.formats import CHECKPOINT, CheckpointFormat, SearchRequest
-    from compressknow.study.measuring import GgufRoundings
+    from compressknow.study.measuring import GgufRoundings, SchemeRoundings
 
     maker = VariantMaker(model.path, trust_remote_code=trusted)
+    # It raises an error for quantized weights.
+    sources = Sources(maker.checkpoint, maker.tree, maker.structure())
     family = find_family(maker.tree)
     if to == "gguf" and family != "causal":
         raise UnsupportedError(
             f"{model.name} is not a causal language model: there is no GGUF file of it.", hint="Give --to checkpoint."
         )
     if family != "causal" or to == "checkpoint":
-        return CheckpointFormat(maker, SearchRequest(None, 1, CHECKPOINT, guide, (), "nearest", text)).roundings
+        try:
+            return CheckpointFormat(maker, SearchRequest(None, 1, CHECKPOINT, guide, (), "nearest", text)).roundings
+        except UnsupportedError:
+            # transformers does not load these weights quantized (GPT-2's), but they matter to what the model knows.
+            linears = maker.structure().linears
+            return SchemeRoundings(stored.dtype for weight in linears for stored in sources.of(weight))
     require("llama_cpp_py_sync")
-    # It raises an error for quantized weights.
-    Sources(maker.checkpoint, maker.tree, maker.structure())
     return GgufRoundings()
