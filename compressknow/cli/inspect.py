@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from math import prod
 from typing import Any
 
 import click
@@ -48,6 +49,12 @@ def _build_page(summary: dict[str, Any]) -> Iterator[str]:
     yield f"\n{'Scope':<24}{'--prune takes':>18}{'--quantize takes':>18}"
     for name, takes in summary["scopes"].items():
         yield f"{name:<24}{takes['prune']:>18,}{takes['quantize']:>18,}"
+    weights = [weight for group in summary["groups"].values() for weight in group["weights"]]
+    for kind, where in (("conv1d", "Conv1D layers"), ("experts", "fused experts")):
+        if of_kind := [weight for weight in weights if weight["kind"] == kind]:
+            parameters = sum(prod(weight["shape"]) * weight["uses"] for weight in of_kind)
+            yield f"\n{parameters:,} of these parameters are in {where}."
+            yield "  convert cannot quantize them; export can, if the model generates text."
     ties = _count_patterns(f"{name} = {source}" for name, source in summary["tied"])
     yield from _list("Tied (stored once)", ties)
     if grid := summary.get("grid"):

@@ -93,6 +93,11 @@ class TensorDiff:
     same_bytes: bool  # stored bit for bit the same
     sums: DiffSums
 
+    @property
+    def differs(self) -> bool:
+        """Return whether its values differ; the same ones may be stored in another dtype."""
+        return not self.same_bytes and bool(self.sums.energy_change)
+
 
 @dataclass(frozen=True, slots=True)
 class StructureChange:

@@ -178,7 +178,7 @@ class Sources:
         if any(each.kind == "experts" and len(self.of(each)) > 1 for each in misfits):
             return PRUNE_OR_EXPORT
         if len(misfits) == len(alike):
-            return parameters.rstrip() or f"Nothing in the scope has an {scheme.word} form: prune only."
+            return parameters.rstrip() or f"Nothing in the scope has an {scheme.word} form. {PRUNE_OR_EXPORT}"
         pattern = "|".join(dict.fromkeys(_build_kind_pattern(each.module) for each in misfits))
         return f"{parameters}Prune it only, or leave out layers without an {scheme.word} form: --exclude '{pattern}'."
 

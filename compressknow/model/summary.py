@@ -42,7 +42,7 @@ class Inspection(SummaryRepr, dict[str, Any]):
 
     @property
     def scopes(self) -> dict[str, dict[str, int]]:
-        """Return, by scope, the number of parameters that ``prune`` and ``quantize`` apply to."""
+        """Return, by scope, the number of parameters that it contains for ``prune`` and for ``quantize``."""
         return dict(self["scopes"])
 
     @property

@@ -330,6 +330,12 @@ def test_same_values_in_another_dtype_are_reported(run: Run, models: Path, tmp_p
     result = run("half", "whole", "-o", "c.html")
     assert "whole stores 42 of 42 tensors differently from half, but with the same" in result.out
     assert parse_html((tmp_path / "c.html").read_text()).one("h1").text == "The same values"
+    edit_tensors(tmp_path / "whole", lambda tensors: tensors["bert.embeddings.LayerNorm.weight"].add_(1))
+    printed = " ".join(run("half", "whole", "-o", "c.html", "--overwrite").out.split())
+    assert printed.startswith("whole differs from half in 1 of 42 tensors (0.2 % of the weights): relative error ")
+    assert "; 41 more are stored differently, but with the same values. A: " in printed
+    page = parse_html((tmp_path / "c.html").read_text())
+    assert "1 tensor that differs" in [summary.text for summary in page.all("summary")]
 
 
 @needs_gguf

@@ -101,3 +101,17 @@ def test_inspect_prints_what_each_scope_takes(tmp_path: Path, capsys: pytest.Cap
         assert has_row(lines, name, f"{takes['prune']:,}", f"{takes['quantize']:,}")
     assert summary["groups"]["attention"]["stored"] < summary["groups"]["attention"]["used"]
     assert summary["scopes"]["overall"]["prune"] < summary["scopes"]["overall"]["quantize"]
+    assert not any("cannot quantize" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "scope", "where"), [("gpt2", "blocks", "Conv1D layers"), ("mixtral", "feed-forward", "fused experts")]
+)
+def test_inspect_counts_the_parameters_that_convert_cannot_quantize(
+    name: str, scope: str, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(name, tmp_path / "model")
+    assert main(["inspect", str(tmp_path / "model")]) == 0
+    page = capsys.readouterr().out
+    parameters = compressknow.inspect(tmp_path / "model").scopes[scope]["quantize"]
+    assert f"\n{parameters:,} of these parameters are in {where}.\n  convert cannot quantize them; export can" in page

@@ -158,19 +158,22 @@ _UNMATCHED: dict[Kind, str] = {
 
 def _describe_weights(names: tuple[str, str], difference: CheckpointDiff) -> str:
     a, b = names
-    changed = [tensor for tensor in difference.tensors if not tensor.same_bytes]
+    stored = [tensor for tensor in difference.tensors if not tensor.same_bytes]
+    changed = [tensor for tensor in stored if tensor.differs]
     kinds = Counter(change.kind for change in difference.structure)
     unmatched = ", ".join(f"{_count_tensors(kinds[kind])} {where}" for kind, where in _UNMATCHED.items() if kinds[kind])
     if not difference.tensors:
         return f"No tensor of {a} and {b} can be compared: {unmatched or 'there is none'}."
-    if not changed and not unmatched:
+    if not stored and not unmatched:
         return f"The weights of {a} and {b} are identical to the byte; only other files differ."
-    if not changed:
+    if not stored:
         return f"What both {a} and {b} hold is the same to the byte; {unmatched}."
     total, end = difference.total, f"; {unmatched}" if unmatched else ""
-    of_all = f"{count(len(changed))} of {_count_tensors(len(difference.tensors))}"
-    if not total.energy_change:
+    of_all = f"{count(len(changed or stored))} of {_count_tensors(len(difference.tensors))}"
+    if not changed:
         return f"{b} stores {of_all} differently from {a}, but with the same values{end}."
+    if same := len(stored) - len(changed):
+        end = f"; {count(same)} more {'is' if same == 1 else 'are'} stored differently, but with the same values{end}"
     weights = write_percent(sum_tensors(changed).numel, total.numel)
     error = f"relative error {number(total.relative_error, 4)}{_name_worst_group(difference)}"
     return f"{b} differs from {a} in {of_all} ({weights} of the weights): {error}{end}."

@@ -320,7 +320,7 @@ def build_sums_row(name: str, sums: DiffSums) -> tuple[str, ...]:
 
 def _show_tensors(difference: CheckpointDiff, limit: int) -> Iterator[parts.Part]:
     """Yield the tensors that differ, largest change first."""
-    changed = [t for t in difference.tensors if not t.same_bytes]
+    changed = [t for t in difference.tensors if t.differs]
     changed.sort(key=lambda t: -(t.sums.relative_error if t.sums.relative_error is not None else float("inf")))
     rows = []
     for tensor in changed[:limit]:

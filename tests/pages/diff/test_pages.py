@@ -327,6 +327,11 @@ def test_verdicts() -> None:
         "two differs from one in 12 of 19 tensors (63.2 % of the weights): relative error 0.1199, most in attention "
         "(0.1232); 1 tensor only in B, 1 tensor packed in a form that cannot be compared."
     )
+    *others, last = difference.tensors
+    retyped = replace(difference, tensors=(*others, replace(last, same_bytes=False)))
+    verdict = write_verdict(names, False, retyped, None)
+    assert "in 12 of 19 tensors (63.2 % of the weights)" in verdict
+    assert "(0.1232); 1 more is stored differently, but with the same values; 1 tensor only in B" in verdict
     assert write_verdict(names, False, None, None) == "The weights of one and two could not be compared."
     one_fact = make_behaviour(*[make_runs(make_rows(1))] * 2, show_facts=False)
     assert write_verdict(names, False, None, one_fact).startswith("two knows 1 of the 1 fact (100 %) that one knows")
