@@ -13,7 +13,7 @@ from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.records import UNKNOWN, FactsInText, ModelRecord, is_on_server
-from compressknow.pages.card.verdict import count_facts, is_larger_by_final_layer
+from compressknow.pages.card.verdict import count_facts, is_larger_by_final_layer, join_names
 from compressknow.pages.parts import get_headline_accuracy
 from compressknow.pages.records import Comparison, Grade, write_estimate
 
@@ -37,20 +37,19 @@ def warn_of_known(known: str) -> Iterator[str]:
 
 
 def warn_of_size(original: ModelRecord, comparisons: Sequence[Comparison], within: int | None) -> Iterator[str]:
-    """Warn if models are larger than the original, or a single one is larger than allowed."""
-    for model in (comparison.model for comparison in comparisons):
+    """Warn if models are larger than the original, or than allowed."""
+    models = [comparison.model for comparison in comparisons]
+    for model in models:
         if original.bytes and model.bytes and model.bytes > LARGER * original.bytes:
             cause = ": its final layer no longer shares its weight with the embedding. --scope blocks leaves it out."
             yield (
                 f"{clean(model.name, 80)} is larger than {clean(original.name, 80)} ({write_size(model.bytes)} against "
                 f"{write_size(original.bytes)}){cause if is_larger_by_final_layer(model.groups or {}) else '.'}"
             )
-    size = comparisons[0].model.bytes
-    if len(comparisons) == 1 and within is not None and size is not None and size > within:
-        yield (
-            f"{clean(comparisons[0].model.name, 80)} has {write_size(size)}, more than the {write_size(within)} that "
-            "it may have."
-        )
+    larger = [model for model in models if within is not None and (model.bytes or 0) > within]
+    if larger:
+        named = join_names([f"{clean(model.name, 80)} ({write_size(model.bytes)})" for model in larger])
+        yield f"Larger than the {write_size(within)} that a model may have: {named}."
 
 
 def warn_of_models(original: ModelRecord, model: ModelRecord) -> Iterator[str]:

@@ -353,10 +353,23 @@ class TestDecision:
         assert none is not None
         assert none.reason.startswith("No model has at most 1.0 kB: none is recommended. The smallest, keeps 192, has")
 
-    def test_warning_if_the_only_model_exceeds_the_size_limit(self) -> None:
+    @pytest.mark.parametrize(
+        ("within", "larger"),
+        [
+            (150_000, "m199 (300.0 kB) and m197 (200.0 kB)"),
+            # The only model above the limit, and one exactly at it.
+            (200_000, "m199 (300.0 kB)"),
+        ],
+    )
+    def test_models_above_the_size_limit_are_named_in_one_warning(self, within: int, larger: str) -> None:
+        models = {199: 300_000, 197: 200_000, 192: 100_000}
+        (warning,) = make_card_of_several(*models, sizes=(*models.values(),), within=within).warnings
+        assert warning == f"Larger than the {within / 1000:.1f} kB that a model may have: {larger}."
+
+    def test_the_only_model_may_exceed_the_size_limit(self) -> None:
         assert make_card_of_several(199, sizes=(300_000,), within=300_000).warnings == ()
         (warning,) = make_card_of_several(199, sizes=(300_000,), within=250_000).warnings
-        assert warning == "m199 has 300.0 kB, more than the 250.0 kB that it may have."
+        assert warning == "Larger than the 250.0 kB that a model may have: m199 (300.0 kB)."
 
     def test_without_a_gate_rounding_is_the_threshold(self) -> None:
         before, models = make_runs_with_noise_floor(known=200, lost=2)
