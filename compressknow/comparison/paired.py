@@ -307,8 +307,9 @@ def _check_facts(probe: str, original: Mapping[str, Answer], compressed: Mapping
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Standing of a model: how many of the original's facts it keeps; the place of a model that keeps more in no more
-    bytes, if known, and whether a test tells them apart; and the places of models that no test tells from it."""
+    """Standing of a model: how many of the original's facts it keeps; the place of a model that keeps as much in as few
+    bytes and is better in one of these, and whether a test tells them apart; and the places of models that no test
+    tells from it."""
 
     keeps: int
     beaten_by: int | None
@@ -334,8 +335,12 @@ def rank_models(
     order = sorted(range(len(models)), key=lambda index: -known[index])
     standings = []
     for index, size in enumerate(sizes):
-        better = [other for other in order if known[other] > known[index] and size is not None]
-        better = [other for other in better if (sizes[other] or 0) <= (size or 0) and sizes[other] is not None]
+        better = [
+            other
+            for other in order
+            if size is not None and (least := sizes[other]) is not None and least <= size
+            if known[other] >= known[index] and (known[other], least) != (known[index], size)
+        ]
         sure = [other for other in better if tuple(sorted((index, other))) in different]
         alike = tuple(each for each in order if each != index and tuple(sorted((index, each))) not in different)
         standings.append(Standing(known[index], next(iter(sure or better), None), bool(sure), alike))

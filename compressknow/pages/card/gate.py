@@ -301,7 +301,7 @@ def _may_keep_as_much(kept: Estimate, rounding: Estimate) -> bool:
 
 
 def mark_models(decision: Recommendation, labels: Sequence[str]) -> list[str]:
-    """Return for each model whether it is recommended, unbeaten at its size, or beaten by a smaller one."""
+    """Return for each model whether it is recommended, unbeaten at its size, or beaten by another."""
     marks = []
     for standing in decision.standings:
         beaten = "beaten by" if standing.is_surely_beaten else "perhaps beaten by"

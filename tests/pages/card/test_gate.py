@@ -410,10 +410,11 @@ class TestDecision:
         assert (worst.beaten_by, worst.is_surely_beaten) == (1, True)
         assert (best.beaten_by, best.alike) == (None, (2,))
         assert (second.beaten_by, second.is_surely_beaten) == (1, False)
-        # A model of the same size beats it, but not one that keeps as many facts.
-        decision = make_card_of_several(150, 199, 199, sizes=(200_000, 200_000, 200_000)).decision
-        assert decision is not None
-        assert [standing.beaten_by for standing in decision.standings] == [1, None, None]
+        # A model of the same size beats it, and a smaller one that keeps as many facts, but not one that is no better.
+        for last, beaten in ((200_000, [1, None, None]), (200_001, [1, None, 1]), (199_999, [1, 2, None])):
+            decision = make_card_of_several(150, 199, 199, sizes=(200_000, 200_000, last)).decision
+            assert decision is not None
+            assert [standing.beaten_by for standing in decision.standings] == beaten
         # Models that no test tells apart are in the order of what they keep.
         decision = make_card_of_several(197, 199, 198, sizes=(200_000, 200_000, 200_000)).decision
         assert decision is not None
