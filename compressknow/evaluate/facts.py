@@ -328,14 +328,19 @@ def compute_chance(choices: Iterable[int | None]) -> float | None:
 
 
 def find_most_frequent(facts: Iterable[Fact]) -> dict[str, str]:
-    """Return each relation's most frequent object, the first of equally frequent ones."""
+    """Return each relation's most frequent object, the first of equally frequent ones; none for a relation of one fact
+    (in any number of wordings), which would be right by definition."""
     relations = group_by(facts, lambda fact: fact.relation)
-    return {name: Counter(fact.obj_label for fact in each).most_common(1)[0][0] for name, each in relations.items()}
+    return {
+        name: Counter(fact.obj_label for fact in each).most_common(1)[0][0]
+        for name, each in relations.items()
+        if sum(fact.template in (None, 1) for fact in each) > 1
+    }
 
 
 def compute_majority(facts: Sequence[Fact], answers: Mapping[str, str], average: str) -> float | None:
     """Return the accuracy of always answering a relation's object in `answers`, its most frequent one: ``micro`` over
-    facts or ``macro`` over relations.
+    facts or ``macro`` over relations. Without one, none of a relation's facts is right.
 
     For a sample, `answers` come from the whole set: with one fact per relation, the sample's own are always right.
     """

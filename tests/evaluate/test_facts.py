@@ -195,13 +195,23 @@ def test_chance_is_the_mean_over_facts_and_missing_for_free_answers() -> None:
 
 
 def test_the_majority_is_the_most_frequent_object_of_each_relation() -> None:
-    facts = [make_fact(0), make_fact(1, candidates=CITIES), make_fact(2, "language", obj_label="Rome")]
+    facts = [make_fact(0), make_fact(1, candidates=CITIES), *(make_fact(i, "language") for i in (2, 3))]
     assert compute_majority(facts, find_most_frequent(facts), "micro") == 1
-    more = [*facts, make_fact(3, obj_label="Rome")]
-    assert compute_majority(more, find_most_frequent(more), "micro") == 3 / 4
-    # Of two relations, the majority is right in 2 of 3 and in 1 of 1.
+    more = [*facts, make_fact(4, obj_label="Rome")]
+    assert compute_majority(more, find_most_frequent(more), "micro") == 4 / 5
+    # Of two relations, the majority is right in 2 of 3 and in 2 of 2.
     assert compute_majority(more, find_most_frequent(more), "macro") == pytest.approx((2 / 3 + 1) / 2)
     assert compute_majority([], {}, "macro") is None
+
+
+def test_the_majority_is_right_on_no_relation_of_one_fact() -> None:
+    alone = Probe("p", "p", tuple(make_fact(i, relation) for i, relation in enumerate(CITIES)))
+    # In two wordings, it is still one fact.
+    for probe in (alone, join_wordings([alone] * 2), join_wordings([alone] * 2).sample(3)):
+        assert compute_majority(probe.facts, probe.most_frequent, "micro") == 0
+    pair = [make_fact(i, "language", obj_label=CITIES[i]) for i in (0, 1)]
+    facts = [*alone.facts, *pair]
+    assert compute_majority(facts, find_most_frequent(facts), "micro") == 1 / len(facts)
 
 
 @real_data
