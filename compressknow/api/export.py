@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from compressknow.base.packages import require
 from compressknow.base.progress import Listener, OnProgress, begin_stages, resolve_progress
 from compressknow.compress.calibrate.text import TOKENS, check_text
 from compressknow.compress.recipe import check_recipe_conflicts
-from compressknow.compress.staging import clean
+from compressknow.compress.staging import clean, make_scratch
 from compressknow.compress.steps import Calibration
 from compressknow.engine.identity import LocatedModel, locate
 from compressknow.evaluate.facts import Probe
@@ -27,8 +28,10 @@ from compressknow.gguf.converter import find_converter
 from compressknow.gguf.importance import Importance, name_text, read_importance
 from compressknow.gguf.modelfile import build_modelfile, check_modelfile
 from compressknow.gguf.record import ExportRecord
+from compressknow.gguf.tensors import describe_tensors
 from compressknow.model.checkpoint import check_is_checkpoint
-from compressknow.study.allocation import SizeTarget, check_budget, fit_types
+from compressknow.model.gguf_file import read_gguf
+from compressknow.study.allocation import SizeTarget, build_table, check_budget, fit_types
 from compressknow.study.sensitivity import FIT_TOKENS, Guide, open_facts
 
 if TYPE_CHECKING:
@@ -134,7 +137,7 @@ def export(
     found = find_converter(converter, fetch=True, on_progress=listener)
     if choice.importance is not None:
         read_importance(choice.importance)
-    from compressknow.gguf.export import find_made, prepare_export, preview, write
+    from compressknow.gguf.export import find_made, prepare_export, preview, write, write_floats
 
     job = prepare_export(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
     chat = ""
@@ -154,16 +157,23 @@ def export(
                 write_whole(extras[record.MODELFILE], chat.encode())
             return made
         record.check_destination(place, overwrite=False, source=Path(model))
-    if target is not None:
-        assert text is not None
-        # The revision that was opened, since a branch may have moved.
-        located = locate(model, job.checkpoint.revision)
-        job = replace(job, fit=_make_fit(job, located, target, deciding, text, listener))
-    if dry_run:
-        return preview(job, place, threads=threads, begin=begin)
-    return write(
-        job, place, extras=extras, modelfile=chat, overwrite=overwrite, smoke=smoke, threads=threads, begin=begin
-    )
+    with ExitStack() as stack:
+        if target is not None:
+            assert text is not None
+            if target.must:
+                # Rules match tensors of the file by name and rows: check them before anything is measured.
+                folder = stack.enter_context(make_scratch(place.with_name(f"{place.name}.floats")))
+                floats = write_floats(job, folder, job.exact, begin=begin)
+                build_table(None, describe_tensors(read_gguf(floats), job.source), target)
+                job = replace(job, floats=floats)
+            # The revision that was opened, since a branch may have moved.
+            located = locate(model, job.checkpoint.revision)
+            job = replace(job, fit=_make_fit(job, located, target, deciding, text, listener))
+        if dry_run:
+            return preview(job, place, threads=threads, begin=begin)
+        return write(
+            job, place, extras=extras, modelfile=chat, overwrite=overwrite, smoke=smoke, threads=threads, begin=begin
+        )
 
 
 def _read_target(options: Mapping[str, Any]) -> SizeTarget | None:

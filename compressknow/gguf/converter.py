@@ -177,7 +177,7 @@ def convert(
     if missing := _MISSING_KEY.fullmatch(reason):
         hint = f"If config.json has no {missing[1]}, add it: newer versions of transformers do not write it."
     elif missing := _MISSING_FILE.fullmatch(reason):
-        hint = f"It reads {missing[1]}, which transformers does not need: copy it from the original model."
+        hint = f"It reads {missing[1]}, which transformers does not need: if the original model has it, copy it."
     elif _TOO_MANY_TOKENS.search(reason):
         hint = "The tokenizer has more tokens than the model: put the one that it was trained with in its folder."
     check_exit("llama.cpp's converter failed", log, code, hint)

@@ -285,8 +285,9 @@ def _merge_results(index: list[dict[str, Any]], comparison: Comparison) -> list[
     for probe in comparison.probes:
         # Without this metric, a later report could not distinguish this result from the user's.
         if probe.kept.value is not None:
+            over = ", mean over relations" if probe.average == "macro" else ""
             metrics = [
-                {"type": "accuracy", "value": get_headline_accuracy(probe)[1].value, "name": "accuracy"},
+                {"type": "accuracy", "value": get_headline_accuracy(probe)[1].value, "name": f"accuracy{over}"},
                 {"type": _OURS, "value": probe.kept.value, "name": "knowledge kept"},
             ]
             dataset = {"name": probe.probe, "type": probe.probe.partition(":")[0]}

@@ -165,10 +165,28 @@ def test_must_gives_experts_fewer_than_8_bits(tmp_path: Path, capsys: pytest.Cap
 
 
 @needs_converter
-def test_a_must_type_that_a_weight_cannot_have_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (("attention", "f16"), r"`must` f16: blk.0.attn_q.weight(.|\n)*the only float type is its own"),
+        (("nowhere", "q8_0"), "'nowhere' is not a scope, and matches no tensor"),
+    ],
+)
+def test_a_rule_that_no_weight_can_follow_is_refused_before_anything_is_measured(
+    rule: tuple[str, str], message: str, tmp_path: Path
+) -> None:
     source = save_checkpoint("llama", tmp_path / "model", torch.float32)
-    with pytest.raises(UsageError, match=r"--must f16: blk.0.attn_q.weight(.|\n)*the only float type is its own"):
-        export_to_size(source, tmp_path / "out.gguf", SizeTarget(2_000_000, must=(("attention", "f16"),)))
+    stages: list[str] = []
+    with pytest.raises(UsageError, match=message):
+        compressknow.export(
+            source,
+            tmp_path / "out.gguf",
+            size=2_000_000,
+            must=[rule],
+            on_progress=lambda progress: stages.append(progress.stage.work),
+        )
+    assert set(stages) == {"export"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def measure_output_errors(source: Path, output: Path) -> dict[str, float]:

@@ -335,7 +335,7 @@ def find_milder(recipe: Recipe, groups: Mapping[str, Mapping[str, Any]]) -> tupl
     """Return what a milder recipe changes, and that recipe; None if there is none. `groups` have a `relative_error`."""
     steps = recipe.steps
     changed = (
-        _halve(steps, DropBlocks, "blocks", "drop {half} blocks instead of {most}", 1)
+        _halve(steps, DropBlocks, "blocks", "drop {half} instead of {most} blocks", 1)
         or _leave_out(steps, DropBlocks, "drop no blocks")
         or _halve(steps, DropNeurons, "amount", "drop {half} of the neurons instead of {most}", LEAST)
         or _leave_out(steps, DropNeurons, "drop no neurons")

@@ -213,7 +213,7 @@ class TestMilderRecipe:
         assert find_change(Recipe((Quantize("int8-weights", BOTH),)), groups) is None
 
     def test_fewer_blocks_and_neurons_are_dropped(self) -> None:
-        assert find_change(Recipe((DropBlocks(5),))) == "drop 2 blocks instead of 5"
+        assert find_change(Recipe((DropBlocks(5),))) == "drop 2 instead of 5 blocks"
         assert find_change(Recipe((DropBlocks("3-5"), Quantize("int8-weights", ATTENTION)))) == "drop no blocks"
         named = Recipe((DropBlocks("3-5"), Prune(0.3), Quantize("int4")))
         assert find_change(named) == "drop no blocks"  # which lose more than pruning

@@ -104,8 +104,9 @@ def test_hub_reads_the_macro_average_if_the_protocol_uses_it(folder: Path) -> No
     probes = {"atlas": make_entry(average="macro")}
     original = make_answers(before, probes=probes)
     compressed = make_answers(after, make_model(sha256="b" * 64), probes)
-    write(make_card(original, [compressed]), folder)
+    text = write(make_card(original, [compressed]), folder)
     assert read_results(folder)["atlas", "accuracy"] == 0.5
+    assert "name: accuracy, mean over relations" in text
 
 
 def test_verdict_grades_and_probes_are_in_the_text(card: Card, folder: Path) -> None:
