@@ -173,7 +173,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """Write a number with this many decimals; with one significant digit if it would round to zero, and with an
     exponent if it is very large or very small.
 
-    >>> [number(value) for value in (0.12345, -1.5, 0.0, 0.00002, -3e-9, 2.7182e43, -5e9, None)]
+    >>> [number(value) for value in (0.12345, -1.5, 0.0, 0.0000234, -3e-9, 2.7182e43, -5e9, None)]
     ['0.123', '−1.500', '0', '0.00002', '−3e-09', '2.72e+43', '−5.00e+09', '-']
     """
     if value is None:
@@ -182,7 +182,8 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     text = f"{value:.{digits}f}"
     if not float(text):
-        text = f"{value:.7f}".rstrip("0").rstrip(".") if abs(value) >= _SMALLEST else f"{value:.0e}"
+        one = f"{value:.0e}"
+        text = f"{float(one):.7f}".rstrip("0").rstrip(".") if abs(value) >= _SMALLEST else one
     elif abs(value) >= _LARGEST:
         text = f"{value:.2e}"
     # The exponent keeps its hyphen.

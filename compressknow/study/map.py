@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
-from math import prod
+from math import floor, log10, prod
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -182,6 +182,15 @@ def format_millinats(kl: float) -> str:
     """
     value = 1000 * kl
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _format_kl(kl: float) -> str:
+    """Format a KL in nats with three decimals, or three significant digits if it is small.
+
+    >>> [_format_kl(kl) for kl in (1.7551, 0.1401, 0.000746, 0.0)]
+    ['1.755', '0.140', '0.000746', '0']
+    """
+    return number(kl, max(3, 2 - floor(log10(kl)))) if kl else "0"
 
 
 def _format_risk(risk: float) -> str:
@@ -406,16 +415,22 @@ def _tabulate_sums(map: Map, caption: str, kind: str, groups: Mapping[str, Weigh
 
 def _plot_sizes(map: Map) -> Iterator[parts.Part]:
     uniform = map.uniform.items()
-    sizes = tuple((type, write_size(size), number(kl), number(map.at(size).loss)) for type, (size, kl) in uniform)
+    sizes = tuple(
+        (type, write_size(size), _format_kl(kl), _format_kl(map.at(size).loss)) for type, (size, kl) in uniform
+    )
     columns = ("All weights of one type", "Size of the weights", "Predicted KL", "A type for each")
-    ends = " to ".join(f"{number(kl)} at {write_size(nbytes)}" for nbytes, kl in (map.frontier[0], map.frontier[-1]))
+    ends = " to ".join(
+        f"{_format_kl(kl)} at {write_size(nbytes)}" for nbytes, kl in (map.frontier[0], map.frontier[-1])
+    )
     text = f"From {ends}. The table next to the chart has the sizes of single types."
     curve = parts.Chart("Predicted KL by size", text, partial(_draw_curve, map=map), height=260)
     yield parts.Beside(curve, parts.Table("Predicted loss of one type for all, and of a type for each", columns, sizes))
     yield parts.Note("", drawn=_CURVE_NOTE)
     saved = [(here.loss - there.loss) / (there.nbytes - here.nbytes) * 1e6 for here, there in pairwise(map.frontier)]
     buys = [*(format_millinats(kl) for kl in saved), "-"]
-    rows = tuple((write_size(nbytes), number(kl), buy) for (nbytes, kl), buy in zip(map.frontier, buys, strict=True))
+    rows = tuple(
+        (write_size(nbytes), _format_kl(kl), buy) for (nbytes, kl), buy in zip(map.frontier, buys, strict=True)
+    )
     heads = ("Size of the weights", "Predicted KL", f"The next MB saves, {_UNIT.removesuffix(' per MB')}")
     yield parts.Folded("The line as a table", (parts.Table("The smallest predicted loss by size", heads, rows),))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -109,7 +110,8 @@ def test_free_answers_are_decoded_greedily_up_to_the_next_sentinel(lm: LanguageM
 
 def test_the_most_likely_answers_are_all_different() -> None:
     """A damaged model may write the first sentinel again, which reads as nothing, like the end of the text."""
-    model, tokenizer = tiny("t5-gated"), make_word_tokenizer("$A </s>", sentinels=True)
+    # The model is one for all tests.
+    model, tokenizer = copy.deepcopy(tiny("t5-gated")), make_word_tokenizer("$A </s>", sentinels=True)
     likely = tokenizer.convert_tokens_to_ids(["<extra_id_0>", "w1", "</s>", "<extra_id_1>", "w2"])
     model.lm_head = torch.nn.Linear(model.lm_head.in_features, len(tokenizer))
     torch.nn.init.zeros_(model.lm_head.weight)

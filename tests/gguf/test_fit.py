@@ -171,6 +171,7 @@ def test_must_gives_experts_fewer_than_8_bits(tmp_path: Path, capsys: pytest.Cap
         (("attention", "f16"), r"`must` f16: blk.0.attn_q.weight(.|\n)*the only float type is its own"),
         (("nowhere", "q8_0"), "'nowhere' is not a scope, and matches no tensor"),
     ],
+    ids=["type", "name"],
 )
 def test_a_rule_that_no_weight_can_follow_is_refused_before_anything_is_measured(
     rule: tuple[str, str], message: str, tmp_path: Path

@@ -356,13 +356,17 @@ def _make_axis(study: Study, name: str) -> Axis:
         if len({cell.settings[name] for cell in members}) < 2:
             continue
         if name in (SCOPE, METHOD, AMOUNT) and all(_is_in_figures(cell, has_methods) for cell in members):
-            in_figures.append(dict(wide))
+            in_figures.append((dict(sorted(wide)), members))
         else:
             groups.append((dict(sorted(wide)), members))
+    if groups and name != AMOUNT:
+        # What hurts least is tested over all; the cliff of each amount is its own, and stated already.
+        groups += in_figures
+        in_figures = []
     order = {cell.key: place for place, cell in enumerate(study.cells)}
     groups.sort(key=lambda group: [order[cell.key] for cell in group[1]])
     # The name of a group must differ from those in figures.
-    rest_of_all = [*(rest for rest, _ in groups), *in_figures]
+    rest_of_all = [rest for rest, _ in (*groups, *in_figures)]
     return Axis(name, tuple((_name_group(rest, rest_of_all), _sort_by_value(of, name)) for rest, of in groups))
 
 

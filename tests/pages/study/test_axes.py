@@ -146,19 +146,13 @@ def test_axes_of_the_papers_figures_are_not_drawn_again() -> None:
     assert make_study(make_cells_of_two_methods()).find_axes() == ()
 
 
-@pytest.mark.parametrize(
-    ("form", "amounts"),
-    [
-        ('method = ["wanda"]', ["20 %", "50 %"]),
-        ("per_layer = [true]", ["20 %", "50 %"]),
-        ('quantize = ["int8"]', ["50 %"]),
-    ],
-)
-def test_axes_outside_the_papers_figures_are_drawn(form: str, amounts: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ['method = ["wanda"]', "per_layer = [true]", 'quantize = ["int8"]'])
+def test_axes_outside_the_papers_figures_are_drawn(form: str, tmp_path: Path) -> None:
+    """With all their cells, though a figure shows those in int8 that are pruned by 20 %."""
     grid = f'[axes]\nscope = ["attention", "feed-forward"]\nprune = [0.2, 0.5]\n{form}\n'
     axes = make_grid_study(grid, tmp_path / "grid.toml", [190, 150, 150, 60]).find_axes()
     groups = {axis.name: [name for name, _ in axis.groups] for axis in axes}
-    assert groups == {"scope": amounts, "prune": ["attention", "feed-forward"]}
+    assert groups == {"scope": ["20 %", "50 %"], "prune": ["attention", "feed-forward"]}
 
 
 def test_group_names_differ_from_those_of_the_papers_figures(tmp_path: Path) -> None:
