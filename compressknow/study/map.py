@@ -123,7 +123,7 @@ class Map:
         by_module = {name.removesuffix(".weight"): {NONE: exact[name], **options} for name, options in table.items()}
         return join_options(by_module, group_fused(by_module))
 
-    @property
+    @cached_property
     def _tables(self) -> list[OptionTable]:
         """Return the tables from one of which types are chosen."""
         guidance = self.sensitivity.guidance
