@@ -118,8 +118,8 @@ def _describe_original(result: CellResult, known: str) -> Iterator[str]:
 
 def _describe_result(result: CellResult) -> Iterator[str]:
     # The setup does not name 8-bit schemes, of which a grid may have several.
-    unnamed = step if (step := result.cell.quantize) and not step.is_named else None
-    name = clean(f"{result.setup} ({unnamed.scheme})" if unnamed else result.setup, 200)
+    unnamed = " + ".join(result.cell.recipe.unnamed_schemes)
+    name = clean(f"{result.setup} ({unnamed})" if unnamed else result.setup, 200)
     if (key := result.cell.key) != slugify(name):
         # Its name in the grid, or what distinguishes cells with the same setup: a seed, a text.
         name += f" [{key}]"

@@ -98,6 +98,12 @@ class Recipe:
             names = [f"{prunes[0].where.label}_GPQ {_name_amount(prunes[0])}{quantized}"]
         return " + ".join([*(step.label for step in self.removals), *names])
 
+    @property
+    def unnamed_schemes(self) -> tuple[str, ...]:
+        """Return the schemes that `setup` does not name, those of 8 bits."""
+        steps = (step for step in self.steps if isinstance(step, Quantize) and not step.is_named)
+        return tuple(dict.fromkeys(step.scheme for step in steps))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON; `from_dict` reads them."""
         calibration = {} if self.calibration is None else {"calibration": asdict(self.calibration)}

@@ -20,6 +20,7 @@ from compressknow.base.format import count
 from compressknow.base.progress import Listener, begin_stages, relabel_progress
 from compressknow.base.reading import find_mismatch, hash_json
 from compressknow.comparison.records import Estimate, ProbeFigures
+from compressknow.compress.steps import Prune, Quantize
 from compressknow.engine.identity import describe_variant, locate
 from compressknow.engine.language_model import make_language_model
 from compressknow.engine.load import load_tokenizer
@@ -122,21 +123,21 @@ def build_study(
 
 def _describe_cell(cell: Cell, *, has_texts: bool) -> dict[str, Any]:
     """Return the fields on a cell's recipe, with its calibration text if the cells have several."""
-    prune, quantize = cell.prune, cell.quantize
-    on = ""
+    settings, on = cell.settings, ""
     if has_texts and (text := cell.recipe.calibration):
         seed = f", seed {text.seed}" if text.seed else ""
         on = f" on {text.text}, {count(text.tokens)} tokens{seed}"
+    calibrated = {type(step) for step in cell.recipe.steps if step.calibrated}
     return {
         "key": cell.key,
         "setup": cell.recipe.setup,
-        "settings": cell.settings,
+        "settings": settings,
         "scope": "+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope)),
-        "method": prune.method if prune else None,
-        "amount": prune.amount if prune else None,
-        "scheme": quantize.scheme if quantize else None,
-        "pruning": f"{cell.pruning}{on if prune and prune.calibrated else ''}" if prune else None,
-        "quantization": f"{cell.quantization}{on if quantize and quantize.calibrated else ''}" if quantize else None,
+        "method": settings.get("method"),
+        "amount": cell.amount,
+        "scheme": settings.get("quantize"),
+        "pruning": f"{cell.pruning}{on if Prune in calibrated else ''}" if cell.pruning else None,
+        "quantization": f"{cell.quantization}{on if Quantize in calibrated else ''}" if cell.quantization else None,
     }
 
 

@@ -74,22 +74,22 @@ class Cell:
         return len(wheres) == 1 and not narrowed and not self.recipe.removals and len(kinds) == len(set(kinds))
 
     @property
-    def prune(self) -> Prune | None:
-        return next((step for step in self.recipe.steps if isinstance(step, Prune)), None)
-
-    @property
-    def quantize(self) -> Quantize | None:
-        return next((step for step in self.recipe.steps if isinstance(step, Quantize)), None)
+    def amount(self) -> float | None:
+        """Return the share that is pruned (0 to 1); None if steps prune by different shares, or none prunes."""
+        amounts = {step.amount for step in self.recipe.steps if isinstance(step, Prune)}
+        return amounts.pop() if len(amounts) == 1 else None
 
     @property
     def pruning(self) -> str | None:
         """Return the pruning method with its unusual parameters, such as ``wanda pattern 2:4``."""
-        return " ".join([step.method, *step.chosen.describe_changed()]) if (step := self.prune) else None
+        steps = [step for step in self.recipe.steps if isinstance(step, Prune)]
+        return _join(" ".join([step.method, *step.chosen.describe_changed()]) for step in steps) or None
 
     @property
     def quantization(self) -> str | None:
         """Return the scheme with its unusual parameters, such as ``int4 group_size 64 gptq``."""
-        return " ".join([step.scheme, *step.further]) if (step := self.quantize) else None
+        steps = [step for step in self.recipe.steps if isinstance(step, Quantize)]
+        return _join(" ".join([step.scheme, *step.further]) for step in steps) or None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -101,7 +101,12 @@ class Cell:
         if (text := self.recipe.calibration) is not None:
             values |= {"calibration": [text.text], "calibration_tokens": [text.tokens]}
             values.setdefault("seed", []).append(text.seed)
-        return {name: each[0] if len(set(each)) == 1 else " + ".join(map(str, each)) for name, each in values.items()}
+        return {name: each[0] if len(set(each)) == 1 else _join(map(str, each)) for name, each in values.items()}
+
+
+def _join(of_steps: Iterable[str]) -> str:
+    values = list(of_steps)
+    return " + ".join(values[:1] if len(set(values)) == 1 else values)
 
 
 def _collect_settings(step: Step) -> dict[str, Any]:
@@ -380,8 +385,7 @@ def name_recipe(recipe: Recipe) -> str:
     >>> name_recipe(build_recipe(Where(("attention",)), prune=0.2, quantize="int8"))
     'att-gpq-20-int8'
     """
-    schemes = [step.scheme for step in recipe.steps if isinstance(step, Quantize) and not step.is_named]
-    parts = [slugify(recipe.setup), *dict.fromkeys(schemes)]
+    parts = [slugify(recipe.setup), *recipe.unnamed_schemes]
     usual = Calibration()
     calibration = recipe.calibration or usual
     if calibration.text != usual.text:

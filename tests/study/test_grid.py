@@ -78,7 +78,7 @@ def test_methods_grid_has_the_same_cells_for_each_method() -> None:
     both = {(method, gptq) for method in ("l1-unstructured", "wanda", "sparsegpt")}
     assert {(c.pruning, c.quantization) for c in cells if c.quantization} == quantized | both
     assert len(cells) == len({cell.key for cell in cells}) == 3 * (15 + 4 + 3)
-    assert {step.amount for c in cells if c.quantization and (step := c.prune)} == {0.5}
+    assert {c.settings["prune"] for c in cells if c.quantization and c.pruning} == {0.5}
     assert all(cell.plain and cell.recipe.module_map == "paper" for cell in cells)
     assert {cell.recipe.calibration for cell in cells} == {None, Calibration(tokens=512)}
 

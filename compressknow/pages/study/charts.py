@@ -90,7 +90,7 @@ def _draw_lines(
 ) -> tuple[Line, ...]:
     values = {name: [(a, measure(cell.comparison)) for a, cell in of.items()] for name, of in cells.items()}
     points = {name: tuple((a, y) for a, y in each if y.value is not None) for name, each in values.items()}
-    alone = {name: all(cell.comparison.model.is_pruned_alone for cell in of.values()) for name, of in cells.items()}
+    alone = {name: all(cell.is_pruned_alone for cell in of.values()) for name, of in cells.items()}
     return tuple(Line(name, each, alone[name]) for name, each in points.items() if len(each) > 1)
 
 

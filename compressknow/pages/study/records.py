@@ -7,7 +7,7 @@ scope, amount and method.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -36,8 +36,9 @@ ATTENTION_KINDS = ("self-attention", "cross-attention", "encoder-attention", "de
 GPQ_AMOUNTS = (20, 40)  # in percent: amounts at which the paper also quantizes
 _IN_FIGURES = (*MODULES, *ATTENTION_KINDS, "final")
 _CALIBRATION = {"calibration", "calibration_tokens", "seed"}
+_REMOVALS = {"drop_blocks", "drop_neurons"}
 # Settings whose absence from a recipe is itself a difference.
-_OPTIONAL = {*MAIN_SETTINGS, "drop_blocks", "drop_neurons"}
+_OPTIONAL = {*MAIN_SETTINGS, *_REMOVALS}
 # With at most this many answers to choose from, a model that has forgotten everything scores the majority baseline;
 # with more, it scores as by guessing.
 _FEW_ANSWERS = 5
@@ -77,7 +78,7 @@ class StudyCell:
     setup: str  # the paper's name for it (``Att_GPQ 20%``), or a description in the same style
     scope: str  # ``attention``, ``feed-forward``, ``overall``, ``final``, ``self-attention``, ..., joined by ``+``
     method: str | None  # the pruning method as a recipe names it (``l1-unstructured``)
-    amount: float | None  # share of the weights that is pruned (0 to 1)
+    amount: float | None  # share of the weights that is pruned (0 to 1); None if steps prune by different amounts
     scheme: str | None  # as a recipe names it (``int8-paper``)
     # Method and scheme with their unusual parameters (``wanda pattern 2:4``, ``int4 gptq``), and the calibration text
     # if the study has several: the name of a line or a bar in figures.
@@ -96,6 +97,11 @@ class StudyCell:
     def percent(self) -> float:
         """Amount pruned in percent, without floating-point error: 30, not 30.000000000000004."""
         return round(100 * (self.amount or 0.0), 6)
+
+    @property
+    def is_pruned_alone(self) -> bool:
+        """Return whether only pruning changed it, so that by 0 % it is the original."""
+        return self.quantization is None and not _REMOVALS & self.settings.keys()
 
     @property
     def totals(self) -> Mapping[str, int]:
@@ -332,21 +338,29 @@ class Axis:
     def is_amount(self) -> bool:
         return self.name == AMOUNT
 
-    def pair_groups(self) -> Iterable[dict[str, list[StudyCell]]]:
-        """Return, for groups with the same values, their cells with a share kept, by value in the same order."""
-        known = [{v: cell for v, cell in of.items() if cell.comparison.kept.value is not None} for _, of in self.groups]
-        alike = group_by(known, frozenset).values()
-        return [{value: [each[value] for each in groups] for value in groups[0]} for groups in alike]
+    def pair_groups(self) -> list[tuple[list[str], dict[str, list[StudyCell]]]]:
+        """Return, for groups with the same two or more values, their names, and their cells with a share kept, by value
+        in the same order."""
+        known = [
+            (name, {value: cell for value, cell in of.items() if cell.comparison.kept.value is not None})
+            for name, of in self.groups
+        ]
+        return [
+            ([name for name, _ in alike], {value: [of[value] for _, of in alike] for value in alike[0][1]})
+            for alike in group_by(known, lambda group: frozenset(group[1]) if len(group[1]) > 1 else None).values()
+        ]
 
 
 def _make_axis(study: Study, name: str) -> Axis:
     # All settings of a cell except the axis and, for a method or scheme, its parameters.
     left_out = {name} | (_list_parameters(name) if name in (METHOD, SCHEME) else set())
-    cells = [
+    with_rest = [
         (cell, frozenset((key, value) for key, value in cell.settings.items() if key not in left_out))
         for cell in study.cells
-        if name in cell.settings
     ]
+    # Steps that prune by different amounts have no place among amounts.
+    has_value = {cell.key for cell in study.cells if name in cell.settings and (name != AMOUNT or cell.amount)}
+    cells = [(cell, rest) for cell, rest in with_rest if cell.key in has_value]
     # Methods without activations have no calibration, so compare them with cells of any calibration.
     rests = sorted({rest for _, rest in cells}, key=len, reverse=True)
     widest = [rest for i, rest in enumerate(rests) if not any(_is_fit(rest, other) for other in rests[:i])]
@@ -355,6 +369,10 @@ def _make_axis(study: Study, name: str) -> Axis:
         members = [cell for cell, rest in cells if _is_fit(rest, wide)]
         if len({cell.settings[name] for cell in members}) < 2:
             continue
+        if name == AMOUNT:
+            # The curve of a quantized model starts at what is quantized alone.
+            lacking = {METHOD} | _list_parameters(METHOD) | _CALIBRATION
+            members += [cell for cell, rest in with_rest if name not in cell.settings and _is_fit(rest, wide, lacking)]
         if name in (SCOPE, METHOD, AMOUNT) and all(_is_in_figures(cell, has_methods) for cell in members):
             in_figures.append((dict(sorted(wide)), members))
         else:
@@ -387,17 +405,19 @@ def _list_parameters(name: str) -> set[str]:
     return steps | {each.name for thing in things for each in thing.parameters()}
 
 
-def _is_fit(rest: Rest, other: Rest) -> bool:
-    return rest <= other and {name for name, _ in other - rest} <= _CALIBRATION
+def _is_fit(rest: Rest, other: Rest, lacking: Set[str] = _CALIBRATION) -> bool:
+    """Return whether two cells differ at most in that one lacks such settings."""
+    return rest <= other and {name for name, _ in other - rest} <= lacking
 
 
 def _sort_by_value(cells: Sequence[StudyCell], name: str) -> dict[str, StudyCell]:
-    if all(isinstance(cell.settings[name], int | float) for cell in cells):
-        cells = sorted(cells, key=lambda cell: float(cell.settings[name] or 0))
+    values = {cell.key: cell.settings.get(name, 0) for cell in cells}
+    if all(isinstance(value, int | float) for value in values.values()):
+        cells = sorted(cells, key=lambda cell: float(values[cell.key] or 0))
     by_value = {}
     for cell in cells:
         with_parameters = {METHOD: cell.pruning, SCHEME: cell.quantization}.get(name)
-        value = clean(with_parameters, 60) if with_parameters else format_setting(name, cell.settings[name])
+        value = clean(with_parameters, 60) if with_parameters else format_setting(name, values[cell.key])
         by_value[value] = cell
     return by_value
 

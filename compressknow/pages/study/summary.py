@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain, pairwise, starmap
 from typing import TypeVar
@@ -52,7 +52,7 @@ class Cliff:
     module: str
     below: float | None  # the first amount at which less than `CLIFF` is kept; None if none is so low
     kept: float | None  # what is kept there
-    before: float  # the last amount before it; 0 is the original
+    before: float  # the last amount before it; 0 is the original, or what is quantized alone
     steepest: tuple[float, float]  # the neighbouring amounts with the largest loss per point pruned
     fall: float  # that loss (0 to 1)
     clear: bool
@@ -88,7 +88,7 @@ def rank_cells(study: Study) -> dict[str, tuple[LossRanking, ...]]:
             (scheme, (), {module: [of[scheme]] for module, of in quantized.items() if scheme in of})
             for scheme in study.list_schemes()
         ],
-        **{axis.chart: [(axis.name, (), cells) for cells in axis.pair_groups()] for axis in study.find_axes()},
+        **{axis.chart: [(axis.name, (), cells) for _, cells in axis.pair_groups()] for axis in study.find_axes()},
     }
     compared = {kind: [each for each in of_kind if len(each[2]) > 1] for kind, of_kind in compared.items()}
     claims = [claim for of_kind in compared.values() for *_, cells in of_kind for claim in _claim_ends(study, cells)]
@@ -144,10 +144,11 @@ def find_cliffs(study: Study, amounts: Mapping[str, Mapping[float, StudyCell]] |
 
 
 def _find_cliff(module: str, cells: Mapping[float, StudyCell], level: float) -> Cliff:
-    kept = {0.0: 1.0} | {amount: cell.comparison.kept.value or 0.0 for amount, cell in cells.items()}
+    kept = {0.0: 1.0} if all(cell.is_pruned_alone for cell in cells.values()) else {}
+    kept |= {amount: cell.comparison.kept.value or 0.0 for amount, cell in cells.items()}
     below = next((amount for amount, share in kept.items() if share < CLIFF), None)
     steps = list(pairwise(kept))
-    before = max((a for a in kept if below is None or a < below), default=0.0)
+    before = max((amount for amount in kept if below is None or amount < below), default=0.0)
     steepest = max(steps, key=lambda step: (kept[step[0]] - kept[step[1]]) / (step[1] - step[0]))
     fall = kept[steepest[0]] - kept[steepest[1]]
     if below is None:
@@ -293,16 +294,18 @@ def _conclude_method(study: Study, least: LossRanking) -> Conclusion:
 def _conclude_axis(study: Study, axis: Axis, orders: Sequence[LossRanking]) -> Iterator[Conclusion]:
     """Yield, for amounts, the cliff of each group; for other axes, which value hurts least, all else equal."""
     if axis.is_amount:
-        groups = {group: {cell.percent: cell for cell in cells.values()} for group, cells in axis.groups}
-        yield from (_conclude_cliff(cliff, axis.chart) for cliff in find_cliffs(study, groups))
+        amounts = {group: {cell.percent: cell for cell in cells.values()} for group, cells in axis.groups}
+        yield from (_conclude_cliff(cliff, axis.chart) for cliff in find_cliffs(study, amounts))
         return
     name = clean(axis.name, 40)
-    for least in orders:
-        claim = f"All else equal, {_claim_least(least, f'{name} of these', f'{name} ')}"
-        yield _conclude_order(least, claim, least.clear, _name_kept(axis.groups), axis.chart)
+    for least, (groups, _) in zip(orders, axis.pair_groups(), strict=True):
+        forms = join_words(groups) if len(groups) <= _MOST else f"{count(len(groups))} forms"
+        of = f" ({forms})" if len(orders) > 1 else ""
+        claim = f"All else equal{of}, {_claim_least(least, f'{name} of these', f'{name} ')}"
+        yield _conclude_order(least, claim, least.clear, _name_kept(groups), axis.chart)
 
 
-def _name_kept(averaged: Sequence[object]) -> str:
+def _name_kept(averaged: Sized) -> str:
     return "kept on average" if len(averaged) > 1 else "kept"
 
 
@@ -322,7 +325,8 @@ def _conclude_cliff(cliff: Cliff, chart: str, by: str = "") -> Conclusion:
     if cliff.below is None:
         claim, kept = f"Pruned by up to {cliff.before:g} %{by}, {module} keeps at least {limit}", ""
     else:
-        claim, kept = f"Pruned by {cliff.below:g} %{by}, {module} keeps less than {limit}", f"{share(cliff.kept)} kept"
+        pruned = f"Pruned by {cliff.below:g} %{by}" if cliff.below else "Not pruned at all"
+        claim, kept = f"{pruned}, {module} keeps less than {limit}", f"{share(cliff.kept)} kept"
     start, end = cliff.steepest
     fall = f"falls fastest from {start:g} to {end:g} %, by {write_points(cliff.fall).removeprefix('+')}"
     numbers = "; ".join(filter(None, (kept, fall if cliff.fall > 0 else "")))

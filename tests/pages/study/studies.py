@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from compressknow.compress.recipe import Recipe, build_recipe
-from compressknow.compress.steps import Prune, Quantize, Where
+from compressknow.compress.steps import Quantize, Where
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.make import compare, describe_method, read_model_facts
 from compressknow.pages.pages import render_html, render_markdown
@@ -153,9 +153,9 @@ def _make_cell(cell: Cell, spec: ProbeSpec, original: Answers, family: str) -> S
         key=key,
         setup=setup,
         scope=cell.scope,
-        method=cell.method,
-        amount=cell.amount,
-        scheme=cell.scheme,
+        method=grid_cell.settings.get("method"),
+        amount=grid_cell.amount,
+        scheme=grid_cell.settings.get("quantize"),
         pruning=grid_cell.pruning,
         quantization=grid_cell.quantization,
         settings=grid_cell.settings,
@@ -170,12 +170,9 @@ def make_grid_study(text: str, path: Path, right: Sequence[int]) -> Study:
     path.write_text(text, encoding="utf-8")
     cells = []
     for cell, known in zip(grid.read_grid(path), right, strict=True):
-        prunes = [step for step in cell.recipe.steps if isinstance(step, Prune)]
-        quantizes = [step for step in cell.recipe.steps if isinstance(step, Quantize)]
-        amount, method = (prunes[0].amount, prunes[0].method) if prunes else (None, None)
-        scheme = quantizes[0].scheme if quantizes else None
+        scheme = next((step.scheme for step in cell.recipe.steps if isinstance(step, Quantize)), None)
         scope = "+".join(dict.fromkeys(scope for step in cell.recipe.steps for scope in step.where.scope))
-        cells.append(Cell(scope, range(known), amount, scheme, method, recipe=cell.recipe))
+        cells.append(Cell(scope, range(known), cell.amount, scheme, recipe=cell.recipe))
     study = make_study(cells)
     keys = [cell.key for cell in grid.read_grid(path)]
     return replace(study, cells=tuple(replace(c, key=key) for c, key in zip(study.cells, keys, strict=True)))

@@ -141,6 +141,75 @@ def test_cells_with_different_steps_are_not_compared(tmp_path: Path) -> None:
     assert make_grid_study(grid, tmp_path / "grid.toml", [190, 150, 180, 140, 130, 100]).find_axes() == ()
 
 
+def make_steps(name: str, *steps: str) -> str:
+    """Return a cell of a grid, with a step for attention and one for feed-forward."""
+    scopes = zip(("attention", "feed-forward"), steps, strict=True)
+    return f'[[cells]]\nname = "{name}"\n' + "".join(
+        f'[[cells.steps]]\nscope = ["{s}"]\n{step}\n' for s, step in scopes
+    )
+
+
+def test_steps_that_prune_by_different_amounts_are_on_no_axis_of_amounts(tmp_path: Path) -> None:
+    amounts = {"both-10": (0.1, 0.1), "both-50": (0.5, 0.5), "mixed": (0.1, 0.9)}
+    grid = "".join(make_steps(name, *(f"prune = {amount}" for amount in each)) for name, each in amounts.items())
+    study = make_grid_study(grid, tmp_path / "grid.toml", [200, 190, 60])
+    (axis,) = (axis for axis in study.find_axes() if axis.name == "prune")
+    assert [[cell.key for cell in cells.values()] for _, cells in axis.groups] == [["both-10", "both-50"]]
+    claims = [each.claim for each in draw_conclusions(study, [])]
+    assert claims == ["Pruned by up to 50 %, each form keeps at least 90 %"]
+    assert [(row["key"], row["amount"]) for row in tidy_rows(study)] == [
+        ("both-10", 0.1),
+        ("both-50", 0.5),
+        ("mixed", None),
+    ]
+
+
+def test_steps_of_different_methods_or_schemes_are_a_value_of_their_own(tmp_path: Path) -> None:
+    l1, random = "prune = 0.6", 'prune = 0.6\nmethod = "random-unstructured"'
+    grid = make_steps("pure", l1, l1) + make_steps("mixed", l1, random) + make_steps("random", random, random)
+    study = make_grid_study(grid, tmp_path / "grid.toml", [190, 90, 20])
+    (row,) = (row for row in tidy_rows(study) if row["key"] == "mixed")
+    assert row["method"] == row["pruning"] == "l1-unstructured + random-unstructured"
+    int8, int4 = 'quantize = "int8"', 'quantize = "int4"\ngroup_size = 64'
+    grid = make_steps("pure", int8, int8) + make_steps("mixed", int8, int4) + make_steps("four", int4, int4)
+    study = make_grid_study(grid, tmp_path / "grid.toml", [190, 90, 20])
+    (axis,) = (axis for axis in study.find_axes() if axis.name == "quantize")
+    ((_, cells),) = axis.groups
+    keys = {value: cell.key for value, cell in cells.items()}
+    assert keys == {"int8": "pure", "int8 + int4 group_size 64": "mixed", "int4 group_size 64": "four"}
+
+
+def test_curve_of_quantized_cells_starts_at_what_is_quantized_alone(tmp_path: Path) -> None:
+    grid = '[axes]\nscope = ["feed-forward"]\nlayers = ["0-5"]\nprune = {}\nquantize = ["int8"]\n'
+    study = make_grid_study(grid.format("[0, 0.1, 0.3]"), tmp_path / "grid.toml", [188, 190, 60])
+    (axis,) = study.find_axes()
+    ((_, cells),) = axis.groups
+    assert list(cells) == ["0 %", "10 %", "30 %"]
+    (conclusion,) = draw_conclusions(study, [])
+    assert conclusion.claim == "Pruned by 30 %, each form keeps less than 90 %"
+    assert conclusion.numbers == "30.0 % kept; falls fastest from 10 to 30 %, by 65.0 points"
+    # Where quantization alone takes most, pruning is not blamed.
+    (conclusion,) = draw_conclusions(
+        make_grid_study(grid.format("[0, 0.1, 0.3]"), tmp_path / "grid.toml", [90, 80, 60]), []
+    )
+    assert conclusion.claim == "Not pruned at all, each form keeps less than 90 %"
+    # Without such a cell, nothing is known below the first amount.
+    (conclusion,) = draw_conclusions(make_grid_study(grid.format("[0.1, 0.3]"), tmp_path / "grid.toml", [90, 60]), [])
+    assert conclusion.numbers == "45.0 % kept; falls fastest from 10 to 30 %, by 15.0 points"
+
+
+def test_conclusions_of_an_axis_name_the_cells_that_they_compare(tmp_path: Path) -> None:
+    cells = [(0.6, "int8"), (0.6, "int4"), (0.6, "fp8"), (0.7, "int8"), (0.7, "int4")]
+    grid = "".join(f'[[cells]]\nlayers = "0-5"\nprune = {prune}\nquantize = "{scheme}"\n' for prune, scheme in cells)
+    study = make_grid_study(grid, tmp_path / "grid.toml", [180, 100, 50, 90, 20])
+    found = {each.claim: each.numbers for each in draw_conclusions(study, []) if each.chart == "axis-quantize"}
+    (first, three), (second, two) = found.items()
+    assert first == "All else equal (60 %), quantize int8 hurts least"
+    assert second == "All else equal (70 %), quantize int8 hurts least"
+    assert three.startswith("kept: int8 90.0 %, ")
+    assert two.startswith("kept: int8 45.0 % and ")
+
+
 def test_axes_of_the_papers_figures_are_not_drawn_again() -> None:
     assert make_whole_grid().find_axes() == ()
     assert make_study(make_cells_of_two_methods()).find_axes() == ()
