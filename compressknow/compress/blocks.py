@@ -190,6 +190,6 @@ def check_finite(largest_key: int, values_dtype: torch.dtype, tensor: StoredTens
         what = "an infinity" if largest_key == infinity else "NaN"
         raise CheckpointError(
             f"{tensor.name} in {tensor.file.name} holds {what}.",
-            why="Scales and thresholds depend on its largest weight, so it cannot be compressed.",
+            why="The model is broken: its answers would be meaningless.",
             hint="Find an intact copy of the checkpoint, or repair the tensor.",
         )
