@@ -545,11 +545,22 @@ def test_fitted_weights_of_a_block_are_written_before_the_next_block_runs(tmp_pa
     assert written[:4] == [4 * 32 * 36 * blocks for blocks in (1, 2, 3, 4)]
 
 
-def test_a_block_that_gives_nan_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("blockwise", [True, False], ids=["blockwise", "whole"])
+def test_a_weight_that_is_nan_is_named_and_nothing_is_written(
+    blockwise: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = save_deep("llama", tmp_path / "in")
     edit_tensors(source, lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"][0, 0].fill_(torch.nan))
+    if not blockwise:
+        forward = transformers.LlamaModel.forward
+
+        def read_a_block(self: transformers.LlamaModel, *args: Any, **kwargs: Any) -> Any:
+            float(self.layers[1].mlp.down_proj.weight.sum())
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(transformers.LlamaModel, "forward", read_a_block)
     for options in ({"drop_blocks": 1}, {"drop_neurons": 0.25}):
-        with pytest.raises(CompressknowError, match=r"model\.layers\.2 gives NaN"):
+        with pytest.raises(CompressknowError, match=r"model\.layers\.2\.mlp\.up_proj\.weight in .* holds NaN"):
             convert(source, tmp_path / "out", build_recipe(Where(), **options))
         assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 
 from compressknow.base.errors import CompressknowError, UnsupportedError, is_out_of_memory
 from compressknow.base.progress import silence_libraries
+from compressknow.compress.blocks import Pool, Reader, check_finite, make_magnitude_keys
 from compressknow.compress.sources import Sources
 from compressknow.engine.load import find_reason
 from compressknow.model.groups import list_block_names
 from compressknow.model.meta import find_input_embedding
-from compressknow.model.tensors import OpenFiles, StoredTensor, get_torch_dtype, view_bytes
+from compressknow.model.tensors import FLOAT_DTYPES, OpenFiles, StoredTensor, get_torch_dtype, view_bytes
 
 WHOLE_IN_MEMORY = "Its blocks cannot be run one by one, so that the whole model must be in memory, in float32."
 
@@ -141,6 +142,15 @@ class StreamedModel:
         """Free the replacements of stored tensors that are not read again."""
         for stored in tensors:
             self._replaced.pop(stored.name, None)
+
+    def check_stored(self, pool: Pool) -> None:
+        """Raise CheckpointError naming a stored weight that is NaN or infinite, if there is one."""
+        reader, bound = Reader(pool, self._files, lambda _: None), self._sources.bound
+        for stored in self._sources.distinct():
+            # A mask stored with the weights may hold infinities.
+            is_weight = stored.name in bound and not self._sources.weights.isdisjoint(bound[stored.name].parameters)
+            for block in reader.blocks(stored) if is_weight and stored.dtype in FLOAT_DTYPES else ():
+                check_finite(int(make_magnitude_keys(block.values).max(initial=0)), block.values.dtype, stored)
 
     def _fill(self, names: Sequence[str]) -> None:
         # Tied parameters stay one tensor.

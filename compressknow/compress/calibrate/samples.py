@@ -22,6 +22,7 @@ from compressknow.base.errors import CheckpointError, CompressknowError, Unsuppo
 from compressknow.base.progress import Advance, count_progress
 from compressknow.compress.blocks import Pool, TaskStopped
 from compressknow.compress.calibrate.sequences import SequenceFormat, blank_out
+from compressknow.engine.identity import locate, read_contents
 from compressknow.engine.language_model import find_decoder_start, load_language_model
 from compressknow.engine.load import find_reason
 
@@ -69,16 +70,14 @@ class Writer(abc.ABC):
         return torch.tensor(self.form.known)[indices]
 
     def draw(self, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Draw a token by its probability for each row of logits [rows, vocabulary]: int64 [rows, 1]."""
+        """Draw a token by its probability for each row of logits [rows, vocabulary]: int64 [rows, 1]. Raises
+        FloatingPointError for NaN."""
         self.check()
         width = min(logits.shape[-1], len(self.barred))
         logits = logits[:, :width].float().masked_fill(self.barred[:width], -torch.inf)
         sums = logits.softmax(-1).cumsum(-1)
         if not sums[:, -1].isfinite().all():
-            raise CompressknowError(
-                f"{type(self.model).__name__} gives NaN while it writes its calibration text.",
-                hint="Its weights may be damaged: check what it generates.",
-            )
+            raise FloatingPointError
         # Stay a little below the last sum, above which there is no token.
         points = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:] * (1 - 2**-20)
         return torch.searchsorted(sums, points, right=True)
@@ -247,8 +246,8 @@ def write_samples(
     tokens around them. On one machine, they do not depend on the number of threads. `advance` is called with the
     numbers of tokens written and needed, by one thread at a time.
 
-    Raises UnsupportedError if the model cannot write, CheckpointError if its head is missing, CompressknowError if it
-    gives NaN.
+    Raises UnsupportedError if the model cannot write, CheckpointError if its head is missing or a weight is NaN or
+    infinite, CompressknowError if it gives NaN although all weights are finite.
     """
     model = _load_model(folder, form, trust_remote_code)
     name = type(model).__name__
@@ -267,6 +266,13 @@ def write_samples(
                     raise UnsupportedError(f"{name} writes no text by itself.", hint=HINT)
     except (CompressknowError, TaskStopped):
         raise
+    except FloatingPointError:
+        located = locate(folder)
+        read_contents(located).check_finite(located, trust_remote_code=trust_remote_code)
+        raise CompressknowError(
+            f"{name} gives NaN while it writes its calibration text.",
+            hint="Its weights may be damaged: check what it generates.",
+        ) from None
     except Exception as error:
         raise UnsupportedError(f"{name} cannot write a calibration text.", find_reason(error), HINT) from error
     return written

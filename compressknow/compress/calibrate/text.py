@@ -179,7 +179,7 @@ def read_calibration_text(
     ------
     UsageError : the text is not found, or the tokens are fewer than one sequence.
     CompressknowError : the text cannot be read, is too short, or has tokens that the model does not have.
-    CheckpointError : the checkpoint has no tokenizer; or, for ``self``, no head.
+    CheckpointError : the checkpoint has no tokenizer; or, for ``self``, no head, or a weight that is NaN or infinite.
     UnsupportedError : for ``self``, a model that cannot write text.
     """
     check_text(calibration)

@@ -196,7 +196,8 @@ def run_text(
     advance: Advance,
 ) -> None:
     """Run a text through a model in a walk for each visitor, or through the whole model in memory if its blocks cannot
-    be run one by one. Raises the errors of `walk`, except BlockwiseUnsupported.
+    be run one by one. Raises the errors of `walk`, except BlockwiseUnsupported; for a whole model, CheckpointError for
+    any weight that is NaN or infinite.
 
     `make` creates the visitors of a model, given a pool for their work and whether the model runs as a whole; `why`
     explains a lack of memory. `advance` is called with the number of the visitors' modules that have run, and of all;
@@ -220,7 +221,10 @@ def run_text(
                 visitor.finish()
     except BlockwiseUnsupported:
         with explain_missing_memory(name, lambda: WHOLE_IN_MEMORY), Pool(threads) as pool:
-            for visitor in make(StreamedModel(tree, sources, files, whole=True), pool, True):
+            streamed = StreamedModel(tree, sources, files, whole=True)
+            # No block stops here, so that its output could be looked at.
+            streamed.check_stored(pool)
+            for visitor in make(streamed, pool, True):
                 visitor.run_whole(batches, advance)
 
 
@@ -238,8 +242,8 @@ def walk(
     `batches` are keyword arguments of the model's forward function: ``input_ids`` int64 [sequences, tokens], and
     ``decoder_input_ids`` if it has a decoder. `on_module` is called with each block, or lone layer, that has run.
 
-    Raises CompressknowError if a block gives NaN or infinities or needs too much memory, BlockwiseUnsupported if the
-    model cannot be run this way.
+    Raises CheckpointError naming a weight that is NaN or infinite if a block's output is, CompressknowError if only
+    the output is or a block needs too much memory, BlockwiseUnsupported if the model cannot be run this way.
     """
     passes = [ForwardPass(streamed.model, batch, number) for number, batch in enumerate(batches)]
     with intercept(streamed.model, [*streamed.blocks, *visitor.lone_layers], passes) as forwards:
@@ -249,7 +253,7 @@ def walk(
             module = pending[0].module
             if any(call is None or call.module != module for call in calls):
                 raise BlockwiseUnsupported(f"not all batches reach {module} at the same time")
-            run, stops = partial(_run, forwards[module], pool), list(zip(passes, pending, strict=True))
+            run, stops = partial(_run, streamed, forwards[module], pool), list(zip(passes, pending, strict=True))
             numel = sum(each.numel() for each in streamed.model.get_submodule(module).parameters())
             with explain_missing_memory(module, partial(TAKEN.format, write_size(4 * numel))), streamed.load(module):
                 visitor.enter(module)
@@ -272,11 +276,12 @@ def walk(
 Run = Callable[[Call], Any]
 
 
-def _run(forward: Callable[..., Any], pool: Pool, call: Call) -> Any:
+def _run(streamed: StreamedModel, forward: Callable[..., Any], pool: Pool, call: Call) -> Any:
     pool.check()
     with torch.no_grad(), translate_failures():
         output = forward(*call.args, **call.kwargs)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in find_tensors(output)[:1]):
+        streamed.check_stored(pool)
         raise CompressknowError(
             f"{call.module} gives NaN or infinities on the calibration text.",
             why="The inputs of its layers cannot be measured.",

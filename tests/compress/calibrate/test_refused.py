@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, WhisperCo
 from tests.compress.conftest import Refusal
 from tests.knowing import KNOWN_FACTS, save_trained
 from tests.long import long
-from tests.models import save_tiny
+from tests.models import edit_tensors, save_tiny
 
 WANDA = ["--prune", "0.5", "--prune-method", "wanda"]
 SENTENCES = " ".join(fact.sentence(fact.obj_label) for fact in KNOWN_FACTS)
@@ -166,6 +166,26 @@ def test_a_checkpoint_without_tokenizer_is_refused(
     capsys.readouterr()
     for text in ("self", str(notes)):
         assert "has no tokenizer" in refusal(tmp_path / "in", *WANDA, "--calibration", text)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (WANDA, "model.layers.1.mlp.gate_proj.weight"),
+        (["--prune", "0.5", "--prune-method", "sparsegpt"], "model.layers.0.input_layernorm.weight"),
+        (["--quantize", "int4", "--group-size", "32", "--rounding", "gptq"], "model.layers.0.mlp.gate_proj.weight"),
+        # A few tokens, which do not reach the last block, first tell whether it can be smoothed.
+        (["--quantize", "int8", "--smooth", "0.5"], "model.layers.0.self_attn.q_proj.weight"),
+        (["--quantize", "int8", "--smooth", "0.5"], "model.layers.1.self_attn.q_proj.weight"),
+    ],
+)
+@pytest.mark.parametrize("text", ["file", "self"])
+def test_a_weight_that_is_nan_is_named(
+    options: list[str], name: str, text: str, llama: Path, notes: Path, refusal: Refusal
+) -> None:
+    edit_tensors(llama, lambda tensors: tensors[name].view(-1)[5].fill_(torch.nan))
+    message = refusal(llama, *options, *(["--calibration", str(notes)] if text == "file" else []))
+    assert f"{name} in model.safetensors holds NaN" in message
 
 
 def test_a_block_that_gives_infinities_is_named(llama: Path, notes: Path, refusal: Refusal) -> None:

@@ -295,13 +295,21 @@ def test_tokens_without_a_row_in_the_embedding_are_refused(tmp_path: Path, notes
         read_text(folder, notes)
 
 
-def test_a_model_that_gives_nan_while_it_writes_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [(torch.nan, r"model\.layers\.0\.mlp\.up_proj\.weight in .* holds NaN"), (1e38, "gives NaN while it writes")],
+    ids=["weight", "overflow"],
+)
+def test_a_model_that_gives_nan_while_it_writes_is_refused(
+    factor: float, message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     loaded = load_language_model(folders["llama"])
     with torch.no_grad():
-        loaded.model.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
+        loaded.model.model.layers[0].mlp.up_proj.weight.mul_(factor)
+        loaded.model.model.layers[0].mlp.down_proj.weight.mul_(1e20)
     loaded.model.save_pretrained(tmp_path)
     loaded.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(CompressknowError, match="gives NaN while it writes"):
+    with pytest.raises(CompressknowError, match=message):
         read_text(tmp_path)
 
 
