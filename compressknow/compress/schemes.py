@@ -87,8 +87,8 @@ class Scheme(Parametric, abc.ABC):
     def scales(self, absmax: torch.Tensor) -> torch.Tensor:
         """Compute scales from the largest magnitudes [rows, 1], [1] or [rows, groups], in their dtype and shape.
 
-        They are the magnitudes divided by half the range of the grid, as in compressed-tensors. Where all weights are
-        zero, the scale is the dtype's epsilon, not 0.
+        They are the magnitudes divided by half the range of the grid, as in compressed-tensors. Where that is 0, the
+        scale is the dtype's epsilon: all weights are zero, or so small that the quotient underflows (in float16).
         """
         import torch
 
