@@ -196,7 +196,7 @@ def _list_models(card: Card) -> Iterator[str]:
         kept = write_estimate(comparison.kept)
         yield f"{pad(name, 40)}{write_size(model.bytes):>10}  {kept:<27}{mark}".rstrip()
     if standings:
-        yield "* none of these models keeps more in as few bytes, or as much in fewer"
+        yield "* none of these keeps more in as few bytes, or as much in fewer (within 1 %)"
 
 
 def _list_speeds(card: Card) -> Iterator[str]:

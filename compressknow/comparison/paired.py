@@ -305,11 +305,17 @@ def _check_facts(probe: str, original: Mapping[str, Answer], compressed: Mapping
     )
 
 
+def is_as_small(size: int, other: int) -> bool:
+    """Return whether a size in bytes is at most another, or at most 1 % above it: packing and headers alone can make
+    such a difference."""
+    return 100 * (size - other) <= other
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Standing of a model: how many of the original's facts it keeps; the place of a model that keeps as much in as few
-    bytes and is better in one of these, and whether a test tells them apart; and the places of models that no test
-    tells from it."""
+    """Standing of a model: how many of the original's facts it keeps; the place of a model that keeps as much and is as
+    small (see `is_as_small`), and is better in one of these, and whether a test tells them apart; and the places of
+    models that no test tells from it."""
 
     keeps: int
     beaten_by: int | None
@@ -338,8 +344,8 @@ def rank_models(
         better = [
             other
             for other in order
-            if size is not None and (least := sizes[other]) is not None and least <= size
-            if known[other] >= known[index] and (known[other], least) != (known[index], size)
+            if size is not None and (least := sizes[other]) is not None and is_as_small(least, size)
+            if known[other] > known[index] or (known[other] == known[index] and not is_as_small(size, least))
         ]
         sure = [other for other in better if tuple(sorted((index, other))) in different]
         alike = tuple(each for each in order if each != index and tuple(sorted((index, each))) not in different)

@@ -12,7 +12,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
 from compressknow.base.format import answer, clean, count, share_against, write_percent, write_size
-from compressknow.comparison.paired import rank_models
+from compressknow.comparison.paired import is_as_small, rank_models
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import count_facts, estimate_facts_needed, join_names, round_up
@@ -227,8 +227,8 @@ def recommend_model(
     within: int | None = None,
     broken: Collection[int] = (),
 ) -> Recommendation | None:
-    """Choose the smallest model that keeps enough, or no model if the original is at chance; None if the models were
-    not evaluated on the same facts, or the original knew none.
+    """Choose the smallest model that keeps enough (of equally small ones, the best), or no model if the original is at
+    chance; None if the models were not evaluated on the same facts, or the original knew none.
 
     The gates define enough. Without gates, it is what rounding alone keeps, within both intervals; if that is unknown
     or no model keeps it, it is what no test distinguishes from the model that keeps most. `within` is the maximum size
@@ -274,15 +274,19 @@ def recommend_model(
         enough = [best, *(place for place in standing[best].alike if place in fitting)]
         before = f"none keeps as much as {floor}; " if floor else ""
         several = f"that no test distinguishes from {labels[best]}, which keeps most"
+    smallest = min(sound[place] for place in enough)
     # The best of equally small ones.
-    taken = min(enough, key=lambda place: (sound[place], -standing[place].keeps))
+    small = [place for place in enough if is_as_small(sound[place], smallest)]
+    taken = max(small, key=lambda place: (standing[place].keeps, -sound[place]))
     if keeps_most and taken == best:
         choice = f"keeps most{f' among those{at_most}' if at_most else ''}"
-        choice += ", and of the models that no test distinguishes from it, none is smaller" if len(enough) > 1 else ""
+        by = "" if sound[taken] == smallest else "more than 1 % "
+        choice += f", and of the models that no test distinguishes from it, none is {by}smaller" * (len(enough) > 1)
     elif len(enough) == 1:
         choice = f"is the only model{at_most} {one}"
     else:
-        choice = f"is the smallest of {count(len(enough))} models{at_most} {several}"
+        standout = "is the smallest" if sound[taken] == smallest else "keeps most among the smallest (within 1 %)"
+        choice = f"{standout} of {count(len(enough))} models{at_most} {several}"
     alike = join_names([f"{labels[place]} ({write_size(sizes[place])})" for place in standing[taken].alike])
     rivals = "the other" if len(comparisons) == 2 else "each of the others"
     others = f"No test distinguishes it from {alike}." if alike else f"What {rivals} keeps differs by more than chance."

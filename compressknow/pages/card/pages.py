@@ -132,8 +132,9 @@ _FEW, _RELATIONS_IN_ALL, _LEAST_RELATIONS = 5, 100, 3
 _FACTS, _FACTS_IN_ALL = 50, 300
 _NOTHING_TO_KEEP = "There was no knowledge to keep"
 _COST_NOTE = (
-    "Numbers are those of the models in the table. The line joins the models that no other beats; the stroke through a "
-    "mark is its 95 % interval. Speed is measured in the runtime and precision that each model is deployed in."
+    "Numbers are those of the models in the table. The line joins the models that no other as small, or as fast, "
+    "exceeds; the stroke through a mark is its 95 % interval. Speed is measured in the runtime and precision that each "
+    "model is deployed in."
 )
 _FINGERPRINT = (
     "A fingerprint is the SHA-256 over all files that determine a model's answers, not over a single one; of a server, "

@@ -309,6 +309,30 @@ class TestDecision:
         assert equal is not None
         assert equal.place == 1
 
+    def test_sizes_within_one_percent_are_equal(self) -> None:
+        # int8-weights and int8 of one checkpoint: they are packed differently.
+        better, worse = 220_257_648, 220_231_544
+        card = make_card_of_several(199, 195, sizes=(better, worse), gates=parse_gates(0.95))
+        assert card.decision is not None
+        assert card.decision.reason.startswith(
+            "Take keeps 199 (220.3 MB): it keeps most among the smallest (within 1 %) of 2 models that keep at least "
+            "95 %. "
+        )
+        assert [each.beaten_by for each in card.decision.standings] == [None, 0]
+        decision = make_card_of_several(199, 195, sizes=(better, worse)).decision
+        assert decision is not None
+        most = "keeps most, and of the models that no test distinguishes from it, none is more than 1 % smaller. "
+        assert f"(220.3 MB): it {most}" in decision.reason
+        # Of those that keep as much, the smaller is taken; a size more than 1 % above is larger.
+        for kept, sizes, place in (
+            ((199, 199), (better, worse), 1),
+            ((199, 195), (101_000, 100_000), 0),
+            ((199, 195), (101_001, 100_000), 1),
+        ):
+            decision = make_card_of_several(*kept, sizes=sizes, gates=parse_gates(0.95)).decision
+            assert decision is not None
+            assert decision.place == place
+
     def test_strict_gate_must_be_met_by_the_interval(self) -> None:
         card = make_card_of_several(199, 195, sizes=(300_000, 200_000), gates=parse_gates(0.95, strict=True))
         assert card.decision is not None
@@ -411,7 +435,7 @@ class TestDecision:
         assert (best.beaten_by, best.alike) == (None, (2,))
         assert (second.beaten_by, second.is_surely_beaten) == (1, False)
         # A model of the same size beats it, and a smaller one that keeps as many facts, but not one that is no better.
-        for last, beaten in ((200_000, [1, None, None]), (200_001, [1, None, 1]), (199_999, [1, 2, None])):
+        for last, beaten in ((202_000, [1, None, None]), (202_001, [1, None, 1]), (198_019, [1, 2, None])):
             decision = make_card_of_several(150, 199, 199, sizes=(200_000, 200_000, last)).decision
             assert decision is not None
             assert [standing.beaten_by for standing in decision.standings] == beaten
