@@ -73,7 +73,8 @@ class Comparison(SummaryRepr):
     next : advice on what to do next, in one line; empty if the figures support none.
     measured : by section and probe, what the section measured, as values for JSON.
     left_out : sections of other packages that failed, and the warning on each.
-    source_matches : whether the compressed model records the original's files as its source; None if unknown.
+    source_matches : whether the compressed model records the original's files as its source, or as the source of its
+        source; None if unknown.
     texts : figures on running texts, which are not among `probes`.
     """
 

@@ -13,6 +13,7 @@ from compressknow.compress.schemes import read_schemes
 from compressknow.evaluate.answers import REFERENCE_TOKENS, Answers
 from compressknow.evaluate.grades import PRODUCED
 from compressknow.evaluate.records import UNKNOWN, FactsInText, ModelRecord, is_on_server
+from compressknow.model.tensors import FLOAT_DTYPES
 from compressknow.pages.card.verdict import count_facts, is_larger_by_final_layer, join_names
 from compressknow.pages.parts import get_headline_accuracy
 from compressknow.pages.records import Comparison, Grade, write_estimate
@@ -80,8 +81,10 @@ def warn_of_models(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
 
 
 def warn_of_provenance(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
-    """Warn if the model was made from another original, files changed since, or the two look swapped."""
-    if check_source(original, model) is False:
+    """Warn if the model was made from another original, files changed since, the two look swapped, or the original is
+    itself compressed."""
+    is_sibling = not _list_source_hashes(original).isdisjoint(_list_source_hashes(model))
+    if check_source(original, model) is False and not is_sibling:
         source = model.source or {}
         recorded, actual = clean(source.get("sha256"), 13), clean(original.sha256, 13)
         yield (
@@ -95,14 +98,35 @@ def warn_of_provenance(original: ModelRecord, model: ModelRecord) -> Iterator[st
             f"The two models look swapped: {clean(original.name, 80)}, given as the original, was made from "
             f"{clean(model.name, 80)}, according to its own record. Give the original first."
         )
+    elif _is_compressed(original):
+        source = original.source or {}
+        made_from = clean(source.get("name"), 80) + ", a converted checkpoint" * ("original_sha256" in source)
+        yield (
+            f"{clean(original.name, 80)}, given as the original, is itself compressed: "
+            f"{clean(original.setup or original.quantization, 80)}, made from {made_from}. What it lost by that is not "
+            "counted here; to count it, give the model that it was made from as the original."
+        )
 
 
 def check_source(original: ModelRecord, model: ModelRecord) -> bool | None:
-    """Return whether a model was made from the original, or both from the same source; None if unknown."""
-    hashes, others = _list_source_hashes(model), {original.sha256, *_list_source_hashes(original)}
-    if not hashes or is_on_server(original):
-        return None
-    return not hashes.isdisjoint(others)
+    """Return whether a model was made from this very original; None if unknown."""
+    hashes = _list_source_hashes(model)
+    return None if not hashes or is_on_server(original) else original.sha256 in hashes
+
+
+def _is_compressed(model: ModelRecord) -> bool:
+    """Return whether a model may have lost something to compression, by its own record. A GGUF file of floats has
+    not."""
+    if not model.source:
+        return False
+    types = {kind for kinds in (model.runtime or {}).get("types", {}).values() for kind in kinds}
+    return "original_sha256" in model.source or not types.issubset(FLOAT_DTYPES) or _is_changed(model)
+
+
+def _is_changed(model: ModelRecord) -> bool:
+    """Return whether a conversion changed or left out any weight."""
+    changed = any(group.get("pruned") or group.get("quantized") for group in (model.groups or {}).values())
+    return bool(model.removed) or changed
 
 
 def _list_source_hashes(model: ModelRecord) -> set[str]:
@@ -134,8 +158,7 @@ def _is_source(model: ModelRecord, made: ModelRecord) -> bool:
 
 def warn_of_recipe(model: ModelRecord) -> Iterator[str]:
     """Warn of effects of a converted checkpoint's recipe on its answers."""
-    changed = any(group.get("pruned") or group.get("quantized") for group in (model.groups or {}).values())
-    if model.groups and not model.removed and not changed:
+    if model.groups and not _is_changed(model):
         yield "Nothing in this model was in scope: no weight was pruned or quantized."
     if by_batch := [scheme.name for scheme in read_schemes(model.recipe) if scheme.rounds == "batch"]:
         yield (

@@ -168,14 +168,52 @@ def test_export_of_a_conversion_matches_the_original() -> None:
         assert make_card(original, [converted]).comparisons[0].source_matches is matches
 
 
-def test_two_exports_of_one_checkpoint_match() -> None:
+def test_warning_if_the_original_is_itself_compressed(folder: Path, tmp_path: Path, report: Report) -> None:
+    compressknow.convert(folder / "first", tmp_path / "int4", scope="attention", quantize="int4")
+    (comparison,) = report(folder / "converted", tmp_path / "int4")["compressed"]
+    assert comparison["source_matches"] is False
+    assert comparison["warnings"][0] == (
+        "converted, given as the original, is itself compressed: Att_GPQ 10%, made from first. What it lost by that is "
+        "not counted here; to count it, give the model that it was made from as the original."
+    )
+    assert not [warning for warning in comparison["warnings"] if NOT_MADE_FROM in warning]
+    # Nor does a second step count what the first one lost.
+    compressknow.convert(folder / "first", tmp_path / "pruned", scope="attention", prune=0.1)
+    compressknow.convert(tmp_path / "pruned", tmp_path / "small", scope="attention", quantize="int8")
+    (comparison,) = report(tmp_path / "pruned", tmp_path / "small")["compressed"]
+    assert comparison["source_matches"] is True
+    assert comparison["warnings"][0].startswith("pruned, given as the original, is itself compressed: Att_GP 10%, made")
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "made_from"),
+    [
+        ("F16", {}, None),
+        ("Q8_0", {}, "GGUF Q8_0, made from m."),
+        ("F16", {"original_sha256": "f" * 64}, "GGUF F16, made from m, a converted checkpoint."),
+    ],
+)
+def test_original_in_gguf_is_compressed_unless_it_has_the_floats_of_the_checkpoint(
+    kind: str, source: dict[str, str], made_from: str | None
+) -> None:
     original, compressed = make_runs(make_rows(20))
-    source = {"name": "m", "sha256": "c" * 64}
-    pair = [
-        make_answers(s.answers, make_model(sha256=n * 64, source=source))
-        for n, s in zip("de", (original, compressed), strict=True)
+    source = {"name": "m", "sha256": "c" * 64, **source}
+    runtime = {"name": "llama.cpp", "types": {"attention": {kind: 6}, "not-linear": {"F32": 1}}}
+    exports = [
+        make_answers(
+            side.answers,
+            make_model(
+                name=f"{number}.gguf", sha256=number * 64, source=source, quantization=f"GGUF {kind}", runtime=runtime
+            ),
+        )
+        for number, side in zip("de", (original, compressed), strict=True)
     ]
-    assert make_card(pair[0], pair[1:]).comparisons[0].source_matches is True
+    (comparison,) = make_card(exports[0], exports[1:]).comparisons
+    assert comparison.source_matches is False
+    assert not [warning for warning in comparison.warnings if NOT_MADE_FROM in warning]
+    warned = [warning for warning in comparison.warnings if "is itself compressed" in warning]
+    assert len(warned) == (made_from is not None)
+    assert all(f"d.gguf, given as the original, is itself compressed: {made_from} " in warning for warning in warned)
 
 
 @pytest.mark.parametrize("made_from_it", [True, False])

@@ -286,8 +286,7 @@ class Layers(Section):
             columns = ("Group of layers", "Parameters", "Zeros", "Pruned", scheme, "Relative error")
             yield Table("What was done to each group of layers", columns, rows, captioned=False)
             source = model.source or {}
-            # A model made from the same source as the original matches, too.
-            if context.comparison.source_matches is not None and source.get("sha256") != context.original.sha256:
+            if context.comparison.source_matches is False:
                 step = f"the step from {clean(source.get('name'), 80)}, which this model was made from"
                 yield Note(f"The table describes {step}, not from the original.")
         if removed := " ".join(describe_removed(model.removed)):
