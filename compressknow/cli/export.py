@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from compressknow.base.format import clean, count, write_size
+from compressknow.base.reading import NotReadable, compute_sha256
 from compressknow.cli import NOTHING_WRITTEN, check_upload, explain_interrupt, push_options, upload
 from compressknow.cli import options as opt
 from compressknow.cli.terminal import ProgressLines, show, show_json
+from compressknow.model.checkpoint import HUB_ID
+from compressknow.model.manifest import MANIFEST_NAME, read_manifest
 
 if TYPE_CHECKING:
     from compressknow.gguf.record import ExportRecord
@@ -144,11 +148,29 @@ def _suggest_next(record: ExportRecord, model: str, output: Path, modelfile: Pat
         yield "\nWhat it forgot cannot be measured: among GGUF files, only decoder-only models can be evaluated."
         return
     file = shlex.quote(str(output))
-    yield f"\nWhat it forgot: compressknow report {shlex.quote(model)} {file}"
+    yield f"\nWhat it forgot: compressknow report {shlex.quote(_find_original(model))} {file}"
     if modelfile is None:
         yield f"Serve it:       llama-server -m {file}"
     else:
         yield f"Serve it:       ollama create {shlex.quote(output.stem.lower())} -f {shlex.quote(str(modelfile))}"
+
+
+def _find_original(model: str) -> str:
+    """Return what a converted checkpoint was made from, if its manifest leads there: a hub id, or a folder next to it
+    or here; otherwise the model itself."""
+    if not (Path(model) / MANIFEST_NAME).is_file():
+        return model
+    source = read_manifest(Path(model))["source"]
+    name, config = str(source["name"]), source["files"].get("config.json")
+    # A folder has a name without a slash, and no revision.
+    if HUB_ID.fullmatch(name) and ("/" in name or source.get("revision")):
+        return name
+    for folder in (Path(model).parent / name, Path(name)):
+        with suppress(OSError, NotReadable):
+            # Another model may have that name.
+            if compute_sha256(folder / "config.json") == config:
+                return str(folder)
+    return model
 
 
 def build_layers_table(types: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -546,6 +546,29 @@ def test_a_report_is_not_advised_for_a_file_that_cannot_be_probed(
 
 
 @needs_converter
+def test_report_of_a_converted_checkpoint_is_advised_against_its_original(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, small = save_checkpoint("llama", tmp_path / "model"), tmp_path / "small"
+    compressknow.convert(source, small, scope="attention", quantize="int8")
+
+    def advise(model: Path, output: Path) -> str:
+        """Return the advised original."""
+        assert main(["export", str(model), str(output), "--no-smoke"]) == 0
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("What it forgot"))
+        return line.removeprefix("What it forgot: compressknow report ").removesuffix(f" {output}")
+
+    assert advise(small, tmp_path / "out.gguf") == str(source)
+    # Another model with the name of the original is not it.
+    edit_config(source, vocab_size=1)
+    assert advise(small, tmp_path / "out.gguf") == str(small)
+    put_into_hub_cache(save_checkpoint("llama", tmp_path / "again"), tmp_path / "hub", "org/tiny")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    compressknow.convert("org/tiny", tmp_path / "of-hub", scope="attention", quantize="int8")
+    assert advise(tmp_path / "of-hub", tmp_path / "of-hub.gguf") == "org/tiny"
+
+
+@needs_converter
 def test_verify_reports_a_changed_file_or_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, output = save_checkpoint("llama", tmp_path / "model"), tmp_path / "exact.gguf"
     assert main(["export", str(source), str(output), "--type-of", "attention=F16", "--json"]) == 0
