@@ -57,34 +57,38 @@ class CodeLayout:
     width : weights in a block.
     codes : smallest and largest code. A weight is its block's offset plus its code times the step.
     levels : values of the codes in steps, in place of the codes and the offset; None if they are linear.
+    has_zero : whether the grid of every block has 0.
     """
 
     width: int
     codes: tuple[int, int]
     fields: tuple[Field, ...]
     levels: tuple[int, ...] | None = None
+    has_zero: bool = False
 
 
 # Values of the 16 codes of iq4_nl and iq4_xs.
 _NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 LAYOUTS = {
-    "q4_0": CodeLayout(32, (0, 15), (Field(2, 0, 4, 16),)),
+    "q4_0": CodeLayout(32, (0, 15), (Field(2, 0, 4, 16),), has_zero=True),
     "q4_1": CodeLayout(32, (0, 15), (Field(4, 0, 4, 16),)),
-    "q5_0": CodeLayout(32, (0, 31), (Field(6, 0, 4, 16), Field(2, 4, 1, 1))),
+    "q5_0": CodeLayout(32, (0, 31), (Field(6, 0, 4, 16), Field(2, 4, 1, 1)), has_zero=True),
     "q5_1": CodeLayout(32, (0, 31), (Field(8, 0, 4, 16), Field(4, 4, 1, 1))),
-    "q8_0": CodeLayout(32, (-127, 127), (Field(2, 0, 8, 32),)),
+    "q8_0": CodeLayout(32, (-127, 127), (Field(2, 0, 8, 32),), has_zero=True),
     "iq4_nl": CodeLayout(32, (0, 15), (Field(2, 0, 4, 16),), _NONLINEAR),
     "iq4_xs": CodeLayout(256, (0, 15), (Field(8, 0, 4, 16),), _NONLINEAR),
     "q2_k": CodeLayout(256, (0, 3), (Field(16, 0, 2, 32),)),
-    "q3_k": CodeLayout(256, (0, 7), (Field(32, 0, 2, 32), Field(0, 2, 1, 32))),
+    "q3_k": CodeLayout(256, (0, 7), (Field(32, 0, 2, 32), Field(0, 2, 1, 32)), has_zero=True),
     "q4_k": CodeLayout(256, (0, 15), (Field(16, 0, 4, 32),)),
     "q5_k": CodeLayout(256, (0, 31), (Field(48, 0, 4, 32), Field(16, 4, 1, 32))),
-    "q6_k": CodeLayout(256, (0, 63), (Field(0, 0, 4, 64), Field(128, 4, 2, 32))),
+    "q6_k": CodeLayout(256, (0, 63), (Field(0, 0, 4, 64), Field(128, 4, 2, 32)), has_zero=True),
 }
 
 
 def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Bytes:
     """Return weights [out, in] as the bytes of a tensor of a type of `LAYOUTS`, uint8 [out, bytes per row].
+
+    Zeros were pruned. They stay zero if the type has a zero, and other columns compensate for their errors too.
 
     Parameters
     ----------
@@ -105,9 +109,10 @@ def round_gptq(weight: torch.Tensor, kind: str, inputs: InputStatistics) -> Byte
     parts = []
     for rows in torch.split(weight, step):
         columns, moves = rows.T[order].contiguous(), find_moves(rows, inputs, factor, order)
+        zero = (columns == 0) & layout.has_zero
         if moves is not None:
             columns.addmm_(factor.T, moves)
-        parts.append(_Rows(kind, layout, columns, importance, order).round(factor))
+        parts.append(_Rows(kind, layout, columns, zero, importance, order).round(factor))
     return np.concatenate(parts)
 
 
@@ -115,10 +120,16 @@ class _Rows:
     """Rows of a weight, which are rounded independently of others."""
 
     def __init__(
-        self, kind: str, layout: CodeLayout, columns: torch.Tensor, importance: torch.Tensor, order: torch.Tensor
+        self,
+        kind: str,
+        layout: CodeLayout,
+        columns: torch.Tensor,
+        zero: torch.Tensor,
+        importance: torch.Tensor,
+        order: torch.Tensor,
     ) -> None:
         self._kind, self._layout, self._order, self._importance = kind, layout, order, importance
-        self._columns = columns
+        self._columns, self._zero = columns, zero
         self._codes = torch.empty(columns.shape, dtype=torch.int16)
         self._blocks: dict[int, Bytes] = {}
         self._levels = None if layout.levels is None else torch.tensor(layout.levels, dtype=torch.float32)
@@ -161,7 +172,7 @@ class _Rows:
 
     def _round_column(self, column: int, values: torch.Tensor) -> torch.Tensor:
         index = column - self._first
-        step = self._step[index]
+        values, step = values.masked_fill(self._zero[column], 0), self._step[index]
         inverse = torch.where(step == 0, 0, 1 / step)
         if self._levels is None:
             offset = self._offset[index]

@@ -101,6 +101,19 @@ def test_a_file_keeps_to_its_size_and_gptq_lowers_the_error(name: str, tmp_path:
 
 
 @needs_converter
+def test_gptq_keeps_the_zeros_of_a_pruned_checkpoint(tmp_path: Path) -> None:
+    source = save_checkpoint("llama-tied", tmp_path / "model", torch.bfloat16)
+    compressknow.convert(source, tmp_path / "pruned", prune=0.5, scope="feed-forward")
+    must = (("feed-forward", "q8_0"), ("ffn_down", "q3_k"))
+    record = export_to_size(tmp_path / "pruned", tmp_path / "out.gguf", SizeTarget(1_200_000, must=must))
+    assert record["fit"]["compensated"]
+    stored, written = convert_to_llama_cpp(read_weights(tmp_path / "pruned")), read_tensors(tmp_path / "out.gguf")
+    pruned = {name: stored[name] == 0 for name in stored if "ffn" in name and "norm" not in name}
+    assert sum(map(np.sum, pruned.values())) >= 0.5 * sum(zero.size for zero in pruned.values())
+    assert all((written[name][zero] == 0).all() for name, zero in pruned.items())
+
+
+@needs_converter
 def test_a_large_enough_file_keeps_weights_unrounded(tmp_path: Path) -> None:
     source = save_checkpoint("llama-tied", tmp_path / "model", torch.float32)
     nbytes = sum(array.nbytes for array in read_weights(source).values())

@@ -97,6 +97,20 @@ def test_gptq_loses_less_than_llama_cpp_with_an_importance_matrix(kind: str) -> 
         assert (ours[3] == 0).all(), "what is zero stays zero where the grid has no minimum"
 
 
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_pruned_weights_stay_zero_in_all_types_in_which_llama_cpp_keeps_them(kind: str) -> None:
+    """Neither the compensation of errors nor that of earlier layers moves them."""
+    exact, inputs = make_weight(), make_statistics()
+    exact[exact.abs() < exact.abs().median(dim=1, keepdim=True).values] = 0
+    inputs = replace(inputs, drift=0.2 * inputs.products.roll(1, dims=0))
+    ours = dequantize(round_gptq(exact, kind, inputs), kind, exact.shape)
+    theirs = dequantize(quantize(exact.numpy(), kind, (inputs.squares / inputs.tokens).numpy()), kind, exact.shape)
+    zero = exact.numpy() == 0
+    assert (ours[zero] == 0).all() == (theirs[zero] == 0).all() == LAYOUTS[kind].has_zero
+    ours = dequantize(round_gptq(exact, kind, replace(inputs, drift=None)), kind, exact.shape)
+    assert compute_error(ours, exact, inputs) < 0.8 * compute_error(theirs, exact, inputs)
+
+
 @pytest.mark.parametrize("kind", ["iq4_nl", "q4_k"])
 def test_weights_with_uncorrelated_inputs_are_rounded_to_nearest(kind: str) -> None:
     """The nearest value is found by a search over the whole grid."""
