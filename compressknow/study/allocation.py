@@ -284,7 +284,7 @@ def describe_fit(allocation: Allocation, budget: int, target: SizeTarget, guidan
         **{"budget": budget, "guide": target.guide, "rounding": target.rounding},
         **{"must": [list(rule) for rule in target.must], "predicted_kl": allocation.loss},
         **{"facts": guidance.facts, "facts_sha256": guidance.fingerprint, "guided_by": guided_by},
-        **{"tokens": guidance.tokens, "text_sha256": guidance.text},
+        **{"tokens": guidance.text_tokens, "text_sha256": guidance.text},
     }
     return allocation.types, record
 

@@ -95,7 +95,7 @@ def measure_guides(
     ids = tuple((each.answer.probe, each.answer.fact_id) for each in scored)
     fingerprint, tokens = hash_facts(known) if scored else None, min(text.tokens, TOKENS)
     measured_with = (len(scored), fingerprint, tokens, text.sha256, ids)
-    guidance = Guidance(roundings.form, roundings.types, *measured_with, roundings.has_one_type)
+    guidance = Guidance(roundings.form, roundings.types, *measured_with, roundings.has_one_type, text.tokens)
     texts = batch_text(_cut_text(text), find_family(tree) or "", tokenizer.mask_token_id)
     sensitivity = _measure_sensitivity(handle, checkpoint, tree, roundings, guidance, scored, texts, on_progress)
     # The last token of a fact's object predicts nothing.

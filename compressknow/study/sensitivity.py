@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -113,11 +113,13 @@ class Guidance:
     types: tuple[str, ...]  # the candidates, the largest first
     facts: int = 0  # number of facts, all known to the model
     fingerprint: str | None = None  # a hash of their ids, prompts and candidates
-    tokens: int = 0  # number of tokens of text
-    text: str | None = None  # a hash of the text
+    tokens: int = 0  # number of tokens of text that guide, the first ones
+    text: str | None = None  # a hash of the whole text
     ids: tuple[tuple[str, str], ...] = ()  # the facts' probes and ids
     # Whether a checkpoint can have only one of the types, besides weights that stay as they are (T5).
     has_one_type: bool = field(default=False, repr=False)
+    # Number of tokens of the whole text, which older stored sensitivities lack; `text` determines it.
+    text_tokens: int = field(default=0, repr=False, compare=False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -234,4 +236,4 @@ def read_sensitivity(path: Path, sha256: str, guidance: Guidance) -> Sensitivity
         stored = Sensitivity.from_json(record["sensitivity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return stored if (stored.sha256, stored.guidance) == (sha256, guidance) else None
+    return replace(stored, guidance=guidance) if (stored.sha256, stored.guidance) == (sha256, guidance) else None

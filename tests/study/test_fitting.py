@@ -65,7 +65,8 @@ def sensitivity(tensors: Tensors) -> Sensitivity:
         }
         name = tensors.source.structure.tied.get(weight.parameter, weight.parameter)
         rows.append(TensorSensitivity(name, weight.shape, weight.group or "other", weight.layer, by_type))
-    return Sensitivity("0" * 64, Guidance("gguf", ("q8_0",), 40, "1" * 64, 1000, "2" * 64, IDS), tuple(rows))
+    guidance = Guidance("gguf", ("q8_0",), 40, "1" * 64, 1000, "2" * 64, IDS, text_tokens=4000)
+    return Sensitivity("0" * 64, guidance, tuple(rows))
 
 
 def compute_bits(types: Mapping[str, str], tensors: Tensors, group: str) -> float:
@@ -89,7 +90,7 @@ def test_guide_decides_where_bits_go(sensitivity: Sensitivity, tensors: Tensors)
     assert fit_types(sensitivity, tensors, OVERHEAD, by_text)[1]["guided_by"] == ()
     assert record == {
         **{"budget": 700_000, "guide": "facts", "rounding": "gptq", "must": [], "predicted_kl": pytest.approx(loss)},
-        **{"facts": 40, "facts_sha256": "1" * 64, "guided_by": IDS, "tokens": 1000, "text_sha256": "2" * 64},
+        **{"facts": 40, "facts_sha256": "1" * 64, "guided_by": IDS, "tokens": 4000, "text_sha256": "2" * 64},
     }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from compressknow.engine.identity import locate
 from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources.sets import read_atlas
+from compressknow.model.manifest import seal_manifest
 from compressknow.study.guides import measure_guides, select_known_facts
 from compressknow.study.measuring import GgufRoundings
 from compressknow.study.sensitivity import can_guide
@@ -80,6 +83,26 @@ def test_sensitivity_keeps_the_stored_answers_of_a_report(out: Path, monkeypatch
     )
     assert (result.guidance.facts, result.guidance.tokens) == (40, 256)
     assert "evaluate" not in list_work_of_report()
+
+
+def test_the_tokens_of_the_whole_text_are_known_by_a_map_stored_before_they_were_counted_too(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record of a file states them with the hash of the text, which GPTQ reads whole."""
+    monkeypatch.setattr("compressknow.study.guides.TOKENS", 256)
+    options = {"facts": OPTIONS[1], "calibration": "text.txt", "calibration_tokens": 512}
+    first = compressknow.sensitivity("llama", **options)
+    assert (first.guidance.tokens, first.guidance.text_tokens) == (256, 512)
+    (file,) = (out.parent / "cache" / "compressknow" / "sensitivity").iterdir()
+    guidance = replace(first.guidance, text_tokens=0)
+    assert file.stem.endswith(hashlib.sha256(repr(guidance).encode()).hexdigest()[:16])
+    stored = first.as_json()
+    del stored["guidance"]["text_tokens"]
+    file.write_text(json.dumps(seal_manifest({"sensitivity": stored})))
+    works: list[str] = []
+    again = compressknow.sensitivity("llama", **options, on_progress=lambda progress: works.append(progress.stage.work))
+    assert "sensitivity" not in works
+    assert (again, again.guidance.text_tokens) == (first, 512)
 
 
 def test_command_prints_and_writes_the_map_and_measures_once(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
