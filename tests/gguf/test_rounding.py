@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ pytest.importorskip("llama_cpp_py_sync")
 from compressknow.compress.calibrate.gathering import InputStatistics
 from compressknow.gguf.gptq import LAYOUTS, pack, replace_rows, round_gptq
 from compressknow.gguf.grids import dequantize, get_block_size, get_nbytes, quantize, roundtrip
+from tests.shown import ROOT
 
 ROWS, COLUMNS = 24, 512
 
@@ -109,6 +111,17 @@ def test_pruned_weights_stay_zero_in_all_types_in_which_llama_cpp_keeps_them(kin
     assert (ours[zero] == 0).all() == (theirs[zero] == 0).all() == LAYOUTS[kind].has_zero
     ours = dequantize(round_gptq(exact, kind, replace(inputs, drift=None)), kind, exact.shape)
     assert compute_error(ours, exact, inputs) < 0.8 * compute_error(theirs, exact, inputs)
+
+
+def test_the_manual_names_the_types_in_which_llama_cpp_keeps_zeros_and_those_in_which_it_loses_them() -> None:
+    exact = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)).numpy()
+    exact[np.abs(exact) < np.median(np.abs(exact))] = 0
+    kept = {kind: (roundtrip(exact, kind)[exact == 0] == 0).mean() for kind in LAYOUTS}
+    page = (ROOT / "docs" / "gguf.md").read_text(encoding="utf-8")
+    sentences = page[page.index("A pruned checkpoint keeps") : page.index("The files `q4_k_m`")].split(". ")
+    all_kept, nearly_none = (set(re.findall("`(.+?)`", sentence)) for sentence in sentences[:2])
+    assert all_kept == {"f16", "bf16", *(kind for kind, share in kept.items() if share == 1)}
+    assert nearly_none == {kind for kind, share in kept.items() if share < 0.05}
 
 
 @pytest.mark.parametrize("kind", ["iq4_nl", "q4_k"])
