@@ -86,8 +86,9 @@ def build_page(sensitivity: Sensitivity, guide: Any) -> Iterator[str]:
             yield "-" * WIDTH
             yield from (_format_row(row, guide) for row in rows)
     kinds = " or ".join(sorted({row.compared for row in ranked}))
+    saves = f"{kinds} saves against {ranked[0].bits} bits"
     yield ""
-    yield from wrap(f"KL in thousandths of a nat, for each MB that {kinds} saves against 16 bits.", indent="")
+    yield from wrap(f"KL in thousandths of a nat, for each MB that {saves}.", indent="")
 
 
 def _format_row(row: TensorSensitivity, guide: Any) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
-from math import floor, log10, prod
+from math import floor, log10
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -105,10 +105,15 @@ class Map:
         return [row for row in self.sensitivity.rows if row.group in LANGUAGE and row.layer is not None]
 
     @property
+    def bits(self) -> int:
+        """Return the bits of each value of weights that are not rounded."""
+        return self.ranked[0].bits
+
+    @property
     def others(self) -> int:
-        """Return the bytes of weights that always have 16 bits: norms, biases, weights that were not measured."""
-        measured = sum(prod(row.shape) for row in self.sensitivity.rows)
-        return 2 * (self.sensitivity.others + measured - sum(prod(row.shape) for row in self._chosen))
+        """Return the bytes of weights that are never rounded: norms, biases, weights that were not measured."""
+        unchosen = sum(row.exact for row in self.sensitivity.rows) - sum(row.exact for row in self._chosen)
+        return self.bits // 8 * self.sensitivity.others + unchosen
 
     @cached_property
     def table(self) -> OptionTable:
@@ -119,7 +124,7 @@ class Map:
         }
         if self.sensitivity.guidance.form == "gguf":
             return table
-        exact = {row.name: TypeOption(2 * prod(row.shape), 0.0) for row in self._chosen}
+        exact = {row.name: TypeOption(row.exact, 0.0) for row in self._chosen}
         by_module = {name.removesuffix(".weight"): {NONE: exact[name], **options} for name, options in table.items()}
         return join_options(by_module, group_fused(by_module))
 
@@ -387,7 +392,8 @@ def _list_extremes(map: Map) -> Iterator[parts.Part]:
     yield _tabulate_weights(f"The {count(shown)} most sensitive weights, by {name_guide(map.guide)}", most, map)
     if least:
         yield _tabulate_weights(f"The {count(len(least))} least sensitive weights", least, map)
-    yield parts.Note(f"KL in {_UNIT} that rounding from 16 to 4 bits saves.{_DOMAIN_NOTE if map.usual else ''}")
+    rounding = f"rounding from {map.bits} to 4 bits"
+    yield parts.Note(f"KL in {_UNIT} that {rounding} saves.{_DOMAIN_NOTE if map.usual else ''}")
 
 
 def _tabulate_weights(caption: str, weights: Weights, map: Map) -> parts.Table:
@@ -473,8 +479,9 @@ def _describe_method(map: Map) -> tuple[str, ...]:
         else ""
     )
     checkpoint = (
-        "Sizes are those of checkpoints as search makes them: weights outside the blocks stay as they are, and others "
-        f"may; those that vLLM joins (q, k and v; gate and up) have the same type{one_type}.",
+        "Sizes are those of checkpoints as search makes them: weights outside the blocks stay as they are, counted "
+        f"with {map.bits} bits each, and others may; those that vLLM joins (q, k and v; gate and up) have the same type"
+        f"{one_type}.",
     )
     compared = " or ".join(sorted({row.compared for row in map.sensitivity.rows}))
     rounded, both = [row.by_type[row.compared] for row in map.ranked], []
@@ -490,8 +497,8 @@ def _describe_method(map: Map) -> tuple[str, ...]:
         "underestimated.",
         *(facts if guidance.facts else ()),
         *(text if guidance.tokens else ()),
-        f"Weights are compared by rounding them to {compared}, and by the bytes that this saves against 16 bits. Other "
-        "types are predicted from their squared errors.",
+        f"Weights are compared by rounding them to {compared}, and by the bytes that this saves against {map.bits} "
+        "bits. Other types are predicted from their squared errors.",
         *both,
         *(fallbacks if guidance.form == "gguf" else checkpoint),
     )

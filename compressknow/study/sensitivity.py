@@ -91,9 +91,23 @@ class TensorSensitivity:
         return next((name for name in FOUR_BITS if name in self.by_type), [*self.by_type][-1])
 
     @property
+    def bits(self) -> int:
+        """Return the bits of each value if it is not rounded: 16 in a GGUF file, those of its dtype in a checkpoint."""
+        if (rounding := self.by_type.get("int8-weights")) is None:
+            return 16
+        # A row has a scale of that dtype, after whole words of 32 bits.
+        rows, columns = self.shape
+        return 8 * (rounding.bytes // rows - 4 * -(-columns // 4))
+
+    @property
+    def exact(self) -> int:
+        """Return the bytes of the weight if it is not rounded."""
+        return self.bits // 8 * prod(self.shape)
+
+    @property
     def saved(self) -> int:
-        """Return the bytes that the compared type saves against 16 bits per weight."""
-        return 2 * prod(self.shape) - self.by_type[self.compared].bytes
+        """Return the bytes that the compared type saves."""
+        return self.exact - self.by_type[self.compared].bytes
 
     def per_mb(self, guide: Guide = "both") -> float:
         """Return the predicted KL per MB (10^6 bytes) that the compared type saves."""

@@ -12,6 +12,8 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import compressknow
 from compressknow.base.format import share
@@ -24,7 +26,7 @@ from compressknow.evaluate.sources.sets import read_atlas
 from compressknow.model.manifest import seal_manifest
 from compressknow.study.guides import measure_guides, select_known_facts
 from compressknow.study.measuring import GgufRoundings
-from compressknow.study.sensitivity import can_guide
+from compressknow.study.sensitivity import Sensitivity, can_guide
 from tests.evaluate.layouts import open_probe
 from tests.knowing import KNOWN_FACTS, save_trained, write_bear, write_facts
 from tests.pages.answering import make_answer, make_answers
@@ -186,6 +188,29 @@ def test_masked_model_is_measured_with_the_schemes_of_checkpoints(
     # Scales are stored as the weights are: in float32.
     parameters = prod(row["shape"])
     assert row["by_type"]["int4/32"]["bytes"] == parameters // 2 + parameters // 32 * 4
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 16)])
+def test_sizes_of_a_checkpoint_are_those_of_its_files(
+    dtype: torch.dtype, bits: int, models: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = out / "bert"
+    shutil.copytree(models / "bert", original)
+    weights = {name: weight.to(dtype) for name, weight in load_file(original / "model.safetensors").items()}
+    save_file(weights, original / "model.safetensors", {"format": "pt"})
+    words = [*OPTIONS, "--guide", "text", "-o", str(out / "map.json"), "-o", str(out / "map.md")]
+    assert main(["sensitivity", str(original), *words]) == 0
+    assert f"saves against {bits} bits." in " ".join(capsys.readouterr().out.split())
+    page, values = (out / "map.md").read_text(), json.loads((out / "map.json").read_text())
+    assert f"counted with {bits} bits each" in page
+    assert f"rounding from {bits} to 4 bits saves" in page
+    compressknow.convert(original, out / "int8", quantize="int8-weights")
+    converted = load_file(out / "int8" / "model.safetensors")
+    # The map does not count the shapes of packed weights.
+    nbytes = sum(each.nbytes for name, each in converted.items() if not name.endswith("_shape"))
+    assert (values["uniform"][0]["type"], values["uniform"][0]["bytes"]) == ("int8-weights", nbytes)
+    row = Sensitivity.from_json(values).rows[0]
+    assert row.saved == weights[row.name].nbytes - row.by_type[row.compared].bytes
 
 
 def test_too_few_known_facts_are_refused_unless_a_text_guides(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
