@@ -379,7 +379,8 @@ def draw_tradeoff(chart: Tradeoff, id: str, broad: bool = False) -> str:
         lows = [to_percents(mark.kept)[1] for mark in chart.marks]
         lows += [100 * across for across in (chart.keep, chart.rounding) if across is not None]
         bottom = max(0.0, min(round_range(lows, low=min(lows))[0], 100 - _SPAN))
-        cut = [f"horizontal axis from {left:,.3g}"] if left else []
+        # Three digits, but no exponent: the ticks have none.
+        cut = [f"horizontal axis from {f'{left:,.0f}' if left >= 100 else f'{left:.3g}'}"] if left else []
         cut += [f"vertical axis from {bottom:g}{PERCENT}"] if bottom else []
         plot.set_xlim(left=left)
         plot.set_xlabel(f"{chart.cost}\n({', '.join(cut)})" if cut else chart.cost)

@@ -184,9 +184,12 @@ def format_millinats(kl: float) -> str:
 
     >>> format_millinats(0.16433), format_millinats(0.05582), format_millinats(0.0000123), format_millinats(0.0)
     ('164', '56', '0.012', '0')
+    >>> format_millinats(0.0996)
+    '100'
     """
     value = 1000 * kl
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+    # Rounded to two digits, 99.5 would be 1e+02.
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.2g}"
 
 
 def _format_kl(kl: float) -> str:

@@ -67,6 +67,8 @@ def test_axis_that_does_not_start_at_zero_says_so() -> None:
     texts = [text.text for text in draw(Estimate(0.99), Estimate(0.97), costs=(242.6, 243.1)).iter("text")]
     assert "80 %" in texts
     assert "(horizontal axis from 230, vertical axis from 80 %)" in texts
+    gigabytes = [text.text for text in draw(Estimate(0.99), Estimate(0.97), costs=(2426, 2431)).iter("text")]
+    assert "(horizontal axis from 2,305, vertical axis from 80 %)" in gigabytes
     far = [text.text for text in draw(Estimate(0.99), Estimate(0.02), costs=(20, 200)).iter("text")]
     assert not [text for text in far if "axis from" in str(text)]
 
