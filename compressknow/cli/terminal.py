@@ -224,6 +224,8 @@ class ProgressLine:
     def __init__(self, stage: Stage, written: float) -> None:
         self.written = written
         self._stage, self._start = stage, time.monotonic()
+        # What comes before the first unit tells nothing about the time of the others.
+        self._none_done = self._start
         self._number = f" ({stage.number} of {stage.of})" if stage.of > 1 else ""
         # None while the model is loaded.
         self._done_of_total: tuple[int, int] | None = None
@@ -251,6 +253,8 @@ class ProgressLine:
     def update(self, progress: Progress) -> None:
         """Update it with the progress of the stage."""
         self._done_of_total = progress.done, progress.total
+        if not progress.done:
+            self._none_done = time.monotonic()
         self._end = None if progress.left is None else time.monotonic() + progress.left
 
     def say(self, text: str) -> None:
@@ -263,17 +267,17 @@ class ProgressLine:
         return self._describe_facts() if self._stage.unit == "facts" else self._describe_work()
 
     def _describe_work(self) -> str:
-        label, spent = _LABELS[self._stage.work], time.monotonic() - self._start
+        label, now = _LABELS[self._stage.work], time.monotonic()
         if self._stage.work == "time":
             label = f"{label} of {clean(self._stage.model, NAME)}"
         label += self._number
         done, total = self._done_of_total or (0, 0)
         if done <= total * EXTRAPOLATE_FROM:
-            return f"{label}: {format_duration(spent)} so far"
+            return f"{label}: {format_duration(now - self._start)} so far"
         amount = f"{write_size(done)} of {write_size(total)}"
         if self._stage.unit != "bytes":
             amount = f"{count(done)} of {count(total)} {self._stage.unit}"
-        return f"{label}: {amount}, {format_duration(spent / done * (total - done))} left"
+        return f"{label}: {amount}, {format_duration((now - self._none_done) / done * (total - done))} left"
 
     def _describe_facts(self) -> str:
         stage, now = self._stage, time.monotonic()

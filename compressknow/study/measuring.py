@@ -290,10 +290,11 @@ class _Measurer:
             elif self._roundings.form == "gguf" and self._roundings.list_legal(weight.shape):
                 scale = getattr(self._streamed.model.get_submodule(module), "embed_scale", 1.0)
                 self._add_lookups(parameter, weight, of_weight, float(scale))
-        # Layers outside the blocks are not counted, and blocks that share their weights (ALBERT) are one.
+        # Layers outside the blocks are not counted, and blocks that share their weights (ALBERT) are one. After the
+        # final layer, which comes first and takes as long as several blocks, none is done.
         if module in self._streamed.blocks:
             self._visited.add(module)
-            self._advance(len(self._visited), len(self._streamed.blocks))
+        self._advance(len(self._visited), len(self._streamed.blocks))
 
     def _add_linear(self, linear: LinearWeight, weight: torch.Tensor, products: Sequence[Product]) -> None:
         if self._roundings.form == "checkpoint" and linear.parameter in self._structure.tied:

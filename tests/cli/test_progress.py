@@ -180,6 +180,20 @@ def test_time_left_is_that_of_the_remaining_bytes(monkeypatch: pytest.MonkeyPatc
     assert line.text() == "Converting: 100.0 MB of 300.0 MB, 50 s left"
 
 
+def test_time_left_does_not_count_what_comes_before_the_first_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("compressknow.cli.terminal.time.monotonic", lambda: clock[0])
+    stage = Stage("sensitivity", "smollm2")
+    line = ProgressLine(stage, 0.0)
+    # The final layer takes as long as eight blocks.
+    clock[0] += 480
+    line.update(Progress(stage, "advances", 0, 30))
+    assert line.text() == "Measuring the sensitivity: 8 min so far"
+    clock[0] += 60
+    line.update(Progress(stage, "advances", 1, 30))
+    assert line.text() == "Measuring the sensitivity: 1 of 30 blocks, 29 min left"
+
+
 def test_number_and_percent_sign_stay_on_one_line() -> None:
     filled = "x" * (WIDTH - 3)
     assert wrap(f"{filled} 2 %.", indent="") == [filled, "2 %."]

@@ -261,13 +261,13 @@ def test_small_changes_are_estimated_exactly(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("family", "total"), [("bert", 2), ("albert", 1)])
 def test_progress_counts_each_block_once_and_ends_at_their_number(family: str, total: int, tmp_path: Path) -> None:
-    """The layers of both heads and the embeddings are visited too, and ALBERT's only block twice."""
+    """The layers of both heads, at first, and the embeddings are visited too, and ALBERT's only block twice."""
     tiny(family).save_pretrained(tmp_path)
     batch, owners = score_next_tokens(range(14), 2), torch.arange(4).reshape(2, 2)
     facts = FactBatches((batch,), (owners,), torch.tensor([0, 0, 1, 1]))
     calls: list[tuple[float | None, ...]] = []
     measure(*open_complete(tmp_path), SCHEMES, facts, advance=lambda *done: calls.append(done))
-    assert list(dict.fromkeys(calls)) == [(number, total) for number in range(1, total + 1)]
+    assert list(dict.fromkeys(calls)) == [(number, total) for number in range(total + 1)]
 
 
 def test_errors_count_rows_and_inputs_by_their_squared_gradients(tmp_path: Path) -> None:
