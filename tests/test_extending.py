@@ -670,7 +670,7 @@ class TestPruningMethod:
             (["--prune-method", "l1-span"], "Did you mean l1-spans?"),
             (["--prune-method", "l1-spans", "--span", "1"], "span must be at least 2: 1"),
             (["--prune-method", "l1-spans", "--spam", "4"], "Did you mean --span?"),
-            (["--span", "4"], "'span' is not a parameter of l1-unstructured"),
+            (["--span", "4"], "--span is not a parameter of l1-unstructured. It needs l1-spans."),
         ],
     )
     @pytest.mark.usefixtures("spans")

@@ -127,7 +127,9 @@ def api_function(function: Callable[P, R]) -> Callable[P, R]:
                     check_threads(value)
             return function(*args, **kwargs)
         except CompressknowError as error:
-            error.name_parameters({name: each.default is False for name, each in signature.parameters.items()})
+            flags = {name: each.default is False for name, each in signature.parameters.items()}
+            # Those of other packages are not in the signature.
+            error.name_parameters(dict.fromkeys(getattr(error, "names", ()), False) | flags)
             raise
 
     call.__signature__ = signature  # type: ignore[attr-defined]

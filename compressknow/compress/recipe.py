@@ -274,11 +274,17 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
         numbers = {name: options[name] for name in ("norm", "dim") if name in options}
         shared = {name: value for name, value in numbers.items() if value != getattr(Prune, name)}
         chosen = [step.chosen for step in steps if isinstance(step, Prune | Quantize)]
-        known = {parameter.name for each in chosen for parameter in each.parameters()}
-        if unknown := sorted((shared.keys() | parameters.keys()) - known):
+        known = {parameter.name: parameter.option for each in chosen for parameter in each.parameters()}
+        if unknown := sorted((shared.keys() | parameters.keys()) - known.keys()):
             names = " and ".join(each.name for each in chosen) or "a step that drops blocks or neurons"
-            hint = f"{suggest_word(unknown[0], known)}Choose from {', '.join(sorted(known))}." if known else None
-            raise UnusedOptions(f"{unknown[0]!r} is not a parameter of {names}.", hint=hint, names=[unknown[0]])
+            option = f"--{str(unknown[0]).replace('_', '-')}"
+            usable = {**METHODS.usable()[0], **SCHEMES.usable()[0]}
+            owners = [name for name, each in usable.items() if unknown[0] in each.values()]
+            hints = [f"It needs {' or '.join(owners)}." if owners else suggest_word(option, known.values()).rstrip()]
+            hints += [f"Choose from {', '.join(sorted(known.values()))}."] if known else []
+            raise UnusedOptions(
+                f"{option} is not a parameter of {names}.", hint=" ".join(filter(None, hints)), names=[unknown[0]]
+            )
     values = {**options, **parameters}
     for index, step in enumerate(steps):
         if isinstance(step, Prune | Quantize):
