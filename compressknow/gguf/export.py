@@ -33,6 +33,7 @@ from compressknow.gguf.gptq import round_file
 from compressknow.gguf.importance import (
     Importance,
     Statistics,
+    build_equal_importance,
     build_importance,
     check_model,
     check_source,
@@ -384,8 +385,13 @@ def _make_file(
     tensors, floats = describe_tensors(reader, export.source), reader.tensors
     del reader
     kind, types, entries = _choose_types(export, tensors)
-    if not dry_run and (described := _find_importance(export, floats, tensors, inputs)):
+    importance = None
+    if described := _find_importance(export, floats, tensors, inputs):
         importance, entries["importance"] = described
+    elif export.choice.calibration:
+        # A dry run: llama.cpp chooses types by whether there is a matrix, not by its values.
+        importance = build_equal_importance(tensors)
+    if importance is not None:
         matrix = folder / IMPORTANCE
         write_importance(importance, matrix)
     requested: Any = {"types": types, "importance": matrix, "threads": threads, "dry_run": dry_run}

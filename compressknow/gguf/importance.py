@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -113,6 +114,13 @@ def build_importance(
     sequences = [sequence for batch in text.batches for sequence in batch["input_ids"]]
     name = name_text(text.source, text.seed, text.sha256)
     return Importance(sums, counts, (name,), len(sequences), len(sequences[0]))
+
+
+def build_equal_importance(tensors: Tensors) -> Importance:
+    """Return an importance matrix of a GGUF file that weighs all channels alike."""
+    shapes = {name: tensors.tensors[name].shape for name in tensors.weights}
+    sums = {name: np.ones((prod(shape[2:]), shape[0]), np.float32) for name, shape in shapes.items()}
+    return Importance(sums, {name: np.ones(len(each), np.float32) for name, each in sums.items()})
 
 
 def name_text(source: str, seed: int, sha256: str) -> str:

@@ -35,6 +35,9 @@ _BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "v
 _MODELS = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA)),
     "llama-tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
+    "llama-8-blocks": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(**_LLAMA | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 8})
+    ),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_LLAMA)),
     "gemma3": lambda: hf.Gemma3ForCausalLM(
         hf.Gemma3TextConfig(

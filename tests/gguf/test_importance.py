@@ -370,6 +370,28 @@ def test_channels_are_compared_in_whatever_form_the_converter_stores_a_weight(
 
 
 @needs_converter
+def test_a_dry_run_predicts_the_types_that_depend_on_a_matrix(tmp_path: Path) -> None:
+    """With a matrix, llama.cpp's q4_0 has a q4_1 in the first of eight blocks."""
+    source, matrix = save_checkpoint("llama-8-blocks", tmp_path / "model"), tmp_path / "matrix.gguf"
+    text = {"calibration": str(write_sentences(tmp_path / "text.txt")), "calibration_tokens": 512}
+    options = {"type": "q4_0", "smoke": False}
+    exported = compressknow.export(source, tmp_path / "out.gguf", **text, imatrix_out=matrix, **options)
+    assert exported.groups["feed-forward"].keys() == {"q4_0", "q4_1"}
+    stages: list[str] = []
+    for each in (text, {"imatrix": matrix}):
+        dry = compressknow.export(
+            source,
+            tmp_path / "dry.gguf",
+            dry_run=True,
+            on_progress=lambda progress: stages.append(progress.stage.work),
+            **each,
+            **options,
+        )
+        assert dry.groups == exported.groups
+    assert "gather" not in stages
+
+
+@needs_converter
 def test_invalid_matrices_and_options_are_refused(files: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_bytes(b"not a matrix at all")
     (tmp_path / "empty.dat").write_bytes(struct.pack("<i", 0))
