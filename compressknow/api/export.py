@@ -31,7 +31,8 @@ from compressknow.gguf.record import ExportRecord
 from compressknow.gguf.tensors import describe_tensors
 from compressknow.model.checkpoint import check_is_checkpoint
 from compressknow.model.gguf_file import read_gguf
-from compressknow.study.allocation import SizeTarget, build_table, check_budget, fit_types
+from compressknow.study.allocation import SizeTarget, check_budget, fit_types
+from compressknow.study.formats import GgufFormat
 from compressknow.study.sensitivity import FIT_TOKENS, Guide, open_facts
 
 if TYPE_CHECKING:
@@ -160,12 +161,12 @@ def export(
     with ExitStack() as stack:
         if target is not None:
             assert text is not None
-            if target.must:
-                # Rules match tensors of the file by name and rows: check them before anything is measured.
-                folder = stack.enter_context(make_scratch(place.with_name(f"{place.name}.floats")))
-                floats = write_floats(job, folder, job.exact, begin=begin)
-                build_table(None, describe_tensors(read_gguf(floats), job.source), target)
-                job = replace(job, floats=floats)
+            _check_target(job, target)
+            # The vocabulary, and the tensors that rules match, are known from a file: check it before any measurement.
+            folder = stack.enter_context(make_scratch(place.with_name(f"{place.name}.floats")))
+            floats = write_floats(job, folder, job.exact, begin=begin)
+            tensors, job = describe_tensors(read_gguf(floats), job.source), replace(job, floats=floats)
+            GgufFormat(job, tensors, job.measure_overhead(tensors), target).check(target.budget(job.numel))
             # The revision that was opened, since a branch may have moved.
             located = locate(model, job.checkpoint.revision)
             job = replace(job, fit=_make_fit(job, located, target, deciding, text, listener))
@@ -199,6 +200,18 @@ def _read_target(options: Mapping[str, Any]) -> SizeTarget | None:
     )
 
 
+def _check_target(job: ExportPlan, target: SizeTarget) -> None:
+    """Raise an error, before any work, if the checkpoint cannot be measured, or the size is far too small or large."""
+    from compressknow.compress.sources import check_usable
+
+    check_usable(job.checkpoint)
+    is_expert = {name: (own := job.source.linear(name)) and own.is_expert for name in job.tensors}
+    shapes = [each.shape for name, each in job.tensors.items() if not is_expert[name]]
+    # Rules may give experts fewer bits.
+    experts = 0 if target.must else sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])
+    check_budget(target.budget(job.numel), shapes, job.exact_bytes, experts)
+
+
 def _make_fit(
     job: ExportPlan,
     located: LocatedModel,
@@ -208,16 +221,9 @@ def _make_fit(
     listener: Listener | None,
 ) -> SizeFit:
     """Measure the sensitivity of the weights, and return how to fit the file into its size."""
-    from compressknow.compress.sources import check_usable
     from compressknow.study.guides import measure_guides
     from compressknow.study.measuring import GgufRoundings
 
-    check_usable(job.checkpoint)
-    is_expert = {name: (own := job.source.linear(name)) and own.is_expert for name in job.tensors}
-    shapes = [each.shape for name, each in job.tensors.items() if not is_expert[name]]
-    # Rules may give experts fewer bits.
-    experts = 0 if target.must else sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])
-    check_budget(target.budget(job.numel), shapes, job.exact_bytes, experts)
     handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))
     sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
     return SizeFit(

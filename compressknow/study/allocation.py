@@ -260,7 +260,7 @@ def check_budget(budget: int, shapes: Iterable[Sequence[int]], whole: int, exper
         raise UsageError(
             f"{given} is too small: even in llama.cpp's smallest types, the weights alone take {smallest}.",
             why if experts else None,
-            "Give more, in units: 90MB, 1.5GB.",
+            "Give more than that, since vocabulary and norms count too, in units: 90MB, 1.5GB.",
         )
     check_below_whole(budget, whole)
 

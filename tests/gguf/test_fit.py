@@ -22,6 +22,7 @@ pytest.importorskip("llama_cpp_py_sync")
 import compressknow
 from compressknow.base.errors import OutputError, UnsupportedError, UsageError
 from compressknow.base.files import find_cache_folder
+from compressknow.base.format import parse_size
 from compressknow.cli import main
 from compressknow.gguf.choice import SizeFit, TypeChoice
 from compressknow.gguf.converter import find_converter
@@ -163,6 +164,22 @@ def test_a_size_too_small_for_experts_is_refused_before_measuring(tmp_path: Path
     source = save_checkpoint("mixtral", tmp_path / "model", torch.bfloat16)
     with pytest.raises(UsageError, match=r"too small(.|\n)*Experts are not measured"):
         compressknow.export(source, tmp_path / "out.gguf", bits=6, guide="text")
+
+
+@needs_converter
+def test_a_size_too_small_for_the_vocabulary_is_refused_before_measuring(tmp_path: Path) -> None:
+    """It is a little above that of the weights, which the first message gives."""
+    source, output = save_checkpoint("llama-tied", tmp_path / "model", torch.bfloat16), tmp_path / "out.gguf"
+    stages: list[str] = []
+    with pytest.raises(UsageError, match="Give more than that, since vocabulary and norms count too") as refused:
+        compressknow.export(source, output, size=300_000)
+    weights = parse_size(re.search(r"the weights alone take (.*)\.", refused.value.what)[1])
+    with pytest.raises(UsageError, match=r"the smallest file has (.|\n)* of vocabulary, norms and metadata"):
+        compressknow.export(
+            source, output, size=int(1.01 * weights), on_progress=lambda progress: stages.append(progress.stage.work)
+        )
+    assert set(stages) == {"export"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @needs_converter
