@@ -12,7 +12,7 @@ import click
 
 from compressknow.base.format import clean, count, write_size
 from compressknow.base.reading import NotReadable, compute_sha256
-from compressknow.cli import NOTHING_WRITTEN, check_upload, explain_interrupt, push_options, upload
+from compressknow.cli import NOTHING_WRITTEN, RESUMES, check_upload, explain_interrupt, push_options, upload
 from compressknow.cli import options as opt
 from compressknow.cli.terminal import ProgressLines, show, show_json
 from compressknow.model.checkpoint import HUB_ID
@@ -94,7 +94,8 @@ def export(model: str, output: Path, dry_run: bool, as_json: bool, **options: An
 
     repo, private = options.pop("push"), options.pop("private")
     check_upload(repo, private, dry_run=dry_run)
-    with explain_interrupt(NOTHING_WRITTEN):
+    # Only what chooses types for a size is stored before the file is.
+    with explain_interrupt(RESUMES if options["size"] or options["bits"] else NOTHING_WRITTEN):
         record = run(
             model, output, dry_run=dry_run, on_progress=ProgressLines(), **opt.drop_recipe_conflicts(options, OF_RECIPE)
         )

@@ -320,6 +320,25 @@ def test_a_quantized_checkpoint_is_refused_before_it_is_evaluated(tmp_path: Path
     assert set(stages) <= {"fetch", "hash"}
 
 
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (["--size", "90MB"], "Any answers so far are saved. Repeat the command to resume."),
+        (["--bits", "4"], "Any answers so far are saved. Repeat the command to resume."),
+        (["--type", "q4_k_m"], "Nothing was written."),
+    ],
+)
+def test_an_interrupted_export_says_whether_it_resumes(
+    options: list[str], note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compressknow.api.export.check_is_checkpoint", interrupt)
+    assert main(["export", "model", str(tmp_path / "a.gguf"), *options]) == 130
+    assert capsys.readouterr().err.strip() == f"Interrupted. {note}"
+
+
 @needs_converter
 @long
 @pytest.mark.parametrize("stage", ["round", "sensitivity"])
