@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -153,7 +154,9 @@ def _suggest_next(record: ExportRecord, model: str, output: Path, modelfile: Pat
     if modelfile is None:
         yield f"Serve it:       llama-server -m {file}"
     else:
-        yield f"Serve it:       ollama create {shlex.quote(output.stem.lower())} -f {shlex.quote(str(modelfile))}"
+        # Names in Ollama have at most 80 letters, digits, _, - and . of ASCII, and begin with neither - nor a dot.
+        name = re.sub(r"[^a-z0-9_.-]+", "-", output.stem.lower()).lstrip("-.")[:80] or "model"
+        yield f"Serve it:       ollama create {name} -f {shlex.quote(str(modelfile))}"
 
 
 def _find_original(model: str) -> str:

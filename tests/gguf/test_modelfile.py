@@ -17,7 +17,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 import compressknow
 from compressknow.base.errors import CompressknowError, OutputError, UsageError
 from compressknow.cli import main
+from compressknow.cli.export import _suggest_next
 from compressknow.gguf.modelfile import build_go_template, build_modelfile
+from compressknow.gguf.record import ExportRecord
 from tests.gguf.making import needs_converter, save_checkpoint
 
 pytest.importorskip("llama_cpp_py_sync")
@@ -127,6 +129,22 @@ def test_export_writes_a_modelfile_and_prints_next_commands(tmp_path: Path, caps
         compressknow.export(source, output, modelfile=modelfile, overwrite=True)
     with pytest.raises(UsageError, match="have the same name"):
         compressknow.export(source, tmp_path / "other.gguf", modelfile=tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("Smollm2_Q4.0", "smollm2_q4.0"),
+        ("smöl 88", "sm-l-88"),
+        ("-a.b-", "a.b-"),
+        ("模型", "model"),
+        ("a" * 100, "a" * 80),
+    ],
+)
+def test_the_suggested_name_is_one_that_ollama_takes(stem: str, name: str) -> None:
+    record = ExportRecord({"source": {"architecture": "LlamaForCausalLM"}})
+    *_, line = _suggest_next(record, "model", Path(f"{stem}.gguf"), Path("Modelfile"))
+    assert line == f"Serve it:       ollama create {name} -f Modelfile"
 
 
 @needs_converter
