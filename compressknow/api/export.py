@@ -135,12 +135,16 @@ def export(
     if record.IMPORTANCE in extras:
         _check_importance_output(extras[record.IMPORTANCE], choice, place, overwrite=overwrite or is_there)
     listener = resolve_progress(on_progress)
-    found = find_converter(converter, fetch=True, on_progress=listener)
+    if converter is not None:
+        # A wrong path is told before a model is downloaded.
+        find_converter(converter)
     if choice.importance is not None:
         read_importance(choice.importance)
     from compressknow.gguf.export import find_made, prepare_export, preview, write, write_floats
 
-    job = prepare_export(model, choice, found, revision=revision, trust_remote_code=trust_remote_code)
+    job = prepare_export(
+        model, choice, converter, revision=revision, trust_remote_code=trust_remote_code, on_progress=listener
+    )
     chat = ""
     if record.MODELFILE in extras:
         chat = build_modelfile(
@@ -163,13 +167,13 @@ def export(
             assert text is not None
             _check_target(job, target)
             # The vocabulary, and the tensors that rules match, are known from a file: check it before any measurement.
-            folder = stack.enter_context(make_scratch(place.with_name(f"{place.name}.floats")))
+            folder = stack.enter_context(make_scratch(place))
             floats = write_floats(job, folder, job.exact, begin=begin)
             tensors, job = describe_tensors(read_gguf(floats), job.source), replace(job, floats=floats)
             GgufFormat(job, tensors, job.measure_overhead(tensors), target).check(target.budget(job.numel))
             # The revision that was opened, since a branch may have moved.
             located = locate(model, job.checkpoint.revision)
-            job = replace(job, fit=_make_fit(job, located, target, deciding, text, listener))
+            job = replace(job, fit=_make_fit(job, place, located, target, deciding, text, listener))
         if dry_run:
             return preview(job, place, threads=threads, begin=begin)
         return write(
@@ -214,25 +218,28 @@ def _check_target(job: ExportPlan, target: SizeTarget) -> None:
 
 def _make_fit(
     job: ExportPlan,
+    place: Path,
     located: LocatedModel,
     target: SizeTarget,
     probes: Sequence[Probe],
     text: Calibration,
     listener: Listener | None,
 ) -> SizeFit:
-    """Measure the sensitivity of the weights, and return how to fit the file into its size."""
+    """Measure the sensitivity of the weights, and return how to fit the file into its size. Raises OutputError, before
+    it measures, if the disk has no room for the file."""
     from compressknow.study.guides import measure_guides
     from compressknow.study.measuring import GgufRoundings
 
-    handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))
-    sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
-    return SizeFit(
+    fit = SizeFit(
         target.label,
         target.budget(job.numel),
         lambda tensors, overhead: fit_types(sensitivity, tensors, overhead, target),
         target.rounding,
-        texts,
     )
+    record.check_room(place, replace(job, fit=fit).needed_bytes)
+    handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))
+    sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
+    return replace(fit, texts=texts)
 
 
 # Options that a recipe replaces, and their defaults.

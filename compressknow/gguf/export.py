@@ -16,7 +16,7 @@ from typing import Any
 
 from compressknow.base.errors import CheckpointError, CompressknowError, UnsupportedError
 from compressknow.base.format import write_size
-from compressknow.base.progress import Begin, count_progress, ignore_progress
+from compressknow.base.progress import Begin, Listener, count_progress, ignore_progress
 from compressknow.base.reading import compute_sha256
 from compressknow.base.system import move
 from compressknow.compress.blocks import Pool, Reader
@@ -28,7 +28,14 @@ from compressknow.compress.weights import StoredWeights, Values, read_stored_wei
 from compressknow.engine.identity import find_source, get_record_path, locate, read_contents
 from compressknow.engine.load import find_family_of_class, load_tokenizer
 from compressknow.gguf.choice import FLOATS, SizeFit, TypeChoice, estimate_bytes, find_base_type, list_file_types
-from compressknow.gguf.converter import check_architecture, convert, quantize, read_planned_types, read_version
+from compressknow.gguf.converter import (
+    check_architecture,
+    convert,
+    find_converter,
+    quantize,
+    read_planned_types,
+    read_version,
+)
 from compressknow.gguf.gptq import round_file
 from compressknow.gguf.importance import (
     Importance,
@@ -143,23 +150,26 @@ class ExportPlan:
 
     @property
     def needed_bytes(self) -> int:
-        """Estimate the peak disk space."""
+        """Estimate the peak disk space, besides that of an intermediate file that exists."""
         output = self.fit.budget if self.fit else estimate_bytes(find_base_type(self.choice.type), self.numel)
         plain = self.plain_bytes if self.is_compensated else 0
-        return int(_SPARE * max(self.plain_bytes + self.exact_bytes, plain + self.exact_bytes + output, 2 * output))
+        exact = 0 if self.floats else self.exact_bytes
+        return int(_SPARE * max(self.plain_bytes + exact, plain + exact + output, 2 * output))
 
 
 def prepare_export(
     model: str | Path,
     choice: TypeChoice,
-    converter: Path,
+    converter: str | Path | None = None,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    on_progress: Listener | None = None,
 ) -> ExportPlan:
-    """Open a checkpoint and plan its export. Raises CheckpointError if it cannot be opened, lacks weights, or the
-    importance matrix is of another model; UnsupportedError if it is not a generating language model, the converter does
-    not know it, or its weights are packed in an unknown way."""
+    """Open a checkpoint and plan its export, with the `converter` that `find_converter` finds or fetches. Raises
+    CheckpointError if it cannot be opened, lacks weights, or the importance matrix is of another model;
+    UnsupportedError, before anything is fetched, if it is not a generating language model, and if the converter does
+    not know it, or its weights are packed in an unknown way; and as `find_converter` does."""
     checkpoint, _ = open_complete(model, revision, trust_remote_code=trust_remote_code)
     # Listing the small files also rejects links out of the checkpoint, which the converter might follow.
     list(list_carried_files(checkpoint.folder))
@@ -167,12 +177,13 @@ def prepare_export(
         check_inside(checkpoint.folder, card)
     weights = read_stored_weights(checkpoint, trust_remote_code=trust_remote_code)
     _check_family(weights.structure.architecture)
-    check_architecture(weights.structure.architecture, converter)
+    script = find_converter(converter, fetch=True, on_progress=on_progress)
+    check_architecture(weights.structure.architecture, script)
     tensors = list_plain_tensors(weights, checkpoint)
     # The smallest type that holds every matrix exactly.
     dtypes = {get_dtype(values) for values in tensors.values() if len(values.shape) > 1} & FLOATS.keys()
     exact = FLOATS[dtypes.pop()] if len(dtypes) == 1 and choice.type != "f32" else "f32"
-    export = ExportPlan(checkpoint, weights, tensors, choice, converter, exact, trust_remote_code)
+    export = ExportPlan(checkpoint, weights, tensors, choice, script, exact, trust_remote_code)
     if choice.importance is not None:
         check_source(read_importance(choice.importance), export.sources, f"--imatrix {choice.importance}")
     return export

@@ -21,7 +21,7 @@ from compressknow.compress.recipe import EXPORT, Recipe, to_toml
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
 from compressknow.gguf.choice import Rounding, SizeFit, TypeChoice
-from compressknow.gguf.converter import find_converter, read_version
+from compressknow.gguf.converter import read_version
 from compressknow.gguf.tensors import Tensors, align, describe_tensors
 from compressknow.model.gguf_file import read_gguf
 from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern
@@ -384,8 +384,7 @@ def open_format(
     # llama.cpp's rounding uses an importance matrix of the text, GPTQ does not.
     choice = TypeChoice(calibration=request.text if target.rounding == "nearest" else None)
     (source, revision), trusted = model.source, model.original.settings.trust_remote_code
-    converter = find_converter(fetch=True, on_progress=on_progress)
-    job = prepare_export(source, choice, converter, revision=revision, trust_remote_code=trusted)
+    job = prepare_export(source, choice, revision=revision, trust_remote_code=trusted, on_progress=on_progress)
     check_usable(job.checkpoint)
     with make_scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)

@@ -376,6 +376,21 @@ def test_a_missing_converter_is_named(converter_cache: Path, tmp_path: Path, mon
         compressknow.export(source, tmp_path / "out.gguf", type="q4_km")
 
 
+@pytest.mark.parametrize("command", ["export", "search"])
+def test_no_converter_is_fetched_for_a_masked_model(command: str, converter_cache: Path, tmp_path: Path) -> None:
+    source, stages = save_checkpoint("bert", tmp_path / "model"), list[str]()
+    options = {"search": {"size": "1MB", "to": "gguf"}, "export": {"type": "q8_0"}}[command]
+    with pytest.raises(UnsupportedError, match="masked language model"):
+        getattr(compressknow, command)(
+            source,
+            tmp_path / "out.gguf",
+            on_progress=lambda progress: stages.append(progress.stage.work),
+            **options,
+        )
+    assert "fetch" not in stages
+    assert not (converter_cache / "converter").exists()
+
+
 @pytest.mark.usefixtures("scripts")
 def test_fetching_runs_no_script_of_the_working_directory(
     converter_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -318,6 +319,30 @@ def test_a_quantized_checkpoint_is_refused_before_it_is_evaluated(tmp_path: Path
     with pytest.raises(UnsupportedError, match="is quantized already"):
         compressknow.search(tmp_path / "int8", tmp_path / "found", **options)
     assert set(stages) <= {"fetch", "hash"}
+
+
+@needs_converter
+def test_a_place_without_room_for_the_file_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has room for the floats that come first, but not for two copies of the file."""
+    source, stages = save_checkpoint("llama-tied", tmp_path / "model", torch.bfloat16), list[str]()
+    numel = sum(array.size for array in read_weights(source).values())
+    free = int(1.2 * 2 * numel)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(OutputError, match=r"needs about .* of disk while it is made"):
+        compressknow.export(
+            source,
+            tmp_path / "out.gguf",
+            size=int(0.9 * 2 * numel),
+            on_progress=lambda progress: stages.append(progress.stage.work),
+        )
+    assert set(stages) == {"export"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"out\.gguf cannot be written"):
+        compressknow.export(source, tmp_path / "file" / "out.gguf", size=int(0.9 * 2 * numel))
 
 
 @pytest.mark.parametrize(
