@@ -202,7 +202,8 @@ def make_scratch(place: Path) -> Iterator[Path]:
 
 def discard(output: Path) -> None:
     """Remove an output that convert wrote, all of it or nothing, even if the process dies in between."""
-    aside = output.with_name(f"{_make_prefix(output, 'old')}{secrets.token_hex(4)}")
+    # Under a name that the next run removes, and does not put back.
+    aside = output.with_name(f"{_make_prefix(output, 'new')}{secrets.token_hex(4)}")
     move(output, aside)
     shutil.rmtree(aside)
 

@@ -136,6 +136,7 @@ class _Side:
             else:
                 assert self.handle is not None
                 prompts = self.handle.make_prompts(probe)
+                prompts.check_not_empty()
                 ids, dropped = {query.fact.id for batch in prompts.batches for query in batch}, prompts.dropped
             facts = tuple(fact for fact in probe.facts if fact.id in ids)
             answerable.append(replace(probe, facts=facts, dropped=dropped))

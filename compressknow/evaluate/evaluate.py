@@ -46,6 +46,15 @@ class Prompts:
         self.batches = tuple(_cut_batches(scorer, queries, batch_size))
         self.dropped, self.total = dict(dropped), sum(map(len, self.batches))
 
+    def check_not_empty(self) -> None:
+        """Raise UsageError with the reasons if all facts are dropped."""
+        if not self.total:
+            raise UsageError(
+                f"{self.scorer.probe.name} has no fact that this model can be evaluated on.",
+                "\n".join(f"{count:,} dropped: {reason}" for reason, count in self.dropped.items()),
+                "Choose another probe or protocol.",
+            )
+
 
 def evaluate(
     prompts: Prompts,

@@ -291,13 +291,7 @@ class _Run:
         self, probe: Probe, parts: Path, known: Answers | None, context: Context, advance: Advance
     ) -> tuple[list[Answer], ProbeEntry]:
         prompts = self._handle.make_prompts(probe)
-        if not prompts.total:
-            reasons = "\n".join(f"{count:,} dropped: {reason}" for reason, count in prompts.dropped.items())
-            raise UsageError(
-                f"{probe.name} has no fact that this model can be evaluated on.",
-                reasons,
-                "Choose another probe or protocol.",
-            )
+        prompts.check_not_empty()
         answers = [answer for path in sorted(parts.glob("*.parquet")) for answer in read_table(path)]
         reference = context.reference
         batches = evaluate(

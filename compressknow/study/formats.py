@@ -69,7 +69,7 @@ class SearchRequest:
                 "Give either --keep or --size.",
                 hint="--keep 0.95 keeps 95 %; --size 90MB is the best file of that size.",
             )
-        if self.keep is not None and not 0 < self.keep <= 1:
+        if self.keep is not None and not 0 < self.keep < 1:
             raise UsageError(
                 f"The share of knowledge to keep must lie between 0 and 1: {self.keep:g}.",
                 hint="Write 95 % as 0.95 or 95%.",

@@ -159,6 +159,23 @@ def test_the_old_output_of_an_interrupted_overwrite_is_put_back(source: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_an_interrupted_removal_leaves_nothing_that_the_next_run_would_put_back(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressknow.convert(source, tmp_path / "out", prune=0.5)
+
+    def interrupt(folder: Path) -> None:
+        next(folder.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(staging.shutil, "rmtree", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        staging.discard(tmp_path / "out")
+    monkeypatch.undo()
+    compressknow.convert(source, tmp_path / "out", prune=0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_name_may_be_as_long_as_the_system_allows(source: Path, tmp_path: Path) -> None:
     name, other = "x" * 200 + "a" * 55, "x" * 200 + "b" * 55
     compressknow.convert(source, tmp_path / name, prune=0.2)

@@ -116,6 +116,16 @@ def test_facts_that_cannot_be_evaluated_are_counted(root: Path, tmp_path: Path) 
             compressknow.probe(root / side.record.model.name, tmp_path / name, f"facts:{file}")
 
 
+def test_a_probe_without_a_fact_that_can_be_evaluated_is_refused(root: Path, tmp_path: Path) -> None:
+    unknown = {"prompt": "The capital of France is [MASK].", "obj_label": "Paris", "candidates": ["Paris", "Rome"]}
+    file = tmp_path / "others.jsonl"
+    file.write_text(f"{json.dumps(unknown)}\n")
+    evaluation = make_evaluation(root, tmp_path / "kept")
+    for probes in ([f"facts:{file}"], [*evaluation.probes, f"facts:{file}"]):
+        with pytest.raises(UsageError, match="no fact that this model can be evaluated on"):
+            gather_early(root / "llama", root / "llama-6", replace(evaluation, probes=probes), decide_after(FIRST))
+
+
 def test_the_seed_gives_a_random_order(root: Path, tmp_path: Path) -> None:
     first, repeated, second = (run_early(root, tmp_path / str(i), seed=seed) for i, seed in enumerate((1, 1, 2)))
     assert list_ids(first) == list_ids(repeated) != list_ids(second)

@@ -634,10 +634,11 @@ def test_size_above_the_file_is_accepted_if_must_sets_every_type(llama: Workspac
         ([], "Give either --keep or --size", 2),
         (["--keep", "0.9", "--size", "1MB"], "Give either --keep or --size", 2),
         (["--keep", "1.5"], "between 0 and 1", 2),
+        # No number of facts could show it.
+        (["--keep", "100%"], "between 0 and 1", 2),
         (["--keep", "0.9", "--limit", "1"], "too few facts", 2),
         (["--keep", "0.9", "--known", "produce"], "Did you mean produced?", 2),
         (["--keep", "0.9", "--templates", "3"], "has one wording per fact", 2),
-        (["--keep", "0.9", "--minimize", "sparse-bytes"], "a search can only minimize bytes", 2),
         (["--keep", "0.9", "--must", "attention=int5"], "It can be none, int8-weights, int4/", 2),
         (["--keep", "0.9", "--must", "atention=none"], "Did you mean attention?", 2),
         (["--keep", "0.9", "--must", "blocks=none"], "No weight may be rounded", 2),
@@ -698,7 +699,7 @@ def test_python_refuses_unknown_names_and_finds_the_same(llama: Workspace, undis
     with pytest.raises(UsageError, match="is not a definition of known"):
         compressknow.search(llama.model, llama.folder / "bad", keep=KEEP, known="guessed", **llama.options)
     assert not (llama.folder / "bad").exists()
-    options = {**llama.options, "facts": llama.options["probe"], "probe": None, "minimize": "bytes"}
+    options = {**llama.options, "facts": llama.options["probe"], "probe": None}
     compressknow.search(llama.model, llama.folder / "facts", keep=KEEP, **options)
     assert read_results(llama.folder / "facts") == undisturbed
 
