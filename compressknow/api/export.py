@@ -99,7 +99,7 @@ def export(
     overwrite : replace `output` if export wrote it, once the new one is complete. Without it, a file made by the same
         export is kept, and its record is returned.
     dry_run : keep no file; return the content of the record, without the hash.
-    threads : threads for quantization, by default one per core.
+    threads : threads for all of the work, by default one per core.
     on_progress : called with each `compressknow.Progress`; ``"bar"`` shows bars.
 
     Returns

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Unpack
 
 from compressknow.api.keywords import RunKeywords, api_function, build_run_options, list_rules
-from compressknow.base.errors import OutputError, UsageError
+from compressknow.base.errors import OutputError
 from compressknow.base.files import write_whole
 from compressknow.base.format import count, parse_size
 from compressknow.base.packages import require
@@ -68,7 +68,6 @@ def search(
     guide: Guide = "both",
     must: Mapping[str, str] | Sequence[tuple[str, str]] = (),
     rounding: Rounding | None = None,
-    minimize: str = "bytes",
     calibration: str | None = None,
     calibration_tokens: int | None = None,
     probe: str | Sequence[str] | None = None,
@@ -99,7 +98,6 @@ def search(
     to : ``gguf`` (for llama.cpp; the default for models that generate) or ``checkpoint``.
     guide, must, rounding, calibration, calibration_tokens : as in `compressknow.export` with a size. For a checkpoint,
         `must` assigns types ``none``, ``int8-weights``, ``int4/64``, by scopes or regular expressions on modules.
-    minimize : ``bytes``.
     probe, facts, options, settings, keywords : see `compressknow.probe`; `facts` are more probes, and `seed` is also
         that of the split and the text. lm-eval's tasks cannot be held out. A running text among the probes does not
         guide the search: only the winner reads it, for its report card.
@@ -130,7 +128,6 @@ def search(
         rounding,
         Calibration(calibration or "self", FIT_TOKENS if calibration_tokens is None else calibration_tokens, seed),
     )
-    _check_minimize(minimize)
     require("matplotlib", "pyarrow", "scipy", *(NEEDED if to == GGUF else []))
     check_known(known)
     check_text(request.text)
@@ -225,20 +222,13 @@ def search(
     return result
 
 
-def _check_minimize(minimize: str) -> None:
-    """Raise UsageError for anything but bytes, such as what older versions could minimize."""
-    if minimize != "bytes":
-        raise UsageError(
-            f"--minimize {minimize}: a search can only minimize bytes.",
-            hint="Leave --minimize out. `compressknow sweep` studies pruning.",
-        )
-
-
 def _remove_winner_of_other_form(folder: Path, name: str) -> None:
     """Remove the winner of an earlier search in another format, according to its record."""
     try:
         earlier = read_json(folder / "search.json", RECORD)
     except (OSError, ValueError):
+        return
+    if not isinstance(earlier, dict):
         return
     for form in (GgufFormat, CheckpointFormat):
         if form.name == earlier.get("form") != name and earlier.get("winner") and is_made(folder / form.file_name):

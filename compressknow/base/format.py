@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from decimal import Decimal
 from typing import Any
 
 from compressknow.base.errors import UsageError
@@ -56,6 +57,18 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, 
 # A smaller number without a unit is probably one of MB.
 _FEWEST_BYTES = 100_000
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)")
+
+
+def parse_share(text: str) -> float:
+    """Read a number such as 0.949, or the same in percent. Raises ArithmeticError or ValueError for anything
+    else.
+
+    >>> parse_share("0.949"), parse_share("94.9 %")
+    (0.949, 0.949)
+    """
+    number = text.strip().removesuffix("%")
+    # 94.9 / 100 would be 0.9490000000000001, which 949 of 1,000 miss.
+    return float(Decimal(number) / 100 if number != text.strip() else Decimal(number))
 
 
 def parse_size(text: str | int, option: str = "--size") -> int:

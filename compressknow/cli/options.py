@@ -11,7 +11,6 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ import click
 
 from compressknow.base.errors import UnusedOptions, UsageError, suggest_word
 from compressknow.base.files import expand_home
+from compressknow.base.format import parse_share
 from compressknow.base.reading import TABLE_OF_OPTIONS, read_bytes, read_toml
 
 if TYPE_CHECKING:
@@ -143,13 +143,10 @@ def join_options(*options: Decorator) -> Decorator:
 
 def read_share(value: Any) -> float:
     """Parse a number such as 0.2, or the same in percent: 20%. The caller checks its bounds."""
-    text = str(value).strip()
-    number = text.removesuffix("%").rstrip()
     try:
-        # "7%" is 0.07, but 7 * 0.01 would be 0.07000000000000001.
-        return float(Decimal(number) / 100 if text.endswith("%") else Decimal(number))
-    except (InvalidOperation, OverflowError):
-        raise click.BadParameter(f"{text!r} is not a number; write 0.2 or 20%.") from None
+        return parse_share(str(value))
+    except (ArithmeticError, ValueError):
+        raise click.BadParameter(f"{str(value).strip()!r} is not a number; write 0.2 or 20%.") from None
 
 
 def _read_blocks(value: Any) -> int | str:

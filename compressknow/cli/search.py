@@ -32,14 +32,6 @@ HELD_OUT = f"{'Weights':<40}{'Held-out facts kept (99.7 %)':<28}{'Size':>12}"
 @opt.option("--to", group=opt.FIT, type=opt.FORM, help="gguf or checkpoint.  [default: gguf for models that generate]")
 @opt.add_guide_option(group=opt.FIT, default="both")
 @opt.fit_options
-@opt.option(
-    "--minimize",
-    group=opt.FIT,
-    default="bytes",
-    metavar="WHAT",
-    hidden=True,
-    help="What is made smallest: bytes, always.",
-)
 @opt.add_calibration_options(tokens="8192")
 @opt.option("--facts", group=opt.EVALUATE, multiple=True, metavar="PROBE", help="Same as --probe, as export calls it.")
 @opt.study_options

@@ -110,7 +110,7 @@ class Certainty:
     # The smallest net loss, as a share of the known facts, that is detected with a power of 80 %; None if not even the
     # loss of all would be.
     smallest_loss: float | None = None
-    facts_for_two: int | None = None  # known facts needed to detect a net loss of 2 points; None if none suffice
+    facts_for_two: int | None = None  # known facts needed to detect a net loss of 2 % of them; None if none suffice
 
 
 NOT_MEASURED = Certainty()

@@ -108,7 +108,7 @@ class TensorConverter(Reader):
         rounding : rounds values to the grid of the scheme.
         fit : computes the scales of groups [rows, groups], instead of taking those from the largest magnitudes.
         factors : multipliers of input channels [columns], applied before rounding.
-        see : called with the rows of each block and its values as written (float32, dequantized).
+        see : called with the rows of each block and its values as written, dequantized.
 
         Raises CheckpointError if a weight is NaN or infinite.
         """

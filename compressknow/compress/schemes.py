@@ -270,8 +270,8 @@ class Packed(Scheme):
 class Int8Weights(Packed, Int8):
     """8-bit weights, packed as compressed-tensors packs them (`pack_to_int32`), which vLLM reads on GPUs.
 
-    Four integers of a row, each plus 128, share 32 bits, the first in the lowest ones. Until 0.1 they were stored as
-    int8 (``int-quantized``), which is still read.
+    Four integers of a row, each plus 128, share 32 bits, the first in the lowest ones. Checkpoints that store them as
+    int8 (``int-quantized``) are read too.
     """
 
     name = "int8-weights"

@@ -32,10 +32,7 @@ from compressknow.model.tensors import PT_FORMAT, OpenFiles, StoredTensor, read_
 
 SHOWN = 20
 ADDED, CHANGED = "not in the manifest", "its bytes differ (sha256)"
-UNSEALED = (
-    "The manifest has no hash of itself (it was written by an older version): its recipe, source and versions could "
-    "not be checked."
-)
+UNSEALED = "The manifest has no hash of itself: its recipe, source and versions could not be checked."
 
 
 @dataclass(frozen=True)

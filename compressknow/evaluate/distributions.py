@@ -47,7 +47,7 @@ class Distributions(contextlib.AbstractContextManager["Distributions"]):
         self._rows: dict[str, DistributionFile] = {}
 
     def find_rows(self, probe: Probe | RunningText) -> DistributionFile:
-        """Return the file of a probe, found by its content: both splits of a search have the same name."""
+        """Return the file of a probe, found by its content: the splits of a search have the same name."""
         if isinstance(probe, RunningText):
             rows = DistributionFile(self._folder, probe.most_scored, short=True)
         else:

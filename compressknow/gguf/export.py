@@ -252,8 +252,9 @@ def write(
     extras : where to write the importance matrix, too (key `IMPORTANCE`), and `modelfile`, a text for Ollama (key
         `MODELFILE`).
     smoke : test the file of a decoder-only model on a prompt in llama.cpp before it is published.
-    begin : begins the stages: ``unpack`` if the converter cannot read the checkpoint directly, ``sample`` and
-        ``gather`` for an importance matrix, ``export``, and ``quantize`` if the type is not exact.
+    begin : begins the stages: ``unpack`` if the converter cannot read the checkpoint directly, ``sample`` or ``text``
+        and ``gather`` for an importance matrix, ``export``, ``quantize`` if the type is not exact, and ``round`` for
+        GPTQ.
 
     Raises
     ------

@@ -26,10 +26,10 @@ from compressknow.base.reading import group_by
 from compressknow.compress.blocks import Pool
 from compressknow.compress.calibrate.compensation import BLOCK, FINE, Level, compensate, factor_inverse, find_moves
 from compressknow.compress.calibrate.gathering import InputStatistics, Key
-from compressknow.compress.calibrate.text import BATCH_TOKENS
+from compressknow.compress.calibrate.text import BATCH_TOKENS, LEAST_TOKENS
 from compressknow.compress.calibrate.walk import Batches, observe
 from compressknow.gguf.grids import Bytes, dequantize, quantize
-from compressknow.gguf.importance import LEAST_TOKENS, Floats
+from compressknow.gguf.importance import Floats
 from compressknow.gguf.tensors import Tensors
 from compressknow.model.gguf_file import read_gguf
 from compressknow.model.loading import open_complete
@@ -222,7 +222,8 @@ def round_file(
     begin: Begin,
     trust_remote_code: bool,
 ) -> int:
-    """Round the tensors that the texts reach, overwrite them in `output`, and return their number.
+    """Round the tensors of types of `LAYOUTS` that enough tokens reach, overwrite them in `output`, and return their
+    number.
 
     Parameters
     ----------

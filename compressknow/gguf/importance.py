@@ -34,8 +34,6 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 _KIND = "imatrix"
 _MODELS = "compressknow.models"
 _HINT = "Give the matrix of this model, or --calibration to compute it."
-# An expert that read fewer tokens gets equal importance for all channels.
-LEAST_TOKENS = 32
 # Limits for files of the old form: more entries, and longer names, than any model has.
 _MOST_ENTRIES, _MOST_NAME = 1 << 16, 1 << 10
 
@@ -46,7 +44,8 @@ class Importance:
 
     Attributes
     ----------
-    sums : by tensor name, the sums of squares, float32 [matrices, in]; one matrix, except for experts.
+    sums : by tensor name, the sums of squares, float32 [matrices, in]; one matrix, except for experts, which are one
+        row [1, matrices * in] in a file of the older form.
     counts : number of tokens in these sums, float32 [matrices].
     datasets : names of the texts, as `name_text` gives them.
     chunks, chunk : number of sequences, and tokens per sequence.
@@ -97,11 +96,13 @@ def build_importance(
     """Return the importance matrix of a GGUF file; `same_channels` are the tensors with the checkpoint's input
     channels, in the same order."""
     from compressknow.compress.calibrate.gathering import Key
+    from compressknow.compress.calibrate.text import LEAST_TOKENS
 
     sums, counts = {}, {}
     for name in same_channels:
         tensor, parameter = tensors.tensors[name], tensors.weights[name][0].parameter
         matrices = tensor.shape[2] if len(tensor.shape) > 2 else 1
+        # An expert that read fewer tokens gets equal importance for all channels.
         least = LEAST_TOKENS if matrices > 1 else 1
         inputs = [statistics.get(Key(parameter, matrix)) for matrix in range(matrices)]
         known = [

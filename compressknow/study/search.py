@@ -267,7 +267,7 @@ class SizeSearch:
         return min(near, key=lambda each: each.nbytes, default=safer)
 
     def _find_losing(self, loss: float, low: int, high: int) -> Allocation:
-        """Return the smallest file between two sizes that loses at most `loss`."""
+        """Return the smallest file between two sizes that loses at most `loss`, else that of the larger size."""
         while high - low > CLOSE * low:
             middle = (low + high) // 2
             if self._choose(middle).loss <= loss:

@@ -22,7 +22,7 @@ from compressknow.compress.calibrate.compensation import fit_scales, round_by_gp
 from compressknow.compress.calibrate.gathering import InputStatistics, InputSums, Key
 from compressknow.compress.calibrate.model import StreamedModel, read_tensor
 from compressknow.compress.calibrate.samples import choose_dtype
-from compressknow.compress.calibrate.text import CalibrationText
+from compressknow.compress.calibrate.text import LEAST_TOKENS, CalibrationText
 from compressknow.compress.calibrate.walk import TargetVisitor, Visitor, run_text
 from compressknow.compress.plan import Plan, PlannedTensor
 from compressknow.compress.process import TensorConverter, TensorStats, read_pruned
@@ -151,10 +151,6 @@ def _measure_speed() -> float:
     return 2 * TRIAL**3 * TRIALS / seconds * max(1, count_cores() / torch.get_num_threads())
 
 
-# With fewer tokens than this, statistics of the inputs of an expert are not used.
-LEAST_TOKENS = 32
-
-
 @dataclass
 class CalibrationResult:
     """Results of a calibration.
@@ -183,7 +179,7 @@ def calibrate(
 ) -> CalibrationResult:
     """Compress and write all weights in scope, block by block, each by its inputs on the text after all blocks before
     it are compressed. `masks` are those of methods without calibration, by tensor name; `advance` is called with the
-    number of finished blocks, and of all blocks.
+    number of finished blocks and single layers, and of all.
 
     Raises CompressknowError if a block gives NaN or needs more memory than there is.
     """

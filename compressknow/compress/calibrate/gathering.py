@@ -43,7 +43,7 @@ class InputStatistics:
     peaks : float32 [in], the largest magnitudes; None if nothing needs them.
     products : float32 [in, in], X^T X; None if nothing needs them.
     drift : float32 [in, in], (Y - X)^T X, with the inputs Y of the same layer in the original; None if these are not
-        known, or are the same.
+        known.
     inverses, lock : cache of `compensation.get_inverse`.
     """
 

@@ -111,6 +111,8 @@ TOKENS = Calibration.tokens
 BATCH_TOKENS = 2_048
 # A shorter text is not representative of a layer's inputs. It is rejected, unless that few tokens were requested.
 FEWEST_TOKENS = 2_048
+# With fewer tokens than this, statistics of the inputs of an expert are not used.
+LEAST_TOKENS = 32
 
 
 @dataclass(frozen=True)

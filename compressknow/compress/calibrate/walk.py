@@ -370,7 +370,7 @@ def observe(
         also gets the block's weights, by parameter, float32, and may overwrite them. Statistics are those of the
         changed model, with the `drift` from the original. Blocks that share weights, and models that do not run block
         by block, are visited without weights.
-    advance : called with the number of finished blocks, and of all blocks.
+    advance : called with the number of finished blocks and single layers, and of all.
     """
     structure = read_structure(tree)
     weights = [weight for weight in structure.linears if weight.group != "vision"]

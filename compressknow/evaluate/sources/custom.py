@@ -81,7 +81,7 @@ models, any single token). facts:FILE.csv has these as columns, and
 candidates as Paris|Rome|Madrid."""
 
     def named(self, part: str) -> str:
-        """Return the file's name, since facts do not depend on its folder."""
+        """Return the file's name, since its contents do not depend on its folder."""
         return escape_name(Path(part).name)
 
     def meant(self, text: str) -> bool:
@@ -340,9 +340,7 @@ class Text(ProbeSource):
     takes = frozenset({"context"})
     held_out = False
 
-    def named(self, part: str) -> str:
-        """Return the file's name, since a text does not depend on its folder."""
-        return escape_name(Path(part).name)
+    named = OwnFacts.named
 
     def meant(self, text: str) -> bool:
         return Path(text).suffix.lower() in (".txt", ".raw")

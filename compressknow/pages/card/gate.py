@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from decimal import Decimal
 from functools import partial
 from itertools import starmap
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
-from compressknow.base.format import answer, clean, count, share_against, write_percent, write_size
+from compressknow.base.format import answer, clean, count, parse_share, share_against, write_percent, write_size
 from compressknow.comparison.paired import is_as_small, rank_models
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
@@ -47,10 +46,8 @@ def _parse(value: float | str, *, strict: bool) -> Gate:
     if sign and not name.strip():
         hint = "Is a variable in your script unset?"
         raise UsageError(f"--fail-under {value} names no domain or relation.", hint=hint)
-    number = text.strip().removesuffix("%")
     try:
-        # 0.949 of "94.9%", where 94.9 / 100 would be 0.9490000000000001, which 949 of 1,000 miss.
-        least = float(Decimal(number) / 100 if number != text.strip() else Decimal(number))
+        least = parse_share(text)
     except (ArithmeticError, ValueError):
         least = -1.0
     if not 0 <= least <= 1:

@@ -17,7 +17,7 @@ from compressknow.base.packages import Registry
 from compressknow.comparison.paired import Pair, pair_answers
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
-from compressknow.evaluate.records import ModelRecord, ProbeEntry
+from compressknow.evaluate.records import ModelRecord
 from compressknow.pages.as_json import probe_to_json
 from compressknow.pages.pages import render_html
 from compressknow.pages.parts import (
@@ -46,12 +46,10 @@ _KINDS = (Table, Text, Note, Remarks, Facts, Chart, Beside, Folded)
 
 @dataclass(frozen=True, slots=True)
 class ProbeAnswers:
-    """Answers of both models to one probe, and its entries in each ``probe.json``."""
+    """Answers of both models to one probe."""
 
     probe: str
     pairs: tuple[Pair, ...]  # for each fact, the `evaluate.answers.Answer` of the original and of the compressed model
-    entry_original: ProbeEntry
-    entry_compressed: ProbeEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +205,7 @@ def _measure(
         return {}
     figures = {}
     for probe in (each.probe for each in comparison.probes):
-        pairs, entries = pair_answers(*answers, probe), (side.record.probes[probe] for side in answers)
-        figures[probe] = section.measure(ProbeAnswers(probe, tuple(pairs), *entries))
+        figures[probe] = section.measure(ProbeAnswers(probe, tuple(pair_answers(*answers, probe))))
     if any(name in probe_to_json(probe) for probe in comparison.probes):
         raise ValueError("report.json has that name for something else")
     # Convert values to what reading the JSON gives: keys are strings, tuples are lists.
