@@ -70,6 +70,17 @@ def test_a_csv_file_is_read_like_json_lines(tmp_path: Path) -> None:
     assert (csv_probe.name, csv_probe.vocabulary) == ("facts:mine.csv", jsonl_probe.vocabulary)
 
 
+def test_null_is_like_a_missing_key(tmp_path: Path) -> None:
+    """As pandas writes the empty cells of a table."""
+    keys = ("id", "prompt", "template", "sub_label", *OTHERS)
+    rows = [{**dict.fromkeys(keys), **row} for row in (PROMPT, TEMPLATE)]
+    assert (
+        read_facts_file(write_rows(tmp_path, *rows)).facts
+        == read_facts_file(write_rows(tmp_path, PROMPT, TEMPLATE)).facts
+    )
+    assert "line 1, obj_label: missing" in get_message(write_rows(tmp_path, {**PROMPT, "obj_label": None}))
+
+
 def test_spaces_around_labels_are_removed(tmp_path: Path) -> None:
     """Otherwise no answer of a model would equal the object."""
     clean = {**PROMPT, "sub_label": "France", "relation": "capital", "candidates": ["Paris", "Rome"]}
@@ -106,6 +117,8 @@ def increment_id(name: str) -> str:
         (b"prompt,obj_label\nParis lies in [MASK].,\n", "line 2, obj_label: missing"),
         (b"prompt,obj_label,popularity\nParis lies in [MASK].,France,many\n", "popularity: must be a number above 0"),
         (b"prompt,objlabel\nParis lies in [MASK].,France\n", "objlabel: unknown; did you mean obj_label?"),
+        (b"prompt,obj_label,ID\nParis lies in [MASK].,France,1\n", "ID: unknown; did you mean id?"),
+        (b"Prompt,Obj_Label\nParis lies in [MASK].,France\n", "Obj_Label: unknown; did you mean obj_label?"),
         (b"prompt,obj_label\nCaf\xe9 [MASK].,France\n", "it is not UTF-8"),
         (b'prompt,obj_label\n"Paris" lies in [MASK].,France\n', "line 2: "),
         (b"prompt;obj_label\nParis lies in [MASK].;France\n", "its first line has no comma"),
@@ -190,7 +203,7 @@ def test_a_line_may_contain_unicode_line_separators(tmp_path: Path) -> None:
         ({**TEMPLATE, "sub_label": "the [MASK]"}, "sub_label: contains [MASK]"),
         ({**PROMPT, "obj_label": 7}, "obj_label: must be a non-empty string"),
         ({**PROMPT, "obj_label": " "}, "obj_label: must be a non-empty string"),
-        ({**PROMPT, "relation": None}, "relation: must be a non-empty string"),
+        ({**PROMPT, "relation": 36}, "relation: must be a non-empty string"),
         ({**PROMPT, "id": 1.5}, "id: must be a non-empty string"),
         ({**PROMPT, "id": True}, "id: must be a non-empty string"),
         ({**PROMPT, "candidates": "Paris"}, "candidates: must be a list of non-empty strings"),

@@ -100,7 +100,10 @@ candidates as Paris|Rome|Madrid."""
         lines: dict[str, int] = {}
         problems: list[str] = []
         for number, row in (read_csv_lines if path.suffix.lower() == ".csv" else read_json_lines)(path):
-            row = row if isinstance(row, str) else {key: _strip(key, value) for key, value in row.items()}
+            # A table that is written as JSON Lines has a null for each empty cell.
+            row = (
+                row if isinstance(row, str) else {k: _strip(k, value) for k, value in row.items() if value is not None}
+            )
             in_line = [row] if isinstance(row, str) else _find_problems(row)
             if not in_line and isinstance(row, dict):
                 fact = _make_fact(row, number, name, escape_name(path.stem))
@@ -156,7 +159,7 @@ def _find_problems(row: dict[str, Any]) -> list[str]:
     if wrong:
         return wrong
     # Unknown keys are ignored, unless they look like misspelled ones.
-    near = {key: difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85) for key in row if key not in _KEYS}
+    near = {key: difflib.get_close_matches(key.casefold(), _KEYS, n=1, cutoff=0.85) for key in row if key not in _KEYS}
     wrong += [f"{key}: unknown; did you mean {match[0]}?" for key, match in near.items() if match]
     if "obj_label" not in row:
         wrong.append("obj_label: missing")
