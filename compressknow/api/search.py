@@ -185,7 +185,7 @@ def search(
             return trial
 
         if keep is not None and selection is not None:
-            chosen = SizeSearch(keep, (form.floor, form.ceiling), form.choose, evaluate)
+            chosen = SizeSearch(keep, (form.floor, form.ceiling), form.choose, evaluate, guided.provable)
             chosen.explore()
             chosen.confirm(lambda allocation: estimate_kept(allocation, selection))
             winner = chosen.winner

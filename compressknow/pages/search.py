@@ -325,10 +325,10 @@ def _describe_method(search: Search) -> Iterator[str]:
     if search.keep is not None:
         yield (
             "Sizes were chosen by halving the predicted loss; each file was made and evaluated. The smallest that kept "
-            "enough of the search facts was evaluated on the held-out facts, then one predicted to lose at most half "
-            "as much, then a quarter of that (or the largest file), until one kept enough there too, by the lower end "
-            f"of its {100 * search.level:.3g} % interval (over relations if there are enough; adjusted for the number "
-            "of files that might be tried, Bonferroni)."
+            "enough of the search facts (all, if these are too few to show that share) was evaluated on the held-out "
+            "facts, then one predicted to lose at most half as much, then a quarter of that (or the largest file), "
+            f"until one kept enough there too, by the lower end of its {100 * search.level:.3g} % interval (over "
+            "relations if there are enough; adjusted for the number of files that might be tried, Bonferroni)."
         )
     yield (
         "The facts that chose the file prove nothing about it. Its share and its report card are measured on the "

@@ -151,17 +151,23 @@ class EvaluationSet:
         folder = self._folder / CELLS / handle.sha256[:16]
         return self._evaluate(handle, self._probes, folder, reference=self._answered)
 
+    @property
+    def provable(self) -> float:
+        """Return the share that a file would be certain to keep if it kept all facts."""
+        return self.estimate_kept(self._answered, LEVEL).low or 0.0
+
     def check_enough_known(self, keep: float) -> None:
         """Raise GateNotMet if not even a file that keeps all facts would be certain to keep that share."""
-        if (best := self.estimate_kept(self._answered, LEVEL).low or 0.0) < keep:
+        if (best := self.provable) < keep:
             # An interval of n of n facts begins at n / (n + z^2), or with Student's t for facts of few relations.
             square = self.known * (1 - best) / best if best else compute_normal_quantile(LEVEL) ** 2
             needed = ceil(square * keep / (1 - keep))
+            times = f", {count(ceil(needed / self.known))} times as many" if self.known else ""
             raise GateNotMet(
                 f"No file can be certain to keep {100 * keep:g} %: the model knows {count(self.known)} of the facts "
                 "that select it.",
-                f"If it kept all of them, only {share(best)} would be certain. About {count(needed)} are needed, or "
-                "fewer of more relations.",
+                f"If it kept all of them, only {share(best)} would be certain. About {count(needed)} are needed{times},"
+                " or fewer of more relations.",
                 "Use more facts (a larger --limit), or lower --keep.",
             )
 
@@ -199,8 +205,9 @@ class SizeSearch:
     """Search over sizes, without any input or output of its own: `choose` returns the types for a number of bytes, and
     `evaluate` makes that file and evaluates it on the search facts; no file is made twice.
 
-    `sizes` are the bytes of the smallest and of the largest file. `tried` has the files in the order in which they were
-    chosen, `confirmed` those that were evaluated on the held-out facts, the smallest first.
+    `sizes` are the bytes of the smallest and of the largest file. The search facts can show at most that `provable` is
+    kept; if that is less than `keep`, a file must keep all of them. `tried` has the files in the order in which they
+    were chosen, `confirmed` those that were evaluated on the held-out facts, the smallest first.
     """
 
     def __init__(
@@ -209,8 +216,9 @@ class SizeSearch:
         sizes: tuple[int, int],
         choose: Callable[[int], Allocation],
         evaluate: Callable[[Allocation], Trial],
+        provable: float = 1.0,
     ) -> None:
-        self.keep = keep
+        self.keep, self._keep_searched = keep, min(keep, provable)
         self.tried: list[Candidate] = []
         self.confirmed: list[Candidate] = []
         self._sizes, self._choose, self._evaluate = sizes, choose, evaluate
@@ -233,7 +241,7 @@ class SizeSearch:
                 middle = self._choose((worst.nbytes + best.nbytes) // 2)
             if middle.types in tried:
                 break
-            if is_enough(self._try_file(middle).trial.kept, self.keep):
+            if is_enough(self._try_file(middle).trial.kept, self._keep_searched):
                 best = middle
             else:
                 worst = middle
@@ -245,9 +253,9 @@ class SizeSearch:
     def confirm(self, confirm: Callable[[Allocation], Estimate]) -> None:
         """Evaluate the smallest file that keeps enough on the held-out facts, then larger ones until one keeps enough
         there too. If none keeps enough of the search facts, begin with the one that keeps most."""
-        by_size = sorted(self.tried, key=lambda each: each.allocation.nbytes, reverse=True)
-        enough = [each for each in by_size if is_enough(each.trial.kept, self.keep)]
-        each = enough[-1] if enough else max(by_size, key=_get_lowest)
+        by_size = sorted(self.tried, key=lambda each: each.allocation.nbytes)
+        enough = (each for each in by_size if is_enough(each.trial.kept, self._keep_searched))
+        each = next(enough, max(by_size, key=_get_lowest))
         while True:
             self.confirmed.append(replace(each, trial=replace(each.trial, held_out=confirm(each.allocation))))
             safer = self._find_safer(each.allocation)

@@ -112,6 +112,21 @@ def test_file_that_keeps_most_is_confirmed_if_none_keeps_enough() -> None:
     assert search.winner is None
 
 
+def test_a_file_must_keep_all_search_facts_if_these_are_too_few_for_the_share() -> None:
+    """Otherwise none would keep enough, and the largest would be taken."""
+    evaluate = Evaluator(1_400_000)
+    search = SizeSearch(0.9, (FLOOR, CEILING), choose, lambda file: keep_all(evaluate(file)), provable=0.8)
+    search.explore()
+    confirmed = confirm_with(search, 0.95, 0.95)
+    assert [1_400_000 <= file.nbytes <= 1.03 * 1_400_000 for file in confirmed] == [True]
+
+
+def keep_all(trial: Trial) -> Trial:
+    """Return a trial on facts of which a file keeps all, 80 % for certain, or not all."""
+    keeps_all = (trial.kept.low or 0.0) > 0.9
+    return replace(trial, kept=Estimate(1.0, 0.8, 1.0) if keeps_all else Estimate(0.97, 0.7, 1.0))
+
+
 def test_sizes_are_bisected_where_predictions_jump() -> None:
     """The largest file loses a thousandth of the next smaller one: no file loses about their mean."""
 
