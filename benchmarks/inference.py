@@ -110,7 +110,7 @@ def estimate_by_bootstrap(parts: np.ndarray, wholes: np.ndarray, rng: np.random.
 
 def count_share_coverage(draws: int) -> Iterator[tuple[str, ...]]:
     yield "relations", "kept", "ICC", "compressknow", "Wilson, simple", f"BCa, {RESAMPLES:,}"
-    for number, kept, icc in product((63, 25, 12, 6), (0.85, 0.95), ICC):
+    for number, kept, icc in product((63, 25, 12, 6), (0.85, 0.95, 0.98), ICC):
         rng, covered = np.random.default_rng(14), np.zeros(3, dtype=int)
         for _ in range(draws):
             known = rng.integers(10, 60, number)

@@ -99,6 +99,8 @@ def describe_power(counts: Counts, certainty: Certainty) -> str:
     'A net loss under 4.2 % of these 185 may go unseen; 400 known facts would show 2 %.'
     >>> describe_power(Counts(both=4, lost=4), Certainty(smallest_loss=0.997))
     'A net loss under 100 % of these 8 may go unseen.'
+    >>> describe_power(Counts(both=2241, lost=274), Certainty(smallest_loss=0.0202, facts_for_two=2632))
+    'A net loss under 2 % of these 2,515 may go unseen.'
     >>> describe_power(Counts(both=16), Certainty(smallest_loss=0.74, facts_for_two=394))
     '400 known facts would show a net loss of 2 %.'
     """
@@ -111,7 +113,7 @@ def describe_power(counts: Counts, certainty: Certainty) -> str:
     # Two digits: 4.2, 12, but no 1e+02.
     least = float(f"{100 * certainty.smallest_loss:.2g}")
     sentence = f"A net loss under {least:g} % of these {known} may go unseen"
-    if more is None or certainty.smallest_loss <= SMALL:
+    if more is None or least <= 100 * SMALL:
         return f"{sentence}."
     return f"{sentence}; {round_up(more)} known facts would show {100 * SMALL:g} %."
 
