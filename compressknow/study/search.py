@@ -162,7 +162,8 @@ class EvaluationSet:
             # An interval of n of n facts begins at n / (n + z^2), or with Student's t for facts of few relations.
             square = self.known * (1 - best) / best if best else compute_normal_quantile(LEVEL) ** 2
             needed = ceil(square * keep / (1 - keep))
-            times = f", {count(ceil(needed / self.known))} times as many" if self.known else ""
+            ratio = needed / self.known if self.known else 0.0
+            times = f", {ratio:.1f} times as many" if 0 < ratio < 100 else ""
             raise GateNotMet(
                 f"No file can be certain to keep {100 * keep:g} %: the model knows {count(self.known)} of the facts "
                 "that select it.",
