@@ -71,7 +71,7 @@ class SearchRequest:
             )
         if self.keep is not None and not 0 < self.keep < 1:
             raise UsageError(
-                f"The share of knowledge to keep must lie between 0 and 1: {self.keep:g}.",
+                f"The share of knowledge to keep must be more than 0 and less than 1: {self.keep:g}.",
                 hint="Write 95 % as 0.95 or 95%.",
             )
         check_guide(self.guide)

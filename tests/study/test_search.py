@@ -635,9 +635,9 @@ def test_size_above_the_file_is_accepted_if_must_sets_every_type(llama: Workspac
     [
         ([], "Give either --keep or --size", 2),
         (["--keep", "0.9", "--size", "1MB"], "Give either --keep or --size", 2),
-        (["--keep", "1.5"], "between 0 and 1", 2),
+        (["--keep", "1.5"], "more than 0 and less than 1", 2),
         # No number of facts could show it.
-        (["--keep", "100%"], "between 0 and 1", 2),
+        (["--keep", "100%"], "more than 0 and less than 1", 2),
         (["--keep", "0.9", "--limit", "1"], "too few facts", 2),
         (["--keep", "0.9", "--known", "produce"], "Did you mean produced?", 2),
         (["--keep", "0.9", "--templates", "3"], "has one wording per fact", 2),
