@@ -406,7 +406,7 @@ def _check_amount(amount: Any, subject: str, hint: str) -> None:
     """Raise UsageError if an amount is not between 0 and 1; suggest a percentage if it may have been meant as one."""
     if not is_of(float, amount) or not 0 < amount < 1:
         is_percent = is_of(float, amount) and 1 < amount < 100
-        suggestion = f"Did you mean {amount:g}%, which is {amount / 100:g}? " if is_percent else ""
+        suggestion = f"Did you mean {amount / 100:g}, which is {amount:g} %? " if is_percent else ""
         raise UsageError(
             f"{subject} must be a number greater than 0 and less than 1: {amount!r}.", hint=suggestion + hint
         )

@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("convert {}/model {}/new --prune 20", "Did you mean 20%, which is 0.2?"),
+    Case("convert {}/model {}/new --prune 20", "Did you mean 0.2, which is 20 %?"),
     Case("convert {}/model {}/new --prune 100%", "less than 1: 1.0. 0.2 prunes 20 % of the weights"),
     Case("convert {}/model {}/new --prune 0", "greater than 0 and less than 1"),
     Case("convert {}/model {}/new --prune abc", "write 0.2 or 20%"),
