@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base import notebook
-from compressknow.base.format import clean, clean_lines, compare_sizes, count, dump_json, number, share, write_size
+from compressknow.base.format import (
+    NONE,
+    clean,
+    clean_lines,
+    compare_sizes,
+    count,
+    dump_json,
+    number,
+    share,
+    share_against,
+    write_size,
+)
 from compressknow.comparison.intervals import FEWEST_SIGNS
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.grades import RECOGNIZED
@@ -116,14 +127,14 @@ class Search(notebook.Tabular):
         if self.winner is None:
             outcome = f"{count(len(self.tried))} files tried; none is certain to keep that much."
         else:
-            kept = _write_kept(self.winner.graded)
+            kept = _write_kept(self, self.winner.graded)
             outcome = f"{write_size(self.winner.bytes)}, the original {write_size(self.bytes)}: {kept} kept."
         if self.keep is None:
             title = f"Search: the best {name} of {write_size(self.budget or 0)}"
         else:
-            title = f"Search: the smallest {name} that keeps {share(self.keep)}"
+            title = f"Search: the smallest {name} that keeps {_write_target(self)}"
         columns = ("Weights", f"Kept of {count(self.known_held_out)} known held-out facts", "Size")
-        rows = tuple((each.setup, _write_kept(each.held_out), write_size(each.bytes)) for each in self.confirmed)
+        rows = tuple((each.setup, _write_kept(self, each.held_out), write_size(each.bytes)) for each in self.confirmed)
         return notebook.Summary(title, outcome, columns, rows)
 
 
@@ -214,17 +225,17 @@ def _describe_chart(search: Search) -> str:
     if search.rounding is None:
         return about
     return (
-        f"{about} The dotted line is what rounding alone keeps, {share(search.rounding)}: the original also answered "
-        "some of the grading facts in another precision."
+        f"{about} The dotted line is what rounding alone keeps, {_write_share(search, search.rounding)}: the original "
+        "also answered some of the grading facts in another precision."
     )
 
 
 def write_headline(search: Search) -> str:
     """Return the headline of the page."""
     if search.winner is None:
-        return f"No file tried is certain to keep {100 * (search.keep or 0):.6g} %"
+        return f"No file tried is certain to keep {_write_target(search)}"
     # The share of the grading facts: on the others, the winner may keep enough by luck.
-    kept = share(search.winner.graded.value if search.winner.graded else None)
+    kept = _write_share(search, search.winner.graded.value if search.winner.graded else None)
     if search.keep is None:
         return f"{write_size(search.winner.bytes)}, and {kept} kept"
     return f"{share(1 - search.winner.bytes / search.bytes)} smaller, and {kept} kept"
@@ -235,16 +246,16 @@ def write_verdict(search: Search) -> str:
     name, winner, closest = clean(search.original.name, 60), search.winner, search.closest
     if winner is not None:
         return (
-            f"The {_FORMS[search.form]} of {write_size(winner.bytes)} keeps {_write_kept(winner.graded)} of what "
-            f"{name} knew of {count(search.graded)} facts that had no part in the choice. The original has "
+            f"The {_FORMS[search.form]} of {write_size(winner.bytes)} keeps {_write_kept(search, winner.graded)} of "
+            f"what {name} knew of {count(search.graded)} facts that had no part in the choice. The original has "
             f"{write_size(search.bytes)} ({compare_sizes(search.bytes, winner.bytes)})."
         )
     if closest is None:
-        return f"No file that keeps {share(search.keep)} could be evaluated."
+        return f"No file that keeps {_write_target(search)} could be evaluated."
     return (
-        f"None of {count(len(search.tried))} files is certain to keep {share(search.keep)}. The closest has "
-        f"{write_size(closest.bytes)} and keeps {_write_kept(closest.held_out)} of the {count(search.known_held_out)} "
-        f"held-out facts that {name} knew."
+        f"None of {count(len(search.tried))} files is certain to keep {_write_target(search)}. The closest has "
+        f"{write_size(closest.bytes)} and keeps {_write_kept(search, closest.held_out)} of the "
+        f"{count(search.known_held_out)} held-out facts that {name} knew."
     )
 
 
@@ -254,8 +265,9 @@ def list_warnings(search: Search) -> tuple[str, ...]:
     warnings, keep = [], search.keep or 0.0
     if search.rounding is not None and search.rounding < keep:
         warnings.append(
-            f"Rounding alone keeps {share(search.rounding)} of what the original knows (measured on some of the "
-            f"grading facts, in another precision): even unchanged weights do not keep {100 * keep:.6g} % there."
+            f"Rounding alone keeps {_write_share(search, search.rounding)} of what the original knows (measured on "
+            "some of the grading facts, in another precision): even unchanged weights do not keep "
+            f"{_write_target(search)} there."
         )
     most = search.winner.bytes if search.winner else search.bytes
     # What a file keeps of the held-out facts decides, if it was evaluated on them.
@@ -265,15 +277,23 @@ def list_warnings(search: Search) -> tuple[str, ...]:
     if unsure:
         least = min(unsure)
         warnings.append(
-            f"The file of {write_size(least)} kept {_write_kept(kept[least][0])} of the {kept[least][1]} facts. With "
-            "more facts (a larger --limit, more probes), a file of that size may be certain to keep enough."
+            f"The file of {write_size(least)} kept {_write_kept(search, kept[least][0])} of the {kept[least][1]} "
+            "facts. With more facts (a larger --limit, more probes), a file of that size may be certain to keep enough."
         )
     warnings += warn_of_facts_in_text(search.original, search.in_calibration)
     return (*warnings, *warn_of_known(search.known))
 
 
-def _write_kept(kept: Estimate | None) -> str:
-    return write_estimate(kept or Estimate(None))
+def _write_target(search: Search) -> str:
+    return f"{100 * (search.keep or 0.0):.6g} %"
+
+
+def _write_share(search: Search, value: float | None) -> str:
+    return NONE if value is None else share_against(value, [search.keep or 0.0])
+
+
+def _write_kept(search: Search, kept: Estimate | None) -> str:
+    return write_estimate(kept or Estimate(None), partial(_write_share, search))
 
 
 def _tabulate_files(search: Search, *, held_out: bool) -> parts.Table:
@@ -283,8 +303,8 @@ def _tabulate_files(search: Search, *, held_out: bool) -> parts.Table:
         "Files evaluated on the held-out facts" if held_out else "Evaluated files, smallest first",
         (*columns, "Kept, held-out facts") if held_out else columns,
         tuple(
-            (clean(t.setup, 160), write_size(t.bytes), number(t.predicted_kl, 4), _write_kept(t.kept))
-            + ((_write_kept(t.held_out),) if held_out else ())
+            (clean(t.setup, 160), write_size(t.bytes), number(t.predicted_kl, 4), _write_kept(search, t.kept))
+            + ((_write_kept(search, t.held_out),) if held_out else ())
             for t in rows
         ),
         bars=() if held_out else tuple(t.kept for t in rows),
@@ -346,7 +366,8 @@ def _make_tradeoff(search: Search) -> Tradeoff:
     trials += [(search.winner, _WINNER, f"{_WINNER}, ")] if search.winner else []
     for trial, kind, prefix in trials:
         if trial.kept.value is not None:
-            text = f"{prefix}{write_size(trial.bytes)} {share(trial.kept.value)}, {clean(trial.setup, 60)}"
+            kept = _write_share(search, trial.kept.value)
+            text = f"{prefix}{write_size(trial.bytes)} {kept}, {clean(trial.setup, 60)}"
             marks.append(Mark(trial.bytes / 1e6, trial.kept, kind, text))
     title, keep, rounding = "Knowledge kept by size", search.keep, search.rounding
     return Tradeoff(title, "size, MB", marks, _LOOKS, edge=(_TRIED,), keep=keep, rounding=rounding)

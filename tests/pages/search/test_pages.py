@@ -71,6 +71,21 @@ def test_warning_names_a_smaller_file_that_more_facts_might_confirm(keep: float,
     assert "of the held-out facts" in " ".join(list_warnings(replace(search, winner=largest, confirmed=(unsure,))))
 
 
+def test_share_that_misses_the_target_does_not_read_as_if_it_reached_it() -> None:
+    search = make_search()
+    near = Estimate(0.97, 0.9496, 0.99)
+    trial = replace(search.tried[0], kept=near, held_out=near)
+    none = replace(search, keep=0.95, rounding=0.9496, winner=None, closest=trial, confirmed=(trial,))
+    assert "certain to keep 95 %. The closest has 80.0 MB and keeps 97.0 % (94.96 to 99.0 %)" in write_verdict(none)
+    assert "Rounding alone keeps 94.96 %" in list_warnings(none)[0]
+    assert "95.0 to" not in render_search_html(none)
+    # Such a share is that of a winner if the grading facts are other ones.
+    assert search.winner is not None
+    unlucky = replace(search, keep=0.95, winner=replace(search.winner, graded=Estimate(0.9496)))
+    assert write_headline(unlucky).endswith("94.96 % kept")
+    assert "to keep 99.95 %." in write_verdict(replace(none, keep=0.9995))
+
+
 def test_search_for_a_size_has_no_chart_and_no_held_out_facts() -> None:
     page = parse_html(render_search_html(make_size_search()))
     assert "Knowledge kept against size" not in page.one("main").text
