@@ -18,7 +18,6 @@ from compressknow.base.format import (
     count,
     dump_json,
     number,
-    share,
     share_against,
     write_size,
 )
@@ -238,7 +237,7 @@ def write_headline(search: Search) -> str:
     kept = _write_share(search, search.winner.graded.value if search.winner.graded else None)
     if search.keep is None:
         return f"{write_size(search.winner.bytes)}, and {kept} kept"
-    return f"{share(1 - search.winner.bytes / search.bytes)} smaller, and {kept} kept"
+    return f"{compare_sizes(search.bytes, search.winner.bytes)}, and {kept} kept"
 
 
 def write_verdict(search: Search) -> str:

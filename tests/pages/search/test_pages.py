@@ -118,6 +118,14 @@ def test_headline_has_the_share_of_the_grading_facts() -> None:
     assert write_headline(replace(search, keep=0.9, winner=lucky)) == "40.0 % smaller, and 85.0 % kept"
 
 
+@pytest.mark.parametrize(("size", "change"), [(101_700_000, "1.7 % larger"), (100_000_000, "the same size")])
+def test_headline_says_so_if_the_winner_is_no_smaller(size: int, change: str) -> None:
+    search = make_search()
+    assert search.winner is not None
+    winner = replace(search.winner, bytes=size)
+    assert write_headline(replace(search, winner=winner)) == f"{change}, and 94.0 % kept"
+
+
 def test_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
     page = parse_html(render_search_html(make_size_search()))
     *_, broad = page.all("figure")
