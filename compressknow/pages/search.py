@@ -72,6 +72,11 @@ class Trial:
     graded: Estimate | None = None
 
 
+def _identify(trial: Trial) -> tuple[tuple[str, str], ...]:
+    # Different types may have the same size, and even the same setup.
+    return tuple(sorted(trial.types.items()))
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Search(notebook.Tabular):
     """Whole search. Its rows are the files that were evaluated."""
@@ -109,7 +114,7 @@ class Search(notebook.Tabular):
     def _rows(self) -> list[dict[str, Any]]:
         # For each file, keep the row with most of its shares.
         winner = [self.winner] if self.winner else []
-        trials = {each.bytes: each for each in (*self.tried, *self.confirmed, *winner)}
+        trials = {_identify(each): each for each in (*self.tried, *self.confirmed, *winner)}
         return [
             {
                 **{"setup": each.setup, "bytes": each.bytes, "predicted_kl": each.predicted_kl},
@@ -270,14 +275,14 @@ def list_warnings(search: Search) -> tuple[str, ...]:
         )
     most = search.winner.bytes if search.winner else search.bytes
     # What a file keeps of the held-out facts decides, if it was evaluated on them.
-    kept = {t.bytes: (t.kept, "search") for t in search.tried}
-    kept |= {t.bytes: (t.held_out, "held-out") for t in search.confirmed if t.held_out}
-    unsure = [size for size, (k, _) in kept.items() if size < most and (k.low or 0.0) < keep <= (k.value or 0.0)]
-    if unsure:
-        least = min(unsure)
+    trials = {_identify(t): (t.bytes, t.kept, "search") for t in search.tried}
+    trials |= {_identify(t): (t.bytes, t.held_out, "held-out") for t in search.confirmed if t.held_out}
+    unsure = [each for each in trials.values() if (each[1].low or 0.0) < keep <= (each[1].value or 0.0)]
+    size, kept, split = min(unsure, key=lambda each: each[0], default=(most, None, ""))
+    if size < most:
         warnings.append(
-            f"The file of {write_size(least)} kept {_write_kept(search, kept[least][0])} of the {kept[least][1]} "
-            "facts. With more facts (a larger --limit, more probes), a file of that size may be certain to keep enough."
+            f"The file of {write_size(size)} kept {_write_kept(search, kept)} of the {split} facts. With more facts "
+            "(a larger --limit, more probes), a file of that size may be certain to keep enough."
         )
     warnings += warn_of_facts_in_text(search.original, search.in_calibration)
     return (*warnings, *warn_of_known(search.known))

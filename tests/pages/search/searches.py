@@ -16,7 +16,7 @@ def make_estimate(value: float) -> Estimate:
 
 def make_trial(setup: str, size: int, kept: float, held_out: float | None = None) -> Trial:
     confirmed = None if held_out is None else make_estimate(held_out)
-    return Trial(setup, {"blk.0.attn_q.weight": "q4_k"}, size, 1e6 / size, make_estimate(kept), confirmed)
+    return Trial(setup, {"blk.0.attn_q.weight": setup}, size, 1e6 / size, make_estimate(kept), confirmed)
 
 
 def make_types(text: str) -> dict[str, str]:
@@ -34,7 +34,7 @@ def make_search(text: str = "a-model") -> Search:
     trials = (
         make_trial("100 % q8_0", 80_000_000, 0.97),
         make_trial(f"60.0 % q5_k, 40.0 % q4_k {text}", 65_000_000, 0.965),
-        make_trial("60.0 % q4_k, 30.0 % q3_k, 10.0 % q6_k", 60_000_000, 0.96, 0.95),
+        replace(make_trial("60.0 % q4_k, 30.0 % q3_k, 10.0 % q6_k", 60_000_000, 0.96, 0.95), types=make_types(text)),
         make_trial("100 % q2_k", 30_000_000, 0.1),
     )
     facts = {"sha256": "0" * 64, "architecture": "LlamaForCausalLM", "family": "causal", "parameters": 50_000_000}
@@ -56,7 +56,7 @@ def make_search(text: str = "a-model") -> Search:
         bytes=100_000_000,
         tried=trials,
         confirmed=(trials[2],),
-        winner=replace(trials[2], types=make_types(text), graded=make_estimate(0.94)),
+        winner=replace(trials[2], graded=make_estimate(0.94)),
         closest=None,
         recipe='[export]\ntype = "q4_k_s"',
         rounding=0.985,

@@ -104,6 +104,15 @@ def test_the_frame_has_a_row_a_file_and_what_the_winner_keeps_of_the_grading_fac
     assert list(make_size_search().to_frame()["graded"]) == [0.94]
 
 
+def test_files_of_the_same_size_are_told_apart_by_their_types() -> None:
+    search = make_search()
+    largest, unsure = search.tried[0], replace(search.tried[1], kept=Estimate(0.95, 0.85, 0.99))
+    sure = replace(unsure, types={"blk.0.attn_q.weight": "q2_k"}, kept=Estimate(0.5, 0.4, 0.6))
+    search = replace(search, tried=(largest, unsure, sure), confirmed=(), winner=largest)
+    assert list(search.to_frame()["kept"]) == [0.97, 0.95, 0.5]
+    assert "The file of 65.0 MB kept 95.0 % (85.0 to 99.0 %) of the search facts." in list_warnings(search)[0]
+
+
 def test_search_guided_by_text_does_not_mention_guiding_facts() -> None:
     text = parse_html(render_search_html(replace(make_search(), by="text, rounded by GPTQ"))).one("main").text
     assert "Predicted KL of text, nats" in text
