@@ -129,7 +129,7 @@ class Search(notebook.Tabular):
     def _summary(self) -> notebook.Summary:
         name = clean(self.original.name, 60)
         if self.winner is None:
-            outcome = f"{count(len(self.tried))} files tried; none is certain to keep that much."
+            outcome = f"{write_headline(self)}."
         else:
             kept = _write_kept(self, self.winner.graded)
             outcome = f"{write_size(self.winner.bytes)}, the original {write_size(self.bytes)}: {kept} kept."
@@ -256,10 +256,12 @@ def write_verdict(search: Search) -> str:
         )
     if closest is None:
         return f"No file that keeps {_write_target(search)} could be evaluated."
+    tried = len(search.tried)
+    none, best = ("The only file is not", "It") if tried == 1 else (f"None of {count(tried)} files is", "The closest")
     return (
-        f"None of {count(len(search.tried))} files is certain to keep {_write_target(search)}. The closest has "
-        f"{write_size(closest.bytes)} and keeps {_write_kept(search, closest.held_out)} of the "
-        f"{count(search.known_held_out)} held-out facts that {name} knew."
+        f"{none} certain to keep {_write_target(search)}. {best} has {write_size(closest.bytes)} and keeps "
+        f"{_write_kept(search, closest.held_out)} of the {count(search.known_held_out)} held-out facts that {name} "
+        "knew."
     )
 
 

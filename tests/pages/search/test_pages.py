@@ -86,6 +86,17 @@ def test_share_that_misses_the_target_does_not_read_as_if_it_reached_it() -> Non
     assert "to keep 99.95 %." in write_verdict(replace(none, keep=0.9995))
 
 
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [(1, "The only file is not certain to keep 99 %. It has 80.0 MB"), (4, "None of 4 files is certain to keep 99 %.")],
+)
+def test_verdict_counts_the_files_that_were_tried(files: int, says: str) -> None:
+    search = make_search()
+    none = replace(search, keep=0.99, tried=search.tried[:files], winner=None, closest=search.tried[0])
+    assert write_verdict(none).startswith(says)
+    assert "No file tried is certain to keep 99 %." in repr(none)
+
+
 def test_search_for_a_size_has_no_chart_and_no_held_out_facts() -> None:
     page = parse_html(render_search_html(make_size_search()))
     assert "Knowledge kept against size" not in page.one("main").text
