@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from compressknow.base.format import clean, count, number, share, write_p_value, write_percent
+from compressknow.base.format import clean, count, number, share, share_against, write_p_value, write_percent
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.records import write_estimate
 from compressknow.pages.study import claims
@@ -362,7 +362,8 @@ def _find_largest(bounds: Sequence[claims.Bound]) -> claims.Bound:
 
 
 def _describe_bound(bound: claims.Bound, names: Mapping[str, str]) -> str:
-    return f"{names.get(bound.of, bound.of)} {write_estimate(bound.value)}, limit {share(bound.limit)}"
+    value = write_estimate(bound.value, partial(share_against, limits=[bound.limit]))
+    return f"{names.get(bound.of, bound.of)} {value}, limit {share(bound.limit)}"
 
 
 def _explain_bounds(tested: claims.Claim) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, pairwise, starmap
 from typing import TypeVar
 
-from compressknow.base.format import clean, count, share, write_points
+from compressknow.base.format import clean, count, share, share_against, write_points
 from compressknow.base.reading import group_by
 from compressknow.pages.card.verdict import join_words
 from compressknow.pages.records import write_range
@@ -322,11 +322,11 @@ def _conclude_order(least: LossRanking, claim: str, clear: bool, what: str, char
 
 def _conclude_cliff(cliff: Cliff, chart: str, by: str = "") -> Conclusion:
     limit, module = f"{100 * CLIFF:g} %", cliff.module or "each form"
-    if cliff.below is None:
+    if cliff.below is None or cliff.kept is None:
         claim, kept = f"Pruned by up to {cliff.before:g} %{by}, {module} keeps at least {limit}", ""
     else:
         pruned = f"Pruned by {cliff.below:g} %{by}" if cliff.below else "Not pruned at all"
-        claim, kept = f"{pruned}, {module} keeps less than {limit}", f"{share(cliff.kept)} kept"
+        claim, kept = f"{pruned}, {module} keeps less than {limit}", f"{share_against(cliff.kept, [CLIFF])} kept"
     start, end = cliff.steepest
     fall = f"falls fastest from {start:g} to {end:g} %, by {write_points(cliff.fall).removeprefix('+')}"
     numbers = "; ".join(filter(None, (kept, fall if cliff.fall > 0 else "")))

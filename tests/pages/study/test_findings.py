@@ -126,6 +126,12 @@ def test_adjusted_p_of_limits_is_named_since_the_intervals_are_not_adjusted() ->
     assert "(p = 0.25, adjusted over all claims; the intervals are not)" in finding.why
 
 
+def test_figure_just_below_its_limit_does_not_read_as_the_limit() -> None:
+    study = make_study(gps(ALL, range(2261), 0.3), spec=ProbeSpec(n=2600, known=2511))
+    assert "9.96 % (" in (numbers := evaluate(study, "F1").numbers)
+    assert "limit 10.0 %" in numbers
+
+
 @pytest.mark.parametrize(
     ("amounts", "of"), [((0.9,), "overall pruned by 90 %"), ((0.6, 0.9), "overall pruned by 60 to 90 %, on average")]
 )

@@ -54,6 +54,14 @@ def test_cliff_holds_if_the_whole_interval_is_below(right: int, answer: str) -> 
     assert line.numbers.startswith(f"{right / 2:.1f} % kept; falls fastest from 10 to 30 %, by ")
 
 
+def test_share_just_below_the_cliff_does_not_read_as_the_cliff() -> None:
+    cells = [gp("attention", 0.1, range(2515)), gp("attention", 0.3, range(2263))]
+    line = conclude(make_study(cells, spec=ProbeSpec(n=2600, known=2515)))[
+        "Pruned by 30 %, attention keeps less than 90 %"
+    ]
+    assert line.numbers.startswith("89.98 % kept; ")
+
+
 @pytest.mark.parametrize(("right", "answer"), [(199, "holds"), (182, "cannot tell")])
 def test_absence_of_a_cliff_holds_if_every_interval_is_above(right: int, answer: str) -> None:
     study = make_study([gp("attention", 0.1, range(right)), gp("attention", 0.3, range(200))])
