@@ -9,7 +9,6 @@ from typing import Unpack
 from compressknow.api.keywords import RunKeywords, api_function, build_run_options, list_files
 from compressknow.base.errors import UnusedOptions
 from compressknow.base.progress import OnProgress, resolve_progress
-from compressknow.engine.identity import describe
 from compressknow.evaluate import gather
 from compressknow.evaluate.grades import PRODUCED, check_known
 from compressknow.evaluate.records import ModelRecord
@@ -115,8 +114,8 @@ def compare(
     for side in (first, second):
         side.check_unchanged()
     comparison = make_comparison(
-        ModelRecord.from_dict({**describe(first.located), "sha256": first.sha256}),
-        ModelRecord.from_dict({**describe(second.located), "sha256": second.sha256}),
+        ModelRecord.from_dict({**first.describe(), "sha256": first.sha256}),
+        ModelRecord.from_dict({**second.describe(), "sha256": second.sha256}),
         difference,
         behaviour,
         files=dict(find_other_files(first.located, second.located)),

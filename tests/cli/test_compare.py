@@ -175,6 +175,18 @@ def test_checkpoint_is_identical_to_itself_and_its_copy(
             assert printed["behaviour"]["answers"] == []
 
 
+@pytest.mark.parametrize("facts", [(), FACTS])
+def test_model_changed_since_its_conversion_is_reported(
+    run: Run, models: Path, tmp_path: Path, facts: tuple[str, ...]
+) -> None:
+    shutil.copytree(models / "llama-int8", tmp_path / "changed")
+    edit_tensors(tmp_path / "changed", lambda t: t["model.layers.0.self_attn.q_proj.weight_scale"].mul_(100))
+    result = run("{models}/llama", "changed", *facts, "--json")
+    assert result.code == 0, result.err
+    says = "changed changed since it was converted: run `compressknow verify`"
+    assert [text[: len(says)] for text in json.loads(result.out)["warnings"]].count(says) == 1
+
+
 def test_wrong_order_is_reported_even_after_a_rename(run: Run, models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "llama", tmp_path / "renamed")
     for original in ("{models}/llama", "renamed"):

@@ -98,7 +98,7 @@ def make_comparison(
         files=files,
         difference=difference,
         behaviour=behaviour,
-        warnings=tuple(list_warnings(a, b, identical, difference, behaviour)),
+        warnings=tuple(dict.fromkeys(list_warnings(a, b, identical, difference, behaviour))),
         show_facts=show_facts,
         versions=dict(behaviour.b_against_a.versions) if behaviour else {"compressknow": __version__},
         command=command,
@@ -108,9 +108,10 @@ def make_comparison(
 def list_warnings(
     a: ModelRecord, b: ModelRecord, identical: bool, difference: CheckpointDiff | None, behaviour: Behaviour | None
 ) -> Iterator[str]:
-    """Yield warnings on swapped models, on what could not be compared or is broken, and on the answers."""
+    """Yield warnings on swapped or changed models, on what could not be compared or is broken, and on the answers."""
     if warnings.is_made_from(a, b):
         yield "A was made from B, according to its own record: give B first to see what A lost."
+    yield from warnings.warn_of_changes(a, b)
     smoothed = [name for name, side in (("A", a), ("B", b)) if side.calibration and side.calibration["smoothed"]]
     if len(smoothed) == 1 and difference:
         yield (
@@ -225,7 +226,7 @@ def make_behaviour(
 
 
 def _list_warnings(direction: Direction, of_b: Answers, forward: Card, backward: Card) -> Iterator[str]:
-    """Yield the warnings of a report in both directions, except those on grades."""
+    """Yield the warnings of a report in both directions, except those on grades and on origins."""
     yield from warnings.warn_of_models(forward.original, backward.original)
     yield from warnings.warn_of_recipe(forward.original)
     yield from warnings.warn_of_runtimes(*direction)
