@@ -250,12 +250,12 @@ def draw_heat_map(
     ]
     room = max(4, int(width / _LETTER)) if broad else _LONGEST
     for i, name in enumerate(grid.columns):
-        shown = name if len(name) <= room else f"…{name[1 - room :]}"
-        x = label + width * (i + 0.5) + 3.5 * (not broad)
+        shown, x = _cut(name, room), label + width * (i + 0.5) + 3.5 * (not broad)
         lines.append(_draw_text(x, top - 8, shown, "f-muted", "middle" if broad else "start", upright=not broad))
     for i, (name, cells) in enumerate(zip(grid.rows, grid.cells, strict=True)):
         y, wide = top + row * i, width * len(grid.columns) / len(cells)
-        lines.append(_draw_text(label - 8, y + row - (6 if broad else 3), name, "f-muted", "end"))
+        shown = _cut(name, int((label - 8) / _LETTER))
+        lines.append(_draw_text(label - 8, y + row - (6 if broad else 3), shown, "f-muted", "end"))
         for j, figure in enumerate(cells):
             if figure is not None:
                 shade = sum(figure >= bound for bound in bounds) if figure else None
@@ -268,6 +268,11 @@ def draw_heat_map(
         if i:
             lines.append(_draw_text(x, below + 18, write(bounds[i - 1]), "f-muted", "middle"))
     return "".join([*lines, "</svg>"])
+
+
+def _cut(name: str, room: int) -> str:
+    """Return the end of a dotted name, which tells it from others, if it is longer than `room`."""
+    return name if len(name) <= room else f"…{name[1 - room :]}"
 
 
 def find_bounds(figures: Sequence[float]) -> tuple[float, ...]:

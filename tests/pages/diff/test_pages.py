@@ -217,6 +217,17 @@ def test_fact_answered_in_different_words_is_known_by_both() -> None:
     assert behaviour.answers[-1][1].predicted == "Lutetia"
 
 
+@pytest.mark.parametrize("broad", [True, False])
+def test_heat_map_shortens_the_names_of_rows_to_their_room(broad: bool) -> None:
+    grid = Grid(("layer 31", "model.embed_tokens_per_layer"), ("q",), ((1.0,), (2.0,)))
+    drawn = parse_html(draw_heat_map(grid, "Errors", "map", broad) or "")
+    names = [each for each in drawn.all("text") if each.attributes["text-anchor"] == "end"]
+    assert [name.text for name in names] == ["layer 31", "…s_per_layer" if broad else "…per_layer"]
+    # A letter is at most 5.6 wide, and the right edge of the name is at x.
+    assert all(5.6 * len(name.text) <= float(name.attributes["x"]) for name in names)
+    assert "model.embed_tokens_per_layer" in drawn.one("desc").text
+
+
 @pytest.mark.parametrize("columns", [3, 12])
 def test_heat_map_has_a_mark_per_cell_that_darkens_with_the_error(columns: int) -> None:
     cells = tuple(tuple(0.001 * 1.3 ** (i + j) for j in range(columns)) for i in range(4))
