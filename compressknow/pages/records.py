@@ -200,7 +200,7 @@ class Card(Tabular):
                 }
                 for gate in self.gates
             ],
-            "original": _dump_run_model(self.original),
+            "original": as_json.dump_model(self.original),
             "compressed": [dump_comparison(each, show_facts=self.show_facts) for each in self.comparisons],
             "warnings": list(self.warnings),
             "method": list(self.method),
@@ -292,7 +292,7 @@ def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, An
         "setup": model.setup,
         "source": model.source,
         "source_matches": comparison.source_matches,
-        "model": _dump_run_model(model),
+        "model": as_json.dump_model(model),
         "verdict": comparison.verdict,
         **as_json.dump_counts(comparison.counts),
         **as_json.dump_kept(comparison.counts),
@@ -318,12 +318,6 @@ def dump_comparison(comparison: Comparison, *, show_facts: bool) -> dict[str, An
         values["lost_facts"] = [asdict(fact) for fact in comparison.lost]
         values["gained_facts"] = [asdict(fact) for fact in comparison.gained]
     return values | ({"texts": as_json.dump_texts(comparison.texts)} if comparison.texts else {})
-
-
-def _dump_run_model(model: ModelRecord) -> dict[str, Any]:
-    """Return all that is known of a model; `runtime` only if that was not transformers."""
-    values = as_json.dump_model(model)
-    return values if model.runtime else {key: value for key, value in values.items() if key != "runtime"}
 
 
 def _dump_recommendation(decision: Recommendation, names: Sequence[str]) -> dict[str, Any]:

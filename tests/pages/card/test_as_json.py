@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 
 from compressknow.base.errors import CompressknowError
 from compressknow.comparison.paired import Standing
+from compressknow.pages.as_json import dump_model
 from compressknow.pages.card.make import make_card
 from compressknow.pages.records import Recommendation, name_models
 from tests.pages.answering import make_answers, make_entry, make_model, make_rows, make_runs
@@ -38,6 +39,17 @@ def test_json_has_the_documented_keys() -> None:
     assert set(compressed["probes"]["atlas"]) >= PROBE_KEYS
     assert compressed["grades"] == {"geography": "C"}
     assert report["schema"] == 1
+
+
+def test_models_have_the_keys_that_they_have_in_other_pages() -> None:
+    card = make_card_of_one()
+    report = card.to_dict()
+    for model, record in (
+        (report["original"], card.original),
+        (report["compressed"][0]["model"], card.comparisons[0].model),
+    ):
+        assert model == dump_model(record)
+        assert model["runtime"] is None
 
 
 def test_figures_follow_from_the_counts() -> None:
