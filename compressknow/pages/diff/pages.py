@@ -424,6 +424,10 @@ def diff_json(comparison: CheckpointComparison) -> dict[str, Any]:
         "a": _dump_checkpoint(comparison.a),
         "b": _dump_checkpoint(comparison.b),
         "files": list(comparison.files),
+        "files_in": {
+            name: [side for side, exists in zip("ab", each, strict=True) if exists]
+            for name, each in comparison.files.items()
+        },
         **_dump_difference(comparison.difference),
         "behaviour": _dump_behaviour(behaviour, comparison.show_facts) if behaviour else None,
         "warnings": list(comparison.warnings),

@@ -90,6 +90,12 @@ def test_differences_in_structure_and_settings_are_listed() -> None:
     ]
 
 
+def test_json_tells_which_side_has_a_file() -> None:
+    values = diff_json(make_comparison(facts=False))
+    assert values["files"] == ["chat_template.jinja", "tokenizer.json"]
+    assert values["files_in"] == {"chat_template.jinja": ["a"], "tokenizer.json": ["a", "b"]}
+
+
 def test_verdict_counts_the_weights_of_the_tensors_that_differ() -> None:
     difference = make_diff()
     *others, last = difference.tensors
