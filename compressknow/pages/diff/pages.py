@@ -81,7 +81,7 @@ def make_comparison_page(
         what="comparison",
         models=f"{a} and {b}",
         headline=_write_headline(comparison),
-        verdict=clean(comparison.verdict, 1000),
+        verdict=clean(comparison.verdict, 5000),
         warnings=tuple(clean(warning, 1000) for warning in comparison.warnings),
         sections=tuple(section for section in sections if section.parts),
         counts=forward.comparisons[0].counts if forward else None,

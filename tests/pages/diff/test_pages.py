@@ -210,6 +210,20 @@ def test_divergence_of_a_text_is_measured_in_both_directions() -> None:
     assert rows["KL, mean"] == write_measurement(there.moved.kl, 4) != row[1]
 
 
+def test_verdict_on_many_texts_is_whole_on_the_page() -> None:
+    comparison = make_comparison()
+    assert comparison.behaviour is not None
+    text = compare_text("text:a.txt", 32, MEASURED, make_chunks(1), make_chunks(2))
+    card = comparison.behaviour.b_against_a
+    texts = tuple(replace(text, text=f"text:chapter-{number}.txt") for number in range(12))
+    card = replace(card, comparisons=(replace(card.comparisons[0], texts=texts),))
+    behaviour = replace(comparison.behaviour, b_against_a=card)
+    verdict = write_verdict(("tiny-t5", "tiny-t5-int8"), False, comparison.difference, behaviour)
+    assert len(verdict) > 1000
+    page = parse_html(render_comparison_html(replace(comparison, behaviour=behaviour, verdict=verdict)))
+    assert verdict in page.text
+
+
 def test_fact_answered_in_different_words_is_known_by_both() -> None:
     """More than one text may be a right answer to a task."""
     a, b = make_runs(make_rows(20, 3, 2, 5))
