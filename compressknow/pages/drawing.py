@@ -185,11 +185,11 @@ def draw_bars(
     title: str,
     *,
     levels: Mapping[str, float] = {},
-    high: float = 100,
     unit: str = PERCENT,
     within: tuple[float, float] = (0, 0),
 ) -> str:
-    """Draw figures as bars with names and intervals, on an axis up to at least `high`; the rest as in `draw_lines`."""
+    """Draw figures as bars with names and intervals, on an axis up to at least 100 %, or 10 points; the rest as in
+    `draw_lines`."""
     description = ", ".join(
         f"{clean(bar.group, 40)}{' ' * bool(bar.group)}{clean(bar.name, 60)}: {write_value(bar.value.value, unit)}"
         for bar in drawn_bars
@@ -202,7 +202,7 @@ def draw_bars(
     height = 40 + round(22 * (last + 1 + 0.9 * len(levels)))
     with open_axes(height, id, title, f"{description}.{_describe_levels(levels, unit)}") as (plot, drawn):
         ends = (*find_reach(drawn_bars, levels), *within)
-        left, right = min(0, *ends), max(high, *ends)
+        left, right = min(0, *ends), max(100 if unit == PERCENT else 10, *ends)
         for y, bar in zip(places, drawn_bars, strict=True):
             value, lowest, highest = to_percents(bar.value)
             plot.barh([y], [value], height=0.5, color=SERIES[bar.series])

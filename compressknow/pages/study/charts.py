@@ -161,7 +161,7 @@ _DROP, _KEPT, _BARS, _KEPT_BARS = "drop", "kept", "bars", "kept-bars"
 _LOOKS: Mapping[str, tuple[Callable[..., str], Callable[[Study], Mapping[str, float]]]] = {
     _DROP: (partial(drawing.draw_lines, start=0, unit=drawing.POINTS), find_baselines),
     _KEPT: (partial(drawing.draw_lines, start=1), find_marks),
-    _BARS: (partial(drawing.draw_bars, high=10, unit=drawing.POINTS), find_baselines),
+    _BARS: (partial(drawing.draw_bars, unit=drawing.POINTS), find_baselines),
     _KEPT_BARS: (drawing.draw_bars, find_marks),
 }
 

@@ -156,7 +156,7 @@ def test_bars_are_grouped_and_labelled() -> None:
 
 
 def test_gains_are_drawn_as_negative_losses() -> None:
-    svg = draw_bars([Bar("x", Estimate(-0.1, -0.2, 0.0))], "b", "t", high=10, unit="")
+    svg = draw_bars([Bar("x", Estimate(-0.1, -0.2, 0.0))], "b", "t", unit="")
     assert {"\N{MINUS SIGN}10.0", "\N{MINUS SIGN}20"} <= set(read_texts(svg))
 
 
