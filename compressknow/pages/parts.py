@@ -373,10 +373,10 @@ def write_prompt(prompt: str) -> str:
 
 def make_fact_parts(table: Table, shown: int, *, left_out: int, shade: str = "") -> Iterator[Part]:
     """Yield a table of facts, with those beyond `shown` folded, and a note on those `left_out`."""
-    if not table.rows:
+    if table.rows:
+        yield Facts(replace(table, rows=table.rows[:shown]), shade)
+    elif not left_out:
         yield Text("None.")
-        return
-    yield Facts(replace(table, rows=table.rows[:shown]), shade)
     if rest := table.rows[shown:]:
         continued = replace(table, caption=f"{table.caption}, continued", rows=rest)
         yield Folded(f"{count(len(rest))} more", (Facts(continued, shade),))

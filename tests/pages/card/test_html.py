@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.format import clean, share
+from compressknow.pages import pages
 from compressknow.pages.card.make import make_card
-from compressknow.pages.card.pages import render_html, render_markdown
+from compressknow.pages.card.pages import make_page, render_html, render_markdown
+from compressknow.pages.card.sections import Limits
 from compressknow.pages.pages import isolate
 from compressknow.pages.records import Card, label_models, name_models
 from tests.pages.answering import make_rows, make_runs
@@ -164,6 +166,15 @@ def test_changed_facts_are_folded_after_20_and_counted_after_500() -> None:
     assert "480 more" in [summary.text for summary in page.all("summary")]
     assert "112 more are in the JSON, which" in page.text
     assert "1 more is in the JSON, which" in parse_html(render_html(make_card_of_one(lost=501, gained=0))).text
+
+
+def test_page_with_no_room_for_facts_says_where_they_are() -> None:
+    # As each of 101 models.
+    card, limits = make_card_of_one(lost=100, gained=35), Limits(lost=0, gained=0)
+    text = parse_html(pages.render_html(make_page(card, limits, charts=False))).text
+    assert "100 more are in the JSON, which" in text
+    assert "35 more are in the JSON, which" in text
+    assert "None." not in text
 
 
 def test_facts_are_left_out_on_request() -> None:
