@@ -17,7 +17,7 @@ from compressknow.evaluate.runtimes import Settings
 from compressknow.evaluate.sources import Options
 from compressknow.model.checkpoint import check_revision, is_convertible
 from compressknow.pages.card.gate import check_gates, hold_to_gates, parse_gates
-from compressknow.pages.card.make import make_card
+from compressknow.pages.card.make import complete_warnings, make_card
 from compressknow.pages.card.pages import write_reports
 from compressknow.pages.pages import FORMATS, check_outputs, require_for
 from compressknow.pages.records import Card
@@ -133,6 +133,6 @@ def report(
     )
     write_reports(card, files, overwrite=overwrite)
     if into_model_card:
-        write_into_model_cards(card, models)
+        write_into_model_cards(complete_warnings(card), models)
     hold_to_gates(card, card)
     return card

@@ -102,6 +102,20 @@ def make_card(
     )
 
 
+def complete_warnings(card: Card) -> Card:
+    """Return the card with all warnings on a model at that model, for a page about it alone. Nothing is said there of
+    other models, nor of sections that are left out."""
+    within = card.decision.within if card.decision else None
+    complete = []
+    for comparison in card.comparisons:
+        others = [each for each in card.comparisons if each is not comparison]
+        of_others, own = (set(warnings.warn_of_size(card.original, each, within)) for each in (others, [comparison]))
+        unrelated = {*list_failures(card.comparisons), *(of_others - own)}
+        every = dict.fromkeys((*card.warnings, *comparison.warnings))
+        complete.append(replace(comparison, warnings=tuple(each for each in every if each not in unrelated)))
+    return replace(card, comparisons=tuple(complete))
+
+
 def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], decision: Recommendation | None) -> str:
     name = original.record.model.name
     sentences = []

@@ -16,7 +16,7 @@ from compressknow.comparison.paired import rank_models
 from compressknow.comparison.records import Counts
 from compressknow.evaluate.answers import Answer
 from compressknow.evaluate.records import ProbeEntry, Speed
-from compressknow.pages.card.make import make_card, read_model_facts
+from compressknow.pages.card.make import complete_warnings, make_card, read_model_facts
 from compressknow.pages.records import Card
 from tests.pages.answering import (
     COMPRESSED_HASH,
@@ -328,6 +328,13 @@ class TestWarnings:
         assert len(card.warnings) == 1
         assert card.comparisons[0].warnings == ()
         assert len(card.comparisons[1].warnings) == 1
+
+    def test_warning_on_the_size_of_a_model_is_not_given_to_the_others(self) -> None:
+        original, small = make_runs(make_rows(190, 10))
+        large = make_answers(small.answers, make_model(name="large", sha256="c" * 64, bytes=9_000_000))
+        card = make_card(original, [small, large], within=5_000_000)
+        assert [len(each.warnings) for each in card.comparisons] == [0, 0]
+        assert [len(each.warnings) for each in complete_warnings(card).comparisons] == [0, 2]
 
 
 class TestRefused:

@@ -117,6 +117,18 @@ def test_verdict_grades_and_probes_are_in_the_text(card: Card, folder: Path) -> 
     assert MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1]).count("<table>") == 2
 
 
+def test_warnings_that_models_share_are_in_the_card_of_each(tmp_path: Path) -> None:
+    original, facts = save_trained("llama", tmp_path / "original"), write_facts(tmp_path / "facts.jsonl")
+    models = [tmp_path / name for name in ("pruned", "quantized")]
+    for model, options in zip(models, (["--prune", "0.7"], ["--quantize", "int8"]), strict=True):
+        assert main(["convert", str(original), str(model), *options]) == 0
+    command = ["report", original, *models, "-p", f"facts:{facts}", "--known", "produced", "--into-model-card"]
+    assert main([*map(str, command), "--no-noise-floor"]) == 0
+    for model in models:
+        text = (model / "README.md").read_text(encoding="utf-8")
+        assert text.count("- Known means produced here") == text.count("- The original knew only ") == 1
+
+
 def test_report_on_a_text_has_neither_tables_nor_results(folder: Path, tmp_path: Path) -> None:
     original, text = save_trained("llama", tmp_path / "original"), tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. " * 400, encoding="utf-8")
