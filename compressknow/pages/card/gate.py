@@ -14,7 +14,7 @@ from compressknow.base.format import answer, clean, count, parse_share, share_ag
 from compressknow.comparison.paired import is_as_small, rank_models
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
-from compressknow.pages.card.verdict import count_facts, estimate_facts_needed, join_names, round_up
+from compressknow.pages.card.verdict import count_facts, estimate_facts_needed, join_names, round_up, write_kept_against
 from compressknow.pages.card.warnings import AT_CHANCE, estimate_rounding_kept, is_at_chance, list_probes
 from compressknow.pages.pages import escape_markdown, render
 from compressknow.pages.parts import Table, write_prompt
@@ -261,7 +261,7 @@ def recommend_model(
         enough = [i for i in fitting if all(gate.is_met(comparisons[i]) for gate in gates)]
         one, several = f"that {sure}keeps {floor}", f"that {sure}keep {floor}"
         if not enough:
-            most = f"{labels[best]} keeps most, {write_estimate(comparisons[best].kept)}"
+            most = f"{labels[best]} keeps most, {write_kept_against(comparisons[best].kept, gates)}"
             return conclude(None, f"No model{at_most} {sure}keeps {floor}: none is recommended. {most}.")
     else:
         floor = f"rounding alone, which keeps {write_estimate(rounding)}" if rounding.value is not None else ""
@@ -287,7 +287,7 @@ def recommend_model(
     alike = join_names([f"{labels[place]} ({write_size(sizes[place])})" for place in standing[taken].alike])
     rivals = "the other" if len(comparisons) == 2 else "each of the others"
     others = f"No test distinguishes it from {alike}." if alike else f"What {rivals} keeps differs by more than chance."
-    kept = write_estimate(comparisons[taken].kept)
+    kept = write_kept_against(comparisons[taken].kept, gates)
     reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it {choice}. It keeps {kept}. {others}"
     return conclude(taken, reason)
 

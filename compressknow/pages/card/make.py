@@ -81,7 +81,7 @@ def make_card(
         outcome, decision = comparisons[0].verdict, None
     else:
         decision = recommend_model(original, compressed, comparisons, gates=gates, within=within, broken=broken)
-        outcome = _write_joint_verdict(original, comparisons, decision)
+        outcome = _write_joint_verdict(original, comparisons, decision, gates)
     return Card(
         verdict=outcome,
         original=model,
@@ -116,12 +116,14 @@ def complete_warnings(card: Card) -> Card:
     return replace(card, comparisons=tuple(complete))
 
 
-def _write_joint_verdict(original: Answers, comparisons: Sequence[Comparison], decision: Recommendation | None) -> str:
+def _write_joint_verdict(
+    original: Answers, comparisons: Sequence[Comparison], decision: Recommendation | None, gates: Sequence[Gate]
+) -> str:
     name = original.record.model.name
     sentences = []
     if any(c.probes for c in comparisons):
         alike = max(decision.standings, key=lambda each: each.keeps).alike if decision else None
-        sentences.append(verdict.write_joint_verdict(name, comparisons, alike))
+        sentences.append(verdict.write_joint_verdict(name, comparisons, alike, gates))
     labelled = zip(label_models(comparisons), comparisons, strict=True)
     read = [(label, figures) for label, comparison in labelled for figures in comparison.texts]
     for text, of_text in group_by(read, lambda each: each[1].text).items():
@@ -166,7 +168,7 @@ def compare(
     graded = verdict.grade_domains(figures)
     sure = measure_certainty([[group.counts for group in probe.by_relation] for probe in figures])
     kept = estimate_proportion(counts.both, counts.known_before).or_by_relation(sure.kept)
-    outcome = verdict.write_verdict(before.name, counts, kept, sure) if probes else ""
+    outcome = verdict.write_verdict(before.name, counts, kept, sure, gates) if probes else ""
     outcome += warnings.compare_with_rounding(figures)
     compared = Comparison(
         model=model,
@@ -203,7 +205,7 @@ def _advise(comparison: Comparison, path: str | None, gates: Sequence[Gate]) -> 
     unsure = [gate for gate in gates if gate.of and met[gate] is None]
     if any(gate.of and gate.measure_kept(comparison)[0].known_before for gate in missed):
         return verdict.advise_less(comparison, f"less than {describe_share(missed)} is kept", path)
-    least = next((gate.least for gate in gates if gate.of is None), verdict.ENOUGH)
+    least = verdict.find_least(gates)
     if unsure and (comparison.kept.low or 0.0) >= least:
         return f"Next: evaluate more facts: these do not show whether {describe_share(unsure)} is kept."
     return verdict.write_advice(comparison, path, least)

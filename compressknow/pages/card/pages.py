@@ -29,10 +29,10 @@ from compressknow.evaluate.records import ModelRecord
 from compressknow.pages import drawing, pages, parts
 from compressknow.pages.card import gate
 from compressknow.pages.card.sections import Limits, list_explained, show_sections
-from compressknow.pages.card.verdict import ENOUGH, LEGEND, SHORT_LEGEND
+from compressknow.pages.card.verdict import LEGEND, SHORT_LEGEND, find_least, write_kept_against
 from compressknow.pages.card.warnings import describe_mark, estimate_rounding_kept, list_probes, mark_rounding
 from compressknow.pages.drawing import INK, SERIES, Line, Mark, Tradeoff, draw_tradeoff
-from compressknow.pages.records import Card, Comparison, name_models, write_estimate, write_range
+from compressknow.pages.records import Card, Comparison, name_models, write_range
 from compressknow.pages.texts import write_perplexity, write_text_headline
 
 _FEWEST = 3  # models; for fewer, the table is clear at a glance
@@ -63,7 +63,7 @@ def chart_costs(card: Card, names: Sequence[str]) -> Iterator[Tradeoff]:
         for number, (comparison, name) in enumerate(zip(card.comparisons, names, strict=True), start=1):
             if comparison.kept.value is not None and (cost := get_cost(comparison.model)):
                 amount, written, runtime = cost
-                text = f"{name}: {write_estimate(comparison.kept)} kept, {written}"
+                text = f"{name}: {write_kept_against(comparison.kept, card.gates)} kept, {written}"
                 marks.append(Mark(amount, comparison.kept, f"in {runtime}", text, str(number)))
         if len({mark.cost for mark in marks}) < _FEWEST:
             continue
@@ -170,7 +170,7 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> parts.Page:
             parts.PageSection("models", "Each compressed model", tuple(models)),
             *about,
         )
-        page = parts.Page(_write_joint_headline(card.comparisons), sections, unlisted=2)
+        page = parts.Page(_write_joint_headline(card), sections, unlisted=2)
     decision = (clean(card.decision.reason, 1000),) if card.decision else ()
     return replace(
         page,
@@ -190,23 +190,25 @@ def _make_method_section(card: Card) -> parts.PageSection:
     return parts.PageSection("method", "Method and limits", (sentences, *glossary), look="text")
 
 
-def _write_headline(comparison: Comparison) -> str:
+def _write_headline(card: Card, comparison: Comparison) -> str:
     """Return the main figure: knowledge kept, or perplexity if only texts were read."""
     if comparison.only_texts:
         return write_text_headline(comparison.texts[0])
     if comparison.kept.value is None:
         return _NOTHING_TO_KEEP
-    return f"{share(comparison.kept.value)} of its knowledge kept"
+    return f"{write_kept_against(Estimate(comparison.kept.value), card.gates)} of its knowledge kept"
 
 
-def _write_joint_headline(comparisons: Sequence[Comparison]) -> str:
+def _write_joint_headline(card: Card) -> str:
+    comparisons = card.comparisons
     kept = [c.kept.value for c in comparisons if c.kept.value is not None]
     if not kept and all(c.only_texts for c in comparisons):
         return f"Perplexity of {len(comparisons)} compressed models"
     if not kept:
         return _NOTHING_TO_KEEP
+    write = partial(share_against, limits=[find_least(card.gates)])
     least, most = min(kept), max(kept)
-    shares = share(most) if share(least) == share(most) else write_range(least, most)
+    shares = write(most) if write(least) == write(most) else write_range(least, most, write)
     return f"{len(comparisons)} compressed models keep {shares} of the knowledge"
 
 
@@ -214,7 +216,9 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
     """Return one compressed model against the original: the report card itself, and the sections below it."""
     model, is_single = comparison.model, len(card.comparisons) == 1
     sections, failures = show_sections(card.original, comparison, id, limits, show_facts=card.show_facts)
-    perplexity = f"perplexity {write_perplexity(comparison.texts[0].compressed)}" if comparison.only_texts else ""
+    result = f"{write_kept_against(Estimate(comparison.kept.value), card.gates)} kept"
+    if comparison.only_texts:
+        result = f"perplexity {write_perplexity(comparison.texts[0].compressed)}"
     recipe = parts.Code(clean_lines(to_toml(dict(model.recipe))), "toml") if model.recipe else None
     origin = (
         *((parts.Entries(parts.list_identity(card.original), "Original"),) if is_single else ()),
@@ -223,8 +227,8 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
     )
     sizes = (card.original.bytes, model.bytes)
     return parts.Page(
-        models=f"{perplexity or f'{share(comparison.kept.value)} kept'}, {write_size(model.bytes)}",
-        headline=_write_headline(comparison) if is_single else name,
+        models=f"{result}, {write_size(model.bytes)}",
+        headline=_write_headline(card, comparison) if is_single else name,
         verdict=clean(comparison.verdict, 1000),
         warnings=tuple(clean(warning, 1000) for warning in (*comparison.warnings, *failures)),
         sections=sections,
@@ -248,7 +252,7 @@ def _make_grades_section(card: Card, comparison: Comparison, id: str) -> parts.P
         letters = clean(grade.grade, 4), clean(grade.range or "", 20)
         rows.append((clean(grade.subject, 80), *_write_kept(grade.counts, grade.written), *letters))
     # The same digits as in the verdict, because the advice depends on this share.
-    kept = write_estimate(comparison.kept, partial(share_against, limits=[ENOUGH]))
+    kept = write_kept_against(comparison.kept, card.gates)
     rows.append(("All domains", *_write_kept(comparison.counts, kept), "", ""))
     bars = (*(grade.kept for grade in comparison.grades), comparison.kept)
     graded = parts.Graded(tuple(rows), bars, estimate_rounding_kept(comparison.probes).value)
@@ -284,7 +288,7 @@ def _tabulate_overview(card: Card, names: tuple[str, ...]) -> parts.Table:
     columns = [
         ("Model", ["original", *names]),
         ("Size", [write_size(model.bytes) for model in models]),
-        ("Kept", ["", *map(write_estimate, kept)]),
+        ("Kept", ["", *(write_kept_against(each, card.gates) for each in kept)]),
         ("Among these", ["", *marks]),
         *_list_gate_columns(card),
         *_list_run_columns(models),

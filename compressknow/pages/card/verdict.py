@@ -10,14 +10,23 @@ from functools import partial
 from typing import Any
 
 from compressknow.base.errors import CompressknowError, UsageError
-from compressknow.base.format import NONE, SIGNIFICANT, clean, count, share, share_against, write_p_value, write_percent
+from compressknow.base.format import NONE, SIGNIFICANT, clean, count, share_against, write_p_value
 from compressknow.comparison.intervals import design_of_kept, estimate_kept, list_clusters, run_mcnemar
 from compressknow.comparison.paired import order_domains
 from compressknow.comparison.power import SMALL, count_facts_to_decide
 from compressknow.comparison.records import Certainty, Counts, EarlyStop, Estimate, ProbeFigures
 from compressknow.compress.recipe import Recipe, format_options
 from compressknow.compress.steps import PAPER_BITS, PAPER_SCOPES, DropBlocks, DropNeurons, Prune, Quantize, Step, Where
-from compressknow.pages.records import NAME_CHARACTERS, SCALE, Comparison, Grade, label_models, write_range
+from compressknow.pages.records import (
+    NAME_CHARACTERS,
+    SCALE,
+    Comparison,
+    Gate,
+    Grade,
+    label_models,
+    write_estimate,
+    write_range,
+)
 
 LOWEST = "F"
 _SCALE = ", ".join(f"{grade} from {least} % kept" if grade == "A+" else f"{grade} {least} %" for grade, least in SCALE)
@@ -53,7 +62,9 @@ def find_grade(part: float, whole: float = 1) -> str:
     return next((name for name, least in SCALE if 100 * part >= least * whole), LOWEST)
 
 
-def write_verdict(original: str, counts: Counts, kept: Estimate, certainty: Certainty) -> str:
+def write_verdict(
+    original: str, counts: Counts, kept: Estimate, certainty: Certainty, gates: Iterable[Gate] = ()
+) -> str:
     """Return the sentence on one compressed model, and one on the losses that its number of facts can reveal.
 
     `kept` has the interval to report, `certainty` the paired test and the smallest detectable loss.
@@ -70,7 +81,8 @@ loss that chance does not explain (p = 0.012).
     if not counts.known_before:
         gained = f"; the compressed model answers {count(counts.gained)} right" if counts.gained else ""
         return f"{name} knew none of {count_facts(counts.n)}, so there is nothing to keep{gained}."
-    interval = f"({write_percent(counts.both, counts.known_before)}{_write_ends(kept, 'interval')})"
+    least = find_least(gates)
+    interval = f"({_write_percent(counts, least)}{_write_ends(kept, 'interval', least)})"
     sentence = _write_kept(name, counts, interval, certainty.p)
     return f"{sentence} {describe_power(counts, certainty)}".rstrip()
 
@@ -131,7 +143,7 @@ sequence 86.0 to 99.0 %, wrong in at most 5 of 100 runs). The figures are of 80 
     known = f"{'at least' if early.met else 'less than'} {100 * early.gate:g} % of the knowledge is kept"
     if early.facts == early.of:
         return f"It took all {count(early.of)} facts to know that {known}."
-    sequence = _write_ends(early.kept, "confidence sequence").removeprefix(", ")
+    sequence = _write_ends(early.kept, "confidence sequence", early.gate).removeprefix(", ")
     return (
         f"It took {count(early.facts)} of {count(early.of)} facts in random order to know that {known} ({sequence}, "
         f"wrong in at most {100 * early.level:g} of 100 runs)."
@@ -149,10 +161,12 @@ def round_up(facts: int) -> str:
     return count(-(-facts // step) * step)
 
 
-def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None) -> str:
+def write_joint_verdict(
+    original: str, comparisons: Sequence[Comparison], alike: Sequence[int] | None, gates: Iterable[Gate] = ()
+) -> str:
     """Return the sentence on several compressed models: the best, the worst, and those `alike` (by index), which no
     test distinguishes from the best; None if they were not evaluated on the same facts."""
-    name = clean(original, NAME_CHARACTERS)
+    name, least = clean(original, NAME_CHARACTERS), find_least(gates)
     labels = label_models(comparisons)
     known = [(c.counts, label) for c, label in zip(comparisons, labels, strict=True) if c.counts.known_before]
     if not known:
@@ -162,16 +176,16 @@ def write_joint_verdict(original: str, comparisons: Sequence[Comparison], alike:
         return f"The {len(comparisons)} compressed models answered different facts: what each keeps cannot be compared."
     if _get_kept(best) == _get_kept(worst):
         every = "Both" if len(known) == 2 else f"All {len(known)}"
-        return f"{every} compressed models keep {share(_get_kept(best))} of what {name} knew."
+        return f"{every} compressed models keep {_write_percent(best[0], least)} of what {name} knew."
     if len(known) == 2:
         chance = "could explain" if alike else "does not explain"
         return (
-            f"{best[1]} keeps more of what {name} knew ({_write_share(best[0])}) than {worst[1]} "
-            f"({_write_share(worst[0])}), a difference that chance {chance}."
+            f"{best[1]} keeps more of what {name} knew ({_write_share(best[0], least)}) than {worst[1]} "
+            f"({_write_share(worst[0], least)}), a difference that chance {chance}."
         )
     sentence = (
-        f"Of {len(known)} compressed models, {best[1]} keeps most of what {name} knew ({_write_share(best[0])}) "
-        f"and {worst[1]} least ({_write_share(worst[0])})."
+        f"Of {len(known)} compressed models, {best[1]} keeps most of what {name} knew ({_write_share(best[0], least)}) "
+        f"and {worst[1]} least ({_write_share(worst[0], least)})."
     )
     if not alike:
         return f"{sentence} No other keeps as much, and chance does not explain it."
@@ -204,24 +218,38 @@ def _get_kept(known: tuple[Counts, str]) -> float:
     return known[0].kept or 0.0
 
 
-def _write_ends(kept: Estimate, name: str) -> str:
+def _write_ends(kept: Estimate, name: str, least: float) -> str:
     if kept.low is None or kept.high is None:
         return ""
-    return f", {name} {write_range(kept.low, kept.high, partial(share_against, limits=[ENOUGH]))}"
+    return f", {name} {write_range(kept.low, kept.high, partial(share_against, limits=[least]))}"
 
 
 def count_facts(number: int) -> str:
     return "1 fact" if number == 1 else f"{count(number)} facts"
 
 
-def _write_share(counts: Counts) -> str:
-    return f"{count(counts.both)} of {count(counts.known_before)}, {write_percent(counts.both, counts.known_before)}"
+def _write_share(counts: Counts, least: float) -> str:
+    return f"{count(counts.both)} of {count(counts.known_before)}, {_write_percent(counts, least)}"
+
+
+def _write_percent(counts: Counts, least: float) -> str:
+    return share_against(counts.kept or 0.0, [least])
 
 
 ENOUGH = 0.95  # the share kept at which a model is good enough, unless a gate sets another
 LEAST = 0.05  # the smallest amount of pruning that is advised
 FINEST = "int8-weights"  # the scheme with the smallest error
 MOST = 20_000  # facts: the largest number that is worth evaluating for one share
+
+
+def find_least(gates: Iterable[Gate]) -> float:
+    """Return the share of all facts at which a model is good enough. Pages write shares of all facts against it."""
+    return next((gate.least for gate in gates if gate.of is None), ENOUGH)
+
+
+def write_kept_against(kept: Estimate, gates: Iterable[Gate]) -> str:
+    """Write the share of all facts that is kept and its interval, with enough digits to show whether it is enough."""
+    return write_estimate(kept, partial(share_against, limits=[find_least(gates)]))
 
 
 def write_advice(comparison: Comparison, path: str | None = None, least: float = ENOUGH) -> str:

@@ -198,6 +198,33 @@ class TestPages:
             {"of": "science", "least": 0.85, "strict": False, "met": [False]},
         ]
 
+    def test_share_just_below_the_gate_is_nowhere_rounded_to_it(self) -> None:
+        # 94.96 % and 89.96 %
+        original, better = make_runs(make_rows(2374, 126))
+        worse = make_answers(make_rows(2249, 251)[1], make_model(sha256="c" * 64, setup="Att_GQ"))
+
+        def report(*compressed: Answers, least: float) -> tuple[Card, str]:
+            card = make_card(original, compressed, gates=parse_gates(least))
+            return card, render_html(card).replace("\N{NO-BREAK SPACE}", " ")
+
+        card, page = report(better, least=0.95)
+        assert ">94.96 % of its knowledge kept</h1>" in page
+        assert "that tiny-bert knew (94.96 %, interval " in card.verdict
+        card, page = report(better, worse, least=0.9)
+        assert ">2 compressed models keep 89.96 to 95.0 % of the knowledge</h1>" in page
+        assert "Att_GQ (2,249 of 2,500, 89.96 %)" in card.verdict
+        assert "<td>89.96 % (88.7 to 91.1 %)</td>" in page
+        assert "<span>89.96 % kept, 4.0 MB</span>" in page
+        card, _ = report(worse, worse, least=0.9)
+        assert card.verdict == "Both compressed models keep 89.96 % of what tiny-bert knew."
+        assert card.decision is not None
+        assert card.decision.reason.endswith(" keeps most, 89.96 % (88.7 to 91.1 %).")
+
+    def test_interval_just_below_a_strict_gate_is_not_rounded_to_it_in_the_verdict(self) -> None:
+        original, compressed = make_runs(make_rows(2279, 221))
+        card = make_card(original, [compressed], gates=parse_gates(0.9, strict=True))
+        assert "(91.2 %, interval 89.98 to 92.2 %)" in card.verdict
+
     def test_gate_is_a_column_of_the_table_of_models(self) -> None:
         gates = parse_gates([0.9, "geography=0.8"])
         text = render_markdown(make_card_of_several(195, 170, sizes=(2, 1), gates=gates))
