@@ -206,9 +206,13 @@ def test_the_verdict_compares_changes_with_the_noise_floor() -> None:
     text = compare_with_rounding([replace(figures, noise_floor=many, answer_changed=0.33)])
     assert text.endswith("; rounding alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
     text = compare_with_rounding([replace(figures, noise_floor=few, runtime_noise_floor=replace(few, changed=7))])
-    assert text.endswith("changes 2.0 % (0.8 to 5.0 %), the runtime alone changes 3.5 % (1.7 to 7.0 %).")
+    assert text.endswith("changes 2.0 % (0.8 to 5.0 %); the runtime alone changes 3.5 % (1.7 to 7.0 %).")
     text = compare_with_rounding([replace(figures, noise_floor=few, runtime_noise_floor=many)])
     assert text.endswith("the runtime alone changes 30.0 % (24.1 to 36.7 %), which could be all of it.")
+    # Only the part whose interval allows it could be all of it, whatever the order.
+    text = compare_with_rounding([replace(figures, noise_floor=many, runtime_noise_floor=few)])
+    rounding = "rounding alone changes 30.0 % (24.1 to 36.7 %), which could be all of it"
+    assert text.endswith(f"; {rounding}; the runtime alone changes 2.0 % (0.8 to 5.0 %).")
     text = compare_with_rounding([replace(figures, answer_changed=0.0, noise_floor=few)])
     assert text == " Of its answers, 0 % differ; rounding alone changes 2.0 % (0.8 to 5.0 %)."
     text = compare_with_rounding([replace(figures, noise_floor=None, runtime_noise_floor=few)])

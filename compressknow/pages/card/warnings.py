@@ -399,7 +399,7 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
         return ""
     facts = sum(probe.counts.n for probe in measured)
     changed = sum(round((probe.answer_changed or 0.0) * probe.counts.n) for probe in measured)
-    parts, could_be_all = [], False
+    parts = []
     for name, floor_of in (("rounding", "noise_floor"), ("the runtime", "runtime_noise_floor")):
         floors = [(floor, p.counts.n) for p in measured if (floor := getattr(p, floor_of)) and floor.n]
         if floors:
@@ -407,12 +407,12 @@ def compare_with_rounding(probes: Iterable[ProbeFigures]) -> str:
             alone = average_estimates(
                 [estimate_proportion(floor.changed, floor.n) for floor, _ in floors], [number for _, number in floors]
             )
-            could_be_all |= 0 < changed <= (alone.high or 0.0) * facts
+            could_be_all = 0 < changed <= (alone.high or 0.0) * facts
+            explained = ", which could be all of it" if could_be_all else ""
             is_split = any(floor.read_otherwise for floor, _ in floors)
             tokens = ", which splits text into other tokens," if is_split else ""
-            parts.append(f"{name} alone{tokens} changes {write_estimate(alone)}")
-    explained = ", which could be all of it" if could_be_all else ""
-    return f" Of its answers, {write_percent(changed, facts)} differ; {', '.join(parts)}{explained}."
+            parts.append(f"{name} alone{tokens} changes {write_estimate(alone)}{explained}")
+    return f" Of its answers, {write_percent(changed, facts)} differ; {'; '.join(parts)}."
 
 
 def list_probes(comparisons: Iterable[Comparison]) -> Collection[ProbeFigures]:
