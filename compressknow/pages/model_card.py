@@ -13,7 +13,7 @@ import yaml
 
 from compressknow.base.errors import OutputError
 from compressknow.base.files import write_whole
-from compressknow.base.format import count, write_percent, write_size
+from compressknow.base.format import count, write_percent, write_two_sizes
 from compressknow.base.reading import CARD as CARD_BYTES
 from compressknow.base.reading import NotReadable, read_text
 from compressknow.compress.recipe import to_toml
@@ -207,7 +207,8 @@ def list_warnings(manifest: Mapping[str, Any]) -> Iterator[str]:
             else "the scales of its narrow layers take more than "
             f"{choose_word(find_schemes(_list_schemes(manifest)))} saves"
         )
-        yield f"The output is larger than the input ({write_size(after)} against {write_size(before)}): {cause}."
+        larger, smaller = write_two_sizes(after, before)
+        yield f"The output is larger than the input ({larger} against {smaller}): {cause}."
     # A dry run does not count zeros.
     if totals["pruned"] and totals.get("zeros_after", -1) == totals.get("zeros_before"):
         yield f"All {count(totals['pruned'])} pruned weights were zero already: pruning changed nothing."

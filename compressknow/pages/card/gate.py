@@ -10,7 +10,16 @@ from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from compressknow.base.errors import GateNotMet, GateUndecided, UsageError
-from compressknow.base.format import answer, clean, count, parse_share, share_against, write_percent, write_size
+from compressknow.base.format import (
+    answer,
+    clean,
+    count,
+    parse_share,
+    share_against,
+    write_percent,
+    write_size,
+    write_two_sizes,
+)
 from compressknow.comparison.paired import is_as_small, rank_models
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
@@ -245,12 +254,12 @@ def recommend_model(
         return conclude(None, "None is recommended: no working model has a known size.")
     if all(map(is_at_chance, comparisons)):
         return conclude(None, f"None is recommended. Evaluate more facts, or another probe (-p): {AT_CHANCE}")
-    if not fitting:
+    if within is not None and not fitting:
         least, suffix = min(sound, key=sound.__getitem__), " without NaN" if broken else ""
+        allowed, size = write_two_sizes(within, sound[least])
         return conclude(
             None,
-            f"No model{suffix} has at most {write_size(within)}: none is recommended. "
-            f"The smallest, {labels[least]}, has {write_size(sound[least])}.",
+            f"No model{suffix} has at most {allowed}: none is recommended. The smallest, {labels[least]}, has {size}.",
         )
     at_most = f" of at most {write_size(within)}" if within is not None else ""
     rounding = estimate_rounding_kept(list_probes(comparisons))

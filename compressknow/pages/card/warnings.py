@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from compressknow.base.format import clean, count, share, write_percent, write_size
+from compressknow.base.format import clean, count, share, write_percent, write_two_sizes
 from compressknow.comparison.intervals import FEWEST, average_estimates, estimate_proportion
 from compressknow.comparison.records import Counts, EarlyStop, Estimate, ProbeFigures
 from compressknow.compress.schemes import read_schemes
@@ -43,14 +43,17 @@ def warn_of_size(original: ModelRecord, comparisons: Sequence[Comparison], withi
     for model in models:
         if original.bytes and model.bytes and model.bytes > LARGER * original.bytes:
             cause = ": its final layer no longer shares its weight with the embedding. --scope blocks leaves it out."
+            size, original_size = write_two_sizes(model.bytes, original.bytes)
             yield (
-                f"{clean(model.name, 80)} is larger than {clean(original.name, 80)} ({write_size(model.bytes)} against "
-                f"{write_size(original.bytes)}){cause if is_larger_by_final_layer(model.groups or {}) else '.'}"
+                f"{clean(model.name, 80)} is larger than {clean(original.name, 80)} ({size} against "
+                f"{original_size}){cause if is_larger_by_final_layer(model.groups or {}) else '.'}"
             )
-    larger = [model for model in models if within is not None and (model.bytes or 0) > within]
-    if larger:
-        named = join_names([f"{clean(model.name, 80)} ({write_size(model.bytes)})" for model in larger])
-        yield f"Larger than the {write_size(within)} that a model may have: {named}."
+    if within is None:
+        return
+    if larger := [(clean(model.name, 80), model.bytes) for model in models if model.bytes and model.bytes > within]:
+        allowed, _ = write_two_sizes(within, min(size for _, size in larger))
+        named = join_names([f"{name} ({write_two_sizes(size, within)[0]})" for name, size in larger])
+        yield f"Larger than the {allowed} that a model may have: {named}."
 
 
 def warn_of_models(original: ModelRecord, model: ModelRecord) -> Iterator[str]:

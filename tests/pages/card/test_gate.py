@@ -417,6 +417,20 @@ class TestDecision:
         (warning,) = make_card_of_several(*models, sizes=(*models.values(),), within=within).warnings
         assert warning == f"Larger than the {within / 1000:.1f} kB that a model may have: {larger}."
 
+    def test_sizes_that_read_alike_are_written_to_the_byte(self) -> None:
+        card = make_card_of_several(199, 192, sizes=(31_000_000, 29_800_448), within=29_760_000)
+        assert card.decision is not None
+        assert card.decision.reason == (
+            "No model has at most 29,760,000 bytes: none is recommended. The smallest, keeps 192, has 29,800,448 bytes."
+        )
+        *of_original, of_limit = card.warnings
+        assert of_limit == (
+            "Larger than the 29,760,000 bytes that a model may have: m199 (31.0 MB) and m192 (29,800,448 bytes)."
+        )
+        assert of_original[0] == "m199 is larger than tiny-bert (31.0 MB against 4.0 MB)."
+        (warning,) = make_card_of_several(199, sizes=(4_041_000,)).warnings
+        assert warning == "m199 is larger than tiny-bert (4,041,000 bytes against 4,000,000 bytes)."
+
     def test_the_only_model_may_exceed_the_size_limit(self) -> None:
         assert make_card_of_several(199, sizes=(300_000,), within=300_000).warnings == ()
         (warning,) = make_card_of_several(199, sizes=(300_000,), within=250_000).warnings

@@ -89,6 +89,13 @@ def test_hostile_names_stay_text() -> None:
         ast.parse(block)
 
 
+def test_sizes_that_read_alike_are_written_to_the_byte() -> None:
+    manifest = make_manifest()
+    manifest["totals"] |= {"bytes_before": 1_000_000_000, "bytes_after": 1_000_100_000}
+    card = render_model_card(manifest, source_card_metadata={})
+    assert "larger than the input (1,000,100,000 bytes against 1,000,000,000 bytes): " in " ".join(card.split())
+
+
 def test_untied_head_is_named_with_its_cost() -> None:
     untied = [{"name": "lm_head.weight", "tied_to": "model.embed_tokens.weight", "bytes": 28_311_552}]
     card = render_model_card(make_manifest(untied=untied), source_card_metadata={})
