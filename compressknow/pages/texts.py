@@ -112,10 +112,10 @@ def write_joint_sentence(text: str, original: Perplexity, compressed: Sequence[t
 def write_change(ratio: Measurement) -> str:
     """Write the change of a perplexity, which is finite, in percent, with its sign.
 
-    >>> write_change(Measurement(1.049, 0.001))
-    '+4.9 %'
+    >>> write_change(Measurement(1.049, 0.001)), write_change(Measurement(1.0, 0.0))
+    ('+4.9 %', 'unchanged')
     """
-    return write_points(ratio.value - 1).replace("points", "%")
+    return "unchanged" if ratio.value == 1 else write_points(ratio.value - 1).replace("points", "%")
 
 
 def list_text_warnings(

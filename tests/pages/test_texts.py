@@ -235,6 +235,13 @@ def test_all_formats_show_the_same_figures_and_no_facts() -> None:
     assert json.dumps(values, allow_nan=False)
 
 
+def test_headline_of_a_model_that_predicts_the_same_says_that_nothing_changed() -> None:
+    same = make_chunks(1)
+    card = make_card(make_answers(same, "a"), [make_answers(same, "b")])
+    assert render_markdown(card).startswith("# Perplexity unchanged on text:")
+    assert " (unchanged), and the most likely token" in card.verdict
+
+
 def test_card_of_texts_does_not_explain_figures_of_facts() -> None:
     card = make_card(make_answers(make_chunks(1), "a"), [make_answers(make_chunks(2), "b")])
     for page in (render_html(card), render_markdown(card)):
