@@ -25,6 +25,7 @@ _WHY = {
     "compare the bits per byte",
 }
 _PERCENTILES = {"p50": "median", "p90": "90th", "p95": "95th", "p99": "99th", "p99_9": "99.9th", "max": "largest"}
+_NOT_FINITE = "NaN or infinite"  # a perplexity, in a sentence
 # Smaller divergences, in nats, have a bar of no length: they are rounding errors of 16-bit and float32 numbers.
 _LEAST = 1e-7
 METHOD = (
@@ -59,7 +60,7 @@ def write_sentence(figures: TextFigures, names: tuple[str, str] = ("the original
     if moved is None:
         before, after = (write_measurement(side.bits_per_byte, 3) for side in (figures.original, figures.compressed))
         return f"On {name}, {other} takes {after} bits per byte; {one} takes {before}."
-    before, after = _describe_perplexity(figures.original), _describe_perplexity(figures.compressed)
+    before, after = (write_perplexity(each, _NOT_FINITE) for each in (figures.original, figures.compressed))
     change = f"{write_change(moved.ratio)}, from {before}" if math.isfinite(moved.ratio.value) else f"from {before}"
     change = "unchanged" if moved.ratio.value == 1 else change
     whose = "its perplexity" if other == "it" else f"the perplexity of {other}"
@@ -87,14 +88,9 @@ def summarize_text(figures: TextFigures, names: tuple[str, str]) -> Iterator[str
         yield f"  bits per byte {names[0]} {before}, {names[1]} {after}; different tokens, so no KL"
 
 
-def write_perplexity(perplexity: Perplexity | None) -> str:
-    """Write a perplexity without its standard error."""
-    return number(perplexity.value.value, 2) if perplexity and math.isfinite(perplexity.value.value) else NONE
-
-
-def _describe_perplexity(perplexity: Perplexity) -> str:
-    """Write a perplexity in a sentence."""
-    return write_perplexity(perplexity) if math.isfinite(perplexity.value.value) else "NaN or infinite"
+def write_perplexity(perplexity: Perplexity | None, otherwise: str = NONE) -> str:
+    """Write a perplexity without its standard error; `otherwise` if it is unknown or not finite."""
+    return number(perplexity.value.value, 2) if perplexity and math.isfinite(perplexity.value.value) else otherwise
 
 
 def write_joint_sentence(text: str, original: Perplexity, compressed: Sequence[tuple[str, Perplexity]]) -> str:
@@ -102,8 +98,8 @@ def write_joint_sentence(text: str, original: Perplexity, compressed: Sequence[t
     # A model that produces NaN would be both the lowest and the highest.
     finite = [each for each in compressed if math.isfinite(each[1].value.value)] or compressed
     best, worst = (pick(finite, key=lambda each: each[1].value.value) for pick in (min, max))
-    opening = f"On {clean(text, 60)}, the original's perplexity is {_describe_perplexity(original)}"
-    lowest, highest = _describe_perplexity(best[1]), _describe_perplexity(worst[1])
+    opening = f"On {clean(text, 60)}, the original's perplexity is {write_perplexity(original, _NOT_FINITE)}"
+    lowest, highest = (write_perplexity(each, _NOT_FINITE) for _, each in (best, worst))
     if best is worst:
         return f"{opening}, and that of {best[0] if len(finite) == 1 else 'each compressed model'} is {lowest}."
     return f"{opening}; of the others, {best[0]} has the lowest ({lowest}) and {worst[0]} the highest ({highest})."
@@ -127,7 +123,7 @@ def list_text_warnings(
         yield f"On {name}, KL per token was not measured: {_WHY[OTHER_TOKENS]}."
     for who, side in zip(names, (figures.original, figures.compressed), strict=True):
         if not math.isfinite(side.value.value):
-            yield f"{who} produces NaN, or zero probabilities, on {name}: its perplexity is NaN or infinite."
+            yield f"{who} produces NaN, or zero probabilities, on {name}: its perplexity is {_NOT_FINITE}."
 
 
 def write_measurement(figure: Measurement | None, digits: int, unit: str = "") -> str:
