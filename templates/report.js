@@ -8,7 +8,8 @@ const NAMES = new Intl.Collator("en", { numeric: true });
 function sortKey(cell) {
   const text = cell.textContent.trim().replaceAll("−", "-").replaceAll(",", "");
   const number = /^([<>]?) *(-?\d+(?:\.\d+)?(?:e[+-]\d+)?)(?:\s(kB|MB|GB))?/.exec(text);
-  if (!number) return text === "-" || text === "" ? null : text;
+  // The grade A+ comes before A: a sign sorts before letters.
+  if (!number) return text === "-" || text === "" ? null : text.replace(/^A\+(?=\??$)/, "+A");
   const nudge = number[1] === "<" ? -1e-9 : number[1] === ">" ? 1e-9 : 0;
   return Number(number[2]) * (UNITS[number[3]] || 1) + nudge;
 }

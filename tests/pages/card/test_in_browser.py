@@ -137,6 +137,25 @@ def test_powers_of_ten_are_sorted_by_value(page: Page, files: dict[str, Path]) -
     assert keys == [457.57, 3.6e102, -3e-9, 9e9]
 
 
+def test_grades_are_sorted_from_best_to_worst(page: Page, tmp_path: Path) -> None:
+    card = make_card_of_several((20,))
+    grades = ("B", "A", "-", "A+?", "A?", "A+")
+    comparisons = []
+    for comparison, mark in zip(card.comparisons, grades, strict=False):
+        first, *others = comparison.grades
+        first = replace(first, grade=mark.rstrip("?"), range="A to B" if "?" in mark else None)
+        comparisons.append(replace(comparison, grades=(first, *others)))
+    file = tmp_path / "grades.html"
+    file.write_text(render_html(replace(card, comparisons=tuple(comparisons), decision=None)), encoding="utf-8")
+    page.goto(file.as_uri())
+    table = page.locator("table.sortable").first
+    header = table.get_by_role("columnheader", name="geography")
+    header.get_by_role("button").press("Enter")
+    column = header.evaluate("(each) => each.cellIndex")
+    cells = table.locator("tbody").last.locator(f"tr > :nth-child({column + 1})").all_inner_texts()
+    assert cells == ["A+", "A+?", "A", "A?", "B", "-"]
+
+
 def test_labels_of_bars_with_long_names_do_not_overlap(page: Page, tmp_path: Path) -> None:
     card = make_card_of_several((20,))
     named = tuple(
