@@ -114,9 +114,12 @@ def test_unknown_sizes_are_not_compared() -> None:
         (comparison,) = card.comparisons
         comparison = replace(comparison, model=replace(comparison.model, bytes=after))
         card = replace(card, original=replace(card.original, bytes=before), comparisons=(comparison,))
-        return render(render_markdown(card)).text
+        sizes = [each.text.strip() for each in parse_html(render_html(card)).all("p") if "→" in each.text]
+        return "\n".join([render(render_markdown(card)).text, *sizes])
 
     assert "2.0 MB before, 1.0 MB after: 50.0 % smaller." in write(2_000_000, 1_000_000)
+    assert write(2_000_000, 1_000_000).endswith("1.0 MB 50.0 % smaller")
+    assert write(None, 1_000_000).endswith("\n- → to  1.0 MB")
     assert "2.0 MB before, - after." in write(2_000_000, None)
     assert " before, " not in write(None, None)
 
