@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from compressknow.base.format import clean, share
+from compressknow.comparison.records import Estimate
 from compressknow.pages import pages
 from compressknow.pages.card.make import make_card
 from compressknow.pages.card.pages import make_page, render_html, render_markdown
 from compressknow.pages.card.sections import Limits
 from compressknow.pages.pages import isolate
+from compressknow.pages.parts import Page, PageSection, Table
 from compressknow.pages.records import Card, label_models, name_models
 from tests.pages.answering import make_rows, make_runs
 from tests.pages.card.cards import make_card_of_nothing, make_card_of_one, make_card_of_several
@@ -131,6 +133,17 @@ def test_several_models_are_summarized_by_their_range_and_a_table() -> None:
     lost = [int(row.all("td")[2].text) for row in table.one("tbody").all("tr")]
     by_relation = make_card_of_several().comparisons[-1].probes[0].by_relation
     assert lost == sorted((group.counts.lost for group in by_relation), reverse=True)[: len(lost)]
+
+
+@pytest.mark.parametrize("column", range(3))
+def test_bars_are_after_their_column_in_every_row(column: int) -> None:
+    bars = (Estimate(0.5), Estimate(0.7))
+    table = Table("Caption", ("a", "b", "c"), (("x", "1", "2"), ("y", "3", "4")), bars, column)
+    page = parse_html(pages.render_html(Page("Title", (PageSection("id", "Section", (table,)),))))
+    rows = [[cell for cell in row.children if isinstance(cell, Element)] for row in page.one("table").all("tr")]
+    assert [len(row) for row in rows] == [4, 4, 4]
+    assert rows[0][column + 1].text == ""
+    assert all(row[column + 1].all("svg") for row in rows[1:])
 
 
 def test_models_of_the_same_name_are_numbered_once() -> None:
