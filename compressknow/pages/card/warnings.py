@@ -88,12 +88,12 @@ def warn_of_provenance(original: ModelRecord, model: ModelRecord) -> Iterator[st
     itself compressed."""
     is_sibling = not _list_source_hashes(original).isdisjoint(_list_source_hashes(model))
     if check_source(original, model) is False and not is_sibling:
-        source = model.source or {}
-        recorded, actual = clean(source.get("sha256"), 13), clean(original.sha256, 13)
+        recorded = clean((model.source or {}).get("sha256") or "", 13)
         yield (
             f"{clean(model.name, 80)} was not made from {clean(original.name, 80)}: its record names "
-            f"{clean(source.get('name'), 80)} (fingerprint {recorded}), but the original's fingerprint is {actual}. "
-            "Differences may not be due to compression. Give the original that it was made from."
+            f"{name_source(model)}{f' (fingerprint {recorded})' if recorded else ''}, but the original's fingerprint "
+            f"is {clean(original.sha256, 13)}. Differences may not be due to compression. Give the original that it "
+            "was made from."
         )
     yield from warn_of_changes(original, model)
     if is_made_from(original, model):
@@ -102,13 +102,18 @@ def warn_of_provenance(original: ModelRecord, model: ModelRecord) -> Iterator[st
             f"{clean(model.name, 80)}, according to its own record. Give the original first."
         )
     elif _is_compressed(original):
-        source = original.source or {}
-        made_from = clean(source.get("name"), 80) + ", a converted checkpoint" * ("original_sha256" in source)
+        source, how = original.source or {}, clean(original.setup or original.quantization or "", 80)
+        made_from = name_source(original) + ", a converted checkpoint" * ("original_sha256" in source)
         yield (
             f"{clean(original.name, 80)}, given as the original, is itself compressed: "
-            f"{clean(original.setup or original.quantization, 80)}, made from {made_from}. What it lost by that is not "
+            f"{f'{how}, ' if how else ''}made from {made_from}. What it lost by that is not "
             "counted here; to count it, give the model that it was made from as the original."
         )
+
+
+def name_source(model: ModelRecord) -> str:
+    """Return the name of the model that a model was made from, by its own record."""
+    return clean((model.source or {}).get("name") or "another model", 80)
 
 
 def check_source(original: ModelRecord, model: ModelRecord) -> bool | None:

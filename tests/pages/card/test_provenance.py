@@ -216,6 +216,20 @@ def test_original_in_gguf_is_compressed_unless_it_has_the_floats_of_the_checkpoi
     assert all(f"d.gguf, given as the original, is itself compressed: {made_from} " in warning for warning in warned)
 
 
+def test_record_that_names_neither_the_source_nor_what_was_done_is_not_quoted() -> None:
+    original, compressed = make_runs(
+        make_rows(40, 60), source={"original_sha256": "d" * 64}, groups={"attention": {"parameters": 100, "pruned": 50}}
+    )
+    unnamed = replace(compressed, record=replace(compressed.record, model=replace(compressed.record.model, setup=None)))
+    card = make_card(original, [unnamed])
+    first, *_ = card.comparisons[0].warnings
+    assert "its record names another model, but the original's fingerprint is aaaaaaaaaaaa…. " in first
+    assert "the step from another model, which this model was made from, not from" in render_markdown(card)
+    further = make_answers(original.answers, make_model(sha256="e" * 64))
+    first, *_ = make_card(unnamed, [further]).comparisons[0].warnings
+    assert "is itself compressed: made from another model, a converted checkpoint. What" in first
+
+
 @pytest.mark.parametrize("made_from_it", [True, False])
 def test_last_step_of_several_is_not_taken_for_all_that_was_done(made_from_it: bool) -> None:
     source = {"name": "pruned", "sha256": ORIGINAL_HASH if made_from_it else "c" * 64}

@@ -26,6 +26,7 @@ from compressknow.model.manifest import describe_calibration, describe_removed
 from compressknow.pages.card.pages import name_deployment
 from compressknow.pages.card.sections import Context, Section
 from compressknow.pages.card.verdict import count_facts
+from compressknow.pages.card.warnings import name_source
 from compressknow.pages.parts import Folded, Note, Part, Remarks, Table, make_groups_table
 from compressknow.pages.records import write_estimate, write_part
 
@@ -285,9 +286,8 @@ class Layers(Section):
             scheme = choose_word(read_schemes(model.recipe))
             columns = ("Group of layers", "Parameters", "Zeros", "Pruned", scheme, "Relative error")
             yield Table("What was done to each group of layers", columns, rows, captioned=False)
-            source = model.source or {}
             if context.comparison.source_matches is False:
-                step = f"the step from {clean(source.get('name'), 80)}, which this model was made from"
+                step = f"the step from {name_source(model)}, which this model was made from"
                 yield Note(f"The table describes {step}, not from the original.")
         if removed := " ".join(describe_removed(model.removed)):
             yield Note(clean(removed, 1000))
