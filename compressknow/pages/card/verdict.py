@@ -137,12 +137,14 @@ def describe_early(early: EarlyStop | None, evaluated: int) -> str:
     >>> print(describe_early(early, 80))
     It took 64 of 4,021 facts in random order to know that at least 80 % of the knowledge is kept (confidence \
 sequence 86.0 to 99.0 %, wrong in at most 5 of 100 runs). The figures are of 80 facts: the last batch was finished.
+    >>> [describe_early(replace(early, facts=facts, of=facts), facts) for facts in (1, 2)]  # doctest: +ELLIPSIS
+    ['It took 1 fact to know that at least ...', 'It took all 2 facts to know that at least ...']
     """
     if early is None:
         return ""
     known = f"{'at least' if early.met else 'less than'} {100 * early.gate:g} % of the knowledge is kept"
     if early.facts == early.of:
-        return f"It took all {count(early.of)} facts to know that {known}."
+        return f"It took {'all ' if early.of > 1 else ''}{count_facts(early.of)} to know that {known}."
     sequence = _write_ends(early.kept, "confidence sequence", early.gate).removeprefix(", ")
     return (
         f"It took {count(early.facts)} of {count(early.of)} facts in random order to know that {known} ({sequence}, "

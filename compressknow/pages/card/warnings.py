@@ -266,8 +266,9 @@ def _describe_runtimes_part(original: Answers, compressed: Answers) -> str:
         answers = f"{count(changed)} of {count_facts(of)}"
         sentences = f"Run there from an unquantized file, the original answers {answers} differently."
         if split := sum(floor.read_otherwise or 0 for floor in floors):
+            are = "is" if split == 1 else "are"
             sentences += (
-                f" Of these prompts, {count(split)} are split into other tokens there than by the model's own "
+                f" Of these prompts, {count(split)} {are} split into other tokens there than by the model's own "
                 "tokenizer, which no other type can fix. Check that the tokenizer's files are the model's own."
             )
         return sentences

@@ -329,6 +329,24 @@ class TestWarnings:
         assert card.comparisons[0].warnings == ()
         assert len(card.comparisons[1].warnings) == 1
 
+    def test_one_prompt_read_otherwise_is_singular(self) -> None:
+        floor = {
+            "n": 100,
+            "changed": 0,
+            "known": 50,
+            "lost": 0,
+            "gained": 0,
+            "kl_mean": None,
+            "computed_in": "llama.cpp b1",
+        }
+        rows = make_rows(200)
+        runtime = {"name": "llama.cpp", "build": "b1", "types": {}}
+        compressed = make_answers(rows[1], make_model(sha256=COMPRESSED_HASH, runtime=runtime))
+        for split, said in ((1, "Of these prompts, 1 is split into"), (2, "Of these prompts, 2 are split into")):
+            floors = {"llama.cpp b1": {**floor, "read_otherwise": split}}
+            original = make_answers(rows[0], probes={"atlas": make_entry(runtime_noise_floors=floors)})
+            assert said in join_warnings(make_card(original, [compressed]))
+
     def test_warning_on_the_size_of_a_model_is_not_given_to_the_others(self) -> None:
         original, small = make_runs(make_rows(190, 10))
         large = make_answers(small.answers, make_model(name="large", sha256="c" * 64, bytes=9_000_000))
