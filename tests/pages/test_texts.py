@@ -242,6 +242,19 @@ def test_headline_of_a_model_that_predicts_the_same_says_that_nothing_changed() 
     assert " (unchanged), and the most likely token" in card.verdict
 
 
+def test_verdict_on_many_texts_is_whole_on_the_page() -> None:
+    def read(seed: int, name: str) -> Answers:
+        answers, chunks = make_answers(make_chunks(seed), name), make_chunks(seed)
+        (entry,) = answers.record.probes.values()
+        names = [f"text:{number}.txt" for number in range(12)]
+        record = replace(answers.record, probes=dict.fromkeys(names, entry))
+        return replace(answers, record=record, texts=dict.fromkeys(names, chunks))
+
+    card = make_card(read(1, "a"), [read(2, "b")])
+    assert len(card.verdict) > 1000
+    assert card.verdict.count("its perplexity is") == render_markdown(card).count("its perplexity is") == 12
+
+
 def test_card_of_texts_does_not_explain_figures_of_facts() -> None:
     card = make_card(make_answers(make_chunks(1), "a"), [make_answers(make_chunks(2), "b")])
     for page in (render_html(card), render_markdown(card)):

@@ -130,6 +130,7 @@ _LOST, _GAINED, _LOST_IN_ALL, _GAINED_IN_ALL = 500, 200, 100, 50
 _FEW, _RELATIONS_IN_ALL, _LEAST_RELATIONS = 5, 100, 3
 # Facts that the Markdown holds of one comparison, and of all together.
 _FACTS, _FACTS_IN_ALL = 50, 300
+_VERDICT = 5000  # characters: it has a sentence per text
 _NOTHING_TO_KEEP = "There was no knowledge to keep"
 _COST_NOTE = (
     "Numbers are those of the models in the table. The line joins the models that no other as small, or as fast, "
@@ -176,7 +177,7 @@ def make_page(card: Card, limits: Limits, *, charts: bool) -> parts.Page:
         page,
         what="report card",
         models=f"{clean(card.original.name, 80)} {others}",
-        verdict=clean(card.verdict, 1000),
+        verdict=clean(card.verdict, _VERDICT),
         warnings=tuple(dict.fromkeys((*(clean(warning, 1000) for warning in card.warnings), *page.warnings))),
         next=(*page.next, *decision),
     )
@@ -229,7 +230,7 @@ def _make_model_page(card: Card, comparison: Comparison, id: str, name: str, lim
     return parts.Page(
         models=f"{result}, {write_size(model.bytes)}",
         headline=_write_headline(card, comparison) if is_single else name,
-        verdict=clean(comparison.verdict, 1000),
+        verdict=clean(comparison.verdict, _VERDICT),
         warnings=tuple(clean(warning, 1000) for warning in (*comparison.warnings, *failures)),
         sections=sections,
         next=(clean(comparison.next, 1000),) if comparison.next else (),
