@@ -114,9 +114,9 @@ def find_choice(text: str, choices: Sequence[str], spelled: Callable[[str], str]
     return choice if any(match(choice)) else cut(text)
 
 
-def judge(text: str, gold: str) -> tuple[str, bool]:
+def judge(text: str, gold: str, spelled: Callable[[str], str] = str) -> tuple[str, bool]:
     """Cut a free answer at its end, and return with it whether it begins with the object, as whole words. Case, and an
-    article or quotes before it, are ignored.
+    article or quotes before it, are ignored; `spelled` is that of `find_choice`.
 
     >>> judge("Paris, the city of", "Paris"), judge("Parisian food", "Paris"), judge("the Nile. It", "Nile")
     (('Paris, the city of', True), ('Parisian food', False), ('the Nile', True))
@@ -124,7 +124,8 @@ def judge(text: str, gold: str) -> tuple[str, bool]:
     (('1.5 km', False), ('1,000', False), ('1', True), ('1, or 2', True))
     """
     text = _compose(text.strip())
-    after = find_end(text, gold)
+    ends = (find_end(text, label) for label in (gold, spelled(gold)))
+    after = next((end for end in ends if end is not None), None)
     return cut(text, after or 0), after is not None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from tokenizers.normalizers import NFD, Sequence, StripAccents
 
 from compressknow.engine.language_model import LanguageModel, load_language_model
 from compressknow.evaluate.evaluate import LEAST, Prompts, evaluate
@@ -134,6 +136,16 @@ def test_a_right_free_answer_has_rank_1_however_it_is_spelled(lm: LanguageModel)
     facts = [replace(fact, obj_label=fact.obj_label.lower()) for fact in make_known_facts(closed=False)]
     answers = evaluate_lm(lm, make_probe(facts, vocabulary="open"))
     assert all(answer.correct and answer.rank == 1 for answer in answers.values())
+
+
+def test_a_right_free_answer_counts_without_the_accents_that_the_tokenizer_drops(lm: LanguageModel) -> None:
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.backend_tokenizer.normalizer = Sequence([NFD(), StripAccents()])
+    facts = [fact for fact in make_known_facts(closed=False) if "e" in fact.obj_label]
+    facts = [replace(fact, obj_label=fact.obj_label.replace("e", "é")) for fact in facts]
+    answers = evaluate_model(lm.model, tokenizer, lm.family, make_probe(facts, vocabulary="open"))
+    assert len(answers) > 5
+    assert {(answer.correct, answer.rank, answer.grade) for answer in answers.values()} == {(True, 1, "produced")}
 
 
 @pytest.mark.parametrize("batch_size", [1, 32])

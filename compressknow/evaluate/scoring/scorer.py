@@ -398,7 +398,7 @@ class Scorer(ABC):
             query, scores = batch[index], log_probs[index].double().cpu().numpy()
             first = query.gold[0]
             rank = find_rank(first, scores)
-            text, correct = judge(texts[index], query.fact.obj_label)
+            text, correct = judge(texts[index], query.fact.obj_label, self.encoder.spelled)
             # A text may begin with the object though its first token is another: of an article, another spelling, or
             # T5's sentinel once more.
             rank = 1 if correct and rank is not None else rank
