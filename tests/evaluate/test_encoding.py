@@ -146,6 +146,18 @@ def test_an_answer_from_a_vocabulary_is_a_word_after_a_space_also_in_brackets(
     assert query.gold == tuple(tokenizer(" Guinea", add_special_tokens=False)["input_ids"])
 
 
+def test_a_word_of_a_vocabulary_that_begins_the_sentence_keeps_its_case(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    """LAMA's official code looks up the object as it is."""
+    tokenizer = tokenizers["word pieces, cased"]
+    fact = Fact("1", "probe", "IsA", "common sense", "", "capital", "[MASK] is the name of a city .")
+    probe = make_probe([fact], vocabulary="words", words=("capital", "name"))
+    query = make_scorer(_make_bert(len(tokenizer)), tokenizer, "masked", probe).make_query(fact)
+    assert isinstance(query, Query)
+    assert tokenizer.convert_ids_to_tokens(list(query.aliases)) == ["capital"]
+
+
 def test_a_text_is_spelled_as_the_tokenizer_does_unless_it_has_unknown_characters(
     tokenizers: dict[str, PreTrainedTokenizerFast],
 ) -> None:

@@ -346,9 +346,9 @@ class Scorer(ABC):
         if self.probe.fold_case:
             ids = self._folded.get(fact.obj_label.lower(), ())
         else:
-            # Possible answers are words as in running text, after a space.
-            gap = fact.gap if self.allowed is None else " "
-            ids = self.encoder.answer(fact.before, fact.obj_label, gap)
+            # Words of a vocabulary have the ids that `find_single` gives them, wherever the blank is.
+            before, gap = (fact.before, fact.gap) if self.allowed is None else ("is", " ")
+            ids = self.encoder.answer(before, fact.obj_label, gap)
             ids = ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else ()
         return ids if self.allowed is None else tuple(number for number in ids if number in self.words)
 
