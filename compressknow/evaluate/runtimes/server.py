@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
@@ -130,15 +131,21 @@ class ServedScorer(CausalScorer):
         return self._served.score_rest((*query.prompt, ids[0]), ids[1:], head, bar)
 
     def _judge(self, query: Query, first: FirstToken, text: str) -> Answer:
-        """Judge a free answer. Its rank is that of the object's first token, if the server returned that."""
+        """Judge a free answer. If it is wrong, its rank is that of the object's first token, if the server returned
+        that."""
         correct = find_choice(text, list_choices(query.fact)) == query.fact.obj_label
         text, _ = judge(text, query.fact.obj_label)
         best = list(first.logp)[:TOP]
         rank = next((n for n, number in enumerate(first.logp, 1) if number == query.gold[0]), None)
+        rank = 1 if correct and best else rank
         logp = self._score(query, query.gold, first, -math.inf) if self._served.scores else None
-        top = (text, *(first.texts.get(number, "").strip() for number in best[1:]))
-        scores = np.array([first.logp[number] for number in best])
-        return make_answer(query.fact, top, scores, correct=correct, rank=rank, logp_gold=logp, choices=None)
+        top = {text: [first.logp[number] for number in best[:1]]}
+        for number in best[1:]:
+            # vLLM returns no texts.
+            if number in first.texts:
+                top.setdefault(first.texts[number].strip(), [first.logp[number]])
+        fields = {"correct": correct, "rank": rank, "logp_gold": logp}
+        return make_answer(query.fact, tuple(top), chain.from_iterable(top.values()), choices=None, **fields)
 
 
 def _add_first(answer: Answer, first: FirstToken, wanted: list[int] | None) -> Answer:

@@ -105,11 +105,17 @@ def test_answers_are_those_of_the_model_run_locally(
     for fact, answer in answers.items():
         assert (answer.predicted, answer.correct) == (expected[fact].predicted, expected[fact].correct)
         assert answer.logp_gold == pytest.approx(expected[fact].logp_gold, abs=1e-4)
+        # Other first tokens have no texts here.
+        assert answer.top5 == (answer.predicted,)
         if kind == "vllm":
-            # The ranks and log-probabilities of first tokens.
             assert answer.rank == expected[fact].rank
-            assert answer.top5_logp == pytest.approx(expected[fact].top5_logp, abs=1e-4)
-            assert len(answer.top5) == len(answer.top5_logp)
+            assert answer.top5_logp == pytest.approx(expected[fact].top5_logp[:1], abs=1e-4)
+
+
+def test_a_right_free_answer_has_rank_1_however_it_is_spelled(serve: Callable[[str], ModelServer]) -> None:
+    facts = [replace(fact, obj_label=fact.obj_label.lower()) for fact in make_known_facts(closed=False)[:8]]
+    answers = evaluate_server(serve("vllm").url, make_probe(facts, vocabulary="open"))
+    assert {(answer.correct, answer.rank) for answer in answers.values()} == {(True, 1)}
 
 
 @pytest.mark.parametrize("kind", ["vllm", "writes"])
