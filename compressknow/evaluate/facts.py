@@ -65,13 +65,14 @@ class Fact:
 
     @property
     def before(self) -> str:
-        """Return the prompt up to the blank, without the space before it."""
-        return self.prompt.partition(BLANK)[0].rstrip()
+        """Return the prompt up to the blank, without spaces before it, but with a line break; "" if nothing else."""
+        before = self.prompt.partition(BLANK)[0]
+        return before.rstrip(" ") if before.strip() else ""
 
     @property
     def gap(self) -> str:
-        """Return the space before the blank; nothing if the blank follows a bracket or a quotation mark."""
-        return " " if self.prompt.partition(BLANK)[0][-1:].isspace() else ""
+        """Return the space before the blank; nothing if the blank follows a bracket, a quotation mark or a new line."""
+        return " " if self.prompt.partition(BLANK)[0].endswith(" ") else ""
 
     @property
     def after(self) -> str:

@@ -110,6 +110,18 @@ def test_an_answer_that_would_merge_with_the_text_before_it_gets_no_space() -> N
     assert written == [["上", "海"], ["北京"]]
 
 
+@pytest.mark.parametrize("space", ["\n", "\n\n", "\n ", " "])
+def test_a_line_break_before_the_blank_is_part_of_the_prompt(
+    tokenizers: dict[str, PreTrainedTokenizerFast], space: str
+) -> None:
+    tokenizer = tokenizers["byte-level, letters"]
+    fact = Fact("1", "probe", "country", "geography", "", "Guinea", f"Which country has iron ore?\nIt is:{space}[MASK]")
+    scorer = make_scorer(_make_gpt2(len(tokenizer)), tokenizer, "causal", make_probe([fact], vocabulary="open"))
+    query = scorer.make_query(fact)
+    assert isinstance(query, Query)
+    assert [*query.prompt, *query.gold] == tokenizer(fact.prompt.replace(BLANK, "Guinea"))["input_ids"]
+
+
 def test_special_tokens_are_added_on_request_and_never_decoded(
     tokenizers: dict[str, PreTrainedTokenizerFast],
 ) -> None:
