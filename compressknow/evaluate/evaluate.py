@@ -147,9 +147,10 @@ def add_examples(scorer: Scorer, answers: Sequence[Answer], original: Sequence[A
 
 
 def put_after_example(fact: Fact, probe: Probe) -> Fact | None:
-    """Return the fact with its prompt after a solved example of its relation; None if that has no other object."""
+    """Return the fact with its prompt after a solved example of its relation; None if that has no other object, or one
+    that is a blank."""
     example = probe.find_example(fact)
-    if example is None:
+    if example is None or BLANK in example.obj_label:
         return None
     solved = example.prompt.replace(BLANK, example.obj_label).rstrip()
     stop = "" if _SENTENCE_END.search(solved) else "."

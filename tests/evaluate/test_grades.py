@@ -337,6 +337,11 @@ def test_an_example_with_the_full_stop_of_its_script_gets_no_other() -> None:
     assert shown.prompt == "法国的首都是巴黎。 中国的首都是[MASK]。"
 
 
+def test_a_blank_is_no_example() -> None:
+    facts = [make_fact(0, "France", "Paris"), make_fact(1, "BERT", "[MASK]")]
+    assert put_after_example(facts[0], make_probe(facts)) is None
+
+
 def test_an_example_without_a_full_stop_gets_one() -> None:
     prompt = "{}'s capital: [MASK]"
     facts = [make_fact(0, "France", "Paris", prompt), make_fact(1, "Italy", "Rome", prompt)]
