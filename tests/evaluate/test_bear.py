@@ -63,7 +63,18 @@ def test_a_fact_without_subject_or_answer_is_an_error(folder: Path, row: dict[st
         read_bear(folder)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"P1": {"templates": []}}', '{"P1": {"templates": ["[X] [Y]"]}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        '{"P1": {"templates": []}}',
+        '{"P1": {"templates": ["[X] [Y]"]}}',
+        '{"P1": {"templates": [], "answer_space_labels": ["a", "b"]}}',
+        '{"P1": {"templates": [null], "answer_space_labels": ["a", "b"]}}',
+        '{"P1": {"templates": "[X] is [Y].", "answer_space_labels": ["a", "b"]}}',
+    ],
+)
 def test_invalid_metadata_is_an_error(folder: Path, text: str) -> None:
     (folder / "metadata_relations.json").write_text(text)
     with pytest.raises(UsageError, match=r"metadata_relations\.json cannot be read as BEAR's"):

@@ -158,6 +158,22 @@ def test_a_damaged_line_is_an_error_with_file_line_and_column(folder: Path) -> N
         read_lama(folder, "trex")
 
 
+@pytest.mark.parametrize(
+    ("part", "file", "row", "wrong"),
+    [
+        ("trex", "relations.jsonl", {"relation": "P36", "template": 5}, r"\[0\]\.template is not text"),
+        ("google-re", "Google_RE/date_of_birth_test.jsonl", {"judgments": None}, r"\[0\]\.judgments is not a list"),
+        ("squad", "Squad/test.jsonl", {"masked_sentences": {"a": 1}}, r"\[0\]\.masked_sentences is not a list"),
+    ],
+)
+def test_a_value_of_another_kind_is_an_error_with_file_and_key(
+    folder: Path, part: str, file: str, row: dict[str, object], wrong: str
+) -> None:
+    write_jsonl(folder / file, [{"sub_label": "Ada", "obj_label": "London", **row}])
+    with pytest.raises(UsageError, match=rf"{file} cannot be read as LAMA's: {Path(file).name}{wrong}"):
+        read_lama(folder, part)
+
+
 @pytest.mark.parametrize("inside", ["TREx", "elsewhere"])
 def test_a_folder_within_the_set_or_next_to_it_is_an_error_that_names_the_right_one(folder: Path, inside: str) -> None:
     (folder / inside).mkdir(exist_ok=True)

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from compressknow.base.errors import UsageError
-from compressknow.base.reading import INDEX, TOKENIZER, read_json, read_text
+from compressknow.base.reading import INDEX, TOKENIZER, find_mismatch, read_json, read_text
 from compressknow.evaluate.facts import (
     COMMON_SENSE,
     GENERAL,
@@ -53,6 +53,7 @@ from compressknow.evaluate.sources.columns import hash_files, read_rows
 
 METADATA = "metadata_relations.json"
 BEAR_FROM = "github.com/lm-pub-quiz/BEAR (CC BY-SA)"
+_RELATIONS = {str: {"templates": [str], "answer_space_labels": [str]}}
 _HINT = f"Get BEAR from {BEAR_FROM}; --data names its folder."
 
 LAMA_FROM = "https://dl.fbaipublicfiles.com/LAMA/data.zip"
@@ -76,6 +77,9 @@ CONCEPTNET = map_relations(
 LAMA = WIKIDATA | dict.fromkeys(_GOOGLE_RE, PEOPLE)
 # Sets whose relations all have the same domain.
 _DOMAINS_OF_SETS = {"conceptnet": COMMON_SENSE, "squad": GENERAL}
+# Forms of relations and of facts; facts without labels are dropped, not refused.
+_TEMPLATE = {"relation": str, "template?": str}
+_FACT = {"judgments?": [{"judgment?": (str, None)}], "masked_sentences?": ([str], str, None)}
 # The official scripts' max_sentence_length, in words.
 _LONGEST_SENTENCE = 100
 
@@ -145,10 +149,11 @@ class Bear(ProbeSource):
         folder = self.find(name, part, options.data)
         try:
             relations: dict[str, dict[str, Any]] = read_json(folder / METADATA, INDEX)
-            for metadata in relations.values():
-                if not (metadata["templates"] and metadata["answer_space_labels"]):
-                    raise ValueError("a relation without templates or labels")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if wrong := find_mismatch(relations, _RELATIONS):
+                raise ValueError(wrong)
+            if not all(metadata["templates"] and metadata["answer_space_labels"] for metadata in relations.values()):
+                raise ValueError("a relation without templates or labels")
+        except (OSError, ValueError) as error:
             raise UsageError(
                 f"{folder / METADATA} cannot be read as BEAR's list of relations: {error}.", hint=_HINT
             ) from error
@@ -269,8 +274,8 @@ def _read_lama_rows(folder: Path, name: str) -> tuple[list[Path], Iterator[_Row]
     relations: dict[str, tuple[Path, str | None]]
     if name == "trex":
         # The file also has relations without facts; facts of relations that it lacks are dropped.
-        templates = {row.get("relation"): row.get("template", "") for row in read_rows(folder / RELATIONS)}
-        relations = {str(each): (subset / f"{each}.jsonl", template) for each, template in templates.items()}
+        templates = {row["relation"]: row.get("template", "") for row in _read_checked(folder / RELATIONS, _TEMPLATE)}
+        relations = {each: (subset / f"{each}.jsonl", template) for each, template in templates.items()}
         relations |= {path.stem: (path, "") for path in sorted(subset.glob("*.jsonl")) if path.stem not in templates}
     elif name == "google-re":
         relations = {each: (subset / f"{each}_test.jsonl", template) for each, template in _GOOGLE_RE.items()}
@@ -282,9 +287,16 @@ def _read_lama_rows(folder: Path, name: str) -> tuple[list[Path], Iterator[_Row]
     rows = (
         (str(values.get("pred", name)) if template is None else relation, template, number, values)
         for relation, (path, template) in present.items()
-        for number, values in enumerate(read_rows(path))
+        for number, values in enumerate(_read_checked(path, _FACT))
     )
     return [path for path, _ in present.values()], rows
+
+
+def _read_checked(path: Path, form: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = read_rows(path)
+    if wrong := find_mismatch(rows, [form], path.name):
+        raise UsageError(f"{path} cannot be read as LAMA's: {wrong}.", hint=f"Get LAMA from {LAMA_FROM}.")
+    return rows
 
 
 def _read_vocabulary(path: Path) -> tuple[str, ...]:
@@ -315,7 +327,7 @@ def _make_lama_fact(name: str, row: _Row, words: frozenset[str] | None) -> Fact 
         prompt = fill(template.strip(), sub_label.strip())
     else:
         sentences = values.get("masked_sentences") or [""]
-        prompt = sentences if isinstance(sentences, str) else str(sentences[0])
+        prompt = sentences if isinstance(sentences, str) else sentences[0]
     if words is not None:
         if template is None and len(prompt.split()) > _LONGEST_SENTENCE:
             return f"sentence of more than {_LONGEST_SENTENCE} words"
