@@ -82,3 +82,10 @@ def test_a_model_that_computes_nan_knows_nothing(lm: LanguageModel, vocabulary: 
     answers = evaluate_model(broken, lm.tokenizer, lm.family, probe)
     assert answers
     assert all(not answer.correct and answer.rank is None for answer in answers.values())
+
+
+def test_memory_that_runs_out_on_the_first_prompts_is_not_called_an_unsupported_model(lm: LanguageModel) -> None:
+    hungry = copy.deepcopy(lm.model)
+    hungry.register_forward_pre_hook(lambda *_: torch.empty(1 << 60))
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        evaluate_model(hungry, lm.tokenizer, lm.family, make_probe(make_known_facts()))

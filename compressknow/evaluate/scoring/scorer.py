@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compressknow.base.errors import CompressknowError, UnsupportedError
+from compressknow.base.errors import CompressknowError, UnsupportedError, is_out_of_memory
 from compressknow.base.reading import group_by
 from compressknow.engine.language_model import check_tokens, count_embedding_rows, count_positions
 from compressknow.engine.load import find_reason
@@ -273,9 +273,11 @@ class Scorer(ABC):
         if not self._is_tested:
             try:
                 self.read_first(batch[:2])
-            except (CompressknowError, MemoryError, torch.OutOfMemoryError):
+            except CompressknowError:
                 raise
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 raise UnsupportedError(
                     f"{self.architecture} cannot be evaluated: it fails on the first prompts.",
                     why=find_reason(error),
