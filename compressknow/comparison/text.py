@@ -28,7 +28,7 @@ def compute_perplexity(chunks: Sequence[Chunk]) -> Perplexity:
     """Compute the perplexity of one model."""
     nll = _join(chunks, "logp") * -1
     mean = measure_mean(nll)
-    value = math.exp(mean.value) if mean.value < 700 else math.inf
+    value = math.inf if mean.value >= 700 else math.exp(mean.value)
     per_byte = None
     # All chunks have a length, or none does.
     if total := sum(chunk.bytes or 0 for chunk in chunks):
@@ -52,7 +52,7 @@ def compare_tokens(original: Sequence[Chunk], compressed: Sequence[Chunk]) -> Te
     change = np.exp(after) - np.exp(before)
     # The error of the mean of paired differences, which includes the covariance.
     log_ratio = measure_mean(before - after)
-    ratio = math.exp(log_ratio.value) if log_ratio.value < 700 else math.inf
+    ratio = math.inf if log_ratio.value >= 700 else math.exp(log_ratio.value)
     one, other = compute_perplexity(original).value, compute_perplexity(compressed).value
     covariance = float(np.mean((before - before.mean()) * (after - after.mean())))
     spread = float(np.std(before) * np.std(after))

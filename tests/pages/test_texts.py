@@ -149,6 +149,13 @@ def test_model_compared_with_itself_shows_no_change() -> None:
     assert change.correlation == pytest.approx(1)
 
 
+def test_a_model_that_computes_nan_has_no_perplexity() -> None:
+    original = make_chunks(1)
+    broken = [replace(chunk, logp=np.full_like(chunk.logp, np.nan)) for chunk in original]
+    assert math.isnan(compute_perplexity(broken).value.value)
+    assert math.isnan(compare_tokens(original, broken).ratio.value)
+
+
 def test_bits_per_byte_count_all_tokens() -> None:
     perplexity = compute_perplexity(make_chunks(1))
     nll = -np.concatenate([c.logp for c in make_chunks(1)]).astype(np.float64)
