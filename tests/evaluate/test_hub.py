@@ -145,6 +145,15 @@ def test_the_columns_of_a_facts_file_are_recognized_in_every_format(tmp_path: Pa
         assert probe.vocabulary == "closed"
 
 
+def test_a_single_number_as_candidates_does_not_make_the_facts_open(tmp_path: Path) -> None:
+    cells = ("1998|1999", "1999", "null")
+    rows = "".join(f"Event {cell} was in [MASK].,1999,{cell}\n" for cell in cells)
+    (tmp_path / "f.csv").write_text(f"prompt,obj_label,candidates\n{rows}")
+    probe = read_hub_facts(str(tmp_path / "f.csv"))
+    assert [fact.candidates for fact in probe.facts] == [("1998", "1999"), None]
+    assert probe.dropped == {"object not among two candidates or more": 1}
+
+
 def test_a_table_gives_the_facts_of_a_facts_file_with_the_same_rows(tmp_path: Path) -> None:
     fact = {"obj_label": "Paris", "sub_label": "France", "relation": "capital"}
     rows = [

@@ -329,7 +329,9 @@ def _to_texts(value: object) -> tuple[str, ...] | None:
         try:
             value = parse_json(text.encode())
         except ValueError:
-            value = text.split("|")
+            value = text
+        # A number is a single candidate.
+        value = value if value is None or isinstance(value, list) else text.split("|")
     return tuple(dict.fromkeys(filter(None, map(_to_text, value)))) or None if isinstance(value, list) else None
 
 
