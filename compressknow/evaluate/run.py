@@ -377,7 +377,8 @@ def make_facts_entry(probe: Probe, answers: Sequence[Answer], dropped: Mapping[s
 
 
 def _compute_key(handle: ModelHandle, probe: Opened, context: Context) -> str:
-    """Hash everything that determines the answers: the model, the facts, the scored tokens, and the settings."""
+    """Hash what determines the answers: the model, the facts, the scored tokens, the settings, and releases. That of
+    torch, a CPU's kernels and layers of other packages are left out, though they may round differently."""
     settings = handle.settings
     values: list[object] = [
         # Versions may differ in prompts and scoring. "grades/4" finds answers in Chinese, in quotes and as whole
