@@ -16,7 +16,7 @@ from compressknow.engine.language_model import LanguageModel, load_language_mode
 from compressknow.evaluate.evaluate import Prompts
 from compressknow.evaluate.facts import BLANK, Fact
 from compressknow.evaluate.scoring.families import MaskedScorer, make_scorer
-from compressknow.evaluate.scoring.scorer import NOT_IN_VOCABULARY, SEVERAL_TOKENS, UNKNOWN_TOKEN
+from compressknow.evaluate.scoring.scorer import NOT_IN_VOCABULARY, SECOND_BLANK, SEVERAL_TOKENS, UNKNOWN_TOKEN
 from tests.evaluate.references import (
     CLOSE,
     check_answer,
@@ -183,7 +183,20 @@ def test_a_tokenizer_without_a_mask_or_of_another_model_is_refused() -> None:
         make_scorer(tiny("bert"), larger, "masked", make_probe(make_word_facts()))
 
 
-def test_a_prompt_that_contains_the_mask_token_is_an_error() -> None:
-    fact = replace(make_word_facts()[0], prompt=f"w1 <mask> is {BLANK}.")
-    with pytest.raises(CheckpointError, match="2 mask tokens"):
-        evaluate_model(tiny("bert"), make_word_tokenizer(), "masked", make_probe([fact]))
+@pytest.mark.parametrize(
+    ("family", "name", "token"),
+    [("masked", "bert", "<mask>"), ("seq2seq", "bart", "<mask>"), ("seq2seq", "t5-gated", "<extra_id_0>")],
+)
+def test_a_fact_that_contains_the_token_of_the_blank_is_dropped(family: str, name: str, token: str) -> None:
+    first, *others = make_word_facts()
+    facts = [replace(first, prompt=f"w1 {token} is {BLANK}."), *others]
+    scorer = make_scorer(tiny(name), make_word_tokenizer(sentinels=name == "t5-gated"), family, make_probe(facts))
+    prompts = Prompts(scorer)
+    assert (prompts.total, prompts.dropped) == (len(others), {SECOND_BLANK: 1})
+
+
+def test_a_tokenizer_that_makes_several_tokens_of_its_mask_is_refused() -> None:
+    tokenizer = make_word_tokenizer()
+    tokenizer.mask_token = "w1 w1"
+    with pytest.raises(CheckpointError, match="mask tokens of"):
+        evaluate_model(tiny("bert"), tokenizer, "masked", make_probe(make_word_facts()))

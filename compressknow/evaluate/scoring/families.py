@@ -39,8 +39,12 @@ class MaskedScorer(Scorer):
     # Whether the head can be run on only the masked positions, with the same result; None until it is tested.
     _is_pointwise: bool | None = None
 
+    @property
+    def blank(self) -> str:
+        return str(self.tokenizer.mask_token)
+
     def encode_prompt(self, fact: Fact) -> Ids:
-        ids = self.encoder.ids(fact.prompt.replace(BLANK, self.tokenizer.mask_token), True)
+        ids = self.encoder.ids(fact.prompt.replace(BLANK, self.blank), True)
         if ids.count(self.tokenizer.mask_token_id) != 1:
             raise CheckpointError(
                 f"The tokenizer makes {ids.count(self.tokenizer.mask_token_id)} mask tokens of {fact.prompt!r}.",
@@ -231,11 +235,14 @@ class Seq2SeqScorer(DecodingScorer):
 
     family = "seq2seq"
 
-    def encode_prompt(self, fact: Fact) -> Ids:
-        blank = self.tokenizer.mask_token
+    @property
+    def blank(self) -> str:
         if self._sentinels:
-            blank = self.tokenizer.convert_ids_to_tokens(self._sentinels[0]).replace("▁", " ")
-        return self.encoder.ids(fact.prompt.replace(BLANK, blank), True)
+            return str(self.tokenizer.convert_ids_to_tokens(self._sentinels[0]).replace("▁", " "))
+        return str(self.tokenizer.mask_token)
+
+    def encode_prompt(self, fact: Fact) -> Ids:
+        return self.encoder.ids(fact.prompt.replace(BLANK, self.blank), True)
 
     def encode_options(self, fact: Fact, texts: Sequence[str], *, rest: bool) -> tuple[Ids, ...]:
         if not self._sentinels:

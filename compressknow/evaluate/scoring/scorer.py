@@ -19,7 +19,7 @@ from compressknow.base.reading import group_by
 from compressknow.engine.language_model import check_tokens, count_embedding_rows, count_positions
 from compressknow.engine.load import find_reason
 from compressknow.evaluate.answers import LOGP_FLOOR, REFERENCE_TOKENS, Answer
-from compressknow.evaluate.facts import Fact, Probe, capitalize
+from compressknow.evaluate.facts import BLANK, Fact, Probe, capitalize
 from compressknow.evaluate.grades import add_grade, find_choice, judge, list_choices
 from compressknow.evaluate.scoring.ranking import (
     Ranking,
@@ -56,6 +56,7 @@ UNKNOWN_TOKEN = "the object is the unknown token of this model's tokenizer"
 UNKNOWN_TOKENS = "the object and another candidate are the unknown token of this model's tokenizer"
 TOO_LONG = "the prompt is longer than this model reads"
 NO_BEGINNING = "the blank begins the prompt, and this model has no token to begin a text with"
+SECOND_BLANK = "the prompt contains the token that stands for the blank in this model"
 BLANK_NOT_LAST = "the blank is not at the end of the prompt"
 
 
@@ -162,6 +163,11 @@ class Scorer(ABC):
 
     # Methods of a family.
 
+    @property
+    def blank(self) -> str | None:
+        """Return the text of the token that stands for the blank; None if prompts end there."""
+        return None
+
     @abstractmethod
     def encode_prompt(self, fact: Fact) -> Ids:
         """Return the ids that the model reads first. Raise CompressknowError if a prompt cannot be used at all."""
@@ -202,6 +208,8 @@ class Scorer(ABC):
         """Return the query of a fact, or the reason why it is dropped."""
         if reason := self.find_obstacle(fact):
             return reason
+        if self.blank and self.blank.strip() in fact.prompt.replace(BLANK, ""):
+            return SECOND_BLANK
         prompt = self.encode_prompt(fact)
         options: tuple[Ids, ...] = ()
         aliases: tuple[int, ...] = ()
