@@ -402,26 +402,6 @@ def estimate_difference_by_cluster(clusters: Sequence[Counts], level: float = 0.
     return _estimate_difference(total, total.n / effect, _compute_quantile(degrees, level))
 
 
-def _estimate_mean(sums: Sequence[float], sizes: Sequence[int], inflation: float) -> tuple[Estimate, float | None]:
-    """Return the mean over all facts with its interval over clusters, and the two-sided p-value that it is 0, both by
-    Student's t with the variance of a linearized ratio (Cochran 1977, "Sampling Techniques", section 9A.2), multiplied
-    by `inflation`. There is no interval if all clusters are equal."""
-    from scipy.special import stdtr
-
-    total, size = (np.asarray(each, dtype=np.float64) for each in (sums, sizes))
-    total, size = total[size > 0], size[size > 0]
-    number, facts = len(size), float(size.sum())
-    if not number:
-        return Estimate(None), None
-    mean = float(total.sum()) / facts
-    variance = number / (number - 1) * float(((total - mean * size) ** 2).sum()) if number > 1 else 0.0
-    if not variance:
-        return Estimate(mean), None if mean else 1.0
-    error, degrees = math.sqrt(variance * inflation) / facts, max(1.0, facts**2 / float((size**2).sum()) - 1)
-    spread = _compute_quantile(degrees) * error
-    return Estimate(mean, mean - spread, mean + spread), 2 * float(stdtr(degrees, -abs(mean) / error))
-
-
 def _compute_quantile(degrees: float, level: float = 0.95) -> float:
     """Return the half width of a two-sided interval at this level by Student's t, in standard errors."""
     from scipy.special import stdtrit
@@ -433,19 +413,31 @@ def compare_rates(
     first: np.ndarray, second: np.ndarray, cluster: np.ndarray, millions: tuple[float, float]
 ) -> tuple[Estimate, float | None]:
     """Return how much more the second of two forms loses than the first, per million changed parameters: the mean over
-    facts with its interval over clusters, and a two-sided p-value; see `_estimate_mean`. `first` and `second` are 1 for
-    each fact that the form lost, -1 for one that it gained, and otherwise 0; `cluster` is the number of each fact's
-    cluster, from 0. `millions` is the number of parameters that each form changed.
+    facts with its interval over clusters, and the two-sided p-value that it is 0, both by Student's t with the variance
+    of a linearized ratio (Cochran 1977, "Sampling Techniques", section 9A.2). There is no interval if all clusters are
+    equal. `first` and `second` are 1 for each fact that the form lost, -1 for one that it gained, and otherwise 0;
+    `cluster` is the number of each fact's cluster, from 0. `millions` is the number of parameters that each form
+    changed.
 
     A form that changed few parameters may lose no fact by chance. So if a form changed fewer facts than the common rate
     predicts, the variance is raised to that of the predicted number of independent facts.
     """
     if not len(first) or not all(millions):
         return Estimate(None), None
-    sums = np.bincount(cluster, weights=second / millions[1] - first / millions[0])
+    from scipy.special import stdtr
+
+    size = np.bincount(cluster)
+    total, size = np.bincount(cluster, weights=second / millions[1] - first / millions[0])[size > 0], size[size > 0]
+    number, facts = len(size), len(cluster)
+    mean = float(total.sum()) / facts
+    variance = number / (number - 1) * float(((total - mean * size) ** 2).sum()) if number > 1 else 0.0
+    if not variance:
+        return Estimate(mean), None if mean else 1.0
     rate = float(first.sum() + second.sum()) / sum(millions)
-    forms = [(float(np.abs(each).sum()), size) for each, size in zip((first, second), millions, strict=True)]
-    observed = math.fsum(changed / size**2 for changed, size in forms)
-    expected = math.fsum(max(changed, rate * size) / size**2 for changed, size in forms)
-    inflation = expected / observed if observed else 1.0
-    return _estimate_mean(sums.tolist(), np.bincount(cluster).tolist(), inflation=inflation)
+    forms = [(float(np.abs(each).sum()), million) for each, million in zip((first, second), millions, strict=True)]
+    observed = math.fsum(changed / million**2 for changed, million in forms)
+    expected = math.fsum(max(changed, rate * million) / million**2 for changed, million in forms)
+    error = math.sqrt(variance * (expected / observed)) / facts
+    degrees = max(1.0, facts**2 / float((size**2).sum()) - 1)
+    spread = _compute_quantile(degrees) * error
+    return Estimate(mean, mean - spread, mean + spread), 2 * float(stdtr(degrees, -abs(mean) / error))

@@ -24,7 +24,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     try:
         # Lines end only at "\n", not at U+2028 and the like, where str.splitlines would break JSON texts.
         for number, line in enumerate(read_lines(path), start=1):
-            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            content = line.removeprefix(codecs.BOM_UTF8)
             if content.strip():
                 yield number, _parse_line(content)
     except (OSError, NotReadable) as error:
