@@ -225,8 +225,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         pruned = [each for each in self._targets.get(module, ()) if self.pairs and each.name in self._masks]
         reader = Reader(self._converter.pool, self._converter.files, lambda _: None)
         values = self._converter.pool.map(lambda tensor: read_pruned(reader, tensor, self._masks[tensor.name]), pruned)
-        for tensor, pruned_values in zip(pruned, values, strict=True):
-            self._streamed.replace(tensor.parameter, tensor.source, pruned_values)
+        self._replace(pruned, values)
 
     def keeps_output(self, module: str, batch: int) -> bool:
         return self.pairs and not batch % 2 and module in self._streamed.blocks
@@ -249,11 +248,14 @@ class _Compressor(TargetVisitor[PlannedTensor]):
         factors = self._smooth(module, sums, rerun) if module in self._streamed.blocks and rerun else {}
         largest_first = sorted(targets, key=lambda tensor: -tensor.source.nbytes)
         written = self._converter.pool.map(partial(self.compress, sums, factors), largest_first)
-        for tensor, values in zip(largest_first, written, strict=True) if module else ():
-            self._streamed.replace(tensor.parameter, tensor.source, values)
+        if module:
+            self._replace(largest_first, written)
         if not self._waits:
             # No later block reads them.
             self._streamed.forget(tensor.source for tensor in targets)
+
+    def _replace(self, tensors: Sequence[PlannedTensor], values: Sequence[torch.Tensor]) -> None:
+        self._streamed.replace([(each.parameter, each.source, new) for each, new in zip(tensors, values, strict=True)])
 
     def _smooth(self, module: str, sums: InputSums, rerun: Callable[[], Any]) -> dict[str, torch.Tensor]:
         """Divide and write a block's norms. Return, by parameter, factors for the columns of the weights behind them.
@@ -287,7 +289,7 @@ class _Compressor(TargetVisitor[PlannedTensor]):
                 divided = (values.to(torch.float32) / factors).to(values.dtype)
             planned = next(each for each in self._plan.tensors if each.source.name == stored.name and not each.in_scope)
             self._result.measured[planned.name] = self._converter.write_divided(planned, divided, factors, added)
-            self._streamed.replace(parameter, stored, divided.to(torch.float32))
+            self._streamed.replace([(parameter, stored, divided.to(torch.float32))])
         return factors
 
     def compress(self, sums: InputSums, factors: Mapping[str, torch.Tensor], tensor: PlannedTensor) -> torch.Tensor:

@@ -133,10 +133,12 @@ class StreamedModel:
             what = f"{type(self.model).__name__} fails on the calibration text."
             raise UnsupportedError(what, find_reason(error), "It may need an input besides the text.") from error
 
-    def replace(self, parameter: str, stored: StoredTensor, values: torch.Tensor) -> None:
-        """Use these values (float32, of its shape) instead of a stored tensor from now on, also in its parameter."""
-        self._replaced[stored.name] = values
-        self._set(parameter, self._sources.values(parameter, self._read).reshape(self._get(parameter).shape))
+    def replace(self, replacements: Sequence[tuple[str, StoredTensor, torch.Tensor]]) -> None:
+        """Use values (float32, of its shape) instead of each stored tensor from now on, also in its parameter."""
+        self._replaced.update((stored.name, values) for _, stored, values in replacements)
+        # A stack of experts is built once, not once for each of the tensors that it is stored in.
+        for parameter in dict.fromkeys(parameter for parameter, *_ in replacements):
+            self._set(parameter, self._sources.values(parameter, self._read).reshape(self._get(parameter).shape))
 
     def forget(self, tensors: Iterable[StoredTensor]) -> None:
         """Free the replacements of stored tensors that are not read again."""

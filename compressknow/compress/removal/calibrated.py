@@ -202,7 +202,7 @@ class _NeuronVisitor(TargetVisitor[LinearWeight]):
         fitted = fit_down(weight, statistics.products, numbers, statistics.name).to(get_torch_dtype(stored.dtype))
         padded = torch.zeros(weight.shape)
         padded[:, numbers] = fitted.to(torch.float32)
-        self._streamed.replace(down.parameter, stored, (padded.T if down.transposed else padded).contiguous())
+        self._streamed.replace([(down.parameter, stored, (padded.T if down.transposed else padded).contiguous())])
         # The loaded block holds the values as long as they are needed.
         self._streamed.forget([stored])
         return numbers, fitted.T if down.transposed else fitted

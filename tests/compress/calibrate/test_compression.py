@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,8 +26,10 @@ from transformers.pytorch_utils import Conv1D
 from compressknow.base.errors import UnsupportedError, UsageError
 from compressknow.base.progress import silence_libraries
 from compressknow.cli.convert import build_manifest_page
+from compressknow.compress.calibrate import model as streaming
 from compressknow.compress.calibrate.compensation import round_by_gptq
 from compressknow.compress.calibrate.gathering import InputStatistics
+from compressknow.compress.calibrate.model import read_tensor
 from compressknow.compress.calibrate.smooth import check_smoothable
 from compressknow.compress.calibrate.text import CalibrationText
 from compressknow.compress.convert import execute, prepare_plan
@@ -37,6 +40,7 @@ from compressknow.compress.recipe import Recipe
 from compressknow.compress.schemes import SCHEMES
 from compressknow.compress.steps import Calibration, DropNeurons, Prune, Quantize, Step, Where
 from compressknow.model.manifest import describe_calibration, list_dropped_neurons, summarize_calibration
+from compressknow.model.tensors import OpenFiles, StoredTensor
 from compressknow.pages.model_card import list_warnings
 from tests.compress.calibrate.test_walk import make_batches, record_inputs
 from tests.compress.deep import save_deep
@@ -141,6 +145,20 @@ def test_wanda_prunes_each_kind_of_layer_by_the_tokens_that_reach_it(
     expected = load_file(tmp_path / "expected" / "model.safetensors")
     for parameter, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, expected[parameter]), parameter
+
+
+def test_experts_are_read_as_often_as_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: Counter[str] = Counter()
+
+    def read(files: OpenFiles, stored: StoredTensor) -> torch.Tensor:
+        reads[stored.name] += 1
+        return read_tensor(files, stored)
+
+    monkeypatch.setattr(streaming, "read_tensor", read)
+    compress(save_tiny("mixtral", tmp_path / "in"), tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
+    for module in (".experts.", ".self_attn."):
+        # A second time to find values that are not finite.
+        assert {count for name, count in reads.items() if module in name} == {2}, module
 
 
 def test_gptq_compensates_for_the_rounding_of_earlier_blocks(tmp_path: Path) -> None:
