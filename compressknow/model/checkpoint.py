@@ -74,7 +74,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Files of a hub repository, besides its weights, that a conversion needs.
 HUB_PATTERNS = (
     *("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*", "*.spm", "*.tiktoken"),
-    *(f"*{ADAPTER}.safetensors", f"*{ADAPTER}.bin"),
+    *("*.codes", "*.tokenizer", f"*{ADAPTER}.safetensors", f"*{ADAPTER}.bin"),
 )
 
 

@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import compressknow
+from compressknow.engine.identity import TOKENIZER_FILES
 from compressknow.model.checkpoint import open_checkpoint
 from tests.hub.hub_server import COMMIT, Hub
 from tests.model.test_checkpoint import save_bin_shards
@@ -56,7 +57,7 @@ def test_tokenizer_and_adapter_of_a_model_are_downloaded(hub: Hub, cache: Path, 
     hub.repositories[NAME] = {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()}
     adapter = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
     tokenizer = ("tokenizer.model", "spiece.spm", "vocab.tiktoken", "merges.txt", "chat_template.jinja")
-    others = dict.fromkeys((*adapter, *tokenizer, "LICENSE.txt"), b"{}")
+    others = dict.fromkeys((*adapter, *tokenizer, *TOKENIZER_FILES, "LICENSE.txt"), b"{}")
     hub.repositories[NAME] |= others
     folder = open_checkpoint(NAME).folder
     assert {name: (folder / name).read_bytes() for name in others} == others
