@@ -282,7 +282,7 @@ def list_carried_files(folder: Path) -> Iterator[str]:
     """Yield the files of a checkpoint that are copied: tokenizer, generation config, licence, code, and, including
     their weights, further modules of sentence-transformers and adapters (LoRA).
 
-    Raises CheckpointError if one of them is a broken link, or a link to a path outside the checkpoint.
+    Raises CheckpointError if one of them is a broken link, or a link to a folder or a path outside the checkpoint.
     """
     modules = list_module_folders(folder)
     for name in walk_visible(folder):
@@ -292,6 +292,9 @@ def list_carried_files(folder: Path) -> Iterator[str]:
         weights = path.suffix in WEIGHT_SUFFIXES and not belongs
         if weights or str(name) in REPLACED or _TRAINING.fullmatch(name.as_posix()):
             continue
+        if path.is_symlink() and path.is_dir():
+            # What it holds would be left out, since linked folders are not entered.
+            raise CheckpointError(f"{path} is a link to a folder.", hint="Replace it with the folder, or remove it.")
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path} is a link that leads nowhere.", hint="Fetch the checkpoint again.")
         if path.is_file():

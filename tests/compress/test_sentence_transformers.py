@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import save_file
 
 import compressknow
+from compressknow.base.errors import CheckpointError
 from compressknow.base.progress import silence_libraries
 from tests.models import save_tiny
 
@@ -73,6 +74,14 @@ def test_modules_are_copied_with_their_weights(source: Path, tmp_path: Path) -> 
     (source / "modules.json").write_text("{")
     compressknow.convert(source, tmp_path / "out", prune=0.2, overwrite=True)
     assert (tmp_path / "out" / "modules.json").read_text() == "{"
+
+
+def test_a_module_that_is_a_linked_folder_is_refused(source: Path, tmp_path: Path) -> None:
+    (source / "1_Pooling").rename(source / "pooling")
+    (source / "1_Pooling").symlink_to("pooling")
+    with pytest.raises(CheckpointError, match=r"1_Pooling is a link to a folder\."):
+        compressknow.convert(source, tmp_path / "out", prune=0.2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_are_written_where_a_folder_has_none(source: Path, tmp_path: Path) -> None:
