@@ -125,12 +125,13 @@ class Sources:
         return min(tied, key=lambda p: (p != supplier, not self.is_stored(p)), default=None)
 
     def distinct(self) -> Iterator[StoredTensor]:
-        """Yield the stored tensors; if several names share one storage, only the one that supplies the others."""
+        """Yield the stored tensors; if several names share one storage, only those that supply a parameter."""
+        supplying = set(self.supply.values())
         seen: dict[tuple[Any, ...], str] = {}
         for stored in self.supply.values():
             seen.setdefault(_locate(self._tensors[stored]), stored)
         for name, tensor in self._tensors.items():
-            if seen.setdefault(_locate(tensor), name) == name:
+            if name in supplying or seen.setdefault(_locate(tensor), name) == name:
                 yield tensor
 
     def check(self, weight: LinearWeight, schemes: Mapping[LinearWeight, Scheme | None]) -> None:

@@ -259,6 +259,19 @@ def test_a_pickle_with_both_names_of_a_tied_weight_is_untied_as_any_other(
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_a_pickle_with_one_storage_for_weights_that_are_not_tied_keeps_both(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(checkpoints["llama-tied"] / "config.json", tmp_path / "in")
+    edit_config(tmp_path / "in", tie_word_embeddings=False)
+    torch.save(tiny("llama-tied").state_dict(), tmp_path / "in" / "pytorch_model.bin")
+    compressknow.convert(tmp_path / "in", tmp_path / "out", prune=0.2)
+    model = load(tmp_path / "out")
+    for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
+        assert torch.equal(weight, tiny("llama-tied").lm_head.weight)
+
+
 def test_former_names_of_tensors_still_load(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     rename_tensors(checkpoints["gpt-neox"], tmp_path / "in", {"lm_head.weight": "embed_out.weight"})
     compressknow.convert(tmp_path / "in", tmp_path / "out", scope="overall", prune=AMOUNT, quantize="int8")
