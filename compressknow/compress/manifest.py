@@ -101,17 +101,18 @@ def predict_manifest(plan: Plan) -> Manifest:
     known, total = plan.count_pruned()
     rows = [{**_describe_planned(tensor, plan.removal), "pruned": known.get(tensor.name, 0)} for tensor in plan.tensors]
     summary = _summarize_plan(plan, rows, {})
-    groups_known = len(known) == sum(tensor.prune is not None for tensor in plan.tensors)
+    unknown = {tensor.name for tensor in plan.tensors if tensor.prune and tensor.name not in known}
     for counts in (summary["totals"], *summary["groups"].values()):
         del counts["zeros_before"], counts["zeros_after"]
-        if not groups_known and counts["in_scope"]:
-            counts["pruned"] = None
+    for row in rows:
+        if row["name"] in unknown:
+            row["pruned"] = summary["groups"][row["group"]]["pruned"] = None
     summary["totals"]["pruned"] = total
     if plan.recipe.calibration is not None:
         from compressknow.compress.calibrate.compression import estimate
 
         summary["estimate"] = estimate(plan)
-    return Manifest({**summary, "tensors": [row | {"pruned": known.get(row["name"])} for row in rows]})
+    return Manifest({**summary, "tensors": rows})
 
 
 def build_manifest(

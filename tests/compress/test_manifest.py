@@ -144,6 +144,26 @@ def test_a_dry_run_predicts_the_manifest(checkpoints: dict[str, Path], tmp_path:
     assert planned["setup"] == manifest["setup"]
 
 
+@pytest.mark.parametrize(
+    ("prune", "unknown"),
+    [({"scope": "attention"}, {"attention"}), ({"per_layer": True}, set())],
+    ids=["over the scope", "per layer"],
+)
+def test_a_dry_run_leaves_open_only_what_depends_on_the_weights(
+    checkpoints: dict[str, Path], tmp_path: Path, prune: dict[str, Any], unknown: set[str]
+) -> None:
+    recipe = {"steps": [{"prune": 0.2, **prune}, {"quantize": "int8", "scope": "feed-forward"}]}
+    planned, manifest = (
+        compressknow.convert(checkpoints["llama"], tmp_path / "out", recipe=recipe, dry_run=is_dry)
+        for is_dry in (True, False)
+    )
+    for group, counts in planned.groups.items():
+        assert counts["pruned"] == (None if group in unknown else manifest.groups[group]["pruned"]), group
+    for before, after in zip(planned.tensors, manifest.tensors, strict=True):
+        is_open = before["group"] in unknown and after["in_scope"]
+        assert before["pruned"] == (None if is_open else after["pruned"]), before["name"]
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy", "sharded"])
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_bin_checkpoints_convert_as_safetensors_do(
