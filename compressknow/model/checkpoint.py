@@ -130,6 +130,8 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
         _check_no_other_form(model, folder)
     config = read_json(folder / "config.json")
     files = find_weight_files(folder) if weights else {}
+    # An index may name files in subfolders.
+    states = {folder / file: get_state((folder / file).stat()) for file in files} | states
     tensors: dict[str, StoredTensor] = {}
     for file, expected in files.items():
         stored = read_header(folder / file) if file.endswith(".safetensors") else read_torch_file(folder / file)

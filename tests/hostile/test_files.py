@@ -195,3 +195,16 @@ def test_file_that_was_touched_replaced_or_removed_since_it_was_opened_has_chang
     file.unlink()
     with pytest.raises(CompressknowError, match=r"model\.safetensors was replaced or changed"):
         opened.check_unchanged()
+
+
+def test_shard_in_a_subfolder_that_was_touched_has_changed(checkpoint: Path) -> None:
+    shard = checkpoint / "weights" / "part.safetensors"
+    shard.parent.mkdir()
+    (checkpoint / "model.safetensors").rename(shard)
+    index = {"weight_map": dict.fromkeys(read_header(shard), "weights/part.safetensors")}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    opened = open_checkpoint(checkpoint)
+    opened.check_unchanged()
+    os.utime(shard, ns=(10**18, 10**18))
+    with pytest.raises(CompressknowError, match=r"part\.safetensors was replaced or changed"):
+        opened.check_unchanged()
