@@ -103,6 +103,13 @@ def test_a_recipe_read_from_manifest_or_toml_gives_the_same_bytes(
     assert len({read_recipe(recipe) for recipe in recipes}) == 1
 
 
+def test_python_writes_the_same_bytes_as_the_command_line(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    words = ["--prune", "0.2", "--prune-method", "ln-structured", "--norm", "2"]
+    assert main(["convert", str(checkpoints["llama"]), str(tmp_path / "flags"), *words]) == 0
+    compressknow.convert(checkpoints["llama"], tmp_path / "out", prune=0.2, prune_method="ln-structured", norm=2)
+    assert hash_files(tmp_path / "out") == hash_files(tmp_path / "flags")
+
+
 PRUNING = [{"prune": 0.3}, {"prune": 0.5, "per_layer": True}]
 CHANNELS = {"prune": 0.3, "prune_method": "ln-structured"}
 DRY_RUNS = [(name, options) for name in ("mixtral", "gpt2") for options in (*PRUNING, CHANNELS)] + [
