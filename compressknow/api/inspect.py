@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressknow.api.keywords import api_function
+from compressknow.model.checkpoint import check_revision
 from compressknow.model.gguf_file import check_parts, list_parts
 from compressknow.model.structure import ModuleMap
 from compressknow.model.summary import Inspection, inspect_checkpoint, inspect_gguf
@@ -31,6 +32,7 @@ def inspect(
     for a GGUF file its types by group, and its size.
     """
     if Path(model).suffix == ".gguf":
+        check_revision(model, revision)
         check_parts(Path(model))
         return inspect_gguf(list_parts(Path(model)))
 

@@ -177,6 +177,13 @@ def test_missing_folder_is_one_message(tmp_path: Path, capsys: pytest.CaptureFix
     assert "nowhere" in message
 
 
+def test_revision_of_a_gguf_file_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.gguf").touch()
+    code, message = fail_to_inspect(capsys, tmp_path / "model.gguf", "--revision", "v1")
+    assert code == 2
+    assert "model.gguf is a local file, which has no revision v1." in message
+
+
 def test_config_without_an_architecture_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     code, message = fail_to_inspect(capsys, tmp_path)
