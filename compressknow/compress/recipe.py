@@ -271,7 +271,7 @@ def build_recipe(where: Where, *, parameters: Mapping[str, Any] | None = None, *
     parameters = parameters or {}
     if steps:
         # Every prune step has these fields, even if its method has no such parameters.
-        numbers = {name: options[name] for name in ("norm", "dim") if name in options}
+        numbers = {name: options[name] for name in ("per_layer", "norm", "dim") if name in options}
         shared = {name: value for name, value in numbers.items() if value != getattr(Prune, name)}
         chosen = [step.chosen for step in steps if isinstance(step, Prune | Quantize)]
         known = {parameter.name: parameter.option for each in chosen for parameter in each.parameters()}

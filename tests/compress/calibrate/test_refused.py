@@ -87,6 +87,7 @@ def test_a_missing_text_is_refused_before_torch_is_imported(
         (["--prune", "0.2", "--dim", "1"], 2, "--dim is not a parameter of l1-unstructured"),
         (["--prune", "0.2", "--norm", "2"], 2, "It needs ln-structured. Choose from --pattern, --per-layer."),
         (["--prune", "0.2", "--prune-method", "random-structured", "--norm", "2"], 2, "--norm is not a parameter of"),
+        (["--prune", "0.2", "--prune-method", "ln-structured", "--per-layer"], 2, "--per-layer is not a parameter of"),
         (["--quantize", "int8", "--group-size", "64"], 2, "It needs int4."),
         (["--drop-blocks", "1-1", "--pattern", "2:4"], 2, "not a parameter of a step that drops blocks or neurons"),
         (["--quantize", "int8-paper", "--rounding", "gptq"], 2, "int8-paper can only be rounded to nearest."),
