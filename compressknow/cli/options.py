@@ -492,9 +492,12 @@ def _names_our_table(file: Path) -> bool:
 
 def _format_value(value: Any, option: click.Option, file: Path) -> Any:
     """Return a value as text, as on the command line, so that 1.5 is not a whole number here either: a path relative to
-    the file's folder; several values as a list. Raises UsageError for several values of an option that takes one."""
+    the file's folder; several values as a list, a table as KEY=VALUE. Raises UsageError for several values of an option
+    that takes one."""
     if isinstance(value, list | dict) and not option.multiple:
         raise UsageError(f"{file}: {option.name} takes one value.", hint="Write it without brackets.")
+    if isinstance(value, dict):
+        value = [f"{key}={each}" for key, each in value.items()]
     values = [str(each) for each in (value if isinstance(value, list) else [value])]
     if isinstance(option.type, click.Path):
         values = [str(file.parent / expand_home(each)) for each in values]

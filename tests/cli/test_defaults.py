@@ -120,6 +120,16 @@ def test_printed_command_can_be_repeated() -> None:
     assert command == "compressknow fit --must attention=q8_0 --must a=b=q4_k"
 
 
+@pytest.mark.parametrize(
+    "text", ['[fit.must]\nattention = "q8_0"\nb = 4\n', '[fit]\nmust = {attention = "q8_0", b = 4}\n']
+)
+def test_table_gives_keys_and_values(text: str, project: Path) -> None:
+    (project / "compressknow.toml").write_text(text)
+    values = read_project_defaults("fit", fit, ["fit"], {"fit": fit}.get)
+    found, _ = fit.main([], prog_name="fit", standalone_mode=False, default_map=values)
+    assert found == (("attention", "q8_0"), ("b", "4"))
+
+
 def test_flag_of_some_commands_may_be_above_the_tables(project: Path) -> None:
     (project / "compressknow.toml").write_text("no_facts = true\n")
     values = read_project_defaults("fit", fit, ["fit"], {"fit": fit}.get)
