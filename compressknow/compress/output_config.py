@@ -158,7 +158,9 @@ def _load(plan: Plan) -> None:
     tree, headers = plan.tree, {name: (part.dtype, part.shape) for each in plan.tensors for name, part in each.written}
     report = load_report(type(tree), parse_config(tree, copy.deepcopy(build_config(plan))), headers)
     if fault := _find_fault(report, plan):
-        hint = "Prune only, or narrow --scope (or --exclude) to other layers."
+        hint = "Narrow --scope (or --exclude)."
+        if plan.targets:
+            hint = "Prune only, or narrow --scope (or --exclude) to other layers."
         if len(plan.targets) > 1:
             hint = "Use one scheme and group size for all layers: in some families (T5), transformers loads no two."
         if report.conversion_failed:

@@ -24,6 +24,7 @@ from transformers import (
 import compressknow
 from compressknow.base.errors import UnsupportedError
 from compressknow.base.progress import ignore_progress
+from compressknow.compress import output_config
 from compressknow.compress.convert import VariantMaker
 from compressknow.compress.recipe import Recipe
 from compressknow.compress.steps import Quantize, Where
@@ -288,3 +289,20 @@ def test_an_output_that_transformers_could_not_load_is_refused_early(tmp_path: P
     with pytest.raises(UnsupportedError, match="transformers could not load the output"):
         VariantMaker(tmp_path / "in").write(recipe, tmp_path / "out", lambda *_: "", ignore_progress)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"prune": 0.2}, "Narrow `scope` (or `exclude`)."),
+        ({"quantize": "int8"}, "Prune only, or narrow `scope` (or `exclude`) to other layers."),
+    ],
+    ids=["pruned", "quantized"],
+)
+def test_an_output_that_does_not_load_is_not_told_to_prune_if_it_is_only_pruned(
+    options: dict[str, Any], hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_config, "_find_fault", lambda *_: "It finds no values for x.")
+    with pytest.raises(UnsupportedError) as caught:
+        compressknow.convert(save_tiny("llama", tmp_path / "in"), tmp_path / "out", **options)
+    assert caught.value.hint == hint
