@@ -110,7 +110,7 @@ class TensorConverter(Reader):
         factors : multipliers of input channels [columns], applied before rounding.
         see : called with the rows of each block and its values as written, dequantized.
 
-        Raises CheckpointError if a weight is NaN or infinite.
+        Raises CheckpointError if a weight is NaN or infinite, CompressknowError if its `factors` make it so.
         """
         before, scheme = self.unfitted.get(planned.source.name), planned.scheme
         if not planned.in_scope and before is None:
@@ -134,6 +134,10 @@ class TensorConverter(Reader):
             if factors is not None:
                 weights = (weights.to(torch.float32) * factors).to(weights.dtype)
                 absmax = torch.from_numpy(_find_largest(make_magnitude_keys(weights), span)).view(weights.dtype)
+                if not bool(torch.isfinite(absmax).all()):
+                    raise CompressknowError(
+                        f"Smoothing {planned.source.name} gives infinity.", hint="Leave --smooth out."
+                    )
             with SCHEMES.explain_failures(scheme.name):
                 scales = scheme.scales(absmax) if shared is None else shared
                 if fit and span:
@@ -293,8 +297,10 @@ class _Tally:
         if math.isinf(error):
             # A weight near the largest float may be rounded to a value beyond it.
             repeated = repeat_scales(scales, codes.shape[-1])
-            exact = codes.to(torch.float64) * repeated.to(torch.float64) - original.to(torch.float64)
-            error = float(exact.square_().sum())
+            exact = codes.to(torch.float64) * repeated.to(torch.float64)
+            if factors is not None:
+                exact.div_(factors)
+            error = float(exact.sub_(original).square_().sum())
         self.error_energy += error
 
     def _count_refilled(self, written: torch.Tensor) -> None:

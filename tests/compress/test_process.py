@@ -182,6 +182,20 @@ def test_relative_error_is_right_where_a_weight_is_rounded_beyond_the_largest_fl
     assert stats.relative_error == pytest.approx(compute_relative_error(rounded, weight), rel=1e-4)
 
 
+def test_relative_error_of_such_a_weight_leaves_out_the_factors_of_smoothing(tmp_path: Path) -> None:
+    weight, factors = torch.tensor([[-1.0, 0.3]]) * torch.finfo(torch.float32).max / 4, torch.tensor([4.0, 2.0])
+    written, stats = convert_weight(weight, tmp_path, quantize=Quantize("int8"), factors=factors)
+    rounded = dequantize(written, "weight")
+    assert torch.isinf(rounded.float()[0, 0])
+    assert stats.relative_error == pytest.approx(compute_relative_error(rounded / factors, weight), rel=1e-4)
+
+
+def test_smoothing_that_leaves_float16_is_refused(tmp_path: Path) -> None:
+    weight, factors = torch.tensor([[30000.0, 1.0]], dtype=torch.float16), torch.tensor([4.0, 1.0])
+    with pytest.raises(CompressknowError, match=r"Smoothing layer\.weight gives infinity\."):
+        convert_weight(weight, tmp_path, quantize=Quantize("int8"), factors=factors)
+
+
 def shift_columns(block: Block) -> Pruned:
     """Prune every second column and add it to the next one, as methods do that compensate for pruning."""
     values = block.values.clone()
@@ -197,6 +211,7 @@ def convert_weight(
     prune: Prune | None = None,
     quantize: Quantize | None = None,
     mask: EachBlock | None = None,
+    factors: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], TensorStats]:
     """Convert one weight; return the written tensors, by name without the layer, and their statistics."""
     save_file({"layer.weight": weight}, folder / "source.safetensors")
@@ -205,7 +220,7 @@ def convert_weight(
     outputs = OutputFiles(folder, lay_out([plan], ["source.safetensors"]))
     with Pool(1) as pool, OpenFiles() as files:
         try:
-            stats = TensorConverter(pool, files, lambda _: None, outputs.writer).write(plan, mask)
+            stats = TensorConverter(pool, files, lambda _: None, outputs.writer).write(plan, mask, factors=factors)
         finally:
             outputs.close()
     written = load_file(folder / "model.safetensors")
