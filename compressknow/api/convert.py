@@ -83,7 +83,7 @@ def convert(
     quantize : a name of `compressknow.compress.schemes.SCHEMES`, such as ``int8``.
     group_size : how many weights share a scale, for ``int4``.
     rounding : ``nearest``, or ``gptq``, which needs calibration.
-    smooth : alpha of SmoothQuant, for schemes that round activations (``int8``).
+    smooth : alpha of SmoothQuant, for schemes that round activations (``int8`` and ``fp8``).
     calibration : the text for methods that look at activations: ``self`` (the model's own samples), the path of a
         ``.txt`` or ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default. `seed` also seeds
         the samples and the masking.

@@ -80,7 +80,7 @@ def export(
         file; if several match a tensor, the last one applies.
     calibration : the text for an importance matrix: ``self`` (the model's own samples), the path of a ``.txt`` or
         ``.jsonl`` file, or ``hf:DATASET``; `calibration_tokens` of it, 32,768 by default. `seed` seeds the
-        samples.
+        samples, and the masking (T5).
     imatrix : an importance matrix that llama-imatrix or `imatrix_out` wrote, instead.
     imatrix_out : where to write the importance matrix, in llama.cpp's own form.
     recipe : types and calibration, instead of the options above: the path of a TOML file with a table ``[export]``, or

@@ -31,6 +31,8 @@ def load(
     Parameters
     ----------
     model : a local folder or a hub id.
+    revision : branch, tag or commit of a hub id.
+    device : where the weights are held, and the model runs.
     dtype : dtype of the weights that are not quantized; the checkpoint's own by default.
     trust_remote_code : run the Python code that the checkpoint contains.
 

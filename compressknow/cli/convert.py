@@ -30,7 +30,7 @@ Scopes (--scope):
   feed-forward      the Linear layers of the feed-forward blocks
   final             the layer that computes the vocabulary logits
   overall           blocks and other Linear layers; final too if quantized
-  vision            the vision tower of a multimodal model
+  vision            the image, video and audio towers of a multimodal model
   self-attention, cross-attention, encoder-attention, decoder-attention,
   encoder, decoder  if the model has them
 

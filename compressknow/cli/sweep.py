@@ -34,7 +34,7 @@ single cells:
   pattern = ["none", "2:4"]         # for methods that have patterns
   quantize = ["none", "int8"]       # and int8-paper, int8-weights, fp8, int4
   rounding = ["nearest", "gptq"]    # for every scheme but int8-paper
-  smooth = [0, 0.5]                 # for int8; group_size for int4
+  smooth = [0, 0.5]                 # for int8 and fp8; group_size for int4
   calibration = ["self"]            # or FILE.txt, ...; calibration_tokens
   layers = ["0-5"]                  # also: seed, module_map, norm, dim, ...
   [[cells]]

@@ -107,7 +107,7 @@ class Option(Parameter):
 
 def option(*, default: Any = MISSING, help: str, **more: Any) -> Any:
     """Declare a field of a step as an option; `more` is as in `Option`. Name, key and the command line's default
-    (`left_out`) default to those of the field."""
+    (`option_default`) default to those of the field."""
     return field(default=default, metadata={"option": {"help": help, **more}})
 
 

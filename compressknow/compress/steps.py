@@ -306,7 +306,8 @@ class Quantize:
         object.__setattr__(self, "smooth", float(self.smooth))
         if self.chosen.rounds != "token":
             raise UsageError(
-                f"{self.scheme} has nothing to smooth: it rounds no activations by token.", hint="Use it with int8."
+                f"{self.scheme} has nothing to smooth: it rounds no activations by token.",
+                hint="Use it with int8 or fp8.",
             )
 
     @property
