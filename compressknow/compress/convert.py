@@ -39,9 +39,8 @@ if TYPE_CHECKING:
 def prepare_plan(
     model: str | Path, recipe: Recipe, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Plan:
-    """Open a checkpoint and plan a recipe whose output is written to disk. Raises the errors of `open_complete` and
-    `VariantMaker.plan`."""
-    return VariantMaker(model, revision, trust_remote_code=trust_remote_code).plan(recipe, to_write=True)
+    """Open a checkpoint and plan a recipe. Raises the errors of `open_complete` and `VariantMaker.plan`."""
+    return VariantMaker(model, revision, trust_remote_code=trust_remote_code).plan(recipe)
 
 
 def _plan_after_removal(removal: Removal, recipe: Recipe) -> Plan:
@@ -212,7 +211,7 @@ class VariantMaker:
             self._structures[module_map] = read_structure(self.tree, module_map)
         return self._structures[module_map]
 
-    def plan(self, recipe: Recipe, *, to_write: bool = False) -> Plan:
+    def plan(self, recipe: Recipe) -> Plan:
         """Plan a recipe, only from headers, and check that the output loads.
 
         Raises the errors of `remove`, `make_plan` and `ensure_loadable`, and UnsupportedError if an adapter in the
@@ -229,9 +228,7 @@ class VariantMaker:
             from compressknow.compress.removal.smaller import remove
 
             return _plan_after_removal(remove(self.checkpoint, self.tree, recipe), recipe)
-        plan = make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe)
-        # In memory, loading can fail only if weights are not stored under their own names.
-        return ensure_loadable(plan) if to_write or any(tensor.stored[0].suffix for tensor in plan.tensors) else plan
+        return ensure_loadable(make_plan(self.checkpoint, self.tree, self.structure(recipe.module_map), recipe))
 
     def make(self, plan: Plan, begin: Begin = ignore_progress) -> Variant:
         """Execute a plan in memory, with the tensors that `write` would write. `begin` begins the stage that makes the
@@ -247,7 +244,7 @@ class VariantMaker:
     def write(self, recipe: Recipe, output: Path, render_card: RenderCard, begin: Begin) -> Manifest:
         """Write the checkpoint of a recipe into a new folder, in the stages of `make`. Raises the errors of `plan`,
         `make` and `NewFolder`."""
-        plan = self.plan(recipe, to_write=True)
+        plan = self.plan(recipe)
         folder = NewFolder(output, self.checkpoint, render_card=render_card)
         return execute(plan, folder, self.get_text(plan, begin), begin=begin)
 

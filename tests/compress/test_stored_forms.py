@@ -287,6 +287,8 @@ def test_an_output_that_transformers_could_not_load_is_refused_early(tmp_path: P
         compressknow.convert(tmp_path / "in", tmp_path / "out", scope="attention", quantize="int8")
     recipe = Recipe((Quantize("int8", Where(("attention",))),))
     with pytest.raises(UnsupportedError, match="transformers could not load the output"):
+        VariantMaker(tmp_path / "in").plan(recipe)
+    with pytest.raises(UnsupportedError, match="transformers could not load the output"):
         VariantMaker(tmp_path / "in").write(recipe, tmp_path / "out", lambda *_: "", ignore_progress)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
