@@ -31,6 +31,8 @@ FACTS, LINE = 1024 * MIB, MIB
 MOST_VALUES = 8_000_000
 # The largest integer in records: larger ones could overflow a float in calculations.
 LARGEST = 1 << 256
+# How much of a file is copied or hashed at a time.
+COPY_BYTES = MIB
 _KINDS = {
     stat.S_IFIFO: "a pipe (FIFO)",
     stat.S_IFSOCK: "a socket",
@@ -158,10 +160,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise NotReadable("it is nested too deeply") from None
 
 
-def compute_sha256(path: Path) -> str:
-    """Return the SHA-256 of a regular file in hexadecimal. Raises NotReadable or OSError."""
+def compute_sha256(path: Path, on_piece: Callable[[int], object] = lambda _: None) -> str:
+    """Return the SHA-256 of a regular file in hexadecimal; `on_piece` is called with the number of bytes after each
+    piece. Raises NotReadable or OSError, or what `on_piece` raises."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_BYTES))
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            on_piece(count)
+    return digest.hexdigest()
 
 
 Key = TypeVar("Key", bound=Hashable)

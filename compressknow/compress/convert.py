@@ -13,12 +13,13 @@ import torch
 
 from compressknow.base.errors import UnsupportedError
 from compressknow.base.progress import Advance, Begin, count_progress, ignore_advance, ignore_progress
+from compressknow.base.reading import compute_sha256
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.manifest import Manifest, build_manifest
 from compressknow.compress.output import InMemory, NewFolder, RenderCard, lay_out
 from compressknow.compress.output_config import build_config, ensure_loadable
 from compressknow.compress.plan import Plan, PlannedTensor, make_plan
-from compressknow.compress.process import TensorConverter, TensorStats, hash_file
+from compressknow.compress.process import TensorConverter, TensorStats
 from compressknow.compress.pruning import METHODS, Mask, Patterned
 from compressknow.compress.pruning.builtin import Unstructured
 from compressknow.compress.recipe import Recipe
@@ -151,8 +152,12 @@ def _write_tensors(
     hashes: dict[str, str] = {}
     measured = dict(done)
 
+    def report_piece(nbytes: int) -> None:
+        converter.pool.check()
+        converter.progress(nbytes)
+
     def hash_shard(name: str) -> None:
-        hashes[name] = hash_file(converter.pool, plan.checkpoint.folder / name, converter.progress)
+        hashes[name] = compute_sha256(plan.checkpoint.folder / name, report_piece)
 
     def write(tensor: PlannedTensor) -> None:
         measured[tensor.name] = converter.write(tensor, masks.get(tensor.name))

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,12 +14,10 @@ import numpy.typing as npt
 import torch
 
 from compressknow.base.errors import CompressknowError
-from compressknow.base.reading import open_regular
+from compressknow.base.reading import COPY_BYTES
 from compressknow.compress.blocks import (
     FLOATS,
     Block,
-    Pool,
-    Progress,
     Reader,
     check_finite,
     make_magnitude_keys,
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
     from compressknow.compress.plan import PlannedTensor
     from compressknow.compress.weights import Values
 
-COPY_BYTES = 1 << 20
 # Below this sum of squares, float32 may lose digits of the squares.
 SMALLEST_ENERGY = 1e-24
 
@@ -357,15 +353,3 @@ def _sum_squares(values: torch.Tensor) -> float:
     energy = float(torch.linalg.vector_norm(values.to(torch.float32), dim=1).to(torch.float64).square_().sum())
     in_range = SMALLEST_ENERGY < energy < math.inf
     return energy if in_range else float(values.to(torch.float64).square_().sum())
-
-
-def hash_file(pool: Pool, path: Path, progress: Progress | None = None) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_BYTES))
-    with open_regular(path) as file:
-        while count := file.readinto(buffer):
-            pool.check()
-            digest.update(buffer[:count])
-            if progress:
-                progress(count)
-    return digest.hexdigest()

@@ -25,11 +25,9 @@ from compressknow.base.files import (
     lock_dead,
     make_prefix,
 )
-from compressknow.base.reading import open_regular
+from compressknow.base.reading import COPY_BYTES, open_regular
 from compressknow.base.system import hold_signals, is_full, move, remove_lock, sync_folder
 from compressknow.model.manifest import MANIFEST_NAME
-
-COPY_BYTES = 1 << 20
 
 
 class Staging:

@@ -15,10 +15,9 @@ from compressknow.base.files import walk_visible
 from compressknow.base.format import count, write_size
 from compressknow.base.notebook import Summary, SummaryRepr
 from compressknow.base.progress import Advance, count_progress, ignore_advance
-from compressknow.base.reading import INDEX
+from compressknow.base.reading import COPY_BYTES, INDEX, compute_sha256
 from compressknow.compress.blocks import Pool, Reader, make_raw_keys
 from compressknow.compress.manifest import count_weights
-from compressknow.compress.process import COPY_BYTES, hash_file
 from compressknow.model.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, is_outside, read_json
 from compressknow.model.manifest import (
     CARD_NAME,
@@ -172,7 +171,7 @@ def _compare_tensor(
 def _compare_file(pool: Pool, folder: Path, name: str, sha256: str) -> list[Difference]:
     if not (folder / name).is_file():
         return [Difference(name, None, "missing")]
-    return [] if hash_file(pool, folder / name) == sha256 else [Difference(name, None, CHANGED)]
+    return [] if compute_sha256(folder / name, lambda _: pool.check()) == sha256 else [Difference(name, None, CHANGED)]
 
 
 def _compare_counts(manifest: dict[str, Any]) -> list[Difference]:

@@ -23,6 +23,7 @@ from compressknow.base.files import (
 from compressknow.base.format import clean, count, write_size
 from compressknow.base.notebook import Summary, SummaryRepr
 from compressknow.base.progress import Advance, count_progress, ignore_advance, silence_libraries
+from compressknow.base.reading import compute_sha256
 from compressknow.base.system import hold_signals, move, sync_folder
 from compressknow.compress.staging import Staging, check_overlap
 from compressknow.engine.identity import SOURCE_FORM, get_record_path
@@ -274,15 +275,11 @@ def compare_to_record(path: Path, *, advance: Advance = ignore_advance) -> Verif
     """Compare a GGUF file's hash and metadata with its record, and the record with its own hash, if it has one. Raises
     CheckpointError if the file has no record, or one that this version cannot read."""
     record = read_record(path)
-    # After reading the record, since they import torch, which takes a second.
-    from compressknow.compress.blocks import Pool
-    from compressknow.compress.process import hash_file
+    # After reading the record, since it imports torch, which takes a second.
     from compressknow.compress.verify import Difference, Verification
 
     nbytes = path.stat().st_size
-    with Pool(1) as pool:
-        sha256 = hash_file(pool, path, count_progress(advance, nbytes))
-    if sha256 != record.get("sha256"):
+    if compute_sha256(path, count_progress(advance, nbytes)) != record.get("sha256"):
         differences = [Difference(path.name, None, "its bytes differ (sha256)")]
     else:
         # The file is unchanged, so any difference from its metadata means that the record was edited.
