@@ -26,8 +26,6 @@ BLOCK_ELEMENTS = 1 << 18
 FLOATS = (*FLOAT_DTYPES, "F64", "F8_E4M3", "F8_E5M2")
 # Dtypes that can be read, if only for a comparison.
 READABLE = (*FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")
-# The bits of infinity. Without the sign, a float's bits sort like its magnitude, with NaN above infinity.
-INFINITIES = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -185,7 +183,8 @@ def make_raw_keys(raw: memoryview, dtype: str) -> npt.NDArray[np.signedinteger]:
 
 def check_finite(largest_key: int, values_dtype: torch.dtype, tensor: StoredTensor) -> None:
     """Raise CheckpointError naming the tensor if its largest magnitude key is that of infinity or NaN."""
-    infinity = INFINITIES[values_dtype]
+    # Without the sign, a float's bits sort like its magnitude, with NaN above infinity.
+    infinity = int(make_magnitude_keys(torch.tensor([math.inf], dtype=values_dtype))[0])
     if largest_key >= infinity:
         what = "an infinity" if largest_key == infinity else "NaN"
         raise CheckpointError(

@@ -137,7 +137,7 @@ def _complete_removal(
     assert text is not None
     with Pool(threads) as pool, OpenFiles() as files, begin("choose") as advance:
         reader = Reader(pool, files, lambda _: None)
-        removal = complete_removal(plan, text.batches, reader, folder, advance=advance)
+        removal = complete_removal(plan, text.batches, reader, folder, advance)
     return _plan_after_removal(removal, plan.recipe)
 
 

@@ -120,8 +120,8 @@ def build_manifest(
     measured: Mapping[str, TensorStats],
     source_files: Mapping[str, str],
     files: Mapping[str, str],
-    text: CalibrationText | None = None,
-    calibrated: CalibrationResult | None = None,
+    text: CalibrationText | None,
+    calibrated: CalibrationResult | None,
 ) -> Manifest:
     """Return the manifest of a conversion: `measured` has every tensor of the plan by name, `source_files` and `files`
     the SHA-256 of the files that were read and written."""

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compressknow.base.errors import CompressknowError
-from compressknow.base.progress import Advance, ignore_advance
+from compressknow.base.progress import Advance
 from compressknow.compress.blocks import Pool, Reader
 from compressknow.compress.calibrate.compression import describe_memory
 from compressknow.compress.calibrate.gathering import InputSums, Key
@@ -31,9 +31,7 @@ from compressknow.model.structure import LinearWeight
 from compressknow.model.tensors import StoredTensor, get_torch_dtype
 
 
-def complete_removal(
-    plan: Plan, batches: Batches, reader: Reader, folder: Path, advance: Advance = ignore_advance
-) -> Removal:
+def complete_removal(plan: Plan, batches: Batches, reader: Reader, folder: Path, advance: Advance) -> Removal:
     """Choose the blocks and neurons that a plan drops, and write the tensors that are cut.
 
     `batches` are the calibration text as arguments of forward passes; cut tensors are written to `folder`, which must
