@@ -46,7 +46,7 @@ def convert(
     prune_method: str = "l1-unstructured",
     pattern: str | None = None,
     per_layer: bool = False,
-    norm: float = 1,
+    norm: float = 1.0,
     dim: int = 0,
     seed: int = 0,
     quantize: str | None = None,

@@ -57,8 +57,7 @@ class Parameter:
         return f"--{self.name.replace('_', '-')}"
 
     def check(self, value: Any) -> Any:
-        """Return the value, a number of kind float as one, from ``inf`` or 1. Raises UsageError if it is of another
-        kind, or does not fit."""
+        """Return the value, with ``inf`` as a number. Raises UsageError if it is of another kind, or does not fit."""
         value = make_plain(value)
         if self.kind is float and value == "inf":
             value = math.inf
@@ -66,8 +65,7 @@ class Parameter:
             return value
         if not is_of(self.kind, value) or not self.fits(value):
             raise UsageError(f"{self.name} must be {self.must or _KINDS[self.kind]}: {value!r}.")
-        # As on the command line, so that a recipe is written in the same way wherever it comes from.
-        return float(value) if self.kind is float else value
+        return value
 
 
 def parameter(

@@ -303,7 +303,6 @@ class Quantize:
             raise UsageError(
                 f"smooth must be a number greater than 0 and at most 1: {self.smooth!r}.", hint="0.5 is usual."
             )
-        object.__setattr__(self, "smooth", float(self.smooth))
         if self.chosen.rounds != "token":
             raise UsageError(
                 f"{self.scheme} has nothing to smooth: it rounds no activations by token.",

@@ -55,14 +55,6 @@ def test_numbers_of_numpy_become_numbers_of_json() -> None:
     assert json.loads(json.dumps(numpy.to_dict())) == plain.to_dict()
 
 
-def test_whole_numbers_are_written_as_on_the_command_line() -> None:
-    whole, floats = (
-        json.dumps(Recipe((Prune(0.25, "ln-structured", norm=one), Quantize("int8", smooth=one))).to_dict())
-        for one in (1, 1.0)
-    )
-    assert whole == floats
-
-
 def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text("[[steps]]\nprune = 0.2\n", encoding="utf-8-sig")
     assert read_recipe(tmp_path / "recipe.toml") == Recipe((Prune(0.2),))
