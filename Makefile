@@ -72,7 +72,7 @@ bench: $(VENV)/.stamp-dev
 	done
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist .mypy_cache $(VENV) .venv-lowest .venv-vllm
 
 # A stamp an extra: a second run reuses the environment, a changed pyproject.toml installs again.
 $(VENV)/.stamp-%: pyproject.toml $(VENV)/bin/python

@@ -89,6 +89,13 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert list_names(tmp_path) == ["a"]
 
 
+def test_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a", b"old")
+    (tmp_path / "a").chmod(0o600)
+    write_whole(tmp_path / "a", b"new")
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("name", ["a" * 255, "x" + "ä" * 127, "b" * 200, "b" * 201])
 def test_file_names_may_be_as_long_as_the_system_allows(tmp_path: Path, name: str) -> None:
     with write_half(tmp_path / name) as process:

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import os
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -172,6 +173,9 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
         with _open_temporary(path) as (temporary, file):
             yield file
             close_durably(file)
+            if path.exists():
+                # A file that only its owner may read stays so.
+                shutil.copymode(path, temporary)
             move(temporary, path)
     except OSError as error:
         raise explain_write_error(path, error) from error

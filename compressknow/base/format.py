@@ -74,15 +74,16 @@ def parse_share(text: str) -> float:
 def parse_size(text: str | int, option: str = "--size") -> int:
     """Return a size in bytes. Raises UsageError if the text is not a size.
 
-    >>> [parse_size(text) for text in ("90MB", "1.5 GB", "64MiB", "100000", "2kB", "1GiB")]
-    [90000000, 1500000000, 67108864, 100000, 2000, 1073741824]
+    >>> [parse_size(text) for text in ("90MB", "1.005 GB", "64MiB", "100000", "2kB", "1GiB")]
+    [90000000, 1005000000, 67108864, 100000, 2000, 1073741824]
     """
     match = _SIZE.fullmatch(str(text).strip().upper())
-    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
+    size = int(Decimal(match[1]) * _UNITS.get(match[2], 0)) if match else 0
+    if match is None or not size:
         raise UsageError(f"{option} {text}: that is not a size.", hint="Write 90MB, 1.5GB or a number of bytes.")
-    if not match[2] and float(match[1]) < _FEWEST_BYTES:
+    if not match[2] and size < _FEWEST_BYTES:
         raise UsageError(f"{option} {text}: too few bytes for a model.", hint="Write it in units: 90MB, 1.5GB.")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return size
 
 
 def write_size(number: int | None) -> str:

@@ -394,4 +394,5 @@ def name_recipe(recipe: Recipe) -> str:
         parts.append(f"{calibration.tokens}-tokens")
     seeds = dict.fromkeys([calibration.seed, *(step.seed for step in recipe.steps if isinstance(step, Prune))])
     parts += [f"seed-{seed}" for seed in seeds if seed != usual.seed]
-    return "-".join(parts)
+    # A file name has at most 255 bytes, and each part may have nearly as many.
+    return slugify("-".join(parts))

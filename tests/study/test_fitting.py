@@ -165,7 +165,7 @@ def test_size_that_the_weights_alone_exceed_is_refused_before_anything_is_measur
         check_budget(1_000_000, shapes, 1_000_000)
 
 
-@pytest.mark.parametrize("text", ["", "MB", "90 MX", "-5MB", "0", "1e9", "five"])
+@pytest.mark.parametrize("text", ["", "MB", "90 MX", "-5MB", "0", "0.1B", "1e9", "five"])
 def test_malformed_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="that is not a size"):
         parse_size(text)

@@ -283,11 +283,14 @@ def test_setups_and_keys_distinguish_methods_schemes_and_texts(tmp_path: Path) -
 def test_folders_of_cells_and_probes_have_valid_names(tmp_path: Path) -> None:
     long = "".join(f'[[cells]]\nname = "{"long:" * 80}{number}"\nprune = 0.{number}\n' for number in range(1, 4))
     folders = [f"{cell.key}-{'0' * 8}" for cell in make_grid(tmp_path / "grid.toml", long)]
+    text = f'[[cells]]\nprune = 0.2\nmethod = "wanda"\ncalibration = "{"c" * 240}.txt"\ncalibration_tokens = 256'
+    (tmp_path / f"{'c' * 240}.txt").write_text("One text.")
+    folders += [f"{cell.key}-{'0' * 8}" for cell in make_grid(tmp_path / "calibrated.toml", text)]
     folders += [name_folder(f"facts:{'é' * 120}.jsonl"), name_folder(f"facts:{'x' * 249}.jsonl")]
     for folder in folders:
         (tmp_path / folder).mkdir()
         assert re.fullmatch(r"[A-Za-z0-9.-]+", folder)
-    assert len({*folders}) == 5
+    assert len({*folders}) == 6
 
 
 @pytest.mark.parametrize(
