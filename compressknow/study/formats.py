@@ -302,7 +302,7 @@ class CheckpointFormat(FileFormat):
         self._maker.write(self._build_recipe(chosen.types), place, make_model_card, begin)
 
     def list_decisive(self) -> list[Any]:
-        return [asdict(self._calibration)] if self._calibration else []
+        return [asdict(self._calibration), self.guidance.text] if self._calibration else []
 
     def recipe(self, chosen: allocation.Allocation) -> str:
         return to_toml(self._build_recipe(chosen.types).to_dict())

@@ -202,6 +202,18 @@ def test_checkpoint_is_rounded_by_gptq_or_to_nearest(llama: Workspace, tmp_path:
     assert weights["nearest"] != weights["gptq"]
 
 
+def test_checkpoint_is_made_again_after_the_text_has_changed(llama: Workspace, tmp_path: Path) -> None:
+    """Even if the same types are chosen: GPTQ rounds over the text."""
+    text, weights = write_sentences(tmp_path / "text.txt"), []
+    options = llama.options | {"calibration": str(text), "size": "120kB"}
+    for sentences in (text.read_text(encoding="utf-8"), "The sky is blue and the sea is green.\n" * 100):
+        text.write_text(sentences, encoding="utf-8")
+        compressknow.search(llama.model, tmp_path / "found", must={"blocks": "int4/64"}, **options)
+        weights.append((tmp_path / "found" / "model" / "model.safetensors").read_bytes())
+    compressknow.convert(llama.model, tmp_path / "again", recipe=tmp_path / "found" / "recipe.toml")
+    assert weights[0] != weights[1] == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
 def test_only_facts_of_the_search_split_guide(gguf: Workspace) -> None:
     folder, record = gguf.folder / "found", json.loads((gguf.folder / "found" / "model.gguf.json").read_text())
     (searched,) = (read_answers(f) for f in (folder / "searched" / "original").iterdir())
