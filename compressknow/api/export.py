@@ -238,7 +238,7 @@ def _make_fit(
     )
     record.check_room(place, replace(job, fit=fit).needed_bytes)
     handle = ModelHandle(located, Settings(trust_remote_code=job.trust_remote_code))
-    sensitivity, texts = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
+    sensitivity, texts, _ = measure_guides(handle, probes, text, target.guide, GgufRoundings(), listener)
     return replace(fit, texts=texts)
 
 

@@ -164,7 +164,11 @@ def search(
         from compressknow.study.guides import measure_guides
 
         original, answers = study_model.original, guided.reference
-        form.learn(*measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers))
+        measured = measure_guides(original, guided_by, request.text, guide, form.roundings, listener, answers)
+        sensitivity, read_by_gptq, text = measured
+        form.learn(sensitivity, read_by_gptq)
+        if isinstance(form, CheckpointFormat):  # Its files are rounded over the same text, which takes long to write.
+            study_model.maker.use_text(request.text, text)
         graded_by = [part.grading if selection else part.held_out for part in parts]
         # What rounding, or the runtime, changes in the original's answers.
         noise: list[AddNoiseFloor] = [NoiseFloors.add_precision]

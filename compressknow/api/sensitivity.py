@@ -84,7 +84,7 @@ def sensitivity(
     from compressknow.study.guides import measure_guides
 
     roundings = _open_roundings(handle.located, to, guide, text, trusted=trust_remote_code)
-    result, _ = measure_guides(handle, probes, text, guide, roundings, resolve_progress(on_progress))
+    result, *_ = measure_guides(handle, probes, text, guide, roundings, resolve_progress(on_progress))
     if files:
         write_map(Map(handle.located.name, result, guide), files, overwrite=overwrite)
     return result

@@ -70,12 +70,12 @@ def measure_guides(
     roundings: Roundings,
     on_progress: Listener | None,
     answers: Answers | None = None,
-) -> tuple[Sensitivity, tuple[Batches, ...]]:
+) -> tuple[Sensitivity, tuple[Batches, ...], CalibrationText]:
     """Measure what guides the types of a checkpoint's weights, unless it is stored: facts, even if only text guides,
     and the first `TOKENS` of the text of `calibration`. `answers` are the model's to all probes; by default it is
-    evaluated on some facts of each. Return the sensitivity of the weights, and batches of token ids for GPTQ: those of
-    facts with their objects, if a causal model knows any, and those of the text. Raises UsageError if facts are to
-    guide and the model knows fewer than 30."""
+    evaluated on some facts of each. Return the sensitivity of the weights; batches of token ids for GPTQ: those of
+    facts with their objects, if a causal model knows any, and those of the text; and the text. Raises UsageError if
+    facts are to guide and the model knows fewer than 30."""
     model, trusted = handle.located, handle.settings.trust_remote_code
     is_search = answers is not None
     if answers is None:
@@ -100,7 +100,7 @@ def measure_guides(
     sensitivity = _measure_sensitivity(handle, checkpoint, tree, roundings, guidance, scored, texts, on_progress)
     # The last token of a fact's object predicts nothing.
     read = [[*each.query.prompt, *each.query.gold[:-1]] for each in scored if each.scorer.family == "causal"]
-    return sensitivity, (*([batch_sequences(read)] if read else []), text.batches)
+    return sensitivity, (*([batch_sequences(read)] if read else []), text.batches), text
 
 
 def select_known_facts(answers: Answers, probes: Sequence[Probe]) -> list[Probe]:

@@ -214,6 +214,17 @@ def test_checkpoint_is_made_again_after_the_text_has_changed(llama: Workspace, t
     assert weights[0] != weights[1] == (tmp_path / "again" / "model.safetensors").read_bytes()
 
 
+def test_model_writes_the_text_of_a_search_of_checkpoints_once(
+    llama: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    updates: list[Progress] = []
+    options = llama.options | {"calibration": "self", "size": "120kB"}
+    compressknow.search(llama.model, tmp_path / "found", on_progress=updates.append, **options)
+    works = [work for work, _ in groupby(each.stage.work for each in updates)]
+    assert works.count("sample") == works.count("calibrate") == 1
+
+
 def test_only_facts_of_the_search_split_guide(gguf: Workspace) -> None:
     folder, record = gguf.folder / "found", json.loads((gguf.folder / "found" / "model.gguf.json").read_text())
     (searched,) = (read_answers(f) for f in (folder / "searched" / "original").iterdir())

@@ -157,7 +157,7 @@ def test_command_prints_and_writes_the_map_and_measures_once(out: Path, capsys: 
     assert repr(again).startswith("<Sensitivity: 16 weights of ")
     # For GPTQ, the model reads each fact up to the last token of its object, which predicts nothing; and the text.
     handle, text = ModelHandle(locate("llama"), Settings()), Calibration("text.txt", 512)
-    _, texts = measure_guides(handle, [open_probe(OPTIONS[1])], text, "both", GgufRoundings(), None)
+    _, texts, _ = measure_guides(handle, [open_probe(OPTIONS[1])], text, "both", GgufRoundings(), None)
     of_facts, of_text = ([row for batch in each for row in batch["input_ids"].tolist()] for each in texts)
     sentences = handle.loaded.language_model.tokenizer([fact.sentence(fact.obj_label) for fact in KNOWN_FACTS])
     assert sorted(of_facts) == sorted(ids[:-2] for ids in sentences["input_ids"])
