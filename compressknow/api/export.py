@@ -31,8 +31,8 @@ from compressknow.gguf.record import ExportRecord
 from compressknow.gguf.tensors import describe_tensors
 from compressknow.model.checkpoint import check_is_checkpoint
 from compressknow.model.gguf_file import read_gguf
-from compressknow.study.allocation import SizeTarget, check_budget, fit_types
-from compressknow.study.formats import GgufFormat
+from compressknow.study.allocation import SizeTarget, fit_types
+from compressknow.study.formats import GgufFormat, check_size
 from compressknow.study.sensitivity import FIT_TOKENS, Guide, open_facts
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def export(
         find_converter(converter)
     if choice.importance is not None:
         read_importance(choice.importance)
+    from compressknow.compress.sources import check_usable
     from compressknow.gguf.export import find_made, prepare_export, preview, write, write_floats
 
     job = prepare_export(
@@ -165,7 +166,8 @@ def export(
     with ExitStack() as stack:
         if target is not None:
             assert text is not None
-            _check_target(job, target)
+            check_usable(job.checkpoint)
+            check_size(job, target)
             # The vocabulary, and the tensors that rules match, are known from a file: check it before any measurement.
             folder = stack.enter_context(make_scratch(place))
             floats = write_floats(job, folder, job.exact, begin=begin)
@@ -202,18 +204,6 @@ def _read_target(options: Mapping[str, Any]) -> SizeTarget | None:
         options["guide"] or "both",
         options["rounding"] or "gptq",
     )
-
-
-def _check_target(job: ExportPlan, target: SizeTarget) -> None:
-    """Raise an error, before any work, if the checkpoint cannot be measured, or the size is far too small or large."""
-    from compressknow.compress.sources import check_usable
-
-    check_usable(job.checkpoint)
-    is_expert = {name: (own := job.source.linear(name)) and own.is_expert for name in job.tensors}
-    shapes = [each.shape for name, each in job.tensors.items() if not is_expert[name]]
-    # Rules may give experts fewer bits.
-    experts = 0 if target.must else sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])
-    check_budget(target.budget(job.numel), shapes, job.exact_bytes, experts)
 
 
 def _make_fit(

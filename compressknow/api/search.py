@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Unpack
 
 from compressknow.api.keywords import RunKeywords, api_function, build_run_options, list_rules
-from compressknow.base.errors import OutputError
 from compressknow.base.files import write_whole
 from compressknow.base.format import count, parse_size
 from compressknow.base.packages import require
@@ -36,7 +34,7 @@ from compressknow.pages.card.pages import write_reports
 from compressknow.pages.search import Search, Trial, write_search
 from compressknow.study.allocation import Allocation
 from compressknow.study.cells import ORIGINAL, AddNoiseFloor, StudyModel, check_study_folder, claim
-from compressknow.study.formats import GGUF, NEEDED, CheckpointFormat, GgufFormat, SearchRequest, open_format
+from compressknow.study.formats import GGUF, NEEDED, CheckpointFormat, GgufFormat, SearchRequest, is_made, open_format
 from compressknow.study.search import (
     LEVEL,
     Candidate,
@@ -45,7 +43,6 @@ from compressknow.study.search import (
     EvaluationSet,
     SizeSearch,
     build_search,
-    is_made,
     remove,
     split_facts,
 )
@@ -147,7 +144,6 @@ def search(
         claim(folder, study_model.original, known),
         open_format(study_model, request, folder, begin, listener) as form,
     ):
-        _check_winners_place(folder / form.file_name)
         if request.size is not None:
             form.check(request.size)
         if texts:  # A model that cannot read one is refused before it is evaluated on anything else.
@@ -237,12 +233,3 @@ def _remove_winner_of_other_form(folder: Path, name: str) -> None:
     for form in (GgufFormat, CheckpointFormat):
         if form.name == earlier.get("form") != name and earlier.get("winner") and is_made(folder / form.file_name):
             remove(folder / form.file_name)
-
-
-def _check_winners_place(place: Path) -> None:
-    """Raise OutputError if something that no search wrote is at the winner's path."""
-    if os.path.lexists(place) and not is_made(place):
-        raise OutputError(
-            f"{place} exists already, and is not a winner of a search.",
-            hint="Move it away, or choose a new folder for the search.",
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -13,17 +14,19 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compressknow.base.errors import UnsupportedError, UsageError, suggest_word
+from compressknow.base.errors import OutputError, UnsupportedError, UsageError, suggest_word
 from compressknow.base.format import share
 from compressknow.base.packages import require
 from compressknow.base.progress import Begin, Listener
 from compressknow.compress.recipe import EXPORT, Recipe, to_toml
 from compressknow.compress.staging import make_scratch
 from compressknow.compress.steps import Calibration, Quantize, Where
+from compressknow.engine.identity import get_record_path
 from compressknow.gguf.choice import Rounding, SizeFit, TypeChoice
 from compressknow.gguf.converter import read_version
 from compressknow.gguf.tensors import Tensors, align, describe_tensors
 from compressknow.model.gguf_file import read_gguf
+from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.model.structure import SCOPES, LinearWeight, compile_pattern
 from compressknow.study import allocation
 from compressknow.study.allocation import NONE
@@ -363,15 +366,40 @@ def build_rules(types: Mapping[str, str]) -> dict[str, list[str]]:
     return rules
 
 
+def check_size(job: ExportPlan, target: allocation.SizeTarget) -> None:
+    """Raise UsageError, before any work, if the size of a GGUF file is far too small or large."""
+    is_expert = {name: (own := job.source.linear(name)) and own.is_expert for name in job.tensors}
+    shapes = [each.shape for name, each in job.tensors.items() if not is_expert[name]]
+    # Rules may give experts fewer bits.
+    experts = 0 if target.must else sum(each.tensor.numel for name, each in job.tensors.items() if is_expert[name])
+    allocation.check_budget(target.budget(job.numel), shapes, job.exact_bytes, experts)
+
+
+def is_made(place: Path) -> bool:
+    """Tell whether a file or folder was made by a search."""
+    return get_record_path(place).is_file() if place.suffix else (place / MANIFEST_NAME).is_file()
+
+
+def _check_winners_place(place: Path) -> None:
+    """Raise OutputError if something that no search wrote is at the winner's path."""
+    if os.path.lexists(place) and not is_made(place):
+        raise OutputError(
+            f"{place} exists already, and is not a winner of a search.",
+            hint="Move it away, or choose a new folder for the search.",
+        )
+
+
 @contextmanager
 def open_format(
     model: StudyModel, request: SearchRequest, folder: Path, begin: Begin, on_progress: Listener | None = None
 ) -> Iterator[FileFormat]:
-    """Yield the file format of a search; the intermediate file of GGUF files is in `folder` meanwhile. Raises
-    CompressknowError if the model cannot be written in it."""
+    """Yield the file format of a search; the intermediate file of GGUF files is in `folder` meanwhile. Raises, before
+    that is written, OutputError if something that no search wrote is at the winner's path, UsageError for a size that
+    is far too small or large, and CompressknowError if the model cannot be written in this format."""
     from compressknow.engine.language_model import find_family
 
     form = request.to or (GGUF if find_family(model.maker.tree) == "causal" else CHECKPOINT)
+    _check_winners_place(folder / (CheckpointFormat if form == CHECKPOINT else GgufFormat).file_name)
     if form == CHECKPOINT:
         yield CheckpointFormat(model.maker, request)
         return
@@ -386,6 +414,8 @@ def open_format(
     (source, revision), trusted = model.source, model.original.settings.trust_remote_code
     job = prepare_export(source, choice, revision=revision, trust_remote_code=trusted, on_progress=on_progress)
     check_usable(job.checkpoint)
+    if request.size is not None:
+        check_size(job, target)
     with make_scratch(folder / "floats") as place:
         floats = write_floats(job, place, job.exact, begin=begin)
         tensors = describe_tensors(read_gguf(floats), job.source)

@@ -29,13 +29,12 @@ from compressknow.evaluate.handle import ModelHandle
 from compressknow.evaluate.records import FactsInText
 from compressknow.evaluate.runtimes import Runtime
 from compressknow.evaluate.sources import Opened, find_source, list_usable
-from compressknow.model.manifest import MANIFEST_NAME
 from compressknow.pages.card.make import compare, read_model_facts
 from compressknow.pages.card.warnings import estimate_rounding_kept
 from compressknow.pages.search import Search, Trial
 from compressknow.study.allocation import Allocation
 from compressknow.study.cells import CELLS, ORIGINAL, AddNoiseFloor, StudyModel, grade
-from compressknow.study.formats import GGUF, FileFormat, SearchRequest
+from compressknow.study.formats import GGUF, FileFormat, SearchRequest, is_made
 
 _THIRDS = 3  # the facts are split into parts to search with, to select by and to grade by
 # Maximum facts of a probe to search with. They guide the search without deciding it, and each file takes longer with
@@ -429,11 +428,6 @@ class CandidateHandle(ModelHandle):
     def describe(self) -> dict[str, Any]:
         """Describe its files, if they exist."""
         return describe(self.located) if self.made.exists() else {}
-
-
-def is_made(place: Path) -> bool:
-    """Tell whether a file or folder was made by a search."""
-    return get_record_path(place).is_file() if place.suffix else (place / MANIFEST_NAME).is_file()
 
 
 def remove(place: Path) -> None:

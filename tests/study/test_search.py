@@ -682,11 +682,28 @@ def test_invalid_options_are_refused_and_leave_nothing(
 
 @needs_converter
 def test_size_below_the_smallest_gguf_file_is_refused(gguf: Workspace, capsys: Capsys) -> None:
-    assert gguf.search("bad", "--size", "300kB") == 2
+    # Only the vocabulary and the metadata do not fit.
+    assert gguf.search("bad", "--size", "460kB") == 2
     error = capsys.readouterr().err
-    assert "300.0 kB is too small: the smallest file has 4" in error
+    assert "460.0 kB is too small: the smallest file has 47" in error
     assert "(q2_k)" in error
     assert not (gguf.folder / "bad").exists()
+
+
+@needs_converter
+def test_size_and_place_of_a_gguf_file_are_checked_before_the_model_is_converted(gguf: Workspace) -> None:
+    updates: list[Progress] = []
+    for size, message in (("300kB", "300.0 kB is too small: even in"), ("9MB", "9.0 MB is not less than the whole")):
+        with pytest.raises(UsageError, match=message):
+            compressknow.search(gguf.model, gguf.folder / "bad", size=size, on_progress=updates.append, **gguf.options)
+        assert not (gguf.folder / "bad").exists()
+    folder = gguf.folder / "foreign"
+    folder.mkdir()
+    shutil.copy(gguf.folder / "found" / RECORD, folder)
+    (folder / "model.gguf").touch()
+    with pytest.raises(OutputError, match="exists already, and is not a winner of a search"):
+        compressknow.search(gguf.model, folder, keep=KEEP, on_progress=updates.append, **gguf.options)
+    assert updates == []
 
 
 @needs_converter
@@ -713,7 +730,7 @@ def test_original_is_converted_once(gguf: Workspace, tmp_path: Path, dtype: torc
 @needs_converter
 def test_size_too_small_for_the_experts_is_refused_first(llama: Workspace, tmp_path: Path) -> None:
     source = save_checkpoint("mixtral", tmp_path / "mixtral", torch.bfloat16)
-    with pytest.raises(UsageError, match=r"too small: the smallest file has(.|\n)*_exps.weight \(q8_0\)"):
+    with pytest.raises(UsageError, match=r"too small: even in(.|\n)*Experts are not measured, and have 8 bits"):
         compressknow.search(source, tmp_path / "found", size="700kB", **llama.options | {"to": "gguf"})
     assert not (tmp_path / "found").exists()
 
