@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from math import floor, log10
 from pathlib import Path
 from statistics import median
@@ -435,8 +435,10 @@ def _plot_sizes(map: Map) -> Iterator[parts.Part]:
     curve = parts.Chart("Predicted KL by size", text, partial(_draw_curve, map=map), height=260)
     yield parts.Beside(curve, parts.Table("Predicted loss of one type for all, and of a type for each", columns, sizes))
     yield parts.Note("", drawn=_CURVE_NOTE)
-    saved = [(here.loss - there.loss) / (there.nbytes - here.nbytes) * 1e6 for here, there in pairwise(map.frontier)]
-    buys = [*(format_millinats(kl) for kl in saved), "-"]
+    # Sizes of a small model are less than 1 MB apart, and at the end there may be less to save.
+    along, losses = zip(*map.frontier, strict=True)
+    saved = [kl - float(np.interp(nbytes + 1e6, along, losses)) for nbytes, kl in map.frontier]
+    buys = [*(format_millinats(kl) for kl in saved[:-1]), "-"]
     rows = tuple(
         (write_size(nbytes), _format_kl(kl), buy) for (nbytes, kl), buy in zip(map.frontier, buys, strict=True)
     )

@@ -93,7 +93,7 @@ def test_verdict_and_tables_have_the_figures_that_a_hand_computes() -> None:
         "layer 5 self_attn.v_proj | 122 | 9.2 % | 147.5 kB q4_0 | geography (x 1.1)",
         "self_attn.v_proj | 129 | 58.4 % | 31.6 %",
         "q4_0 | 2.8 MB | 0.374 | 0.153",
-        "2.2 MB | 1.755 | 9,260",
+        "2.2 MB | 1.755 | 1,682",
     ):
         assert f"| {row} |" in text
     head, *others = make_sensitivity().rows
@@ -135,6 +135,20 @@ def test_frontier_has_the_least_loss_and_uniform_types_are_no_better() -> None:
     assert map.at(uniform["q4_0"].nbytes).loss < 0.9 * uniform["q4_0"].loss
     assert map.frontier[0].nbytes == uniform["q3_k"].nbytes
     assert map.frontier[-1].nbytes == uniform["q8_0"].nbytes
+
+
+def test_next_mb_saves_what_the_best_file_of_one_mb_more_does_not_lose() -> None:
+    """Also if sizes are less than 1 MB apart, as in 6 layers; in 60, they are up to 2.5 MB apart."""
+    for layers in (6, 60):
+        map = make_map(layers=layers)
+        table = render_map_markdown(map).partition("The next MB saves")[2].partition("\n\n")[0]
+        rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+        assert len(rows) == len(map.frontier) == 20
+        assert rows[-1][2] == "\\-"
+        for (size, loss), row in zip(map.frontier[:-1], rows, strict=False):
+            saved = float(row[2].replace(",", "")) / 1000
+            assert saved <= loss
+            assert saved == pytest.approx(loss - map.at(size + 10**6).loss, rel=0.1 if layers == 6 else 0.35)
 
 
 def test_types_of_a_checkpoint_are_chosen_as_in_a_search() -> None:
