@@ -79,10 +79,13 @@ def sensitivity(model: str, output: tuple[Path, ...], as_json: bool, **options: 
 
 def build_page(sensitivity: Sensitivity, guide: Any) -> Iterator[str]:
     """Yield the lines that show which weights matter most and least."""
-    from compressknow.study.sensitivity import name_guide
+    from compressknow.study.sensitivity import name_guide, warn_of_few_facts
 
     guidance, ranked, by = sensitivity.guidance, sensitivity.ranked(guide), name_guide(guide)
-    yield f"{count(len(ranked))} weights by {by}: {count(guidance.facts)} known facts, {count(guidance.tokens)} tokens."
+    facts = f"{count(guidance.facts)} known facts, " if guidance.facts else ""
+    yield f"{count(len(ranked))} weights by {by}: {facts}{count(guidance.tokens)} tokens."
+    for warning in warn_of_few_facts(guidance):
+        yield from wrap(warning, indent="")
     shown = min(SHOWN, -(-len(ranked) // 2))
     for title, rows in (("Most sensitive", ranked[:shown]), ("Least sensitive", ranked[shown:][-shown:][::-1])):
         if rows:

@@ -33,7 +33,7 @@ from compressknow.study.allocation import (
     join_options,
     split_by_type,
 )
-from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity, name_guide
+from compressknow.study.sensitivity import Guide, Sensitivity, TensorSensitivity, name_guide, warn_of_few_facts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -294,6 +294,7 @@ def build_page(map: Map, *, charts: bool) -> parts.Page:
         models=clean(map.model, 80),
         headline=write_headline(map),
         verdict=write_verdict(map),
+        warnings=tuple(warn_of_few_facts(map.sensitivity.guidance)),
         sections=tuple(section for section in shown if section.parts),
     )
 

@@ -6,7 +6,7 @@ A `Sensitivity` is measured once (`compressknow.study.measuring`) and stored; ty
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -223,6 +223,15 @@ def can_guide(number: int, facts: str, guide: Guide, *, is_search: bool) -> bool
             hint="Give more or other --facts, or --guide text.",
         )
     return number >= FEWEST
+
+
+def warn_of_few_facts(guidance: Guidance) -> Iterator[str]:
+    """Warn if the model knew too few facts, so that only text guided."""
+    if not guidance.facts:
+        yield (
+            f"The model knows fewer than {FEWEST} of the facts, too few to measure which are at risk: only text "
+            "guides. Give more or other facts."
+        )
 
 
 def open_facts(names: str | Sequence[str] | None, data: str | Path | None) -> list[Probe]:

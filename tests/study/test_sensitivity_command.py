@@ -219,7 +219,10 @@ def test_too_few_known_facts_are_refused_unless_a_text_guides(out: Path, capsys:
     assert "llama knows 20 of 20 facts, and 30 are needed to guide." in capsys.readouterr().err
     assert main([*words, "--guide", "text", "-o", str(out / "map.md")]) == 0
     printed = capsys.readouterr().out
-    assert "16 weights by text: 0 known facts, " in printed
+    assert printed.startswith("16 weights by text: 512 tokens.\n")
+    warning = "The model knows fewer than 30 of the facts, too few to measure which are at risk"
+    for text in (printed, (out / "map.md").read_text()):
+        assert warning in " ".join(text.replace("> ", "").split())
     assert " --guide text --facts facts:few.jsonl --calibration text.txt --calibration-tokens 512\n" in printed
     assert "Facts at risk" not in (out / "map.md").read_text().partition("## The most")[0]
 
