@@ -126,12 +126,12 @@ class _Stopped(SystemExit):
 
 
 @contextmanager
-def explain_interrupt(note: str) -> Iterator[None]:
-    """Add to the message of an interrupted command what happened to its work."""
+def explain_interrupt(note: str, folder: Path | None = None) -> Iterator[None]:
+    """Add to the message of an interrupted command what happened to its work; nothing, if its folder does not exist."""
     try:
         yield
     except (KeyboardInterrupt, _Stopped) as stop:
-        stop.add_note(note)
+        stop.add_note(note if folder is None or folder.exists() else NOTHING_WRITTEN)
         raise
 
 

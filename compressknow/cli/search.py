@@ -53,7 +53,7 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
     from compressknow.api.search import search as run
     from compressknow.pages.search import list_warnings, write_verdict
 
-    with explain_interrupt(RESUMES):
+    with explain_interrupt(RESUMES, output):
         result = run(
             model,
             output,

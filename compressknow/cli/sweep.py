@@ -85,7 +85,7 @@ def sweep(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **opt
     """
     from compressknow.api.sweep import sweep as run
 
-    with explain_interrupt(RESUMES):
+    with explain_interrupt(RESUMES, output):
         study = run(
             model,
             output,

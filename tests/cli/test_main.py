@@ -18,7 +18,7 @@ import pytest
 
 from compressknow import __version__
 from compressknow.base.errors import CompressknowError, GateNotMet, GateUndecided, UsageError
-from compressknow.cli import COMMANDS, SPIN_COUNT, LazyGroup, cli, explain_interrupt, main, run
+from compressknow.cli import COMMANDS, RESUMES, SPIN_COUNT, LazyGroup, cli, explain_interrupt, main, run
 from compressknow.cli.options import GROUPS
 from tests.long import one_in
 
@@ -176,6 +176,20 @@ def test_interrupted_command_explains_the_state_of_its_output(
 
     assert run(build_group(work), ["verify"]) == code
     assert capsys.readouterr().err.strip() == "Interrupted. Nothing was written."
+
+
+@pytest.mark.parametrize("verb", ["search", "sweep"])
+def test_interrupted_study_resumes_only_if_its_folder_exists(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"compressknow.api.{verb}.{verb}", interrupt)
+    for note in ("Nothing was written.", RESUMES):
+        assert main([verb, "model", "-o", str(tmp_path / "study")]) == 130
+        assert capsys.readouterr().err.strip() == f"Interrupted. {note}"
+        (tmp_path / "study").mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize(
