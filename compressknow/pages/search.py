@@ -22,12 +22,12 @@ from compressknow.base.format import (
     write_size,
 )
 from compressknow.comparison.intervals import FEWEST_SIGNS
-from compressknow.comparison.records import Estimate
+from compressknow.comparison.records import Counts, Estimate
 from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.evaluate.records import FactsInText, ModelRecord
 from compressknow.pages import parts
 from compressknow.pages.as_json import dump_model
-from compressknow.pages.card.warnings import warn_of_facts_in_text, warn_of_known
+from compressknow.pages.card.warnings import warn_of_facts_in_text, warn_of_figures, warn_of_known
 from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.records import write_estimate
@@ -251,8 +251,8 @@ def write_verdict(search: Search) -> str:
     if winner is not None:
         return (
             f"The {_FORMS[search.form]} of {write_size(winner.bytes)} keeps {_write_kept(search, winner.graded)} of "
-            f"what {name} knew of {count(search.graded)} facts that had no part in the choice. The original has "
-            f"{write_size(search.bytes)} ({compare_sizes(search.bytes, winner.bytes)})."
+            f"the {count(search.known_graded)} that {name} knew of {count(search.graded)} facts that had no part in "
+            f"the choice. The original has {write_size(search.bytes)} ({compare_sizes(search.bytes, winner.bytes)})."
         )
     if closest is None:
         return f"No file that keeps {_write_target(search)} could be evaluated."
@@ -267,7 +267,7 @@ def write_verdict(search: Search) -> str:
 
 def list_warnings(search: Search) -> tuple[str, ...]:
     """Return warnings: why there may be no smaller file (more is required than rounding alone keeps, or facts are too
-    few), that facts appear in the text that guided the search, and what counts as known."""
+    few), that few facts grade the winner or appear in the text that guided the search, and what counts as known."""
     warnings, keep = [], search.keep or 0.0
     if search.rounding is not None and search.rounding < keep:
         warnings.append(
@@ -286,6 +286,8 @@ def list_warnings(search: Search) -> tuple[str, ...]:
             f"The file of {write_size(size)} kept {_write_kept(search, kept)} of the {split} facts. With more facts "
             "(a larger --limit, more probes), a file of that size may be certain to keep enough."
         )
+    if search.winner:
+        warnings += warn_of_figures(Counts(both=search.known_graded), (), (), name=clean(search.original.name, 60))
     warnings += warn_of_facts_in_text(search.original, search.in_calibration)
     return (*warnings, *warn_of_known(search.known))
 

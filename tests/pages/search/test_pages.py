@@ -97,11 +97,18 @@ def test_verdict_counts_the_files_that_were_tried(files: int, says: str) -> None
     assert "No file tried is certain to keep 99 %." in repr(none)
 
 
+@pytest.mark.parametrize(("known", "warns"), [(3, True), (99, True), (100, False)])
+def test_warning_if_few_known_facts_grade_the_winner(known: int, warns: bool) -> None:
+    search, warning = replace(make_search(), known_graded=known), f"a-model knew only {known} facts: with so few"
+    assert any(each.startswith(warning) for each in list_warnings(search)) == warns
+    assert not any(each.startswith(warning) for each in list_warnings(replace(search, winner=None)))
+
+
 def test_search_for_a_size_has_no_chart_and_no_held_out_facts() -> None:
     page = parse_html(render_search_html(make_size_search()))
     assert "Knowledge kept against size" not in page.one("main").text
     text = page.one("main").text
-    assert "of what a-model knew of 150 facts that had no part in the choice" in write_verdict(make_size_search())
+    assert "(90.0 to 98.0 %) of the 94 that a-model knew of 150 facts that had no" in write_verdict(make_size_search())
     assert "On the held-out facts" not in text
     assert write_headline(make_size_search()) == "60.0 MB, and 94.0 % kept"
 
