@@ -267,7 +267,8 @@ def write_verdict(search: Search) -> str:
 
 def list_warnings(search: Search) -> tuple[str, ...]:
     """Return warnings: why there may be no smaller file (more is required than rounding alone keeps, or facts are too
-    few), that few facts grade the winner or appear in the text that guided the search, and what counts as known."""
+    few), that few facts grade the winner, that the original was rounded before, that facts appear in the text that
+    guided the search, and what counts as known."""
     warnings, keep = [], search.keep or 0.0
     if search.rounding is not None and search.rounding < keep:
         warnings.append(
@@ -288,6 +289,11 @@ def list_warnings(search: Search) -> tuple[str, ...]:
         )
     if search.winner:
         warnings += warn_of_figures(Counts(both=search.known_graded), (), (), name=clean(search.original.name, 60))
+    if search.original.grid:
+        warnings.append(
+            "The original's weights already lie on a grid. A type with the same grid leaves them as they are, so this "
+            "search says little about models that were not rounded before."
+        )
     warnings += warn_of_facts_in_text(search.original, search.in_calibration)
     return (*warnings, *warn_of_known(search.known))
 

@@ -104,6 +104,12 @@ def test_warning_if_few_known_facts_grade_the_winner(known: int, warns: bool) ->
     assert not any(each.startswith(warning) for each in list_warnings(replace(search, winner=None)))
 
 
+def test_warning_if_the_original_was_rounded_before() -> None:
+    search, warning = make_search(), "The original's weights already lie on a grid."
+    rounded = replace(search, original=replace(search.original, grid={"weights": 14, "of": 15, "values": 16}))
+    assert [warning in parse_html(render_search_html(each)).text for each in (search, rounded)] == [False, True]
+
+
 def test_search_for_a_size_has_no_chart_and_no_held_out_facts() -> None:
     page = parse_html(render_search_html(make_size_search()))
     assert "Knowledge kept against size" not in page.one("main").text
