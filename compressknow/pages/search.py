@@ -162,7 +162,7 @@ def _make_sections(search: Search) -> Iterator[parts.PageSection]:
         drawn = parts.draw_twice(partial(draw_tradeoff, chart), "pareto")
         yield parts.PageSection("front", "Knowledge kept against size", (*drawn, parts.Note(_describe_chart(search))))
     if search.recipe and search.winner:
-        types = tuple(_show_types(search.winner, search.recipe, search.form))
+        types = tuple(_show_types(search, search.winner, search.recipe))
         yield parts.PageSection("winner", "The types of its weights", types, look="wide")
     if search.confirmed:
         table = _tabulate_files(search, held_out=True)
@@ -177,21 +177,23 @@ def _make_sections(search: Search) -> Iterator[parts.PageSection]:
     yield parts.PageSection("run", "The run", parts.show_run(search.command, search.versions, entries), look="text")
 
 
-def _show_types(winner: Trial, recipe: str, form: str) -> Iterator[parts.Part]:
+def _show_types(search: Search, winner: Trial, recipe: str) -> Iterator[parts.Part]:
     types = _place_types(winner.types)
+    # A weight that stays as it is has the original's type.
+    bits = {kind: _count_bits(kind) or _count_bits(search.original.dtype or "") or 16 for kind in winner.types.values()}
     within = dict.fromkeys(module for by_module in types.values() for module in by_module if module)
     # Attention before feed-forward, as a layer computes them; a GGUF file has them in another order.
     modules = sorted(within, key=lambda module: module.startswith("ffn"))
     outside = [""] if any("" in by_module for by_module in types.values()) else []
     heads = tuple(clean(name, 40) for name in shorten_names(tuple(modules))) or ("",)
     cells = tuple(
-        tuple(_count_bits(row[module]) if module in row else None for module in (outside if "" in row else modules))
+        tuple(bits[row[module]] if module in row else None for module in (outside if "" in row else modules))
         for row in types.values()
     )
     grid = Grid(tuple(types), heads, cells)
     title = "Bits of weights by layer and module"
     yield from parts.draw_twice(partial(draw_heat_map, grid, title, bounds=_BITS, write=lambda n: f"{n:g}"), "types")
-    yield parts.Note("", drawn=f"{_BITS_NOTE} {_SCALES_NOTES[form]}")
+    yield parts.Note("", drawn=f"{_BITS_NOTE} {_SCALES_NOTES[search.form]}")
     places = (*modules, *outside)
     rows = tuple((name, *(clean(row.get(place, ""), 40) for place in places)) for name, row in types.items())
     columns = ("Layer", *heads, *("outside" for _ in outside))
@@ -215,10 +217,10 @@ def _place_types(types: Mapping[str, str]) -> Mapping[str, Mapping[str, str]]:
     return {place[-1]: rows[place] for place in sorted(rows)}
 
 
-def _count_bits(kind: str) -> int:
-    """Return the bits of a type: the first number in its name, or 16 if there is none."""
+def _count_bits(kind: str) -> int | None:
+    """Return the bits of a type: the first number in its name, or None if there is none."""
     digits = re.search(r"\d+", kind)
-    return int(digits[0]) if digits else 16
+    return int(digits[0]) if digits else None
 
 
 def _describe_chart(search: Search) -> str:

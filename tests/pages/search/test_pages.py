@@ -177,6 +177,17 @@ def test_map_shows_the_bits_of_each_weight_and_a_table_its_type() -> None:
     ]
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("F32", "32"), ("BF16", "16"), ("F32 + I64", "32"), ("unknown", "16")])
+def test_map_shows_the_bits_of_the_original_where_a_weight_stays_as_it_is(dtype: str, bits: str) -> None:
+    search = make_size_search()
+    assert search.winner is not None
+    winner = replace(search.winner, types={"model.layers.0.q": "none", "model.layers.0.k": "int4/64"})
+    original = replace(search.original, dtype=dtype)
+    page = parse_html(render_search_html(replace(search, form="checkpoint", winner=winner, original=original)))
+    *_, broad = page.all("figure")
+    assert [text.text for text in broad.all("text")][:5] == ["q", "k", "layer 0", bits, "4"]
+
+
 def test_encoder_layers_come_before_decoder_layers_and_the_note_has_the_bits_of_scales() -> None:
     search = make_size_search()
     assert search.winner is not None
