@@ -206,7 +206,9 @@ def search(
             handle = ModelHandle(locate(folder / form.file_name), candidates.settings)
             after = grading.evaluate(handle)
             trial = replace(winner.trial, graded=grading.estimate_kept(after))
-            result = replace(result, winner=trial, recipe=form.recipe(winner.allocation))
+            is_smallest = winner.allocation.nbytes == form.floor
+            recipe = form.recipe(winner.allocation)
+            result = replace(result, winner=trial, recipe=recipe, is_smallest=is_smallest)
             card = make_card(
                 grading.reference,
                 [change_model(after, in_calibration=in_text)],

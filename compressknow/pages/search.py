@@ -110,6 +110,7 @@ class Search(notebook.Tabular):
     rounding: float | None = None
     # Grading facts that appear in the text that guided types and rounding; None if that text is not available.
     in_calibration: FactsInText | None = None
+    is_smallest: bool = False  # whether no choice of types gives a smaller file than the winner
 
     def _rows(self) -> list[dict[str, Any]]:
         # For each file, keep the row with most of its shares.
@@ -251,10 +252,12 @@ def write_verdict(search: Search) -> str:
     """Write the outcome in one or two sentences with its numbers."""
     name, winner, closest = clean(search.original.name, 60), search.winner, search.closest
     if winner is not None:
+        change = compare_sizes(search.bytes, winner.bytes)
+        smallest = " No choice of types gives a smaller file." if search.is_smallest else ""
         return (
             f"The {_FORMS[search.form]} of {write_size(winner.bytes)} keeps {_write_kept(search, winner.graded)} of "
             f"the {count(search.known_graded)} that {name} knew of {count(search.graded)} facts that had no part in "
-            f"the choice. The original has {write_size(search.bytes)} ({compare_sizes(search.bytes, winner.bytes)})."
+            f"the choice. The original has {write_size(search.bytes)} ({change}).{smallest}"
         )
     if closest is None:
         return f"No file that keeps {_write_target(search)} could be evaluated."

@@ -392,6 +392,7 @@ def test_record_of_the_winner_names_its_guide(gguf: Workspace) -> None:
         assert gguf.search("guided", "--size", "475.5kB", "--guide", guide) == 0
         record = json.loads((gguf.folder / "guided" / "model.gguf.json").read_text(encoding="utf-8"))
         assert record["fit"]["guide"] == guide
+        assert gguf.read_result("guided")["is_smallest"]
 
 
 def test_unreachable_share_is_refused_before_anything_is_measured(llama: Workspace, capsys: Capsys) -> None:
@@ -630,7 +631,10 @@ def test_checkpoint_of_one_scheme_has_the_one_that_loses_least(tmp_path: Path) -
 def test_must_sets_the_types(llama: Workspace) -> None:
     rules = ("--must", "attention=none", "--must", r"layers\.0\.mlp=int4/64")
     assert llama.search("must", "--size", "250kB", *rules) == 0
-    chosen = llama.read_result("must")["winner"]["types"]
+    result = llama.read_result("must")
+    assert not result["is_smallest"]
+    assert "smaller file" not in result["verdict"]
+    chosen = result["winner"]["types"]
     assert {kind for name, kind in chosen.items() if "self_attn" in name} == {"none"}
     assert {kind for name, kind in chosen.items() if "layers.0.mlp" in name} == {"int4/64"}
 
@@ -648,9 +652,10 @@ def test_error_for_a_model_that_cannot_be_quantized_suggests_gguf(
 
 def test_size_above_the_file_is_accepted_if_must_sets_every_type(llama: Workspace) -> None:
     assert llama.search("pinned", "--size", "200kB", "--must", "blocks=int8-weights") == 0
-    winner = llama.read_result("pinned")["winner"]
-    assert set(winner["types"].values()) == {"int8-weights"}
-    assert winner["bytes"] < 150_000
+    result = llama.read_result("pinned")
+    assert set(result["winner"]["types"].values()) == {"int8-weights"}
+    assert result["winner"]["bytes"] < 150_000
+    assert result["verdict"].endswith("smaller). No choice of types gives a smaller file.")
 
 
 @pytest.mark.parametrize(
