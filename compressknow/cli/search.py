@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from compressknow.base.errors import GateNotMet
-from compressknow.base.format import clean, write_size
+from compressknow.base.format import clean, share_against, write_size
 from compressknow.cli import RESUMES, explain_interrupt
 from compressknow.cli import options as opt
 from compressknow.cli.report import get_command
@@ -53,6 +54,7 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
     from compressknow.api.search import search as run
     from compressknow.pages.search import list_warnings, write_verdict
 
+    describe = partial(_describe_trial, options["keep"])
     with explain_interrupt(RESUMES, output):
         result = run(
             model,
@@ -60,7 +62,7 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
             probe=probe or None,
             command=get_command(),
             on_progress=ProgressLines(),
-            on_result=None if as_json else TableRows(lambda _: (COLUMNS, "-" * len(COLUMNS)), _describe_trial),
+            on_result=None if as_json else TableRows(lambda _: (COLUMNS, "-" * len(COLUMNS)), describe),
             **options,
         )
     if as_json:
@@ -71,7 +73,7 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
             show(HELD_OUT, "-" * len(HELD_OUT))
             for trial in result.confirmed:
                 mark = "* " if result.winner and trial.types == result.winner.types else ""
-                show(*_describe_trial(replace(trial, kept=trial.held_out or trial.kept), mark))
+                show(*describe(replace(trial, kept=trial.held_out or trial.kept), mark))
             show(*["* the winner"] * bool(result.winner), "")
         for text in (write_verdict(result), *list_warnings(result)):
             show(*wrap(text, indent=""))
@@ -84,9 +86,11 @@ def search(model: str, output: Path, probe: tuple[str, ...], as_json: bool, **op
         )
 
 
-def _describe_trial(trial: Trial, mark: str = "") -> Iterator[str]:
+def _describe_trial(keep: float | None, trial: Trial, mark: str = "") -> Iterator[str]:
     name = clean(trial.setup, WIDTH)
     if len(name) > 39:
         yield name
         name = ""
-    yield f"{name:<40}{write_estimate(trial.kept):<28}{mark + write_size(trial.bytes):>12}"
+    # As on the page: a share that misses the target is not rounded to it.
+    kept = write_estimate(trial.kept, partial(share_against, limits=[keep or 0.0]))
+    yield f"{name:<40}{kept:<28}{mark + write_size(trial.bytes):>12}"

@@ -165,7 +165,7 @@ class FileFormat(ABC):
 
     @abstractmethod
     def recipe(self, chosen: allocation.Allocation) -> str:
-        """Return a recipe for the same file, as TOML."""
+        """Return a recipe with the same types, as TOML; `export` rounds a GGUF file by it to nearest."""
 
 
 class GgufFormat(FileFormat):

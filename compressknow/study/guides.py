@@ -134,7 +134,11 @@ def _measure_sensitivity(
     """Return the sensitivity of a checkpoint: the stored one, or else measure and store it."""
     key = hashlib.sha256(repr(guidance).encode()).hexdigest()
     place = find_cache_folder() / "sensitivity" / f"{handle.sha256[:16]}-{key[:16]}.json"
-    if (stored := read_sensitivity(place, handle.sha256, guidance)) is not None:
+    domains = [each.query.fact.subject for each in scored]
+    known = {name: number for name, number in Counter(domains).items() if number >= FEWEST_OF_A_DOMAIN}
+    stored = read_sensitivity(place, handle.sha256, guidance)
+    # Domains are no part of the guidance, since they do not change types; they may have been corrected since then.
+    if stored is not None and stored.domains == known:
         return stored
     fact_batches = batch_facts(scored) if scored else None
     try:
@@ -144,9 +148,7 @@ def _measure_sensitivity(
         raise UnsupportedError(
             f"{handle.located.name} does not run block by block, as measuring its sensitivity needs.", why=f"{error}."
         ) from error
-    domains = [each.query.fact.subject for each in scored]
     rows = measured.build_rows(roundings, domains)
-    known = {name: number for name, number in Counter(domains).items() if number >= FEWEST_OF_A_DOMAIN}
     others = read_structure(tree).stored - sum(prod(row.shape) for row in rows)
     sensitivity = Sensitivity(handle.sha256, guidance, rows, known, others)
     write_sensitivity(sensitivity, place)

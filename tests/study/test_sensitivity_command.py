@@ -107,6 +107,18 @@ def test_the_tokens_of_the_whole_text_are_known_by_a_map_stored_before_they_were
     assert (again, again.guidance.text_tokens) == (first, 512)
 
 
+def test_corrected_domains_are_those_of_the_map(models: Path, out: Path) -> None:
+    facts = write_facts(out / "facts.jsonl")
+    options = {"facts": f"facts:{facts}", "calibration": models / "text.txt", "calibration_tokens": 512}
+    first = compressknow.sensitivity(models / "llama", **options)
+    rows = [json.loads(line) for line in facts.read_text().splitlines()]
+    facts.write_text("".join(json.dumps(row | {"subject": "astronomy"}) + "\n" for row in rows))
+    again = compressknow.sensitivity(models / "llama", **options)
+    assert again.guidance == first.guidance
+    assert again.domains == {"astronomy": again.guidance.facts}
+    assert list(again.rows[0].by_domain) == ["astronomy"]
+
+
 def test_command_prints_and_writes_the_map_and_measures_once(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [out / f"map.{suffix}" for suffix in ("html", "md", "json", "csv")]
     assert main(["sensitivity", "llama", *OPTIONS, *(word for file in files for word in ("-o", str(file)))]) == 0

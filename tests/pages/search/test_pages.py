@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from compressknow.base.format import clean
+from compressknow.cli.search import _describe_trial
 from compressknow.comparison.records import Estimate
 from compressknow.pages.search import list_warnings, render_search_html, write_headline, write_verdict
 from tests.long import one_in
@@ -79,6 +80,7 @@ def test_share_that_misses_the_target_does_not_read_as_if_it_reached_it() -> Non
     assert "certain to keep 95 %. The closest has 80.0 MB and keeps 97.0 % (94.96 to 99.0 %)" in write_verdict(none)
     assert "Rounding alone keeps 94.96 %" in list_warnings(none)[0]
     assert "95.0 to" not in render_search_html(none)
+    assert "97.0 % (94.96 to 99.0 %)" in "".join(_describe_trial(0.95, trial))
     # Such a share is that of a winner if the grading facts are other ones.
     assert search.winner is not None
     unlucky = replace(search, keep=0.95, winner=replace(search.winner, graded=Estimate(0.9496)))
