@@ -357,10 +357,15 @@ def _describe_method(search: Search) -> Iterator[str]:
             f"{count(search.known_held_out)} known), and a third to grade it {graded}. {split}"
         )
     yield (
-        "How much rounding each weight to each type changes the answers was measured once (KL divergence, to second "
-        f"order; decided by {clean(search.by, 200)}). For each size, types were chosen to minimize the predicted loss "
-        f"over all weights: the total KL of {_name_guide(search)}."
+        "How much rounding each weight to the nearest value of each type changes the answers was measured once (KL "
+        f"divergence, to second order; decided by {clean(search.by, 200)}). For each size, types were chosen to "
+        f"minimize the predicted loss over all weights: the total KL of {_name_guide(search)}."
     )
+    if search.form == "gguf":
+        yield (
+            "The files were made and evaluated in llama.cpp, the original in transformers: part of a difference may be "
+            "due to the runtime."
+        )
     if search.keep is not None:
         yield (
             "Sizes were chosen by halving the predicted loss; each file was made and evaluated. The smallest that kept "

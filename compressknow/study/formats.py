@@ -212,7 +212,9 @@ class GgufFormat(FileFormat):
             for kind, patterns in build_rules(chosen.types).items()
             for pattern in patterns
         )
-        return f"[{EXPORT}]\n{to_toml({**values, 'steps': []})}\n\n[{EXPORT}.types]\n{table}"
+        note = "# The types alone: `export --recipe` rounds to nearest, and the winner was rounded by GPTQ.\n"
+        head = note if self._target.rounding == "gptq" else ""
+        return f"{head}[{EXPORT}]\n{to_toml({**values, 'steps': []})}\n\n[{EXPORT}.types]\n{table}"
 
 
 class CheckpointFormat(FileFormat):

@@ -177,6 +177,7 @@ def test_recipe_reproduces_the_winner(workspace: Workspace, tmp_path: Path) -> N
     if workspace.form == "gguf":
         compressknow.export(workspace.model, tmp_path / "again.gguf", recipe=folder / "recipe.toml")
         assert read_types(tmp_path / "again.gguf") == read_types(folder / "model.gguf")
+        assert (folder / "recipe.toml").read_text().startswith("# The types alone")
         return
     recipe = read_recipe(folder / "recipe.toml")
     assert len(recipe.steps) <= 4

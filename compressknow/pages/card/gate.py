@@ -24,7 +24,7 @@ from compressknow.comparison.paired import is_as_small, rank_models
 from compressknow.comparison.records import Estimate
 from compressknow.evaluate.answers import Answers
 from compressknow.pages.card.verdict import count_facts, estimate_facts_needed, join_names, round_up, write_kept_against
-from compressknow.pages.card.warnings import AT_CHANCE, estimate_rounding_kept, is_at_chance, list_probes
+from compressknow.pages.card.warnings import AT_CHANCE, FEW_FACTS, estimate_rounding_kept, is_at_chance, list_probes
 from compressknow.pages.pages import escape_markdown, render
 from compressknow.pages.parts import Table, write_prompt
 from compressknow.pages.records import Card, Comparison, Gate, Recommendation, label_models, name_models, write_estimate
@@ -298,6 +298,10 @@ def recommend_model(
     others = f"No test distinguishes it from {alike}." if alike else f"What {rivals} keeps differs by more than chance."
     kept = write_kept_against(comparisons[taken].kept, gates)
     reason = f"Take {labels[taken]} ({write_size(sizes[taken])}): {before}it {choice}. It keeps {kept}. {others}"
+    known = comparisons[taken].counts.known_before
+    if not gates and known < FEW_FACTS:
+        # The fewer facts, the worse the models that nothing distinguishes from the best.
+        reason += f" But the original knew only {count_facts(known)}: evaluate more before you decide."
     return conclude(taken, reason)
 
 
