@@ -417,6 +417,19 @@ class TestDecision:
         (warning,) = make_card_of_several(*models, sizes=(*models.values(),), within=within).warnings
         assert warning == f"Larger than the {within / 1000:.1f} kB that a model may have: {larger}."
 
+    def test_a_choice_among_few_facts_is_not_final_without_a_gate(self) -> None:
+        original = make_answers(make_rows(8)[0])
+        models = [
+            make_answers(make_rows(kept, 8 - kept)[1], make_model(sha256=f"{kept:064d}", setup=f"m{kept}", bytes=kept))
+            for kept in (6, 4)
+        ]
+        decision, gated = (make_card(original, models, gates=gates).decision for gates in ((), parse_gates(0.4)))
+        assert decision is not None
+        assert gated is not None
+        assert decision.reason.startswith("Take m4")
+        assert decision.reason.endswith("But the original knew only 8 facts: evaluate more before you decide.")
+        assert "before you decide" not in gated.reason
+
     def test_sizes_that_read_alike_are_written_to_the_byte(self) -> None:
         card = make_card_of_several(199, 192, sizes=(31_000_000, 29_800_448), within=29_760_000)
         assert card.decision is not None

@@ -147,6 +147,12 @@ def test_search_guided_by_text_does_not_mention_guiding_facts() -> None:
     assert "are the search split (the original knew 93)" in text
 
 
+def test_method_says_that_gguf_files_ran_in_another_runtime() -> None:
+    for form, says in (("gguf", True), ("checkpoint", False)):
+        text = parse_html(render_search_html(replace(make_search(), form=form))).one("main").text
+        assert ("evaluated in llama.cpp, the original in transformers" in text) is says
+
+
 def test_headline_has_the_share_of_the_grading_facts() -> None:
     search = make_search()
     lucky = replace(search.winner, graded=Estimate(0.85, 0.81, 0.89))
