@@ -61,12 +61,7 @@ Types (--type), bits per weight with scales:
     "FILE.txt, FILE.jsonl or hf:DATASET.",
 )
 @opt.option(
-    "--seed",
-    group=opt.CALIBRATION,
-    type=int,
-    default=0,
-    show_default=True,
-    help="Seed of the model's own samples, and of the masking (T5).",
+    "--seed", group=opt.CALIBRATION, type=int, default=0, show_default=True, help="Seed of own samples and of masking."
 )
 @opt.option("--imatrix", group=opt.CALIBRATION, type=opt.PATH, help="Use this importance matrix of llama.cpp instead.")
 @opt.option("--imatrix-out", group=opt.CALIBRATION, type=opt.PATH, help="Write the importance matrix there too.")

@@ -41,12 +41,7 @@ _SHARED = ("guide", "facts", "data", "calibration", "calibration_tokens", "seed"
 @opt.add_data_option(opt.EVALUATE)
 @opt.add_calibration_options(tokens="8192", default="self")
 @opt.option(
-    "--seed",
-    group=opt.CALIBRATION,
-    type=int,
-    default=0,
-    show_default=True,
-    help="Seed of the model's own samples, and of the masking.",
+    "--seed", group=opt.CALIBRATION, type=int, default=0, show_default=True, help="Seed of own samples and of masking."
 )
 @opt.checkpoint_options
 @opt.option("--overwrite", is_flag=True, help="Replace files that compressknow wrote.")
