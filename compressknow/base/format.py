@@ -126,11 +126,12 @@ def share_against(value: float, limits: Iterable[float]) -> str:
 
     >>> share_against(0.9296, [0.93]), share_against(0.93, [0.93]), share_against(0.9296, [0.95])
     ('92.96 %', '93.0 %', '93.0 %')
-    >>> share_against(0.9296, [0.95, 0.93]), share_against(1.0, [0.93])
-    ('92.96 %', '100 %')
+    >>> share_against(0.9296, [0.95, 0.93]), share_against(1.0, [0.93]), share_against(0.94 - 0.04, [0.9])
+    ('92.96 %', '100 %', '90.0 %')
     """
-    percent, ends = 100 * value, [(limit, round(100 * limit, 9)) for limit in limits]
-    enough = (n for n in range(1, 7) if all((round(percent, n) >= end) == (value >= limit) for limit, end in ends))
+    # The last digits of a float, such as those of 0.94 - 0.04, are on no side of a limit.
+    percent, ends = 100 * value, [round(100 * limit, 9) for limit in limits]
+    enough = (n for n in range(1, 7) if all((round(percent, n) >= end) == (round(percent, 9) >= end) for end in ends))
     digits = next(enough, 7)
     return share(value) if digits == 1 else f"{percent:.{digits}f} %"
 
