@@ -56,7 +56,7 @@ def test_wrong_command_with_a_closed_stream_exits_with_2(closed: str, model: Pat
     assert done.returncode == 2
     assert done.stdout == b""
     assert b"Traceback" not in done.stderr
-    assert (b"Did you mean 20%" in done.stderr) == (closed == ">&-")
+    assert (b"Did you mean 0.2, which is 20 %" in done.stderr) == (closed == ">&-")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

@@ -360,7 +360,7 @@ BAD_STEPS = {
     "fraction": ({"drop_blocks": 1.5}, "not a number of blocks"),
     "scope": ({"drop_blocks": 2, "scope": ["attention"]}, "accepts only the scopes encoder and decoder"),
     "layers": ({"drop_neurons": 0.2, "layers": "0-1"}, "accepts only the scopes encoder and decoder"),
-    "percent": ({"drop_neurons": 20}, "Did you mean 20%"),
+    "percent": ({"drop_neurons": 20}, "Did you mean 0.2, which is 20 %"),
     "zero": ({"drop_neurons": 0}, "greater than 0"),
     "multiple of zero": ({"drop_neurons": 0.2, "multiple": 0}, "whole number of at least 1"),
 }

@@ -156,9 +156,12 @@ def test_experts_are_read_as_often_as_other_weights(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(streaming, "read_tensor", read)
     compress(save_tiny("mixtral", tmp_path / "in"), tmp_path / "out", Prune(0.5, "wanda", BLOCKS))
-    for module in (".experts.", ".self_attn."):
-        # A second time to find values that are not finite.
-        assert {count for name, count in reads.items() if module in name} == {2}, module
+    experts, others = (
+        {count for name, count in reads.items() if module in name} for module in (".experts.", ".self_attn.")
+    )
+    # Twice if this process has not made the text before, otherwise once.
+    assert experts == others
+    assert len(experts) == 1
 
 
 def test_gptq_compensates_for_the_rounding_of_earlier_blocks(tmp_path: Path) -> None:
