@@ -27,7 +27,7 @@ from compressknow.evaluate.grades import RECOGNIZED
 from compressknow.evaluate.records import FactsInText, ModelRecord
 from compressknow.pages import parts
 from compressknow.pages.as_json import dump_model
-from compressknow.pages.card.warnings import warn_of_facts_in_text, warn_of_figures, warn_of_known
+from compressknow.pages.card.warnings import warn_of_facts_in_text, warn_of_figures, warn_of_grid, warn_of_known
 from compressknow.pages.drawing import INK, SERIES, Mark, Tradeoff, draw_tradeoff
 from compressknow.pages.pages import render_html, write_files
 from compressknow.pages.records import write_estimate
@@ -294,11 +294,7 @@ def list_warnings(search: Search) -> tuple[str, ...]:
         )
     if search.winner:
         warnings += warn_of_figures(Counts(both=search.known_graded), (), (), name=clean(search.original.name, 60))
-    if search.original.grid:
-        warnings.append(
-            "The original's weights already lie on a grid. A type with the same grid leaves them as they are, so this "
-            "search says little about models that were not rounded before."
-        )
+    warnings += warn_of_grid(search.original)
     warnings += warn_of_facts_in_text(search.original, search.in_calibration)
     return (*warnings, *warn_of_known(search.known))
 

@@ -63,13 +63,8 @@ def warn_of_models(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
     yield from warn_of_recipe(model)
     yield from warn_of_calibration(original, model)
     yield from warn_of_guides(original, model)
-    if original.grid and (model.quantization or model.runtime):
-        grid = original.grid
-        yield (
-            f"The original's weights already lie on a grid: in {grid['weights']} of {grid['of']} matrices, 32 "
-            f"neighbours have at most {grid['values']} different values. A type with the same grid leaves them as they "
-            "are, so this result says little about models that were not rounded before."
-        )
+    if model.quantization or model.runtime:
+        yield from warn_of_grid(original)
     known = UNKNOWN not in (original.dtype, model.dtype)
     if known and original.dtype != model.dtype and not (original.quantization or model.quantization):
         yield (
@@ -80,6 +75,16 @@ def warn_of_models(original: ModelRecord, model: ModelRecord) -> Iterator[str]:
         yield (
             f"The models ran on different devices ({clean(original.speed.device, 60)} and "
             f"{clean(model.speed.device, 60)}): answers that are almost tied may differ for this reason alone."
+        )
+
+
+def warn_of_grid(original: ModelRecord) -> Iterator[str]:
+    """Warn of an original that was rounded before."""
+    if grid := original.grid:
+        yield (
+            f"The original's weights already lie on a grid: in {grid['weights']} of {grid['of']} matrices, 32 "
+            f"neighbours have at most {grid['values']} different values. A type with the same grid leaves them as they "
+            "are, so this result says little about models that were not rounded before."
         )
 
 

@@ -107,7 +107,7 @@ def test_warning_if_few_known_facts_grade_the_winner(known: int, warns: bool) ->
 
 
 def test_warning_if_the_original_was_rounded_before() -> None:
-    search, warning = make_search(), "The original's weights already lie on a grid."
+    search, warning = make_search(), "The original's weights already lie on a grid: in 14 of 15 matrices"
     rounded = replace(search, original=replace(search.original, grid={"weights": 14, "of": 15, "values": 16}))
     assert [warning in parse_html(render_search_html(each)).text for each in (search, rounded)] == [False, True]
 
