@@ -71,19 +71,25 @@ class Alarm(Exception):
     pass
 
 def ring(*_):
-    raise Alarm
+    # Once a round: the signal of a round may come to a thread that the system wakes in the next one.
+    global is_armed
+    if is_armed:
+        is_armed = False
+        raise Alarm
 
 signal.signal(signal.SIGALRM, ring)
-interrupted = 0
+interrupted, is_armed = 0, False
 for number in range(600):
     repeating = None
     try:
         # In several rounds, as the moments within a round that come too late depend on the machine.
+        is_armed = True
         signal.setitimer(signal.ITIMER_REAL, 0.000002 * (number % 200 + 1))
         repeating = RepeatingThread(lambda: None, repeat(0.00005))
         time.sleep(0.0001)
         repeating.end()
         repeating.wait()
+        is_armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
     except Alarm:
         interrupted += 1
